@@ -1,0 +1,15 @@
+"""DantinoX: a nano Transformer language model, and the laboratory in which its Pallas kernels are made."""
+
+from dantinox.config import Config, ConfigError, ModelConfig
+from dantinox.generation import generate, stream
+from dantinox.model import Transformer
+
+__all__ = ["Config", "ConfigError", "ModelConfig", "Transformer", "generate", "load", "stream"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "load":  # late, for it takes a second to import Orbax
+        from dantinox.checkpoint import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,114 @@
+"""Command lines from dataclasses: flags, help and one-line errors, the same for every program."""
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+import tyro
+
+USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, NotImplementedError)
+
+
+def parse(cls: type, argv: Sequence[str], *, default: Any, prog: str, description: str) -> Any:
+    """An instance of the dataclass `cls` from flags named after its fields, however deep they lie.
+
+    Bad flags and bad values end the program with one line and exit code 2; --help prints the help and exits with 0.
+    """
+    captured = io.StringIO()
+    try:
+        with (
+            contextlib.redirect_stderr(captured),
+            _columns(1000 if "--help" not in argv and "-h" not in argv else None),
+        ):
+            return tyro.cli(
+                cls,
+                args=list(argv),
+                default=default,
+                prog=prog,
+                description=description,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        fail(prog, _one_line(captured.getvalue()))
+
+
+def fail(prog: str, message: str) -> NoReturn:
+    """One line on standard error, exit code 2."""
+    print(f"{prog}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def user_errors(prog: str, verbose: bool = False) -> Iterator[None]:
+    """What a user can get wrong becomes one line and exit code 2; with `verbose` the traceback stays."""
+    try:
+        yield
+    except USER_ERRORS as error:
+        if verbose:
+            raise
+        text = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            text = f"{error.filename}: {error.strerror}"
+        fail(prog, text)
+
+
+def console(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
+    """Run a program's main as `python -m` does, Ctrl-C and a closed pipe included."""
+    try:
+        raise SystemExit(main(None))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+
+
+def value_of(argv: Sequence[str], *flags: str) -> str | None:
+    """The last value that argv gives one of the flags, before the real parse; None where it is not there."""
+    found = None
+    for i, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if name in flags:
+            found = value if equals else (argv[i + 1] if i + 1 < len(argv) else None)
+    return found
+
+
+@contextlib.contextmanager
+def _columns(width: int | None) -> Iterator[None]:
+    """Messages are wrapped to the terminal's width; a wide one keeps them in one piece."""
+    before = os.environ.get("COLUMNS")
+    if width is not None:
+        os.environ["COLUMNS"] = str(width)
+    try:
+        yield
+    finally:
+        if width is not None:
+            os.environ.pop("COLUMNS")
+            if before is not None:
+                os.environ["COLUMNS"] = before
+
+
+def _one_line(panel: str) -> str:
+    """The message inside a framed panel of several lines."""
+    lines = [line.strip(" │╭╮╰╯─\t") for line in panel.splitlines()]
+    body = [line for line in lines if line and not re.fullmatch(r"[-─]+", line)]
+    message = next((line for line in body[1:] if line), "wrong arguments")
+    message = re.sub(r"^Error parsing [\w.]+: ", "", message)
+    flags = [line.split()[0].rstrip(",") for line in body if line.startswith("--")]
+    if message.startswith("Unrecognized options") and flags:
+        message += f"; did you mean {flags[0]}?"
+    got = next(
+        (line for line in body if line.startswith("- <class 'int'>") or line.startswith("- <class 'float'>")),
+        None,
+    )
+    if got and "could be instantiated" in message:
+        message = re.sub(
+            r": no type matching (.*) could be instantiated from (.*?)\.?$", r": \2 is not one of \1", message
+        )
+    return message.rstrip(".")

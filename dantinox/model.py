@@ -1,0 +1,207 @@
+"""The Transformer: pre-norm blocks of windowed, gated, grouped-query attention and a dense or sparse MLP."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import kernels
+from dantinox.config import ModelConfig
+from dantinox.layers import MLP, constant, dense, dropout, parameter, rms_norm
+from dantinox.moe import MoE, RouterLosses
+from dantinox.rope import rotate, rotation
+
+Array = jax.Array
+
+
+class _Keys:
+    """Fresh random keys, one a call, so that each parameter's draw depends on its place and the seed alone."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.rngs = rngs
+
+    def __call__(self) -> Array:
+        return self.rngs.params()
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with optional window, gate, QK-norm and soft cap."""
+
+    def __init__(self, config: ModelConfig, layer: int, key: _Keys, out_std: float) -> None:
+        M, H, K, D = config.dim, config.n_heads, config.kv_heads, config.head_dim
+        self.config, self.window = config, config.layer_window(layer)
+        self.q = parameter(key(), "MHD", (M, H, D), 0.02)
+        self.k = parameter(key(), "MKD", (M, K, D), 0.02)
+        self.v = parameter(key(), "MKD", (M, K, D), 0.02)
+        self.o = parameter(key(), "HDM", (H, D, M), out_std)
+        gate_width = {"none": 0, "head": 1, "elementwise": D}[config.gate]
+        self.gate = parameter(key(), "MHD", (M, H, gate_width), 0.02) if gate_width else None
+        self.q_scale = constant(1, "D", (D,)) if config.qk_norm else None
+        self.k_scale = constant(1, "D", (D,)) if config.qk_norm else None
+
+    def project(self, x: Array, rope: tuple[Array, Array] | None) -> tuple[Array, Array, Array, Array | None]:
+        """x [B, T, M] -> q [B, T, H, D], k and v [B, T, K, D], gate logits [B, T, H, D or 1] or None."""
+        q, k, v = dense(x, self.q), dense(x, self.k), dense(x, self.v)
+        if self.q_scale is not None:
+            q = rms_norm(q, self.q_scale, self.config.norm_eps)
+            k = rms_norm(k, self.k_scale, self.config.norm_eps)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        return q, k, v, None if self.gate is None else dense(x, self.gate)
+
+    def merge(self, o: Array) -> Array:
+        """Heads [..., H, D] back to the residual width [..., M]."""
+        w = self.o[...]
+        return dense(o.reshape(*o.shape[:-2], -1), w.reshape(-1, w.shape[-1]))
+
+    def __call__(self, x: Array, rope: tuple[Array, Array] | None) -> tuple[Array, Array, Array]:
+        """x [B, T, M] -> (output [B, T, M], keys, values [B, T, K, D] for a cache)."""
+        q, k, v, gate = self.project(x, rope)
+        with jax.named_scope("attention"):
+            o = kernels.attention(
+                q,
+                k,
+                v,
+                gate=gate,
+                window=self.window,
+                softcap=self.config.attn_softcap,
+                implementation=self.config.attn,
+            )
+        return self.merge(o), k, v
+
+    def step(
+        self, x: Array, rope: tuple[Array, Array] | None, cache: kernels.KVCache
+    ) -> tuple[Array, kernels.KVCache]:
+        """One new token a sequence: x [B, 1, M] -> (output [B, 1, M], cache with the token appended)."""
+        q, k, v, gate = self.project(x, rope)
+        o, cache = kernels.decode_attention(
+            q[:, 0],
+            k[:, 0],
+            v[:, 0],
+            cache,
+            gate=None if gate is None else gate[:, 0],
+            window=self.window,
+            softcap=self.config.attn_softcap,
+            implementation=self.config.decode,
+        )
+        return self.merge(o)[:, None], cache
+
+
+class Block(nnx.Module):
+    """h + attention(norm(h)), then h + mlp(norm(h))."""
+
+    def __init__(self, config: ModelConfig, layer: int, key: _Keys) -> None:
+        out_std = 0.02 / (2 * config.n_layers) ** 0.5  # keeps the residual stream's variance flat in depth
+        self.config = config
+        self.attention_norm = constant(1, "M", (config.dim,))
+        self.attention = Attention(config, layer, key, out_std)
+        self.mlp_norm = constant(1, "M", (config.dim,))
+        self.mlp = (MoE if config.n_experts else MLP)(config, key, out_std)
+
+    def __call__(
+        self, h: Array, rope: tuple[Array, Array] | None, key: Array | None = None
+    ) -> tuple[Array, RouterLosses | None, tuple[Array, Array]]:
+        """h [B, T, M] -> (h, router losses, (keys, values) [B, T, K, D])."""
+        keys = (None, None) if key is None else jax.random.split(key)
+        o, k, v = self.attention(rms_norm(h, self.attention_norm, self.config.norm_eps), rope)
+        h = h + dropout(o, self.config.dropout, keys[0])
+        h, losses = self.feed_forward(h, keys[1])
+        return h, losses, (k, v)
+
+    def step(
+        self, h: Array, rope: tuple[Array, Array] | None, cache: kernels.KVCache
+    ) -> tuple[Array, kernels.KVCache]:
+        """One decoding step: h [B, 1, M]."""
+        o, cache = self.attention.step(rms_norm(h, self.attention_norm, self.config.norm_eps), rope, cache)
+        return self.feed_forward(h + o, None)[0], cache
+
+    def feed_forward(self, h: Array, key: Array | None) -> tuple[Array, RouterLosses | None]:
+        """The MLP branch, dense or sparse."""
+        losses = None
+        x = rms_norm(h, self.mlp_norm, self.config.norm_eps)
+        with jax.named_scope("mlp"):
+            if self.config.n_experts:
+                y, losses = self.mlp(x)
+            else:
+                y = self.mlp(x)
+        return h + dropout(y, self.config.dropout, key), losses
+
+
+_REMAT = {
+    "none": lambda f: f,
+    "block": jax.checkpoint,
+    "dots": lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.dots_saveable),
+}
+
+
+class Transformer(nnx.Module):
+    """A decoder-only language model.
+
+    Args:
+        config: the network's toggles.
+        rngs: `nnx.Rngs(seed)`; initial weights are drawn from its "params" stream.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        key = _Keys(rngs)
+        self.config = config
+        self.embedding = parameter(key(), "VM", (config.vocab_size, config.dim), 0.02)
+        learned = config.positions == "learned"
+        self.position = parameter(key(), "TM", (config.max_context, config.dim), 0.02) if learned else None
+        self.blocks = nnx.List([Block(config, layer, key) for layer in range(config.n_layers)])
+        self.norm = constant(1, "M", (config.dim,))
+        self.head = None if config.tie else parameter(key(), "MV", (config.dim, config.vocab_size), 0.02)
+
+    def __call__(self, tokens: Array) -> Array:
+        """Logits [B, T, V] float32 of tokens [B, T] int32, in evaluation mode.
+
+        Raises:
+            ValueError: tokens are no [B, T] integers, or T is past max_context with learned positions.
+        """
+        return self.logits(self.hidden(tokens)[0])
+
+    def hidden(self, tokens: Array, *, key: Array | None = None) -> tuple[Array, RouterLosses | None]:
+        """(final hidden states [B, T, M], router losses averaged over layers); `key` turns dropout on."""
+        h, losses, _ = self.forward(tokens, key=key)
+        return h, losses
+
+    def forward(
+        self, tokens: Array, *, key: Array | None = None
+    ) -> tuple[Array, RouterLosses | None, list[tuple[Array, Array]]]:
+        """(final hidden states [B, T, M], mean router losses, per layer (keys, values) [B, T, K, D])."""
+        tokens = jnp.asarray(tokens)
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"tokens are {tokens.dtype}{list(tokens.shape)}; allowed: integers [B, T]")
+        h, rope = self.embed(tokens, jnp.arange(tokens.shape[1])[None])
+        losses, kv = [], []
+        for layer, block in enumerate(self.blocks):
+            layer_key = None if key is None else jax.random.fold_in(key, layer)
+            with jax.named_scope(f"block{layer}"):
+                h, loss, layer_kv = _REMAT[self.config.remat](block)(h, rope, layer_key)
+            losses.append(loss)
+            kv.append(layer_kv)
+        mean = None
+        if self.config.n_experts:
+            mean = jax.tree.map(lambda *x: sum(x) / len(x), *losses)
+        return rms_norm(h, self.norm, self.config.norm_eps), mean, kv
+
+    def embed(self, tokens: Array, positions: Array) -> tuple[Array, tuple[Array, Array] | None]:
+        """(embedded tokens [B, T, M], rotary cos and sin) at int32 positions [B or 1, T]."""
+        limit = self.config.max_context
+        if self.position is not None and tokens.shape[1] > limit:
+            raise ValueError(
+                f"tokens are {tokens.shape[1]} long; learned positions allow max_context {limit}"
+            )
+        dtype = jnp.dtype(self.config.dtype)
+        h = self.embedding[...].astype(dtype)[tokens]
+        if self.position is not None:
+            h = h + self.position[...].astype(dtype)[positions]
+        rope = rotation(self.config, positions) if self.config.positions == "rope" else None
+        return h, rope
+
+    def logits(self, h: Array) -> Array:
+        """[..., V] float32 of final hidden states [..., M]."""
+        w = self.embedding[...].T if self.head is None else self.head[...]
+        with jax.named_scope("logits"):
+            logits = dense(h, w, jnp.float32)
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)

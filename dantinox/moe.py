@@ -1,0 +1,66 @@
+"""Sparse mixture of experts: a router that picks k of E experts for each token, and the two losses that keep it even."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import kernels
+from dantinox.config import ModelConfig
+from dantinox.layers import MLP, dense, parameter
+
+Array = jax.Array
+
+
+class RouterLosses(NamedTuple):
+    """Unweighted auxiliary losses of a router, float32 scalars.
+
+    Attributes:
+        balance: E * sum_e f_e P_e, with f_e the share of routed slots times k and P_e the mean probability; k when even.
+        z: mean of logsumexp(logits)^2, which keeps the logits small.
+    """
+
+    balance: Array
+    z: Array
+
+
+def route(logits: Array, k: int) -> tuple[Array, Array, RouterLosses]:
+    """Pick k experts a token and renormalise their probabilities.
+
+    Args:
+        logits: [N, E] float32.
+
+    Returns:
+        (expert ids [N, k] int32, weights [N, k] float32 summing to 1, the losses).
+    """
+    N, E = logits.shape
+    log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    probabilities = jnp.exp(logits - log_z)
+    weights, ids = jax.lax.top_k(probabilities, k)
+    weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    share = jnp.sum(ids.reshape(-1)[:, None] == jnp.arange(E), axis=0) / N  # f_e, sums to k
+    balance = E * jnp.sum(share * jnp.mean(probabilities, axis=0))
+    return ids.astype(jnp.int32), weights, RouterLosses(balance, jnp.mean(log_z**2))
+
+
+class MoE(nnx.Module):
+    """[..., M] -> [..., M] through k of E SwiGLU experts a token; dropless, so no token is ever left out."""
+
+    def __init__(self, config: ModelConfig, key: Callable[[], Array], out_std: float) -> None:
+        E, M, F = config.n_experts, config.dim, config.hidden
+        self.k, self.implementation = config.experts_per_token, config.moe
+        self.router = parameter(key(), "ME", (M, E), 0.02)
+        self.gate = parameter(key(), "EMF", (E, M, F), 0.02)
+        self.up = parameter(key(), "EMF", (E, M, F), 0.02)
+        self.down = parameter(key(), "EFM", (E, F, M), out_std)
+        self.shared = MLP(config, key, out_std) if config.shared_expert else None
+
+    def __call__(self, x: Array) -> tuple[Array, RouterLosses]:
+        tokens = x.reshape(-1, x.shape[-1])
+        ids, weights, losses = route(dense(tokens, self.router, jnp.float32), self.k)
+        experts = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
+        y = kernels.moe_mlp(tokens, *experts, ids, weights, implementation=self.implementation)
+        y = y.reshape(x.shape)
+        return (y if self.shared is None else y + self.shared(x)), losses

@@ -1,0 +1,57 @@
+"""One progress line on a terminal; a plain line now and then where output goes to a file."""
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+
+class ProgressLine:
+    """step | loss | lr | tokens/s | MFU | ETA. Use as a context manager.
+
+    Args:
+        total: the last step. done: the step that training starts from.
+        quiet_seconds: seconds between lines where the output is no terminal.
+    """
+
+    def __init__(self, total: int, done: int = 0, quiet_seconds: float = 10.0) -> None:
+        self.total, self.done, self.quiet_seconds = total, done, quiet_seconds
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._start = self._last = time.perf_counter()
+        self._first = done
+        self._bar = Progress(
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[line]}"),
+            console=self.console,
+            auto_refresh=False,
+        )
+        self._task = self._bar.add_task("", total=total, completed=done, line="compiling the training step")
+
+    def __enter__(self) -> "ProgressLine":
+        if self.console.is_terminal:
+            self._bar.start()
+            self._bar.refresh()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:
+            self._bar.stop()
+
+    def update(self, step: int, row: dict[str, float]) -> None:
+        """Show the row of metrics of a step."""
+        now = time.perf_counter()
+        eta = (self.total - step) * (now - self._start) / max(1, step - self._first)
+        line = (
+            f"step {step:0{len(str(self.total))}}/{self.total} ({step / self.total:.0%}) | loss {row['loss']:.4f} | "
+            f"lr {row['lr']:.2e} | {row['tokens_per_s']:,.0f} tok/s | mfu {row['mfu']:.0%} | "
+            f"eta {int(eta // 60)}:{int(eta % 60):02}"
+        )
+        if self.console.is_terminal:
+            self._bar.update(self._task, completed=step, line=line, refresh=True)
+        elif now - self._last >= self.quiet_seconds or step == self.total or self._first == self.done:
+            self.console.print(line)
+            self._last, self.done = now, step
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self.console.print(text, markup=False)

@@ -1,0 +1,134 @@
+"""One training step and one evaluation step as pure jitted functions of named arrays."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from dantinox import sharding
+from dantinox.config import Config
+from dantinox.state import Params, Skeleton
+
+Array = jax.Array
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes.
+
+    Attributes:
+        params: float32 arrays by dotted path.
+        opt_state: optax's state.
+    """
+
+    params: Params
+    opt_state: Any
+
+
+def cross_entropy(logits: Array, targets: Array) -> Array:
+    """Mean of -log softmax(logits)[target], in nats. logits [..., V] float32, targets [...] int32."""
+    # A masked sum, not a gather: its gradient needs no scatter, and XLA fuses both passes.
+    V = logits.shape[-1]
+    right = jnp.sum(jnp.where(jnp.arange(V) == targets[..., None], logits, 0), axis=-1)
+    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - right)
+
+
+def loss_and_parts(
+    skeleton: Skeleton, config: Config, params: Params, inputs: Array, targets: Array, key: Array | None
+) -> tuple[Array, dict[str, Array]]:
+    """(what is minimised, its parts) for one micro-batch [B, T]; loss is the cross-entropy alone."""
+    model = skeleton.join(params)
+    h, losses = model.hidden(inputs, key=key)
+    loss = cross_entropy(model.logits(h), targets)
+    parts = {"loss": loss}
+    total = loss
+    if losses is not None:
+        parts |= {"balance": losses.balance, "router_z": losses.z}
+        total = total + config.model.balance_coef * losses.balance + config.model.router_z_coef * losses.z
+    return total, parts
+
+
+def make_train_step(
+    skeleton: Skeleton,
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+    shardings: TrainState | None = None,
+) -> Callable[[TrainState, Array, Array, Array], tuple[TrainState, dict[str, Array]]]:
+    """step(state, inputs, targets, step_number) -> (state, metrics), jitted, the old state donated.
+
+    inputs and targets are [A, B, T] int32: A micro-batches, walked by a scan that adds up their gradients. Dropout keys
+    depend on (seed, step number, micro-batch) alone.
+    """
+    A = config.train.grad_accum
+    root = jax.random.key(config.train.seed + 1)
+
+    def gradients(params: Params, inputs: Array, targets: Array, key: Array | None) -> tuple[dict, Params]:
+        def objective(params: Params) -> tuple[Array, dict[str, Array]]:
+            return loss_and_parts(skeleton, config, params, inputs, targets, key)
+
+        (_, parts), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        return parts, grads
+
+    def step(state: TrainState, inputs: Array, targets: Array, number: Array) -> tuple[TrainState, dict]:
+        key = jax.random.fold_in(root, number) if config.model.dropout else None
+        if A == 1:
+            parts, grads = gradients(state.params, inputs[0], targets[0], key)
+        else:
+
+            def add(total: Any, batch: tuple) -> tuple[Any, None]:
+                x, y, i = batch
+                found = gradients(state.params, x, y, None if key is None else jax.random.fold_in(key, i))
+                return jax.tree.map(jnp.add, total, found), None
+
+            shapes = jax.eval_shape(gradients, state.params, inputs[0], targets[0], key)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            summed, _ = jax.lax.scan(add, zeros, (inputs, targets, jnp.arange(A)))
+            parts, grads = jax.tree.map(lambda x: x / A, summed)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        return TrainState(params, opt_state), parts | {"grad_norm": optax.global_norm(grads)}
+
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0)
+    batch, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(shardings, batch, batch, whole),
+        out_shardings=(shardings, whole),
+    )
+
+
+def make_eval_step(
+    skeleton: Skeleton, config: Config, mesh: Mesh | None = None, shardings: Params | None = None
+) -> Callable[[Params, Array, Array], Array]:
+    """evaluate(params, inputs, targets [B, T]) -> token-mean cross-entropy, dropout off, without auxiliary losses."""
+
+    def evaluate(params: Params, inputs: Array, targets: Array) -> Array:
+        model = skeleton.join(params)
+        return cross_entropy(model(inputs), targets)
+
+    if mesh is None:
+        return jax.jit(evaluate)
+    whole = sharding.replicated(mesh)
+    return jax.jit(evaluate, in_shardings=(shardings, whole, whole), out_shardings=whole)
+
+
+def state_shardings(config: Config, mesh: Mesh, state: TrainState) -> TrainState:
+    """Shardings of a whole train state: an optimizer moment lies like its parameter, everything else is replicated."""
+    params = sharding.parameter_shardings(config.model, mesh)
+    whole = sharding.replicated(mesh)
+    like_params = jax.tree.map(
+        lambda leaf: params if leaf is None else whole,
+        jax.tree.map(
+            lambda node: None if isinstance(node, dict) else node,
+            state.opt_state,
+            is_leaf=lambda node: isinstance(node, dict) and node.keys() == state.params.keys(),
+        ),
+        is_leaf=lambda leaf: leaf is None,
+    )
+    return TrainState(params, like_params)

@@ -1,0 +1,54 @@
+"""Checks that the settings share: each failure is one line naming the setting, its value and what is allowed."""
+
+import math
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be; its message is one line naming the setting, its value and what is allowed."""
+
+
+def require(ok: bool, message: str) -> None:
+    """Raise `ConfigError(message)` unless ok."""
+    if not ok:
+        raise ConfigError(message)
+
+
+def check_fields(config: Any) -> None:
+    """Types and literals, so that a YAML string or a caller's typo is caught where it enters."""
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        options = get_args(hint) if get_origin(hint) is Literal else None
+        if options is not None:
+            require(value in options, f"{name} is {value!r}; allowed: {', '.join(map(str, options))}")
+        elif hint in (int, int | None):
+            optional = hint == (int | None)
+            fits = (isinstance(value, int) and not isinstance(value, bool)) or (optional and value is None)
+            require(fits, f"{name} is {value!r}; allowed: an integer{' or None' if optional else ''}")
+        elif hint in (float, float | None):
+            if isinstance(value, int) and not isinstance(value, bool):
+                object.__setattr__(config, name, float(value))
+                value = float(value)
+            fits = (isinstance(value, float) and math.isfinite(value)) or (hint != float and value is None)
+            require(
+                fits, f"{name} is {value!r}; allowed: a finite number{'' if hint is float else ' or None'}"
+            )
+        elif hint is bool:
+            require(isinstance(value, bool), f"{name} is {value!r}; allowed: true or false")
+        elif hint is str:
+            require(isinstance(value, str), f"{name} is {value!r}; allowed: text")
+
+
+def positive(config: Any, *names: str) -> None:
+    """Each named setting is above zero, or None."""
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value > 0, f"{name} is {value}; it must be positive")
+
+
+def fraction(config: Any, *names: str) -> None:
+    """Each named setting is in [0, 1)."""
+    for name in names:
+        require(
+            0 <= getattr(config, name) < 1, f"{name} is {getattr(config, name)}; allowed: 0 <= {name} < 1"
+        )

@@ -1,0 +1,111 @@
+"""Sliding-window, gated, grouped-query attention."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from kernels import checks
+from kernels.attention import xla
+from kernels.dispatch import choose, missing
+
+Array = jax.Array
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    gate: Array | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    segment_ids: tuple[Array, Array] | Array | None = None,
+    implementation: str = "auto",
+) -> Array:
+    """o = sigmoid(gate) * softmax(cap(scale * q k^T) + mask) v, differentiable in q, k, v and gate.
+
+    Args:
+        q: queries [B, T, H, D].
+        k: keys [B, S, K, D]; v: values [B, S, K, D]; H a multiple of K. All of one floating dtype.
+        gate: logits [B, T, H, D] or [B, T, H, 1] in q's dtype, or None.
+        causal: a query sees no later key; query t sits at key S - T + t (bottom-right).
+        window: keys a query sees, itself included, 0 <= pos_q - pos_k < window; needs causal.
+        scale: factor on the scores; None: D**-0.5.
+        softcap: scores s become softcap * tanh(s / softcap).
+        segment_ids: (q_ids [B, T], kv_ids [B, S]) int32, or one [B, T] array where T == S; a query sees only keys
+            of its own segment.
+        implementation: auto, reference, xla, pallas or triton.
+
+    Returns:
+        [B, T, H, D] in q's dtype; zeros, with zero gradients, for a query that sees no key.
+
+    Raises:
+        ValueError: an argument's shape, dtype or value is not allowed.
+        NotImplementedError: the named implementation cannot run here.
+    """
+    q, k, v = checks.array("q", q, "BTHD"), checks.array("k", k, "BSKD"), checks.array("v", v, "BSKD")
+    gate = None if gate is None else checks.array("gate", gate, "BTHD")
+    checks.floating(q=q, k=k, v=v, gate=gate)
+    B, T, H, D = q.shape
+    S, K = k.shape[1], k.shape[2]
+    checks.shape("k", k, (B, S, K, D))
+    checks.shape("v", v, (B, S, K, D))
+    checks.heads(H, K)
+    if gate is not None:
+        checks.shape("gate", gate, (B, T, H, D), (B, T, H, 1))
+    checks.window(window, causal)
+    checks.scalars(scale=scale, softcap=softcap)
+    segment_ids = _segments(segment_ids, B, T, S)
+
+    run = choose("attention", implementation, _table())
+    if 0 in (B, T, H, D):
+        return q
+    return run(
+        q,
+        k,
+        v,
+        gate=gate,
+        causal=causal,
+        window=window,
+        scale=D**-0.5 if scale is None else scale,
+        softcap=softcap,
+        segment_ids=segment_ids,
+    )
+
+
+@functools.cache
+def _table() -> dict:
+    def reference(*args, **kwargs):
+        from reference import attention as specification
+
+        return specification(*args, **kwargs)
+
+    return {
+        "reference": reference,
+        "xla": xla.attention,
+        "pallas": missing("attention", "pallas"),
+        "triton": missing("attention", "triton"),
+    }
+
+
+def _segments(
+    segment_ids: tuple[Array, Array] | Array | None, B: int, T: int, S: int
+) -> tuple[Array, Array] | None:
+    if segment_ids is None:
+        return None
+    if not isinstance(segment_ids, tuple | list):
+        if T != S:
+            raise ValueError(f"segment_ids is one array but T is {T} and S is {S}; allowed: (q_ids, kv_ids)")
+        segment_ids = (segment_ids, segment_ids)
+    if len(segment_ids) != 2:
+        raise ValueError(
+            f"segment_ids holds {len(segment_ids)} arrays; allowed: (q_ids [B, T], kv_ids [B, S])"
+        )
+    q_ids, kv_ids = (jnp.asarray(ids) for ids in segment_ids)
+    for name, ids, length in (("q_ids", q_ids, T), ("kv_ids", kv_ids, S)):
+        checks.shape(f"segment_ids {name}", ids, (B, length))
+        checks.integer(f"segment_ids {name}", ids)
+    return q_ids, kv_ids

@@ -1,0 +1,89 @@
+"""One decoding step: append to the ring, attend to what is visible, in place."""
+
+import functools
+
+import jax
+
+from kernels import checks
+from kernels.decode import xla
+from kernels.decode.cache import KVCache
+from kernels.dispatch import choose, missing
+
+Array = jax.Array
+
+__all__ = ["KVCache", "decode_attention"]
+
+
+def decode_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    cache: KVCache,
+    *,
+    gate: Array | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    implementation: str = "auto",
+) -> tuple[Array, KVCache]:
+    """Append one token a sequence at slot length % C, then attend to the last min(length + 1, C, window) tokens.
+
+    Under `jit` with the cache donated no implementation copies it.
+
+    Args:
+        q: [B, H, D]; k and v: [B, K, D]; one floating dtype.
+        cache: `KVCache`, k and v [B, K, C, D], length [B] int32.
+        gate: logits [B, H, D] or [B, H, 1], or None.
+        window: keys the query sees, itself included; None, or more than C: as many as the ring holds.
+        scale: factor on the scores; None: D**-0.5.
+        softcap: scores s become softcap * tanh(s / softcap).
+        implementation: auto, reference, xla, pallas or triton.
+
+    Returns:
+        (o [B, H, D] in q's dtype, the cache with length + 1).
+
+    Raises:
+        ValueError: an argument's shape, dtype or value is not allowed.
+        NotImplementedError: the named implementation cannot run here.
+    """
+    q, k, v = checks.array("q", q, "BHD"), checks.array("k", k, "BKD"), checks.array("v", v, "BKD")
+    gate = None if gate is None else checks.array("gate", gate, "BHD")
+    checks.floating(q=q, k=k, v=v, gate=gate)
+    cache_k, cache_v = checks.array("cache.k", cache.k, "BKCD"), checks.array("cache.v", cache.v, "BKCD")
+    length = checks.array("cache.length", cache.length, "B")
+    B, H, D = q.shape
+    K, C = k.shape[1], cache_k.shape[2]
+    checks.shape("k", k, (B, K, D))
+    checks.shape("v", v, (B, K, D))
+    checks.heads(H, K)
+    checks.shape("cache.k", cache_k, (B, K, C, D))
+    checks.shape("cache.v", cache_v, (B, K, C, D))
+    checks.shape("cache.length", length, (B,))
+    checks.integer("cache.length", length)
+    if C < 1:
+        raise ValueError("cache has 0 slots; allowed: 1 or more")
+    if gate is not None:
+        checks.shape("gate", gate, (B, H, D), (B, H, 1))
+    checks.window(window, causal=True)
+    checks.scalars(scale=scale, softcap=softcap)
+
+    run = choose("decode_attention", implementation, _table())
+    cache = KVCache(cache_k, cache_v, length)
+    return run(
+        q, k, v, cache, gate=gate, window=window, scale=D**-0.5 if scale is None else scale, softcap=softcap
+    )
+
+
+@functools.cache
+def _table() -> dict:
+    def reference(*args, **kwargs):
+        from reference import decode_attention as specification
+
+        return specification(*args, **kwargs)
+
+    return {
+        "reference": reference,
+        "xla": xla.decode_attention,
+        "pallas": missing("decode_attention", "pallas"),
+        "triton": missing("decode_attention", "triton"),
+    }

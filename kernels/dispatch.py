@@ -1,0 +1,69 @@
+"""Which implementation serves, and why each other one cannot.
+
+An operation hands `choose` the table of what it has for this call: a function, or the reason why there is none. A name
+that the caller gave is obeyed or refused; only "auto" chooses, in the order of `PREFERENCE`.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+log = logging.getLogger("kernels")
+
+NAMES = ("auto", "reference", "xla", "pallas", "triton")
+PREFERENCE = ("pallas", "triton", "xla", "reference")
+OPERATIONS = ("attention", "grouped_matmul", "moe_mlp", "decode_attention")
+
+Choice = Callable[..., Any] | str  # what runs, or why nothing does
+
+
+def choose(op: str, implementation: str, table: Mapping[str, Choice]) -> Callable[..., Any]:
+    """The function that serves this call.
+
+    Raises:
+        ValueError: `implementation` is no implementation's name.
+        NotImplementedError: the named implementation cannot serve this call; the message says why.
+    """
+    if implementation not in NAMES:
+        raise ValueError(f"implementation is {implementation!r}; allowed: {', '.join(NAMES)}")
+    if implementation != "auto":
+        choice = table[implementation]
+        if isinstance(choice, str):
+            raise NotImplementedError(f"{op}: implementation={implementation!r} cannot run here: {choice}")
+        return choice
+    for name in PREFERENCE:
+        choice = table[name]
+        if not isinstance(choice, str):
+            _report(op, name)
+            return choice
+    raise NotImplementedError(f"{op}: no implementation can run here")
+
+
+def implementations(op: str) -> dict[str, str | None]:
+    """Each implementation of `op`: None where it can run on this device, else the reason it cannot.
+
+    Raises:
+        ValueError: `op` is not one of the operations.
+    """
+    if op not in OPERATIONS:
+        raise ValueError(f"op is {op!r}; allowed: {', '.join(OPERATIONS)}")
+    return {name: missing(op, name) for name in NAMES if name != "auto"}
+
+
+def missing(op: str, name: str) -> str | None:
+    """Why this device cannot run the named implementation, whatever the shapes; None where it can."""
+    if name in ("reference", "xla"):
+        return None
+    if name == "pallas":
+        return f"{op} has no Pallas kernel for {jax.default_backend()} yet"
+    if name == "triton":
+        return f"{op} has no Triton kernel yet"
+    raise ValueError(f"implementation is {name!r}; allowed: {', '.join(NAMES[1:])}")
+
+
+@functools.cache
+def _report(op: str, name: str) -> None:
+    log.info("%s: auto chose %s on %s", op, name, jax.default_backend())

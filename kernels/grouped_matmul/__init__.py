@@ -1,0 +1,100 @@
+"""Grouped matmul, and the mixture of experts that is built on it."""
+
+import functools
+
+import jax
+
+from kernels import checks
+from kernels.dispatch import choose, missing
+from kernels.grouped_matmul import xla
+
+Array = jax.Array
+
+__all__ = ["grouped_matmul", "moe_mlp"]
+
+
+def grouped_matmul(x: Array, w: Array, group_sizes: Array, *, implementation: str = "auto") -> Array:
+    """y[n] = x[n] @ w[e] where row n belongs to group e; differentiable in x and w.
+
+    Args:
+        x: [N, M], rows sorted by group.
+        w: [E, M, F] in x's dtype.
+        group_sizes: [E] int32, each at least 0, summing to at most N.
+        implementation: auto, reference, xla, pallas or triton.
+
+    Returns:
+        [N, F] in x's dtype; rows past the sum of the sizes are exactly zero.
+
+    Raises:
+        ValueError: an argument's shape or dtype is not allowed.
+        NotImplementedError: the named implementation cannot run here.
+    """
+    x, w = checks.array("x", x, "NM"), checks.array("w", w, "EMF")
+    group_sizes = checks.array("group_sizes", group_sizes, "E")
+    checks.floating(x=x, w=w)
+    checks.integer("group_sizes", group_sizes)
+    E, M, F = w.shape
+    checks.shape("w", w, (E, x.shape[1], F))
+    checks.shape("group_sizes", group_sizes, (E,))
+    return choose("grouped_matmul", implementation, _table("grouped_matmul"))(x, w, group_sizes)
+
+
+def moe_mlp(
+    x: Array,
+    w_gate: Array,
+    w_up: Array,
+    w_down: Array,
+    expert_ids: Array,
+    expert_weights: Array,
+    *,
+    implementation: str = "auto",
+) -> Array:
+    """y[n] = sum_j expert_weights[n, j] * (silu(x[n] w_gate[e]) * (x[n] w_up[e])) w_down[e], e = expert_ids[n, j].
+
+    Dropless; the cost follows the N * k routed rows, not E. Differentiable in all but the ids.
+
+    Args:
+        x: tokens [N, M].
+        w_gate: [E, M, F]; w_up: [E, M, F]; w_down: [E, F, M]; all in x's dtype.
+        expert_ids: [N, k] int32, in [0, E).
+        expert_weights: [N, k], floating.
+        implementation: auto, reference, xla, pallas or triton.
+
+    Returns:
+        [N, M] in x's dtype.
+
+    Raises:
+        ValueError: an argument's shape or dtype is not allowed.
+        NotImplementedError: the named implementation cannot run here.
+    """
+    x, w_gate = checks.array("x", x, "NM"), checks.array("w_gate", w_gate, "EMF")
+    w_up, w_down = checks.array("w_up", w_up, "EMF"), checks.array("w_down", w_down, "EFM")
+    expert_ids = checks.array("expert_ids", expert_ids, "Nk")
+    expert_weights = checks.array("expert_weights", expert_weights, "Nk")
+    checks.floating(x=x, w_gate=w_gate, w_up=w_up, w_down=w_down)
+    checks.floating(expert_weights=expert_weights)
+    checks.integer("expert_ids", expert_ids)
+    (N, M), (E, _, F) = x.shape, w_gate.shape
+    k = expert_ids.shape[1]
+    checks.shape("w_gate", w_gate, (E, M, F))
+    checks.shape("w_up", w_up, (E, M, F))
+    checks.shape("w_down", w_down, (E, F, M))
+    checks.shape("expert_ids", expert_ids, (N, k))
+    checks.shape("expert_weights", expert_weights, (N, k))
+    run = choose("moe_mlp", implementation, _table("moe_mlp"))
+    return run(x, w_gate, w_up, w_down, expert_ids, expert_weights)
+
+
+@functools.cache
+def _table(op: str) -> dict:
+    def reference(*args):
+        import reference as specification
+
+        return getattr(specification, op)(*args)
+
+    return {
+        "reference": reference,
+        "xla": getattr(xla, op),
+        "pallas": missing(op, "pallas"),
+        "triton": missing(op, "triton"),
+    }

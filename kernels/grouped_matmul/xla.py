@@ -1,0 +1,280 @@
+"""Grouped matmul and the mixture of experts in plain XLA.
+
+On CPU `lax.ragged_dot` multiplies every row with every group's matrix, so its cost grows with E. Here each group is walked in
+row tiles by a loop whose trip count follows the rows that are there:
+
+    rows    ├── group 0 ──┼ group 1 ┼───── group 2 ─────┤ nobody's
+    tiles   [ 0 ][ 0 ][ 0 ]                                       the last tile of a group runs into the next group;
+                     [ 1 ][ 1 ]                                   groups are walked in order, so the rows it spoils are
+                               [ 2 ][ 2 ][ 2 ][ 2 ]               written once more by their owner
+
+The last tile of a group is as small as a few sizes allow, so at most half of it is wasted. Only dw needs a mask: there the
+rows are summed. On other devices `lax.ragged_dot` is used.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+
+TILES = (64, 256)
+
+
+def _dot(a: Array, b: Array, axes: tuple[int, int]) -> Array:
+    """Contract axis axes[0] of a with axes[1] of b, accumulating in float32 or wider."""
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    return jax.lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=wide)
+
+
+def _rows(x: Array, row: Array, tile: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, row, tile)
+
+
+def _put(x: Array, update: Array, row: Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, update.astype(x.dtype), row, 0)
+
+
+def _pad(x: Array) -> Array:
+    """Room for the last tile to run over the end."""
+    return jnp.pad(x, ((0, TILES[-1]), (0, 0)))
+
+
+def _walk(start: Array, end: Array, body: Callable[[Array, int, Any], Any], carry: Any) -> Any:
+    """carry = body(row, tile, carry) over the row tiles of one group, ascending."""
+
+    def step(state: tuple[Array, Any]) -> tuple[Array, Any]:
+        row, carry = state
+        size = sum((end - row > tile).astype(jnp.int32) for tile in TILES[:-1])
+        branches = [
+            functools.partial(lambda tile, row, carry: body(row, tile, carry), tile) for tile in TILES
+        ]
+        return row + jnp.asarray(TILES)[size], jax.lax.switch(size, branches, row, carry)
+
+    return jax.lax.while_loop(lambda state: state[0] < end, step, (start, carry))[1]
+
+
+def _groups(group_sizes: Array) -> tuple[Array, Array]:
+    ends = jnp.cumsum(group_sizes.astype(jnp.int32))
+    return ends - group_sizes, ends
+
+
+def _owned(y: Array, group_sizes: Array) -> Array:
+    """Rows past the last group are zero."""
+    return jnp.where(jnp.arange(y.shape[0])[:, None] < jnp.sum(group_sizes), y, 0)
+
+
+# --- grouped matmul ------------------------------------------------------------------------------------------------
+
+
+def _matmul_loop(x: Array, w: Array, group_sizes: Array, transpose: bool) -> Array:
+    """y[n] = x[n] @ w[e], or x[n] @ w[e].T."""
+    starts, ends = _groups(group_sizes)
+    N, x = x.shape[0], _pad(x)
+
+    def group(e: Array, y: Array) -> Array:
+        w_e = w[e]
+
+        def tile(row: Array, size: int, y: Array) -> Array:
+            return _put(y, _dot(_rows(x, row, size), w_e, (1, 1 if transpose else 0)), row)
+
+        return _walk(starts[e], ends[e], tile, y)
+
+    y = jnp.empty((x.shape[0], w.shape[1 if transpose else 2]), x.dtype)  # every owned row is written below
+    return _owned(jax.lax.fori_loop(0, w.shape[0], group, y)[:N], group_sizes)
+
+
+def _weight_grad_loop(x: Array, dy: Array, group_sizes: Array, dtype: jnp.dtype) -> Array:
+    """dw[e] = sum over the rows n of group e of x[n]^T dy[n]: [E, M, F]."""
+    starts, ends = _groups(group_sizes)
+    x, dy = _pad(x), _pad(dy)
+    wide = jnp.promote_types(dtype, jnp.float32)
+
+    def group(_: None, bounds: tuple[Array, Array]) -> tuple[None, Array]:
+        start, end = bounds
+
+        def tile(row: Array, size: int, dw: Array) -> Array:
+            mine = (row + jnp.arange(size) < end)[:, None]
+            x_t, dy_t = (jnp.where(mine, _rows(a, row, size), 0) for a in (x, dy))
+            return dw + _dot(x_t, dy_t, (0, 0))
+
+        dw = _walk(start, end, tile, jnp.zeros((x.shape[1], dy.shape[1]), wide))
+        return None, dw.astype(dtype)
+
+    return jax.lax.scan(group, None, (starts, ends))[1]
+
+
+@jax.custom_vjp
+def _matmul_cpu(x: Array, w: Array, group_sizes: Array) -> Array:
+    return _matmul_loop(x, w, group_sizes, transpose=False)
+
+
+def _matmul_cpu_fwd(x: Array, w: Array, group_sizes: Array) -> tuple[Array, tuple]:
+    return _matmul_cpu(x, w, group_sizes), (x, w, group_sizes)
+
+
+def _matmul_cpu_bwd(saved: tuple, dy: Array) -> tuple:
+    x, w, group_sizes = saved
+    dx = _matmul_loop(dy, w, group_sizes, transpose=True)
+    return dx, _weight_grad_loop(x, dy, group_sizes, w.dtype), _no_grad(group_sizes)
+
+
+_matmul_cpu.defvjp(_matmul_cpu_fwd, _matmul_cpu_bwd)
+
+
+def _no_grad(ids: Array) -> np.ndarray:
+    return np.zeros(ids.shape, jax.dtypes.float0)
+
+
+def _ragged(x: Array, w: Array, group_sizes: Array) -> Array:
+    # What nobody owns is cleared before too, so that a NaN there cannot reach dw.
+    x = _owned(x, group_sizes)
+    return _owned(jax.lax.ragged_dot(x, w, group_sizes.astype(jnp.int32)), group_sizes)
+
+
+def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
+    """See `kernels.grouped_matmul`; arguments are checked there."""
+    return jax.lax.platform_dependent(x, w, group_sizes, cpu=_matmul_cpu, default=_ragged)
+
+
+# --- mixture of experts --------------------------------------------------------------------------------------------
+
+
+def _experts_loop(
+    x: Array, w_gate: Array, w_up: Array, w_down: Array, group_sizes: Array
+) -> tuple[Array, ...]:
+    """(y, x w_gate, x w_up) of rows sorted by expert, one pass: a tile's hidden rows are used while in cache.
+
+    x is padded; what comes back has its rows, those past the last group unspecified.
+    """
+    starts, ends = _groups(group_sizes)
+
+    def group(e: Array, out: tuple[Array, ...]) -> tuple[Array, ...]:
+        gate_e, up_e, down_e = w_gate[e], w_up[e], w_down[e]
+
+        def tile(row: Array, size: int, out: tuple[Array, ...]) -> tuple[Array, ...]:
+            x_t = _rows(x, row, size)
+            g, u = _dot(x_t, gate_e, (1, 0)), _dot(x_t, up_e, (1, 0))
+            h = (jax.nn.silu(g) * u).astype(x.dtype)
+            return tuple(_put(a, b, row) for a, b in zip(out, (_dot(h, down_e, (1, 0)), g, u), strict=True))
+
+        return _walk(starts[e], ends[e], tile, out)
+
+    E, M, F = w_gate.shape
+    out = tuple(jnp.empty((x.shape[0], width), x.dtype) for width in (M, F, F))
+    return jax.lax.fori_loop(0, E, group, out)
+
+
+def _experts_loop_bwd(
+    x: Array,
+    gate: Array,
+    up: Array,
+    w_gate: Array,
+    w_up: Array,
+    w_down: Array,
+    group_sizes: Array,
+    dy: Array,
+) -> tuple[Array, Array, Array, Array]:
+    """(dx, dw_gate, dw_up, dw_down); gate = x w_gate and up = x w_up were kept: recomputing costs 2 matmuls of 9.
+
+    x, gate, up, dy and dx are padded, as in `_experts_loop`.
+    """
+    starts, ends = _groups(group_sizes)
+    dtype = x.dtype
+    wide = jnp.promote_types(dtype, jnp.float32)
+
+    def group(dx: Array, of: tuple) -> tuple[Array, tuple[Array, ...]]:
+        start, end, gate_e, up_e, down_e = of
+
+        def tile(row: Array, size: int, carry: tuple) -> tuple:
+            dx, dw_gate, dw_up, dw_down = carry
+            mine = (row + jnp.arange(size) < end)[:, None]
+            x_t, g, u, dy_t = (jnp.where(mine, _rows(a, row, size), 0) for a in (x, gate, up, dy))
+            dh = _dot(dy_t, down_e, (1, 1))
+            g, u = g.astype(wide), u.astype(wide)
+            s = jax.nn.sigmoid(g)
+            h, du, dg = (g * s * u), dh * g * s, dh * u * s * (1 + g * (1 - s))
+            h, du, dg = (a.astype(dtype) for a in (h, du, dg))
+            dx = _put(dx, _dot(du, up_e, (1, 1)) + _dot(dg, gate_e, (1, 1)), row)
+            return (
+                dx,
+                dw_gate + _dot(x_t, dg, (0, 0)),
+                dw_up + _dot(x_t, du, (0, 0)),
+                dw_down + _dot(h, dy_t, (0, 0)),
+            )
+
+        zeros = [jnp.zeros(w.shape, wide) for w in (gate_e, up_e, down_e)]
+        dx, *dws = _walk(start, end, tile, (dx, *zeros))
+        return dx, tuple(dw.astype(dtype) for dw in dws)
+
+    dx, dws = jax.lax.scan(group, jnp.empty_like(x), (starts, ends, w_gate, w_up, w_down))
+    return dx, *dws
+
+
+@jax.custom_vjp
+def _experts_cpu(x: Array, w_gate: Array, w_up: Array, w_down: Array, group_sizes: Array) -> Array:
+    return _owned(_experts_loop(_pad(x), w_gate, w_up, w_down, group_sizes)[0][: x.shape[0]], group_sizes)
+
+
+def _experts_cpu_fwd(x: Array, w_gate: Array, w_up: Array, w_down: Array, group_sizes: Array) -> tuple:
+    N, x = x.shape[0], _pad(x)
+    y, gate, up = _experts_loop(x, w_gate, w_up, w_down, group_sizes)
+    return _owned(y[:N], group_sizes), (x, gate, up, w_gate, w_up, w_down, group_sizes)
+
+
+def _experts_cpu_bwd(saved: tuple, dy: Array) -> tuple:
+    dx, *dws = _experts_loop_bwd(*saved, _pad(dy))
+    return _owned(dx[: dy.shape[0]], saved[-1]), *dws, _no_grad(saved[-1])
+
+
+_experts_cpu.defvjp(_experts_cpu_fwd, _experts_cpu_bwd)
+
+
+def _experts_ragged(x: Array, w_gate: Array, w_up: Array, w_down: Array, group_sizes: Array) -> Array:
+    h = jax.nn.silu(_ragged(x, w_gate, group_sizes)) * _ragged(x, w_up, group_sizes)
+    return _ragged(h, w_down, group_sizes)
+
+
+@jax.custom_vjp
+def _gather(x: Array, index: Array, inverse: Array) -> Array:
+    """x[index] where each row of x is taken k times and `inverse` [rows of x, k] says where to: its gradient is a gather
+    and a sum, which is deterministic and faster than the scatter that XLA would make of it."""
+    return x[index]
+
+
+def _gather_fwd(x: Array, index: Array, inverse: Array) -> tuple[Array, tuple]:
+    return x[index], (index, inverse)
+
+
+def _gather_bwd(saved: tuple, dy: Array) -> tuple:
+    index, inverse = saved
+    dx = sum(
+        dy[inverse[:, j]].astype(jnp.promote_types(dy.dtype, jnp.float32)) for j in range(inverse.shape[1])
+    )
+    return dx.astype(dy.dtype), _no_grad(index), _no_grad(inverse)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def moe_mlp(
+    x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array
+) -> Array:
+    """See `kernels.moe_mlp`: sort the N * k routed rows by expert, run the experts, put the rows back and combine."""
+    N, k = expert_ids.shape
+    E = w_gate.shape[0]
+    flat = expert_ids.reshape(-1)
+    order = jnp.argsort(flat, stable=True)  # sorted row -> n * k + j
+    place = jnp.zeros_like(order).at[order].set(jnp.arange(N * k, dtype=order.dtype), unique_indices=True)
+    group_sizes = jnp.sum(flat[:, None] == jnp.arange(E)[None], axis=0, dtype=jnp.int32)
+    rows = _gather(x, order // k, place.reshape(N, k))
+    y = jax.lax.platform_dependent(
+        rows, w_gate, w_up, w_down, group_sizes, cpu=_experts_cpu, default=_experts_ragged
+    )
+    back = _gather(y, place, order[:, None]).reshape(N, k, -1)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.einsum("NkM,Nk->NM", back.astype(wide), expert_weights.astype(wide)).astype(x.dtype)

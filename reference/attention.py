@@ -1,0 +1,68 @@
+"""Attention as the formula says: all scores, one mask, one softmax."""
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def visible(T: int, S: int, *, causal: bool, window: int | None) -> Array:
+    """Which keys each query may see: [T, S] bool. Bottom-right aligned: query t sits at key S - T + t."""
+    distance = (jnp.arange(T)[:, None] + S - T) - jnp.arange(S)[None, :]
+    mask = jnp.ones((T, S), bool)
+    if causal:
+        mask &= distance >= 0
+    if window is not None:
+        mask &= distance < window
+    return mask
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    gate: Array | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    segment_ids: tuple[Array, Array] | None = None,
+) -> Array:
+    """o = sigmoid(gate) * softmax(softcap * tanh(scale * q k^T / softcap) + mask) v.
+
+    Args:
+        q: queries [B, T, H, D].
+        k: keys [B, S, K, D]; v: values [B, S, K, D]; H is a multiple of K.
+        gate: logits [B, T, H, D] or [B, T, H, 1], or None for no gate.
+        causal: a query sees no later key, aligned bottom-right.
+        window: keys a query sees, itself included (needs causal).
+        segment_ids: (query ids [B, T], key ids [B, S]); a query sees only keys of its own segment.
+
+    Returns:
+        [B, T, H, D] in q's dtype; zeros for a query that sees no key.
+    """
+    B, T, H, D = q.shape
+    S, K = k.shape[1], k.shape[2]
+    scale = D**-0.5 if scale is None else scale
+    mask = visible(T, S, causal=causal, window=window)[None]
+    if segment_ids is not None:
+        q_ids, kv_ids = segment_ids
+        mask = mask & (q_ids[:, :, None] == kv_ids[:, None, :])
+    mask = mask[:, None, None]  # [B, 1, 1, T, S]
+
+    # A key that nobody sees is cleared first: what it holds, NaN included, must reach nobody (0 * NaN is NaN).
+    seen = jnp.any(mask, axis=(1, 2, 3))[:, :, None, None]  # [B or 1, S, 1, 1]
+    k, v = jnp.where(seen, k, 0), jnp.where(seen, v, 0)
+    scores = jnp.einsum("BTKGD,BSKD->BKGTS", q.reshape(B, T, K, H // K, D), k) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(mask, scores, -jnp.inf)
+    top = jnp.max(scores, axis=-1, keepdims=True, initial=jnp.finfo(scores.dtype).min)
+    weights = jnp.where(mask, jnp.exp(scores - jax.lax.stop_gradient(top)), 0)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights / jnp.where(total == 0, 1, total)
+    o = jnp.einsum("BKGTS,BSKD->BTKGD", weights, v).reshape(B, T, H, D)
+    if gate is not None:
+        o = o * jax.nn.sigmoid(gate)
+    return o.astype(q.dtype)

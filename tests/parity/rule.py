@@ -1,0 +1,114 @@
+"""The rule by which every implementation is judged.
+
+    error(kernel) <= 2 x error(the same formula in plain jnp, at the kernel's dtype) + one ulp
+
+Errors are the largest absolute difference from the reference in float64, for the output and for every gradient. The ulp is
+that of the largest exact value, or of 1 where that is smaller: inputs are drawn from N(0, 1), so a gradient that cancels to
+zero is still a difference of numbers of that size.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import kernels
+
+Arrays = Mapping[str, Any]
+Options = tuple[tuple[str, Any], ...]
+
+
+def runnable(op: str) -> list[str]:
+    """The implementations to judge on this device: those that can run, but for the reference itself."""
+    return [name for name, why in kernels.implementations(op).items() if why is None and name != "reference"]
+
+
+@functools.cache
+def program(
+    op: str, implementation: str, options: Options = (), hurry: bool = True
+) -> Callable[..., dict[str, jax.Array]]:
+    """Jitted (inputs, aux, dout) -> {"o": output, "dNAME": gradient of each input}.
+
+    With `hurry`, and for the reference, XLA compiles fast rather than well: most programs run once, on little.
+    """
+    operation = getattr(kernels, op)
+
+    def run(inputs: Arrays, aux: Arrays, dout: jax.Array) -> dict[str, jax.Array]:
+        call = lambda inputs: operation(**inputs, **aux, **dict(options), implementation=implementation)
+        o, pull = jax.vjp(call, inputs)
+        return {"o": o} | {f"d{name}": gradient for name, gradient in pull(dout)[0].items()}
+
+    hurry = (hurry or implementation == "reference") and jax.default_backend() == "cpu"
+    fast = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
+    return jax.jit(run, compiler_options=fast if hurry else None)
+
+
+def judge(
+    op: str,
+    implementation: str,
+    inputs: Arrays,
+    dout: np.ndarray,
+    dtype: Any,
+    *,
+    aux: Arrays | None = None,
+    keep: tuple[str, ...] = (),
+    options: Options = (),
+    hurry: bool = True,
+) -> dict[str, jax.Array]:
+    """Apply the rule to the output and every gradient; returns what the implementation computed.
+
+    Args:
+        inputs: the differentiable arguments, in float64; rounded to `dtype` here, but for those in `keep` (float32).
+        dout: cotangent of the output.
+        aux: integer arguments. options: static arguments. hurry: see `program`.
+    """
+    aux = aux or {}
+    rounded = {name: jnp.asarray(x, jnp.float32 if name in keep else dtype) for name, x in inputs.items()}
+    dout = jnp.asarray(dout, dtype)
+    mine = program(op, implementation, options, hurry)(rounded, aux, dout)
+    plain = program(op, "reference", options)(rounded, aux, dout)
+    with jax.enable_x64(True):
+        exact_inputs = {name: jnp.asarray(exact(x)) for name, x in rounded.items()}
+        oracle = program(op, "reference", options)(exact_inputs, aux, jnp.asarray(exact(dout)))
+    for name in oracle:
+        assert mine[name].dtype == plain[name].dtype and mine[name].shape == oracle[name].shape, name
+    check(mine, plain, oracle, dtype)
+    return mine
+
+
+def check(mine: Arrays, plain: Arrays, oracle: Arrays, dtype: Any) -> None:
+    """The rule, on arrays by name."""
+    for name, value in oracle.items():
+        truth = exact(value)
+        assert np.isfinite(truth).all(), f"{name}: the oracle itself is not finite"
+        ulp = float(jnp.finfo(dtype).eps) * max(1.0, np.abs(truth).max(initial=0))
+        error, allowed = (np.abs(exact(x[name]) - truth).max(initial=0) for x in (mine, plain))
+        # Written so that a NaN fails.
+        assert error <= 2 * allowed + ulp, (
+            f"{name}: error {error:.3g}, plain jnp {allowed:.3g}, ulp {ulp:.3g}"
+        )
+
+
+def exact(x: Any) -> np.ndarray:
+    """`x` in float64."""
+    return np.asarray(x).astype(np.float64)
+
+
+def same_bits(a: Arrays, b: Arrays) -> None:
+    """Both hold the same arrays, bit for bit, and no NaN or infinity."""
+    for name in a:
+        x, y = np.asarray(a[name]), np.asarray(b[name])
+        assert x.dtype == y.dtype, name
+        for values in (x, y):
+            assert np.isfinite(exact(values)).all(), f"{name} is not finite"
+        assert x.tobytes() == y.tobytes(), f"{name} differs in {np.sum(x != y)} of {x.size} places"
+
+
+def slope(f: Callable[..., np.ndarray], inputs: Arrays, toward: Arrays, dout: np.ndarray) -> float:
+    """d/de sum(dout * f(inputs + e * toward)) at e = 0, by central difference in float64: a gradient's oracle."""
+    e = 1e-5
+    ends = [np.sum(dout * f(**{n: x + sign * e * toward[n] for n, x in inputs.items()})) for sign in (1, -1)]
+    return float(ends[0] - ends[1]) / (2 * e)
