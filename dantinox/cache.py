@@ -63,9 +63,7 @@ def fill(k: Array, v: Array, length: Array, slots: int) -> KVCache:
     return KVCache(ring(k), ring(v), length.astype(jnp.int32))
 
 
-def prefill(
-    model: Transformer, tokens: Array, length: Array, slots: Sequence[int]
-) -> tuple[Array, list[KVCache]]:
+def prefill(model: Transformer, tokens: Array, length: Array, slots: Sequence[int]) -> tuple[Array, list[KVCache]]:
     """Read whole prompts at once.
 
     Args:

@@ -64,11 +64,7 @@ def read_config(run: str | Path) -> Config:
     """
     run = Path(run)
     if not (run / "config.yaml").is_file():
-        siblings = (
-            sorted(path.parent.name for path in run.parent.glob("*/config.yaml"))
-            if run.parent.is_dir()
-            else []
-        )
+        siblings = sorted(path.parent.name for path in run.parent.glob("*/config.yaml")) if run.parent.is_dir() else []
         known = f"runs in {run.parent}: {', '.join(siblings)}" if siblings else f"no runs in {run.parent}"
         raise FileNotFoundError(f"run {run} does not exist (it has no config.yaml); {known}")
     return Config.from_yaml(run / "config.yaml")

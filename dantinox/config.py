@@ -1,7 +1,7 @@
 """Every toggle of DantinoX in one frozen dataclass tree, checked when it is built.
 
 `Config.model` is the network, `Config.data` the text, `Config.optim` the optimizer, `Config.train` the run. Field names are
-unique over the whole tree, so flags, YAML files and overrides are flat: `--window 64`, `window: 64`, `window=64`.
+unique over the tree, so flags, YAML files and overrides are flat: `--window 64`, `window: 64`, `window=64`.
 """
 
 import dataclasses
@@ -123,9 +123,7 @@ class ModelConfig:
             self.rope_scaling == "none" or self.positions == "rope",
             f"rope_scaling is {self.rope_scaling!r} but positions is {self.positions!r}; it needs positions rope",
         )
-        require(
-            self.hidden >= 1, f"expansion is {self.expansion}; it leaves no hidden width for dim {self.dim}"
-        )
+        require(self.hidden >= 1, f"expansion is {self.expansion}; it leaves no hidden width for dim {self.dim}")
         require(self.n_experts >= 0, f"n_experts is {self.n_experts}; allowed: 0 (dense) or more")
         require(
             self.experts_per_token >= 1,
@@ -291,9 +289,7 @@ class TrainConfig:
             return None
         first, _, last = self.profile_steps.partition(":")
         if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
-            raise ConfigError(
-                f"profile_steps is {self.profile_steps!r}; allowed: FIRST:LAST with 1 <= FIRST <= LAST"
-            )
+            raise ConfigError(f"profile_steps is {self.profile_steps!r}; allowed: FIRST:LAST with 1 <= FIRST <= LAST")
         return int(first), int(last)
 
 
@@ -331,9 +327,7 @@ class Config:
         try:
             text = Path(path).read_text()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"config {path}: cannot be read ({getattr(error, 'strerror', error)})"
-            ) from None
+            raise ConfigError(f"config {path}: cannot be read ({getattr(error, 'strerror', error)})") from None
         return (base or cls()).replace(**_parse_yaml(text, f"config {path}"))
 
     @classmethod

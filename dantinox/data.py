@@ -168,9 +168,7 @@ def split(documents: list[Document], val_fraction: float) -> tuple[list[Document
     return train, val
 
 
-def batch(
-    tokens: np.ndarray, *, seed: int, step: int, batch_size: int, seq_len: int
-) -> tuple[np.ndarray, np.ndarray]:
+def batch(tokens: np.ndarray, *, seed: int, step: int, batch_size: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
     """Random windows of `tokens` [N]: inputs and targets, int32 [B,T], the targets one token later.
 
     A pure function of (seed, step), both >= 0, with no state to save; row b does not depend on batch_size.
@@ -184,9 +182,7 @@ def batch(
     return _windows(tokens, (bits % np.uint64(len(tokens) - seq_len)).astype(np.int64), seq_len)
 
 
-def eval_batches(
-    tokens: np.ndarray, *, batch_size: int, seq_len: int, n: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
+def eval_batches(tokens: np.ndarray, *, batch_size: int, seq_len: int, n: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """`n` batches of evenly spaced windows that predict no token twice: the same on every call.
 
     Each is (inputs, targets), int32 [B,T]. Where `tokens` [N] has too few windows there are fewer batches, at

@@ -253,7 +253,7 @@ def _ids(name: str, ids: Any, vocab_size: int) -> np.ndarray:
     except ValueError:  # lists of different lengths
         array = np.asarray(None)
     if array.ndim != 1:
-        raise ValueError(f"{name} is {str(ids):.50}; allowed: a list of token ids")
+        raise ValueError(f"{name} is {ids!s:.50}; allowed: a list of token ids")
     if array.size == 0:
         raise ValueError(f"{name} is empty; allowed: at least one token id")
     if not np.issubdtype(array.dtype, np.integer):

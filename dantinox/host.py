@@ -10,8 +10,8 @@ def keep_freed_memory() -> bool:
     """Let glibc keep freed memory instead of giving it back to the system; True where that was possible.
 
     XLA on CPU allocates the temporary memory of a step anew each time it runs. By default glibc maps and unmaps such large
-    blocks, and the kernel zeroes every page of them again: 96,000 page faults and 0.28 of 1.97 CPU seconds in a step
-    with 390 MB of temporaries; 4 faults with this. Programs call it before they first use JAX.
+    blocks, and the kernel zeroes every page of them again: 96,000 page faults and 0.28 of 1.97 CPU seconds in a
+    step with 390 MB of temporaries; 4 faults with this. Programs call it before they first use JAX.
     """
     if not sys.platform.startswith("linux"):
         return False

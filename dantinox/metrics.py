@@ -74,9 +74,7 @@ def _text(tag: str, text: str) -> Any:
     metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
     # Four spaces make it a verbatim block in TensorBoard's Markdown.
     block = "\n".join("    " + line for line in text.splitlines())
-    return Summary.Value(
-        tag=tag, metadata=metadata, tensor=TensorProto(dtype=DT_STRING, string_val=[block.encode()])
-    )
+    return Summary.Value(tag=tag, metadata=metadata, tensor=TensorProto(dtype=DT_STRING, string_val=[block.encode()]))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -68,9 +68,7 @@ class Attention(nnx.Module):
             )
         return self.merge(o), k, v
 
-    def step(
-        self, x: Array, rope: tuple[Array, Array] | None, cache: kernels.KVCache
-    ) -> tuple[Array, kernels.KVCache]:
+    def step(self, x: Array, rope: tuple[Array, Array] | None, cache: kernels.KVCache) -> tuple[Array, kernels.KVCache]:
         """One new token a sequence: x [B, 1, M] -> (output [B, 1, M], cache with the token appended)."""
         q, k, v, gate = self.project(x, rope)
         o, cache = kernels.decode_attention(
@@ -107,9 +105,7 @@ class Block(nnx.Module):
         h, losses = self.feed_forward(h, keys[1])
         return h, losses, (k, v)
 
-    def step(
-        self, h: Array, rope: tuple[Array, Array] | None, cache: kernels.KVCache
-    ) -> tuple[Array, kernels.KVCache]:
+    def step(self, h: Array, rope: tuple[Array, Array] | None, cache: kernels.KVCache) -> tuple[Array, kernels.KVCache]:
         """One decoding step: h [B, 1, M]."""
         o, cache = self.attention.step(rms_norm(h, self.attention_norm, self.config.norm_eps), rope, cache)
         return self.feed_forward(h + o, None)[0], cache
@@ -188,9 +184,7 @@ class Transformer(nnx.Module):
         """(embedded tokens [B, T, M], rotary cos and sin) at int32 positions [B or 1, T]."""
         limit = self.config.max_context
         if self.position is not None and tokens.shape[1] > limit:
-            raise ValueError(
-                f"tokens are {tokens.shape[1]} long; learned positions allow max_context {limit}"
-            )
+            raise ValueError(f"tokens are {tokens.shape[1]} long; learned positions allow max_context {limit}")
         dtype = jnp.dtype(self.config.dtype)
         h = self.embedding[...].astype(dtype)[tokens]
         if self.position is not None:

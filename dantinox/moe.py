@@ -1,4 +1,4 @@
-"""Sparse mixture of experts: a router that picks k of E experts for each token, and the two losses that keep it even."""
+"""Sparse mixture of experts: a router picks k of E experts for each token, two losses keep the load even."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,7 +18,7 @@ class RouterLosses(NamedTuple):
     """Unweighted auxiliary losses of a router, float32 scalars.
 
     Attributes:
-        balance: E * sum_e f_e P_e, with f_e the share of routed slots times k and P_e the mean probability; k when even.
+        balance: E * sum_e f_e P_e, f_e the share of tokens sent to e, P_e its mean probability; k when even.
         z: mean of logsumexp(logits)^2, which keeps the logits small.
     """
 

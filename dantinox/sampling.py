@@ -38,9 +38,7 @@ class Sampling(NamedTuple):
     min_p: Array | np.ndarray
 
     @classmethod
-    def checked(
-        cls, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
-    ) -> "Sampling":
+    def checked(cls, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> "Sampling":
         """Raises ValueError, one line that names the argument, for a value that makes no sense."""
         temperature = _number("temperature", temperature, "a finite number, 0 (greedy) or more")
         if temperature < 0:

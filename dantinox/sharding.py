@@ -38,14 +38,10 @@ def parameter_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedShard
     _, shapes = state.abstract(config)
     shardings = {}
     for name, axes in state.axes(config).items():
-        spec = [
-            RULES.get(axis) if len(axes) > 1 else None for axis in axes
-        ]  # norm scales are whole everywhere
+        spec = [RULES.get(axis) if len(axes) > 1 else None for axis in axes]  # norm scales are whole everywhere
         for axis, over, size in zip(axes, spec, shapes[name].shape, strict=True):
             if over and size % mesh.shape[over]:
-                raise ConfigError(
-                    f"axis {axis} of {name} is {size}; it must divide by {over}={mesh.shape[over]}"
-                )
+                raise ConfigError(f"axis {axis} of {name} is {size}; it must divide by {over}={mesh.shape[over]}")
         shardings[name] = NamedSharding(mesh, PartitionSpec(*spec))
     return shardings
 

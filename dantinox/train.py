@@ -108,9 +108,7 @@ class Trainer:
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(inputs, targets), each [A, B, T] int32: the batch of a step, cut into micro-batches."""
         t = self.config.train
-        pair = data.batch(
-            self.corpus.train, seed=t.seed, step=step, batch_size=t.batch_size, seq_len=t.seq_len
-        )
+        pair = data.batch(self.corpus.train, seed=t.seed, step=step, batch_size=t.batch_size, seq_len=t.seq_len)
         return tuple(x.reshape(t.grad_accum, -1, t.seq_len) for x in pair)
 
     def validation_loss(self, params: state.Params) -> float:
@@ -200,9 +198,7 @@ class Loop:
                     if traced and step == traced[0]:
                         jax.profiler.start_trace(str(self.run_dir / "tensorboard"))
                     with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                        current, parts = self.trainer.step(
-                            current, *self.trainer.batch(step - 1), jnp.int32(step - 1)
-                        )
+                        current, parts = self.trainer.step(current, *self.trainer.batch(step - 1), jnp.int32(step - 1))
                     if traced and step == min(traced[1], t.steps):
                         jax.block_until_ready(current)
                         jax.profiler.stop_trace()

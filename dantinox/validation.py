@@ -29,10 +29,8 @@ def check_fields(config: Any) -> None:
             if isinstance(value, int) and not isinstance(value, bool):
                 object.__setattr__(config, name, float(value))
                 value = float(value)
-            fits = (isinstance(value, float) and math.isfinite(value)) or (hint != float and value is None)
-            require(
-                fits, f"{name} is {value!r}; allowed: a finite number{'' if hint is float else ' or None'}"
-            )
+            fits = (isinstance(value, float) and math.isfinite(value)) or (hint is not float and value is None)
+            require(fits, f"{name} is {value!r}; allowed: a finite number{'' if hint is float else ' or None'}")
         elif hint is bool:
             require(isinstance(value, bool), f"{name} is {value!r}; allowed: true or false")
         elif hint is str:
@@ -49,6 +47,4 @@ def positive(config: Any, *names: str) -> None:
 def fraction(config: Any, *names: str) -> None:
     """Each named setting is in [0, 1)."""
     for name in names:
-        require(
-            0 <= getattr(config, name) < 1, f"{name} is {getattr(config, name)}; allowed: 0 <= {name} < 1"
-        )
+        require(0 <= getattr(config, name) < 1, f"{name} is {getattr(config, name)}; allowed: 0 <= {name} < 1")

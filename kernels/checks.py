@@ -1,4 +1,4 @@
-"""Argument checks shared by the operations: each raises `ValueError` naming the argument, what it was, what is allowed."""
+"""Checks shared by the operations: each raises `ValueError` naming the argument, what it was, what is allowed."""
 
 import math
 from collections.abc import Sequence
@@ -27,9 +27,7 @@ def floating(**arrays: jax.Array | None) -> None:
     first = next(iter(given))
     for name, x in given.items():
         if x.dtype != given[first].dtype:
-            raise ValueError(
-                f"{name} has dtype {x.dtype}; allowed: {given[first].dtype}, the dtype of {first}"
-            )
+            raise ValueError(f"{name} has dtype {x.dtype}; allowed: {given[first].dtype}, the dtype of {first}")
 
 
 def integer(name: str, x: jax.Array) -> None:
@@ -41,9 +39,7 @@ def integer(name: str, x: jax.Array) -> None:
 def shape(name: str, x: jax.Array, *allowed: Sequence[int]) -> None:
     """`x` has one of the allowed shapes."""
     if tuple(x.shape) not in {tuple(a) for a in allowed}:
-        raise ValueError(
-            f"{name} has shape {tuple(x.shape)}; allowed: {' or '.join(str(tuple(a)) for a in allowed)}"
-        )
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; allowed: {' or '.join(str(tuple(a)) for a in allowed)}")
 
 
 def window(value: int | None, causal: bool) -> None:

@@ -1,8 +1,9 @@
 """A two-operand einsum whose gradient stays in the compute dtype and never asks for a transposed copy.
 
-Plain autodiff of a bfloat16 matmul with a float32 result multiplies the float32 cotangent, at a fraction of the speed; and it
-writes a weight gradient as (dy^T x)^T, which XLA on CPU answers with transposed copies of the activations (measured there:
-a third of a training step). Here the cotangent is narrowed first and each gradient is one contraction in its final layout.
+Plain autodiff of a bfloat16 matmul with a float32 result multiplies the float32 cotangent, at a fraction of the
+speed; and it writes a weight gradient as (dy^T x)^T, which XLA on CPU answers with transposed copies of the activations
+(measured there: a third of a training step). Here the cotangent is narrowed first and each gradient is one contraction
+in its final layout.
 """
 
 import functools
@@ -31,9 +32,7 @@ def _forward(spec: str, a: Array, b: Array, out_dtype: jnp.dtype | None) -> tupl
     return einsum(spec, a, b, out_dtype), (a, b)
 
 
-def _backward(
-    spec: str, out_dtype: jnp.dtype | None, saved: tuple[Array, Array], dz: Array
-) -> tuple[Array, Array]:
+def _backward(spec: str, out_dtype: jnp.dtype | None, saved: tuple[Array, Array], dz: Array) -> tuple[Array, Array]:
     a, b = saved
     terms, z = spec.split("->")
     x, y = terms.split(",")

@@ -40,9 +40,7 @@ def decode_attention(
     # Put the ring in order: entry C - 1 is the newest token, entry C - 1 - a the token of age a.
     age = jnp.arange(C - 1, -1, -1)[None]  # [1, C]
     order = (length[:, None] - age) % C  # [B, C] slot of each age
-    in_order = [
-        jnp.take_along_axis(x, order[:, None, :, None], axis=2).swapaxes(1, 2) for x in (new_k, new_v)
-    ]
+    in_order = [jnp.take_along_axis(x, order[:, None, :, None], axis=2).swapaxes(1, 2) for x in (new_k, new_v)]
     seen = age < jnp.minimum(length[:, None] + 1, C if window is None else min(C, window))
     o = attention(
         q[:, None],

@@ -6,9 +6,7 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-def moe_mlp(
-    x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array
-) -> Array:
+def moe_mlp(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array) -> Array:
     """y[n] = sum_j expert_weights[n, j] * (silu(x[n] w_gate[e]) * (x[n] w_up[e])) w_down[e], e = expert_ids[n, j].
 
     Args:

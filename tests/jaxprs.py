@@ -23,9 +23,7 @@ def _inside(value: Any) -> Iterator[Any]:
 
 def largest(jaxpr: Any) -> int:
     """Elements of the largest intermediate."""
-    return max(
-        math.prod(v.aval.shape) for e in equations(jaxpr) for v in e.outvars if hasattr(v.aval, "shape")
-    )
+    return max(math.prod(v.aval.shape) for e in equations(jaxpr) for v in e.outvars if hasattr(v.aval, "shape"))
 
 
 def dots(jaxpr: Any) -> list[Any]:

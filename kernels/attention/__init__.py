@@ -91,9 +91,7 @@ def _table() -> dict:
     }
 
 
-def _segments(
-    segment_ids: tuple[Array, Array] | Array | None, B: int, T: int, S: int
-) -> tuple[Array, Array] | None:
+def _segments(segment_ids: tuple[Array, Array] | Array | None, B: int, T: int, S: int) -> tuple[Array, Array] | None:
     if segment_ids is None:
         return None
     if not isinstance(segment_ids, tuple | list):
@@ -101,9 +99,7 @@ def _segments(
             raise ValueError(f"segment_ids is one array but T is {T} and S is {S}; allowed: (q_ids, kv_ids)")
         segment_ids = (segment_ids, segment_ids)
     if len(segment_ids) != 2:
-        raise ValueError(
-            f"segment_ids holds {len(segment_ids)} arrays; allowed: (q_ids [B, T], kv_ids [B, S])"
-        )
+        raise ValueError(f"segment_ids holds {len(segment_ids)} arrays; allowed: (q_ids [B, T], kv_ids [B, S])")
     q_ids, kv_ids = (jnp.asarray(ids) for ids in segment_ids)
     for name, ids, length in (("q_ids", q_ids, T), ("kv_ids", kv_ids, S)):
         checks.shape(f"segment_ids {name}", ids, (B, length))

@@ -135,9 +135,7 @@ def _banded(
     distance = jnp.arange(block)[:, None] + back * block - jnp.arange(width)[None]
     first = jnp.arange(n)[:, None] * block + S - T - back * block  # [n, 1] position of each band's first key
     k_pos = first + jnp.arange(width)
-    mask = ((distance >= 0) & (distance < window))[None] & ((k_pos >= 0) & (k_pos < S))[
-        :, None
-    ]  # [n, b, width]
+    mask = ((distance >= 0) & (distance < window))[None] & ((k_pos >= 0) & (k_pos < S))[:, None]  # [n, b, width]
     mask = mask[None]
     if q_ids is not None:
         q_ids = jnp.pad(q_ids, ((0, 0), (0, right))).reshape(B, n, block)
@@ -165,9 +163,7 @@ def _chunked(
     for start in range(0, T, chunk):
         t = min(chunk, T - start)
         n = -(-t // rows)
-        stop = (
-            min(S, max(1, start + t + S - T)) if causal else S
-        )  # keys beyond the diagonal are never touched
+        stop = min(S, max(1, start + t + S - T)) if causal else S  # keys beyond the diagonal are never touched
         keys, values = k[:, :, :stop], v[:, :, :stop]
         part = jnp.pad(q[:, :, :, start : start + t], ((0, 0), (0, 0), (0, 0), (0, n * rows - t), (0, 0)))
         part = jnp.moveaxis(part.reshape(B, K, G, n, rows, D), 3, 0)

@@ -69,9 +69,7 @@ def decode_attention(
 
     run = choose("decode_attention", implementation, _table())
     cache = KVCache(cache_k, cache_v, length)
-    return run(
-        q, k, v, cache, gate=gate, window=window, scale=D**-0.5 if scale is None else scale, softcap=softcap
-    )
+    return run(q, k, v, cache, gate=gate, window=window, scale=D**-0.5 if scale is None else scale, softcap=softcap)
 
 
 @functools.cache

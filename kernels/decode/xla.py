@@ -49,9 +49,9 @@ def decode_attention(
     weights = jax.nn.softmax(scores, axis=-1)  # never empty: the new token sees itself
     # Slots past the length may hold anything, NaN included, and 0 * NaN is NaN.
     values_seen = jnp.where(seen[..., None], values, 0).astype(q.dtype)
-    o = jnp.einsum(
-        "BKGC,BKCD->BKGD", weights.astype(q.dtype), values_seen, preferred_element_type=jnp.float32
-    ).reshape(B, H, D)
+    o = jnp.einsum("BKGC,BKCD->BKGD", weights.astype(q.dtype), values_seen, preferred_element_type=jnp.float32).reshape(
+        B, H, D
+    )
     if gate is not None:
         o = o * jax.nn.sigmoid(gate.astype(jnp.float32))
     return o.astype(q.dtype), KVCache(keys, values, cache.length + 1)

@@ -33,7 +33,7 @@ def grouped_matmul(x: Array, w: Array, group_sizes: Array, *, implementation: st
     group_sizes = checks.array("group_sizes", group_sizes, "E")
     checks.floating(x=x, w=w)
     checks.integer("group_sizes", group_sizes)
-    E, M, F = w.shape
+    E, _, F = w.shape
     checks.shape("w", w, (E, x.shape[1], F))
     checks.shape("group_sizes", group_sizes, (E,))
     return choose("grouped_matmul", implementation, _table("grouped_matmul"))(x, w, group_sizes)

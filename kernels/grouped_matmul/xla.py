@@ -1,12 +1,12 @@
 """Grouped matmul and the mixture of experts in plain XLA.
 
-On CPU `lax.ragged_dot` multiplies every row with every group's matrix, so its cost grows with E. Here each group is walked in
-row tiles by a loop whose trip count follows the rows that are there:
+On CPU `lax.ragged_dot` multiplies every row with every group's matrix, so its cost grows with E. Here each group is
+walked in row tiles by a loop whose trip count follows the rows that are there:
 
     rows    ├── group 0 ──┼ group 1 ┼───── group 2 ─────┤ nobody's
-    tiles   [ 0 ][ 0 ][ 0 ]                                       the last tile of a group runs into the next group;
-                     [ 1 ][ 1 ]                                   groups are walked in order, so the rows it spoils are
-                               [ 2 ][ 2 ][ 2 ][ 2 ]               written once more by their owner
+    tiles   [ 0 ][ 0 ][ 0 ]                                 the last tile of a group runs into the next group;
+                     [ 1 ][ 1 ]                             groups are walked in order, so the rows it spoils
+                               [ 2 ][ 2 ][ 2 ][ 2 ]         are written once more by their owner
 
 The last tile of a group is as small as a few sizes allow, so at most half of it is wasted. Only dw needs a mask: there the
 rows are summed. On other devices `lax.ragged_dot` is used.
@@ -50,9 +50,7 @@ def _walk(start: Array, end: Array, body: Callable[[Array, int, Any], Any], carr
     def step(state: tuple[Array, Any]) -> tuple[Array, Any]:
         row, carry = state
         size = sum((end - row > tile).astype(jnp.int32) for tile in TILES[:-1])
-        branches = [
-            functools.partial(lambda tile, row, carry: body(row, tile, carry), tile) for tile in TILES
-        ]
+        branches = [functools.partial(lambda tile, row, carry: body(row, tile, carry), tile) for tile in TILES]
         return row + jnp.asarray(TILES)[size], jax.lax.switch(size, branches, row, carry)
 
     return jax.lax.while_loop(lambda state: state[0] < end, step, (start, carry))[1]
@@ -144,9 +142,7 @@ def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
 # --- mixture of experts --------------------------------------------------------------------------------------------
 
 
-def _experts_loop(
-    x: Array, w_gate: Array, w_up: Array, w_down: Array, group_sizes: Array
-) -> tuple[Array, ...]:
+def _experts_loop(x: Array, w_gate: Array, w_up: Array, w_down: Array, group_sizes: Array) -> tuple[Array, ...]:
     """(y, x w_gate, x w_up) of rows sorted by expert, one pass: a tile's hidden rows are used while in cache.
 
     x is padded; what comes back has its rows, those past the last group unspecified.
@@ -241,8 +237,10 @@ def _experts_ragged(x: Array, w_gate: Array, w_up: Array, w_down: Array, group_s
 
 @jax.custom_vjp
 def _gather(x: Array, index: Array, inverse: Array) -> Array:
-    """x[index] where each row of x is taken k times and `inverse` [rows of x, k] says where to: its gradient is a gather
-    and a sum, which is deterministic and faster than the scatter that XLA would make of it."""
+    """x[index] where each row of x is taken k times, and `inverse` [rows of x, k] says where to.
+
+    So its gradient is a gather and a sum: deterministic, and faster than the scatter that XLA would make of it.
+    """
     return x[index]
 
 
@@ -252,18 +250,14 @@ def _gather_fwd(x: Array, index: Array, inverse: Array) -> tuple[Array, tuple]:
 
 def _gather_bwd(saved: tuple, dy: Array) -> tuple:
     index, inverse = saved
-    dx = sum(
-        dy[inverse[:, j]].astype(jnp.promote_types(dy.dtype, jnp.float32)) for j in range(inverse.shape[1])
-    )
+    dx = sum(dy[inverse[:, j]].astype(jnp.promote_types(dy.dtype, jnp.float32)) for j in range(inverse.shape[1]))
     return dx.astype(dy.dtype), _no_grad(index), _no_grad(inverse)
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)
 
 
-def moe_mlp(
-    x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array
-) -> Array:
+def moe_mlp(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array) -> Array:
     """See `kernels.moe_mlp`: sort the N * k routed rows by expert, run the experts, put the rows back and combine."""
     N, k = expert_ids.shape
     E = w_gate.shape[0]
@@ -272,9 +266,7 @@ def moe_mlp(
     place = jnp.zeros_like(order).at[order].set(jnp.arange(N * k, dtype=order.dtype), unique_indices=True)
     group_sizes = jnp.sum(flat[:, None] == jnp.arange(E)[None], axis=0, dtype=jnp.int32)
     rows = _gather(x, order // k, place.reshape(N, k))
-    y = jax.lax.platform_dependent(
-        rows, w_gate, w_up, w_down, group_sizes, cpu=_experts_cpu, default=_experts_ragged
-    )
+    y = jax.lax.platform_dependent(rows, w_gate, w_up, w_down, group_sizes, cpu=_experts_cpu, default=_experts_ragged)
     back = _gather(y, place, order[:, None]).reshape(N, k, -1)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     return jnp.einsum("NkM,Nk->NM", back.astype(wide), expert_weights.astype(wide)).astype(x.dtype)

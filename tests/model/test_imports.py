@@ -52,9 +52,7 @@ def imported(package: str) -> list[Import]:
 @pytest.mark.parametrize("package", ["reference", "kernels"])
 def test_the_lower_layers_import_jax_and_themselves(package):
     allowed = ALLOWED[package] | set(sys.stdlib_module_names)
-    serves_reference = lambda i: (
-        package == "kernels" and i.package == "reference" and "reference" in i.functions
-    )
+    serves_reference = lambda i: package == "kernels" and i.package == "reference" and "reference" in i.functions
     assert [i for i in imported(package) if i.package not in allowed and not serves_reference(i)] == []
 
 

@@ -27,9 +27,7 @@ def test_rotation_is_a_complex_product():
     positions = np.array([0, 1, 7, 100, 8191])
     angle = positions[:, None] * 10000.0 ** (-np.arange(16) / 16)
     z = (x[..., :16] + 1j * x[..., 16:]) * np.exp(1j * angle)[None, :, None]
-    np.testing.assert_allclose(
-        turned(x, positions), np.concatenate([z.real, z.imag], -1), rtol=1e-3, atol=2e-3
-    )
+    np.testing.assert_allclose(turned(x, positions), np.concatenate([z.real, z.imag], -1), rtol=1e-3, atol=2e-3)
     np.testing.assert_array_equal(turned(x, np.zeros(5)), np.float32(x))
 
 

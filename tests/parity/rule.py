@@ -2,9 +2,9 @@
 
     error(kernel) <= 2 x error(the same formula in plain jnp, at the kernel's dtype) + one ulp
 
-Errors are the largest absolute difference from the reference in float64, for the output and for every gradient. The ulp is
-that of the largest exact value, or of 1 where that is smaller: inputs are drawn from N(0, 1), so a gradient that cancels to
-zero is still a difference of numbers of that size.
+Errors are the largest absolute difference from the reference in float64, for the output and for every gradient. The
+ulp is that of the largest exact value, or of 1 where that is smaller: inputs are drawn from N(0, 1), so a gradient that
+cancels to zero is still a difference of numbers of that size.
 """
 
 import functools
@@ -87,9 +87,7 @@ def check(mine: Arrays, plain: Arrays, oracle: Arrays, dtype: Any) -> None:
         ulp = float(jnp.finfo(dtype).eps) * max(1.0, np.abs(truth).max(initial=0))
         error, allowed = (np.abs(exact(x[name]) - truth).max(initial=0) for x in (mine, plain))
         # Written so that a NaN fails.
-        assert error <= 2 * allowed + ulp, (
-            f"{name}: error {error:.3g}, plain jnp {allowed:.3g}, ulp {ulp:.3g}"
-        )
+        assert error <= 2 * allowed + ulp, f"{name}: error {error:.3g}, plain jnp {allowed:.3g}, ulp {ulp:.3g}"
 
 
 def exact(x: Any) -> np.ndarray:

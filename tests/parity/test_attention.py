@@ -77,9 +77,7 @@ def loops(q, k, v, gate=None, *, causal=True, window=None, scale=None, softcap=N
                 continue
             if segment_ids is not None and segment_ids[0][b, t] != segment_ids[1][b, s]:
                 continue
-            score = float(q[b, t, h] @ k[b, s, h // (H // K)]) * (
-                1 / math.sqrt(D) if scale is None else scale
-            )
+            score = float(q[b, t, h] @ k[b, s, h // (H // K)]) * (1 / math.sqrt(D) if scale is None else scale)
             scores.append(score if softcap is None else softcap * math.tanh(score / softcap))
             values.append(v[b, s, h // (H // K)])
         if scores:
@@ -174,9 +172,7 @@ SLOW = {  # variations on quick ones
 
 def judged() -> list[Any]:
     """(case, dtype) parameters, the long ones marked slow."""
-    rows = [
-        (name, dtype) for dtype, names in zip(DTYPES, (CASES, NARROW, HALF), strict=True) for name in names
-    ]
+    rows = [(name, dtype) for dtype, names in zip(DTYPES, (CASES, NARROW, HALF), strict=True) for name in names]
     long = lambda name, dtype: name in SLOW or (dtype != "float32" and name.startswith("chunked"))
     return [pytest.param(*r, id="-".join(r), marks=pytest.mark.slow if long(*r) else ()) for r in rows]
 
@@ -190,9 +186,7 @@ def test_every_implementation_keeps_the_rule(name, dtype, implementation):
     case = CASES[name]
     inputs, aux, dout = draw(case)
     small = case.T * case.S < 2**18
-    got = rule.judge(
-        "attention", implementation, inputs, dout, dtype, aux=aux, options=case.options, hurry=small
-    )
+    got = rule.judge("attention", implementation, inputs, dout, dtype, aux=aux, options=case.options, hurry=small)
     if case.T > case.S and case.causal:
         for row in ("o", "dq", *(["dgate"] if case.gate != "none" else [])):
             assert not np.any(got[row][:, : case.T - case.S]), f"{row}: a query that sees no key"

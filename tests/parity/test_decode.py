@@ -75,9 +75,7 @@ def draw(case: Case, dtype: str = "float32", fill: float = 0) -> Step:
             for p in range(first, len(keys)):
                 score = float(inputs["q"][b, h] @ keys[p][h // (H // K)])
                 score *= 1 / math.sqrt(D) if case.scale is None else case.scale
-                scores.append(
-                    score if case.softcap is None else case.softcap * math.tanh(score / case.softcap)
-                )
+                scores.append(score if case.softcap is None else case.softcap * math.tanh(score / case.softcap))
             weights = np.exp(np.array(scores) - max(scores))
             o[b, h] = sum(w * values[first + i][h // (H // K)] for i, w in enumerate(weights / weights.sum()))
             if case.gate != "none":
@@ -145,8 +143,7 @@ def test_every_implementation_keeps_the_rule(name, dtype, implementation):
 def test_what_empty_slots_hold_reaches_nobody(name, implementation):
     case = CASES[name]
     outputs = [
-        {"o": run(implementation, case, draw(case, fill=fill), "float32")[0]}
-        for fill in (0, np.nan, np.inf, -np.inf)
+        {"o": run(implementation, case, draw(case, fill=fill), "float32")[0]} for fill in (0, np.nan, np.inf, -np.inf)
     ]
     for poisoned in outputs[1:]:
         rule.same_bits(outputs[0], poisoned)
@@ -209,8 +206,6 @@ def test_a_narrow_cache_serves_wide_queries(implementation):
     step = draw(case, "bfloat16")
     inputs = {name: jnp.float32(x) for name, x in step.inputs.items()}
     rings = (jnp.asarray(x, jnp.bfloat16) for x in (step.cache_k, step.cache_v))
-    o, cache = program(implementation, case)(
-        inputs, kernels.KVCache(*rings, jnp.asarray(case.lengths, jnp.int32))
-    )
+    o, cache = program(implementation, case)(inputs, kernels.KVCache(*rings, jnp.asarray(case.lengths, jnp.int32)))
     assert o.dtype == jnp.float32 and cache.k.dtype == cache.v.dtype == jnp.bfloat16
     np.testing.assert_allclose(o, step.o, rtol=1e-5, atol=1e-6)

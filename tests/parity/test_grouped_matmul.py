@@ -31,9 +31,7 @@ def loops(x: np.ndarray, w: np.ndarray, sizes: list[int]) -> np.ndarray:
     return y
 
 
-def loops_gradients(
-    x: np.ndarray, w: np.ndarray, sizes: list[int], dy: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def loops_gradients(x: np.ndarray, w: np.ndarray, sizes: list[int], dy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(dx, dw): each row gives to its own group's matrix only, rows past the sum give nothing."""
     dx, dw, row = np.zeros_like(x), np.zeros_like(w), 0
     for e, size in enumerate(sizes):
@@ -142,9 +140,7 @@ def test_two_runs_are_bit_equal(implementation):
 
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
-@pytest.mark.parametrize(
-    "shape", [(0, 3, 2, 2), (4, 3, 2, 0), (4, 0, 2, 1)], ids=["no rows", "no groups", "no width"]
-)
+@pytest.mark.parametrize("shape", [(0, 3, 2, 2), (4, 3, 2, 0), (4, 0, 2, 1)], ids=["no rows", "no groups", "no width"])
 def test_nothing_to_multiply_gives_zeros(shape, implementation):
     inputs, dout = draw(*shape)
     narrow = {name: np.float32(x) for name, x in inputs.items()}

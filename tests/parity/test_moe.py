@@ -94,9 +94,7 @@ def test_every_implementation_keeps_the_rule(name, dtype, implementation):
         inputs[name] /= math.sqrt(width)
     ids = route(N, E, k, how)
     # The router's weights stay in float32 beside bfloat16 experts: so the model calls it.
-    got = rule.judge(
-        "moe_mlp", implementation, inputs, dout, dtype, aux={"expert_ids": ids}, keep=("expert_weights",)
-    )
+    got = rule.judge("moe_mlp", implementation, inputs, dout, dtype, aux={"expert_ids": ids}, keep=("expert_weights",))
     idle = [e for e in range(E) if e not in ids]
     for name in ("dw_gate", "dw_up", "dw_down"):
         assert not np.any(rule.exact(got[name])[idle]), f"{name} of an expert without tokens"
@@ -124,9 +122,7 @@ def test_what_an_idle_expert_holds_reaches_nobody(implementation):
     ids = route(65, 2, 1)  # experts 2 and 3 are idle
     idle, results = np.arange(4)[:, None, None] >= 2, []
     for fill in (0, np.nan, np.inf):
-        filled = {
-            n: np.float32(np.where(idle, fill, x) if n.startswith("w_") else x) for n, x in inputs.items()
-        }
+        filled = {n: np.float32(np.where(idle, fill, x) if n.startswith("w_") else x) for n, x in inputs.items()}
         results.append(rule.program("moe_mlp", implementation)(filled, {"expert_ids": ids}, np.float32(dout)))
     for poisoned in results[1:]:
         rule.same_bits(results[0], poisoned)
@@ -160,7 +156,5 @@ def test_two_runs_are_bit_equal(implementation):
 def test_no_tokens_give_no_rows(implementation):
     inputs, dout = draw(0, 4, 3, 2, 1)
     narrow = {name: np.float32(x) for name, x in inputs.items()}
-    got = rule.program("moe_mlp", implementation)(
-        narrow, {"expert_ids": np.zeros((0, 1), np.int32)}, np.float32(dout)
-    )
+    got = rule.program("moe_mlp", implementation)(narrow, {"expert_ids": np.zeros((0, 1), np.int32)}, np.float32(dout))
     assert got["o"].shape == (0, 4) and not np.any(got["dw_gate"])

@@ -148,9 +148,7 @@ CALLS = {
     "attention": lambda name: kernels.attention(Q, KV, KV, implementation=name),
     "grouped_matmul": lambda name: kernels.grouped_matmul(X, W, SIZES, implementation=name),
     "moe_mlp": lambda name: kernels.moe_mlp(**MOE_GOOD, implementation=name),
-    "decode_attention": lambda name: kernels.decode_attention(
-        Q[:, 0], KV[:, 0], KV[:, 0], CACHE, implementation=name
-    ),
+    "decode_attention": lambda name: kernels.decode_attention(Q[:, 0], KV[:, 0], KV[:, 0], CACHE, implementation=name),
 }
 
 

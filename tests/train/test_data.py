@@ -122,9 +122,7 @@ def test_validation_of_one_file_is_its_tail(tmp_path, make, kind):
 def test_tokenizer_is_learnt_from_train_alone(tmp_path, make):
     path = write(tmp_path / "a.txt", "é" * 900 + "ü" * 100)
     assert make(path, val_fraction=0.1).tokenizer.chars == "é"
-    bpe = make(
-        write(tmp_path / "b.txt", "ab " * 300 + "xy " * 33), tokenizer="bpe", val_fraction=0.1
-    ).tokenizer
+    bpe = make(write(tmp_path / "b.txt", "ab " * 300 + "xy " * 33), tokenizer="bpe", val_fraction=0.1).tokenizer
     assert bpe.encode("ab").size == 1 and bpe.encode("xy").size == 2
 
 
@@ -160,9 +158,7 @@ def test_bad_options_and_too_little_text_raise(folder, tmp_path, make):
         make(folder, tokenizer="word")
     with pytest.raises(ValueError, match="at least 2 are needed"):
         make(write(tmp_path / "one.txt", "x"))
-    with pytest.raises(
-        ValueError, match=r"validation part of .* has 11 tokens, but seq_len 64 needs at least 65"
-    ):
+    with pytest.raises(ValueError, match=r"validation part of .* has 11 tokens, but seq_len 64 needs at least 65"):
         make(write(tmp_path / "short.txt", "0123456789" * 10), seq_len=64)
 
 

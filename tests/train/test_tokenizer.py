@@ -169,6 +169,4 @@ def test_training_is_the_same_in_another_process_and_with_one_thread(tokenizer):
     )
     env = {"PYTHONPATH": ":".join(sys.path), "RAYON_NUM_THREADS": "1", "PYTHONHASHSEED": "7"}
     run = [sys.executable, "-c", code, tokenizer.kind, json.dumps(TEXTS)]
-    assert (
-        subprocess.run(run, env=env, capture_output=True, text=True).stdout.strip() == tokenizer.fingerprint
-    )
+    assert subprocess.run(run, env=env, capture_output=True, text=True).stdout.strip() == tokenizer.fingerprint

@@ -1,0 +1,1 @@
+"""Is it fast? Benchmarks of the model and its kernels."""

@@ -1,0 +1,221 @@
+"""Training, decoding and first-token speed of a whole model: `python -m bench.model`.
+
+One small model (width 256, 6 blocks, 8 heads over 2, SwiGLU x4, window 64, sequence 256, batch 8, vocabulary 97), dense and
+with 8 experts of which 2 a token. The limit is what the machine's own matmul rate allows: rate / (6 x active
+parameters) tokens/s. The rate and all rows are measured alternately in one process, because machines drift; with
+--peer PYTHON (an interpreter that has torch and transformers) Mistral and Mixtral of the same sizes take their
+turns too, in a process of their own that works only when asked.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from dantinox import cli, count, host, optim, state
+from dantinox.config import Config
+from dantinox.generation import Request, Sampling, run
+from dantinox.metrics import matmul_rate
+from dantinox.model import Transformer
+from dantinox.step import TrainState, make_train_step
+
+PROG = "bench.model"
+BASE = {
+    "vocab_size": 97,
+    "dim": 256,
+    "n_layers": 6,
+    "n_heads": 8,
+    "kv_heads": 2,
+    "head_dim": None,
+    "window": 64,
+    "gate": "none",
+    "expansion": 4.0,
+    "max_context": 256,
+    "seq_len": 256,
+    "batch_size": 8,
+}
+MOE = {"n_experts": 8, "experts_per_token": 2}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to measure."""
+
+    rounds: int = 8
+    """Alternating rounds; each row is the median over them."""
+    peer: str | None = None
+    """A Python with torch and transformers, to measure them beside."""
+    attn: str = "auto"
+    """Implementation of attention."""
+    moe: str = "auto"
+    """Implementation of the experts."""
+    decode: str = "auto"
+    """Implementation of cached decoding."""
+    out: str | None = None
+    """Write the numbers to this JSON file."""
+
+
+def trainer(config: Config) -> Callable[[], float]:
+    """A function that runs one training step and returns its seconds; the first one is already compiled."""
+    skeleton, params = state.split(Transformer(config.model, rngs=nnx.Rngs(0)))
+    optimizer = optim.optimizer(config.optim, 1000)
+    current = TrainState(params, jax.jit(optimizer.init)(params))
+    step = make_train_step(skeleton, config, optimizer)
+    rng = np.random.default_rng(0)
+    number = 0
+
+    def one() -> float:
+        nonlocal current, number
+        shape = (1, config.train.batch_size, config.train.seq_len)
+        x, y = (rng.integers(0, config.model.vocab_size, shape, dtype=np.int32) for _ in range(2))
+        start = time.perf_counter()
+        current, _ = step(current, x, y, jnp.int32(number))
+        jax.block_until_ready(current)
+        number += 1
+        return time.perf_counter() - start
+
+    one()
+    return one
+
+
+def decoder(config: Config, prompt: int, new: int) -> Callable[[], tuple[float, float]]:
+    """A function that decodes greedily and returns (seconds to the first token, seconds a token after it)."""
+    model = Transformer(config.model, rngs=nnx.Rngs(0))
+    ids = np.random.default_rng(1).integers(0, config.model.vocab_size, prompt).tolist()
+    sampling = Sampling.checked(0.0, 0, 1.0, 0.0)
+
+    def timed(tokens: int) -> float:
+        request = Request([ids], tokens, sampling, 0, (), (0,), None)
+        start = time.perf_counter()
+        for _ in run(model, request):
+            pass
+        return time.perf_counter() - start
+
+    def one() -> tuple[float, float]:
+        first = timed(1)
+        return first, (timed(1 + new) - first) / new
+
+    one()
+    return one
+
+
+class Peer:
+    """The torch process: it trains one step each time it is asked."""
+
+    def __init__(self, python: str) -> None:
+        script = Path(__file__).with_name("peer_torch.py")
+        self._process = subprocess.Popen(
+            [python, str(script), json.dumps(BASE | MOE)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self.step("dense"), self.step("moe")
+
+    def step(self, kind: str) -> float:
+        """Seconds of one training step of "dense" or "moe"."""
+        self._process.stdin.write(kind + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise ValueError("peer: the torch process ended; it needs torch and transformers")
+        return float(answer)
+
+    def close(self) -> None:
+        self._process.kill()
+
+
+def measure(arguments: Arguments) -> dict[str, dict[str, float]]:
+    """All rows, each a median over the rounds with its spread (the interquartile range over the median)."""
+    implementations = {name: getattr(arguments, name) for name in ("attn", "moe", "decode")}
+    base = Config().replace(**BASE, **implementations)
+    configs = {"dense": base, "moe": base.replace(**MOE)}
+    trainers = {kind: trainer(config) for kind, config in configs.items()}
+    long = {kind: config.replace(max_context=4096) for kind, config in configs.items()}
+    decoders = {
+        "dense, context 256": decoder(configs["dense"], 128, 127),
+        "moe, context 256": decoder(configs["moe"], 128, 127),
+        "dense, position 4000": decoder(long["dense"], 3968, 127),
+        "dense, first token of 8 at context 4096": decoder(long["dense"].replace(window=None), 8, 8),
+    }
+    peer = Peer(arguments.peer) if arguments.peer else None
+    samples: dict[str, list[float]] = {}
+
+    def note(name: str, value: float) -> None:
+        samples.setdefault(name, []).append(value)
+
+    for _ in range(arguments.rounds):
+        for kind in trainers:
+            note("rate", matmul_rate("float32", repeats=4))
+            note(f"train {kind}", trainers[kind]())
+            if peer:
+                note(f"peer {kind}", peer.step(kind))
+        for name, one in decoders.items():
+            first, each = one()
+            note(f"first {name}", first)
+            note(f"decode {name}", each)
+    if peer:
+        peer.close()
+
+    rate = median(samples["rate"])
+    tokens = base.train.batch_size * base.train.seq_len
+    rows: dict[str, dict[str, float]] = {"matmul": {"GFLOP/s": rate / 1e9, "spread": _spread(samples["rate"])}}
+    for name, values in samples.items():
+        spread, what = _spread(values), name.split(maxsplit=1)
+        if what[0] in ("train", "peer"):
+            limit = rate / (6 * count.active_parameters(configs[what[1]].model))
+            speed = tokens / median(values)
+            rows[name] = {"tokens/s": speed, "fraction of limit": speed / limit, "spread": spread}
+        elif what[0] == "decode" and "first" not in name:
+            rows[name] = {"ms/token": median(values) * 1e3, "spread": spread}
+        elif what[0] == "first" and "first token" in name:
+            rows[name] = {"ms": median(values) * 1e3, "spread": spread}
+    for kind in configs:
+        if peer:
+            ratios = [p / t for p, t in zip(samples[f"peer {kind}"], samples[f"train {kind}"], strict=True)]
+            rows[f"train {kind}"]["times the peer"] = median(ratios)
+    return rows
+
+
+def _spread(values: Sequence[float]) -> float:
+    low, high = np.percentile(values, [25, 75])
+    return float((high - low) / median(values))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print a table."""
+    host.keep_freed_memory()
+    arguments = cli.parse(
+        Arguments,
+        sys.argv[1:] if argv is None else argv,
+        default=Arguments(),
+        prog=PROG,
+        description=__doc__.split("\n")[0],
+    )
+    with cli.user_errors(PROG):
+        rows = measure(arguments)
+    table = Table(title=f"model on {jax.devices()[0].device_kind}, jax {jax.__version__}")
+    table.add_column("what")
+    table.add_column("measured", justify="right")
+    for name, row in rows.items():
+        table.add_row(name, ", ".join(f"{key} {value:.3g}" for key, value in row.items()))
+    Console().print(table)
+    if arguments.out:
+        Path(arguments.out).write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.console(main)

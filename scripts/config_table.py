@@ -1,0 +1,49 @@
+"""Print the table of all settings, read from the source of dantinox/config.py, as README holds it."""
+
+import ast
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from dantinox import config  # noqa: E402
+
+SECTIONS = {
+    "Model": config.ModelConfig,
+    "Data": config.DataConfig,
+    "Optimizer": config.OptimConfig,
+    "Run": config.TrainConfig,
+}
+
+
+def docstrings() -> dict[str, str]:
+    """Field name -> the string below it."""
+    found = {}
+    for node in ast.parse(Path(config.__file__).read_text()).body:
+        body = node.body if isinstance(node, ast.ClassDef) else []
+        for field, text in zip(body, body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                found[field.target.id] = " ".join(text.value.value.split())
+    return found
+
+
+def table() -> str:
+    """Markdown, a table a section."""
+    texts, parts = docstrings(), []
+    for title, section in SECTIONS.items():
+        hints = get_type_hints(section)
+        rows = [f"| {title} | default | |", "|---|---|---|"]
+        for field in dataclasses.fields(section):
+            hint, text = hints[field.name], texts[field.name]
+            if get_origin(hint) is Literal:
+                text += " `" + "` `".join(get_args(hint)) + "`"
+            flag = "--" + field.name.replace("_", "-")
+            rows.append(f"| `{flag}` | {field.default if field.default != '' else '(empty)'} | {text} |")
+        parts.append("\n".join(rows))
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,83 @@
+"""README holds no command that does not work, no stale table and no picture that is not there."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+SHELL = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if line]
+PROGRAMS = [line.removeprefix(".venv/bin/python ") for line in SHELL if line.startswith(".venv/bin/python")]
+SMALL = "--steps 2 --batch-size 2 --sample-tokens 4 --eval-batches 1"
+
+
+@pytest.fixture(scope="module")
+def where(tmp_path_factory):
+    """A folder with a tiny runs/nano, in which the commands are run."""
+    folder = tmp_path_factory.mktemp("readme")
+    done = run(f"-m dantinox.train --run nano {SMALL}", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def run(command, folder):
+    words = [sys.executable, *shlex.split(command)]
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=900)
+
+
+def test_every_command_is_known_to_this_test():
+    tools = ("make ", ".venv/bin/python -m dantinox.", ".venv/bin/tensorboard --logdir runs")
+    assert SHELL and all(line.startswith(tools) for line in SHELL)
+
+
+@pytest.mark.parametrize("command", PROGRAMS)
+def test_program(command, where):
+    # The flags stay as README has them; what would take minutes is made small by more flags.
+    if "dantinox.train" in command and "--help" not in command:
+        command += " --steps 3 --sample-tokens 4 --eval-batches 1" if "--resume" in command else ""
+        command += f" {SMALL} --n-layers 1 --dim 64 --n-heads 2 --kv-heads 1" if "--dry-run" in command else ""
+    done = run(command, where)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_python_example(where):
+    code = re.search(r"```python\n(.*?)```", README, re.S).group(1)
+    done = subprocess.run(
+        [sys.executable, "-c", code + "\nprint(ids)"], cwd=where, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"\[\[\d+(, \d+)*\]\]", done.stdout.strip())
+
+
+@pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("make ")])
+def test_make_target(line):
+    """The Makefile has the target and passes README's variables on; the targets themselves run in .ci/run."""
+    done = subprocess.run(["make", "-n", *shlex.split(line)[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for word in shlex.split(line)[2:]:
+        assert word.partition("=")[2] in done.stdout
+
+
+def test_presets_named_in_readme_exist():
+    from dantinox.config import presets
+
+    assert set(re.findall(r"PRESET=([\w-]+)", README)) <= set(presets())
+    listed = re.search(r"Presets: (.*?)\.", README).group(1)
+    assert re.findall(r"`([\w-]+)`", listed) == ["nano", "nano-moe", "dante", "dante-moe", "h100"]
+    assert sorted(re.findall(r"`([\w-]+)`", listed)) == presets()
+
+
+def test_settings_table_is_current():
+    done = subprocess.run([sys.executable, "scripts/config_table.py"], cwd=ROOT, capture_output=True, text=True)
+    held = re.search(r"<!-- settings.*?-->\n(.*?)<!-- end of settings -->", README, re.S).group(1)
+    assert held.strip() == done.stdout.strip()
+
+
+def test_pictures_and_folders_exist():
+    for path in re.findall(r"!\[.*?\]\((.*?)\)", README) + re.findall(r"^\| `([a-z]+/)` \|", README, re.M):
+        assert (ROOT / path).exists(), path
