@@ -62,7 +62,7 @@ def devices() -> Iterator[Row]:
     try:
         found = jax.devices()
     except RuntimeError as error:
-        yield "backend", f"none{f' (JAX_PLATFORMS={asked})' if asked else ''}: {first_line(error)}"
+        yield "backend", f"none{f' (JAX_PLATFORMS={asked})' if asked else ''}: {str(error).partition('\n')[0]}"
         return
     yield "backend", jax.default_backend() + (f" (JAX_PLATFORMS={asked})" if asked else "")
     for device in found:
@@ -79,7 +79,7 @@ def implementations() -> Iterator[Row]:
         try:
             table = kernels.implementations(op)
         except RuntimeError as error:  # no backend
-            yield op, first_line(error)
+            yield op, str(error).partition("\n")[0]
             continue
         for name in PREFERENCE:
             yield f"{op} {name}", "can run" if table[name] is None else f"no: {table[name]}"
@@ -108,10 +108,6 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def gigabytes(size: int) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 from dantinox import cli, generation
 from dantinox.config import Implementation
@@ -147,7 +148,12 @@ class _Module(ModuleType):
     __call__ = staticmethod(generation.generate)
 
 
-if __name__ == "__main__":
+def program() -> NoReturn:
+    """`main` as a console script."""
     cli.console(main)
+
+
+if __name__ == "__main__":
+    program()
 else:
     sys.modules[__name__].__class__ = _Module

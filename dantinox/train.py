@@ -11,12 +11,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import kernels
 from dantinox import cli, count, data, host, metrics, optim, sharding, state, summary
 from dantinox.checkpoint import Checkpoints, read_config
 from dantinox.config import Config, ConfigError, presets
@@ -95,6 +97,14 @@ class Trainer:
         self.eval_set = data.eval_batches(
             self.corpus.val, batch_size=c.train.batch_size, seq_len=c.train.seq_len, n=c.train.eval_batches
         )
+        self.check_implementations()
+
+    def check_implementations(self) -> None:
+        """A named implementation that cannot serve this model is refused before anything is written."""
+        jax.eval_shape(self.evaluate, self.shapes.params, *self.eval_set[0])
+        reason = kernels.implementations("decode_attention").get(self.config.model.decode)
+        if reason is not None:
+            raise NotImplementedError(f"decode_attention: implementation={self.config.model.decode!r}: {reason}")
 
     def initial(self) -> TrainState:
         """Fresh parameters and optimizer state, laid over the mesh."""
@@ -299,5 +309,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def program() -> NoReturn:
+    """`main` as a console script."""
     cli.console(main)
+
+
+if __name__ == "__main__":
+    program()

@@ -1,9 +1,9 @@
-"""Cached decoding in plain XLA: a scatter into the ring, then one masked attention over its slots.
+"""Cached decoding in plain XLA: a write into the ring, then one masked attention over its slots.
 
 The order of the slots does not matter to a softmax, so the ring is never unrolled: slot c holds the token of age
 (length - c) mod C, and a slot is visible when that age is inside min(length + 1, C, window).
 
-Traffic   reads all C slots, whatever the length; writes one slot. The scatter is in place when the cache is donated.
+Traffic   reads all C slots, whatever the length; writes one slot. The write is in place when the cache is donated.
 """
 
 import jax
@@ -12,6 +12,18 @@ import jax.numpy as jnp
 from kernels.decode.cache import KVCache
 
 Array = jax.Array
+
+UNROLL = 8  # sequences written one by one; more of them by a scatter
+
+
+def _put(ring: Array, x: Array, slot: Array) -> Array:
+    """x [B, K, D] into ring [B, K, C, D] at slot [B]."""
+    B, x = ring.shape[0], x.astype(ring.dtype)
+    if B > UNROLL:
+        return ring.at[jnp.arange(B), :, slot].set(x, unique_indices=True)
+    for b in range(B):
+        ring = jax.lax.dynamic_update_slice(ring, x[b][None, :, None], (b, 0, slot[b], 0))
+    return ring
 
 
 def decode_attention(
@@ -28,9 +40,9 @@ def decode_attention(
     """See `kernels.decode_attention`; arguments are checked there."""
     B, H, D = q.shape
     K, C = cache.k.shape[1:3]
-    row, slot = jnp.arange(B), cache.length % C
-    keys = cache.k.at[row, :, slot].set(k.astype(cache.k.dtype), unique_indices=True)
-    values = cache.v.at[row, :, slot].set(v.astype(cache.v.dtype), unique_indices=True)
+    slot = cache.length % C
+    # Behind the barrier the new cache has one maker; without it XLA writes it once for each of its readers.
+    keys, values = jax.lax.optimization_barrier((_put(cache.k, k, slot), _put(cache.v, v, slot)))
 
     age = (cache.length[:, None] - jnp.arange(C)[None]) % C  # [B, C]
     limit = C if window is None else min(C, window)

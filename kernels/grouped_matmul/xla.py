@@ -257,8 +257,62 @@ def _gather_bwd(saved: tuple, dy: Array) -> tuple:
 _gather.defvjp(_gather_fwd, _gather_bwd)
 
 
+FEW_ROWS = 8  # N * k up to which each routed row is multiplied alone
+BLOCK = 1 << 15  # numbers of a matrix copied at a time: the copy stays in cache
+
+
+def _vector(x: Array, ws: tuple[Array, ...], e: Array) -> tuple[Array, ...]:
+    """x [M] times w[e] for each w [E, M, F]: only the matrices of expert e are ever touched, block by block."""
+    M, F = ws[0].shape[1:]
+    rows = max(1, BLOCK // F)
+    while M % rows:
+        rows -= 1
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+
+    def block(i: Array, ys: tuple[Array, ...]) -> tuple[Array, ...]:
+        x_i = jax.lax.dynamic_slice(x, (i * rows,), (rows,))[None]
+        blocks = (jax.lax.dynamic_slice(w, (e, i * rows, 0), (1, rows, F))[0] for w in ws)
+        return tuple(y + _dot(x_i, w_i, (1, 0)) for y, w_i in zip(ys, blocks, strict=True))
+
+    ys = jax.lax.fori_loop(0, M // rows, block, tuple(jnp.zeros((1, F), wide) for _ in ws))
+    return tuple(y[0] for y in ys)
+
+
+@jax.custom_vjp
+def _few_cpu(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array) -> Array:
+    """Decoding: a handful of rows, bound by reading the weights of the experts that they are routed to."""
+    N, k = expert_ids.shape
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+
+    def row(r: Array, y: Array) -> Array:
+        n, e = r // k, expert_ids.reshape(-1)[r]
+        g, u = _vector(x[n], (w_gate, w_up), e)
+        (d,) = _vector((jax.nn.silu(g) * u).astype(x.dtype), (w_down,), e)
+        return y.at[n].add(expert_weights.reshape(-1)[r].astype(wide) * d.astype(x.dtype).astype(wide))
+
+    return jax.lax.fori_loop(0, N * k, row, jnp.zeros(x.shape, wide)).astype(x.dtype)
+
+
+def _few_cpu_bwd(saved: tuple, dy: Array) -> tuple:
+    x, w_gate, w_up, w_down, expert_ids, expert_weights = saved
+    _, back = jax.vjp(lambda *a: _sorted(*a[:4], expert_ids, a[4]), x, w_gate, w_up, w_down, expert_weights)
+    *grads, d_weights = back(dy)
+    return *grads, _no_grad(expert_ids), d_weights
+
+
+_few_cpu.defvjp(lambda *args: (_few_cpu(*args), args), _few_cpu_bwd)
+
+
 def moe_mlp(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array) -> Array:
-    """See `kernels.moe_mlp`: sort the N * k routed rows by expert, run the experts, put the rows back and combine."""
+    """See `kernels.moe_mlp`; arguments are checked there."""
+    args = (x, w_gate, w_up, w_down, expert_ids, expert_weights)
+    if expert_ids.size <= FEW_ROWS:
+        return jax.lax.platform_dependent(*args, cpu=_few_cpu, default=_sorted)
+    return _sorted(*args)
+
+
+def _sorted(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array) -> Array:
+    """Sort the N * k routed rows by expert, run the experts, put the rows back and combine."""
     N, k = expert_ids.shape
     E = w_gate.shape[0]
     flat = expert_ids.reshape(-1)

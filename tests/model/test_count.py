@@ -54,7 +54,7 @@ def test_parameters_are_the_models_leaves(name):
 @pytest.mark.parametrize("T", [1, 2, 7, 33])
 @pytest.mark.parametrize("window", [None, 1, 2, 7, 33, 100])
 def test_pairs_are_counted_one_by_one(T, window):
-    pairs = sum(1 for q in range(T) for k in range(T) if 0 <= q - k and (window is None or q - k < window))
+    pairs = sum(1 for q in range(T) for k in range(T) if q >= k and (window is None or q - k < window))
     assert count.visible_pairs(T, window) == pairs
 
 

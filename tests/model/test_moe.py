@@ -92,7 +92,7 @@ def test_a_shared_expert_is_added_to_the_routed_ones():
     np.testing.assert_allclose(both, run(model, x) + shared(x), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_every_part_of_a_sparse_model_learns(dtype):
     model = dantinox.Transformer(config(n_experts=4, shared_expert=True, dtype=dtype, n_layers=1), rngs=nnx.Rngs(0))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 23, (4, 32)), jnp.int32)

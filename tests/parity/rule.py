@@ -3,8 +3,9 @@
     error(kernel) <= 2 x error(the same formula in plain jnp, at the kernel's dtype) + one ulp
 
 Errors are the largest absolute difference from the reference in float64, for the output and for every gradient. The
-ulp is that of the largest exact value, or of 1 where that is smaller: inputs are drawn from N(0, 1), so a gradient that
-cancels to zero is still a difference of numbers of that size.
+ulp is that of the largest exact value, or of 1 where that is smaller. One exception: a gradient that is exactly zero (of the
+queries, with a window of one key) is a difference of equal sums of some D products, and which way they round is chance;
+it may keep `CANCELLED` float32 ulps in any dtype, for kernels accumulate in float32.
 """
 
 import functools
@@ -17,6 +18,10 @@ import numpy as np
 
 import kernels
 
+CANCELLED = 32
+# Compile fast rather than well.
+FAST = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
+HURRY = FAST if jax.default_backend() == "cpu" else None
 Arrays = Mapping[str, Any]
 Options = tuple[tuple[str, Any], ...]
 
@@ -41,9 +46,7 @@ def program(
         o, pull = jax.vjp(call, inputs)
         return {"o": o} | {f"d{name}": gradient for name, gradient in pull(dout)[0].items()}
 
-    hurry = (hurry or implementation == "reference") and jax.default_backend() == "cpu"
-    fast = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
-    return jax.jit(run, compiler_options=fast if hurry else None)
+    return jax.jit(run, compiler_options=HURRY if hurry or implementation == "reference" else None)
 
 
 def judge(
@@ -84,7 +87,10 @@ def check(mine: Arrays, plain: Arrays, oracle: Arrays, dtype: Any) -> None:
     for name, value in oracle.items():
         truth = exact(value)
         assert np.isfinite(truth).all(), f"{name}: the oracle itself is not finite"
-        ulp = float(jnp.finfo(dtype).eps) * max(1.0, np.abs(truth).max(initial=0))
+        worst = np.abs(truth).max(initial=0)
+        ulp = float(jnp.finfo(dtype).eps) * max(1.0, worst)
+        if name != "o" and worst < 1e-12:
+            ulp = CANCELLED * float(jnp.finfo(jnp.float32).eps)
         error, allowed = (np.abs(exact(x[name]) - truth).max(initial=0) for x in (mine, plain))
         # Written so that a NaN fails.
         assert error <= 2 * allowed + ulp, f"{name}: error {error:.3g}, plain jnp {allowed:.3g}, ulp {ulp:.3g}"
