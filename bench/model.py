@@ -1,7 +1,7 @@
 """Training, decoding and first-token speed of a whole model: `python -m bench.model`.
 
-One small model (width 256, 6 blocks, 8 heads over 2, SwiGLU x4, window 64, sequence 256, batch 8, vocabulary 97), dense and
-with 8 experts of which 2 a token. The limit is what the machine's own matmul rate allows: rate / (6 x active
+One small model (width 256, 6 blocks, 8 heads over 2, SwiGLU x4, window 64, sequence 256, batch 8, vocabulary 97), dense
+and with 8 experts of which 2 a token. The limit is what the machine's own matmul rate allows: rate / (6 x active
 parameters) tokens/s. The rate and all rows are measured alternately in one process, because machines drift; with
 --peer PYTHON (an interpreter that has torch and transformers) Mistral and Mixtral of the same sizes take their
 turns too, in a process of their own that works only when asked.

@@ -1,11 +1,10 @@
 """Every toggle of DantinoX in one frozen dataclass tree, checked when it is built.
 
-`Config.model` is the network, `Config.data` the text, `Config.optim` the optimizer, `Config.train` the run. Field names are
-unique over the tree, so flags, YAML files and overrides are flat: `--window 64`, `window: 64`, `window=64`.
+`Config.model` is the network, `Config.data` the text, `Config.optim` the optimizer, `Config.train` the run. Field names
+are unique over the tree, so flags, YAML files and overrides are flat: `--window 64`, `window: 64`, `window=64`.
 """
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -14,7 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
-from dantinox.validation import ConfigError, check_fields, fraction, positive, require
+from dantinox.validation import ConfigError, check_fields, fraction, positive, require, suggest
 
 Implementation = Literal["auto", "reference", "xla", "pallas", "triton"]
 
@@ -317,7 +316,7 @@ class Config:
             ConfigError: unknown preset, unknown field (with a suggestion), or a value that cannot be.
         """
         if name not in presets():
-            raise ConfigError(f"preset is {name!r}; {_suggest(name, presets())}")
+            raise ConfigError(f"preset is {name!r}; {suggest(name, presets())}")
         text = (resources.files("dantinox") / "configs" / f"{name}.yaml").read_text()
         return cls.from_flat(_parse_yaml(text, f"preset {name}")).replace(**overrides)
 
@@ -341,7 +340,7 @@ class Config:
         changes: dict[str, dict[str, Any]] = {}
         for name, value in overrides.items():
             if name not in owner:
-                raise ConfigError(f"unknown setting {name!r}; {_suggest(name, owner)}")
+                raise ConfigError(f"unknown setting {name!r}; {suggest(name, owner)}")
             changes.setdefault(owner[name], {})[name] = value
         loose = self.loose()
         return Config(**{s: dataclasses.replace(getattr(loose, s), **changes.get(s, {})) for s in _fields()})
@@ -375,11 +374,6 @@ def presets() -> list[str]:
 def _fields() -> dict[str, list[str]]:
     sections = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "train": TrainConfig}
     return {name: [f.name for f in dataclasses.fields(cls)] for name, cls in sections.items()}
-
-
-def _suggest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(str(name).replace("-", "_"), list(known), n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
 
 
 def _parse_yaml(text: str, source: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ Array = jax.Array
 class _Keys:
     """Fresh random keys, one a call, so that each parameter's draw depends on its place and the seed alone.
 
-    Of XLA's own bit generator: a threefry draw of each shape takes ten times as long to compile as everything else here.
+    Of XLA's own bit generator: a threefry draw of each shape takes twice as long to compile.
     """
 
     def __init__(self, rngs: nnx.Rngs) -> None:

@@ -43,5 +43,6 @@ def compiled_memory(step: Callable[..., Any], state: Any, config: Config) -> str
     peak -= memory.alias_size_in_bytes
     return (
         f"{'memory':14} {peak / 2**20:,.1f} MiB a device at the peak of a step: "
-        f"{memory.argument_size_in_bytes / 2**20:,.1f} state and batch, {memory.temp_size_in_bytes / 2**20:,.1f} temporary"
+        f"{memory.argument_size_in_bytes / 2**20:,.1f} state and batch, "
+        f"{memory.temp_size_in_bytes / 2**20:,.1f} temporary"
     )

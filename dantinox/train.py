@@ -153,7 +153,7 @@ def train(config: Config, resume: bool = False) -> Path:
     """Run the training that `config` describes and return its folder.
 
     Raises:
-        ConfigError, ValueError, FileNotFoundError: a setting, the data or the run to resume is not fit; nothing is lost.
+        ConfigError, ValueError, FileNotFoundError: a setting, the data or the run to resume is not fit.
         KeyboardInterrupt: after Ctrl-C, once the state is saved.
     """
     trainer = Trainer(config)
@@ -174,8 +174,8 @@ def train(config: Config, resume: bool = False) -> Path:
         print(text)
         stats = trainer.corpus.stats
         print(
-            f"{'data':14} {config.data.data}: {len(trainer.corpus.train):,} tokens to train on, {len(trainer.corpus.val):,} held "
-            f"out; unigram entropy {stats.unigram_entropy:.3f} nats a token"
+            f"{'data':14} {config.data.data}: {len(trainer.corpus.train):,} tokens to train on, "
+            f"{len(trainer.corpus.val):,} held out; unigram entropy {stats.unigram_entropy:.3f} nats a token"
         )
         (run / "summary.txt").write_text(text + "\n")
         (run / "config.yaml").write_text(config.to_yaml())

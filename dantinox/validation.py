@@ -1,5 +1,6 @@
 """Checks that the settings share: each failure is one line naming the setting, its value and what is allowed."""
 
+import difflib
 import math
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -48,3 +49,9 @@ def fraction(config: Any, *names: str) -> None:
     """Each named setting is in [0, 1)."""
     for name in names:
         require(0 <= getattr(config, name) < 1, f"{name} is {getattr(config, name)}; allowed: 0 <= {name} < 1")
+
+
+def suggest(name: str, known: Any) -> str:
+    """What the user may have meant by an unknown name."""
+    close = difflib.get_close_matches(str(name).replace("-", "_"), list(known), n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"

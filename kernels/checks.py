@@ -1,6 +1,7 @@
 """Checks shared by the operations: each raises `ValueError` naming the argument, what it was, what is allowed."""
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,10 @@ FLOATS = (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)
 
 def array(name: str, x: Any, axes: str) -> jax.Array:
     """`x` as an array with one axis a letter of `axes`."""
-    x = jnp.asarray(x)
+    try:
+        x = jnp.asarray(x)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {type(x).__name__}; allowed: an array [{', '.join(axes)}]") from None
     if x.ndim != len(axes):
         raise ValueError(f"{name} has shape {x.shape}; allowed: [{', '.join(axes)}]")
     return x
@@ -46,7 +50,7 @@ def window(value: int | None, causal: bool) -> None:
     """A window is a positive number of keys and looks back only."""
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"window is {value!r}; allowed: an integer >= 1, or None")
     if not causal:
         raise ValueError(f"window is {value} with causal=False; a window needs causal=True")
@@ -54,10 +58,10 @@ def window(value: int | None, causal: bool) -> None:
 
 def scalars(*, scale: float | None, softcap: float | None) -> None:
     """The scale is finite, the soft cap positive and finite."""
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}; allowed: a finite number, or None for D**-0.5")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"softcap is {softcap}; allowed: a positive finite number, or None")
+    if scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
+        raise ValueError(f"scale is {scale!r}; allowed: a finite number, or None for D**-0.5")
+    if softcap is not None and not (isinstance(softcap, numbers.Real) and math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap is {softcap!r}; allowed: a positive finite number, or None")
 
 
 def heads(H: int, K: int) -> None:

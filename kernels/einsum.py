@@ -41,12 +41,17 @@ def _backward(spec: str, out_dtype: jnp.dtype | None, saved: tuple[Array, Array]
 
     def gradient(other: Array, other_term: str, target: str) -> Array:
         # The operand that owns the target's first free axis goes first, so that the product needs no transposing.
-        free = next((c for c in target if not (c in z and c in other_term)), "")
-        if free in z:
-            spec, left, right = f"{z},{other_term}->{target}", narrow, other
+        free = "".join(c for c in target if not (c in z and c in other_term))
+        # Of several summed axes (G and T) one is left to the matmul: shorter sums, and grouped heads in parallel.
+        summed = "".join(c for c in z if c in other_term and c not in target)[:-1]
+        batch = "".join(c for c in target if c not in free)
+        out = batch + summed + free if summed else target
+        if free[:1] in z:
+            spec, left, right = f"{z},{other_term}->{out}", narrow, other
         else:
-            spec, left, right = f"{other_term},{z}->{target}", other, narrow
-        return jnp.einsum(spec, left, right, preferred_element_type=wide)
+            spec, left, right = f"{other_term},{z}->{out}", other, narrow
+        found = jnp.einsum(spec, left, right, preferred_element_type=wide)
+        return found.sum(axis=[out.index(c) for c in summed]) if summed else found
 
     da = gradient(b.astype(a.dtype), y, x).astype(a.dtype)
     return da, gradient(a, x, y).astype(b.dtype)

@@ -31,7 +31,7 @@ def decode_attention(
     Returns:
         (o [B, H, D], the cache with length + 1).
     """
-    B, K, C, _ = cache.k.shape
+    B, _, C, _ = cache.k.shape
     length = cache.length
     slot = jnp.arange(C)[None] == (length % C)[:, None]  # [B, C]
     new_k = jnp.where(slot[:, None, :, None], k[:, :, None].astype(cache.k.dtype), cache.k)

@@ -17,7 +17,7 @@ def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
     Returns:
         [N, F] in x's dtype.
     """
-    ends = jnp.cumsum(group_sizes)
+    ends = jnp.cumsum(group_sizes.astype(jnp.int32))
     row = jnp.arange(x.shape[0])
     y = jnp.zeros((x.shape[0], w.shape[2]), x.dtype)
     for e in range(w.shape[0]):

@@ -3,12 +3,13 @@
 import ast
 import dataclasses
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from dantinox import config  # noqa: E402
+from dantinox import config
 
 SECTIONS = {
     "Model": config.ModelConfig,
@@ -23,7 +24,7 @@ def docstrings() -> dict[str, str]:
     found = {}
     for node in ast.parse(Path(config.__file__).read_text()).body:
         body = node.body if isinstance(node, ast.ClassDef) else []
-        for field, text in zip(body, body[1:], strict=False):
+        for field, text in pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
                 found[field.target.id] = " ".join(text.value.value.split())
     return found

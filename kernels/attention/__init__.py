@@ -60,6 +60,9 @@ def attention(
     checks.scalars(scale=scale, softcap=softcap)
     segment_ids = _segments(segment_ids, B, T, S)
 
+    if window is not None:
+        window = min(int(window), max(S, 1))  # a longer one sees no more
+
     run = choose("attention", implementation, _table())
     if 0 in (B, T, H, D):
         return q

@@ -19,6 +19,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from kernels.einsum import einsum
+
 Array = jax.Array
 
 ONE_BLOCK = 2**20  # T * S up to which all scores are built at once
@@ -67,16 +69,17 @@ class _Core:
     def __call__(self, q: Array, k: Array, v: Array, mask: Array, seen: Array | None) -> Array:
         """[..., G, t, D] in float32 or wider. `seen` [..., s]: keys that some query sees; the others are cleared."""
         wide = jnp.promote_types(q.dtype, jnp.float32)
+        batch = "BKn"[: q.ndim - 3]
         if seen is not None:
-            v = jnp.where(seen[..., None], v, 0)
-        scores = jnp.einsum("...gtd,...sd->...gts", q, k, preferred_element_type=wide) * self.scale
+            k, v = (jnp.where(seen[..., None], x, 0) for x in (k, v))
+        scores = einsum(f"{batch}GTD,{batch}SD->{batch}GTS", q, k, wide) * self.scale
         if self.softcap is not None:
             scores = self.softcap * jnp.tanh(scores / self.softcap)
         scores = jnp.where(mask, scores, -jnp.inf)
         top = jnp.max(scores, axis=-1, keepdims=True, initial=jnp.finfo(wide).min)
         weights = jnp.exp(scores - jax.lax.stop_gradient(top))
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        o = jnp.einsum("...gts,...sd->...gtd", weights.astype(v.dtype), v, preferred_element_type=wide)
+        o = einsum(f"{batch}GTS,{batch}SD->{batch}GTD", weights.astype(v.dtype), v, wide)
         return o / jnp.where(total == 0, 1, total)
 
 

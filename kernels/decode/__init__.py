@@ -49,6 +49,8 @@ def decode_attention(
     q, k, v = checks.array("q", q, "BHD"), checks.array("k", k, "BKD"), checks.array("v", v, "BKD")
     gate = None if gate is None else checks.array("gate", gate, "BHD")
     checks.floating(q=q, k=k, v=v, gate=gate)
+    if not all(hasattr(cache, name) for name in KVCache._fields):
+        raise ValueError(f"cache is a {type(cache).__name__}; allowed: kernels.KVCache")
     cache_k, cache_v = checks.array("cache.k", cache.k, "BKCD"), checks.array("cache.v", cache.v, "BKCD")
     length = checks.array("cache.length", cache.length, "B")
     B, H, D = q.shape
@@ -58,6 +60,7 @@ def decode_attention(
     checks.heads(H, K)
     checks.shape("cache.k", cache_k, (B, K, C, D))
     checks.shape("cache.v", cache_v, (B, K, C, D))
+    checks.floating(**{"cache.k": cache_k, "cache.v": cache_v})
     checks.shape("cache.length", length, (B,))
     checks.integer("cache.length", length)
     if C < 1:

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from kernels import checks
 from kernels.dispatch import choose, missing
@@ -36,7 +37,10 @@ def grouped_matmul(x: Array, w: Array, group_sizes: Array, *, implementation: st
     E, _, F = w.shape
     checks.shape("w", w, (E, x.shape[1], F))
     checks.shape("group_sizes", group_sizes, (E,))
-    return choose("grouped_matmul", implementation, _table("grouped_matmul"))(x, w, group_sizes)
+    run = choose("grouped_matmul", implementation, _table("grouped_matmul"))
+    if 0 in (*x.shape, *w.shape):
+        return jnp.zeros((x.shape[0], F), x.dtype)
+    return run(x, w, group_sizes.astype(jnp.int32))
 
 
 def moe_mlp(
@@ -81,7 +85,12 @@ def moe_mlp(
     checks.shape("w_down", w_down, (E, F, M))
     checks.shape("expert_ids", expert_ids, (N, k))
     checks.shape("expert_weights", expert_weights, (N, k))
+    for name, of in (("w_gate", w_gate), ("expert_ids", expert_ids)):
+        if 0 in (E, k) and of.shape[0 if of is w_gate else 1] == 0:
+            raise ValueError(f"{name} has shape {of.shape}; allowed: 1 expert or more")
     run = choose("moe_mlp", implementation, _table("moe_mlp"))
+    if 0 in (N, M, F):
+        return jnp.zeros_like(x)
     return run(x, w_gate, w_up, w_down, expert_ids, expert_weights)
 
 

@@ -8,11 +8,10 @@ walked in row tiles by a loop whose trip count follows the rows that are there:
                      [ 1 ][ 1 ]                             groups are walked in order, so the rows it spoils
                                [ 2 ][ 2 ][ 2 ][ 2 ]         are written once more by their owner
 
-The last tile of a group is as small as a few sizes allow, so at most half of it is wasted. Only dw needs a mask: there the
+The end of a group is walked in small tiles, so little is wasted. Only dw needs a mask: there the
 rows are summed. On other devices `lax.ragged_dot` is used.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -45,15 +44,22 @@ def _pad(x: Array) -> Array:
 
 
 def _walk(start: Array, end: Array, body: Callable[[Array, int, Any], Any], carry: Any) -> Any:
-    """carry = body(row, tile, carry) over the row tiles of one group, ascending."""
+    """carry = body(row, tile, carry) over the row tiles of one group, ascending.
 
-    def step(state: tuple[Array, Any]) -> tuple[Array, Any]:
-        row, carry = state
-        size = sum((end - row > tile).astype(jnp.int32) for tile in TILES[:-1])
-        branches = [functools.partial(lambda tile, row, carry: body(row, tile, carry), tile) for tile in TILES]
-        return row + jnp.asarray(TILES)[size], jax.lax.switch(size, branches, row, carry)
+    A loop a tile size, not a switch between sizes: XLA on CPU runs elementwise work inside a conditional on one thread.
+    """
+    state = (start, carry)
+    for tile, leave in zip(reversed(TILES), [2 * size for size in TILES[-2::-1]] + [0], strict=True):
 
-    return jax.lax.while_loop(lambda state: state[0] < end, step, (start, carry))[1]
+        def more(state: tuple[Array, Any], leave: int = leave) -> Array:
+            return end - state[0] > leave
+
+        def step(state: tuple[Array, Any], tile: int = tile) -> tuple[Array, Any]:
+            row, carry = state
+            return row + tile, body(row, tile, carry)
+
+        state = jax.lax.while_loop(more, step, state)
+    return state[1]
 
 
 def _groups(group_sizes: Array) -> tuple[Array, Array]:
@@ -323,4 +329,4 @@ def _sorted(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Arr
     y = jax.lax.platform_dependent(rows, w_gate, w_up, w_down, group_sizes, cpu=_experts_cpu, default=_experts_ragged)
     back = _gather(y, place, order[:, None]).reshape(N, k, -1)
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.einsum("NkM,Nk->NM", back.astype(wide), expert_weights.astype(wide)).astype(x.dtype)
+    return jnp.sum(back.astype(wide) * expert_weights.astype(wide)[..., None], axis=1).astype(x.dtype)

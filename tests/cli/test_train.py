@@ -132,7 +132,7 @@ def test_dry_run_costs_and_writes_nothing(text, tmp_path):
 WRONG = {
     "--slidng-window 3": r"Unrecognized options: --slidng-window",
     "--windw 3": r"did you mean --window\?",
-    "--n-heads 7": r"dim is 128 and n_heads is 7; dim must be a multiple of n_heads",
+    "--n-heads 7": r"n_heads is 7 and kv_heads is \d; n_heads must be a multiple of kv_heads",
     "--n-heads 4 --kv-heads 3": r"n_heads is 4 and kv_heads is 3; n_heads must be a multiple of kv_heads",
     "--window -3": r"window is -3; allowed: 1 or more",
     "--window 0": r"window is 0; allowed: 1 or more",

@@ -3,9 +3,9 @@
     error(kernel) <= 2 x error(the same formula in plain jnp, at the kernel's dtype) + one ulp
 
 Errors are the largest absolute difference from the reference in float64, for the output and for every gradient. The
-ulp is that of the largest exact value, or of 1 where that is smaller. One exception: a gradient that is exactly zero (of the
-queries, with a window of one key) is a difference of equal sums of some D products, and which way they round is chance;
-it may keep `CANCELLED` float32 ulps in any dtype, for kernels accumulate in float32.
+ulp is that of the largest exact value, or of 1 where that is smaller. One exception: a gradient that is exactly zero
+(of the queries, with a window of one key) is a difference of equal sums of some D products, and which way they round is
+chance; it may keep `CANCELLED` float32 ulps in any dtype, for kernels accumulate in float32.
 """
 
 import functools

@@ -54,7 +54,8 @@ def segment_ids(case: Case, rng: np.random.Generator) -> dict[str, Any]:
         return {}
     n = max(case.S, case.T)
     cuts = np.sort(rng.integers(0, n, (case.B, 3)), axis=1)
-    ids = np.sum(np.arange(n)[None, :, None] >= cuts[:, None], axis=-1).astype(np.int32)
+    # In no order: rising ids would let a comparison with < pass for one with ==.
+    ids = np.int32([2, 0, 3, 1])[np.sum(np.arange(n)[None, :, None] >= cuts[:, None], axis=-1)]
     if case.segments == "packed":
         return {"segment_ids": jnp.asarray(ids)}
     q_ids, kv_ids = ids[:, n - case.T :], ids[:, n - case.S :].copy()
