@@ -2,6 +2,8 @@
 PRESET ?= nano
 ARGS   ?=
 EXTRAS ?=
+# Test processes: compiling is most of a test, and it takes one core. JOBS=0 runs them in one process.
+JOBS   ?= 2
 
 PY     := .venv/bin/python
 SETUP  := sh scripts/setup.sh
@@ -30,11 +32,11 @@ generate: ## let a trained model write: make generate ARGS="runs/NAME --prompt .
 
 test: ## is it right? The tests, without the slow ones
 	@$(SETUP) dev
-	@$(PY) -m pytest -q $(ARGS)
+	@$(PY) -m pytest -q -n $(JOBS) $(ARGS)
 
 test-long: ## every test, the slow ones too
 	@$(SETUP) dev
-	@$(PY) -m pytest -q -m "" $(ARGS)
+	@$(PY) -m pytest -q -n $(JOBS) -m "" $(ARGS)
 
 test-mutants: ## do the tests notice? Breaks the kernels on purpose and expects failures
 	@$(call need,tests/mutants.py)

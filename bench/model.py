@@ -129,6 +129,7 @@ class Peer:
         self._process.stdin.write(kind + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
+        time.sleep(0.3)  # its threads spin for a while, which must not fall on the next row
         if not answer:
             raise ValueError("peer: the torch process ended; it needs torch and transformers")
         return float(answer)

@@ -15,7 +15,7 @@ class ProgressLine:
     """
 
     def __init__(self, total: int, done: int = 0, quiet_seconds: float = 10.0) -> None:
-        self.total, self.done, self.quiet_seconds = total, done, quiet_seconds
+        self.total, self.quiet_seconds = total, quiet_seconds
         self.console = Console(highlight=False, soft_wrap=True)
         self._start = self._last = time.perf_counter()
         self._first = done
@@ -40,17 +40,19 @@ class ProgressLine:
     def update(self, step: int, row: dict[str, float]) -> None:
         """Show the row of metrics of a step."""
         now = time.perf_counter()
+        if step == self._first + 1:  # the first step is mostly compilation: time starts after it
+            self._start, self._first = now, step
         eta = (self.total - step) * (now - self._start) / max(1, step - self._first)
         line = (
             f"step {step:0{len(str(self.total))}}/{self.total} ({step / self.total:.0%}) | loss {row['loss']:.4f} | "
             f"lr {row['lr']:.2e} | {row['tokens_per_s']:,.0f} tok/s | mfu {row['mfu']:.0%} | "
-            f"eta {int(eta // 60)}:{int(eta % 60):02}"
+            + (f"eta {int(eta // 60)}:{int(eta % 60):02}" if step > self._first else "compiled")
         )
         if self.console.is_terminal:
             self._bar.update(self._task, completed=step, line=line, refresh=True)
-        elif now - self._last >= self.quiet_seconds or step == self.total or self._first == self.done:
+        elif now - self._last >= self.quiet_seconds or step in (self.total, self._first):
             self.console.print(line)
-            self._last, self.done = now, step
+            self._last = now
 
     def say(self, text: str) -> None:
         """A line above the bar."""

@@ -85,9 +85,10 @@ def moe_mlp(
     checks.shape("w_down", w_down, (E, F, M))
     checks.shape("expert_ids", expert_ids, (N, k))
     checks.shape("expert_weights", expert_weights, (N, k))
-    for name, of in (("w_gate", w_gate), ("expert_ids", expert_ids)):
-        if 0 in (E, k) and of.shape[0 if of is w_gate else 1] == 0:
-            raise ValueError(f"{name} has shape {of.shape}; allowed: 1 expert or more")
+    if E < 1:
+        raise ValueError(f"w_gate has shape {w_gate.shape}; allowed: 1 expert or more")
+    if k < 1:
+        raise ValueError(f"expert_ids has shape {expert_ids.shape}; allowed: 1 expert a token or more")
     run = choose("moe_mlp", implementation, _table("moe_mlp"))
     if 0 in (N, M, F):
         return jnp.zeros_like(x)
