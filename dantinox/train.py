@@ -6,9 +6,11 @@ summary.txt, loss.png. Batches are a pure function of (seed, step), so a run is 
 
 import contextlib
 import logging
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -198,34 +200,29 @@ class Loop:
 
     def run(self, current: TrainState, first: int) -> None:
         """Train from step `first` to the last one; the last state is always saved, after Ctrl-C too."""
-        t, step = self.trainer.config.train, first
+        t = self.trainer.config.train
         self.peak = metrics.matmul_rate(self.trainer.config.model.dtype) * max(1, _devices(self.trainer))
-        traced = t.profile_range()
-        try:
-            with ProgressLine(t.steps, first) as self.progress:
-                self.mark, self.marked = time.perf_counter(), first
-                for step in range(first + 1, t.steps + 1):
-                    if traced and step == traced[0]:
-                        jax.profiler.start_trace(str(self.run_dir / "tensorboard"))
-                    with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                        current, parts = self.trainer.step(current, *self.trainer.batch(step - 1), jnp.int32(step - 1))
-                    if traced and step == min(traced[1], t.steps):
-                        jax.block_until_ready(current)
-                        jax.profiler.stop_trace()
-                    self.after(step, current, parts)
-        except KeyboardInterrupt:
-            # The step that was interrupted may have donated its state; only a whole one is worth keeping.
-            if not any(leaf.is_deleted() for leaf in jax.tree.leaves(current)):
-                done = step if self.saw == step else step - 1
-                self.checkpoints.save(done, *current)
-                print(f"\ninterrupted; step {done} is saved. Go on with --run {t.run} --resume")
-            raise
-
-    saw: int = 0
+        traced, tracing = t.profile_range(), False
+        with stop_request() as stop, ProgressLine(t.steps, first) as self.progress:
+            self.mark, self.marked = time.perf_counter(), first
+            for step in range(first + 1, t.steps + 1):
+                if traced and step == traced[0]:
+                    jax.profiler.start_trace(str(self.run_dir / "tensorboard"))
+                    tracing = True
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    current, parts = self.trainer.step(current, *self.trainer.batch(step - 1), jnp.int32(step - 1))
+                if tracing and (step == min(traced[1], t.steps) or stop):
+                    jax.block_until_ready(current)
+                    jax.profiler.stop_trace()
+                    tracing = False
+                self.after(step, current, parts)
+                if stop and step < t.steps:
+                    self.checkpoints.save(step, *current)
+                    self.progress.say(f"interrupted; step {step} is saved. Go on with --run {t.run} --resume")
+                    raise KeyboardInterrupt
 
     def after(self, step: int, current: TrainState, parts: dict[str, jax.Array]) -> None:
         """Log, evaluate, sample and save, each at its own pace and all of them at the last step."""
-        self.saw = step
         t = self.trainer.config.train
         last = step == t.steps
 
@@ -261,6 +258,25 @@ class Loop:
             "tokens_per_s": tokens,
             "mfu": tokens * count.flops_per_token(c.model, c.train.seq_len) / self.peak,
         }
+
+
+@contextlib.contextmanager
+def stop_request() -> Iterator[list[int]]:
+    """A list that the first Ctrl-C makes non-empty, so that the running step is finished; the second one interrupts."""
+    asked: list[int] = []
+
+    def handle(number: int, _: object) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    # Only the main thread may listen; elsewhere Ctrl-C stays with whoever owns it.
+    listening = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, handle) if listening else None
+    try:
+        yield asked
+    finally:
+        if listening:
+            signal.signal(signal.SIGINT, before)
 
 
 def _devices(trainer: Trainer) -> int:
