@@ -6,7 +6,8 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 # A plugin for a device that is not here complains at length when JAX starts; what matters of it is said below.
@@ -16,6 +17,7 @@ logging.getLogger("jax").setLevel(logging.CRITICAL)
 import jax  # noqa: E402
 
 import kernels  # noqa: E402
+from dantinox import cli  # noqa: E402
 from kernels.dispatch import OPERATIONS, PREFERENCE  # noqa: E402
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy")
@@ -30,8 +32,14 @@ EXTRAS = {
 Row = tuple[str, str]
 
 
-def main() -> int:
+@dataclass(frozen=True)
+class Arguments:
+    """There are no flags."""
+
+
+def main(argv: Sequence[str] = ()) -> int:
     """Print the report; 0 whatever it says, for it is a report and not a test."""
+    cli.parse(Arguments, argv, default=Arguments(), prog="dantinox-doctor", description=__doc__)
     for title, rows in (
         ("machine", machine()),
         ("devices", devices()),
@@ -115,4 +123,4 @@ def gigabytes(size: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.console(lambda _: main(sys.argv[1:]))
