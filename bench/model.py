@@ -144,12 +144,12 @@ def measure(arguments: Arguments) -> dict[str, dict[str, float]]:
     base = Config().replace(**BASE, **implementations)
     configs = {"dense": base, "moe": base.replace(**MOE)}
     trainers = {kind: trainer(config) for kind, config in configs.items()}
-    long = {kind: config.replace(max_context=4096) for kind, config in configs.items()}
+    long = base.replace(max_context=4096)
     decoders = {
         "dense, context 256": decoder(configs["dense"], 128, 127),
         "moe, context 256": decoder(configs["moe"], 128, 127),
-        "dense, position 4000": decoder(long["dense"], 3968, 127),
-        "dense, first token of 8 at context 4096": decoder(long["dense"].replace(window=None), 8, 8),
+        "dense, position 4000": decoder(long, 3968, 127),
+        "dense, first token of 8 at context 4096": decoder(long.replace(window=None), 8, 8),
     }
     peer = Peer(arguments.peer) if arguments.peer else None
     samples: dict[str, list[float]] = {}

@@ -23,12 +23,10 @@ def flops_per_token(config: ModelConfig, seq_len: int, training: bool = True) ->
     4 H D for each (query, key) pair that the layer's window lets be seen: scores and weighted values. The backward pass
     costs twice the forward; what rematerialisation repeats is not counted.
     """
-    M, H, K, D = config.dim, config.n_heads, config.kv_heads, config.head_dim
-    gate = {"none": 0, "head": H, "elementwise": H * D}[config.gate]
-    weights = config.n_layers * (M * (2 * H * D + 2 * K * D + gate) + _mlp(config, config.experts_per_token))
-    weights += M * config.vocab_size
+    weights = config.n_layers * (_attention(config) + _mlp(config, config.experts_per_token))
+    weights += config.dim * config.vocab_size
     pairs = sum(visible_pairs(seq_len, config.layer_window(layer)) for layer in range(config.n_layers))
-    forward = 2 * weights + 4 * H * D * pairs / seq_len
+    forward = 2 * weights + 4 * config.n_heads * config.head_dim * pairs / seq_len
     return (3 if training else 1) * forward
 
 
@@ -62,11 +60,17 @@ def _mlp(config: ModelConfig, experts: int) -> int:
     return M * config.n_experts + 3 * M * F * (experts + config.shared_expert)
 
 
-def _fixed(config: ModelConfig) -> int:
-    """All parameters but those of the MLPs."""
+def _attention(config: ModelConfig) -> int:
+    """Weights of one layer's projections q, k, v, o and gate."""
     M, H, K, D = config.dim, config.n_heads, config.kv_heads, config.head_dim
     gate = {"none": 0, "head": H, "elementwise": H * D}[config.gate]
-    attention = M * (2 * H * D + 2 * K * D + gate) + (2 * D if config.qk_norm else 0)
+    return M * (2 * H * D + 2 * K * D + gate)
+
+
+def _fixed(config: ModelConfig) -> int:
+    """All parameters but those of the MLPs."""
+    M = config.dim
+    attention = _attention(config) + (2 * config.head_dim if config.qk_norm else 0)
     embeddings = config.vocab_size * M * (1 if config.tie else 2)
     if config.positions == "learned":
         embeddings += config.max_context * M

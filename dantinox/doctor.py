@@ -37,8 +37,9 @@ class Arguments:
     """There are no flags."""
 
 
-def main(argv: Sequence[str] = ()) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Print the report; 0 whatever it says, for it is a report and not a test."""
+    argv = sys.argv[1:] if argv is None else argv
     cli.parse(Arguments, argv, default=Arguments(), prog="dantinox-doctor", description=__doc__)
     for title, rows in (
         ("machine", machine()),
@@ -123,4 +124,4 @@ def gigabytes(size: int) -> str:
 
 
 if __name__ == "__main__":
-    cli.console(lambda _: main(sys.argv[1:]))
+    cli.console(main)

@@ -122,13 +122,9 @@ def state_shardings(config: Config, mesh: Mesh, state: TrainState) -> TrainState
     """Shardings of a whole train state: an optimizer moment lies like its parameter, everything else is replicated."""
     params = sharding.parameter_shardings(config.model, mesh)
     whole = sharding.replicated(mesh)
-    like_params = jax.tree.map(
-        lambda leaf: params if leaf is None else whole,
-        jax.tree.map(
-            lambda node: None if isinstance(node, dict) else node,
-            state.opt_state,
-            is_leaf=lambda node: isinstance(node, dict) and node.keys() == state.params.keys(),
-        ),
-        is_leaf=lambda leaf: leaf is None,
-    )
-    return TrainState(params, like_params)
+
+    def like_params(node: Any) -> bool:
+        return isinstance(node, dict) and node.keys() == params.keys()
+
+    opt_state = jax.tree.map(lambda node: params if like_params(node) else whole, state.opt_state, is_leaf=like_params)
+    return TrainState(params, opt_state)
