@@ -8,8 +8,8 @@ A row is an operation at one set of sizes, with the purposes it serves and the m
     machines    small (any, interpreted too), cpu, h100, tpu
 
 Real rows carry the sizes of published models; the others are there because they hurt: 1, 7, 127, 129, T != S, windows
-of one and past the end, groups without rows. `sweep` names the axes
-over which a row belongs to a plot.
+of one and past the end, groups without rows. `sweep` names the axes over which
+a row belongs to a plot.
 """
 
 from kernels.shapes import Attention, Decode, GroupedMatmul, MoE, Spec
@@ -88,7 +88,7 @@ REAL_ATTENTION = (
     _square("window 256 of 2048", 2048, H=8, K=8, D=64, window=256, **CPU),
     _square("causal 1024", 1024, B=2, H=8, K=8, D=64, **CPU),
     *(
-        _square(f"S={S}", S, H=4, K=2, D=64, window=256, gate="head", sweep=("S",), **CPU)
+        _square(f"S={S}", S, H=4, K=2, D=64, window=256, gate="head", sweep=("S", "W")[: 1 + (S == 2048)], **CPU)
         for S in (512, 1024, 2048, 4096)
     ),
     *(_square(f"W={W}", 2048, H=4, K=2, D=64, window=W, gate="head", sweep=("W",), **CPU) for W in (64, 512, 1024)),
