@@ -17,18 +17,17 @@ from pathlib import Path
 from statistics import median
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from dantinox import cli, count, host, optim, state
+from bench.training import Stepper
+from dantinox import cli, count, host
 from dantinox.config import Config
 from dantinox.generation import Request, Sampling, run
 from dantinox.metrics import matmul_rate
 from dantinox.model import Transformer
-from dantinox.step import TrainState, make_train_step
 
 PROG = "bench.model"
 BASE = {
@@ -64,29 +63,6 @@ class Arguments:
     """Implementation of cached decoding."""
     out: str | None = None
     """Write the numbers to this JSON file."""
-
-
-def trainer(config: Config) -> Callable[[], float]:
-    """A function that runs one training step and returns its seconds; the first one is already compiled."""
-    skeleton, params = state.split(Transformer(config.model, rngs=nnx.Rngs(0)))
-    optimizer = optim.optimizer(config.optim, 1000)
-    current = TrainState(params, jax.jit(optimizer.init)(params))
-    step = make_train_step(skeleton, config, optimizer)
-    rng = np.random.default_rng(0)
-    number = 0
-
-    def one() -> float:
-        nonlocal current, number
-        shape = (1, config.train.batch_size, config.train.seq_len)
-        x, y = (rng.integers(0, config.model.vocab_size, shape, dtype=np.int32) for _ in range(2))
-        start = time.perf_counter()
-        current, _ = step(current, x, y, jnp.int32(number))
-        jax.block_until_ready(current)
-        number += 1
-        return time.perf_counter() - start
-
-    one()
-    return one
 
 
 def decoder(config: Config, prompt: int, new: int) -> Callable[[], tuple[float, float]]:
@@ -143,7 +119,7 @@ def measure(arguments: Arguments) -> dict[str, dict[str, float]]:
     implementations = {name: getattr(arguments, name) for name in ("attn", "moe", "decode")}
     base = Config().replace(**BASE, **implementations)
     configs = {"dense": base, "moe": base.replace(**MOE)}
-    trainers = {kind: trainer(config) for kind, config in configs.items()}
+    trainers = {kind: Stepper(config) for kind, config in configs.items()}
     long = base.replace(max_context=4096)
     decoders = {
         "dense, context 256": decoder(configs["dense"], 128, 127),

@@ -30,6 +30,7 @@ def dense(x: Array, w: nnx.Param | Array, out_dtype: jnp.dtype | None = None) ->
     return y.reshape(*x.shape[:-1], *w.shape[1:])
 
 
+@jax.named_scope("norm")
 def rms_norm(x: Array, scale: nnx.Param, eps: float) -> Array:
     """x / sqrt(mean(x^2) + eps) * scale over the last axis, computed in float32."""
     wide = x.astype(jnp.float32)
@@ -37,6 +38,7 @@ def rms_norm(x: Array, scale: nnx.Param, eps: float) -> Array:
     return (wide * inverse * scale[...]).astype(x.dtype)
 
 
+@jax.named_scope("dropout")
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
     """Zero a share `rate` of x and scale up the rest; without a key (evaluation) x unchanged."""
     if key is None or rate == 0:

@@ -45,14 +45,17 @@ class Attention(nnx.Module):
 
     def project(self, x: Array, rope: tuple[Array, Array] | None) -> tuple[Array, Array, Array, Array | None]:
         """x [B, T, M] -> q [B, T, H, D], k and v [B, T, K, D], gate logits [B, T, H, D or 1] or None."""
-        q, k, v = dense(x, self.q), dense(x, self.k), dense(x, self.v)
+        with jax.named_scope("qkv"):
+            q, k, v = dense(x, self.q), dense(x, self.k), dense(x, self.v)
+            gate = None if self.gate is None else dense(x, self.gate)
         if self.q_scale is not None:
             q = rms_norm(q, self.q_scale, self.config.norm_eps)
             k = rms_norm(k, self.k_scale, self.config.norm_eps)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        return q, k, v, None if self.gate is None else dense(x, self.gate)
+        return q, k, v, gate
 
+    @jax.named_scope("out")
     def merge(self, o: Array) -> Array:
         """Heads [..., H, D] back to the residual width [..., M]."""
         w = self.o[...]
@@ -61,7 +64,7 @@ class Attention(nnx.Module):
     def __call__(self, x: Array, rope: tuple[Array, Array] | None) -> tuple[Array, Array, Array]:
         """x [B, T, M] -> (output [B, T, M], keys, values [B, T, K, D] for a cache)."""
         q, k, v, gate = self.project(x, rope)
-        with jax.named_scope("attention"):
+        with jax.named_scope("attend"):
             o = kernels.attention(
                 q,
                 k,
@@ -76,16 +79,17 @@ class Attention(nnx.Module):
     def step(self, x: Array, rope: tuple[Array, Array] | None, cache: kernels.KVCache) -> tuple[Array, kernels.KVCache]:
         """One new token a sequence: x [B, 1, M] -> (output [B, 1, M], cache with the token appended)."""
         q, k, v, gate = self.project(x, rope)
-        o, cache = kernels.decode_attention(
-            q[:, 0],
-            k[:, 0],
-            v[:, 0],
-            cache,
-            gate=None if gate is None else gate[:, 0],
-            window=self.window,
-            softcap=self.config.attn_softcap,
-            implementation=self.config.decode,
-        )
+        with jax.named_scope("attend"):
+            o, cache = kernels.decode_attention(
+                q[:, 0],
+                k[:, 0],
+                v[:, 0],
+                cache,
+                gate=None if gate is None else gate[:, 0],
+                window=self.window,
+                softcap=self.config.attn_softcap,
+                implementation=self.config.decode,
+            )
         return self.merge(o)[:, None], cache
 
 
@@ -105,26 +109,29 @@ class Block(nnx.Module):
     ) -> tuple[Array, RouterLosses | None, tuple[Array, Array]]:
         """h [B, T, M] -> (h, router losses, (keys, values) [B, T, K, D])."""
         keys = (None, None) if key is None else jax.random.split(key)
-        o, k, v = self.attention(rms_norm(h, self.attention_norm, self.config.norm_eps), rope)
-        h = h + dropout(o, self.config.dropout, keys[0])
+        with jax.named_scope("attention"):
+            o, k, v = self.attention(rms_norm(h, self.attention_norm, self.config.norm_eps), rope)
+            h = h + dropout(o, self.config.dropout, keys[0])
         h, losses = self.feed_forward(h, keys[1])
         return h, losses, (k, v)
 
     def step(self, h: Array, rope: tuple[Array, Array] | None, cache: kernels.KVCache) -> tuple[Array, kernels.KVCache]:
         """One decoding step: h [B, 1, M]."""
-        o, cache = self.attention.step(rms_norm(h, self.attention_norm, self.config.norm_eps), rope, cache)
-        return self.feed_forward(h + o, None)[0], cache
+        with jax.named_scope("attention"):
+            o, cache = self.attention.step(rms_norm(h, self.attention_norm, self.config.norm_eps), rope, cache)
+            h = h + o
+        return self.feed_forward(h, None)[0], cache
 
     def feed_forward(self, h: Array, key: Array | None) -> tuple[Array, RouterLosses | None]:
         """The MLP branch, dense or sparse."""
         losses = None
-        x = rms_norm(h, self.mlp_norm, self.config.norm_eps)
-        with jax.named_scope("mlp"):
+        with jax.named_scope("moe" if self.config.n_experts else "mlp"):
+            x = rms_norm(h, self.mlp_norm, self.config.norm_eps)
             if self.config.n_experts:
                 y, losses = self.mlp(x)
             else:
                 y = self.mlp(x)
-        return h + dropout(y, self.config.dropout, key), losses
+            return h + dropout(y, self.config.dropout, key), losses
 
 
 _REMAT = {
@@ -185,6 +192,7 @@ class Transformer(nnx.Module):
             mean = jax.tree.map(lambda *x: sum(x) / len(x), *losses)
         return rms_norm(h, self.norm, self.config.norm_eps), mean, kv
 
+    @jax.named_scope("embed")
     def embed(self, tokens: Array, positions: Array) -> tuple[Array, tuple[Array, Array] | None]:
         """(embedded tokens [B, T, M], rotary cos and sin) at int32 positions [B or 1, T]."""
         limit = self.config.max_context
@@ -197,10 +205,10 @@ class Transformer(nnx.Module):
         rope = rotation(self.config, positions) if self.config.positions == "rope" else None
         return h, rope
 
+    @jax.named_scope("logits")
     def logits(self, h: Array) -> Array:
         """[..., V] float32 of final hidden states [..., M]."""
         w = self.embedding[...].T if self.head is None else self.head[...]
-        with jax.named_scope("logits"):
-            logits = dense(h, w, jnp.float32)
+        logits = dense(h, w, jnp.float32)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)

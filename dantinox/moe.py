@@ -59,8 +59,13 @@ class MoE(nnx.Module):
 
     def __call__(self, x: Array) -> tuple[Array, RouterLosses]:
         tokens = x.reshape(-1, x.shape[-1])
-        ids, weights, losses = route(dense(tokens, self.router, jnp.float32), self.k)
-        experts = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
-        y = kernels.moe_mlp(tokens, *experts, ids, weights, implementation=self.implementation)
+        with jax.named_scope("router"):
+            ids, weights, losses = route(dense(tokens, self.router, jnp.float32), self.k)
+        with jax.named_scope("experts"):
+            experts = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
+            y = kernels.moe_mlp(tokens, *experts, ids, weights, implementation=self.implementation)
         y = y.reshape(x.shape)
-        return (y if self.shared is None else y + self.shared(x)), losses
+        if self.shared is not None:
+            with jax.named_scope("shared"):
+                y = y + self.shared(x)
+        return y, losses

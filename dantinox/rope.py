@@ -38,6 +38,7 @@ def rotation(config: ModelConfig, positions: Array) -> tuple[Array, Array]:
     return jnp.cos(angle) * magnitude, jnp.sin(angle) * magnitude
 
 
+@jax.named_scope("rope")
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
     """Turn feature i with feature i + D / 2. x [..., T, H, D]; cos and sin [..., T, D / 2]."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)

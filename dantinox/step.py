@@ -27,6 +27,7 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
+@jax.named_scope("loss")
 def cross_entropy(logits: Array, targets: Array) -> Array:
     """Mean of -log softmax(logits)[target], in nats. logits [..., V] float32, targets [...] int32."""
     # A masked sum, not a gather: its gradient needs no scatter, and XLA fuses both passes.
@@ -90,7 +91,8 @@ def make_train_step(
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state), parts | {"grad_norm": optax.global_norm(grads)}
+            grad_norm = optax.global_norm(grads)
+        return TrainState(params, opt_state), parts | {"grad_norm": grad_norm}
 
     if mesh is None:
         return jax.jit(step, donate_argnums=0)

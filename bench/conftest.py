@@ -1,0 +1,160 @@
+"""How `bench_*.py` become benchmarks: pytest-benchmark keeps the statistics, `bench.harness` takes the times.
+
+pytest-benchmark runs one test after the other, but implementations must take turns, and on a GPU the time is the
+device's own. So the first test of a contest holds all of it, and every test hands its own times to pytest-benchmark by
+a clock that replays them.
+"""
+
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import Any, NamedTuple
+
+import jax
+import pytest
+
+from bench import harness
+from bench.ceilings import Ceilings
+from bench.clock import clock
+from bench.table import duration
+from dantinox import host
+from kernels import specs
+
+
+class Entry(NamedTuple):
+    """One implementation in one contest."""
+
+    contest: harness.Contest
+    implementation: str
+
+    def __str__(self) -> str:
+        return f"{self.contest}, {self.implementation}"
+
+
+class Replay:
+    """A timer that tells the recorded durations: each pair of calls is one start and one end."""
+
+    def __init__(self) -> None:
+        self.now, self.running, self.durations = 0.0, False, iter(())
+
+    def load(self, seconds: list[float]) -> None:
+        """What the next pairs of calls will show."""
+        self.durations, self.running = iter(seconds), False
+
+    def __call__(self) -> float:
+        if self.running:
+            self.now += next(self.durations)
+        self.running = not self.running
+        return self.now
+
+
+TIMER = Replay()
+RUN: dict[str, Any] = {"held": None, "refused": [], "ceilings": None, "progress": False}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("bench", "DantinoX benchmarks")
+    group.addoption("--spec", action="append", default=[], help="rows by name; default: all of this machine")
+    group.addoption("--implementation", action="append", default=[], help="implementations by name; default: all")
+    group.addoption("--machine", default=None, choices=specs.MACHINES, help="whose rows; default: this device's")
+    group.addoption("--budget", type=float, default=1.0, help="seconds of timing for each row and direction")
+    group.addoption("--progress", action="store_true", help="one line a contest instead of pytest's own report")
+    group.addoption("--direction", default=None, choices=("forward", "forward+backward"), help="default: both")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    host.keep_freed_memory()
+    RUN["progress"] = config.getoption("--progress")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "entry" not in metafunc.fixturenames:
+        return
+    option, op = metafunc.config.getoption, metafunc.module.OP
+    contests = harness.contests(op, option("--machine"))
+    if names := option("--spec"):
+        contests = [c for c in contests if c.spec.name in names]
+    if direction := option("--direction"):
+        contests = [c for c in contests if c.direction == direction]
+    only = option("--implementation")
+    entries = [Entry(c, name) for c in contests for name in harness.contestants(c.spec) if not only or name in only]
+    marks = lambda entry: pytest.mark.benchmark(group=str(entry.contest), timer=TIMER)
+    metafunc.parametrize("entry", [pytest.param(e, id=str(e), marks=marks(e)) for e in entries])
+
+
+@pytest.fixture(scope="session")
+def ceilings() -> Ceilings:
+    RUN["ceilings"] = Ceilings(clock())
+    return RUN["ceilings"]
+
+
+@pytest.fixture
+def replay(benchmark: Any, ceilings: Ceilings, request: pytest.FixtureRequest) -> Iterator[Callable[[Entry], None]]:
+    """Hands the times of one entry to pytest-benchmark, with everything else that the report shows."""
+    option = request.config.getoption
+
+    def run(entry: Entry) -> None:
+        held = RUN["held"]
+        if held is None or held.contest != entry.contest:
+            only = tuple(option("--implementation"))
+            RUN["held"] = held = harness.hold(entry.contest, ceilings, budget=option("--budget"), only=only)
+            if RUN["progress"]:
+                print(progress(held), flush=True)
+        result = held.results[entry.implementation]
+        if result.refused is not None:
+            facts = {"op": entry.contest.spec.op, "spec": entry.contest.spec.name}
+            facts |= {"direction": entry.contest.direction, "implementation": entry.implementation}
+            RUN["refused"].append(facts | {"why": result.refused})
+            pytest.skip(result.refused)
+        benchmark.extra_info.update(facts_of(entry, held))
+        TIMER.load(result.seconds)
+        benchmark.pedantic(lambda: None, rounds=len(result.seconds), iterations=1)
+
+    yield run
+
+
+def progress(held: harness.Outcome) -> str:
+    """One line: the contest and its fastest implementation."""
+    times = {name: median(r.seconds) for name, r in held.results.items() if r.seconds}
+    if not times:
+        return f"{held.contest.spec.op} {held.contest}: nothing ran"
+    best = min(times, key=times.__getitem__)
+    return f"{held.contest.spec.op} {held.contest}: {best} {duration(times[best])}, of {len(times)}"
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Without pytest's own report a failure must still be seen."""
+    if report.failed and RUN["progress"]:
+        print(report.longreprtext, flush=True)
+
+
+def facts_of(entry: Entry, held: harness.Outcome) -> dict[str, Any]:
+    """What the report needs beside the times."""
+    spec, result = entry.contest.spec, held.results[entry.implementation]
+    cost = entry.contest.cost()
+    return {
+        "op": spec.op,
+        "spec": spec.name,
+        "sizes": spec.label(),
+        "dtype": spec.dtypes[0],
+        "direction": entry.contest.direction,
+        "implementation": entry.implementation,
+        "sweep": {axis: harness.position(spec, axis) for axis in spec.sweep},
+        "flops": cost.flops,
+        "bytes": cost.bytes,
+        "roofline_seconds": cost.seconds(held.flops_per_second, held.bytes_per_second),
+        "temp_bytes": result.temp_bytes,
+        "error": result.error,
+    }
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict[str, Any]) -> None:
+    """What belongs to the whole run."""
+    ceilings = RUN["ceilings"]
+    output_json["bench"] = {
+        "timer": clock().name,
+        "ceilings": ceilings.summary() if ceilings else {},
+        "refused": RUN["refused"],
+        "device": jax.devices()[0].device_kind,
+        "platform": jax.default_backend(),
+        "jax": jax.__version__,
+    }

@@ -1,0 +1,221 @@
+"""Everything worth knowing about a device in one bounded command: `python -m bench.gpu --out DIR [--minutes 9]`.
+
+In order of importance, each part in a process of its own, each written as soon as it is there, so that a part that
+hangs, crashes or finds no time left takes nothing with it:
+
+    environment   device, driver, versions
+    parity        every row of the parity table, every implementation that runs here, by the error rule of the tests
+    attention, grouped_matmul, moe_mlp, decode_attention    the rows of this machine, kernels beside XLA and the peers
+    trace         one training step's kernels with their times
+    toggles       each feature of the model flipped
+    model         tokens/s of training, milliseconds a decoded token
+
+On a CPU the same command runs a tiny version of each part.
+"""
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from bench.results import ROOT
+from dantinox import cli
+
+PROG = "bench.gpu"
+MARGIN = 5.0  # seconds kept back for writing and stopping
+ENVIRONMENT = "import sys; from bench import gpu; gpu.write_environment(sys.argv[1])"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Where to, and how long."""
+
+    out: str
+    """Folder for the results, <device>/... as in profiles/."""
+    minutes: float = 9.0
+    """The command ends before."""
+    only: tuple[str, ...] = ()
+    """Parts by name; none: all."""
+    tiny: bool | None = None
+    """The smallest version of each part; default: on a CPU."""
+
+
+class Part(NamedTuple):
+    """One command; `share` is the most of the whole time that it may take."""
+
+    name: str
+    command: list[str]
+    share: float
+
+
+def parts(out: Path, tiny: bool) -> list[Part]:
+    """All parts in order."""
+    run = lambda module, *flags: [sys.executable, "-m", module, *flags]
+    html = lambda op: ("--html", str(out / f"{op}.html"))
+    to = ("--out", str(out))
+    test = ["-q", "-x" if tiny else "--maxfail=40", "-p", "no:cacheprovider", "-k", "keeps_the_rule", "tests/parity"]
+    if tiny:
+        test[test.index("keeps_the_rule")] = "keeps_the_rule and (one_row or window_past_S)"
+    row = {
+        "attention": ("nano",),
+        "grouped_matmul": ("E=8",),
+        "moe_mlp": ("nano-moe",),
+        "decode_attention": ("C=512, full",),
+    }
+    small = ("--budget", "0.1", "--implementation", "xla", "lax.ragged_dot")
+    few = lambda op: ("--spec", *row[op], *small) if tiny else ()
+    ops = [
+        Part(op, run("bench", "--op", op, *few(op), *to, *html(op)), share)
+        for op, share in zip(row, (0.3, 0.2, 0.15, 0.1), strict=True)
+    ]
+    preset = "nano" if tiny else "h100"
+    trace = run("bench.profile", "--preset", preset, "--steps", "2", "--out", str(out / "trace"))
+    trace += ["--json", str(out / "trace.json")]
+    toggles = run("bench.toggles", "--preset", "nano" if tiny else "dante", "--rounds", "1" if tiny else "10", *to)
+    model = run("bench.model", "--rounds", "1" if tiny else "5", "--out", str(out / "model.json"))
+    if tiny:
+        toggles += ["--only", "no gate"]
+    return [
+        Part("environment", [sys.executable, "-c", ENVIRONMENT, str(out / "environment.json")], 0.1),
+        Part("parity", [sys.executable, "-m", "pytest", *test], 0.25),
+        *ops,
+        Part("trace", trace, 0.15),
+        Part("toggles", toggles, 0.15),
+        Part("model", model, 0.15),
+    ]
+
+
+def perform(chosen: Sequence[Part], out: Path, deadline: float, console: Console) -> list[dict[str, Any]]:
+    """Run the parts until the deadline (of `time.monotonic`); what each gave, also written to summary.json."""
+    whole = deadline - time.monotonic()
+    done: list[dict[str, Any]] = []
+    for part in chosen:
+        left = deadline - time.monotonic() - MARGIN
+        if left < 1:
+            done.append({"part": part.name, "result": "no time left"})
+        else:
+            console.print(f"[bold]{part.name}[/] (at most {min(left, part.share * whole):.0f} s)", highlight=False)
+            done.append(_one(part, out, min(left, part.share * whole)))
+        console.print(f"  {done[-1]['result']}, {done[-1].get('seconds', 0)} s", highlight=False)
+        (out / "summary.json").write_text(json.dumps(done, indent=1) + "\n")
+    return done
+
+
+def _one(part: Part, out: Path, limit: float) -> dict[str, Any]:
+    """Run one part with a time limit; its output goes to <part>.log."""
+    start = time.monotonic()
+    log = out / f"{part.name}.log"
+    with log.open("w") as file:
+        # A session of its own: a part that is stopped takes its children along.
+        streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(part.command, cwd=ROOT, start_new_session=True, **streams)
+        try:
+            code = process.wait(limit)
+            result = "done" if code == 0 else f"failed with exit code {code}: {_last_line(log)}"
+        except subprocess.TimeoutExpired:
+            result = f"stopped after {limit:.0f} s; its log has what it did"
+        finally:
+            for kill in (signal.SIGTERM, signal.SIGKILL):
+                if process.poll() is None:
+                    os.killpg(process.pid, kill)
+                    try:
+                        process.wait(2)
+                    except subprocess.TimeoutExpired:
+                        continue
+    return {"part": part.name, "result": result, "seconds": round(time.monotonic() - start, 1)}
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:200] if lines else "no output"
+
+
+def environment() -> dict[str, Any]:
+    """Device, driver and versions, and the ceilings of this device."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import jax
+
+    from bench.ceilings import Ceilings
+    from bench.clock import clock
+
+    def versions() -> Iterator[tuple[str, str]]:
+        for name in ("jax", "jaxlib", "flax", "optax", "jax-cuda13-plugin", "jax-cuda12-plugin", "libtpu", "tokamax"):
+            try:
+                yield name, version(name)
+            except PackageNotFoundError:
+                continue
+
+    ceilings = Ceilings(clock())
+    for dtype in ("float32",) if jax.default_backend() == "cpu" else ("bfloat16", "float32"):
+        for _ in range(5):
+            ceilings.sample(dtype)
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        driver = ""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "platform": jax.default_backend(),
+        "nvidia-smi": driver,
+        "clock": clock().name,
+        "ceilings": ceilings.summary(),
+        "python": platform.python_version(),
+        "versions": dict(versions()),
+    }
+
+
+def write_environment(path: str) -> None:
+    """The environment as a JSON file."""
+    Path(path).write_text(json.dumps(environment(), indent=1) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run all parts; exit code 1 where one failed, its reason in summary.json."""
+    start = time.monotonic()
+    arguments = cli.parse(
+        Arguments,
+        sys.argv[1:] if argv is None else argv,
+        default=Arguments(out="profiles"),
+        prog=PROG,
+        description=__doc__.split("\n")[0],
+    )
+    console = Console(width=max(100, Console().width))
+    with cli.user_errors(PROG):
+        if not arguments.minutes > 0.1:
+            raise ValueError(f"--minutes is {arguments.minutes}; allowed: more than 0.1")
+        tiny = arguments.tiny
+        if tiny is None:
+            tiny = _platform() == "cpu"
+        out = Path(arguments.out).absolute()
+        out.mkdir(parents=True, exist_ok=True)
+        chosen = parts(out, tiny)
+        for name in arguments.only:
+            if name not in [part.name for part in chosen]:
+                raise ValueError(f"--only {name!r} is no part; allowed: {', '.join(part.name for part in chosen)}")
+        chosen = [part for part in chosen if not arguments.only or part.name in arguments.only]
+        done = perform(chosen, out, start + arguments.minutes * 60, console)
+    return 0 if all(part["result"] == "done" for part in done) else 1
+
+
+def _platform() -> str:
+    """Asked of another process: this one must not hold the device's memory while the parts run."""
+    code = "import jax; print(jax.default_backend())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    if done.returncode:
+        raise ValueError(f"jax finds no device: {done.stderr.strip().splitlines()[-1]}")
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    cli.console(main)
