@@ -2,16 +2,17 @@
 PRESET ?= nano
 ARGS   ?=
 EXTRAS ?=
+BENCH  ?=
+LOGDIR ?= runs
 # Test processes: compiling is most of a test, and it takes one core. JOBS=0 runs them in one process.
 JOBS   ?= 2
 
 PY     := .venv/bin/python
 SETUP  := sh scripts/setup.sh
-# For programs that come with a later version: `$(call need,bench/aot.py)` stops with one clear line.
-need    = if [ ! -f $(1) ]; then echo "make $@: $(1) is not part of this version yet" >&2; exit 2; fi
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train generate test test-long test-mutants bench aot profile gpu lint format doctor clean
+.PHONY: help setup train generate test test-long test-mutants bench bench-compare toggles aot aot-check profile \
+        tensorboard gpu lint format doctor clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -36,31 +37,42 @@ test: ## is it right? The tests, without the slow ones
 
 test-long: ## every test, the slow ones too
 	@$(SETUP) dev
-	@$(PY) -m pytest -q -n $(JOBS) -m "" $(ARGS)
+	@$(PY) -m pytest -q -n $(JOBS) -m "" --hypothesis-profile=long $(ARGS)
 
 test-mutants: ## do the tests notice? Breaks the kernels on purpose and expects failures
-	@$(call need,tests/mutants.py)
 	@$(SETUP) dev
 	@$(PY) -m tests.mutants $(ARGS)
 
-bench: ## is it fast? Times the model and its kernels
-	@$(call need,bench/model.py)
+bench: ## is it fast? Times every operation and the model (BENCH="attention model")
 	@$(SETUP) dev
-	@$(PY) -m bench.model $(ARGS)
+	@$(PY) -m bench $(if $(BENCH),--op $(BENCH)) $(ARGS)
+
+bench-compare: ## did it get slower? The newest measurement against the last committed one
+	@$(SETUP) dev
+	@$(PY) -m bench.compare $(if $(BENCH),--op $(BENCH)) $(ARGS)
+
+toggles: ## what does each feature cost? Flips them one by one
+	@$(SETUP) dev
+	@$(PY) -m bench.toggles $(ARGS)
 
 # The compile-only plugins would print CUDA and TPU errors in every other program: they get an environment of their own.
 aot: ## what did the compiler make of it? Compiles for GPUs and TPUs, without one
-	@$(call need,bench/aot.py)
-	@VENV=.venv-aot ACCEL=cpu $(SETUP) aot triton
+	@VENV=.venv-aot ACCEL=cpu $(SETUP) aot triton peers
 	@JAX_PLATFORMS=cpu .venv-aot/bin/python -m bench.aot $(ARGS)
 
-profile: ## where does the time go? Records a trace
-	@$(call need,bench/profile.py)
+aot-check: ## did a compiled kernel get worse than profiles/aot says? CI: ARGS=--short
+	@VENV=.venv-aot ACCEL=cpu $(SETUP) aot triton peers
+	@JAX_PLATFORMS=cpu .venv-aot/bin/python -m bench.aot --check $(ARGS)
+
+profile: ## where does the time go? Traces training steps, or ARGS="--op OP --spec ROW"
 	@$(SETUP) dev
 	@$(PY) -m bench.profile $(ARGS)
 
+tensorboard: ## look at loss curves, samples and traces (LOGDIR=runs)
+	@$(SETUP) dev
+	@$(PY) -m tensorboard.main --logdir $(LOGDIR) $(ARGS)
+
 gpu: ## measure everything on this GPU, into profiles/
-	@$(call need,bench/gpu.py)
 	@$(SETUP) dev triton peers
 	@$(PY) -m bench.gpu --out profiles $(ARGS)
 

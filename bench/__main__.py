@@ -95,7 +95,9 @@ def operations(arguments: Arguments) -> dict[str, dict[str, Any]]:
         command += [f"--implementation={name}" for name in arguments.implementation]
         command += [] if arguments.direction == "both" else [f"--direction={arguments.direction}"]
         command += [] if arguments.machine == "auto" else [f"--machine={arguments.machine}"]
-        code = subprocess.run(command, cwd=results.ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"}).returncode
+        # A pytest around this one would turn pytest-benchmark off.
+        env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        code = subprocess.run(command, cwd=results.ROOT, env=env).returncode
         if not raw.exists() or not raw.stat().st_size:
             chosen = "--spec, --implementation and --direction"
             raise ValueError(f"nothing was measured (pytest ended with {code}); no row fits {chosen} together")

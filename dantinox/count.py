@@ -1,6 +1,7 @@
 """What a model costs, from its config alone: parameters, FLOPs a token, bytes of key/value cache."""
 
 from dantinox.config import ModelConfig
+from kernels.cost import visible_pairs
 
 
 def total_parameters(config: ModelConfig) -> int:
@@ -25,15 +26,10 @@ def flops_per_token(config: ModelConfig, seq_len: int, training: bool = True) ->
     """
     weights = config.n_layers * (_attention(config) + _mlp(config, config.experts_per_token))
     weights += config.dim * config.vocab_size
-    pairs = sum(visible_pairs(seq_len, config.layer_window(layer)) for layer in range(config.n_layers))
+    windows = [config.layer_window(layer) for layer in range(config.n_layers)]
+    pairs = sum(visible_pairs(seq_len, seq_len, window=window) for window in windows)
     forward = 2 * weights + 4 * config.n_heads * config.head_dim * pairs / seq_len
     return (3 if training else 1) * forward
-
-
-def visible_pairs(seq_len: int, window: int | None) -> int:
-    """(query, key) pairs with 0 <= pos_q - pos_k < window: query t sees min(t + 1, window) keys."""
-    w = seq_len if window is None else min(window, seq_len)
-    return w * (w + 1) // 2 + (seq_len - w) * w
 
 
 def kv_bytes_per_token(config: ModelConfig) -> int:

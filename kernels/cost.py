@@ -2,8 +2,9 @@
 
 FLOPs count a multiply and an add as two, for the matrix products only; exponentials are counted apart. Bytes count
 every array that must be read once and every result written once: an intermediate that a kernel can keep on the chip
-(scores, the experts' hidden rows) is free, and so is a key that no query sees or an expert without rows. These are
-lower bounds: an implementation that moves more has a lower fraction of the roofline.
+(scores, the experts' hidden rows) is free, and so is a key behind every window or an expert without rows. These are
+lower bounds: an implementation that moves more has a lower fraction of the roofline. (Keys that only segments hide are
+charged: few are, and which they are is known on the device alone.)
 
 Backward passes count what the field counts, so that figures compare: five products a visible pair in attention (scores
 recomputed, dV, dP, dQ, dK), two in a matmul.
@@ -86,6 +87,8 @@ def _segment_pairs(q_ids: np.ndarray, kv_ids: np.ndarray, causal: bool, window: 
 
 def seen_keys(T: int, S: int, window: int | None) -> int:
     """Keys that at least one of the T queries sees: with a window those behind the first query's are never read."""
+    if T == 0:
+        return 0
     return S if window is None else min(S, T + window - 1)
 
 

@@ -4,10 +4,12 @@ An operation hands `choose` the table of what it has for this call: a function, 
 that the caller gave is obeyed or refused; only "auto" chooses, in the order of `PREFERENCE`.
 """
 
+import contextlib
+import contextvars
 import functools
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 
@@ -18,6 +20,31 @@ PREFERENCE = ("pallas", "triton", "xla", "reference")
 OPERATIONS = ("attention", "grouped_matmul", "moe_mlp", "decode_attention")
 
 Choice = Callable[..., Any] | str  # what runs, or why nothing does
+
+
+class Device(NamedTuple):
+    """What a call is compiled for: `platform` cpu, gpu or tpu, and what JAX calls the device."""
+
+    platform: str
+    kind: str
+
+
+_announced: contextvars.ContextVar[Device | None] = contextvars.ContextVar("device", default=None)
+
+
+def device() -> Device:
+    """The announced device, or else JAX's default one."""
+    return _announced.get() or Device(jax.default_backend(), jax.devices()[0].device_kind)
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str, kind: str) -> Iterator[None]:
+    """Inside, implementations are chosen for a device that need not be here; "cuda" is another name for "gpu"."""
+    token = _announced.set(Device("gpu" if platform == "cuda" else platform, kind))
+    try:
+        yield
+    finally:
+        _announced.reset(token)
 
 
 def choose(op: str, implementation: str, table: Mapping[str, Choice]) -> Callable[..., Any]:
@@ -37,7 +64,7 @@ def choose(op: str, implementation: str, table: Mapping[str, Choice]) -> Callabl
     for name in PREFERENCE:
         choice = table[name]
         if not isinstance(choice, str):
-            _report(op, name)
+            _report(op, name, device().platform)
             return choice
     raise NotImplementedError(f"{op}: no implementation can run here")
 
@@ -58,12 +85,12 @@ def missing(op: str, name: str) -> str | None:
     if name in ("reference", "xla"):
         return None
     if name == "pallas":
-        return f"{op} has no Pallas kernel for {jax.default_backend()} yet"
+        return f"{op} has no Pallas kernel for {device().platform} yet"
     if name == "triton":
         return f"{op} has no Triton kernel yet"
     raise ValueError(f"implementation is {name!r}; allowed: {', '.join(NAMES[1:])}")
 
 
 @functools.cache
-def _report(op: str, name: str) -> None:
-    log.info("%s: auto chose %s on %s", op, name, jax.default_backend())
+def _report(op: str, name: str, platform: str) -> None:
+    log.info("%s: auto chose %s on %s", op, name, platform)

@@ -15,4 +15,6 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 # The same examples every time, so that a red run can be repeated; `--hypothesis-profile=explore` looks for new ones.
 settings.register_profile("repeat", derandomize=True, deadline=None, max_examples=40, database=None)
 settings.register_profile("explore", deadline=None, max_examples=1000)
+# Of the random shapes of the four operations, 300 with "repeat", this makes 10^4.
+settings.register_profile("long", settings.get_profile("repeat"), max_examples=1334)
 settings.load_profile("repeat")

@@ -1,7 +1,5 @@
 """Sliding-window, gated, grouped-query attention."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -79,7 +77,6 @@ def attention(
     )
 
 
-@functools.cache
 def _table() -> dict:
     def reference(*args, **kwargs):
         from reference import attention as specification

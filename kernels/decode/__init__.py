@@ -1,7 +1,5 @@
 """One decoding step: append to the ring, attend to what is visible, in place."""
 
-import functools
-
 import jax
 
 from kernels import checks
@@ -75,7 +73,6 @@ def decode_attention(
     return run(q, k, v, cache, gate=gate, window=window, scale=D**-0.5 if scale is None else scale, softcap=softcap)
 
 
-@functools.cache
 def _table() -> dict:
     def reference(*args, **kwargs):
         from reference import decode_attention as specification

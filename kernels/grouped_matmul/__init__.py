@@ -1,7 +1,5 @@
 """Grouped matmul, and the mixture of experts that is built on it."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -95,7 +93,6 @@ def moe_mlp(
     return run(x, w_gate, w_up, w_down, expert_ids, expert_weights)
 
 
-@functools.cache
 def _table(op: str) -> dict:
     def reference(*args):
         import reference as specification

@@ -1,4 +1,4 @@
-"""The counts against the model's own leaves, a brute-force count of pairs, and the matrix products of its jaxpr."""
+"""The counts against the model's own leaves and the matrix products of its jaxpr."""
 
 import dataclasses
 import math
@@ -12,6 +12,7 @@ import dantinox
 import kernels
 from dantinox import count
 from dantinox.config import ModelConfig
+from kernels.cost import visible_pairs
 from tests.jaxprs import dot_flops, dots
 
 BASE = ModelConfig(vocab_size=37, dim=24, n_layers=3, n_heads=4, kv_heads=2, max_context=50, expansion=2.5)
@@ -51,13 +52,6 @@ def test_parameters_are_the_models_leaves(name):
         assert total == active
 
 
-@pytest.mark.parametrize("T", [1, 2, 7, 33])
-@pytest.mark.parametrize("window", [None, 1, 2, 7, 33, 100])
-def test_pairs_are_counted_one_by_one(T, window):
-    pairs = sum(1 for q in range(T) for k in range(T) if q >= k and (window is None or q - k < window))
-    assert count.visible_pairs(T, window) == pairs
-
-
 def forward_flops(config: ModelConfig, T: int, backward: bool = False) -> int:
     """FLOPs of the dot_generals in the model's jaxpr, one sequence of T tokens, all pairs computed."""
     graph, state = nnx.split(nnx.eval_shape(lambda: dantinox.Transformer(config, rngs=nnx.Rngs(0))))
@@ -71,7 +65,7 @@ def forward_flops(config: ModelConfig, T: int, backward: bool = False) -> int:
 def test_flops_are_those_of_the_jaxpr(name):
     T, full = 20, dataclasses.replace(config(name), attn="reference")
     # The reference computes all T * T pairs of which a causal query sees (T + 1) / 2 on average.
-    hidden = 4 * full.n_heads * full.head_dim * full.n_layers * (T * T - count.visible_pairs(T, None))
+    hidden = 4 * full.n_heads * full.head_dim * full.n_layers * (T * T - visible_pairs(T, T))
     forward = forward_flops(full, T)
     per_token = count.flops_per_token(full, T, training=False)
     assert per_token * T == forward - hidden
@@ -84,7 +78,7 @@ def test_flops_follow_the_windows_and_the_chosen_experts():
     flops = lambda **changes: count.flops_per_token(more(**changes), T, training=False)
     pair = 4 * 4 * 6
     mixed = {"window": 5, "layer_pattern": "SSL"}
-    saved = 2 * pair * (count.visible_pairs(T, None) - count.visible_pairs(T, 5)) / T
+    saved = 2 * pair * (visible_pairs(T, T) - visible_pairs(T, T, window=5)) / T
     assert flops() - flops(**mixed) == pytest.approx(saved)
     # Four times the experts: only the router grows.
     assert flops(n_experts=16) - flops(n_experts=4) == 3 * 2 * 24 * 12

@@ -1,5 +1,6 @@
 """Cached decoding: every implementation against python loops over the tokens so far, and against the rule."""
 
+import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -8,41 +9,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import kernels
-from tests.parity import rule
+from kernels import specs
+from tests.parity import rows, rule
 
 IMPLEMENTATIONS = rule.runnable("decode_attention")
+RINGS = specs.rows("decode_attention", "parity")
+NAMED = pytest.mark.parametrize("case", RINGS, ids=lambda case: case.name)
 
 
-class Case(NamedTuple):
-    """Sizes and settings of one decoding step for sequences of the given lengths."""
-
-    C: int = 8
-    H: int = 4
-    K: int = 2
-    D: int = 6
-    gate: str = "none"
-    window: int | None = None
-    scale: float | None = None
-    softcap: float | None = None
-
-    @property
-    def lengths(self) -> list[int]:
-        """Empty, one token, one before the ring is full, full, wrapped, wrapped ten times."""
-        return [0, 1, self.C - 1, self.C, self.C + 1, 2 * self.C - 1, 10 * self.C]
+def find(name: str) -> specs.Decode:
+    return specs.find("decode_attention", name)
 
 
-CASES = {
-    "grouped": Case(),
-    "multi-head, elementwise gate": Case(H=2, gate="elementwise"),
-    "multi-query, head gate, cap": Case(H=3, K=1, gate="head", softcap=1.5),
-    "window": Case(window=3, scale=0.3),
-    "window of one": Case(window=1, gate="head"),
-    "window past C": Case(window=100),
-    "one slot": Case(C=1, gate="elementwise"),
-    "129 slots": Case(C=129, D=16, window=70),
-}
+def row(*lengths: int, **sizes) -> specs.Decode:
+    return rows.row(specs.Decode, lengths=lengths, **sizes)
+
+
+# As many as a scatter writes.
+MANY = row(*range(0, 27, 3), window=5)
 
 
 class Step(NamedTuple):
@@ -54,16 +42,14 @@ class Step(NamedTuple):
     o: np.ndarray
 
 
-def draw(case: Case, dtype: str = "float32", fill: float = 0) -> Step:
+def draw(case: specs.Decode, dtype: str = "float32", fill: float = 0, seed: int = 0) -> Step:
     """A ring filled token by token, `fill` in the slots that no token has reached, every number rounded to dtype."""
-    rng = np.random.default_rng(0)
-    B, H, K, D, C = len(case.lengths), case.H, case.K, case.D, case.C
+    rng = np.random.default_rng(seed)
+    H, K, D, C = case.H, case.K, case.D, case.C
     normal = lambda *shape: rule.exact(jnp.asarray(rng.standard_normal(shape), dtype))
-    inputs = {"q": normal(B, H, D), "k": normal(B, K, D), "v": normal(B, K, D)}
-    if case.gate != "none":
-        inputs["gate"] = normal(B, H, D if case.gate == "elementwise" else 1)
-    cache_k, cache_v = np.full((B, K, C, D), fill, float), np.full((B, K, C, D), fill, float)
-    o = np.zeros((B, H, D))
+    inputs = {name: normal(*shape) for name, shape in case.shapes().items()}
+    cache_k, cache_v = (np.full(case.cache_shape(), fill, float) for _ in "kv")
+    o = np.zeros(case.out_shape())
     for b, length in enumerate(case.lengths):
         keys, values = normal(length, K, D), normal(length, K, D)
         for p in range(length):
@@ -84,27 +70,27 @@ def draw(case: Case, dtype: str = "float32", fill: float = 0) -> Step:
 
 
 @functools.cache
-def program(implementation: str, case: Case, donate: bool = False):
+def program(implementation: str, case: specs.Decode, donate: bool = False):
     """Jitted (inputs, cache) -> (o, cache)."""
-    options = {name: getattr(case, name) for name in ("window", "scale", "softcap")}
     run = lambda inputs, cache: kernels.decode_attention(
-        **inputs, cache=cache, **options, implementation=implementation
+        **inputs, cache=cache, **case.options(), implementation=implementation
     )
     return jax.jit(run, donate_argnums=(1,)) if donate else jax.jit(run, compiler_options=rule.HURRY)
 
 
-def run(implementation: str, case: Case, step: Step, dtype: str) -> tuple[jax.Array, kernels.KVCache]:
+def run(implementation: str, case: specs.Decode, step: Step, dtype: str) -> tuple[jax.Array, kernels.KVCache]:
     """One step in the given dtype."""
     inputs = {name: jnp.asarray(x, dtype) for name, x in step.inputs.items()}
     cache = kernels.KVCache(
         jnp.asarray(step.cache_k, dtype),
         jnp.asarray(step.cache_v, dtype),
-        jnp.asarray(case.lengths, jnp.int32),
+        **case.aux(),
     )
-    return program(implementation, case)(inputs, cache)
+    # One program for all lengths.
+    return program(implementation, dataclasses.replace(case, lengths=(0,) * case.B))(inputs, cache)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@NAMED
 def test_the_reference_is_the_formula(case):
     with jax.enable_x64(True):
         step = draw(case, "float64")
@@ -113,9 +99,8 @@ def test_the_reference_is_the_formula(case):
 
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
-@pytest.mark.parametrize("name", CASES)
-def test_the_token_goes_into_its_slot_and_nothing_else_moves(name, implementation):
-    case = CASES[name]
+@pytest.mark.parametrize("case", [*RINGS, MANY], ids=lambda case: case.name or "many")
+def test_the_token_goes_into_its_slot_and_nothing_else_moves(case, implementation):
     step = draw(case, fill=np.nan)
     _, cache = run(implementation, case, step, "float32")
     np.testing.assert_array_equal(cache.length, np.array(case.lengths) + 1)
@@ -128,20 +113,46 @@ def test_the_token_goes_into_its_slot_and_nothing_else_moves(name, implementatio
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", CASES)
-def test_every_implementation_keeps_the_rule(name, dtype, implementation):
-    case = CASES[name]
+@pytest.mark.parametrize(("case", "dtype"), rows.judged("decode_attention"))
+def test_every_implementation_keeps_the_rule(case, dtype, implementation):
     step = draw(case, dtype)
     mine, plain = (run(i, case, step, dtype)[0] for i in (implementation, "reference"))
     assert mine.dtype == jnp.dtype(dtype) and mine.shape == step.o.shape
     rule.check({"o": mine}, {"o": plain}, {"o": step.o}, dtype)
 
 
+@rows.examples(100)
+@given(shape=rows.shapes(30), lengths=st.lists(st.integers(0, 40), min_size=10, max_size=10), seed=st.integers(0, 99))
+def test_any_ring_is_the_formula(shape, lengths, seed):
+    H, K = shape.choice([(1, 1), (2, 1), (3, 3), (4, 2), (6, 2)]).tolist()
+    some = lambda *values: values[shape.integers(len(values))]
+    lengths = lengths[: shape.integers(1, 11)]
+    case = row(
+        *lengths,
+        C=int(shape.integers(1, 13)),
+        H=H,
+        K=K,
+        D=int(shape.integers(1, 7)),
+        window=some(None, int(shape.integers(1, 16))),
+        gate=some("none", "elementwise", "head"),
+        softcap=some(None, 1.5),
+        scale=some(None, -0.4),
+    )
+    step = draw(case, fill=7.0, seed=seed)
+    for implementation in IMPLEMENTATIONS:
+        o, cache = run(implementation, case, step, "float32")
+        np.testing.assert_allclose(o, step.o, rtol=2e-5, atol=2e-6)
+        np.testing.assert_array_equal(cache.length, np.array(lengths) + 1)
+        for b, length in enumerate(lengths):
+            np.testing.assert_array_equal(cache.k[b, :, length % case.C], np.float32(step.inputs["k"][b]))
+            np.testing.assert_array_equal(cache.v[b, :, length % case.C], np.float32(step.inputs["v"][b]))
+    rows.forget(program)
+
+
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
 @pytest.mark.parametrize("name", ["grouped", "window", "multi-query, head gate, cap", "129 slots"])
 def test_what_empty_slots_hold_reaches_nobody(name, implementation):
-    case = CASES[name]
+    case = find(name)
     outputs = [
         {"o": run(implementation, case, draw(case, fill=fill), "float32")[0]} for fill in (0, np.nan, np.inf, -np.inf)
     ]
@@ -152,7 +163,7 @@ def test_what_empty_slots_hold_reaches_nobody(name, implementation):
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
 def test_what_lies_behind_the_window_reaches_nobody(implementation):
     """Old tokens still in the ring are as masked as empty slots."""
-    case, outputs = CASES["window"], []
+    case, outputs = find("window"), []
     for fill in (0, np.nan):
         step = draw(case)
         for b, length in enumerate(case.lengths):
@@ -164,7 +175,7 @@ def test_what_lies_behind_the_window_reaches_nobody(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_two_runs_are_bit_equal(implementation):
-    case = CASES["129 slots"]
+    case = find("129 slots")
     a, b = (run(implementation, case, draw(case), "bfloat16") for _ in range(2))
     rule.same_bits({"o": a[0], "k": a[1].k}, {"o": b[0], "k": b[1].k})
 
@@ -173,7 +184,7 @@ def test_two_runs_are_bit_equal(implementation):
 @pytest.mark.parametrize("window", [None, 3])
 def test_step_by_step_equals_attention_over_all_tokens(window, implementation):
     """Through an empty ring, a full one and two rounds of it, the cache handed on from step to step."""
-    case, T = Case(window=window), 19
+    case, T = row(0, 0, window=window), 19
     rng = np.random.default_rng(0)
     q, k, v = (jnp.float32(rng.standard_normal((2, T, heads, case.D))) for heads in (case.H, case.K, case.K))
     expected = kernels.attention(q, k, v, window=min(case.C, window or case.C), implementation="reference")
@@ -186,13 +197,9 @@ def test_step_by_step_equals_attention_over_all_tokens(window, implementation):
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
 def test_a_donated_cache_is_written_in_place(implementation):
-    case = Case(C=1024, K=2, D=32)
+    case = row(0, 0, C=1024, K=2, D=32)
     cache = kernels.KVCache.zeros(2, case.K, case.C, case.D, jnp.float32)
-    inputs = {
-        "q": jnp.ones((2, case.H, case.D)),
-        "k": jnp.ones((2, case.K, case.D)),
-        "v": jnp.ones((2, case.K, case.D)),
-    }
+    inputs = {name: jnp.ones(shape) for name, shape in case.shapes().items()}
     memory = program(implementation, case, donate=True).lower(inputs, cache).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= cache.k.nbytes + cache.v.nbytes
     if implementation != "reference":
@@ -202,10 +209,10 @@ def test_a_donated_cache_is_written_in_place(implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_narrow_cache_serves_wide_queries(implementation):
     """The cache may be kept in bfloat16 beside float32 queries: it comes back in its own dtype."""
-    case = CASES["grouped"]
+    case = find("grouped")
     step = draw(case, "bfloat16")
     inputs = {name: jnp.float32(x) for name, x in step.inputs.items()}
     rings = (jnp.asarray(x, jnp.bfloat16) for x in (step.cache_k, step.cache_v))
-    o, cache = program(implementation, case)(inputs, kernels.KVCache(*rings, jnp.asarray(case.lengths, jnp.int32)))
+    o, cache = program(implementation, case)(inputs, kernels.KVCache(*rings, **case.aux()))
     assert o.dtype == jnp.float32 and cache.k.dtype == cache.v.dtype == jnp.bfloat16
     np.testing.assert_allclose(o, step.o, rtol=1e-5, atol=1e-6)

@@ -2,11 +2,13 @@
 
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import kernels
+from kernels import dispatch
 
 Q = jnp.ones((1, 4, 4, 8))
 KV = jnp.ones((1, 4, 2, 8))
@@ -174,3 +176,12 @@ def test_auto_always_runs_and_the_table_names_every_implementation(op):
 def test_an_unknown_operation_is_refused():
     with pytest.raises(ValueError, match="op is 'softmax'"):
         kernels.implementations("softmax")
+
+
+def test_an_announced_device_is_what_implementations_are_chosen_for():
+    with dispatch.compiling_for("cuda", "NVIDIA H100"):
+        assert dispatch.device() == ("gpu", "NVIDIA H100")
+        with dispatch.compiling_for("tpu", "TPU v6 lite"):
+            assert dispatch.device().platform == "tpu"
+        assert "gpu" in kernels.implementations("grouped_matmul")["pallas"]
+    assert dispatch.device() == (jax.default_backend(), jax.devices()[0].device_kind)

@@ -1,0 +1,88 @@
+"""Reads what libtpu dumps: VLIW bundles, slots used of each unit, VMEM."""
+
+import json
+import re
+from dataclasses import dataclass
+
+_UTILISATION = re.compile(r"^\d+-(.+)-\d+-final_hlo-static-per-bundle-utilization\.txt$")
+_SCHEDULE = re.compile(r"^\d+-(.+)-\d+-schedule-analysis_final_bundles\.txt$")
+_EMPTY = re.compile(r"empty scheduled bundles:\s+(\d+)")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One kernel's static schedule: a bundle is issued a cycle, loops count once."""
+
+    bundles: int
+    mxu: int
+    mxu_slots: int
+    """How many the bundles had: a bundle has several where the core has several units."""
+    spills: int
+    fills: int
+
+    @property
+    def mxu_share(self) -> float:
+        """Slots used over slots there."""
+        return self.mxu / self.mxu_slots if self.mxu_slots else 0.0
+
+
+def utilisation(text: str) -> Schedule:
+    """Sums of the per-bundle table: a row a bundle, a column a unit.
+
+    Raises:
+        ValueError: the text is not such a table.
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    heads = [i for i, line in enumerate(lines) if line.startswith("==")]
+    if len(heads) != 2 or heads[1] != heads[0] + 3:
+        raise ValueError("libtpu's utilisation table has another form than this reader knows")
+    names = [name.strip() for name in lines[heads[0] + 1].split(",")]
+    capacity = dict(zip(names, map(int, lines[heads[0] + 2].split())))
+    rows = [list(map(int, line.split())) for line in lines[heads[1] + 1 :]]
+    if any(len(row) != len(names) for row in rows):
+        raise ValueError(f"libtpu's utilisation table has rows of other lengths than its {len(names)} names")
+    sums = dict(zip(names, map(sum, zip(*rows)))) if rows else {}
+    # Newer generations list the two halves of the unit: pushing weights is not multiplying.
+    unit = "MATMUL" if "MATMUL" in names else "MXU"
+    slots = len(rows) * capacity.get(unit, 0)
+    return Schedule(len(rows), sums.get(unit, 0), slots, sums.get("VSTORE:SPILL", 0), sums.get("VLOAD:FILL", 0))
+
+
+def empty_bundles(text: str) -> int | None:
+    """Bundles without an instruction, from the head of the schedule analysis."""
+    found = _EMPTY.search(text[:2000])  # further down the file repeats the kernel's whole payload
+    return int(found[1]) if found else None
+
+
+def kernel_of(filename: str) -> tuple[str, str] | None:
+    """("utilisation" or "schedule", kernel) of a dump file; None for other files and for the program's own frame."""
+    for kind, pattern in (("utilisation", _UTILISATION), ("schedule", _SCHEDULE)):
+        found = pattern.match(filename)
+        if found and found[1] != "TLP" and not found[1].startswith("<"):
+            return kind, found[1]
+    return None
+
+
+def vmem(report: str) -> dict[str, int]:
+    """Kernel -> bytes of VMEM, from the data inside libtpu's report page."""
+    start = re.search(r"DATA\s*=\s*(?=\{)", report)
+    if not start:
+        return {}
+    data, _ = json.JSONDecoder().raw_decode(report, start.end())
+    found: dict[str, int] = {}
+
+    def walk(node: object) -> None:
+        if isinstance(node, dict):
+            for name, value in node.items():
+                if isinstance(value, dict) and isinstance(value.get("total_size"), int):
+                    found[name] = value["total_size"]
+                walk(value)
+
+    walk(data)
+    return found
+
+
+def custom_calls(hlo: str) -> set[str]:
+    """Names of the instructions that are kernels written by hand."""
+    pattern = r'(?m)^\s*(?:ROOT )?%?([\w.-]+) = .*custom_call_target="tpu_custom_call"'
+    return set(re.findall(pattern, hlo))

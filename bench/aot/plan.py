@@ -1,0 +1,121 @@
+"""Which programs are compiled: rows of `kernels.specs`, implementations, directions."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from bench import targets
+from kernels import specs
+
+OPERATIONS = ("attention", "grouped_matmul", "moe_mlp", "decode_attention")
+OURS = ("pallas", "triton", "xla")
+DIRECTIONS = ("forward", "both")  # both: forward and backward, by jax.vjp
+
+# What CI compiles: one of each kind of program, in a minute. (op, spec, implementations, direction)
+SHORT = (
+    ("attention", "aot d128 causal", ("pallas", "jax_mgpu", "splash"), "forward"),
+    ("grouped_matmul", "aot E=8 uniform", ("pallas", "xla"), "forward"),
+    ("moe_mlp", "aot top 2 of 8", ("pallas",), "forward"),
+    ("decode_attention", "aot ring", ("pallas", "xla"), "forward"),
+)
+SHORT_TARGETS = ("h100", "v6e")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One program for one target."""
+
+    op: str
+    spec: str
+    implementation: str
+    dtype: str
+    direction: str
+
+    @property
+    def key(self) -> str:
+        """Its name in a profile."""
+        return f"{self.op} / {self.spec} / {self.implementation} / {self.dtype} / {self.direction}"
+
+    def program(self) -> tuple:
+        """What the compiler sees of it: rows that differ only in the values of their arrays are one program."""
+        spec = specs.find(self.op, self.spec)
+        sizes = dataclasses.asdict(spec)
+        for name in ("name", "purposes", "machines", "dtypes", "sweep", "skew", "sizes", "lengths"):
+            sizes.pop(name, None)
+        batch = len(getattr(spec, "lengths", ()))
+        return (self.op, self.implementation, self.dtype, self.direction, batch, tuple(sorted(sizes.items(), key=str)))
+
+    def roofline_seconds(self, target: targets.Target) -> float:
+        """No implementation takes less."""
+        spec = specs.find(self.op, self.spec)
+        work = spec.cost()
+        if self.direction == "both":
+            work = work + spec.cost(backward=True)
+        return target.seconds(work.flops, work.bytes, self.dtype)
+
+
+def cases(
+    target: targets.Target,
+    *,
+    ops: Sequence[str] = (),
+    names: Sequence[str] = (),
+    implementations: Sequence[str] = (),
+    short: bool = False,
+) -> list[Case]:
+    """The programs for a target, those of the smallest rows first; empty filters mean all.
+
+    Raises:
+        ValueError: a filter holds a name that nothing has.
+    """
+    from bench.aot import peers  # it imports jax, which the check of a command line need not
+
+    known_specs = {row.name for op in OPERATIONS for m in ("h100", "tpu") for row in specs.rows(op, "aot", m)}
+    for what, given, known in (
+        ("op", ops, OPERATIONS),
+        ("spec", names, sorted(known_specs)),
+        ("implementation", implementations, (*OURS, *peers.PEERS)),
+    ):
+        for name in given:
+            if name not in known:
+                raise ValueError(f"{what} is {name!r}; allowed: {', '.join(known)}")
+    taken = {name: peer.dtypes for name, peer in peers.PEERS.items()}
+    found = [case for op in ops or OPERATIONS for case in _of_op(op, target, peers.names(op, target.name), taken)]
+    if short:
+        found = [c for c in found if any(_in_short(c, row) for row in SHORT)]
+    found = [
+        case
+        for case in found
+        if (not names or case.spec in names) and (not implementations or case.implementation in implementations)
+    ]
+    # The features at small sizes come first: a run that is cut short has seen every kernel.
+    return sorted(found, key=lambda case: not case.spec.startswith("aot "))
+
+
+def _of_op(
+    op: str, target: targets.Target, peer_names: Sequence[str], accepted: Mapping[str, Sequence[str]]
+) -> Iterator[Case]:
+    """All programs of an operation; `accepted` has the dtypes that a peer takes."""
+    directions = DIRECTIONS[:1] if op == "decode_attention" else DIRECTIONS
+    for row in specs.rows(op, "aot", target.machine):
+        for implementation in (*OURS, *peer_names):
+            dtypes = [dtype for dtype in row.dtypes if dtype in target.flops]
+            # Another dtype of the same width shows nothing new, except in a kernel whose every instruction is chosen.
+            if implementation not in ("pallas", "triton"):
+                dtypes = _first(dtypes, accepted.get(implementation, dtypes))
+            for dtype in dtypes:
+                for direction in directions:
+                    yield Case(op, row.name, implementation, dtype, direction)
+
+
+def _first(dtypes: Sequence[str], accepted: Sequence[str]) -> list[str]:
+    """The first dtype that is accepted; where none is, the first, to be refused with a reason."""
+    return [*(dtype for dtype in dtypes if dtype in accepted), *dtypes][:1]
+
+
+def _in_short(case: Case, row: tuple[str, str, tuple[str, ...], str]) -> bool:
+    op, name, implementations, direction = row
+    return (
+        (case.op, case.spec, case.direction) == (op, name, direction)
+        and case.implementation in implementations
+        and (case.dtype == "bfloat16" or case.implementation not in OURS)
+    )

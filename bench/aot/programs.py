@@ -1,0 +1,98 @@
+"""A row, an implementation and a direction become one function of arrays and the shapes to compile it at."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import kernels
+from bench.aot import peers
+from bench.aot.plan import Case
+from kernels import specs
+
+Shape = tuple[tuple[int, ...], Any]
+
+
+@dataclass(frozen=True)
+class Program:
+    """`function(*arguments)`, all of them arrays of the shapes and dtypes given."""
+
+    function: Callable[..., Any]
+    shapes: tuple[Shape, ...]
+    donate: tuple[int, ...] = ()
+
+
+def build(case: Case) -> Program:
+    """The program of a case.
+
+    Raises:
+        NotImplementedError: the implementation does not take this row; the message says why.
+    """
+    spec = specs.find(case.op, case.spec)
+    if case.implementation in peers.PEERS:
+        peer = peers.PEERS[case.implementation]
+        if case.dtype not in peer.dtypes:
+            raise NotImplementedError(f"no {case.dtype}, only {' and '.join(peer.dtypes)}")
+        call = peer.build[case.op](spec)
+    else:
+        call = _ours(spec, case.implementation)
+    if case.op == "decode_attention":
+        return _decode(spec, case.dtype, call)
+
+    names, aux = list(spec.shapes()), _flat(spec.aux())
+    shapes = [(shape, jnp.dtype(case.dtype)) for shape in spec.shapes().values()]
+    shapes += [(ids.shape, ids.dtype) for ids in aux.values()]
+
+    def forward(*arrays: jax.Array) -> jax.Array:
+        return call(dict(zip(names, arrays)), _nested(dict(zip(aux, arrays[len(names) :]))))
+
+    if case.direction == "forward":
+        return Program(forward, tuple(shapes))
+
+    def both(cotangent: jax.Array, *arrays: jax.Array) -> tuple[Any, ...]:
+        ids = arrays[len(names) :]
+        out, pull = jax.vjp(lambda *inputs: forward(*inputs, *ids), *arrays[: len(names)])
+        return out, *pull(cotangent.astype(out.dtype))
+
+    return Program(both, ((spec.out_shape(), jnp.dtype(case.dtype)), *shapes))
+
+
+def _ours(spec: specs.Spec, implementation: str) -> Callable[..., Any]:
+    operation = getattr(kernels, spec.op)
+
+    def call(inputs: dict[str, jax.Array], aux: dict[str, Any]) -> Any:
+        return operation(**inputs, **aux, **spec.options(), implementation=implementation)
+
+    return call
+
+
+def _decode(spec: specs.Decode, dtype: str, call: Callable[..., Any]) -> Program:
+    """One step, with the cache donated as generation does: an implementation that copies it shows in the temp bytes."""
+    names = list(spec.shapes())
+    shapes = [(shape, jnp.dtype(dtype)) for shape in spec.shapes().values()]
+    first = len(names)
+    shapes += [(spec.cache_shape(), jnp.dtype(dtype))] * 2 + [((spec.B,), jnp.dtype("int32"))]
+
+    def step(*arrays: jax.Array) -> Any:
+        cache = kernels.KVCache(*arrays[first:])
+        return call(dict(zip(names, arrays)), {"cache": cache})
+
+    return Program(step, tuple(shapes), donate=tuple(range(first, first + 3)))
+
+
+def _flat(aux: dict[str, Any]) -> dict[str, Any]:
+    """Pairs of arrays under names of their own, because a program takes arrays."""
+    flat: dict[str, Any] = {}
+    for name, value in aux.items():
+        flat |= {f"{name}.{i}": v for i, v in enumerate(value)} if isinstance(value, tuple) else {name: value}
+    return flat
+
+
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+    aux: dict[str, Any] = {}
+    for name, value in flat.items():
+        whole, dot, _ = name.partition(".")
+        aux[whole] = (*aux.get(whole, ()), value) if dot else value
+    return aux

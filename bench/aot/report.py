@@ -1,0 +1,97 @@
+"""The table of one target: a line a program, and a line more for each kernel written by hand."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench import targets
+from bench.aot.plan import Case
+from kernels import specs
+
+Row = dict[str, Any]
+
+GPU_COLUMNS = ("regs", "spill B", "SMEM KiB", "blocks/SM", "occupancy", "wgmma", "tcgen05", "mma")
+TPU_COLUMNS = ("bundles", "empty", "MXU slots", "MXU share", "VMEM KiB", "spills", "fills")
+
+
+def show(target: targets.Target, rows: Mapping[Case, Row], console: Console) -> None:
+    """Print the rows of a target, grouped by operation and row."""
+    gpu = isinstance(target, targets.Gpu)
+    for op in dict.fromkeys(case.op for case in rows):
+        table = Table(title=f"{op} compiled for {target.name} ({target.kind})", title_justify="left")
+        table.add_column("program", overflow="fold")
+        for name in ("s", "roofline ms", "args MiB", "temp MiB", *(GPU_COLUMNS if gpu else TPU_COLUMNS)):
+            table.add_column(name, justify="right")
+        mine = [case for case in rows if case.op == op]
+        for name in dict.fromkeys(case.spec for case in mine):
+            table.add_section()
+            table.add_row(f"[bold]{name}[/bold]  {specs.find(op, name).label()}")
+            refused: set[tuple[str, str]] = set()
+            for case in (case for case in mine if case.spec == name):
+                row = rows[case]
+                if row["status"] != "refused":
+                    _add(table, case, row, gpu)
+                elif (case.implementation, row["reason"]) not in refused:  # once for all dtypes and directions
+                    refused.add((case.implementation, row["reason"]))
+                    table.add_row(f"[dim]  {case.implementation}: refused: {_plain(row['reason'])}[/dim]")
+        console.print(table)
+
+
+def _add(table: Table, case: Case, row: Row, gpu: bool) -> None:
+    title = f"  {case.implementation} {case.dtype} {case.direction}"
+    if row["status"] != "compiled":
+        table.add_row(f"[red]{title}: {row['status']}: {_plain(row['reason'])}[/red]")
+        return
+    seconds = row.get("seconds")
+    table.add_row(
+        f"{title}, {row['totals']['kernels']} kernel{'s' * (row['totals']['kernels'] != 1)}",
+        "" if seconds is None else f"{seconds:.1f}",
+        "" if row.get("roofline_ms") is None else f"{row['roofline_ms']:.3g}",
+        f"{row['argument_bytes'] / 2**20:.1f}",
+        f"{row['temp_bytes'] / 2**20:.1f}",
+        *(_gpu_totals(row["totals"]) if gpu else _tpu_totals(row["totals"])),
+    )
+    for kernel in row["kernels"]:
+        table.add_row(f"    {_plain(kernel['name'])}", "", "", "", "", *(_gpu(kernel) if gpu else _tpu(kernel)))
+
+
+def _plain(text: str) -> str:
+    """Text in which rich sees no markup."""
+    return text.replace("[", r"\[")
+
+
+def _gpu_totals(t: Row) -> list[str]:
+    return ["", str(t["spill_bytes"]), "", "", "", str(t["wgmma"]), str(t["tcgen05"]), str(t["mma"])]
+
+
+def _tpu_totals(t: Row) -> list[str]:
+    share = f"{t['mxu'] / t['mxu_slots']:.1%}" if t["mxu_slots"] else ""
+    return [str(t["bundles"]), str(t["empty"]), str(t["mxu"]), share, "", str(t["spills"]), str(t["fills"])]
+
+
+def _gpu(k: Row) -> list[str]:
+    fits = lambda value, form: "?" if value is None else form.format(value)
+    return [
+        str(k["registers"]),
+        str(k["spill_bytes"]),
+        f"{k['smem_bytes'] / 1024:.1f}",
+        fits(k["blocks"], "{}"),
+        fits(k["occupancy"], "{:.0%}"),
+        str(k["wgmma"]),
+        str(k["tcgen05"]),
+        str(k["mma"]),
+    ]
+
+
+def _tpu(k: Row) -> list[str]:
+    return [
+        str(k["bundles"]),
+        "?" if k["empty"] is None else str(k["empty"]),
+        str(k["mxu"]),
+        f"{k['mxu_share']:.1%}",
+        "?" if k["vmem_bytes"] is None else f"{k['vmem_bytes'] / 1024:.0f}",
+        str(k["spills"]),
+        str(k["fills"]),
+    ]

@@ -1,0 +1,120 @@
+"""A process that compiles for one target: a case a line on standard input, an answer a line on standard output.
+
+    python -m bench.aot.worker h100 DUMPS
+
+The parent sets the environment (`gpu.environment`, `tpu.environment`). What compilers print goes to a file in DUMPS:
+some of it is a result, and none of it may reach the user.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from bench import targets
+from bench.aot import gpu, tpu
+from bench.aot.plan import Case
+
+
+def main(argv: list[str]) -> None:
+    """Answer until standard input ends."""
+    target, dumps = targets.get(argv[0]), Path(argv[1])
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    log = os.open(dumps.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    compile_ = gpu.compiler(target) if isinstance(target, targets.Gpu) else tpu.compiler(target)
+    answers.write(json.dumps({"versions": versions(target)}) + "\n")
+    triton_dumped = False
+    for line in sys.stdin:
+        request = json.loads(line)
+        case = Case(**request["case"])
+        if case.implementation == "triton" and triton_dumped:
+            # jax-triton dumps a kernel once in a process, and this row may share one with an earlier row.
+            answers.write(json.dumps({"status": "again"}) + "\n")
+            continue
+        answers.write(json.dumps(answer(target, compile_, dumps, case)) + "\n")
+        triton_dumped |= any((dumps / "triton").rglob("*.ptx"))
+        if request.get("keep"):
+            shutil.copytree(dumps, request["keep"], dirs_exist_ok=True)
+
+
+def versions(target: targets.Target) -> dict[str, str]:
+    """Whatever a result depends on."""
+    import jax
+    import jaxlib
+
+    compiler = gpu.version() if isinstance(target, targets.Gpu) else tpu.version()
+    return {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "compiler": compiler}
+
+
+def answer(target: targets.Target, compile_: Callable[..., Any], dumps: Path, case: Case) -> dict[str, Any]:
+    """One row of a profile, with the seconds that the compile took."""
+    import jax
+
+    from bench.aot import programs
+    from kernels import dispatch
+
+    for path in dumps.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (dumps / "triton").mkdir()  # a missing folder fails a compile
+    start = time.perf_counter()
+    try:
+        with _printed(dumps / "printed.txt"), dispatch.compiling_for(target.platform, target.kind):
+            program = programs.build(case)
+            compiled = compile_(program.function, program.shapes, program.donate)
+            seconds = time.perf_counter() - start
+        printed = (dumps / "printed.txt").read_text(errors="replace")
+        kernels, totals = gpu.read(target, dumps, printed) if isinstance(target, targets.Gpu) else tpu.read(dumps)
+        memory = compiled.memory_analysis()
+    except NotImplementedError as error:
+        return {"status": "refused", "reason": _reason(error)}
+    except Exception as error:  # a compiler may raise anything, and the next row must still be compiled
+        return {"status": "failed", "reason": _reason(error), "seconds": time.perf_counter() - start}
+    finally:
+        jax.clear_caches()
+    return {
+        "status": "compiled",
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "totals": totals,
+        "kernels": kernels,
+        "seconds": seconds,
+    }
+
+
+@contextlib.contextmanager
+def _printed(path: Path) -> Iterator[None]:
+    """Standard output, that of C++ too, goes to the file."""
+    before = os.dup(1)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    try:
+        os.dup2(file, 1)
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(before, 1)
+        os.close(before)
+        os.close(file)
+
+
+def _reason(error: BaseException) -> str:
+    """The error's first line, without what differs from run to run."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    line = re.sub(r"(?:/[\w.@+-]+){2,}", "...", re.sub(r"0x[0-9a-f]+", "0x..", line))
+    line = re.sub(r"^\w+: implementation='\w+' cannot run here: ", "", line)  # the row says which
+    kind = "" if isinstance(error, NotImplementedError) and line else f"{type(error).__name__}: "
+    return (kind + line)[:200]
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
+        main(sys.argv[1:])

@@ -1,0 +1,71 @@
+"""The rows of `kernels.specs` as test parameters: their arrays, what waits for the long run, how many random ones."""
+
+import itertools
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from kernels import specs
+from tests.parity import rule
+
+Drawn = tuple[dict[str, np.ndarray], dict[str, Any], np.ndarray]
+_examples = itertools.count(1)
+
+
+def judged(op: str) -> list[Any]:
+    """(row, dtype) parameters of every row that the tests run, the long ones marked slow."""
+    found = [*specs.rows(op, "parity"), *specs.rows(op, "long")]
+    marks = lambda row, dtype: pytest.mark.slow if _waits(row, dtype) else ()
+    pairs = [(row, dtype) for row in found for dtype in row.dtypes]
+    return [pytest.param(*pair, id=f"{pair[0].name}-{pair[1]}", marks=marks(*pair)) for pair in pairs]
+
+
+def _waits(row: specs.Spec, dtype: str) -> bool:
+    if "long" in row.purposes:
+        return True
+    if isinstance(row, specs.Attention):
+        return dtype == "bfloat16" and row.T * row.S >= 2**18
+    return isinstance(row, specs.Decode) and dtype == "float16"
+
+
+def row(kind: type[specs.Spec], **sizes: Any) -> Any:
+    """A row that is in no table."""
+    return kind(name="", purposes=(), machines=(), **sizes)
+
+
+def draw(row: specs.Spec, seed: int = 0) -> Drawn:
+    """(the differentiable arguments in float64, the integer ones, the output's cotangent)."""
+    rng = np.random.default_rng(seed)
+    inputs = {name: rng.standard_normal(shape) for name, shape in row.shapes().items()}
+    return inputs, row.aux(seed), rng.standard_normal(row.out_shape())
+
+
+def options(row: specs.Spec) -> rule.Options:
+    """The static arguments, as `rule.program` takes them."""
+    return tuple(row.options().items())
+
+
+def times(n: int) -> int:
+    """n in an ordinary run; with another profile as many times more as it makes of all random examples."""
+    return -(-n * settings().max_examples // settings.get_profile("repeat").max_examples)
+
+
+def examples(n: int) -> settings:
+    """n random examples in an ordinary run."""
+    return settings(max_examples=times(n))
+
+
+def shapes(n: int) -> st.SearchStrategy[np.random.Generator]:
+    """A source of random sizes, one of n: a shape is compiled once and serves several examples."""
+    return st.integers(1, times(n)).map(np.random.default_rng)
+
+
+def forget(programs: Any, every: int = 250) -> None:
+    """Called for each example: drops all compiled programs now and then, for thousands would fill the memory."""
+    if next(_examples) % every == 0:
+        programs.cache_clear()
+        jax.clear_caches()

@@ -1,0 +1,199 @@
+"""The simulated devices find planted faults, and none in the Pallas kernels."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
+
+import kernels
+from kernels import specs
+from tests.parity import rows, rule, sanitizer
+
+X = np.arange(16 * 128, dtype=np.float32).reshape(16, 128)
+BLOCK = (8, 128)
+
+
+def tpu_double(x: jax.Array, *, shared: bool = False) -> jax.Array:
+    """2 x by two cores, a block of rows each; with `shared` both write the first block."""
+
+    def kernel(x_ref, o_ref):
+        o_ref[...] = 2 * x_ref[...]
+
+    return pl.pallas_call(
+        kernel,
+        grid=(2,),
+        in_specs=[pl.BlockSpec(BLOCK, lambda i: (i, 0))],
+        out_specs=pl.BlockSpec(BLOCK, lambda i: (0 if shared else i, 0)),
+        out_shape=jax.ShapeDtypeStruct(BLOCK if shared else x.shape, x.dtype),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+    )(x)
+
+
+def tpu_sum(x: jax.Array, *, clear: bool = True) -> jax.Array:
+    """Sum of the blocks of rows, in scratch memory that must be cleared first."""
+
+    def kernel(x_ref, o_ref, total):
+        if clear:
+
+            @pl.when(pl.program_id(0) == 0)
+            def _():
+                total[...] = jnp.zeros_like(total)
+
+        total[...] += x_ref[...]
+        o_ref[...] = total[...]
+
+    return pl.pallas_call(
+        kernel,
+        grid=(2,),
+        in_specs=[pl.BlockSpec(BLOCK, lambda i: (i, 0))],
+        out_specs=pl.BlockSpec(BLOCK, lambda i: (0, 0)),
+        out_shape=jax.ShapeDtypeStruct(BLOCK, x.dtype),
+        scratch_shapes=[pltpu.VMEM(BLOCK, x.dtype)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+    )(x)
+
+
+def tpu_rows(x: jax.Array, *, first: int = 8) -> jax.Array:
+    """Eight rows from `first` on, past the end of 16 where that is more than 8."""
+
+    def kernel(first_ref, x_ref, o_ref):
+        o_ref[...] = x_ref[pl.ds(first_ref[0], 8), :]
+
+    return pl.pallas_call(
+        kernel,
+        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.VMEM)],
+        out_specs=pl.BlockSpec(memory_space=pltpu.VMEM),
+        out_shape=jax.ShapeDtypeStruct(BLOCK, x.dtype),
+    )(jnp.array([first], jnp.int32), x)
+
+
+def gpu_hand_over(x: jax.Array, *, barrier: bool = True, write: bool = True) -> jax.Array:
+    """One warpgroup puts 2 x into shared memory, the other takes it from there, after a barrier or at once."""
+
+    def kernel(x_ref, o_ref, shared, full):
+        warpgroup = jax.lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup == 0)
+        def _():
+            if write:
+                shared[...] = 2 * x_ref[...]
+            if barrier:
+                plgpu.barrier_arrive(full)
+
+        @pl.when(warpgroup == 1)
+        def _():
+            if barrier:
+                plgpu.barrier_wait(full)
+            o_ref[...] = shared[...]
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        scratch_types=[plgpu.SMEM(x.shape, x.dtype), plgpu.Barrier(num_arrivals=1)],
+        num_threads=2,
+        thread_name="warpgroup",
+    )(x)
+
+
+def test_a_clean_tpu_kernel_passes():
+    found = sanitizer.on_tpu(tpu_double, X)
+    assert found.clean, found
+    np.testing.assert_array_equal(found.result, 2 * X)
+    found = sanitizer.on_tpu(tpu_sum, X)
+    assert found.clean, found
+    np.testing.assert_array_equal(found.result, X[:8] + X[8:])
+
+
+def test_two_tpu_cores_on_one_block_are_a_race():
+    found = sanitizer.on_tpu(functools.partial(tpu_double, shared=True), X)
+    assert found.races and not found.out_of_bounds
+    # One core takes the blocks one after the other.
+    assert not sanitizer.on_tpu(functools.partial(tpu_double, shared=True), X, cores=1).races
+
+
+def test_a_race_in_the_first_of_two_kernels_counts():
+    assert sanitizer.on_tpu(lambda x: tpu_double(jnp.tile(tpu_double(x, shared=True), (2, 1))), X).races
+
+
+def test_tpu_memory_never_written_is_found():
+    found = sanitizer.on_tpu(functools.partial(tpu_sum, clear=False), X)
+    assert found.uninitialised and not found.races and np.isnan(found.result).any()
+
+
+def test_a_tpu_read_past_the_end_is_found_and_the_next_run_works():
+    found = sanitizer.on_tpu(functools.partial(tpu_rows, first=12), X)
+    assert found.out_of_bounds and "(16, 128)" in found.out_of_bounds and found.result is None
+    found = sanitizer.on_tpu(tpu_rows, X)
+    assert found.clean
+    np.testing.assert_array_equal(found.result, X[8:])
+
+
+def test_a_clean_gpu_kernel_passes():
+    found = sanitizer.on_gpu(gpu_hand_over, X)
+    assert found.clean, found
+    np.testing.assert_array_equal(found.result, 2 * X)
+
+
+def test_a_missing_gpu_barrier_is_a_race():
+    assert sanitizer.on_gpu(functools.partial(gpu_hand_over, barrier=False), X).races
+
+
+def test_gpu_memory_never_written_is_found():
+    found = sanitizer.on_gpu(functools.partial(gpu_hand_over, write=False), X)
+    assert found.uninitialised and not found.races
+
+
+def test_a_function_without_a_kernel_proves_nothing():
+    with pytest.raises(AssertionError, match="no Pallas kernel ran"):
+        sanitizer.on_tpu(lambda x: 2 * x, X)
+
+
+OPS = ("attention", "grouped_matmul", "moe_mlp", "decode_attention")
+
+
+def small(op: str) -> list[specs.Spec]:
+    """The smallest rows of the tests."""
+    elements = lambda row: sum(np.prod(shape) for shape in row.shapes().values())
+    return sorted(specs.rows(op, "parity"), key=elements)[:4]
+
+
+def both_passes(row: specs.Spec, implementation: str) -> tuple:
+    """(function of the arrays, arrays): output and gradients, or one step of decoding."""
+    inputs, aux, dout = rows.draw(row)
+    inputs, dout = {name: np.float32(x) for name, x in inputs.items()}, np.float32(dout)
+    operation = functools.partial(getattr(kernels, row.op), **row.options(), implementation=implementation)
+    if isinstance(row, specs.Decode):
+        rings = np.random.default_rng(1).standard_normal((2, *row.cache_shape())).astype(np.float32)
+        return lambda inputs, cache: operation(**inputs, cache=cache), inputs, kernels.KVCache(*rings, **aux)
+
+    def run(inputs, aux, dout):
+        o, pull = jax.vjp(lambda inputs: operation(**inputs, **aux), inputs)
+        return o, pull(dout)
+
+    return run, inputs, aux, dout
+
+
+@pytest.mark.parametrize(
+    ("op", "row"), [pytest.param(op, row, id=f"{op}: {row.name}") for op in OPS for row in small(op)]
+)
+def test_no_pallas_kernel_races_or_reads_what_it_should_not(op, row):
+    """Where "pallas" means the kernel for TPUs, which is also what runs on a CPU."""
+    why = kernels.implementations(op)["pallas"]
+    if why is not None:
+        pytest.skip(why)
+    run, *arguments = both_passes(row, "pallas")
+    found = sanitizer.on_tpu(run, *arguments)
+    assert found.clean, found._replace(result=None)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_would_be_checked_runs(op):
+    """The check above calls each operation rightly: so it does not fail first on the day there is a kernel."""
+    run, *arguments = both_passes(small(op)[0], "xla")
+    program = jax.jit(run, compiler_options=rule.HURRY)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(program(*arguments)))
