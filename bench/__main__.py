@@ -35,7 +35,7 @@ class Arguments:
     """Which passes."""
     machine: Literal["auto", "cpu", "h100", "tpu"] = "auto"
     """Whose rows; auto: this device's."""
-    budget: float = 0.5
+    budget: float = 0.3
     """Seconds of timing for each row and direction; compiling comes on top."""
     out: str = "profiles"
     """Folder for <device>/<date>-<op>.json."""
@@ -107,7 +107,7 @@ def operations(arguments: Arguments) -> dict[str, dict[str, Any]]:
 def _model() -> dict[str, dict[str, float]]:
     from bench import model
 
-    return model.measure(model.Arguments(rounds=3))
+    return model.measure(model.Arguments(rounds=2))
 
 
 if __name__ == "__main__":

@@ -70,7 +70,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "entry" not in metafunc.fixturenames:
         return
     option, op = metafunc.config.getoption, metafunc.module.OP
-    contests = harness.contests(op, option("--machine"))
+    chosen = bool(option("--spec") or option("--direction"))
+    contests = harness.contests(op, option("--machine"), every=chosen)
     if names := option("--spec"):
         contests = [c for c in contests if c.spec.name in names]
     if direction := option("--direction"):
@@ -118,7 +119,8 @@ def progress(held: harness.Outcome) -> str:
     if not times:
         return f"{held.contest.spec.op} {held.contest}: nothing ran"
     best = min(times, key=times.__getitem__)
-    return f"{held.contest.spec.op} {held.contest}: {best} {duration(times[best])}, of {len(times)}"
+    took = f"measured in {held.seconds:.0f} s"
+    return f"{held.contest.spec.op} {held.contest}: {best} {duration(times[best])}, of {len(times)}; {took}"
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -28,6 +28,7 @@ Tree = dict[str, Any]
 OURS = ("reference", "xla", "pallas", "triton")
 MACHINE = {"cpu": "cpu", "gpu": "h100", "tpu": "tpu"}
 TURNS = (3, 12)  # the fewest and the most
+SLOW = (0.5, 1.5, 3.0)  # seconds above each of which a call gets one turn less than the fewest
 PATIENCE = 4.0  # seconds that one call may take by our own estimate
 
 
@@ -76,13 +77,23 @@ class Outcome:
     results: dict[str, Result]
     flops_per_second: float
     bytes_per_second: float
+    seconds: float
 
 
-def contests(op: str, machine: str | None = None) -> list[Contest]:
-    """Every bench row of an operation for this machine, in both directions where it has a gradient."""
-    rows = specs.rows(op, "bench", machine or MACHINE[jax.default_backend()])
-    directions = (False,) if op == "decode_attention" else (False, True)
-    return [Contest(row, backward) for row in rows for backward in directions]
+def contests(op: str, machine: str | None = None, every: bool = False) -> list[Contest]:
+    """The bench rows of an operation for this machine, in both directions where it has a gradient.
+
+    On a CPU, rows that are there for a sweep are timed forward and backward only, unless `every` direction is wanted.
+    """
+    machine = machine or MACHINE[jax.default_backend()]
+    found = []
+    for row in specs.rows(op, "bench", machine):
+        backward = (False,) if op == "decode_attention" else (False, True)
+        if isinstance(row, specs.MoE) and row.N == 1:
+            backward = (False,)  # a step of decoding
+        backward = (True,) if row.sweep and True in backward and machine == "cpu" and not every else backward
+        found += [Contest(row, each) for each in backward]
+    return found
 
 
 def contestants(spec: Spec) -> dict[str, peers.Choice]:
@@ -92,6 +103,8 @@ def contestants(spec: Spec) -> dict[str, peers.Choice]:
         ours[name] = _ours(spec, name) if why is None else why
     if too_long := _reference_takes(spec):
         ours["reference"] = too_long
+    elif spec.sweep and spec.machines == ("cpu",) and not isinstance(spec, Decode):
+        ours["reference"] = "left out of the sweeps on a CPU, where it would take most of the time"
     return {name: ours[name] for name in OURS} | peers.peers(spec)
 
 
@@ -221,6 +234,7 @@ def hold(contest: Contest, ceilings: Ceilings, *, budget: float, only: tuple[str
         budget: seconds of timing for the whole contest.
         only: names of the implementations to take; none: all.
     """
+    begin = time.monotonic()
     spec, results, runners = contest.spec, {}, {}
     sets = [arguments(spec, seed) for seed in range(sets_needed(spec))]
     part = oracle.Part(spec, sets[0][0], spec.aux())
@@ -236,9 +250,8 @@ def hold(contest: Contest, ceilings: Ceilings, *, budget: float, only: tuple[str
             continue
         try:
             runner = Runner(contest, forward, sets)
-            judged = jax.block_until_ready(runner.once(masked))
             start = time.perf_counter()
-            jax.block_until_ready(runner(0))
+            judged = jax.block_until_ready(runner.once(masked))
             first[name] = time.perf_counter() - start
         except Exception as error:  # a peer may fail in its own way, and the others still run
             result.refused = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}" if str(error) else ""
@@ -247,7 +260,7 @@ def hold(contest: Contest, ceilings: Ceilings, *, budget: float, only: tuple[str
         result.error = None if name in peers.YARDSTICKS else part.error(judged, truth)
         runners[name] = runner
     flops, moved = _turns(contest, ceilings, runners, results, first, budget)
-    return Outcome(contest, results, flops, moved)
+    return Outcome(contest, results, flops, moved, time.monotonic() - begin)
 
 
 def _turns(
@@ -260,10 +273,12 @@ def _turns(
 ) -> tuple[float, float]:
     """Time all runners in turns; returns the medians of the ceilings meanwhile."""
     timer, rates = clock(), []
-    turns = {}
+    turns: dict[str, int] = {}
     for name, seconds in first.items():  # a slow one takes fewer turns
         fair = budget / max(1, len(first)) / max(seconds, 1e-4)
-        turns[name] = max(TURNS[0], min(TURNS[1], int(fair)))
+        turns[name] = max(TURNS[0] - sum(seconds > limit for limit in SLOW), min(TURNS[1], int(fair)))
+        if not turns[name]:  # the call that was judged has to do
+            results[name].seconds.append(seconds)
     for turn in range(max(turns.values(), default=0)):
         if turn % 4 == 0:
             rates.append(ceilings.sample(contest.spec.dtypes[0]))

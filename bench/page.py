@@ -10,7 +10,7 @@ from bench.results import by_contest, fastest
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
-p.note, caption, td.sizes { color: #666; font-size: .85rem; }
+.note { color: #666; font-size: .85rem; }
 nav a { margin-right: 1rem; color: #1f3a5f; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th { text-align: right; font-weight: 600; border-bottom: 1px solid #999; padding: .2rem .5rem; white-space: nowrap; }

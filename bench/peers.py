@@ -166,6 +166,8 @@ def _megablox(spec: GroupedMatmul) -> Choice:
         return "megablox runs on TPUs, and interpreted on a CPU"
     if spec.N % 128 or spec.M % 128 or spec.F % 128:
         return "needs N, M and F to be multiples of 128"
+    if _on("cpu") and spec.sweep:
+        return "interpreted, it is left out of the sweeps"
     if not _on("cpu") and spec.M > 8192:
         return "its tiles would not fit"
     from jax.experimental.pallas.ops.tpu.megablox import ops

@@ -48,7 +48,9 @@ def sweep(rows: Sequence[Row], axis: str, direction: str) -> str | None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(sorted({p[0] for where in points.values() for p in where}))
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    for axis_ in (axes.xaxis, axes.yaxis):
+        axis_.set_major_formatter(lambda x, _: f"{x:g}")
+    axes.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "25" else "")
     axes.set(xlabel=AXES.get(axis, axis), ylabel="ms")
     _name_lines(axes, {name: sorted(where)[-1][:2] for name, where in points.items()})
     return svg(figure)
@@ -68,7 +70,8 @@ def roofline(rows: Sequence[Row], ceilings: Mapping[str, float], direction: str)
     left, right = min([*x, top / slope]) / 2, max([*x, top / slope]) * 2
     axes.plot([left, top / slope, right], [left * slope, top, top], color="black", lw=1.2)
     axes.annotate(f"{top / 1e3:.3g} TFLOP/s", (right, top), ha="right", va="bottom", fontsize=8)
-    axes.annotate(f"{slope:.3g} GB/s", (left, left * slope), ha="left", va="bottom", fontsize=8)
+    look = {"textcoords": "offset points", "fontsize": 8}
+    axes.annotate(f"{slope:.3g} GB/s", (left, left * slope), xytext=(6, -8), **look)
     seen: dict[str, None] = {}
     for row in mine:
         name = row["implementation"]
