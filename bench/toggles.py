@@ -84,7 +84,7 @@ def measure(base: Config, flips: Mapping[str, Mapping[str, Any]], rounds: int) -
     seconds: dict[str, list[float]] = {name: [] for name in steppers}
     for _ in range(rounds):
         for name, stepper in steppers.items():
-            seconds[name].append(stepper())
+            seconds[name].append(min(stepper(), stepper()))  # the first finds its arrays out of the cache
     rows = {}
     for name, stepper in steppers.items():
         config, times = stepper.config, sorted(seconds[name])
