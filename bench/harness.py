@@ -28,6 +28,7 @@ Tree = dict[str, Any]
 OURS = ("reference", "xla", "pallas", "triton")
 MACHINE = {"cpu": "cpu", "gpu": "h100", "tpu": "tpu"}
 TURNS = (3, 12)  # the fewest and the most
+QUICK = 0.1  # seconds below which it gets two more
 SLOW = (0.5, 1.5, 3.0)  # seconds above each of which a call gets one turn less than the fewest
 PATIENCE = 4.0  # seconds that one call may take by our own estimate
 
@@ -276,7 +277,8 @@ def _turns(
     turns: dict[str, int] = {}
     for name, seconds in first.items():  # a slow one takes fewer turns
         fair = budget / max(1, len(first)) / max(seconds, 1e-4)
-        turns[name] = max(TURNS[0] - sum(seconds > limit for limit in SLOW), min(TURNS[1], int(fair)))
+        fewest = TURNS[0] + 2 * (seconds < QUICK) - sum(seconds > limit for limit in SLOW)
+        turns[name] = max(fewest, min(TURNS[1], int(fair)))
         if not turns[name]:  # the call that was judged has to do
             results[name].seconds.append(seconds)
     for turn in range(max(turns.values(), default=0)):

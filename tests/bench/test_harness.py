@@ -60,10 +60,11 @@ def test_implementations_take_turns(monkeypatch, small_ceilings):
     monkeypatch.setattr(harness, "clock", lambda: timer)
     only = ("reference", "xla", "jax.nn xla")
     held = harness.hold(harness.Contest(ROWS["attention"]), small_ceilings, budget=1e-9, only=only)
-    assert len(timer.order) == 3 * harness.TURNS[0]
-    rounds = [timer.order[i : i + 3] for i in range(0, 9, 3)]
-    assert rounds[0] == rounds[1] == rounds[2] and len(set(map(id, rounds[0]))) == 3
-    assert all(len(result.seconds) == harness.TURNS[0] for result in held.results.values())
+    turns = harness.TURNS[0] + 2  # they are quick
+    rounds = [timer.order[i : i + 3] for i in range(0, len(timer.order), 3)]
+    assert len(rounds) == turns and len(set(map(id, rounds[0]))) == 3
+    assert all(each == rounds[0] for each in rounds)
+    assert all(len(result.seconds) == turns for result in held.results.values())
 
 
 def test_a_contestant_that_fails_does_not_take_the_others_along(monkeypatch, small_ceilings):
