@@ -37,6 +37,8 @@ class Arguments:
     """Whose rows; auto: this device's."""
     budget: float = 0.3
     """Seconds of timing for each row and direction; compiling comes on top."""
+    seconds: float = 0.0
+    """Start no further row after so many seconds; 0: no limit."""
     out: str = "profiles"
     """Folder for <device>/<date>-<op>.json."""
     html: str = "runs/bench/report.html"
@@ -72,6 +74,8 @@ def _check(arguments: Arguments) -> None:
     ops = [op for op in arguments.op if op != "model"]
     if not arguments.op:
         raise ValueError(f"--op is empty; allowed: {', '.join(PARTS)}")
+    if not arguments.seconds >= 0:
+        raise ValueError(f"--seconds is {arguments.seconds}; allowed: 0 or more")
     if not arguments.budget > 0:
         raise ValueError(f"--budget is {arguments.budget}; allowed: seconds above 0")
     known = {row.name for op in ops for row in specs.rows(op, "bench")}
@@ -90,7 +94,7 @@ def operations(arguments: Arguments) -> dict[str, dict[str, Any]]:
         command = [sys.executable, "-m", "pytest", "-s", "-p", "no:terminal", "-p", "no:cacheprovider"]
         command += [str(results.ROOT / "bench" / f"bench_{op}.py") for op in ops]
         command += ["--progress", f"--benchmark-json={raw}", "--benchmark-quiet", "-m", ""]
-        command += [f"--budget={arguments.budget}"]
+        command += [f"--budget={arguments.budget}", f"--seconds={arguments.seconds}"]
         command += [f"--spec={name}" for name in arguments.spec]
         command += [f"--implementation={name}" for name in arguments.implementation]
         command += [] if arguments.direction == "both" else [f"--direction={arguments.direction}"]

@@ -33,7 +33,7 @@ class Ceilings:
     def summary(self) -> dict[str, float]:
         """Medians over the run, in TFLOP/s and GB/s."""
         rates = {f"matmul {dtype} TFLOP/s": median(values) / 1e12 for dtype, values in self.flops.items()}
-        return rates | {"copy GB/s": median(self.bytes) / 1e9}
+        return rates | ({"copy GB/s": median(self.bytes) / 1e9} if self.bytes else {})
 
 
 @functools.cache

@@ -5,6 +5,7 @@ device's own. So the first test of a contest holds all of it, and every test han
 a clock that replays them.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any, NamedTuple
@@ -57,13 +58,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--implementation", action="append", default=[], help="implementations by name; default: all")
     group.addoption("--machine", default=None, choices=specs.MACHINES, help="whose rows; default: this device's")
     group.addoption("--budget", type=float, default=1.0, help="seconds of timing for each row and direction")
+    group.addoption("--seconds", type=float, default=0, help="start no further row after so many seconds; 0: no limit")
     group.addoption("--progress", action="store_true", help="one line a contest instead of pytest's own report")
     group.addoption("--direction", default=None, choices=("forward", "forward+backward"), help="default: both")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     host.keep_freed_memory()
-    RUN["progress"] = config.getoption("--progress")
+    RUN.update(progress=config.getoption("--progress"), start=time.monotonic())
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -96,15 +98,17 @@ def replay(benchmark: Any, ceilings: Ceilings, request: pytest.FixtureRequest) -
     def run(entry: Entry) -> None:
         held = RUN["held"]
         if held is None or held.contest != entry.contest:
+            limit = option("--seconds")
+            if limit and held and time.monotonic() - RUN["start"] > limit:
+                RUN["refused"].append(names_of(entry) | {"why": "no time was left"})
+                pytest.skip("no time left")
             only = tuple(option("--implementation"))
             RUN["held"] = held = harness.hold(entry.contest, ceilings, budget=option("--budget"), only=only)
             if RUN["progress"]:
                 print(progress(held), flush=True)
         result = held.results[entry.implementation]
         if result.refused is not None:
-            facts = {"op": entry.contest.spec.op, "spec": entry.contest.spec.name}
-            facts |= {"direction": entry.contest.direction, "implementation": entry.implementation}
-            RUN["refused"].append(facts | {"why": result.refused})
+            RUN["refused"].append(names_of(entry) | {"why": result.refused})
             pytest.skip(result.refused)
         benchmark.extra_info.update(facts_of(entry, held))
         TIMER.load(result.seconds)
@@ -129,17 +133,19 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         print(report.longreprtext, flush=True)
 
 
+def names_of(entry: Entry) -> dict[str, str]:
+    """What an entry is called."""
+    spec, direction = entry.contest.spec, entry.contest.direction
+    return {"op": spec.op, "spec": spec.name, "direction": direction, "implementation": entry.implementation}
+
+
 def facts_of(entry: Entry, held: harness.Outcome) -> dict[str, Any]:
     """What the report needs beside the times."""
     spec, result = entry.contest.spec, held.results[entry.implementation]
     cost = entry.contest.cost()
-    return {
-        "op": spec.op,
-        "spec": spec.name,
+    return names_of(entry) | {
         "sizes": spec.label(),
         "dtype": spec.dtypes[0],
-        "direction": entry.contest.direction,
-        "implementation": entry.implementation,
         "sweep": {axis: harness.position(spec, axis) for axis in spec.sweep},
         "flops": cost.flops,
         "bytes": cost.bytes,

@@ -50,6 +50,17 @@ def test_a_run_measures_prints_and_writes(tmp_path):
     assert "nano" in (tmp_path / "page.html").read_text()
 
 
+def test_a_run_that_has_no_time_left_says_so_and_writes_what_it_has(tmp_path):
+    chosen = ("--op", "grouped_matmul", "--spec", "E=1", "E=8", "--direction", "forward", "--implementation", "xla")
+    out = ("--budget", "0.05", "--seconds", "0.001", "--out", str(tmp_path), "--html", str(tmp_path / "page.html"))
+    done = run("bench", *chosen, *out)
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "cpu").glob("*-grouped_matmul.json")
+    document = json.loads(path.read_text())
+    assert [row["spec"] for row in document["rows"]] == ["E=1"]
+    assert [(row["spec"], row["why"]) for row in document["refused"]] == [("E=8", "no time was left")]
+
+
 def sleeper(name: str, code: str, share: float = 1.0) -> gpu.Part:
     return gpu.Part(name, [sys.executable, "-c", code], share)
 
@@ -75,7 +86,7 @@ def test_the_bounded_command_never_runs_over_and_writes_what_it_has(tmp_path, mo
 
 def test_every_part_is_a_command_that_exists():
     for tiny in (True, False):
-        parts = gpu.parts(Path("/tmp/out"), tiny)
+        parts = gpu.parts(Path("/tmp/out"), tiny, 540)
         assert [part.name for part in parts][:2] == ["environment", "parity"]
         for part in parts:
             assert part.command[0] == sys.executable and 0 < part.share <= 1

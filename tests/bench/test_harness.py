@@ -102,6 +102,18 @@ def test_the_part_that_is_judged_is_the_whole_with_a_cleared_cotangent(op, monke
     assert np.isnan(part.error(whole, truth))
 
 
+@pytest.mark.parametrize("op", ["grouped_matmul", "moe_mlp"])
+def test_rows_with_matrices_of_their_own_are_the_reference(op):
+    spec = ROWS[op]
+    inputs, state, dout = harness.arguments(spec)
+    one, two = (
+        harness.program(forward, backward=True)(inputs, state, spec.aux(), dout)[0]
+        for forward in (harness._ours(spec, "reference"), oracle.by_row(spec))
+    )
+    for name in one:
+        np.testing.assert_allclose(one[name], two[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
 def test_decoding_can_be_called_again_and_again_on_a_donated_cache():
     spec = ROWS["decode_attention"]
     runner = harness.Runner(harness.Contest(spec), harness._ours(spec, "xla"), [harness.arguments(spec)])
