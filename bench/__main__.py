@@ -17,6 +17,9 @@ from dantinox import cli
 from kernels import specs
 
 PROG = "bench"
+# Ctrl-C ends it without a word: this process says what there is to say.
+QUIET = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+PYTEST = QUIET + "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
 Part = Literal["attention", "grouped_matmul", "moe_mlp", "decode_attention", "model"]
 PARTS: tuple[Part, ...] = ("attention", "grouped_matmul", "moe_mlp", "decode_attention", "model")
 
@@ -91,7 +94,7 @@ def operations(arguments: Arguments) -> dict[str, dict[str, Any]]:
         return {}
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw.json"
-        command = [sys.executable, "-m", "pytest", "-s", "-p", "no:terminal", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-c", PYTEST, "-s", "-p", "no:terminal", "-p", "no:cacheprovider"]
         command += [str(results.ROOT / "bench" / f"bench_{op}.py") for op in ops]
         command += ["--progress", f"--benchmark-json={raw}", "--benchmark-quiet", "-m", ""]
         command += [f"--budget={arguments.budget}", f"--seconds={arguments.seconds}"]
