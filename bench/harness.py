@@ -100,17 +100,18 @@ def contests(op: str, machine: str | None = None, every: bool = False) -> list[C
 
 def contestants(spec: Spec) -> dict[str, peers.Choice]:
     """Name -> how to call it, or why it cannot take part: our implementations first, then the peers."""
-    ours: dict[str, peers.Choice] = {}
+    mine: dict[str, peers.Choice] = {}
     for name, why in kernels.implementations(spec.op).items():
-        ours[name] = _ours(spec, name) if why is None else why
+        mine[name] = ours(spec, name) if why is None else why
     if too_long := _reference_takes(spec):
-        ours["reference"] = too_long
+        mine["reference"] = too_long
     elif spec.sweep and spec.machines == ("cpu",) and not isinstance(spec, Decode):
-        ours["reference"] = "left out of the sweeps on a CPU, where it would take most of the time"
-    return {name: ours[name] for name in OURS} | peers.peers(spec)
+        mine["reference"] = "left out of the sweeps on a CPU, where it would take most of the time"
+    return {name: mine[name] for name in OURS} | peers.peers(spec)
 
 
-def _ours(spec: Spec, implementation: str) -> peers.Forward:
+def ours(spec: Spec, implementation: str) -> peers.Forward:
+    """How one of our implementations is called on a row's arguments; decoding's state is the cache."""
     operation, options = getattr(kernels, spec.op), spec.options()
 
     def forward(inputs: Tree, state: Tree, aux: Tree) -> tuple[jax.Array, Tree]:
@@ -241,7 +242,7 @@ def hold(contest: Contest, ceilings: Ceilings, *, budget: float, only: tuple[str
     sets = [arguments(spec, seed) for seed in range(sets_needed(spec))]
     part = oracle.Part(spec, sets[0][0], spec.aux())
     masked = (sets[0][2] * part.mask).astype(sets[0][2].dtype)
-    exact = oracle.by_row(spec) if getattr(spec, "E", 0) > oracle.MANY else _ours(spec, "reference")
+    exact = oracle.by_row(spec) if getattr(spec, "E", 0) > oracle.MANY else ours(spec, "reference")
     truth = oracle.truth(part, program(exact, contest.backward), sets[0][1], masked)
     first: dict[str, float] = {}
     chosen = {name: forward for name, forward in contestants(spec).items() if not only or name in only}

@@ -22,7 +22,6 @@ import jaxlib
 from rich.console import Console
 from rich.table import Table
 
-import kernels
 from bench import harness, trace
 from dantinox import cli, host
 from dantinox.config import Config, Implementation, presets
@@ -124,16 +123,7 @@ def operation(spec: Spec, implementation: str, backward: bool) -> Workload:
         raise ValueError("decode_attention has no backward pass; leave --backward out")
     inputs, state, dout = harness.arguments(spec)
     aux = {name: jax.tree.map(jnp.asarray, value) for name, value in spec.aux().items()}
-    op, options = getattr(kernels, spec.op), spec.options() | {"implementation": implementation}
-
-    def forward(inputs: harness.Tree, state: harness.Tree, aux: harness.Tree) -> tuple[jax.Array, harness.Tree]:
-        with jax.named_scope(spec.op):
-            if not isinstance(spec, Decode):
-                return op(**inputs, **aux, **options), state
-            cache = kernels.KVCache(state["k"], state["v"], aux["length"])
-            o, cache = op(**inputs, cache=cache, **options)
-            return o, {"k": cache.k, "v": cache.v}
-
+    forward = jax.named_scope(spec.op)(harness.ours(spec, implementation))
     program = jax.jit(harness.program(forward, backward), donate_argnums=1)
     compiled = program.lower(inputs, state, aux, dout).compile()
 

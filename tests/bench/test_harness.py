@@ -93,7 +93,7 @@ def test_the_part_that_is_judged_is_the_whole_with_a_cleared_cotangent(op, monke
     part = oracle.Part(spec, inputs, spec.aux())
     masked = dout * part.mask
     assert 0 < np.count_nonzero(part.mask) < part.mask.size
-    program = harness.program(harness._ours(spec, "reference"), backward=True)
+    program = harness.program(harness.ours(spec, "reference"), backward=True)
     whole, _ = jax.jit(program)(inputs, state, spec.aux(), masked)
     truth = oracle.truth(part, program, state, masked)
     assert truth["o"].size < whole["o"].size
@@ -108,7 +108,7 @@ def test_rows_with_matrices_of_their_own_are_the_reference(op):
     inputs, state, dout = harness.arguments(spec)
     one, two = (
         harness.program(forward, backward=True)(inputs, state, spec.aux(), dout)[0]
-        for forward in (harness._ours(spec, "reference"), oracle.by_row(spec))
+        for forward in (harness.ours(spec, "reference"), oracle.by_row(spec))
     )
     for name in one:
         np.testing.assert_allclose(one[name], two[name], rtol=1e-5, atol=1e-5, err_msg=name)
@@ -116,7 +116,7 @@ def test_rows_with_matrices_of_their_own_are_the_reference(op):
 
 def test_decoding_can_be_called_again_and_again_on_a_donated_cache():
     spec = ROWS["decode_attention"]
-    runner = harness.Runner(harness.Contest(spec), harness._ours(spec, "xla"), [harness.arguments(spec)])
+    runner = harness.Runner(harness.Contest(spec), harness.ours(spec, "xla"), [harness.arguments(spec)])
     first, again = (np.asarray(runner(i)["o"]) for i in range(2))
     np.testing.assert_array_equal(first, again)  # the same slot is written each time
 
