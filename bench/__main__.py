@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     arguments = cli.parse(
         Arguments,
-        sys.argv[1:] if argv is None else argv,
+        argv,
         default=Arguments(),
         prog=PROG,
         description=__doc__.split("\n")[0],

@@ -6,7 +6,6 @@ roofline is compared: both of its terms were taken in the same minute. A change 
 
 import json
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print what changed; exit code 1 where one of ours got slower."""
     arguments = cli.parse(
         Arguments,
-        sys.argv[1:] if argv is None else argv,
+        argv,
         default=Arguments(),
         prog=PROG,
         description=__doc__.split("\n")[0],

@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     arguments = cli.parse(
         Arguments,
-        sys.argv[1:] if argv is None else argv,
+        argv,
         default=Arguments(out="profiles"),
         prog=PROG,
         description=__doc__.split("\n")[0],

@@ -9,7 +9,6 @@ turns too, in a process of their own that works only when asked.
 
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -176,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     host.keep_freed_memory()
     arguments = cli.parse(
         Arguments,
-        sys.argv[1:] if argv is None else argv,
+        argv,
         default=Arguments(),
         prog=PROG,
         description=__doc__.split("\n")[0],

@@ -45,7 +45,7 @@ def from_pytest(raw: Mapping[str, Any], date: datetime.date | None = None) -> di
 
 
 def _row(facts: Mapping[str, Any], stats: Mapping[str, Any]) -> Row:
-    low, middle, high = np.percentile(stats["data"], [25, 50, 75]) if stats.get("data") else _quartiles(stats)
+    low, middle, high = np.percentile(stats["data"], [25, 50, 75])
     names = ("op", "spec", "sizes", "dtype", "direction", "implementation", "sweep")
     return {name: facts[name] for name in names} | {
         "seconds": _short(middle),
@@ -58,10 +58,6 @@ def _row(facts: Mapping[str, Any], stats: Mapping[str, Any]) -> Row:
         "temp_bytes": facts["temp_bytes"],
         "error": None if facts["error"] is None else _short(facts["error"]),
     }
-
-
-def _quartiles(stats: Mapping[str, Any]) -> tuple[float, float, float]:
-    return stats["q1"], stats["median"], stats["q3"]
 
 
 def _short(value: float) -> float:

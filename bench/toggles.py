@@ -6,7 +6,6 @@ so ratios hold on a machine that drifts.
 
 import datetime
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     host.keep_freed_memory()
     arguments = cli.parse(
         Arguments,
-        sys.argv[1:] if argv is None else argv,
+        argv,
         default=Arguments(),
         prog=PROG,
         description=__doc__.split("\n")[0],

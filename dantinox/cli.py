@@ -13,11 +13,12 @@ import tyro
 USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, NotImplementedError)
 
 
-def parse(cls: type, argv: Sequence[str], *, default: Any, prog: str, description: str) -> Any:
-    """An instance of the dataclass `cls` from flags named after its fields, however deep they lie.
+def parse(cls: type, argv: Sequence[str] | None, *, default: Any, prog: str, description: str) -> Any:
+    """An instance of the dataclass `cls` from flags named after its fields, however deep they lie; None: sys.argv's.
 
     Bad flags and bad values end the program with one line and exit code 2; --help prints the help and exits with 0.
     """
+    argv = sys.argv[1:] if argv is None else argv
     captured = io.StringIO()
     try:
         with (

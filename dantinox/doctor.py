@@ -39,7 +39,6 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report; 0 whatever it says, for it is a report and not a test."""
-    argv = sys.argv[1:] if argv is None else argv
     cli.parse(Arguments, argv, default=Arguments(), prog="dantinox-doctor", description=__doc__)
     for title, rows in (
         ("machine", machine()),

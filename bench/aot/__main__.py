@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the plugins are for the workers
     arguments = cli.parse(
         Arguments,
-        sys.argv[1:] if argv is None else argv,
+        argv,
         default=Arguments(),
         prog=PROG,
         description=__doc__.split("\n")[0],
