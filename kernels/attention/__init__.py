@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import checks
-from kernels.attention import xla
+from kernels.attention import flash, xla
 from kernels.dispatch import choose, missing
 
 Array = jax.Array
@@ -86,7 +86,7 @@ def _table() -> dict:
     return {
         "reference": reference,
         "xla": xla.attention,
-        "pallas": missing("attention", "pallas"),
+        "pallas": missing("attention", "pallas") or flash.attention,
         "triton": missing("attention", "triton"),
     }
 
