@@ -28,6 +28,10 @@ class Cost(NamedTuple):
     def __add__(self, other: "Cost") -> "Cost":  # type: ignore[override]
         return Cost(*(a + b for a, b in zip(self, other, strict=True)))
 
+    def part(self, fraction: float) -> "Cost":
+        """What a kernel costs that does this fraction of the work."""
+        return Cost(*(round(fraction * each) for each in self))
+
     @property
     def intensity(self) -> float:
         """FLOPs a byte."""

@@ -34,15 +34,31 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=512)
-def plan(T: int, S: int, q_rows: int, k_rows: int, *, causal: bool, window: int | None) -> Plan:
-    """The visible tiles of `q_rows` queries by `k_rows` keys; T and S are the true lengths, not padded ones."""
+def plan(
+    T: int,
+    S: int,
+    q_rows: int,
+    k_rows: int,
+    *,
+    causal: bool,
+    window: int | None,
+    keys: tuple[int, int] | None = None,
+) -> Plan:
+    """The visible tiles of `q_rows` queries by `k_rows` keys; T and S are the true lengths, not padded ones.
+
+    With `keys`, a range of key tiles, only the tiles there: query tiles that see none of them are absent.
+    """
     q, k, flags = [], [], []
     for i in range(-(-T // q_rows)):
         first = i * q_rows + S - T  # positions of the tile's first and last query
         last = min((i + 1) * q_rows, T) - 1 + S - T
         high = min(last, S - 1) if causal else S - 1
         low = 0 if window is None else max(0, first - window + 1)
-        tiles = list(range(low // k_rows, high // k_rows + 1)) if high >= low else [0]
+        tiles = list(range(low // k_rows, high // k_rows + 1)) if high >= low else []
+        if keys is not None:
+            tiles = [j for j in tiles if keys[0] <= j < keys[1]]
+        elif not tiles:
+            tiles = [0]
         for j in tiles:
             whole = (j + 1) * k_rows <= S and high >= low
             if causal:

@@ -1,0 +1,165 @@
+"""The gradients of attention on Mosaic TPU, and interpreted on a CPU: dq, dk and dv in one pass over the visible tiles.
+
+Math      with do' = do sigmoid(gate) and delta = rowsum(do' o'), o' the ungated output:
+          p = 2^(s - lse);  dv = p^T do';  ds = p (do' v^T - delta);  dq = scale ds k;  dk = scale ds^T q
+Tiling    the grid of `mosaic_tpu.py`, once for each span of keys:
+
+              keys ->        span 0      span 1
+              G x bq rows    ▞    ░    ░    ░       ▞ masked
+              G x bq rows    █    ▞    ░    ░       █ interior
+              G x bq rows    ▞    █    ▞    ░       ░ not in the grid
+              G x bq rows    ░    ▞  | █    ▞       | dq of both spans is added at the end
+
+State     dq [D, R] of one query tile, dk and dv [D, span] of all keys of the span, in float32. The sum over the G heads
+          is part of the product. Nothing is written twice: no atomics, and bit-equal from run to run.
+Traffic   reads q, do, lse, delta once a span, k (both ways) and v once a visible tile. 10 D FLOPs a visible pair; two
+          kernels, one for dq and one for dk and dv, would take 14 D and read everything twice.
+Limits    as the forward kernel.
+Source    Dao, FlashAttention-2 (arXiv:2307.08691), algorithm 2.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from kernels.attention.scores import LOG2E, NN, NT, Segments, Static, Tile, blocks, call, dot, spans
+from kernels.cost import Cost
+
+Array = jax.Array
+
+
+def _kernel(tile: Tile, first_key_tile: int) -> None:
+    static = tile.static
+    across, _ = static.pieces
+    at = tile.j - first_key_tile
+
+    @pl.when(tile.n == 0)
+    def _():
+        tile.fill(0, "dk acc", "dv acc")
+
+    @pl.when(tile.first)
+    def _():
+        tile.fill(0, "dq acc")
+
+    @tile.phase
+    def _():
+        for r, c in tile.pieces():
+            tile.put("s", r, c, value=tile.scores(dot(tile.get("k", c), tile.get("q", r), NN)))
+            tile.put("dp", r, c, value=dot(tile.get("v", c), tile.get("do", r), NN) - tile.get("delta", r))
+
+    tile.mask(then=lambda r, c, s: None)
+
+    @tile.phase
+    def _():
+        for r, c in tile.pieces():
+            s = tile.get("s", r, c)
+            p = jnp.exp2(s - tile.get("lse", r))
+            ds = p * tile.get("dp", r, c)
+            if static.softcap is not None:
+                t = s * (1 / (static.softcap * LOG2E))
+                ds = ds * (1 - jnp.minimum(t * t, 1))  # masked scores are below -cap
+            tile.put("p", r, c, value=p)
+            tile.put("ds", r, c, value=ds)
+
+    for name, a, b in (("dv acc", "do", "p"), ("dk acc", "q", "ds")):
+
+        @tile.phase
+        def _(name: str = name, a: str = a, b: str = b):
+            for r, c in tile.pieces():
+                acc = tile.get(name, at, c) + dot(tile.get(a, r), tile.get(b, r, c), NT)
+                tile.put(name, at, c, value=acc)
+
+    @tile.phase
+    def _():
+        tile.sum_keys("dq acc", "k^T", "ds")
+
+    @pl.when(tile.last)
+    def _():
+        for r in range(across):
+            tile.put("dq", r, value=tile.get("dq acc", r) * static.scale)
+
+    @pl.when(tile.n == pl.num_programs(1) - 1)
+    def _():
+        dk, dv = tile.refs["dk"], tile.refs["dv"]
+        dk[...] = (tile.refs["dk acc"][...] * static.scale).reshape(dk.shape).astype(dk.dtype)
+        dv[...] = tile.refs["dv acc"][...].reshape(dv.shape).astype(dv.dtype)
+
+
+def backward(
+    q: Array,
+    k: Array,
+    v: Array,
+    do: Array,
+    lse: Array,
+    delta: Array,
+    segments: Segments | None,
+    static: Static,
+    *,
+    cost: Cost,
+) -> tuple[Array, Array, Array]:
+    """(dq as q, dk and dv [heads, pieces of keys, D, keys]).
+
+    Args:
+        q, do: [heads, pieces of queries, D, rows]; do is the cotangent of the ungated output.
+        k, v: [heads, pieces of keys, keys, D]. lse, delta: [heads, pieces of queries, 1, rows].
+    """
+    D, tiles, (across, down) = q.shape[2], static.tiles, static.pieces
+    block = blocks(static, D)
+    queries, row = block["q"](D, tiles.rows), block["q"](1, tiles.rows)
+    keys, across_keys = block["k"](tiles.keys, D), block["k"](D, tiles.keys)
+    ins = {
+        **{name: (x, queries) for name, x in {"q": q, "do": do}.items()},
+        **{name: (x, row) for name, x in {"lse": lse, "delta": delta}.items()},
+        **{name: (x, keys) for name, x in {"k": k, "v": v}.items()},
+        "k^T": (k.swapaxes(-1, -2), across_keys),
+    }
+    piece = (across, down, tiles.keys, tiles.rows)
+    whole = static.plan()
+    dq, dks, dvs = None, [], []
+    for span in spans(static):
+        visible = whole if span is None else static.plan(span)
+        low, high = span or (0, k.shape[1] // down)
+        if not len(visible):  # no query sees this span
+            dks.append(jnp.zeros((k.shape[0], (high - low) * down, D, tiles.keys), k.dtype))
+            dvs.append(dks[-1])
+            continue
+        first, last = int(visible.q.min()) * across, (int(visible.q.max()) + 1) * across
+        shape = ((high - low) * down, D, tiles.keys)
+        kept = jax.ShapeDtypeStruct((q.shape[0], *shape), k.dtype)
+        scratch = {
+            "s": (piece, jnp.float32),
+            "dp": (piece, jnp.float32),
+            "p": (piece, q.dtype),
+            "ds": (piece, q.dtype),
+            "dq acc": ((across, D, tiles.rows), jnp.float32),
+            "dk acc": ((high - low, down, D, tiles.keys), jnp.float32),
+            "dv acc": ((high - low, down, D, tiles.keys), jnp.float32),
+        }
+        partial = jax.ShapeDtypeStruct(
+            (q.shape[0], last - first, *q.shape[2:]), q.dtype if span is None else jnp.float32
+        )
+        outs = {
+            "dq": (partial, block["q"](D, tiles.rows, first=first // across)),
+            "dk": (kept, block["all"](*shape)),
+            "dv": (kept, block["all"](*shape)),
+        }
+        found, dk, dv = call(
+            lambda tile, low=low: _kernel(tile, low),
+            static,
+            visible,
+            ins,
+            outs,
+            scratch,
+            segments=segments,
+            name="attention_backward",
+            cost=cost.part(len(visible) / len(whole)),
+        )
+        if span is None:
+            dq = found
+        else:
+            dq = jnp.zeros(q.shape, jnp.float32) if dq is None else dq
+            dq = dq.at[:, first:last].add(found)
+        dks.append(dk)
+        dvs.append(dv)
+    one = lambda parts: parts[0] if len(parts) == 1 else jnp.concatenate(parts, 1)
+    return dq.astype(q.dtype), one(dks), one(dvs)

@@ -1,0 +1,273 @@
+"""What the forward and the backward kernel do alike with one tile of the score matrix.
+
+A tile has `q` queries of each of the G heads that share a key head, packed to R = G q rows, against `k` keys. Everything
+lies transposed: keys down, queries across, so that maxima and sums over keys add whole registers and never cross lanes.
+A tile is worked on in pieces of `keys` by `rows`, one matmul each, and in phases, a pass over all pieces each:
+
+            rows ->                  phase 1   s = k q^T                  matrix unit
+    keys    [0,0] [1,0] [2,0]        phase 2   mask, in edge tiles only   vector unit
+            [0,1] [1,1] [2,1]        phase 3   p = 2^(s - m)              transcendental unit
+                                     phase 4   o += v^T p                 matrix unit
+
+Between phases the pieces wait in scratch memory. One straight stream at a time needs few registers; written as one
+block, libtpu interleaves the phases and spills more than it gains. On a CPU a tile is one piece.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels.attention.plan import FIRST, LAST, MASKED, Plan, plan
+from kernels.cost import Cost
+
+Array = jax.Array
+LOG2E = math.log2(math.e)
+FLOOR = -1e30  # below every real score
+HIDDEN = -2e38  # a masked score: 2^(HIDDEN - FLOOR) is 0, so rows without a key keep a sum of 0
+APART, MIXED, ALIKE = 0, 1, 2  # segments of a tile: none shared, some pairs, all pairs
+VMEM_BYTES = 56 * 2**20  # of the smallest chip's 64
+HELD = 32 * 1024  # float32 that stay in registers while products are added to them: half of a TPU's 64 Ki
+NN, NT, TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
+
+
+class Tiles(NamedTuple):
+    """How much one step of the grid takes, and one matmul of it.
+
+    Attributes:
+        heads: key heads. q: queries of each of their G heads, a power of two. k: keys.
+        rows: packed queries of a matmul; divides G q, and divides q or is a multiple of it. keys: keys; divides k.
+        span: keys whose gradients stay on the chip together; a multiple of k.
+    """
+
+    heads: int
+    q: int
+    k: int
+    rows: int
+    keys: int
+    span: int
+
+
+class Static(NamedTuple):
+    """Everything that is known when a kernel is traced; T and S are the true lengths."""
+
+    T: int
+    S: int
+    G: int
+    causal: bool
+    window: int | None
+    scale: float
+    softcap: float | None
+    tiles: Tiles
+    interpret: Any
+
+    @property
+    def pieces(self) -> tuple[int, int]:
+        """Pieces of a tile, across the packed queries and down the keys."""
+        return self.G * self.tiles.q // self.tiles.rows, self.tiles.k // self.tiles.keys
+
+    def plan(self, keys: tuple[int, int] | None = None) -> Plan:
+        """The visible tiles, of a range of keys or of all."""
+        return plan(self.T, self.S, self.tiles.q, self.tiles.k, causal=self.causal, window=self.window, keys=keys)
+
+
+class Segments(NamedTuple):
+    """Segment ids as the kernels read them.
+
+    Attributes:
+        q: [heads, pieces of queries, 1, rows]. k: [heads, pieces of keys, 1, keys].
+        shared: [heads, query tiles, key tiles]: APART, MIXED or ALIKE.
+    """
+
+    q: Array
+    k: Array
+    shared: Array
+
+
+def dot(a: Array, b: Array, contract: tuple[tuple[int], tuple[int]]) -> Array:
+    """a b in float32, over the last two axes; the axes before are heads."""
+    heads = tuple(range(a.ndim - 2))
+    dims = tuple(tuple(axis + len(heads) for axis in side) for side in contract)
+    return jax.lax.dot_general(a, b, (dims, (heads, heads)), preferred_element_type=jnp.float32)
+
+
+class Tile:
+    """One step of the grid, seen from inside a kernel."""
+
+    def __init__(self, refs: dict[str, Any], static: Static):
+        self.refs, self.static = refs, static
+        self.n = pl.program_id(1)
+        self.i, self.j = refs["q tile"][self.n], refs["k tile"][self.n]
+        self.flag = flag = refs["flags"][self.n]
+        self.first, self.last = (flag & FIRST) != 0, (flag & LAST) != 0
+        self.masked, self.run, self.phases = (flag & MASKED) != 0, None, 0
+        if "shared" in refs:
+            shared = refs["shared"][pl.program_id(0), self.n]
+            self.run = shared != APART
+            self.masked = self.run & (self.masked | (shared == MIXED))
+
+    def phase(self, body: Callable[[], None]) -> None:
+        """Runs a phase, unless no segment is shared.
+
+        On a TPU each phase gets a branch of its own, always taken, which keeps libtpu from mixing it with the others;
+        equal conditions would be merged. Interpreted, XLA would run a branch on one core: there the mask does it all.
+        """
+        if self.static.interpret:
+            return body()
+        self.phases += 1
+        always = self.flag > -self.phases
+        return pl.when(always if self.run is None else always & self.run)(body)
+
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        """(piece of the queries, piece of the keys)."""
+        across, down = self.static.pieces
+        return ((r, c) for c in range(down) for r in range(across))
+
+    def get(self, name: str, *piece: Any) -> Array:
+        """A piece [rows, n] of a block; with several heads a step, [heads, rows, n]."""
+        return self.refs[name][self._at(piece)]
+
+    def put(self, name: str, *piece: Any, value: Array) -> None:
+        """Writes a piece, in the block's dtype."""
+        ref = self.refs[name]
+        ref[self._at(piece)] = value.astype(ref.dtype)
+
+    def fill(self, value: float, *names: str) -> None:
+        """Writes one value everywhere."""
+        for name in names:
+            ref = self.refs[name]
+            ref[...] = jnp.full(ref.shape, value, ref.dtype)
+
+    def _at(self, piece: tuple[Any, ...]) -> tuple[Any, ...]:
+        return ((0 if self.static.tiles.heads == 1 else slice(None)), *piece)
+
+    def sum_keys(self, name: str, a: str, b: str, decay: str | None = None) -> None:
+        """name[r] = decay[r] name[r] + sum_c a[c] b[r, c]."""
+        across, down = self.static.pieces
+        start = lambda r: self.get(name, r) if decay is None else self.get(decay, r) * self.get(name, r)
+        product = lambda r, c: dot(self.get(a, c), self.get(b, r, c), NN)
+        if math.prod(self.refs[name].shape[-2:]) <= HELD:
+            for r in range(across):
+                total = start(r)
+                for c in range(down):
+                    total = total + product(r, c)
+                self.put(name, r, value=total)
+        else:
+            for r, c in self.pieces():
+                self.put(name, r, value=(self.get(name, r) if c else start(r)) + product(r, c))
+
+    def scores(self, s: Array) -> Array:
+        """Products k q^T as scores in units of log2: scaled, capped."""
+        scale, cap = self.static.scale, self.static.softcap
+        if cap is None:
+            return s * (scale * LOG2E)
+        return jnp.tanh(s * (scale / cap)) * (cap * LOG2E)
+
+    def mask(self, then: Callable[[Any, Any, Array], None]) -> None:
+        """Hides the invisible pairs of an edge tile's scores; then(r, c, scores) for each piece."""
+        across, down = self.static.pieces
+
+        def piece(n: Array, _: None) -> None:
+            r, c = (0, 0) if across * down == 1 else (n // down, n % down)
+            s = self.get("s", r, c)
+            s = jnp.where(self._visible(s.shape, r, c), s, HIDDEN)
+            self.put("s", r, c, value=s)
+            then(r, c, s)
+
+        if self.static.interpret:
+            piece(0, None)
+        else:
+            pl.when(self.masked)(lambda: jax.lax.fori_loop(0, across * down, piece, None))
+
+    def _visible(self, shape: tuple[int, ...], r: Any, c: Any) -> Array:
+        static = self.static
+        _, q, k, rows, keys, _ = static.tiles
+        key = jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 2)
+        query = (jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1) + r * rows) & (q - 1)
+        distance = query - key + (self.i * q + static.S - static.T - self.j * k - c * keys)
+        visible = distance >= 0 if static.causal else key < static.S - self.j * k - c * keys
+        if static.window is not None:
+            visible &= distance < static.window
+        if "shared" in self.refs:
+            visible &= self.get("q ids", r) == self._column(self.get("k ids", c))
+        return visible
+
+    def _column(self, row: Array) -> Array:
+        """[..., 1, n] as [..., n, 1]. The transpose unit takes whole registers."""
+        if self.static.interpret:
+            return row.swapaxes(-1, -2)
+        return jnp.broadcast_to(row, (128, row.shape[-1])).T[:, :1]
+
+
+def blocks(static: Static, D: int) -> dict[str, Callable[..., pl.BlockSpec]]:
+    """Blocks by what they follow: the query tile, the key tile, or nothing. Index maps get (head, tile) and the tables."""
+    h, across, down = static.tiles.heads, *static.pieces
+    return {
+        "q": lambda *piece, first=0: pl.BlockSpec((h, across, *piece), lambda g, n, i, *_: (g, i[n] - first, 0, 0)),
+        "k": lambda *piece: pl.BlockSpec((h, down, *piece), lambda g, n, i, j, *_: (g, j[n], 0, 0)),
+        "all": lambda *shape: pl.BlockSpec((h, *shape), lambda g, n, *_: (g, *(0 for _ in shape))),
+    }
+
+
+def call(
+    kernel: Callable[..., None],
+    static: Static,
+    tiles: Plan,
+    ins: dict[str, tuple[Array, pl.BlockSpec]],
+    outs: dict[str, tuple[Any, pl.BlockSpec]],
+    scratch: dict[str, tuple[tuple[int, ...], Any]],
+    *,
+    segments: Segments | None,
+    name: str,
+    cost: Cost,
+) -> list[Array]:
+    """`pallas_call` over (heads, visible tiles). The kernel gets a `Tile` whose refs have these names.
+
+    Args:
+        scratch: shape, without the heads, and dtype.
+    """
+    tables = {"q tile": jnp.asarray(tiles.q), "k tile": jnp.asarray(tiles.k), "flags": jnp.asarray(tiles.flags)}
+    h = static.tiles.heads
+    if segments is not None:
+        tables["shared"] = segments.shared[:, tiles.q, tiles.k]
+        block = blocks(static, 0)
+        ins = ins | {
+            "q ids": (segments.q, block["q"](1, static.tiles.rows)),
+            "k ids": (segments.k, block["k"](1, static.tiles.keys)),
+        }
+    names = (*tables, *ins, *outs, *scratch)
+
+    def body(*refs: Any) -> None:
+        kernel(Tile(dict(zip(names, refs, strict=True)), static))
+
+    heads = next(iter(ins.values()))[0].shape[0]
+    run = pl.pallas_call(
+        body,
+        out_shape=[shape for shape, _ in outs.values()],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(tables),
+            grid=(heads // h, len(tiles)),
+            in_specs=[block for _, block in ins.values()],
+            out_specs=[block for _, block in outs.values()],
+            scratch_shapes=[pltpu.VMEM((h, *shape), dtype) for shape, dtype in scratch.values()],
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+        ),
+        cost_estimate=cost.estimate(),
+        interpret=static.interpret,
+        name=name,
+    )
+    return run(*tables.values(), *(array for array, _ in ins.values()))
+
+
+def spans(static: Static) -> list[tuple[int, int] | None]:
+    """Ranges of key tiles whose gradients are summed on the chip together; None: all at once."""
+    tiles, each = -(-static.S // static.tiles.k), static.tiles.span // static.tiles.k
+    if tiles <= each:
+        return [None]
+    return [(first, min(first + each, tiles)) for first in range(0, tiles, each)]
