@@ -1,7 +1,7 @@
 """Attention on Mosaic TPU, and interpreted on a CPU: flash attention over the visible tiles only.
 
 Math      s = cap(scale q k^T) log2(e);  p = 2^(s - m);  o = sigmoid(gate) * sum(p v) / sum(p)
-Tiling    grid (heads, visible tiles), the tiles of one query tile after each other; see `plan.py` for which are visible,
+Tiling    grid (heads, visible tiles), the tiles of one query tile in a row; see `plan.py` for which are visible,
           `scores.py` for what happens inside one. The G query heads of a key head are packed: R = G * bq rows.
 
               keys ->        bk   bk   bk   bk
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels.attention.scores import FLOOR, NN, Segments, Static, Tile, blocks, call, dot
+from kernels.attention.scores import FLOOR, NN, Segments, Static, Tile, block, call, dot
 from kernels.cost import Cost
 
 Array = jax.Array
@@ -102,12 +102,11 @@ def forward(
         k: [heads, pieces of keys, keys, D]. v: [heads, pieces of keys, D, keys].
     """
     D, tiles, (across, down) = q.shape[2], static.tiles, static.pieces
-    block = blocks(static, D)
-    queries, row = block["q"](D, tiles.rows), block["q"](1, tiles.rows)
-    ins = {"q": (q, queries), "k": (k, block["k"](tiles.keys, D)), "v": (v, block["k"](D, tiles.keys))}
+    queries, row = block(static, "q", D, tiles.rows), block(static, "q", 1, tiles.rows)
+    ins = {"q": (q, "q"), "k": (k, "k"), "v": (v, "k")}
     outs = {"o": (jax.ShapeDtypeStruct(q.shape, q.dtype), queries)}
     if gate is not None:
-        ins["gate"] = (gate, queries if gate.shape[2] == D else row)
+        ins["gate"] = (gate, "q")
         if residuals:
             outs["ungated"] = outs["o"]
     if residuals:
@@ -116,13 +115,14 @@ def forward(
     scratch = {
         "m": (one, jnp.float32),
         "l": (one, jnp.float32),
-        "decay": (one, jnp.float32),
         "acc": ((across, D, tiles.rows), jnp.float32),
-        "s": ((across, down, tiles.keys, tiles.rows), jnp.float32),
-        "p": ((across, down, tiles.keys, tiles.rows), v.dtype),
-        "top": ((across, down, 1, tiles.rows), jnp.float32),
     }
-    found = call(
-        _kernel, static, static.plan(), ins, outs, scratch, segments=segments, name="attention_forward", cost=cost
-    )
+    waiting = {
+        "s": ((across, down, tiles.keys, tiles.rows), jnp.float32),
+        "top": ((across, down, 1, tiles.rows), jnp.float32),
+        "p": ((across, down, tiles.keys, tiles.rows), v.dtype),
+        "decay": (one, jnp.float32),
+    }
+    name = "attention_forward"
+    found = call(_kernel, static, static.plan(), ins, outs, scratch, waiting, segments=segments, name=name, cost=cost)
     return {"ungated": found[0]} | dict(zip(outs, found, strict=True))

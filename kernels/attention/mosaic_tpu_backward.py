@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels.attention.scores import LOG2E, NN, NT, Segments, Static, Tile, blocks, call, dot, spans
+from kernels.attention.scores import LOG2E, NN, NT, Segments, Static, Tile, block, call, dot, spans
 from kernels.cost import Cost
 
 Array = jax.Array
@@ -31,9 +31,10 @@ Array = jax.Array
 def _kernel(tile: Tile, first_key_tile: int) -> None:
     static = tile.static
     across, _ = static.pieces
-    at = tile.j - first_key_tile
+    # Compiled, the sums stay on the chip for the whole span; interpreted, they are blocks of the output.
+    at = () if static.interpret else (tile.j - first_key_tile,)
 
-    @pl.when(tile.n == 0)
+    @pl.when(tile.fresh if static.interpret else tile.n == 0)
     def _():
         tile.fill(0, "dk acc", "dv acc")
 
@@ -66,8 +67,8 @@ def _kernel(tile: Tile, first_key_tile: int) -> None:
         @tile.phase
         def _(name: str = name, a: str = a, b: str = b):
             for r, c in tile.pieces():
-                acc = tile.get(name, at, c) + dot(tile.get(a, r), tile.get(b, r, c), NT)
-                tile.put(name, at, c, value=acc)
+                acc = tile.get(name, *at, c) + dot(tile.get(a, r), tile.get(b, r, c), NT)
+                tile.put(name, *at, c, value=acc)
 
     @tile.phase
     def _():
@@ -78,11 +79,13 @@ def _kernel(tile: Tile, first_key_tile: int) -> None:
         for r in range(across):
             tile.put("dq", r, value=tile.get("dq acc", r) * static.scale)
 
-    @pl.when(tile.n == pl.num_programs(1) - 1)
-    def _():
-        dk, dv = tile.refs["dk"], tile.refs["dv"]
-        dk[...] = (tile.refs["dk acc"][...] * static.scale).reshape(dk.shape).astype(dk.dtype)
-        dv[...] = tile.refs["dv acc"][...].reshape(dv.shape).astype(dv.dtype)
+    if not static.interpret:
+
+        @pl.when(tile.n == pl.num_programs(1) - 1)
+        def _():
+            for name, scale in (("dk", static.scale), ("dv", 1)):
+                ref = tile.refs[name]
+                ref[...] = (tile.refs[f"{name} acc"][...] * scale).reshape(ref.shape).astype(ref.dtype)
 
 
 def backward(
@@ -104,16 +107,15 @@ def backward(
         k, v: [heads, pieces of keys, keys, D]. lse, delta: [heads, pieces of queries, 1, rows].
     """
     D, tiles, (across, down) = q.shape[2], static.tiles, static.pieces
-    block = blocks(static, D)
-    queries, row = block["q"](D, tiles.rows), block["q"](1, tiles.rows)
-    keys, across_keys = block["k"](tiles.keys, D), block["k"](D, tiles.keys)
-    ins = {
-        **{name: (x, queries) for name, x in {"q": q, "do": do}.items()},
-        **{name: (x, row) for name, x in {"lse": lse, "delta": delta}.items()},
-        **{name: (x, keys) for name, x in {"k": k, "v": v}.items()},
-        "k^T": (k.swapaxes(-1, -2), across_keys),
-    }
+    ins = {name: (x, "q") for name, x in {"q": q, "do": do, "lse": lse, "delta": delta}.items()}
+    ins |= {name: (x, "k") for name, x in {"k": k, "v": v, "k^T": k.swapaxes(-1, -2)}.items()}
     piece = (across, down, tiles.keys, tiles.rows)
+    waiting = {
+        "s": (piece, jnp.float32),
+        "dp": (piece, jnp.float32),
+        "p": (piece, q.dtype),
+        "ds": (piece, q.dtype),
+    }
     whole = static.plan()
     dq, dks, dvs = None, [], []
     for span in spans(static):
@@ -124,25 +126,19 @@ def backward(
             dvs.append(dks[-1])
             continue
         first, last = int(visible.q.min()) * across, (int(visible.q.max()) + 1) * across
+        partial = q.dtype if span is None else jnp.float32
+        queries = jax.ShapeDtypeStruct((q.shape[0], last - first, *q.shape[2:]), partial)
+        outs = {"dq": (queries, block(static, "q", D, tiles.rows, first=first // across))}
+        scratch = {"dq acc": ((across, D, tiles.rows), jnp.float32)}
         shape = ((high - low) * down, D, tiles.keys)
-        kept = jax.ShapeDtypeStruct((q.shape[0], *shape), k.dtype)
-        scratch = {
-            "s": (piece, jnp.float32),
-            "dp": (piece, jnp.float32),
-            "p": (piece, q.dtype),
-            "ds": (piece, q.dtype),
-            "dq acc": ((across, D, tiles.rows), jnp.float32),
-            "dk acc": ((high - low, down, D, tiles.keys), jnp.float32),
-            "dv acc": ((high - low, down, D, tiles.keys), jnp.float32),
-        }
-        partial = jax.ShapeDtypeStruct(
-            (q.shape[0], last - first, *q.shape[2:]), q.dtype if span is None else jnp.float32
-        )
-        outs = {
-            "dq": (partial, block["q"](D, tiles.rows, first=first // across)),
-            "dk": (kept, block["all"](*shape)),
-            "dv": (kept, block["all"](*shape)),
-        }
+        for name in ("dk", "dv"):
+            if static.interpret:
+                sums = jax.ShapeDtypeStruct((q.shape[0], *shape), jnp.float32)
+                outs[f"{name} acc"] = (sums, block(static, "k", D, tiles.keys))
+            else:
+                every = pl.BlockSpec((tiles.heads, *shape), lambda g, n, *_: (g, 0, 0, 0))
+                outs[name] = (jax.ShapeDtypeStruct((q.shape[0], *shape), k.dtype), every)
+                scratch[f"{name} acc"] = ((high - low, down, D, tiles.keys), jnp.float32)
         found, dk, dv = call(
             lambda tile, low=low: _kernel(tile, low),
             static,
@@ -150,6 +146,7 @@ def backward(
             ins,
             outs,
             scratch,
+            waiting,
             segments=segments,
             name="attention_backward",
             cost=cost.part(len(visible) / len(whole)),
@@ -162,4 +159,7 @@ def backward(
         dks.append(dk)
         dvs.append(dv)
     one = lambda parts: parts[0] if len(parts) == 1 else jnp.concatenate(parts, 1)
-    return dq.astype(q.dtype), one(dks), one(dvs)
+    dk, dv = one(dks), one(dvs)
+    if static.interpret:
+        dk, dv = (dk * static.scale).astype(k.dtype), dv.astype(v.dtype)
+    return dq.astype(q.dtype), dk, dv

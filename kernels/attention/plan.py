@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-FIRST, LAST, MASKED = 1, 2, 4
+FIRST, LAST, MASKED, FRESH = 1, 2, 4, 8
 
 
 class Plan(NamedTuple):
@@ -22,7 +22,8 @@ class Plan(NamedTuple):
 
     Attributes:
         q: query tile. k: key tile.
-        flags: FIRST and LAST tile of its query tile, MASKED where some pair is not visible.
+        flags: FIRST and LAST tile of its query tile, MASKED where some pair is not visible, FRESH where its keys come
+            for the first time.
     """
 
     q: np.ndarray
@@ -49,6 +50,7 @@ def plan(
     With `keys`, a range of key tiles, only the tiles there: query tiles that see none of them are absent.
     """
     q, k, flags = [], [], []
+    met: set[int] = set()
     for i in range(-(-T // q_rows)):
         first = i * q_rows + S - T  # positions of the tile's first and last query
         last = min((i + 1) * q_rows, T) - 1 + S - T
@@ -67,5 +69,7 @@ def plan(
                 whole &= last - j * k_rows < window
             q.append(i)
             k.append(j)
-            flags.append(FIRST * (j == tiles[0]) + LAST * (j == tiles[-1]) + MASKED * (not whole))
+            ends = FIRST * (j == tiles[0]) + LAST * (j == tiles[-1])
+            flags.append(ends + MASKED * (not whole) + FRESH * (j not in met))
+            met.add(j)
     return Plan(*(np.array(column, np.int32) for column in (q, k, flags)))

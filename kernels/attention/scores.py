@@ -1,6 +1,6 @@
 """What the forward and the backward kernel do alike with one tile of the score matrix.
 
-A tile has `q` queries of each of the G heads that share a key head, packed to R = G q rows, against `k` keys. Everything
+A tile has `q` queries of each of the G heads of one key head, packed to R = G q rows, against `k` keys. Everything
 lies transposed: keys down, queries across, so that maxima and sums over keys add whole registers and never cross lanes.
 A tile is worked on in pieces of `keys` by `rows`, one matmul each, and in phases, a pass over all pieces each:
 
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.attention.plan import FIRST, LAST, MASKED, Plan, plan
+from kernels.attention.plan import FIRST, FRESH, LAST, MASKED, Plan, plan
 from kernels.cost import Cost
 
 Array = jax.Array
@@ -96,17 +96,24 @@ def dot(a: Array, b: Array, contract: tuple[tuple[int], tuple[int]]) -> Array:
 
 
 class Tile:
-    """One step of the grid, seen from inside a kernel."""
+    """One step of the grid, seen from inside a kernel.
 
-    def __init__(self, refs: dict[str, Any], static: Static):
-        self.refs, self.static = refs, static
-        self.n = pl.program_id(1)
+    Args:
+        refs: blocks and scratch memory by name.
+        whole: refs that hold all tiles, not a block; what their pieces follow, the query or the key tile.
+        waiting: dtypes of what waits between phases without memory of its own: interpreted, it is just a value.
+    """
+
+    def __init__(self, refs: dict[str, Any], whole: dict[str, str], waiting: dict[str, Any], static: Static):
+        self.refs, self.whole, self.waiting, self.static = refs, whole, waiting, static
+        self.values: dict[tuple[Any, ...], Array] = {}
+        self.g, self.n = pl.program_id(0), pl.program_id(1)
         self.i, self.j = refs["q tile"][self.n], refs["k tile"][self.n]
         self.flag = flag = refs["flags"][self.n]
-        self.first, self.last = (flag & FIRST) != 0, (flag & LAST) != 0
+        self.first, self.last, self.fresh = (flag & FIRST) != 0, (flag & LAST) != 0, (flag & FRESH) != 0
         self.masked, self.run, self.phases = (flag & MASKED) != 0, None, 0
         if "shared" in refs:
-            shared = refs["shared"][pl.program_id(0), self.n]
+            shared = refs["shared"][self.g, self.n]
             self.run = shared != APART
             self.masked = self.run & (self.masked | (shared == MIXED))
 
@@ -129,12 +136,22 @@ class Tile:
 
     def get(self, name: str, *piece: Any) -> Array:
         """A piece [rows, n] of a block; with several heads a step, [heads, rows, n]."""
+        if name in self.waiting:
+            return self.values[name, *piece]
+        if name in self.whole:
+            across, down = self.static.pieces
+            first = self.i * across if self.whole[name] == "q" else self.j * down
+            h = self.static.tiles.heads
+            return self.refs[name][self.g if h == 1 else pl.ds(self.g * h, h), first + piece[0]]
         return self.refs[name][self._at(piece)]
 
     def put(self, name: str, *piece: Any, value: Array) -> None:
         """Writes a piece, in the block's dtype."""
-        ref = self.refs[name]
-        ref[self._at(piece)] = value.astype(ref.dtype)
+        if name in self.waiting:
+            self.values[name, *piece] = value.astype(self.waiting[name])
+        else:
+            ref = self.refs[name]
+            ref[self._at(piece)] = value.astype(ref.dtype)
 
     def fill(self, value: float, *names: str) -> None:
         """Writes one value everywhere."""
@@ -203,23 +220,25 @@ class Tile:
         return jnp.broadcast_to(row, (128, row.shape[-1])).T[:, :1]
 
 
-def blocks(static: Static, D: int) -> dict[str, Callable[..., pl.BlockSpec]]:
-    """Blocks by what they follow: the query tile, the key tile, or nothing. Index maps get (head, tile) and the tables."""
-    h, across, down = static.tiles.heads, *static.pieces
-    return {
-        "q": lambda *piece, first=0: pl.BlockSpec((h, across, *piece), lambda g, n, i, *_: (g, i[n] - first, 0, 0)),
-        "k": lambda *piece: pl.BlockSpec((h, down, *piece), lambda g, n, i, j, *_: (g, j[n], 0, 0)),
-        "all": lambda *shape: pl.BlockSpec((h, *shape), lambda g, n, *_: (g, *(0 for _ in shape))),
-    }
+def block(static: Static, follows: str, *piece: int, first: int = 0) -> pl.BlockSpec:
+    """A tile's pieces of an array [heads, pieces, *piece] that follows the query tile ("q"), or the key tile ("k").
+
+    Index maps get (head, tile of the plan) and the tables; `first` is the tile that the array begins with.
+    """
+    across, down = static.pieces
+    if follows == "q":
+        return pl.BlockSpec((static.tiles.heads, across, *piece), lambda g, n, i, *_: (g, i[n] - first, 0, 0))
+    return pl.BlockSpec((static.tiles.heads, down, *piece), lambda g, n, i, j, *_: (g, j[n] - first, 0, 0))
 
 
 def call(
     kernel: Callable[..., None],
     static: Static,
     tiles: Plan,
-    ins: dict[str, tuple[Array, pl.BlockSpec]],
+    ins: dict[str, tuple[Array, str]],
     outs: dict[str, tuple[Any, pl.BlockSpec]],
     scratch: dict[str, tuple[tuple[int, ...], Any]],
+    waiting: dict[str, tuple[tuple[int, ...], Any]],
     *,
     segments: Segments | None,
     name: str,
@@ -228,31 +247,38 @@ def call(
     """`pallas_call` over (heads, visible tiles). The kernel gets a `Tile` whose refs have these names.
 
     Args:
-        scratch: shape, without the heads, and dtype.
+        ins: arrays, and what their blocks follow; see `block`.
+        scratch: shape, without the heads, and dtype, of what is kept from step to step.
+        waiting: the same of what waits from phase to phase.
     """
     tables = {"q tile": jnp.asarray(tiles.q), "k tile": jnp.asarray(tiles.k), "flags": jnp.asarray(tiles.flags)}
     h = static.tiles.heads
     if segments is not None:
         tables["shared"] = segments.shared[:, tiles.q, tiles.k]
-        block = blocks(static, 0)
-        ins = ins | {
-            "q ids": (segments.q, block["q"](1, static.tiles.rows)),
-            "k ids": (segments.k, block["k"](1, static.tiles.keys)),
-        }
+        ins = ins | {"q ids": (segments.q, "q"), "k ids": (segments.k, "k")}
+    heads = next(iter(ins.values()))[0].shape[0]
+    whole, values = {}, {}
+    if static.interpret:
+        # The interpreter carries blocked inputs through its loop and writes every block back, which makes XLA copy
+        # whole arrays in each step. Prefetched operands it only reads: cut there, a step costs what its tile does.
+        whole = {name: follows for name, (_, follows) in ins.items()}
+        tables, ins = tables | {name: array for name, (array, _) in ins.items()}, {}
+        values = {name: dtype for name, (_, dtype) in waiting.items()}
+    else:
+        scratch = scratch | waiting
     names = (*tables, *ins, *outs, *scratch)
 
     def body(*refs: Any) -> None:
-        kernel(Tile(dict(zip(names, refs, strict=True)), static))
+        kernel(Tile(dict(zip(names, refs, strict=True)), whole, values, static))
 
-    heads = next(iter(ins.values()))[0].shape[0]
     run = pl.pallas_call(
         body,
         out_shape=[shape for shape, _ in outs.values()],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(tables),
             grid=(heads // h, len(tiles)),
-            in_specs=[block for _, block in ins.values()],
-            out_specs=[block for _, block in outs.values()],
+            in_specs=[block(static, follows, *array.shape[2:]) for array, follows in ins.values()],
+            out_specs=[spec for _, spec in outs.values()],
             scratch_shapes=[pltpu.VMEM((h, *shape), dtype) for shape, dtype in scratch.values()],
         ),
         compiler_params=pltpu.CompilerParams(
