@@ -11,7 +11,7 @@ PY     := .venv/bin/python
 SETUP  := sh scripts/setup.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train generate test test-long test-mutants bench bench-compare toggles aot aot-check profile \
+.PHONY: help setup train generate test test-long test-mutants bench bench-compare toggles ladder aot aot-check profile \
         tensorboard gpu lint format doctor clean
 
 help: ## show this list
@@ -54,6 +54,11 @@ bench-compare: ## did it get slower? The newest measurement against the last com
 toggles: ## what does each feature cost? Flips them one by one
 	@$(SETUP) dev
 	@$(PY) -m bench.toggles $(ARGS)
+
+ladder: ## learn by climbing: five attention kernels, an idea each, timed here and compiled for TPU v6e
+	@$(SETUP) dev
+	@VENV=.venv-aot ACCEL=cpu $(SETUP) aot triton peers
+	@$(PY) -m bench.ladder $(ARGS)
 
 # The compile-only plugins would print CUDA and TPU errors in every other program: they get an environment of their own.
 aot: ## what did the compiler make of it? Compiles for GPUs and TPUs, without one

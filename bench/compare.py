@@ -15,6 +15,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+import kernels
 from bench.results import ROOT, device_folder
 from dantinox import cli
 
@@ -139,7 +140,7 @@ def _show(op: str, title: str, found: Sequence[Change], console: Console) -> boo
     if told:
         console.print(table)
     console.print(f"{op}: {len(found)} compared, {len(told)} changed beyond their spread", highlight=False)
-    ours = ("xla", "pallas", "triton")
+    ours = set(kernels.names(op)) - {"reference"}
     return any(change.verdict == "slower" and change.implementation in ours for change in found)
 
 

@@ -7,7 +7,8 @@ them. Their arguments are random, and different in each turn where one set would
 import functools
 import math
 import time
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,6 @@ from kernels.cost import Cost
 from kernels.shapes import Decode, Spec
 
 Tree = dict[str, Any]
-OURS = ("reference", "xla", "pallas", "triton")
 MACHINE = {"cpu": "cpu", "gpu": "h100", "tpu": "tpu"}
 TURNS = (3, 12)  # the fewest and the most
 QUICK = 0.1  # seconds below which it gets two more
@@ -107,7 +107,7 @@ def contestants(spec: Spec) -> dict[str, peers.Choice]:
         mine["reference"] = too_long
     elif spec.sweep and spec.machines == ("cpu",) and not isinstance(spec, Decode):
         mine["reference"] = "left out of the sweeps on a CPU, where it would take most of the time"
-    return {name: mine[name] for name in OURS} | peers.peers(spec)
+    return mine | peers.peers(spec)
 
 
 def ours(spec: Spec, implementation: str) -> peers.Forward:
@@ -230,12 +230,20 @@ def cache_bytes() -> int:
     return max(sizes) or 32 * 2**20
 
 
-def hold(contest: Contest, ceilings: Ceilings, *, budget: float, only: tuple[str, ...] = ()) -> Outcome:
+def hold(
+    contest: Contest,
+    ceilings: Ceilings,
+    *,
+    budget: float,
+    only: tuple[str, ...] = (),
+    guests: Mapping[str, peers.Choice] = types.MappingProxyType({}),
+) -> Outcome:
     """Compile, judge and time every implementation of a row.
 
     Args:
         budget: seconds of timing for the whole contest.
         only: names of the implementations to take; none: all.
+        guests: what takes part beside the contestants, by name.
     """
     begin = time.monotonic()
     spec, results, runners = contest.spec, {}, {}
@@ -245,7 +253,7 @@ def hold(contest: Contest, ceilings: Ceilings, *, budget: float, only: tuple[str
     exact = oracle.by_row(spec) if getattr(spec, "E", 0) > oracle.MANY else ours(spec, "reference")
     truth = oracle.truth(part, program(exact, contest.backward), sets[0][1], masked)
     first: dict[str, float] = {}
-    chosen = {name: forward for name, forward in contestants(spec).items() if not only or name in only}
+    chosen = {name: f for name, f in (contestants(spec) | dict(guests)).items() if not only or name in only}
     # On a machine with an accelerator the processor has cores to spare, and compiling is most of the time there.
     with ThreadPoolExecutor(1 if jax.default_backend() == "cpu" else 4) as threads:
         compiled = {

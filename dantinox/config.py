@@ -13,9 +13,11 @@ from typing import Any, Literal
 
 import yaml
 
+import kernels
 from dantinox.validation import ConfigError, check_fields, fraction, positive, require, suggest
 
-Implementation = Literal["auto", "reference", "xla", "pallas", "triton"]
+Attention, Experts, Decode = (Literal[kernels.names(op)] for op in ("attention", "moe_mlp", "decode_attention"))
+Implementation = Literal[kernels.names(*kernels.OPERATIONS)]
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,11 @@ class ModelConfig:
     """Dtype of every matmul; parameters stay float32."""
     remat: Literal["none", "block", "dots"] = "none"
     """What the backward pass recomputes: nothing, whole blocks, or all but the matmuls."""
-    attn: Implementation = "auto"
+    attn: Attention = "auto"
     """Implementation of attention."""
-    moe: Implementation = "auto"
+    moe: Experts = "auto"
     """Implementation of the mixture of experts."""
-    decode: Implementation = "auto"
+    decode: Decode = "auto"
     """Implementation of cached decoding."""
 
     def __post_init__(self) -> None:

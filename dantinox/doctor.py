@@ -89,7 +89,7 @@ def implementations() -> Iterator[Row]:
         except RuntimeError as error:  # no backend
             yield op, str(error).partition("\n")[0]
             continue
-        for name in PREFERENCE:
+        for name in [*PREFERENCE, *(name for name in table if name not in PREFERENCE)]:
             yield f"{op} {name}", "can run" if table[name] is None else f"no: {table[name]}"
 
 

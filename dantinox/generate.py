@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from dantinox import cli, generation
-from dantinox.config import Implementation
+from dantinox.config import Decode
 from dantinox.sampling import Sampling, integer
 from dantinox.tokenizer import Tokenizer
 
@@ -47,7 +47,7 @@ class Args:
     """Samples, each headed by its number when there are more than one."""
     stream: bool = False
     """Print the text as it is written, one sample after the other."""
-    decode: Implementation | None = None
+    decode: Decode | None = None
     """Implementation of cached decoding; None: what the run was trained with."""
     verbose: bool = False
     """Say which implementations were chosen, and show tracebacks."""

@@ -5,21 +5,54 @@
     moe_mlp            dropless mixture of SwiGLU experts
     decode_attention   append one token to a key/value ring and attend, in place
     implementations    which implementation of an operation can run here, and why the others cannot
+    names              what `implementation` may be: "auto", and the names in the operation's table
 
 `implementation="auto"` chooses; any other name runs that implementation or raises `NotImplementedError`.
 """
 
+import functools
+from collections.abc import Callable
+
+from kernels.attention import _table as _attention
 from kernels.attention import attention
 from kernels.decode import KVCache, decode_attention
-from kernels.dispatch import NAMES, implementations
+from kernels.decode import _table as _decode
+from kernels.dispatch import NAMES, OPERATIONS, Choice, compiling_for
+from kernels.grouped_matmul import _table as _grouped
 from kernels.grouped_matmul import grouped_matmul, moe_mlp
 
 __all__ = [
     "NAMES",
+    "OPERATIONS",
     "KVCache",
     "attention",
     "decode_attention",
     "grouped_matmul",
     "implementations",
     "moe_mlp",
+    "names",
 ]
+
+_TABLES: dict[str, Callable[[], dict[str, Choice]]] = {
+    "attention": _attention,
+    "grouped_matmul": functools.partial(_grouped, "grouped_matmul"),
+    "moe_mlp": functools.partial(_grouped, "moe_mlp"),
+    "decode_attention": _decode,
+}
+
+
+def implementations(op: str) -> dict[str, str | None]:
+    """Each implementation of `op`: None where it can run on this device, else the reason it cannot.
+
+    Raises:
+        ValueError: `op` is not one of the operations.
+    """
+    if op not in _TABLES:
+        raise ValueError(f"op is {op!r}; allowed: {', '.join(_TABLES)}")
+    return {name: choice if isinstance(choice, str) else None for name, choice in _TABLES[op]().items()}
+
+
+def names(*ops: str) -> tuple[str, ...]:
+    """What `implementation` may be in any of these operations; asks no device, so that no backend is started."""
+    with compiling_for("cpu", ""):
+        return tuple(dict.fromkeys(["auto", *(name for op in ops for name in _TABLES[op]())]))

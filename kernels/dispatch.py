@@ -15,7 +15,7 @@ import jax
 
 log = logging.getLogger("kernels")
 
-NAMES = ("auto", "reference", "xla", "pallas", "triton")
+NAMES = ("auto", "reference", "xla", "pallas", "triton")  # what every operation has; its own table may hold more
 PREFERENCE = ("pallas", "triton", "xla", "reference")
 OPERATIONS = ("attention", "grouped_matmul", "moe_mlp", "decode_attention")
 
@@ -54,8 +54,8 @@ def choose(op: str, implementation: str, table: Mapping[str, Choice]) -> Callabl
         ValueError: `implementation` is no implementation's name.
         NotImplementedError: the named implementation cannot serve this call; the message says why.
     """
-    if implementation not in NAMES:
-        raise ValueError(f"implementation is {implementation!r}; allowed: {', '.join(NAMES)}")
+    if implementation not in ("auto", *table):
+        raise ValueError(f"implementation is {implementation!r}; allowed: {', '.join(('auto', *table))}")
     if implementation != "auto":
         choice = table[implementation]
         if isinstance(choice, str):
@@ -67,17 +67,6 @@ def choose(op: str, implementation: str, table: Mapping[str, Choice]) -> Callabl
             _report(op, name, device().platform)
             return choice
     raise NotImplementedError(f"{op}: no implementation can run here")
-
-
-def implementations(op: str) -> dict[str, str | None]:
-    """Each implementation of `op`: None where it can run on this device, else the reason it cannot.
-
-    Raises:
-        ValueError: `op` is not one of the operations.
-    """
-    if op not in OPERATIONS:
-        raise ValueError(f"op is {op!r}; allowed: {', '.join(OPERATIONS)}")
-    return {name: missing(op, name) for name in NAMES if name != "auto"}
 
 
 def missing(op: str, name: str) -> str | None:

@@ -5,6 +5,7 @@ A row is an operation at one set of sizes, with the purposes it serves and the m
     purposes    parity  every run of the tests     long  the long run only
                 bench   timed                      aot   compiled for machines that are not there
                 tune    tile sizes are measured on it
+    ladder  the kernels of kernels/attention/ladder are compared on it
     machines    small (any, interpreted too), cpu, h100, tpu
 
 Real rows carry the sizes of published models; the others are there because they hurt: 1, 7, 127, 129, T != S, windows
@@ -16,7 +17,7 @@ from kernels.shapes import Attention, Decode, GroupedMatmul, MoE, Spec
 
 __all__ = ["MACHINES", "PURPOSES", "ROWS", "Attention", "Decode", "GroupedMatmul", "MoE", "Spec", "find", "rows"]
 
-PURPOSES = ("parity", "long", "bench", "aot", "tune")
+PURPOSES = ("parity", "long", "bench", "aot", "tune", "ladder")
 MACHINES = ("small", "cpu", "h100", "tpu")
 
 ALL = ("float32", "bfloat16", "float16")
@@ -113,6 +114,7 @@ REAL_ATTENTION = (
         for S in (2048, 4096, 8192, 32768)
     ),
     *(_square(f"H100 W={W}", 16384, H=16, K=4, D=128, window=W, sweep=("W",), **H100) for W in (128, 512, 4096)),
+    _square("ladder", 2048, H=8, K=2, D=64, window=256, purposes=("ladder",), machines=("cpu",), dtypes=BOTH),
     # Compiled only: the features, at the smallest size that still has every kind of tile.
     *(_square(f"aot d{D} causal", 1024, H=4, K=2, D=D, **AOT) for D in (64, 128, 256)),
     *(_square(f"aot d{D} window, gate", 1024, H=4, K=2, D=D, window=256, gate="head", **AOT) for D in (64, 128, 256)),

@@ -9,6 +9,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import kernels
 from dantinox import config
 
 SECTIONS = {
@@ -39,7 +40,10 @@ def table() -> str:
         for field in dataclasses.fields(section):
             hint, text = hints[field.name], texts[field.name]
             if get_origin(hint) is Literal:
-                text += " `" + "` `".join(get_args(hint)) + "`"
+                choices = get_args(hint)
+                if set(kernels.NAMES) <= set(choices):
+                    choices = kernels.NAMES  # a kernel of your own is no part of DantinoX
+                text += " `" + "` `".join(choices) + "`"
             flag = "--" + field.name.replace("_", "-")
             rows.append(f"| `{flag}` | {field.default if field.default != '' else '(empty)'} | {text} |")
         parts.append("\n".join(rows))

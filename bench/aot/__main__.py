@@ -33,7 +33,7 @@ class Arguments:
     spec: tuple[str, ...] = ()
     """Rows of kernels/specs.py, by name."""
     implementation: tuple[str, ...] = ()
-    """Implementations, the public ones too: pallas, triton, xla, tokamax, jax_mgpu, splash, megablox, ..."""
+    """Implementations, the public ones too: pallas, triton, xla, tokamax, jax_mgpu, splash, megablox, or your own."""
     short: bool = False
     """Only one program of each kind, for h100 and v6e: a minute."""
     check: bool = False

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 _UTILISATION = re.compile(r"^\d+-(.+)-\d+-final_hlo-static-per-bundle-utilization\.txt$")
 _SCHEDULE = re.compile(r"^\d+-(.+)-\d+-schedule-analysis_final_bundles\.txt$")
@@ -52,6 +53,33 @@ def empty_bundles(text: str) -> int | None:
     """Bundles without an instruction, from the head of the schedule analysis."""
     found = _EMPTY.search(text[:2000])  # further down the file repeats the kernel's whole payload
     return int(found[1]) if found else None
+
+
+def final(dumps: Path, kernel: str) -> str:
+    """The final bundles of a kernel, as text."""
+    (path,) = [path for path in dumps.glob(f"*-{kernel}-*-final_bundles.txt") if "schedule" not in path.name]
+    return path.read_text()
+
+
+def branches(text: str) -> list[int]:
+    """Bundles of each part of a kernel's body that a step may jump over, in order: what each `pl.when` became.
+
+    The longest part that can be jumped over is the body itself; what lies outside copies blocks in and out.
+
+    Args:
+        text: the final bundles of one kernel.
+    """
+    parts: list[tuple[int, int]] = []  # first bundle, and the one after the last
+    open_: dict[str, int] = {}
+    for line in text.splitlines():
+        address = re.match(r"\s*(0x[0-9a-f]+|0)\s", line)
+        for region in re.findall(r"Start/End empty region (\d+)", line):
+            if region in open_:  # a jump back is a loop, and its target lies above it
+                parts.append((open_.pop(region), int(address[1], 16)))
+        if jump := re.search(r"sbr\.rel \(.*?\) target = \$region(\d+)", line):
+            open_[jump[1]] = int(address[1], 16) + 1
+    body = max(parts, key=lambda part: part[1] - part[0], default=(0, 0))
+    return [stop - start for start, stop in sorted(parts) if body[0] < start and stop <= body[1]]
 
 
 def kernel_of(filename: str) -> tuple[str, str] | None:

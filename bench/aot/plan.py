@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import kernels
 from bench import targets
 from kernels import specs
 
 OPERATIONS = ("attention", "grouped_matmul", "moe_mlp", "decode_attention")
-OURS = ("pallas", "triton", "xla")
 DIRECTIONS = ("forward", "both")  # both: forward and backward, by jax.vjp
 
 # What CI compiles: one of each kind of program, in a minute. (op, spec, implementations, direction)
@@ -73,7 +73,7 @@ def cases(
     for what, given, known in (
         ("op", ops, OPERATIONS),
         ("spec", names, sorted(known_specs)),
-        ("implementation", implementations, (*OURS, *peers.PEERS)),
+        ("implementation", implementations, (*dict.fromkeys(n for op in OPERATIONS for n in ours(op)), *peers.PEERS)),
     ):
         for name in given:
             if name not in known:
@@ -91,16 +91,21 @@ def cases(
     return sorted(found, key=lambda case: not case.spec.startswith("aot "))
 
 
+def ours(op: str) -> tuple[str, ...]:
+    """The implementations of an operation that are compiled: all in its table but the specification."""
+    return tuple(name for name in kernels.names(op) if name not in ("auto", "reference"))
+
+
 def _of_op(
     op: str, target: targets.Target, peer_names: Sequence[str], accepted: Mapping[str, Sequence[str]]
 ) -> Iterator[Case]:
     """All programs of an operation; `accepted` has the dtypes that a peer takes."""
     directions = DIRECTIONS[:1] if op == "decode_attention" else DIRECTIONS
     for row in specs.rows(op, "aot", target.machine):
-        for implementation in (*OURS, *peer_names):
+        for implementation in (*ours(op), *peer_names):
             dtypes = [dtype for dtype in row.dtypes if dtype in target.flops]
             # Another dtype of the same width shows nothing new, except in a kernel whose every instruction is chosen.
-            if implementation not in ("pallas", "triton"):
+            if implementation == "xla" or implementation in peer_names:
                 dtypes = _first(dtypes, accepted.get(implementation, dtypes))
             for dtype in dtypes:
                 for direction in directions:
@@ -117,5 +122,5 @@ def _in_short(case: Case, row: tuple[str, str, tuple[str, ...], str]) -> bool:
     return (
         (case.op, case.spec, case.direction) == (op, name, direction)
         and case.implementation in implementations
-        and (case.dtype == "bfloat16" or case.implementation not in OURS)
+        and (case.dtype == "bfloat16" or case.implementation not in ours(op))
     )

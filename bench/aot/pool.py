@@ -19,16 +19,23 @@ from bench.aot.plan import Case
 START_SECONDS = 180  # importing jax and tokamax and loading a compiler, on a busy machine
 
 
+def kept(folder: Path, target: targets.Target, case: Case) -> Path:
+    """Where a worker that keeps its dumps in `folder` puts those of a case."""
+    return folder / target.name / re.sub(r"\W+", "-", case.key)
+
+
 class Ended(Exception):
     """The run was interrupted: there is nothing more to ask."""
 
 
 class Worker:
-    """One worker process for one target, started when it is first asked."""
+    """One worker process for one target, started when it is first asked; `python` is one that has the compiler."""
 
-    def __init__(self, target: targets.Target, timeout: float, keep: Path | None = None) -> None:
+    def __init__(
+        self, target: targets.Target, timeout: float, keep: Path | None = None, python: str = sys.executable
+    ) -> None:
         self.versions: dict[str, str] = {}
-        self._target, self._timeout, self._keep = target, timeout, keep
+        self._target, self._timeout, self._keep, self._python = target, timeout, keep, python
         self._folder = Path(tempfile.mkdtemp(prefix=f"aot-{target.name}-"))
         self._closed = False
         self._process: subprocess.Popen[str] | None = None
@@ -66,7 +73,7 @@ class Worker:
             self.versions = first["versions"]
         request: dict[str, Any] = {"case": vars(case)}
         if self._keep:
-            request["keep"] = str((self._keep / self._target.name / re.sub(r"\W+", "-", case.key)).resolve())
+            request["keep"] = str(kept(self._keep, self._target, case).resolve())
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
@@ -92,7 +99,7 @@ class Worker:
         own = gpu.environment(dumps) if isinstance(self._target, targets.Gpu) else tpu.environment(self._target, dumps)
         self._lines = lines = queue.Queue()
         process = subprocess.Popen(
-            [sys.executable, "-m", "bench.aot.worker", self._target.name, str(dumps)],
+            [self._python, "-m", "bench.aot.worker", self._target.name, str(dumps)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -11,6 +11,7 @@ import kernels
 from bench.aot import peers
 from bench.aot.plan import Case
 from kernels import specs
+from kernels.attention import ladder
 
 Shape = tuple[tuple[int, ...], Any]
 
@@ -61,6 +62,9 @@ def build(case: Case) -> Program:
 
 def _ours(spec: specs.Spec, implementation: str) -> Callable[..., Any]:
     operation = getattr(kernels, spec.op)
+    if implementation in ladder.RUNGS:
+        run = ladder.rung(implementation)
+        return lambda inputs, aux: run(**inputs, **aux, **spec.options())
 
     def call(inputs: dict[str, jax.Array], aux: dict[str, Any]) -> Any:
         return operation(**inputs, **aux, **spec.options(), implementation=implementation)

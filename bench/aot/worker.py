@@ -39,10 +39,11 @@ def main(argv: list[str]) -> None:
             # jax-triton dumps a kernel once in a process, and this row may share one with an earlier row.
             answers.write(json.dumps({"status": "again"}) + "\n")
             continue
-        answers.write(json.dumps(answer(target, compile_, dumps, case)) + "\n")
+        row = answer(target, compile_, dumps, case)
         triton_dumped |= any((dumps / "triton").rglob("*.ptx"))
         if request.get("keep"):
             shutil.copytree(dumps, request["keep"], dirs_exist_ok=True)
+        answers.write(json.dumps(row) + "\n")  # last: whoever reads it may look at what was kept
 
 
 def versions(target: targets.Target) -> dict[str, str]:

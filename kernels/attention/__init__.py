@@ -1,5 +1,8 @@
 """Sliding-window, gated, grouped-query attention."""
 
+import importlib
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -89,6 +92,11 @@ def _table() -> dict:
         "pallas": missing("attention", "pallas") or flash.attention,
         "triton": missing("attention", "triton"),
     }
+
+
+def _file(name: str) -> Callable[..., Array]:
+    """`attention` of kernels/attention/<name>.py: a line of the table may bring a kernel that nothing else imports."""
+    return importlib.import_module(f"kernels.attention.{name}").attention
 
 
 def _segments(segment_ids: tuple[Array, Array] | Array | None, B: int, T: int, S: int) -> tuple[Array, Array] | None:

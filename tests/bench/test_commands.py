@@ -28,6 +28,8 @@ def run(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
         (("bench.toggles", "--only", "nope"), "allowed: 'base'"),
         (("bench.toggles", "--preset", "nope"), "nano"),
         (("bench.compare", "--device", "abacus"), "'abacus'"),
+        (("bench.ladder", "--budget", "0"), "--budget is 0.0; allowed: seconds above 0"),
+        (("bench.ladder", "--compiler", "no/such/python"), "no/such/python is not there; `make ladder` builds it"),
         (("bench.gpu", "--out", "/tmp", "--minutes", "0"), "--minutes is 0.0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

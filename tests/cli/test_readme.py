@@ -78,6 +78,15 @@ def test_settings_table_is_current():
     assert held.strip() == done.stdout.strip()
 
 
+def test_ladder_tables_are_what_was_measured():
+    from bench import ladder
+
+    for name, short in ladder.READMES.items():
+        text = (ROOT / name).read_text()
+        assert ladder.rewritten(text, ladder.held(), short) == text, f"{name}: `make ladder` writes it anew"
+    assert set(ladder.held()["rows"]) == {*ladder.NEW, *ladder.RIVALS}
+
+
 def test_pictures_and_folders_exist():
     for path in re.findall(r"!\[.*?\]\((.*?)\)", README) + re.findall(r"^\| `([a-z]+/)` \|", README, re.M):
         assert (ROOT / path).exists(), path

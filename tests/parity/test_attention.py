@@ -1,5 +1,6 @@
 """Attention: the reference against python loops, every implementation against the reference."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -121,7 +122,8 @@ def test_any_small_shape_is_the_formula(sizes, heads, B, D, gate, segments, caus
     case = row(T, S, B=B, H=H, K=K, D=D, gate=gate, segments=segments, causal=causal, window=window, softcap=softcap,
                scale=scale)  # fmt: skip
     for implementation in IMPLEMENTATIONS:
-        is_the_formula(case, implementation, seed)
+        with contextlib.suppress(pytest.skip.Exception):  # of one implementation, not of all
+            is_the_formula(case, implementation, seed)
     rows.forget(rule.program)
 
 

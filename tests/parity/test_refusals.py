@@ -1,5 +1,6 @@
 """What cannot be is refused: a `ValueError` names the argument, a `NotImplementedError` the implementation."""
 
+import importlib
 import re
 
 import jax
@@ -9,6 +10,8 @@ import pytest
 
 import kernels
 from kernels import dispatch
+
+operation = importlib.import_module("kernels.attention")  # `kernels.attention` is the function
 
 Q = jnp.ones((1, 4, 4, 8))
 KV = jnp.ones((1, 4, 2, 8))
@@ -169,8 +172,24 @@ def test_a_named_implementation_runs_or_says_why_not(op):
 def test_auto_always_runs_and_the_table_names_every_implementation(op):
     CALLS[op]("auto")
     table = kernels.implementations(op)
-    assert set(table) == {"reference", "xla", "pallas", "triton"}
+    assert set(table) >= {"reference", "xla", "pallas", "triton"}
+    assert ("auto", *table) == kernels.names(op)
     assert table["reference"] is None and table["xla"] is None
+
+
+def test_one_line_in_the_table_is_an_implementation(monkeypatch):
+    mine = lambda q, k, v, **options: jnp.full_like(q, options["window"])
+    table = operation._table()
+    monkeypatch.setattr(operation, "_table", lambda: table | {"mine": mine})
+    monkeypatch.setitem(kernels._TABLES, "attention", operation._table)
+    np.testing.assert_array_equal(kernels.attention(Q, KV, KV, window=3, implementation="mine"), jnp.full_like(Q, 3))
+    assert kernels.implementations("attention") == kernels.implementations("attention") | {"mine": None}
+    assert kernels.names("attention") == (*kernels.NAMES, "mine") == kernels.names(*kernels.OPERATIONS)
+    assert not np.array_equal(kernels.attention(Q, KV, KV, window=3), jnp.full_like(Q, 3)), "auto chose it"
+    with pytest.raises(ValueError, match="allowed: auto, reference, xla, pallas, triton, mine"):
+        kernels.attention(Q, KV, KV, implementation="mien")
+    with pytest.raises(ValueError, match=r"allowed: auto, reference, xla, pallas, triton$"):
+        kernels.moe_mlp(**MOE_GOOD, implementation="mine")
 
 
 def test_an_unknown_operation_is_refused():

@@ -302,8 +302,8 @@ def test_every_row_is_valid(row):
 @pytest.mark.parametrize("op", OPS)
 def test_every_use_has_rows(op):
     for purpose in specs.PURPOSES:
-        # Only attention has shapes so long that they wait for the long run.
-        assert specs.rows(op, purpose) or (purpose == "long" and op != "attention"), purpose
+        # Only attention has shapes so long that they wait for the long run, and a ladder.
+        assert specs.rows(op, purpose) or (purpose in ("long", "ladder") and op != "attention"), purpose
     for purpose, machine in (("parity", "small"), ("bench", "cpu"), ("bench", "h100"), ("aot", "h100"), ("aot", "tpu")):
         chosen = specs.rows(op, purpose, machine)
         assert chosen and all(purpose in row.purposes and machine in row.machines for row in chosen)
