@@ -44,7 +44,8 @@ def attention(
         k, v = jnp.where(seen, k, 0), jnp.where(seen, v, 0)
 
     G, here = H // K, device()
-    chosen = tiles.choose(here, heads=B * K, G=G, T=T, S=S, D=D, window=window, itemsize=q.dtype.itemsize)
+    sizes = {"heads": B * K, "G": G, "T": T, "S": S, "D": D, "itemsize": q.dtype.itemsize}
+    chosen = tiles.choose(here, causal=causal, window=window, **sizes)
     static = Static(T, S, G, causal, window, scale, softcap, chosen, here.platform == "cpu")
     segments = None if segment_ids is None else _segments(*segment_ids, K, static)
     gate = None if gate is None else _queries(gate, static)

@@ -1,21 +1,62 @@
-"""Tile sizes of the attention kernels."""
+"""Tile sizes of the attention kernels.
 
+On a TPU the tiles are those of the least bundles by a model whose three numbers were read off libtpu's schedules of
+1024 x 1024 scores for v6e: `make aot` compiles what comes out. On a CPU a step costs XLA some forty small operations
+whatever is in it, so many heads share a step; its scores should stay in the caches.
+"""
+
+import functools
+
+from kernels.attention.plan import FIRST, MASKED, plan
 from kernels.attention.scores import Tiles
 from kernels.dispatch import Device
 
+CPU_SCORES = 2**18  # of a step: 1 MiB of float32
+TPU_SCORES = 2**20  # of a tile: 12 MiB of scratch in the backward pass, and programs of some 7000 bundles
+STEP, QUERY_TILE, SCORE = 550, 160, 2600 / 2**20  # bundles: of a step, of a query tile's start and end, of a score
+MASK = 700 / 2**20  # and of a masked score
+SPAN_BYTES = 16 * 2**20  # of dk and dv: float32 sums, and the blocks they leave in, twice
 
-def choose(device: Device, *, heads: int, G: int, T: int, S: int, D: int, window: int | None, itemsize: int) -> Tiles:
-    """Tiles for these sizes."""
-    up = lambda n: 1 << max(0, n - 1).bit_length()
+
+def choose(
+    device: Device, *, heads: int, G: int, T: int, S: int, D: int, causal: bool, window: int | None, itemsize: int
+) -> Tiles:
+    """Tiles for these sizes; `heads` key heads over all sequences."""
     if device.platform == "cpu":
-        q = min(up(T), max(16, 512 // up(G)))
-        k = min(up(S), 256)
-        per = max(1, min(heads, (2048 * 128) // (G * q * k) if G * q * k < 2048 * 128 else 1))
-        while heads % per:
-            per -= 1
-        return Tiles(per, q, k, G * q, k, 2**31 // k * k)
-    wide = 128 if "v5" in device.kind else 256
-    q = min(max(128, up(T)), max(128, 1024 // up(G)))
-    k = min(max(128, up(S)), 1024)
-    rows = wide if G * q % wide == 0 else 128
-    return Tiles(1, q, k, rows, min(256, k), 2**20 // D)
+        return _cpu(heads, G, T, S, window)
+    wide = 128 if "v5" in device.kind.lower() else 256  # columns of the matrix unit
+    q, k = _tpu(G, T, S, causal, window)
+    span = SPAN_BYTES // ((8 + 4 * itemsize) * D)
+    return Tiles(1, q, k, wide if G * q % wide == 0 else 128, min(256, k), max(1, span // k) * k)
+
+
+def _cpu(heads: int, G: int, T: int, S: int, window: int | None) -> Tiles:
+    side = 64 if window is not None and window <= 64 else 128
+    q = _up(T) if T <= 128 else max(16, min(side, 1024 // _up(G)))
+    k = _up(S) if S <= 128 else side if window is not None and window <= 256 else 256
+    most = max(1, CPU_SCORES // (G * q * k))
+    per = max(h for h in range(1, min(heads, most) + 1) if heads % h == 0)
+    return Tiles(per, q, k, G * q, k, _up(S) * k)
+
+
+@functools.lru_cache(maxsize=512)
+def _tpu(G: int, T: int, S: int, causal: bool, window: int | None) -> tuple[int, int]:
+    """(queries, keys) of a tile."""
+    best: tuple[float, int, int] | None = None
+    for q in (128, 256, 512, 1024):
+        for k in (256, 512, 1024):
+            largest = G * q * k <= TPU_SCORES or (q, k) == (128, 256)
+            if not largest or q >= 2 * max(T, 128) or k >= 2 * max(S, 256):
+                continue
+            tiles = plan(T, S, q, k, causal=causal, window=window)
+            masked = int(((tiles.flags & MASKED) != 0).sum())
+            starts = int(((tiles.flags & FIRST) != 0).sum())
+            bundles = len(tiles) * (STEP + SCORE * G * q * k) + masked * MASK * G * q * k + starts * QUERY_TILE
+            best = min(best or (bundles, q, k), (bundles, q, k))
+    assert best is not None
+    return best[1:]
+
+
+def _up(n: int) -> int:
+    """The next power of two."""
+    return 1 << max(0, n - 1).bit_length()
