@@ -8,7 +8,7 @@ import contextlib
 import contextvars
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -47,8 +47,11 @@ def compiling_for(platform: str, kind: str) -> Iterator[None]:
         _announced.reset(token)
 
 
-def choose(op: str, implementation: str, table: Mapping[str, Choice]) -> Callable[..., Any]:
+def choose(op: str, implementation: str, table: Mapping[str, Choice], slow: Collection[str] = ()) -> Callable[..., Any]:
     """The function that serves this call.
+
+    Args:
+        slow: names that "auto" takes only where nothing else runs, because they are known to be slow at these sizes.
 
     Raises:
         ValueError: `implementation` is no implementation's name.
@@ -61,7 +64,7 @@ def choose(op: str, implementation: str, table: Mapping[str, Choice]) -> Callabl
         if isinstance(choice, str):
             raise NotImplementedError(f"{op}: implementation={implementation!r} cannot run here: {choice}")
         return choice
-    for name in PREFERENCE:
+    for name in sorted(PREFERENCE, key=lambda name: name in slow):
         choice = table[name]
         if not isinstance(choice, str):
             _report(op, name, device().platform)

@@ -76,6 +76,7 @@ H100 = {"purposes": ("bench", "aot", "tune"), "machines": ("h100",), "dtypes": B
 BIG = {"purposes": ("bench", "aot", "tune"), "machines": ("h100", "tpu"), "dtypes": BF16}
 AOT = {"purposes": ("aot",), "machines": ("h100", "tpu"), "dtypes": GPU}
 TPU = {"purposes": ("bench", "aot", "tune"), "machines": ("tpu",), "dtypes": BF16}
+BUNDLES = {"purposes": ("aot",), "machines": ("tpu",), "dtypes": BF16}
 
 
 def _square(name: str, S: int, **sizes) -> Attention:
@@ -118,6 +119,13 @@ REAL_ATTENTION = (
     # Compiled only: the features, at the smallest size that still has every kind of tile.
     *(_square(f"aot d{D} causal", 1024, H=4, K=2, D=D, **AOT) for D in (64, 128, 256)),
     *(_square(f"aot d{D} window, gate", 1024, H=4, K=2, D=D, window=256, gate="head", **AOT) for D in (64, 128, 256)),
+    # Cycles a visible pair on a TPU: profiles/aot/README.md.
+    *(
+        _square(f"aot tpu d{D} {S // 1024}k {f'window {W}' if W else 'causal'}", S, H=8, K=2, D=D, window=W, **BUNDLES)
+        for S in (4096, 32768)
+        for D in (128, 64, 256)
+        for W in (None, 1024)
+    ),
     _square("aot odd lengths", 1000, H=4, K=2, D=128, window=300, softcap=50.0, segments="packed", **AOT),
 )
 

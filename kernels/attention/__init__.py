@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import checks
-from kernels.attention import flash, xla
+from kernels.attention import flash, tiles, xla
 from kernels.dispatch import choose, missing
 
 Array = jax.Array
@@ -64,7 +64,11 @@ def attention(
     if window is not None:
         window = min(int(window), max(S, 1))  # a longer one sees no more
 
-    run = choose("attention", implementation, _table())
+    table = _table()
+    if q.dtype == jnp.float64 and not isinstance(table["pallas"], str):
+        table["pallas"] = "q has dtype float64 and it adds up in float32"
+    slow = {"pallas"} if tiles.interpreted_slow(B, T, S, H, window) else ()
+    run = choose("attention", implementation, table, slow)
     if 0 in (B, T, H, D):
         return q
     return run(
@@ -103,6 +107,7 @@ def _segments(segment_ids: tuple[Array, Array] | Array | None, B: int, T: int, S
     if segment_ids is None:
         return None
     if not isinstance(segment_ids, tuple | list):
+        segment_ids = jnp.asarray(segment_ids)
         if T != S:
             raise ValueError(f"segment_ids is one array but T is {T} and S is {S}; allowed: (q_ids, kv_ids)")
         segment_ids = (segment_ids, segment_ids)
