@@ -8,6 +8,7 @@ import kernels
 from dantinox.config import ModelConfig
 from dantinox.layers import MLP, constant, dense, dropout, parameter, rms_norm
 from dantinox.moe import MoE, RouterLosses
+from dantinox.per_device import by_sequence
 from dantinox.rope import rotate, rotation
 
 Array = jax.Array
@@ -65,16 +66,15 @@ class Attention(nnx.Module):
         """x [B, T, M] -> (output [B, T, M], keys, values [B, T, K, D] for a cache)."""
         q, k, v, gate = self.project(x, rope)
         with jax.named_scope("attend"):
-            o = kernels.attention(
-                q,
-                k,
-                v,
-                gate=gate,
-                window=self.window,
-                softcap=self.config.attn_softcap,
-                implementation=self.config.attn,
-            )
+            o = by_sequence(self.attend)(q, k, v, *(() if gate is None else (gate,)))
         return self.merge(o), k, v
+
+    def attend(self, q: Array, k: Array, v: Array, gate: Array | None = None) -> Array:
+        """q [B, T, H, D] to all of k and v [B, S, K, D] that the layer's window shows."""
+        config = self.config
+        return kernels.attention(
+            q, k, v, gate=gate, window=self.window, softcap=config.attn_softcap, implementation=config.attn
+        )
 
     def step(self, x: Array, rope: tuple[Array, Array] | None, cache: kernels.KVCache) -> tuple[Array, kernels.KVCache]:
         """One new token a sequence: x [B, 1, M] -> (output [B, 1, M], cache with the token appended)."""

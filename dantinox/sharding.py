@@ -5,6 +5,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dantinox import state
 from dantinox.config import ModelConfig
+from dantinox.per_device import BATCH
 from dantinox.validation import ConfigError
 
 # Logical axis -> mesh axis. Every matrix has the model width M exactly once, so fsdp cuts each of them along it.
@@ -47,8 +48,8 @@ def parameter_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedShard
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of [micro-batches, B, T]: sequences are dealt over all devices."""
-    return NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
+    """Of [micro-batches, B, T]."""
+    return NamedSharding(mesh, PartitionSpec(None, BATCH))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

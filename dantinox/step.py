@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from dantinox import sharding
 from dantinox.config import Config
+from dantinox.per_device import laid_over
 from dantinox.state import Params, Skeleton
 
 Array = jax.Array
@@ -68,7 +69,8 @@ def make_train_step(
 
     def gradients(params: Params, inputs: Array, targets: Array, key: Array | None) -> tuple[dict, Params]:
         def objective(params: Params) -> tuple[Array, dict[str, Array]]:
-            return loss_and_parts(skeleton, config, params, inputs, targets, key)
+            with laid_over(mesh, dealt=True):
+                return loss_and_parts(skeleton, config, params, inputs, targets, key)
 
         (_, parts), grads = jax.value_and_grad(objective, has_aux=True)(params)
         return parts, grads
@@ -111,8 +113,8 @@ def make_eval_step(
     """evaluate(params, inputs, targets [B, T]) -> token-mean cross-entropy, dropout off, without auxiliary losses."""
 
     def evaluate(params: Params, inputs: Array, targets: Array) -> Array:
-        model = skeleton.join(params)
-        return cross_entropy(model(inputs), targets)
+        with laid_over(mesh, dealt=False):
+            return cross_entropy(skeleton.join(params)(inputs), targets)
 
     if mesh is None:
         return jax.jit(evaluate)

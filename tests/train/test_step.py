@@ -136,7 +136,7 @@ MESH = """
     from dantinox.step import state_shardings
     losses = {}
     for mesh in ("", "data=8", "fsdp=8", "data=2,fsdp=4"):
-        config, skeleton, current, step = build(mesh=mesh, grad_accum=1, n_experts=EXPERTS)
+        config, skeleton, current, step = build(mesh=mesh, grad_accum=1, n_experts=EXPERTS, attn="ATTN")
         laid = sharding.make_mesh(config.train.mesh_axes())
         if laid is not None:
             optimizer = optim.optimizer(config.optim, config.train.steps)
@@ -158,9 +158,9 @@ MESH = """
 """
 
 
-@pytest.mark.parametrize("experts", [0, 4])
-def test_a_mesh_of_eight_devices_gives_the_losses_of_one(experts):
-    code = textwrap.dedent(MESH).replace("EXPERTS", str(experts))
+@pytest.mark.parametrize(("experts", "attn"), [(0, "pallas"), (4, "xla")])
+def test_a_mesh_of_eight_devices_gives_the_losses_of_one(experts, attn):
+    code = textwrap.dedent(MESH).replace("EXPERTS", str(experts)).replace("ATTN", attn)
     flags = "--xla_force_host_platform_device_count=8"
     environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PATH": "", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
