@@ -17,4 +17,6 @@ settings.register_profile("repeat", derandomize=True, deadline=None, max_example
 settings.register_profile("explore", deadline=None, max_examples=1000)
 # Of the random shapes of the four operations, 300 with "repeat", this makes 10^4.
 settings.register_profile("long", settings.get_profile("repeat"), max_examples=1334)
+# With -k "any_small_shape and pallas", 10^4 shapes of one implementation of attention.
+settings.register_profile("thorough", settings.get_profile("repeat"), max_examples=6667)
 settings.load_profile("repeat")

@@ -30,9 +30,11 @@ LIMITS = (300, 900)  # seconds: the likely tests, all tests of the operation
 FILES = {
     "attention": ("attention", "refusals"),
     "decode": ("decode", "refusals"),
+    "flash": ("flash", "attention"),
     "grouped_matmul": ("grouped_matmul", "moe", "refusals"),
     "moe": ("moe", "refusals"),
     "refusals": ("refusals", "attention"),
+    "sanitizer": ("sanitizer", "flash"),
     "specs": ("specs",),
 }
 
@@ -73,6 +75,8 @@ def _in(file: str, tests: str, *faults: tuple[str, str, str, str]) -> list[Mutan
 
 RULE = "keeps_the_rule"
 FEW = f"{RULE} and few and float32"
+FLASH = f"{RULE} and pallas and float32"
+TPU = "several_tiles"  # what only the simulated TPU runs
 MUTANTS: list[Mutant] = [
     *_in(
         "attention/xla",
@@ -116,6 +120,92 @@ MUTANTS: list[Mutant] = [
         ("given scale ignored", "scale=D**-0.5 if scale is None else scale", "scale=D**-0.5", "the_formula and full"),
         # The reference is called through the same wrapper: only loops notice.
         ("long windows one short", "min(int(window), max(S, 1))", "min(int(window), max(S - 1, 1))", "any_small"),
+    ),
+    *_in(
+        "attention/plan",
+        "flash",
+        ("window a tile short", "first - window + 1)", "first - window + 2)", "plan_is"),
+        ("edge of the window unmasked", "last - j * k_rows < window", "last - j * k_rows <= window", "plan_is"),
+        ("diagonal unmasked", "first >= (j + 1) * k_rows - 1", "first >= j * k_rows", "plan_is"),
+        ("padded keys unmasked", "whole = (j + 1) * k_rows <= S and high >= low", "whole = high >= low", "plan_is"),
+        ("no tile for queries without keys", "tiles = [0]", "tiles = []", "plan_is"),
+        ("keys met are fresh again", "FRESH * (j not in met)", "FRESH * (j == tiles[0])", "plan_is"),
+    ),
+    *_in(
+        "attention/scores",
+        "flash",
+        ("a query sees the next key", "visible = distance >= 0 if", "visible = distance >= -1 if", "neither"),
+        ("window one too wide", "distance < static.window", "distance <= static.window", "neither"),
+        ("sums over keys forget the decay", "self.get(decay, r) * self.get(name, r)", "self.get(name, r)",
+         "span_by_span"),
+    ),
+    *_in(
+        "attention/scores",
+        "attention",
+        ("cap does not restore the size", "* (cap * LOG2E)", "* LOG2E", f"{FLASH} and full"),
+        ("padded keys are seen", "else key < static.S - self.j * k - c * keys", "else key < k", f"{FLASH} and full"),
+        ("segments by order", '"q ids", r) == self._column', '"q ids", r) >= self._column', f"{FLASH} and packed"),
+    ),
+    *_in(
+        "attention/scores",
+        "sanitizer",
+        ("mixed segments unmasked", " | (shared == MIXED)", "", TPU),
+        ("only the first pieces are masked", "fori_loop(0, across * down, piece", "fori_loop(0, across, piece", TPU),
+    ),
+    *_in(
+        "attention/mosaic_tpu",
+        "flash",
+        ("sum without decay", 'value=decay * tile.get("l", r))', 'value=tile.get("l", r))', "span_by_span"),
+        ("gate dropped", 'o = o * jax.nn.sigmoid(tile.get("gate", r).astype(jnp.float32))', "pass", "every_width"),
+    ),
+    *_in(
+        "attention/mosaic_tpu",
+        "attention",
+        ("no key gives NaN", "jnp.where(nobody, 1.0, l)", "l", f"{FLASH} and 129 and window"),
+        ("row sums without their maximum", 'tile.get("m", r) + jnp.log2(some))', "jnp.log2(some))",
+         f"{FLASH} and full"),
+    ),
+    *_in(
+        "attention/mosaic_tpu_backward",
+        "flash",
+        ("delta added", '- tile.get("delta", r))', '+ tile.get("delta", r))', "every_width"),
+        ("dk without scale", "dk, dv = (dk * static.scale).astype", "dk, dv = dk.astype", "every_width"),
+        ("dq without scale", 'tile.get("dq acc", r) * static.scale', 'tile.get("dq acc", r)', "every_width"),
+        ("dq of the last span only", "first:last].add(found)", "first:last].set(found)", "span_by_span"),
+    ),
+    *_in(
+        "attention/mosaic_tpu_backward",
+        "attention",
+        ("cap's slope", "ds = ds * (1 - jnp.minimum(t * t, 1))", "pass", f"{FLASH} and full"),
+        ("sums of keys start anew", "tile.fresh if static.interpret", "tile.first if static.interpret",
+         f"{FLASH} and banded"),
+    ),
+    *_in(
+        "attention/mosaic_tpu_backward",
+        "sanitizer",
+        ("dk without scale, compiled", '(("dk", static.scale), ("dv", 1))', '(("dk", 1), ("dv", 1))', TPU),
+        ("a span's keys share a sum", "else (tile.j - first_key_tile,)", "else (tile.j * 0,)", TPU),
+        ("sums are never cleared", "else tile.n == 0)", "else tile.n < 0)", TPU),
+    ),
+    *_in(
+        "attention/flash",
+        "flash",
+        ("slope of the gate", "(open_ * (1 - open_))", "open_", "every_width"),
+        ("garbage behind the last token", "for axis in range(x.ndim)]) if missing",
+         "for axis in range(x.ndim)], constant_values=jnp.nan) if missing", "every_width"),
+    ),
+    *_in(
+        "attention/flash",
+        "attention",
+        ("a key too many cut off", "seen = T + window - 1", "seen = T + window - 2", f"{FLASH} and 7 and of"),
+        ("unseen values are not cleared", "k, v = jnp.where(seen, k, 0), jnp.where(seen, v, 0)",
+         "k = jnp.where(seen, k, 0)", "unseen_keys and full and pallas"),
+    ),
+    *_in(
+        "attention/flash",
+        "sanitizer",
+        ("mixed segments pass for one", "(low_q == high_k) & (low_k == high_q)", "low_q == low_k", TPU),
+        ("some shared ids pass for none", "(low_q > high_k) |", "(low_q != low_k) |", TPU),
     ),
     *_in(
         "einsum",

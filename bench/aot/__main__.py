@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bench import targets
-from bench.aot import gpu, plan, pool, profile, report, tpu
+from bench.aot import gpu, plan, pool, profile, report, summary, tpu
 from bench.aot.plan import Case
 from dantinox import cli
 
@@ -33,7 +33,7 @@ class Arguments:
     spec: tuple[str, ...] = ()
     """Rows of kernels/specs.py, by name."""
     implementation: tuple[str, ...] = ()
-    """Implementations, the public ones too: pallas, triton, xla, tokamax, jax_mgpu, splash, megablox, or your own."""
+    """Implementations, the public ones too: pallas, triton, xla, tokamax, splash, megablox, ..., or your own."""
     short: bool = False
     """Only one program of each kind, for h100 and v6e: a minute."""
     check: bool = False
@@ -78,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 threads.shutdown(wait=False, cancel_futures=True)
                 for worker in workers:  # also ends what a thread still waits for
                     worker.close()
+        if not arguments.check:
+            summary.write(arguments.out)
     for line in worse:
         print(f"{PROG}: worse: {line}", file=sys.stderr)
     return 1 if worse else 0

@@ -4,9 +4,13 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 _UTILISATION = re.compile(r"^\d+-(.+)-\d+-final_hlo-static-per-bundle-utilization\.txt$")
 _SCHEDULE = re.compile(r"^\d+-(.+)-\d+-schedule-analysis_final_bundles\.txt$")
+_BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|0)\s")
+_REGION = re.compile(r"Start(/End empty)? region (\d+)")
+_JUMP = re.compile(r"sbr\.rel \(.*?\) target = \$region(\d+)")
 _EMPTY = re.compile(r"empty scheduled bundles:\s+(\d+)")
 
 
@@ -61,6 +65,32 @@ def final(dumps: Path, kernel: str) -> str:
     return path.read_text()
 
 
+class Part(NamedTuple):
+    """Bundles from start to before stop that a jump leaves out, or, a loop, that it goes back over."""
+
+    start: int
+    stop: int
+    loop: bool
+
+
+def parts(text: str) -> tuple[int, list[Part]]:
+    """(all bundles, the parts in order) of one kernel's final bundles."""
+    where: dict[str, int] = {}  # regions
+    jumps: list[tuple[int, str]] = []
+    address = -1
+    for line in text.splitlines():
+        if not (found := _BUNDLE.match(line)):
+            continue
+        address = int(found[1], 16)
+        for empty, region in _REGION.findall(line):
+            if empty or region not in where:
+                where[region] = address
+        jumps += [(address, region) for region in _JUMP.findall(line)]
+    spans = [(source, where[region]) for source, region in jumps if region in where]
+    found = [Part(a + 1, b, False) if a < b else Part(b, a + 1, True) for a, b in spans]
+    return address + 1, sorted(found)
+
+
 def branches(text: str) -> list[int]:
     """Bundles of each part of a kernel's body that a step may jump over, in order: what each `pl.when` became.
 
@@ -69,17 +99,15 @@ def branches(text: str) -> list[int]:
     Args:
         text: the final bundles of one kernel.
     """
-    parts: list[tuple[int, int]] = []  # first bundle, and the one after the last
-    open_: dict[str, int] = {}
-    for line in text.splitlines():
-        address = re.match(r"\s*(0x[0-9a-f]+|0)\s", line)
-        for region in re.findall(r"Start/End empty region (\d+)", line):
-            if region in open_:  # a jump back is a loop, and its target lies above it
-                parts.append((open_.pop(region), int(address[1], 16)))
-        if jump := re.search(r"sbr\.rel \(.*?\) target = \$region(\d+)", line):
-            open_[jump[1]] = int(address[1], 16) + 1
-    body = max(parts, key=lambda part: part[1] - part[0], default=(0, 0))
-    return [stop - start for start, stop in sorted(parts) if body[0] < start and stop <= body[1]]
+    found = [part for part in parts(text)[1] if not part.loop]
+    body = max(found, key=lambda part: part.stop - part.start, default=Part(0, 0, False))
+    return [stop - start for start, stop, _ in found if body.start < start and stop <= body.stop]
+
+
+def first_operand(text: str) -> int | None:
+    """Length of the first of the tables that a kernel has in scalar memory."""
+    found = re.search(r"shape: s32\[(\d+)\], index: 0\b", text)
+    return int(found[1]) if found else None
 
 
 def kernel_of(filename: str) -> tuple[str, str] | None:

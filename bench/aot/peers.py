@@ -107,12 +107,23 @@ def _jax_nn_attention(spec: specs.Attention) -> Call:
     )
 
 
-def _splash(spec: specs.Attention) -> Call:
+def _splash_512(spec: specs.Attention) -> Call:
+    if spec.window is None:
+        raise NotImplementedError("blocks of 1024 take fewer bundles without a window")
+    return _splash(spec, 512)
+
+
+def _splash_fused(spec: specs.Attention) -> Call:
+    """dq, dk and dv in one kernel, which leaves a part of dq for each block of keys; XLA adds them up."""
+    return _splash(spec, 1024 if spec.window is None else 512, fused=True)
+
+
+def _splash(spec: specs.Attention, block: int = 1024, fused: bool = False) -> Call:
     _refuse(spec, window=True, softcap=True, segments=True)
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    q_block, kv_block, compute = min(1024, spec.T), min(1024, spec.S), min(512, spec.S)
+    q_block, kv_block, compute = min(block, spec.T), min(block, spec.S), min(512, spec.S)
     _divides("T", spec.T, q_block)
     _divides("S", spec.S, kv_block)
     _divides("T", spec.T, 128)
@@ -124,8 +135,9 @@ def _splash(spec: specs.Attention) -> Call:
         block_q_dkv=q_block,
         block_kv_dkv=kv_block,
         block_kv_dkv_compute=compute,
-        block_q_dq=q_block,
-        block_kv_dq=kv_block,
+        block_q_dq=None if fused else q_block,
+        block_kv_dq=None if fused else kv_block,
+        use_fused_bwd_kernel=fused,
     )
     shape, offset = (spec.T, spec.S), spec.S - spec.T
     if spec.window is not None:
@@ -247,6 +259,8 @@ PEERS: dict[str, Peer] = {
         ("h100",), {"attention": _jax_mgpu_attention, "grouped_matmul": _jax_mgpu_ragged_dot}, ("float16",)
     ),
     "splash": Peer(TPUS, {"attention": _splash}),
+    "splash_512": Peer(TPUS, {"attention": _splash_512}),
+    "splash_fused": Peer(TPUS, {"attention": _splash_fused}),
     "megablox": Peer(TPUS, {"grouped_matmul": _megablox}),
     "jax_nn": Peer((*GPUS, *TPUS), {"attention": _jax_nn_attention}),
     "lax": Peer((*GPUS, *TPUS), {"grouped_matmul": _lax_ragged_dot}),

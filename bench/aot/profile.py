@@ -4,6 +4,7 @@ A row a line, in sorted order and without times, so that two runs are one text a
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ Profile = dict[str, Any]
 
 TEMP_GROWTH = 1.05
 MXU_FALL = 0.005  # of a share: less is the last digit
+BUNDLE_GROWTH = 1.01
 
 
 def path(folder: Path, target: str) -> Path:
@@ -78,10 +80,14 @@ def _worse(old: Row, new: Row) -> list[str]:
     if new["temp_bytes"] > old["temp_bytes"] * TEMP_GROWTH:
         found.append(f"temp bytes {old['temp_bytes']:,} -> {new['temp_bytes']:,}")
     found += _spills("", old["totals"], new["totals"])
-    before = _numbered(old["kernels"])
+    before, after = (row.get("bundles_per_pair", {}) for row in (old, new))
+    for direction in sorted(before.keys() & after.keys()):
+        if after[direction] > before[direction] * BUNDLE_GROWTH:
+            found.append(f"{direction}: bundles per pair {before[direction]:g} -> {after[direction]:g}")
+    same = _numbered(old["kernels"])
     for name, kernel in _numbered(new["kernels"]).items():
-        if name in before:
-            found += _worse_kernel(name, before[name], kernel)
+        if name in same:
+            found += _worse_kernel(name, same[name], kernel)
     return found
 
 
@@ -93,8 +99,12 @@ def _worse_kernel(name: str, old: Row, new: Row) -> list[str]:
     for unit in ("wgmma", "tcgen05"):
         if old.get(unit) and not new.get(unit):
             found.append(f"{name}: {unit} is gone")
-    if old.get("mxu_share", 0) - new.get("mxu_share", 0) > MXU_FALL:
-        found.append(f"{name}: MXU share {old['mxu_share']:.1%} -> {new['mxu_share']:.1%}")
+    # Where the bundles executed are known, a longer program or a lower share of fewer slots is not worse.
+    if not ("bundles_per_pair" in old and "bundles_per_pair" in new):
+        if new.get("bundles", 0) > old.get("bundles", math.inf) * BUNDLE_GROWTH:
+            found.append(f"{name}: bundles {old['bundles']} -> {new['bundles']}")
+        if old.get("mxu_share", 0) - new.get("mxu_share", 0) > MXU_FALL:
+            found.append(f"{name}: MXU share {old['mxu_share']:.1%} -> {new['mxu_share']:.1%}")
     return found
 
 

@@ -1,4 +1,7 @@
-"""The table of one target: a line a program, and a line more for each kernel written by hand."""
+"""The table of one target: a line a program, and a line more for each kernel written by hand.
+
+On a TPU, of attention also: MXU slots for 1024 x 1024 scores, and bundles executed for 1000 visible pairs.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +16,7 @@ from kernels import specs
 Row = dict[str, Any]
 
 GPU_COLUMNS = ("regs", "spill B", "SMEM KiB", "blocks/SM", "occupancy", "wgmma", "tcgen05", "mma")
-TPU_COLUMNS = ("bundles", "empty", "MXU slots", "MXU share", "VMEM KiB", "spills", "fills")
+TPU_COLUMNS = ("bundles", "empty", "MXU slots", "MXU share", "VMEM KiB", "spills", "fills", "MXU/Mi", "per 1000 pairs")
 
 
 def show(target: targets.Target, rows: Mapping[Case, Row], console: Console) -> None:
@@ -68,7 +71,7 @@ def _gpu_totals(t: Row) -> list[str]:
 
 def _tpu_totals(t: Row) -> list[str]:
     share = f"{t['mxu'] / t['mxu_slots']:.1%}" if t["mxu_slots"] else ""
-    return [str(t["bundles"]), str(t["empty"]), str(t["mxu"]), share, "", str(t["spills"]), str(t["fills"])]
+    return [str(t["bundles"]), str(t["empty"]), str(t["mxu"]), share, "", str(t["spills"]), str(t["fills"]), "", ""]
 
 
 def _gpu(k: Row) -> list[str]:
@@ -94,4 +97,6 @@ def _tpu(k: Row) -> list[str]:
         "?" if k["vmem_bytes"] is None else f"{k['vmem_bytes'] / 1024:.0f}",
         str(k["spills"]),
         str(k["fills"]),
+        str(k.get("mxu_per_1024x1024", "")),
+        f"{'<= ' * k.get('upper_bound', False)}{1e3 * k['bundles_per_pair']:.3g}" if "bundles_per_pair" in k else "",
     ]

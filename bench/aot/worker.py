@@ -59,7 +59,7 @@ def answer(target: targets.Target, compile_: Callable[..., Any], dumps: Path, ca
     """One row of a profile, with the seconds that the compile took."""
     import jax
 
-    from bench.aot import programs
+    from bench.aot import executed, programs
     from kernels import dispatch
 
     for path in dumps.iterdir():
@@ -74,20 +74,22 @@ def answer(target: targets.Target, compile_: Callable[..., Any], dumps: Path, ca
         printed = (dumps / "printed.txt").read_text(errors="replace")
         kernels, totals = gpu.read(target, dumps, printed) if isinstance(target, targets.Gpu) else tpu.read(dumps)
         memory = compiled.memory_analysis()
+        row = {
+            "status": "compiled",
+            "argument_bytes": memory.argument_size_in_bytes,
+            "temp_bytes": memory.temp_size_in_bytes,
+            "totals": totals,
+            "kernels": kernels,
+            "seconds": seconds,
+        }
+        executed.add(row, case, target, dumps)
     except NotImplementedError as error:
         return {"status": "refused", "reason": _reason(error)}
     except Exception as error:  # a compiler may raise anything, and the next row must still be compiled
         return {"status": "failed", "reason": _reason(error), "seconds": time.perf_counter() - start}
     finally:
         jax.clear_caches()
-    return {
-        "status": "compiled",
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temp_bytes": memory.temp_size_in_bytes,
-        "totals": totals,
-        "kernels": kernels,
-        "seconds": seconds,
-    }
+    return row
 
 
 @contextlib.contextmanager

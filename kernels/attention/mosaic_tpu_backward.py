@@ -18,6 +18,8 @@ Limits    as the forward kernel.
 Source    Dao, FlashAttention-2 (arXiv:2307.08691), algorithm 2.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -26,6 +28,7 @@ from kernels.attention.scores import LOG2E, NN, NT, Segments, Static, Tile, bloc
 from kernels.cost import Cost
 
 Array = jax.Array
+EXACT_ROWS = 128
 
 
 def _kernel(tile: Tile, first_key_tile: int) -> None:
@@ -67,7 +70,7 @@ def _kernel(tile: Tile, first_key_tile: int) -> None:
         @tile.phase
         def _(name: str = name, a: str = a, b: str = b):
             for r, c in tile.pieces():
-                acc = tile.get(name, *at, c) + dot(tile.get(a, r), tile.get(b, r, c), NT)
+                acc = tile.get(name, *at, c) + _over_rows(tile.get(a, r), tile.get(b, r, c), static)
                 tile.put(name, *at, c, value=acc)
 
     @tile.phase
@@ -86,6 +89,14 @@ def _kernel(tile: Tile, first_key_tile: int) -> None:
             for name, scale in (("dk", static.scale), ("dv", 1)):
                 ref = tile.refs[name]
                 ref[...] = (tile.refs[f"{name} acc"][...] * scale).reshape(ref.shape).astype(ref.dtype)
+
+
+def _over_rows(a: Array, b: Array, static: Static) -> Array:
+    """a b^T. A CPU's product adds up row after row in one float32: so it gets few at a time."""
+    rows = a.shape[-1]
+    step = EXACT_ROWS if static.interpret else rows
+    parts = [dot(a[..., i : i + step], b[..., i : i + step], NT) for i in range(0, rows, step)]
+    return functools.reduce(jnp.add, parts)
 
 
 def backward(
@@ -116,15 +127,10 @@ def backward(
         "p": (piece, q.dtype),
         "ds": (piece, q.dtype),
     }
-    whole = static.plan()
+    plans = [static.plan(span) for span in spans(static)]
     dq, dks, dvs = None, [], []
-    for span in spans(static):
-        visible = whole if span is None else static.plan(span)
+    for span, visible in zip(spans(static), plans, strict=True):
         low, high = span or (0, k.shape[1] // down)
-        if not len(visible):  # no query sees this span
-            dks.append(jnp.zeros((k.shape[0], (high - low) * down, D, tiles.keys), k.dtype))
-            dvs.append(dks[-1])
-            continue
         first, last = int(visible.q.min()) * across, (int(visible.q.max()) + 1) * across
         partial = q.dtype if span is None else jnp.float32
         queries = jax.ShapeDtypeStruct((q.shape[0], last - first, *q.shape[2:]), partial)
@@ -134,7 +140,7 @@ def backward(
         for name in ("dk", "dv"):
             if static.interpret:
                 sums = jax.ShapeDtypeStruct((q.shape[0], *shape), jnp.float32)
-                outs[f"{name} acc"] = (sums, block(static, "k", D, tiles.keys))
+                outs[f"{name} acc"] = (sums, block(static, "k", D, tiles.keys, first=low))
             else:
                 every = pl.BlockSpec((tiles.heads, *shape), lambda g, n, *_: (g, 0, 0, 0))
                 outs[name] = (jax.ShapeDtypeStruct((q.shape[0], *shape), k.dtype), every)
@@ -149,7 +155,7 @@ def backward(
             waiting,
             segments=segments,
             name="attention_backward",
-            cost=cost.part(len(visible) / len(whole)),
+            cost=cost.part(len(visible) / sum(map(len, plans))),
         )
         if span is None:
             dq = found

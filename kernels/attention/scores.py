@@ -188,15 +188,16 @@ class Tile:
         """Hides the invisible pairs of an edge tile's scores; then(r, c, scores) for each piece."""
         across, down = self.static.pieces
 
-        def piece(n: Array, _: None) -> None:
-            r, c = (0, 0) if across * down == 1 else (n // down, n % down)
+        def piece(n: Any, _: None) -> None:
+            r, c = n // down, n % down
             s = self.get("s", r, c)
             s = jnp.where(self._visible(s.shape, r, c), s, HIDDEN)
             self.put("s", r, c, value=s)
             then(r, c, s)
 
         if self.static.interpret:
-            piece(0, None)
+            for n in range(across * down):
+                piece(n, None)
         else:
             pl.when(self.masked)(lambda: jax.lax.fori_loop(0, across * down, piece, None))
 
@@ -204,11 +205,16 @@ class Tile:
         static = self.static
         _, q, k, rows, keys, _ = static.tiles
         key = jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 2)
-        query = (jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1) + r * rows) & (q - 1)
-        distance = query - key + (self.i * q + static.S - static.T - self.j * k - c * keys)
-        visible = distance >= 0 if static.causal else key < static.S - self.j * k - c * keys
-        if static.window is not None:
-            visible &= distance < static.window
+        row = jax.lax.broadcasted_iota(jnp.int32, (*shape[:-2], 1, shape[-1]), len(shape) - 1)
+        first = self.i * q + static.S - static.T - self.j * k - c * keys
+        if not static.causal:
+            visible = key < static.S - self.j * k - c * keys
+        else:
+            distance = ((row + r * rows) & (q - 1)) + first - key
+            if static.window is None:
+                visible = distance >= 0
+            else:  # as an unsigned number, what is negative is past every window
+                visible = distance.astype(jnp.uint32) < static.window
         if "shared" in self.refs:
             visible &= self.get("q ids", r) == self._column(self.get("k ids", c))
         return visible

@@ -152,7 +152,7 @@ WRONG = {
     "--seq-len 9999": r"seq_len is 9999 but max_context is",
     "--grad-accum 3": r"batch_size must be a multiple of grad_accum",
     "--profile-steps 5": r"profile_steps is '5'; allowed: FIRST:LAST",
-    "--attn pallas --steps 1": r"attention: implementation='pallas' cannot run here: ",
+    "--attn triton --steps 1": r"attention: implementation='triton' cannot run here: ",
     "--moe triton --n-experts 4 --steps 1": r"moe_mlp: implementation='triton' cannot run here: ",
     "--attn cuda": r"'cuda' for argument '--attn'",
 }

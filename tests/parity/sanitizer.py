@@ -19,6 +19,8 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks as gpu_interprete
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
+from tests.parity import rule
+
 
 class Findings(NamedTuple):
     """The result (None where the run stopped), and the faults; `out_of_bounds` is what the simulator said."""
@@ -81,7 +83,7 @@ def _run(
         with _every(interpreter, detector) as made, simulate(memory):
             try:
                 # A function of its own, so that no program of another run is taken from a cache.
-                result = jax.jit(lambda *args: f(*args))(*args)
+                result = jax.jit(lambda *args: f(*args), compiler_options=rule.HURRY)(*args)
                 results.append(jax.tree.map(np.asarray, jax.block_until_ready(result)))
             except Exception as error:
                 if "ut-of-bounds" not in str(error):

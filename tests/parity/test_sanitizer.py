@@ -1,6 +1,7 @@
 """The simulated devices find planted faults, and none in the Pallas kernels."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 import kernels
 from kernels import specs
+from kernels.attention import tiles
+from kernels.attention.scores import Tiles
+from kernels.dispatch import compiling_for
 from tests.parity import rows, rule, sanitizer
 
 X = np.arange(16 * 128, dtype=np.float32).reshape(16, 128)
@@ -153,6 +157,7 @@ def test_a_function_without_a_kernel_proves_nothing():
         sanitizer.on_tpu(lambda x: 2 * x, X)
 
 
+V6E = ("tpu", "TPU v6 lite")
 OPS = ("attention", "grouped_matmul", "moe_mlp", "decode_attention")
 
 
@@ -178,17 +183,68 @@ def both_passes(row: specs.Spec, implementation: str) -> tuple:
     return run, inputs, aux, dout
 
 
-@pytest.mark.parametrize(
-    ("op", "row"), [pytest.param(op, row, id=f"{op}: {row.name}") for op in OPS for row in small(op)]
-)
+def checked() -> list[Any]:
+    """(op, row) parameters; one row of an operation in every run."""
+    found = [(op, row, pytest.mark.slow if n else ()) for op in OPS for n, row in enumerate(small(op))]
+    return [pytest.param(op, row, id=f"{op}: {row.name}", marks=marks) for op, row, marks in found]
+
+
+@pytest.mark.parametrize(("op", "row"), checked())
 def test_no_pallas_kernel_races_or_reads_what_it_should_not(op, row):
-    """Where "pallas" means the kernel for TPUs, which is also what runs on a CPU."""
-    why = kernels.implementations(op)["pallas"]
-    if why is not None:
-        pytest.skip(why)
-    run, *arguments = both_passes(row, "pallas")
-    found = sanitizer.on_tpu(run, *arguments)
+    """The kernels for TPUs, as they would be compiled there."""
+    with compiling_for(*V6E):
+        why = kernels.implementations(op)["pallas"]
+        if why is not None:
+            pytest.skip(why)
+        run, *arguments = both_passes(row, "pallas")
+        found = sanitizer.on_tpu(run, *arguments)
     assert found.clean, found._replace(result=None)
+
+
+def row(T: int, S: int, **sizes: Any) -> specs.Attention:
+    return rows.row(specs.Attention, T=T, S=S, **sizes)
+
+
+TILED = {  # two heads, for the two cores
+    "a piece half a head, cap, segments, fewer queries": (
+        row(12, 28, D=4, softcap=1.5, gate="head", segments="pair"),
+        Tiles(heads=1, q=16, k=8, rows=8, keys=4, span=16),
+    ),
+    "a piece a head, window, gate": (
+        row(24, 24, H=4, window=5, gate="elementwise"),
+        Tiles(heads=1, q=8, k=16, rows=8, keys=8, span=16),
+    ),
+    "a piece two heads, segments, fewer queries": (
+        row(12, 20, H=8, D=4, segments="pair"),
+        Tiles(heads=1, q=4, k=8, rows=8, keys=4, span=8),
+    ),
+    "segments, more queries, one span": (
+        row(20, 12, D=4, segments="nobody", causal=False),
+        Tiles(heads=1, q=8, k=4, rows=8, keys=4, span=64),
+    ),
+    "more queries, window": (
+        row(21, 9, H=4, window=3, softcap=2.0),
+        Tiles(heads=1, q=8, k=4, rows=16, keys=4, span=8),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if n else ()) for n, name in enumerate(TILED)]
+)
+def test_attention_in_several_tiles_pieces_and_spans(name, monkeypatch):
+    """What only a TPU makes of the kernel: pieces in turn, gradients of keys summed on the chip; and its values."""
+    case, chosen = TILED[name]
+    monkeypatch.setattr(tiles, "choose", lambda *_, **__: chosen)
+    with compiling_for(*V6E):
+        run, *arguments = both_passes(case, "pallas")
+        found = sanitizer.on_tpu(run, *arguments)
+    assert found.clean, found._replace(result=None)
+    o, (gradients, *_) = found.result
+    mine = {"o": o} | {f"d{name}": gradient for name, gradient in gradients.items()}
+    inputs, aux, dout = rows.draw(case)
+    options = rows.options(case)
+    rule.judge("attention", "pallas", inputs, dout, "float32", aux=aux, options=options, run=lambda *_: mine)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -1,0 +1,117 @@
+"""The tables of profiles/aot/README.md: bundles that a TPU executes in attention, from the profiles beside it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.aot import executed, profile
+from kernels import specs
+
+FILE = "README.md"
+MARKS = ("<!-- bundles: written by `make aot`, from the profiles -->\n", "<!-- end of bundles -->")
+TPUS = ("v6e", "v5e", "tpu7x")
+COLUMNS = {"pallas": ("pallas",), "splash": executed.SPLASH, "tokamax": ("tokamax",)}
+Row = dict[str, Any]
+
+
+def rows() -> list[specs.Attention]:
+    """The rows of the tables."""
+    found = [spec for spec in specs.rows("attention", "aot", "tpu") if spec.name.startswith("aot tpu ")]
+    return sorted(found, key=lambda spec: (spec.S, spec.D, spec.window or 0))
+
+
+def load(folder: Path) -> dict[str, dict[str, Row]]:
+    """TPU -> the rows of its profile."""
+    found = {name: profile.load(profile.path(folder, name)) for name in TPUS}
+    return {name: each["rows"] for name, each in found.items() if each is not None}
+
+
+def kernels_of(held: Mapping[str, Row], spec: str, implementation: str, direction: str) -> tuple[Row, list[Row]]:
+    """(row, its kernels of that direction); an empty row where nothing was compiled."""
+    program = "forward" if direction == "forward" else "both"
+    row = held.get(f"attention / {spec} / {implementation} / bfloat16 / {program}", {})
+    return row, [each for each in row.get("kernels", []) if executed.direction_of(each["name"]) == direction]
+
+
+def cell(held: Mapping[str, Row], spec: str, implementations: Sequence[str], direction: str) -> str:
+    """Bundles for 1000 pairs, the spills in the schedule, and which splash is the best; of nothing, why."""
+    found, why = [], ""
+    for name in implementations:
+        row, kernels = kernels_of(held, spec, name, direction)
+        if per_pair := row.get("bundles_per_pair", {}).get(direction):
+            bound = "≤ " if any(each.get("upper_bound") for each in kernels) else ""
+            which = "".join(f", {each['tile'][1]}" for each in kernels[:1] if name in executed.SPLASH)
+            which += " fused" * (name == "splash_fused" and direction == "backward")
+            found.append((per_pair, f"{bound}{1e3 * per_pair:.2f} ({sum(each['spills'] for each in kernels)}{which})"))
+        elif name == implementations[0]:
+            why = row.get("status", "")
+    return min(found)[1] if found else why
+
+
+def table(held: Mapping[str, Mapping[str, Row]]) -> str:
+    """Bundles for 1000 visible pairs."""
+    names = [f"{name} {direction}" for name in COLUMNS for direction in executed.DIRECTIONS]
+    lines = _head(["TPU", "D", "window", "S", "our tile", *names])
+    for target in held:
+        for spec in rows():
+            ways = [(each, way) for each in COLUMNS.values() for way in executed.DIRECTIONS]
+            cells = [cell(held[target], spec.name, each, way) for each, way in ways]
+            if not any(cells):
+                continue
+            _, kernels = kernels_of(held[target], spec.name, "pallas", "forward")
+            tile = next((_times(each["tile"]) for each in kernels if "tile" in each), "")
+            lines.append(_line([target, spec.D, spec.window or "", spec.S, tile, *cells]))
+    return "\n".join(lines)
+
+
+def tiles(held: Mapping[str, Mapping[str, Row]]) -> str:
+    """MXU slots for 1024 x 1024 scores, and bundles of a tile, at D = 128 and S = 4096 without a window."""
+    lines = _head(["TPU", "kernel", "tile", "spills", "MXU slots", "MXU share", "interior tile", "masked tile"])
+    for target in held:
+        for spec in rows():
+            if (spec.D, spec.S, spec.window) != (128, 4096, None):
+                continue
+            for name in COLUMNS:
+                for direction in executed.DIRECTIONS:
+                    for each in kernels_of(held[target], spec.name, name, direction)[1]:
+                        title = f"{name} {_short(each['name'])}"
+                        cells = [target, title, _times(each["tile"]), each["spills"]]
+                        cells += [each["mxu_per_1024x1024"], f"{each['mxu_share']:.0%}", *each["tile_bundles"]]
+                        lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def rewritten(text: str, held: Mapping[str, Mapping[str, Row]]) -> str:
+    """The text with new tables between its marks.
+
+    Raises:
+        ValueError: the marks are not there once each.
+    """
+    begin, end = MARKS
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"{FILE} has not one {begin.strip()} and one {end}")
+    new = f"{table(held)}\n\n{tiles(held)}\n"
+    return text[: text.index(begin) + len(begin)] + new + text[text.index(end) :]
+
+
+def write(folder: Path) -> None:
+    """Writes the tables anew, where the folder has a page for them."""
+    if (page := folder / FILE).exists():
+        page.write_text(rewritten(page.read_text(), load(folder)))
+
+
+def _short(kernel: str) -> str:
+    found = next(word for word in ("dkv", "dq", "backward", "forward", "fwd") if word in kernel)
+    return "forward" if found == "fwd" else found
+
+
+def _times(tile: Sequence[int]) -> str:
+    return " x ".join(map(str, tile))
+
+
+def _head(names: Sequence[str]) -> list[str]:
+    return [_line(names), "|" + "---:|" * len(names)]
+
+
+def _line(cells: Sequence[Any]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"

@@ -1,0 +1,386 @@
+"""The Pallas attention from inside: its plan, what it keeps, what it must not see, under every transformation."""
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kernels
+from kernels import cost, specs
+from kernels.attention import tiles
+from kernels.attention.plan import FIRST, FRESH, LAST, MASKED, plan
+from kernels.attention.scores import Tiles
+from tests.jaxprs import equations, largest
+from tests.parity import rows, rule
+from tests.parity.test_attention import is_the_formula
+
+ROOT = Path(__file__).parents[2]
+
+
+def row(T: int, S: int, **sizes: Any) -> specs.Attention:
+    return rows.row(specs.Attention, T=T, S=S, **sizes)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, gate: jax.Array | None = None, **options: Any) -> jax.Array:
+    return kernels.attention(q, k, v, gate=gate, implementation="pallas", **options)
+
+
+def narrow(case: specs.Attention) -> tuple[dict[str, np.ndarray], dict[str, Any], np.ndarray]:
+    """Its arrays in float32."""
+    inputs, aux, dout = rows.draw(case)
+    return {name: np.float32(x) for name, x in inputs.items()}, aux, np.float32(dout)
+
+
+def quick(f: Any) -> Any:
+    return jax.jit(f, compiler_options=rule.HURRY)
+
+
+# The plan.
+
+LENGTHS = (1, 2, 5, 8, 13)
+WINDOWS = ((False, None), *((True, window) for window in (None, 1, 2, 4, 7, 100)))
+
+
+@pytest.mark.parametrize(("causal", "window"), WINDOWS)
+@pytest.mark.parametrize("keys", [None, (0, 1), (1, 3), (0, 100)])
+def test_the_plan_is_the_visible_tiles(causal, window, keys):
+    for T, S, bq, bk in itertools.product(LENGTHS, LENGTHS, (1, 2, 4, 8), (1, 2, 4)):
+        distance = np.arange(T)[:, None] + S - T - np.arange(S)
+        seen = (distance >= 0) | (not causal)
+        seen &= distance < (10**9 if window is None else window)
+        expected, met = [], set()
+        for i in range(-(-T // bq)):
+            pairs = {j: seen[i * bq : (i + 1) * bq, j * bk : (j + 1) * bk] for j in range(-(-S // bk))}
+            mine = [j for j in pairs if pairs[j].any() and (keys is None or keys[0] <= j < keys[1])]
+            mine = mine or ([0] if keys is None else [])
+            for j in mine:
+                flags = FIRST * (j == mine[0]) + LAST * (j == mine[-1]) + FRESH * (j not in met)
+                whole = pairs[j].all() and pairs[j].shape[1] == bk
+                expected.append((i, j, flags + MASKED * (not whole)))
+                met.add(j)
+        found = plan(T, S, bq, bk, causal=causal, window=window, keys=keys)
+        assert list(zip(*(x.tolist() for x in found), strict=True)) == expected, (T, S, bq, bk)
+
+
+def test_the_plan_grows_with_the_sequence_not_its_square():
+    for S in (1024, 4096, 16384):
+        assert len(plan(S, S, 128, 256, causal=True, window=512)) <= S // 128 * 4
+    # Queries that see nothing cost one tile, not a row of tiles.
+    assert len(plan(4096, 256, 128, 128, causal=True, window=None)) == 30 + 1 + 2
+
+
+# What an output must not depend on.
+
+WINDOWED = row(40, 40, B=2, H=4, window=9, gate="head")
+LITTLE = Tiles(heads=1, q=16, k=8, rows=32, keys=8, span=64)  # of two heads: several tiles where LITTLE is chosen
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    """choose(chosen): from now on these are the tiles."""
+    return lambda chosen: monkeypatch.setattr(tiles, "choose", lambda *_, **__: chosen)
+
+
+def test_neither_the_future_nor_what_the_window_hides_changes_a_bit(choose):
+    choose(LITTLE)
+    inputs, *_ = narrow(WINDOWED)
+    run = quick(lambda inputs: attention(**inputs, window=9))
+    before = np.asarray(run(inputs))
+    for t in (1, 15, 16, 23, 39):
+        after = np.asarray(run({name: np.where(np.arange(40)[:, None, None] == t, 7, x) for name, x in inputs.items()}))
+        np.testing.assert_array_equal(after[:, :t], before[:, :t])
+        np.testing.assert_array_equal(after[:, t + 9 :], before[:, t + 9 :])
+        changed = (after[:, t : t + 9] != before[:, t : t + 9]).any(axis=(0, 2, 3))
+        assert changed.all(), "whoever sees token t would show it"
+
+
+def test_sequences_and_heads_do_not_mix(choose):
+    choose(LITTLE._replace(heads=2))
+    inputs, *_ = narrow(WINDOWED)
+    run = quick(lambda inputs: attention(**inputs, window=9))
+    o = run(inputs)
+    np.testing.assert_array_equal(run({name: x[::-1] for name, x in inputs.items()}), o[::-1])
+    swapped = run({name: x[:, :, ::-1] for name, x in inputs.items()})  # key heads, and queries within their group
+    np.testing.assert_array_equal(swapped, o[:, :, ::-1])
+
+
+# Under JAX's transformations.
+
+TURNED = row(20, 24, H=4, window=9, gate="elementwise", softcap=2.0)
+
+
+def output_and_gradients(*inputs: jax.Array) -> tuple[jax.Array, ...]:
+    """(o, dq, dk, dv, dgate), of sum(o^2) / 2."""
+    o, pull = jax.vjp(lambda *x: attention(*x, **TURNED.options()), *inputs)
+    return o, *pull(o)
+
+
+def three() -> list[jax.Array]:
+    """The inputs of TURNED three times over, all different."""
+    draws = [narrow_values(seed) for seed in range(3)]
+    return [jnp.stack(x) for x in zip(*draws, strict=True)]
+
+
+def narrow_values(seed: int) -> list[np.ndarray]:
+    return [np.float32(x) for x in rows.draw(TURNED, seed)[0].values()]
+
+
+def close(found: Any, expected: Any) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), tuple(found), tuple(expected))
+
+
+def test_mapped_over_an_axis_it_is_a_loop():
+    many = three()
+    one = quick(output_and_gradients)
+    loop = [one(*x) for x in zip(*many, strict=True)]
+    close(quick(jax.vmap(output_and_gradients))(*many), [jnp.stack(x) for x in zip(*loop, strict=True)])
+    # Keys and values shared by all, and an axis in the middle.
+    q, k, v, gate = many
+    some = jax.vmap(lambda q, gate: attention(q, k[0], v[0], gate, **TURNED.options()), in_axes=(2, 0), out_axes=1)
+    loop = [one(q[n], k[0], v[0], gate[n])[0] for n in range(3)]
+    close([quick(some)(jnp.moveaxis(q, 0, 2), gate)], [jnp.stack(loop, axis=1)])
+
+
+def test_recomputed_it_is_the_same():
+    inputs = narrow_values(0)
+    loss = lambda f: lambda *x: jnp.sum(f(*x) ** 2) / 2
+    run = lambda *x: attention(*x, **TURNED.options())
+    again = quick(jax.grad(loss(jax.checkpoint(run)), argnums=(0, 1, 2, 3)))(*inputs)
+    close(again, quick(output_and_gradients)(*inputs)[1:])
+
+
+def test_descends_inside_a_loop():
+    """Three steps of gradient descent on the keys in one lax.scan."""
+    q, k, v, gate = narrow_values(0)
+    slope = jax.grad(lambda k: jnp.sum(attention(q, k, v, gate, **TURNED.options()) ** 2))
+    step = lambda k, _: (k - 0.1 * slope(k), None)
+    found, _ = quick(lambda k: jax.lax.scan(step, k, length=3))(k)
+    by_hand, one = k, quick(lambda k: step(k, None)[0])
+    for _ in range(3):
+        by_hand = one(by_hand)
+    assert np.abs(found - k).max() > 1e-3
+    close([found], [by_hand])
+
+
+SHARDED = """
+    import functools
+    import jax, jax.numpy as jnp, numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec as P
+    import kernels
+    from tests.parity import rule
+
+    mesh = jax.make_mesh((2, 2), ("data", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    rng = np.random.default_rng(0)
+    draw = lambda heads, n: jnp.float32(rng.standard_normal((4, 20, heads, n)))
+    inputs = draw(4, 8), draw(2, 8), draw(2, 8), draw(4, 1)
+    ids = jnp.asarray(rng.integers(0, 2, (4, 20)).cumsum(1))
+    quick = functools.partial(jax.jit, compiler_options=rule.FAST)
+
+    def run(q, k, v, gate, ids):
+        f = lambda *x: kernels.attention(*x[:3], gate=x[3], window=9, segment_ids=ids, implementation="pallas")
+        o, pull = jax.vjp(f, q, k, v, gate)
+        return o, *pull(o)
+
+    expected = quick(run)(*inputs, ids)
+    for where in WHERE:
+        specs = dict(in_specs=(*[where] * 4, P(*where[:1])), out_specs=(where,) * 5)
+        mapped = jax.shard_map(run, mesh=mesh, **specs, check_vma=CHECK)
+        put = [jax.device_put(x, NamedSharding(mesh, where)) for x in inputs]
+        for a, b in zip(quick(mapped)(*put, ids), expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+            assert a.sharding.is_equivalent_to(NamedSharding(mesh, where), 4), (where, a.sharding)
+"""
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        'P("data", None, "heads")',
+        pytest.param('P("data")', marks=pytest.mark.slow),
+        pytest.param('P(None, None, "heads")', marks=pytest.mark.slow),
+    ],
+)
+def test_a_shard_of_sequences_and_heads_on_each_device(where):
+    code = textwrap.dedent(SHARDED).replace("WHERE", f"[{where}]").replace("CHECK", "False")
+    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment |= {"PATH": os.environ.get("PATH", ""), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+# Tiles that no CPU would choose.
+
+SPANS = {
+    "window, gate": (row(40, 40, H=4, window=11, gate="head"), Tiles(1, 8, 8, 16, 8, 16)),
+    "cap, fewer queries": (row(21, 40, H=3, K=1, softcap=1.5, gate="elementwise"), Tiles(1, 16, 16, 48, 16, 16)),
+    "segments, more queries": (row(40, 21, segments="pair"), Tiles(2, 16, 8, 16, 8, 16)),
+    "packed, window": (row(33, 33, B=2, segments="packed", window=20), Tiles(2, 8, 16, 8, 16, 16)),
+    "full, nobody": (row(20, 40, segments="nobody", causal=False), Tiles(1, 16, 8, 16, 8, 8)),
+    "window of one, T > S": (row(30, 17, H=4, window=1), Tiles(1, 4, 4, 8, 4, 8)),
+}
+PIECES = {
+    "a piece a head": (row(24, 24, H=4, window=5, gate="head"), Tiles(1, 8, 16, 8, 8, 16)),
+    "a piece half a head": (row(12, 28, softcap=1.5), Tiles(2, 16, 8, 8, 4, 16)),
+    "a piece two heads": (row(12, 20, H=8, D=4, segments="pair"), Tiles(2, 4, 8, 8, 4, 64)),
+}
+
+
+def forced(name: str, case: specs.Attention, dtype: str) -> None:
+    inputs, aux, dout = rows.draw(case)
+    options = rows.options(case)
+    run = rule.program.__wrapped__("attention", "pallas", options)  # the cache knows nothing of tiles
+    rule.judge("attention", "pallas", inputs, dout, dtype, aux=aux, options=options, run=run)
+
+
+def spans() -> list[Any]:
+    """(name, dtype) parameters, two in every run."""
+    found = []
+    for name in SPANS:
+        quick = name in ("window, gate", "cap, fewer queries")
+        found.append(pytest.param(name, "float32", marks=() if quick else pytest.mark.slow))
+        found.append(pytest.param(name, "bfloat16", marks=pytest.mark.slow))
+    return found
+
+
+@pytest.mark.parametrize(("name", "dtype"), spans())
+def test_gradients_summed_span_by_span_keep_the_rule(name, dtype, choose):
+    case, chosen = SPANS[name]
+    assert -(-case.S // chosen.k) * chosen.k > chosen.span, "one span"
+    choose(chosen)
+    forced(name, case, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PIECES)
+def test_a_tile_in_pieces_keeps_the_rule(name, choose):
+    case, chosen = PIECES[name]
+    choose(chosen)
+    forced(name, case, "float32")
+
+
+@rows.examples(3)
+@given(
+    sizes=st.tuples(st.integers(1, 20), st.integers(1, 24)),
+    heads=st.sampled_from([(1, 1), (2, 1), (2, 2), (6, 3)]),
+    B=st.integers(1, 2),
+    gate=st.sampled_from(["none", "elementwise", "head"]),
+    segments=st.sampled_from([None, "packed", "pair", "nobody"]),
+    causal=st.booleans(),
+    window=st.none() | st.integers(1, 26),
+    softcap=st.none() | st.floats(1, 4),
+    q=st.sampled_from([1, 4, 8, 16]),
+    k=st.sampled_from([1, 3, 8, 16]),
+    span=st.sampled_from([1, 2, 100]),  # tiles
+    together=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_any_small_shape_in_any_tiles_is_the_formula(
+    sizes, heads, B, gate, segments, causal, window, softcap, q, k, span, together, seed
+):
+    (T, S), (H, K) = sizes, heads
+    S, window = T if segments == "packed" else S, window if causal else None
+    case = row(T, S, B=B, H=H, K=K, D=3, gate=gate, segments=segments, causal=causal, window=window, softcap=softcap)
+    chosen = Tiles(heads=B * K if together else 1, q=q, k=k, rows=H // K * q, keys=k, span=span * k)
+    with mock.patch.object(tiles, "choose", lambda *_, **__: chosen):
+        is_the_formula(case, "pallas", seed, program=rule.program.__wrapped__)
+    rows.forget(rule.program)
+
+
+# Sizes of real heads.
+
+DTYPES = ("float32", "bfloat16", "float16")
+WIDTHS = [(D, dtype) for D in (32, 64, 80, 96, 128, 192, 256) for dtype in DTYPES]
+FEW = ((80, "bfloat16"), (192, "float16"))
+
+
+@pytest.mark.parametrize(("D", "dtype"), [pytest.param(*w, marks=() if w in FEW else pytest.mark.slow) for w in WIDTHS])
+def test_every_width_of_head_keeps_the_rule(D, dtype):
+    case = row(33, 33, H=2, K=1, D=D, window=20, gate="head")
+    inputs, _, dout = rows.draw(case)
+    rule.judge("attention", "pallas", inputs, dout, dtype, options=rows.options(case))
+
+
+# What it keeps, and what it costs.
+
+
+@pytest.mark.parametrize("gate", ["none", "head", "elementwise"])
+def test_only_the_output_and_its_row_sums_are_kept(gate):
+    case = row(64, 64, B=2, H=4, D=16, gate=gate)
+    inputs, *_ = narrow(case)
+    _, pull = jax.eval_shape(lambda inputs: jax.vjp(lambda x: attention(**x), inputs), inputs)
+    kept = sorted(x.size for x in jax.tree.leaves(pull))
+    q = inputs["q"].size
+    assert kept == sorted([*(x.size for x in inputs.values()), q, q // case.D])
+
+
+def self_attention(window: int | None, backward: bool, **options: Any) -> Any:
+    f = lambda q: attention(q, q, q, window=window, **options)
+    return jax.grad(lambda q: jnp.sum(f(q) ** 2)) if backward else f
+
+
+def query(S: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, S, 1, 16), jnp.float32)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("window", [64, None])
+def test_no_scores_of_all_pairs_are_built(window, backward):
+    S = 2048
+    for segments in (None, jnp.zeros((1, S), jnp.int32)):
+        jaxpr = jax.make_jaxpr(self_attention(window, backward, segment_ids=segments))(query(S))
+        assert largest(jaxpr) < S * S // 8
+        assert any(e.primitive.name == "pallas_call" for e in equations(jaxpr))
+
+
+@pytest.mark.parametrize("backward", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("window", [64, None])
+def test_memory_grows_with_the_sequence_not_its_square(window, backward):
+    program = quick(self_attention(window, backward))
+    one, two = (program.lower(query(S)).compile().memory_analysis().temp_size_in_bytes for S in (1024, 2048))
+    assert 0 < two <= 2.3 * one, f"{one} bytes at 1024, {two} at 2048"
+
+
+CHARGED = {
+    "grouped, window, gate": row(40, 40, B=2, H=4, K=2, window=9, gate="head"),
+    "fewer queries, elementwise gate": row(9, 40, gate="elementwise"),
+    "more queries, window": row(40, 9, H=4, K=1, window=3),
+    "full": row(9, 40, causal=False),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "spans"),
+    [(name, n) for name in CHARGED for n in (1, 3)],
+)
+def test_the_compiler_is_told_what_it_costs(name, spans, choose):
+    case = CHARGED[name]
+    k = -(-case.S // spans)
+    choose(Tiles(1, 16, k, 16 * case.H // case.K, k, k))
+    inputs, *_ = narrow(case)
+    jaxpr = jax.make_jaxpr(lambda x: jax.vjp(lambda x: attention(**x, **case.options()), x)[1](x["q"]))(inputs)
+    calls = [e.params for e in equations(jaxpr) if e.primitive.name == "pallas_call"]
+    told = [cost.Cost(p.flops, p.bytes_accessed, p.transcendentals) for p in (c["cost_estimate"] for c in calls)]
+    forward, *backward = told
+    sizes = {name: getattr(case, name) for name in ("B", "T", "S", "H", "K", "D", "causal", "window", "gate")}
+    assert forward == cost.attention(**sizes, itemsize=4)
+    assert len(backward) == spans
+    # Rounded in each span.
+    np.testing.assert_allclose(np.sum(backward, axis=0), cost.attention(**sizes, itemsize=4, backward=True), atol=spans)
+
+
+def test_a_kernel_says_the_five_things():
+    for file in (ROOT / "kernels").rglob("mosaic*.py"):
+        parts = re.findall(r"^(?:\"\"\")?(Math|Tiling|State|Traffic|Limits|Source) {2,}\S", file.read_text(), re.M)
+        assert parts == ["Math", "Tiling", "State", "Traffic", "Limits", "Source"], file
