@@ -60,14 +60,23 @@ def _attend(q: Array, k: Array, v: Array, gate: Array | None, segments: Segments
 
 def _attend_forward(q, k, v, gate, segments, static):
     out = mosaic_tpu.forward(q, k, v, gate, segments, static, residuals=True, cost=_cost(q, gate, static))
-    return out["o"], (q, k, v, gate, segments, out["ungated"], out["lse"])
+    return out["o"], (q, k, v, gate, segments, out["ungated"], out["max"], out["share"])
 
 
 def _attend_backward(static: Static, kept: tuple, do: Array) -> tuple:
-    q, k, v, gate, segments, ungated, lse = kept
+    q, k, v, gate, segments, ungated, largest, share = kept
     do, dgate, delta = _before_backward(do, ungated, gate)
     dq, dk, dv = mosaic_tpu_backward.backward(
-        q, k, v.swapaxes(-1, -2), do, lse, delta, segments, static, cost=_cost(q, gate, static, backward=True)
+        q,
+        k,
+        v.swapaxes(-1, -2),
+        do,
+        largest,
+        share,
+        delta,
+        segments,
+        static,
+        cost=_cost(q, gate, static, backward=True),
     )
     return dq, dk.swapaxes(-1, -2), dv, dgate, None
 

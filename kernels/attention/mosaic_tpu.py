@@ -30,7 +30,7 @@ Array = jax.Array
 
 def _kernel(tile: Tile) -> None:
     across, down = tile.static.pieces
-    gated, residuals = "gate" in tile.refs, "lse" in tile.refs
+    gated, residuals = "gate" in tile.refs, "max" in tile.refs
 
     @pl.when(tile.first)
     def _():
@@ -54,12 +54,12 @@ def _kernel(tile: Tile) -> None:
         for r in range(across):
             old = tile.get("m", r)
             m = functools.reduce(jnp.maximum, (tile.get("top", r, c) for c in range(down)), old)
-            decay = jnp.exp2(old - m)
+            decay = tile.static.exp(old - m)
             tile.put("m", r, value=m)
             tile.put("decay", r, value=decay)
             tile.put("l", r, value=decay * tile.get("l", r))
             for c in range(down):
-                p = jnp.exp2(tile.get("s", r, c) - m)
+                p = tile.static.exp(tile.get("s", r, c) - m)
                 tile.put("l", r, value=tile.get("l", r) + jnp.sum(p, axis=-2, keepdims=True))
                 tile.put("p", r, c, value=p)
 
@@ -80,8 +80,8 @@ def _kernel(tile: Tile) -> None:
                 o = o * jax.nn.sigmoid(tile.get("gate", r).astype(jnp.float32))
             tile.put("o", r, value=o)
             if residuals:
-                # A query without keys: so high that 2^(s - lse) is 0 in the backward pass.
-                tile.put("lse", r, value=jnp.where(nobody, -FLOOR, tile.get("m", r) + jnp.log2(some)))
+                tile.put("max", r, value=tile.get("m", r))
+                tile.put("share", r, value=jnp.where(nobody, 0.0, 1 / some))
 
 
 def forward(
@@ -95,10 +95,11 @@ def forward(
     residuals: bool,
     cost: Cost,
 ) -> dict[str, Array]:
-    """{"o"} or, with `residuals`, {"o", "ungated", "lse"}; lse in units of log2.
+    """{"o"} or, with `residuals`, {"o", "ungated", "max", "share"}: the log-sum-exp of a row in two parts, its
+    largest score in units of `Static.unit` and 1 / sum. One number would carry a rounding error to every p of the row.
 
     Args:
-        q: [heads, pieces of queries, D, rows], as o and ungated; gate: the same or [..., 1, rows], as lse.
+        q: [heads, pieces of queries, D, rows], as o and ungated; gate: the same or [..., 1, rows], as max and share.
         k: [heads, pieces of keys, keys, D]. v: [heads, pieces of keys, D, keys].
     """
     D, tiles, (across, down) = q.shape[2], static.tiles, static.pieces
@@ -110,7 +111,8 @@ def forward(
         if residuals:
             outs["ungated"] = outs["o"]
     if residuals:
-        outs["lse"] = (jax.ShapeDtypeStruct((*q.shape[:2], 1, tiles.rows), jnp.float32), row)
+        one_row = (jax.ShapeDtypeStruct((*q.shape[:2], 1, tiles.rows), jnp.float32), row)
+        outs |= {"max": one_row, "share": one_row}
     one = (across, 1, tiles.rows)
     scratch = {
         "m": (one, jnp.float32),

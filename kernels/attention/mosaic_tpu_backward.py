@@ -1,7 +1,7 @@
 """The gradients of attention on Mosaic TPU, and interpreted on a CPU: dq, dk and dv in one pass over the visible tiles.
 
 Math      with do' = do sigmoid(gate) and delta = rowsum(do' o'), o' the ungated output:
-          p = 2^(s - lse);  dv = p^T do';  ds = p (do' v^T - delta);  dq = scale ds k;  dk = scale ds^T q
+          p = 2^(s - max) share;  dv = p^T do';  ds = p (do' v^T - delta);  dq = scale ds k;  dk = scale ds^T q
 Tiling    the grid of `mosaic_tpu.py`, once for each span of keys:
 
               keys ->        span 0      span 1
@@ -12,8 +12,8 @@ Tiling    the grid of `mosaic_tpu.py`, once for each span of keys:
 
 State     dq [D, R] of one query tile, dk and dv [D, span] of all keys of the span, in float32. The sum over the G heads
           is part of the product. Nothing is written twice: no atomics, and bit-equal from run to run.
-Traffic   reads q, do, lse, delta once a span, k (both ways) and v once a visible tile. 10 D FLOPs a visible pair; two
-          kernels, one for dq and one for dk and dv, would take 14 D and read everything twice.
+Traffic   reads q, do and three numbers a row once a span, k (both ways) and v once a visible tile. 10 D FLOPs a visible
+          pair; two kernels, one for dq and one for dk and dv, would take 14 D and read everything twice.
 Limits    as the forward kernel.
 Source    Dao, FlashAttention-2 (arXiv:2307.08691), algorithm 2.
 """
@@ -24,11 +24,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels.attention.scores import LOG2E, NN, NT, Segments, Static, Tile, block, call, dot, spans
+from kernels.attention.scores import NN, NT, Segments, Static, Tile, block, call, dot, spans
 from kernels.cost import Cost
 
 Array = jax.Array
-EXACT_ROWS = 128
+EXACT_ROWS = 32
 
 
 def _kernel(tile: Tile, first_key_tile: int) -> None:
@@ -57,10 +57,10 @@ def _kernel(tile: Tile, first_key_tile: int) -> None:
     def _():
         for r, c in tile.pieces():
             s = tile.get("s", r, c)
-            p = jnp.exp2(s - tile.get("lse", r))
+            p = static.exp(s - tile.get("max", r)) * tile.get("share", r)
             ds = p * tile.get("dp", r, c)
             if static.softcap is not None:
-                t = s * (1 / (static.softcap * LOG2E))
+                t = s * (1 / (static.softcap * static.unit))
                 ds = ds * (1 - jnp.minimum(t * t, 1))  # masked scores are below -cap
             tile.put("p", r, c, value=p)
             tile.put("ds", r, c, value=ds)
@@ -104,7 +104,8 @@ def backward(
     k: Array,
     v: Array,
     do: Array,
-    lse: Array,
+    largest: Array,
+    share: Array,
     delta: Array,
     segments: Segments | None,
     static: Static,
@@ -115,10 +116,10 @@ def backward(
 
     Args:
         q, do: [heads, pieces of queries, D, rows]; do is the cotangent of the ungated output.
-        k, v: [heads, pieces of keys, keys, D]. lse, delta: [heads, pieces of queries, 1, rows].
+        k, v: [heads, pieces of keys, keys, D]. largest, share, delta: [heads, pieces of queries, 1, rows].
     """
     D, tiles, (across, down) = q.shape[2], static.tiles, static.pieces
-    ins = {name: (x, "q") for name, x in {"q": q, "do": do, "lse": lse, "delta": delta}.items()}
+    ins = {name: (x, "q") for name, x in {"q": q, "do": do, "max": largest, "share": share, "delta": delta}.items()}
     ins |= {name: (x, "k") for name, x in {"k": k, "v": v, "k^T": k.swapaxes(-1, -2)}.items()}
     piece = (across, down, tiles.keys, tiles.rows)
     waiting = {

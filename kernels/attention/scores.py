@@ -66,6 +66,15 @@ class Static(NamedTuple):
     interpret: Any
 
     @property
+    def unit(self) -> float:
+        """Scores are in units of the exponential's: log2 on a TPU, where 2^x is the instruction; not so on a CPU."""
+        return 1.0 if self.interpret else LOG2E
+
+    def exp(self, x: Array) -> Array:
+        """e^x, x in these units."""
+        return jnp.exp(x) if self.interpret else jnp.exp2(x)
+
+    @property
     def pieces(self) -> tuple[int, int]:
         """Pieces of a tile, across the packed queries and down the keys."""
         return self.G * self.tiles.q // self.tiles.rows, self.tiles.k // self.tiles.keys
@@ -178,11 +187,11 @@ class Tile:
                 self.put(name, r, value=(self.get(name, r) if c else start(r)) + product(r, c))
 
     def scores(self, s: Array) -> Array:
-        """Products k q^T as scores in units of log2: scaled, capped."""
+        """Products k q^T as scores, scaled and capped, in units of `Static.unit`."""
         scale, cap = self.static.scale, self.static.softcap
         if cap is None:
-            return s * (scale * LOG2E)
-        return jnp.tanh(s * (scale / cap)) * (cap * LOG2E)
+            return s * (scale * self.static.unit)
+        return jnp.tanh(s * (scale / cap)) * (cap * self.static.unit)
 
     def mask(self, then: Callable[[Any, Any, Array], None]) -> None:
         """Hides the invisible pairs of an edge tile's scores; then(r, c, scores) for each piece."""

@@ -14,7 +14,7 @@ from kernels.dispatch import Device, device
 CPU_SCORES = 2**18  # of a step: 1 MiB of float32
 TPU_SCORES = 2**20  # of a tile: 12 MiB of scratch in the backward pass, and programs of some 7000 bundles
 STEP, QUERY_TILE, SCORE = 550, 160, 2600 / 2**20  # bundles: of a step, of a query tile's start and end, of a score
-MASK = 700 / 2**20  # and of a masked score
+MASK = 1600 / 2**20  # and of a masked score
 SPAN_BYTES = 16 * 2**20  # of dk and dv: float32 sums, and the blocks they leave in, twice
 
 
