@@ -1,7 +1,7 @@
 """Tile sizes of the attention kernels.
 
-On a TPU the tiles are those of the least bundles by a model whose three numbers were read off libtpu's schedules of
-1024 x 1024 scores for v6e: `make aot` compiles what comes out. On a CPU a step costs XLA some forty small operations
+On a TPU the tiles are those of the least bundles by a model whose numbers were read off libtpu's schedules for v5e and
+v6e: `make aot` compiles what comes out. On a CPU a step costs XLA some forty small operations
 whatever is in it, so many heads share a step; its scores should stay in the caches.
 """
 
@@ -13,8 +13,9 @@ from kernels.dispatch import Device, device
 
 CPU_SCORES = 2**18  # of a step: 1 MiB of float32
 TPU_SCORES = 2**20  # of a tile: 12 MiB of scratch in the backward pass, and programs of some 7000 bundles
-STEP, QUERY_TILE, SCORE = 550, 160, 2600 / 2**20  # bundles: of a step, of a query tile's start and end, of a score
-MASK = 1600 / 2**20  # and of a masked score
+STEP, QUERY_TILE = 330, 160  # bundles: of a step, of a query tile's start and end
+SCORE = {128: 4400 / 2**20, 256: 2600 / 2**20}  # and of a score, by the width of the matrix unit
+MASK = {128: 1000 / 2**20, 256: 1600 / 2**20}  # of its mask
 SPAN_BYTES = 16 * 2**20  # of dk and dv: float32 sums, and the blocks they leave in, twice
 
 
@@ -25,7 +26,7 @@ def choose(
     if device.platform == "cpu":
         return _cpu(heads, G, T, S, window)
     wide = 128 if "v5" in device.kind.lower() else 256  # columns of the matrix unit
-    q, k = _tpu(G, T, S, causal, window)
+    q, k = _tpu(G, T, S, causal, window, wide)
     span = SPAN_BYTES // ((8 + 4 * itemsize) * D)
     return Tiles(1, q, k, wide if G * q % wide == 0 else 128, min(256, k), max(1, span // k) * k)
 
@@ -50,7 +51,7 @@ def _cpu(heads: int, G: int, T: int, S: int, window: int | None) -> Tiles:
 
 
 @functools.lru_cache(maxsize=512)
-def _tpu(G: int, T: int, S: int, causal: bool, window: int | None) -> tuple[int, int]:
+def _tpu(G: int, T: int, S: int, causal: bool, window: int | None, wide: int) -> tuple[int, int]:
     """(queries, keys) of a tile."""
     best: tuple[float, int, int] | None = None
     for q in (128, 256, 512, 1024):
@@ -61,7 +62,8 @@ def _tpu(G: int, T: int, S: int, causal: bool, window: int | None) -> tuple[int,
             tiles = plan(T, S, q, k, causal=causal, window=window)
             masked = int(((tiles.flags & MASKED) != 0).sum())
             starts = int(((tiles.flags & FIRST) != 0).sum())
-            bundles = len(tiles) * (STEP + SCORE * G * q * k) + masked * MASK * G * q * k + starts * QUERY_TILE
+            scores = G * q * k
+            bundles = len(tiles) * (STEP + SCORE[wide] * scores) + masked * MASK[wide] * scores + starts * QUERY_TILE
             best = min(best or (bundles, q, k), (bundles, q, k))
     assert best is not None
     return best[1:]
