@@ -134,16 +134,17 @@ MUTANTS: list[Mutant] = [
     *_in(
         "attention/scores",
         "flash",
-        ("a query sees the next key", "visible = distance >= 0 if", "visible = distance >= -1 if", "neither"),
-        ("window one too wide", "distance < static.window", "distance <= static.window", "neither"),
+        ("a query sees the next key", "visible = distance >= 0", "visible = distance >= -1", "neither"),
+        ("window one too wide", "astype(jnp.uint32) < static", "astype(jnp.uint32) <= static", "neither"),
         ("sums over keys forget the decay", "self.get(decay, r) * self.get(name, r)", "self.get(name, r)",
          "span_by_span"),
     ),
     *_in(
         "attention/scores",
         "attention",
-        ("cap does not restore the size", "* (cap * LOG2E)", "* LOG2E", f"{FLASH} and full"),
-        ("padded keys are seen", "else key < static.S - self.j * k - c * keys", "else key < k", f"{FLASH} and full"),
+        ("cap does not restore the size", "* (cap * self.static.unit)", "* self.static.unit", f"{FLASH} and full"),
+        ("padded keys are seen", "visible = key < static.S - self.j * k - c * keys", "visible = key < k",
+         f"{FLASH} and full"),
         ("segments by order", '"q ids", r) == self._column', '"q ids", r) >= self._column', f"{FLASH} and packed"),
     ),
     *_in(
@@ -162,7 +163,7 @@ MUTANTS: list[Mutant] = [
         "attention/mosaic_tpu",
         "attention",
         ("no key gives NaN", "jnp.where(nobody, 1.0, l)", "l", f"{FLASH} and 129 and window"),
-        ("row sums without their maximum", 'tile.get("m", r) + jnp.log2(some))', "jnp.log2(some))",
+        ("shares of one", "jnp.where(nobody, 0.0, 1 / some)", "jnp.where(nobody, 0.0, 1.0)",
          f"{FLASH} and full"),
     ),
     *_in(

@@ -56,14 +56,16 @@ def _kernel(tile: Tile, first_key_tile: int) -> None:
     @tile.phase
     def _():
         for r, c in tile.pieces():
-            s = tile.get("s", r, c)
-            p = static.exp(s - tile.get("max", r)) * tile.get("share", r)
-            ds = p * tile.get("dp", r, c)
-            if static.softcap is not None:
-                t = s * (1 / (static.softcap * static.unit))
-                ds = ds * (1 - jnp.minimum(t * t, 1))  # masked scores are below -cap
-            tile.put("p", r, c, value=p)
-            tile.put("ds", r, c, value=ds)
+            for at_once in ((),) if static.interpret else ((pl.ds(i, 64),) for i in range(0, static.tiles.keys, 64)):
+                piece = (r, c, *at_once)  # few keys at a time, or registers run out
+                s = tile.get("s", *piece)
+                p = static.exp(s - tile.get("max", r)) * tile.get("share", r)
+                ds = p * tile.get("dp", *piece)
+                if static.softcap is not None:
+                    t = s * (1 / (static.softcap * static.unit))
+                    ds = ds * (1 - jnp.minimum(t * t, 1))  # masked scores are below -cap
+                tile.put("p", *piece, value=p)
+                tile.put("ds", *piece, value=ds)
 
     for name, a, b in (("dv acc", "do", "p"), ("dk acc", "q", "ds")):
 
