@@ -55,9 +55,11 @@ def _kernel(tile: Tile, first_key_tile: int) -> None:
 
     @tile.phase
     def _():
+        few = min(64, static.tiles.keys)  # keys at a time, or registers run out
+        parts = [()] if static.interpret else [(pl.ds(i, few),) for i in range(0, static.tiles.keys, few)]
         for r, c in tile.pieces():
-            for at_once in ((),) if static.interpret else ((pl.ds(i, 64),) for i in range(0, static.tiles.keys, 64)):
-                piece = (r, c, *at_once)  # few keys at a time, or registers run out
+            for at_once in parts:
+                piece = (r, c, *at_once)
                 s = tile.get("s", *piece)
                 p = static.exp(s - tile.get("max", r)) * tile.get("share", r)
                 ds = p * tile.get("dp", *piece)
