@@ -132,9 +132,9 @@ def backward(
         "p": (piece, q.dtype),
         "ds": (piece, q.dtype),
     }
-    plans = [static.plan(span) for span in spans(static)]
+    plans = {span: static.plan(span) for span in spans(static)}
     dq, dks, dvs = None, [], []
-    for span, visible in zip(spans(static), plans, strict=True):
+    for span, visible in plans.items():
         low, high = span or (0, k.shape[1] // down)
         first, last = int(visible.q.min()) * across, (int(visible.q.max()) + 1) * across
         partial = q.dtype if span is None else jnp.float32
@@ -160,7 +160,7 @@ def backward(
             waiting,
             segments=segments,
             name="attention_backward",
-            cost=cost.part(len(visible) / sum(map(len, plans))),
+            cost=cost.part(len(visible) / sum(map(len, plans.values()))),
         )
         if span is None:
             dq = found

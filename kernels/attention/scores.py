@@ -32,7 +32,7 @@ HIDDEN = -2e38  # a masked score: 2^(HIDDEN - FLOOR) is 0, so rows without a key
 APART, MIXED, ALIKE = 0, 1, 2  # segments of a tile: none shared, some pairs, all pairs
 VMEM_BYTES = 56 * 2**20  # of the smallest chip's 64
 HELD = 32 * 1024  # float32 that stay in registers while products are added to them: half of a TPU's 64 Ki
-NN, NT, TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
+NN, NT = ((1,), (0,)), ((1,), (1,))  # a b and a b^T
 
 
 class Tiles(NamedTuple):

@@ -1,8 +1,8 @@
 """Tile sizes of the attention kernels.
 
 On a TPU the tiles are those of the least bundles by a model whose numbers were read off libtpu's schedules for v5e and
-v6e: `make aot` compiles what comes out. On a CPU a step costs XLA some forty small operations
-whatever is in it, so many heads share a step; its scores should stay in the caches.
+v6e: `make aot` compiles what comes out. On a CPU a step costs XLA some forty small operations whatever is in it, so
+many heads share a step; its scores should stay in the caches.
 """
 
 import functools
