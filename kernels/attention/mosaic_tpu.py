@@ -125,6 +125,17 @@ def forward(
         "p": ((across, down, tiles.keys, tiles.rows), v.dtype),
         "decay": (one, jnp.float32),
     }
-    name = "attention_forward"
-    found = call(_kernel, static, static.plan(), ins, outs, scratch, waiting, segments=segments, name=name, cost=cost)
+    found = call(
+        _kernel,
+        static,
+        static.plan(joined=tiles.joined),
+        ins,
+        outs,
+        scratch,
+        waiting,
+        segments=segments,
+        joined=tiles.joined,
+        name="attention_forward",
+        cost=cost,
+    )
     return {"ungated": found[0]} | dict(zip(outs, found, strict=True))

@@ -44,10 +44,12 @@ def plan(
     causal: bool,
     window: int | None,
     keys: tuple[int, int] | None = None,
+    joined: int = 1,
 ) -> Plan:
     """The visible tiles of `q_rows` queries by `k_rows` keys; T and S are the true lengths, not padded ones.
 
-    With `keys`, a range of key tiles, only the tiles there: query tiles that see none of them are absent.
+    With `keys`, a range of key tiles, only the tiles there: query tiles that see none of them are absent. With
+    `joined`, no fewer than any query tile sees, its key tiles are one step: so many tiles from `k` on.
     """
     q, k, flags = [], [], []
     met: set[int] = set()
@@ -61,8 +63,11 @@ def plan(
             tiles = [j for j in tiles if keys[0] <= j < keys[1]]
         elif not tiles:
             tiles = [0]
+        if joined > 1:
+            assert len(tiles) <= joined, f"a query tile sees {len(tiles)} key tiles, {joined} are joined"
+            tiles = [max(0, min(tiles[0], -(-S // k_rows) - joined))]
         for j in tiles:
-            whole = (j + 1) * k_rows <= S and high >= low
+            whole = (j + 1) * k_rows <= S and high >= low and joined == 1
             if causal:
                 whole &= first >= (j + 1) * k_rows - 1
             if window is not None:

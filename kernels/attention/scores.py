@@ -42,6 +42,8 @@ class Tiles(NamedTuple):
         heads: key heads. q: queries of each of their G heads, a power of two. k: keys.
         rows: packed queries of a matmul; divides G q, and divides q or is a multiple of it. keys: keys; divides k.
         span: keys whose gradients stay on the chip together; a multiple of k.
+        joined: key tiles that a step of the forward kernel takes as one; more than one only when interpreted, and then
+            all that a query tile sees.
     """
 
     heads: int
@@ -50,6 +52,7 @@ class Tiles(NamedTuple):
     rows: int
     keys: int
     span: int
+    joined: int = 1
 
 
 class Static(NamedTuple):
@@ -79,9 +82,10 @@ class Static(NamedTuple):
         """Pieces of a tile, across the packed queries and down the keys."""
         return self.G * self.tiles.q // self.tiles.rows, self.tiles.k // self.tiles.keys
 
-    def plan(self, keys: tuple[int, int] | None = None) -> Plan:
+    def plan(self, keys: tuple[int, int] | None = None, joined: int = 1) -> Plan:
         """The visible tiles, of a range of keys or of all."""
-        return plan(self.T, self.S, self.tiles.q, self.tiles.k, causal=self.causal, window=self.window, keys=keys)
+        sizes = self.T, self.S, self.tiles.q, self.tiles.k
+        return plan(*sizes, causal=self.causal, window=self.window, keys=keys, joined=joined)
 
 
 class Segments(NamedTuple):
@@ -111,10 +115,13 @@ class Tile:
         refs: blocks and scratch memory by name.
         whole: refs that hold all tiles, not a block; what their pieces follow, the query or the key tile.
         waiting: dtypes of what waits between phases without memory of its own: interpreted, it is just a value.
+        joined: key tiles that are one here.
     """
 
-    def __init__(self, refs: dict[str, Any], whole: dict[str, str], waiting: dict[str, Any], static: Static):
-        self.refs, self.whole, self.waiting, self.static = refs, whole, waiting, static
+    def __init__(
+        self, refs: dict[str, Any], whole: dict[str, str], waiting: dict[str, Any], static: Static, joined: int
+    ):
+        self.refs, self.whole, self.waiting, self.static, self.joined = refs, whole, waiting, static, joined
         self.values: dict[tuple[Any, ...], Array] = {}
         self.g, self.n = pl.program_id(0), pl.program_id(1)
         self.i, self.j = refs["q tile"][self.n], refs["k tile"][self.n]
@@ -149,9 +156,12 @@ class Tile:
             return self.values[name, *piece]
         if name in self.whole:
             across, down = self.static.pieces
-            first = self.i * across if self.whole[name] == "q" else self.j * down
             h = self.static.tiles.heads
-            return self.refs[name][self.g if h == 1 else pl.ds(self.g * h, h), first + piece[0]]
+            read = lambda n: self.refs[name][self.g if h == 1 else pl.ds(self.g * h, h), n + piece[0]]
+            if self.whole[name] == "q":
+                return read(self.i * across)
+            parts = [read(self.j * down + n) for n in range(self.joined)]
+            return parts[0] if self.joined == 1 else jnp.concatenate(parts, -2 if name == "k" else -1)
         return self.refs[name][self._at(piece)]
 
     def put(self, name: str, *piece: Any, value: Array) -> None:
@@ -212,7 +222,7 @@ class Tile:
 
     def _visible(self, shape: tuple[int, ...], r: Any, c: Any) -> Array:
         static = self.static
-        _, q, k, rows, keys, _ = static.tiles
+        _, q, k, rows, keys, *_ = static.tiles
         key = jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 2)
         row = jax.lax.broadcasted_iota(jnp.int32, (*shape[:-2], 1, shape[-1]), len(shape) - 1)
         first = self.i * q + static.S - static.T - self.j * k - c * keys
@@ -256,6 +266,7 @@ def call(
     waiting: dict[str, tuple[tuple[int, ...], Any]],
     *,
     segments: Segments | None,
+    joined: int = 1,
     name: str,
     cost: Cost,
 ) -> list[Array]:
@@ -265,6 +276,7 @@ def call(
         ins: arrays, and what their blocks follow; see `block`.
         scratch: shape, without the heads, and dtype, of what is kept from step to step.
         waiting: the same of what waits from phase to phase.
+        joined: key tiles in a step, as `tiles` has it.
     """
     tables = {"q tile": jnp.asarray(tiles.q), "k tile": jnp.asarray(tiles.k), "flags": jnp.asarray(tiles.flags)}
     h = static.tiles.heads
@@ -284,7 +296,7 @@ def call(
     names = (*tables, *ins, *outs, *scratch)
 
     def body(*refs: Any) -> None:
-        kernel(Tile(dict(zip(names, refs, strict=True)), whole, values, static))
+        kernel(Tile(dict(zip(names, refs, strict=True)), whole, values, static, joined))
 
     run = pl.pallas_call(
         body,

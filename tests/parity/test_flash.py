@@ -74,6 +74,20 @@ def test_the_plan_is_the_visible_tiles(causal, window, keys):
         assert list(zip(*(x.tolist() for x in found), strict=True)) == expected, (T, S, bq, bk)
 
 
+@pytest.mark.parametrize(("causal", "window"), WINDOWS)
+def test_joined_tiles_hold_every_visible_pair_once(causal, window):
+    for T, S, bq, bk in itertools.product(LENGTHS, LENGTHS, (1, 4, 8), (1, 2, 4)):
+        tiles = plan(T, S, bq, bk, causal=causal, window=window)
+        joined = int(np.bincount(tiles.q).max())
+        if joined == 1:
+            continue
+        found = plan(T, S, bq, bk, causal=causal, window=window, joined=joined)
+        assert found.q.tolist() == list(range(-(-T // bq)))
+        assert set(found.flags & (FIRST | LAST | MASKED)) == {FIRST | LAST | MASKED}
+        assert (found.k >= 0).all() and (found.k + joined <= -(-S // bk)).all()
+        assert all(found.k[i] <= j < found.k[i] + joined for i, j in zip(tiles.q, tiles.k, strict=True))
+
+
 def test_the_plan_grows_with_the_sequence_not_its_square():
     for S in (1024, 4096, 16384):
         assert len(plan(S, S, 128, 256, causal=True, window=512)) <= S // 128 * 4
@@ -234,6 +248,10 @@ PIECES = {
     "a piece a head": (row(24, 24, H=4, window=5, gate="head"), Tiles(1, 8, 16, 8, 8, 16)),
     "a piece half a head": (row(12, 28, softcap=1.5), Tiles(2, 16, 8, 8, 4, 16)),
     "a piece two heads": (row(12, 20, H=8, D=4, segments="pair"), Tiles(2, 4, 8, 8, 4, 64)),
+    "three tiles joined": (row(40, 40, H=4, window=14, gate="head"), Tiles(2, 8, 8, 16, 8, 40, 3)),
+    "joined, packed": (row(33, 33, B=2, segments="packed", window=9), Tiles(1, 4, 4, 4, 4, 64, 3)),
+    "joined, fewer queries": (row(9, 40, window=12), Tiles(2, 4, 8, 4, 8, 40, 3)),
+    "joined, more queries": (row(40, 17, H=4, window=9), Tiles(1, 8, 8, 16, 8, 32, 3)),
 }
 
 
