@@ -280,8 +280,9 @@ def test_gradients_summed_span_by_span_keep_the_rule(name, dtype, choose):
     forced(name, case, dtype)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PIECES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "three tiles joined" else pytest.mark.slow) for name in PIECES]
+)
 def test_a_tile_in_pieces_keeps_the_rule(name, choose):
     case, chosen = PIECES[name]
     choose(chosen)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests import mutants
+from tests.mutants import __main__ as program
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,4 +38,4 @@ def test_a_fault_that_is_no_python_is_refused():
 
 def test_the_failed_test_is_read_from_the_summary():
     output = "F\nFAILED tests/parity/test_x.py::test_y[127 a, b-float32] - AssertionError: o - p\n1 failed"
-    assert mutants.failures(output) == ["tests/parity/test_x.py::test_y[127 a, b-float32]"]
+    assert program.failures(output) == ["tests/parity/test_x.py::test_y[127 a, b-float32]"]

@@ -1,0 +1,50 @@
+"""What a planted fault is."""
+
+import ast
+from typing import NamedTuple
+
+# Where a fault may be noticed at all.
+FILES = {
+    "attention": ("attention", "refusals"),
+    "decode": ("decode", "refusals"),
+    "flash": ("flash", "attention"),
+    "grouped_matmul": ("grouped_matmul", "moe", "refusals"),
+    "moe": ("moe", "refusals"),
+    "refusals": ("refusals", "attention"),
+    "sanitizer": ("sanitizer", "flash"),
+    "specs": ("specs",),
+}
+
+
+class Mutant(NamedTuple):
+    """One fault: `old`, found once in `file`, becomes `new`; `tests` is one of FILES, `likely` a pytest -k for it."""
+
+    file: str
+    tests: str
+    name: str
+    old: str
+    new: str
+    likely: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.file.removeprefix('kernels/').removesuffix('.py')}: {self.name}"
+
+    def applied(self, text: str) -> str:
+        """The file with the fault.
+
+        Raises:
+            ValueError: the old text is not there exactly once, or Python does not parse the new one.
+        """
+        if (found := text.count(self.old)) != 1:
+            raise ValueError(f"{self.title}: found {found} times in {self.file}, expected once: {self.old!r}")
+        changed = text.replace(self.old, self.new)
+        try:
+            ast.parse(changed)
+        except SyntaxError as error:
+            raise ValueError(f"{self.title}: {self.file} does not parse: {error}") from None
+        return changed
+
+
+def planted(file: str, tests: str, *faults: tuple[str, str, str, str]) -> list[Mutant]:
+    return [Mutant(f"kernels/{file}.py", tests, *fault) for fault in faults]
