@@ -18,6 +18,7 @@ log = logging.getLogger("kernels")
 NAMES = ("auto", "reference", "xla", "pallas", "triton")  # what every operation has; its own table may hold more
 PREFERENCE = ("pallas", "triton", "xla", "reference")
 OPERATIONS = ("attention", "grouped_matmul", "moe_mlp", "decode_attention")
+HOPPER = ("H100", "H200", "GH200", "H800", "H20")  # what kinds of device with compute capability 9.0 are called
 
 Choice = Callable[..., Any] | str  # what runs, or why nothing does
 
@@ -76,8 +77,14 @@ def missing(op: str, name: str) -> str | None:
     """Why this device cannot run the named implementation, whatever the shapes; None where it can."""
     if name in ("reference", "xla"):
         return None
-    if name == "pallas" and op == "attention" and device().platform in ("cpu", "tpu"):
+    if name == "pallas" and op in ("attention", "decode_attention") and device().platform in ("cpu", "tpu"):
         return None
+    if name == "pallas" and op in ("grouped_matmul", "moe_mlp") and device().platform in ("cpu", "tpu"):
+        return None
+    if name == "pallas" and op == "attention" and device().platform == "gpu":
+        if any(chip in device().kind for chip in HOPPER):
+            return None
+        return f"its Pallas kernel for gpu is Hopper's and this is {device().kind!r}; implementation='xla' runs here"
     if name == "pallas":
         return f"{op} has no Pallas kernel for {device().platform} yet"
     if name == "triton":

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from kernels import checks
 from kernels.attention import flash, tiles, xla
-from kernels.dispatch import choose, missing
+from kernels.dispatch import choose, device, missing
 
 Array = jax.Array
 
@@ -65,8 +65,8 @@ def attention(
         window = min(int(window), max(S, 1))  # a longer one sees no more
 
     table = _table()
-    if q.dtype == jnp.float64 and not isinstance(table["pallas"], str):
-        table["pallas"] = "q has dtype float64 and it adds up in float32"
+    if not isinstance(table["pallas"], str) and (why := _refusal(q.dtype, D)) is not None:
+        table["pallas"] = why
     slow = {"pallas"} if tiles.interpreted_slow(B, T, S, H, window) else ()
     run = choose("attention", implementation, table, slow)
     if 0 in (B, T, H, D):
@@ -93,9 +93,20 @@ def _table() -> dict:
     return {
         "reference": reference,
         "xla": xla.attention,
-        "pallas": missing("attention", "pallas") or flash.attention,
+        "pallas": missing("attention", "pallas") or (_file("hopper") if _on_gpu() else flash.attention),
         "triton": missing("attention", "triton"),
     }
+
+
+def _on_gpu() -> bool:
+    return device().platform == "gpu"
+
+
+def _refusal(dtype: jnp.dtype, D: int) -> str | None:
+    """Why this device's Pallas kernel cannot take these arrays."""
+    if _on_gpu():
+        return importlib.import_module("kernels.attention.hopper").refusal(dtype, D)
+    return "q has dtype float64 and it adds up in float32" if dtype == jnp.float64 else None
 
 
 def _file(name: str) -> Callable[..., Array]:

@@ -1,9 +1,10 @@
 """One decoding step: append to the ring, attend to what is visible, in place."""
 
 import jax
+import jax.numpy as jnp
 
 from kernels import checks
-from kernels.decode import xla
+from kernels.decode import mosaic_tpu, xla
 from kernels.decode.cache import KVCache
 from kernels.dispatch import choose, missing
 
@@ -68,7 +69,11 @@ def decode_attention(
     checks.window(window, causal=True)
     checks.scalars(scale=scale, softcap=softcap)
 
-    run = choose("decode_attention", implementation, _table())
+    table = _table()
+    if q.dtype == jnp.float64 and not isinstance(table["pallas"], str):
+        table["pallas"] = "q has dtype float64 and it adds up in float32"
+    slow = {"pallas"} if mosaic_tpu.interpreted_slow(C) else ()
+    run = choose("decode_attention", implementation, table, slow)
     cache = KVCache(cache_k, cache_v, length)
     return run(q, k, v, cache, gate=gate, window=window, scale=D**-0.5 if scale is None else scale, softcap=softcap)
 
@@ -82,6 +87,6 @@ def _table() -> dict:
     return {
         "reference": reference,
         "xla": xla.decode_attention,
-        "pallas": missing("decode_attention", "pallas"),
+        "pallas": missing("decode_attention", "pallas") or mosaic_tpu.decode_attention,
         "triton": missing("decode_attention", "triton"),
     }

@@ -16,7 +16,7 @@ Array = jax.Array
 UNROLL = 8  # sequences written one by one; more of them by a scatter
 
 
-def _put(ring: Array, x: Array, slot: Array) -> Array:
+def put(ring: Array, x: Array, slot: Array) -> Array:
     """x [B, K, D] into ring [B, K, C, D] at slot [B]."""
     B, x = ring.shape[0], x.astype(ring.dtype)
     if B > UNROLL:
@@ -42,7 +42,7 @@ def decode_attention(
     K, C = cache.k.shape[1:3]
     slot = cache.length % C
     # Behind the barrier the new cache has one maker; without it XLA writes it once for each of its readers.
-    keys, values = jax.lax.optimization_barrier((_put(cache.k, k, slot), _put(cache.v, v, slot)))
+    keys, values = jax.lax.optimization_barrier((put(cache.k, k, slot), put(cache.v, v, slot)))
 
     age = (cache.length[:, None] - jnp.arange(C)[None]) % C  # [B, C]
     limit = C if window is None else min(C, window)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 FILES = {
     "attention": ("attention", "refusals"),
     "decode": ("decode", "refusals"),
+    "decode_pallas": ("decode_pallas", "decode"),
     "flash": ("flash", "attention"),
     "grouped_matmul": ("grouped_matmul", "moe", "refusals"),
     "moe": ("moe", "refusals"),

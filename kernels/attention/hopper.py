@@ -1,0 +1,109 @@
+"""Attention on Hopper: what the kernels take, and the derivative around the two directions.
+
+The forward kernel leaves two residuals, the output without its gate and the log-sum-exp of each row, and only where
+gradients are wanted. Before the backward kernel, one pass over do and o in plain jnp, which XLA fuses:
+
+    do' = do * sigmoid(gate)      dgate = sum(do * o') * sigmoid'(gate)      delta = sum(do' * o')      o' without gate
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels.attention import flash, mosaic_gpu, mosaic_gpu_backward
+from kernels.attention.hopper_static import Static
+
+Array = jax.Array
+Segments = tuple[Array, Array]
+DTYPES = (jnp.bfloat16, jnp.float16)
+
+
+def refusal(dtype: jnp.dtype, D: int) -> str | None:
+    """Why the kernels cannot take these arrays; None where they can."""
+    if dtype not in DTYPES:
+        return f"q has dtype {jnp.dtype(dtype)} and Hopper's tensor cores take bfloat16 and float16 here"
+    if D not in mosaic_gpu.TILES:
+        return f"q has head dim {D} and it has tiles for {', '.join(map(str, mosaic_gpu.TILES))}"
+    return None
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    gate: Array | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    segment_ids: Segments | None,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> Array:
+    """See `kernels.attention`, where arguments are checked; with `interpret` the kernels run on the CPU.
+
+    Raises:
+        NotImplementedError: a dtype or head dim that the kernels do not take.
+    """
+    if (why := refusal(q.dtype, q.shape[-1])) is not None:
+        raise NotImplementedError(f"attention: implementation='pallas' cannot run here: {why}")
+    (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
+    if 0 in (B, T, S, H, D):
+        return jnp.zeros_like(q)
+    # Keys that no query sees are cut off or cleared: what they hold, NaN included, reaches nobody.
+    if window is not None and T + window - 1 < S:
+        seen = T + window - 1
+        k, v, S = k[:, -seen:], v[:, -seen:], seen
+        segment_ids = None if segment_ids is None else (segment_ids[0], segment_ids[1][:, -seen:])
+    if segment_ids is not None:
+        if segment_ids[0] is not segment_ids[1]:
+            seen = flash._seen(*segment_ids, causal=causal, window=window)[:, :, None, None]
+            k, v = jnp.where(seen, k, 0), jnp.where(seen, v, 0)
+        segment_ids = segment_ids[0].astype(jnp.int32), segment_ids[1].astype(jnp.int32)
+    static = Static(T, S, H // K, causal, window, float(scale), softcap, interpret)
+    return _attend(q, k, v, gate, segment_ids, static)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q: Array, k: Array, v: Array, gate: Array | None, segments: Segments | None, static: Static) -> Array:
+    return _forward(q, k, v, gate, segments, static, residuals=False)["o"]
+
+
+def _attend_forward(q, k, v, gate, segments, static):
+    out = _forward(q, k, v, gate, segments, static, residuals=True)
+    return out["o"], (q, k, v, gate, segments, out.get("ungated", out["o"]), out["lse"])
+
+
+def _attend_backward(static: Static, kept: tuple, do: Array) -> tuple:
+    q, k, v, gate, segments, ungated, lse = kept
+    do, dgate, delta = before_backward(do, ungated, gate)
+    dq, dk, dv = mosaic_gpu_backward.backward(q, k, v, do, lse, delta, segments, static)
+    return dq, dk, dv, dgate, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _forward(q, k, v, gate, segments, static, *, residuals: bool) -> dict[str, Array]:
+    """The kernel on lengths that its copies can take, cut back to the true ones."""
+    whole = lambda x: x if x is None else jnp.pad(x, ((0, 0), (0, -x.shape[1] % mosaic_gpu.SIDE), (0, 0), (0, 0)))
+    out = mosaic_gpu.forward(*map(whole, (q, k, v, gate)), segments, static, residuals=residuals)
+    cut = lambda name, x: x[..., : static.T] if name == "lse" else x[:, : static.T]
+    return {name: cut(name, x) for name, x in out.items()}
+
+
+def before_backward(do: Array, ungated: Array, gate: Array | None) -> tuple[Array, Array | None, Array]:
+    """(cotangent of the ungated output, dgate, delta [B, H, T])."""
+    wide, ungated = do.astype(jnp.float32), ungated.astype(jnp.float32)
+    delta = lambda inner: jnp.sum(inner * ungated, axis=-1).swapaxes(1, 2)
+    if gate is None:
+        return do, None, delta(wide)
+    open_ = jax.nn.sigmoid(gate.astype(jnp.float32))
+    dgate = wide * ungated
+    if gate.shape[-1] == 1:
+        dgate = jnp.sum(dgate, axis=-1, keepdims=True)
+    dgate = dgate * (open_ * (1 - open_))
+    inner = wide * open_
+    return inner.astype(do.dtype), dgate.astype(gate.dtype), delta(inner)

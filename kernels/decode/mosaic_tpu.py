@@ -1,0 +1,228 @@
+"""Cached decoding on Mosaic TPU, and interpreted on a CPU: one kernel that appends to the rings and attends.
+
+Math      s = cap(scale q k^T);  o = sigmoid(gate) * softmax(s over the last min(length + 1, C, window) tokens) v
+Tiling    a grid of steps, a block of one ring each, as many as hold visible tokens, counted on the device.
+
+              blocks of slots ->   0   1   2   3   4   5
+              sequence 0           █   ▞   ░   ░   ▞   █      ▞ masked, and where the new token goes
+              sequence 1           ▞   ░   ░   ░   ░   ░      ░ not in the grid
+
+          All K heads of a block are loaded together; the G query heads of each are the rows of its products.
+State     m, l [K, G, 1] and the output [K, G, D] of one sequence, in float32.
+Traffic   reads the visible blocks of k and v once, whatever C is; writes 8 or 16 slots of each ring, in place: both
+          are its outputs too. Plain XLA reads all C slots. 4 H D FLOPs a visible token: memory is what it costs.
+Limits    float32, bfloat16, float16, rings too; any B, H, K, D, C. ValueError comes from `kernels.decode_attention`.
+Source    Dao, Flash-Decoding (2023), without its second pass: a TPU core has nobody to share a sequence with.
+
+A TPU writes whole tiles of memory, so the new token's tile is put together from what was loaded of it. Interpreted, an
+output that is an input costs a copy of it in every step: there XLA puts the token into its slot, in place, and the
+kernel reads the rings as they are then.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels import cost
+from kernels.decode import xla
+from kernels.decode.cache import KVCache
+from kernels.decode.visits import Visits, visits
+from kernels.dispatch import device
+
+Array = jax.Array
+CPU_BLOCK = 512  # slots
+TPU_BYTES = 2**20  # of a block of keys; as much of values, and both twice
+TILE_BYTES = 32  # slots x bytes of a number that are written together: a tile of a TPU's memory is so high
+HIDDEN = -2e38  # a masked score
+
+
+class Static(NamedTuple):
+    """What is known when the kernel is traced; `limit` of the tokens seen, `block` and `rows` in slots."""
+
+    C: int
+    limit: int
+    block: int
+    rows: int
+    scale: float
+    softcap: float | None
+    interpret: bool
+
+
+def decode_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    cache: KVCache,
+    *,
+    gate: Array | None,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Array, KVCache]:
+    """See `kernels.decode_attention`; arguments are checked there."""
+    (B, H, D), (K, C) = q.shape, cache.k.shape[1:3]
+    if 0 in (B, H, D):
+        return xla.decode_attention(q, k, v, cache, gate=gate, window=window, scale=scale, softcap=softcap)
+    limit = C if window is None else min(C, int(window))
+    interpret = device().platform == "cpu"
+    rows = min(C, TILE_BYTES // cache.k.dtype.itemsize)
+    block = C if interpret and C <= CPU_BLOCK else _block(C, limit, rows, K * D * cache.k.dtype.itemsize, interpret)
+    static = Static(C, limit, block, rows, scale, softcap, interpret)
+    packed = lambda x: None if x is None else x.reshape(B, K, H // K, x.shape[-1])
+    plan = visits(cache.length, C, limit, block)
+    new = tuple(x.astype(cache.k.dtype)[:, :, None] for x in (k, v))
+    spent = cost.decode_attention(
+        H=H,
+        K=K,
+        D=D,
+        C=C,
+        lengths=[limit - 1] * B,  # at most: the lengths are not known here
+        gate="none" if gate is None else "elementwise" if gate.shape[-1] == D else "head",
+        itemsize=cache.k.dtype.itemsize,
+    )
+    o, keys, values = _call(packed(q), *new, packed(gate), cache, plan, static, spent)
+    return o.reshape(B, H, D), KVCache(keys, values, cache.length + 1)
+
+
+def interpreted_slow(C: int) -> bool:
+    """Whether the interpreted kernel is slower than plain XLA even where a ring is half full.
+
+    Measured on 2 cores, a full ring: 1.3 times the time of `xla.py`; one of 32768 slots that holds 512: 1 / 16.
+    """
+    return device().platform == "cpu" and C < 1024
+
+
+def _block(C: int, limit: int, rows: int, slot_bytes: int, interpret: bool) -> int:
+    """Slots of a block: about the window, a power of two, or all where the tiles that are written divide them."""
+    down = lambda n: 1 << n.bit_length() - 1
+    most = CPU_BLOCK if interpret else max(rows, min(2048, down(TPU_BYTES // slot_bytes)))
+    block = min(most, max(rows, 1 << (limit - 1).bit_length()))
+    return block if block < C else C if C % rows == 0 else max(rows, down(C))
+
+
+def _kernel(static: Static, refs: dict[str, Any]) -> None:
+    step = pl.program_id(0)
+    b, block = refs["sequence"][step], refs["block"][step]
+    slot, seen = refs["slot"][b], refs["seen"][b]
+    K = refs["q"].shape[1]
+    # Interpreted, a last block that is not whole begins earlier: what it has twice is hidden.
+    first = block * static.block
+    start = jnp.minimum(first, static.C - static.block) if static.interpret else first
+
+    def scores(q: Array, k: Array) -> Array:
+        s = _dot(q, k.astype(q.dtype), 1) * static.scale
+        return s if static.softcap is None else static.softcap * jnp.tanh(s * (1 / static.softcap))
+
+    @pl.when(step == jnp.where(b == 0, 0, refs["ends"][jnp.maximum(b - 1, 0)]))
+    def _():
+        """The sequence begins with its new token, which no ring holds yet."""
+        refs["m"][...] = scores(refs["q"][0], refs["new k"][0])
+        refs["l"][...] = jnp.ones(refs["l"].shape, jnp.float32)
+        refs["acc"][...] = jnp.broadcast_to(refs["new v"][0].astype(jnp.float32), refs["acc"].shape)
+
+    def old(shape: tuple[int, int]) -> Array:
+        """The slots of the block whose tokens are seen, the new one's apart."""
+        at = start + jax.lax.broadcasted_iota(jnp.int32, shape, int(shape[0] == 1))
+        age = jnp.where(at < slot, slot - at, slot - at + static.C)
+        return (age < seen) & (at >= first) & (at < static.C)
+
+    def attend(head: Any, masked: bool) -> None:
+        """One head, or all."""
+        q = refs["q"][0, head]
+        at = (b, head, pl.ds(start, static.block)) if static.interpret else (0, head)
+        s, v = scores(q, refs["k"][at]), refs["v"][at]
+        if masked:
+            s = jnp.where(old((1, static.block)), s, HIDDEN)
+            v = jnp.where(old((static.block, 1)), v, 0)  # may hold NaN where no token is, and 0 * NaN is NaN
+        before = refs["m"][head]
+        m = jnp.maximum(before, jnp.max(s, axis=-1, keepdims=True))
+        p, decay = jnp.exp(s - m), jnp.exp(before - m)
+        refs["m"][head] = m
+        refs["l"][head] = decay * refs["l"][head] + jnp.sum(p, axis=-1, keepdims=True)
+        refs["acc"][head] = decay * refs["acc"][head] + _dot(p.astype(q.dtype), v.astype(q.dtype), 0)
+
+    if static.interpret:
+        attend(slice(None), masked=True)
+    else:
+        # Heads in a loop: unrolled, libtpu mixes them and spills. Whole blocks need no mask.
+        oldest = (slot + 1 - seen + static.C) % static.C
+        whole = (block != slot // static.block) & (first + static.block <= static.C)
+        whole &= (block != oldest // static.block) | (oldest % static.block == 0)
+        for case, masked in ((whole, False), (~whole, True)):
+            pl.when(case)(lambda masked=masked: pl.loop(0, K)(lambda head: attend(head, masked)))
+
+        @pl.when(slot // static.block == block)
+        def _():
+            """The tile of the new token leaves with it."""
+            tile = pl.multiple_of(slot % static.block // static.rows * static.rows, static.rows)
+            for name in ("k", "v"):
+                row = jax.lax.broadcasted_iota(jnp.int32, (1, static.rows, 1), 1) + tile + first
+                old = refs[name][0, :, pl.ds(tile, static.rows)]
+                refs[f"{name} out"][0] = jnp.where(row == slot, refs[f"new {name}"][0], old)
+
+    @pl.when(step == refs["ends"][b] - 1)
+    def _():
+        o = refs["acc"][...] / refs["l"][...]
+        if "gate" in refs:
+            o = o * jax.nn.sigmoid(refs["gate"][0].astype(jnp.float32))
+        refs["o"][0] = o.astype(refs["o"].dtype)
+
+
+def _dot(a: Array, b: Array, contract: int) -> Array:
+    """a b^T (1) or a b (0) over the last two axes, in float32; the axes before are heads."""
+    n = a.ndim - 2
+    heads = tuple(range(n))
+    dims = (((n + 1,), (n + contract,)), (heads, heads))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+def _call(
+    q: Array, k: Array, v: Array, gate: Array | None, cache: KVCache, plan: Visits, static: Static, spent: cost.Cost
+) -> tuple[Array, Array, Array]:
+    """(o [B, K, G, D], both rings). q and gate [B, K, G, n], the new k and v [B, K, 1, D]."""
+    _, K, G, D = q.shape
+    tables = {name: getattr(plan, name) for name in ("sequence", "block", "ends", "seen", "slot")}
+    mine = lambda *shape: pl.BlockSpec((1, *shape), lambda n, sequence, *_: (sequence[n], 0, 0, 0))
+    rings = {"k": cache.k, "v": cache.v}
+    ins = {"q": (q, mine(K, G, D)), "new k": (k, mine(K, 1, D)), "new v": (v, mine(K, 1, D))}
+    if gate is not None:
+        ins["gate"] = gate, mine(K, G, gate.shape[-1])
+    outs = {"o": (jax.ShapeDtypeStruct(q.shape, q.dtype), mine(K, G, D))}
+    aliases = {}
+    if static.interpret:
+        # Behind the barrier the new rings have one maker.
+        keys, values = jax.lax.optimization_barrier(
+            tuple(xla.put(ring, x[:, :, 0], plan.slot) for ring, x in ((cache.k, k), (cache.v, v)))
+        )
+        tables |= {"k": keys, "v": values}
+    else:
+        visited = pl.BlockSpec((1, K, static.block, D), lambda n, sequence, block, *_: (sequence[n], 0, block[n], 0))
+        tile = pl.BlockSpec(
+            (1, K, static.rows, D),
+            lambda n, sequence, block, ends, seen, slot: (sequence[n], 0, slot[sequence[n]] // static.rows, 0),
+        )
+        ins |= {name: (ring, visited) for name, ring in rings.items()}
+        outs |= {f"{name} out": (jax.ShapeDtypeStruct(ring.shape, ring.dtype), tile) for name, ring in rings.items()}
+        aliases = {len(tables) + list(ins).index(name): list(outs).index(f"{name} out") for name in rings}
+    scratch = {"m": (K, G, 1), "l": (K, G, 1), "acc": (K, G, D)}
+    names = (*tables, *ins, *outs, *scratch)
+    found = pl.pallas_call(
+        lambda *refs: _kernel(static, dict(zip(names, refs, strict=True))),
+        out_shape=[shape for shape, _ in outs.values()],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(tables),
+            grid=(plan.count,),
+            in_specs=[spec for _, spec in ins.values()],
+            out_specs=[spec for _, spec in outs.values()],
+            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch.values()],
+        ),
+        input_output_aliases=aliases,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        cost_estimate=spent.estimate(),
+        interpret=static.interpret,
+        name="decode_attention",
+    )(*tables.values(), *(x for x, _ in ins.values()))
+    return (found[0], keys, values) if static.interpret else tuple(found)

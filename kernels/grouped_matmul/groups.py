@@ -1,0 +1,93 @@
+"""Which rows of which group each step of a grouped matmul works on, computed on the device from the sizes.
+
+A step visits one tile of rows for one group. Compiled, tiles lie where blocks can be read, at multiples of their size,
+and a tile that spans groups is visited once for each; interpreted, the tiles of a group begin at its first row:
+
+    rows       ├──── group 0 ────┼─ group 1 ─┼── group 2 ──┤ nobody's
+    compiled   [ 0  ][ 0  ][ 01 ][ 1  ][ 12 ][ 2  ][ 2·    ]        0, 0, 0, 1, 1, 1, 2, 2, 2, ·
+    interpreted[ 0  ][ 0  ][ 0  ]                                   what runs over the end of a group is masked
+                             [ 1  ][ 1  ]
+                                         [ 2  ][ 2  ][ ·  ]
+
+Either way the visits of a group follow each other, so that its matrix is read once, and those of a tile do too, so
+that its output stays on the chip. There are at most tiles + E - 1, or one more if some rows are nobody's. The tables
+have that many entries, the grid as many steps as there are visits.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+class Visits(NamedTuple):
+    """The visits in order. All but `count` are tables, prefetched into scalar memory.
+
+    Attributes:
+        count: how many there are.
+        group: whose rows; E where they are nobody's.
+        row: the first row of the tile.
+        low, high: the rows low <= n < high of the tile are the group's, and this visit's.
+    """
+
+    count: Array
+    group: Array
+    row: Array
+    low: Array
+    high: Array
+
+
+class Visit(NamedTuple):
+    """One visit, seen from inside a kernel."""
+
+    group: Array
+    row: Array
+    low: Array
+    high: Array
+
+    @classmethod
+    def read(cls, tables: Any, v: Array) -> "Visit":
+        """Visit `v` of four tables in scalar memory."""
+        return cls(*(table[v] for table in tables))
+
+    def whole(self, rows: int) -> Array:
+        """Whether the visit has every row of its tile."""
+        return (self.low <= self.row) & (self.row + rows <= self.high)
+
+    def touches(self, first: int, rows: int) -> Array:
+        """Whether the visit has any of these rows of its tile."""
+        return (self.low < self.row + first + rows) & (self.row + first < self.high)
+
+    def mine(self, shape: tuple[int, int], axis: int, first: int = 0) -> Array:
+        """Which rows of the tile, from the `first` on, are this visit's; rows run along the axis."""
+        n = self.row + first + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+        return (self.low <= n) & (n < self.high)
+
+
+def visits(group_sizes: Array, N: int, rows: int, *, aligned: bool, sums: bool = False) -> Visits:
+    """The visits of N rows in tiles of `rows`.
+
+    Args:
+        aligned: tiles lie at multiples of their size; else none reaches past N, and `rows` is at most N.
+        sums: rows are summed, one sum a group: a group without rows is visited too, and what is nobody's is not.
+    """
+    E = group_sizes.shape[0]
+    sizes = group_sizes.astype(jnp.int32)
+    ends = jnp.cumsum(sizes)
+    sizes = jnp.append(sizes, N - ends[-1])
+    ends = jnp.append(ends, N)
+    starts = ends - sizes
+    first = starts // rows * rows if aligned else starts
+    tiles = jnp.where(sizes > 0, -(-(ends - first) // rows), 0)
+    if sums:
+        tiles = jnp.maximum(tiles, 1).at[E].set(0)
+    through = jnp.cumsum(tiles)  # visits up to the end of each group
+    v = jnp.arange(-(-N // rows) + E, dtype=jnp.int32)
+    group = jnp.minimum(jnp.sum(through <= v[:, None], axis=1, dtype=jnp.int32), E)
+    row = first[group] + (v - (through - tiles)[group]) * rows
+    # A tile that would reach past the end lies as far back as it must; a group that ends before has no row in it.
+    low = starts[group] if aligned else row
+    row = jnp.minimum(row, (-(-N // rows) - 1) * rows if aligned else N - rows)
+    return Visits(through[-1], group, row, low, ends[group])

@@ -1,0 +1,146 @@
+"""The Pallas grouped matmul with its derivative, and the mixture of experts built of the same two kernels.
+
+A mixture's rows are sorted by expert, stably, and go through
+
+    forward    h = silu(g) u,  g = x w_gate,  u = x w_up        one pass over x, both matrices in one step
+               y = p (h w_down)                                 p, the router's weight of the row, in the epilogue
+               out[n] = sum of the token's k rows of y          a gather and a sum: no atomics, one order of adding
+    backward   s = dy w_down^T;  dp = sum of s h over F;  du = p s silu(g);  dg = p s u silu'(g);  p h
+               dx = dg w_gate^T + du w_up^T                     one sum
+               dw_gate, dw_up = x^T dg, x^T du                  one pass over x
+               dw_down = (p h)^T dy
+
+g and u are kept, in x's dtype: 8 bytes a hidden feature of a row to write and to read again in bfloat16, against 4 M
+FLOPs to compute it anew. An accelerator that does 240 to 560 FLOPs a byte moved is faster keeping them from M = 480 to
+1150 on, and experts are wider. h is made again from them, and the sorted rows of x and dy are gathered again, for
+they are k times as large as x. Because p is multiplied into y's rows, its gradient needs h, which is there, and not
+the rows of h w_down, which would have to be kept.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.dispatch import Device, device
+from kernels.grouped_matmul.mosaic_tpu import column, product, row
+from kernels.grouped_matmul.mosaic_tpu_dw import summed
+
+Array = jax.Array
+
+
+def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
+    """See `kernels.grouped_matmul`; arguments are checked there."""
+    return _matmul(x, w, group_sizes, device())
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _matmul(x: Array, w: Array, group_sizes: Array, here: Device) -> Array:
+    (y,) = product([x], [w], group_sizes, here, name="grouped_matmul")
+    return y
+
+
+def _matmul_forward(x: Array, w: Array, group_sizes: Array, here: Device) -> tuple[Array, tuple]:
+    return _matmul(x, w, group_sizes, here), (x, w, group_sizes)
+
+
+def _matmul_backward(here: Device, kept: tuple, dy: Array) -> tuple:
+    x, w, group_sizes = kept
+    (dx,) = product([dy], [w], group_sizes, here, transposed=True, name="grouped_matmul_dx")
+    (dw,) = summed(x, [dy], group_sizes, here, name="grouped_matmul_dw")
+    return dx, dw, _no_gradient(group_sizes)
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def moe_mlp(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array) -> Array:
+    """See `kernels.moe_mlp`; arguments are checked there."""
+    (N, k), E = expert_ids.shape, w_gate.shape[0]
+    flat = expert_ids.reshape(-1).astype(jnp.int32)
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)  # sorted row -> n * k + j
+    place = jnp.zeros_like(order).at[order].set(jnp.arange(N * k, dtype=jnp.int32), unique_indices=True)
+    sizes = jnp.sum(flat[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32)
+    return _experts(x, w_gate, w_up, w_down, expert_weights, order, place.reshape(N, k), sizes, device())
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
+def _experts(
+    x: Array,
+    w_gate: Array,
+    w_up: Array,
+    w_down: Array,
+    p: Array,
+    order: Array,
+    place: Array,
+    sizes: Array,
+    here: Device,
+) -> Array:
+    """p [N, k]; order [N k]: of each sorted row its token and slot; place [N, k]: the sorted row of each of these."""
+    return _forward(x, w_gate, w_up, w_down, p, order, place, sizes, here, keep=False)[0]
+
+
+def _experts_forward(x, w_gate, w_up, w_down, p, order, place, sizes, here):
+    out, g, u = _forward(x, w_gate, w_up, w_down, p, order, place, sizes, here, keep=True)
+    return out, (x, w_gate, w_up, w_down, p, order, place, sizes, g, u)
+
+
+def _forward(x, w_gate, w_up, w_down, p, order, place, sizes, here, *, keep):
+    k = p.shape[1]
+
+    def swiglu(g: Array, u: Array) -> tuple[Array, ...]:
+        h = g * jax.nn.sigmoid(g) * u
+        return (h, g, u) if keep else (h,)
+
+    outs = ("wide",) * (3 if keep else 1)
+    rows = x[order // k]
+    h, *kept = product([rows], [w_gate, w_up], sizes, here, epilogue=swiglu, outs=outs, name="experts_up")
+    weighted = lambda y, p: (y * _column(p, here),)
+    (y,) = product([h], [w_down], sizes, here, epilogue=weighted, thin=[_thin(p, order)], name="experts_down")
+    return _gathered(y, place), *kept
+
+
+def _experts_backward(here: Device, saved: tuple, dout: Array) -> tuple:
+    x, w_gate, w_up, w_down, p, order, place, sizes, g, u = saved
+    k = p.shape[1]
+
+    def back(s: Array, g: Array, u: Array, p: Array) -> tuple[Array, ...]:
+        p, g, u = _column(p, here), g.astype(jnp.float32), u.astype(jnp.float32)
+        open_ = jax.nn.sigmoid(g)
+        silu = g * open_
+        h, ps = silu * u, p * s
+        dp = jnp.sum(s * h, axis=1, keepdims=True)
+        return ps * u * open_ * (1 + g - silu), ps * silu, p * h, dp.T if here.platform == "cpu" else row(dp)
+
+    dy = dout[order // k]
+    outs = ("wide", "wide", "wide", "thin")
+    options = {"transposed": True, "epilogue": back, "wide": [g, u], "thin": [_thin(p, order)], "outs": outs}
+    dg, du, ph, dp = product([dy], [w_down], sizes, here, **options, name="experts_dh")
+    (dx,) = product([dg, du], [w_gate, w_up], sizes, here, transposed=True, add=True, name="experts_dx")
+    dw_gate, dw_up = summed(x[order // k], [dg, du], sizes, here, name="experts_dw_up")
+    (dw_down,) = summed(ph, [dy], sizes, here, name="experts_dw_down")
+    none = [_no_gradient(ids) for ids in (order, place, sizes)]
+    return _gathered(dx, place), dw_gate, dw_up, dw_down, dp[0][place].astype(p.dtype), *none
+
+
+_experts.defvjp(_experts_forward, _experts_backward)
+
+
+def _gathered(rows: Array, place: Array) -> Array:
+    """The sum of each token's rows."""
+    wide = (rows[place[:, j]].astype(jnp.float32) for j in range(place.shape[1]))
+    return functools.reduce(jnp.add, wide).astype(rows.dtype)
+
+
+def _thin(p: Array, order: Array) -> Array:
+    """[1, N k]: the weights in the order of the sorted rows."""
+    return p.astype(jnp.float32).reshape(-1)[order][None]
+
+
+def _column(p: Array, here: Device) -> Array:
+    return p.T if here.platform == "cpu" else column(p)
+
+
+def _no_gradient(ids: Array) -> np.ndarray:
+    return np.zeros(ids.shape, jax.dtypes.float0)

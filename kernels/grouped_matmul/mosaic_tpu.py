@@ -1,0 +1,276 @@
+"""Grouped matmul on Mosaic TPU, and interpreted on a CPU: every row times its own group's matrix.
+
+Math      sums = x w_e, or x w_e^T with the matrices read as they lie; several of them, or their sum; then an epilogue
+          on the sums while they are on the chip: y = epilogue(sums, what else there is of these rows)
+Tiling    grid (column tiles, visits, steps of the contraction); a visit is a tile of rows for one group, see
+          `groups.py`. The columns are outermost: through one pass over the rows a group's matrix stays where it is.
+
+              columns ->    tile 0     tile 1            w_0 ╲
+              rows  tile 0  ██ 0       ██ 0              w_1  ╲ one of them at a time
+                    tile 1  ██ 0 ▒ 1   ██ 0 ▒ 1          w_2   ╲
+                    tile 2  ▒▒ 1       ▒▒ 1         ▒ next group: the tile is visited again, the old rows stay
+                    tile 3  ░░         ░░           ░ nobody's: zeros are written, nothing is multiplied
+
+          A tile is multiplied in chunks of rows; those that the visit has no row of are skipped. Compiled, a visit
+          writes whole chunks: rows of later groups are written again by their own visit, rows of earlier ones are
+          saved before and put back after. So the stream of products has no mask in it, and registers suffice.
+State     float32 sums of one tile, where the contraction takes several steps; else none at all.
+Traffic   reads x once for each column tile, each busy group's matrix once; with several steps of the contraction, a
+          matrix once a visit. Writes y once. 2 N K J FLOPs; intensity as of a dense matmul where groups have more than
+          some 500 rows, below that the matrices bind.
+Limits    float32, bfloat16, float16; any N, K, J, E. ValueError comes from `kernels.grouped_matmul`.
+Source    Gale et al., MegaBlocks (arXiv:2211.15841); jax's megablox for the grid of (tile, group) pairs.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels.cost import Cost
+from kernels.dispatch import Device
+from kernels.grouped_matmul import tiles
+from kernels.grouped_matmul.groups import Visit, visits
+
+Array = jax.Array
+Epilogue = Callable[..., Sequence[Array]]
+
+
+def column(row: Array) -> Array:
+    """[1, n] as [n, 1]. The transpose unit takes whole registers."""
+    return jnp.broadcast_to(row, (128, row.shape[1])).T[:, :1]
+
+
+def row(column: Array) -> Array:
+    """[n, 1] as [1, n]."""
+    return jnp.broadcast_to(column, (column.shape[0], 128)).T[:1]
+
+
+def dot(x: Array, w: Array, contract: tuple[int, int]) -> Array:
+    """The product in float32, over axis contract[0] of x and contract[1] of w."""
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
+
+
+def pieces(size: int, piece: int) -> list[tuple[int, int]]:
+    """(first, how many) of each piece of a side; the last may be smaller."""
+    return [(first, min(piece, size - first)) for first in range(0, size, piece)]
+
+
+def loop(rows: int, body: Callable[[Any, Any], None]) -> None:
+    """body(some rows, the first of them), over all: little code for what few steps do."""
+    few = next(few for few in (64, 32, 16, 8, 1) if rows % few == 0)
+
+    def part(n: Array, _: None) -> None:
+        body(pl.ds(pl.multiple_of(n * few, few), few), n * few)
+
+    jax.lax.fori_loop(0, rows // few, part, None)
+
+
+def clear(x: Array, inside: Array) -> Array:
+    """Zeros where it is not inside, whatever is there."""
+    return jnp.where(inside, x, jnp.zeros_like(x))
+
+
+def product(
+    xs: Sequence[Array],
+    ws: Sequence[Array],
+    group_sizes: Array,
+    here: Device,
+    *,
+    transposed: bool = False,
+    add: bool = False,
+    epilogue: Epilogue | None = None,
+    wide: Sequence[Array] = (),
+    thin: Sequence[Array] = (),
+    outs: Sequence[str] = ("wide",),
+    name: str,
+) -> list[Array]:
+    """The outputs of `epilogue(*sums, *wide, *thin)`, zeros in rows that are nobody's.
+
+    Args:
+        xs: [N, K], as many as matrices, or one for all.
+        ws: [E, K, J], or [E, J, K] where `transposed`.
+        add: the products are summed, and the epilogue gets that; else it gets one after the other.
+        epilogue: gets float32 [rows, J] and the same rows of the other arrays; None: the sum itself.
+        wide: [N, J]. thin: [1, N].
+        outs: of each output "wide", [N, J] in x's dtype, or "thin", [1, N] in float32: a sum over columns.
+    """
+    interpret = here.platform == "cpu"
+    (N, K), E, J = xs[0].shape, ws[0].shape[0], ws[0].shape[1 if transposed else 2]
+    dtype = xs[0].dtype
+    n_wide = len(wide) + sum(kind == "wide" for kind in outs)
+    sizes = {"xs": len(xs), "ws": len(ws), "wide": n_wide, "transposed": transposed, "itemsize": dtype.itemsize}
+    chosen = tiles.product(here, N, E, K, J, **sizes)
+    plan = visits(group_sizes, N, chosen.rows, aligned=not interpret)
+    across, steps = -(-J // chosen.columns), -(-K // chosen.inner)
+    tables, operands = plan[1:], [*xs, *ws, *wide, *thin]
+    counts = [len(xs), len(ws), len(wide), len(thin), len(outs)]
+
+    if interpret:
+        # The interpreter carries blocked inputs through its loop and writes every block back; prefetched ones it reads.
+        tables, operands, in_specs = (*tables, *operands), [], []
+        every = lambda *shape: pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
+        wide_out, thin_out = every(N, J), every(across, 1, N)
+    else:
+        tile = lambda v, rows: jax.lax.div(rows[v], chosen.rows)
+        matrix = lambda v, groups: jnp.minimum(groups[v], E - 1)
+        block = pl.BlockSpec
+        x_spec = block((chosen.rows, chosen.inner), lambda j, v, k, g, r, *_: (tile(v, r), k))
+        if transposed:
+            w_spec = block((1, chosen.columns, chosen.inner), lambda j, v, k, g, *_: (matrix(v, g), j, k))
+        else:
+            w_spec = block((1, chosen.inner, chosen.columns), lambda j, v, k, g, *_: (matrix(v, g), k, j))
+        wide_out = block((chosen.rows, chosen.columns), lambda j, v, k, g, r, *_: (tile(v, r), j))
+        thin_in = block((1, chosen.rows), lambda j, v, k, g, r, *_: (0, tile(v, r)))
+        thin_out = block((1, 1, chosen.rows), lambda j, v, k, g, r, *_: (j, 0, tile(v, r)))
+        in_specs = [x_spec] * len(xs) + [w_spec] * len(ws) + [wide_out] * len(wide) + [thin_in] * len(thin)
+
+    n_sums = 0 if steps == 1 else 1 if add else len(ws)
+    wide_shape, thin_shape = jax.ShapeDtypeStruct((N, J), dtype), jax.ShapeDtypeStruct((across, 1, N), jnp.float32)
+    moved = dtype.itemsize * (sum(x.size for x in xs) + sum(w.size for w in ws) + n_wide * N * J)
+    found = pl.pallas_call(
+        functools.partial(_kernel, chosen, E, K, J, transposed, add, epilogue, outs, counts, interpret),
+        out_shape=[wide_shape if kind == "wide" else thin_shape for kind in outs],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(tables),
+            grid=(across, plan.count, steps),
+            in_specs=in_specs,
+            out_specs=[wide_out if kind == "wide" else thin_out for kind in outs],
+            scratch_shapes=[pltpu.VMEM((chosen.rows, chosen.columns), jnp.float32)] * n_sums
+            + [pltpu.VMEM((chosen.rows, chosen.columns), dtype)]
+            * (0 if interpret else sum(kind == "wide" for kind in outs)),
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=tiles.VMEM_BYTES
+        ),
+        cost_estimate=Cost(2 * N * K * J * len(ws), moved).estimate(),
+        interpret=interpret,
+        name=name,
+    )(*tables, *operands)
+    return [x if kind == "wide" else jnp.sum(x, axis=0) for x, kind in zip(found, outs, strict=True)]
+
+
+def _kernel(
+    chosen: tiles.Tiles,
+    E: int,
+    K: int,
+    J: int,
+    transposed: bool,
+    add: bool,
+    epilogue: Epilogue | None,
+    kinds: Sequence[str],
+    counts: Sequence[int],
+    interpret: bool,
+    *refs: Any,
+) -> None:
+    tables, rest = refs[:4], list(refs[4:])
+    xs, ws, wide, thin, outs = ([rest.pop(0) for _ in range(n)] for n in counts)
+    n_saved = 0 if interpret else sum(kind == "wide" for kind in kinds)
+    sums, saved = rest[: len(rest) - n_saved], rest[len(rest) - n_saved :]
+    k, steps = pl.program_id(2), pl.num_programs(2)
+    visit = Visit.read(tables, pl.program_id(1))
+    busy = visit.group < E
+    ragged, past_end = K % chosen.inner != 0, J % chosen.columns != 0 and "thin" in kinds
+    j = pl.program_id(0)
+
+    def products(rows: Any, columns: Any) -> list[Array]:
+        """One step of the contraction, of these rows and columns."""
+        found = []
+        for n, w_ref in enumerate(ws):
+            x = xs[n if len(xs) > 1 else 0][rows]
+            e = jnp.minimum(visit.group, E - 1) if interpret else 0
+            w = w_ref[(e, columns) if transposed else (e, slice(None), columns)]
+            if ragged:
+                x = clear(x, _before(K - k * chosen.inner, x.shape, 1))
+                w = clear(w, _before(K - k * chosen.inner, w.shape, 1 if transposed else 0))
+            found.append(dot(x, w, (1, 1 if transposed else 0)))
+        return [functools.reduce(jnp.add, found)] if add else found
+
+    def write(rows: Any, columns: Any, first: tuple[int, int], values: Sequence[Array]) -> None:
+        for ref, kind, value in zip(outs, kinds, values, strict=True):
+            at = (rows, columns) if kind == "wide" else (0, slice(None), rows)
+            value = value.astype(ref.dtype)
+            if interpret or kind == "thin":
+                old = ref[at]
+                value = clear(value, busy) if interpret else old + value if first[1] else value
+                mine = visit.mine((value.shape[0], 1) if kind == "wide" else value.shape, int(kind != "wide"), first[0])
+                value = jnp.where(mine, value, old)
+            ref[at] = value
+
+    def piece(rows: Any, columns: Any, first: tuple[int, int] = (0, 0)) -> None:
+        def finish(values: Sequence[Array]) -> None:
+            if epilogue is not None:
+                values = [*values, *(ref[rows, columns] for ref in wide)]
+                if past_end:  # what lies there must not get into a sum over columns
+                    inside = [_before(J - j * chosen.columns - first[1], value.shape, 1) for value in values]
+                    values = [clear(*pair) for pair in zip(values, inside, strict=True)]
+                values = epilogue(*values, *(ref[:, rows] for ref in thin))
+            write(rows, columns, first, values)
+
+        if not sums:
+            finish(products(rows, columns))
+            return
+        for ref, value in zip(sums, products(rows, columns), strict=True):
+            ref[rows, columns] += value
+        pl.when(k == steps - 1)(lambda: finish([ref[rows, columns] for ref in sums]))
+
+    if interpret:
+        piece(pl.ds(visit.row, chosen.rows), slice(None))
+        return
+
+    last, blocks = k == steps - 1, [ref for ref, kind in zip(outs, kinds, strict=True) if kind == "wide"]
+    # Rows after this group's belong to later visits, which write them again. Those before it were written already.
+    spoils = busy & last & (visit.low > visit.row)
+
+    @pl.when(spoils)
+    def _():
+        def keep(rows: Any, _: Any) -> None:
+            for ref, old in zip(blocks, saved, strict=True):
+                old[rows] = ref[rows]
+
+        loop(chosen.rows, keep)
+
+    if sums:
+
+        @pl.when(k == 0)
+        def _():
+            for ref in sums:
+                ref[...] = jnp.zeros_like(ref)
+
+    for n, first in enumerate(range(0, chosen.rows, chosen.chunk)):
+        # A branch of its own, or libtpu merges it with the next.
+        @pl.when(busy & visit.touches(first, chosen.chunk) & (visit.row > -1 - n))
+        def _(first: int = first):
+            for c, width in pieces(chosen.columns, chosen.width):
+                for r in range(first, first + chosen.chunk, chosen.height):
+                    piece(pl.ds(r, chosen.height), pl.ds(c, width), (r, c))
+
+    @pl.when(spoils)
+    def _():
+        def restore(rows: Any, first: Any) -> None:
+            for ref, old in zip(blocks, saved, strict=True):
+                before = _before(visit.low - visit.row - first, (rows.size, 1), 0)
+                ref[rows] = jnp.where(before, old[rows], ref[rows])
+
+        loop(chosen.rows, restore)
+
+    @pl.when(~busy & last)
+    def _():
+        def nobody(rows: Any, first: Any) -> None:
+            before = _before(visit.low - visit.row - first, (rows.size, 1), 0)
+            for ref in blocks:
+                ref[rows] = jnp.where(before, ref[rows], jnp.zeros_like(ref[rows]))
+
+        loop(chosen.rows, nobody)
+        for ref, kind in zip(outs, kinds, strict=True):
+            if kind == "thin":
+                ref[0] = jnp.where(visit.mine(ref.shape[1:], 1), 0, ref[0])
+
+
+def _before(end: Any, shape: tuple[int, int], axis: int) -> Array:
+    return jax.lax.broadcasted_iota(jnp.int32, shape, axis) < end

@@ -1,0 +1,129 @@
+"""The gradient of grouped matrices on Mosaic TPU, and interpreted on a CPU: one sum over the rows of each group.
+
+Math      dw_e = sum of x_n^T dy_n over the rows n of group e; several dy against one x
+Tiling    grid (column tiles of x, those of dy, visits); a visit is a tile of rows for one group, see `groups.py`.
+
+              rows ->          tile 0     tile 1     tile 2
+              dw of group 0    ██         █░                     █ rows of the group
+              dw of group 1               ░█         ██          ░ masked: of the tile's other group
+              dw of group 2    one visit without rows: zeros
+          Compiled, a visit first copies its rows, x transposed and all masked; the products read the copies.
+
+State     float32 [columns of x, columns of dy] of one group; it leaves the chip when the group's last visit is done.
+Traffic   reads x once for each column tile of dy and dy once for each of x, writes dw once. 2 N M F FLOPs. x is
+          transposed tile by tile on the chip, never in memory.
+Limits    as the forward kernel. What rows of nobody hold reaches nobody.
+Source    as the forward kernel.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels.cost import Cost
+from kernels.dispatch import Device
+from kernels.grouped_matmul import tiles
+from kernels.grouped_matmul.groups import Visit, visits
+from kernels.grouped_matmul.mosaic_tpu import clear, dot, loop, pieces
+
+Array = jax.Array
+
+
+def summed(x: Array, dys: Sequence[Array], group_sizes: Array, here: Device, *, name: str) -> list[Array]:
+    """[E, M, F] in x's dtype for x [N, M] and each dy [N, F]."""
+    interpret = here.platform == "cpu"
+    (N, M), F, E, dtype = x.shape, dys[0].shape[1], group_sizes.shape[0], x.dtype
+    chosen = tiles.summed(here, N, E, M, F, dys=len(dys), itemsize=dtype.itemsize)
+    plan = visits(group_sizes, N, chosen.rows, aligned=not interpret, sums=True)
+    tables, operands = plan[1:], [x, *dys]
+    if interpret:
+        tables, operands, in_specs = (*tables, *operands), [], []
+        out_spec = pl.BlockSpec((E, M, F), lambda *_: (0, 0, 0))
+    else:
+        tile = lambda v, rows: jax.lax.div(rows[v], chosen.rows)
+        x_spec = pl.BlockSpec((chosen.rows, chosen.inner), lambda m, f, v, g, r, *_: (tile(v, r), m))
+        dy_spec = pl.BlockSpec((chosen.rows, chosen.columns), lambda m, f, v, g, r, *_: (tile(v, r), f))
+        out_spec = pl.BlockSpec((1, chosen.inner, chosen.columns), lambda m, f, v, g, *_: (g[v], m, f))
+        in_specs = [x_spec] + [dy_spec] * len(dys)
+    # Where the output is as wide as the sums, an interpreted kernel adds to it in place.
+    scratch = [] if interpret and dtype == jnp.float32 else [((chosen.inner, chosen.columns), jnp.float32)] * len(dys)
+    if not interpret:
+        scratch += [((chosen.inner, chosen.rows), dtype)] + [((chosen.rows, chosen.columns), dtype)] * len(dys)
+    moved = dtype.itemsize * (x.size + len(dys) * (N * F + E * M * F))
+    return pl.pallas_call(
+        functools.partial(_kernel, chosen, len(dys), interpret),
+        out_shape=[jax.ShapeDtypeStruct((E, M, F), dtype)] * len(dys),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(tables),
+            grid=(-(-M // chosen.inner), -(-F // chosen.columns), plan.count),
+            in_specs=in_specs,
+            out_specs=[out_spec] * len(dys),
+            scratch_shapes=[pltpu.VMEM(*each) for each in scratch],
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=tiles.VMEM_BYTES
+        ),
+        cost_estimate=Cost(2 * N * M * F * len(dys), moved).estimate(),
+        interpret=interpret,
+        name=name,
+    )(*tables, *operands)
+
+
+def _kernel(chosen: tiles.Tiles, n: int, interpret: bool, *refs: Any) -> None:
+    tables, x_ref, dy_refs, outs, rest = refs[:4], refs[4], refs[5 : 5 + n], refs[5 + n : 5 + 2 * n], refs[5 + 2 * n :]
+    v, last = pl.program_id(2), pl.num_programs(2) - 1
+    visit = Visit.read(tables, v)
+    groups = tables[0]
+    fresh = (v == 0) | (groups[jnp.maximum(v - 1, 0)] != visit.group)
+
+    if interpret:
+        rows = pl.ds(visit.row, chosen.rows)
+        mine = visit.mine((chosen.rows, 1), 0)
+        x = clear(x_ref[rows], mine)
+        for index, (out, dy_ref) in enumerate(zip(outs, dy_refs, strict=True)):
+            ref, at = (rest[index], ...) if rest else (out, visit.group)
+            ref[at] = jnp.where(fresh, 0, ref[at]) + dot(x, clear(dy_ref[rows], mine), (0, 0))
+            if rest:
+                out[visit.group] = ref[at].astype(out.dtype)
+        return
+
+    sums, across, down = rest[:n], rest[n], rest[n + 1 :]
+
+    @pl.when(fresh)
+    def _():
+        def zero(rows: Any, _: Any) -> None:
+            for ref in sums:
+                ref[rows] = jnp.zeros_like(ref[rows])
+
+        loop(chosen.inner, zero)
+
+    some = visit.low < visit.high
+
+    @pl.when(some)
+    def _():
+        for r, height in pieces(chosen.rows, 128):
+            mine = visit.mine((height, 1), 0, r)
+            across.at[:, pl.ds(r, height)][...] = clear(x_ref[pl.ds(r, height)], mine).T
+            for ref, dy_ref in zip(down, dy_refs, strict=True):
+                ref[pl.ds(r, height)] = clear(dy_ref[pl.ds(r, height)], mine)
+
+    @pl.when(some & (visit.row > -1))  # apart from the copies: libtpu would mix them and run out of registers
+    def _():
+        for m, width in pieces(chosen.inner, chosen.height):
+            for ref, dy_ref in zip(sums, down, strict=True):
+                for f, columns in pieces(chosen.columns, chosen.width):
+                    at = pl.ds(m, width), pl.ds(f, columns)
+                    ref[at] += dot(across[at[0]], dy_ref[:, at[1]], (1, 0))
+
+    @pl.when((v == last) | (groups[jnp.minimum(v + 1, last)] != visit.group))
+    def _():
+        def leave(rows: Any, _: Any) -> None:
+            for out, ref in zip(outs, sums, strict=True):
+                out[0, rows] = ref[rows].astype(out.dtype)
+
+        loop(chosen.inner, leave)

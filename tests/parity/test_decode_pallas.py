@@ -1,0 +1,84 @@
+"""The Pallas decoding kernel from inside: the blocks it visits, and what a TPU makes of it."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kernels
+from kernels import specs
+from kernels.decode import mosaic_tpu
+from kernels.decode.visits import visits
+from kernels.dispatch import compiling_for
+from tests.parity import rows, rule, sanitizer
+from tests.parity.test_decode import draw
+
+V6E = ("tpu", "TPU v6 lite")
+
+
+def row(*lengths: int, **sizes) -> specs.Decode:
+    return rows.row(specs.Decode, lengths=lengths, **sizes)
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 4, 8])
+def test_the_visits_are_the_blocks_that_hold_seen_tokens(block):
+    for C, limit in itertools.product((1, 3, 8, 10, 13), (1, 2, 5, 13)):
+        limit, lengths = min(limit, C), np.arange(3 * C + 2)
+        found = visits(jnp.asarray(lengths), C, limit, block)
+        expected = []
+        for b, length in enumerate(lengths):
+            seen = [p % C // block for p in range(max(0, length + 1 - limit), length + 1)]
+            expected += [(b, at) for at in dict.fromkeys(seen)]
+        count = int(found.count)
+        assert count == len(expected) and found.ends[-1] == count and found.sequence.shape[0] >= count
+        assert list(zip(found.sequence[:count].tolist(), found.block[:count].tolist(), strict=True)) == expected
+        np.testing.assert_array_equal(found.slot, lengths % C)
+        np.testing.assert_array_equal(found.seen, np.minimum(lengths + 1, limit))
+
+
+TILED = {  # whole blocks: the simulator knows no others
+    "a window across the ring's end": row(5, 40, 48, 100, C=48, window=11, gate="elementwise"),
+    "a ring in three blocks, cap, gate": row(0, 47, 48, 150, C=48, softcap=1.5, gate="head"),
+    "one head, one token": row(0, 16, C=32, H=1, K=1, window=1),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if n else ()) for n, name in enumerate(TILED)]
+)
+def test_a_tpu_appends_and_attends_in_one_kernel(name, monkeypatch):
+    """Simulated: the tile that the new token lies in leaves with it, and nothing else of the ring is touched."""
+    case = TILED[name]
+    monkeypatch.setattr(mosaic_tpu, "_block", lambda *_: 16)
+    step = draw(case, fill=np.nan)
+    inputs = {key: jnp.float32(x) for key, x in step.inputs.items()}
+    cache = kernels.KVCache(jnp.float32(step.cache_k), jnp.float32(step.cache_v), **case.aux())
+    operation = lambda inputs, cache: kernels.decode_attention(
+        **inputs, cache=cache, **case.options(), implementation="pallas"
+    )
+    with compiling_for(*V6E):
+        found = sanitizer.on_tpu(operation, inputs, cache, cores=1)
+    assert not found.races and found.out_of_bounds is None
+    o, after = found.result
+    plain, _ = kernels.decode_attention(**inputs, cache=cache, **case.options(), implementation="reference")
+    rule.check({"o": o}, {"o": plain}, {"o": step.o}, "float32")
+    for ring, old, new in ((after.k, step.cache_k, "k"), (after.v, step.cache_v, "v")):
+        expected = old.copy()
+        for b, length in enumerate(case.lengths):
+            expected[b, :, length % case.C] = step.inputs[new][b]
+        np.testing.assert_array_equal(ring, expected)
+
+
+@pytest.mark.parametrize(("C", "window"), [(600, None), (1100, 300), (1537, 513)])
+def test_several_blocks_are_the_formula(C, window):
+    case = row(0, C - 1, C, 3 * C + 7, C=C, window=window, gate="head", D=8)
+    step = draw(case, fill=np.nan)
+    inputs = {key: jnp.float32(x) for key, x in step.inputs.items()}
+    cache = kernels.KVCache(jnp.float32(step.cache_k), jnp.float32(step.cache_v), **case.aux())
+    run = lambda name: jax.jit(
+        lambda inputs, cache: kernels.decode_attention(**inputs, cache=cache, **case.options(), implementation=name)
+    )
+    o, _ = run("pallas")(inputs, cache)
+    rule.check({"o": o}, {"o": run("reference")(inputs, cache)[0]}, {"o": step.o}, "float32")

@@ -1,0 +1,131 @@
+"""The Pallas grouped matmul from inside: its visits, and that both ways of laying tiles give the same rows."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+import kernels
+from kernels.dispatch import Device, compiling_for
+from kernels.grouped_matmul import tiles
+from kernels.grouped_matmul.groups import visits
+from tests.jaxprs import largest
+
+MEMORY = pltpu.InterpretParams(uninitialized_memory="nan")
+SIZES = ([5], [0], [3, 4], [0, 7, 0, 1], [4, 4, 0], [0, 0, 0], [1, 1, 1, 1, 9], [16, 0, 3])
+
+
+@pytest.mark.parametrize("sums", [False, True])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_every_row_is_visited_once_by_its_group(aligned, sums):
+    for sizes, spare, rows in itertools.product(SIZES, (0, 1, 6), (1, 2, 4, 8)):
+        N, E = sum(sizes) + spare, len(sizes)
+        if N == 0 or (rows > N and not aligned):
+            continue
+        found = visits(jnp.array(sizes), N, rows, aligned=aligned, sums=sums)
+        table = np.stack([np.asarray(each)[: int(found.count)] for each in found[1:]], axis=1)
+        assert int(found.count) <= len(found.group) == -(-N // rows) + E
+        owners = [[] for _ in range(N)]
+        for group, row, low, high in table:
+            assert 0 <= row < N and (row % rows == 0 if aligned else row + rows <= N)
+            for n in range(max(row, low), min(row + rows, high, N)):
+                owners[n].append(group)
+        whose = np.repeat(np.arange(E + 1), [*sizes, spare])
+        assert owners == [[] if sums and e == E else [e] for e in whose], (sizes, spare, rows)
+        groups = table[:, 0].tolist()
+        assert groups == sorted(groups)
+        assert set(groups) == (set(range(E)) if sums else set(whose))
+
+
+def arrays(N: int, M: int, F: int, E: int) -> tuple[jax.Array, jax.Array]:
+    rng = np.random.default_rng(0)
+    return jnp.array(rng.standard_normal((N, M)), jnp.float32), jnp.array(rng.standard_normal((E, M, F)), jnp.float32)
+
+
+def output_and_gradients(x: jax.Array, w: jax.Array, sizes: jax.Array, name: str) -> tuple[jax.Array, ...]:
+    y, pull = jax.vjp(lambda x, w: kernels.grouped_matmul(x, w, sizes, implementation=name), x, w)
+    return y, *pull(jnp.cos(y))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 37])
+def test_no_tile_size_changes_the_result(monkeypatch, rows):
+    (x, w), sizes = arrays(37, 6, 5, 4), jnp.array([9, 0, 13, 8])
+    expected = output_and_gradients(x, w, sizes, "reference")
+    monkeypatch.setattr(tiles, "rows", lambda *_: (rows, rows))
+    for mine, other in zip(output_and_gradients(x, w, sizes, "pallas"), expected, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-5)
+
+
+def test_one_program_serves_any_sizes():
+    (x, w), seen = arrays(40, 6, 5, 8), []
+
+    @jax.jit
+    def run(sizes: jax.Array) -> tuple[jax.Array, ...]:
+        seen.append(1)
+        return output_and_gradients(x, w, sizes, "pallas")
+
+    for sizes in ([5] * 8, [40] + [0] * 7, [0] * 8, [0] * 7 + [39]):
+        mine, expected = run(jnp.array(sizes)), output_and_gradients(x, w, jnp.array(sizes), "reference")
+        for a, b in zip(mine, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert len(seen) == 1
+
+
+def test_many_experts_few_tokens():
+    rng = np.random.default_rng(0)
+    x, w_gate, w_up, w_down = (jnp.array(rng.standard_normal(s), jnp.float32) for s in ((1, 4), *[(256, 4, 4)] * 3))
+    ids, weights = jnp.array(rng.permutation(256)[None, :8]), jnp.array(rng.random((1, 8)), jnp.float32)
+    run = lambda name: kernels.moe_mlp(x, w_gate, w_up, w_down, ids, weights, implementation=name)
+    np.testing.assert_allclose(run("pallas"), run("reference"), rtol=1e-4, atol=1e-4)
+
+
+def test_matrices_are_not_expanded():
+    """No array has rows times groups elements, forward or backward."""
+    (x, w), sizes = arrays(64, 8, 16, 32), jnp.full((32,), 2)
+    jaxpr = jax.make_jaxpr(lambda x, w: output_and_gradients(x, w, sizes, "pallas"))(x, w)
+    assert largest(jaxpr.jaxpr) <= max(w.size, 64 * 33)
+
+
+def test_float64_is_refused_by_name():
+    with jax.enable_x64(True):
+        x, w = jnp.ones((4, 3)), jnp.ones((2, 3, 5))
+        assert x.dtype == jnp.float64
+        with pytest.raises(NotImplementedError, match="float64"):
+            kernels.grouped_matmul(x, w, jnp.array([2, 2]), implementation="pallas")
+        assert kernels.grouped_matmul(x, w, jnp.array([2, 2])).dtype == jnp.float64
+
+
+def test_tiles_fit_and_divide():
+    for kind, (N, M, F, E) in itertools.product(
+        ("TPU v5 lite", "TPU v6 lite"), ((8192, 4096, 14336, 8), (65536, 2048, 768, 128), (256, 2048, 768, 128))
+    ):
+        found = tiles.product(Device("tpu", kind), N, E, M, F, xs=1, ws=2, wide=3, transposed=False, itemsize=2)
+        assert found.rows % found.chunk == 0 and found.chunk % found.height == 0
+        assert M % found.inner == 0 and F % found.columns == 0
+
+
+@pytest.mark.parametrize("sides", [{}, {"inner": 16, "columns": 16, "width": 8}], ids=["whole", "cut"])
+def test_the_compiled_form_is_the_formula(monkeypatch, sides):
+    """The body that is compiled for a TPU, on JAX's simulation of one, with NaN in all memory that nobody wrote."""
+    monkeypatch.setattr(tiles, "rows", lambda *_: (16, 8))
+    for name in ("product", "summed"):
+        choose = getattr(tiles, name)
+        cut = lambda *args, choose=choose, **sizes: choose(*args, **sizes)._replace(height=8, **sides)
+        monkeypatch.setattr(tiles, name, cut)
+    (x, w), sizes = arrays(37, 24, 40, 4), jnp.array([9, 0, 13, 8])
+    down, ids = jnp.swapaxes(w, 1, 2), jnp.array(np.random.default_rng(1).integers(0, 3, (37, 2)))
+    weights = jnp.linspace(0, 1, 74).reshape(37, 2)
+
+    def experts(name: str) -> tuple[jax.Array, ...]:
+        run = lambda x, w, p: kernels.moe_mlp(x, w, w / 5, down / 7, ids, p, implementation=name)
+        y, pull = jax.vjp(run, x, w / 5, weights)
+        return y, *pull(jnp.cos(y))
+
+    expected = *output_and_gradients(x, w, sizes, "reference"), *experts("reference")
+    with compiling_for("tpu", "TPU v6 lite"), pltpu.force_tpu_interpret_mode(MEMORY):
+        mine = *output_and_gradients(x, w, sizes, "pallas"), *experts("pallas")
+    for a, b in zip(mine, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))

@@ -1,0 +1,210 @@
+"""The Hopper attention, interpreted on the CPU: values, races, rows that see nothing, the tiles it takes."""
+
+import functools
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+import kernels
+from kernels import dispatch, specs
+from kernels.attention import hopper, mosaic_gpu
+from kernels.attention.hopper_static import Static
+from reference.attention import visible
+from tests.parity import rows, rule
+
+RACES = plgpu.InterpretGPUParams(detect_races=True)
+slow = pytest.mark.slow
+
+
+def row(T: int, S: int, D: int = 64, **sizes: Any) -> specs.Attention:
+    return rows.row(specs.Attention, T=T, S=S, **({"H": 2, "K": 1, "D": D} | sizes))
+
+
+def options(case: specs.Attention) -> dict[str, Any]:
+    return case.options() | {"scale": case.D**-0.5 if case.scale is None else case.scale}
+
+
+def arrays(case: specs.Attention, dtype: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(gate included, None where there is none; segment ids as the kernel takes them)."""
+    inputs, aux, _ = rows.draw(case)
+    inputs = {"gate": None} | {name: jnp.asarray(x, dtype) for name, x in inputs.items()}
+    ids = aux.get("segment_ids")
+    ids = (ids, ids) if isinstance(ids, np.ndarray) else ids
+    return inputs, {"segment_ids": None if ids is None else tuple(map(jnp.asarray, ids))}
+
+
+def races() -> bool:
+    found = interpreter.get_races().races_found
+    interpreter.reset_gpu_interpret_mode_state()
+    return found
+
+
+def static(case: specs.Attention) -> Static:
+    window = None if case.window is None else min(case.window, case.S)
+    scale = options(case)["scale"]
+    return Static(case.T, case.S, case.H // case.K, case.causal, window, scale, case.softcap, RACES)
+
+
+@functools.cache
+def forward(case: specs.Attention, dtype: str) -> dict[str, np.ndarray]:
+    """The output and the residuals, computed once."""
+    inputs, aux = arrays(case, dtype)
+    run = lambda q, k, v, gate, ids: hopper._forward(q, k, v, gate, ids, static(case), residuals=True)
+    out = jax.jit(run)(inputs["q"], inputs["k"], inputs["v"], inputs["gate"], aux["segment_ids"])
+    out = {name: np.asarray(x) for name, x in out.items()}
+    assert not races()
+    return out
+
+
+def truth(case: specs.Attention, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(o, the same without the gate, log2-sum-exp) in float64."""
+    inputs, aux = arrays(case, dtype)
+    q, k, v = (rule.exact(inputs[name]) for name in "qkv")
+    G = case.H // case.K
+    s = np.einsum("BTKGD,BSKD->BKGTS", q.reshape(case.B, case.T, case.K, G, case.D), k) * options(case)["scale"]
+    if case.softcap is not None:
+        s = case.softcap * np.tanh(s / case.softcap)
+    seen = np.asarray(visible(case.T, case.S, causal=case.causal, window=case.window))[None, None, None]
+    if aux["segment_ids"] is not None:
+        of_query, of_key = map(np.asarray, aux["segment_ids"])
+        seen = seen & (of_query[:, :, None] == of_key[:, None])[:, None, None]
+    weights = np.where(seen, np.exp2(s * math.log2(math.e)), 0)
+    total = weights.sum(-1)
+    o = np.einsum("BKGTS,BSKD->BTKGD", weights / np.where(total == 0, 1, total)[..., None], v)
+    o = o.reshape(case.out_shape())
+    lse = np.where(total == 0, np.inf, np.log2(np.where(total == 0, 1, total))).reshape(case.B, case.H, case.T)
+    gate = 1.0 if inputs["gate"] is None else 1 / (1 + np.exp(-rule.exact(inputs["gate"])))
+    return o * gate, o, lse
+
+
+FORWARD = [
+    # A head's two query tiles, the second with few rows; a window's two edges in one tile and apart.
+    row(129, 200, window=70, gate="elementwise"),
+    row(65, 127, D=128, K=2, causal=False, gate="head", softcap=2.0),
+    row(200, 65, D=256, gate="elementwise"),  # the first queries see nothing
+    pytest.param(row(64, 129, segments="nobody", window=100, gate="head", B=2), marks=slow),
+    pytest.param(row(1, 200, D=128, gate="elementwise"), marks=slow),
+    pytest.param(row(1, 1, gate="elementwise"), marks=slow),
+    pytest.param(row(129, 1, D=128, gate="head"), marks=slow),
+    pytest.param(row(127, 64, causal=False), marks=slow),
+    pytest.param(row(200, 200, D=128, window=1, softcap=1.0), marks=slow),
+    pytest.param(row(127, 200, D=128, window=1000, segments="pair"), marks=slow),
+    pytest.param(row(200, 129, D=256, window=64, scale=-0.05, gate="elementwise"), marks=slow),
+    pytest.param(row(129, 129, D=256, causal=False, segments="packed", softcap=3.0), marks=slow),
+    pytest.param(row(65, 65, scale=0.0, H=4, K=2, B=2), marks=slow),
+    pytest.param(row(600, 600, window=300, gate="elementwise"), marks=slow),
+    pytest.param(row(600, 1000, D=128, H=1, gate="elementwise"), marks=slow),
+    pytest.param(row(200, 700, D=256, H=1, window=400, gate="elementwise"), marks=slow),
+]
+
+
+@pytest.mark.parametrize("case", FORWARD, ids=lambda case: "-".join(f"{x}" for x in case.__dict__.values() if x))
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=slow)])
+def test_the_output_and_its_residuals_are_the_formula_without_a_race(case, dtype):
+    mine = forward(case, dtype)
+    inputs, aux = arrays(case, dtype)
+    plain = kernels_reference(case, inputs, aux)
+    o, ungated, lse = truth(case, dtype)
+    rule.check({"o": mine["o"]}, {"o": plain}, {"o": o}, dtype)
+    if "ungated" in mine:
+        bare = kernels_reference(case, inputs | {"gate": None}, aux)
+        rule.check({"o": mine["ungated"]}, {"o": bare}, {"o": ungated}, dtype)
+    assert (np.isposinf(mine["lse"]) == np.isposinf(lse)).all()
+    np.testing.assert_allclose(mine["lse"], lse, atol=2e-4, rtol=1e-5)
+    assert mine["o"].shape == case.out_shape() and mine["o"].dtype == inputs["q"].dtype
+    nothing = np.isposinf(lse).swapaxes(1, 2)
+    assert not mine["o"][nothing].any(), "a query that sees no key gives zeros"
+
+
+def kernels_reference(case: specs.Attention, inputs: dict[str, Any], aux: dict[str, Any]) -> jax.Array:
+    from reference import attention
+
+    return attention(**inputs, **aux, **options(case))
+
+
+GRADIENTS = [row(72, 136, window=70, gate="elementwise"), row(65, 40, D=128, gate="head", K=2, softcap=2.0)]
+
+
+@slow
+@pytest.mark.parametrize("case", GRADIENTS, ids=["window", "softcap"])
+def test_the_gradients_are_the_formulas(case):
+    inputs, _, dout = rows.draw(case)
+
+    def run(inputs: dict, aux: dict, dout: jax.Array) -> dict[str, jax.Array]:
+        call = lambda x: hopper.attention(**x, **options(case), segment_ids=None, interpret=RACES)
+        o, pull = jax.vjp(call, inputs)
+        return {"o": o} | {f"d{name}": gradient for name, gradient in pull(dout)[0].items()}
+
+    rule.judge("attention", "hopper", inputs, dout, jnp.bfloat16, options=rows.options(case), run=run)
+    assert not races()
+
+
+@slow
+def test_what_no_query_sees_changes_no_bit_and_two_runs_agree():
+    case = row(65, 200, window=40, segments="nobody")
+    inputs, aux = arrays(case, "bfloat16")
+    run = jax.jit(lambda x: hopper.attention(**x, **options(case), **aux, interpret=RACES))
+    once, again = run(inputs), run(inputs)
+    ids = aux["segment_ids"][1][0] == 99
+    hidden = (ids | (jnp.arange(200) < 200 - 65 - 40 + 1))[None, :, None, None]
+    assert hidden.sum() == 96 + 4
+    poisoned = inputs | {name: jnp.where(hidden, jnp.nan, inputs[name]) for name in "kv"}
+    rule.same_bits({"o": once}, {"o": again})
+    rule.same_bits({"o": once}, {"o": run(poisoned)})
+
+
+LENGTHS = (1, 64, 65, 130, 200)
+WINDOWS = ((False, None), *((True, window) for window in (None, 1, 63, 64, 100, 1000)))
+
+
+@pytest.mark.parametrize(("causal", "window"), WINDOWS)
+def test_a_span_holds_the_visible_tiles_and_its_interior_needs_no_mask(causal, window):
+    for q, k in ((64, 128), (128, 64), (16, 32)):
+        first = np.arange(0, 256, q, dtype=np.int32)
+
+        @jax.jit
+        @functools.partial(jax.vmap, in_axes=(0, None, None))
+        def spans(top: Any, T: Any, S: Any, q: int = q, k: int = k) -> tuple:
+            return mosaic_gpu.span(top, q, k, Static(T, S, 1, causal, window, 1.0, None))
+
+        for T, S in itertools.product(LENGTHS, LENGTHS):
+            found = [np.asarray(x) for x in spans(first, np.int32(T), np.int32(S))]
+            distance = np.arange(T)[:, None] + S - T - np.arange(S)
+            seen = ((distance >= 0) | (not causal)) & (distance < (window or 10**6))
+            for n, top in enumerate(first):
+                start, left, right, stop = (int(x[n]) for x in found)
+                tiles = [seen[top : top + q, j * k : (j + 1) * k] for j in range(-(-S // k))]
+                needed = [j for j, tile in enumerate(tiles) if tile.any()]
+                assert list(range(start, stop)) == needed, (T, S, q, k, top)
+                whole = [j for j in needed if tiles[j].all() and (j + 1) * k <= S]
+                assert list(range(left, right)) == whole, (T, S, q, k, top)
+
+
+def test_what_the_kernels_do_not_take_is_named():
+    for dtype, D, said in (("float32", 64, "float32"), ("bfloat16", 96, "head dim 96")):
+        x = jnp.ones((1, 8, 2, D), dtype)
+        with pytest.raises(NotImplementedError, match=said):
+            hopper.attention(x, x, x, gate=None, causal=True, window=None, scale=1.0, softcap=None, segment_ids=None)
+
+
+def test_without_keys_the_output_is_zero():
+    q, none = jnp.ones((1, 8, 2, 64), jnp.bfloat16), jnp.ones((1, 0, 2, 64), jnp.bfloat16)
+    o = hopper.attention(q, none, none, gate=None, causal=False, window=None, scale=1.0, softcap=None, segment_ids=None)
+    assert o.shape == q.shape and not o.any()
+
+
+def test_hopper_is_served_by_it_and_other_gpus_are_told_what_runs():
+    with dispatch.compiling_for("cuda", "NVIDIA H100 80GB HBM3"):
+        assert kernels.implementations("attention")["pallas"] is None
+        x = jnp.ones((1, 8, 2, 96), jnp.bfloat16)
+        with pytest.raises(NotImplementedError, match="head dim 96"):
+            kernels.attention(x, x, x, implementation="pallas")
+    with dispatch.compiling_for("cuda", "NVIDIA A100-SXM4-80GB"):
+        assert "'xla' runs here" in kernels.implementations("attention")["pallas"]

@@ -1,0 +1,186 @@
+"""Hopper's gradients of attention, interpreted on a CPU: by the rule, without races, and only where they are needed."""
+
+import functools
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+import kernels
+from kernels.attention import mosaic_gpu_backward, mosaic_gpu_dq
+from kernels.attention.hopper_static import Static
+from tests.parity import rule, sanitizer
+
+CHECKED = plgpu.InterpretGPUParams(detect_races=True)
+
+
+class Case(NamedTuple):
+    """Sizes and options of one comparison."""
+
+    T: int
+    S: int
+    D: int = 64
+    G: int = 1
+    K: int = 1
+    B: int = 1
+    causal: bool = True
+    window: int | None = None
+    softcap: float | None = None
+    segments: bool = False
+    dtype: str = "bfloat16"
+    spread: float = 1.0  # of the queries: large ones make scores far below zero
+
+    def __str__(self) -> str:
+        default = self._field_defaults
+        return "-".join(f"{name}{value}" for name, value in self._asdict().items() if value != default.get(name))
+
+
+def arrays(case: Case, seed: int = 0) -> tuple[dict[str, jax.Array], jax.Array, Any]:
+    """(q, k and v; do; ids) in the case's dtype."""
+    rng, (T, S, D, G, K, B, *_) = np.random.default_rng(seed), case
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), case.dtype)
+    inputs = {"q": draw(B, T, G * K, D) * case.spread, "k": draw(B, S, K, D), "v": draw(B, S, K, D)}
+    ids = None
+    if case.segments:
+        ids = tuple(jnp.asarray(np.sort(rng.integers(0, 4, (B, n))), jnp.int32) for n in (T, S))
+    return inputs, draw(B, T, G * K, D), ids
+
+
+def options(case: Case) -> dict[str, Any]:
+    return {"causal": case.causal, "window": case.window, "softcap": case.softcap}
+
+
+def residuals(case: Case, inputs: dict[str, jax.Array], do: jax.Array, ids: Any) -> tuple[jax.Array, jax.Array]:
+    """(lse to the base 2, delta) in float32 from plain jnp."""
+    wide = {name: x.astype(jnp.float32) for name, x in inputs.items()}
+    B, T, H, D = wide["q"].shape
+    q = wide["q"].reshape(B, T, case.K, case.G, D)
+    s = jnp.einsum("BTKGD,BSKD->BKGTS", q, wide["k"]).reshape(B, H, T, case.S) * D**-0.5
+    if case.softcap is not None:
+        s = case.softcap * jnp.tanh(s / case.softcap)
+    distance = jnp.arange(T)[:, None] + case.S - T - jnp.arange(case.S)
+    seen = jnp.ones((B, T, case.S), bool)
+    if case.causal:
+        seen &= distance >= 0
+    if case.window is not None:
+        seen &= distance < case.window
+    if ids is not None:
+        seen &= ids[0][:, :, None] == ids[1][:, None]
+    lse = jax.nn.logsumexp(jnp.where(seen[:, None], s, -jnp.inf), axis=-1) / np.log(2)
+    o = kernels.attention(**wide, **options(case), segment_ids=ids, implementation="reference")
+    delta = jnp.einsum("BTHD,BTHD->BHT", o, do.astype(jnp.float32))
+    return jnp.where(jnp.isfinite(lse), lse, jnp.inf), delta
+
+
+def static(case: Case, params: Any = CHECKED) -> Static:
+    return Static(case.T, case.S, case.G, case.causal, case.window, case.D**-0.5, case.softcap, params)
+
+
+def gradients(case: Case, inputs: dict[str, jax.Array], do: jax.Array, ids: Any) -> dict[str, Any]:
+    """What the two kernels compute; fails where they race."""
+    lse, delta = jax.jit(functools.partial(residuals, case), compiler_options=rule.HURRY)(inputs, do, ids)
+    run = jax.jit(
+        lambda *args: mosaic_gpu_backward.backward(*args, static(case)), compiler_options=rule.HURRY
+    )  # a function of its own, so that no program of another run is taken from a cache
+    with sanitizer._every(sanitizer.gpu_interpreter, "GPURaceDetectionState") as detectors:
+        try:
+            found = jax.block_until_ready(run(*inputs.values(), do, lse, delta, ids))
+        finally:
+            sanitizer.gpu_interpreter.reset_gpu_interpret_mode_state()
+    assert len(detectors) == 2 and not any(detector.races_found for detector in detectors)
+    return dict(zip(("dq", "dk", "dv"), found))
+
+
+def expected(case: Case, inputs: dict[str, jax.Array], do: jax.Array, ids: Any) -> dict[str, Any]:
+    aux = {} if ids is None else {"segment_ids": ids}
+    found = rule.program("attention", "reference", tuple(options(case).items()))(inputs, aux, do)
+    return {name: found[name] for name in ("dq", "dk", "dv")}
+
+
+def judge(case: Case) -> dict[str, Any]:
+    inputs, do, ids = arrays(case)
+    mine, plain = gradients(case, inputs, do, ids), expected(case, inputs, do, ids)
+    with jax.enable_x64(True):
+        exact = {name: jnp.asarray(rule.exact(x)) for name, x in inputs.items()}
+        oracle = expected(case, exact, jnp.asarray(rule.exact(do)), ids)
+    for name, x in mine.items():
+        assert x.dtype == plain[name].dtype and x.shape == plain[name].shape, name
+    rule.check(mine, plain, oracle, case.dtype)
+    return mine
+
+
+FAST = [
+    Case(129, 129, G=2, window=70),
+    Case(65, 200, D=128, window=64, softcap=5.0),
+    Case(127, 64, D=256, segments=True),
+    Case(64, 129, D=256, causal=False, dtype="float16", spread=30.0),
+]
+LONG = [
+    *(Case(T, S, D=64, window=w, dtype="float16") for T in (1, 64, 65) for S in (1, 127, 200) for w in (None, 1, 66)),
+    *(Case(200, 200, D=D, G=3, K=2, B=2, window=w) for D in (64, 128, 256) for w in (None, 1, 65, 200, 999)),
+    *(Case(T, S, D=D, causal=False) for D in (64, 128, 256) for T, S in ((129, 65), (65, 129), (8, 200))),
+    *(Case(129, 129, D=D, softcap=c, window=w) for D in (64, 128, 256) for c, w in ((2.0, None), (30.0, 65))),
+    *(Case(T, S, D=D, B=2, segments=True) for D in (64, 128, 256) for T, S in ((200, 200), (65, 127), (129, 64))),
+    *(Case(300, 300, D=D, G=2, segments=True, softcap=20.0, window=100) for D in (64, 128, 256)),
+    *(Case(200, 129, D=D, spread=30.0, causal=c) for D in (64, 128, 256) for c in (True, False)),
+]
+
+
+@pytest.mark.parametrize("case", [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in LONG)], ids=str)
+def test_gradients(case: Case):
+    judge(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_unseen_keys_and_blind_queries_get_zeros(D):
+    """Keys before every window, and queries before every key."""
+    inputs, do, _ = arrays(case := Case(64, 200, D=D, window=8))
+    mine = gradients(case, inputs, do, None)
+    for name in ("dk", "dv"):
+        assert not np.any(mine[name][:, : 200 - 64 - 7]) and np.any(mine[name][:, 200 - 64 - 7])
+    inputs, do, _ = arrays(case := Case(200, 64, D=D))
+    assert not np.any(gradients(case, inputs, do, None)["dq"][:, : 200 - 64])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_twice_the_same_bits(D):
+    case = Case(200, 200, D=D, G=2, window=90)
+    inputs, do, _ = arrays(case)
+    rule.same_bits(*(gradients(case, inputs, do, None) for _ in range(2)))
+
+
+@pytest.mark.parametrize("T, S, causal, window", [(300, 300, True, 70), (300, 300, True, None), (200, 500, True, 33)])
+@pytest.mark.parametrize("tile", [64, 128])
+def test_tiles_outside_the_bounds_are_not_visited(T, S, causal, window, tile):
+    """First tiles and their numbers, against the mask itself."""
+    at = Static(T, S, 1, causal, window, 1.0, None)
+    distance = np.arange(T)[:, None] + S - T - np.arange(S)
+    mask = (distance >= 0) & (distance < (window or S + T))
+    for first in range(0, T, mosaic_gpu_dq.OWN):
+        low, n = mosaic_gpu_dq.keys_of(jnp.int32(first), at, tile)
+        touched = np.unique(np.nonzero(mask[first : first + mosaic_gpu_dq.OWN])[1] // tile)
+        assert [*range(int(low), int(low + n))] == [*touched]
+    for own in (64, 128):
+        for first in range(0, S, own):
+            low, n = mosaic_gpu_dq.queries_of(jnp.int32(first), own, at, tile)
+            touched = np.unique(np.nonzero(mask[:, first : first + own])[0] // tile)
+            assert [*range(int(low), int(low + n))] == [*touched]
+
+
+@pytest.mark.slow
+def test_work_grows_with_the_window_not_with_the_square():
+    """Matrix products that the simulated device ran, with a window, at S and at 2 S."""
+    products = []
+    for S in (512, 1024):
+        inputs, do, _ = arrays(case := Case(S, S, window=64))
+        with mock.patch.object(gpu_callbacks, "wgmma", wraps=gpu_callbacks.wgmma) as ran:
+            gradients(case, inputs, do, None)
+        products.append(ran.call_count)
+    assert 1.8 < products[1] / products[0] < 2.2, products
