@@ -67,7 +67,8 @@ def attention(
     table = _table()
     if not isinstance(table["pallas"], str) and (why := _refusal(q.dtype, D)) is not None:
         table["pallas"] = why
-    slow = {"pallas"} if tiles.interpreted_slow(B, T, S, H, window) else ()
+    # Hopper's kernels have not run on a GPU yet: "auto" leaves them to those who name them.
+    slow = {"pallas"} if _on_gpu() or tiles.interpreted_slow(B, T, S, H, window) else ()
     run = choose("attention", implementation, table, slow)
     if 0 in (B, T, H, D):
         return q
