@@ -28,9 +28,9 @@ Source    Dao, FlashAttention-2 (arXiv:2307.08691), algorithm 2; Shah et al., Fl
 import jax
 import jax.numpy as jnp
 
-from kernels.attention import mosaic_gpu_dkv, mosaic_gpu_dq
+from kernels.attention import hopper_dkv, hopper_dq
+from kernels.attention.hopper_dq import Segments
 from kernels.attention.hopper_static import Static
-from kernels.attention.mosaic_gpu_dq import Segments
 
 Array = jax.Array
 
@@ -51,8 +51,8 @@ def backward(
     q, do, k, v = (_whole(x, 1, 8) for x in (q, do, k, v))
     lse, delta = _whole(lse, 2, PAD, jnp.inf), _whole(delta, 2, PAD)
     ids = () if segments is None else tuple(_whole(x.astype(jnp.int32), 1, PAD) for x in segments)
-    dq = mosaic_gpu_dq.dq(q, k, v, do, lse, delta, ids, static)
-    dk, dv = mosaic_gpu_dkv.dkv(q, k, v, do, lse, delta, ids, static)
+    dq = hopper_dq.dq(q, k, v, do, lse, delta, ids, static)
+    dk, dv = hopper_dkv.dkv(q, k, v, do, lse, delta, ids, static)
     return dq[:, : static.T], dk[:, : static.S], dv[:, : static.S]
 
 

@@ -12,7 +12,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import kernels
-from kernels.attention import mosaic_gpu_backward, mosaic_gpu_dq
+from kernels.attention import hopper_dq, mosaic_gpu_backward
 from kernels.attention.hopper_static import Static
 from tests.parity import rule, sanitizer
 
@@ -163,13 +163,13 @@ def test_tiles_outside_the_bounds_are_not_visited(T, S, causal, window, tile):
     at = Static(T, S, 1, causal, window, 1.0, None)
     distance = np.arange(T)[:, None] + S - T - np.arange(S)
     mask = (distance >= 0) & (distance < (window or S + T))
-    for first in range(0, T, mosaic_gpu_dq.OWN):
-        low, n = mosaic_gpu_dq.keys_of(jnp.int32(first), at, tile)
-        touched = np.unique(np.nonzero(mask[first : first + mosaic_gpu_dq.OWN])[1] // tile)
+    for first in range(0, T, hopper_dq.OWN):
+        low, n = hopper_dq.keys_of(jnp.int32(first), at, tile)
+        touched = np.unique(np.nonzero(mask[first : first + hopper_dq.OWN])[1] // tile)
         assert [*range(int(low), int(low + n))] == [*touched]
     for own in (64, 128):
         for first in range(0, S, own):
-            low, n = mosaic_gpu_dq.queries_of(jnp.int32(first), own, at, tile)
+            low, n = hopper_dq.queries_of(jnp.int32(first), own, at, tile)
             touched = np.unique(np.nonzero(mask[:, first : first + own])[0] // tile)
             assert [*range(int(low), int(low + n))] == [*touched]
 

@@ -8,8 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.attention.hopper_static import Static
-from kernels.attention.mosaic_gpu_dq import (
+from kernels.attention.hopper_dq import (
     COLUMN,
     COMPUTE_REGISTERS,
     MEMORY_REGISTERS,
@@ -25,6 +24,7 @@ from kernels.attention.mosaic_gpu_dq import (
     tiled,
     weights,
 )
+from kernels.attention.hopper_static import Static
 
 Array = jax.Array
 
