@@ -77,9 +77,7 @@ def missing(op: str, name: str) -> str | None:
     """Why this device cannot run the named implementation, whatever the shapes; None where it can."""
     if name in ("reference", "xla"):
         return None
-    if name == "pallas" and op in ("attention", "decode_attention") and device().platform in ("cpu", "tpu"):
-        return None
-    if name == "pallas" and op in ("grouped_matmul", "moe_mlp") and device().platform in ("cpu", "tpu"):
+    if name == "pallas" and device().platform in ("cpu", "tpu"):
         return None
     if name == "pallas" and op == "attention" and device().platform == "gpu":
         if any(chip in device().kind for chip in HOPPER):
