@@ -16,6 +16,7 @@ import yaml
 import kernels
 from dantinox.validation import ConfigError, check_fields, fraction, positive, require, suggest
 
+KVDtype = Literal["model", "int8", "fp8"]
 Attention, Experts, Decode = (Literal[kernels.names(op)] for op in ("attention", "moe_mlp", "decode_attention"))
 Implementation = Literal[kernels.names(*kernels.OPERATIONS)]
 
@@ -90,6 +91,8 @@ class ModelConfig:
     """Implementation of the mixture of experts."""
     decode: Decode = "auto"
     """Implementation of cached decoding."""
+    kv_dtype: KVDtype = "model"
+    """What the key/value cache keeps: the model's dtype, or 8 bits a number and a scale a vector."""
 
     def __post_init__(self) -> None:
         check_fields(self)

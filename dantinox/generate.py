@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from dantinox import cli, generation
-from dantinox.config import Decode
+from dantinox.config import Decode, KVDtype
 from dantinox.sampling import Sampling, integer
 from dantinox.tokenizer import Tokenizer
 
@@ -47,8 +47,12 @@ class Args:
     """Samples, each headed by its number when there are more than one."""
     stream: bool = False
     """Print the text as it is written, one sample after the other."""
+    prefill_chunk: int = generation.PREFILL_CHUNK
+    """Tokens of the prompt read at once; less takes less memory."""
     decode: Decode | None = None
     """Implementation of cached decoding; None: what the run was trained with."""
+    kv_dtype: KVDtype | None = None
+    """What the key/value cache keeps: the model's dtype, or 8 bits a number; None: what the run was trained with."""
     verbose: bool = False
     """Say which implementations were chosen, and show tracebacks."""
 
@@ -80,7 +84,8 @@ def write(args: Args) -> None:
     from dantinox.checkpoint import load
 
     count = integer("n", args.n, 1)
-    model, tokenizer = load(find(args.run), **({"decode": args.decode} if args.decode else {}))
+    chosen = {"decode": args.decode, "kv_dtype": args.kv_dtype}
+    model, tokenizer = load(find(args.run), **{name: value for name, value in chosen.items() if value is not None})
     prompt = tokenizer.encode(args.prompt) if args.prompt else [tokenizer.eos_id]
     request = generation.Request(
         prompts=[prompt],
@@ -89,6 +94,7 @@ def write(args: Args) -> None:
         seed=args.seed,
         stop_tokens=(tokenizer.eos_id,),
         samples=range(count),
+        prefill_chunk=args.prefill_chunk,
     )
     requests = [request]
     if args.stream:  # stdout shows one sample after the other

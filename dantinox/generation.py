@@ -26,6 +26,7 @@ from kernels import KVCache
 Array = jax.Array
 Ids = Sequence[int] | np.ndarray
 
+PREFILL_CHUNK = 2048  # tokens of the prompts read at once
 CHUNK = 64  # tokens a sequence between two looks of the host, which is when Ctrl-C is heard
 LAG = 0.05  # seconds that streamed text may lie behind
 FINISHED = -1  # in place of a token id, once a sequence has stopped
@@ -44,6 +45,7 @@ def generate(
     stop_tokens: Iterable[int] = (),
     n: int = 1,
     max_context: int | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
 ) -> list[list[int]]:
     """Continue each prompt.
 
@@ -57,6 +59,8 @@ def generate(
         n: samples a prompt.
         max_context: most tokens of a prompt and its continuation together; None: the model's. It binds models
             with full attention or learned positions; where every layer has a window, any length goes.
+        prefill_chunk: tokens of the prompts read at once; reading takes the memory of one chunk. The ids do not
+            depend on it, but for rounding.
 
     Returns:
         len(prompts) * n lists of new ids, all samples of the first prompt first.
@@ -66,7 +70,7 @@ def generate(
     """
     sampling = Sampling.checked(temperature, top_k, top_p, min_p)
     samples = range(integer("n", n, 1))
-    request = Request(prompts, max_new_tokens, sampling, seed, stop_tokens, samples, max_context)
+    request = Request(prompts, max_new_tokens, sampling, seed, stop_tokens, samples, max_context, prefill_chunk)
     chunks = list(run(model, request))
     return [[token for ids in row for token in ids] for row in zip(*chunks, strict=True)]
 
@@ -84,13 +88,14 @@ def stream(
     stop_tokens: Iterable[int] = (),
     sample: int = 0,
     max_context: int | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
 ) -> Iterator[int]:
     """The new ids of one sequence as they come: `generate(model, [prompt], n=sample + 1, ...)[sample]`.
 
     Arguments and errors are those of `generate`; they are checked before the first id is asked for.
     """
     sampling = Sampling.checked(temperature, top_k, top_p, min_p)
-    request = Request([prompt], max_new_tokens, sampling, seed, stop_tokens, (sample,), max_context)
+    request = Request([prompt], max_new_tokens, sampling, seed, stop_tokens, (sample,), max_context, prefill_chunk)
     return (token for ids in run(model, request, lag=LAG) for token in ids[0])
 
 
@@ -108,6 +113,7 @@ class Request:
     stop_tokens: Iterable[int] = ()
     samples: Sequence[int] = (0,)
     max_context: int | None = None
+    prefill_chunk: int = PREFILL_CHUNK
 
 
 def run(model: Transformer, request: Request, lag: float | None = None) -> Iterator[list[list[int]]]:
@@ -133,11 +139,16 @@ def run(model: Transformer, request: Request, lag: float | None = None) -> Itera
             f"allowed: max_context {limit}"
         )
     slots = caching.slots(config, caching.bucket(longest + count, caching.SMALLEST_CONTEXT, limit))
-    tokens = np.zeros((len(prompts), caching.bucket(longest, caching.SMALLEST_PROMPT, limit)), np.int32)
+    chunk = integer("prefill_chunk", request.prefill_chunk, 1)
+    size = caching.bucket(longest, caching.SMALLEST_PROMPT, limit)
+    if size > chunk:
+        size = -(-longest // chunk) * chunk
+    tokens = np.zeros((len(prompts), size), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    start = (tokens, lengths, np.uint32(seed), np.array(samples, np.int32), request.sampling, stops)
+    chunks = np.split(tokens, range(chunk, size, chunk), axis=1)
+    start = (chunks, lengths, np.uint32(seed), np.array(samples, np.int32), request.sampling, stops)
     return _chunks(model, slots, start, count, lag)
 
 
@@ -146,8 +157,14 @@ def _chunks(
 ) -> Iterator[list[list[int]]]:
     graph, weights = nnx.split(model)
     weights = _narrow(weights, model.config.dtype)
-    tokens, lengths, seed, samples, sampling, stops = start
-    state = _start(graph, slots, weights, tokens, lengths, seed, samples)
+    chunks, lengths, seed, samples, sampling, stops = start
+    reading: caching.Reading | None = None
+    for i, tokens in enumerate(chunks):
+        at = i * chunks[0].shape[1]
+        # A power of two again; what there is not yet is masked.
+        past = caching.bucket(at, 1) if at else 0
+        reading = _read(graph, slots, past, weights, tokens, np.int32(at), lengths, reading)
+    state = _start(graph, weights, reading, seed, samples)
     size = CHUNK if lag is None else 1
     while count:
         size = min(size, count)
@@ -181,21 +198,29 @@ class _State(NamedTuple):
     step: Array
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _start(
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=7)
+def _read(
     graph: Any,
     slots: tuple[int, ...],
+    past: int,
     weights: Any,
     tokens: Array,
+    start: Array,
     lengths: Array,
-    seed: Array,
-    samples: Array,
-) -> _State:
-    """Read the prompts [B, T], once for all samples."""
-    logits, caches = caching.prefill(nnx.merge(graph, weights), tokens, lengths, slots)
+    reading: caching.Reading | None,
+) -> caching.Reading:
+    """One more chunk of the prompts [B, T]."""
+    return caching.read(nnx.merge(graph, weights), tokens, start, lengths, reading or slots, past)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _start(graph: Any, weights: Any, reading: caching.Reading, seed: Array, samples: Array) -> _State:
+    """The prompts, read once, for all samples."""
+    logits, caches = nnx.merge(graph, weights).logits(reading.last), reading.caches
+    prompts = logits.shape[0]
     logits, caches = jax.tree.map(lambda x: jnp.repeat(x, samples.size, axis=0), (logits, caches))
     root = jax.random.key(seed, impl="threefry2x32")
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(root, jnp.tile(samples, tokens.shape[0]))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(root, jnp.tile(samples, prompts))
     return _State(caches, logits, jnp.zeros(keys.shape, bool), keys, jnp.int32(0))
 
 

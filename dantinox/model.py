@@ -1,5 +1,7 @@
 """The Transformer: pre-norm blocks of windowed, gated, grouped-query attention and a dense or sparse MLP."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,6 +14,8 @@ from dantinox.per_device import by_sequence
 from dantinox.rope import rotate, rotation
 
 Array = jax.Array
+Past = tuple[Array, Array, Array]
+"""Keys and values [B, P, K, D] of earlier positions, and which of them there are, bool [B, P]."""
 
 
 class _Keys:
@@ -62,18 +66,41 @@ class Attention(nnx.Module):
         w = self.o[...]
         return dense(o.reshape(*o.shape[:-2], -1), w.reshape(-1, w.shape[-1]))
 
-    def __call__(self, x: Array, rope: tuple[Array, Array] | None) -> tuple[Array, Array, Array]:
-        """x [B, T, M] -> (output [B, T, M], keys, values [B, T, K, D] for a cache)."""
+    def __call__(
+        self, x: Array, rope: tuple[Array, Array] | None, past: Past | None = None
+    ) -> tuple[Array, Array, Array]:
+        """x [B, T, M], after `past` -> (output [B, T, M], its own keys, values [B, T, K, D] for a cache)."""
         q, k, v, gate = self.project(x, rope)
+        gates = () if gate is None else (gate,)
         with jax.named_scope("attend"):
-            o = by_sequence(self.attend)(q, k, v, *(() if gate is None else (gate,)))
+            if past is None:
+                o = by_sequence(self.attend)(q, k, v, *gates)
+            else:
+                keys, values = (jnp.concatenate(both, axis=1) for both in ((past[0], k), (past[1], v)))
+                own = jnp.zeros(x.shape[:2], jnp.int32)
+                ids = own, jnp.concatenate([jnp.where(past[2], 0, 1), own], axis=1)
+                o = self.attend(q, keys, values, *gates, segment_ids=ids)
         return self.merge(o), k, v
 
-    def attend(self, q: Array, k: Array, v: Array, gate: Array | None = None) -> Array:
-        """q [B, T, H, D] to all of k and v [B, S, K, D] that the layer's window shows."""
+    def attend(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        gate: Array | None = None,
+        segment_ids: tuple[Array, Array] | None = None,
+    ) -> Array:
+        """q [B, T, H, D] to all of k and v [B, S, K, D] that the layer's window and the segments show."""
         config = self.config
         return kernels.attention(
-            q, k, v, gate=gate, window=self.window, softcap=config.attn_softcap, implementation=config.attn
+            q,
+            k,
+            v,
+            gate=gate,
+            window=self.window,
+            softcap=config.attn_softcap,
+            segment_ids=segment_ids,
+            implementation=config.attn,
         )
 
     def step(self, x: Array, rope: tuple[Array, Array] | None, cache: kernels.KVCache) -> tuple[Array, kernels.KVCache]:
@@ -105,12 +132,12 @@ class Block(nnx.Module):
         self.mlp = (MoE if config.n_experts else MLP)(config, key, out_std)
 
     def __call__(
-        self, h: Array, rope: tuple[Array, Array] | None, key: Array | None = None
+        self, h: Array, rope: tuple[Array, Array] | None, key: Array | None = None, past: Past | None = None
     ) -> tuple[Array, RouterLosses | None, tuple[Array, Array]]:
-        """h [B, T, M] -> (h, router losses, (keys, values) [B, T, K, D])."""
+        """h [B, T, M], after `past` -> (h, router losses, (keys, values) [B, T, K, D])."""
         keys = (None, None) if key is None else jax.random.split(key)
         with jax.named_scope("attention"):
-            o, k, v = self.attention(rms_norm(h, self.attention_norm, self.config.norm_eps), rope)
+            o, k, v = self.attention(rms_norm(h, self.attention_norm, self.config.norm_eps), rope, past)
             h = h + dropout(o, self.config.dropout, keys[0])
         h, losses = self.feed_forward(h, keys[1])
         return h, losses, (k, v)
@@ -173,18 +200,27 @@ class Transformer(nnx.Module):
         return h, losses
 
     def forward(
-        self, tokens: Array, *, key: Array | None = None
+        self,
+        tokens: Array,
+        *,
+        key: Array | None = None,
+        start: int | Array = 0,
+        past: Sequence[Past] | None = None,
     ) -> tuple[Array, RouterLosses | None, list[tuple[Array, Array]]]:
-        """(final hidden states [B, T, M], mean router losses, per layer (keys, values) [B, T, K, D])."""
+        """Of tokens [B, T] at positions `start` and on, which see the `past` of each layer too.
+
+        Returns:
+            (final hidden states [B, T, M], mean router losses, per layer (keys, values) [B, T, K, D]).
+        """
         tokens = jnp.asarray(tokens)
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens are {tokens.dtype}{list(tokens.shape)}; allowed: integers [B, T]")
-        h, rope = self.embed(tokens, jnp.arange(tokens.shape[1])[None])
+        h, rope = self.embed(tokens, start + jnp.arange(tokens.shape[1])[None])
         losses, kv = [], []
         for layer, block in enumerate(self.blocks):
             layer_key = None if key is None else jax.random.fold_in(key, layer)
             with jax.named_scope(f"block{layer}"):
-                h, loss, layer_kv = _REMAT[self.config.remat](block)(h, rope, layer_key)
+                h, loss, layer_kv = _REMAT[self.config.remat](block)(h, rope, layer_key, past and past[layer])
             losses.append(loss)
             kv.append(layer_kv)
         mean = None
@@ -201,7 +237,8 @@ class Transformer(nnx.Module):
         dtype = jnp.dtype(self.config.dtype)
         h = self.embedding[...].astype(dtype)[tokens]
         if self.position is not None:
-            h = h + self.position[...].astype(dtype)[positions]
+            # Padding may stand past the last position.
+            h = h + self.position[...].astype(dtype)[jnp.minimum(positions, limit - 1)]
         rope = rotation(self.config, positions) if self.config.positions == "rope" else None
         return h, rope
 

@@ -166,13 +166,17 @@ def decode_attention(
     window: int | None = None,
     gate: str = "none",
     itemsize: int = 2,
+    kv_itemsize: float | None = None,
 ) -> Cost:
-    """One step of `kernels.decode_attention` for sequences that hold `lengths` tokens before it."""
+    """One step of `kernels.decode_attention` for sequences that hold `lengths` tokens before it.
+
+    `kv_itemsize`: bytes a number of the rings takes, its part of a scale included; None: itemsize.
+    """
     lengths = np.asarray(lengths).astype(np.int64)
     B = len(lengths)
     visible = int(np.minimum(lengths + 1, C if window is None else min(C, window)).sum())
     gates = {"none": 0, "head": B * H, "elementwise": B * H * D}[gate]
     # Read q, the new k and v, the gate and the visible slots but the new one; write o and the new slot.
-    old = 2 * K * D * (visible - B)
-    moved = itemsize * (2 * B * H * D + gates + 4 * B * K * D + old) + 8 * B
+    kept = itemsize if kv_itemsize is None else kv_itemsize
+    moved = itemsize * (2 * B * H * D + gates + 2 * B * K * D) + round(kept * 2 * K * D * visible) + 8 * B
     return Cost(4 * H * D * visible, moved, H * visible + gates)

@@ -1,8 +1,11 @@
 """Settings that every test needs before JAX starts."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # Where a CUDA or TPU plugin is installed but no device is there, JAX would complain and try it first.
@@ -11,6 +14,12 @@ if not any(Path(device).exists() for device in ACCELERATORS):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # A compiled program kept from another version of the code must never be what is tested.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+import jax  # noqa: E402, F401 - it reads the line above; those below are for the programs that tests start
+
+# Those repeat each other's work (the same small model, trained, resumed, stopped): what one of them compiles serves
+# the others, for as long as this run lasts.
+STARTED_PROGRAMS = {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
+os.environ.update(STARTED_PROGRAMS)
 
 # The same examples every time, so that a red run can be repeated; `--hypothesis-profile=explore` looks for new ones.
 settings.register_profile("repeat", derandomize=True, deadline=None, max_examples=40, database=None)
@@ -20,3 +29,13 @@ settings.register_profile("long", settings.get_profile("repeat"), max_examples=1
 # With -k "any_small_shape and pallas", 10^4 shapes of one implementation of attention.
 settings.register_profile("thorough", settings.get_profile("repeat"), max_examples=6667)
 settings.load_profile("repeat")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # processes of pytest-xdist inherit the folder
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dantinox-tests-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

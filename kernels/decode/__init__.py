@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from kernels import checks
 from kernels.decode import mosaic_tpu, xla
-from kernels.decode.cache import KVCache
+from kernels.decode.cache import LARGEST, KVCache
 from kernels.dispatch import choose, missing
 
 Array = jax.Array
@@ -31,7 +31,8 @@ def decode_attention(
 
     Args:
         q: [B, H, D]; k and v: [B, K, D]; one floating dtype.
-        cache: `KVCache`, k and v [B, K, C, D], length [B] int32.
+        cache: `KVCache`, k and v [B, K, C, D], length [B] int32. Of int8 or float8_e4m3fn, with k_scale and v_scale
+            [B, K, C] float32, the new token is rounded to it before it is attended to, as it will be afterwards.
         gate: logits [B, H, D] or [B, H, 1], or None.
         window: keys the query sees, itself included; None, or more than C: as many as the ring holds.
         scale: factor on the scores; None: D**-0.5.
@@ -59,7 +60,7 @@ def decode_attention(
     checks.heads(H, K)
     checks.shape("cache.k", cache_k, (B, K, C, D))
     checks.shape("cache.v", cache_v, (B, K, C, D))
-    checks.floating(**{"cache.k": cache_k, "cache.v": cache_v})
+    scales = _scales(cache, cache_k, cache_v)
     checks.shape("cache.length", length, (B,))
     checks.integer("cache.length", length)
     if C < 1:
@@ -74,8 +75,31 @@ def decode_attention(
         table["pallas"] = "q has dtype float64 and it adds up in float32"
     slow = {"pallas"} if mosaic_tpu.interpreted_slow(C) else ()
     run = choose("decode_attention", implementation, table, slow)
-    cache = KVCache(cache_k, cache_v, length)
+    cache = KVCache(cache_k, cache_v, length, *scales)
     return run(q, k, v, cache, gate=gate, window=window, scale=D**-0.5 if scale is None else scale, softcap=softcap)
+
+
+def _scales(cache: KVCache, k: Array, v: Array) -> tuple[Array | None, Array | None]:
+    """The factors of an 8-bit cache, checked."""
+    eight_bits = k.dtype in LARGEST or v.dtype in LARGEST
+    if not eight_bits:
+        checks.floating(**{"cache.k": k, "cache.v": v})
+    elif k.dtype != v.dtype:
+        raise ValueError(f"cache.v has dtype {v.dtype}; allowed: {k.dtype}, the dtype of cache.k")
+    found = []
+    for name in ("k_scale", "v_scale"):
+        scale = getattr(cache, name, None)
+        if eight_bits and scale is None:
+            raise ValueError(f"cache.{name} is None; allowed with a cache of {k.dtype}: float32 {k.shape[:3]}")
+        if not eight_bits and scale is not None:
+            raise ValueError(f"cache.{name} is given; allowed with a cache of {k.dtype}: None")
+        if scale is not None:
+            scale = checks.array(f"cache.{name}", scale, "BKC")
+            checks.shape(f"cache.{name}", scale, k.shape[:3])
+            if scale.dtype != jnp.float32:
+                raise ValueError(f"cache.{name} has dtype {scale.dtype}; allowed: float32")
+        found.append(scale)
+    return found[0], found[1]
 
 
 def _table() -> dict:

@@ -11,12 +11,16 @@ Tiling    a grid of steps, a block of one ring each, as many as hold visible tok
 State     m, l [K, G, 1] and the output [K, G, D] of one sequence, in float32.
 Traffic   reads the visible blocks of k and v once, whatever C is; writes 8 or 16 slots of each ring, in place: both
           are its outputs too. Plain XLA reads all C slots. 4 H D FLOPs a visible token: memory is what it costs.
-Limits    float32, bfloat16, float16, rings too; any B, H, K, D, C. ValueError comes from `kernels.decode_attention`.
+Limits    float32, bfloat16, float16; rings of int8 and float8_e4m3fn too; any B, H, K, D, C. ValueError comes from
+          `kernels.decode_attention`.
 Source    Dao, Flash-Decoding (2023), without its second pass: a TPU core has nobody to share a sequence with.
 
 A TPU writes whole tiles of memory, so the new token's tile is put together from what was loaded of it. Interpreted, an
 output that is an input costs a copy of it in every step: there XLA puts the token into its slot, in place, and the
 kernel reads the rings as they are then.
+
+A ring in 8 bits is multiplied as it is; the factors of its keys join the scores, those of its values the weights: D
+times fewer products than numbers put back.
 """
 
 from typing import Any, NamedTuple
@@ -28,24 +32,26 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels import cost
 from kernels.decode import xla
-from kernels.decode.cache import KVCache
+from kernels.decode.cache import KVCache, held, stored
 from kernels.decode.visits import Visits, visits
 from kernels.dispatch import device
 
 Array = jax.Array
 CPU_BLOCK = 512  # slots
 TPU_BYTES = 2**20  # of a block of keys; as much of values, and both twice
+LANES = 128  # slots of a tile of factors
 TILE_BYTES = 32  # slots x bytes of a number that are written together: a tile of a TPU's memory is so high
 HIDDEN = -2e38  # a masked score
 
 
 class Static(NamedTuple):
-    """What is known when the kernel is traced; `limit` of the tokens seen, `block` and `rows` in slots."""
+    """What is known when the kernel is traced; `limit` of the tokens seen, `block`, `rows` and `lanes` in slots."""
 
     C: int
     limit: int
     block: int
     rows: int
+    lanes: int
     scale: float
     softcap: float | None
     interpret: bool
@@ -68,12 +74,12 @@ def decode_attention(
         return xla.decode_attention(q, k, v, cache, gate=gate, window=window, scale=scale, softcap=softcap)
     limit = C if window is None else min(C, int(window))
     interpret = device().platform == "cpu"
-    rows = min(C, TILE_BYTES // cache.k.dtype.itemsize)
-    block = C if interpret and C <= CPU_BLOCK else _block(C, limit, rows, K * D * cache.k.dtype.itemsize, interpret)
-    static = Static(C, limit, block, rows, scale, softcap, interpret)
+    rows, lanes = min(C, TILE_BYTES // cache.k.dtype.itemsize), min(C, LANES)
+    tile = rows if cache.k_scale is None else lanes
+    block = C if interpret and C <= CPU_BLOCK else _block(C, limit, tile, K * D * cache.k.dtype.itemsize, interpret)
+    static = Static(C, limit, block, rows, lanes, scale, softcap, interpret)
     packed = lambda x: None if x is None else x.reshape(B, K, H // K, x.shape[-1])
     plan = visits(cache.length, C, limit, block)
-    new = tuple(x.astype(cache.k.dtype)[:, :, None] for x in (k, v))
     spent = cost.decode_attention(
         H=H,
         K=K,
@@ -81,10 +87,11 @@ def decode_attention(
         C=C,
         lengths=[limit - 1] * B,  # at most: the lengths are not known here
         gate="none" if gate is None else "elementwise" if gate.shape[-1] == D else "head",
-        itemsize=cache.k.dtype.itemsize,
+        itemsize=q.dtype.itemsize,
+        kv_itemsize=cache.k.dtype.itemsize + (0 if cache.k_scale is None else 4 / D),
     )
-    o, keys, values = _call(packed(q), *new, packed(gate), cache, plan, static, spent)
-    return o.reshape(B, H, D), KVCache(keys, values, cache.length + 1)
+    o, cache = _call(packed(q), k, v, packed(gate), cache, plan, static, spent)
+    return o.reshape(B, H, D), cache
 
 
 def interpreted_slow(C: int) -> bool:
@@ -112,8 +119,8 @@ def _kernel(static: Static, refs: dict[str, Any]) -> None:
     first = block * static.block
     start = jnp.minimum(first, static.C - static.block) if static.interpret else first
 
-    def scores(q: Array, k: Array) -> Array:
-        s = _dot(q, k.astype(q.dtype), 1) * static.scale
+    def scores(q: Array, k: Array, factor: Array | float = 1) -> Array:
+        s = _dot(q, k.astype(q.dtype), 1) * (factor * static.scale)
         return s if static.softcap is None else static.softcap * jnp.tanh(s * (1 / static.softcap))
 
     @pl.when(step == jnp.where(b == 0, 0, refs["ends"][jnp.maximum(b - 1, 0)]))
@@ -133,15 +140,21 @@ def _kernel(static: Static, refs: dict[str, Any]) -> None:
         """One head, or all."""
         q = refs["q"][0, head]
         at = (b, head, pl.ds(start, static.block)) if static.interpret else (0, head)
-        s, v = scores(q, refs["k"][at]), refs["v"][at]
+        k_scale, v_scale = (
+            1 if name not in refs else refs[name][at][:, None] if static.interpret else refs[name][0, pl.ds(head, 1)]
+            for name in ("k scale", "v scale")
+        )
+        s, v = scores(q, refs["k"][at], k_scale), refs["v"][at]
         if masked:
             s = jnp.where(old((1, static.block)), s, HIDDEN)
             v = jnp.where(old((static.block, 1)), v, 0)  # may hold NaN where no token is, and 0 * NaN is NaN
+            v_scale = jnp.where(old((1, static.block)), v_scale, 0) if "v scale" in refs else 1
         before = refs["m"][head]
         m = jnp.maximum(before, jnp.max(s, axis=-1, keepdims=True))
         p, decay = jnp.exp(s - m), jnp.exp(before - m)
         refs["m"][head] = m
         refs["l"][head] = decay * refs["l"][head] + jnp.sum(p, axis=-1, keepdims=True)
+        p = p * v_scale if "v scale" in refs else p
         refs["acc"][head] = decay * refs["acc"][head] + _dot(p.astype(q.dtype), v.astype(q.dtype), 0)
 
     if static.interpret:
@@ -161,7 +174,14 @@ def _kernel(static: Static, refs: dict[str, Any]) -> None:
             for name in ("k", "v"):
                 row = jax.lax.broadcasted_iota(jnp.int32, (1, static.rows, 1), 1) + tile + first
                 old = refs[name][0, :, pl.ds(tile, static.rows)]
-                refs[f"{name} out"][0] = jnp.where(row == slot, refs[f"new {name}"][0], old)
+                new = refs[f"put {name}"] if f"put {name}" in refs else refs[f"new {name}"]
+                refs[f"{name} out"][0] = jnp.where(row == slot, new[0], old)
+            if "k scale" in refs:
+                tile = pl.multiple_of(slot % static.block // static.lanes * static.lanes, static.lanes)
+                for name in ("k scale", "v scale"):
+                    lane = jax.lax.broadcasted_iota(jnp.int32, (1, static.lanes), 1) + tile + first
+                    old = refs[name][0, :, pl.ds(tile, static.lanes)]
+                    refs[f"{name} out"][0] = jnp.where(lane == slot, refs[f"put {name}"][0], old)
 
     @pl.when(step == refs["ends"][b] - 1)
     def _():
@@ -181,31 +201,52 @@ def _dot(a: Array, b: Array, contract: int) -> Array:
 
 def _call(
     q: Array, k: Array, v: Array, gate: Array | None, cache: KVCache, plan: Visits, static: Static, spent: cost.Cost
-) -> tuple[Array, Array, Array]:
-    """(o [B, K, G, D], both rings). q and gate [B, K, G, n], the new k and v [B, K, 1, D]."""
+) -> tuple[Array, KVCache]:
+    """(o [B, K, G, D], the cache with the token). q and gate [B, K, G, n], the new k and v [B, K, D]."""
     _, K, G, D = q.shape
     tables = {name: getattr(plan, name) for name in ("sequence", "block", "ends", "seen", "slot")}
-    mine = lambda *shape: pl.BlockSpec((1, *shape), lambda n, sequence, *_: (sequence[n], 0, 0, 0))
-    rings = {"k": cache.k, "v": cache.v}
-    ins = {"q": (q, mine(K, G, D)), "new k": (k, mine(K, 1, D)), "new v": (v, mine(K, 1, D))}
+    mine = lambda *shape: pl.BlockSpec((1, *shape), lambda n, sequence, *_: (sequence[n], *(0,) * len(shape)))
+    put = {"k": stored(k, cache.k.dtype), "v": stored(v, cache.v.dtype)}
+    eight_bits = cache.k_scale is not None
+    ins = {"q": (q, mine(K, G, D))}
+    # What is attended to is what the ring will hold.
+    for name, new in put.items():
+        ins[f"new {name}"] = (held(*new, q.dtype) if eight_bits else new[0])[:, :, None], mine(K, 1, D)
     if gate is not None:
         ins["gate"] = gate, mine(K, G, gate.shape[-1])
     outs = {"o": (jax.ShapeDtypeStruct(q.shape, q.dtype), mine(K, G, D))}
-    aliases = {}
+    aliases, after = {}, None
     if static.interpret:
-        # Behind the barrier the new rings have one maker.
-        keys, values = jax.lax.optimization_barrier(
-            tuple(xla.put(ring, x[:, :, 0], plan.slot) for ring, x in ((cache.k, k), (cache.v, v)))
-        )
-        tables |= {"k": keys, "v": values}
+        after = xla.append(cache, k, v)
+        tables |= {"k": after.k, "v": after.v}
+        if eight_bits:
+            tables |= {"k scale": after.k_scale, "v scale": after.v_scale}
     else:
-        visited = pl.BlockSpec((1, K, static.block, D), lambda n, sequence, block, *_: (sequence[n], 0, block[n], 0))
-        tile = pl.BlockSpec(
-            (1, K, static.rows, D),
-            lambda n, sequence, block, ends, seen, slot: (sequence[n], 0, slot[sequence[n]] // static.rows, 0),
+        rings = {"k": cache.k, "v": cache.v}
+        visited = lambda n, sequence, block, *_: (sequence[n], 0, block[n], 0)
+        tile = lambda n, sequence, block, ends, seen, slot: (
+            sequence[n],
+            0,
+            slot[sequence[n]] // static.rows,
+            0,
         )
-        ins |= {name: (ring, visited) for name, ring in rings.items()}
-        outs |= {f"{name} out": (jax.ShapeDtypeStruct(ring.shape, ring.dtype), tile) for name, ring in rings.items()}
+        ins |= {name: (ring, pl.BlockSpec((1, K, static.block, D), visited)) for name, ring in rings.items()}
+        outs |= {
+            f"{name} out": (jax.ShapeDtypeStruct(ring.shape, ring.dtype), pl.BlockSpec((1, K, static.rows, D), tile))
+            for name, ring in rings.items()
+        }
+        if eight_bits:
+            factors = {"k scale": cache.k_scale, "v scale": cache.v_scale}
+            visited = lambda n, sequence, block, *_: (sequence[n], 0, block[n])
+            tile = lambda n, sequence, block, ends, seen, slot: (sequence[n], 0, slot[sequence[n]] // static.lanes)
+            for name, (numbers, factor) in put.items():
+                ins[f"put {name}"] = numbers[:, :, None], mine(K, 1, D)
+                ins[f"put {name} scale"] = factor[:, :, None], mine(K, 1)
+            for name, ring in factors.items():
+                ins[name] = ring, pl.BlockSpec((1, K, static.block), visited)
+                shape = jax.ShapeDtypeStruct(ring.shape, ring.dtype)
+                outs[f"{name} out"] = shape, pl.BlockSpec((1, K, static.lanes), tile)
+            rings |= factors
         aliases = {len(tables) + list(ins).index(name): list(outs).index(f"{name} out") for name in rings}
     scratch = {"m": (K, G, 1), "l": (K, G, 1), "acc": (K, G, D)}
     names = (*tables, *ins, *outs, *scratch)
@@ -225,4 +266,6 @@ def _call(
         interpret=static.interpret,
         name="decode_attention",
     )(*tables.values(), *(x for x, _ in ins.values()))
-    return (found[0], keys, values) if static.interpret else tuple(found)
+    if after is None:
+        after = KVCache(found[1], found[2], cache.length + 1, *found[3:])
+    return found[0], after

@@ -9,7 +9,7 @@ Traffic   reads all C slots, whatever the length; writes one slot. The write is 
 import jax
 import jax.numpy as jnp
 
-from kernels.decode.cache import KVCache
+from kernels.decode.cache import KVCache, stored
 
 Array = jax.Array
 
@@ -17,13 +17,27 @@ UNROLL = 8  # sequences written one by one; more of them by a scatter
 
 
 def put(ring: Array, x: Array, slot: Array) -> Array:
-    """x [B, K, D] into ring [B, K, C, D] at slot [B]."""
+    """x [B, K, ...] into ring [B, K, C, ...] at slot [B]."""
     B, x = ring.shape[0], x.astype(ring.dtype)
     if B > UNROLL:
         return ring.at[jnp.arange(B), :, slot].set(x, unique_indices=True)
     for b in range(B):
-        ring = jax.lax.dynamic_update_slice(ring, x[b][None, :, None], (b, 0, slot[b], 0))
+        ring = jax.lax.dynamic_update_slice(ring, x[b][None, :, None], (b, 0, slot[b], *(0,) * (ring.ndim - 3)))
     return ring
+
+
+def append(cache: KVCache, k: Array, v: Array) -> KVCache:
+    """One token a sequence, k and v [B, K, D], at slot length % C; length goes up by one."""
+    slot = cache.length % cache.k.shape[2]
+    new = [*stored(k, cache.k.dtype), *stored(v, cache.v.dtype)]
+    # Behind the barrier the new cache has one maker; without it XLA writes it once for each of its readers.
+    k, k_scale, v, v_scale = jax.lax.optimization_barrier(
+        tuple(
+            x if x is None else put(ring, x, slot)
+            for ring, x in zip((cache.k, cache.k_scale, cache.v, cache.v_scale), new, strict=True)
+        )
+    )
+    return KVCache(k, v, cache.length + 1, k_scale, v_scale)
 
 
 def decode_attention(
@@ -40,9 +54,7 @@ def decode_attention(
     """See `kernels.decode_attention`; arguments are checked there."""
     B, H, D = q.shape
     K, C = cache.k.shape[1:3]
-    slot = cache.length % C
-    # Behind the barrier the new cache has one maker; without it XLA writes it once for each of its readers.
-    keys, values = jax.lax.optimization_barrier((put(cache.k, k, slot), put(cache.v, v, slot)))
+    after = append(cache, k, v)
 
     age = (cache.length[:, None] - jnp.arange(C)[None]) % C  # [B, C]
     limit = C if window is None else min(C, window)
@@ -51,19 +63,23 @@ def decode_attention(
     scores = jnp.einsum(
         "BKGD,BKCD->BKGC",
         q.reshape(B, K, H // K, D),
-        keys.astype(q.dtype),
+        after.k.astype(q.dtype),
         preferred_element_type=jnp.float32,
     )
+    if after.k_scale is not None:
+        scores = scores * after.k_scale[:, :, None]
     scores = scores * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(seen[:, :, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1)  # never empty: the new token sees itself
     # Slots past the length may hold anything, NaN included, and 0 * NaN is NaN.
-    values_seen = jnp.where(seen[..., None], values, 0).astype(q.dtype)
+    if after.v_scale is not None:
+        weights = weights * jnp.where(seen, after.v_scale, 0)[:, :, None]
+    values_seen = jnp.where(seen[..., None], after.v, 0).astype(q.dtype)
     o = jnp.einsum("BKGC,BKCD->BKGD", weights.astype(q.dtype), values_seen, preferred_element_type=jnp.float32).reshape(
         B, H, D
     )
     if gate is not None:
         o = o * jax.nn.sigmoid(gate.astype(jnp.float32))
-    return o.astype(q.dtype), KVCache(keys, values, cache.length + 1)
+    return o.astype(q.dtype), after

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 import dantinox
+import kernels
 from dantinox import cache as caching
 from dantinox import generation
 from dantinox.config import ModelConfig
@@ -106,7 +107,7 @@ def test_cached_logits_equal_uncached_ones_past_the_ring(changes):
 
 
 @pytest.mark.parametrize(("T", "slots"), [(8, 3), (8, 8), (5, 12), (16, 1), (16, 7)])
-def test_fill_puts_the_newest_position_in_each_slot(T, slots):
+def test_append_puts_the_newest_position_in_each_slot(T, slots):
     length = np.arange(T + 1)
     k = np.random.default_rng(0).normal(size=(len(length), T, 2, 3)).astype(np.float32)
     want = np.zeros((len(length), 2, slots, 3), np.float32)
@@ -114,7 +115,8 @@ def test_fill_puts_the_newest_position_in_each_slot(T, slots):
         for p in range(n):
             want[row, :, p % slots] = k[row, p]
     poisoned = np.where((np.arange(T) < length[:, None])[:, :, None, None], k, np.nan)
-    cache = caching.fill(jnp.asarray(poisoned), jnp.asarray(poisoned * 2), jnp.asarray(length), slots)
+    empty = kernels.KVCache.zeros(len(length), 2, slots, 3, jnp.float32)
+    cache = caching.append(empty, jnp.asarray(poisoned), jnp.asarray(poisoned * 2), jnp.asarray(length))
     np.testing.assert_array_equal(cache.k, want)
     np.testing.assert_array_equal(cache.v, want * 2)
     assert cache.length.tolist() == length.tolist()
@@ -134,7 +136,7 @@ def test_padding_and_its_amount_do_not_matter(windowed):
 
 def test_empty_caches_and_buckets():
     config = build(n_layers=4, layer_pattern="SSSL", window=6).config
-    caches = caching.empty(config, 3, 40)
+    caches = caching.empty(config, 3, caching.slots(config, 40))
     assert [cache.k.shape for cache in caches] == [(3, 2, 6, 4)] * 3 + [(3, 2, 40, 4)]
     assert all(cache.v.shape == cache.k.shape and cache.length.tolist() == [0, 0, 0] for cache in caches)
     assert [caching.bucket(n, 16, 100) for n in (1, 16, 17, 64, 65, 100)] == [16, 16, 32, 64, 100, 100]
@@ -213,7 +215,8 @@ def test_stop_tokens_end_each_sequence_on_its_own(windowed):
 
 def test_nothing_but_a_new_size_compiles(windowed):
     generate(windowed, PROMPTS[2:3], max_new_tokens=8)
-    before = generation._start._cache_size(), generation._steps._cache_size()
+    programs = generation._read, generation._start, generation._steps
+    before = [program._cache_size() for program in programs]
     for count, prompt, how in (
         (1, PROMPTS[0], dict(temperature=0)),
         (33, PROMPTS[1], dict(top_k=3, seed=9)),
@@ -222,7 +225,7 @@ def test_nothing_but_a_new_size_compiles(windowed):
     ):
         generate(windowed, [prompt], max_new_tokens=count, **how)
     list(stream(windowed, PROMPTS[0], max_new_tokens=9))
-    assert (generation._start._cache_size(), generation._steps._cache_size()) == before
+    assert [program._cache_size() for program in programs] == before
 
 
 def test_a_text_that_cannot_fit_is_refused_before_it_runs(learned):

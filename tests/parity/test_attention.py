@@ -103,7 +103,7 @@ def is_the_formula(case: specs.Attention, implementation: str, seed: int = 0, pr
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@rows.examples(60)
+@rows.examples(30)
 @given(
     sizes=st.tuples(st.integers(1, 12), st.integers(1, 24)),
     heads=st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 1), (4, 2), (6, 3)]),

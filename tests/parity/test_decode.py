@@ -122,8 +122,13 @@ def test_every_implementation_keeps_the_rule(case, dtype, implementation):
 
 
 @rows.examples(100)
-@given(shape=rows.shapes(30), lengths=st.lists(st.integers(0, 40), min_size=10, max_size=10), seed=st.integers(0, 99))
-def test_any_ring_is_the_formula(shape, lengths, seed):
+@given(
+    implementation=st.sampled_from(IMPLEMENTATIONS),
+    shape=rows.shapes(30),
+    lengths=st.lists(st.integers(0, 40), min_size=10, max_size=10),
+    seed=st.integers(0, 99),
+)
+def test_any_ring_is_the_formula(implementation, shape, lengths, seed):
     H, K = shape.choice([(1, 1), (2, 1), (3, 3), (4, 2), (6, 2)]).tolist()
     some = lambda *values: values[shape.integers(len(values))]
     lengths = lengths[: shape.integers(1, 11)]
@@ -139,13 +144,12 @@ def test_any_ring_is_the_formula(shape, lengths, seed):
         scale=some(None, -0.4),
     )
     step = draw(case, fill=7.0, seed=seed)
-    for implementation in IMPLEMENTATIONS:
-        o, cache = run(implementation, case, step, "float32")
-        np.testing.assert_allclose(o, step.o, rtol=2e-5, atol=2e-6)
-        np.testing.assert_array_equal(cache.length, np.array(lengths) + 1)
-        for b, length in enumerate(lengths):
-            np.testing.assert_array_equal(cache.k[b, :, length % case.C], np.float32(step.inputs["k"][b]))
-            np.testing.assert_array_equal(cache.v[b, :, length % case.C], np.float32(step.inputs["v"][b]))
+    o, cache = run(implementation, case, step, "float32")
+    np.testing.assert_allclose(o, step.o, rtol=2e-5, atol=2e-6)
+    np.testing.assert_array_equal(cache.length, np.array(lengths) + 1)
+    for b, length in enumerate(lengths):
+        np.testing.assert_array_equal(cache.k[b, :, length % case.C], np.float32(step.inputs["k"][b]))
+        np.testing.assert_array_equal(cache.v[b, :, length % case.C], np.float32(step.inputs["v"][b]))
     rows.forget(program)
 
 
