@@ -103,9 +103,11 @@ def interpreted_slow(C: int) -> bool:
 
 
 def _block(C: int, limit: int, rows: int, slot_bytes: int, interpret: bool) -> int:
-    """Slots of a block: about the window, a power of two, or all where the tiles that are written divide them."""
+    """Slots of a block: a power of two, or all of a short ring where the tiles that are written divide them."""
     down = lambda n: 1 << n.bit_length() - 1
-    most = CPU_BLOCK if interpret else max(rows, min(2048, down(TPU_BYTES // slot_bytes)))
+    # Of its first and last block a window sees a half on average: small against it, but long enough to load.
+    few = max(256, down(limit) // 16)
+    most = CPU_BLOCK if interpret else max(rows, min(1024, few, down(TPU_BYTES // slot_bytes)))
     block = min(most, max(rows, 1 << (limit - 1).bit_length()))
     return block if block < C else C if C % rows == 0 else max(rows, down(C))
 
