@@ -44,8 +44,11 @@ def kv_cache_bytes(config: ModelConfig, context: int, batch: int = 1) -> int:
 
 
 def _kv_bytes(config: ModelConfig) -> int:
-    """One token's keys and values in one layer."""
-    return 2 * config.kv_heads * config.head_dim * {"float32": 4, "bfloat16": 2}[config.dtype]
+    """One token's keys and values in one layer; of 8 bits each vector has a factor of 4 bytes."""
+    vector = config.head_dim * {"float32": 4, "bfloat16": 2}[config.dtype]
+    if config.kv_dtype != "model":
+        vector = config.head_dim + 4
+    return 2 * config.kv_heads * vector
 
 
 def _mlp(config: ModelConfig, experts: int) -> int:

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import dantinox
-import kernels
+from dantinox import cache as caching
 from dantinox import count
 from dantinox.config import ModelConfig
 from kernels.cost import visible_pairs
@@ -86,14 +86,14 @@ def test_flops_follow_the_windows_and_the_chosen_experts():
     assert two - one == 3 * 2 * 3 * 24 * 60
 
 
+@pytest.mark.parametrize("kv_dtype", ["model", "int8", "fp8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_cache_bytes_are_those_of_the_rings(dtype):
-    model = dataclasses.replace(BASE, window=8, layer_pattern="SL", dtype=dtype)
+def test_cache_bytes_are_those_of_the_rings(dtype, kv_dtype):
+    model = dataclasses.replace(BASE, window=8, layer_pattern="SL", dtype=dtype, kv_dtype=kv_dtype)
     for context in (1, 5, 8, 30):
-        rings = [
-            jax.eval_shape(lambda c=c: kernels.KVCache.zeros(2, 2, c, 6, jnp.dtype(dtype)))
-            for c in (min(8, context), context, min(8, context))
-        ]
-        held = sum(x.size * x.dtype.itemsize for ring in rings for x in (ring.k, ring.v))
+        slots = caching.slots(model, context)
+        rings = jax.eval_shape(lambda slots=slots: caching.empty(model, 2, slots))
+        assert [ring.k.shape for ring in rings] == [(2, 2, C, 6) for C in (min(8, context), context, min(8, context))]
+        held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves([ring._replace(length=None) for ring in rings]))
         assert count.kv_cache_bytes(model, context, batch=2) == held
     assert count.kv_bytes_per_token(model) == count.kv_cache_bytes(model, 1)
