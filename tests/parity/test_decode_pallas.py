@@ -22,9 +22,9 @@ def row(*lengths: int, **sizes) -> specs.Decode:
     return rows.row(specs.Decode, lengths=lengths, **sizes)
 
 
-@pytest.mark.parametrize("block", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("block", [1, 3, 4, 8])
 def test_the_visits_are_the_blocks_that_hold_seen_tokens(block):
-    for C, limit in itertools.product((1, 3, 8, 10, 13), (1, 2, 5, 13)):
+    for C, limit in itertools.product((1, 8, 10, 13), (1, 2, 5, 13)):
         limit, lengths = min(limit, C), np.arange(3 * C + 2)
         found = visits(jnp.asarray(lengths), C, limit, block)
         expected = []

@@ -21,7 +21,7 @@ SIZES = ([5], [0], [3, 4], [0, 7, 0, 1], [4, 4, 0], [0, 0, 0], [1, 1, 1, 1, 9], 
 @pytest.mark.parametrize("sums", [False, True])
 @pytest.mark.parametrize("aligned", [False, True])
 def test_every_row_is_visited_once_by_its_group(aligned, sums):
-    for sizes, spare, rows in itertools.product(SIZES, (0, 1, 6), (1, 2, 4, 8)):
+    for sizes, spare, rows in itertools.product(SIZES, (0, 6), (1, 4, 8)):
         N, E = sum(sizes) + spare, len(sizes)
         if N == 0 or (rows > N and not aligned):
             continue
@@ -107,7 +107,13 @@ def test_tiles_fit_and_divide():
         assert M % found.inner == 0 and F % found.columns == 0
 
 
-@pytest.mark.parametrize("sides", [{}, {"inner": 16, "columns": 16, "width": 8}], ids=["whole", "cut"])
+@pytest.mark.parametrize(
+    "sides",
+    [
+        pytest.param({}, id="whole", marks=pytest.mark.slow),
+        pytest.param({"inner": 16, "columns": 16, "width": 8}, id="cut"),
+    ],
+)
 def test_the_compiled_form_is_the_formula(monkeypatch, sides):
     """The body that is compiled for a TPU, on JAX's simulation of one, with NaN in all memory that nobody wrote."""
     monkeypatch.setattr(tiles, "rows", lambda *_: (16, 8))

@@ -39,7 +39,9 @@ def largest_difference(a, b):
     return max(float(jnp.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-@pytest.mark.parametrize("pieces", [2, 4, 8])
+@pytest.mark.parametrize(
+    "pieces", [pytest.param(2, marks=pytest.mark.slow), 4, pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_micro_batches_equal_one_large_batch(pieces):
     whole, _, start, step = build()
     x, y = batch(whole)
@@ -74,13 +76,17 @@ def test_cross_entropy_against_numpy():
     assert abs(cross_entropy(jnp.asarray(logits, jnp.float32), jnp.asarray(targets)) - expected) < 1e-5
 
 
+def losses(skeleton, config):
+    return jax.jit(lambda *args: loss_and_parts(skeleton, config, *args))
+
+
 def test_balance_and_z_coefficients_are_applied_to_what_is_minimised_but_not_to_evaluation():
     config, skeleton, start, _ = build(n_experts=4, balance_coef=0.0, router_z_coef=0.0)
     x, y = (a[0] for a in batch(config))
-    bare, parts = loss_and_parts(skeleton, config, start.params, x, y, None)
+    bare, parts = losses(skeleton, config)(start.params, x, y, None)
     assert bare == parts["loss"]
     both = config.replace(balance_coef=0.5, router_z_coef=0.25)
-    total, parts = loss_and_parts(skeleton, both, start.params, x, y, None)
+    total, parts = losses(skeleton, both)(start.params, x, y, None)
     assert abs(total - (parts["loss"] + 0.5 * parts["balance"] + 0.25 * parts["router_z"])) < 1e-6
     assert parts["balance"] > 1 and parts["router_z"] > 0
     assert abs(make_eval_step(skeleton, both)(start.params, x, y) - parts["loss"]) < 1e-6
@@ -91,9 +97,9 @@ def test_dropout_is_on_in_training_off_in_evaluation_and_a_function_of_the_step(
     x, y = (a[0] for a in batch(config))
     evaluate = make_eval_step(skeleton, config)
     assert evaluate(start.params, x, y) == evaluate(start.params, x, y)
-    still = loss_and_parts(skeleton, config, start.params, x, y, None)[0]
+    still = losses(skeleton, config)(start.params, x, y, None)[0]
     keys = [jax.random.key(0), jax.random.key(1), jax.random.key(0)]
-    first, second, again = (loss_and_parts(skeleton, config, start.params, x, y, key)[0] for key in keys)
+    first, second, again = (losses(skeleton, config)(start.params, x, y, key)[0] for key in keys)
     assert first == again != second
     assert abs(evaluate(start.params, x, y) - still) < 1e-6 and first != still
 
@@ -158,7 +164,7 @@ MESH = """
 """
 
 
-@pytest.mark.parametrize(("experts", "attn"), [(0, "pallas"), (4, "xla")])
+@pytest.mark.parametrize(("experts", "attn"), [(4, "pallas"), pytest.param(0, "xla", marks=pytest.mark.slow)])
 def test_a_mesh_of_eight_devices_gives_the_losses_of_one(experts, attn):
     code = textwrap.dedent(MESH).replace("EXPERTS", str(experts)).replace("ATTN", attn)
     flags = "--xla_force_host_platform_device_count=8"
