@@ -4,7 +4,8 @@ In order of importance, each part in a process of its own, each written as soon 
 hangs, crashes or finds no time left takes nothing with it:
 
     environment   device, driver, versions
-    parity        every row of the parity table, every implementation that runs here, by the error rule of the tests
+    tensor_cores  the Pallas attention at its sizes, every feature: outputs and gradients by the error rule of the tests
+    parity        every row of the parity table, every implementation that runs here, by the same rule
     attention, grouped_matmul, moe_mlp, decode_attention    the rows of this machine, kernels beside XLA and the peers
     trace         one training step's kernels with their times
     toggles       each feature of the model flipped
@@ -13,6 +14,7 @@ hangs, crashes or finds no time left takes nothing with it:
 On a CPU the same command runs a tiny version of each part.
 """
 
+import importlib.util
 import json
 import os
 import platform
@@ -62,9 +64,11 @@ def parts(out: Path, tiny: bool, seconds: float) -> list[Part]:
     run = lambda module, *flags: [sys.executable, "-m", module, *flags]
     html = lambda op: ("--html", str(out / f"{op}.html"))
     to = ("--out", str(out))
-    test = ["-q", "-x" if tiny else "--maxfail=40", "-p", "no:cacheprovider", "-k", "keeps_the_rule", "tests/parity"]
-    if tiny:
-        test[test.index("keeps_the_rule")] = "keeps_the_rule and one and float32"
+    cores = "tests/parity/test_tensor_core_sizes.py"
+    rule = "keeps_the_rule and one and float32" if tiny else "keeps_the_rule"
+    test = ["-v", "-x" if tiny else "--maxfail=40", "-p", "no:cacheprovider"]
+    if not tiny and importlib.util.find_spec("xdist"):
+        test += ["-n", "4"]  # compiling is most of a test
     row = {
         "attention": ("nano",),
         "grouped_matmul": ("E=8",),
@@ -89,7 +93,8 @@ def parts(out: Path, tiny: bool, seconds: float) -> list[Part]:
         toggles += ["--only", "no gate"]
     return [
         Part("environment", [sys.executable, "-c", ENVIRONMENT, str(out / "environment.json")], 0.1),
-        Part("parity", [sys.executable, "-m", "pytest", *test], 0.25),
+        Part("tensor_cores", run("pytest", *test, cores), 0.25),
+        Part("parity", run("pytest", *test, "-k", rule, f"--ignore={cores}", "tests/parity"), 0.2),
         *ops,
         Part("trace", trace, 0.15),
         Part("toggles", toggles, 0.15),
@@ -120,7 +125,9 @@ def _one(part: Part, out: Path, limit: float) -> dict[str, Any]:
     with log.open("w") as file:
         # A session of its own: a part that is stopped takes its children along.
         streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(part.command, cwd=ROOT, start_new_session=True, **streams)
+        # Test processes that run beside each other share the memory.
+        env = os.environ | ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if "-n" in part.command else {})
+        process = subprocess.Popen(part.command, cwd=ROOT, env=env, start_new_session=True, **streams)
         try:
             code = process.wait(limit)
             result = "done" if code == 0 else f"failed with exit code {code}: {_last_line(log)}"

@@ -8,7 +8,8 @@ import contextlib
 import contextvars
 import functools
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ PREFERENCE = ("pallas", "triton", "xla", "reference")
 OPERATIONS = ("attention", "grouped_matmul", "moe_mlp", "decode_attention")
 HOPPER = ("H100", "H200", "GH200", "H800", "H20")  # what kinds of device with compute capability 9.0 are called
 
+NOTHING: Mapping[str, str] = MappingProxyType({})
 Choice = Callable[..., Any] | str  # what runs, or why nothing does
 
 
@@ -48,11 +50,13 @@ def compiling_for(platform: str, kind: str) -> Iterator[None]:
         _announced.reset(token)
 
 
-def choose(op: str, implementation: str, table: Mapping[str, Choice], slow: Collection[str] = ()) -> Callable[..., Any]:
+def choose(
+    op: str, implementation: str, table: Mapping[str, Choice], slow: Mapping[str, str] = NOTHING
+) -> Callable[..., Any]:
     """The function that serves this call.
 
     Args:
-        slow: names that "auto" takes only where nothing else runs, because they are known to be slow at these sizes.
+        slow: names that "auto" takes only where nothing else runs, each with the reason.
 
     Raises:
         ValueError: `implementation` is no implementation's name.
@@ -68,7 +72,9 @@ def choose(op: str, implementation: str, table: Mapping[str, Choice], slow: Coll
     for name in sorted(PREFERENCE, key=lambda name: name in slow):
         choice = table[name]
         if not isinstance(choice, str):
-            _report(op, name, device().platform)
+            better = PREFERENCE[: PREFERENCE.index(name)]
+            why = {each: slow[each] if callable(table[each]) else table[each] for each in better}
+            _report(op, name, device().platform, "".join(f"; not {each}: {said}" for each, said in why.items()))
             return choice
     raise NotImplementedError(f"{op}: no implementation can run here")
 
@@ -91,5 +97,5 @@ def missing(op: str, name: str) -> str | None:
 
 
 @functools.cache
-def _report(op: str, name: str, platform: str) -> None:
-    log.info("%s: auto chose %s on %s", op, name, platform)
+def _report(op: str, name: str, platform: str, instead: str) -> None:
+    log.info("%s: auto chose %s on %s%s", op, name, platform, instead)

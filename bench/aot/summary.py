@@ -1,4 +1,4 @@
-"""The tables of profiles/aot/README.md: bundles that a TPU executes in attention, from the profiles beside it."""
+"""The tables of profiles/aot/README.md, from the profiles beside it: attention's bundles on TPUs, spills on Hopper."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +9,9 @@ from kernels import specs
 
 FILE = "README.md"
 MARKS = ("<!-- bundles: written by `make aot`, from the profiles -->\n", "<!-- end of bundles -->")
+HOPPER_MARKS = ("<!-- hopper: written by `make aot`, from the profile -->\n", "<!-- end of hopper -->")
+HOPPER = "h100"
+GPU_KERNELS = ("pallas", "tokamax", "jax_mgpu")
 TPUS = ("v6e", "v5e", "tpu7x")
 COLUMNS = {"pallas": ("pallas",), "splash": executed.SPLASH, "tokamax": ("tokamax",)}
 Row = dict[str, Any]
@@ -24,6 +27,12 @@ def load(folder: Path) -> dict[str, dict[str, Row]]:
     """TPU -> the rows of its profile."""
     found = {name: profile.load(profile.path(folder, name)) for name in TPUS}
     return {name: each["rows"] for name, each in found.items() if each is not None}
+
+
+def load_hopper(folder: Path) -> dict[str, Row]:
+    """The rows of the H100's profile; none where there is none."""
+    found = profile.load(profile.path(folder, HOPPER))
+    return {} if found is None else found["rows"]
 
 
 def kernels_of(held: Mapping[str, Row], spec: str, implementation: str, direction: str) -> tuple[Row, list[Row]]:
@@ -87,17 +96,56 @@ def rewritten(text: str, held: Mapping[str, Mapping[str, Row]]) -> str:
     Raises:
         ValueError: the marks are not there once each.
     """
-    begin, end = MARKS
+    return _between(text, MARKS, f"{table(held)}\n\n{tiles(held)}\n")
+
+
+def on_hopper(text: str, held: Mapping[str, Row]) -> str:
+    """The text with a new table of Hopper's attention.
+
+    Args:
+        held: the rows of the H100's profile.
+
+    Raises:
+        ValueError: the marks are not there once each.
+    """
+    return _between(text, HOPPER_MARKS, hopper(held) + "\n")
+
+
+def hopper(held: Mapping[str, Row]) -> str:
+    """Spilled bytes and shared memory of the kernels of each implementation."""
+    lines = _head(["row", "dtype", "direction", *GPU_KERNELS])
+    for spec in specs.rows("attention", "aot", HOPPER):
+        for dtype in spec.dtypes:
+            for direction, title in (("forward", "forward"), ("both", "forward, backward")):
+                key = lambda name, row=spec.name, end=f"{dtype} / {direction}": f"attention / {row} / {name} / {end}"
+                cells = [_gpu_cell(held.get(key(name), {})) for name in GPU_KERNELS]
+                if any(cells):
+                    lines.append(_line([spec.name, dtype, title, *cells]))
+    return "\n".join(lines)
+
+
+def _gpu_cell(row: Row) -> str:
+    """Spilled bytes, and in parentheses KiB of shared memory of each kernel; of nothing, why."""
+    if row.get("status") != "compiled":
+        return row.get("status", "")
+    kernels = row["kernels"]
+    sizes = ", ".join(f"{each['smem_bytes'] / 1024:.0f}" for each in kernels)
+    other = "" if not sum(each["mma"] for each in kernels) else ", not all by wgmma"
+    return f"{sum(each['spill_bytes'] for each in kernels)} ({sizes}{other})"
+
+
+def _between(text: str, marks: tuple[str, str], new: str) -> str:
+    begin, end = marks
     if text.count(begin) != 1 or text.count(end) != 1:
         raise ValueError(f"{FILE} has not one {begin.strip()} and one {end}")
-    new = f"{table(held)}\n\n{tiles(held)}\n"
     return text[: text.index(begin) + len(begin)] + new + text[text.index(end) :]
 
 
 def write(folder: Path) -> None:
     """Writes the tables anew, where the folder has a page for them."""
     if (page := folder / FILE).exists():
-        page.write_text(rewritten(page.read_text(), load(folder)))
+        text = rewritten(page.read_text(), load(folder))
+        page.write_text(on_hopper(text, load_hopper(folder)))
 
 
 def _short(kernel: str) -> str:

@@ -67,8 +67,11 @@ def attention(
     table = _table()
     if not isinstance(table["pallas"], str) and (why := _refusal(q.dtype, D)) is not None:
         table["pallas"] = why
-    # Hopper's kernels have not run on a GPU yet: "auto" leaves them to those who name them.
-    slow = {"pallas"} if _on_gpu() or tiles.interpreted_slow(B, T, S, H, window) else ()
+    slow = {}
+    if _on_gpu():
+        slow["pallas"] = "Hopper's kernels have not run on a GPU yet; name them"
+    elif tiles.interpreted_slow(B, T, S, H, window):
+        slow["pallas"] = "interpreted, it is slow at these sizes"
     run = choose("attention", implementation, table, slow)
     if 0 in (B, T, H, D):
         return q

@@ -1,8 +1,7 @@
 """What every Pallas attention shares: layout, tiles, segment tables, and the derivative around the two kernels.
 
 The kernels see one entry a (sequence, key head), in whole tiles padded with zeros. Padded queries give zero gradients
-because their cotangents are zero; padded keys are behind the diagonal or masked. Keys that no query sees are cut off or
-cleared here, so that what they hold, NaN included, reaches nobody.
+because their cotangents are zero; padded keys are behind the diagonal or masked.
 """
 
 import functools
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 from kernels import cost
 from kernels.attention import mosaic_tpu, mosaic_tpu_backward, tiles
 from kernels.attention.scores import ALIKE, APART, MIXED, Segments, Static
+from kernels.attention.segments import pairs, whole, without_unseen
 from kernels.dispatch import device
 
 Array = jax.Array
@@ -35,13 +35,8 @@ def attention(
     S, K = k.shape[1:3]
     if S == 0:
         return jnp.zeros_like(q)
-    if window is not None and T + window - 1 < S:
-        seen = T + window - 1
-        k, v, S = k[:, -seen:], v[:, -seen:], seen
-        segment_ids = None if segment_ids is None else (segment_ids[0], segment_ids[1][:, -seen:])
-    if segment_ids is not None and segment_ids[0] is not segment_ids[1]:
-        seen = _seen(*segment_ids, causal=causal, window=window)[:, :, None, None]
-        k, v = jnp.where(seen, k, 0), jnp.where(seen, v, 0)
+    k, v, segment_ids = without_unseen(k, v, segment_ids, T=T, causal=causal, window=window)
+    S = k.shape[1]
 
     G, here = H // K, device()
     sizes = {"heads": B * K, "G": G, "T": T, "S": S, "D": D, "itemsize": q.dtype.itemsize}
@@ -151,37 +146,11 @@ def _keys(x: Array, static: Static) -> Array:
     return x.transpose(0, 3, 1, 2, 4).reshape(B * K, -1, static.tiles.keys, D)
 
 
-def _seen(q_ids: Array, kv_ids: Array, *, causal: bool, window: int | None) -> Array:
-    """[B, S]: keys that some query sees. Two comparisons a pair, in steps that keep memory linear."""
-    (B, T), S = q_ids.shape, kv_ids.shape[1]
-    step = 128
-    key = jnp.arange(S)
-
-    def look(n: Array, seen: Array) -> Array:
-        t = n * step + jnp.arange(step)
-        ids = jnp.take(q_ids, t, axis=1, mode="clip")
-        visible = (ids[:, :, None] == kv_ids[:, None]) & (t < T)[:, None]
-        distance = (t + S - T)[:, None] - key
-        if causal:
-            visible &= distance >= 0
-        if window is not None:
-            visible &= distance < window
-        return seen | visible.any(1)
-
-    return jax.lax.fori_loop(0, -(-T // step), look, jnp.zeros((B, S), bool))
-
-
 def _segments(q_ids: Array, kv_ids: Array, K: int, static: Static) -> Segments:
     """Ids in pieces, and what a tile's ids have in common, by the ranges they lie in."""
     B, (groups, heads, parts, width) = q_ids.shape[0], _packing(static)
-    # Padding repeats the last id, so that it widens no range.
-    grow = lambda x, tile: jnp.pad(x, ((0, 0), (0, -x.shape[1] % tile)), mode="edge")
-    q_tiles = grow(q_ids, static.tiles.q).reshape(B, -1, static.tiles.q)
-    k_tiles = grow(kv_ids, static.tiles.k).reshape(B, -1, static.tiles.k)
-    low_q, high_q = q_tiles.min(-1)[:, :, None], q_tiles.max(-1)[:, :, None]
-    low_k, high_k = k_tiles.min(-1)[:, None], k_tiles.max(-1)[:, None]
-    apart = (low_q > high_k) | (low_k > high_q)
-    alike = (low_q == high_k) & (low_k == high_q)  # both ranges hold one id, the same
+    q_tiles, k_tiles = whole(q_ids, static.tiles.q), whole(kv_ids, static.tiles.k)
+    apart, alike = pairs(q_ids, static.tiles.q, kv_ids, static.tiles.k)
     shared = jnp.where(apart, APART, jnp.where(alike, ALIKE, MIXED))
     by_head = lambda x: jnp.repeat(x.astype(jnp.int32), K, axis=0)
     rows = q_tiles.reshape(B, -1, 1, parts, 1, width)

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.attention import flash, mosaic_gpu, mosaic_gpu_backward
+from kernels.attention import mosaic_gpu, mosaic_gpu_backward
 from kernels.attention.hopper_static import Static
+from kernels.attention.segments import without_unseen
 
 Array = jax.Array
 Segments = tuple[Array, Array]
@@ -52,15 +53,9 @@ def attention(
     (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
     if 0 in (B, T, S, H, D):
         return jnp.zeros_like(q)
-    # Keys that no query sees are cut off or cleared: what they hold, NaN included, reaches nobody.
-    if window is not None and T + window - 1 < S:
-        seen = T + window - 1
-        k, v, S = k[:, -seen:], v[:, -seen:], seen
-        segment_ids = None if segment_ids is None else (segment_ids[0], segment_ids[1][:, -seen:])
+    k, v, segment_ids = without_unseen(k, v, segment_ids, T=T, causal=causal, window=window)
+    S = k.shape[1]
     if segment_ids is not None:
-        if segment_ids[0] is not segment_ids[1]:
-            seen = flash._seen(*segment_ids, causal=causal, window=window)[:, :, None, None]
-            k, v = jnp.where(seen, k, 0), jnp.where(seen, v, 0)
         segment_ids = segment_ids[0].astype(jnp.int32), segment_ids[1].astype(jnp.int32)
     static = Static(T, S, H // K, causal, window, float(scale), softcap, interpret)
     return _attend(q, k, v, gate, segment_ids, static)
@@ -80,7 +75,7 @@ def _attend_backward(static: Static, kept: tuple, do: Array) -> tuple:
     q, k, v, gate, segments, ungated, lse = kept
     do, dgate, delta = before_backward(do, ungated, gate)
     dq, dk, dv = mosaic_gpu_backward.backward(q, k, v, do, lse, delta, segments, static)
-    return dq, dk, dv, dgate, None
+    return _vary(dq, q), _vary(dk, k), _vary(dv, v), dgate, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -91,7 +86,13 @@ def _forward(q, k, v, gate, segments, static, *, residuals: bool) -> dict[str, A
     whole = lambda x: x if x is None else jnp.pad(x, ((0, 0), (0, -x.shape[1] % mosaic_gpu.SIDE), (0, 0), (0, 0)))
     out = mosaic_gpu.forward(*map(whole, (q, k, v, gate)), segments, static, residuals=residuals)
     cut = lambda name, x: x[..., : static.T] if name == "lse" else x[:, : static.T]
-    return {name: cut(name, x) for name, x in out.items()}
+    return {name: _vary(cut(name, x), q) for name, x in out.items()}
+
+
+def _vary(x: Array, like: Array) -> Array:
+    """x, marked as varying over the axes of a `shard_map` that `like` varies over: a kernel's results are not."""
+    axes = jax.typeof(like).mat.varying - jax.typeof(x).mat.varying
+    return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
 
 
 def before_backward(do: Array, ungated: Array, gate: Array | None) -> tuple[Array, Array | None, Array]:

@@ -16,6 +16,7 @@ from kernels.attention.hopper_dq import (
     ROWS,
     TILES,
     WARPGROUPS,
+    Shared,
     add,
     drain,
     masked,
@@ -27,6 +28,11 @@ from kernels.attention.hopper_dq import (
 from kernels.attention.hopper_static import Static
 
 Array = jax.Array
+
+
+def own(D: int) -> int:
+    """Keys that a block owns."""
+    return ROWS if D > 128 else ROWS * WARPGROUPS
 
 
 def dkv(q, k, v, do, lse, delta, ids, static: Static) -> tuple[Array, Array]:
@@ -47,17 +53,27 @@ def dkv(q, k, v, do, lse, delta, ids, static: Static) -> tuple[Array, Array]:
         mine = first + part * ROWS
         rows = pl.ds(mine, ROWS)
         across = lambda x: lax.broadcast_in_dim(x, shape, [1])
-        begin = lambda: queries_of(first, ROWS * parts, static, tiles.queries)
+        # Read anew where it is needed: what a step holds from its beginning to its end fills the registers.
+        shared = lambda: Shared.of(ids_gm[2], b, lax.axis_index("tile"))
 
-        def visible_weights(s_acc, slot, low, i, k_ids):
+        def begin():
+            found = queries_of(first, ROWS * parts, static, tiles.queries)
+            return shared().cut(*found) if ids else found
+
+        def pair_ids(slot):
+            of_keys = plgpu.load(ids_gm[1].at[b, rows], layout=ROW, optimized=False)
+            return of_keys, plgpu.load(ids_sm.at[slot, Q], layout=COLUMN)
+
+        def visible_weights(s_acc, slot, low, i):
             """(p, what ds multiplies with do v^T - delta) once s is there."""
             lse = plgpu.load(numbers.at[slot, Q], layout=COLUMN)
             p, slope = weights(plgpu.wgmma_accumulator_load(s_acc, wait_n=0 if split else 1), across(lse), static)
-            pair = (k_ids, plgpu.load(ids_sm.at[slot, Q], layout=COLUMN)) if ids else None
-            p = masked(p, (low + lax.div(i, jnp.int32(G))) * tiles.queries, mine, static, axis=1, ids=pair)
+            at = low + lax.div(i, jnp.int32(G))
+            pair, alike = (functools.partial(pair_ids, slot), shared().alike(at)) if ids else (None, None)
+            p = masked(p, at * tiles.queries, mine, static, axis=1, ids=pair, alike=alike)
             return p, p if slope is None else p * slope
 
-        def both(k_ids):
+        def both():
             low, tiles_seen = begin()
             if which is not None:
                 which[wg] = wg
@@ -73,7 +89,7 @@ def dkv(q, k, v, do, lse, delta, ids, static: Static) -> tuple[Array, Array]:
                         plgpu.wgmma(s_acc, kv.at[Q, here], qdo.at[slot, Q].T)
                         plgpu.barrier_wait(full.at[2 * slot + DO])
                         plgpu.wgmma(dp_acc, kv.at[DO, here], qdo.at[slot, DO].T)
-                        p, sloped = visible_weights(s_acc, slot, low, i, k_ids)
+                        p, sloped = visible_weights(s_acc, slot, low, i)
                         add(dv_acc, p.astype(dtype), qdo.at[slot, DO], mine_staged)
                         delta = plgpu.load(numbers.at[slot, DO], layout=COLUMN)
                         return sloped * (plgpu.wgmma_accumulator_load(dp_acc, wait_n=1) - across(delta))
@@ -96,7 +112,7 @@ def dkv(q, k, v, do, lse, delta, ids, static: Static) -> tuple[Array, Array]:
             plgpu.copy_smem_to_gmem(kv.at[DO, wg], dv_gm.at[b, rows, g])
             plgpu.wait_smem_to_gmem(0)
 
-        def one(k_ids):
+        def one():
             low, tiles_seen = begin()
             which[wg] = wg
             makes_p = wg == 0
@@ -111,7 +127,7 @@ def dkv(q, k, v, do, lse, delta, ids, static: Static) -> tuple[Array, Array]:
                         plgpu.wgmma(t_acc, kv.at[here, 0], qdo.at[slot, here].T)
 
                         def make():
-                            p, sloped = visible_weights(t_acc, slot, low, i, k_ids)
+                            p, sloped = visible_weights(t_acc, slot, low, i)
                             plgpu.barrier_wait(p_free)
                             given[...] = sloped
                             plgpu.barrier_arrive(p_full)
@@ -154,9 +170,8 @@ def dkv(q, k, v, do, lse, delta, ids, static: Static) -> tuple[Array, Array]:
             else:
                 plgpu.copy_gmem_to_smem(k_gm.at[b, rows, g], kv.at[Q, wg], own.at[wg])
                 plgpu.copy_gmem_to_smem(v_gm.at[b, rows, g], kv.at[DO, wg], own.at[wg])
-            k_ids = plgpu.load(ids_gm[1].at[b, rows], layout=ROW, optimized=False) if ids else None
             plgpu.barrier_wait(own.at[wg])
-            (one if split else both)(k_ids)
+            (one if split else both)()
 
         @pl.when(wg == WARPGROUPS)
         def load():

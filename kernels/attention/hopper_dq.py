@@ -70,9 +70,42 @@ def _over(x: Array, tile: int) -> Array:
     return lax.div(x, jnp.int32(tile))
 
 
-def masked(p: Array, query: Array, key: Array, static: Static, *, axis: int, ids: tuple[Array, Array] | None) -> Array:
+class Shared(NamedTuple):
+    """The tiles that may share a segment with a block's tokens, [start, stop); [left, right) are of that alone."""
+
+    start: Array
+    left: Array
+    right: Array
+    stop: Array
+
+    @classmethod
+    def of(cls, table: Ref, b: Array, tile: Array) -> "Shared":
+        """Of a block, from what `segments.spans` found."""
+        return cls(*(table[b, tile, n] for n in range(4)))
+
+    def cut(self, low: Array, steps: Array) -> tuple[Array, Array]:
+        """What is left of so many tiles from `low` on."""
+        start = jnp.maximum(low, self.start)
+        return start, jnp.maximum(jnp.minimum(low + steps, self.stop) - start, 0)
+
+    def alike(self, tile: Array) -> Array:
+        """A tile is in [left, right)."""
+        return (tile >= self.left) & (tile < self.right)
+
+
+def masked(
+    p: Array,
+    query: Array,
+    key: Array,
+    static: Static,
+    *,
+    axis: int,
+    ids: Callable[[], tuple[Array, Array]] | None,
+    alike: Array | None,
+) -> Array:
     """p, or zero where the pair is not visible. Queries from `query` on run along `axis`, keys from `key` on along the
-    other; ids are those of the rows and of the columns. A tile that is visible as a whole applies no mask."""
+    other; ids are those of the rows and of the columns, unless the tile is `alike`: of one segment. A tile that is
+    visible as a whole applies no mask."""
     queries, keys = p.shape[axis], p.shape[1 - axis]
     distance = query + (static.S - static.T) - key  # from the first key to the first query
     inside = []  # of a tile: all of it is visible
@@ -83,7 +116,9 @@ def masked(p: Array, query: Array, key: Array, static: Static, *, axis: int, ids
     if axis == 0 and not static.causal and static.S % keys:
         # Past the last key, k and v are zeros and p = 2^-lse: finite, it adds nothing. In dk and dv it is never stored.
         p = jnp.minimum(p, 1.0)
-    if not inside and ids is None:
+    if ids is not None:
+        inside.append(alike)
+    if not inside:
         return p
 
     def apply() -> Array:
@@ -102,10 +137,11 @@ def masked(p: Array, query: Array, key: Array, static: Static, *, axis: int, ids
         if ids is not None:
             if not static.causal:  # always true: without numbers made here Mosaic finds no layout for the ids
                 seen.append(along(column) <= down(row + FAR))
-            seen.append(down(ids[0]) == along(ids[1]))
+            of_row, of_column = ids()
+            seen.append(down(of_row) == along(of_column))
         return jnp.where(_all(seen), p, 0.0)
 
-    return apply() if ids is not None else lax.cond(_all(inside), lambda: p, apply)
+    return lax.cond(_all(inside), lambda: p, apply)
 
 
 def _all(conditions: list[Array]) -> Array:
@@ -166,20 +202,28 @@ def dq(q, k, v, do, lse, delta, ids, static: Static) -> Array:
         first = (pl.cdiv(T, OWN) - 1 - lax.axis_index("tile")) * OWN
         mine = first + wg * ROWS
         rows = pl.ds(mine, ROWS)
+        # The values have one stage, and the compiler would keep its address too: where a mask is long, for nothing.
+        long_mask = which is not None and (ids or static.window is not None)
+        # Read anew where it is needed: what a step holds from its beginning to its end fills the registers.
+        shared = lambda: Shared.of(ids_gm[2], b, lax.div(first, jnp.int32(OWN)))
+
+        def bounds() -> tuple[Array, Array]:
+            found = keys_of(first, static, tiles.keys)
+            return shared().cut(*found) if ids else found
 
         @pl.when(wg < WARPGROUPS)
         def compute():
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
             plgpu.copy_gmem_to_smem(q_gm.at[b, rows, h], q_sm.at[wg], own.at[wg])
             plgpu.copy_gmem_to_smem(do_gm.at[b, rows, h], do_sm.at[wg], own.at[wg])
-            low, steps = keys_of(first, static, tiles.keys)
+            low, steps = bounds()
             number = lambda ref, *at: plgpu.load(ref.at[(*at, rows)], layout=ROW, optimized=False)
             shape = (ROWS, tiles.keys)
             across = lambda x: lax.broadcast_in_dim(x, shape, [0])
             lse, delta = number(lse_gm, b, h), number(delta_gm, b, h)
-            q_ids = number(ids_gm[0], b) if ids else None
             if which is not None:
                 which[wg] = wg
+                which[WARPGROUPS + wg] = jnp.int32(0)
             plgpu.barrier_wait(own.at[wg])
 
             def accumulate(dq_acc):
@@ -192,11 +236,13 @@ def dq(q, k, v, do, lse, delta, ids, static: Static) -> Array:
                         plgpu.barrier_wait(k_full.at[k_slot])
                         plgpu.wgmma(s_acc, q_sm.at[here], k_sm.at[k_slot].T)
                         plgpu.barrier_wait(v_full.at[v_slot])
-                        plgpu.wgmma(dp_acc, do_sm.at[here], v_sm.at[v_slot].T)
+                        there = which[WARPGROUPS + wg] if long_mask else v_slot
+                        plgpu.wgmma(dp_acc, do_sm.at[here], v_sm.at[there].T)
                         p, slope = weights(plgpu.wgmma_accumulator_load(s_acc, wait_n=1), across(lse), static)
-                        pair = (q_ids, plgpu.load(ids_sm.at[k_slot], layout=COLUMN)) if ids else None
-                        p = masked(p, mine, (low + i) * tiles.keys, static, axis=0, ids=pair)
                         p = p if slope is None else p * slope
+                        pair = lambda: (number(ids_gm[0], b), plgpu.load(ids_sm.at[k_slot], layout=COLUMN))
+                        pair, alike = (pair, shared().alike(low + i)) if ids else (None, None)
+                        p = masked(p, mine, (low + i) * tiles.keys, static, axis=0, ids=pair, alike=alike)
                         dp = dp_acc[...]
                         plgpu.barrier_arrive(v_free.at[v_slot])
                         return p * (dp - across(delta))
@@ -218,7 +264,7 @@ def dq(q, k, v, do, lse, delta, ids, static: Static) -> Array:
         @pl.when(wg == WARPGROUPS)
         def load():
             plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
-            low, steps = keys_of(first, static, tiles.keys)
+            low, steps = bounds()
             g = lax.div(h, jnp.int32(static.G))
             sources = (
                 (k_gm, k_sm, k_full, k_free, tiles.k_stages),
@@ -252,7 +298,7 @@ def dq(q, k, v, do, lse, delta, ids, static: Static) -> Array:
             tiled((tiles.v_stages, tiles.keys, D), dtype),
             plgpu.SMEM((tiles.k_stages, tiles.keys), jnp.int32) if ids else None,
             staged(ROWS, tiles.keys, dtype, static),
-            plgpu.SMEM((WARPGROUPS,), jnp.int32) if D > 128 else None,
+            plgpu.SMEM((2 * WARPGROUPS,), jnp.int32) if tiles.v_stages == 1 else None,
             plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
             plgpu.Barrier(num_arrivals=2 if ids else 1, num_barriers=tiles.k_stages),
             plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tiles.k_stages),

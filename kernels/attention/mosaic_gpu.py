@@ -21,7 +21,8 @@ State     m, l [q] and the output [q, D] of a warpgroup, in float32 registers.
 Traffic   reads q and gate, writes o once; reads K and V once a query tile and head, the heads of a group at the same
           time, so that most of it comes from L2. 4 D FLOPs a visible pair.
 Limits    bfloat16, float16; D 64, 128, 256; `hopper.attention` refuses the rest. T and S here are those of the arrays,
-          multiples of 8; `Static` has the true ones.
+          multiples of 8; `Static` has the true ones. Segment ids in any order; where they ascend, tiles of foreign
+          segments are skipped like those behind the window, and those of one segment apply no mask for it.
 Source    Shah et al., FlashAttention-3 (arXiv:2407.08608), for the turns of the two warpgroups.
 """
 
@@ -36,6 +37,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels.attention import segments as packed
+from kernels.attention.hopper_span import Span, span
 from kernels.attention.hopper_static import Static
 
 Array = jax.Array
@@ -47,7 +50,7 @@ SIDE = 8  # rows of a TMA tile: lengths in memory are multiples of it
 
 
 class Tiles(NamedTuple):
-    """Sizes of the work: query rows of a warpgroup, keys of a tile, tiles that a ring holds."""
+    """Sizes of the work: query rows of a warpgroup, keys of a tile, tiles that a ring holds: a power of two."""
 
     q: int
     k: int
@@ -55,32 +58,6 @@ class Tiles(NamedTuple):
 
 
 TILES = {64: Tiles(64, 128, 4), 128: Tiles(64, 128, 2), 256: Tiles(64, 64, 2)}
-
-
-class Span(NamedTuple):
-    """Key tiles of a range of queries: all in [start, stop), those without a mask in [left, right)."""
-
-    start: Any
-    left: Any
-    right: Any
-    stop: Any
-
-
-def span(first: Any, rows: int, k: int, static: Static) -> Span:
-    """The key tiles that queries first .. first + rows see; those past T see none."""
-    offset = static.S - static.T
-    past = lax.min(first + rows, jnp.int32(static.T))
-    tile = lambda key: lax.div(lax.max(key, jnp.int32(0)), jnp.int32(k))
-    high, right = jnp.int32(static.S), jnp.int32(static.S // k)
-    if static.causal:
-        high, right = lax.min(high, past + offset), lax.min(right, tile(first + offset + 1))
-    start = left = jnp.int32(0)
-    if static.window is not None:
-        start = tile(first + offset - static.window + 1)
-        left = tile(past + offset - static.window + k - 1)
-    stop = jnp.where(first < static.T, lax.max(start, tile(high + k - 1)), start)
-    left = lax.max(start, lax.min(left, stop))
-    return Span(start, left, lax.max(left, lax.min(right, stop)), stop)
 
 
 def forward(q, k, v, gate, segments, static: Static, *, residuals: bool) -> dict[str, Array]:
@@ -102,7 +79,8 @@ def forward(q, k, v, gate, segments, static: Static, *, residuals: bool) -> dict
     elif gate is not None:
         ins["row gate"] = whole(jax.nn.sigmoid(gate[..., 0].swapaxes(1, 2).astype(jnp.float32)), 2, rows)
     if segments is not None:
-        ins["q ids"], ins["k ids"] = whole(segments[0], 1, rows), whole(segments[1], 1, tiles.k)
+        ins["q ids"], ins["k ids"] = packed.whole(segments[0], rows), packed.whole(segments[1], tiles.k)
+        ins["spans"] = packed.spans(ins["q ids"], tiles.q, ins["k ids"], tiles.k)
 
     outs = {"o": jax.ShapeDtypeStruct(q.shape, q.dtype)}
     if residuals:
@@ -164,7 +142,6 @@ class Block:
 
     batch = property(lambda self: lax.axis_index("batch"))
     head = property(lambda self: lax.axis_index("head"))
-    span = property(lambda self: span(self.first, 2 * self.tiles.q, self.tiles.k, self.static))
 
     @property
     def first(self) -> Any:
@@ -174,9 +151,24 @@ class Block:
             tile = lax.axis_size("tile") - 1 - tile
         return tile * (2 * self.tiles.q)
 
+    @property
+    def span(self) -> Span:
+        """The key tiles that are loaded."""
+        found = span(self.first, 2 * self.tiles.q, self.tiles.k, self.static)
+        if "spans" not in self.refs:
+            return found
+        one, other = (self.shared(group) for group in range(2))
+        hull = Span(lax.min(one.start, other.start), one.left, one.right, lax.max(one.stop, other.stop))
+        return found.within(hull)
+
+    def shared(self, group: Any) -> Span:
+        """The key tiles that may share a segment with the queries of a warpgroup; [left, right) are of that alone."""
+        tile = lax.div(self.first, jnp.int32(self.tiles.q)) + group
+        return Span(*(self.refs["spans"][self.batch, tile, n] for n in range(4)))
+
     def slot(self, j: Any) -> Any:
         """Where in its ring the key tile j is."""
-        return lax.rem(j - self.span.start, jnp.int32(self.tiles.stages))
+        return j & (self.tiles.stages - 1)
 
     def wait(self, name: str, n: Any) -> None:
         plgpu.barrier_wait(self.refs[name].at[n])
@@ -242,43 +234,47 @@ class Block:
         D = self.refs["q"].shape[-1]
         q, k, _ = self.tiles
         first = self.first + group * q
-        mine = Span(*(lax.clamp(self.span.start, x, self.span.stop) for x in span(first, q, k, self.static)))
-        start, left, right, stop = mine
-        if "q ids" in self.refs:
-            left = right = start
+        block = self.span
+
+        def mine() -> Span:  # read anew where it is needed: from one loop to the next registers are scarce
+            seen = span(first, q, k, self.static)
+            seen = seen.within(self.shared(group)) if "spans" in self.refs else seen
+            return Span(*(lax.clamp(block.start, x, block.stop) for x in seen))
+
         row = lambda x: plgpu.layout_cast(jnp.full((q,), x, jnp.float32), ROW)
         acc = plgpu.layout_cast(jnp.zeros((q, D), jnp.float32), plgpu.Layout.WGMMA)
         carry = acc, row(FLOOR), row(0.0)
 
         self.wait("q here", group)
-        self.wait_for_keys(self.span.start)
+        self.wait_for_keys(block.start, block.stop)
         pl.when(group == 1)(lambda: self.wait("turn", group))
-        step = functools.partial(self.step, group, first)
-        skip = functools.partial(self.skip, group)
-        if self.static.window is not None:
-            lax.fori_loop(self.span.start, start, skip, None)
+        step = functools.partial(self.step, group, first, block.stop)
+        skip = functools.partial(self.skip, group, block.stop)
+        if self.static.window is not None or "spans" in self.refs:
+            start, left, *_ = mine()
+            lax.fori_loop(block.start, start, skip, None)
             carry = lax.fori_loop(start, left, functools.partial(step, masked=True), carry)
-        carry = lax.fori_loop(left, right, step, carry)
-        carry = lax.fori_loop(right, stop, functools.partial(step, masked=True), carry)
-        lax.fori_loop(stop, self.span.stop, skip, None)
+        carry = lax.fori_loop(mine().left, mine().right, step, carry)
+        carry = lax.fori_loop(mine().right, mine().stop, functools.partial(step, masked=True), carry)
+        lax.fori_loop(mine().stop, block.stop, skip, None)
         pl.when(group == 0)(lambda: self.arrive("turn", 1))
         self.finish(group, *carry)
 
-    def skip(self, group: Any, j: Any, _: None) -> None:
+    def skip(self, group: Any, end: Any, j: Any, _: None) -> None:
         """A key tile that only the other warpgroup sees: the turns and the barriers go on."""
         slot = self.slot(j)
         self.arrive("turn", 1 - group)
         self.arrive("k free", slot)
         self.wait("v here", slot)
         self.wait("turn", group)
-        self.wait_for_keys(j + 1)
+        self.wait_for_keys(j + 1, end)
         self.arrive("v free", slot)
 
-    def wait_for_keys(self, j: Any) -> None:
+    def wait_for_keys(self, j: Any, end: Any) -> None:
         """Until key tile j is here, where there is one: each tile is waited for while its predecessor is in use."""
-        pl.when(j < self.span.stop)(lambda: self.wait("k here", self.slot(j)))
+        pl.when(j < end)(lambda: self.wait("k here", self.slot(j)))
 
-    def step(self, group: Any, first: Any, j: Any, carry: tuple, masked: bool = False) -> tuple:
+    def step(self, group: Any, first: Any, end: Any, j: Any, carry: tuple, masked: bool = False) -> tuple:
         """One key tile."""
         static, refs, slot = self.static, self.refs, self.slot(j)
         acc, m, l = carry
@@ -304,7 +300,7 @@ class Block:
             acc, new, l, p = lax.optimization_barrier((acc, new, l, p))
         self.wait("v here", slot)
         self.wait("turn", group)
-        acc = self.add_product(acc, p, refs["v ring"].at[slot], lambda: self.wait_for_keys(j + 1))
+        acc = self.add_product(acc, p, refs["v ring"].at[slot], lambda: self.wait_for_keys(j + 1, end))
         self.arrive("v free", slot)
         return acc, new, l
 

@@ -20,7 +20,7 @@ State     sums in float32, in registers. Scores of dk and dv stand transposed, k
 Traffic   with n tiles visible: dq reads q and do once and n tiles of k and v; dk and dv read k and v once and n tiles
           of q and do. 14 D FLOPs a visible pair; one kernel would take 10 D and add dq up in memory, in any order.
 Limits    bfloat16 and float16; D 64, 128 or 256. Any T and S: odd lengths are padded to whole rows of 8 tokens.
-          With segments every visited tile applies the mask; tiles of foreign segments are visited too.
+          Ids in any order; where they ascend, tiles of foreign segments are skipped and those of one apply no mask.
           What keys hold that no query sees must be finite: the caller clears them.
 Source    Dao, FlashAttention-2 (arXiv:2307.08691), algorithm 2; Shah et al., FlashAttention-3 (arXiv:2407.08608).
 """
@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.attention import hopper_dkv, hopper_dq
+from kernels.attention import segments as packed
 from kernels.attention.hopper_dq import Segments
 from kernels.attention.hopper_static import Static
 
@@ -50,9 +51,14 @@ def backward(
     """
     q, do, k, v = (_whole(x, 1, 8) for x in (q, do, k, v))
     lse, delta = _whole(lse, 2, PAD, jnp.inf), _whole(delta, 2, PAD)
-    ids = () if segments is None else tuple(_whole(x.astype(jnp.int32), 1, PAD) for x in segments)
-    dq = hopper_dq.dq(q, k, v, do, lse, delta, ids, static)
-    dk, dv = hopper_dkv.dkv(q, k, v, do, lse, delta, ids, static)
+    for_dq = for_dkv = ()
+    if segments is not None:
+        q_ids, k_ids = ids = tuple(packed.whole(x.astype(jnp.int32), PAD) for x in segments)
+        tiles, D = hopper_dq.TILES[q.shape[-1]], q.shape[-1]
+        for_dq = *ids, packed.spans(q_ids, hopper_dq.OWN, k_ids, tiles.keys)
+        for_dkv = *ids, packed.spans(k_ids, hopper_dkv.own(D), q_ids, tiles.queries)
+    dq = hopper_dq.dq(q, k, v, do, lse, delta, for_dq, static)
+    dk, dv = hopper_dkv.dkv(q, k, v, do, lse, delta, for_dkv, static)
     return dq[:, : static.T], dk[:, : static.S], dv[:, : static.S]
 
 

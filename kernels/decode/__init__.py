@@ -73,7 +73,7 @@ def decode_attention(
     table = _table()
     if q.dtype == jnp.float64 and not isinstance(table["pallas"], str):
         table["pallas"] = "q has dtype float64 and it adds up in float32"
-    slow = {"pallas"} if mosaic_tpu.interpreted_slow(C) else ()
+    slow = {"pallas": "interpreted, it is slow at these sizes"} if mosaic_tpu.interpreted_slow(C) else {}
     run = choose("decode_attention", implementation, table, slow)
     cache = KVCache(cache_k, cache_v, length, *scales)
     return run(q, k, v, cache, gate=gate, window=window, scale=D**-0.5 if scale is None else scale, softcap=softcap)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import checks
-from kernels.dispatch import choose, missing
+from kernels.dispatch import choose, device, missing
 from kernels.grouped_matmul import moe, xla
 
 Array = jax.Array
@@ -93,13 +93,16 @@ def moe_mlp(
     return run(x, w_gate, w_up, w_down, expert_ids, expert_weights)
 
 
-def _slow() -> set[str]:
-    """What "auto" leaves to those who name it.
+def _slow() -> dict[str, str]:
+    """What "auto" leaves to those who name it, and why.
 
     Interpreted, uneven groups cost up to 1.25 times as much as in `xla.py`, which has tiles of two sizes; even ones
     0.86 to 1.03 times. Which they are is not known before the run. On a TPU it has not run yet.
     """
-    return {"pallas"}
+    interpreted = device().platform == "cpu"
+    return {
+        "pallas": "interpreted, it is slow for uneven groups" if interpreted else "it has not run here yet; name it"
+    }
 
 
 def _table(op: str, dtype: jnp.dtype | None = None) -> dict:

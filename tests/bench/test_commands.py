@@ -89,6 +89,6 @@ def test_the_bounded_command_never_runs_over_and_writes_what_it_has(tmp_path, mo
 def test_every_part_is_a_command_that_exists():
     for tiny in (True, False):
         parts = gpu.parts(Path("/tmp/out"), tiny, 540)
-        assert [part.name for part in parts][:2] == ["environment", "parity"]
+        assert [part.name for part in parts][:4] == ["environment", "tensor_cores", "parity", "attention"]
         for part in parts:
             assert part.command[0] == sys.executable and 0 < part.share <= 1

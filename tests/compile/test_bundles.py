@@ -189,6 +189,7 @@ def test_tables_are_those_of_the_committed_profiles():
     folder = ROOT / "profiles/aot"
     text = (folder / summary.FILE).read_text()
     assert summary.rewritten(text, summary.load(folder)) == text, "`make aot` writes it anew"
+    assert summary.on_hopper(text, summary.load_hopper(folder)) == text, "`make aot` writes it anew"
     with pytest.raises(ValueError, match="has not one"):
         summary.rewritten("nothing", {})
 

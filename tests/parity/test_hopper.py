@@ -4,11 +4,13 @@ import functools
 import itertools
 import math
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -102,6 +104,9 @@ FORWARD = [
     pytest.param(row(600, 600, window=300, gate="elementwise"), marks=slow),
     pytest.param(row(600, 1000, D=128, H=1, gate="elementwise"), marks=slow),
     pytest.param(row(200, 700, D=256, H=1, window=400, gate="elementwise"), marks=slow),
+    # Documents longer than a tile: tiles that are skipped, and some that need no mask.
+    pytest.param(row(600, 600, segments="packed", gate="elementwise"), marks=slow),
+    pytest.param(row(500, 500, D=256, H=1, segments="packed", causal=False), marks=slow),
 ]
 
 
@@ -160,6 +165,24 @@ def test_what_no_query_sees_changes_no_bit_and_two_runs_agree():
     rule.same_bits({"o": once}, {"o": run(poisoned)})
 
 
+@slow
+def test_tiles_of_foreign_segments_are_not_loaded():
+    """Copies into shared memory, by the simulated device, for one document and for four as long."""
+    copies = []
+    for documents in (1, 4):
+        case = row(256 * documents, 256 * documents, H=1)
+        inputs, _ = arrays(case, "bfloat16")
+        ids = jnp.repeat(jnp.arange(documents, dtype=jnp.int32), 256)[None]
+        run = lambda x, ids=ids, case=case: hopper.attention(
+            **x, **options(case), segment_ids=(ids, ids), interpret=RACES
+        )
+        with mock.patch.object(gpu_callbacks, "copy_gmem_to_smem", wraps=gpu_callbacks.copy_gmem_to_smem) as ran:
+            jax.block_until_ready(jax.jit(run)(inputs))
+        assert not races()
+        copies.append(ran.call_count)
+    assert copies[1] == 4 * copies[0], copies
+
+
 LENGTHS = (1, 64, 65, 130, 200)
 WINDOWS = ((False, None), *((True, window) for window in (None, 1, 63, 64, 100, 1000)))
 
@@ -208,3 +231,26 @@ def test_hopper_is_served_by_it_and_other_gpus_are_told_what_runs():
             kernels.attention(x, x, x, implementation="pallas")
     with dispatch.compiling_for("cuda", "NVIDIA A100-SXM4-80GB"):
         assert "'xla' runs here" in kernels.implementations("attention")["pallas"]
+
+
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("around", ["vmap", "shard_map", "shard_map without checks"])
+def test_gradients_are_traced_below_vmap_and_shard_map(around, segments):
+    q, k, ids = (jnp.ones(shape, jnp.bfloat16) for shape in ((2, 1, 64, 4, 64), (2, 1, 64, 2, 64), (2, 1, 64)))
+    call = functools.partial(hopper.attention, gate=None, causal=True, window=9, scale=1.0, softcap=None)
+
+    def gradients(q: jax.Array, k: jax.Array, ids: jax.Array) -> tuple[jax.Array, ...]:
+        ids = (ids, ids) if segments else None
+        o, pull = jax.vjp(lambda q, k, v: call(q, k, v, segment_ids=ids), q, k, k)
+        return o, *pull(o)
+
+    if around == "vmap":
+        run, args = jax.vmap(gradients), (q, k, ids.astype(jnp.int32))
+    else:
+        mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        spec = jax.sharding.PartitionSpec("data")
+        checked = around == "shard_map"
+        run = jax.shard_map(gradients, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=checked)
+        args = q[0], k[0], ids[0].astype(jnp.int32)
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(run, *args))
+    assert shapes == tuple((x.shape, x.dtype) for x in (args[0], args[0], args[1], args[1]))

@@ -31,7 +31,7 @@ class Case(NamedTuple):
     causal: bool = True
     window: int | None = None
     softcap: float | None = None
-    segments: bool = False
+    segments: str | None = None  # "ascending", or in "any" order
     dtype: str = "bfloat16"
     spread: float = 1.0  # of the queries: large ones make scores far below zero
 
@@ -47,7 +47,8 @@ def arrays(case: Case, seed: int = 0) -> tuple[dict[str, jax.Array], jax.Array, 
     inputs = {"q": draw(B, T, G * K, D) * case.spread, "k": draw(B, S, K, D), "v": draw(B, S, K, D)}
     ids = None
     if case.segments:
-        ids = tuple(jnp.asarray(np.sort(rng.integers(0, 4, (B, n))), jnp.int32) for n in (T, S))
+        ordered = np.sort if case.segments == "ascending" else np.asarray
+        ids = tuple(jnp.asarray(ordered(rng.integers(0, 4, (B, n))), jnp.int32) for n in (T, S))
     return inputs, draw(B, T, G * K, D), ids
 
 
@@ -117,16 +118,19 @@ def judge(case: Case) -> dict[str, Any]:
 FAST = [
     Case(129, 129, G=2, window=70),
     Case(65, 200, D=128, window=64, softcap=5.0),
-    Case(127, 64, D=256, segments=True),
+    Case(127, 64, D=256, segments="ascending"),
     Case(64, 129, D=256, causal=False, dtype="float16", spread=30.0),
 ]
 LONG = [
     *(Case(T, S, D=64, window=w, dtype="float16") for T in (1, 64, 65) for S in (1, 127, 200) for w in (None, 1, 66)),
-    *(Case(200, 200, D=D, G=3, K=2, B=2, window=w) for D in (64, 128, 256) for w in (None, 1, 65, 200, 999)),
+    *(Case(130, 130, D=D, G=3, K=2, B=2, window=66) for D in (64, 128, 256)),
+    *(Case(200, 200, D=D, G=2, window=w) for D in (64, 128, 256) for w in (None, 1, 65, 200, 999)),
     *(Case(T, S, D=D, causal=False) for D in (64, 128, 256) for T, S in ((129, 65), (65, 129), (8, 200))),
     *(Case(129, 129, D=D, softcap=c, window=w) for D in (64, 128, 256) for c, w in ((2.0, None), (30.0, 65))),
-    *(Case(T, S, D=D, B=2, segments=True) for D in (64, 128, 256) for T, S in ((200, 200), (65, 127), (129, 64))),
-    *(Case(300, 300, D=D, G=2, segments=True, softcap=20.0, window=100) for D in (64, 128, 256)),
+    *(Case(200, 200, D=D, B=2, segments="any") for D in (64, 128, 256)),
+    *(Case(T, S, D=D, segments="ascending") for D in (64, 128, 256) for T, S in ((65, 127), (129, 64))),
+    *(Case(500, 500, D=D, segments="ascending", causal=c) for D in (64, 128, 256) for c in (True, False)),
+    *(Case(300, 300, D=D, segments="ascending", softcap=20.0, window=100) for D in (64, 128, 256)),
     *(Case(200, 129, D=D, spread=30.0, causal=c) for D in (64, 128, 256) for c in (True, False)),
 ]
 
@@ -184,3 +188,17 @@ def test_work_grows_with_the_window_not_with_the_square():
             gradients(case, inputs, do, None)
         products.append(ran.call_count)
     assert 1.8 < products[1] / products[0] < 2.2, products
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("D", [64, 256])
+def test_tiles_of_foreign_segments_are_not_multiplied(D):
+    """Matrix products that the simulated device ran for one document, and for four as long."""
+    products = []
+    for documents in (1, 4):
+        inputs, do, _ = arrays(case := Case(256 * documents, 256 * documents, D=D, segments="ascending"))
+        ids = jnp.repeat(jnp.arange(documents, dtype=jnp.int32), 256)[None]
+        with mock.patch.object(gpu_callbacks, "wgmma", wraps=gpu_callbacks.wgmma) as ran:
+            gradients(case, inputs, do, (ids, ids))
+        products.append(ran.call_count)
+    assert products[1] == 4 * products[0], products

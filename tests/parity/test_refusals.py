@@ -192,6 +192,16 @@ def test_one_line_in_the_table_is_an_implementation(monkeypatch):
         kernels.moe_mlp(**MOE_GOOD, implementation="mine")
 
 
+@pytest.mark.parametrize(("D", "why"), [(64, "have not run on a GPU"), (96, "head dim 96")])
+def test_auto_says_why_it_did_not_choose_what_it_prefers(D, why, caplog):
+    dispatch._report.cache_clear()
+    x = jnp.ones((1, 4, 1, D), jnp.bfloat16)
+    with caplog.at_level("INFO", "kernels"), dispatch.compiling_for("cuda", "NVIDIA H100"):
+        jax.eval_shape(kernels.attention, x, x, x)
+    (said,) = caplog.messages
+    assert said.startswith("attention: auto chose xla on gpu; not pallas: ") and why in said
+
+
 def test_an_unknown_operation_is_refused():
     with pytest.raises(ValueError, match="op is 'softmax'"):
         kernels.implementations("softmax")

@@ -1,0 +1,83 @@
+"""The Pallas attention at the sizes and dtypes of tensor cores, every feature: outputs and all gradients, by the rule.
+
+On a GPU, where `make gpu` begins with it, these are Hopper's compiled kernels; elsewhere all but one case wait for the
+long run.
+"""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kernels
+from kernels import specs
+from tests.parity import rows, rule
+
+ON_GPU = jax.default_backend() == "gpu"
+WHY = kernels.implementations("attention")["pallas"]
+pytestmark = pytest.mark.skipif(WHY is not None, reason=str(WHY))
+waits = () if ON_GPU else pytest.mark.slow
+
+
+def row(T: int, S: int, **sizes: Any) -> specs.Attention:
+    return rows.row(specs.Attention, T=T, S=S, **({"H": 4} | sizes))
+
+
+SMALL = (
+    row(129, 129, D=64, window=70, gate="elementwise"),
+    row(200, 200, D=128, gate="head", window=65),
+    row(300, 300, D=256),
+    row(65, 200, D=64, K=1, softcap=2.0, gate="head"),
+    row(200, 65, D=128, gate="elementwise"),  # the first queries see nothing
+    row(129, 300, D=256, window=33, softcap=20.0),
+    row(600, 600, D=64, segments="packed"),
+    row(600, 600, D=128, segments="packed", window=300, gate="elementwise"),
+    row(600, 600, D=256, segments="packed", causal=False),
+    row(65, 127, D=64, causal=False, softcap=5.0),
+    row(1, 127, D=128, gate="head"),
+    row(130, 300, D=128, B=2, segments="nobody", window=100),
+    row(64, 130, D=256, scale=-0.05, gate="elementwise"),
+    row(8, 1000, D=256, causal=False),
+)
+# Many blocks and many turns of the rings. Interpreted, each would take minutes.
+LARGE = (
+    row(2048, 2048, D=64, H=8, K=2, gate="head"),
+    row(2048, 2048, D=128, H=8, K=2, window=512, gate="elementwise"),
+    row(2048, 2048, D=256, window=1024, gate="head"),
+    row(1500, 2000, D=128, causal=False, B=2),
+    row(2000, 2000, D=128, segments="packed", softcap=30.0),
+)
+CASES = [*itertools.product(SMALL, ("bfloat16",)), *itertools.product(SMALL[:6], ("float16",))]
+CASES += itertools.product(LARGE if ON_GPU else (), ("bfloat16",))
+
+
+def name(value: Any) -> str:
+    return value if isinstance(value, str) else value.label()
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), [pytest.param(*each, marks=() if n == 0 else waits) for n, each in enumerate(CASES)], ids=name
+)
+def test_attention_at_tensor_core_sizes_keeps_the_rule(case, dtype):
+    inputs, aux, dout = rows.draw(case)
+    got = rule.judge("attention", "pallas", inputs, dout, dtype, aux=aux, options=rows.options(case), hurry=not ON_GPU)
+    if case.causal and case.T > case.S:
+        for what in ("o", "dq", *(["dgate"] if case.gate != "none" else [])):
+            assert not np.any(got[what][:, : case.T - case.S]), f"{what}: a query that sees no key"
+
+
+@pytest.mark.parametrize("D", [pytest.param(D, marks=waits) for D in (64, 128, 256)])
+def test_what_no_query_sees_changes_no_bit_and_two_runs_agree_at_tensor_core_sizes(D):
+    case = row(65, 300, D=D, window=100, segments="nobody", gate="head")
+    inputs, aux, dout = rows.draw(case)
+    inputs = {name: jnp.asarray(x, "bfloat16") for name, x in inputs.items()}
+    run = rule.program("attention", "pallas", rows.options(case), hurry=not ON_GPU)
+    once, again = (run(inputs, aux, jnp.asarray(dout, "bfloat16")) for _ in range(2))
+    hidden = aux["segment_ids"][1][0] == 99
+    hidden |= np.arange(300) < 300 - 65 - 100 + 1
+    poisoned = {n: jnp.where(hidden[None, :, None, None], jnp.nan, x) if n in "kv" else x for n, x in inputs.items()}
+    rule.same_bits(once, again)
+    rule.same_bits(once, run(poisoned, aux, jnp.asarray(dout, "bfloat16")))
