@@ -97,9 +97,10 @@ def _slow() -> set[str]:
     """What "auto" leaves to those who name it.
 
     Interpreted, uneven groups cost up to 1.25 times as much as in `xla.py`, which has tiles of two sizes; even ones
-    0.86 to 1.03 times. Which they are is not known before the run. On a TPU it has not run yet.
+    0.86 to 1.03 times. Which they are is not known before the run. On a TPU it has not run yet, and Triton
+    not on a GPU.
     """
-    return {"pallas"}
+    return {"pallas", "triton"}
 
 
 def _table(op: str, dtype: jnp.dtype | None = None) -> dict:
@@ -108,6 +109,11 @@ def _table(op: str, dtype: jnp.dtype | None = None) -> dict:
 
         return getattr(specification, op)(*args)
 
+    def by_triton(*args):
+        from kernels.grouped_matmul import triton
+
+        return triton.moe_mlp(*args)
+
     pallas = missing(op, "pallas") or getattr(moe, op)
     if dtype == jnp.float64 and not isinstance(pallas, str):
         pallas = "x has dtype float64 and it adds up in float32"
@@ -115,5 +121,5 @@ def _table(op: str, dtype: jnp.dtype | None = None) -> dict:
         "reference": reference,
         "xla": getattr(xla, op),
         "pallas": pallas,
-        "triton": missing(op, "triton"),
+        "triton": missing(op, "triton") or by_triton,
     }
