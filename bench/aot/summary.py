@@ -1,4 +1,4 @@
-"""The tables of profiles/aot/README.md: bundles that a TPU executes in attention, from the profiles beside it."""
+"""The tables of profiles/aot/README.md: bundles of attention and of grouped matmul on a TPU, from the profiles."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +11,12 @@ FILE = "README.md"
 MARKS = ("<!-- bundles: written by `make aot`, from the profiles -->\n", "<!-- end of bundles -->")
 TPUS = ("v6e", "v5e", "tpu7x")
 COLUMNS = {"pallas": ("pallas",), "splash": executed.SPLASH, "tokamax": ("tokamax",)}
+GROUPED = ("pallas", "tokamax_512", "megablox")
+PRODUCTS = {
+    "y": ("forward", ()),
+    "dx": ("both", ("_dx", "transpose_rhs", "transpose_jvp_jit_gmm")),
+    "dw": ("both", ("_dw", "tgmm")),
+}
 Row = dict[str, Any]
 
 
@@ -81,6 +87,27 @@ def tiles(held: Mapping[str, Mapping[str, Row]]) -> str:
     return "\n".join(lines)
 
 
+def grouped(held: Mapping[str, Mapping[str, Row]]) -> str:
+    """Share of MXU slots, bundles and spills of the products of a grouped matmul."""
+    lines = _head(["TPU", "row", "kernel", *PRODUCTS])
+    for target in held:
+        for spec in specs.rows("grouped_matmul", "aot", "tpu"):
+            for name in GROUPED if not spec.name.startswith("aot") else ():
+                cells = [product(held[target], spec.name, name, *how) for how in PRODUCTS.values()]
+                if any(cells):
+                    lines.append(_line([target, spec.name, name, *cells]))
+    return "\n".join(lines)
+
+
+def product(held: Mapping[str, Row], spec: str, implementation: str, program: str, words: Sequence[str]) -> str:
+    """One cell: of the kernel whose name has one of the words, or of the only one."""
+    row = held.get(f"grouped_matmul / {spec} / {implementation} / bfloat16 / {program}", {})
+    found = [each for each in row.get("kernels", []) if not words or any(word in each["name"] for word in words)]
+    if len(found) != 1:
+        return "" if row.get("status") in (None, "compiled") else row["status"]
+    return f"{found[0]['mxu_share']:.0%}, {found[0]['bundles']} ({found[0]['spills']})"
+
+
 def rewritten(text: str, held: Mapping[str, Mapping[str, Row]]) -> str:
     """The text with new tables between its marks.
 
@@ -90,7 +117,7 @@ def rewritten(text: str, held: Mapping[str, Mapping[str, Row]]) -> str:
     begin, end = MARKS
     if text.count(begin) != 1 or text.count(end) != 1:
         raise ValueError(f"{FILE} has not one {begin.strip()} and one {end}")
-    new = f"{table(held)}\n\n{tiles(held)}\n"
+    new = f"{table(held)}\n\n{tiles(held)}\n\n{grouped(held)}\n"
     return text[: text.index(begin) + len(begin)] + new + text[text.index(end) :]
 
 
