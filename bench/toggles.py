@@ -50,8 +50,14 @@ def base_config(preset: str) -> Config:
 def toggles(base: Config) -> dict[str, dict[str, Any]]:
     """Name -> the settings it changes; each turns its feature over, whatever the base has."""
     model, train = base.model, base.train
+    active = model.experts_per_token + model.shared_expert
+    # Experts and a dense layer of as many parameters that a token meets, but for the router's.
+    even = {"n_experts": 0, "expansion": model.expansion * active}
+    if not model.n_experts:
+        even = {"n_experts": 8, "expansion": model.expansion / active}
     flips: dict[str, dict[str, Any]] = {
         "base": {},
+        "8 experts, as many active" if not model.n_experts else "no experts, as many active": even,
         "8 experts, 2 a token" if not model.n_experts else "no experts": {"n_experts": 0 if model.n_experts else 8},
         "no window" if model.window else "window 64": {"window": None if model.window else 64},
         "no gate" if model.gate != "none" else "gate": {"gate": "none" if model.gate != "none" else "head"},

@@ -18,7 +18,6 @@ from dantinox.validation import ConfigError, check_fields, fraction, positive, r
 
 KVDtype = Literal["model", "int8", "fp8"]
 Attention, Experts, Decode = (Literal[kernels.names(op)] for op in ("attention", "moe_mlp", "decode_attention"))
-Implementation = Literal[kernels.names(*kernels.OPERATIONS)]
 
 
 @dataclass(frozen=True)

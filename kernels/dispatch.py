@@ -7,6 +7,7 @@ that the caller gave is obeyed or refused; only "auto" chooses, in the order of 
 import contextlib
 import contextvars
 import functools
+import importlib.util
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
@@ -91,6 +92,12 @@ def missing(op: str, name: str) -> str | None:
         return f"its Pallas kernel for gpu is Hopper's and this is {device().kind!r}; implementation='xla' runs here"
     if name == "pallas":
         return f"{op} has no Pallas kernel for {device().platform} yet"
+    if name == "triton" and op == "moe_mlp":
+        if device().platform != "gpu" or any(name in device().kind for name in ("AMD", "Instinct")):
+            return f"its Triton kernels are for NVIDIA GPUs and this is {device().kind!r}"
+        if importlib.util.find_spec("jax_triton") is None:
+            return "jax-triton is not installed: EXTRAS=triton brings it"
+        return None
     if name == "triton":
         return f"{op} has no Triton kernel yet"
     raise ValueError(f"implementation is {name!r}; allowed: {', '.join(NAMES[1:])}")

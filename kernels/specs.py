@@ -164,6 +164,7 @@ REAL_GROUPS = (
     _gmm("256 experts, wide", 131072, 1024, 7168, 256, **H100),
     _gmm("128 groups", 262144, 4096, 1536, 128, **H100),
     *(_gmm(f"Qwen3-30B-A3B {s}", 65536, 2048, 768, 128, skew=s, **BIG) for s in ("uniform", "zipf", "empty")),
+    _gmm("dante-moe", 8192, 512, 2048, 4, **BIG),
     _gmm("decode, 128 experts", 256, 2048, 768, 128, skew="zipf", **BIG),
     *(_gmm(f"aot E=8 {s}", 2048, 512, 1024, 8, skew=s, **AOT) for s in ("uniform", "zipf")),
     _gmm("aot odd sizes", 1000, 384, 640, 5, skew="zipf", **AOT),

@@ -211,6 +211,29 @@ def _tokamax_ragged_dot(spec: specs.GroupedMatmul) -> Call:
     return lambda i, aux: tokamax.ragged_dot(i["x"], i["w"], aux["group_sizes"], implementation="mosaic")
 
 
+def _tokamax_tiles(spec: specs.GroupedMatmul) -> Call:
+    """Its TPU kernels at large tiles: its autotuner needs the TPU, and its heuristics take small ones."""
+    from tokamax._src.ops.ragged_dot import pallas_mosaic_tpu_kernel as kernel
+
+    M, F = (_tile(size, most) for size, most in ((spec.M, 2048), (spec.F, 1024)))
+    for name, tile in (("N", spec.N % 512 == 0), ("M", M), ("F", F)):
+        if not tile:
+            raise NotImplementedError(f"{name} does not divide into its tiles")
+    options = {"precision": jax.lax.Precision.DEFAULT, "out_dtype": jnp.bfloat16}
+
+    @jax.custom_vjp
+    def product(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+        return kernel.gmm(x, w, group_sizes=sizes, tiling=(512, M, F), **options)
+
+    def backward(kept: Any, dy: jax.Array) -> tuple[Any, ...]:
+        x, w, sizes = kept
+        dx = kernel.gmm(dy, w, group_sizes=sizes, tiling=(512, F, M), transpose_rhs=True, **options)
+        return dx, kernel.tgmm(x.swapaxes(0, 1), dy, group_sizes=sizes, tiling=(512, M, F), **options), None
+
+    product.defvjp(lambda *kept: (product(*kept), kept), backward)
+    return lambda i, aux: product(i["x"], i["w"], aux["group_sizes"])
+
+
 def _lax_ragged_dot(spec: specs.GroupedMatmul) -> Call:
     return lambda i, aux: jax.lax.ragged_dot(i["x"], i["w"], aux["group_sizes"])
 
@@ -261,6 +284,7 @@ PEERS: dict[str, Peer] = {
     "splash": Peer(TPUS, {"attention": _splash}),
     "splash_512": Peer(TPUS, {"attention": _splash_512}),
     "splash_fused": Peer(TPUS, {"attention": _splash_fused}),
+    "tokamax_512": Peer(TPUS, {"grouped_matmul": _tokamax_tiles}, ("bfloat16",)),
     "megablox": Peer(TPUS, {"grouped_matmul": _megablox}),
     "jax_nn": Peer((*GPUS, *TPUS), {"attention": _jax_nn_attention}),
     "lax": Peer((*GPUS, *TPUS), {"grouped_matmul": _lax_ragged_dot}),

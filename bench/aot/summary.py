@@ -1,4 +1,4 @@
-"""The tables of profiles/aot/README.md, from the profiles beside it: attention's bundles on TPUs, spills on Hopper."""
+"""The tables of profiles/aot/README.md, from the profiles: bundles on TPUs, spills of attention on Hopper."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +14,12 @@ HOPPER = "h100"
 GPU_KERNELS = ("pallas", "tokamax", "jax_mgpu")
 TPUS = ("v6e", "v5e", "tpu7x")
 COLUMNS = {"pallas": ("pallas",), "splash": executed.SPLASH, "tokamax": ("tokamax",)}
+GROUPED = ("pallas", "tokamax_512", "megablox")
+PRODUCTS = {
+    "y": ("forward", ()),
+    "dx": ("both", ("_dx", "transpose_rhs", "transpose_jvp_jit_gmm")),
+    "dw": ("both", ("_dw", "tgmm")),
+}
 Row = dict[str, Any]
 
 
@@ -90,13 +96,34 @@ def tiles(held: Mapping[str, Mapping[str, Row]]) -> str:
     return "\n".join(lines)
 
 
+def grouped(held: Mapping[str, Mapping[str, Row]]) -> str:
+    """Share of MXU slots, bundles and spills of the products of a grouped matmul."""
+    lines = _head(["TPU", "row", "kernel", *PRODUCTS])
+    for target in held:
+        for spec in specs.rows("grouped_matmul", "aot", "tpu"):
+            for name in GROUPED if not spec.name.startswith("aot") else ():
+                cells = [product(held[target], spec.name, name, *how) for how in PRODUCTS.values()]
+                if any(cells):
+                    lines.append(_line([target, spec.name, name, *cells]))
+    return "\n".join(lines)
+
+
+def product(held: Mapping[str, Row], spec: str, implementation: str, program: str, words: Sequence[str]) -> str:
+    """One cell: of the kernel whose name has one of the words, or of the only one."""
+    row = held.get(f"grouped_matmul / {spec} / {implementation} / bfloat16 / {program}", {})
+    found = [each for each in row.get("kernels", []) if not words or any(word in each["name"] for word in words)]
+    if len(found) != 1:
+        return "" if row.get("status") in (None, "compiled") else row["status"]
+    return f"{found[0]['mxu_share']:.0%}, {found[0]['bundles']} ({found[0]['spills']})"
+
+
 def rewritten(text: str, held: Mapping[str, Mapping[str, Row]]) -> str:
     """The text with new tables between its marks.
 
     Raises:
         ValueError: the marks are not there once each.
     """
-    return _between(text, MARKS, f"{table(held)}\n\n{tiles(held)}\n")
+    return _between(text, MARKS, f"{table(held)}\n\n{tiles(held)}\n\n{grouped(held)}\n")
 
 
 def on_hopper(text: str, held: Mapping[str, Row]) -> str:

@@ -97,12 +97,12 @@ def _slow() -> dict[str, str]:
     """What "auto" leaves to those who name it, and why.
 
     Interpreted, uneven groups cost up to 1.25 times as much as in `xla.py`, which has tiles of two sizes; even ones
-    0.86 to 1.03 times. Which they are is not known before the run. On a TPU it has not run yet.
+    0.86 to 1.03 times. Which they are is not known before the run. On a TPU it has not run yet, and Triton
+    not on a GPU.
     """
     interpreted = device().platform == "cpu"
-    return {
-        "pallas": "interpreted, it is slow for uneven groups" if interpreted else "it has not run here yet; name it"
-    }
+    pallas = "interpreted, it is slow for uneven groups" if interpreted else "it has not run here yet; name it"
+    return {"pallas": pallas, "triton": "it has not run on a GPU yet; name it"}
 
 
 def _table(op: str, dtype: jnp.dtype | None = None) -> dict:
@@ -111,6 +111,11 @@ def _table(op: str, dtype: jnp.dtype | None = None) -> dict:
 
         return getattr(specification, op)(*args)
 
+    def by_triton(*args):
+        from kernels.grouped_matmul import triton
+
+        return triton.moe_mlp(*args)
+
     pallas = missing(op, "pallas") or getattr(moe, op)
     if dtype == jnp.float64 and not isinstance(pallas, str):
         pallas = "x has dtype float64 and it adds up in float32"
@@ -118,5 +123,5 @@ def _table(op: str, dtype: jnp.dtype | None = None) -> dict:
         "reference": reference,
         "xla": getattr(xla, op),
         "pallas": pallas,
-        "triton": missing(op, "triton"),
+        "triton": missing(op, "triton") or by_triton,
     }

@@ -56,7 +56,7 @@ class Visit(NamedTuple):
         """Whether the visit has every row of its tile."""
         return (self.low <= self.row) & (self.row + rows <= self.high)
 
-    def touches(self, first: int, rows: int) -> Array:
+    def touches(self, first: Any, rows: int) -> Array:
         """Whether the visit has any of these rows of its tile."""
         return (self.low < self.row + first + rows) & (self.row + first < self.high)
 

@@ -14,7 +14,8 @@ Tiling    grid (column tiles, visits, steps of the contraction); a visit is a ti
           A tile is multiplied in chunks of rows; those that the visit has no row of are skipped. Compiled, a visit
           writes whole chunks: rows of later groups are written again by their own visit, rows of earlier ones are
           saved before and put back after. So the stream of products has no mask in it, and registers suffice.
-State     float32 sums of one tile, where the contraction takes several steps; else none at all.
+State     float32 sums of one tile, where the contraction takes several steps; else none at all. Where the products of
+          one step are taken part by part (`tiles.piece`), their sums wait in memory of their own.
 Traffic   reads x once for each column tile, each busy group's matrix once; with several steps of the contraction, a
           matrix once a visit. Writes y once. 2 N K J FLOPs; intensity as of a dense matmul where groups have more than
           some 500 rows, below that the matrices bind.
@@ -23,6 +24,7 @@ Source    Gale et al., MegaBlocks (arXiv:2211.15841); jax's megablox for the gri
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -69,6 +71,11 @@ def loop(rows: int, body: Callable[[Any, Any], None]) -> None:
         body(pl.ds(pl.multiple_of(n * few, few), few), n * few)
 
     jax.lax.fori_loop(0, rows // few, part, None)
+
+
+def aligned(first: Any, unit: int) -> Any:
+    """Tells the compiler that a place is a multiple of the unit, where it is one that it cannot see."""
+    return first if isinstance(first, int) or unit % 8 else pl.multiple_of(first, unit)
 
 
 def clear(x: Array, inside: Array) -> Array:
@@ -131,10 +138,14 @@ def product(
         in_specs = [x_spec] * len(xs) + [w_spec] * len(ws) + [wide_out] * len(wide) + [thin_in] * len(thin)
 
     n_sums = 0 if steps == 1 else 1 if add else len(ws)
+    waits = []
+    if chosen.part and steps == 1 and (add or len(ws) == 1):
+        sides = itertools.product(pieces(chosen.strip, chosen.width), pieces(chosen.chunk, chosen.height))
+        waits = [pltpu.VMEM((height, width), jnp.float32) for (_, width), (_, height) in sides]
     wide_shape, thin_shape = jax.ShapeDtypeStruct((N, J), dtype), jax.ShapeDtypeStruct((across, 1, N), jnp.float32)
     moved = dtype.itemsize * (sum(x.size for x in xs) + sum(w.size for w in ws) + n_wide * N * J)
     found = pl.pallas_call(
-        functools.partial(_kernel, chosen, E, K, J, transposed, add, epilogue, outs, counts, interpret),
+        functools.partial(_kernel, chosen, E, K, J, transposed, add, epilogue, outs, counts, len(waits), interpret),
         out_shape=[wide_shape if kind == "wide" else thin_shape for kind in outs],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(tables),
@@ -143,7 +154,8 @@ def product(
             out_specs=[wide_out if kind == "wide" else thin_out for kind in outs],
             scratch_shapes=[pltpu.VMEM((chosen.rows, chosen.columns), jnp.float32)] * n_sums
             + [pltpu.VMEM((chosen.rows, chosen.columns), dtype)]
-            * (0 if interpret else sum(kind == "wide" for kind in outs)),
+            * (0 if interpret else sum(kind == "wide" for kind in outs))
+            + waits,
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=tiles.VMEM_BYTES
@@ -165,11 +177,14 @@ def _kernel(
     epilogue: Epilogue | None,
     kinds: Sequence[str],
     counts: Sequence[int],
+    n_waits: int,
     interpret: bool,
     *refs: Any,
 ) -> None:
     tables, rest = refs[:4], list(refs[4:])
     xs, ws, wide, thin, outs = ([rest.pop(0) for _ in range(n)] for n in counts)
+    waits = rest[len(rest) - n_waits :]
+    rest = rest[: len(rest) - n_waits]
     n_saved = 0 if interpret else sum(kind == "wide" for kind in kinds)
     sums, saved = rest[: len(rest) - n_saved], rest[len(rest) - n_saved :]
     k, steps = pl.program_id(2), pl.num_programs(2)
@@ -178,17 +193,26 @@ def _kernel(
     ragged, past_end = K % chosen.inner != 0, J % chosen.columns != 0 and "thin" in kinds
     j = pl.program_id(0)
 
-    def products(rows: Any, columns: Any) -> list[Array]:
-        """One step of the contraction, of these rows and columns."""
-        found = []
-        for n, w_ref in enumerate(ws):
-            x = xs[n if len(xs) > 1 else 0][rows]
-            e = jnp.minimum(visit.group, E - 1) if interpret else 0
-            w = w_ref[(e, columns) if transposed else (e, slice(None), columns)]
-            if ragged:
-                x = clear(x, _before(K - k * chosen.inner, x.shape, 1))
-                w = clear(w, _before(K - k * chosen.inner, w.shape, 1 if transposed else 0))
-            found.append(dot(x, w, (1, 1 if transposed else 0)))
+    def term(rows: Any, columns: Any, n: int, part: Any) -> Array:
+        """The n-th product of these rows and columns, over a part of a step of the contraction."""
+        x = xs[n if len(xs) > 1 else 0][rows, part]
+        e = jnp.minimum(visit.group, E - 1) if interpret else 0
+        w = ws[n][(e, columns, part) if transposed else (e, part, columns)]
+        if ragged:
+            x = clear(x, _before(K - k * chosen.inner, x.shape, 1))
+            w = clear(w, _before(K - k * chosen.inner, w.shape, 1 if transposed else 0))
+        return dot(x, w, (1, 1 if transposed else 0))
+
+    each = pieces(chosen.inner, chosen.part) if waits else []
+    terms = [(n, pl.ds(*part)) for n in range(len(ws)) for part in each] or [(n, slice(None)) for n in range(len(ws))]
+    # Never anything but 0, which libtpu cannot know: or it would keep what waits in registers.
+    nothing = pl.multiple_of(jnp.minimum(visit.row, 0) * 8, 8)
+
+    def products(rows: Any, columns: Any, waiting: Any) -> list[Array]:
+        """One step of the contraction; of what is taken part by part, the last."""
+        if waiting is not None:
+            return [waiting[pl.ds(nothing, waiting.shape[0])] + term(rows, columns, *terms[-1])]
+        found = [term(rows, columns, *each) for each in terms]
         return [functools.reduce(jnp.add, found)] if add else found
 
     def write(rows: Any, columns: Any, first: tuple[int, int], values: Sequence[Array]) -> None:
@@ -197,12 +221,12 @@ def _kernel(
             value = value.astype(ref.dtype)
             if interpret or kind == "thin":
                 old = ref[at]
-                value = clear(value, busy) if interpret else old + value if first[1] else value
+                value = clear(value, busy) if interpret else clear(old, jnp.asarray(first[1]) > 0) + value
                 mine = visit.mine((value.shape[0], 1) if kind == "wide" else value.shape, int(kind != "wide"), first[0])
                 value = jnp.where(mine, value, old)
             ref[at] = value
 
-    def piece(rows: Any, columns: Any, first: tuple[int, int] = (0, 0)) -> None:
+    def piece(rows: Any, columns: Any, first: tuple[int, int], waiting: Any = None, values: Any = None) -> None:
         def finish(values: Sequence[Array]) -> None:
             if epilogue is not None:
                 values = [*values, *(ref[rows, columns] for ref in wide)]
@@ -212,15 +236,10 @@ def _kernel(
                 values = epilogue(*values, *(ref[:, rows] for ref in thin))
             write(rows, columns, first, values)
 
-        if not sums:
-            finish(products(rows, columns))
-            return
-        for ref, value in zip(sums, products(rows, columns), strict=True):
-            ref[rows, columns] += value
-        pl.when(k == steps - 1)(lambda: finish([ref[rows, columns] for ref in sums]))
+        finish(values if values is not None else products(rows, columns, waiting))
 
     if interpret:
-        piece(pl.ds(visit.row, chosen.rows), slice(None))
+        piece(pl.ds(visit.row, chosen.rows), slice(None), (0, 0))
         return
 
     last, blocks = k == steps - 1, [ref for ref, kind in zip(outs, kinds, strict=True) if kind == "wide"]
@@ -242,13 +261,44 @@ def _kernel(
             for ref in sums:
                 ref[...] = jnp.zeros_like(ref)
 
-    for n, first in enumerate(range(0, chosen.rows, chosen.chunk)):
-        # A branch of its own, or libtpu merges it with the next.
-        @pl.when(busy & visit.touches(first, chosen.chunk) & (visit.row > -1 - n))
-        def _(first: int = first):
-            for c, width in pieces(chosen.columns, chosen.width):
-                for r in range(first, first + chosen.chunk, chosen.height):
-                    piece(pl.ds(r, chosen.height), pl.ds(c, width), (r, c))
+    sides = list(itertools.product(pieces(chosen.strip, chosen.width), pieces(chosen.chunk, chosen.height)))
+    strips, chunks = chosen.columns // chosen.strip, chosen.rows // chosen.chunk
+
+    def part(n: Any, _: None) -> None:
+        """One strip of columns of some chunks of rows: a straight stream of products for each chunk."""
+        for copy in range(chosen.copies):
+            down = (n // strips * chosen.copies + copy) * chosen.chunk
+            # A branch of its own, or libtpu merges it with the next.
+            pl.when(busy & visit.touches(down, chosen.chunk) & (visit.row > -1 - copy))(
+                functools.partial(stream, down, n % strips * chosen.strip)
+            )
+
+    def stream(down: Any, across: Any) -> None:
+        at = []
+        for (c, width), (r, height) in sides:
+            first = aligned(down + r, chosen.height), aligned(across + c, 128)
+            at.append((pl.ds(first[0], height), pl.ds(first[1], width), first))
+        for t in range(len(terms) - 1 if waits else 0):
+            for (rows, columns, _), ref in zip(at, waits, strict=True):
+                found = term(rows, columns, *terms[t])
+                ref[...] = ref[pl.ds(nothing, ref.shape[0])] + found if t else found
+        if not sums:
+            for where, ref in zip(at, waits or [None] * len(at), strict=True):
+                piece(*where, ref)
+            return
+        for rows, columns, _ in at:
+            for ref, value in zip(sums, products(rows, columns, None), strict=True):
+                ref[rows, columns] += value
+
+        @pl.when(last)
+        def _():
+            for rows, columns, first in at:
+                piece(rows, columns, first, values=[ref[rows, columns] for ref in sums])
+
+    if (trips := strips * chunks // chosen.copies) == 1:
+        part(0, None)
+    else:
+        jax.lax.fori_loop(0, trips, part, None)
 
     @pl.when(spoils)
     def _():

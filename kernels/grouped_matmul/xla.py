@@ -236,7 +236,8 @@ def _experts_cpu_bwd(saved: tuple, dy: Array) -> tuple:
 _experts_cpu.defvjp(_experts_cpu_fwd, _experts_cpu_bwd)
 
 
-def _experts_ragged(x: Array, w_gate: Array, w_up: Array, w_down: Array, group_sizes: Array) -> Array:
+def experts(x: Array, w_gate: Array, w_up: Array, w_down: Array, group_sizes: Array) -> Array:
+    """The experts of rows [R, M] sorted by expert, on other devices than a CPU: [R, M]."""
     h = jax.nn.silu(_ragged(x, w_gate, group_sizes)) * _ragged(x, w_up, group_sizes)
     return _ragged(h, w_down, group_sizes)
 
@@ -326,7 +327,7 @@ def _sorted(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Arr
     place = jnp.zeros_like(order).at[order].set(jnp.arange(N * k, dtype=order.dtype), unique_indices=True)
     group_sizes = jnp.sum(flat[:, None] == jnp.arange(E)[None], axis=0, dtype=jnp.int32)
     rows = _gather(x, order // k, place.reshape(N, k))
-    y = jax.lax.platform_dependent(rows, w_gate, w_up, w_down, group_sizes, cpu=_experts_cpu, default=_experts_ragged)
+    y = jax.lax.platform_dependent(rows, w_gate, w_up, w_down, group_sizes, cpu=_experts_cpu, default=experts)
     back = _gather(y, place, order[:, None]).reshape(N, k, -1)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     return jnp.sum(back.astype(wide) * expert_weights.astype(wide)[..., None], axis=1).astype(x.dtype)

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from bench import compare, page, plots, results, table, toggles
+from dantinox import count
 
 
 def raw(platform: str = "cpu", **changes) -> dict:
@@ -182,6 +183,16 @@ def test_every_toggle_changes_the_config_and_is_a_config():
         for name, flip in toggles.toggles(base).items():
             changed = base.replace(**flip)
             assert (changed == base) == (name == "base"), name
+
+
+@pytest.mark.parametrize("preset", ["nano", "nano-moe", "dante"])
+def test_experts_and_a_dense_layer_of_as_many_active_parameters(preset):
+    base = toggles.base_config(preset)
+    (flip,) = (flip for name, flip in toggles.toggles(base).items() if "as many active" in name)
+    one, other = base.model, base.replace(**flip).model
+    assert bool(one.n_experts) != bool(other.n_experts)
+    router = one.n_layers * one.dim * (one.n_experts - other.n_experts)
+    assert count.active_parameters(one) - count.active_parameters(other) == router
 
 
 def test_toggles_measure_what_they_change():

@@ -10,6 +10,7 @@ FILES = {
     "decode_pallas": ("decode_pallas", "decode"),
     "flash": ("flash", "attention"),
     "grouped_matmul": ("grouped_matmul", "moe", "refusals"),
+    "grouped_pallas": ("grouped_pallas", "grouped_matmul", "moe"),
     "moe": ("moe", "refusals"),
     "refusals": ("refusals", "attention"),
     "sanitizer": ("sanitizer", "flash"),

@@ -104,15 +104,20 @@ def test_tiles_fit_and_divide():
     ):
         found = tiles.product(Device("tpu", kind), N, E, M, F, xs=1, ws=2, wide=3, transposed=False, itemsize=2)
         assert found.rows % found.chunk == 0 and found.chunk % found.height == 0
+        assert found.columns % found.strip == 0 and found.rows % (found.chunk * found.copies) == 0
         assert M % found.inner == 0 and F % found.columns == 0
 
 
+CUTS = {
+    "whole": {"part": None},
+    "cut": {"inner": 16, "columns": 16, "strip": 16, "width": 8},
+    "strips": {"columns": 24, "strip": 8, "width": 8, "copies": 1},
+    "parts": {"part": 8},
+}
+
+
 @pytest.mark.parametrize(
-    "sides",
-    [
-        pytest.param({}, id="whole", marks=pytest.mark.slow),
-        pytest.param({"inner": 16, "columns": 16, "width": 8}, id="cut"),
-    ],
+    "sides", [pytest.param(CUTS[name], id=name, marks=() if name == "cut" else pytest.mark.slow) for name in CUTS]
 )
 def test_the_compiled_form_is_the_formula(monkeypatch, sides):
     """The body that is compiled for a TPU, on JAX's simulation of one, with NaN in all memory that nobody wrote."""
