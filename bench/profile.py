@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +22,17 @@ import jaxlib
 from rich.console import Console
 from rich.table import Table
 
+import kernels
 from bench import harness, trace
 from dantinox import cli, host
-from dantinox.config import Config, Implementation, presets
+from dantinox.config import Config, presets
 from dantinox.train import Trainer
 from kernels import specs
 from kernels.shapes import Decode, Spec
 
 PROG = "bench.profile"
 STEPS, WARM_UP = 5, 2
+Implementation = Literal[kernels.names(*kernels.OPERATIONS)]
 
 
 @dataclass(frozen=True)
