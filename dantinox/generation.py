@@ -164,7 +164,8 @@ def _chunks(
         # A power of two again; what there is not yet is masked.
         past = caching.bucket(at, 1) if at else 0
         reading = _read(graph, slots, past, weights, tokens, np.int32(at), lengths, reading)
-    state = _start(graph, weights, reading, seed, samples)
+    start_all = _start_alone if len(samples) == 1 else _start
+    state = start_all(graph, weights, reading.last, seed, samples, reading.caches)
     size = CHUNK if lag is None else 1
     while count:
         size = min(size, count)
@@ -213,15 +214,18 @@ def _read(
     return caching.read(nnx.merge(graph, weights), tokens, start, lengths, reading or slots, past)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _start(graph: Any, weights: Any, reading: caching.Reading, seed: Array, samples: Array) -> _State:
+def _started(graph: Any, weights: Any, last: Array, seed: Array, samples: Array, caches: list[KVCache]) -> _State:
     """The prompts, read once, for all samples."""
-    logits, caches = nnx.merge(graph, weights).logits(reading.last), reading.caches
-    prompts = logits.shape[0]
-    logits, caches = jax.tree.map(lambda x: jnp.repeat(x, samples.size, axis=0), (logits, caches))
+    logits, prompts = nnx.merge(graph, weights).logits(last), last.shape[0]
+    if samples.size > 1:
+        logits, caches = jax.tree.map(lambda x: jnp.repeat(x, samples.size, axis=0), (logits, caches))
     root = jax.random.key(seed, impl="threefry2x32")
     keys = jax.vmap(jax.random.fold_in, (None, 0))(root, jnp.tile(samples, prompts))
     return _State(caches, logits, jnp.zeros(keys.shape, bool), keys, jnp.int32(0))
+
+
+_start = jax.jit(_started, static_argnums=0)
+_start_alone = jax.jit(_started, static_argnums=0, donate_argnums=5)  # one sample goes on in the caches as they are
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)

@@ -215,7 +215,7 @@ def test_stop_tokens_end_each_sequence_on_its_own(windowed):
 
 def test_nothing_but_a_new_size_compiles(windowed):
     generate(windowed, PROMPTS[2:3], max_new_tokens=8)
-    programs = generation._read, generation._start, generation._steps
+    programs = generation._read, generation._start_alone, generation._steps
     before = [program._cache_size() for program in programs]
     for count, prompt, how in (
         (1, PROMPTS[0], dict(temperature=0)),

@@ -109,6 +109,15 @@ def test_the_memory_is_a_chunks():
     assert later[1] < temporaries(2**13, 0) / 8
 
 
+def test_one_sample_goes_on_in_the_caches_that_were_filled():
+    model = build(n_layers=1)
+    graph, weights = nnx.split(model)
+    caches = caching.empty(model.config, 1, (48,))
+    arguments = jnp.zeros((1, 16)), jnp.uint32(0), jnp.zeros(1, jnp.int32), caches
+    compiled = generation._start_alone.lower(graph, weights, *arguments).compile()
+    assert compiled.memory_analysis().alias_size_in_bytes >= 2 * caches[0].k.nbytes
+
+
 @pytest.mark.parametrize("bad", [0, -1, 2.5, None])
 def test_a_chunk_that_cannot_be_is_named(bad):
     with pytest.raises(ValueError, match="prefill_chunk is"):
