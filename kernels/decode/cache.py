@@ -46,13 +46,12 @@ def stored(x: Array, dtype: jnp.dtype) -> tuple[Array, Array | None]:
         return x.astype(dtype), None
     x = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), axis=-1) / largest
-    # Factors below the normal numbers may be flushed to 0: such a vector is one of zeros.
+    # Factors below the normal numbers may be flushed to 0: such a vector is one of zeros, here already.
     scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 0, scale)
     fraction = x / jnp.where(scale == 0, 1, scale)[..., None]
     if jnp.dtype(dtype) == jnp.int8:
         fraction = jnp.round(fraction)
-    fraction = jnp.where((scale == 0)[..., None], 0, jnp.clip(fraction, -largest, largest))
-    return fraction.astype(dtype), scale
+    return jnp.clip(fraction, -largest, largest).astype(dtype), scale
 
 
 def held(x: Array, scale: Array | None, dtype: jnp.dtype) -> Array:

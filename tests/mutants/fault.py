@@ -7,12 +7,14 @@ from typing import NamedTuple
 FILES = {
     "attention": ("attention", "refusals"),
     "decode": ("decode", "refusals"),
+    "decode_eight_bits": ("decode_eight_bits",),
     "decode_pallas": ("decode_pallas", "decode"),
     "flash": ("flash", "attention"),
     "grouped_matmul": ("grouped_matmul", "moe", "refusals"),
     "grouped_pallas": ("grouped_pallas", "grouped_matmul", "moe"),
     "moe": ("moe", "refusals"),
     "refusals": ("refusals", "attention"),
+    "segments": ("flash", "segments", "attention"),
     "sanitizer": ("sanitizer", "flash"),
     "specs": ("specs",),
 }
