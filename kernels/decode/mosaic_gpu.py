@@ -43,6 +43,7 @@ BLOCK = 64  # slots
 SIDE = 8  # rows of a TMA tile
 STAGES = {64: (4, 4), 128: (3, 2), 256: (3, 3)}  # by D, of keys and values: what fits `RESIDENT` thread blocks
 RESIDENT = {64: 396, 128: 264, 256: 132}  # thread blocks that an H100's 132 SMs hold at a time
+START = 2  # loads of a block that a thread block's beginning and end take as long as
 WIDTH = 64  # columns that are in registers at once where a block is patched
 
 
@@ -101,16 +102,22 @@ def most_blocks(C: int, limit: int) -> int:
     return min(-(-C // BLOCK), -(-(limit - 1) // BLOCK) + 1 + (C % BLOCK > 0))
 
 
-def splits(heads: int, blocks: int, resident: int) -> int:
-    """Parts of a sequence: as many as fill the SMs, with no less than two blocks each.
+def splits(B: int, K: int, blocks: int, resident: int) -> int:
+    """Parts of a sequence: as many as fill the SMs, and more in a batch, for its lengths may differ.
 
     Args:
-        heads: B * K. blocks: of a sequence, at most. resident: thread blocks that run at a time.
+        blocks: of a sequence, at most. resident: thread blocks that run at a time.
     """
-    waves = lambda n: -(-heads * n // resident) / n  # time, in that of whole sequences
-    candidates = range(1, max(1, min(blocks // 2, 2 * resident // heads)) + 1)
-    best = min(map(waves, candidates))
-    return next(n for n in candidates if waves(n) <= 1.1 * best)
+
+    def time(n: int) -> float:
+        """In loads of a block: of a batch of equal lengths, and of one whose lengths are evenly spread."""
+        waves, part = -(-B * K * n // resident), blocks / n
+        equal = waves * (part + START)
+        return equal if B == 1 else equal + B * K * blocks / 2 / resident + part + waves * START
+
+    candidates = range(1, max(1, min(blocks // 2, 4 * resident // (B * K))) + 1)
+    best = min(map(time, candidates))
+    return next(n for n in candidates if time(n) <= 1.1 * best)
 
 
 def decode_attention(
@@ -141,7 +148,7 @@ def decode_attention(
         return xla.decode_attention(q, k, v, cache, gate=gate, window=window, scale=scale, softcap=softcap)
     limit = C if window is None else min(C, int(window))
     if parts is None:
-        parts = splits(B * K, most_blocks(C, limit), RESIDENT[D])
+        parts = splits(B, K, most_blocks(C, limit), RESIDENT[D])
     static = Static(C, limit, parts, float(scale), softcap, interpret)
     length, G = cache.length.astype(jnp.int32), H // K
     rows = jnp.pad(q.reshape(B, K, G, D), ((0, 0), (0, 0), (0, -G % SIDE), (0, 0)))

@@ -1,6 +1,7 @@
 """Decoding on Hopper, interpreted on the CPU: values, races, what nobody sees, its splits, its traffic, its limits."""
 
 import functools
+import heapq
 import itertools
 import json
 from pathlib import Path
@@ -148,14 +149,29 @@ def test_the_splits_share_the_blocks_that_hold_seen_tokens(C):
             assert [seen[0] for seen in found.seen] == np.minimum(lengths + 1, limit).tolist()
 
 
-def test_there_are_as_many_splits_as_fill_the_machine():
-    for heads, blocks in itertools.product((1, 2, 8, 24, 64, 133, 160, 256, 300, 1000), (1, 2, 9, 128, 512)):
-        n = mosaic_gpu.splits(heads, blocks, 264)
-        assert 1 <= n <= max(1, blocks // 2)
-        waves = -(-heads * n // 264)
-        filled = heads * n / (waves * 264)
-        assert filled > 0.85 or n > 0.9 * (blocks // 2) or heads * (n + 1) > 2 * 264 or blocks < 4, (heads, blocks, n)
-    assert mosaic_gpu.splits(256, 128, 264) == 1 and mosaic_gpu.splits(8, 512, 264) in (30, 31, 32, 33)
+def finished(row: specs.Decode, parts: int) -> int:
+    """When the last of the thread blocks is done, in loads of a block: each that is done makes way for the next."""
+    limit, free = min(row.C, row.window or row.C), [0] * mosaic_gpu.RESIDENT[row.D]
+    for length in row.lengths:
+        count = len(seen_blocks(length, row.C, limit))
+        for _, part in itertools.product(range(row.K), range(parts)):
+            mine = count * (part + 1) // parts - count * part // parts
+            heapq.heapreplace(free, free[0] + mine + mosaic_gpu.START)
+    return max(free)
+
+
+def chosen(row: specs.Decode) -> int:
+    blocks = mosaic_gpu.most_blocks(row.C, min(row.C, row.window or row.C))
+    return mosaic_gpu.splits(row.B, row.K, blocks, mosaic_gpu.RESIDENT[row.D])
+
+
+def test_the_splits_fill_the_machine():
+    for B, K, blocks in itertools.product((1, 2, 20, 150), (1, 2, 8), (1, 2, 9, 128, 512)):
+        assert 1 <= mosaic_gpu.splits(B, K, blocks, 264) <= max(1, blocks // 2)
+    for row in specs.rows("decode_attention", "bench", "h100"):
+        if row.name != "nearly empty, B=8":  # the lengths are not known when the splits are chosen
+            best = min(finished(row, parts) for parts in (1, 2, 4, 8, 11, 16, 32))
+            assert finished(row, chosen(row)) <= 1.12 * best, row.name
 
 
 def test_a_split_that_saw_nothing_does_not_count():
@@ -167,20 +183,21 @@ def test_a_split_that_saw_nothing_does_not_count():
 def traffic(row: specs.Decode) -> float:
     """Bytes that a step moves to and from memory, from the blocks that it visits, over the least there can be."""
     limit = min(row.C, row.window or row.C)
-    parts = mosaic_gpu.splits(row.B * row.K, mosaic_gpu.most_blocks(row.C, limit), mosaic_gpu.RESIDENT[row.D])
-    visited = sum(len(seen_blocks(length, row.C, limit)) for length in row.lengths)
+    parts = chosen(row)
+    visited = [len(seen_blocks(length, row.C, limit)) for length in row.lengths]
     G = -(-row.H // row.K // 8) * 8
-    blocks = visited * row.K * mosaic_gpu.BLOCK * row.D * 2 * 2
-    heads = row.B * row.K
-    # The rings' new slots, the queries padded and read by each split, its outputs written and read.
-    around = heads * (2 * row.D * 2 + 2 * G * row.D * 2 + parts * (G * row.D * (2 + 8) + 2 * 4 * mosaic_gpu.ROWS))
-    return (blocks + around) / row.cost().bytes
+    blocks = sum(visited) * mosaic_gpu.BLOCK * row.D * 2 * 2
+    # Each split that has something to do reads the queries and writes its output; all outputs are read again.
+    output, lse = 4 * G * row.D, 4 * mosaic_gpu.ROWS
+    each = sum(min(parts, count) for count in visited) * (2 * G * row.D + output)
+    around = row.B * (2 * row.D * 2 + parts * (output + 2 * lse) + 2 * G * row.D)
+    return row.K * (blocks + each + around) / row.cost().bytes
 
 
 def test_a_step_moves_little_more_than_it_must():
     found = {row.name: traffic(row) for row in specs.rows("decode_attention", "bench", "h100")}
-    short = found.pop("nearly empty, B=8")  # its splits are those of a full ring: a part of what they move is theirs
-    assert short < 1.35 and found and all(1 <= ratio < 1.03 for ratio in found.values()), (short, found)
+    short = found.pop("nearly empty, B=8")  # has the splits of a full ring; what they write stays in the L2 cache
+    assert short < 1.6 and found and all(1 <= ratio < 1.03 for ratio in found.values()), (short, found)
 
 
 def test_what_the_kernel_does_not_take_is_named():
@@ -202,8 +219,8 @@ def test_what_the_kernel_does_not_take_is_named():
             mosaic_gpu.decode_attention(q, k, k, cache, **options, scale=1.0)
         with dispatch.compiling_for(*H100), pytest.raises(NotImplementedError, match=f"'pallas' cannot run.*{said}"):
             kernels.decode_attention(q, k, k, cache, **options, implementation="pallas")
-        with dispatch.compiling_for(*H100):
-            kernels.decode_attention(q, k, k, cache, **options)
+    with dispatch.compiling_for(*H100):
+        kernels.decode_attention(q, k, k, cache, **options)  # of the last: auto takes another
 
 
 def test_hopper_is_served_by_it_and_other_gpus_are_told_what_runs(monkeypatch):
