@@ -221,6 +221,9 @@ RINGS = (
     _ring("window past C", window=100),
     _ring("one slot", 1, gate="elementwise"),
     _ring("129 slots", 129, D=16, window=70),
+    # What a tensor core takes, in blocks of 64 slots and a part of one.
+    _ring("72 slots, heads of 64", 72, H=4, K=1, D=64, gate="head"),
+    _ring("136 slots, heads of 128", 136, H=2, D=128, window=70, gate="elementwise", softcap=2.0),
     # A large ring that is nearly empty, the same tokens in a small one, and a sweep over the position.
     *(_step(f"512 in C={C}", C, 512, H=8, K=2, D=64, **CPU) for C in (1024, 32768)),
     *(_step(f"C={C}, full", C, C, H=8, K=2, D=64, sweep=("C",), **CPU) for C in (512, 2048, 8192)),

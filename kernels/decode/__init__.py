@@ -1,12 +1,15 @@
 """One decoding step: append to the ring, attend to what is visible, in place."""
 
+import importlib
+from types import ModuleType
+
 import jax
 import jax.numpy as jnp
 
 from kernels import checks
 from kernels.decode import mosaic_tpu, xla
 from kernels.decode.cache import LARGEST, KVCache
-from kernels.dispatch import choose, missing
+from kernels.dispatch import choose, device, missing
 
 Array = jax.Array
 
@@ -70,12 +73,16 @@ def decode_attention(
     checks.window(window, causal=True)
     checks.scalars(scale=scale, softcap=softcap)
 
-    table = _table()
-    if q.dtype == jnp.float64 and not isinstance(table["pallas"], str):
-        table["pallas"] = "q has dtype float64 and it adds up in float32"
-    slow = {"pallas": "interpreted, it is slow at these sizes"} if mosaic_tpu.interpreted_slow(C) else {}
-    run = choose("decode_attention", implementation, table, slow)
     cache = KVCache(cache_k, cache_v, length, *scales)
+    table = _table()
+    if not isinstance(table["pallas"], str) and (why := _refusal(q, cache)) is not None:
+        table["pallas"] = why
+    slow = {}
+    if _on_gpu():
+        slow["pallas"] = "Hopper's kernel has not run on a GPU yet; name it"
+    elif mosaic_tpu.interpreted_slow(C):
+        slow["pallas"] = "interpreted, it is slow at these sizes"
+    run = choose("decode_attention", implementation, table, slow)
     return run(q, k, v, cache, gate=gate, window=window, scale=D**-0.5 if scale is None else scale, softcap=softcap)
 
 
@@ -111,6 +118,21 @@ def _table() -> dict:
     return {
         "reference": reference,
         "xla": xla.decode_attention,
-        "pallas": missing("decode_attention", "pallas") or mosaic_tpu.decode_attention,
+        "pallas": missing("decode_attention", "pallas") or (_hopper() if _on_gpu() else mosaic_tpu).decode_attention,
         "triton": missing("decode_attention", "triton"),
     }
+
+
+def _on_gpu() -> bool:
+    return device().platform == "gpu"
+
+
+def _hopper() -> ModuleType:
+    return importlib.import_module("kernels.decode.mosaic_gpu")
+
+
+def _refusal(q: Array, cache: KVCache) -> str | None:
+    """Why this device's Pallas kernel cannot take these arrays."""
+    if _on_gpu():
+        return _hopper().refusal(q, cache)
+    return "q has dtype float64 and it adds up in float32" if q.dtype == jnp.float64 else None

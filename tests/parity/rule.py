@@ -8,8 +8,9 @@ ulp is that of the largest exact value, or of 1 where that is smaller. One excep
 chance; it may keep `CANCELLED` float32 ulps in any dtype, for kernels accumulate in float32.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -32,6 +33,17 @@ def runnable(op: str) -> list[str]:
     return [name for name, why in kernels.implementations(op).items() if why is None and name != "reference"]
 
 
+@contextlib.contextmanager
+def refusals_skip(implementation: str) -> Iterator[None]:
+    """Skips the test where an implementation of your own refuses, or a Pallas kernel of a GPU, which have limits."""
+    try:
+        yield
+    except NotImplementedError as refusal:
+        if implementation in kernels.NAMES and (implementation, jax.default_backend()) != ("pallas", "gpu"):
+            raise
+        pytest.skip(str(refusal))
+
+
 @functools.cache
 def program(
     op: str, implementation: str, options: Options = (), hurry: bool = True
@@ -39,19 +51,13 @@ def program(
     """Jitted (inputs, aux, dout) -> {"o": output, "dNAME": gradient of each input}.
 
     With `hurry`, and for the reference, XLA compiles fast rather than well: most programs run once, on little. A test
-    is skipped where it asks for what an implementation of your own refuses; DantinoX's may refuse nothing here, but
-    for the Pallas kernels of a GPU, which take some dtypes and sizes only.
+    is skipped where it asks for what an implementation of your own refuses.
     """
-    refuses = implementation not in kernels.NAMES or (implementation == "pallas" and jax.default_backend() == "gpu")
     operation = getattr(kernels, op)
 
     def call(inputs: Arrays, aux: Arrays) -> jax.Array:
-        try:
+        with refusals_skip(implementation):
             return operation(**inputs, **aux, **dict(options), implementation=implementation)
-        except NotImplementedError as refusal:
-            if not refuses:
-                raise
-            pytest.skip(str(refusal))
 
     def run(inputs: Arrays, aux: Arrays, dout: jax.Array) -> dict[str, jax.Array]:
         o, pull = jax.vjp(lambda inputs: call(inputs, aux), inputs)

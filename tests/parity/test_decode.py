@@ -72,9 +72,11 @@ def draw(case: specs.Decode, dtype: str = "float32", fill: float = 0, seed: int 
 @functools.cache
 def program(implementation: str, case: specs.Decode, donate: bool = False):
     """Jitted (inputs, cache) -> (o, cache)."""
-    run = lambda inputs, cache: kernels.decode_attention(
-        **inputs, cache=cache, **case.options(), implementation=implementation
-    )
+
+    def run(inputs: dict[str, jax.Array], cache: kernels.KVCache) -> tuple[jax.Array, kernels.KVCache]:
+        with rule.refusals_skip(implementation):
+            return kernels.decode_attention(**inputs, cache=cache, **case.options(), implementation=implementation)
+
     return jax.jit(run, donate_argnums=(1,)) if donate else jax.jit(run, compiler_options=rule.HURRY)
 
 
