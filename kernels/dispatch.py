@@ -86,7 +86,7 @@ def missing(op: str, name: str) -> str | None:
         return None
     if name == "pallas" and device().platform in ("cpu", "tpu"):
         return None
-    if name == "pallas" and op == "attention" and device().platform == "gpu":
+    if name == "pallas" and op in ("attention", "grouped_matmul") and device().platform == "gpu":
         if any(chip in device().kind for chip in HOPPER):
             return None
         return f"its Pallas kernel for gpu is Hopper's and this is {device().kind!r}; implementation='xla' runs here"
