@@ -21,7 +21,7 @@ NAMES = ("auto", "reference", "xla", "pallas", "triton")  # what every operation
 PREFERENCE = ("pallas", "triton", "xla", "reference")
 OPERATIONS = ("attention", "grouped_matmul", "moe_mlp", "decode_attention")
 HOPPER = ("H100", "H200", "GH200", "H800", "H20")  # what kinds of device with compute capability 9.0 are called
-HOPPER_OPERATIONS = ("attention", "decode_attention")  # that have a Pallas kernel for it
+HOPPER_OPERATIONS = ("attention", "grouped_matmul", "decode_attention")
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
 Choice = Callable[..., Any] | str  # what runs, or why nothing does

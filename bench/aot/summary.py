@@ -1,4 +1,4 @@
-"""The tables of profiles/aot/README.md, from the profiles: bundles on TPUs, spills of attention on Hopper."""
+"""The tables of profiles/aot/README.md, from the profiles: bundles on TPUs, spills on Hopper."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -127,7 +127,7 @@ def rewritten(text: str, held: Mapping[str, Mapping[str, Row]]) -> str:
 
 
 def on_hopper(text: str, held: Mapping[str, Row]) -> str:
-    """The text with a new table of Hopper's attention.
+    """The text with new tables of Hopper.
 
     Args:
         held: the rows of the H100's profile.
@@ -139,12 +139,16 @@ def on_hopper(text: str, held: Mapping[str, Row]) -> str:
 
 
 def hopper(held: Mapping[str, Row]) -> str:
-    """Spilled bytes and shared memory of the kernels of each implementation."""
-    lines = _head(["row", "dtype", "direction", *GPU_KERNELS])
-    for spec in specs.rows("attention", "aot", HOPPER):
+    """Spilled bytes and shared memory of the kernels of each implementation: attention, then grouped matmul."""
+    return "\n\n".join(_of_hopper(op, held) for op in ("attention", "grouped_matmul"))
+
+
+def _of_hopper(op: str, held: Mapping[str, Row]) -> str:
+    lines = _head([op.replace("_", " "), "dtype", "direction", *GPU_KERNELS])
+    for spec in specs.rows(op, "aot", HOPPER):
         for dtype in spec.dtypes:
             for direction, title in (("forward", "forward"), ("both", "forward, backward")):
-                key = lambda name, row=spec.name, end=f"{dtype} / {direction}": f"attention / {row} / {name} / {end}"
+                key = lambda name, row=spec.name, end=f"{dtype} / {direction}": f"{op} / {row} / {name} / {end}"
                 cells = [_gpu_cell(held.get(key(name), {})) for name in GPU_KERNELS]
                 if any(cells):
                     lines.append(_line([spec.name, dtype, title, *cells]))

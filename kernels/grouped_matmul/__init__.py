@@ -1,5 +1,8 @@
 """Grouped matmul, and the mixture of experts that is built on it."""
 
+import importlib
+from types import ModuleType
+
 import jax
 import jax.numpy as jnp
 
@@ -35,7 +38,10 @@ def grouped_matmul(x: Array, w: Array, group_sizes: Array, *, implementation: st
     E, _, F = w.shape
     checks.shape("w", w, (E, x.shape[1], F))
     checks.shape("group_sizes", group_sizes, (E,))
-    run = choose("grouped_matmul", implementation, _table("grouped_matmul", x.dtype), _slow())
+    table = _table("grouped_matmul", x.dtype)
+    if callable(table["pallas"]) and device().platform == "gpu":
+        table["pallas"] = _hopper().refusal(x.dtype, *w.shape[1:]) or table["pallas"]
+    run = choose("grouped_matmul", implementation, table, _slow())
     if 0 in (*x.shape, *w.shape):
         return jnp.zeros((x.shape[0], F), x.dtype)
     return run(x, w, group_sizes.astype(jnp.int32))
@@ -93,6 +99,11 @@ def moe_mlp(
     return run(x, w_gate, w_up, w_down, expert_ids, expert_weights)
 
 
+def _hopper() -> ModuleType:
+    """Brought in where it is asked for: nothing else imports Mosaic GPU."""
+    return importlib.import_module("kernels.grouped_matmul.hopper")
+
+
 def _slow() -> dict[str, str]:
     """What "auto" leaves to those who name it, and why.
 
@@ -116,7 +127,7 @@ def _table(op: str, dtype: jnp.dtype | None = None) -> dict:
 
         return triton.moe_mlp(*args)
 
-    pallas = missing(op, "pallas") or getattr(moe, op)
+    pallas = missing(op, "pallas") or (_hopper().grouped_matmul if device().platform == "gpu" else getattr(moe, op))
     if dtype == jnp.float64 and not isinstance(pallas, str):
         pallas = "x has dtype float64 and it adds up in float32"
     return {

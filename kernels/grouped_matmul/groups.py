@@ -66,11 +66,14 @@ class Visit(NamedTuple):
         return (self.low <= n) & (n < self.high)
 
 
-def visits(group_sizes: Array, N: int, rows: int, *, aligned: bool, sums: bool = False) -> Visits:
+def visits(
+    group_sizes: Array, N: int, rows: int, *, aligned: bool, unit: int | None = None, sums: bool = False
+) -> Visits:
     """The visits of N rows in tiles of `rows`.
 
     Args:
         aligned: tiles lie at multiples of their size; else none reaches past N, and `rows` is at most N.
+        unit: aligned, a group's first tile lies at a multiple of that, and may reach past N: fewer tiles span groups.
         sums: rows are summed, one sum a group: a group without rows is visited too, and what is nobody's is not.
     """
     E = group_sizes.shape[0]
@@ -79,7 +82,8 @@ def visits(group_sizes: Array, N: int, rows: int, *, aligned: bool, sums: bool =
     sizes = jnp.append(sizes, N - ends[-1])
     ends = jnp.append(ends, N)
     starts = ends - sizes
-    first = starts // rows * rows if aligned else starts
+    unit = rows if unit is None else unit
+    first = starts // unit * unit if aligned else starts
     tiles = jnp.where(sizes > 0, -(-(ends - first) // rows), 0)
     if sums:
         tiles = jnp.maximum(tiles, 1).at[E].set(0)
@@ -89,5 +93,5 @@ def visits(group_sizes: Array, N: int, rows: int, *, aligned: bool, sums: bool =
     row = first[group] + (v - (through - tiles)[group]) * rows
     # A tile that would reach past the end lies as far back as it must; a group that ends before has no row in it.
     low = starts[group] if aligned else row
-    row = jnp.minimum(row, (-(-N // rows) - 1) * rows if aligned else N - rows)
+    row = jnp.minimum(row, (-(-N // unit) - 1) * unit if aligned else N - rows)
     return Visits(through[-1], group, row, low, ends[group])

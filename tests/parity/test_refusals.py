@@ -212,5 +212,5 @@ def test_an_announced_device_is_what_implementations_are_chosen_for():
         assert dispatch.device() == ("gpu", "NVIDIA H100")
         with dispatch.compiling_for("tpu", "TPU v6 lite"):
             assert dispatch.device().platform == "tpu"
-        assert "gpu" in kernels.implementations("grouped_matmul")["pallas"]
+        assert "gpu" in kernels.implementations("moe_mlp")["pallas"]
     assert dispatch.device() == (jax.default_backend(), jax.devices()[0].device_kind)

@@ -1,0 +1,157 @@
+"""The Hopper grouped matmul, on a simulated GPU that watches memory: values, races, rows of nobody, what it takes."""
+
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+import kernels
+from kernels import dispatch, specs
+from kernels.grouped_matmul import hopper, mosaic_gpu
+from kernels.grouped_matmul.groups import visits
+from tests.parity import rows, rule, sanitizer
+
+H100 = "NVIDIA H100 80GB HBM3"
+slow = pytest.mark.slow
+
+
+def row(*sizes: int, N: int = 0, M: int = 64, F: int = 64) -> specs.GroupedMatmul:
+    return rows.row(specs.GroupedMatmul, N=N or sum(sizes), M=M, F=F, E=len(sizes), sizes=sizes)
+
+
+def both(inputs: dict, aux: dict, dout: jax.Array, interpret: Any = None) -> dict[str, jax.Array]:
+    """The output and the gradients, by two blocks."""
+    call = lambda x: hopper.grouped_matmul(**x, **aux, interpret=interpret, blocks=2)
+    o, pull = jax.vjp(call, inputs)
+    return {"o": o} | {f"d{name}": gradient for name, gradient in pull(dout)[0].items()}
+
+
+def watched(inputs: dict, aux: dict, dout: jax.Array) -> dict[str, jax.Array]:
+    """The same on memory full of NaN and on memory full of zeros, every access watched."""
+    found = sanitizer.on_gpu(both, inputs, aux, dout)
+    assert found.clean, found
+    return found.result
+
+
+CASES = [
+    # Tiles of two groups, pieces of every size, a hole, rows of nobody, a last tile past N.
+    row(3, 0, 73, 51, N=129),
+    pytest.param(row(0, 200, M=128, F=320), marks=slow),  # half a tile of columns is there, and a quarter
+    pytest.param(row(300, 0, 0, M=192, F=128), marks=slow),  # all to the first; one warpgroup's half of dw is there
+    pytest.param(row(0, 0, 257), marks=slow),
+    pytest.param(row(0, 1), marks=slow),
+    pytest.param(row(0, 0, N=1), marks=slow),
+    pytest.param(row(127), marks=slow),
+    pytest.param(row(128, 64, 64, N=264), marks=slow),  # all edges at edges of tiles
+    pytest.param(row(0, 0, 0, N=200, F=192), marks=slow),  # nobody's
+    pytest.param(row(1, 2, 3, 4, 5, 6, 7, 8, 9, N=63), marks=slow),
+    pytest.param(row(63, 65, 130, 2, M=256, F=512), marks=slow),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.sizes}-{case.N}-{case.M}-{case.F}")
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=slow)])
+def test_the_output_and_the_gradients_are_the_formula_and_memory_is_in_order(case, dtype):
+    inputs, aux, dout = rows.draw(case)
+    aux = {name: jnp.asarray(x) for name, x in aux.items()}
+    mine = rule.judge("grouped_matmul", "hopper", inputs, dout, dtype, aux=aux, run=watched)
+    assert not np.any(rule.exact(mine["o"])[sum(case.sizes) :]), "rows past the sum are zeros"
+    assert not np.any(rule.exact(mine["dw"])[np.array(case.sizes) == 0]), "a group without rows has no gradient"
+
+
+@pytest.mark.parametrize("sizes", [(50, 0, 21), pytest.param((3, 0, 127), marks=slow)])
+def test_what_is_nobodys_reaches_nobody(sizes):
+    """NaN in rows past the sum and in matrices without rows changes no bit; two runs agree."""
+    case = row(*sizes, N=sum(sizes) + 9)
+    inputs, aux, dout = rows.draw(case)
+    inputs = {name: jnp.asarray(x, "bfloat16") for name, x in inputs.items()}
+    dout, sizes = jnp.asarray(dout, "bfloat16"), jnp.asarray(aux["group_sizes"])
+    past = (jnp.arange(case.N) >= sum(case.sizes))[:, None]
+    poisoned = {"x": jnp.where(past, jnp.nan, inputs["x"]), "w": inputs["w"].at[1].set(jnp.nan)}
+    run = jax.jit(functools.partial(both, interpret=plgpu.InterpretGPUParams()))
+    once = run(inputs, {"group_sizes": sizes}, dout)
+    rule.same_bits(once, run(poisoned, {"group_sizes": sizes}, jnp.where(past, jnp.nan, dout)))
+
+
+def test_every_tile_has_its_place_and_a_panel_its_rows():
+    places = jax.jit(mosaic_gpu.place, static_argnums=2)
+    for down, across in itertools.product((1, 2, 15, 16, 17, 40), (1, 3)):
+        n = jnp.arange(down * across)
+        found = np.stack(places(n, down, across), axis=1)
+        assert sorted(map(tuple, found)) == list(itertools.product(range(down), range(across)))
+        panels = found[:, 0] // mosaic_gpu.PANEL
+        assert (np.diff(panels) >= 0).all()
+        assert (np.abs(np.diff(found[:, 1])) <= 1).all(), "it goes on where it is"
+
+
+def test_tiles_that_begin_with_their_group_are_fewer_and_visit_every_row_once():
+    rng, N = np.random.default_rng(0), 150
+    plan = jax.jit(functools.partial(visits, N=N, rows=16, aligned=True, unit=8))
+    spanning = jax.jit(functools.partial(visits, N=N, rows=16, aligned=True))
+    for _ in range(100):
+        sizes = rng.multinomial(rng.integers(0, N + 1), rng.dirichlet([0.4] * 6))
+        found = plan(sizes)
+        assert int(found.count) <= int(spanning(sizes).count) <= len(found.group)
+        owners = [[] for _ in range(N)]
+        for group, top, low, high in np.stack([np.asarray(x)[: int(found.count)] for x in found[1:]], axis=1):
+            assert top % 8 == 0 and 0 <= top < N
+            for n in range(max(top, low), min(top + 16, high)):
+                owners[n].append(group)
+        assert owners == [[e] for e in np.repeat(np.arange(7), [*sizes, N - sizes.sum()])]
+
+
+def test_what_the_kernels_do_not_take_is_named():
+    sizes = jnp.array([8], jnp.int32)
+    for dtype, M, F, said in (
+        ("float32", 64, 64, "float32"),
+        ("bfloat16", 96, 64, "M = 96"),
+        ("float16", 64, 40, "F = 40"),
+    ):
+        x, w = jnp.ones((8, M), dtype), jnp.ones((1, M, F), dtype)
+        with pytest.raises(NotImplementedError, match=said):
+            hopper.grouped_matmul(x, w, sizes)
+        with dispatch.compiling_for("cuda", H100), pytest.raises(NotImplementedError, match=said):
+            kernels.grouped_matmul(x, w, sizes, implementation="pallas")
+
+
+def test_hopper_is_served_when_named_and_other_gpus_are_told_what_runs():
+    x, w, sizes = jnp.ones((8, 64), jnp.bfloat16), jnp.ones((2, 64, 128), jnp.bfloat16), jnp.array([3, 4], jnp.int32)
+    names = lambda **how: str(jax.make_jaxpr(functools.partial(kernels.grouped_matmul, **how))(x, w, sizes))
+    with dispatch.compiling_for("cuda", H100):
+        assert kernels.implementations("grouped_matmul")["pallas"] is None
+        assert "warpgroup" in names(implementation="pallas")
+        assert "warpgroup" not in names(), "auto leaves it until it has run on a GPU"
+    with dispatch.compiling_for("cuda", "NVIDIA A100-SXM4-80GB"):
+        assert "'xla' runs here" in kernels.implementations("grouped_matmul")["pallas"]
+
+
+def test_cores_are_those_of_the_chip():
+    kinds = {H100: 132, "NVIDIA H200": 132, "NVIDIA H20": 78, "NVIDIA H100 PCIe": 114, "NVIDIA GH200 480GB": 132}
+    assert {kind: hopper.cores(kind) for kind in kinds} == kinds
+
+
+@pytest.mark.parametrize("around", ["vmap", "shard_map", "shard_map without checks"])
+def test_gradients_are_traced_below_vmap_and_shard_map(around):
+    x, w = jnp.ones((2, 40, 64), jnp.bfloat16), jnp.ones((3, 64, 128), jnp.bfloat16)
+    sizes = jnp.array([[8, 9, 10], [1, 2, 3]], jnp.int32)
+
+    def gradients(x: jax.Array, w: jax.Array, sizes: jax.Array) -> tuple[jax.Array, ...]:
+        y, pull = jax.vjp(lambda x, w: hopper.grouped_matmul(x, w, sizes), x, w)
+        return y, *pull(y)
+
+    if around == "vmap":
+        run, args, lead = jax.vmap(gradients, (0, None, 0)), (x, w, sizes), (2,)
+    else:
+        mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        spec, same = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+        checked = around == "shard_map"
+        outs = spec, spec, same if checked else spec
+        run = jax.shard_map(gradients, mesh=mesh, in_specs=(spec, same, spec), out_specs=outs, check_vma=checked)
+        args, lead = (x[0], w, sizes[0]), ()
+    found = jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(run, *args))
+    assert found == tuple((shape, x.dtype) for shape in ((*lead, 40, 128), (*lead, 40, 64), (*lead, 3, 64, 128)))
