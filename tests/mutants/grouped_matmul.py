@@ -45,7 +45,7 @@ MUTANTS: list[Mutant] = [
          "jnp.maximum(-(-(ends - first) // rows), 1)", "visited"),
         ("an empty group has no sum", "jnp.maximum(tiles, 1).at[E]", "tiles.at[E]", "visited"),
         ("rows of nobody are summed", "jnp.maximum(tiles, 1).at[E].set(0)", "jnp.maximum(tiles, 1)", "visited"),
-        ("tiles begin at a group's first row", "starts // rows * rows if aligned", "starts if aligned", "visited"),
+        ("tiles begin at a group's first row", "starts // unit * unit if aligned", "starts if aligned", "visited"),
         ("all visits of a group at its first tile", " + (v - (through - tiles)[group]) * rows", "", "visited"),
         ("a tile reaches past the end", "else N - rows)", "else N)", "visited"),
         ("rows of the next group", "return (self.low <= n) & (n < self.high)",
