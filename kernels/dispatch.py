@@ -42,6 +42,11 @@ def device() -> Device:
     return _announced.get() or Device(jax.default_backend(), jax.devices()[0].device_kind)
 
 
+def on_gpu() -> bool:
+    """Whether that device is a GPU."""
+    return device().platform == "gpu"
+
+
 @contextlib.contextmanager
 def compiling_for(platform: str, kind: str) -> Iterator[None]:
     """Inside, implementations are chosen for a device that need not be here; "cuda" is another name for "gpu"."""
@@ -87,14 +92,14 @@ def missing(op: str, name: str) -> str | None:
         return None
     if name == "pallas" and device().platform in ("cpu", "tpu"):
         return None
-    if name == "pallas" and op in HOPPER_OPERATIONS and device().platform == "gpu":
+    if name == "pallas" and op in HOPPER_OPERATIONS and on_gpu():
         if any(chip in device().kind for chip in HOPPER):
             return None
         return f"its Pallas kernel for gpu is Hopper's and this is {device().kind!r}; implementation='xla' runs here"
     if name == "pallas":
         return f"{op} has no Pallas kernel for {device().platform} yet"
     if name == "triton" and op == "moe_mlp":
-        if device().platform != "gpu" or any(name in device().kind for name in ("AMD", "Instinct")):
+        if not on_gpu() or any(name in device().kind for name in ("AMD", "Instinct")):
             return f"its Triton kernels are for NVIDIA GPUs and this is {device().kind!r}"
         if importlib.util.find_spec("jax_triton") is None:
             return "jax-triton is not installed: EXTRAS=triton brings it"

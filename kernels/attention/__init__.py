@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from kernels import checks
 from kernels.attention import flash, tiles, xla
-from kernels.dispatch import choose, device, missing
+from kernels.dispatch import choose, missing, on_gpu
 
 Array = jax.Array
 
@@ -68,7 +68,7 @@ def attention(
     if not isinstance(table["pallas"], str) and (why := _refusal(q.dtype, D)) is not None:
         table["pallas"] = why
     slow = {}
-    if _on_gpu():
+    if on_gpu():
         slow["pallas"] = "Hopper's kernels have not run on a GPU yet; name them"
     elif tiles.interpreted_slow(B, T, S, H, window):
         slow["pallas"] = "interpreted, it is slow at these sizes"
@@ -97,18 +97,14 @@ def _table() -> dict:
     return {
         "reference": reference,
         "xla": xla.attention,
-        "pallas": missing("attention", "pallas") or (_file("hopper") if _on_gpu() else flash.attention),
+        "pallas": missing("attention", "pallas") or (_file("hopper") if on_gpu() else flash.attention),
         "triton": missing("attention", "triton"),
     }
 
 
-def _on_gpu() -> bool:
-    return device().platform == "gpu"
-
-
 def _refusal(dtype: jnp.dtype, D: int) -> str | None:
     """Why this device's Pallas kernel cannot take these arrays."""
-    if _on_gpu():
+    if on_gpu():
         return importlib.import_module("kernels.attention.hopper").refusal(dtype, D)
     return "q has dtype float64 and it adds up in float32" if dtype == jnp.float64 else None
 

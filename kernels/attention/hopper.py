@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels.attention import mosaic_gpu, mosaic_gpu_backward
 from kernels.attention.hopper_static import Static
 from kernels.attention.segments import without_unseen
+from kernels.varying import vary
 
 Array = jax.Array
 Segments = tuple[Array, Array]
@@ -75,7 +76,7 @@ def _attend_backward(static: Static, kept: tuple, do: Array) -> tuple:
     q, k, v, gate, segments, ungated, lse = kept
     do, dgate, delta = before_backward(do, ungated, gate)
     dq, dk, dv = mosaic_gpu_backward.backward(q, k, v, do, lse, delta, segments, static)
-    return _vary(dq, q), _vary(dk, k), _vary(dv, v), dgate, None
+    return vary(dq, q), vary(dk, k), vary(dv, v), dgate, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -86,13 +87,7 @@ def _forward(q, k, v, gate, segments, static, *, residuals: bool) -> dict[str, A
     whole = lambda x: x if x is None else jnp.pad(x, ((0, 0), (0, -x.shape[1] % mosaic_gpu.SIDE), (0, 0), (0, 0)))
     out = mosaic_gpu.forward(*map(whole, (q, k, v, gate)), segments, static, residuals=residuals)
     cut = lambda name, x: x[..., : static.T] if name == "lse" else x[:, : static.T]
-    return {name: _vary(cut(name, x), q) for name, x in out.items()}
-
-
-def _vary(x: Array, like: Array) -> Array:
-    """x, marked as varying over the axes of a `shard_map` that `like` varies over: a kernel's results are not."""
-    axes = jax.typeof(like).mat.varying - jax.typeof(x).mat.varying
-    return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
+    return {name: vary(cut(name, x), q) for name, x in out.items()}
 
 
 def before_backward(do: Array, ungated: Array, gate: Array | None) -> tuple[Array, Array | None, Array]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from kernels import checks
 from kernels.decode import mosaic_tpu, xla
 from kernels.decode.cache import LARGEST, KVCache
-from kernels.dispatch import choose, device, missing
+from kernels.dispatch import choose, missing, on_gpu
 
 Array = jax.Array
 
@@ -78,7 +78,7 @@ def decode_attention(
     if not isinstance(table["pallas"], str) and (why := _refusal(q, cache)) is not None:
         table["pallas"] = why
     slow = {}
-    if _on_gpu():
+    if on_gpu():
         slow["pallas"] = "Hopper's kernel has not run on a GPU yet; name it"
     elif mosaic_tpu.interpreted_slow(C):
         slow["pallas"] = "interpreted, it is slow at these sizes"
@@ -118,13 +118,9 @@ def _table() -> dict:
     return {
         "reference": reference,
         "xla": xla.decode_attention,
-        "pallas": missing("decode_attention", "pallas") or (_hopper() if _on_gpu() else mosaic_tpu).decode_attention,
+        "pallas": missing("decode_attention", "pallas") or (_hopper() if on_gpu() else mosaic_tpu).decode_attention,
         "triton": missing("decode_attention", "triton"),
     }
-
-
-def _on_gpu() -> bool:
-    return device().platform == "gpu"
 
 
 def _hopper() -> ModuleType:
@@ -133,6 +129,6 @@ def _hopper() -> ModuleType:
 
 def _refusal(q: Array, cache: KVCache) -> str | None:
     """Why this device's Pallas kernel cannot take these arrays."""
-    if _on_gpu():
+    if on_gpu():
         return _hopper().refusal(q, cache)
     return "q has dtype float64 and it adds up in float32" if q.dtype == jnp.float64 else None

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import checks
-from kernels.dispatch import choose, device, missing
+from kernels.dispatch import choose, device, missing, on_gpu
 from kernels.grouped_matmul import moe, xla
 
 Array = jax.Array
@@ -39,7 +39,7 @@ def grouped_matmul(x: Array, w: Array, group_sizes: Array, *, implementation: st
     checks.shape("w", w, (E, x.shape[1], F))
     checks.shape("group_sizes", group_sizes, (E,))
     table = _table("grouped_matmul", x.dtype)
-    if callable(table["pallas"]) and device().platform == "gpu":
+    if callable(table["pallas"]) and on_gpu():
         table["pallas"] = _hopper().refusal(x.dtype, *w.shape[1:]) or table["pallas"]
     run = choose("grouped_matmul", implementation, table, _slow())
     if 0 in (*x.shape, *w.shape):
@@ -127,7 +127,7 @@ def _table(op: str, dtype: jnp.dtype | None = None) -> dict:
 
         return triton.moe_mlp(*args)
 
-    pallas = missing(op, "pallas") or (_hopper().grouped_matmul if device().platform == "gpu" else getattr(moe, op))
+    pallas = missing(op, "pallas") or (_hopper().grouped_matmul if on_gpu() else getattr(moe, op))
     if dtype == jnp.float64 and not isinstance(pallas, str):
         pallas = "x has dtype float64 and it adds up in float32"
     return {

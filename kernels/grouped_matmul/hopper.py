@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.dispatch import device
 from kernels.grouped_matmul import mosaic_gpu, mosaic_gpu_dw
+from kernels.varying import vary
 
 Array = jax.Array
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -80,9 +81,3 @@ def _matmul_backward(static: Static, kept: tuple, dy: Array) -> tuple:
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-def vary(x: Array, *like: Array) -> Array:
-    """x, marked as varying over the axes of a `shard_map` that any of `like` varies over; what kernels make is not."""
-    axes = frozenset().union(*(jax.typeof(each).mat.varying for each in like)) - jax.typeof(x).mat.varying
-    return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
