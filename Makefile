@@ -33,11 +33,11 @@ generate: ## let a trained model write: make generate ARGS="runs/NAME --prompt .
 
 test: ## is it right? The tests, without the slow ones
 	@$(SETUP) dev
-	@$(PY) -m pytest -q -n $(JOBS) $(ARGS)
+	@$(PY) -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
 
 test-long: ## every test, the slow ones too
 	@$(SETUP) dev
-	@$(PY) -m pytest -q -n $(JOBS) -m "" --hypothesis-profile=long $(ARGS)
+	@$(PY) -m pytest -q -n $(JOBS) --dist worksteal -m "" --hypothesis-profile=long $(ARGS)
 
 test-mutants: ## do the tests notice? Breaks the kernels on purpose and expects failures
 	@$(SETUP) dev

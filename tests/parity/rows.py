@@ -3,7 +3,6 @@
 import itertools
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -60,12 +59,11 @@ def examples(n: int) -> settings:
 
 
 def shapes(n: int) -> st.SearchStrategy[np.random.Generator]:
-    """A source of random sizes, one of n: a shape is compiled once and serves several examples."""
+    """A source of random sizes, one of n: a shape is traced once and serves several examples."""
     return st.integers(1, times(n)).map(np.random.default_rng)
 
 
-def forget(programs: Any, every: int = 250) -> None:
-    """Called for each example: drops all compiled programs now and then, for thousands would fill the memory."""
+def forget(every: int = 250) -> None:
+    """Called for each example: drops all programs now and then."""
     if next(_examples) % every == 0:
-        programs.cache_clear()
-        jax.clear_caches()
+        rule.forget()

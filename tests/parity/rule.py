@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 
 import kernels
+from kernels.dispatch import Device, compiling_for
+from tests import by_numpy
 
 CANCELLED = 32
 # Compile fast rather than well.
@@ -66,6 +68,41 @@ def program(
     return jax.jit(run, compiler_options=HURRY if hurry or implementation == "reference" else None)
 
 
+FORMS = {"CPU": Device("cpu", "cpu"), "TPU": Device("tpu", "TPU v6 lite")}
+
+
+def forms(implementation: str, compiled: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """For what runs once or twice: a jitted program, and of Pallas on this CPU both its forms instead, in NumPy."""
+    if implementation != "pallas" or jax.default_backend() != "cpu":
+        return {implementation: compiled}
+    return {f"pallas for a {name}": functools.partial(_evaluate, compiled, device) for name, device in FORMS.items()}
+
+
+def exactly(op: str, options: Options, *args: Any) -> dict[str, Any]:
+    """What the reference gives in float64; on a CPU in NumPy, which takes no compiling."""
+    compiled = program(op, "reference", options)
+    return _evaluate(compiled, FORMS["CPU"], *args) if jax.default_backend() == "cpu" else compiled(*args)
+
+
+def _evaluate(compiled: Callable[..., Any], device: Device, *args: Any) -> Any:
+    leaves, tree = jax.tree.flatten(args)
+    return _traced(compiled, device, tree, tuple((np.shape(x), x.dtype) for x in leaves))(*args)
+
+
+@functools.cache
+def _traced(compiled: Callable[..., Any], device: Device, tree: Any, shapes: tuple[Any, ...]) -> Callable[..., Any]:
+    args = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
+    with compiling_for(*device):
+        return by_numpy.trace(compiled.__wrapped__, *args)
+
+
+def forget() -> None:
+    """Drops every program: thousands would fill the memory."""
+    program.cache_clear()
+    _traced.cache_clear()
+    jax.clear_caches()
+
+
 def judge(
     op: str,
     implementation: str,
@@ -94,7 +131,7 @@ def judge(
     plain = program(op, "reference", options)(rounded, aux, dout)
     with jax.enable_x64(True):
         exact_inputs = {name: jnp.asarray(exact(x)) for name, x in rounded.items()}
-        oracle = program(op, "reference", options)(exact_inputs, aux, jnp.asarray(exact(dout)))
+        oracle = exactly(op, options, exact_inputs, aux, jnp.asarray(exact(dout)))
     for name in oracle:
         assert mine[name].dtype == plain[name].dtype and mine[name].shape == oracle[name].shape, name
     check(mine, plain, oracle, dtype)

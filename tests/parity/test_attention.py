@@ -49,11 +49,15 @@ def row(T: int, S: int, **sizes: Any) -> specs.Attention:
     return rows.row(specs.Attention, T=T, S=S, **sizes)
 
 
-def slope(case: specs.Attention, inputs: dict, aux: dict, dout: np.ndarray, got: dict) -> tuple[float, float]:
-    """The gradient along one random direction: (as computed, by the loops)."""
+def slope(
+    case: specs.Attention, inputs: dict, aux: dict, dout: np.ndarray, got: dict, by_hand: float | None = None
+) -> tuple[float, float]:
+    """The gradient along one random direction: (as computed, by the loops, unless that is given)."""
     toward = {name: np.random.default_rng(1).standard_normal(x.shape) for name, x in inputs.items()}
     along = sum(np.sum(rule.exact(got[f"d{name}"]) * toward[name]) for name in inputs)
-    return along, rule.slope(lambda **x: loops(**x, **aux, **case.options()), inputs, toward, dout)
+    if by_hand is None:
+        by_hand = rule.slope(lambda **x: loops(**x, **aux, **case.options()), inputs, toward, dout)
+    return along, by_hand
 
 
 TINY = {
@@ -91,15 +95,17 @@ def test_every_implementation_keeps_the_rule(case, dtype, implementation):
             assert not np.any(got[name][:, : case.T - case.S]), f"{name}: a query that sees no key"
 
 
-def is_the_formula(case: specs.Attention, implementation: str, seed: int = 0, program: Callable = rule.program) -> None:
-    """Output and gradients in float32 against the loops."""
+def is_the_formula(case: specs.Attention, *runs: Callable[..., Any], seed: int = 0) -> None:
+    """Output and gradients of programs in float32 against the loops."""
     inputs, aux, dout = rows.draw(case, seed)
     inputs = {name: x.astype(np.float32).astype(np.float64) for name, x in inputs.items()}
     narrow = {name: jnp.float32(x) for name, x in inputs.items()}
-    got = program("attention", implementation, rows.options(case))(narrow, aux, jnp.float32(dout))
-    np.testing.assert_allclose(got["o"], loops(**inputs, **aux, **case.options()), rtol=2e-5, atol=2e-6)
-    along, by_hand = slope(case, inputs, aux, dout, got)
-    assert along == pytest.approx(by_hand, rel=1e-4, abs=1e-3)
+    o, by_hand = loops(**inputs, **aux, **case.options()), None
+    for run in runs:
+        got = run(narrow, aux, jnp.float32(dout))
+        np.testing.assert_allclose(got["o"], o, rtol=2e-5, atol=2e-6)
+        along, by_hand = slope(case, inputs, aux, dout, got, by_hand)
+        assert along == pytest.approx(by_hand, rel=1e-4, abs=1e-3)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -125,8 +131,9 @@ def test_any_small_shape_is_the_formula(
     case = row(T, S, B=B, H=H, K=K, D=D, gate=gate, segments=segments, causal=causal, window=window, softcap=softcap,
                scale=scale)  # fmt: skip
     with contextlib.suppress(pytest.skip.Exception):  # of one shape, not of all
-        is_the_formula(case, implementation, seed)
-    rows.forget(rule.program)
+        compiled = rule.program("attention", implementation, rows.options(case))
+        is_the_formula(case, *rule.forms(implementation, compiled).values(), seed=seed)
+    rows.forget()
 
 
 CHUNKED = {
@@ -146,7 +153,7 @@ def test_chunked_scores_are_the_formula(case, monkeypatch):
     monkeypatch.setattr(xla, "ONE_BLOCK", 0)
     monkeypatch.setattr(xla, "CHUNK_ROWS", 1)
     # Not from the cache of programs, nor into it: its key knows nothing of these two numbers.
-    is_the_formula(case, "xla", program=rule.program.__wrapped__)
+    is_the_formula(case, rule.program.__wrapped__("attention", "xla", rows.options(case)))
 
 
 POISONED = {  # some keys are seen by no query at all

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -80,16 +81,25 @@ def program(implementation: str, case: specs.Decode, donate: bool = False):
     return jax.jit(run, donate_argnums=(1,)) if donate else jax.jit(run, compiler_options=rule.HURRY)
 
 
-def run(implementation: str, case: specs.Decode, step: Step, dtype: str) -> tuple[jax.Array, kernels.KVCache]:
-    """One step in the given dtype."""
+Run = Callable[[dict[str, jax.Array], kernels.KVCache], tuple[jax.Array, kernels.KVCache]]
+
+
+def run(
+    implementation: str, case: specs.Decode, step: Step, dtype: str, by: Run | None = None
+) -> tuple[jax.Array, kernels.KVCache]:
+    """One step in the given dtype, by the implementation's own program where no other is given."""
     inputs = {name: jnp.asarray(x, dtype) for name, x in step.inputs.items()}
     cache = kernels.KVCache(
         jnp.asarray(step.cache_k, dtype),
         jnp.asarray(step.cache_v, dtype),
         **case.aux(),
     )
-    # One program for all lengths.
-    return program(implementation, dataclasses.replace(case, lengths=(0,) * case.B))(inputs, cache)
+    return (by or any_lengths(implementation, case))(inputs, cache)
+
+
+def any_lengths(implementation: str, case: specs.Decode) -> Run:
+    """One program for all lengths."""
+    return program(implementation, dataclasses.replace(case, lengths=(0,) * case.B))
 
 
 @NAMED
@@ -146,13 +156,14 @@ def test_any_ring_is_the_formula(implementation, shape, lengths, seed):
         scale=some(None, -0.4),
     )
     step = draw(case, fill=7.0, seed=seed)
-    o, cache = run(implementation, case, step, "float32")
-    np.testing.assert_allclose(o, step.o, rtol=2e-5, atol=2e-6)
-    np.testing.assert_array_equal(cache.length, np.array(lengths) + 1)
-    for b, length in enumerate(lengths):
-        np.testing.assert_array_equal(cache.k[b, :, length % case.C], np.float32(step.inputs["k"][b]))
-        np.testing.assert_array_equal(cache.v[b, :, length % case.C], np.float32(step.inputs["v"][b]))
-    rows.forget(program)
+    for form, by in rule.forms(implementation, any_lengths(implementation, case)).items():
+        o, cache = run(implementation, case, step, "float32", by)
+        np.testing.assert_allclose(o, step.o, rtol=2e-5, atol=2e-6, err_msg=form)
+        np.testing.assert_array_equal(cache.length, np.array(lengths) + 1)
+        for b, length in enumerate(lengths):
+            np.testing.assert_array_equal(cache.k[b, :, length % case.C], np.float32(step.inputs["k"][b]))
+            np.testing.assert_array_equal(cache.v[b, :, length % case.C], np.float32(step.inputs["v"][b]))
+    rows.forget()
 
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])

@@ -1,6 +1,9 @@
 """The Pallas decoding kernel from inside: the blocks it visits, and what a TPU makes of it."""
 
+import functools
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,7 @@ from kernels import specs
 from kernels.decode import mosaic_tpu
 from kernels.decode.visits import visits
 from kernels.dispatch import compiling_for
+from tests import by_numpy
 from tests.parity import rows, rule, sanitizer
 from tests.parity.test_decode import draw
 
@@ -26,7 +30,7 @@ def row(*lengths: int, **sizes) -> specs.Decode:
 def test_the_visits_are_the_blocks_that_hold_seen_tokens(block):
     for C, limit in itertools.product((1, 8, 10, 13), (1, 2, 5, 13)):
         limit, lengths = min(limit, C), np.arange(3 * C + 2)
-        found = visits(jnp.asarray(lengths), C, limit, block)
+        found = by_numpy.run(functools.partial(visits, slots=C, limit=limit, block=block), np.int32(lengths))
         expected = []
         for b, length in enumerate(lengths):
             seen = [p % C // block for p in range(max(0, length + 1 - limit), length + 1)]
@@ -45,11 +49,17 @@ TILED = {  # whole blocks: the simulator knows no others
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if n else ()) for n, name in enumerate(TILED)]
-)
-def test_a_tpu_appends_and_attends_in_one_kernel(name, monkeypatch):
-    """Simulated: the tile that the new token lies in leaves with it, and nothing else of the ring is touched."""
+def watched(operation: Callable[..., Any], *args: Any) -> Any:
+    """What JAX's simulated TPU gives, which watches for races too."""
+    found = sanitizer.on_tpu(operation, *args, cores=1)
+    assert not found.races and found.out_of_bounds is None
+    return found.result
+
+
+@pytest.mark.parametrize("run", [by_numpy.run, pytest.param(watched, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", TILED)
+def test_a_tpu_appends_and_attends_in_one_kernel(name, run, monkeypatch):
+    """The tile that the new token lies in leaves with it, and nothing else of the ring is touched."""
     case = TILED[name]
     monkeypatch.setattr(mosaic_tpu, "_block", lambda *_: 16)
     step = draw(case, fill=np.nan)
@@ -59,9 +69,7 @@ def test_a_tpu_appends_and_attends_in_one_kernel(name, monkeypatch):
         **inputs, cache=cache, **case.options(), implementation="pallas"
     )
     with compiling_for(*V6E):
-        found = sanitizer.on_tpu(operation, inputs, cache, cores=1)
-    assert not found.races and found.out_of_bounds is None
-    o, after = found.result
+        o, after = run(operation, inputs, cache)
     plain, _ = kernels.decode_attention(**inputs, cache=cache, **case.options(), implementation="reference")
     rule.check({"o": o}, {"o": plain}, {"o": step.o}, "float32")
     for ring, old, new in ((after.k, step.cache_k, "k"), (after.v, step.cache_v, "v")):

@@ -82,10 +82,11 @@ def test_any_sizes_are_the_formula(implementation, shape, cuts, full, seed):
     narrow = {name: np.float32(x) for name, x in inputs.items()}
     dx, dw = loops_gradients(**inputs, sizes=sizes, dy=dout)
     expected = {"o": loops(**inputs, sizes=sizes), "dx": dx, "dw": dw}
-    got = rule.program("grouped_matmul", implementation)(narrow, aux, np.float32(dout))
-    for name, value in expected.items():
-        np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
-    rows.forget(rule.program)
+    for form, run in rule.forms(implementation, rule.program("grouped_matmul", implementation)).items():
+        got = run(narrow, aux, np.float32(dout))
+        for name, value in expected.items():
+            np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-4, err_msg=f"{form}: {name}")
+    rows.forget()
 
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
