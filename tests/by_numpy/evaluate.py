@@ -56,9 +56,7 @@ class Program:
         self.binders = [place(v) for v in (*getattr(jaxpr, "constvars", ()), *jaxpr.invars)]
         self.steps = []
         for e in jaxpr.eqns:
-            if e.primitive.name not in RULES:
-                raise NotImplementedError(f"no rule for {e.primitive.name}")
-            made = RULES[e.primitive.name](e.params, e)
+            made = RULES.get(e.primitive.name, _unknown)(e.params, e)
             self.steps.append((made, [place(v) for v in e.invars], [place(v) for v in e.outvars]))
         self.results = [place(v) for v in jaxpr.outvars]
         self.size = len(places)
@@ -94,7 +92,20 @@ for _name, _make in (primitives.SHAPED | {"gather": gather, "scatter": scatter, 
     RULES[_name] = lambda params, e, make=_make: make(params, e.invars, e.outvars)
 
 
-@rule("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call")
+def _unknown(params: dict[str, Any], e: Any) -> Callable[..., Any]:
+    def refuse(*_: Any) -> None:  # only where it is reached: it may belong to another platform
+        raise NotImplementedError(f"no rule for {e.primitive.name}")
+
+    return refuse
+
+
+@rule("platform_index")
+def _platform_index(params: dict[str, Any], e: Any) -> Callable[..., Any]:
+    chosen = [platforms is None or "cpu" in platforms for platforms in params["platforms"]].index(True)
+    return lambda: np.int32(chosen)
+
+
+@rule("jit", "pjit", "eval_jaxpr", "closed_call", "core_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call")
 def _call(params: dict[str, Any], e: Any) -> Callable[..., Any]:
     return Program(next(params[name] for name in ("jaxpr", "call_jaxpr") if name in params))
 

@@ -1,7 +1,5 @@
 """A prompt read in chunks: what comes out is what one pass gives, and what it takes is what a chunk takes."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,20 +11,24 @@ from dantinox import generation
 from dantinox.config import ModelConfig
 from dantinox.generation import generate
 from dantinox.model import Transformer
+from tests import by_numpy
 from tests.model.test_generate import V, build, ids
 
 T, CHUNK = 40, 7
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5))
 def read(graph, weights, tokens, length, slots, chunk):
-    """(logits [B, V] after each prompt, the caches), `chunk` tokens at a time."""
-    model, reading = nnx.merge(graph, weights), slots
-    for start in range(0, tokens.shape[1], chunk):
-        piece = jnp.pad(tokens, ((0, 0), (0, chunk)))[:, start : start + chunk]
-        past = caching.bucket(start, 1) if start else 0
-        reading = caching.read(model, piece, jnp.int32(start), length, reading, past)
-    return model.logits(reading.last), reading.caches
+    """(logits [B, V] after each prompt, the caches), `chunk` tokens at a time, in NumPy."""
+
+    def program(weights, tokens, length):
+        model, reading = nnx.merge(graph, weights), slots
+        for start in range(0, tokens.shape[1], chunk):
+            piece = jnp.pad(tokens, ((0, 0), (0, chunk)))[:, start : start + chunk]
+            past = caching.bucket(start, 1) if start else 0
+            reading = caching.read(model, piece, jnp.int32(start), length, reading, past)
+        return model.logits(reading.last), reading.caches
+
+    return by_numpy.run(program, weights, tokens, length)
 
 
 @pytest.mark.parametrize(
@@ -57,12 +59,10 @@ def test_chunks_leave_what_one_pass_leaves(changes):
 
 
 def test_generated_ids_do_not_depend_on_the_chunk():
-    model = build(window=6)
+    model = build(n_layers=1, window=6)
     prompts = [ids(3, 33), ids(4, 3), ids(5, 16)]
-    made = [
-        generate(model, prompts, max_new_tokens=9, temperature=0, prefill_chunk=chunk) for chunk in (2048, 16, 5, 1)
-    ]
-    assert made[0] == made[1] == made[2] == made[3]
+    made = [generate(model, prompts, max_new_tokens=9, temperature=0, prefill_chunk=chunk) for chunk in (2048, 16, 5)]
+    assert made[0] == made[1] == made[2]
 
 
 @pytest.mark.parametrize(("kv_dtype", "most"), [("int8", 0.05), ("fp8", 0.2)])
@@ -71,17 +71,20 @@ def test_a_cache_in_eight_bits_is_near(kv_dtype, most):
     found = {}
     for kind in ("model", kv_dtype):
         model = build(layer_pattern="SL", window=6, kv_dtype=kind)
-        slots, length = caching.slots(model.config, 48), np.array([5, 23], np.int32)
-        tokens = ids(1, 2, 30)
-        reading = slots
-        for start in (0, 12):
-            piece = tokens[:, start : start + 12]
-            reading = caching.read(model, piece, jnp.int32(start), length, reading, start)
-        logits, caches = [], reading.caches
-        for t in range(7):
-            more, caches = caching.step(model, tokens[:, t], caches)
-            logits.append(more)
-        found[kind] = np.array(logits)
+        slots = caching.slots(model.config, 48)
+
+        def program(tokens, length, model=model, slots=slots):
+            reading = slots
+            for start in (0, 12):
+                piece = tokens[:, start : start + 12]
+                reading = caching.read(model, piece, jnp.int32(start), length, reading, start)
+            logits, caches = [], reading.caches
+            for t in range(7):
+                more, caches = caching.step(model, tokens[:, t], caches)
+                logits.append(more)
+            return jnp.stack(logits), caches
+
+        found[kind], caches = by_numpy.run(program, ids(1, 2, 30), np.array([5, 23], np.int32))
     assert caches[0].k.dtype.itemsize == 1 and caches[1].v_scale.dtype == jnp.float32
     error = np.abs(found[kv_dtype] - found["model"]).max() / np.std(found["model"])
     assert 1e-4 < error < most
