@@ -105,7 +105,17 @@ def _platform_index(params: dict[str, Any], e: Any) -> Callable[..., Any]:
     return lambda: np.int32(chosen)
 
 
-@rule("jit", "pjit", "eval_jaxpr", "closed_call", "core_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call")
+@rule(
+    "jit",
+    "pjit",
+    "eval_jaxpr",
+    "closed_call",
+    "core_call",
+    "checkpoint",
+    "remat2",
+    "custom_jvp_call",
+    "custom_vjp_call",
+)
 def _call(params: dict[str, Any], e: Any) -> Callable[..., Any]:
     return Program(next(params[name] for name in ("jaxpr", "call_jaxpr") if name in params))
 

@@ -141,7 +141,7 @@ MUTANTS: list[Mutant] = [
     *planted(
         "attention/segments",
         "segments",
-        ("a span ends a tile early", "jnp.where(apart, 0, at + 1)", "jnp.where(apart, 0, at)", "spans"),
-        ("a mixed tile passes for one segment's", "alike | (at < left", "alike | (at <= left", "spans"),
+        ("a span ends a tile early", "jnp.where(apart, 0, at + 1)", "jnp.where(apart, 0, at)", "segment or any_tiles"),
+        ("a mixed tile passes for one segment's", "alike | (at < left", "alike | (at <= left", "segment or any_tiles"),
     ),
 ]  # fmt: skip
