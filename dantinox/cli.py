@@ -15,6 +15,7 @@ USER_ERRORS = (
     FileNotFoundError,
     NotADirectoryError,
     IsADirectoryError,
+    FileExistsError,
     PermissionError,
     NotImplementedError,
 )

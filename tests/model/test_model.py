@@ -83,6 +83,8 @@ TOGGLES = {
     "learned": {"positions": "learned"},
     "no positions": {"positions": "none"},
     "ntk": {"rope_scaling": "ntk", "rope_factor": 4.0},
+    "linear": {"rope_scaling": "linear", "rope_factor": 4.0},
+    "llama3": {"rope_scaling": "llama3", "rope_factor": 4.0},
     "yarn": {"rope_scaling": "yarn", "rope_factor": 4.0},
     "gelu": {"mlp": "gelu"},
     "experts": {"n_experts": 4},
