@@ -96,8 +96,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         positive(self, "vocab_size", "dim", "n_layers", "n_heads", "kv_heads", "head_dim", "max_context")
-        positive(self, "rope_theta", "rope_original_context", "expansion", "norm_eps")
-        positive(self, "attn_softcap", "logit_softcap")
+        positive(self, "rope_original_context", "expansion", "norm_eps", "attn_softcap", "logit_softcap")
+        require(self.rope_theta > 1, f"rope_theta is {self.rope_theta}; allowed: more than 1")
         fraction(self, "dropout")
         require(
             self.n_heads % self.kv_heads == 0,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dantinox.config import ModelConfig
+from dantinox.config import ConfigError, ModelConfig
 from dantinox.rope import frequencies, rotate, rotation
 
 CONFIG = ModelConfig(dim=64, n_heads=1, kv_heads=1, head_dim=32, max_context=8192)
@@ -94,3 +94,9 @@ def test_linear_slows_every_pair():
     inverse, magnitude = frequencies(scaled("linear", 4.0))
     np.testing.assert_allclose(inverse, frequencies(CONFIG)[0] / 4, rtol=1e-6)
     assert magnitude == 1
+
+
+@pytest.mark.parametrize("theta", [1.0, 0.5, 0.0, -1.0])
+def test_a_base_that_turns_no_slower_is_refused(theta):
+    with pytest.raises(ConfigError, match=rf"^rope_theta is {theta}; allowed: more than 1$"):
+        scaled("yarn", 2.0, rope_theta=theta)
