@@ -4,7 +4,7 @@ from dantinox.config import Config, ConfigError, ModelConfig
 from dantinox.generation import generate, stream
 from dantinox.model import Transformer
 
-__all__ = ["Config", "ConfigError", "ModelConfig", "Transformer", "generate", "load", "stream"]
+__all__ = ["Config", "ConfigError", "ModelConfig", "Transformer", "generate", "load", "load_hf", "save_hf", "stream"]
 
 
 def __getattr__(name: str) -> object:
@@ -12,4 +12,8 @@ def __getattr__(name: str) -> object:
         from dantinox.checkpoint import load
 
         return load
+    if name in ("load_hf", "save_hf"):
+        from dantinox import hf
+
+        return getattr(hf, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

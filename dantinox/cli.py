@@ -10,7 +10,15 @@ from typing import Any, NoReturn
 
 import tyro
 
-USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, NotImplementedError)
+USER_ERRORS = (
+    ValueError,
+    FileNotFoundError,
+    NotADirectoryError,
+    IsADirectoryError,
+    FileExistsError,
+    PermissionError,
+    NotImplementedError,
+)
 
 
 def parse(cls: type, argv: Sequence[str] | None, *, default: Any, prog: str, description: str) -> Any:

@@ -54,12 +54,12 @@ class ModelConfig:
     """How position reaches the model."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
-    rope_scaling: Literal["none", "ntk", "yarn"] = "none"
+    rope_scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
     """How rotary frequencies are stretched to contexts longer than trained on."""
     rope_factor: float = 1.0
     """Stretch factor of rope_scaling: new context over trained context."""
     rope_original_context: int | None = None
-    """Context trained on, for yarn; None: max_context / rope_factor."""
+    """Context trained on, for yarn and llama3; None: max_context / rope_factor."""
     mlp: Literal["swiglu", "gelu"] = "swiglu"
     """Feed-forward kind."""
     expansion: float = 4.0
@@ -96,8 +96,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         positive(self, "vocab_size", "dim", "n_layers", "n_heads", "kv_heads", "head_dim", "max_context")
-        positive(self, "rope_theta", "rope_original_context", "expansion", "norm_eps")
-        positive(self, "attn_softcap", "logit_softcap")
+        positive(self, "rope_original_context", "expansion", "norm_eps", "attn_softcap", "logit_softcap")
+        require(self.rope_theta > 1, f"rope_theta is {self.rope_theta}; allowed: more than 1")
         fraction(self, "dropout")
         require(
             self.n_heads % self.kv_heads == 0,

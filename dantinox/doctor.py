@@ -20,7 +20,7 @@ import kernels  # noqa: E402
 from dantinox import cli  # noqa: E402
 from kernels.dispatch import OPERATIONS, PREFERENCE  # noqa: E402
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tokenizers", "safetensors", "numpy")
 EXTRAS = {
     "cuda": ("jax-cuda13-plugin", "jax-cuda12-plugin"),
     "tpu": ("libtpu",),

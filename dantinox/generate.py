@@ -4,8 +4,6 @@ The text goes to stdout and nothing else does; the speed goes to stderr. The fun
 `dantinox.generate(model, prompts, ...)`, lives in `dantinox.generation`.
 """
 
-import codecs
-import dataclasses
 import logging
 import sys
 import time
@@ -13,14 +11,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import Annotated, NoReturn
+
+import tyro
 
 from dantinox import cli, generation
-from dantinox.config import Decode, KVDtype
+from dantinox.config import Decode, KVDtype, ModelConfig
 from dantinox.sampling import Sampling, integer
-from dantinox.tokenizer import Tokenizer
+from dantinox.screen import Screen, Text, heads
 
 PROG = "dantinox-generate"
+MAX_NEW_TOKENS = 256
+
+Texts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 
 
 @dataclass(frozen=True)
@@ -29,24 +32,32 @@ class Args:
 
     run: str = "nano"
     """The run: runs/NAME or NAME."""
-    prompt: str = ""
-    """Text to continue; empty: the start of a document."""
-    max_new_tokens: int = 256
-    """Most tokens to write; the end of the document ends it earlier."""
+    prompt: Texts = ()
+    """Text to continue; more than one --prompt: all at once; none: the start of a document."""
+    prompt_file: str | None = None
+    """A file whose text is to be continued, as it stands; -: standard input."""
+    lines: bool = False
+    """Each line of --prompt-file is a prompt."""
+    max_new_tokens: int | None = None
+    """Most tokens to write; the end of the document ends it earlier. None: 256, or what fits in max_context."""
+    stop: Texts = ()
+    """Text that ends the writing and is not shown; may be given more than once."""
     temperature: float = 0.8
     """Divides the logits; 0: always the likeliest token."""
-    top_k: int = 0
-    """Draw from the k likeliest tokens; 0: off."""
+    top_k: int | None = None
+    """Draw from the k likeliest tokens."""
     top_p: float = 1.0
     """Draw from the likeliest tokens that hold this much probability; 1: off."""
     min_p: float = 0.0
     """Draw from tokens at least this likely, relative to the likeliest; 0: off."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens of the prompt and of the text so far become less likely."""
     seed: int = 0
     """Seed of all draws."""
     n: int = 1
-    """Samples, each headed by its number when there are more than one."""
+    """Samples of each prompt, which is read once."""
     stream: bool = False
-    """Print the text as it is written, one sample after the other."""
+    """Print the text as it is written; of several texts the first, and the next when that is done."""
     prefill_chunk: int = generation.PREFILL_CHUNK
     """Tokens of the prompt read at once; less takes less memory."""
     decode: Decode | None = None
@@ -83,63 +94,91 @@ def write(args: Args) -> None:
     """
     from dantinox.checkpoint import load
 
+    sampling = Sampling.checked(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     count = integer("n", args.n, 1)
+    if "" in args.stop:
+        raise ValueError("stop is empty; allowed: text")
+    prompts = read_prompts(args)
     chosen = {"decode": args.decode, "kv_dtype": args.kv_dtype}
     model, tokenizer = load(find(args.run), **{name: value for name, value in chosen.items() if value is not None})
-    prompt = tokenizer.encode(args.prompt) if args.prompt else [tokenizer.eos_id]
+    ids = [tokenizer.encode(prompt) if prompt else [tokenizer.eos_id] for prompt in prompts]
+    new, cut = room(args.max_new_tokens, model.config, max(map(len, ids)))
     request = generation.Request(
-        prompts=[prompt],
-        max_new_tokens=args.max_new_tokens,
-        sampling=Sampling.checked(args.temperature, args.top_k, args.top_p, args.min_p),
+        prompts=ids,
+        max_new_tokens=new,
+        sampling=sampling,
         seed=args.seed,
         stop_tokens=(tokenizer.eos_id,),
         samples=range(count),
         prefill_chunk=args.prefill_chunk,
     )
-    requests = [request]
-    if args.stream:  # stdout shows one sample after the other
-        requests = [dataclasses.replace(request, samples=(sample,)) for sample in range(count)]
-    began, tokens, first = time.perf_counter(), 0, 0.0
-    for request in requests:
-        chunks = generation.run(model, request, lag=generation.LAG if args.stream else None)
-        printers = [Printer(tokenizer, args.prompt, sample, count, args.stream) for sample in request.samples]
-        try:
-            for ids in chunks:
-                first = first or time.perf_counter() - began
-                tokens += sum(map(len, ids))
-                for printer, new in zip(printers, ids, strict=True):
-                    printer.add(new)
-        finally:
-            for printer in printers:
-                printer.end()
-    seconds = time.perf_counter() - began
-    print(
-        f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} tokens/s, the first after {first:.2f} s "
-        "(compilation included)",
-        file=sys.stderr,
-    )
+    texts = [Text(tokenizer, head, args.stop) for head in heads(prompts, count)]
+    screen = Screen(texts, args.stream)
+    began, first, early = time.perf_counter(), 0.0, 0
+    chunks = generation.run(model, request, lag=generation.LAG if args.stream else None)
+    try:
+        for chunk in chunks:
+            screen.add(*chunk)
+            if not first:
+                first, early = time.perf_counter() - began, sum(text.tokens for text in texts)
+            if screen.done:
+                break
+    finally:
+        screen.end()
+    seconds, tokens = time.perf_counter() - began, sum(text.tokens for text in texts)
+    line = f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} tokens/s, compilation included"
+    if tokens > early:
+        line += f"; {(tokens - early) / (seconds - first):.0f} tokens/s after the first {early} in {first:.2f} s"
+    print(line, file=sys.stderr)
+    if cut and any(text.tokens == new for text in texts):
+        limit = generation.context_limit(model.config)
+        print(f"stopped at max_context {limit}, as {generation.what_limits(model.config)}", file=sys.stderr)
 
 
-class Printer:
-    """One sample on its way to stdout, in whole characters: at once when streaming, else when it ends."""
+def read_prompts(args: Args) -> list[str]:
+    """The texts to continue; one empty one where none was given.
 
-    def __init__(self, tokenizer: Tokenizer, prompt: str, number: int, count: int, stream: bool) -> None:
-        self.tokenizer, self.stream = tokenizer, stream
-        self.text = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.waiting = (f"--- sample {number + 1} of {count} ---\n" if count > 1 else "") + prompt
+    Raises:
+        ValueError, OSError: a prompt is empty or no UTF-8 text, the file cannot be read, or flags contradict.
+    """
+    if args.prompt_file is None:
+        if args.lines:
+            raise ValueError("lines needs prompt_file")
+        if "" in args.prompt:
+            raise ValueError("prompt is empty; allowed: text, or no prompt for the start of a document")
+        return list(args.prompt) or [""]
+    if args.prompt:
+        raise ValueError("prompt and prompt_file are both given; allowed: one of them")
+    piped = args.prompt_file == "-"
+    name = "standard input" if piped else args.prompt_file
+    try:
+        raw = sys.stdin.buffer.read() if piped else Path(args.prompt_file).read_bytes()
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text: byte {error.start} is {raw[error.start]:#04x}") from None
+    if not text:
+        raise ValueError(f"{name} is empty; allowed: text to continue")
+    if not args.lines:
+        return [text]
+    lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+    if "" in lines:
+        raise ValueError(f"{name}: line {lines.index('') + 1} is empty; allowed: a prompt on each line")
+    return lines
 
-    def add(self, ids: list[int]) -> None:
-        self.waiting += self.text.decode(self.tokenizer.decode_bytes(ids))
-        if self.stream:
-            self.flush()
 
-    def end(self) -> None:
-        self.waiting += self.text.decode(b"", final=True) + "\n"
-        self.flush()
+def room(asked: int | None, config: ModelConfig, longest: int) -> tuple[int, bool]:
+    """(most new tokens after a prompt of `longest`, whether it is the context that ends them).
 
-    def flush(self) -> None:
-        print(self.waiting, end="", flush=True)
-        self.waiting = ""
+    Raises:
+        ValueError: the prompt alone fills the context.
+    """
+    limit = generation.context_limit(config)
+    if limit is not None and longest >= limit:
+        why = generation.what_limits(config)
+        raise ValueError(f"the prompt is {longest} tokens long; allowed: fewer than max_context {limit}, as {why}")
+    if asked is not None or limit is None:
+        return MAX_NEW_TOKENS if asked is None else asked, False
+    return min(MAX_NEW_TOKENS, limit - longest), limit - longest < MAX_NEW_TOKENS
 
 
 def find(run: str) -> Path:

@@ -20,7 +20,7 @@ from flax import nnx
 from dantinox import cache as caching
 from dantinox.config import ModelConfig
 from dantinox.model import Transformer
-from dantinox.sampling import Sampling, integer, sample
+from dantinox.sampling import Sampling, integer, penalized, sample
 from kernels import KVCache
 
 Array = jax.Array
@@ -38,9 +38,10 @@ def generate(
     *,
     max_new_tokens: int = 64,
     temperature: float = 1.0,
-    top_k: int = 0,
+    top_k: int | None = None,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
     stop_tokens: Iterable[int] = (),
     n: int = 1,
@@ -54,6 +55,7 @@ def generate(
         max_new_tokens: most tokens a sequence gets.
         temperature: divides the logits; 0 takes the likeliest token.
         top_k, top_p, min_p: which tokens may be drawn, see `dantinox.sampling`.
+        repetition_penalty: above 1 makes tokens of the prompt and of the text so far less likely.
         seed: of all draws, 0 <= seed < 2**32.
         stop_tokens: ids that end a sequence; the stop token itself is not returned.
         n: samples a prompt.
@@ -68,10 +70,10 @@ def generate(
     Raises:
         ValueError: an argument is not allowed, or prompt and new tokens do not fit in max_context.
     """
-    sampling = Sampling.checked(temperature, top_k, top_p, min_p)
+    sampling = Sampling.checked(temperature, top_k, top_p, min_p, repetition_penalty)
     samples = range(integer("n", n, 1))
     request = Request(prompts, max_new_tokens, sampling, seed, stop_tokens, samples, max_context, prefill_chunk)
-    chunks = list(run(model, request))
+    chunks = [chunk.ids for chunk in run(model, request)]
     return [[token for ids in row for token in ids] for row in zip(*chunks, strict=True)]
 
 
@@ -81,9 +83,10 @@ def stream(
     *,
     max_new_tokens: int = 64,
     temperature: float = 1.0,
-    top_k: int = 0,
+    top_k: int | None = None,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
     stop_tokens: Iterable[int] = (),
     sample: int = 0,
@@ -94,9 +97,9 @@ def stream(
 
     Arguments and errors are those of `generate`; they are checked before the first id is asked for.
     """
-    sampling = Sampling.checked(temperature, top_k, top_p, min_p)
+    sampling = Sampling.checked(temperature, top_k, top_p, min_p, repetition_penalty)
     request = Request([prompt], max_new_tokens, sampling, seed, stop_tokens, (sample,), max_context, prefill_chunk)
-    return (token for ids in run(model, request, lag=LAG) for token in ids[0])
+    return (token for chunk in run(model, request, lag=LAG) for token in chunk.ids[0])
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,20 @@ class Request:
     prefill_chunk: int = PREFILL_CHUNK
 
 
-def run(model: Transformer, request: Request, lag: float | None = None) -> Iterator[list[list[int]]]:
-    """The new ids of every sequence, a chunk at a time.
+class Chunk(NamedTuple):
+    """What `run` gives at a time.
+
+    Attributes:
+        ids: the new ids of every sequence, all samples of the first prompt first.
+        done: which sequences have come to their end.
+    """
+
+    ids: list[list[int]]
+    done: list[bool]
+
+
+def run(model: Transformer, request: Request, lag: float | None = None) -> Iterator[Chunk]:
+    """The new ids of every sequence, a chunk at a time. The prompts are read once, for all samples.
 
     Args:
         lag: seconds that a chunk may take; None: CHUNK tokens, the fastest. The ids do not depend on it.
@@ -131,12 +146,12 @@ def run(model: Transformer, request: Request, lag: float | None = None) -> Itera
     seed = integer("seed", request.seed, 0, 2**32)
     samples = [integer("sample", s, 0, 2**31) for s in request.samples]
     stops = _stops(request.stop_tokens, config.vocab_size)
-    limit = _limit(config, request.max_context)
+    limit = context_limit(config, request.max_context)
     longest = max(map(len, prompts))
     if limit is not None and longest + count > limit:
         raise ValueError(
             f"a prompt of {longest} tokens and max_new_tokens {count} make {longest + count}; "
-            f"allowed: max_context {limit}"
+            f"allowed: max_context {limit}, as {what_limits(config)}"
         )
     slots = caching.slots(config, caching.bucket(longest + count, caching.SMALLEST_CONTEXT, limit))
     chunk = integer("prefill_chunk", request.prefill_chunk, 1)
@@ -144,20 +159,20 @@ def run(model: Transformer, request: Request, lag: float | None = None) -> Itera
     if size > chunk:
         size = -(-longest // chunk) * chunk
     tokens = np.zeros((len(prompts), size), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
+    seen = np.zeros((len(prompts), config.vocab_size), bool)
+    for row, there, prompt in zip(tokens, seen, prompts, strict=True):
         row[: len(prompt)] = prompt
+        there[prompt] = True
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     chunks = np.split(tokens, range(chunk, size, chunk), axis=1)
-    start = (chunks, lengths, np.uint32(seed), np.array(samples, np.int32), request.sampling, stops)
+    start = (chunks, lengths, seen, np.uint32(seed), np.array(samples, np.int32), request.sampling, stops)
     return _chunks(model, slots, start, count, lag)
 
 
-def _chunks(
-    model: Transformer, slots: tuple[int, ...], start: tuple, count: int, lag: float | None
-) -> Iterator[list[list[int]]]:
+def _chunks(model: Transformer, slots: tuple[int, ...], start: tuple, count: int, lag: float | None) -> Iterator[Chunk]:
     graph, weights = nnx.split(model)
     weights = _narrow(weights, model.config.dtype)
-    chunks, lengths, seed, samples, sampling, stops = start
+    chunks, lengths, seen, seed, samples, sampling, stops = start
     reading: caching.Reading | None = None
     for i, tokens in enumerate(chunks):
         at = i * chunks[0].shape[1]
@@ -165,15 +180,16 @@ def _chunks(
         past = caching.bucket(at, 1) if at else 0
         reading = _read(graph, slots, past, weights, tokens, np.int32(at), lengths, reading)
     start_all = _start_alone if len(samples) == 1 else _start
-    state = start_all(graph, weights, reading.last, seed, samples, reading.caches)
+    state = start_all(graph, weights, reading.last, seed, samples, reading.caches, seen)
     size = CHUNK if lag is None else 1
     while count:
         size = min(size, count)
         began = time.perf_counter()
         state, new = _steps(graph, weights, state, sampling, stops, np.int32(size))
         ids = np.asarray(new)[:, :size]
-        yield [row[row != FINISHED].tolist() for row in ids]
-        count = count - size if (ids[:, -1] != FINISHED).any() else 0
+        going = ids[:, -1] != FINISHED
+        count = count - size if going.any() else 0
+        yield Chunk([row[row != FINISHED].tolist() for row in ids], (~going | (count == 0)).tolist())
         if lag is not None:
             size = max(1, min(CHUNK, int(size * lag / (time.perf_counter() - began))))
 
@@ -190,6 +206,7 @@ class _State(NamedTuple):
         done: which rows have stopped, bool [R].
         keys: random keys [R].
         step: tokens drawn so far a row, int32.
+        seen: tokens of the prompt and of the text so far, bool [R, V].
     """
 
     caches: list[KVCache]
@@ -197,6 +214,7 @@ class _State(NamedTuple):
     done: Array
     keys: Array
     step: Array
+    seen: Array
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=7)
@@ -214,14 +232,18 @@ def _read(
     return caching.read(nnx.merge(graph, weights), tokens, start, lengths, reading or slots, past)
 
 
-def _started(graph: Any, weights: Any, last: Array, seed: Array, samples: Array, caches: list[KVCache]) -> _State:
+def _started(
+    graph: Any, weights: Any, last: Array, seed: Array, samples: Array, caches: list[KVCache], seen: Array
+) -> _State:
     """The prompts, read once, for all samples."""
     logits, prompts = nnx.merge(graph, weights).logits(last), last.shape[0]
     if samples.size > 1:
-        logits, caches = jax.tree.map(lambda x: jnp.repeat(x, samples.size, axis=0), (logits, caches))
+        logits, caches, seen = jax.tree.map(
+            lambda x: jnp.repeat(x, samples.size, axis=0), (logits, caches, jnp.asarray(seen))
+        )
     root = jax.random.key(seed, impl="threefry2x32")
     keys = jax.vmap(jax.random.fold_in, (None, 0))(root, jnp.tile(samples, prompts))
-    return _State(caches, logits, jnp.zeros(keys.shape, bool), keys, jnp.int32(0))
+    return _State(caches, logits, jnp.zeros(keys.shape, bool), keys, jnp.int32(0), seen)
 
 
 _start = jax.jit(_started, static_argnums=0)
@@ -243,12 +265,13 @@ def _steps(
     def step(carry: tuple[_State, Array]) -> tuple[_State, Array]:
         state, out = carry
         keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
-        token = sample(state.logits, sampling, keys)
+        token = sample(penalized(state.logits, state.seen, sampling), sampling, keys)
         done = state.done | jnp.any(token[:, None] == stops, axis=-1)
         new = jnp.where(done, FINISHED, token)
         out = jax.lax.dynamic_update_slice(out, new[:, None], (0, state.step - first))
         logits, caches = caching.step(model, token, state.caches)
-        return _State(caches, logits, done, state.keys, state.step + 1), out
+        seen = state.seen.at[jnp.arange(token.size), token].set(True, unique_indices=True)
+        return _State(caches, logits, done, state.keys, state.step + 1, seen), out
 
     out = jnp.full((state.done.size, CHUNK), FINISHED, jnp.int32)
     return jax.lax.while_loop(going, step, (state, out))
@@ -300,14 +323,20 @@ def _stops(stop_tokens: Iterable[int], vocab_size: int) -> np.ndarray:
     return np.pad(array, (0, caching.bucket(len(array), 16) - len(array)), constant_values=FINISHED)
 
 
-def _limit(config: ModelConfig, max_context: int | None) -> int | None:
-    """Most tokens a sequence may have, or None."""
-    learned = config.positions == "learned"
+def context_limit(config: ModelConfig, max_context: int | None = None) -> int | None:
+    """Most tokens a sequence may have, prompt included: `max_context` or the model's; None where any length goes."""
     if max_context is not None:
         max_context = integer("max_context", max_context, 1)
-        if learned and max_context > config.max_context:
+        if config.positions == "learned" and max_context > config.max_context:
             raise ValueError(f"max_context is {max_context}; allowed: up to {config.max_context}")
-    windowed = all(config.layer_window(layer) is not None for layer in range(config.n_layers))
-    if windowed and not learned:
+    return None if what_limits(config) is None else max_context or config.max_context
+
+
+def what_limits(config: ModelConfig) -> str | None:
+    """Why a sequence of this model has a longest length; None where every layer has a window."""
+    if config.positions == "learned":
+        return "its positions are learned"
+    full = [layer for layer in range(config.n_layers) if config.layer_window(layer) is None]
+    if not full:
         return None
-    return max_context or config.max_context
+    return "every layer sees all of it" if len(full) == config.n_layers else f"layer {full[0]} sees all of it"

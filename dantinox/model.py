@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 import kernels
@@ -190,7 +191,8 @@ class Transformer(nnx.Module):
         """Logits [B, T, V] float32 of tokens [B, T] int32, in evaluation mode.
 
         Raises:
-            ValueError: tokens are no [B, T] integers, or T is past max_context with learned positions.
+            ValueError: tokens are no [B, T] integers or hold an id out of range (which compiled code cannot tell), or T
+                is past max_context with learned positions.
         """
         return self.logits(self.hidden(tokens)[0])
 
@@ -215,6 +217,12 @@ class Transformer(nnx.Module):
         tokens = jnp.asarray(tokens)
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens are {tokens.dtype}{list(tokens.shape)}; allowed: integers [B, T]")
+        V = self.config.vocab_size
+        # XLA would read another token's embedding. What is being compiled has no values yet.
+        if not isinstance(tokens, jax.core.Tracer):
+            bad = (held := np.asarray(tokens))[(held < 0) | (held >= V)]
+            if bad.size:
+                raise ValueError(f"tokens hold id {bad[0]}; allowed: 0 to {V - 1}")
         h, rope = self.embed(tokens, start + jnp.arange(tokens.shape[1])[None])
         losses, kv = [], []
         for layer, block in enumerate(self.blocks):

@@ -1,4 +1,4 @@
-"""Rotary positions, with NTK and YaRN stretching to contexts longer than trained on."""
+"""Rotary positions, and the ways to stretch them to contexts longer than trained on."""
 
 import math
 
@@ -14,21 +14,34 @@ Array = jax.Array
 def frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     """(radians a token of each pair of features [D / 2] float32, factor on the rotated vectors).
 
-    ntk stretches the base so that the slowest pair turns rope_factor times slower; yarn slows only the pairs that turn
-    less than a few times over the original context and warms the softmax (Peng et al., 2023).
+    linear   every pair turns rope_factor times slower
+    ntk      stretches the base, so that the fastest pair stays and the slowest turns rope_factor times slower
+    yarn     a ramp over the pairs: those that turn 32 times over the original context stay, those that turn once or
+             less slow down (Peng et al., 2023, as its authors' code and Hugging Face have it); warms the softmax
+    llama3   the same between 4 turns and 1, the ramp linear in the turns (Llama 3.1)
     """
-    D, theta, factor = config.head_dim, config.rope_theta, config.rope_factor
-    pair = np.arange(0, D, 2) / D
-    if config.rope_scaling == "ntk" and D > 2:
+    D, theta, factor, kind = config.head_dim, config.rope_theta, config.rope_factor, config.rope_scaling
+    if kind == "ntk" and D > 2:
         theta = theta * factor ** (D / (D - 2))
-    inverse = theta**-pair
-    if config.rope_scaling != "yarn" or factor == 1:
+    inverse = theta ** -(np.arange(0, D, 2) / D)
+    if kind in ("none", "ntk") or factor == 1:
         return inverse.astype(np.float32), 1.0
-    original = config.rope_original_context or max(1, round(config.max_context / factor))
-    turns = original * inverse / (2 * math.pi)
-    keep = np.clip((turns - 1) / (32 - 1), 0, 1)  # 1: fast pair, left alone; 0: slow pair, interpolated
-    inverse = inverse * keep + inverse / factor * (1 - keep)
-    return inverse.astype(np.float32), 0.1 * math.log(factor) + 1
+    original = original_context(config)
+    keep, magnitude = 0.0, 1.0  # keep: 1 for a pair that is left alone, 0 for one that slows down
+    if kind == "yarn":
+        # The pair, perhaps between two, that turns so many times.
+        fast, slow = (D * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta)) for turns in (32, 1))
+        first, last = max(math.floor(fast), 0), min(math.ceil(slow), D - 1)
+        keep = 1 - np.clip((np.arange(D // 2) - first) / (last - first or 0.001), 0, 1)
+        magnitude = 0.1 * math.log(factor) + 1
+    elif kind == "llama3":
+        keep = np.clip((original * inverse / (2 * math.pi) - 1) / (4 - 1), 0, 1)
+    return (inverse * keep + inverse / factor * (1 - keep)).astype(np.float32), magnitude
+
+
+def original_context(config: ModelConfig) -> int:
+    """Tokens of the context that a stretched model was trained on."""
+    return config.rope_original_context or max(1, round(config.max_context / config.rope_factor))
 
 
 def rotation(config: ModelConfig, positions: Array) -> tuple[Array, Array]:

@@ -2,8 +2,9 @@
 
 They apply in the order the field has settled on (Hugging Face `generate`):
 
+    penalty  logits of tokens that were there before, / penalty where positive, * penalty where negative
     z = logits / temperature                     0: the largest logit, nothing is drawn
-    top_k    keep the k largest z                0: off
+    top_k    keep the k largest z                None: all
     top_p    of what is left, renormalised, the fewest with a mass of p; the one that crosses p stays
     min_p    keep p(token) >= min_p * p(best)    whatever was cut before: the best one never is
 
@@ -30,20 +31,29 @@ class Sampling(NamedTuple):
         top_k: tokens kept, int32; 0: all.
         top_p: probability mass kept, float32; 1: all.
         min_p: least probability kept over the best token's, float32; 0: none asked.
+        repetition_penalty: what makes tokens that were there before less likely, float32; 1: nothing.
     """
 
     temperature: Array | np.ndarray
     top_k: Array | np.ndarray
     top_p: Array | np.ndarray
     min_p: Array | np.ndarray
+    repetition_penalty: Array | np.ndarray
 
     @classmethod
-    def checked(cls, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> "Sampling":
+    def checked(
+        cls,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+    ) -> "Sampling":
         """Raises ValueError, one line that names the argument, for a value that makes no sense."""
         temperature = _number("temperature", temperature, "a finite number, 0 (greedy) or more")
         if temperature < 0:
             raise ValueError(f"temperature is {temperature}; allowed: a finite number, 0 (greedy) or more")
-        k = integer("top_k", top_k, 0)
+        k = 0 if top_k is None else integer("top_k", top_k, 1, off="None: all tokens")
         top_p = _number("top_p", top_p, "0 < top_p <= 1 (1: off)")
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p is {top_p}; allowed: 0 < top_p <= 1 (1: off)")
@@ -52,7 +62,11 @@ class Sampling(NamedTuple):
             raise ValueError(f"min_p is {min_p}; allowed: 0 <= min_p < 1 (0: off)")
         most = float(np.finfo(np.float32).max)
         k = min(k, np.iinfo(np.int32).max)  # more than any vocabulary
-        return cls(np.float32(min(temperature, most)), np.int32(k), np.float32(top_p), np.float32(min_p))
+        penalty = _number("repetition_penalty", repetition_penalty, "a number from 0.01 to 100 (1: off)")
+        if not 0.01 <= penalty <= 100:
+            raise ValueError(f"repetition_penalty is {penalty}; allowed: a number from 0.01 to 100 (1: off)")
+        numbers = np.float32([min(temperature, most), top_p, min_p, penalty])
+        return cls(numbers[0], np.int32(k), *numbers[1:])
 
 
 def sample(logits: Array, sampling: Sampling, keys: Array) -> Array:
@@ -77,6 +91,12 @@ def sample(logits: Array, sampling: Sampling, keys: Array) -> Array:
         return jnp.argmax(logits, axis=-1)
 
     return jax.lax.cond(sampling.temperature > 0, draw, greedy).astype(jnp.int32)
+
+
+def penalized(logits: Array, seen: Array, sampling: Sampling) -> Array:
+    """logits [B, V], those of tokens that were `seen`, bool [B, V], made smaller (Keskar et al., 2019)."""
+    penalty = sampling.repetition_penalty
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def scaled(logits: Array, temperature: Array) -> Array:
@@ -107,15 +127,18 @@ def _best(z: Array, sampling: Sampling) -> Array:
     return jnp.zeros((B, V), bool).at[jnp.arange(B)[:, None], order].set(in_k & in_p, unique_indices=True)
 
 
-def integer(name: str, value: object, least: int, end: int | None = None) -> int:
-    """`value` as an int, least <= value < end; ValueError otherwise, for booleans and floats too."""
+def integer(name: str, value: object, least: int, end: int | None = None, off: str = "") -> int:
+    """`value` as an int, least <= value < end; ValueError otherwise, for booleans and floats too.
+
+    `off` says in the message what turns the setting off.
+    """
     try:
         number = least - 1 if isinstance(value, bool | np.bool_) else operator.index(value)  # type: ignore
     except TypeError:
         number = least - 1
     if number < least or (end is not None and number >= end):
         allowed = f"an integer, {least} or more" if end is None else f"an integer from {least} to {end - 1}"
-        raise ValueError(f"{name} is {value!r}; allowed: {allowed}")
+        raise ValueError(f"{name} is {value!r}; allowed: {allowed}{f', or {off}' if off else ''}")
     return number
 
 

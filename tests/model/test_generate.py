@@ -1,9 +1,6 @@
 """Cached decoding equals the plain forward pass, and generation keeps its promises."""
 
 import functools
-import importlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import dantinox
 import kernels
 from dantinox import cache as caching
 from dantinox import generation
 from dantinox.config import ModelConfig
 from dantinox.generation import generate, stream
 from dantinox.model import Transformer
-from dantinox.tokenizer import CharTokenizer
 
 V = 23
 SMALL = dict(vocab_size=V, dim=16, n_layers=2, n_heads=4, kv_heads=2, max_context=48, expansion=2.0)
@@ -95,6 +90,7 @@ def cached_logits(graph, weights, tokens, length, slots):
     ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()) or "plain",
 )
 def test_cached_logits_equal_uncached_ones_past_the_ring(changes):
+    """Learned positions took no note of the place in the cache elsewhere: cached and uncached differed."""
     model = build(**changes)
     tokens, length = ids(1, 3, 24), np.array([1, 5, 8], np.int32)
     graph, weights = nnx.split(model)
@@ -170,6 +166,7 @@ HOW = [dict(temperature=0.0), dict(temperature=1.0), dict(top_k=5, top_p=0.9, mi
 
 @pytest.mark.parametrize("how", HOW)
 def test_a_batch_gives_what_each_prompt_gives_alone(windowed, how):
+    """Batches were padded on the left without a mask elsewhere."""
     how = dict(max_new_tokens=20, seed=3, **how)
     together = generate(windowed, PROMPTS, **how)
     assert together == [generate(windowed, [prompt], **how)[0] for prompt in PROMPTS]
@@ -228,13 +225,59 @@ def test_nothing_but_a_new_size_compiles(windowed):
     assert [program._cache_size() for program in programs] == before
 
 
+def test_500_tokens_compile_each_program_once_and_settings_none():
+    """Sampling parameters were static in other programs, so that each value compiled anew."""
+    compiled = []
+    listen = lambda event, seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    model, prompts = build(n_layers=1, window=7), [ids(8, 40), ids(9, 17)]  # sizes that no other test has
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        whole = generate(model, prompts, max_new_tokens=500, n=2)
+        assert len(compiled) == 3 and [len(out) for out in whole] == [500] * 4  # read, start, go on
+        penalized = dict(repetition_penalty=1.2, stop_tokens=(1, 2, 3), seed=4)
+        for how in (dict(temperature=0.0), dict(top_k=4, top_p=0.7), dict(min_p=0.1, temperature=1.5), penalized):
+            generate(model, prompts, max_new_tokens=400, n=2, **how)
+        assert len(compiled) == 3
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_all_samples_come_from_one_reading_of_the_prompt(windowed, monkeypatch):
+    read, starts = generation._read, []
+    monkeypatch.setattr(generation, "_read", lambda *args: (starts.append(int(args[5])), read(*args))[1])
+    generate(windowed, PROMPTS, max_new_tokens=3, n=3, prefill_chunk=8)
+    assert starts == [0, 8]
+
+
+def test_a_repetition_penalty_is_that_of_the_paper(windowed):
+    """Greedy, beside an oracle that goes over what stands before each token; a batch gives what each gives alone."""
+    graph, weights = nnx.split(windowed)
+    outs = generate(windowed, PROMPTS[:2], max_new_tokens=30, temperature=0.0, repetition_penalty=1.5)
+    for prompt, out in zip(PROMPTS, outs, strict=False):
+        text = prompt + out
+        padded = np.array([text + [0] * (44 - len(text))], np.int32)
+        logits = np.asarray(uncached_logits(graph, weights, padded))[0]
+        for at in range(len(prompt), len(text)):
+            row, before = logits[at - 1].copy(), sorted(set(text[:at]))
+            row[before] = np.where(row[before] > 0, row[before] / 1.5, row[before] * 1.5)
+            assert row.max() - row[text[at]] < 1e-3
+    assert outs != generate(windowed, PROMPTS[:2], max_new_tokens=30, temperature=0.0)
+    alone = generate(windowed, PROMPTS[1:2], max_new_tokens=30, temperature=0.0, repetition_penalty=1.5, n=2)
+    assert alone == [outs[1]] * 2
+
+
 def test_a_text_that_cannot_fit_is_refused_before_it_runs(learned):
+    """Writing ended at the longest context without a word elsewhere."""
     full = build(n_layers=1)
-    message = r"prompt of 14 tokens and max_new_tokens 40 make 54; allowed: max_context 48"
-    for model in (learned, full, build(layer_pattern="SL", window=6)):
-        with pytest.raises(ValueError, match=message):
+    message = r"prompt of 14 tokens and max_new_tokens 40 make 54; allowed: max_context 48, as "
+    for model, why in (
+        (learned, "its positions are learned"),
+        (full, "every layer sees all of it"),
+        (build(layer_pattern="SL", window=6), "layer 1 sees all of it"),
+    ):
+        with pytest.raises(ValueError, match=message + why):
             generate(model, PROMPTS, max_new_tokens=40)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message + why):
             stream(model, PROMPTS[3], max_new_tokens=40)
     with pytest.raises(ValueError, match="allowed: max_context 20"):
         generate(full, PROMPTS, max_new_tokens=10, max_context=20)
@@ -252,9 +295,10 @@ def test_a_text_that_cannot_fit_is_refused_before_it_runs(learned):
     + [("seed", x) for x in (-1, 2**32, 0.5)]
     + [("stop_tokens", x) for x in ([V], [-1], [0.5], 3, "a")]
     + [("max_context", x) for x in (0, -3, 2.5)]
-    + [("temperature", -1), ("top_k", -1), ("top_p", 0), ("min_p", 1)],
+    + [("temperature", -1), ("top_k", 0), ("top_p", 0), ("min_p", 1), ("repetition_penalty", 0)],
 )
 def test_bad_arguments_are_named_in_one_line(windowed, name, bad):
+    """Ids out of range gave NaN elsewhere; an empty prompt and top_k 0 were taken without a word."""
     with pytest.raises(ValueError, match=f"^{name}.*; allowed: ") as error:
         generate(**(dict(model=windowed, prompts=[[1]]) | {name: bad}))
     assert "\n" not in str(error.value)
@@ -264,98 +308,3 @@ def test_numpy_ids_are_fine(windowed):
     outs = generate(windowed, ids(3, 4, 2), max_new_tokens=np.int64(2), seed=np.uint32(1))
     assert outs == generate(windowed, tuple(map(tuple, ids(3, 4, 2))), max_new_tokens=2, seed=1)
     assert all(type(token) is int for out in outs for token in out)
-
-
-# --- the program ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def program(monkeypatch, tmp_path):
-    """dantinox.generate.main in an empty folder, with a model that never was trained."""
-    tokenizer = CharTokenizer("é€")
-    model = build(n_layers=1, vocab_size=tokenizer.vocab_size, window=6)
-    asked = []
-
-    def load(run, **overrides):
-        asked.append((str(run), overrides))
-        if run.name == "none":
-            raise FileNotFoundError(f"run {run} does not exist")
-        return model, tokenizer
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("dantinox.checkpoint.load", load)
-    main = importlib.import_module("dantinox.generate").main
-    main.asked = asked
-    return main
-
-
-def test_the_module_may_be_imported_and_the_function_still_called(windowed):
-    module = importlib.import_module("dantinox.generate")
-    for face in (dantinox.generate, module):
-        assert face(windowed, [[1]], max_new_tokens=2) == generate(windowed, [[1]], max_new_tokens=2)
-
-
-def test_streamed_text_is_the_whole_text(program, capsys):
-    flags = ["--prompt", "né ", "--max-new-tokens", "40", "--temperature", "2", "--seed", "4", "--n", "2"]
-    program(["mine", *flags])
-    whole = capsys.readouterr()
-    program(["--run", "runs/mine", *flags, "--stream", "--decode", "reference"])
-    assert capsys.readouterr().out == whole.out
-    assert program.asked == [("runs/mine", {}), ("runs/mine", {"decode": "reference"})]
-    assert whole.out.startswith("--- sample 1 of 2 ---\nné ") and "\n--- sample 2 of 2 ---\nné " in whole.out
-    assert "80 tokens in " in whole.err or "tokens/s" in whole.err
-
-
-def test_a_missing_prompt_starts_a_document(program, capsys):
-    program(["--max-new-tokens", "5", "--temperature", "0"])
-    first = capsys.readouterr().out
-    program(["--max-new-tokens", "5", "--temperature", "0", "--prompt", ""])
-    assert capsys.readouterr().out == first
-
-
-@pytest.mark.parametrize(
-    ("flags", "word"),
-    [
-        (["--run", "none"], "does not exist"),
-        (["--top-k=-1"], "top_k"),
-        (["--n", "0"], "n is 0"),
-        (["--max-new-tokens", "0"], "max_new_tokens"),
-        (["--max-new-tokens", "many"], "many"),
-        (["--prompt", "\udcff"], "surrogate"),
-        (["--tempratur", "1"], "--temperature"),
-    ],
-)
-def test_bad_flags_are_one_line_and_exit_2(program, capsys, flags, word):
-    with pytest.raises(SystemExit) as stop:
-        program(flags)
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2 and out == ""
-    assert err.startswith("dantinox-generate: error: ") and err.count("\n") == 1 and word in err
-
-
-def test_ctrl_c_keeps_the_text_so_far(program, capsys, monkeypatch):
-    def interrupted(*args, **kwargs):
-        yield [[ord("a") + 1]]
-        yield [[ord("b") + 1, 0xE2 + 1]]  # and the first byte of a character
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(generation, "run", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        program(["--prompt", ">"])
-    assert capsys.readouterr().out == ">ab\ufffd\n"
-
-
-def test_only_whole_characters_are_streamed(capsys):
-    module = importlib.import_module("dantinox.generate")
-    printer = module.Printer(CharTokenizer(""), "", 0, 1, True)
-    shown = []
-    for byte in "a€b".encode():
-        printer.add([byte + 1])
-        shown.append(capsys.readouterr().out)
-    assert shown == ["a", "", "", "€", "b"]
-
-
-def test_python_m_runs_the_module_without_a_warning():
-    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "dantinox.generate", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "--top-p" in done.stdout and done.stderr == ""

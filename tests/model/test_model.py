@@ -83,6 +83,8 @@ TOGGLES = {
     "learned": {"positions": "learned"},
     "no positions": {"positions": "none"},
     "ntk": {"rope_scaling": "ntk", "rope_factor": 4.0},
+    "linear": {"rope_scaling": "linear", "rope_factor": 4.0},
+    "llama3": {"rope_scaling": "llama3", "rope_factor": 4.0},
     "yarn": {"rope_scaling": "yarn", "rope_factor": 4.0},
     "gelu": {"mlp": "gelu"},
     "experts": {"n_experts": 4},
@@ -206,6 +208,7 @@ def trained(remat: str, changes: tuple) -> tuple[tuple, int]:
 @pytest.mark.parametrize("remat", ["block", "dots"])
 @pytest.mark.parametrize("changes", [{"window": 4, "gate": "head"}, {"n_experts": 4}], ids=["dense", "experts"])
 def test_remat_changes_what_is_kept_and_nothing_else(changes, remat):
+    """Gradient checkpointing was a flag without effect elsewhere: here the gradient holds remat equations."""
     (plain, marks), (remade, more) = (trained(kind, tuple(changes.items())) for kind in ("none", remat))
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remade), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
@@ -213,6 +216,8 @@ def test_remat_changes_what_is_kept_and_nothing_else(changes, remat):
 
 
 def test_remat_keeps_less():
+    """Gradient checkpointing was a flag without effect elsewhere: here it saves memory, by XLA's own count."""
+
     def saved(remat: str) -> int:
         loss, state = loss_of(build(remat=remat, n_layers=4, dim=32))
         return jax.jit(jax.grad(loss)).lower(state, text(8, 64)).compile().memory_analysis().temp_size_in_bytes
@@ -234,6 +239,7 @@ NARROW = {
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "gradient"])
 @pytest.mark.parametrize("name", NARROW)
 def test_bfloat16_reaches_every_matrix_product(name, backward):
+    """With bfloat16 asked for, every product was in float32 elsewhere."""
     changes, T = NARROW[name]
     model = build(dtype="bfloat16", **changes)
     assert {x.dtype for x in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype("float32")}
@@ -289,9 +295,19 @@ def test_every_parameter_names_its_axes(changes):
     ids=["[T]", "[1,2,3]", "float", "bool"],
 )
 def test_tokens_that_are_none_are_refused(tokens):
+    """Wrong shapes gave raw JAX errors elsewhere."""
     with pytest.raises(ValueError, match=r"tokens are .*allowed") as refusal:
         build()(tokens)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("bad", [-1, 23, 2**31 - 1])
+def test_ids_out_of_range_are_refused(bad):
+    """They gave NaN elsewhere, and another token's logits where XLA clamps."""
+    tokens = np.array([[1, bad, 2]], np.int32)
+    for given in (tokens, jnp.asarray(tokens)):
+        with pytest.raises(ValueError, match=rf"^tokens hold id {bad}; allowed: 0 to 22$"):
+            build(n_layers=1)(given)
 
 
 def test_learned_positions_end_at_max_context():

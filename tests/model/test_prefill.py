@@ -90,6 +90,20 @@ def test_a_cache_in_eight_bits_is_near(kv_dtype, most):
     assert 1e-4 < error < most
 
 
+def test_a_short_prompt_costs_the_same_at_any_max_context(monkeypatch):
+    """Each prompt was padded to the whole of max_context elsewhere: seconds to the first of 8 tokens at 4096."""
+    seen, read = [], generation._read
+
+    def spy(graph, slots, past, weights, tokens, *rest):
+        seen.append((tokens.shape, slots, past))
+        return read(graph, slots, past, weights, tokens, *rest)
+
+    monkeypatch.setattr(generation, "_read", spy)
+    for max_context in (64, 4096):
+        generate(build(n_layers=1, max_context=max_context), [ids(1, 8)], max_new_tokens=4)
+    assert seen == [((1, 16), (64,), 0)] * 2
+
+
 def test_the_memory_is_a_chunks():
     """Of the temporaries, by XLA's own count: the caches are arguments, which stay where they are."""
     config = ModelConfig(vocab_size=V, dim=64, n_layers=2, n_heads=4, kv_heads=2, window=32, max_context=2**16)
@@ -116,7 +130,7 @@ def test_one_sample_goes_on_in_the_caches_that_were_filled():
     model = build(n_layers=1)
     graph, weights = nnx.split(model)
     caches = caching.empty(model.config, 1, (48,))
-    arguments = jnp.zeros((1, 16)), jnp.uint32(0), jnp.zeros(1, jnp.int32), caches
+    arguments = jnp.zeros((1, 16)), jnp.uint32(0), jnp.zeros(1, jnp.int32), caches, jnp.zeros((1, V), bool)
     compiled = generation._start_alone.lower(graph, weights, *arguments).compile()
     assert compiled.memory_analysis().alias_size_in_bytes >= 2 * caches[0].k.nbytes
 

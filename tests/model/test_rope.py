@@ -1,4 +1,4 @@
-"""Rotary positions against numpy: complex rotation, relative positions, NTK and YaRN from their papers' formulas."""
+"""Rotary positions against numpy: complex rotation, relative positions, each way to stretch them from its formula."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dantinox.config import ModelConfig
+from dantinox.config import ConfigError, ModelConfig
 from dantinox.rope import frequencies, rotate, rotation
 
 CONFIG = ModelConfig(dim=64, n_heads=1, kv_heads=1, head_dim=32, max_context=8192)
@@ -31,7 +31,7 @@ def test_rotation_is_a_complex_product():
     np.testing.assert_array_equal(turned(x, np.zeros(5)), np.float32(x))
 
 
-@pytest.mark.parametrize("kind", ["none", "ntk", "yarn"])
+@pytest.mark.parametrize("kind", ["none", "linear", "ntk", "yarn", "llama3"])
 def test_scores_depend_on_the_distance_alone(kind):
     q, k = np.random.default_rng(0).standard_normal((2, 1, 1, 1, 32))
     config = scaled(kind, 4.0)
@@ -43,7 +43,7 @@ def test_scores_depend_on_the_distance_alone(kind):
 
 def test_a_factor_of_one_stretches_nothing():
     plain, _ = frequencies(CONFIG)
-    for kind in ("ntk", "yarn"):
+    for kind in ("linear", "ntk", "yarn", "llama3"):
         inverse, magnitude = frequencies(scaled(kind, 1.0))
         np.testing.assert_allclose(inverse, plain, rtol=1e-6)
         assert magnitude == 1
@@ -60,30 +60,43 @@ def test_ntk_stretches_the_base():
 
 
 @pytest.mark.parametrize("original", [None, 2048, 1024])
-def test_yarn_slows_slow_pairs_by_the_turns_they_make(original):
-    """NTK-by-parts of the paper: alpha = 1 and beta = 32 turns over the original context, a ramp between."""
-    factor, context = 4.0, original or 8192 // 4
+def test_yarn_slows_the_pairs_that_turn_little(original):
+    """A ramp over the pair's index between those that turn 32 times and once over the original context."""
+    factor, context, D = 4.0, original or 8192 // 4, 32
     inverse, magnitude = frequencies(scaled("yarn", factor, rope_original_context=original))
+    turns = [context * 10000.0 ** (-2 * i / D) / (2 * math.pi) for i in range(D // 2)]
+    low = max(i for i in range(D // 2) if turns[i] >= 32)  # the last that turns so often
+    high = min(i for i in range(D // 2) if turns[i] <= 1)
     for i, got in enumerate(inverse):
-        theta = 10000.0 ** (-2 * i / 32)
-        turns = context / (2 * math.pi / theta)
-        ramp = 0 if turns < 1 else 1 if turns > 32 else (turns - 1) / (32 - 1)
-        assert got == pytest.approx((1 - ramp) * theta / factor + ramp * theta, rel=1e-5), i
+        theta, ramp = 10000.0 ** (-2 * i / D), min(max((i - low) / (high - low), 0), 1)
+        assert got == pytest.approx(theta * (1 - ramp) + theta / factor * ramp, rel=1e-5), i
     # On q and on k, so the scores are warmed by its square: sqrt(1 / t) = 0.1 ln(s) + 1.
     assert magnitude == pytest.approx(0.1 * math.log(4) + 1)
 
 
-def test_yarn_agrees_with_transformers_where_both_are_sure():
-    """Transformers ramps over the pair's index, between the pairs that turn 32 times and once; outside, both agree."""
-    factor, context, D = 4.0, 2048, 32
-    inverse, _ = frequencies(scaled("yarn", factor))
-    index = lambda turns: D * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(10000.0))
-    low, high = math.floor(index(32)), math.ceil(index(1))
+def test_llama3_slows_the_pairs_that_turn_less_than_four_times():
+    """By wavelengths, as Llama 3.1 was published: past the context / 1, short of the context / 4, and between."""
+    factor, context = 8.0, 2048
+    inverse, magnitude = frequencies(scaled("llama3", factor, rope_original_context=context))
+    kinds = set()
     for i, got in enumerate(inverse):
-        theta = 10000.0 ** (-2 * i / D)
-        if i <= low:
-            assert got == pytest.approx(theta, rel=1e-5)
-        elif i >= high:
-            assert got == pytest.approx(theta / factor, rel=1e-5)
-        else:
-            assert theta / factor * (1 - 1e-5) <= got <= theta * (1 + 1e-5)
+        theta = 10000.0 ** (-2 * i / 32)
+        wave = 2 * math.pi / theta
+        smooth = (context / wave - 1) / (4 - 1)
+        between = (1 - smooth) * theta / factor + smooth * theta
+        want = theta if wave < context / 4 else theta / factor if wave > context else between
+        kinds.add("fast" if wave < context / 4 else "slow" if wave > context else "between")
+        assert got == pytest.approx(want, rel=1e-5), i
+    assert magnitude == 1 and kinds == {"fast", "between", "slow"}
+
+
+def test_linear_slows_every_pair():
+    inverse, magnitude = frequencies(scaled("linear", 4.0))
+    np.testing.assert_allclose(inverse, frequencies(CONFIG)[0] / 4, rtol=1e-6)
+    assert magnitude == 1
+
+
+@pytest.mark.parametrize("theta", [1.0, 0.5, 0.0, -1.0])
+def test_a_base_that_turns_no_slower_is_refused(theta):
+    with pytest.raises(ConfigError, match=rf"^rope_theta is {theta}; allowed: more than 1$"):
+        scaled("yarn", 2.0, rope_theta=theta)

@@ -24,7 +24,7 @@ def oracle(logits, temperature, top_k, top_p, min_p):
     p = np.exp(z - z.max())
     p /= p.sum()
     order = sorted(range(len(p)), key=lambda i: (-logits[i], i))
-    if top_k:
+    if top_k is not None:
         p[order[top_k:]] = 0
         p /= p.sum()
     if top_p < 1:
@@ -43,7 +43,7 @@ number = st.floats(-6, 6, width=16)
 setting = st.fixed_dictionaries(
     {
         "temperature": st.floats(0.2, 5),
-        "top_k": st.integers(0, V + 2),
+        "top_k": st.one_of(st.none(), st.integers(1, V + 2)),
         "top_p": st.one_of(st.just(1.0), st.floats(0.01, 0.999)),
         "min_p": st.one_of(st.just(0.0), st.floats(0.01, 0.99)),
     }
@@ -53,6 +53,7 @@ setting = st.fixed_dictionaries(
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.one_of(number, st.sampled_from([0.0, 1.0])), min_size=V, max_size=V), setting)
 def test_kept_tokens_match_the_oracle(logits, how):
+    """Of top_k and top_p together only top_k counted elsewhere."""
     got = np.asarray(keep(jnp.asarray([logits], jnp.float32), Sampling.checked(**how)))[0]
     # A token within rounding of a threshold may fall on either side.
     slack = 1e-5
@@ -76,7 +77,7 @@ def test_frequencies_match_the_oracle(how):
     logits = np.linspace(-1, 2, V).astype(np.float32)[np.random.default_rng(0).permutation(V)]
     keys = jax.random.split(jax.random.key(1), rows)
     ids = draw(jnp.broadcast_to(logits, (rows, V)), Sampling.checked(**how), keys)
-    p = oracle(logits, **({"top_k": 0, "top_p": 1.0, "min_p": 0.0} | how))
+    p = oracle(logits, **({"top_k": None, "top_p": 1.0, "min_p": 0.0} | how))
     seen = np.bincount(ids, minlength=V) / rows
     assert (seen[p == 0] == 0).all()
     assert (np.abs(seen - p) < 5 * np.sqrt(p * (1 - p) / rows) + 1e-9).all()
@@ -92,6 +93,7 @@ def keys(rows: int, seed: int = 0) -> jax.Array:
 
 @pytest.mark.parametrize("how", [{"temperature": 0}, {"top_k": 1}, {"top_p": 1e-6}, {"top_p": 1e-60}])
 def test_greedy_in_all_its_forms_takes_the_first_of_equals(how):
+    """Temperature 0 gave token 0 again and again elsewhere."""
     logits = jnp.array([[0, 3, 1, 3, 2], [-jnp.inf, -5, -5, -5, -jnp.inf]], jnp.float32)
     for seed in range(5):
         assert draw(logits, Sampling.checked(**how), keys(2, seed)).tolist() == [1, 1]
@@ -127,6 +129,7 @@ def test_a_row_depends_on_itself_alone():
 
 
 def test_settings_never_recompile():
+    """Each value of a sampling parameter compiled anew elsewhere."""
     counted = jax.jit(lambda *args: sample(*args))
     logits = jnp.zeros((2, V))
     for how in ({}, {"temperature": 0}, {"temperature": 2, "top_k": 3}, {"top_p": 0.5, "min_p": 0.1}):
@@ -137,11 +140,13 @@ def test_settings_never_recompile():
 @pytest.mark.parametrize(
     ("name", "bad"),
     [("temperature", x) for x in (-1, -1e-9, float("nan"), float("inf"), "1", None, True)]
-    + [("top_k", x) for x in (-1, 1.5, 2.0, "3", None, True)]
+    + [("top_k", x) for x in (0, -1, 1.5, 2.0, "3", True)]
     + [("top_p", x) for x in (0, -0.1, 1.1, float("nan"), "1", None)]
+    + [("repetition_penalty", x) for x in (0, -1, 1e3, float("nan"), "1", None)]
     + [("min_p", x) for x in (1, -0.1, 1.5, float("nan"), "0", None)],
 )
 def test_bad_settings_are_named_in_one_line(name, bad):
+    """Taken without a word elsewhere: top_k 0, a top_p of more than all, a temperature that is no number."""
     with pytest.raises(ValueError, match=rf"^{name} is .*; allowed: .*") as error:
         Sampling.checked(**{name: bad})
     assert "\n" not in str(error.value)

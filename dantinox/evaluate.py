@@ -1,0 +1,212 @@
+"""How well a trained model predicts a text: `python -m dantinox.evaluate --run runs/NAME --data FILE`.
+
+Every token of every document is scored once, given the end of document before it and what a window shows:
+
+    document      0 a b c d e f g h i        0 = end of document, not scored itself
+    window 1      . * * * * *                context 5, stride 2: what is read, * = what is scored
+    window 2          . . . . * *            each token sees at least context - stride tokens,
+    window 3              . . . . * *        but at the beginning of its document
+"""
+
+import functools
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import batched
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dantinox import cli, generation, host
+from dantinox.config import Attention, Experts
+from dantinox.data import Document, find_documents
+from dantinox.model import Transformer
+from dantinox.sampling import integer
+from dantinox.tokenizer import Tokenizer
+
+PROG = "dantinox-evaluate"
+
+
+@dataclass(frozen=True)
+class Args:
+    """How well a trained model predicts a text."""
+
+    run: str = "nano"
+    """The run: runs/NAME or NAME."""
+    data: str | None = None
+    """A text file, a folder, a glob, or stdlib: the Python standard library's own source."""
+    context: int | None = None
+    """Tokens read at once; None: the model's max_context."""
+    stride: int | None = None
+    """Tokens that a window moves on; fewer give each token more context and take longer. None: half of context."""
+    batch_size: int = 8
+    """Windows read at once."""
+    attn: Attention | None = None
+    """Implementation of attention; None: what the run was trained with."""
+    moe: Experts | None = None
+    """Implementation of the mixture of experts; None: what the run was trained with."""
+    json: bool = False
+    """Print one line of JSON instead of a table."""
+    verbose: bool = False
+    """Show tracebacks."""
+
+
+class Score(NamedTuple):
+    """How well a text was predicted.
+
+    Attributes:
+        documents, tokens, bytes: what was scored; bytes are of UTF-8.
+        nats: -log p of the whole text.
+        context, stride: of the windows.
+    """
+
+    documents: int
+    tokens: int
+    bytes: int
+    nats: float
+    context: int
+    stride: int
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """e to the loss; inf where that is past the largest float."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits that a byte of the text takes: comparable between tokenizers."""
+        return self.nats / math.log(2) / self.bytes
+
+
+def evaluate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    documents: Sequence[Document],
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+) -> Score:
+    """Score all of `documents`, each on its own.
+
+    Args:
+        context: tokens read at once; None: the model's max_context.
+        stride: tokens a window moves on, 1 to context; None: half of it.
+        batch_size: windows read at once; changes nothing but for rounding.
+
+    Raises:
+        ValueError: a size is not allowed, there is no text, or the tokenizer is not the model's.
+    """
+    limit = generation.context_limit(model.config)
+    context = model.config.max_context if context is None else integer("context", context, 1)
+    if limit is not None and context > limit:
+        raise ValueError(
+            f"context is {context}; allowed: 1 to max_context {limit}, as {generation.what_limits(model.config)}"
+        )
+    stride = max(1, context // 2) if stride is None else integer("stride", stride, 1, context + 1)
+    rows = integer("batch_size", batch_size, 1)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model's vocab_size is {model.config.vocab_size}"
+        )
+    texts = [np.append(np.int32(tokenizer.eos_id), tokenizer.encode(document.text)) for document in documents]
+    if sum(len(text) - 1 for text in texts) == 0:
+        raise ValueError("there is no text to score")
+    # No window is longer than it must be; one size, one program.
+    longest = max(len(text) for text in texts) - 1
+    width = min(context, 1 << (longest - 1).bit_length())
+    graph, weights = nnx.split(model)
+    nats, tokens = 0.0, 0
+    for group in batched((pair for text in texts for pair in _windows(text, context, stride, width)), rows):
+        blank = (np.zeros(width, np.int32), np.full(width, _NOT_SCORED, np.int32))
+        inputs, targets = (np.stack(x) for x in zip(*group, *[blank] * (rows - len(group)), strict=True))
+        scored = targets != _NOT_SCORED
+        nats += np.asarray(_nats(graph, weights, inputs, targets))[scored].sum(dtype=np.float64)
+        tokens += int(scored.sum())
+    return Score(len(texts), tokens, sum(document.size for document in documents), float(nats), context, stride)
+
+
+_NOT_SCORED = -1  # in place of a target
+
+
+def _windows(text: np.ndarray, context: int, stride: int, width: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(inputs, targets), int32 [width], that score each of text[1:] once."""
+    done = 0  # targets scored
+    for start in range(0, len(text), stride):
+        if done == len(text) - 1:
+            return
+        end = min(start + context, len(text) - 1)
+        inputs, targets = np.zeros(width, np.int32), np.full(width, _NOT_SCORED, np.int32)
+        inputs[: end - start] = text[start:end]
+        targets[done - start : end - start] = text[done + 1 : end + 1]
+        done = end
+        yield inputs, targets
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _nats(graph: Any, weights: Any, inputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log p of each target, float32 [B, T]; inputs and targets [B, T] int32."""
+    logits = nnx.merge(graph, weights)(inputs)
+    right = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - right
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; 0, or SystemExit with 2 for bad input."""
+    host.keep_freed_memory()
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and not argv[0].startswith("-"):
+        argv = ["--run", *argv]
+    args = cli.parse(Args, argv, default=Args(), prog=PROG, description=__doc__.splitlines()[0].split(":")[0] + ".")
+    with cli.user_errors(PROG, args.verbose):
+        report(args)
+    return 0
+
+
+def report(args: Args) -> None:
+    """Load the run, score the data, print what came out.
+
+    Raises:
+        ValueError, NotImplementedError, OSError: bad input; the message is one line.
+    """
+    from dantinox.checkpoint import load
+    from dantinox.generate import find
+
+    if args.data is None:
+        raise ValueError("data is missing; give --data a text file, a folder, a glob or stdlib")
+    chosen = {name: value for name in ("attn", "moe") if (value := getattr(args, name)) is not None}
+    model, tokenizer = load(find(args.run), **chosen)
+    documents = find_documents(args.data)
+    began = time.perf_counter()
+    score = evaluate(model, tokenizer, documents, context=args.context, stride=args.stride, batch_size=args.batch_size)
+    seconds = time.perf_counter() - began
+    numbers = {name: getattr(score, name) for name in ("loss", "perplexity", "bits_per_byte")}
+    if args.json:
+        print(json.dumps({"run": str(find(args.run)), "data": args.data} | score._asdict() | numbers))
+    else:
+        print(f"{'data':14} {args.data}: {score.documents:,} documents, {score.bytes:,} bytes")
+        print(f"{'tokens':14} {score.tokens:,}, each scored once; context {score.context}, stride {score.stride}")
+        print(f"{'loss':14} {score.loss:.4f} nats a token")
+        print(f"{'perplexity':14} {score.perplexity:.4f}")
+        print(f"{'bits per byte':14} {score.bits_per_byte:.4f}")
+    print(f"{seconds:.2f} s, {score.tokens / seconds:.0f} tokens/s, compilation included", file=sys.stderr)
+
+
+def program() -> NoReturn:
+    """`main` as a console script."""
+    cli.console(main)
+
+
+if __name__ == "__main__":
+    program()
