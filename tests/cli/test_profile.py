@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bench import profile, trace
-from bench.trace import Scope, Span
+from bench import profile
+from dantinox import trace
+from dantinox.trace import Scope, Span
 
 TINY = """--n-layers 2 --dim 32 --n-heads 2 --kv-heads 1 --window 8 --seq-len 16 --max-context 64 --batch-size 4
 --n-experts 4 --tokenizer char""".split()
