@@ -62,13 +62,17 @@ class Trainer:
             ema = jax.tree.map(jnp.copy, params) if self.config.optim.ema else None
             return TrainState(params, self.optimizer.init(params), ema)
 
-        return jax.jit(build, out_shardings=self.shardings)()
+        return jax.jit(build, out_shardings=self.placed())()
+
+    def placed(self) -> TrainState:
+        """Where each array of a train state lies, fresh or restored."""
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return self.shardings or jax.tree.map(lambda _: here, self.shapes)
 
     def like(self) -> TrainState:
         """The shapes of a train state and where its arrays lie, to restore one."""
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        laid = self.shardings or jax.tree.map(lambda _: here, self.shapes)
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.shapes, laid)
+        place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        return jax.tree.map(place, self.shapes, self.placed())
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(inputs, targets), each [A, B, T] int32: the batch of a step, cut into micro-batches."""
