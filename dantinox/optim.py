@@ -73,7 +73,8 @@ def contracted(params: Tree) -> dict[str, MuonDimensionNumbers | None]:
 
     None for vectors, and for embeddings and the output projection, whose rows are looked up or compete one by one.
     """
-    return {name: _contracted(name, p.ndim) for name, p in params.items()}
+    # optax asks again with what goes by Adam masked out.
+    return {name: _contracted(name, getattr(p, "ndim", 0)) for name, p in params.items()}
 
 
 def _contracted(name: str, ndim: int) -> MuonDimensionNumbers | None:
