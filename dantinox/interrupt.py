@@ -90,11 +90,18 @@ class StopRequest:
                     os._exit(128 + number)
 
 
-def raise_on_terminate() -> None:
-    """SIGTERM raises `Interrupted`, as Ctrl-C raises KeyboardInterrupt; for the start of a program."""
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Inside, SIGTERM raises `Interrupted` where nothing else listens, as Ctrl-C raises KeyboardInterrupt."""
 
     def handle(number: int, _: object) -> None:
         raise Interrupted(number)
 
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handle)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -68,6 +68,8 @@ class Loop:
         self.peak = metrics.matmul_rate(self.trainer.config.model.dtype) * max(1, _devices(self.trainer))
         with StopRequest() as self.stop, ProgressLine(t.steps, first) as self.line, Tracing(self) as tracing:
             self.mark, self.marked = time.perf_counter(), first
+            if first >= t.steps:
+                self.line.say(f"step {first} is reached already: --steps is {t.steps}")
             if self.known.pending is not None:  # what an interrupted run still owes its last step
                 with self.stop.leave(lambda: self.say_saved(first)):
                     self.follow(first, current, self.known.pending)

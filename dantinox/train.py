@@ -16,7 +16,7 @@ from typing import NoReturn
 from dantinox import cli, host, metrics, summary
 from dantinox.checkpoint import Checkpoints, read_config
 from dantinox.config import Config, ConfigError, TrainConfig, presets
-from dantinox.interrupt import Interrupted, raise_on_terminate
+from dantinox.interrupt import Interrupted, terminable
 from dantinox.loop import Loop, NotFinite, Progress
 from dantinox.step import TrainState
 from dantinox.tokenizer import open_atomic
@@ -193,9 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.verbose:
         for name in ("kernels", "dantinox"):
             logging.getLogger(name).setLevel(logging.INFO)
-    raise_on_terminate()
     try:
-        with cli.user_errors(PROG, arguments.verbose):
+        with terminable(), cli.user_errors(PROG, arguments.verbose):
             if arguments.dry_run:
                 dry_run(arguments.settings)
             else:

@@ -88,29 +88,30 @@ def reported(run: Path) -> int:
     return max((row["step"] for row in read_metrics(run / "metrics.jsonl")), default=0)
 
 
-def kill(programs: Programs, run: Path, draw: random.Random) -> bool:
-    """Start or go on, and kill: at any moment of the start, or of the steps and saves after it; True: among steps."""
-    before = reported(run)
-    resume = Checkpoints(run).steps() != []
+def kill(programs: Programs, run: Path, draw: random.Random) -> tuple[bool, bool]:
+    """Start or go on, and kill, at any moment of the start or of what follows: (among steps?, in a save?)."""
+    known = Checkpoints(run).steps()
+    before, started = known[-1] if known else 0, time.time()
     name = ["--run", run.name, "--steps", MANY]
-    pid = programs.start(*(["--resume", *name] if resume else [*FLAGS, *name]))
+    pid = programs.start(*(["--resume", *name] if known else [*FLAGS, *name]))
     if draw.random() < 0.8:
         seen = time.monotonic()
-        while reported(run) in (0, before) and time.monotonic() < seen + 120:
+        while reported(run) <= before and time.monotonic() < seen + 120:
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 1.5))
     else:
         time.sleep(draw.uniform(0, 4))
     os.kill(pid, signal.SIGKILL)
     assert programs.status() == signal.SIGKILL, Path("out.txt").read_text()[-3000:]
-    return reported(run) > before
+    saving = any(path.stat().st_mtime > started for path in run.glob("checkpoints/.partial-*"))
+    return reported(run) > before, saving
 
 
 def test_kills_at_random_moments_cost_no_more_than_the_steps_between_saves(folder, programs):
     run, draw, lost, among, unfinished = Path("runs/killed"), random.Random(0), [], 0, 0
     for _ in range(KILLS):
-        among += kill(programs, run, draw)
-        unfinished += len(list(run.glob("checkpoints/.partial-*"))) > 0
+        stepped, saving = kill(programs, run, draw)
+        among, unfinished = among + stepped, unfinished + saving
         if Checkpoints(run).steps():
             step, _, wrong = Checkpoints(run).newest_intact()
             assert wrong == []

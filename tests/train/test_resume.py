@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from dantinox import ConfigError, metrics, step, train
+from dantinox import ConfigError, checkpoint, metrics, step, train
 from dantinox.checkpoint import Checkpoints
 from dantinox.config import Config
 from dantinox.interrupt import Interrupted
@@ -178,6 +178,26 @@ def test_without_an_intact_checkpoint_the_run_says_so(monkeypatch, capsys):
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "manifest.json is missing; no other checkpoint is left" in err
     assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
+
+
+def test_a_full_disk_ends_the_run_with_a_line_that_says_what_is_left(whole, monkeypatch, capsys):
+    room = checkpoint._bytes
+    monkeypatch.setattr(checkpoint, "_bytes", lambda state: room(state) if train_steps(state) < 10 else 1 << 60)
+    Path("full.yaml").write_text(Config().replace(run="full", data="text.txt", **SETTINGS).to_yaml())
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--config", "full.yaml"])
+    assert stop.value.code == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "step 10 could not be saved" in err and "No space left on device" in err
+    assert err.endswith("the checkpoint of step 8 is as it was\n")
+    monkeypatch.undo()
+    path = run("full", resume=True)
+    assert rows(path) == rows(whole) and weights(path) == weights(whole)
+
+
+def train_steps(state) -> int:
+    """Steps that the optimizer has counted."""
+    return int(max(leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.dtype == np.int32))
 
 
 def test_another_text_is_not_taken_for_the_one_trained_on(whole):
