@@ -70,6 +70,8 @@ class Loop:
             self.mark, self.marked = time.perf_counter(), first
             if first >= t.steps:
                 self.line.say(f"step {first} is reached already: --steps is {t.steps}")
+            elif self.stopped_early(first):
+                self.line.say(f"stopped early at step {first} already: --patience is {t.patience}")
             if self.known.pending is not None:  # what an interrupted run still owes its last step
                 with self.stop.leave(lambda: self.say_saved(first)):
                     self.follow(first, current, self.known.pending)

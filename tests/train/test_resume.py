@@ -37,6 +37,7 @@ def here(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DANTINOX_CACHE", str(folder / "cache"))
         patch.setattr(metrics, "matmul_rate", lambda dtype: 1e9)
+        patch.setattr(metrics, "plot_loss", lambda *_: None)
         os.chdir(folder)
         yield folder
         os.chdir(before)
