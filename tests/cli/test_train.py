@@ -98,24 +98,15 @@ def test_load_gives_the_trained_model(finished):
     assert tokenizer.decode(tokenizer.encode("perché no? 学")) == "perché no? 学"
 
 
-def test_resuming_goes_on_as_if_nothing_had_happened(finished, text, tmp_path):
-    flags = [*TINY, "--data", text, "--dropout", 0.2, "--schedule", "constant"]
-    run(*flags, "--run", "whole", "--steps", 6, cwd=tmp_path, check=0)
-    run(*flags, "--run", "cut", "--steps", 3, cwd=tmp_path, check=0)
-    # The warm-up is a share of the steps, so both ends are given.
-    run("--run", "cut", "--resume", "--steps", 6, cwd=tmp_path, check=0)
-    whole, cut = (read_metrics(tmp_path / "runs" / name / "metrics.jsonl") for name in ("whole", "cut"))
-    assert [row["step"] for row in cut] == [row["step"] for row in whole]
-    assert [row["loss"] for row in cut[:3]] == [row["loss"] for row in whole[:3]]
-    assert [row["loss"] for row in cut[3:]] == [row["loss"] for row in whole[3:]]
-
-
-def test_an_older_run_of_the_same_name_is_kept(text, tmp_path):
-    for _ in range(2):
-        done = run(*TINY, "--data", text, "--run", "x", "--steps", 1, cwd=tmp_path, check=0)
-    assert "is now runs/x.1" in done.stdout
-    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"x", "x.1"}
-    assert (tmp_path / "runs" / "x.1" / "metrics.jsonl").read_text()
+def test_an_older_run_of_the_same_name_is_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for number in range(3):
+        folder = train.prepare_run(Config().replace(run="x"), resume=False)
+        (folder / "metrics.jsonl").write_text(str(number))
+    assert "is now runs/x.1" in capsys.readouterr().out
+    held = {path.name: (path / "metrics.jsonl").read_text() for path in Path("runs").iterdir()}
+    assert held == {"x.1": "0", "x.2": "1", "x": "2"}
+    assert train.prepare_run(Config().replace(run="x"), resume=True) == folder and len(os.listdir("runs")) == 3
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(text, tmp_path):
