@@ -11,7 +11,7 @@ PY     := .venv/bin/python
 SETUP  := sh scripts/setup.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train generate test test-long test-mutants bench bench-compare toggles ladder aot aot-check profile \
+.PHONY: help setup train generate test test-long test-crash test-mutants bench bench-compare toggles ladder aot aot-check profile \
         tensorboard gpu lint format doctor clean
 
 help: ## show this list
@@ -38,6 +38,10 @@ test: ## is it right? The tests, without the slow ones
 test-long: ## every test, the slow ones too
 	@$(SETUP) dev
 	@$(PY) -m pytest -q -n $(JOBS) --dist worksteal -m "" --hypothesis-profile=long $(ARGS)
+
+test-crash: ## what does a run survive? 50 kills, 200 damaged checkpoints (about ten minutes)
+	@$(SETUP) dev
+	@$(PY) -m pytest -q -s -m slow tests/train/test_crash.py $(ARGS)
 
 test-mutants: ## do the tests notice? Breaks the kernels on purpose and expects failures
 	@$(SETUP) dev

@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 import kernels
-from bench import harness, trace
-from dantinox import cli, host
+from bench import harness
+from dantinox import cli, host, trace
 from dantinox.config import Config, presets
 from dantinox.train import Trainer
 from kernels import specs

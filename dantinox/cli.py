@@ -47,10 +47,10 @@ def parse(cls: type, argv: Sequence[str] | None, *, default: Any, prog: str, des
         fail(prog, _one_line(captured.getvalue()))
 
 
-def fail(prog: str, message: str) -> NoReturn:
-    """One line on standard error, exit code 2."""
+def fail(prog: str, message: object, code: int = 2) -> NoReturn:
+    """One line on standard error and the exit code: 2 for wrong input, 1 for what came in between."""
     print(f"{prog}: error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 
 import kernels
+from dantinox.training_config import OptimConfig, TrainConfig
 from dantinox.validation import ConfigError, check_fields, fraction, positive, require, suggest
 
 KVDtype = Literal["model", "int8", "fp8"]
@@ -184,116 +185,6 @@ class DataConfig:
             0 < self.val_fraction < 1,
             f"val_fraction is {self.val_fraction}; allowed: between 0 and 1, exclusive",
         )
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """The optimizer and its schedule."""
-
-    lr: float = 3e-4
-    """Peak learning rate."""
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """After the warm-up: cosine decay, flat then a linear decay over the last fifth (wsd), or flat."""
-    warmup: float = 0.05
-    """Share of the steps spent warming up."""
-    min_lr: float = 0.1
-    """Final learning rate over the peak."""
-    weight_decay: float = 0.1
-    """AdamW decay, on matrices only."""
-    beta1: float = 0.9
-    """AdamW first moment."""
-    beta2: float = 0.95
-    """AdamW second moment."""
-    clip: float = 1.0
-    """Largest global gradient norm; 0: no clipping."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        positive(self, "lr")
-        fraction(self, "warmup", "beta1", "beta2")
-        require(0 <= self.min_lr <= 1, f"min_lr is {self.min_lr}; allowed: 0 to 1 (a share of lr)")
-        require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; allowed: 0 or more")
-        require(self.clip >= 0, f"clip is {self.clip}; allowed: 0 (off) or more")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """The run."""
-
-    run: str = "nano"
-    """Name of the run; everything it writes goes to runs/NAME."""
-    runs_dir: str = "runs"
-    """Folder that holds the runs."""
-    steps: int = 1000
-    """Optimizer steps."""
-    batch_size: int = 32
-    """Sequences a step, over all accumulation steps and devices."""
-    seq_len: int = 256
-    """Tokens a sequence."""
-    grad_accum: int = 1
-    """Micro-batches that one step is split into."""
-    seed: int = 0
-    """Seed of initial weights, data order and dropout."""
-    mesh: str = ""
-    """Devices as data=N,fsdp=M; empty: one device."""
-    eval_every: int = 100
-    """Steps between evaluations; 0: only at the end."""
-    eval_batches: int = 8
-    """Batches in the fixed evaluation set."""
-    save_every: int = 500
-    """Steps between checkpoints; 0: only at the end. The last step is always saved."""
-    keep: int = 3
-    """Checkpoints kept."""
-    sample_every: int = 500
-    """Steps between text samples; 0: only at the end."""
-    sample_tokens: int = 200
-    """Tokens in a sample."""
-    log_every: int = 10
-    """Steps between lines of metrics."""
-    profile_steps: str = ""
-    """FIRST:LAST, the steps to trace with the JAX profiler."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        positive(self, "steps", "batch_size", "seq_len", "grad_accum", "eval_batches", "keep", "log_every")
-        for name in ("eval_every", "save_every", "sample_every", "sample_tokens", "seed"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; allowed: 0 or more")
-        require(self.seed < 2**32, f"seed is {self.seed}; allowed: below 2**32")
-        require(
-            self.run not in ("", ".", "..") and "/" not in self.run and "\\" not in self.run,
-            f"run is {self.run!r}; allowed: a plain folder name",
-        )
-        require(
-            self.batch_size % self.grad_accum == 0,
-            f"batch_size is {self.batch_size} and grad_accum is {self.grad_accum}; "
-            "batch_size must be a multiple of grad_accum",
-        )
-        self.mesh_axes()
-        self.profile_range()
-
-    def mesh_axes(self) -> dict[str, int]:
-        """Mesh axis -> devices along it, {"data": 1, "fsdp": 1} when no mesh is asked for."""
-        axes = {"data": 1, "fsdp": 1}
-        for part in filter(None, self.mesh.split(",")):
-            name, _, size = part.strip().partition("=")
-            if name not in axes or not size.isdigit() or int(size) < 1:
-                raise ConfigError(f"mesh is {self.mesh!r}; allowed: data=N,fsdp=M with N and M at least 1")
-            axes[name] = int(size)
-        require(
-            (self.batch_size // self.grad_accum) % (axes["data"] * axes["fsdp"]) == 0,
-            f"mesh is {self.mesh!r} but a micro-batch holds {self.batch_size // self.grad_accum} sequences; "
-            "it must be a multiple of the devices",
-        )
-        return axes
-
-    def profile_range(self) -> tuple[int, int] | None:
-        """(first, last) step to trace, both included; None when no trace is asked for."""
-        if not self.profile_steps:
-            return None
-        first, _, last = self.profile_steps.partition(":")
-        if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
-            raise ConfigError(f"profile_steps is {self.profile_steps!r}; allowed: FIRST:LAST with 1 <= FIRST <= LAST")
-        return int(first), int(last)
 
 
 @dataclass(frozen=True)

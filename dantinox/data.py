@@ -171,6 +171,8 @@ def split(documents: list[Document], val_fraction: float) -> tuple[list[Document
 def batch(tokens: np.ndarray, *, seed: int, step: int, batch_size: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
     """Random windows of `tokens` [N]: inputs and targets, int32 [B,T], the targets one token later.
 
+    Documents follow each other in one stream, so windows are never padded and every target counts. Whoever pads
+    sequences of their own gives the padding any input id and a target below 0, which the loss leaves out.
     A pure function of (seed, step), both >= 0, with no state to save; row b does not depend on batch_size.
     ValueError if N < seq_len + 1.
     """

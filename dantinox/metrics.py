@@ -1,6 +1,7 @@
 """What a run reports: rates, JSON lines, TensorBoard events and the loss curve."""
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from dantinox.tokenizer import open_atomic
 
 
 def matmul_rate(dtype: str, size: int | None = None, repeats: int = 8) -> float:
@@ -34,19 +37,29 @@ class MetricsLog:
 
         path = run / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= resume_at] if resume_at else []
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        with open_atomic(path) as file:
+            file.write("".join(json.dumps(row) + "\n" for row in kept).encode())
         self._file = path.open("a")
         self._events = EventFileWriter(str(run / "tensorboard"))
+        if resume_at:
+            self._begin_again(resume_at + 1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """One line; `step` and `loss` are always there, `val_loss` where it was evaluated."""
-        self._file.write(json.dumps(row) + "\n")
+        """One line; `step` and `loss` are always there, `val_loss` where it was evaluated; null: not finite."""
+        self._file.write(json.dumps({name: value if math.isfinite(value) else None for name, value in row.items()}))
+        self._file.write("\n")
         self._file.flush()
         self._add(row["step"], [_scalar(name, value) for name, value in row.items() if name != "step"])
 
     def text(self, tag: str, text: str, step: int) -> None:
         """A text for TensorBoard's text page."""
         self._add(step, [_text(tag, text)])
+
+    def _begin_again(self, step: int) -> None:
+        """Tell TensorBoard to forget what an interrupted run showed of this step and later ones."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        self._events.add_event(Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START)))
 
     def _add(self, step: int, values: list[Any]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -56,8 +69,10 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush both."""
-        self._file.close()
-        self._events.close()
+        try:
+            self._file.close()
+        finally:
+            self._events.close()
 
 
 def _scalar(tag: str, value: float) -> Any:
@@ -99,8 +114,9 @@ def plot_loss(run: Path, title: str, unigram: float | None = None) -> Path:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.plot([r["step"] for r in rows], [r["loss"] for r in rows], color="#b8b8b8", lw=1, label="train")
-    held = [(r["step"], r["val_loss"]) for r in rows if "val_loss" in r]
+    losses = [math.nan if row["loss"] is None else row["loss"] for row in rows]
+    axes.plot([row["step"] for row in rows], losses, color="#b8b8b8", lw=1, label="train")
+    held = [(r["step"], r["val_loss"]) for r in rows if r.get("val_loss") is not None]
     if held:
         axes.plot(*zip(*held, strict=True), color="#a01c20", lw=2, marker="o", ms=3, label="validation")
         axes.annotate(f"{held[-1][1]:.3f}", held[-1], textcoords="offset points", xytext=(0, 8), ha="right")

@@ -10,7 +10,7 @@ from flax import nnx
 import kernels
 from dantinox.config import ModelConfig
 from dantinox.layers import MLP, constant, dense, dropout, parameter, rms_norm
-from dantinox.moe import MoE, RouterLosses
+from dantinox.moe import MoE, RouterLosses, over_layers
 from dantinox.per_device import by_sequence
 from dantinox.rope import rotate, rotation
 
@@ -197,7 +197,7 @@ class Transformer(nnx.Module):
         return self.logits(self.hidden(tokens)[0])
 
     def hidden(self, tokens: Array, *, key: Array | None = None) -> tuple[Array, RouterLosses | None]:
-        """(final hidden states [B, T, M], router losses averaged over layers); `key` turns dropout on."""
+        """(final hidden states [B, T, M], router losses `over_layers`); `key` turns dropout on."""
         h, losses, _ = self.forward(tokens, key=key)
         return h, losses
 
@@ -212,7 +212,7 @@ class Transformer(nnx.Module):
         """Of tokens [B, T] at positions `start` and on, which see the `past` of each layer too.
 
         Returns:
-            (final hidden states [B, T, M], mean router losses, per layer (keys, values) [B, T, K, D]).
+            (final hidden states [B, T, M], router losses `over_layers`, per layer (keys, values) [B, T, K, D]).
         """
         tokens = jnp.asarray(tokens)
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -231,10 +231,8 @@ class Transformer(nnx.Module):
                 h, loss, layer_kv = _REMAT[self.config.remat](block)(h, rope, layer_key, past and past[layer])
             losses.append(loss)
             kv.append(layer_kv)
-        mean = None
-        if self.config.n_experts:
-            mean = jax.tree.map(lambda *x: sum(x) / len(x), *losses)
-        return rms_norm(h, self.norm, self.config.norm_eps), mean, kv
+        every = over_layers(losses) if self.config.n_experts else None
+        return rms_norm(h, self.norm, self.config.norm_eps), every, kv
 
     @jax.named_scope("embed")
     def embed(self, tokens: Array, positions: Array) -> tuple[Array, tuple[Array, Array] | None]:

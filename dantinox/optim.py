@@ -1,9 +1,12 @@
-"""AdamW with a schedule, clipping and decay on matrices only, from optax."""
+"""Optimizers with a schedule, clipping and decay on matrices only, from optax."""
 
 import jax
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
 
-from dantinox.config import OptimConfig
+from dantinox.training_config import OptimConfig
+
+Tree = dict[str, jax.Array]  # by dotted path, such as blocks.0.attention.q
 
 
 def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
@@ -27,14 +30,57 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW; vectors (norm scales) are not decayed."""
+    """Clip by global norm, then the rule of `config.optimizer`; vectors (norm scales) are not decayed."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
-        optax.adamw(
-            schedule(config, steps),
-            b1=config.beta1,
-            b2=config.beta2,
-            weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
-        ),
+        rule(config, schedule(config, steps)),
     )
+
+
+def rule(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    """The update of the named optimizer at the learning rates of `rate`."""
+    decay = {"weight_decay": config.weight_decay, "mask": matrices}
+    if config.optimizer == "lion":
+        return optax.lion(rate, b1=config.beta1, b2=config.beta2, **decay)
+    if config.optimizer == "muon":
+        return muon(
+            rate,
+            beta=config.beta1,
+            weight_decay=config.weight_decay,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            muon_weight_dimension_numbers=contracted,
+            consistent_rms=0.2,  # updates as large as AdamW's, so that learning rates carry over
+        )
+    if config.optimizer == "adafactor":
+        # optax.adafactor decays the weights by the whole of weight_decay a step, not by its product with the rate.
+        return optax.chain(
+            optax.scale_by_factored_rms(),
+            optax.clip_by_block_rms(1.0),
+            optax.add_decayed_weights(**decay),
+            optax.scale_by_learning_rate(rate),
+        )
+    return optax.adamw(rate, b1=config.beta1, b2=config.beta2, **decay)
+
+
+def matrices(params: Tree) -> dict[str, bool]:
+    """Which parameters are more than vectors."""
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def contracted(params: Tree) -> dict[str, MuonDimensionNumbers | None]:
+    """How Muon takes each parameter as a matrix: the axes that a product sums over, and those it makes.
+
+    None for vectors, and for embeddings and the output projection, whose rows are looked up or compete one by one.
+    """
+    # optax asks again with what goes by Adam masked out.
+    return {name: _contracted(name, getattr(p, "ndim", 0)) for name, p in params.items()}
+
+
+def _contracted(name: str, ndim: int) -> MuonDimensionNumbers | None:
+    if ndim < 2 or not name.startswith("blocks."):
+        return None
+    if ".attention." in name:
+        *_, last = name.split(".")
+        return MuonDimensionNumbers((0, 1), 2) if last == "o" else MuonDimensionNumbers(0, (1, 2))
+    return MuonDimensionNumbers(ndim - 2, ndim - 1)  # of experts [E, ...] each one is a matrix

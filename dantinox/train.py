@@ -6,28 +6,21 @@ summary.txt, loss.png. Batches are a pure function of (seed, step), so a run is 
 
 import contextlib
 import logging
-import signal
+import shlex
 import sys
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-
-import kernels
-from dantinox import cli, count, data, host, metrics, optim, sharding, state, summary
+from dantinox import cli, host, metrics, summary
 from dantinox.checkpoint import Checkpoints, read_config
-from dantinox.config import Config, ConfigError, presets
-from dantinox.generation import generate
-from dantinox.model import Transformer
-from dantinox.progress import ProgressLine
-from dantinox.step import TrainState, make_eval_step, make_train_step, state_shardings
+from dantinox.config import Config, ConfigError, TrainConfig, presets
+from dantinox.interrupt import Interrupted, terminable
+from dantinox.loop import Loop, NotFinite, Progress
+from dantinox.step import TrainState
+from dantinox.tokenizer import open_atomic
+from dantinox.trainer import Trainer
 
 PROG = "dantinox-train"
 
@@ -69,75 +62,6 @@ def parse(argv: Sequence[str]) -> Arguments:
         )
 
 
-@dataclass
-class Trainer:
-    """One run: its data, model and step functions. Building it checks everything that can be checked early."""
-
-    config: Config
-    corpus: data.Corpus = field(init=False)
-
-    def __post_init__(self) -> None:
-        c = self.config
-        self.mesh = sharding.make_mesh(c.train.mesh_axes())
-        self.corpus = data.prepare(
-            c.data.data,
-            tokenizer=c.data.tokenizer,
-            bpe_vocab=c.data.bpe_vocab,
-            val_fraction=c.data.val_fraction,
-            seq_len=c.train.seq_len,
-        )
-        self.config = c = c.replace(vocab_size=self.corpus.tokenizer.vocab_size)
-        self.skeleton, shapes = state.abstract(c.model)
-        self.optimizer = optim.optimizer(c.optim, c.train.steps)
-        self.learning_rate = optim.schedule(c.optim, c.train.steps)
-        self.shapes = TrainState(shapes, jax.eval_shape(self.optimizer.init, shapes))
-        self.shardings = None if self.mesh is None else state_shardings(c, self.mesh, self.shapes)
-        self.step = make_train_step(self.skeleton, c, self.optimizer, self.mesh, self.shardings)
-        self.evaluate = make_eval_step(
-            self.skeleton, c, self.mesh, None if self.shardings is None else self.shardings.params
-        )
-        self.eval_set = data.eval_batches(
-            self.corpus.val, batch_size=c.train.batch_size, seq_len=c.train.seq_len, n=c.train.eval_batches
-        )
-        self.check_implementations()
-
-    def check_implementations(self) -> None:
-        """A named implementation that cannot serve this model is refused before anything is written."""
-        jax.eval_shape(self.evaluate, self.shapes.params, *self.eval_set[0])
-        reason = kernels.implementations("decode_attention").get(self.config.model.decode)
-        if reason is not None:
-            raise NotImplementedError(f"decode_attention: implementation={self.config.model.decode!r}: {reason}")
-
-    def initial(self) -> TrainState:
-        """Fresh parameters and optimizer state, laid over the mesh."""
-
-        def build() -> TrainState:
-            _, params = state.split(Transformer(self.config.model, rngs=nnx.Rngs(self.config.train.seed)))
-            return TrainState(params, self.optimizer.init(params))
-
-        return jax.jit(build, out_shardings=self.shardings)()
-
-    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """(inputs, targets), each [A, B, T] int32: the batch of a step, cut into micro-batches."""
-        t = self.config.train
-        pair = data.batch(self.corpus.train, seed=t.seed, step=step, batch_size=t.batch_size, seq_len=t.seq_len)
-        return tuple(x.reshape(t.grad_accum, -1, t.seq_len) for x in pair)
-
-    def validation_loss(self, params: state.Params) -> float:
-        """Token-mean cross-entropy over the fixed evaluation set, in nats."""
-        losses = [(self.evaluate(params, x, y), x.size) for x, y in self.eval_set]
-        return sum(float(loss) * n for loss, n in losses) / sum(n for _, n in losses)
-
-    def sample(self, params: state.Params, tokens: int) -> str:
-        """Text that the model writes from the start of a document."""
-        model, tokenizer = self.skeleton.join(params), self.corpus.tokenizer
-        room = self.config.model.max_context - 1
-        ids = generate(
-            model, [[tokenizer.eos_id]], max_new_tokens=min(tokens, room), temperature=0.8, top_p=0.95, seed=0
-        )
-        return tokenizer.decode(ids[0])
-
-
 def prepare_run(config: Config, resume: bool) -> Path:
     """The run's folder. An older run of that name is kept beside it as NAME.1, NAME.2, ..."""
     run = Path(config.train.runs_dir) / config.train.run
@@ -156,146 +80,102 @@ def train(config: Config, resume: bool = False) -> Path:
 
     Raises:
         ConfigError, ValueError, FileNotFoundError: a setting, the data or the run to resume is not fit.
-        KeyboardInterrupt: after Ctrl-C, once the state is saved.
+        Interrupted: after Ctrl-C or SIGTERM, once the state is saved.
+        NotFinite: the loss or a gradient is not finite; the state before it is saved.
+        NotSaved: a checkpoint could not be written; those before it are as they were.
     """
     trainer = Trainer(config)
     config = trainer.config
     folder = Path(config.train.runs_dir) / config.train.run
+    current, first, known = None, 0, Progress()
     if resume:
-        check_same_model(config, read_config(folder))
+        changed = changes(config, read_config(folder))
+        current, first, known = restore(trainer, folder)
+        if changed:
+            print(f"resumed with {changed}: the steps to come are not those of a run that was never interrupted")
     run = prepare_run(config, resume)
-    checkpoints = Checkpoints(run, config.train.keep)
-    with contextlib.closing(checkpoints):
-        current, first = trainer.initial(), 0
-        if resume:
-            first = checkpoints.latest()
-            if first is None:
-                raise FileNotFoundError(f"run {run} has no checkpoint to resume from")
-            current = TrainState(*checkpoints.restore(first, *current))
-        text = summary.describe(config)
-        print(text)
-        stats = trainer.corpus.stats
-        print(
-            f"{'data':14} {config.data.data}: {len(trainer.corpus.train):,} tokens to train on, "
-            f"{len(trainer.corpus.val):,} held out; unigram entropy {stats.unigram_entropy:.3f} nats a token"
-        )
-        (run / "summary.txt").write_text(text + "\n")
-        (run / "config.yaml").write_text(config.to_yaml())
-        trainer.corpus.tokenizer.save(run)
-        log = metrics.MetricsLog(run, resume_at=first)
-        with contextlib.closing(log):
-            Loop(trainer, run, checkpoints, log).run(current, first)
+    text = summary.describe(config)
+    print(text)
+    stats = trainer.corpus.stats
+    print(
+        f"{'data':14} {config.data.data}: {len(trainer.corpus.train):,} tokens to train on, "
+        f"{len(trainer.corpus.val):,} held out; unigram entropy {stats.unigram_entropy:.3f} nats a token"
+    )
+    for name, content in (("summary.txt", text + "\n"), ("config.yaml", config.to_yaml())):
+        with open_atomic(run / name) as file:
+            file.write(content.encode())
+    trainer.corpus.tokenizer.save(run)
+    with (
+        contextlib.closing(Checkpoints(run, config.train.keep)) as checkpoints,
+        contextlib.closing(metrics.MetricsLog(run, resume_at=first)) as log,
+    ):
+        loop = Loop(trainer, run, checkpoints, log, resume_command(config), known)
+        loop.run(trainer.initial() if current is None else current, first)
     metrics.plot_loss(run, config.train.run, stats.unigram_entropy)
     return run
 
 
-@dataclass
-class Loop:
-    """The steps of a run, and what happens between them."""
-
-    trainer: Trainer
-    run_dir: Path
-    checkpoints: Checkpoints
-    log: metrics.MetricsLog
-
-    def run(self, current: TrainState, first: int) -> None:
-        """Train from step `first` to the last one; the last state is always saved, after Ctrl-C too."""
-        t = self.trainer.config.train
-        self.peak = metrics.matmul_rate(self.trainer.config.model.dtype) * max(1, _devices(self.trainer))
-        traced, tracing = t.profile_range(), False
-        with stop_request() as stop, ProgressLine(t.steps, first) as self.progress:
-            self.mark, self.marked = time.perf_counter(), first
-            for step in range(first + 1, t.steps + 1):
-                if traced and step == traced[0]:
-                    jax.profiler.start_trace(str(self.run_dir / "tensorboard"))
-                    tracing = True
-                with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                    current, parts = self.trainer.step(current, *self.trainer.batch(step - 1), jnp.int32(step - 1))
-                if tracing and (step == min(traced[1], t.steps) or stop):
-                    jax.block_until_ready(current)
-                    jax.profiler.stop_trace()
-                    tracing = False
-                self.after(step, current, parts)
-                if stop and step < t.steps:
-                    self.checkpoints.save(step, *current)
-                    self.progress.say(f"interrupted; step {step} is saved. Go on with --run {t.run} --resume")
-                    raise KeyboardInterrupt
-
-    def after(self, step: int, current: TrainState, parts: dict[str, jax.Array]) -> None:
-        """Log, evaluate, sample and save, each at its own pace and all of them at the last step."""
-        t = self.trainer.config.train
-        last = step == t.steps
-
-        def due(every: int) -> bool:
-            return last or (every > 0 and step % every == 0)
-
-        row = None
-        if due(t.log_every) or due(t.eval_every) or step == 1:
-            row = {"step": step, "loss": 0.0} | {name: float(value) for name, value in parts.items()}
-            row["lr"] = float(self.trainer.learning_rate(step - 1))
-            row |= self.rates(step)
-            self.progress.update(step, row)
-        if due(t.eval_every):
-            row["val_loss"] = self.trainer.validation_loss(current.params)
-            self.progress.say(f"step {step}: validation loss {row['val_loss']:.4f}")
-        if row is not None:
-            self.log.write(row)
-        if due(t.save_every):
-            self.checkpoints.save(step, *current)
-        if due(t.sample_every) and t.sample_tokens:
-            text = self.trainer.sample(current.params, t.sample_tokens)
-            self.progress.say(f"--- sample at step {step} ---\n{text}\n---")
-            self.log.text("sample", text, step)
-        if row is not None:
-            self.mark, self.marked = time.perf_counter(), step
-
-    def rates(self, step: int) -> dict[str, float]:
-        """Tokens a second since the last row, and the share of the device's measured matmul rate that makes."""
-        c = self.trainer.config
-        seconds = time.perf_counter() - self.mark
-        tokens = (step - self.marked) * c.train.batch_size * c.train.seq_len / seconds
-        return {
-            "tokens_per_s": tokens,
-            "mfu": tokens * count.flops_per_token(c.model, c.train.seq_len) / self.peak,
-        }
-
-
-@contextlib.contextmanager
-def stop_request() -> Iterator[list[int]]:
-    """A list that the first Ctrl-C makes non-empty, so that the running step is finished; the second one interrupts."""
-    asked: list[int] = []
-
-    def handle(number: int, _: object) -> None:
-        asked.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    # Only the main thread may listen; elsewhere Ctrl-C stays with whoever owns it.
-    listening = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, handle) if listening else None
-    try:
-        yield asked
-    finally:
-        if listening:
-            signal.signal(signal.SIGINT, before)
-
-
-def _devices(trainer: Trainer) -> int:
-    # Simulated CPU devices share the cores that the peak was measured on.
-    return 1 if trainer.mesh is None or jax.default_backend() == "cpu" else trainer.mesh.size
-
-
-def check_same_model(config: Config, saved: Config) -> None:
-    """A run is resumed with the model and data that it was made of.
+def restore(trainer: Trainer, run: Path) -> tuple[TrainState, int, Progress]:
+    """(state, step, what the loop knew) of a run's newest intact checkpoint; damaged ones are moved out of the way.
 
     Raises:
-        ConfigError: naming each setting that differs.
+        FileNotFoundError: there is no checkpoint.
+        ValueError: none is intact, or the text is not the one that the run was trained on.
     """
-    free = {"attn", "moe", "decode", "remat", "dropout", "balance_coef", "router_z_coef", "max_context"}
+    checkpoints = Checkpoints(run, trainer.config.train.keep)
+    step, about, wrong = checkpoints.newest_intact()
+    if about["corpus"] != trainer.corpus.path.name:
+        raise ValueError(
+            f"data {trainer.config.data.data!r} is not the text that run {run} was trained on: it has changed since; "
+            "bring it back, or start another run"
+        )
+    current = checkpoints.restore(step, trainer.like())
+    for error in wrong:
+        print(f"{error}; going on from step {step}")
+    for newer in [kept for kept in checkpoints.steps() if kept > step]:
+        print(f"kept as {checkpoints.set_aside(newer)}")
+    return current, step, Progress(**about["loop"])
+
+
+def resume_command(config: Config) -> str:
+    """What a user types to go on with a run."""
+    words = ["python", "-m", "dantinox.train", "--run", config.train.run]
+    if config.train.runs_dir != TrainConfig().runs_dir:
+        words += ["--runs-dir", config.train.runs_dir]
+    return shlex.join([*words, "--resume"])
+
+
+def changes(config: Config, saved: Config) -> str:
+    """Settings that a resumed run has otherwise, as `name old -> new; ...`; "" where it has none.
+
+    Raises:
+        ConfigError: naming each setting that cannot be another: it shapes the weights, the optimizer's state or the
+            text.
+    """
+    free = {"attn", "moe", "decode", "kv_dtype", "remat", "dropout", "balance_coef", "router_z_coef"}
+    if config.model.positions != "learned":
+        free.add("max_context")
     new, old = config.flat(), saved.flat()
-    fixed = [*vars(config.model), *vars(config.data)]
-    changed = [f"{n} {old[n]!r} -> {new[n]!r}" for n in fixed if n not in free and new[n] != old[n]]
-    if changed:
-        raise ConfigError(f"--resume cannot change {'; '.join(changed)}")
+    differ = {name: f"{name} {old[name]!r} -> {new[name]!r}" for name in new if new[name] != old[name]}
+    fixed = {*vars(config.model), *vars(config.data), "optimizer"} - free
+    if bool(config.optim.ema) != bool(saved.optim.ema):
+        fixed.add("ema")
+    if wrong := [text for name, text in differ.items() if name in fixed]:
+        raise ConfigError(f"--resume cannot change {'; '.join(wrong)}")
+    # How often things are done, and with what, changes no number.
+    quiet = {
+        "runs_dir",
+        "attn",
+        "moe",
+        "decode",
+        "kv_dtype",
+        "keep",
+        "save_every",
+        "profile_steps",
+        "on_nan",
+        "patience",
+    }
+    return "; ".join(text for name, text in differ.items() if name not in quiet)
 
 
 def dry_run(config: Config) -> None:
@@ -314,14 +194,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in ("kernels", "dantinox"):
             logging.getLogger(name).setLevel(logging.INFO)
     try:
-        with cli.user_errors(PROG, arguments.verbose):
+        with terminable(), cli.user_errors(PROG, arguments.verbose):
             if arguments.dry_run:
                 dry_run(arguments.settings)
             else:
                 run = train(arguments.settings, arguments.resume)
                 print(f"\nsaved {run}. Let it write: python -m dantinox.generate --run {run} --prompt 'def '")
+    except Interrupted as stopped:
+        return stopped.code
     except KeyboardInterrupt:
         return 130
+    except (NotFinite, OSError) as error:  # what cannot be known beforehand: a full disk, a NaN
+        if arguments.verbose:
+            raise
+        cli.fail(PROG, error, code=1)
     return 0
 
 

@@ -1,7 +1,8 @@
-"""Print the table of all settings, read from the source of dantinox/config.py, as README holds it."""
+"""Print the table of all settings, read from the source of their classes, as README holds it."""
 
 import ast
 import dataclasses
+import inspect
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -23,9 +24,9 @@ SECTIONS = {
 def docstrings() -> dict[str, str]:
     """Field name -> the string below it."""
     found = {}
-    for node in ast.parse(Path(config.__file__).read_text()).body:
-        body = node.body if isinstance(node, ast.ClassDef) else []
-        for field, text in pairwise(body):
+    for section in SECTIONS.values():
+        (definition,) = ast.parse(inspect.getsource(section)).body
+        for field, text in pairwise(definition.body):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
                 found[field.target.id] = " ".join(text.value.value.split())
     return found

@@ -1,29 +1,26 @@
 """The profiler as its user meets it: tables, a trace that TensorBoard shows with the model's own names, wrong input."""
 
-import gzip
 import json
 import os
 import platform
 import re
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.error import URLError
 from urllib.parse import quote
-from urllib.request import urlopen
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from bench import profile, trace
-from bench.trace import Scope, Span
+from bench import profile
+from dantinox import trace
+from dantinox.trace import Scope, Span
+from tests.board import tensorboard
 
 TINY = """--n-layers 2 --dim 32 --n-heads 2 --kv-heads 1 --window 8 --seq-len 16 --max-context 64 --batch-size 4
 --n-experts 4 --tokenizer char""".split()
-WAIT = 90  # seconds; a busy machine starts TensorBoard slowly
 
 
 @pytest.fixture(scope="module")
@@ -70,30 +67,11 @@ def test_the_tables_name_the_parts_of_the_model(traced):
     platform.machine() == "aarch64",
     reason="TensorBoard's profile plugin has no build for ARM Linux",
 )
-def test_tensorboard_shows_the_trace_with_our_names(traced, tmp_path):
-    log = (tmp_path / "log").open("w+")
-    server = subprocess.Popen(
-        [sys.executable, "-m", "tensorboard.main", "--logdir", traced[0], "--host", "127.0.0.1", "--port", "0"],
-        stdout=log,
-        stderr=log,
-    )
-    try:
-        deadline = time.monotonic() + WAIT
-        while not (address := re.search(r"http://127\.0\.0\.1:\d+/", (tmp_path / "log").read_text())):
-            assert server.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
-            time.sleep(0.1)
-        base = address[0] + "data/plugin/profile/"
-        while not (runs := get(base + "runs")):  # the log folder is read in the background
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        assert len(runs) == 1
-        run = quote(runs[0], safe="")
-        assert "trace_viewer@" in get(base + f"run_tools?run={run}")
-        events = get(base + f"data?run={run}&tag=trace_viewer@&host={quote(hosts(base, run))}")["traceEvents"]
-    finally:
-        server.kill()
-        server.wait()
-        log.close()
+def test_tensorboard_shows_the_trace_with_our_names(traced):
+    with tensorboard(traced[0]) as board:
+        (run,) = board.profile("runs")
+        assert "trace_viewer@" in board.profile(f"run_tools?run={quote(run, safe='')}")
+        events = board.trace(run)
     planes = {event["pid"]: event["args"]["name"] for event in events if event.get("name") == "process_name"}
     (ours,) = (pid for pid, name in planes.items() if name.endswith("named scopes"))
     drawn = {event["name"] for event in events if event["pid"] == ours and event["ph"] == "X"}
@@ -103,22 +81,6 @@ def test_tensorboard_shows_the_trace_with_our_names(traced, tmp_path):
     for name in ("block0/attention/attend", "optimizer"):  # the parts lie inside the steps, on the same clock
         for event in (e for e in events if e["pid"] == ours and e.get("name") == name):
             assert any(s["ts"] <= event["ts"] <= s["ts"] + s["dur"] for s in steps.values())
-
-
-def get(url: str) -> Any:
-    """The JSON at an address; None while the server is not ready for it."""
-    try:
-        with urlopen(url, timeout=WAIT) as answer:
-            body = answer.read()
-    except URLError:
-        return None
-    return json.loads(gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body)
-
-
-def hosts(base: str, run: str) -> str:
-    """The name of the one host in a run."""
-    (host,) = get(base + f"hosts?run={run}&tag=trace_viewer@")
-    return host["hostname"]
 
 
 @pytest.mark.filterwarnings("ignore:builtin type event_stats")  # jaxlib's own

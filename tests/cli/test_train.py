@@ -2,20 +2,24 @@
 
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dantinox
 from dantinox import train
 from dantinox.config import Config
 from dantinox.metrics import read_metrics
+from tests.board import tensorboard
 
 TINY = """--n-layers 1 --dim 32 --n-heads 2 --kv-heads 1 --window 8 --seq-len 16 --max-context 64 --batch-size 4
 --eval-batches 2 --sample-tokens 8 --log-every 1""".split()
@@ -40,7 +44,7 @@ def run(*words, cwd, check=None):
 def finished(text, tmp_path_factory):
     """A run of 6 steps in its folder."""
     folder = tmp_path_factory.mktemp("runs")
-    flags = ["--data", text, "--eval-every", 3, "--save-every", 4, "--profile-steps", "2:3"]
+    flags = ["--data", text, "--eval-every", 3, "--save-every", 4, "--profile-steps", "2:3", "--n-experts", 2]
     done = run(*TINY, "--run", "whole", "--steps", 6, *flags, cwd=folder, check=0)
     return folder, done.stdout
 
@@ -61,15 +65,30 @@ def test_a_run_writes_everything_it_promises(finished):
     assert "sample at step 6" in out and "validation loss" in out
 
 
-def test_tensorboard_reads_scalars_samples_and_the_trace(finished):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+def test_tensorboard_shows_scalars_samples_and_the_trace_of_the_steps_asked_for(finished):
+    """No TensorBoard."""
     folder = finished[0] / "runs" / "whole" / "tensorboard"
     events = EventAccumulator(str(folder)).Reload()
-    assert [event.step for event in events.Scalars("loss")] == list(range(1, 7))
+    for name in ("loss", "grad_norm", "lr", "router/load_max.0", "router/entropy.0", "router/dropped.0"):
+        assert [event.step for event in events.Scalars(name)] == list(range(1, 7)), name
     assert [event.step for event in events.Scalars("val_loss")] == [3, 6]
     assert "sample" in events.Tags()["tensors"]
     assert list(folder.glob("plugins/profile/*/*.xplane.pb"))
+    if platform.machine() == "aarch64":
+        return  # TensorBoard's profile plugin has no build for ARM Linux
+    with tensorboard(finished[0] / "runs") as board:
+        (run,) = board.profile("runs")
+        assert "trace_viewer@" in board.profile(f"run_tools?run={quote(run, safe='')}")
+        traced = board.trace(run)
+        assert "whole/tensorboard" in board.get("data/plugin/scalars/tags")  # beside the trace
+    planes = {event["pid"]: event["args"]["name"] for event in traced if event.get("name") == "process_name"}
+    (ours,) = (pid for pid, name in planes.items() if name.endswith("named scopes"))
+    drawn = {event["name"] for event in traced if event["pid"] == ours and event["ph"] == "X"}
+    assert drawn >= {"block0/attention/attend", "block0/moe/experts (backward)", "logits", "optimizer"}
+    steps = {event["name"]: event for event in traced if re.fullmatch(r"train \d+", event.get("name", ""))}
+    assert set(steps) == {"train 2", "train 3"}
+    inside = [e for e in traced if e["pid"] == ours and e.get("name") == "optimizer"]
+    assert inside and all(any(s["ts"] <= e["ts"] <= s["ts"] + s["dur"] for s in steps.values()) for e in inside)
 
 
 def test_load_gives_the_trained_model(finished):
@@ -79,24 +98,15 @@ def test_load_gives_the_trained_model(finished):
     assert tokenizer.decode(tokenizer.encode("perché no? 学")) == "perché no? 学"
 
 
-def test_resuming_goes_on_as_if_nothing_had_happened(finished, text, tmp_path):
-    flags = [*TINY, "--data", text, "--dropout", 0.2, "--schedule", "constant"]
-    run(*flags, "--run", "whole", "--steps", 6, cwd=tmp_path, check=0)
-    run(*flags, "--run", "cut", "--steps", 3, cwd=tmp_path, check=0)
-    # The warm-up is a share of the steps, so both ends are given.
-    run("--run", "cut", "--resume", "--steps", 6, cwd=tmp_path, check=0)
-    whole, cut = (read_metrics(tmp_path / "runs" / name / "metrics.jsonl") for name in ("whole", "cut"))
-    assert [row["step"] for row in cut] == [row["step"] for row in whole]
-    assert [row["loss"] for row in cut[:3]] == [row["loss"] for row in whole[:3]]
-    assert [row["loss"] for row in cut[3:]] == [row["loss"] for row in whole[3:]]
-
-
-def test_an_older_run_of_the_same_name_is_kept(text, tmp_path):
-    for _ in range(2):
-        done = run(*TINY, "--data", text, "--run", "x", "--steps", 1, cwd=tmp_path, check=0)
-    assert "is now runs/x.1" in done.stdout
-    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"x", "x.1"}
-    assert (tmp_path / "runs" / "x.1" / "metrics.jsonl").read_text()
+def test_an_older_run_of_the_same_name_is_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for number in range(3):
+        folder = train.prepare_run(Config().replace(run="x"), resume=False)
+        (folder / "metrics.jsonl").write_text(str(number))
+    assert "is now runs/x.1" in capsys.readouterr().out
+    held = {path.name: (path / "metrics.jsonl").read_text() for path in Path("runs").iterdir()}
+    assert held == {"x.1": "0", "x.2": "1", "x": "2"}
+    assert train.prepare_run(Config().replace(run="x"), resume=True) == folder and len(os.listdir("runs")) == 3
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(text, tmp_path):
@@ -112,11 +122,13 @@ def test_ctrl_c_saves_and_says_how_to_go_on(text, tmp_path):
     deadline = time.monotonic() + 300
     while len(read_metrics(metrics)) < 5 and time.monotonic() < deadline:
         time.sleep(0.1)
+    asked = time.monotonic()
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
+    assert time.monotonic() - asked < 5
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    step = int(re.search(r"step (\d+) is saved. Go on with --run stopped --resume", out).group(1))
+    step = int(re.search(r"step (\d+) is saved. Go on with: python -m dantinox.train --run stopped --resume", out)[1])
     assert [p.name for p in (tmp_path / "runs" / "stopped" / "checkpoints").iterdir()] == [str(step)]
     run("--run", "stopped", "--resume", "--steps", step + 2, cwd=tmp_path, check=0)
     assert [row["step"] for row in read_metrics(metrics)] == list(range(1, step + 3))

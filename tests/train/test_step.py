@@ -12,7 +12,7 @@ import optax
 import pytest
 from flax import nnx
 
-from dantinox import ConfigError, Transformer, optim, sharding, state
+from dantinox import ConfigError, Transformer, moe, optim, sharding, state
 from dantinox.config import Config, OptimConfig
 from dantinox.step import TrainState, cross_entropy, loss_and_parts, make_eval_step, make_train_step
 
@@ -74,6 +74,107 @@ def test_cross_entropy_against_numpy():
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     expected = -np.mean([np.log(p[b, t, targets[b, t]]) for b in range(3) for t in range(7)])
     assert abs(cross_entropy(jnp.asarray(logits, jnp.float32), jnp.asarray(targets)) - expected) < 1e-5
+
+
+def test_targets_below_zero_are_no_part_of_the_loss():
+    rng = np.random.default_rng(1)
+    logits, targets = rng.normal(size=(3, 7, 11)).astype(np.float32), rng.integers(0, 11, (3, 7))
+    padded, counts = targets.copy(), np.ones((3, 7), bool)
+    for place, mark in ((np.s_[0, 2:], -1), (np.s_[2, :5], -100)):
+        padded[place], counts[place] = mark, False
+    run = jax.jit(jax.value_and_grad(cross_entropy))
+    loss, slope = run(logits, padded)
+    rows = np.nonzero(counts)
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    assert loss == pytest.approx(-np.log(p[(*rows, targets[rows])]).mean(), rel=1e-5)
+    assert (np.asarray(slope != 0).any(-1) == counts).all()
+    nothing, slope = run(logits, np.full((3, 7), -1))
+    assert nothing == 0 and not np.asarray(slope).any()
+
+
+def test_padding_counts_for_nothing_however_it_falls_into_micro_batches():
+    config, skeleton, start, _ = build(n_layers=1, window=None, positions="none", attn="reference")
+    x, y = batch(config)
+    y[0, 1:3] = -1
+    y[0, 5, 4:] = -7
+    whole = losses(skeleton, config)(start.params, x[0], y[0], None)[0]
+    _, _, start, step = build(n_layers=1, window=None, positions="none", attn="reference", grad_accum=4)
+    _, parts = step(start, *(a.reshape(4, -1, a.shape[-1]) for a in (x, y)), jnp.int32(0))
+    assert parts["loss"] == pytest.approx(float(whole), rel=1e-6)
+
+
+def test_the_average_of_the_weights_follows_its_formula():
+    config, _, start, step = build(n_layers=1, window=None, positions="none", attn="reference", ema=0.5)
+    current = TrainState(start.params, start.opt_state, jax.tree.map(jnp.copy, start.params))
+    average = {name: np.float64(value) for name, value in start.params.items()}
+    for i in range(8):
+        current, _ = step(current, *batch(config, seed=i), jnp.int32(i))
+        decay = min(0.5, (1 + i) / (10 + i))
+        average = {name: decay * average[name] + (1 - decay) * np.float64(current.params[name]) for name in average}
+    assert largest_difference(current.ema, average) < 1e-6 < largest_difference(current.ema, current.params)
+    assert current.weights is current.ema and TrainState(current.params, None).weights is current.params
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon"])
+def test_every_optimizer_descends_and_decays_matrices_alone(name):
+    _, shapes = state.abstract(Config().replace(**TINY | RUN | {"n_layers": 1, "n_experts": 4}).model)
+    draw = np.random.default_rng(0)
+    goal = {key: jnp.asarray(draw.standard_normal(shape.shape), jnp.float32) for key, shape in shapes.items()}
+    optimizer = optim.optimizer(OptimConfig(optimizer=name, lr=0.02, schedule="constant", warmup=0.0, clip=0.0), 100)
+    distance = lambda params: sum(jnp.sum((params[key] - goal[key]) ** 2) for key in goal)
+
+    @jax.jit
+    def step(params, moments, slope):
+        updates, moments = optimizer.update(
+            jax.tree.map(lambda g: g * slope, jax.grad(distance)(params)), moments, params
+        )
+        return optax.apply_updates(params, updates), moments
+
+    params = jax.tree.map(jnp.zeros_like, goal)
+    moments = optimizer.init(params)
+    start = distance(params)
+    for _ in range(20):
+        params, moments = step(params, moments, 1.0)
+    assert distance(params) < 0.9 * start
+    still, _ = step(goal, optimizer.init(goal), 0.0)  # no gradient: only the decay is left
+    moved = {key for key in goal if (still[key] != goal[key]).any()}
+    by_adam = {"embedding"} if name == "muon" else set()
+    assert moved == {key for key in goal if goal[key].ndim > 1} - by_adam
+    for key in moved:
+        np.testing.assert_allclose(still[key], goal[key] * (1 - 0.02 * 0.1), rtol=1e-5)
+
+
+def test_muon_takes_each_matrix_as_the_product_that_it_makes():
+    config = Config().replace(
+        **TINY | RUN, n_experts=4, shared_expert=True, gate="elementwise", tie=False, qk_norm=True
+    )
+    _, shapes = state.abstract(config.model)
+    numbers, letters = optim.contracted(shapes), state.axes(config.model)
+    assert numbers.keys() == letters.keys()
+    for name, axes in letters.items():
+        if numbers[name] is None:
+            assert not name.startswith("blocks.") or len(axes) == 1, name
+            continue
+        takes, makes = (np.atleast_1d(numbers[name].reduction_axis), np.atleast_1d(numbers[name].output_axis))
+        summed = {"o": "HD", "down": "F"}.get(name.split(".")[-1], "M")
+        assert "".join(axes[i] for i in takes) == summed, name
+        assert sorted([*takes, *makes]) == [i for i, axis in enumerate(axes) if axis != "E" or name.endswith("router")]
+
+
+def test_the_figures_of_the_routers_are_those_of_each_layer():
+    config, skeleton, start, _ = build(n_experts=4, window=None, positions="none", attn="reference", moe="reference")
+    x, y = (a[0] for a in batch(config))
+    lopsided = start.params["blocks.1.mlp.router"] * 0
+    params = start.params | {"blocks.1.mlp.router": lopsided}  # equal logits: top_k takes experts 0 and 1
+    _, parts = losses(skeleton, config)(params, x, y, None)
+    assert 1 < parts["router/load_max.0"] < 2 and 0 < parts["router/load_min.0"] < 1
+    assert (parts["router/load_max.1"], parts["router/load_min.1"]) == (2, 0)
+    assert parts["router/entropy.0"] < 1 and parts["router/entropy.1"] == pytest.approx(1)
+    assert parts["router/dropped.0"] == parts["router/dropped.1"] == 0
+    ids = jnp.zeros((8, 4)).at[:, 3].set(5.0)
+    served = moe.route(ids, 2)[2]
+    lost = moe.figures(moe.over_layers([served._replace(load=served.load.at[3].set(0))]), 2)
+    assert lost["router/dropped.0"] == 0.5  # a slot of each token that no expert served would be seen
 
 
 def losses(skeleton, config):
