@@ -147,12 +147,11 @@ def test_settings_train_or_are_refused(group, text, monkeypatch):
 @contextlib.contextmanager
 def disable_optimizations():
     """Most of the time is LLVM's, and each program runs twice."""
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", True)
     try:
         yield
     finally:
-        jax.config.update("jax_disable_most_optimizations", before)
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_no_value_of_a_setting_is_a_traceback(text, monkeypatch):
