@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -32,6 +33,9 @@ settings.load_profile("repeat")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # What runs in the background ignores Ctrl-C and hands that on; tests send it, and expect it to be heard.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not hasattr(config, "workerinput"):  # processes of pytest-xdist inherit the folder
         os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dantinox-tests-")
 

@@ -82,8 +82,6 @@ class Sandbox:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            # A shell that was told to ignore Ctrl-C, as one in the background is, cannot listen to it again.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def setup(self, *extras, code=0, **env):
