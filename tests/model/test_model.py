@@ -53,8 +53,9 @@ def text(B: int = 2, T: int = 24, seed: int = 0) -> jax.Array:
 def forward(model: dantinox.Transformer):
     """tokens -> logits, in NumPy: what runs a few times at most is not worth compiling."""
     graph, state = nnx.split(model)
-    program = functools.cache(lambda T: by_numpy.trace(lambda s, x: nnx.merge(graph, s)(x), state, text(1, T)))
-    return lambda tokens: np.concatenate([program(tokens.shape[1])(state, one[None]) for one in np.asarray(tokens)])
+    run = lambda state, tokens: nnx.merge(graph, state)(tokens)
+    program = functools.cache(lambda *shape: by_numpy.trace(run, state, text(*shape)))
+    return lambda tokens: program(*tokens.shape)(state, tokens)
 
 
 def loss_of(model: dantinox.Transformer):
