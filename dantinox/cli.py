@@ -21,6 +21,12 @@ USER_ERRORS = (
 )
 
 
+def run_first(argv: Sequence[str] | None) -> list[str]:
+    """The arguments (None: those of the process), `--run` before the first one where that is no flag."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    return ["--run", *argv] if argv and not argv[0].startswith("-") else argv
+
+
 def parse(cls: type, argv: Sequence[str] | None, *, default: Any, prog: str, description: str) -> Any:
     """An instance of the dataclass `cls` from flags named after its fields, however deep they lie; None: sys.argv's.
 

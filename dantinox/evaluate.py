@@ -165,10 +165,9 @@ def _nats(graph: Any, weights: Any, inputs: jax.Array, targets: jax.Array) -> ja
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; 0, or SystemExit with 2 for bad input."""
     host.keep_freed_memory()
-    argv = sys.argv[1:] if argv is None else argv
-    if argv and not argv[0].startswith("-"):
-        argv = ["--run", *argv]
-    args = cli.parse(Args, argv, default=Args(), prog=PROG, description=__doc__.splitlines()[0].split(":")[0] + ".")
+    args = cli.parse(
+        Args, cli.run_first(argv), default=Args(), prog=PROG, description=__doc__.splitlines()[0].split(":")[0] + "."
+    )
     with cli.user_errors(PROG, args.verbose):
         report(args)
     return 0

@@ -4,7 +4,6 @@ DIR then holds config.json and safetensors as Hugging Face has them for Llama, M
 our own form below DIR/dantinox. `dantinox.load_hf(DIR)` is the way back.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +34,7 @@ class Args:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; 0, or SystemExit with 2 for bad input."""
-    argv = sys.argv[1:] if argv is None else argv
-    if argv and not argv[0].startswith("-"):
-        argv = ["--run", *argv]
-    args = cli.parse(Args, argv, default=Args(), prog=PROG, description=Args.__doc__)
+    args = cli.parse(Args, cli.run_first(argv), default=Args(), prog=PROG, description=Args.__doc__)
     with cli.user_errors(PROG, args.verbose):
         export(args)
     return 0

@@ -68,16 +68,14 @@ class Args:
     """Say which implementations were chosen, and show tracebacks."""
 
 
-def parse(argv: Sequence[str]) -> Args:
+def parse(argv: Sequence[str] | None) -> Args:
     """The command line; the run may stand first, without its flag. Exits with 2 where a flag is wrong."""
-    if argv and not argv[0].startswith("-"):
-        argv = ["--run", *argv]
-    return cli.parse(Args, argv, default=Args(), prog=PROG, description="Let a trained model write.")
+    return cli.parse(Args, cli.run_first(argv), default=Args(), prog=PROG, description="Let a trained model write.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; 0, or SystemExit with 2 for bad input. When interrupted the text so far is printed."""
-    args = parse(sys.argv[1:] if argv is None else argv)
+    args = parse(argv)
     if args.verbose:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
         logging.getLogger("jax").setLevel(logging.WARNING)

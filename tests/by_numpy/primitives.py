@@ -237,6 +237,10 @@ def _slice(params: Any, ins: Any, outs: Any) -> Callable[..., Any]:
     return lambda x: x[at]
 
 
+def _empty(params: Any, ins: Any, outs: Any) -> Callable[..., Any]:
+    return lambda *_: np.zeros(outs[0].aval.shape, outs[0].aval.dtype)
+
+
 def _unstack(params: Any, ins: Any, outs: Any) -> Callable[..., Any]:
     return lambda x: list(np.moveaxis(x, params["axis"], 0))
 
@@ -261,8 +265,8 @@ SHAPED: dict[str, Callable[..., Callable[..., Any]]] = {
     "stack": lambda params, ins, outs: lambda *xs: np.stack(xs, params["axis"]),
     "pad": _pad,
     "iota": _iota,
-    "empty": lambda params, ins, outs: lambda *_: np.zeros(outs[0].aval.shape, outs[0].aval.dtype),
-    "empty2": lambda params, ins, outs: lambda *_: np.zeros(outs[0].aval.shape, outs[0].aval.dtype),
+    "empty": _empty,
+    "empty2": _empty,
     "convert_element_type": lambda params, ins, outs: lambda x: np.asarray(x).astype(params["new_dtype"]),
     "bitcast_convert_type": lambda params, ins, outs: lambda x: np.asarray(x).view(params["new_dtype"]),
     "integer_pow": lambda params, ins, outs: lambda x: np.power(x, params["y"]).astype(np.asarray(x).dtype),
