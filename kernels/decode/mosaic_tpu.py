@@ -79,7 +79,7 @@ def decode_attention(
     block = C if interpret and C <= CPU_BLOCK else _block(C, limit, tile, K * D * cache.k.dtype.itemsize, interpret)
     static = Static(C, limit, block, rows, lanes, scale, softcap, interpret)
     packed = lambda x: None if x is None else x.reshape(B, K, H // K, x.shape[-1])
-    plan = visits(cache.length, C, limit, block)
+    plan = visits(cache.length, C, limit, block, at_once=interpret)
     spent = cost.decode_attention(
         H=H,
         K=K,
@@ -97,7 +97,8 @@ def decode_attention(
 def interpreted_slow(C: int) -> bool:
     """Whether the interpreted kernel is slower than plain XLA even where a ring is half full.
 
-    Measured on 2 cores, a full ring: 1.3 times the time of `xla.py`; one of 32768 slots that holds 512: 1 / 16.
+    Measured on 2 cores: a full ring takes 0.7 of the time of `xla.py`, eight of them 1.3, a part of one about that
+    part; a ring of 32768 slots that holds 512: 1 / 14.
     """
     return device().platform == "cpu" and C < 1024
 
@@ -117,9 +118,7 @@ def _kernel(static: Static, refs: dict[str, Any]) -> None:
     b, block = refs["sequence"][step], refs["block"][step]
     slot, seen = refs["slot"][b], refs["seen"][b]
     K = refs["q"].shape[1]
-    # Interpreted, a last block that is not whole begins earlier: what it has twice is hidden.
     first = block * static.block
-    start = jnp.minimum(first, static.C - static.block) if static.interpret else first
 
     def scores(q: Array, k: Array, factor: Array | float = 1) -> Array:
         s = _dot(q, k.astype(q.dtype), 1) * (factor * static.scale)
@@ -132,25 +131,29 @@ def _kernel(static: Static, refs: dict[str, Any]) -> None:
         refs["l"][...] = jnp.ones(refs["l"].shape, jnp.float32)
         refs["acc"][...] = jnp.broadcast_to(refs["new v"][0].astype(jnp.float32), refs["acc"].shape)
 
-    def old(shape: tuple[int, int]) -> Array:
-        """The slots of the block whose tokens are seen, the new one's apart."""
-        at = start + jax.lax.broadcasted_iota(jnp.int32, shape, int(shape[0] == 1))
-        age = jnp.where(at < slot, slot - at, slot - at + static.C)
-        return (age < seen) & (at >= first) & (at < static.C)
+    def attend(head: Any, first: Array | int, size: int, masked: bool) -> None:
+        """One head, or all, to the slots `first` and on; what is masked may hold NaN where no token is."""
+        # Interpreted, a last block that is not whole begins earlier: what it has twice is hidden.
+        start = jnp.minimum(first, static.C - size) if static.interpret else first
 
-    def attend(head: Any, masked: bool) -> None:
-        """One head, or all."""
+        def old(shape: tuple[int, int]) -> Array:
+            """The slots whose tokens are seen, the new one's apart."""
+            at = start + jax.lax.broadcasted_iota(jnp.int32, shape, int(shape[0] == 1))
+            age = jnp.where(at < slot, slot - at, slot - at + static.C)
+            return (age < seen) & (at >= first) & (at < static.C)
+
         q = refs["q"][0, head]
-        at = (b, head, pl.ds(start, static.block)) if static.interpret else (0, head)
+        at = (b, head, pl.ds(start, size)) if static.interpret else (0, head)
         k_scale, v_scale = (
             1 if name not in refs else refs[name][at][:, None] if static.interpret else refs[name][0, pl.ds(head, 1)]
             for name in ("k scale", "v scale")
         )
         s, v = scores(q, refs["k"][at], k_scale), refs["v"][at]
+        if masked or static.interpret:  # there the new token is in the ring already
+            s = jnp.where(old((1, size)), s, HIDDEN)
         if masked:
-            s = jnp.where(old((1, static.block)), s, HIDDEN)
-            v = jnp.where(old((static.block, 1)), v, 0)  # may hold NaN where no token is, and 0 * NaN is NaN
-            v_scale = jnp.where(old((1, static.block)), v_scale, 0) if "v scale" in refs else 1
+            v = jnp.where(old((size, 1)), v, 0)  # 0 * NaN is NaN
+            v_scale = jnp.where(old((1, size)), v_scale, 0) if "v scale" in refs else 1
         before = refs["m"][head]
         m = jnp.maximum(before, jnp.max(s, axis=-1, keepdims=True))
         p, decay = jnp.exp(s - m), jnp.exp(before - m)
@@ -160,14 +163,20 @@ def _kernel(static: Static, refs: dict[str, Any]) -> None:
         refs["acc"][head] = decay * refs["acc"][head] + _dot(p.astype(q.dtype), v.astype(q.dtype), 0)
 
     if static.interpret:
-        attend(slice(None), masked=True)
+        every, full = slice(None), seen == static.C
+        if static.block < static.C == static.limit:
+            pl.when(full)(lambda: attend(every, 0, static.C, masked=False))
+            pl.when(~full)(lambda: attend(every, first, static.block, masked=True))
+        else:
+            attend(every, first, static.block, masked=True)
     else:
         # Heads in a loop: unrolled, libtpu mixes them and spills. Whole blocks need no mask.
         oldest = (slot + 1 - seen + static.C) % static.C
         whole = (block != slot // static.block) & (first + static.block <= static.C)
         whole &= (block != oldest // static.block) | (oldest % static.block == 0)
         for case, masked in ((whole, False), (~whole, True)):
-            pl.when(case)(lambda masked=masked: pl.loop(0, K)(lambda head: attend(head, masked)))
+            loop = lambda masked=masked: pl.loop(0, K)(lambda head: attend(head, first, static.block, masked))
+            pl.when(case)(loop)
 
         @pl.when(slot // static.block == block)
         def _():

@@ -26,15 +26,18 @@ def row(*lengths: int, **sizes) -> specs.Decode:
     return rows.row(specs.Decode, lengths=lengths, **sizes)
 
 
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("block", [1, 3, 4, 8])
-def test_the_visits_are_the_blocks_that_hold_seen_tokens(block):
+def test_the_visits_are_the_blocks_that_hold_seen_tokens(block, at_once):
     for C, limit in itertools.product((1, 8, 10, 13), (1, 2, 5, 13)):
         limit, lengths = min(limit, C), np.arange(3 * C + 2)
-        found = by_numpy.run(functools.partial(visits, slots=C, limit=limit, block=block), np.int32(lengths))
+        steps = functools.partial(visits, slots=C, limit=limit, block=block, at_once=at_once)
+        found = by_numpy.run(steps, np.int32(lengths))
         expected = []
         for b, length in enumerate(lengths):
             seen = [p % C // block for p in range(max(0, length + 1 - limit), length + 1)]
-            expected += [(b, at) for at in dict.fromkeys(seen)]
+            whole = at_once and len(seen) == C
+            expected += [(b, at) for at in list(dict.fromkeys(seen))[: 1 if whole else None]]
         count = int(found.count)
         assert count == len(expected) and found.ends[-1] == count and found.sequence.shape[0] >= count
         assert list(zip(found.sequence[:count].tolist(), found.block[:count].tolist(), strict=True)) == expected
@@ -81,7 +84,7 @@ def test_a_tpu_appends_and_attends_in_one_kernel(name, run, monkeypatch):
 
 @pytest.mark.parametrize(("C", "window"), [(600, None), (1100, 300), (1537, 513)])
 def test_several_blocks_are_the_formula(C, window):
-    case = row(0, C - 1, C, 3 * C + 7, C=C, window=window, gate="head", D=8)
+    case = row(0, C - 2, C - 1, 3 * C + 7, C=C, window=window, gate="head", D=8)
     step = draw(case, fill=np.nan)
     inputs = {key: jnp.float32(x) for key, x in step.inputs.items()}
     cache = kernels.KVCache(jnp.float32(step.cache_k), jnp.float32(step.cache_v), **case.aux())
