@@ -24,6 +24,7 @@ from bench.ceilings import Ceilings
 from bench.clock import clock
 from kernels import specs
 from kernels.cost import Cost
+from kernels.decode.cache import stored
 from kernels.shapes import Decode, Spec
 
 Tree = dict[str, Any]
@@ -117,9 +118,8 @@ def ours(spec: Spec, implementation: str) -> peers.Forward:
     def forward(inputs: Tree, state: Tree, aux: Tree) -> tuple[jax.Array, Tree]:
         if not isinstance(spec, Decode):
             return operation(**inputs, **aux, **options, implementation=implementation), state
-        cache = kernels.KVCache(state["k"], state["v"], aux["length"])
-        o, cache = operation(**inputs, cache=cache, **options, implementation=implementation)
-        return o, {"k": cache.k, "v": cache.v}
+        o, cache = operation(**inputs, cache=kernels.KVCache(**state, **aux), **options, implementation=implementation)
+        return o, {name: getattr(cache, name) for name in state}
 
     return forward
 
@@ -197,7 +197,9 @@ def arguments(spec: Spec, seed: int = 0) -> tuple[Tree, Tree, jax.Array]:
             inputs[name] = _normal(rng, shape, dtype, scale)
     state = {}
     if isinstance(spec, Decode):
-        state = {name: _normal(rng, spec.cache_shape(), dtype) for name in "kv"}
+        for name in ("k", "v"):
+            numbers, factors = stored(_normal(rng, spec.cache_shape(), dtype), spec.kv_dtype or dtype)
+            state |= {name: numbers} if factors is None else {name: numbers, f"{name}_scale": factors}
     return inputs, state, _normal(rng, spec.out_shape(), dtype)
 
 

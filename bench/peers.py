@@ -216,6 +216,8 @@ def _ragged_moe(spec: MoE) -> Choice:
 def _jax_nn_decode(spec: Decode) -> Choice:
     if spec.softcap is not None:
         return "no soft cap"
+    if spec.kv_dtype is not None:
+        return "no rings in 8 bits"
     if spec.window is not None or max(spec.lengths) >= spec.C:
         return "no ring: only sequences that have not filled the cache"
 

@@ -168,7 +168,7 @@ class MoE(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class Decode(Spec):
-    """One step for sequences that hold `lengths` tokens in rings of C slots."""
+    """One step for sequences that hold `lengths` tokens in rings of C slots, of `kv_dtype` where it is another."""
 
     op: ClassVar[str] = "decode_attention"
     lengths: tuple[int, ...]
@@ -180,13 +180,14 @@ class Decode(Spec):
     gate: str = "none"
     softcap: float | None = None
     scale: float | None = None
+    kv_dtype: str | None = None
 
     @property
     def B(self) -> int:
         return len(self.lengths)
 
     def shapes(self) -> Shapes:
-        """q, k, v and the gate; the cache is apart (`cache_shape`, twice)."""
+        """q, k, v and the gate; the cache is apart (`cache`)."""
         B, H, K, D = self.B, self.H, self.K, self.D
         shapes: Shapes = {"q": (B, H, D), "k": (B, K, D), "v": (B, K, D)}
         if self.gate != "none":
@@ -195,6 +196,13 @@ class Decode(Spec):
 
     def cache_shape(self) -> tuple[int, ...]:
         return (self.B, self.K, self.C, self.D)
+
+    def cache(self, dtype: str) -> dict[str, tuple[tuple[int, ...], str]]:
+        """(shape, dtype) of the rings and, in 8 bits, of their factors, where the model has `dtype`."""
+        arrays = {name: (self.cache_shape(), self.kv_dtype or dtype) for name in ("k", "v")}
+        if self.kv_dtype is not None:
+            arrays |= {f"{name}_scale": (self.cache_shape()[:3], "float32") for name in ("k", "v")}
+        return arrays
 
     def out_shape(self) -> tuple[int, ...]:
         return (self.B, self.H, self.D)
@@ -212,7 +220,9 @@ class Decode(Spec):
         if backward:
             raise ValueError("decode_attention has no backward pass")
         names = ("H", "K", "D", "C", "window", "gate", "itemsize")
-        return cost.decode_attention(**{n: getattr(self, n) for n in names}, lengths=np.array(self.lengths))
+        kept = None if self.kv_dtype is None else 1 + 4 / self.D
+        sizes = {name: getattr(self, name) for name in names}
+        return cost.decode_attention(**sizes, lengths=np.array(self.lengths), kv_itemsize=kept)
 
 
 def spread(N: int, E: int, skew: str) -> np.ndarray:

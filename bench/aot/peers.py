@@ -258,6 +258,8 @@ def _tile(size: int, most: int) -> int:
 
 def _jax_decode(spec: specs.Decode) -> Call:
     _refuse(spec, window=True)
+    if spec.kv_dtype is not None:
+        raise NotImplementedError("no rings in 8 bits")
     from jax.experimental.pallas.ops.gpu import decode_attention
 
     def call(i: dict[str, jax.Array], aux: dict[str, Any]) -> jax.Array:

@@ -77,13 +77,14 @@ def _decode(spec: specs.Decode, dtype: str, call: Callable[..., Any]) -> Program
     names = list(spec.shapes())
     shapes = [(shape, jnp.dtype(dtype)) for shape in spec.shapes().values()]
     first = len(names)
-    shapes += [(spec.cache_shape(), jnp.dtype(dtype))] * 2 + [((spec.B,), jnp.dtype("int32"))]
+    rings = spec.cache(dtype) | {"length": ((spec.B,), "int32")}
+    shapes += [(shape, jnp.dtype(kept)) for shape, kept in rings.values()]
 
     def step(*arrays: jax.Array) -> Any:
-        cache = kernels.KVCache(*arrays[first:])
+        cache = kernels.KVCache(**dict(zip(rings, arrays[first:])))
         return call(dict(zip(names, arrays)), {"cache": cache})
 
-    return Program(step, tuple(shapes), donate=tuple(range(first, first + 3)))
+    return Program(step, tuple(shapes), donate=tuple(range(first, len(shapes))))
 
 
 def _flat(aux: dict[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,11 @@ HIDDEN = -2e38  # a masked score
 
 
 class Static(NamedTuple):
-    """What is known when the kernel is traced; `limit` of the tokens seen, `block`, `rows` and `lanes` in slots."""
+    """What is known when the kernel is traced; `limit` of the tokens seen, `block`, `rows` and `lanes` in slots.
+
+    `at_once`: a ring all of which is seen is one block, because a block is a copy to XLA's CPU compiler. Not where its
+    numbers would be converted: that is a copy too, as large as the ring.
+    """
 
     C: int
     limit: int
@@ -55,6 +59,7 @@ class Static(NamedTuple):
     scale: float
     softcap: float | None
     interpret: bool
+    at_once: bool
 
 
 def decode_attention(
@@ -77,9 +82,10 @@ def decode_attention(
     rows, lanes = min(C, TILE_BYTES // cache.k.dtype.itemsize), min(C, LANES)
     tile = rows if cache.k_scale is None else lanes
     block = C if interpret and C <= CPU_BLOCK else _block(C, limit, tile, K * D * cache.k.dtype.itemsize, interpret)
-    static = Static(C, limit, block, rows, lanes, scale, softcap, interpret)
+    at_once = interpret and cache.k.dtype == q.dtype and block < C == limit
+    static = Static(C, limit, block, rows, lanes, scale, softcap, interpret, at_once)
     packed = lambda x: None if x is None else x.reshape(B, K, H // K, x.shape[-1])
-    plan = visits(cache.length, C, limit, block, at_once=interpret)
+    plan = visits(cache.length, C, limit, block, at_once=at_once)
     spent = cost.decode_attention(
         H=H,
         K=K,
@@ -164,7 +170,7 @@ def _kernel(static: Static, refs: dict[str, Any]) -> None:
 
     if static.interpret:
         every, full = slice(None), seen == static.C
-        if static.block < static.C == static.limit:
+        if static.at_once:
             pl.when(full)(lambda: attend(every, 0, static.C, masked=False))
             pl.when(~full)(lambda: attend(every, first, static.block, masked=True))
         else:
