@@ -1,12 +1,13 @@
 """Command lines from dataclasses: flags, help and one-line errors, the same for every program."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import tyro
 
@@ -21,10 +22,10 @@ USER_ERRORS = (
 )
 
 
-def run_first(argv: Sequence[str] | None) -> list[str]:
-    """The arguments (None: those of the process), `--run` before the first one where that is no flag."""
+def run_first(argv: Sequence[str] | None, flag: str = "--run") -> list[str]:
+    """The arguments (None: those of the process), `flag` before the first one where that is no flag."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    return ["--run", *argv] if argv and not argv[0].startswith("-") else argv
+    return [flag, *argv] if argv and not argv[0].startswith("-") else argv
 
 
 def parse(cls: type, argv: Sequence[str] | None, *, default: Any, prog: str, description: str) -> Any:
@@ -32,7 +33,7 @@ def parse(cls: type, argv: Sequence[str] | None, *, default: Any, prog: str, des
 
     Bad flags and bad values end the program with one line and exit code 2; --help prints the help and exits with 0.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = _switches(cls, sys.argv[1:] if argv is None else argv)
     captured = io.StringIO()
     try:
         with (
@@ -92,6 +93,28 @@ def value_of(argv: Sequence[str], *flags: str) -> str | None:
         if name in flags:
             found = value if equals else (argv[i + 1] if i + 1 < len(argv) else None)
     return found
+
+
+def _switches(cls: type, argv: Sequence[str]) -> list[str]:
+    """`--tie=True` and `--tie=false`, which programs that write all flags alike give, as `--tie` and `--no-tie`."""
+    names = set(_booleans(cls))
+    words = []
+    for word in argv:
+        flag, _, value = word.partition("=")
+        name = flag.removeprefix("--").replace("_", "-")
+        if flag.startswith("--") and name in names and value.lower() in ("true", "false"):
+            word = f"--{name}" if value.lower() == "true" else f"--no-{name}"
+        words.append(word)
+    return words
+
+
+def _booleans(cls: type) -> Iterator[str]:
+    """The flags of the fields that are true or false, however deep they lie, without their dashes."""
+    for name, hint in get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _booleans(hint)
+        elif hint is bool:
+            yield name.replace("_", "-")
 
 
 @contextlib.contextmanager

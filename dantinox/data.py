@@ -218,7 +218,7 @@ def _windows(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> tuple[np.n
 def _read(spec: str | os.PathLike[str]) -> tuple[list[Document], int]:
     """The documents, and how many files were skipped as not text."""
     documents, skipped = [], 0
-    for name, path in _files(spec):
+    for name, path in find_files(spec):
         raw = path.read_bytes()
         try:
             text = raw.decode()
@@ -235,7 +235,12 @@ def _read(spec: str | os.PathLike[str]) -> tuple[list[Document], int]:
     return documents, skipped
 
 
-def _files(spec: str | os.PathLike[str]) -> Iterator[tuple[str, Path]]:
+def find_files(spec: str | os.PathLike[str]) -> Iterator[tuple[str, Path]]:
+    """(name, path) of each file that `spec` names: a file, a folder, a glob or "stdlib".
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
     if spec == STDLIB:
         return _walk(Path(sysconfig.get_path("stdlib")), NOT_STDLIB, ".py")
     path = Path(spec).expanduser()

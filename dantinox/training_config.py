@@ -80,6 +80,8 @@ class TrainConfig:
     """Steps between lines of metrics."""
     profile_steps: str = ""
     """FIRST:LAST, the steps to trace with the JAX profiler."""
+    wandb: bool = False
+    """Log to Weights & Biases too; needs the extra wandb. WANDB_MODE=offline keeps it in the run's folder."""
 
     def __post_init__(self) -> None:
         check_fields(self)
