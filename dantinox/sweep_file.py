@@ -12,6 +12,7 @@
 its settings alone, so that a file may grow: what it asked for before is not run again.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -85,12 +86,13 @@ class Sweep:
         runs: dict[str, Run] = {}
         for values in drawn:
             name = folder_name(values, self.varied)
-            runs.setdefault(name, Run(name, values, problem(values)))
+            if name not in runs:
+                runs[name] = Run(name, values, problem(values))
             if len(runs) == self.run_cap:
                 break
         for parameter in self.parameters:
             for value in parameter.ends:
-                self._possible(parameter.name, value, list(runs.values()))
+                self._possible(parameter.name, value, [run.values for run in runs.values()])
         for data in {settings(run.values).data.data for run in runs.values() if run.refused is None}:
             try:
                 next(find_files(data), None)
@@ -106,15 +108,14 @@ class Sweep:
         for i in range(100 * self.run_cap):  # few values have few combinations
             yield {p.name: p.draw(random.Random(f"{seed}/{i}/{p.name}").random()) for p in self.parameters}
 
-    def _possible(self, name: str, value: Any, runs: list[Run]) -> None:
-        """A value that fits into no run is a mistake of the file; one that fits into some is a matter of the others."""
-        first = None
-        for run in runs:
-            wrong = problem(run.values | {name: value})
-            if wrong is None:
-                return
-            first = first or wrong
-        raise ConfigError(f"{name}: {first}")
+    def _possible(self, name: str, value: Any, drawn: list[dict[str, Any]]) -> None:
+        """A value that goes with nothing is a mistake of the file; one that goes with something, a matter of a run."""
+        names = [p.name for p in self.parameters]
+        corners = (dict(zip(names, ends)) for ends in itertools.product(*(p.ends or (None,) for p in self.parameters)))
+        wrongs = (problem(values | {name: value}) for values in itertools.chain(drawn, itertools.islice(corners, MOST)))
+        first = next(wrongs)
+        if first is not None and all(wrongs):
+            raise ConfigError(f"{name}: {first}")
 
 
 def read(path: Path) -> Sweep:
@@ -206,11 +207,16 @@ def settings(values: Mapping[str, Any]) -> Config:
         ConfigError: they cannot be, or do not go together.
     """
     flags = dict(values)
-    config = Config.from_preset(flags.pop("preset", "nano"))
+    config = _preset(flags.pop("preset", "nano"))
     if (file := flags.pop("config", None)) is not None:
         require(isinstance(file, str), f"config is {file!r}; allowed: the path of a YAML file")
         config = Config.from_yaml(file, config)
     return config.replace(**numbers(flags, "the value"))
+
+
+@functools.cache
+def _preset(name: Any) -> Config:
+    return Config.from_preset(name)
 
 
 def problem(values: Mapping[str, Any]) -> str | None:

@@ -105,10 +105,11 @@ def table(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
 
 def write(sweep: Sweep, outcomes: Sequence[Outcome], folder: Path) -> None:
     """results.md, results.csv and, where two runs are done, results.png."""
-    seen = {name: None for outcome in outcomes for name in outcome.figures if name != "step"}
+    names = [p.name for p in sweep.parameters]
+    # A parameter is what was asked for, not where the schedule left it.
+    seen = {name: None for outcome in outcomes for name in outcome.figures if name not in ("step", *names)}
     buffer = io.StringIO()
     out = csv.writer(buffer, lineterminator="\n")
-    names = [p.name for p in sweep.parameters]
     out.writerow(["run", "state", *names, *seen, "why"])
     for outcome in ranked(sweep, outcomes):
         values = [outcome.run.values[name] for name in names]
