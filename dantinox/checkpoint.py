@@ -40,6 +40,7 @@ class Checkpoints:
         # Orbax takes seconds to import; --help and --dry-run do without it.
         import orbax.checkpoint as ocp
 
+        logging.getLogger("absl").addFilter(_raised_anyway)  # once, however often it is asked for
         self._ocp, self.keep = ocp, keep
         self.folder = (run / "checkpoints").absolute()
         self._writer: Any = None
@@ -218,6 +219,11 @@ class Checkpoints:
                 self._writer = None
 
 
+def _raised_anyway(record: logging.LogRecord) -> bool:
+    """Orbax logs the traceback of what fails in the background, three times over, and then raises it too."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
 def _tree(current: TrainState) -> dict[str, Any]:
     """What is stored: the optimizer's own tree of named tuples is rebuilt from the config, only its leaves are kept."""
     opt = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(current.opt_state))}
@@ -239,6 +245,12 @@ def _sync(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def find_run(run: str) -> Path:
+    """The folder of a run given as a path or as a bare name."""
+    path = Path(run)
+    return path if path.is_dir() or len(path.parts) != 1 else Path("runs") / run
 
 
 def read_config(run: str | Path) -> Config:

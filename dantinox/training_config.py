@@ -11,7 +11,7 @@ class OptimConfig:
     """The optimizer and its schedule."""
 
     optimizer: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
-    """Rule of the update; with muon, embeddings and vectors go by Adam, undecayed."""
+    """Rule of the update; with muon, embeddings and vectors go by Adam."""
     lr: float = 3e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"

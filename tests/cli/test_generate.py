@@ -97,6 +97,27 @@ def test_a_stop_string_ends_the_text_before_it(say):
     assert say(*flags, "--stop", stop, "--stream").out == out.out
 
 
+def test_texts_in_and_texts_out_are_what_the_program_writes(say, models):
+    prompts, how = ["né ", "longer"], {"temperature": 1.5, "max_new_tokens": 30, "n": 2}
+    flags = ["--temperature", 1.5, "--max-new-tokens", 30, "--n", 2]
+    out = say(*(word for prompt in prompts for word in ("--prompt", prompt)), *flags).out
+    want = [part.split(" ---\n", 1)[1].removesuffix("\n") for part in out.split("--- prompt ")[1:]]
+    texts = dantinox.complete(models["windowed"], CharTokenizer("é€"), prompts, **how)
+    assert [prompts[i // 2] + text for i, text in enumerate(texts)] == want and texts[0] != texts[1]
+    stop = texts[2][5:8]
+    cut = dantinox.complete(models["windowed"], CharTokenizer("é€"), prompts, stop=["not there", stop], **how)
+    assert cut == [text.split(stop)[0] for text in texts]
+    for bad, message in (
+        ({"stop": [""]}, "stop holds an empty text"),
+        ({"stop": "x"}, "stop is 'x'; allowed: a list of texts"),
+        ({"prompts": "x"}, "prompts is 'x'; allowed: a list of texts"),
+        ({"prompts": []}, "prompts are empty; allowed: at least one prompt"),
+        ({"n": 0}, "n is 0; allowed: "),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            dantinox.complete(models["windowed"], CharTokenizer("é€"), **({"prompts": ["x"]} | bad))
+
+
 def test_a_window_lets_the_text_go_past_max_context(say):
     """Writing ended at the longest context without a word elsewhere."""
     out = say("--prompt", "a", "--max-new-tokens", 200, "--temperature", 0)
