@@ -43,7 +43,7 @@ def rule(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTransformat
     if config.optimizer == "lion":
         return optax.lion(rate, b1=config.beta1, b2=config.beta2, **decay)
     if config.optimizer == "muon":
-        # optax.contrib.muon decays what goes by Adam, vectors too, by a figure of its own, which is 0. "Muon is scalable
+        # optax.contrib.muon decays what goes by Adam, vectors too, by a figure of its own: 0. "Muon is scalable
         # for LLM training" decays everything alike: so here, but for vectors, as with every optimizer.
         direction = muon(
             1.0,

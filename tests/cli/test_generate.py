@@ -69,7 +69,7 @@ def test_streamed_text_is_the_whole_text(say, program):
 
 
 def test_prompts_in_one_batch_give_what_each_gives_alone(say, tmp_path, monkeypatch):
-    """Batches were padded on the left without a mask elsewhere, so that a batch gave other texts than each alone."""
+    """Fault 14: a batch is padded on the left without a mask: a prompt gives another text than alone."""
     prompts = ["né ", "a longer one", "x"]
     flags = ["--max-new-tokens", 20, "--temperature", 1.5]
     alone = [say("--prompt", prompt, *flags).out for prompt in prompts]
@@ -119,12 +119,13 @@ def test_texts_in_and_texts_out_are_what_the_program_writes(say, models):
 
 
 def test_a_window_lets_the_text_go_past_max_context(say):
-    """Writing ended at the longest context without a word elsewhere."""
+    """Fault 17: writing stops at the longest context without a word."""
     out = say("--prompt", "a", "--max-new-tokens", 200, "--temperature", 0)
     assert out.err.startswith("200 tokens in ")
 
 
 def test_a_model_that_sees_everything_stops_at_max_context_and_says_so(say, program, capsys):
+    """Fault 17: writing stops at the longest context without a word."""
     out = say("--run", "full", "--prompt", "abc", "--temperature", 0)
     assert out.err.startswith("45 tokens in ") and len(out.out) > 10
     assert out.err.endswith("\nstopped at max_context 48, as every layer sees all of it\n")
@@ -168,7 +169,7 @@ def test_a_model_that_sees_everything_stops_at_max_context_and_says_so(say, prog
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(program, capsys, tmp_path, flags, word):
-    """Empty prompts and top_k 0 were taken without a word elsewhere."""
+    """Fault 15: empty prompts and top_k 0 are taken without a word."""
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "latin.txt").write_bytes("caé".encode("latin-1"))
     (tmp_path / "gap.txt").write_bytes(b"a\n\nb\n")

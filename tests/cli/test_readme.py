@@ -1,5 +1,6 @@
 """README holds no command that does not work, no stale table and no picture that is not there."""
 
+import ast
 import re
 import shlex
 import subprocess
@@ -78,6 +79,22 @@ def test_settings_table_is_current():
     done = subprocess.run([sys.executable, "scripts/config_table.py"], cwd=ROOT, capture_output=True, text=True)
     held = re.search(r"<!-- settings.*?-->\n(.*?)<!-- end of settings -->", README, re.S).group(1)
     assert held.strip() == done.stdout.strip()
+
+
+def test_each_common_fault_has_its_tests():
+    """tests/README.md, with the docstrings of the tests that it names."""
+    rows = re.findall(r"^\| (\d+) \| (.*?) \| (.*?) \|$", (ROOT / "tests" / "README.md").read_text(), re.M)
+    assert [int(number) for number, _, _ in rows] == list(range(1, 19))
+    named = {}
+    for number, _, cell in rows:
+        for file, name in re.findall(r"`(\S+)` `(\w+)`", cell):
+            named.setdefault(file, {})[name] = number
+    assert {number for names in named.values() for number in names.values()} == {number for number, _, _ in rows}
+    for file, names in named.items():
+        tree = ast.parse((ROOT / "tests" / file).read_text())
+        told = {node.name: ast.get_docstring(node) for node in tree.body if isinstance(node, ast.FunctionDef)}
+        for name, number in names.items():
+            assert (told.get(name) or "").startswith(f"Fault {number}: "), f"{file} {name}"
 
 
 def test_ladder_tables_are_what_was_measured():

@@ -66,7 +66,6 @@ def test_a_run_writes_everything_it_promises(finished):
 
 
 def test_tensorboard_shows_scalars_samples_and_the_trace_of_the_steps_asked_for(finished):
-    """No TensorBoard."""
     folder = finished[0] / "runs" / "whole" / "tensorboard"
     events = EventAccumulator(str(folder)).Reload()
     for name in ("loss", "grad_norm", "lr", "router/load_max.0", "router/entropy.0", "router/dropped.0"):
@@ -172,6 +171,7 @@ WRONG = {
 
 @pytest.mark.parametrize("words", WRONG)
 def test_wrong_input_is_one_line_and_exit_2(words, tmp_path, monkeypatch, capsys, text):
+    """Fault 9: a typo in a settings file is ignored."""
     monkeypatch.chdir(tmp_path)
     Path("wrong.yaml").write_text("slidng_window: 64\n")
     data = [] if "--data" in words else ["--data", str(text)]
@@ -190,6 +190,13 @@ def test_resuming_with_another_model_names_each_difference(finished, text, monke
         train.main(["--run", "whole", "--resume", "--steps", "9", "--n-layers", "2", "--kv-heads", "2"])
     assert stop.value.code == 2
     assert "--resume cannot change n_layers 1 -> 2; kv_heads 1 -> 2" in capsys.readouterr().err
+
+
+def test_switches_may_be_written_like_all_other_flags():
+    parsed = [
+        train.parse(["--tie=False", "--qk_norm=true", f"--window={w}", "--no-tie"]).settings.model for w in (3, None)
+    ]
+    assert [(m.tie, m.qk_norm, m.window) for m in parsed] == [(False, True, 3), (False, True, None)]
 
 
 def test_help_lists_every_setting(capsys):

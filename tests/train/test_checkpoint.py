@@ -132,6 +132,7 @@ def test_a_manifest_that_tells_another_story_is_damaged(two, tmp_path):
 
 
 def test_a_kill_while_saving_leaves_only_what_is_swept_away(two, tmp_path):
+    """Fault 7: files are half written."""
     run = shutil.copytree(two, tmp_path / "run")
     folder = run / "checkpoints"
     (folder / "2").rename(folder / ".partial-2")  # what a kill leaves before the rename

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import os
+import shutil
 import signal
 from collections import Counter
 from pathlib import Path
@@ -96,9 +97,18 @@ def test_two_runs_of_one_seed_are_bit_equal(whole):
     assert [row["step"] for row in rows(whole) if "val_loss" in row] == [4, 8, 12]
 
 
+def test_a_short_run_keeps_the_weights_that_were_trained(whole):
+    """Fault 1: checkpoints only every so many steps, none at the end: a short run keeps untrained weights."""
+    path = run("short", save_every=500, eval_every=0)
+    assert Checkpoints(path).steps() == [12] and weights(path) == weights(whole)
+    kept = Checkpoints(path).restore(12, train.Trainer(Config.from_yaml(path / "config.yaml")).like())
+    start = train.Trainer(Config.from_yaml(path / "config.yaml")).initial()
+    assert all((kept.params[name] != start.params[name]).any() for name in start.params)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(number, whole, monkeypatch, capsys):
-    """Resuming was not exact with dropout, and Ctrl-C deleted the cursor."""
+    """Fault 7: a resumed run is another one where there is dropout, and Ctrl-C loses the place."""
     name, before = f"stopped-{number.name}", signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch, pytest.raises(Interrupted) as stop:
         at_step(patch, 7, lambda: signal.raise_signal(number))
@@ -148,10 +158,24 @@ def killed(name: str, monkeypatch, at: int) -> Path:
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint(whole, monkeypatch):
-    """Log rows were overwritten on resume."""
+    """Fault 18: rows of the log are overwritten on resume."""
     path = killed("killed", monkeypatch, at=9)
     run("killed", resume=True)
     assert rows(path) == rows(whole) and weights(path) == weights(whole)
+
+
+def test_a_run_killed_before_it_saved_begins_anew_and_nothing_else_does(whole, monkeypatch, capsys):
+    """Nothing keeps step 0: the start of a run follows from its settings."""
+    path = killed("young", monkeypatch, at=3)
+    assert Checkpoints(path).steps() == [] and len(rows(path)) == 2
+    run("young", resume=True)
+    assert "run runs/young has no checkpoint yet: it begins anew\n" in capsys.readouterr().out
+    assert rows(path) == rows(whole) and weights(path) == weights(whole)
+    shutil.rmtree(path / "checkpoints")
+    before = (path / "metrics.jsonl").read_bytes()
+    with pytest.raises(FileNotFoundError, match="run runs/young has no checkpoint, though it came to step 12"):
+        run("young", resume=True)
+    assert (path / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, monkeypatch, capsys):
@@ -202,7 +226,7 @@ def train_steps(state) -> int:
 
 
 def test_another_text_is_not_taken_for_the_one_trained_on(whole):
-    """A second corpus was silently replaced by the first."""
+    """Fault 2: a second corpus is silently replaced by the first."""
     text = Path("text.txt").read_text()
     try:
         Path("text.txt").write_text(text.replace("cammin", "camino"))
@@ -272,7 +296,6 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_its_batch_is_kept(pla
 
 
 def test_five_hundred_steps_compile_each_program_once(caplog):
-    """Sampling parameters were static, so that each value compiled anew."""
     changes = {"eval_every": 50, "save_every": 100, "sample_every": 200, "sample_tokens": 4, "log_every": 10}
     with caplog.at_level("WARNING"), jax.log_compiles():
         path = run("long", steps=500, **changes, **DENSE)

@@ -182,6 +182,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_mistake_is_one_line_that_names_it(name, tmp_path):
+    """Fault 9: a typo in a settings file is ignored."""
     changes, message = WRONG[name]
     with pytest.raises(ConfigError, match=message) as error:
         made(tmp_path, **changes).runs()
