@@ -42,7 +42,8 @@ class Checkpoints:
 
         logging.getLogger("absl").addFilter(_raised_anyway)  # once, however often it is asked for
         self._ocp, self.keep = ocp, keep
-        self.folder = (run / "checkpoints").absolute()
+        self.shown = run / "checkpoints"  # in messages, as the user named it
+        self.folder = self.shown.absolute()
         self._writer: Any = None
         self._thread: threading.Thread | None = None
         self._failure: NotSaved | None = None
@@ -110,7 +111,7 @@ class Checkpoints:
             text = os.strerror(errno.ENOSPC)
         kept = [kept for kept in self.steps() if kept != step]
         intact = f"the checkpoint of step {kept[-1]} is as it was" if kept else "there is no earlier checkpoint"
-        return NotSaved(f"step {step} could not be saved in {self.folder}: {text[:300]}; {intact}")
+        return NotSaved(f"step {step} could not be saved in {self.shown}: {text[:300]}; {intact}")
 
     def _prune(self) -> None:
         about = self._about()
@@ -157,7 +158,7 @@ class Checkpoints:
         try:
             return manifest.check(self.folder / str(step))
         except Damaged as error:
-            raise Damaged(f"checkpoint {self.folder / str(step)} is damaged: {error}") from None
+            raise Damaged(f"checkpoint {self.shown / str(step)} is damaged: {error}") from None
 
     def newest_intact(self) -> tuple[int, dict[str, Any], list[Damaged]]:
         """(step, what was told about it, what is wrong with each newer one).
@@ -174,11 +175,11 @@ class Checkpoints:
                 wrong.append(error)
         if wrong:
             raise Damaged("; ".join(map(str, wrong)) + "; no other checkpoint is left")
-        raise FileNotFoundError(f"run {self.folder.parent} has no checkpoint yet")
+        raise FileNotFoundError(f"run {self.shown.parent} has no checkpoint yet")
 
     def set_aside(self, step: int) -> Path:
         """Move a damaged checkpoint out of the way, to damaged/STEP beside checkpoints/, and return where it is."""
-        folder = self.folder.parent / "damaged"
+        folder = self.shown.parent / "damaged"
         folder.mkdir(exist_ok=True)
         names = (folder / (f"{step}.{number}" if number else str(step)) for number in range(1000))
         kept = next(path for path in names if not path.exists())

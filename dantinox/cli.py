@@ -139,6 +139,9 @@ def _one_line(panel: str) -> str:
     message = next((line for line in body[1:] if line), "wrong arguments")
     message = re.sub(r"^Error parsing [\w.]+: ", "", message)
     flags = [line.split()[0].rstrip(",") for line in body if line.startswith("--")]
+    if unknown := re.match(r"Unrecognized options: (-.*)", message):  # their values are no options
+        words = [word.partition("=")[0] for word in unknown[1].rstrip(".").split(", ") if word.startswith("-")]
+        message = f"Unrecognized options: {', '.join(words)}"
     if message.startswith("Unrecognized options") and flags:
         message += f"; did you mean {flags[0]}?"
     got = next(

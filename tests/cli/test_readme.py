@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.promises import table
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 SHELL = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if line]
@@ -79,6 +81,12 @@ def test_settings_table_is_current():
     done = subprocess.run([sys.executable, "scripts/config_table.py"], cwd=ROOT, capture_output=True, text=True)
     held = re.search(r"<!-- settings.*?-->\n(.*?)<!-- end of settings -->", README, re.S).group(1)
     assert held.strip() == done.stdout.strip()
+
+
+def test_each_message_that_readme_promises_is_compared_with_the_real_one():
+    tests = [path.read_text() for folder in ("train", "cli") for path in (ROOT / "tests" / folder).glob("test_*.py")]
+    compared = {name for text in tests for name in re.findall(r'promised\("(.*?)"\)', text)}
+    assert compared == set(table())
 
 
 def test_each_common_fault_has_its_tests():

@@ -18,6 +18,7 @@ from dantinox import sweep, sweep_report
 from dantinox.metrics import read_metrics
 from dantinox.sweep_file import read
 from dantinox.sweep_report import Outcome
+from tests.promises import promised
 
 TINY = {
     "n_layers": 1, "dim": 16, "n_heads": 2, "kv_heads": 1, "window": 8, "seq_len": 16, "max_context": 32,
@@ -123,6 +124,7 @@ def test_ctrl_c_leaves_a_sweep_that_goes_on_where_it_was(place):
     out, err = process.communicate(timeout=120)
     assert time.monotonic() - asked < 15 and process.returncode == 130 and "Traceback" not in err
     assert out.endswith("interrupted; each run is saved. Go on with: python -m dantinox.sweep long.yaml\n")
+    assert promised("Ctrl-C in a sweep").fullmatch(out.splitlines()[-1].replace("long.yaml", "configs/sweep.yaml"))
     (begun,) = [path for path in folder.iterdir() if path.is_dir()]
     (step,) = [int(path.name) for path in (begun / "checkpoints").iterdir()]
     assert step >= 5 and f"interrupted; step {step} is saved" in (folder / f"{begun.name}.log").read_text()
@@ -143,7 +145,7 @@ WRONG = {
     "typo.yaml": r"typo.yaml: unknown parameter 'windw'; did you mean 'window'\?",
     "value.yaml": "value.yaml: window: window is 0; allowed: 1 or more keys",
     "good.yaml --seed=-1": "seed is -1; allowed: 0 or more",
-    "good.yaml --sede 3": r"Unrecognized options: --sede, 3; did you mean --seed\?",
+    "good.yaml --sede 3": r"Unrecognized options: --sede; did you mean --seed\?",
     "good.yaml --runs-dir text.txt": "text.txt/good: Not a directory",
     "good.yaml --runs-dir here": "here/good is a run; give the sweep another name",
 }

@@ -20,6 +20,7 @@ from dantinox import train
 from dantinox.config import Config
 from dantinox.metrics import read_metrics
 from tests.board import tensorboard
+from tests.promises import promised
 
 TINY = """--n-layers 1 --dim 32 --n-heads 2 --kv-heads 1 --window 8 --seq-len 16 --max-context 64 --batch-size 4
 --eval-batches 2 --sample-tokens 8 --log-every 1""".split()
@@ -181,6 +182,7 @@ def test_wrong_input_is_one_line_and_exit_2(words, tmp_path, monkeypatch, capsys
     assert stop.value.code == 2
     assert captured.err.count("\n") == 1 and captured.err.startswith("dantinox-train: error: ")
     assert re.search(WRONG[words], captured.err), captured.err
+    assert words != "--windw 3" or promised("a wrong flag").fullmatch(captured.err.strip())
     assert os.listdir() == ["wrong.yaml"]  # nothing is left behind
 
 
