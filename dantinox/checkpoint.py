@@ -269,7 +269,7 @@ def read_config(run: str | Path) -> Config:
 
 
 def _runs(folder: Path) -> Iterator[str]:
-    return (path.parent.name for path in folder.glob("*/config.yaml")) if folder.is_dir() else iter(())
+    return (path.parent.name for path in folder.glob("*/config.yaml") if path.is_file())
 
 
 def load(

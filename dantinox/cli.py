@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import os
 import re
@@ -62,16 +63,20 @@ def fail(prog: str, message: object, code: int = 2) -> NoReturn:
 
 @contextlib.contextmanager
 def user_errors(prog: str, verbose: bool = False) -> Iterator[None]:
-    """What a user can get wrong becomes one line and exit code 2; with `verbose` the traceback stays."""
+    """What a user can get wrong becomes one line and exit code 2; with `verbose` the traceback stays.
+
+    What else the system refuses, such as room on a disk, is one line too, with exit code 1.
+    """
     try:
         yield
-    except USER_ERRORS as error:
-        if verbose:
+    except (*USER_ERRORS, OSError) as error:
+        if verbose or isinstance(error, BrokenPipeError):
             raise
         text = str(error)
         if isinstance(error, OSError) and error.filename is not None:
-            text = f"{error.filename}: {error.strerror}"
-        fail(prog, text)
+            text = f"{str(error.filename)[:200]}: {error.strerror}"
+        wrong = isinstance(error, USER_ERRORS) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS)
+        fail(prog, text, code=2 if wrong else 1)
 
 
 def console(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:

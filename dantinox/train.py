@@ -218,7 +218,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 dry_run(arguments.settings)
             else:
                 run = train(arguments.settings, arguments.resume)
-                print(f"\nsaved {run}. Let it write: python -m dantinox.generate --run {run} --prompt 'def '")
+                write = shlex.join(["python", "-m", "dantinox.generate", "--run", str(run), "--prompt", "def "])
+                print(f"\nsaved {run}. Let it write: {write}")
     except Interrupted as stopped:
         return stopped.code
     except KeyboardInterrupt:
