@@ -239,7 +239,7 @@ def find_files(spec: str | os.PathLike[str]) -> Iterator[tuple[str, Path]]:
     """(name, path) of each file that `spec` names: a file, a folder, a glob or "stdlib".
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is none. PermissionError: a folder cannot be read.
     """
     if spec == STDLIB:
         return _walk(Path(sysconfig.get_path("stdlib")), NOT_STDLIB, ".py")
@@ -255,7 +255,10 @@ def find_files(spec: str | os.PathLike[str]) -> Iterator[tuple[str, Path]]:
 
 
 def _walk(root: Path, excluded: set[str], suffix: str) -> Iterator[tuple[str, Path]]:
-    for folder, subfolders, names in os.walk(root):
+    def refuse(error: OSError) -> None:  # os.walk leaves out what it cannot read, and says nothing
+        raise error
+
+    for folder, subfolders, names in os.walk(root, onerror=refuse):
         subfolders[:] = sorted(s for s in subfolders if s not in excluded and not s.startswith("."))
         for name in sorted(names):
             path = Path(folder, name)

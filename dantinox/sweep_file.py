@@ -96,8 +96,9 @@ class Sweep:
         for data in {settings(run.values).data.data for run in runs.values() if run.refused is None}:
             try:
                 next(find_files(data), None)
-            except FileNotFoundError as error:
-                raise ConfigError(f"data: {error}") from None
+            except OSError as error:
+                text = f"{error.filename}: {error.strerror}" if error.filename is not None else error
+                raise ConfigError(f"data: {text}") from None
         return list(runs.values())
 
     def _grid(self) -> Iterator[dict[str, Any]]:

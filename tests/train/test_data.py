@@ -87,6 +87,20 @@ def test_nothing_to_read_raises_one_line(tmp_path, make):
         assert "\n" not in str(error.value)
 
 
+def test_a_folder_that_cannot_be_read_is_said_and_not_left_out(folder, make, monkeypatch):
+    closed, scan = folder / "closed", os.scandir
+    closed.mkdir()
+
+    def scandir(path):
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="closed"):
+        make(folder)
+
+
 def test_stdlib_is_source_without_tests():
     names = [d.name for d in find_documents("stdlib")]
     assert len(names) > 300 and "argparse.py" in names and os.path.join("json", "decoder.py") in names

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
+from dantinox import sweep_file
 from dantinox.config import ConfigError
 from dantinox.distributions import KEYS, Parameter
 from dantinox.sweep_file import read, settings
@@ -108,6 +111,8 @@ def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path):
     assert [settings(run.values).optim.lr for run in sweep.runs()] == [0.001, 0.1]
 
 
+WORDS = ("value", "values", "min", "max", "distribution", "q", "mu", "sigma", "probabilities", "name", "goal")
+SETTINGS = ("window", "lr", "tie", "mlp", "preset", "steps", "run", "data", "config", "kv_heads")
 WRONG = {
     "a key": ({"metod": "grid"}, r"unknown key 'metod'; did you mean 'method'\?"),
     "no parameters": ({"parameters": {}}, "parameters are missing; allowed: flags of dantinox.train"),
@@ -187,6 +192,29 @@ def test_a_mistake_is_one_line_that_names_it(name, tmp_path):
     with pytest.raises(ConfigError, match=message) as error:
         made(tmp_path, **changes).runs()
     assert "\n" not in str(error.value)
+
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-9, 9)
+    | st.floats()
+    | st.sampled_from(["", "a", "1e-3", "grid", "val_loss"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(
+    st.dictionaries(st.sampled_from(sorted(sweep_file.KEYS)), ANYTHING),
+    st.dictionaries(st.sampled_from(SETTINGS), ANYTHING),
+)
+def test_whatever_stands_in_a_file_it_is_right_or_one_line(keys, parameters):
+    found = PLAIN | keys | ({"parameters": parameters} if parameters else {})
+    try:
+        sweep_file._read(found, "x").runs()
+    except ConfigError as error:
+        assert str(error) and "\n" not in str(error)
 
 
 TEXTS = {
