@@ -63,7 +63,7 @@ class Sweeper:
         with self._listening():
             for i, run in enumerate(self.runs):
                 head = f"{i + 1}/{len(self.runs)} {run.name}"
-                if self.asked is None and outcomes[i].state != "done":
+                if self.asked is None and outcomes[i].state not in ("done", "refused"):
                     outcomes[i] = self._one(run, head)
                     sweep_report.write(self.sweep, outcomes, self.folder)
                 if self.asked is None or outcomes[i].state == "interrupted":
@@ -72,11 +72,9 @@ class Sweeper:
         return outcomes
 
     def _one(self, run: Run, head: str) -> Outcome:
-        if run.refused is not None:
-            return Outcome(run, "refused", why=run.refused)
         path = self.folder / run.name
         begun = (path / "config.yaml").is_file()
-        words = ["--resume"] if begun else [*run.flags(), *(["--wandb"] if self.wandb else [])]
+        words = [*(["--resume"] if begun else run.flags()), *(["--wandb"] if self.wandb else [])]
         command = [sys.executable, "-m", "dantinox.train", "--run", run.name, "--runs-dir", str(self.folder), *words]
         log = self.folder / f"{run.name}.log"
         self.console.print(f"{head}: {'goes on' if begun else 'begins'}; what it says is in {log}", markup=False)
@@ -89,7 +87,7 @@ class Sweeper:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 process_group=0,
-                env=os.environ | {"WANDB_RUN_GROUP": self.sweep.name, "PYTHONUNBUFFERED": "1"},
+                env={"WANDB_RUN_GROUP": self.sweep.name} | os.environ | {"PYTHONUNBUFFERED": "1"},
                 pass_fds=(self.lock,),  # whoever kills us leaves a run behind, which still holds the folder
             )
             if self.asked is not None:  # while it was made
@@ -174,9 +172,10 @@ def sweep(args: Args) -> int:
     if args.dry_run:
         print(f"{len(runs)} runs in {folder}, each with {fixed(found, runs)}")
         for i, run in enumerate(runs):
-            state = sweep_report.known(run, folder).state if run.refused is None else f"refused: {run.refused}"
+            known = sweep_report.known(run, folder)
             words = shlex.join(run.flags(found.varied))
-            print(f"{i + 1}/{len(runs)} {run.name}: {words}{'' if state == 'waiting' else f' ({state})'}")
+            told = f" ({known.state}{known.why and ': '}{known.why})"
+            print(f"{i + 1}/{len(runs)} {run.name}: {words}{'' if known.state == 'waiting' else told}")
         return 0
     if args.wandb:
         tracking.check()

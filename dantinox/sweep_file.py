@@ -51,6 +51,16 @@ class Run:
     values: dict[str, Any]
     refused: str | None = None
 
+    @classmethod
+    def of(cls, values: dict[str, Any], varied: Sequence[str]) -> "Run":
+        """The run of these values; its name shows those that are `varied`."""
+        told, refused = values, None
+        try:
+            told = settings(values).flat()  # what a preset and a file of settings say now is part of it
+        except ConfigError as error:
+            refused = str(error)
+        return cls(folder_name(values, varied, told), values, refused)
+
     def flags(self, names: Sequence[str] | None = None) -> list[str]:
         """The values as the command line has them; only those of `names`."""
         return [f"--{n.replace('_', '-')}={value}" for n, value in self.values.items() if names is None or n in names]
@@ -85,9 +95,8 @@ class Sweep:
         drawn = self._grid() if self.method == "grid" else self._random(seed)
         runs: dict[str, Run] = {}
         for values in drawn:
-            name = folder_name(values, self.varied)
-            if name not in runs:
-                runs[name] = Run(name, values, problem(values))
+            run = Run.of(values, self.varied)
+            runs.setdefault(run.name, run)
             if len(runs) == self.run_cap:
                 break
         for parameter in self.parameters:
@@ -229,8 +238,8 @@ def problem(values: Mapping[str, Any]) -> str | None:
     return None
 
 
-def folder_name(values: Mapping[str, Any], varied: list[str]) -> str:
-    """What was varied, to be read, and a hash of all of it, to be sure."""
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+def folder_name(values: Mapping[str, Any], varied: Sequence[str], told: Mapping[str, Any]) -> str:
+    """What was varied, to be read, and a hash of all that was `told`, to be sure."""
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
     shown = "_".join(f"{name}={values[name]}" for name in varied)
     return f"{re.sub(r'[^A-Za-z0-9_.=+-]', '-', shown)[:100] or 'run'}_{digest}".lstrip(".-")

@@ -45,6 +45,8 @@ class Outcome:
 
 def known(run: Run, folder: Path) -> Outcome:
     """What the folder of a sweep tells about a run."""
+    if run.refused is not None:
+        return Outcome(run, "refused", why=run.refused)
     path = folder / run.name
     try:
         found = json.loads((path / RESULT).read_text())
@@ -59,8 +61,10 @@ def finish(run: Run, folder: Path) -> Outcome:
     """Gather the figures of a run that has come to its end, and mark it as done."""
     path = folder / run.name
     rows, config = read_metrics(path / "metrics.jsonl"), read_config(path)
+    if not rows:
+        return Outcome(run, "failed", why=f"{path / 'metrics.jsonl'} is missing or empty")
     figures = {name: value for row in rows for name, value in row.items()}  # the last of each, as W&B sums up
-    timed = [row["tokens_per_s"] for row in rows[1:]] or [row["tokens_per_s"] for row in rows]  # the first compiles
+    timed = [row["tokens_per_s"] for row in rows[1:] or rows]  # the first compiles
     model = config.model
     costs = (
         count.total_parameters(model),

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from dantinox import tracking, train
+from dantinox import sweep_file, tracking, train
 from dantinox.metrics import read_metrics
 
+ROOT = Path(__file__).parents[2]
 TINY = """--n-layers 1 --dim 16 --n-heads 2 --kv-heads 1 --window 8 --seq-len 16 --max-context 32 --batch-size 4
 --eval-batches 2 --sample-tokens 8 --log-every 1 --steps 6 --eval-every 3 --save-every 4 --data text.txt""".split()
 INSTALLED = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="the extra wandb is not installed")
@@ -96,6 +97,23 @@ def test_config_metrics_samples_and_the_folder_reach_wandb(here):
     compare(run)
     ids = {record.run.run_id for record in records(run) if record.WhichOneof("record_type") == "run"}
     assert ids == {begun.run_id}
+
+
+@INSTALLED
+def test_the_agent_of_wandb_starts_the_runs_that_we_do(monkeypatch):
+    """The sweep file through W&B's own reader, and each run through what its agent makes of `command`."""
+    from wandb.sdk.launch.sweeps import utils
+
+    monkeypatch.chdir(ROOT)
+    found = utils.load_sweep_config("configs/sweep.yaml")
+    words = utils.create_sweep_command(found["command"])
+    assert words[2:-1] == ["-m", "dantinox.train", "--wandb"] and words[-1] == "${args}"
+    for run in sweep_file.read(ROOT / "configs" / "sweep.yaml").runs():
+        given = {name: {"value": value} for name, value in run.values.items()}
+        flags = utils.create_sweep_command_args({"args": given})["args"]
+        asked = train.parse([*words[4:-1], *flags]).settings
+        assert asked == sweep_file.settings(run.values).loose().replace(wandb=True).loose()
+        assert train.parse(run.flags()).settings == sweep_file.settings(run.values).loose()
 
 
 def compare(run: Path) -> None:

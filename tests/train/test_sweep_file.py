@@ -43,6 +43,11 @@ def test_a_run_is_known_by_its_settings_however_the_file_grows(tmp_path):
     assert [run.name for run in more.runs()][1:] == before  # equal settings are one run
     other = made(tmp_path, parameters={"window": {"values": [8, None]}, "lr": {"value": 0.1}})
     assert not {run.name for run in other.runs()} & set(before)
+    (tmp_path / "base.yaml").write_text("dim: 32\n")
+    based = {"window": {"values": [8, None]}, "config": {"value": str(tmp_path / "base.yaml")}}
+    first = [run.name for run in made(tmp_path, parameters=based).runs()]
+    (tmp_path / "base.yaml").write_text("dim: 64\n")
+    assert not {run.name for run in made(tmp_path, parameters=based).runs()} & set(first)
 
 
 RANDOM = {
