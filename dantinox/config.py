@@ -244,7 +244,7 @@ class Config:
     def loose(self) -> "Config":
         """A copy to build others from: a head_dim that was derived is None again, to follow a new dim or n_heads."""
         copied = dataclasses.replace(self, model=dataclasses.replace(self.model))
-        if self.model.head_dim * self.model.n_heads == self.model.dim:
+        if self.model.head_dim is not None and self.model.head_dim * self.model.n_heads == self.model.dim:
             object.__setattr__(copied.model, "head_dim", None)
         return copied
 

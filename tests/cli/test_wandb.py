@@ -112,8 +112,8 @@ def test_the_agent_of_wandb_starts_the_runs_that_we_do(monkeypatch):
         given = {name: {"value": value} for name, value in run.values.items()}
         flags = utils.create_sweep_command_args({"args": given})["args"]
         asked = train.parse([*words[4:-1], *flags]).settings
-        assert asked == sweep_file.settings(run.values).loose().replace(wandb=True).loose()
-        assert train.parse(run.flags()).settings == sweep_file.settings(run.values).loose()
+        assert asked == sweep_file.settings(run.values).replace(wandb=True)
+        assert train.parse(run.flags()).settings == sweep_file.settings(run.values)
 
 
 def compare(run: Path) -> None:
