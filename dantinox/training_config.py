@@ -93,6 +93,8 @@ class TrainConfig:
             self.run not in ("", ".", "..") and "/" not in self.run and "\\" not in self.run,
             f"run is {self.run!r}; allowed: a plain folder name",
         )
+        size = len(self.run.encode())  # file systems allow 255; an older run gets a number behind it
+        require(size <= 200, f"run is a name of {size} bytes; allowed: up to 200")
         require(
             self.batch_size % self.grad_accum == 0,
             f"batch_size is {self.batch_size} and grad_accum is {self.grad_accum}; "
