@@ -4,6 +4,7 @@ ARGS   ?=
 EXTRAS ?=
 BENCH  ?=
 LOGDIR ?= runs
+SWEEP  ?= configs/sweep.yaml
 # Test processes: compiling is most of a test, and it takes one core. JOBS=0 runs them in one process.
 JOBS   ?= 2
 
@@ -11,7 +12,7 @@ PY     := .venv/bin/python
 SETUP  := sh scripts/setup.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train generate test test-long test-crash test-mutants bench bench-compare toggles ladder aot aot-check profile \
+.PHONY: help setup train sweep generate test test-long test-crash test-mutants bench bench-compare toggles ladder aot aot-check profile \
         tensorboard gpu lint format doctor clean
 
 help: ## show this list
@@ -26,6 +27,10 @@ setup: ## build .venv (EXTRAS="dev triton peers" adds to it)
 train: ## train a model (PRESET=nano)
 	@$(SETUP)
 	@$(PY) -m dantinox.train --preset $(PRESET) $(ARGS)
+
+sweep: ## compare settings: trains what SWEEP=configs/sweep.yaml asks for
+	@$(SETUP)
+	@$(PY) -m dantinox.sweep $(SWEEP) $(ARGS)
 
 generate: ## let a trained model write: make generate ARGS="runs/NAME --prompt ..."
 	@$(SETUP)

@@ -1,10 +1,22 @@
 """DantinoX: a nano Transformer language model, and the laboratory in which its Pallas kernels are made."""
 
+from dantinox.completion import complete
 from dantinox.config import Config, ConfigError, ModelConfig
 from dantinox.generation import generate, stream
 from dantinox.model import Transformer
 
-__all__ = ["Config", "ConfigError", "ModelConfig", "Transformer", "generate", "load", "load_hf", "save_hf", "stream"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "ModelConfig",
+    "Transformer",
+    "complete",
+    "generate",
+    "load",
+    "load_hf",
+    "save_hf",
+    "stream",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -40,8 +40,10 @@ class Checkpoints:
         # Orbax takes seconds to import; --help and --dry-run do without it.
         import orbax.checkpoint as ocp
 
+        logging.getLogger("absl").addFilter(_raised_anyway)  # once, however often it is asked for
         self._ocp, self.keep = ocp, keep
-        self.folder = (run / "checkpoints").absolute()
+        self.shown = run / "checkpoints"  # in messages, as the user named it
+        self.folder = self.shown.absolute()
         self._writer: Any = None
         self._thread: threading.Thread | None = None
         self._failure: NotSaved | None = None
@@ -109,7 +111,7 @@ class Checkpoints:
             text = os.strerror(errno.ENOSPC)
         kept = [kept for kept in self.steps() if kept != step]
         intact = f"the checkpoint of step {kept[-1]} is as it was" if kept else "there is no earlier checkpoint"
-        return NotSaved(f"step {step} could not be saved in {self.folder}: {text[:300]}; {intact}")
+        return NotSaved(f"step {step} could not be saved in {self.shown}: {text[:300]}; {intact}")
 
     def _prune(self) -> None:
         about = self._about()
@@ -156,7 +158,7 @@ class Checkpoints:
         try:
             return manifest.check(self.folder / str(step))
         except Damaged as error:
-            raise Damaged(f"checkpoint {self.folder / str(step)} is damaged: {error}") from None
+            raise Damaged(f"checkpoint {self.shown / str(step)} is damaged: {error}") from None
 
     def newest_intact(self) -> tuple[int, dict[str, Any], list[Damaged]]:
         """(step, what was told about it, what is wrong with each newer one).
@@ -173,11 +175,11 @@ class Checkpoints:
                 wrong.append(error)
         if wrong:
             raise Damaged("; ".join(map(str, wrong)) + "; no other checkpoint is left")
-        raise FileNotFoundError(f"run {self.folder.parent} has no checkpoint yet")
+        raise FileNotFoundError(f"run {self.shown.parent} has no checkpoint yet")
 
     def set_aside(self, step: int) -> Path:
         """Move a damaged checkpoint out of the way, to damaged/STEP beside checkpoints/, and return where it is."""
-        folder = self.folder.parent / "damaged"
+        folder = self.shown.parent / "damaged"
         folder.mkdir(exist_ok=True)
         names = (folder / (f"{step}.{number}" if number else str(step)) for number in range(1000))
         kept = next(path for path in names if not path.exists())
@@ -218,6 +220,11 @@ class Checkpoints:
                 self._writer = None
 
 
+def _raised_anyway(record: logging.LogRecord) -> bool:
+    """Orbax logs the traceback of what fails in the background, three times over, and then raises it too."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
 def _tree(current: TrainState) -> dict[str, Any]:
     """What is stored: the optimizer's own tree of named tuples is rebuilt from the config, only its leaves are kept."""
     opt = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(current.opt_state))}
@@ -241,6 +248,12 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
+def find_run(run: str) -> Path:
+    """The folder of a run given as a path or as a bare name."""
+    path = Path(run)
+    return path if path.is_dir() or len(path.parts) != 1 else Path("runs") / run
+
+
 def read_config(run: str | Path) -> Config:
     """The resolved settings of a run.
 
@@ -256,7 +269,7 @@ def read_config(run: str | Path) -> Config:
 
 
 def _runs(folder: Path) -> Iterator[str]:
-    return (path.parent.name for path in folder.glob("*/config.yaml")) if folder.is_dir() else iter(())
+    return (path.parent.name for path in folder.glob("*/config.yaml") if path.is_file())
 
 
 def load(

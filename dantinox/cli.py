@@ -1,12 +1,14 @@
 """Command lines from dataclasses: flags, help and one-line errors, the same for every program."""
 
 import contextlib
+import dataclasses
+import errno
 import io
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import tyro
 
@@ -21,10 +23,10 @@ USER_ERRORS = (
 )
 
 
-def run_first(argv: Sequence[str] | None) -> list[str]:
-    """The arguments (None: those of the process), `--run` before the first one where that is no flag."""
+def run_first(argv: Sequence[str] | None, flag: str = "--run") -> list[str]:
+    """The arguments (None: those of the process), `flag` before the first one where that is no flag."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    return ["--run", *argv] if argv and not argv[0].startswith("-") else argv
+    return [flag, *argv] if argv and not argv[0].startswith("-") else argv
 
 
 def parse(cls: type, argv: Sequence[str] | None, *, default: Any, prog: str, description: str) -> Any:
@@ -32,7 +34,7 @@ def parse(cls: type, argv: Sequence[str] | None, *, default: Any, prog: str, des
 
     Bad flags and bad values end the program with one line and exit code 2; --help prints the help and exits with 0.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = _switches(cls, sys.argv[1:] if argv is None else argv)
     captured = io.StringIO()
     try:
         with (
@@ -61,16 +63,20 @@ def fail(prog: str, message: object, code: int = 2) -> NoReturn:
 
 @contextlib.contextmanager
 def user_errors(prog: str, verbose: bool = False) -> Iterator[None]:
-    """What a user can get wrong becomes one line and exit code 2; with `verbose` the traceback stays."""
+    """What a user can get wrong becomes one line and exit code 2; with `verbose` the traceback stays.
+
+    What else the system refuses, such as room on a disk, is one line too, with exit code 1.
+    """
     try:
         yield
-    except USER_ERRORS as error:
-        if verbose:
+    except (*USER_ERRORS, OSError) as error:
+        if verbose or isinstance(error, BrokenPipeError):
             raise
         text = str(error)
         if isinstance(error, OSError) and error.filename is not None:
-            text = f"{error.filename}: {error.strerror}"
-        fail(prog, text)
+            text = f"{str(error.filename)[:200]}: {error.strerror}"
+        wrong = isinstance(error, USER_ERRORS) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS)
+        fail(prog, text, code=2 if wrong else 1)
 
 
 def console(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
@@ -92,6 +98,28 @@ def value_of(argv: Sequence[str], *flags: str) -> str | None:
         if name in flags:
             found = value if equals else (argv[i + 1] if i + 1 < len(argv) else None)
     return found
+
+
+def _switches(cls: type, argv: Sequence[str]) -> list[str]:
+    """`--tie=True` and `--tie=false`, which programs that write all flags alike give, as `--tie` and `--no-tie`."""
+    names = set(_booleans(cls))
+    words = []
+    for word in argv:
+        flag, _, value = word.partition("=")
+        name = flag.removeprefix("--").replace("_", "-")
+        if flag.startswith("--") and name in names and value.lower() in ("true", "false"):
+            word = f"--{name}" if value.lower() == "true" else f"--no-{name}"
+        words.append(word)
+    return words
+
+
+def _booleans(cls: type) -> Iterator[str]:
+    """The flags of the fields that are true or false, however deep they lie, without their dashes."""
+    for name, hint in get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _booleans(hint)
+        elif hint is bool:
+            yield name.replace("_", "-")
 
 
 @contextlib.contextmanager
@@ -116,6 +144,9 @@ def _one_line(panel: str) -> str:
     message = next((line for line in body[1:] if line), "wrong arguments")
     message = re.sub(r"^Error parsing [\w.]+: ", "", message)
     flags = [line.split()[0].rstrip(",") for line in body if line.startswith("--")]
+    if unknown := re.match(r"Unrecognized options: (-.*)", message):  # their values are no options
+        words = [word.partition("=")[0] for word in unknown[1].rstrip(".").split(", ") if word.startswith("-")]
+        message = f"Unrecognized options: {', '.join(words)}"
     if message.startswith("Unrecognized options") and flags:
         message += f"; did you mean {flags[0]}?"
     got = next(

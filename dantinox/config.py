@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 
 import kernels
+from dantinox.settings_file import read_mapping
 from dantinox.training_config import OptimConfig, TrainConfig
 from dantinox.validation import ConfigError, check_fields, fraction, positive, require, suggest
 
@@ -243,7 +244,7 @@ class Config:
     def loose(self) -> "Config":
         """A copy to build others from: a head_dim that was derived is None again, to follow a new dim or n_heads."""
         copied = dataclasses.replace(self, model=dataclasses.replace(self.model))
-        if self.model.head_dim * self.model.n_heads == self.model.dim:
+        if self.model.head_dim is not None and self.model.head_dim * self.model.n_heads == self.model.dim:
             object.__setattr__(copied.model, "head_dim", None)
         return copied
 
@@ -272,17 +273,19 @@ def _fields() -> dict[str, list[str]]:
 
 
 def _parse_yaml(text: str, source: str) -> dict[str, Any]:
-    try:
-        settings = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        raise ConfigError(f"{source}: not YAML{f', line {where.line + 1}' if where else ''}") from None
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{source}: it must hold `name: value` lines")
+    return numbers(read_mapping(text, source), source)
+
+
+def numbers(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Settings as YAML gives them: what is meant as a number is taken as one, for YAML 1.1 reads 3e-4 as text.
+
+    Raises:
+        ConfigError: naming the setting, below the name of its `source`.
+    """
+    settings = dict(settings)
     sections = (ModelConfig, DataConfig, OptimConfig)
     floats = {f.name for cls in sections for f in dataclasses.fields(cls) if f.type in (float, float | None)}
     for name, value in settings.items():
-        # YAML 1.1 reads 3e-4 as text; a number meant as a number is taken as one.
         if name in floats and isinstance(value, str):
             try:
                 settings[name] = float(value)

@@ -218,7 +218,7 @@ def _windows(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> tuple[np.n
 def _read(spec: str | os.PathLike[str]) -> tuple[list[Document], int]:
     """The documents, and how many files were skipped as not text."""
     documents, skipped = [], 0
-    for name, path in _files(spec):
+    for name, path in find_files(spec):
         raw = path.read_bytes()
         try:
             text = raw.decode()
@@ -235,7 +235,12 @@ def _read(spec: str | os.PathLike[str]) -> tuple[list[Document], int]:
     return documents, skipped
 
 
-def _files(spec: str | os.PathLike[str]) -> Iterator[tuple[str, Path]]:
+def find_files(spec: str | os.PathLike[str]) -> Iterator[tuple[str, Path]]:
+    """(name, path) of each file that `spec` names: a file, a folder, a glob or "stdlib".
+
+    Raises:
+        FileNotFoundError: there is none. PermissionError: a folder cannot be read.
+    """
     if spec == STDLIB:
         return _walk(Path(sysconfig.get_path("stdlib")), NOT_STDLIB, ".py")
     path = Path(spec).expanduser()
@@ -250,7 +255,10 @@ def _files(spec: str | os.PathLike[str]) -> Iterator[tuple[str, Path]]:
 
 
 def _walk(root: Path, excluded: set[str], suffix: str) -> Iterator[tuple[str, Path]]:
-    for folder, subfolders, names in os.walk(root):
+    def refuse(error: OSError) -> None:  # os.walk leaves out what it cannot read, and says nothing
+        raise error
+
+    for folder, subfolders, names in os.walk(root, onerror=refuse):
         subfolders[:] = sorted(s for s in subfolders if s not in excluded and not s.startswith("."))
         for name in sorted(names):
             path = Path(folder, name)

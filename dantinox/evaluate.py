@@ -179,20 +179,19 @@ def report(args: Args) -> None:
     Raises:
         ValueError, NotImplementedError, OSError: bad input; the message is one line.
     """
-    from dantinox.checkpoint import load
-    from dantinox.generate import find
+    from dantinox.checkpoint import find_run, load
 
     if args.data is None:
         raise ValueError("data is missing; give --data a text file, a folder, a glob or stdlib")
     chosen = {name: value for name in ("attn", "moe") if (value := getattr(args, name)) is not None}
-    model, tokenizer = load(find(args.run), **chosen)
+    model, tokenizer = load(find_run(args.run), **chosen)
     documents = find_documents(args.data)
     began = time.perf_counter()
     score = evaluate(model, tokenizer, documents, context=args.context, stride=args.stride, batch_size=args.batch_size)
     seconds = time.perf_counter() - began
     numbers = {name: getattr(score, name) for name in ("loss", "perplexity", "bits_per_byte")}
     if args.json:
-        print(json.dumps({"run": str(find(args.run)), "data": args.data} | score._asdict() | numbers))
+        print(json.dumps({"run": str(find_run(args.run)), "data": args.data} | score._asdict() | numbers))
     else:
         print(f"{'data':14} {args.data}: {score.documents:,} documents, {score.bytes:,} bytes")
         print(f"{'tokens':14} {score.tokens:,}, each scored once; context {score.context}, stride {score.stride}")

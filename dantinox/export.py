@@ -46,14 +46,13 @@ def export(args: Args) -> None:
     Raises:
         ValueError, OSError: bad input; the message is one line, and nothing has been written.
     """
-    from dantinox.checkpoint import load, read_config
-    from dantinox.generate import find
+    from dantinox.checkpoint import find_run, load, read_config
     from dantinox.hf import save_hf
 
     if args.to is None:
         raise ValueError("to is missing; give --to a folder")
     size = integer("shard_mb", args.shard_mb, 1) * 10**6
-    run = find(args.run)
+    run = find_run(args.run)
     to_hf(read_config(run).model, args.layout)  # before the weights are read
     model, tokenizer = load(run)
     files = save_hf(model, args.to, args.layout, size)

@@ -90,7 +90,7 @@ def write(args: Args) -> None:
     Raises:
         ValueError, NotImplementedError, OSError: bad input; the message is one line.
     """
-    from dantinox.checkpoint import load
+    from dantinox.checkpoint import find_run, load
 
     sampling = Sampling.checked(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     count = integer("n", args.n, 1)
@@ -98,7 +98,7 @@ def write(args: Args) -> None:
         raise ValueError("stop is empty; allowed: text")
     prompts = read_prompts(args)
     chosen = {"decode": args.decode, "kv_dtype": args.kv_dtype}
-    model, tokenizer = load(find(args.run), **{name: value for name, value in chosen.items() if value is not None})
+    model, tokenizer = load(find_run(args.run), **{name: value for name, value in chosen.items() if value is not None})
     ids = [tokenizer.encode(prompt) if prompt else [tokenizer.eos_id] for prompt in prompts]
     new, cut = room(args.max_new_tokens, model.config, max(map(len, ids)))
     request = generation.Request(
@@ -177,12 +177,6 @@ def room(asked: int | None, config: ModelConfig, longest: int) -> tuple[int, boo
     if asked is not None or limit is None:
         return MAX_NEW_TOKENS if asked is None else asked, False
     return min(MAX_NEW_TOKENS, limit - longest), limit - longest < MAX_NEW_TOKENS
-
-
-def find(run: str) -> Path:
-    """The folder of a run given as a path or as a bare name."""
-    path = Path(run)
-    return path if path.is_dir() or len(path.parts) != 1 else Path("runs") / run
 
 
 class _Module(ModuleType):

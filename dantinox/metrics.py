@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dantinox.tokenizer import open_atomic
+from dantinox.tracking import Tracker
 
 
 def matmul_rate(dtype: str, size: int | None = None, repeats: int = 8) -> float:
@@ -28,10 +29,10 @@ def matmul_rate(dtype: str, size: int | None = None, repeats: int = 8) -> float:
 
 
 class MetricsLog:
-    """metrics.jsonl, one JSON object a line, and the same scalars as TensorBoard events."""
+    """metrics.jsonl, one JSON object a line, and the same scalars as TensorBoard events, and at W&B."""
 
-    def __init__(self, run: Path, resume_at: int = 0) -> None:
-        """`resume_at`: keep lines up to this step, drop those that a resumed run will write again."""
+    def __init__(self, run: Path, resume_at: int | None = None, tracker: Tracker | None = None) -> None:
+        """`resume_at`: keep lines up to this step, drop those that a resumed run will write again; None: a new run."""
         # TensorBoard's writer alone: no TensorFlow.
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -41,7 +42,8 @@ class MetricsLog:
             file.write("".join(json.dumps(row) + "\n" for row in kept).encode())
         self._file = path.open("a")
         self._events = EventFileWriter(str(run / "tensorboard"))
-        if resume_at:
+        self._tracker = tracker
+        if resume_at is not None:
             self._begin_again(resume_at + 1)
 
     def write(self, row: dict[str, Any]) -> None:
@@ -50,10 +52,14 @@ class MetricsLog:
         self._file.write("\n")
         self._file.flush()
         self._add(row["step"], [_scalar(name, value) for name, value in row.items() if name != "step"])
+        if self._tracker is not None:
+            self._tracker.write(row)
 
     def text(self, tag: str, text: str, step: int) -> None:
         """A text for TensorBoard's text page."""
         self._add(step, [_text(tag, text)])
+        if self._tracker is not None:
+            self._tracker.text(tag, text, step)
 
     def _begin_again(self, step: int) -> None:
         """Tell TensorBoard to forget what an interrupted run showed of this step and later ones."""

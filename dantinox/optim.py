@@ -43,14 +43,21 @@ def rule(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTransformat
     if config.optimizer == "lion":
         return optax.lion(rate, b1=config.beta1, b2=config.beta2, **decay)
     if config.optimizer == "muon":
-        return muon(
-            rate,
+        # optax.contrib.muon decays what goes by Adam, vectors too, by a figure of its own: 0. "Muon is scalable
+        # for LLM training" decays everything alike: so here, but for vectors, as with every optimizer.
+        direction = muon(
+            1.0,
             beta=config.beta1,
-            weight_decay=config.weight_decay,
             adam_b1=config.beta1,
             adam_b2=config.beta2,
             muon_weight_dimension_numbers=contracted,
             consistent_rms=0.2,  # updates as large as AdamW's, so that learning rates carry over
+        )
+        return optax.chain(
+            direction,
+            optax.scale(-1.0),
+            optax.add_decayed_weights(**decay),
+            optax.scale_by_learning_rate(rate),
         )
     if config.optimizer == "adafactor":
         # optax.adafactor decays the weights by the whole of weight_decay a step, not by its product with the rate.

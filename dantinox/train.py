@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from dantinox import cli, host, metrics, summary
+from dantinox import cli, host, metrics, summary, tracking
 from dantinox.checkpoint import Checkpoints, read_config
 from dantinox.config import Config, ConfigError, TrainConfig, presets
 from dantinox.interrupt import Interrupted, terminable
@@ -35,7 +35,7 @@ class Arguments:
     config: str | None = None
     """A YAML file of `name: value` lines, laid over the preset."""
     resume: bool = False
-    """Go on from the newest checkpoint of --run, with the settings of that run."""
+    """Go on from the newest checkpoint of --run, with the settings of that run; where it has none yet, begin anew."""
     dry_run: bool = False
     """Say what the configuration costs (parameters, FLOPs, compiled memory, cache) and stop."""
     verbose: bool = False
@@ -84,14 +84,19 @@ def train(config: Config, resume: bool = False) -> Path:
         NotFinite: the loss or a gradient is not finite; the state before it is saved.
         NotSaved: a checkpoint could not be written; those before it are as they were.
     """
+    if config.train.wandb:
+        tracking.check()
     trainer = Trainer(config)
     config = trainer.config
     folder = Path(config.train.runs_dir) / config.train.run
     current, first, known = None, 0, Progress()
     if resume:
         changed = changes(config, read_config(folder))
-        current, first, known = restore(trainer, folder)
-        if changed:
+        if Checkpoints(folder).steps():
+            current, first, known = restore(trainer, folder)
+        else:
+            began_anew(folder, config)
+        if changed and first:
             print(f"resumed with {changed}: the steps to come are not those of a run that was never interrupted")
     run = prepare_run(config, resume)
     text = summary.describe(config)
@@ -106,13 +111,26 @@ def train(config: Config, resume: bool = False) -> Path:
             file.write(content.encode())
     trainer.corpus.tokenizer.save(run)
     with (
+        tracking.Tracker(run, config, resume) if config.train.wandb else contextlib.nullcontext() as tracker,
         contextlib.closing(Checkpoints(run, config.train.keep)) as checkpoints,
-        contextlib.closing(metrics.MetricsLog(run, resume_at=first)) as log,
+        contextlib.closing(metrics.MetricsLog(run, first if resume else None, tracker)) as log,
     ):
         loop = Loop(trainer, run, checkpoints, log, resume_command(config), known)
         loop.run(trainer.initial() if current is None else current, first)
     metrics.plot_loss(run, config.train.run, stats.unigram_entropy)
     return run
+
+
+def began_anew(run: Path, config: Config) -> None:
+    """A run that was killed before it saved: its start is a function of its settings, so no checkpoint keeps it.
+
+    Raises:
+        FileNotFoundError: it must have had a checkpoint, and its metrics are not to be lost too.
+    """
+    told = max((row["step"] for row in metrics.read_metrics(run / "metrics.jsonl")), default=0)
+    if told > (config.train.save_every or config.train.steps):
+        raise FileNotFoundError(f"run {run} has no checkpoint, though it came to step {told}")
+    print(f"run {run} has no checkpoint yet: it begins anew")
 
 
 def restore(trainer: Trainer, run: Path) -> tuple[TrainState, int, Progress]:
@@ -174,6 +192,7 @@ def changes(config: Config, saved: Config) -> str:
         "profile_steps",
         "on_nan",
         "patience",
+        "wandb",
     }
     return "; ".join(text for name, text in differ.items() if name not in quiet)
 
@@ -199,7 +218,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 dry_run(arguments.settings)
             else:
                 run = train(arguments.settings, arguments.resume)
-                print(f"\nsaved {run}. Let it write: python -m dantinox.generate --run {run} --prompt 'def '")
+                write = shlex.join(["python", "-m", "dantinox.generate", "--run", str(run), "--prompt", "def "])
+                print(f"\nsaved {run}. Let it write: {write}")
     except Interrupted as stopped:
         return stopped.code
     except KeyboardInterrupt:

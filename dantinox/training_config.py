@@ -11,7 +11,7 @@ class OptimConfig:
     """The optimizer and its schedule."""
 
     optimizer: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
-    """Rule of the update; with muon, embeddings and vectors go by Adam, undecayed."""
+    """Rule of the update; with muon, embeddings and vectors go by Adam."""
     lr: float = 3e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -80,6 +80,8 @@ class TrainConfig:
     """Steps between lines of metrics."""
     profile_steps: str = ""
     """FIRST:LAST, the steps to trace with the JAX profiler."""
+    wandb: bool = False
+    """Log to Weights & Biases too; needs the extra wandb. WANDB_MODE=offline keeps it in the run's folder."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -91,6 +93,8 @@ class TrainConfig:
             self.run not in ("", ".", "..") and "/" not in self.run and "\\" not in self.run,
             f"run is {self.run!r}; allowed: a plain folder name",
         )
+        size = len(self.run.encode())  # file systems allow 255; an older run gets a number behind it
+        require(size <= 200, f"run is a name of {size} bytes; allowed: up to 200")
         require(
             self.batch_size % self.grad_accum == 0,
             f"batch_size is {self.batch_size} and grad_accum is {self.grad_accum}; "

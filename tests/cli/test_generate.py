@@ -69,7 +69,7 @@ def test_streamed_text_is_the_whole_text(say, program):
 
 
 def test_prompts_in_one_batch_give_what_each_gives_alone(say, tmp_path, monkeypatch):
-    """Batches were padded on the left without a mask elsewhere, so that a batch gave other texts than each alone."""
+    """Fault 14: a batch is padded on the left without a mask: a prompt gives another text than alone."""
     prompts = ["né ", "a longer one", "x"]
     flags = ["--max-new-tokens", 20, "--temperature", 1.5]
     alone = [say("--prompt", prompt, *flags).out for prompt in prompts]
@@ -97,13 +97,35 @@ def test_a_stop_string_ends_the_text_before_it(say):
     assert say(*flags, "--stop", stop, "--stream").out == out.out
 
 
+def test_texts_in_and_texts_out_are_what_the_program_writes(say, models):
+    prompts, how = ["né ", "longer"], {"temperature": 1.5, "max_new_tokens": 30, "n": 2}
+    flags = ["--temperature", 1.5, "--max-new-tokens", 30, "--n", 2]
+    out = say(*(word for prompt in prompts for word in ("--prompt", prompt)), *flags).out
+    want = [part.split(" ---\n", 1)[1].removesuffix("\n") for part in out.split("--- prompt ")[1:]]
+    texts = dantinox.complete(models["windowed"], CharTokenizer("é€"), prompts, **how)
+    assert [prompts[i // 2] + text for i, text in enumerate(texts)] == want and texts[0] != texts[1]
+    stop = texts[2][5:8]
+    cut = dantinox.complete(models["windowed"], CharTokenizer("é€"), prompts, stop=["not there", stop], **how)
+    assert cut == [text.split(stop)[0] for text in texts]
+    for bad, message in (
+        ({"stop": [""]}, "stop holds an empty text"),
+        ({"stop": "x"}, "stop is 'x'; allowed: a list of texts"),
+        ({"prompts": "x"}, "prompts is 'x'; allowed: a list of texts"),
+        ({"prompts": []}, "prompts are empty; allowed: at least one prompt"),
+        ({"n": 0}, "n is 0; allowed: "),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            dantinox.complete(models["windowed"], CharTokenizer("é€"), **({"prompts": ["x"]} | bad))
+
+
 def test_a_window_lets_the_text_go_past_max_context(say):
-    """Writing ended at the longest context without a word elsewhere."""
+    """Fault 17: writing stops at the longest context without a word."""
     out = say("--prompt", "a", "--max-new-tokens", 200, "--temperature", 0)
     assert out.err.startswith("200 tokens in ")
 
 
 def test_a_model_that_sees_everything_stops_at_max_context_and_says_so(say, program, capsys):
+    """Fault 17: writing stops at the longest context without a word."""
     out = say("--run", "full", "--prompt", "abc", "--temperature", 0)
     assert out.err.startswith("45 tokens in ") and len(out.out) > 10
     assert out.err.endswith("\nstopped at max_context 48, as every layer sees all of it\n")
@@ -147,7 +169,7 @@ def test_a_model_that_sees_everything_stops_at_max_context_and_says_so(say, prog
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(program, capsys, tmp_path, flags, word):
-    """Empty prompts and top_k 0 were taken without a word elsewhere."""
+    """Fault 15: empty prompts and top_k 0 are taken without a word."""
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "latin.txt").write_bytes("caé".encode("latin-1"))
     (tmp_path / "gap.txt").write_bytes(b"a\n\nb\n")

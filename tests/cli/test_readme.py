@@ -1,5 +1,6 @@
 """README holds no command that does not work, no stale table and no picture that is not there."""
 
+import ast
 import re
 import shlex
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.promises import table
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -21,6 +24,7 @@ def where(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     done = run(f"-m dantinox.train --run nano {SMALL}", folder)
     assert done.returncode == 0, done.stderr
+    (folder / "configs").symlink_to(ROOT / "configs")
     return folder
 
 
@@ -42,6 +46,8 @@ def test_program(command, where):
         # With nano's vocabulary the text is read and cut once for all of them.
         little = f" {SMALL} --n-layers 1 --dim 64 --n-heads 2 --kv-heads 1 --bpe-vocab 1024"
         command += little if "--dry-run" in command else ""
+    if "dantinox.sweep" in command and "--dry-run" not in command:
+        command += " --dry-run"  # minutes; what it does is tested in test_sweep.py
     done = run(command, where)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
@@ -78,6 +84,28 @@ def test_settings_table_is_current():
     done = subprocess.run([sys.executable, "scripts/config_table.py"], cwd=ROOT, capture_output=True, text=True)
     held = re.search(r"<!-- settings.*?-->\n(.*?)<!-- end of settings -->", README, re.S).group(1)
     assert held.strip() == done.stdout.strip()
+
+
+def test_each_message_that_readme_promises_is_compared_with_the_real_one():
+    tests = [path.read_text() for folder in ("train", "cli") for path in (ROOT / "tests" / folder).glob("test_*.py")]
+    compared = {name for text in tests for name in re.findall(r'promised\("(.*?)"\)', text)}
+    assert compared == set(table())
+
+
+def test_each_common_fault_has_its_tests():
+    """tests/README.md, with the docstrings of the tests that it names."""
+    rows = re.findall(r"^\| (\d+) \| (.*?) \| (.*?) \|$", (ROOT / "tests" / "README.md").read_text(), re.M)
+    assert [int(number) for number, _, _ in rows] == list(range(1, 19))
+    named = {}
+    for number, _, cell in rows:
+        for file, name in re.findall(r"`(\S+)` `(\w+)`", cell):
+            named.setdefault(file, {})[name] = number
+    assert {number for names in named.values() for number in names.values()} == {number for number, _, _ in rows}
+    for file, names in named.items():
+        tree = ast.parse((ROOT / "tests" / file).read_text())
+        told = {node.name: ast.get_docstring(node) for node in tree.body if isinstance(node, ast.FunctionDef)}
+        for name, number in names.items():
+            assert (told.get(name) or "").startswith(f"Fault {number}: "), f"{file} {name}"
 
 
 def test_ladder_tables_are_what_was_measured():

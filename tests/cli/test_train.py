@@ -20,6 +20,7 @@ from dantinox import train
 from dantinox.config import Config
 from dantinox.metrics import read_metrics
 from tests.board import tensorboard
+from tests.promises import promised
 
 TINY = """--n-layers 1 --dim 32 --n-heads 2 --kv-heads 1 --window 8 --seq-len 16 --max-context 64 --batch-size 4
 --eval-batches 2 --sample-tokens 8 --log-every 1""".split()
@@ -66,7 +67,6 @@ def test_a_run_writes_everything_it_promises(finished):
 
 
 def test_tensorboard_shows_scalars_samples_and_the_trace_of_the_steps_asked_for(finished):
-    """No TensorBoard."""
     folder = finished[0] / "runs" / "whole" / "tensorboard"
     events = EventAccumulator(str(folder)).Reload()
     for name in ("loss", "grad_norm", "lr", "router/load_max.0", "router/entropy.0", "router/dropped.0"):
@@ -158,6 +158,7 @@ WRONG = {
     "--config wrong.yaml": r"unknown setting 'slidng_window'",
     "--data no/such/file.txt": r"no/such/file.txt",
     "--run nobody --resume": r"run runs/nobody does not exist",
+    f"--run {'a' * 300}": "run is a name of 300 bytes; allowed: up to 200",
     "--run a/b": r"run is 'a/b'; allowed: a plain folder name",
     "--mesh data=3000 --batch-size 3000": r"needs 3000 devices",
     "--mesh tensor=2": r"allowed: data=N,fsdp=M",
@@ -172,6 +173,7 @@ WRONG = {
 
 @pytest.mark.parametrize("words", WRONG)
 def test_wrong_input_is_one_line_and_exit_2(words, tmp_path, monkeypatch, capsys, text):
+    """Fault 9: a typo in a settings file is ignored."""
     monkeypatch.chdir(tmp_path)
     Path("wrong.yaml").write_text("slidng_window: 64\n")
     data = [] if "--data" in words else ["--data", str(text)]
@@ -181,6 +183,7 @@ def test_wrong_input_is_one_line_and_exit_2(words, tmp_path, monkeypatch, capsys
     assert stop.value.code == 2
     assert captured.err.count("\n") == 1 and captured.err.startswith("dantinox-train: error: ")
     assert re.search(WRONG[words], captured.err), captured.err
+    assert words != "--windw 3" or promised("a wrong flag").fullmatch(captured.err.strip())
     assert os.listdir() == ["wrong.yaml"]  # nothing is left behind
 
 
@@ -190,6 +193,13 @@ def test_resuming_with_another_model_names_each_difference(finished, text, monke
         train.main(["--run", "whole", "--resume", "--steps", "9", "--n-layers", "2", "--kv-heads", "2"])
     assert stop.value.code == 2
     assert "--resume cannot change n_layers 1 -> 2; kv_heads 1 -> 2" in capsys.readouterr().err
+
+
+def test_switches_may_be_written_like_all_other_flags():
+    parsed = [
+        train.parse(["--tie=False", "--qk_norm=true", f"--window={w}", "--no-tie"]).settings.model for w in (3, None)
+    ]
+    assert [(m.tie, m.qk_norm, m.window) for m in parsed] == [(False, True, 3), (False, True, None)]
 
 
 def test_help_lists_every_setting(capsys):

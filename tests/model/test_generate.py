@@ -90,7 +90,7 @@ def cached_logits(graph, weights, tokens, length, slots):
     ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()) or "plain",
 )
 def test_cached_logits_equal_uncached_ones_past_the_ring(changes):
-    """Learned positions took no note of the place in the cache elsewhere: cached and uncached differed."""
+    """Fault 13: learned positions take no note of the place in the cache: cached and uncached differ."""
     model = build(**changes)
     tokens, length = ids(1, 3, 24), np.array([1, 5, 8], np.int32)
     graph, weights = nnx.split(model)
@@ -166,7 +166,7 @@ HOW = [dict(temperature=0.0), dict(temperature=1.0), dict(top_k=5, top_p=0.9, mi
 
 @pytest.mark.parametrize("how", HOW)
 def test_a_batch_gives_what_each_prompt_gives_alone(windowed, how):
-    """Batches were padded on the left without a mask elsewhere."""
+    """Fault 14: a batch is padded on the left without a mask: a prompt gives another text than alone."""
     how = dict(max_new_tokens=20, seed=3, **how)
     together = generate(windowed, PROMPTS, **how)
     assert together == [generate(windowed, [prompt], **how)[0] for prompt in PROMPTS]
@@ -226,7 +226,7 @@ def test_nothing_but_a_new_size_compiles(windowed):
 
 
 def test_500_tokens_compile_each_program_once_and_settings_none():
-    """Sampling parameters were static in other programs, so that each value compiled anew."""
+    """Fault 15: sampling parameters are static, so that each value compiles anew."""
     compiled = []
     listen = lambda event, seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
     model, prompts = build(n_layers=1, window=7), [ids(8, 40), ids(9, 17)]  # sizes that no other test has
@@ -267,7 +267,7 @@ def test_a_repetition_penalty_is_that_of_the_paper(windowed):
 
 
 def test_a_text_that_cannot_fit_is_refused_before_it_runs(learned):
-    """Writing ended at the longest context without a word elsewhere."""
+    """Fault 17: writing stops at the longest context without a word."""
     full = build(n_layers=1)
     message = r"prompt of 14 tokens and max_new_tokens 40 make 54; allowed: max_context 48, as "
     for model, why in (
@@ -298,7 +298,7 @@ def test_a_text_that_cannot_fit_is_refused_before_it_runs(learned):
     + [("temperature", -1), ("top_k", 0), ("top_p", 0), ("min_p", 1), ("repetition_penalty", 0)],
 )
 def test_bad_arguments_are_named_in_one_line(windowed, name, bad):
-    """Ids out of range gave NaN elsewhere; an empty prompt and top_k 0 were taken without a word."""
+    """Fault 15: ids out of range give NaN; an empty prompt and top_k 0 are taken without a word."""
     with pytest.raises(ValueError, match=f"^{name}.*; allowed: ") as error:
         generate(**(dict(model=windowed, prompts=[[1]]) | {name: bad}))
     assert "\n" not in str(error.value)

@@ -209,7 +209,7 @@ def trained(remat: str, changes: tuple) -> tuple[tuple, int]:
 @pytest.mark.parametrize("remat", ["block", "dots"])
 @pytest.mark.parametrize("changes", [{"window": 4, "gate": "head"}, {"n_experts": 4}], ids=["dense", "experts"])
 def test_remat_changes_what_is_kept_and_nothing_else(changes, remat):
-    """Gradient checkpointing was a flag without effect elsewhere: here the gradient holds remat equations."""
+    """Fault 5: gradient checkpointing is a flag without effect. Here the gradient holds remat equations."""
     (plain, marks), (remade, more) = (trained(kind, tuple(changes.items())) for kind in ("none", remat))
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remade), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
@@ -217,7 +217,7 @@ def test_remat_changes_what_is_kept_and_nothing_else(changes, remat):
 
 
 def test_remat_keeps_less():
-    """Gradient checkpointing was a flag without effect elsewhere: here it saves memory, by XLA's own count."""
+    """Fault 5: gradient checkpointing is a flag without effect. Here it saves memory, by XLA's own count."""
 
     def saved(remat: str) -> int:
         loss, state = loss_of(build(remat=remat, n_layers=4, dim=32))
@@ -240,7 +240,7 @@ NARROW = {
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "gradient"])
 @pytest.mark.parametrize("name", NARROW)
 def test_bfloat16_reaches_every_matrix_product(name, backward):
-    """With bfloat16 asked for, every product was in float32 elsewhere."""
+    """Fault 6: with bfloat16 asked for, matrix products still run in float32."""
     changes, T = NARROW[name]
     model = build(dtype="bfloat16", **changes)
     assert {x.dtype for x in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype("float32")}
@@ -296,7 +296,7 @@ def test_every_parameter_names_its_axes(changes):
     ids=["[T]", "[1,2,3]", "float", "bool"],
 )
 def test_tokens_that_are_none_are_refused(tokens):
-    """Wrong shapes gave raw JAX errors elsewhere."""
+    """Fault 15: wrong shapes give raw errors of JAX."""
     with pytest.raises(ValueError, match=r"tokens are .*allowed") as refusal:
         build()(tokens)
     assert "\n" not in str(refusal.value)
@@ -304,7 +304,7 @@ def test_tokens_that_are_none_are_refused(tokens):
 
 @pytest.mark.parametrize("bad", [-1, 23, 2**31 - 1])
 def test_ids_out_of_range_are_refused(bad):
-    """They gave NaN elsewhere, and another token's logits where XLA clamps."""
+    """Fault 15: ids out of range give NaN, or another token's logits where XLA clamps."""
     tokens = np.array([[1, bad, 2]], np.int32)
     for given in (tokens, jnp.asarray(tokens)):
         with pytest.raises(ValueError, match=rf"^tokens hold id {bad}; allowed: 0 to 22$"):

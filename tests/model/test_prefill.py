@@ -91,7 +91,7 @@ def test_a_cache_in_eight_bits_is_near(kv_dtype, most):
 
 
 def test_a_short_prompt_costs_the_same_at_any_max_context(monkeypatch):
-    """Each prompt was padded to the whole of max_context elsewhere: seconds to the first of 8 tokens at 4096."""
+    """Fault 12: a prompt is padded to the longest context: seconds to the first token."""
     seen, read = [], generation._read
 
     def spy(graph, slots, past, weights, tokens, *rest):

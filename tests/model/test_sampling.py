@@ -53,7 +53,7 @@ setting = st.fixed_dictionaries(
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.one_of(number, st.sampled_from([0.0, 1.0])), min_size=V, max_size=V), setting)
 def test_kept_tokens_match_the_oracle(logits, how):
-    """Of top_k and top_p together only top_k counted elsewhere."""
+    """Fault 15: of top_k and top_p together only one counts."""
     got = np.asarray(keep(jnp.asarray([logits], jnp.float32), Sampling.checked(**how)))[0]
     # A token within rounding of a threshold may fall on either side.
     slack = 1e-5
@@ -93,7 +93,7 @@ def keys(rows: int, seed: int = 0) -> jax.Array:
 
 @pytest.mark.parametrize("how", [{"temperature": 0}, {"top_k": 1}, {"top_p": 1e-6}, {"top_p": 1e-60}])
 def test_greedy_in_all_its_forms_takes_the_first_of_equals(how):
-    """Temperature 0 gave token 0 again and again elsewhere."""
+    """Fault 15: temperature 0 gives token 0 again and again."""
     logits = jnp.array([[0, 3, 1, 3, 2], [-jnp.inf, -5, -5, -5, -jnp.inf]], jnp.float32)
     for seed in range(5):
         assert draw(logits, Sampling.checked(**how), keys(2, seed)).tolist() == [1, 1]
@@ -129,7 +129,7 @@ def test_a_row_depends_on_itself_alone():
 
 
 def test_settings_never_recompile():
-    """Each value of a sampling parameter compiled anew elsewhere."""
+    """Fault 15: each value of a sampling parameter compiles anew."""
     counted = jax.jit(lambda *args: sample(*args))
     logits = jnp.zeros((2, V))
     for how in ({}, {"temperature": 0}, {"temperature": 2, "top_k": 3}, {"top_p": 0.5, "min_p": 0.1}):
@@ -146,7 +146,7 @@ def test_settings_never_recompile():
     + [("min_p", x) for x in (1, -0.1, 1.5, float("nan"), "0", None)],
 )
 def test_bad_settings_are_named_in_one_line(name, bad):
-    """Taken without a word elsewhere: top_k 0, a top_p of more than all, a temperature that is no number."""
+    """Fault 15: top_k 0, a top_p of more than all, a temperature that is no number are taken without a word."""
     with pytest.raises(ValueError, match=rf"^{name} is .*; allowed: .*") as error:
         Sampling.checked(**{name: bad})
     assert "\n" not in str(error.value)

@@ -25,7 +25,7 @@ def query(S: int) -> jax.ShapeDtypeStruct:
 @pytest.mark.parametrize("segments", [False, True])
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_window_builds_no_scores_of_all_pairs(backward, segments):
-    """Scores and masks of all S x S pairs were built elsewhere, whatever the window."""
+    """Fault 11: scores and masks of all S x S pairs are built, whatever the window."""
     S, W = 2048, 64
     ids = jnp.zeros((1, S), jnp.int32) if segments else None
     f = lambda q: attention(q, window=W, segment_ids=ids)
@@ -47,7 +47,7 @@ def test_the_walk_would_see_them():
     ids=["window", "chunked"],
 )
 def test_memory_grows_with_the_sequence_not_its_square(options, S, backward):
-    """With a window of 64, memory grew with the square of the sequence elsewhere."""
+    """Fault 11: scores and masks of all S x S pairs are built, whatever the window."""
     f = lambda q: attention(q, **options)
     program = jax.jit(gradient(f) if backward else f)
     one, two = (program.lower(query(n)).compile().memory_analysis().temp_size_in_bytes for n in (S, 2 * S))
@@ -69,7 +69,7 @@ def experts(N: int, E: int, k: int, M: int = 32, F: int = 48) -> tuple[list, jax
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_no_expert_meets_every_token(backward):
-    """Every expert ran on every token elsewhere. Nothing of N x E x F is built, and only the weights grow with E."""
+    """Fault 10: every expert runs on every token. Here nothing of N x E x F is built: only weights grow with E."""
 
     def build(E: int) -> int:
         (x, gate, up, down, weights), ids = experts(N=256, E=E, k=2)

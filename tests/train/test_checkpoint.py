@@ -132,6 +132,7 @@ def test_a_manifest_that_tells_another_story_is_damaged(two, tmp_path):
 
 
 def test_a_kill_while_saving_leaves_only_what_is_swept_away(two, tmp_path):
+    """Fault 7: files are half written."""
     run = shutil.copytree(two, tmp_path / "run")
     folder = run / "checkpoints"
     (folder / "2").rename(folder / ".partial-2")  # what a kill leaves before the rename
@@ -194,6 +195,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(tmp_path):
     command = [*NEW_NAMESPACE, "sh", "-c", mount + ' && exec "$0" -c "$1" "$2"', sys.executable, code, tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "orbax" not in done.stderr, done.stderr[:3000]  # no traceback above our line
     lines = done.stdout.splitlines()
     assert len(lines) == 2
     for line in lines:

@@ -75,7 +75,7 @@ def test_binary_files_are_skipped_and_counted(folder, make, caplog):
 
 
 def test_nothing_to_read_raises_one_line(tmp_path, make):
-    """A path that does not exist trained on a cache elsewhere."""
+    """Fault 2: a path that is not there trains on what a cache holds."""
     for spec in ("missing.txt", "no/*.txt"):
         with pytest.raises(FileNotFoundError, match="no file, folder or match"):
             make(tmp_path / spec)
@@ -85,6 +85,20 @@ def test_nothing_to_read_raises_one_line(tmp_path, make):
         with pytest.raises(ValueError, match="no text in") as error:
             make(tmp_path / spec)
         assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_cannot_be_read_is_said_and_not_left_out(folder, make, monkeypatch):
+    closed, scan = folder / "closed", os.scandir
+    closed.mkdir()
+
+    def scandir(path):
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="closed"):
+        make(folder)
 
 
 def test_stdlib_is_source_without_tests():
@@ -176,7 +190,7 @@ def test_second_call_maps_the_same_files(folder, make, monkeypatch):
 
 
 def test_another_text_or_option_is_another_cache(folder, tmp_path, make):
-    """The cache did not know the text elsewhere: a second corpus was replaced by the first without a word."""
+    """Fault 2: the cache does not know the text, and a second corpus is replaced by the first without a word."""
     a = write(tmp_path / "a" / "text.txt", "abcd" * 100)
     b = write(tmp_path / "b" / "text.txt", "abce" * 100)
     os.utime(a, (0, 0)), os.utime(b, (0, 0))

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import os
+import shutil
 import signal
 from collections import Counter
 from pathlib import Path
@@ -19,6 +20,7 @@ from dantinox.interrupt import Interrupted
 from dantinox.loop import NotFinite
 from dantinox.metrics import read_metrics
 from dantinox.trainer import Trainer
+from tests.promises import promised
 
 TIMES = ("tokens_per_s", "mfu")
 # All that carries state from step to step: dropout, accumulation, an average, experts, a schedule.
@@ -96,16 +98,25 @@ def test_two_runs_of_one_seed_are_bit_equal(whole):
     assert [row["step"] for row in rows(whole) if "val_loss" in row] == [4, 8, 12]
 
 
+def test_a_short_run_keeps_the_weights_that_were_trained(whole):
+    """Fault 1: checkpoints only every so many steps, none at the end: a short run keeps untrained weights."""
+    path = run("short", save_every=500, eval_every=0)
+    assert Checkpoints(path).steps() == [12] and weights(path) == weights(whole)
+    kept = Checkpoints(path).restore(12, train.Trainer(Config.from_yaml(path / "config.yaml")).like())
+    start = train.Trainer(Config.from_yaml(path / "config.yaml")).initial()
+    assert all((kept.params[name] != start.params[name]).any() for name in start.params)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(number, whole, monkeypatch, capsys):
-    """Resuming was not exact with dropout, and Ctrl-C deleted the cursor."""
+    """Fault 7: a resumed run is another one where there is dropout, and Ctrl-C loses the place."""
     name, before = f"stopped-{number.name}", signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch, pytest.raises(Interrupted) as stop:
         at_step(patch, 7, lambda: signal.raise_signal(number))
         run(name)
     assert stop.value.code == 128 + number
-    told = f"interrupted; step 6 is saved. Go on with: python -m dantinox.train --run {name} --resume\n"
-    assert told in capsys.readouterr().out
+    told = f"interrupted; step 6 is saved. Go on with: python -m dantinox.train --run {name} --resume"
+    assert f"{told}\n" in capsys.readouterr().out and promised("Ctrl-C or SIGTERM").fullmatch(told)
     assert signal.getsignal(signal.SIGINT) is before
     path = run(name, resume=True)
     assert rows(path) == rows(whole) and weights(path) == weights(whole)
@@ -148,10 +159,24 @@ def killed(name: str, monkeypatch, at: int) -> Path:
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint(whole, monkeypatch):
-    """Log rows were overwritten on resume."""
+    """Fault 18: rows of the log are overwritten on resume."""
     path = killed("killed", monkeypatch, at=9)
     run("killed", resume=True)
     assert rows(path) == rows(whole) and weights(path) == weights(whole)
+
+
+def test_a_run_killed_before_it_saved_begins_anew_and_nothing_else_does(whole, monkeypatch, capsys):
+    """Nothing keeps step 0: the start of a run follows from its settings."""
+    path = killed("young", monkeypatch, at=3)
+    assert Checkpoints(path).steps() == [] and len(rows(path)) == 2
+    run("young", resume=True)
+    assert promised("killed before its first checkpoint").search(capsys.readouterr().out)
+    assert rows(path) == rows(whole) and weights(path) == weights(whole)
+    shutil.rmtree(path / "checkpoints")
+    before = (path / "metrics.jsonl").read_bytes()
+    with pytest.raises(FileNotFoundError, match="run runs/young has no checkpoint, though it came to step 12"):
+        run("young", resume=True)
+    assert (path / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, monkeypatch, capsys):
@@ -163,6 +188,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, monkeyp
     run("damaged", resume=True)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "is damaged" in line]
     assert line.endswith("; going on from step 8") and file.name in line and "bytes of" in line
+    assert promised("a checkpoint is damaged").fullmatch(line)
     assert (path / "damaged" / "10" / "manifest.json").is_file()  # nothing is thrown away
     assert rows(path) == rows(whole) and weights(path) == weights(whole)
 
@@ -191,6 +217,7 @@ def test_a_full_disk_ends_the_run_with_a_line_that_says_what_is_left(whole, monk
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "step 10 could not be saved" in err and "No space left on device" in err
     assert err.endswith("the checkpoint of step 8 is as it was\n")
+    assert promised("the disk is full").search(err)
     monkeypatch.undo()
     path = run("full", resume=True)
     assert rows(path) == rows(whole) and weights(path) == weights(whole)
@@ -202,7 +229,7 @@ def train_steps(state) -> int:
 
 
 def test_another_text_is_not_taken_for_the_one_trained_on(whole):
-    """A second corpus was silently replaced by the first."""
+    """Fault 2: a second corpus is silently replaced by the first."""
     text = Path("text.txt").read_text()
     try:
         Path("text.txt").write_text(text.replace("cammin", "camino"))
@@ -223,6 +250,9 @@ def test_what_a_resumed_run_has_otherwise_is_listed():
         "--resume cannot change n_layers 1 -> 2; kv_heads 1 -> 2; data 'stdlib' -> 'other'; "
         "optimizer 'adamw' -> 'lion'; ema 0.9 -> 0.0"
     )
+    with pytest.raises(ConfigError) as error:
+        train.changes(old.replace(n_layers=6, n_heads=4, kv_heads=2), old.replace(n_heads=4))
+    assert promised("another model or text with `--resume`").fullmatch(str(error.value))
     assert train.changes(old.replace(lr=1.0, batch_size=8, keep=9), old) == "lr 0.01 -> 1.0; batch_size 4 -> 8"
     assert train.changes(old, old) == ""
 
@@ -257,6 +287,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_its_batch_is_kept(pla
         run("nan", save_every=4, **DENSE)
     path = Path("runs/nan")
     message = str(stop.value)
+    assert promised("a loss or gradient is not finite").fullmatch(message)
     assert message.startswith("step 6 is not finite (loss ") and "grad_norm nan" in message
     assert message.endswith("step 5 is saved. Go on without that batch: " + resume("nan") + " --on-nan skip")
     assert [row["step"] for row in rows(path)] == [1, 2, 3, 4, 5]
@@ -272,7 +303,6 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_its_batch_is_kept(pla
 
 
 def test_five_hundred_steps_compile_each_program_once(caplog):
-    """Sampling parameters were static, so that each value compiled anew."""
     changes = {"eval_every": 50, "save_every": 100, "sample_every": 200, "sample_tokens": 4, "log_every": 10}
     with caplog.at_level("WARNING"), jax.log_compiles():
         path = run("long", steps=500, **changes, **DENSE)
@@ -294,8 +324,8 @@ def test_training_stops_when_the_validation_loss_does_and_the_best_stays(monkeyp
     path = run("early", patience=2, eval_every=2, save_every=0, keep=1)
     assert [row["step"] for row in rows(path)] == list(range(1, 9))
     assert Checkpoints(path).steps() == [4, 8] and Checkpoints(path).best() == 4
-    assert "stopped early at step 8: 2 evaluations without a validation loss below 2.0000, that of step 4" in (
-        capsys.readouterr().out
-    )
+    out = capsys.readouterr().out
+    assert "stopped early at step 8: 2 evaluations without a validation loss below 2.0000, that of step 4" in out
+    assert promised("no better validation loss, with `--patience 5`").search(out)
     run("early", resume=True, patience=3, eval_every=2, save_every=0, keep=1)
     assert [row["step"] for row in rows(path)] == list(range(1, 13)) and Checkpoints(path).best() == 10

@@ -39,7 +39,7 @@ def tokenizer(request):
 @settings(deadline=None, max_examples=200)
 @given(text=any_text)
 def test_any_text_round_trips(kind, text):
-    """BPE did not round-trip elsewhere, and bytes it had not seen were dropped."""
+    """Fault 16: text does not survive a round trip, and bytes not seen before are dropped."""
     tokenizer = TOKENIZERS[kind]
     ids = tokenizer.encode(text)
     assert ids.dtype == np.int32 and ids.ndim == 1
@@ -54,7 +54,7 @@ def test_tricky_text_round_trips(tokenizer, text):
 
 
 def test_unseen_characters_are_spelled_as_their_bytes():
-    """A character that was not in the training text was a KeyError elsewhere."""
+    """Fault 16: a character that was not in the training text is an error."""
     tokenizer = TOKENIZERS["char"]
     assert tokenizer.encode("Ω").tolist() == [byte + 1 for byte in "Ω".encode()]
     assert tokenizer.encode("a漢Ω😀é").size == 1 + 1 + 2 + 4 + 1
