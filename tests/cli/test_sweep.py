@@ -14,10 +14,11 @@ import pytest
 import yaml
 
 import dantinox
-from dantinox import sweep, sweep_report
 from dantinox.metrics import read_metrics
-from dantinox.sweep_file import read
-from dantinox.sweep_report import Outcome
+from dantinox.sweep import __main__ as sweep
+from dantinox.sweep import report
+from dantinox.sweep.file import read
+from dantinox.sweep.report import Outcome
 from tests.promises import promised
 
 TINY = {
@@ -205,18 +206,18 @@ def test_the_table_ranks_by_the_goal_and_a_result_of_other_settings_does_not_cou
     runs = found.runs()
     figures = {"val_loss": 1.0, "loss": 1.0, "tokens_per_s": 5e3, "parameters": 1, "active": 1, "cache_bytes": 1}
     outcomes = [Outcome(r, "done", figures=figures | {"mfu": x}) for r, x in zip(runs, (0.1, float("nan"), 0.3))]
-    lines = sweep_report.table(found, outcomes).splitlines()[2:]
+    lines = report.table(found, outcomes).splitlines()[2:]
     assert [line.split()[1] for line in lines] == ["2", "8", "4"]
-    sweep_report.write(found, outcomes, tmp_path)
+    report.write(found, outcomes, tmp_path)
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
-    assert sweep_report.known(runs[0], tmp_path).state == "waiting"
+    assert report.known(runs[0], tmp_path).state == "waiting"
     (tmp_path / runs[0].name).mkdir()
     for file, text in (
         ("config.yaml", ""),
         ("result.json", json.dumps({"values": runs[0].values, "figures": figures})),
     ):
         (tmp_path / runs[0].name / file).write_text(text)
-    assert sweep_report.known(runs[0], tmp_path).state == "done"
+    assert report.known(runs[0], tmp_path).state == "done"
     for text in ("{", "[]", json.dumps({"values": runs[1].values, "figures": figures})):
         (tmp_path / runs[0].name / "result.json").write_text(text)
-        assert sweep_report.known(runs[0], tmp_path).state == "interrupted"
+        assert report.known(runs[0], tmp_path).state == "interrupted"

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dantinox import sweep_file, tracking, train
+from dantinox import tracking, train
 from dantinox.metrics import read_metrics
+from dantinox.sweep import file as sweep_file
 
 ROOT = Path(__file__).parents[2]
 TINY = """--n-layers 1 --dim 16 --n-heads 2 --kv-heads 1 --window 8 --seq-len 16 --max-context 32 --batch-size 4

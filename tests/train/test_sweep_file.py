@@ -11,10 +11,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dantinox import sweep_file
 from dantinox.config import ConfigError
-from dantinox.distributions import KEYS, Parameter
-from dantinox.sweep_file import read, settings
+from dantinox.sweep import file as sweep_file
+from dantinox.sweep.distributions import KEYS, Parameter
+from dantinox.sweep.file import read, settings
 
 ROOT = Path(__file__).parents[2]
 PLAIN = {"program": "dantinox/train.py", "method": "grid", "parameters": {"window": {"values": [8, None]}}}

@@ -26,8 +26,8 @@ from typing import Any
 
 from dantinox.config import Config, ConfigError, numbers
 from dantinox.data import find_files
-from dantinox.distributions import Parameter
 from dantinox.settings_file import read_mapping
+from dantinox.sweep.distributions import Parameter
 from dantinox.validation import require, suggest
 
 PROGRAM = "dantinox/train.py"

@@ -13,7 +13,7 @@ from typing import Any
 from dantinox import count
 from dantinox.checkpoint import read_config
 from dantinox.metrics import read_metrics
-from dantinox.sweep_file import Run, Sweep
+from dantinox.sweep.file import Run, Sweep
 from dantinox.tokenizer import open_atomic
 
 RESULT = "result.json"  # in a run's folder, written last: with it the run is done

@@ -18,10 +18,11 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from dantinox import cli, sweep_report, tracking
+from dantinox import cli, tracking
 from dantinox.metrics import read_metrics
-from dantinox.sweep_file import Run, Sweep, read
-from dantinox.sweep_report import Outcome
+from dantinox.sweep import report
+from dantinox.sweep.file import Run, Sweep, read
+from dantinox.sweep.report import Outcome
 from dantinox.validation import ConfigError, require
 
 PROG = "dantinox-sweep"
@@ -59,16 +60,16 @@ class Sweeper:
 
     def all(self) -> list[Outcome]:
         """Train what is not done yet; what became of each run, as far as a signal let it."""
-        outcomes = [sweep_report.known(run, self.folder) for run in self.runs]
+        outcomes = [report.known(run, self.folder) for run in self.runs]
         with self._listening():
             for i, run in enumerate(self.runs):
                 head = f"{i + 1}/{len(self.runs)} {run.name}"
                 if self.asked is None and outcomes[i].state not in ("done", "refused"):
                     outcomes[i] = self._one(run, head)
-                    sweep_report.write(self.sweep, outcomes, self.folder)
+                    report.write(self.sweep, outcomes, self.folder)
                 if self.asked is None or outcomes[i].state == "interrupted":
                     self.console.print(f"{head}: {outcomes[i].told(self.sweep.metric)}", markup=False)
-        sweep_report.write(self.sweep, outcomes, self.folder)
+        report.write(self.sweep, outcomes, self.folder)
         return outcomes
 
     def _one(self, run: Run, head: str) -> Outcome:
@@ -94,7 +95,7 @@ class Sweeper:
                 self._child.send_signal(self.asked)
             code = self._wait(path, head)
         if code == 0:
-            return sweep_report.finish(run, self.folder)
+            return report.finish(run, self.folder)
         if self.asked is not None or code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
             return Outcome(run, "interrupted")
         if code < 0:
@@ -172,7 +173,7 @@ def sweep(args: Args) -> int:
     if args.dry_run:
         print(f"{len(runs)} runs in {folder}, each with {fixed(found, runs)}")
         for i, run in enumerate(runs):
-            known = sweep_report.known(run, folder)
+            known = report.known(run, folder)
             words = shlex.join(run.flags(found.varied))
             told = f" ({known.state}{known.why and ': '}{known.why})"
             print(f"{i + 1}/{len(runs)} {run.name}: {words}{'' if known.state == 'waiting' else told}")
@@ -183,7 +184,7 @@ def sweep(args: Args) -> int:
         sweeper = Sweeper(found, runs, folder, args.wandb, lock)
         outcomes = sweeper.all()
     done = sum(outcome.state == "done" for outcome in outcomes)
-    print(f"\n{sweep_report.table(found, outcomes)}\n\n{done} of {len(runs)} runs are done; results are in {folder}")
+    print(f"\n{report.table(found, outcomes)}\n\n{done} of {len(runs)} runs are done; results are in {folder}")
     if sweeper.asked is not None:
         print(f"interrupted; each run is saved. Go on with: {again(args)}")
         return 128 + sweeper.asked
