@@ -5,7 +5,6 @@ y = x w_e        dx = dy w_e^T, w read as it lies        dw_e = sum of x_n^T dy_
 
 import functools
 import re
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +13,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.dispatch import device
 from kernels.grouped_matmul import mosaic_gpu, mosaic_gpu_dw
+from kernels.grouped_matmul.roles import Static
 from kernels.varying import vary
 
 Array = jax.Array
 DTYPES = (jnp.bfloat16, jnp.float16)
 SIDE = 64  # M and F are multiples of it: columns of a tile in the layout that the tensor cores read
-
-
-class Static(NamedTuple):
-    """What is fixed when the kernels are traced."""
-
-    cores: int
-    interpret: plgpu.InterpretGPUParams | None = None  # None compiles; the parameters interpret the kernels on the CPU
 
 
 def refusal(dtype: jnp.dtype, M: int, F: int) -> str | None:
@@ -65,7 +58,7 @@ def grouped_matmul(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _matmul(x: Array, w: Array, group_sizes: Array, static: Static) -> Array:
-    return vary(mosaic_gpu.product(x, w, group_sizes, **static._asdict()), x)
+    return vary(mosaic_gpu.product([x], [w], group_sizes, static), x)
 
 
 def _matmul_forward(x: Array, w: Array, group_sizes: Array, static: Static) -> tuple[Array, tuple]:
@@ -74,9 +67,8 @@ def _matmul_forward(x: Array, w: Array, group_sizes: Array, static: Static) -> t
 
 def _matmul_backward(static: Static, kept: tuple, dy: Array) -> tuple:
     x, w, group_sizes = kept
-    options = static._asdict()
-    dx = mosaic_gpu.product(dy, w, group_sizes, transposed=True, name="grouped_matmul_dx", **options)
-    dw = mosaic_gpu_dw.summed(x, dy, group_sizes, name="grouped_matmul_dw", **options)
+    dx = mosaic_gpu.product([dy], [w], group_sizes, static, transposed=True, name="grouped_matmul_dx")
+    dw = mosaic_gpu_dw.summed(x, dy, group_sizes, static, name="grouped_matmul_dw")
     return vary(dx, x), vary(dw, w), np.zeros(group_sizes.shape, jax.dtypes.float0)
 
 

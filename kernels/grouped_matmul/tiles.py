@@ -3,8 +3,14 @@
 On a TPU every step of the grid should have the whole contraction: then a group's matrix is read once, and no sum
 waits in memory. The model counts the bytes that tiles make a kernel move. On a CPU a step copies the matrix that it
 uses, so its tile should have about as many rows as a group.
+
+On Hopper (`hopper`) a tile has 128 rows, of which 64 are not multiplied where they are nobody's, so what is chosen is
+how many columns: a wide tile reads less for what it multiplies; a narrow one leaves fewer cores idle at the end, and
+fewer columns past the last. The model counts clocks, of the slowest core; how rows are spread over groups is not known
+when a program is compiled, and is taken for even.
 """
 
+import math
 from typing import NamedTuple
 
 from kernels.dispatch import Device
@@ -13,6 +19,22 @@ VMEM_BYTES = 56 * 2**20  # of the smallest chip's 64
 BLOCK_BYTES = 36 * 2**20  # of them for blocks, each twice; what is left serves sums and the compiler
 CPU_ROWS = 16, 512  # at least, at most
 UNROLLED = 2**30  # multiplications that are written out, what is more in a loop: code is read from memory too
+
+
+HEIGHT, UNIT, INNER = 128, 64, 64  # Hopper: rows of a tile, and of a warpgroup; of the contraction at once
+PRODUCTS = 2048  # multiplications a clock of a core
+L2_BYTES, MEMORY_BYTES = (
+    64,
+    14.5,
+)  # bytes a clock of a core, at most: 64 is what it can take, 14.5 its share of 3.35 TB/s
+START, COLUMN = 1500, 6  # clocks before the first product of a tile; to write a column of it
+
+
+class Tile(NamedTuple):
+    """On Hopper: columns of each matrix that a tile has, and the stages of its ring."""
+
+    columns: int
+    stages: int
 
 
 class Tiles(NamedTuple):
@@ -114,3 +136,57 @@ def _sides(size: int, most: int) -> list[int]:
     found = [size] if size <= most else []
     found += [side for side in range(128, min(size - 1, most) + 1, 128) if size % side == 0]
     return found or [512]
+
+
+def hopper(
+    N: int, E: int, K: int, J: int, cores: int, *, matrices: int = 1, widths: tuple[int, ...] = (256, 192, 128, 64)
+) -> Tile:
+    """For [N, K] times [E, K, J] on Hopper; with `matrices` as many such products at once of the same rows.
+
+    Args:
+        widths: columns of all matrices together that a tile may have.
+    """
+    busy = max(1, min(N, E))
+    each = N / busy
+    # What is left over at the end of a group is half a tile on average.
+    visits = busy * max(1.0, each / HEIGHT + 0.5 * (E > 1))
+    units = busy * max(1.0, each / UNIT + 0.5 * (E > 1))
+    return min(
+        (_hopper(width, matrices) for width in widths),
+        key=lambda tile: (
+            clocks(visits, units / visits, visits / busy, K, J, tile.columns, matrices, cores),
+            -tile.columns,
+        ),
+    )
+
+
+def clocks(
+    visits: float, units: float, sharing: float, K: int, J: int, columns: int, matrices: int, cores: int
+) -> float:
+    """What the slowest core takes for tiles of so many columns of each matrix.
+
+    Args:
+        visits: tiles of rows. units: of 64 rows that are multiplied, of each. sharing: visits of a group, which read
+            a matrix from memory once.
+    """
+    width = columns * matrices
+    products = units * UNIT * width * INNER / PRODUCTS
+    from_l2 = 2 * (HEIGHT + width) * INNER / L2_BYTES
+    from_memory = 2 * width * INNER / min(sharing, 16) / MEMORY_BYTES
+    tile = START + math.ceil(K / INNER) * max(products, from_l2, from_memory) + COLUMN * width
+    return math.ceil(visits * math.ceil(J / columns) / cores) * tile
+
+
+def hopper_sum(N: int, E: int, M: int, F: int, cores: int) -> Tile:
+    """For the sums over rows [N, M]^T [N, F]: [E, M, F] on Hopper."""
+    # Of the rows of a group, cut off at multiples of 8, some pieces of 64 have strangers.
+    rows = max(1, N // max(1, min(N, E))) + UNIT
+    down = E * math.ceil(M / HEIGHT)
+    return min(
+        (_hopper(width, 1) for width in (256, 192, 128)),
+        key=lambda tile: (clocks(down, 2, down, rows, F, tile.columns, 1, cores), -tile.columns),
+    )
+
+
+def _hopper(width: int, matrices: int) -> Tile:
+    return Tile(width // matrices, 8 if width == 64 else 4)

@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import kernels
 from kernels import dispatch, specs
-from kernels.grouped_matmul import hopper, mosaic_gpu
+from kernels.grouped_matmul import hopper, roles
 from kernels.grouped_matmul.groups import visits
 from tests.parity import rows, rule, sanitizer
 
@@ -79,12 +79,12 @@ def test_what_is_nobodys_reaches_nobody(sizes):
 
 
 def test_every_tile_has_its_place_and_a_panel_its_rows():
-    places = jax.jit(mosaic_gpu.place, static_argnums=2)
+    places = jax.jit(roles.place, static_argnums=2)
     for down, across in itertools.product((1, 2, 15, 16, 17, 40), (1, 3)):
         n = jnp.arange(down * across)
         found = np.stack(places(n, down, across), axis=1)
         assert sorted(map(tuple, found)) == list(itertools.product(range(down), range(across)))
-        panels = found[:, 0] // mosaic_gpu.PANEL
+        panels = found[:, 0] // roles.PANEL
         assert (np.diff(panels) >= 0).all()
         assert (np.abs(np.diff(found[:, 1])) <= 1).all(), "it goes on where it is"
 
