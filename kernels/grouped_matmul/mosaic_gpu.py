@@ -37,7 +37,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.grouped_matmul import roles, tiles
-from kernels.grouped_matmul.roles import CHUNK, HEIGHT, INNER, ROWS, SIDE, Ring, Static, Task
+from kernels.grouped_matmul.roles import CHUNK, SIDE, Ring, Static, Task
+from kernels.grouped_matmul.tiles import HEIGHT, INNER, ROWS
 
 Array = jax.Array
 
@@ -60,7 +61,7 @@ def product(
         scale: [N] float32, multiplied into the rows.
     """
     (N, K), E, J, dtype = xs[0].shape, ws[0].shape[0], ws[0].shape[1 if transposed else 2], xs[0].dtype
-    tile = static.tile or tiles.hopper(N, E, K * len(xs), J, static.cores)
+    tile = tiles.hopper(N, E, K * len(xs), J, static.cores, widths=static.among(256, 192, 128, 64))
     across, steps = pl.cdiv(J, tile.columns), pl.cdiv(K, INNER)
     rows = [whole(x) for x in xs]
     scales = [] if scale is None else [jnp.pad(scale, (0, -N % SIDE + HEIGHT))]
@@ -93,7 +94,7 @@ def product(
 
             pl.when(mine == 0)(lambda: ring.skip(task.used, task.fillings))
 
-        return roles.tasks(table, count[0], E, across, tile.columns, len(xs) * steps), load, compute
+        return roles.tasks(table, count[0], E, across, tile.columns, lambda _: len(xs) * steps), load, compute
 
     (y,) = roles.launch(
         body,

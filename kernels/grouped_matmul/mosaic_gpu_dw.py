@@ -29,7 +29,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.grouped_matmul import roles, tiles
 from kernels.grouped_matmul.mosaic_gpu import whole
-from kernels.grouped_matmul.roles import CHUNK, HEIGHT, INNER, ROWS, SIDE, WARPGROUPS, Ring, Static
+from kernels.grouped_matmul.roles import CHUNK, SIDE, WARPGROUPS, Ring, Static
+from kernels.grouped_matmul.tiles import HEIGHT, INNER, ROWS
 
 Array = jax.Array
 
@@ -53,7 +54,7 @@ def summed(x: Array, dy: Array, group_sizes: Array, static: Static, *, name: str
         x: [N, M]; dy: [N, F]; M and F multiples of 64, rows sorted by group.
     """
     (N, M), F, E = x.shape, dy.shape[1], group_sizes.shape[0]
-    tile = static.tile or tiles.hopper_sum(N, E, M, F, static.cores)
+    tile = tiles.hopper_sum(N, E, M, F, static.cores, widths=static.among(256, 192, 128))
     columns, down, across = tile.columns, pl.cdiv(M, HEIGHT), pl.cdiv(F, tile.columns)
     ends = jnp.cumsum(group_sizes.astype(jnp.int32))
     bounds = jnp.stack([ends - group_sizes, ends], axis=1)

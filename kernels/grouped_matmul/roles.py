@@ -21,12 +21,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.grouped_matmul.groups import Visit, Visits, visits
-from kernels.grouped_matmul.tiles import Tile
+from kernels.grouped_matmul.tiles import HEIGHT, ROWS
 
 Array = jax.Array
-WARPGROUPS, ROWS = 2, 64  # that multiply; the rows of each
-HEIGHT = WARPGROUPS * ROWS
-INNER = 64  # of the contraction at once
+WARPGROUPS = HEIGHT // ROWS  # that multiply
 CHUNK, CHUNKS = 64, 2  # columns that are written at once; such pieces of shared memory
 SIDE = 8  # rows of a TMA tile
 PANEL = 16  # tiles of rows whose columns are multiplied at the same time
@@ -41,7 +39,11 @@ class Static(NamedTuple):
 
     cores: int
     interpret: plgpu.InterpretGPUParams | None = None  # None compiles; the parameters interpret the kernels on the CPU
-    tile: Tile | None = None  # None lets `tiles.py` choose
+    width: int | None = None  # columns of a tile; None lets `tiles.py` choose
+
+    def among(self, *widths: int) -> tuple[int, ...]:
+        """The given width where it is one of these, else all of them."""
+        return (self.width,) if self.width in widths else widths
 
 
 class Ring(NamedTuple):
@@ -142,7 +144,8 @@ def launch(
         grid_names=("block",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        # What is summed over a row lies in the registers of four neighbours: no shared memory is kept for that.
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=16),
         interpret=static.interpret or False,
         kernel_name=name,
     )(*arrays)
@@ -192,14 +195,21 @@ def table(of: Visits) -> tuple[Array, Array]:
     return jnp.stack(of[1:], axis=1), of.count[None]
 
 
-def tasks(table: Any, count: Array, E: int, across: int, columns: int, fillings: int) -> Callable[..., Array]:
-    """walk(run) -> fillings, for `across` tiles of `columns` for each visit; rows of nobody take no filling."""
+def tasks(
+    table: Any, count: Array, E: int, across: int, columns: int, fillings: Callable[[Array], Any]
+) -> Callable[..., Array]:
+    """walk(run) -> fillings, for `across` tiles of `columns` for each visit.
+
+    Args:
+        fillings: how many a tile takes, by its first column; those of nobody take none.
+    """
 
     def walk(run: Callable[[Task], None]) -> Array:
         def one(n: Array, used: Array) -> Array:
             number, column = place(n, count, across)
             visit = Visit(*(table[number, field] for field in range(4)))
-            task = Task(visit, number, column * columns, used, jnp.where(visit.group < E, fillings, 0))
+            first = column * columns
+            task = Task(visit, number, first, used, jnp.where(visit.group < E, fillings(first), 0))
             run(task)
             return used + task.fillings
 
@@ -255,10 +265,15 @@ def chunks(columns: int, there: Any, one: Callable[[int], None]) -> None:
             pl.when(first < there)(functools.partial(one, first))
 
 
-def runs(low: Array, count: Array, copy: Callable[[Array, int], None]) -> None:
+def runs(low: Array, count: Array, copy: Callable[[Any, int], None]) -> None:
     """copy(first, size) for runs that make up the rows low <= n < low + count: TMA stores only sizes known before."""
-    size = ROWS
-    while size:
-        at = low + (count & -(2 * size))  # after the larger runs
-        pl.when((count & size) != 0)(functools.partial(copy, at, size))
-        size //= 2
+    pl.when(count == ROWS)(lambda: copy(0, ROWS))
+
+    # Apart, or the compiler works out the addresses of all runs of all pieces first, and keeps them.
+    @pl.when(count < ROWS)
+    def _() -> None:
+        size = ROWS // 2
+        while size:
+            at = low + (count & -(2 * size))  # after the larger runs
+            pl.when((count & size) != 0)(functools.partial(copy, at, size))
+            size //= 2

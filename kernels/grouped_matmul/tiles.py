@@ -11,6 +11,7 @@ when a program is compiled, and is taken for even.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from kernels.dispatch import Device
@@ -20,14 +21,10 @@ BLOCK_BYTES = 36 * 2**20  # of them for blocks, each twice; what is left serves 
 CPU_ROWS = 16, 512  # at least, at most
 UNROLLED = 2**30  # multiplications that are written out, what is more in a loop: code is read from memory too
 
-
-HEIGHT, UNIT, INNER = 128, 64, 64  # Hopper: rows of a tile, and of a warpgroup; of the contraction at once
+HEIGHT, ROWS, INNER = 128, 64, 64  # Hopper: rows of a tile, and of a warpgroup; of the contraction at once
 PRODUCTS = 2048  # multiplications a clock of a core
-L2_BYTES, MEMORY_BYTES = (
-    64,
-    14.5,
-)  # bytes a clock of a core, at most: 64 is what it can take, 14.5 its share of 3.35 TB/s
-START, COLUMN = 1500, 6  # clocks before the first product of a tile; to write a column of it
+L2_BYTES, MEMORY_BYTES = 64, 14.5  # a clock of a core: all it can take; its share of 3.35 TB/s
+START, COLUMN = 600, 6  # clocks, guessed: before a tile's first product; to write a column of it
 
 
 class Tile(NamedTuple):
@@ -138,55 +135,43 @@ def _sides(size: int, most: int) -> list[int]:
     return found or [512]
 
 
-def hopper(
-    N: int, E: int, K: int, J: int, cores: int, *, matrices: int = 1, widths: tuple[int, ...] = (256, 192, 128, 64)
-) -> Tile:
+def hopper(N: int, E: int, K: int, J: int, cores: int, *, widths: tuple[int, ...], matrices: int = 1) -> Tile:
     """For [N, K] times [E, K, J] on Hopper; with `matrices` as many such products at once of the same rows.
 
     Args:
         widths: columns of all matrices together that a tile may have.
     """
     busy = max(1, min(N, E))
-    each = N / busy
     # What is left over at the end of a group is half a tile on average.
-    visits = busy * max(1.0, each / HEIGHT + 0.5 * (E > 1))
-    units = busy * max(1.0, each / UNIT + 0.5 * (E > 1))
-    return min(
-        (_hopper(width, matrices) for width in widths),
-        key=lambda tile: (
-            clocks(visits, units / visits, visits / busy, K, J, tile.columns, matrices, cores),
-            -tile.columns,
-        ),
-    )
+    of_group = lambda size: max(1.0, N / busy / size + 0.5 * (E > 1))
+    visits, units = busy * of_group(HEIGHT), of_group(ROWS) / of_group(HEIGHT)
+    return _fastest(widths, matrices, lambda tile: clocks(visits, units, of_group(HEIGHT), K, J, tile, matrices, cores))
 
 
-def clocks(
-    visits: float, units: float, sharing: float, K: int, J: int, columns: int, matrices: int, cores: int
-) -> float:
-    """What the slowest core takes for tiles of so many columns of each matrix.
+def hopper_sum(N: int, E: int, M: int, F: int, cores: int, *, widths: tuple[int, ...]) -> Tile:
+    """For the sums over rows [N, M]^T [N, F]: [E, M, F] on Hopper."""
+    down = math.ceil(M / HEIGHT)
+    # A group begins at a multiple of 8 and ends anywhere: half a piece of 64 rows is not its own.
+    rows = N // max(1, min(N, E)) + INNER // 2
+    return _fastest(widths, 1, lambda tile: clocks(E * down, 2, down, rows, F, tile, 1, cores))
+
+
+def clocks(visits: float, units: float, sharing: float, K: int, J: int, tile: Tile, matrices: int, cores: int) -> float:
+    """What the slowest core of a Hopper chip takes, in clocks.
 
     Args:
         visits: tiles of rows. units: of 64 rows that are multiplied, of each. sharing: visits of a group, which read
             a matrix from memory once.
     """
-    width = columns * matrices
-    products = units * UNIT * width * INNER / PRODUCTS
+    width = tile.columns * matrices
+    products = units * ROWS * width * INNER / PRODUCTS
     from_l2 = 2 * (HEIGHT + width) * INNER / L2_BYTES
     from_memory = 2 * width * INNER / min(sharing, 16) / MEMORY_BYTES
-    tile = START + math.ceil(K / INNER) * max(products, from_l2, from_memory) + COLUMN * width
-    return math.ceil(visits * math.ceil(J / columns) / cores) * tile
+    each = START + math.ceil(K / INNER) * max(products, from_l2, from_memory) + COLUMN * width
+    return math.ceil(visits * math.ceil(J / tile.columns) / cores) * each
 
 
-def hopper_sum(N: int, E: int, M: int, F: int, cores: int) -> Tile:
-    """For the sums over rows [N, M]^T [N, F]: [E, M, F] on Hopper."""
-    # Of the rows of a group, cut off at multiples of 8, some pieces of 64 have strangers.
-    rows = max(1, N // max(1, min(N, E))) + UNIT
-    down = E * math.ceil(M / HEIGHT)
-    return min(
-        (_hopper(width, 1) for width in (256, 192, 128)),
-        key=lambda tile: (clocks(down, 2, down, rows, F, tile.columns, 1, cores), -tile.columns),
-    )
-
-
-def _hopper(width: int, matrices: int) -> Tile:
-    return Tile(width // matrices, 8 if width == 64 else 4)
+def _fastest(widths: tuple[int, ...], matrices: int, time: Callable[[Tile], float]) -> Tile:
+    """The widest of the fastest; as many stages as there is memory for."""
+    found = [Tile(width // matrices, 8 if width == 64 else 4) for width in sorted(widths, reverse=True)]
+    return min(found, key=time)
