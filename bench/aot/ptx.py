@@ -12,6 +12,7 @@ _STATIC_SMEM = re.compile(r"(\d+) bytes smem")
 _ENTRY = re.compile(r"\.visible \.entry ([\w$.]+)\(")
 _THREADS = re.compile(r"\.(?:maxntid|reqntid)\s+([\d, ]+)")
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)")
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);")
 _BARRIERS = re.compile(r"num_barriers=(\d+)[^)]*\): (\d+)")
 _THUNK = re.compile(
     r"kCustomKernel \[.*?\] (\S+) grid: .*threads: \[(\d+), (\d+), (\d+)\]\s+shared_memory: (\d+) bytes"
@@ -81,6 +82,31 @@ def sass_counts(text: str) -> dict[str, dict[str, int]]:
             if kind:
                 counts[kind] += 1
         found[name.strip()] = counts
+    return found
+
+
+def steady_loops(text: str) -> dict[str, list]:
+    """Function -> [instructions, tensor core instructions, shape and transposed operands of one] of the innermost loop
+    that has any.
+
+    From `cuobjdump --dump-sass`; functions without such a loop are left out. Of several loops the one with the most
+    for its length is taken.
+    """
+    found: dict[str, list] = {}
+    for block in re.split(r"(?m)^\s*Function : ", text)[1:]:
+        name, _, body = block.partition("\n")
+        code = [(int(m[1], 16), m[2], m[3]) for m in map(_INSTRUCTION.match, body.splitlines()) if m]
+        wgmma = [at for at, opcode, _ in code if _KINDS[0][1].match(opcode.partition(".")[0])]
+        loops = []
+        for end, opcode, rest in code:
+            target = re.search(r"\b0x([0-9a-f]+)", rest) if opcode.startswith("BRA") else None
+            if target and (start := int(target[1], 16)) <= end:
+                loops.append((start, end, sum(start <= at <= end for at in wgmma)))
+        inner = [(sum(start <= at <= end for at, *_ in code), n, start) for start, end, n in loops if n]
+        if inner:
+            length, n, start = min(inner, key=lambda each: (each[0] / each[1], each[0]))
+            shape, rest = next((opcode.split(".")[1], rest) for at, opcode, rest in code if at >= start and at in wgmma)
+            found[name.strip()] = [length, n, " ".join([shape, *re.findall(r"\.tnsp(\w)", rest)])]
     return found
 
 
