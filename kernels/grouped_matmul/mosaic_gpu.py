@@ -41,6 +41,7 @@ from kernels.grouped_matmul.roles import CHUNK, SIDE, Ring, Static, Task
 from kernels.grouped_matmul.tiles import HEIGHT, INNER, ROWS
 
 Array = jax.Array
+WIDTHS = (256, 192, 128, 64)  # of a tile
 
 
 def product(
@@ -61,7 +62,7 @@ def product(
         scale: [N] float32, multiplied into the rows.
     """
     (N, K), E, J, dtype = xs[0].shape, ws[0].shape[0], ws[0].shape[1 if transposed else 2], xs[0].dtype
-    tile = tiles.hopper(N, E, K * len(xs), J, static.cores, widths=static.among(256, 192, 128, 64))
+    tile = tiles.hopper(N, E, K * len(xs), J, static.cores, widths=static.among(*WIDTHS))
     across, steps = pl.cdiv(J, tile.columns), pl.cdiv(K, INNER)
     rows = [whole(x) for x in xs]
     scales = [] if scale is None else [jnp.pad(scale, (0, -N % SIDE + HEIGHT))]

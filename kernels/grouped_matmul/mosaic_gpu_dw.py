@@ -33,6 +33,7 @@ from kernels.grouped_matmul.roles import CHUNK, SIDE, WARPGROUPS, Ring, Static
 from kernels.grouped_matmul.tiles import HEIGHT, INNER, ROWS
 
 Array = jax.Array
+WIDTHS = (256, 128)  # of a tile
 
 
 class Piece(NamedTuple):
@@ -54,7 +55,7 @@ def summed(x: Array, dy: Array, group_sizes: Array, static: Static, *, name: str
         x: [N, M]; dy: [N, F]; M and F multiples of 64, rows sorted by group.
     """
     (N, M), F, E = x.shape, dy.shape[1], group_sizes.shape[0]
-    tile = tiles.hopper_sum(N, E, M, F, static.cores, widths=static.among(256, 192, 128))
+    tile = tiles.hopper_sum(N, E, M, F, static.cores, widths=static.among(*WIDTHS))
     columns, down, across = tile.columns, pl.cdiv(M, HEIGHT), pl.cdiv(F, tile.columns)
     ends = jnp.cumsum(group_sizes.astype(jnp.int32))
     bounds = jnp.stack([ends - group_sizes, ends], axis=1)
@@ -107,8 +108,7 @@ def summed(x: Array, dy: Array, group_sizes: Array, static: Static, *, name: str
 
             def clear_others(stage: Array, low: Array, high: Array) -> None:
                 half = columns // WARPGROUPS
-                size = min(half, CHUNK)
-                own = [dy_ring.at[stage, :, pl.ds(warpgroup * half + n, size)] for n in range(0, half, size)]
+                own = [dy_ring.at[stage, :, pl.ds(warpgroup * half + n, CHUNK)] for n in range(0, half, CHUNK)]
                 for piece in (x_ring.at[stage, warpgroup], *own):
                     n = plgpu.broadcasted_iota(jnp.int32, piece.shape, 0, layout=plgpu.Layout.WGMMA)
                     value = plgpu.load(piece, layout=plgpu.Layout.WGMMA)

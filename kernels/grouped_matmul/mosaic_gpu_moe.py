@@ -41,6 +41,7 @@ from kernels.grouped_matmul.tiles import HEIGHT, INNER, ROWS
 
 Array = jax.Array
 MATRICES = 2
+WIDTHS = (256, 128)  # of a tile, of both matrices together on the way up
 
 
 def up(
@@ -52,7 +53,7 @@ def up(
         x: [N, M], rows sorted by expert; w_gate, w_up: [E, M, F]; M and F multiples of 64.
     """
     (N, M), (E, _, F) = x.shape, w_gate.shape
-    tile = tiles.hopper(N, E, M, F, static.cores, matrices=MATRICES, widths=static.among(256, 128))
+    tile = tiles.hopper(N, E, M, F, static.cores, matrices=MATRICES, widths=static.among(*WIDTHS))
     columns, across, steps = tile.columns, pl.cdiv(F, tile.columns), pl.cdiv(M, INNER)
 
     def body(
@@ -140,7 +141,7 @@ def back(
         g, u: [N, F], as `up` kept them; p: [N] float32, the router's weights.
     """
     (N, M), (E, F, _) = dy.shape, w_down.shape
-    tile = tiles.hopper(N, E, M, F, static.cores, widths=static.among(256, 128))
+    tile = tiles.hopper(N, E, M, F, static.cores, widths=static.among(*WIDTHS))
     columns, across, steps = tile.columns, pl.cdiv(F, tile.columns), pl.cdiv(M, INNER)
     pieces = columns // CHUNK
     plan = roles.plan(group_sizes, N)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import threading
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import kernels
 from kernels import dispatch, specs
-from kernels.grouped_matmul import hopper, roles
+from kernels.grouped_matmul import hopper, mosaic_gpu, mosaic_gpu_dw, mosaic_gpu_moe, roles
 from kernels.grouped_matmul.groups import visits
 from tests.parity import rows, rule, sanitizer
 
@@ -39,8 +40,8 @@ def watched(width: int | None, inputs: dict, aux: dict, dout: jax.Array) -> dict
 
 CASES = [
     # Tiles of two groups, pieces of every size, a hole, rows of nobody, a last tile past N; more steps than stages, a
-    # quarter of a tile of columns, and half of one.
-    (row(3, 0, 73, 51, N=129, M=128, F=320), 256),
+    # quarter of a tile of columns, and one warpgroup's half of dw.
+    (row(3, 0, 73, 51, N=129, M=192, F=320), 256),
     pytest.param(row(0, 200, M=128, F=320), 128, marks=slow),
     pytest.param(row(300, 0, 0, M=192, F=128), None, marks=slow),  # all to the first; one warpgroup's half of dw
     pytest.param(row(0, 0, 257), 256, marks=slow),
@@ -79,6 +80,45 @@ def test_what_is_nobodys_reaches_nobody(sizes):
     run = jax.jit(functools.partial(both, interpret=plgpu.InterpretGPUParams()))
     once = run(inputs, {"group_sizes": sizes}, dout)
     rule.same_bits(once, run(poisoned, {"group_sizes": sizes}, jnp.where(past, jnp.nan, dout)))
+
+
+COLUMNS, TILES = 256, 8
+LAUNCHED = {  # name -> (copies that fill a stage, what makes TILES tiles of one filling each)
+    "y": (2, lambda static: mosaic_gpu.product([ones(128, 64)], [ones(1, 64, TILES * COLUMNS)], SIZES, static)),
+    "dw": (3, lambda static: mosaic_gpu_dw.summed(ones(64, 128), ones(64, TILES * COLUMNS), SIZES // 2, static)),
+    "up": (
+        3,
+        lambda static: mosaic_gpu_moe.up(ones(128, 64), *[ones(1, 64, 4 * COLUMNS)] * 2, SIZES, static, keep=False),
+    ),
+}
+SIZES = np.array([128], np.int32)
+
+
+def ones(*shape: int) -> jax.Array:
+    return jnp.ones(shape, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_the_next_tile_is_loaded_while_this_one_is_written(name, monkeypatch):
+    """The first that writes is held until the ring of 4 stages is filled again, but for what it has not released."""
+    copies, run = LAUNCHED[name]
+    loaded, enough, in_time = itertools.count(1), threading.Event(), []
+    load, store = sanitizer.gpu_interpreter.copy_gmem_to_smem, sanitizer.gpu_interpreter.copy_smem_to_gmem
+
+    def count(**options: Any) -> Any:
+        if next(loaded) > 4 * copies:
+            enough.set()
+        return load(**options)
+
+    def hold(**options: Any) -> Any:
+        in_time.append(enough.wait(timeout=30) if not in_time else True)
+        return store(**options)
+
+    monkeypatch.setattr(sanitizer.gpu_interpreter, "copy_gmem_to_smem", count)
+    monkeypatch.setattr(sanitizer.gpu_interpreter, "copy_smem_to_gmem", hold)
+    jax.block_until_ready(jax.jit(run, static_argnums=0)(roles.Static(1, plgpu.InterpretGPUParams(), COLUMNS)))
+    assert in_time[0], "the first tile is written, and nothing more is loaded"
+    assert next(loaded) == TILES * copies + 1
 
 
 def test_every_tile_has_its_place_and_a_panel_its_rows():

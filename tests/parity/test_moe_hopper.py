@@ -45,8 +45,8 @@ def watched(width: int | None, inputs: dict, aux: dict, dout: jax.Array) -> dict
 
 
 CASES = [
-    # An idle expert, tiles of two experts, a last tile past the rows, half a tile of features.
-    (row(37, 4, 2, F=192, skew="one"), 256),
+    # An idle expert, tiles of two experts, both warpgroups and one, a last tile past the rows, a quarter of features.
+    (row(75, 4, 2, F=320, skew="one"), 256),
     pytest.param(row(1, 3, 2), None, marks=slow),
     pytest.param(row(1, 1, 1), 256, marks=slow),
     pytest.param(row(65, 3, 2, skew="uniform", M=128), 128, marks=slow),
