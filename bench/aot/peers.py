@@ -181,7 +181,9 @@ def _splash(spec: specs.Attention, block: int = 1024, fused: bool = False) -> Ca
 
 # --- grouped matmul ---
 
-TOKAMAX_RAGGED_TILE = (64, 64, 128, 2)  # what its heuristics take; its autotuner needs the GPU
+# Of tokamax's kernels, by their KiB of shared memory: what its heuristics take, and what its table of an H100 has for
+# some shapes.
+TOKAMAX_RAGGED_TILES = {64: (64, 64, 128, 2), 96: (128, 64, 128, 2), 192: (128, 64, 128, 4)}
 RAGGED_TILE = (128, 128, 64, 4)  # of jax's kernels: rows, columns, of the contraction, stages; it has no default
 
 

@@ -86,28 +86,49 @@ def sass_counts(text: str) -> dict[str, dict[str, int]]:
 
 
 def steady_loops(text: str) -> dict[str, list]:
-    """Function -> [instructions, tensor core instructions, shape and transposed operands of one] of the innermost loop
-    that has any.
+    """Function -> [instructions, tensor core instructions, shape and transposed operands of one] of a kernel's loop.
 
-    From `cuobjdump --dump-sass`; functions without such a loop are left out. Of several loops the one with the most
-    for its length is taken.
+    From `cuobjdump --dump-sass`: the innermost loop that has any, and of several the one with the most for its length.
+    Instructions are those of the shortest way round, past what is branched around: a mask that few rounds need.
+    Functions without such a loop are left out.
     """
     found: dict[str, list] = {}
     for block in re.split(r"(?m)^\s*Function : ", text)[1:]:
         name, _, body = block.partition("\n")
         code = [(int(m[1], 16), m[2], m[3]) for m in map(_INSTRUCTION.match, body.splitlines()) if m]
-        wgmma = [at for at, opcode, _ in code if _KINDS[0][1].match(opcode.partition(".")[0])]
         loops = []
         for end, opcode, rest in code:
-            target = re.search(r"\b0x([0-9a-f]+)", rest) if opcode.startswith("BRA") else None
-            if target and (start := int(target[1], 16)) <= end:
-                loops.append((start, end, sum(start <= at <= end for at in wgmma)))
-        inner = [(sum(start <= at <= end for at, *_ in code), n, start) for start, end, n in loops if n]
-        if inner:
-            length, n, start = min(inner, key=lambda each: (each[0] / each[1], each[0]))
-            shape, rest = next((opcode.split(".")[1], rest) for at, opcode, rest in code if at >= start and at in wgmma)
-            found[name.strip()] = [length, n, " ".join([shape, *re.findall(r"\.tnsp(\w)", rest)])]
+            target = _target(opcode, rest)
+            inside = [each for each in code if target is not None and target <= each[0] <= end]
+            if count := sum(map(_multiplies, inside)):
+                loops.append((len(inside) / count, len(inside), inside))
+        if loops:
+            *_, inside = min(loops, key=lambda each: each[:2])
+            wgmma = [each for each in inside if _multiplies(each)]
+            _, opcode, rest = wgmma[0]
+            shape = " ".join([opcode.split(".")[1], *re.findall(r"\.tnsp(\w)", rest)])
+            found[name.strip()] = [_shortest(inside), len(wgmma), shape]
     return found
+
+
+def _target(opcode: str, rest: str) -> int | None:
+    found = re.search(r"\b0x([0-9a-f]+)", rest) if opcode.startswith("BRA") else None
+    return int(found[1], 16) if found else None
+
+
+def _multiplies(instruction: tuple[int, str, str]) -> bool:
+    return bool(_KINDS[0][1].match(instruction[1].partition(".")[0]))
+
+
+def _shortest(loop: list[tuple[int, str, str]]) -> int:
+    """Instructions of the way round that takes every branch forward that passes no product."""
+    places = {at: i for i, (at, *_) in enumerate(loop)}
+    i, count = 0, 0
+    while i < len(loop):
+        count += 1
+        to = places.get(_target(*loop[i][1:]), 0)
+        i = to if to > i and not any(map(_multiplies, loop[i:to])) else i + 1
+    return count
 
 
 def mosaic_smem(text: str) -> list[tuple[int, int]]:

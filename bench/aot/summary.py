@@ -158,7 +158,7 @@ def loops(held: Mapping[str, Row]) -> str:
                 row = held.get(f"grouped_matmul / {spec.name} / {name} / bfloat16 / {program}", {})
                 found = [each for each in row.get("kernels", []) if wanted == "y" or _sums_rows(each)]
                 for each in found if len(found) == 1 and "loop" in found[0] else ():
-                    lines.append(_line([spec.name, wanted, name, *_loop(each, _tile(spec, wanted, name))]))
+                    lines.append(_line([spec.name, wanted, name, *_loop(each, _tile(spec, wanted, name, each))]))
     return "\n".join(lines)
 
 
@@ -178,10 +178,12 @@ def _loop(kernel: Row, tile: Sequence[int]) -> list[str]:
     return [*cells, f"{instructions} / {count}", f"{instructions / count * 64 * 256 * 16 / products:.1f}"]
 
 
-def _tile(spec: specs.GroupedMatmul, product_: str, implementation: str) -> tuple[int, ...]:
+def _tile(spec: specs.GroupedMatmul, product_: str, implementation: str, kernel: Row) -> tuple[int, ...]:
     """(rows, columns, of the contraction, stages)."""
-    if implementation != "pallas":
-        return {"tokamax": peers.TOKAMAX_RAGGED_TILE, "jax_mgpu": peers.RAGGED_TILE}[implementation]
+    if implementation == "jax_mgpu":
+        return peers.RAGGED_TILE
+    if implementation == "tokamax":
+        return peers.TOKAMAX_RAGGED_TILES[kernel["smem_bytes"] // 1024]
     cores = targets.get(HOPPER).cores
     if product_ == "dw":
         tile = tiles_of.hopper_sum(spec.N, spec.E, spec.M, spec.F, cores, widths=mosaic_gpu_dw.WIDTHS)
