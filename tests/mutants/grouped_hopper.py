@@ -13,7 +13,7 @@ MUTANTS: list[Mutant] = [
         ("a block's last tile is lost", 'lax.axis_index("block") + (blocks - 1)', 'lax.axis_index("block")', FORM),
         ("a stage is filled before it is free", "pl.when(n >= self.stages)", "pl.when(n >= 2 * self.stages)", FORM),
         ("a stage is released while it is multiplied", "plgpu.wgmma_wait(len(accs))", "plgpu.wgmma_wait(2 * len(accs))",
-         FORM),
+         "its_products"),
         ("all pieces leave by one place", "staged.at[n % CHUNKS]", "staged.at[0]", FORM),
         ("a piece is overwritten on its way out", "CHUNKS - 1 if n else 0, wait_read_only", "CHUNKS, wait_read_only",
          FORM),

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 import threading
 from typing import Any
 
@@ -119,6 +120,14 @@ def test_the_next_tile_is_loaded_while_this_one_is_written(name, monkeypatch):
     jax.block_until_ready(jax.jit(run, static_argnums=0)(roles.Static(1, plgpu.InterpretGPUParams(), COLUMNS)))
     assert in_time[0], "the first tile is written, and nothing more is loaded"
     assert next(loaded) == TILES * copies + 1
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_a_stage_is_released_when_its_products_are_done(name):
+    """What the simulated GPU cannot see, for it multiplies at once: one step's products are under way, no more."""
+    text = str(jax.make_jaxpr(LAUNCHED[name][1], static_argnums=0)(roles.Static(1, None, COLUMNS)))
+    assert sorted(map(int, re.findall(r"wgmma_wait\[n=(\d)\]", text))) == [0, text.count("wgmma_ref")]
+    assert text.count("wgmma_ref") == (2 if name == "up" else 1)
 
 
 def test_every_tile_has_its_place_and_a_panel_its_rows():
