@@ -12,15 +12,14 @@ Tiling    as `mosaic_gpu.py`. up: a stage has the rows of x and 128 columns of b
 
           dp leaves as one number for each row of a visit and tile of columns, so that no two blocks write the same
           place; XLA adds up the tiles, in one order. Visits of nobody's rows are not made in back.
-State     128 registers of a thread's 240 for sums either way. The epilogue takes 64 columns at a time: in back 16 for
-          g and u and 48 for what leaves, in bfloat16, beside 96 sums that wait. p: 2.
-Traffic   up reads as much for a FLOP as a product of 256 columns does, and x once instead of twice. Written in the
-          epilogue, h costs 2 bytes a feature of a row in bfloat16, where apart from the products it costs 6: g and u
-          would be read again. Those who want gradients write g and u as well, 4 bytes, and back reads them, 4 bytes:
-          8 bytes against 4 M FLOPs to multiply again, and against tiles that hold three sums instead of one, 64 x 64
-          of each, which read 1.7 times as much from L2 for a FLOP. At 800 TFLOP/s and 3 TB/s keeping them is faster
-          from M = 530 on, before that is counted. In back s never leaves: it saves 2 bytes written and 2 read a
-          feature, and dp a pass over s and h.
+State     128 registers of a thread's 240 for sums either way. The epilogue takes 64 columns at a time: in back that is
+          32 registers for g and u and 48 for what leaves, in bfloat16, beside 96 for sums that wait; p and dp: 2 each.
+Traffic   up reads as much for a FLOP as a product of 256 columns does, and x once instead of twice. Only h leaves, 2
+          bytes a feature of a row in bfloat16; g and u written, read again and made h would be 10. Those who want
+          gradients write g and u too, 4 bytes, and back reads them, 4 bytes: 8 bytes against 4 M FLOPs to multiply
+          again, and against tiles that hold three sums instead of one, 64 x 64 of each, which read 1.6 times as much
+          from L2 for a FLOP. At 800 TFLOP/s and 3 TB/s keeping them is faster from M = 530 on, before that is counted.
+          In back s never leaves: it saves 2 bytes written and 2 read a feature, and dp a pass over s and h.
 Limits    as `mosaic_gpu.py`, M and F for K and J.
 Source    Shazeer, GLU Variants (arXiv:2002.05202), for the formula; else as `mosaic_gpu.py`.
 """
