@@ -152,7 +152,10 @@ def loops(held: Mapping[str, Row]) -> str:
     lines = _head(
         ["row", "product", "kernel", "tile", "stages", "registers", "SMEM KiB", "wgmma", "loop", "for 64x256x16"]
     )
+    programs: dict[tuple, specs.GroupedMatmul] = {}  # skew makes no other program
     for spec in specs.rows("grouped_matmul", "aot", HOPPER):
+        programs.setdefault((spec.N, spec.M, spec.F, spec.E), spec)
+    for spec in programs.values():
         for wanted, program in (("y", "forward"), ("dw", "both")):
             for name in GPU_KERNELS:
                 row = held.get(f"grouped_matmul / {spec.name} / {name} / bfloat16 / {program}", {})
@@ -168,7 +171,7 @@ def _sums_rows(kernel: Row) -> bool:
     return any("_dw" in each or "contracting" in each or each == "A" for each in words)
 
 
-def _loop(kernel: Row, tile: Sequence[int]) -> list[str]:
+def _loop(kernel: Row, tile: Sequence[Any]) -> list[str]:
     """What the table says of a kernel; its loop last: instructions a wgmma, and for 64 x 256 x 16 products."""
     instructions, count, shape = kernel["loop"]
     size = shape.split()[0]
@@ -178,12 +181,12 @@ def _loop(kernel: Row, tile: Sequence[int]) -> list[str]:
     return [*cells, f"{instructions} / {count}", f"{instructions / count * 64 * 256 * 16 / products:.1f}"]
 
 
-def _tile(spec: specs.GroupedMatmul, product_: str, implementation: str, kernel: Row) -> tuple[int, ...]:
+def _tile(spec: specs.GroupedMatmul, product_: str, implementation: str, kernel: Row) -> tuple[Any, ...]:
     """(rows, columns, of the contraction, stages)."""
     if implementation == "jax_mgpu":
         return peers.RAGGED_TILE
     if implementation == "tokamax":
-        return peers.TOKAMAX_RAGGED_TILES[kernel["smem_bytes"] // 1024]
+        return peers.TOKAMAX_RAGGED_TILES.get(kernel["smem_bytes"] // 1024, ("?", "?"))
     cores = targets.get(HOPPER).cores
     if product_ == "dw":
         tile = tiles_of.hopper_sum(spec.N, spec.E, spec.M, spec.F, cores, widths=mosaic_gpu_dw.WIDTHS)
