@@ -48,8 +48,6 @@ MUTANTS: list[Mutant] = [
         ("rows of the group before count", "(n >= low) & (n < high)", "n < high", FORM),
         ("a last piece is not cleared", "pl.when((low > 0) | (high < INNER))", "pl.when(low > 0)", FORM),
         ("half of dy is not cleared", "pl.ds(warpgroup * half + n, CHUNK)", "pl.ds(n, CHUNK)", FORM),
-        ("what the other clears is not waited for",
-         "plgpu.barrier_arrive(clear)\n                plgpu.barrier_wait(clear)\n", "", FORM),
         ("a half that is not there is written", "pl.when(of.row + warpgroup * ROWS < M)", "pl.when(of.row < M)", FORM),
     ),
     *planted(
