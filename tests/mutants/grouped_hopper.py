@@ -30,8 +30,6 @@ MUTANTS: list[Mutant] = [
         "grouped_hopper",
         ("every piece of the contraction is the first", "inner = pl.ds(k * INNER, INNER)", "inner = pl.ds(0, INNER)",
          FORM),
-        ("columns past the last are written", "tile.columns if J % tile.columns == 0 else J - task.column",
-         "tile.columns", FORM),
         ("both warpgroups multiply the same rows", "pl.ds(warpgroup * ROWS, ROWS)], matrix", "pl.ds(0, ROWS)], matrix",
          FORM),
     ),
@@ -48,7 +46,6 @@ MUTANTS: list[Mutant] = [
         ("rows of the group before count", "(n >= low) & (n < high)", "n < high", FORM),
         ("a last piece is not cleared", "pl.when((low > 0) | (high < INNER))", "pl.when(low > 0)", FORM),
         ("half of dy is not cleared", "pl.ds(warpgroup * half + n, CHUNK)", "pl.ds(n, CHUNK)", FORM),
-        ("a half that is not there is written", "pl.when(of.row + warpgroup * ROWS < M)", "pl.when(of.row < M)", FORM),
     ),
     *planted(
         "grouped_matmul/mosaic_gpu_moe",
