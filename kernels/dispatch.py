@@ -21,7 +21,6 @@ NAMES = ("auto", "reference", "xla", "pallas", "triton")  # what every operation
 PREFERENCE = ("pallas", "triton", "xla", "reference")
 OPERATIONS = ("attention", "grouped_matmul", "moe_mlp", "decode_attention")
 HOPPER = ("H100", "H200", "GH200", "H800", "H20")  # what kinds of device with compute capability 9.0 are called
-HOPPER_OPERATIONS = ("attention", "grouped_matmul", "decode_attention")
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
 Choice = Callable[..., Any] | str  # what runs, or why nothing does
@@ -92,7 +91,7 @@ def missing(op: str, name: str) -> str | None:
         return None
     if name == "pallas" and device().platform in ("cpu", "tpu"):
         return None
-    if name == "pallas" and op in HOPPER_OPERATIONS and on_gpu():
+    if name == "pallas" and on_gpu():
         if any(chip in device().kind for chip in HOPPER):
             return None
         return f"its Pallas kernel for gpu is Hopper's and this is {device().kind!r}; implementation='xla' runs here"

@@ -136,9 +136,10 @@ def _assemble(
     if done.returncode:
         raise ValueError(f"ptxas: {(done.stderr.strip().splitlines() or ['failed'])[0]}")
     sass: dict[str, dict[str, int]] = {}
+    loops: dict[str, list] = {}
     if by_hand or "mma" in module:  # disassembling XLA's many small fusions takes longer than compiling them
         dumped = subprocess.run([CUOBJDUMP, "--dump-sass", cubin], capture_output=True, text=True, check=False)
-        sass = ptx.sass_counts(dumped.stdout)
+        sass, loops = ptx.sass_counts(dumped.stdout), ptx.steady_loops(dumped.stdout)
     kernels = []
     for name, usage in ptx.ptxas_usage(done.stderr + done.stdout).items():
         launch_threads, launch_smem = launches.get(name, (None, 0))
@@ -156,6 +157,7 @@ def _assemble(
                 "blocks": ptx.blocks_per_core(target, usage.registers, threads, size) if threads else None,
                 "occupancy": round(ptx.occupancy(target, usage.registers, threads, size), 4) if threads else None,
                 **{kind: counts.get(kind, 0) for kind in ("wgmma", "tcgen05", "mma", "local")},
+                **({"loop": loops[name]} if name in loops else {}),
             }
         )
     return kernels

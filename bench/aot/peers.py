@@ -6,8 +6,9 @@ Peers are imported inside their builders: a worker pays for the ones it compiles
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 from unittest import mock
 
@@ -29,6 +30,12 @@ class Peer:
     build: dict[str, Builder]
     dtypes: tuple[str, ...] = ("bfloat16", "float16")
     """What it takes, the one to measure it at first."""
+    also: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    """What it takes besides, by operation."""
+
+    def takes(self, op: str) -> tuple[str, ...]:
+        """The dtypes of an operation."""
+        return (*self.dtypes, *self.also.get(op, ()))
 
 
 def _refuse(spec: Any, **limits: bool) -> None:
@@ -174,6 +181,11 @@ def _splash(spec: specs.Attention, block: int = 1024, fused: bool = False) -> Ca
 
 # --- grouped matmul ---
 
+# Of tokamax's kernels, by their KiB of shared memory: what its heuristics take, and what its table of an H100 has for
+# some shapes.
+TOKAMAX_RAGGED_TILES = {64: (64, 64, 128, 2), 96: (128, 64, 128, 2), 192: (128, 64, 128, 4)}
+RAGGED_TILE = (128, 128, 64, 4)  # of jax's kernels: rows, columns, of the contraction, stages; it has no default
+
 
 def _jax_mgpu_ragged_dot(spec: specs.GroupedMatmul) -> Call:
     _divides("M", spec.M, 128)
@@ -182,7 +194,7 @@ def _jax_mgpu_ragged_dot(spec: specs.GroupedMatmul) -> Call:
         raise NotImplementedError(f"it unrolls a loop over the groups, and {spec.E} are too many")
     from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu, transposed_ragged_dot_mgpu
 
-    tiles = {"block_m": 128, "block_n": 128, "block_k": 64, "max_concurrent_steps": 4, "grid_block_n": 8}
+    tiles = dict(zip(("block_m", "block_n", "block_k", "max_concurrent_steps"), RAGGED_TILE), grid_block_n=8)
 
     # It has no derivative: the two products of the backward pass are written out.
     @jax.custom_vjp
@@ -281,7 +293,10 @@ PEERS: dict[str, Peer] = {
         (*GPUS, *TPUS), {"attention": _tokamax_attention, "grouped_matmul": _tokamax_ragged_dot}
     ),  # Mosaic GPU or Mosaic TPU
     "jax_mgpu": Peer(
-        ("h100",), {"attention": _jax_mgpu_attention, "grouped_matmul": _jax_mgpu_ragged_dot}, ("float16",)
+        ("h100",),
+        {"attention": _jax_mgpu_attention, "grouped_matmul": _jax_mgpu_ragged_dot},
+        ("float16",),
+        {"grouped_matmul": ("bfloat16",)},
     ),
     "splash": Peer(TPUS, {"attention": _splash}),
     "splash_512": Peer(TPUS, {"attention": _splash_512}),

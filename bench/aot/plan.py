@@ -78,8 +78,8 @@ def cases(
         for name in given:
             if name not in known:
                 raise ValueError(f"{what} is {name!r}; allowed: {', '.join(known)}")
-    taken = {name: peer.dtypes for name, peer in peers.PEERS.items()}
-    found = [case for op in ops or OPERATIONS for case in _of_op(op, target, peers.names(op, target.name), taken)]
+    taken = lambda op: {name: peer.takes(op) for name, peer in peers.PEERS.items()}
+    found = [case for op in ops or OPERATIONS for case in _of_op(op, target, peers.names(op, target.name), taken(op))]
     if short:
         found = [c for c in found if any(_in_short(c, row) for row in SHORT)]
     found = [

@@ -34,8 +34,8 @@ def build(case: Case) -> Program:
     spec = specs.find(case.op, case.spec)
     if case.implementation in peers.PEERS:
         peer = peers.PEERS[case.implementation]
-        if case.dtype not in peer.dtypes:
-            raise NotImplementedError(f"no {case.dtype}, only {' and '.join(peer.dtypes)}")
+        if case.dtype not in (taken := peer.takes(case.op)):
+            raise NotImplementedError(f"no {case.dtype}, only {' and '.join(taken)}")
         call = peer.build[case.op](spec)
     else:
         call = _ours(spec, case.implementation)

@@ -1,11 +1,15 @@
 """The tables of profiles/aot/README.md, from the profiles: bundles on TPUs, spills on Hopper."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.aot import executed, profile
+from bench import targets
+from bench.aot import executed, peers, profile
 from kernels import specs
+from kernels.grouped_matmul import mosaic_gpu, mosaic_gpu_dw
+from kernels.grouped_matmul import tiles as tiles_of
 
 FILE = "README.md"
 MARKS = ("<!-- bundles: written by `make aot`, from the profiles -->\n", "<!-- end of bundles -->")
@@ -139,8 +143,56 @@ def on_hopper(text: str, held: Mapping[str, Row]) -> str:
 
 
 def hopper(held: Mapping[str, Row]) -> str:
-    """Spilled bytes and shared memory of the kernels of each implementation: attention, then grouped matmul."""
-    return "\n\n".join(_of_hopper(op, held) for op in ("attention", "grouped_matmul"))
+    """Spilled bytes and shared memory of the kernels of each implementation, then the loops of grouped matmul."""
+    return "\n\n".join([*(_of_hopper(op, held) for op in ("attention", "grouped_matmul", "moe_mlp")), loops(held)])
+
+
+def loops(held: Mapping[str, Row]) -> str:
+    """The steady-state loops of a grouped matmul's y and dw on Hopper, at the tile that they were compiled for."""
+    lines = _head(
+        ["row", "product", "kernel", "tile", "stages", "registers", "SMEM KiB", "wgmma", "loop", "for 64x256x16"]
+    )
+    programs: dict[tuple, specs.GroupedMatmul] = {}  # skew makes no other program
+    for spec in specs.rows("grouped_matmul", "aot", HOPPER):
+        programs.setdefault((spec.N, spec.M, spec.F, spec.E), spec)
+    for spec in programs.values():
+        for wanted, program in (("y", "forward"), ("dw", "both")):
+            for name in GPU_KERNELS:
+                row = held.get(f"grouped_matmul / {spec.name} / {name} / bfloat16 / {program}", {})
+                found = [each for each in row.get("kernels", []) if wanted == "y" or _sums_rows(each)]
+                for each in found if len(found) == 1 and "loop" in found[0] else ():
+                    lines.append(_line([spec.name, wanted, name, *_loop(each, _tile(spec, wanted, name, each))]))
+    return "\n".join(lines)
+
+
+def _sums_rows(kernel: Row) -> bool:
+    """Whether it is a kernel of dw: by its name, or jax's, which have one, by the operand that it transposes."""
+    words = kernel["name"], *kernel.get("loop", [""])[-1].split()
+    return any("_dw" in each or "contracting" in each or each == "A" for each in words)
+
+
+def _loop(kernel: Row, tile: Sequence[Any]) -> list[str]:
+    """What the table says of a kernel; its loop last: instructions a wgmma, and for 64 x 256 x 16 products."""
+    instructions, count, shape = kernel["loop"]
+    size = shape.split()[0]
+    products = math.prod(map(int, size.split("x")))
+    *sides, stages = tile
+    cells = [_times(sides), str(stages), str(kernel["registers"]), f"{kernel['smem_bytes'] / 1024:.0f}", size]
+    return [*cells, f"{instructions} / {count}", f"{instructions / count * 64 * 256 * 16 / products:.1f}"]
+
+
+def _tile(spec: specs.GroupedMatmul, product_: str, implementation: str, kernel: Row) -> tuple[Any, ...]:
+    """(rows, columns, of the contraction, stages)."""
+    if implementation == "jax_mgpu":
+        return peers.RAGGED_TILE
+    if implementation == "tokamax":
+        return peers.TOKAMAX_RAGGED_TILES.get(kernel["smem_bytes"] // 1024, ("?", "?"))
+    cores = targets.get(HOPPER).cores
+    if product_ == "dw":
+        tile = tiles_of.hopper_sum(spec.N, spec.E, spec.M, spec.F, cores, widths=mosaic_gpu_dw.WIDTHS)
+    else:
+        tile = tiles_of.hopper(spec.N, spec.E, spec.M, spec.F, cores, widths=mosaic_gpu.WIDTHS)
+    return tiles_of.HEIGHT, tile.columns, tiles_of.INNER, tile.stages
 
 
 def _of_hopper(op: str, held: Mapping[str, Row]) -> str:

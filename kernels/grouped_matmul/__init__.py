@@ -93,7 +93,10 @@ def moe_mlp(
         raise ValueError(f"w_gate has shape {w_gate.shape}; allowed: 1 expert or more")
     if k < 1:
         raise ValueError(f"expert_ids has shape {expert_ids.shape}; allowed: 1 expert a token or more")
-    run = choose("moe_mlp", implementation, _table("moe_mlp", x.dtype), _slow())
+    table = _table("moe_mlp", x.dtype)
+    if callable(table["pallas"]) and on_gpu():
+        table["pallas"] = _hopper().refusal(x.dtype, M, F, of="w_gate") or table["pallas"]
+    run = choose("moe_mlp", implementation, table, _slow())
     if 0 in (N, M, F):
         return jnp.zeros_like(x)
     return run(x, w_gate, w_up, w_down, expert_ids, expert_weights)
@@ -127,7 +130,7 @@ def _table(op: str, dtype: jnp.dtype | None = None) -> dict:
 
         return triton.moe_mlp(*args)
 
-    pallas = missing(op, "pallas") or (_hopper().grouped_matmul if on_gpu() else getattr(moe, op))
+    pallas = missing(op, "pallas") or getattr(_hopper() if on_gpu() else moe, op)
     if dtype == jnp.float64 and not isinstance(pallas, str):
         pallas = "x has dtype float64 and it adds up in float32"
     return {

@@ -18,6 +18,8 @@ the rows of h w_down, which would have to be kept.
 """
 
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -55,14 +57,83 @@ def _matmul_backward(here: Device, kept: tuple, dy: Array) -> tuple:
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+class Kernels(Protocol):
+    """The products of a mixture on an accelerator; rows are sorted by expert, `sizes` [E] says how many each has."""
+
+    def up(self, x: Array, w_gate: Array, w_up: Array, sizes: Array, *, keep: bool) -> Sequence[Array]:
+        """h [R, F]; with `keep` g and u too."""
+
+    def down(self, h: Array, w_down: Array, p: Array, sizes: Array) -> Array:
+        """y [R, M]; p [R]."""
+
+    def back(self, dy: Array, w_down: Array, g: Array, u: Array, p: Array, sizes: Array) -> Sequence[Array]:
+        """dg, du, p h [R, F] and dp [R]."""
+
+    def dx(self, dg: Array, du: Array, w_gate: Array, w_up: Array, sizes: Array) -> Array:
+        """[R, M]."""
+
+    def dw(self, x: Array, dys: Sequence[Array], sizes: Array, name: str) -> Sequence[Array]:
+        """[E, columns of x, columns of dy] for each dy."""
+
+
+class MosaicTpu(NamedTuple):
+    """Those of a TPU, which a CPU interprets."""
+
+    here: Device
+
+    def up(self, x: Array, w_gate: Array, w_up: Array, sizes: Array, *, keep: bool) -> Sequence[Array]:
+        def swiglu(g: Array, u: Array) -> tuple[Array, ...]:
+            h = g * jax.nn.sigmoid(g) * u
+            return (h, g, u) if keep else (h,)
+
+        outs = ("wide",) * (3 if keep else 1)
+        return product([x], [w_gate, w_up], sizes, self.here, epilogue=swiglu, outs=outs, name="experts_up")
+
+    def down(self, h: Array, w_down: Array, p: Array, sizes: Array) -> Array:
+        weighted = lambda y, p: (y * self._column(p),)
+        return product([h], [w_down], sizes, self.here, epilogue=weighted, thin=[p[None]], name="experts_down")[0]
+
+    def back(self, dy: Array, w_down: Array, g: Array, u: Array, p: Array, sizes: Array) -> Sequence[Array]:
+        def through(s: Array, g: Array, u: Array, p: Array) -> tuple[Array, ...]:
+            p, g, u = self._column(p), g.astype(jnp.float32), u.astype(jnp.float32)
+            open_ = jax.nn.sigmoid(g)
+            silu = g * open_
+            h, ps = silu * u, p * s
+            dp = jnp.sum(s * h, axis=1, keepdims=True)
+            dp = dp.T if self.here.platform == "cpu" else row(dp)
+            return ps * u * open_ * (1 + g - silu), ps * silu, p * h, dp
+
+        outs = ("wide", "wide", "wide", "thin")
+        options = {"transposed": True, "epilogue": through, "wide": [g, u], "thin": [p[None]], "outs": outs}
+        *wide, dp = product([dy], [w_down], sizes, self.here, **options, name="experts_dh")
+        return *wide, dp[0]
+
+    def dx(self, dg: Array, du: Array, w_gate: Array, w_up: Array, sizes: Array) -> Array:
+        options = {"transposed": True, "add": True, "name": "experts_dx"}
+        return product([dg, du], [w_gate, w_up], sizes, self.here, **options)[0]
+
+    def dw(self, x: Array, dys: Sequence[Array], sizes: Array, name: str) -> Sequence[Array]:
+        return summed(x, dys, sizes, self.here, name=name)
+
+    def _column(self, p: Array) -> Array:
+        return p.T if self.here.platform == "cpu" else column(p)
+
+
 def moe_mlp(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array) -> Array:
     """See `kernels.moe_mlp`; arguments are checked there."""
+    return experts(x, w_gate, w_up, w_down, expert_ids, expert_weights, MosaicTpu(device()))
+
+
+def experts(
+    x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array, on: Kernels
+) -> Array:
+    """As `kernels.moe_mlp`, by the kernels given, which must be hashable."""
     (N, k), E = expert_ids.shape, w_gate.shape[0]
     flat = expert_ids.reshape(-1).astype(jnp.int32)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)  # sorted row -> n * k + j
     place = jnp.zeros_like(order).at[order].set(jnp.arange(N * k, dtype=jnp.int32), unique_indices=True)
     sizes = jnp.sum(flat[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32)
-    return _experts(x, w_gate, w_up, w_down, expert_weights, order, place.reshape(N, k), sizes, device())
+    return _experts(x, w_gate, w_up, w_down, expert_weights, order, place.reshape(N, k), sizes, on)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
@@ -75,53 +146,32 @@ def _experts(
     order: Array,
     place: Array,
     sizes: Array,
-    here: Device,
+    on: Kernels,
 ) -> Array:
     """p [N, k]; order [N k]: of each sorted row its token and slot; place [N, k]: the sorted row of each of these."""
-    return _forward(x, w_gate, w_up, w_down, p, order, place, sizes, here, keep=False)[0]
+    return _forward(x, w_gate, w_up, w_down, p, order, place, sizes, on, keep=False)[0]
 
 
-def _experts_forward(x, w_gate, w_up, w_down, p, order, place, sizes, here):
-    out, g, u = _forward(x, w_gate, w_up, w_down, p, order, place, sizes, here, keep=True)
+def _experts_forward(x, w_gate, w_up, w_down, p, order, place, sizes, on):
+    out, g, u = _forward(x, w_gate, w_up, w_down, p, order, place, sizes, on, keep=True)
     return out, (x, w_gate, w_up, w_down, p, order, place, sizes, g, u)
 
 
-def _forward(x, w_gate, w_up, w_down, p, order, place, sizes, here, *, keep):
-    k = p.shape[1]
-
-    def swiglu(g: Array, u: Array) -> tuple[Array, ...]:
-        h = g * jax.nn.sigmoid(g) * u
-        return (h, g, u) if keep else (h,)
-
-    outs = ("wide",) * (3 if keep else 1)
-    rows = x[order // k]
-    h, *kept = product([rows], [w_gate, w_up], sizes, here, epilogue=swiglu, outs=outs, name="experts_up")
-    weighted = lambda y, p: (y * _column(p, here),)
-    (y,) = product([h], [w_down], sizes, here, epilogue=weighted, thin=[_thin(p, order)], name="experts_down")
-    return _gathered(y, place), *kept
+def _forward(x, w_gate, w_up, w_down, p, order, place, sizes, on, *, keep):
+    h, *kept = on.up(x[order // p.shape[1]], w_gate, w_up, sizes, keep=keep)
+    return _gathered(on.down(h, w_down, _sorted(p, order), sizes), place), *kept
 
 
-def _experts_backward(here: Device, saved: tuple, dout: Array) -> tuple:
+def _experts_backward(on: Kernels, saved: tuple, dout: Array) -> tuple:
     x, w_gate, w_up, w_down, p, order, place, sizes, g, u = saved
     k = p.shape[1]
-
-    def back(s: Array, g: Array, u: Array, p: Array) -> tuple[Array, ...]:
-        p, g, u = _column(p, here), g.astype(jnp.float32), u.astype(jnp.float32)
-        open_ = jax.nn.sigmoid(g)
-        silu = g * open_
-        h, ps = silu * u, p * s
-        dp = jnp.sum(s * h, axis=1, keepdims=True)
-        return ps * u * open_ * (1 + g - silu), ps * silu, p * h, dp.T if here.platform == "cpu" else row(dp)
-
     dy = dout[order // k]
-    outs = ("wide", "wide", "wide", "thin")
-    options = {"transposed": True, "epilogue": back, "wide": [g, u], "thin": [_thin(p, order)], "outs": outs}
-    dg, du, ph, dp = product([dy], [w_down], sizes, here, **options, name="experts_dh")
-    (dx,) = product([dg, du], [w_gate, w_up], sizes, here, transposed=True, add=True, name="experts_dx")
-    dw_gate, dw_up = summed(x[order // k], [dg, du], sizes, here, name="experts_dw_up")
-    (dw_down,) = summed(ph, [dy], sizes, here, name="experts_dw_down")
+    dg, du, ph, dp = on.back(dy, w_down, g, u, _sorted(p, order), sizes)
+    dx = on.dx(dg, du, w_gate, w_up, sizes)
+    dw_gate, dw_up = on.dw(x[order // k], [dg, du], sizes, "experts_dw_up")
+    (dw_down,) = on.dw(ph, [dy], sizes, "experts_dw_down")
     none = [_no_gradient(ids) for ids in (order, place, sizes)]
-    return _gathered(dx, place), dw_gate, dw_up, dw_down, dp[0][place].astype(p.dtype), *none
+    return _gathered(dx, place), dw_gate, dw_up, dw_down, dp[place].astype(p.dtype), *none
 
 
 _experts.defvjp(_experts_forward, _experts_backward)
@@ -133,13 +183,9 @@ def _gathered(rows: Array, place: Array) -> Array:
     return functools.reduce(jnp.add, wide).astype(rows.dtype)
 
 
-def _thin(p: Array, order: Array) -> Array:
-    """[1, N k]: the weights in the order of the sorted rows."""
-    return p.astype(jnp.float32).reshape(-1)[order][None]
-
-
-def _column(p: Array, here: Device) -> Array:
-    return p.T if here.platform == "cpu" else column(p)
+def _sorted(p: Array, order: Array) -> Array:
+    """[N k]: the weights in the order of the sorted rows."""
+    return p.astype(jnp.float32).reshape(-1)[order]
 
 
 def _no_gradient(ids: Array) -> np.ndarray:

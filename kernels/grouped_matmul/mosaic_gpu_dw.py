@@ -19,7 +19,7 @@ Source    as the forward kernel.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,127 +27,119 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.grouped_matmul.mosaic_gpu import (
-    CHUNK,
-    COLUMNS,
-    COMPUTE_REGISTERS,
-    INNER,
-    MEMORY_REGISTERS,
-    ROWS,
-    SIDE,
-    WARPGROUPS,
-    drain,
-    every,
-    fill,
-    place,
-    shared,
-    total,
-    write,
-)
+from kernels.grouped_matmul import roles, tiles
+from kernels.grouped_matmul.mosaic_gpu import whole
+from kernels.grouped_matmul.roles import CHUNK, SIDE, WARPGROUPS, Ring, Static
+from kernels.grouped_matmul.tiles import HEIGHT, INNER, ROWS
 
 Array = jax.Array
+WIDTHS = (256, 128)  # of a tile
 
 
-def summed(
-    x: Array,
-    dy: Array,
-    group_sizes: Array,
-    *,
-    cores: int,
-    interpret: plgpu.InterpretGPUParams | None = None,
-    name: str = "grouped_matmul_dw",
-) -> Array:
+class Piece(NamedTuple):
+    """A tile of a group's matrix: its first row and column, whose rows are summed, the first filling, how many."""
+
+    group: Array
+    row: Array
+    column: Array
+    start: Array
+    end: Array
+    used: Array
+    fillings: Array
+
+
+def summed(x: Array, dy: Array, group_sizes: Array, static: Static, *, name: str = "grouped_matmul_dw") -> Array:
     """[E, M, F] in x's dtype.
 
     Args:
         x: [N, M]; dy: [N, F]; M and F multiples of 64, rows sorted by group.
-        cores, interpret: as `mosaic_gpu.product`.
     """
     (N, M), F, E = x.shape, dy.shape[1], group_sizes.shape[0]
-    down, across = pl.cdiv(M, WARPGROUPS * ROWS), pl.cdiv(F, COLUMNS)
+    tile = tiles.hopper_sum(N, E, M, F, static.cores, widths=static.among(*WIDTHS))
+    columns, down, across = tile.columns, pl.cdiv(M, HEIGHT), pl.cdiv(F, tile.columns)
     ends = jnp.cumsum(group_sizes.astype(jnp.int32))
-    table = jnp.stack([ends - group_sizes, ends], axis=1)
+    bounds = jnp.stack([ends - group_sizes, ends], axis=1)
 
-    def body(x, dy, table, dw, *, x_ring, w_ring, staged, here, free, clear) -> None:
-        warpgroup = lax.axis_index("warpgroup")
-
-        def each(run: Callable[..., None]) -> Array:
+    def body(
+        x: Any,
+        dy: Any,
+        table: Any,
+        dw: Any,
+        *,
+        warpgroup: Array,
+        ring: Ring,
+        staged: Any,
+        x_ring: Any,
+        dy_ring: Any,
+        clear: Any,
+    ) -> roles.Roles:
+        def walk(run: Callable[[Piece], None]) -> Array:
             def one(n: Array, used: Array) -> Array:
                 e = lax.div(n, jnp.int32(down * across))
-                row, column = place(n - e * (down * across), down, across)
+                row, column = roles.place(n - e * (down * across), down, across)
                 start, end = table[e, 0], table[e, 1]
                 first = start & -SIDE
                 pieces = jnp.where(end > start, lax.div(end - first + (INNER - 1), jnp.int32(INNER)), 0)
-                run(e, row * (WARPGROUPS * ROWS), column * COLUMNS, start, end, used, pieces)
+                run(Piece(e, row * HEIGHT, column * columns, start, end, used, pieces))
                 return used + pieces
 
-            return every(E * down * across, one)
+            return roles.every(E * down * across, one)
 
-        def load(e: Array, row: Array, column: Array, start: Array, end: Array, used: Array, pieces: Array) -> None:
-            @pl.loop(0, pieces)
+        def load(of: Piece) -> None:
+            @pl.loop(0, of.fillings)
             def _(k: Array) -> None:
-                rows = pl.ds(pl.multiple_of((start & -SIDE) + k * INNER, SIDE), INNER)
+                rows = pl.ds(pl.multiple_of((of.start & -SIDE) + k * INNER, SIDE), INNER)
 
                 def copy(stage: Array) -> None:
+                    here = ring.here.at[stage]
                     for half in range(WARPGROUPS):
-                        columns = pl.ds(row + half * ROWS, ROWS)
-                        plgpu.copy_gmem_to_smem(x.at[rows, columns], x_ring.at[stage, half], here.at[stage])
-                    plgpu.copy_gmem_to_smem(dy.at[rows, pl.ds(column, COLUMNS)], w_ring.at[stage], here.at[stage])
+                        source = x.at[rows, pl.ds(of.row + half * ROWS, ROWS)]
+                        plgpu.copy_gmem_to_smem(source, x_ring.at[stage, half], here)
+                    plgpu.copy_gmem_to_smem(dy.at[rows, pl.ds(of.column, columns)], dy_ring.at[stage], here)
 
-                fill(free, used + k, copy)
+                ring.fill(of.used + k, copy)
 
-        def compute(e: Array, row: Array, column: Array, start: Array, end: Array, used: Array, pieces: Array) -> None:
-            def operands(k: Array, stage: Array) -> tuple[Any, Any]:
-                low = start - (start & -SIDE) - k * INNER
-                high = end - (start & -SIDE) - k * INNER
+        def compute(of: Piece) -> None:
+            def operands(k: Array, stage: Array) -> list[tuple[Any, Any]]:
+                low = of.start - (of.start & -SIDE) - k * INNER
+                high = of.end - (of.start & -SIDE) - k * INNER
+                pl.when((low > 0) | (high < INNER))(lambda: clear_others(stage, low, high))
+                return [(x_ring.at[stage, warpgroup].transpose((1, 0)), dy_ring.at[stage])]
 
-                @pl.when((low > 0) | (high < INNER))
-                def _() -> None:
-                    half = COLUMNS // WARPGROUPS
-                    own = [w_ring.at[stage, :, pl.ds(warpgroup * half + n, CHUNK)] for n in range(0, half, CHUNK)]
-                    for piece in (x_ring.at[stage, warpgroup], *own):
-                        n = plgpu.broadcasted_iota(jnp.int32, (INNER, CHUNK), 0, layout=plgpu.Layout.WGMMA)
-                        value = plgpu.load(piece, layout=plgpu.Layout.WGMMA)
-                        piece[...] = jnp.where((n >= low) & (n < high), value, jnp.zeros_like(value))
-                    plgpu.commit_smem()
-                    plgpu.barrier_arrive(clear)
-                    plgpu.barrier_wait(clear)
+            def clear_others(stage: Array, low: Array, high: Array) -> None:
+                half = columns // WARPGROUPS
+                own = [dy_ring.at[stage, :, pl.ds(warpgroup * half + n, CHUNK)] for n in range(0, half, CHUNK)]
+                for piece in (x_ring.at[stage, warpgroup], *own):
+                    n = plgpu.broadcasted_iota(jnp.int32, piece.shape, 0, layout=plgpu.Layout.WGMMA)
+                    value = plgpu.load(piece, layout=plgpu.Layout.WGMMA)
+                    piece[...] = jnp.where((n >= low) & (n < high), value, jnp.zeros_like(value))
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(clear)
+                plgpu.barrier_wait(clear)
 
-                return x_ring.at[stage, warpgroup].transpose((1, 0)), w_ring.at[stage]
+            (sums,) = roles.sums(ring, of.used, of.fillings, operands, columns)
+            rows = pl.ds(of.row + warpgroup * ROWS, ROWS)
 
-            sums = total(pieces, used, here, free, operands)
-            rows = pl.ds(row + warpgroup * ROWS, ROWS)
+            def one(n: int) -> None:
+                target = dw.at[of.group, rows, pl.ds(of.column + n, CHUNK)]
+                send = lambda piece: plgpu.copy_smem_to_gmem(piece, target, commit_group=False)
+                roles.leave(staged, n // CHUNK, sums[:, n : n + CHUNK], send)
 
-            def send(piece: Any, across: int) -> None:
-                target = dw.at[e, rows, pl.ds(column + across, CHUNK)]
-                plgpu.copy_smem_to_gmem(piece, target, commit_group=False)
+            write = lambda: roles.chunks(columns, columns if F % columns == 0 else F - of.column, one)
+            write() if M % HEIGHT == 0 else pl.when(of.row + warpgroup * ROWS < M)(write)
 
-            columns = COLUMNS if F % COLUMNS == 0 else F - column
-            leave = lambda: write(sums, staged.at[warpgroup], columns, send)
-            leave() if M % (WARPGROUPS * ROWS) == 0 else pl.when(row + warpgroup * ROWS < M)(leave)
+        return walk, load, compute
 
-        @pl.when(warpgroup < WARPGROUPS)
-        def _() -> None:
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-            each(compute)
-            plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(warpgroup == WARPGROUPS)
-        def _() -> None:
-            plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
-            drain(free, each(load))
-
-    whole = lambda x: jnp.pad(x, ((0, -N % SIDE), (0, 0)))
-    scratch = shared((WARPGROUPS, INNER, ROWS), (INNER, COLUMNS), x.dtype, copies=WARPGROUPS + 1)
-    return plgpu.kernel(
+    (dw,) = roles.launch(
         body,
-        out_type=jax.ShapeDtypeStruct((E, M, F), x.dtype),
-        scratch_types=scratch | {"clear": plgpu.Barrier(num_arrivals=WARPGROUPS)},
-        grid=(cores,),
-        grid_names=("block",),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpret or False,
-        kernel_name=name,
-    )(whole(x), whole(dy), table)
+        [whole(x), whole(dy), bounds],
+        [jax.ShapeDtypeStruct((E, M, F), x.dtype)],
+        static,
+        stages=tile.stages,
+        copies=WARPGROUPS + 1,
+        rings={"x_ring": (WARPGROUPS, INNER, ROWS), "dy_ring": (INNER, columns)},
+        dtype=x.dtype,
+        scratch={"clear": plgpu.Barrier(num_arrivals=WARPGROUPS)},
+        name=name,
+    )
+    return dw

@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import re
+import threading
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import kernels
 from kernels import dispatch, specs
-from kernels.grouped_matmul import hopper, mosaic_gpu
+from kernels.grouped_matmul import hopper, mosaic_gpu, mosaic_gpu_dw, mosaic_gpu_moe, roles
 from kernels.grouped_matmul.groups import visits
 from tests.parity import rows, rule, sanitizer
 
@@ -24,42 +26,45 @@ def row(*sizes: int, N: int = 0, M: int = 64, F: int = 64) -> specs.GroupedMatmu
     return rows.row(specs.GroupedMatmul, N=N or sum(sizes), M=M, F=F, E=len(sizes), sizes=sizes)
 
 
-def both(inputs: dict, aux: dict, dout: jax.Array, interpret: Any = None) -> dict[str, jax.Array]:
+def both(inputs: dict, aux: dict, dout: jax.Array, **options: Any) -> dict[str, jax.Array]:
     """The output and the gradients, by two blocks."""
-    call = lambda x: hopper.grouped_matmul(**x, **aux, interpret=interpret, blocks=2)
-    o, pull = jax.vjp(call, inputs)
+    o, pull = jax.vjp(lambda x: hopper.grouped_matmul(**x, **aux, blocks=2, **options), inputs)
     return {"o": o} | {f"d{name}": gradient for name, gradient in pull(dout)[0].items()}
 
 
-def watched(inputs: dict, aux: dict, dout: jax.Array) -> dict[str, jax.Array]:
+def watched(width: int | None, inputs: dict, aux: dict, dout: jax.Array) -> dict[str, jax.Array]:
     """The same on memory full of NaN and on memory full of zeros, every access watched."""
-    found = sanitizer.on_gpu(both, inputs, aux, dout)
+    found = sanitizer.on_gpu(functools.partial(both, width=width), inputs, aux, dout)
     assert found.clean, found
     return found.result
 
 
 CASES = [
-    # Tiles of two groups, pieces of every size, a hole, rows of nobody, a last tile past N.
-    row(3, 0, 73, 51, N=129),
-    pytest.param(row(0, 200, M=128, F=320), marks=slow),  # half a tile of columns is there, and a quarter
-    pytest.param(row(300, 0, 0, M=192, F=128), marks=slow),  # all to the first; one warpgroup's half of dw is there
-    pytest.param(row(0, 0, 257), marks=slow),
-    pytest.param(row(0, 1), marks=slow),
-    pytest.param(row(0, 0, N=1), marks=slow),
-    pytest.param(row(127), marks=slow),
-    pytest.param(row(128, 64, 64, N=264), marks=slow),  # all edges at edges of tiles
-    pytest.param(row(0, 0, 0, N=200, F=192), marks=slow),  # nobody's
-    pytest.param(row(1, 2, 3, 4, 5, 6, 7, 8, 9, N=63), marks=slow),
-    pytest.param(row(63, 65, 130, 2, M=256, F=512), marks=slow),
+    # Tiles of two groups, pieces of every size, a hole, rows of nobody, a last tile past N; more steps than stages, a
+    # quarter of a tile of columns, and one warpgroup's half of dw.
+    (row(3, 0, 73, 51, N=129, M=192, F=320), 256),
+    pytest.param(row(0, 200, M=128, F=320), 128, marks=slow),
+    pytest.param(row(300, 0, 0, M=192, F=128), None, marks=slow),  # all to the first; one warpgroup's half of dw
+    pytest.param(row(0, 0, 257), 256, marks=slow),
+    pytest.param(row(0, 1), None, marks=slow),
+    pytest.param(row(0, 0, N=1), None, marks=slow),
+    pytest.param(row(127), 256, marks=slow),
+    pytest.param(row(128, 64, 64, N=264), 64, marks=slow),  # all edges at edges of tiles
+    pytest.param(row(0, 0, 0, N=200, F=192), 192, marks=slow),  # nobody's
+    pytest.param(row(1, 2, 3, 4, 5, 6, 7, 8, 9, N=63), None, marks=slow),
+    pytest.param(row(63, 65, 130, 2, M=256, F=512), 192, marks=slow),
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.sizes}-{case.N}-{case.M}-{case.F}")
+@pytest.mark.parametrize(
+    ("case", "width"), CASES, ids=lambda x: f"{x.sizes}-{x.N}-{x.M}-{x.F}" if isinstance(x, specs.GroupedMatmul) else x
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=slow)])
-def test_the_output_and_the_gradients_are_the_formula_and_memory_is_in_order(case, dtype):
+def test_the_output_and_the_gradients_are_the_formula_and_memory_is_in_order(case, width, dtype):
     inputs, aux, dout = rows.draw(case)
     aux = {name: jnp.asarray(x) for name, x in aux.items()}
-    mine = rule.judge("grouped_matmul", "hopper", inputs, dout, dtype, aux=aux, run=watched)
+    run = functools.partial(watched, width)
+    mine = rule.judge("grouped_matmul", "hopper", inputs, dout, dtype, aux=aux, run=run)
     assert not np.any(rule.exact(mine["o"])[sum(case.sizes) :]), "rows past the sum are zeros"
     assert not np.any(rule.exact(mine["dw"])[np.array(case.sizes) == 0]), "a group without rows has no gradient"
 
@@ -78,13 +83,60 @@ def test_what_is_nobodys_reaches_nobody(sizes):
     rule.same_bits(once, run(poisoned, {"group_sizes": sizes}, jnp.where(past, jnp.nan, dout)))
 
 
+COLUMNS, TILES = 256, 8
+LAUNCHED = {  # name -> (copies that fill a stage, what makes TILES tiles of one filling each)
+    "y": (2, lambda static: mosaic_gpu.product([ones(128, 64)], [ones(1, 64, TILES * COLUMNS)], SIZES, static)),
+    "dw": (3, lambda static: mosaic_gpu_dw.summed(ones(64, 128), ones(64, TILES * COLUMNS), SIZES // 2, static)),
+    "up": (
+        3,
+        lambda static: mosaic_gpu_moe.up(ones(128, 64), *[ones(1, 64, 4 * COLUMNS)] * 2, SIZES, static, keep=False),
+    ),
+}
+SIZES = np.array([128], np.int32)
+
+
+def ones(*shape: int) -> jax.Array:
+    return jnp.ones(shape, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_the_next_tile_is_loaded_while_this_one_is_written(name, monkeypatch):
+    """The first that writes is held until the ring of 4 stages is filled again, but for what it has not released."""
+    copies, run = LAUNCHED[name]
+    loaded, enough, in_time = itertools.count(1), threading.Event(), []
+    load, store = sanitizer.gpu_interpreter.copy_gmem_to_smem, sanitizer.gpu_interpreter.copy_smem_to_gmem
+
+    def count(**options: Any) -> Any:
+        if next(loaded) > 4 * copies:
+            enough.set()
+        return load(**options)
+
+    def hold(**options: Any) -> Any:
+        in_time.append(enough.wait(timeout=30) if not in_time else True)
+        return store(**options)
+
+    monkeypatch.setattr(sanitizer.gpu_interpreter, "copy_gmem_to_smem", count)
+    monkeypatch.setattr(sanitizer.gpu_interpreter, "copy_smem_to_gmem", hold)
+    jax.block_until_ready(jax.jit(run, static_argnums=0)(roles.Static(1, plgpu.InterpretGPUParams(), COLUMNS)))
+    assert in_time[0], "the first tile is written, and nothing more is loaded"
+    assert next(loaded) == TILES * copies + 1
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_a_stage_is_released_when_its_products_are_done(name):
+    """What the simulated GPU cannot see, for it multiplies at once: one step's products are under way, no more."""
+    text = str(jax.make_jaxpr(LAUNCHED[name][1], static_argnums=0)(roles.Static(1, None, COLUMNS)))
+    assert sorted(map(int, re.findall(r"wgmma_wait\[n=(\d)\]", text))) == [0, text.count("wgmma_ref")]
+    assert text.count("wgmma_ref") == (2 if name == "up" else 1)
+
+
 def test_every_tile_has_its_place_and_a_panel_its_rows():
-    places = jax.jit(mosaic_gpu.place, static_argnums=2)
+    places = jax.jit(roles.place, static_argnums=2)
     for down, across in itertools.product((1, 2, 15, 16, 17, 40), (1, 3)):
         n = jnp.arange(down * across)
         found = np.stack(places(n, down, across), axis=1)
         assert sorted(map(tuple, found)) == list(itertools.product(range(down), range(across)))
-        panels = found[:, 0] // mosaic_gpu.PANEL
+        panels = found[:, 0] // roles.PANEL
         assert (np.diff(panels) >= 0).all()
         assert (np.abs(np.diff(found[:, 1])) <= 1).all(), "it goes on where it is"
 
