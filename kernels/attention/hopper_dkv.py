@@ -68,10 +68,12 @@ def dkv(q, k, v, do, lse, delta, ids, static: Static) -> tuple[Array, Array]:
             """(p, what ds multiplies with do v^T - delta) once s is there."""
             lse = plgpu.load(numbers.at[slot, Q], layout=COLUMN)
             p, slope = weights(plgpu.wgmma_accumulator_load(s_acc, wait_n=0 if split else 1), across(lse), static)
+            # Rounded before the mask: two arrays in float32 and what a mask takes would be too much for the registers.
+            ps = [p] if slope is None else [p.astype(dtype), p * slope]
             at = low + lax.div(i, jnp.int32(G))
             pair, alike = (functools.partial(pair_ids, slot), shared().alike(at)) if ids else (None, None)
-            p = masked(p, at * tiles.queries, mine, static, axis=1, ids=pair, alike=alike)
-            return p, p if slope is None else p * slope
+            ps = masked(*ps, query=at * tiles.queries, key=mine, static=static, axis=1, ids=pair, alike=alike)
+            return ps[0].astype(dtype), ps[-1]
 
         def both():
             low, tiles_seen = begin()
@@ -90,7 +92,7 @@ def dkv(q, k, v, do, lse, delta, ids, static: Static) -> tuple[Array, Array]:
                         plgpu.barrier_wait(full.at[2 * slot + DO])
                         plgpu.wgmma(dp_acc, kv.at[DO, here], qdo.at[slot, DO].T)
                         p, sloped = visible_weights(s_acc, slot, low, i)
-                        add(dv_acc, p.astype(dtype), qdo.at[slot, DO], mine_staged)
+                        add(dv_acc, p, qdo.at[slot, DO], mine_staged)
                         delta = plgpu.load(numbers.at[slot, DO], layout=COLUMN)
                         return sloped * (plgpu.wgmma_accumulator_load(dp_acc, wait_n=1) - across(delta))
 
@@ -131,7 +133,7 @@ def dkv(q, k, v, do, lse, delta, ids, static: Static) -> tuple[Array, Array]:
                             plgpu.barrier_wait(p_free)
                             given[...] = sloped
                             plgpu.barrier_arrive(p_full)
-                            return p.astype(dtype)
+                            return p
 
                         def take():
                             dp = t_acc[...] - across(plgpu.load(numbers.at[slot, DO], layout=COLUMN))

@@ -94,19 +94,19 @@ class Shared(NamedTuple):
 
 
 def masked(
-    p: Array,
+    *ps: Array,
     query: Array,
     key: Array,
     static: Static,
-    *,
     axis: int,
     ids: Callable[[], tuple[Array, Array]] | None,
     alike: Array | None,
-) -> Array:
-    """p, or zero where the pair is not visible. Queries from `query` on run along `axis`, keys from `key` on along the
-    other; ids are those of the rows and of the columns, unless the tile is `alike`: of one segment. A tile that is
-    visible as a whole applies no mask."""
-    queries, keys = p.shape[axis], p.shape[1 - axis]
+) -> list[Array]:
+    """Each of ps, or zero where the pair is not visible. Queries from `query` on run along `axis`, keys from `key` on
+    along the other; ids are those of the rows and of the columns, unless the tile is `alike`: of one segment. A tile
+    that is visible as a whole applies no mask."""
+    shape = ps[0].shape
+    queries, keys = shape[axis], shape[1 - axis]
     distance = query + (static.S - static.T) - key  # from the first key to the first query
     inside = []  # of a tile: all of it is visible
     if static.causal:
@@ -115,17 +115,17 @@ def masked(
         inside.append(distance + (queries - 1) < static.window)
     if axis == 0 and not static.causal and static.S % keys:
         # Past the last key, k and v are zeros and p = 2^-lse: finite, it adds nothing. In dk and dv it is never stored.
-        p = jnp.minimum(p, 1.0)
+        ps = [jnp.minimum(p, 1.0) for p in ps]
     if ids is not None:
         inside.append(alike)
     if not inside:
-        return p
+        return [*ps]
 
-    def apply() -> Array:
+    def apply() -> list[Array]:
         # Numbers a row and a column, not a pair: they stay in registers from tile to tile.
-        iota = lambda axis, layout: plgpu.broadcasted_iota(jnp.int32, (p.shape[axis],), 0, layout=layout)
-        down = lambda x: lax.broadcast_in_dim(x, p.shape, [0])
-        along = lambda x: lax.broadcast_in_dim(x, p.shape, [1])
+        iota = lambda axis, layout: plgpu.broadcasted_iota(jnp.int32, (shape[axis],), 0, layout=layout)
+        down = lambda x: lax.broadcast_in_dim(x, shape, [0])
+        along = lambda x: lax.broadcast_in_dim(x, shape, [1])
         row, column = iota(0, ROW), iota(1, COLUMN)
         seen = []
         if static.causal and static.window is None:
@@ -139,9 +139,10 @@ def masked(
                 seen.append(along(column) <= down(row + FAR))
             of_row, of_column = ids()
             seen.append(down(of_row) == along(of_column))
-        return jnp.where(_all(seen), p, 0.0)
+        visible = _all(seen)
+        return [jnp.where(visible, p, jnp.zeros_like(p)) for p in ps]
 
-    return lax.cond(_all(inside), lambda: p, apply)
+    return lax.cond(_all(inside), lambda: [*ps], apply)
 
 
 def _all(conditions: list[Array]) -> Array:
@@ -242,7 +243,8 @@ def dq(q, k, v, do, lse, delta, ids, static: Static) -> Array:
                         p = p if slope is None else p * slope
                         pair = lambda: (number(ids_gm[0], b), plgpu.load(ids_sm.at[k_slot], layout=COLUMN))
                         pair, alike = (pair, shared().alike(low + i)) if ids else (None, None)
-                        p = masked(p, mine, (low + i) * tiles.keys, static, axis=0, ids=pair, alike=alike)
+                        at = (low + i) * tiles.keys
+                        (p,) = masked(p, query=mine, key=at, static=static, axis=0, ids=pair, alike=alike)
                         dp = dp_acc[...]
                         plgpu.barrier_arrive(v_free.at[v_slot])
                         return p * (dp - across(delta))
