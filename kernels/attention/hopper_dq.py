@@ -122,18 +122,19 @@ def masked(
         return [*ps]
 
     def apply() -> list[Array]:
-        # Numbers a row and a column, not a pair: they stay in registers from tile to tile.
+        # Numbers a row and a column, not a pair: they stay in registers from tile to tile. Ids leave no room for them:
+        # there, as with a window, differences are compared, which are worked out for each tile.
         iota = lambda axis, layout: plgpu.broadcasted_iota(jnp.int32, (shape[axis],), 0, layout=layout)
         down = lambda x: lax.broadcast_in_dim(x, shape, [0])
         along = lambda x: lax.broadcast_in_dim(x, shape, [1])
         row, column = iota(0, ROW), iota(1, COLUMN)
         seen = []
-        if static.causal and static.window is None:
+        if static.causal and static.window is None and ids is None:
             at = along(column)
             seen.append(at <= down(row + distance) if axis == 0 else at >= down(row - distance))
         elif static.causal:  # as unsigned numbers, negative distances are longer than any window
             away = down(row + distance) - along(column) if axis == 0 else along(column + distance) - down(row)
-            seen.append(away.astype(jnp.uint32) < jnp.uint32(static.window))
+            seen.append(away.astype(jnp.uint32) < jnp.uint32(static.window or 2**31))
         if ids is not None:
             if not static.causal:  # always true: without numbers made here Mosaic finds no layout for the ids
                 seen.append(along(column) <= down(row + FAR))
