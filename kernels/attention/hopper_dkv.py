@@ -69,11 +69,11 @@ def dkv(q, k, v, do, lse, delta, ids, static: Static) -> tuple[Array, Array]:
             lse = plgpu.load(numbers.at[slot, Q], layout=COLUMN)
             p, slope = weights(plgpu.wgmma_accumulator_load(s_acc, wait_n=0 if split else 1), across(lse), static)
             # Rounded before the mask: two arrays in float32 and what a mask takes would be too much for the registers.
-            ps = [p] if slope is None else [p.astype(dtype), p * slope]
+            ps = [p] if slope is None else [p * slope, p.astype(dtype)]
             at = low + lax.div(i, jnp.int32(G))
             pair, alike = (functools.partial(pair_ids, slot), shared().alike(at)) if ids else (None, None)
             ps = masked(*ps, query=at * tiles.queries, key=mine, static=static, axis=1, ids=pair, alike=alike)
-            return ps[0].astype(dtype), ps[-1]
+            return ps[-1].astype(dtype), ps[0]
 
         def both():
             low, tiles_seen = begin()
@@ -87,15 +87,16 @@ def dkv(q, k, v, do, lse, delta, ids, static: Static) -> tuple[Array, Array]:
                     mine_staged = None if stage is None else stage.at[wg]
 
                     def scores(s_acc, dp_acc):
-                        plgpu.barrier_wait(full.at[2 * slot + Q])
                         plgpu.wgmma(s_acc, kv.at[Q, here], qdo.at[slot, Q].T)
-                        plgpu.barrier_wait(full.at[2 * slot + DO])
                         plgpu.wgmma(dp_acc, kv.at[DO, here], qdo.at[slot, DO].T)
                         p, sloped = visible_weights(s_acc, slot, low, i)
                         add(dv_acc, p, qdo.at[slot, DO], mine_staged)
                         delta = plgpu.load(numbers.at[slot, DO], layout=COLUMN)
                         return sloped * (plgpu.wgmma_accumulator_load(dp_acc, wait_n=1) - across(delta))
 
+                    # Before the sums are made: a product that begins where its sum is made needs no zeros written.
+                    plgpu.barrier_wait(full.at[2 * slot + Q])
+                    plgpu.barrier_wait(full.at[2 * slot + DO])
                     ds = pl.run_scoped(scores, plgpu.ACC(shape), plgpu.ACC(shape))
                     add(dk_acc, ds.astype(dtype), qdo.at[slot, Q], mine_staged)
                     plgpu.wgmma_wait(1)
@@ -125,7 +126,6 @@ def dkv(q, k, v, do, lse, delta, ids, static: Static) -> tuple[Array, Array]:
                     here = which[wg]  # read anew, or the addresses of all operands are kept in registers
 
                     def scores(t_acc):
-                        plgpu.barrier_wait(full.at[2 * slot + wg])
                         plgpu.wgmma(t_acc, kv.at[here, 0], qdo.at[slot, here].T)
 
                         def make():
@@ -144,6 +144,7 @@ def dkv(q, k, v, do, lse, delta, ids, static: Static) -> tuple[Array, Array]:
 
                         return lax.cond(makes_p, make, take)
 
+                    plgpu.barrier_wait(full.at[2 * slot + wg])
                     x = pl.run_scoped(scores, plgpu.ACC(shape))
                     plgpu.barrier_arrive(free.at[2 * slot + wg])
                     plgpu.barrier_wait(full.at[2 * slot + (1 - wg)])

@@ -234,10 +234,13 @@ def dq(q, k, v, do, lse, delta, ids, static: Static) -> Array:
                     # Read anew, or the addresses of all operands are kept in registers.
                     here = wg if which is None else which[wg]
 
-                    def scores(s_acc, dp_acc):
-                        plgpu.barrier_wait(k_full.at[k_slot])
+                    # Sums are made where their product begins: where a wait lies between, zeros are written first.
+                    def scores(s_acc):
                         plgpu.wgmma(s_acc, q_sm.at[here], k_sm.at[k_slot].T)
                         plgpu.barrier_wait(v_full.at[v_slot])
+                        return pl.run_scoped(functools.partial(slopes, s_acc), plgpu.ACC(shape))
+
+                    def slopes(s_acc, dp_acc):
                         there = which[WARPGROUPS + wg] if long_mask else v_slot
                         plgpu.wgmma(dp_acc, do_sm.at[here], v_sm.at[there].T)
                         p, slope = weights(plgpu.wgmma_accumulator_load(s_acc, wait_n=1), across(lse), static)
@@ -250,7 +253,8 @@ def dq(q, k, v, do, lse, delta, ids, static: Static) -> Array:
                         plgpu.barrier_arrive(v_free.at[v_slot])
                         return p * (dp - across(delta))
 
-                    ds = pl.run_scoped(scores, plgpu.ACC(shape), plgpu.ACC(shape))
+                    plgpu.barrier_wait(k_full.at[k_slot])
+                    ds = pl.run_scoped(scores, plgpu.ACC(shape))
                     add(dq_acc, ds.astype(dtype), k_sm.at[k_slot], None if stage is None else stage.at[wg])
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(k_free.at[k_slot])
