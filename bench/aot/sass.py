@@ -1,4 +1,4 @@
-"""The steady state of a kernel in its machine code: the loop that a tile without a mask takes, instruction by instruction.
+"""The steady state of a kernel in its machine code: what the loop issues for a tile that needs no mask.
 
 A kernel has several loops around its matrix instructions: the first and last tiles mask, the others do not, and a loop
 may mask behind a branch. The steady state is the cheapest way through one of them: of the innermost loops, each by the
@@ -115,8 +115,10 @@ def _next(code: list[Instruction], index: dict[int, int], i: int) -> list[int]:
 
 
 def _through(code: list[Instruction], first: int, last: int) -> list[Instruction]:
-    """The way through a loop, forward jumps only, that multiplies most, then has most exponentials (where two warpgroups
-    share the work, it is that of the one that makes the weights), then issues least."""
+    """The way through a loop, forward jumps only, that multiplies most, then has most exponentials, then issues least.
+
+    Exponentials, because where two warpgroups divide the work, one of them makes the weights.
+    """
     index = {code[i].address: i for i in range(first, last + 1)}
     worth = lambda each: (-each.products, -(_kind(each.name) == "exponential"), 1)
     best: dict[int, tuple[tuple[int, ...], int | None]] = {first: (worth(code[first]), None)}

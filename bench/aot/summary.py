@@ -1,4 +1,4 @@
-"""The tables of profiles/aot/README.md, from the profiles: bundles on TPUs, spills on Hopper."""
+"""The tables of profiles/aot/README.md, from the profiles: bundles on TPUs; spills and the steady state on Hopper."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +14,9 @@ HOPPER = "h100"
 GPU_KERNELS = ("pallas", "tokamax", "jax_mgpu")
 TPUS = ("v6e", "v5e", "tpu7x")
 COLUMNS = {"pallas": ("pallas",), "splash": executed.SPLASH, "tokamax": ("tokamax",)}
+PARTS = ("forward", "dq", "dkv")
+STEADY = tuple(f"aot d{D} causal" for D in (64, 128, 256))
+TENSOR_RATE, EXPONENTIAL_RATE = 2048, 4  # multiply-adds a cycle of an SM's tensor cores; exponentials of a scheduler
 GROUPED = ("pallas", "tokamax_512", "megablox")
 PRODUCTS = {
     "y": ("forward", ()),
@@ -139,8 +142,43 @@ def on_hopper(text: str, held: Mapping[str, Row]) -> str:
 
 
 def hopper(held: Mapping[str, Row]) -> str:
-    """Spilled bytes and shared memory of the kernels of each implementation: attention, then grouped matmul."""
-    return "\n\n".join(_of_hopper(op, held) for op in ("attention", "grouped_matmul"))
+    """Spilled bytes and shared memory of the kernels of each implementation, of attention and of grouped matmul; then
+    the steady state of attention."""
+    return "\n\n".join([_of_hopper(op, held) for op in ("attention", "grouped_matmul")] + [steady(held)])
+
+
+def steady(held: Mapping[str, Row]) -> str:
+    """What each attention kernel issues for a tile, and in which share of the time that its products take."""
+    names = ("wgmma", "exponential", "float", "memory")
+    lines = _head(["D", "kernel", "instructions", *names, "other", "multiply-adds", "issue", "exponentials"])
+    for spec in (specs.find("attention", name) for name in STEADY):
+        found = []
+        for implementation in GPU_KERNELS:
+            dtype = "float16" if implementation == "jax_mgpu" else "bfloat16"
+            for end, parts in (("forward", PARTS[:1]), ("both", PARTS[1:])):
+                row = held.get(f"attention / {spec.name} / {implementation} / {dtype} / {end}", {})
+                named = ((_part(kernel, spec.D), kernel) for kernel in row.get("kernels", []) if "steady" in kernel)
+                found += [(part, implementation, kernel["steady"]) for part, kernel in named if part in parts]
+        for part, implementation, at in sorted(found, key=lambda each: PARTS.index(each[0])):
+            other = at["instructions"] - sum(at[name] for name in names)
+            cycles = at["multiply_adds"] / TENSOR_RATE
+            shares = at["instructions"] / cycles, at["exponential"] * 32 / EXPONENTIAL_RATE / cycles
+            cells = [at["instructions"], *(at[name] for name in names), other, f"{at['multiply_adds'] / 2**20:g} Mi"]
+            lines.append(_line([spec.D, f"{implementation} {part}", *cells, *(f"{x:.0%}" for x in shares)]))
+    return "\n".join(lines)
+
+
+def _part(kernel: Row, D: int) -> str | None:
+    """Which part of attention a kernel computes: by its name, or by its products for each exponential.
+
+    Kernels without a name are tokamax's: dk and dv take 4 products, and exponentials also of what a column has once.
+    """
+    names = {"forward": "forward", "flash": "forward", "entry": "forward", "dkv": "dkv", "dq": "dq"}
+    if (named := next((part for word, part in names.items() if word in kernel["name"]), None)) is not None:
+        return named
+    at = kernel["steady"]
+    scores = 128 * at["exponential"]  # one of each thread of a warpgroup
+    return {3.0: "dq", 2.7: "dkv", 4.0: "dkv"}.get(round(at["multiply_adds"] / (scores * D), 1) if scores else 0.0)
 
 
 def _of_hopper(op: str, held: Mapping[str, Row]) -> str:

@@ -228,4 +228,5 @@ def dkv(q, k, v, do, lse, delta, ids, static: Static) -> tuple[Array, Array]:
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=static.interpret or False,
+        kernel_name="attention_dkv",
     )(q, k, v, do, lse, delta, *ids)

@@ -122,16 +122,15 @@ def masked(
         return [*ps]
 
     def apply() -> list[Array]:
-        # Numbers a row and a column, not a pair: they stay in registers from tile to tile. Ids leave no room for them:
-        # there, as with a window, differences are compared, which are worked out for each tile.
+        # Numbers a row and a column, not a pair: they stay in registers from tile to tile. Where there is no room for
+        # them either, differences are compared, which are worked out for each tile.
         iota = lambda axis, layout: plgpu.broadcasted_iota(jnp.int32, (shape[axis],), 0, layout=layout)
         down = lambda x: lax.broadcast_in_dim(x, shape, [0])
         along = lambda x: lax.broadcast_in_dim(x, shape, [1])
         row, column = iota(0, ROW), iota(1, COLUMN)
         seen = []
-        if static.causal and static.window is None and ids is None:
-            at = along(column)
-            seen.append(at <= down(row + distance) if axis == 0 else at >= down(row - distance))
+        if static.causal and static.window is None and ids is None and axis == 1:
+            seen.append(along(column) >= down(row - distance))
         elif static.causal:  # as unsigned numbers, negative distances are longer than any window
             away = down(row + distance) - along(column) if axis == 0 else along(column + distance) - down(row)
             seen.append(away.astype(jnp.uint32) < jnp.uint32(static.window or 2**31))
@@ -205,7 +204,7 @@ def dq(q, k, v, do, lse, delta, ids, static: Static) -> Array:
         mine = first + wg * ROWS
         rows = pl.ds(mine, ROWS)
         # The values have one stage, and the compiler would keep its address too: where a mask is long, for nothing.
-        long_mask = which is not None and (ids or static.window is not None)
+        long_mask = which is not None and (ids or static.window is not None or static.softcap is not None)
         # Read anew where it is needed: what a step holds from its beginning to its end fills the registers.
         shared = lambda: Shared.of(ids_gm[2], b, lax.div(first, jnp.int32(OWN)))
 
@@ -314,4 +313,5 @@ def dq(q, k, v, do, lse, delta, ids, static: Static) -> Array:
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=static.interpret or False,
+        kernel_name="attention_dq",
     )(q, k, v, do, lse, delta, *ids)
