@@ -12,6 +12,8 @@ FILES = {
     "flash": ("flash", "attention"),
     "grouped_matmul": ("grouped_matmul", "moe", "refusals"),
     "grouped_pallas": ("grouped_pallas", "grouped_matmul", "moe"),
+    "hopper": ("hopper",),
+    "hopper_backward": ("hopper_backward",),
     "moe": ("moe", "refusals"),
     "refusals": ("refusals", "attention"),
     "segments": ("flash", "segments", "attention"),
@@ -21,7 +23,10 @@ FILES = {
 
 
 class Mutant(NamedTuple):
-    """One fault: `old`, found once in `file`, becomes `new`; `tests` is one of FILES, `likely` a pytest -k for it."""
+    """One fault: `old`, found once in `file`, becomes `new`; `tests` is one of FILES, `likely` a pytest -k for it.
+
+    Where it begins with "slow and", the tests that notice wait for the long run.
+    """
 
     file: str
     tests: str

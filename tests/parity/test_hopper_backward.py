@@ -116,6 +116,7 @@ def judge(case: Case) -> dict[str, Any]:
 
 
 FAST = [
+    Case(100, 130, G=2),
     Case(129, 129, G=2, window=70),
     Case(65, 200, D=128, window=64, softcap=5.0),
     Case(127, 64, D=256, segments="ascending"),
