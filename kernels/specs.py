@@ -105,6 +105,7 @@ REAL_ATTENTION = (
         for D, H in ((128, 16), (64, 32), (256, 8))
         for c in (False, True)
     ),
+    _square("16k d128 causal, gate", 16384, H=16, K=16, D=128, gate="elementwise", **H100),
     _square("Mistral-7B 16k", 16384, H=32, K=8, D=128, window=4096, **BIG),
     _square("Mixtral-8x7B 8k", 8192, B=2, H=32, K=8, D=128, **BIG),
     _square("Qwen3-30B-A3B 8k", 8192, B=2, H=32, K=4, D=128, **BIG),
