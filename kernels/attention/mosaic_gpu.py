@@ -139,7 +139,6 @@ class Block:
         pl.when(group == 2)(self.load)
 
     # Worked out where they are used: kept in registers all along they would push out something else.
-
     batch = property(lambda self: lax.axis_index("batch"))
     head = property(lambda self: lax.axis_index("head"))
 
