@@ -46,6 +46,8 @@ class Arguments:
     """Folder for <device>/<date>-<op>.json."""
     html: str = "runs/bench/report.html"
     """Where the page goes."""
+    lines: str | None = None
+    """Append each row here as soon as it was measured, a JSON object a line; None: nowhere."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,6 +103,7 @@ def operations(arguments: Arguments) -> dict[str, dict[str, Any]]:
         command += [f"--spec={name}" for name in arguments.spec]
         command += [f"--implementation={name}" for name in arguments.implementation]
         command += [] if arguments.direction == "both" else [f"--direction={arguments.direction}"]
+        command += [] if arguments.lines is None else [f"--lines={Path(arguments.lines).absolute()}"]
         command += [] if arguments.machine == "auto" else [f"--machine={arguments.machine}"]
         # A pytest around this one would turn pytest-benchmark off.
         env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}

@@ -5,6 +5,7 @@ device's own. So the first test of a contest holds all of it, and every test han
 a clock that replays them.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from statistics import median
@@ -60,6 +61,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--budget", type=float, default=1.0, help="seconds of timing for each row and direction")
     group.addoption("--seconds", type=float, default=0, help="start no further row after so many seconds; 0: no limit")
     group.addoption("--progress", action="store_true", help="one line a contest instead of pytest's own report")
+    group.addoption("--lines", default=None, help="file to append each contest to, as soon as it was held")
     group.addoption("--direction", default=None, choices=("forward", "forward+backward"), help="default: both")
 
 
@@ -106,6 +108,9 @@ def replay(benchmark: Any, ceilings: Ceilings, request: pytest.FixtureRequest) -
             RUN["held"] = held = harness.hold(entry.contest, ceilings, budget=option("--budget"), only=only)
             if RUN["progress"]:
                 print(progress(held), flush=True)
+            if path := option("--lines"):
+                with open(path, "a") as file:
+                    file.write(json.dumps(line(held)) + "\n")
         result = held.results[entry.implementation]
         if result.refused is not None:
             RUN["refused"].append(names_of(entry) | {"why": result.refused})
@@ -125,6 +130,27 @@ def progress(held: harness.Outcome) -> str:
     best = min(times, key=times.__getitem__)
     took = f"measured in {held.seconds:.0f} s"
     return f"{held.contest.spec.op} {held.contest}: {best} {duration(times[best])}, of {len(times)}; {took}"
+
+
+def line(held: harness.Outcome) -> dict[str, Any]:
+    """What is kept of a contest should the run not come to its end."""
+    results = {
+        name: {"why": r.refused}
+        if r.refused is not None
+        else {"seconds": median(r.seconds) if r.seconds else None, "turns": len(r.seconds), "error": r.error}
+        for name, r in held.results.items()
+    }
+    spec, cost = held.contest.spec, held.contest.cost()
+    return {
+        "op": spec.op,
+        "spec": spec.name,
+        "direction": held.contest.direction,
+        "sizes": spec.label(),
+        "dtype": spec.dtypes[0],
+        "flops": cost.flops,
+        "ceilings": {"flops_per_second": held.flops_per_second, "bytes_per_second": held.bytes_per_second},
+        "results": results,
+    }
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -3,25 +3,31 @@
 In order of importance, each part in a process of its own, each written as soon as it is there, so that a part that
 hangs, crashes or finds no time left takes nothing with it:
 
-    environment   device, driver, versions
+    environment   device, driver, versions, ceilings
     tensor_cores  the Pallas attention at its sizes, every feature: outputs and gradients by the error rule of the tests
+    attention-*   the rows that attention is judged by, one a part: the kernel beside cuDNN and tokamax, the ceilings
+                  sampled in between
+    kernel_times  forward and backward of one of them traced, kernel by kernel
     parity        every row of the parity table, every implementation that runs here, by the same rule
     attention, grouped_matmul, moe_mlp, decode_attention    the rows of this machine, kernels beside XLA and the peers
-    trace         one training step's kernels with their times
+    trace         one training step's kernels with their times, by the Pallas attention
     toggles       each feature of the model flipped
     model         tokens/s of training, milliseconds a decoded token
 
-On a CPU the same command runs a tiny version of each part.
+Contests are also written one by one, into <part>.jsonl. On a CPU the same command is a rehearsal: a tiny version of
+each part, Hopper's attention interpreted. What a time limit cut, the last lines and summary.json say.
 """
 
 import importlib.util
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +40,16 @@ from dantinox import cli
 
 PROG = "bench.gpu"
 MARGIN = 5.0  # seconds kept back for writing and stopping
+HANGS = 75  # seconds after which a test's process is given up; another goes on with the next test
+JUDGED = {  # attention is judged by these rows: part -> row
+    "attention-d128-causal": "16k d128 causal",
+    "attention-window": "H100 S=16384",
+    "attention-window-gate": "16k d128 window 1024, gate",
+    "attention-d64-causal": "16k d64 causal",
+    "attention-d256-causal": "16k d256 causal",
+    "attention-d128-causal-gate": "16k d128 causal, gate",
+}
+BESIDE = ("pallas", "jax.nn cudnn", "tokamax")
 ENVIRONMENT = "import sys; from bench import gpu; gpu.write_environment(sys.argv[1])"
 
 
@@ -62,38 +78,51 @@ class Part(NamedTuple):
 def parts(out: Path, tiny: bool, seconds: float) -> list[Part]:
     """All parts in order, for a command of so many seconds."""
     run = lambda module, *flags: [sys.executable, "-m", module, *flags]
-    html = lambda op: ("--html", str(out / f"{op}.html"))
     to = ("--out", str(out))
     cores = "tests/parity/test_tensor_core_sizes.py"
     rule = "keeps_the_rule and one and float32" if tiny else "keeps_the_rule"
     test = ["-v", "-x" if tiny else "--maxfail=40", "-p", "no:cacheprovider"]
     if not tiny and importlib.util.find_spec("xdist"):
-        test += ["-n", "4"]  # compiling is most of a test
+        # Compiling is most of a test. A kernel that never ends takes one test with it, not the part.
+        test += ["-n", "4", "-o", f"faulthandler_timeout={HANGS}", "-o", "faulthandler_exit_on_timeout=true"]
+    interpreted = ("tests/parity/test_hopper.py", "tests/parity/test_hopper_backward.py") if tiny else ()
     row = {
         "attention": ("nano",),
         "grouped_matmul": ("E=8",),
         "moe_mlp": ("nano-moe",),
         "decode_attention": ("C=512, full",),
     }
-    small = ("--budget", "0.1", "--implementation", "xla", "lax.ragged_dot")
-    few = lambda op: ("--spec", *row[op], *small) if tiny else ()
-    ops = [
+    quick = ("--budget", "0.1", "--implementation", "xla", "lax.ragged_dot")
+
+    def bench(name: str, op: str, share: float, chosen: Sequence[str]) -> Part:
         # It stops by itself at three quarters of its time, and so writes what it has.
-        Part(
-            op, run("bench", "--op", op, *few(op), "--seconds", f"{0.75 * share * seconds:.0f}", *to, *html(op)), share
-        )
+        limit = ("--seconds", f"{0.75 * share * seconds:.0f}")
+        files = ("--html", str(out / f"{name}.html"), "--lines", str(out / f"{name}.jsonl"))
+        return Part(name, run("bench", "--op", op, *chosen, *limit, *to, *files), share)
+
+    beside = ("--budget", "0.6", "--implementation", *BESIDE)
+    judged = [bench(name, "attention", 0.1, ("--spec", spec, *beside)) for name, spec in JUDGED.items()]
+    if tiny:  # one is as good as six
+        judged = [bench(next(iter(JUDGED)), "attention", 0.1, ("--spec", *row["attention"], *quick))]
+    ops = [
+        bench(op, op, share, ("--spec", *row[op], *quick) if tiny else ())
         for op, share in zip(row, (0.3, 0.2, 0.15, 0.1), strict=True)
     ]
+    spec, steps = ("nano", "1") if tiny else (JUDGED["attention-window-gate"], "3")
+    times = run("bench.profile", "--op", "attention", "--spec", spec, "--implementation", "pallas", "--backward")
+    times += ["--steps", steps, "--out", str(out / "kernel_times"), "--json", str(out / "kernel_times.json")]
     preset = "nano" if tiny else "h100"
     trace = run("bench.profile", "--preset", preset, "--steps", "2", "--out", str(out / "trace"))
-    trace += ["--json", str(out / "trace.json")]
+    trace += ["--json", str(out / "trace.json"), *(() if tiny else ("--attn", "pallas"))]
     toggles = run("bench.toggles", "--preset", "nano" if tiny else "dante", "--rounds", "1" if tiny else "10", *to)
     model = run("bench.model", "--rounds", "1" if tiny else "5", "--out", str(out / "model.json"))
     if tiny:
         toggles += ["--only", "no gate"]
     return [
         Part("environment", [sys.executable, "-c", ENVIRONMENT, str(out / "environment.json")], 0.1),
-        Part("tensor_cores", run("pytest", *test, cores), 0.25),
+        Part("tensor_cores", run("pytest", *test, cores, *interpreted), 0.25),
+        *judged,
+        Part("kernel_times", times, 0.1),
         Part("parity", run("pytest", *test, "-k", rule, f"--ignore={cores}", "tests/parity"), 0.2),
         *ops,
         Part("trace", trace, 0.15),
@@ -113,9 +142,32 @@ def perform(chosen: Sequence[Part], out: Path, deadline: float, console: Console
         else:
             console.print(f"[bold]{part.name}[/] (at most {min(left, part.share * whole):.0f} s)", highlight=False)
             done.append(_one(part, out, min(left, part.share * whole)))
-        console.print(f"  {done[-1]['result']}, {done[-1].get('seconds', 0)} s", highlight=False)
+        console.print(f"  {said(done[-1])}", highlight=False)
         (out / "summary.json").write_text(json.dumps(done, indent=1) + "\n")
     return done
+
+
+def said(done: dict[str, Any]) -> str:
+    """One part's result in a line: how it ended, and of tests and contests how many there are."""
+    words = [done["result"]]
+    if "tests" in done:
+        counts = dict(done["tests"])
+        words.append(", ".join(f"{n} {what}" for what, n in counts.items() if what != "of") or "no test ended")
+        words[-1] += f" of {counts['of'] or 'an unknown number'}"
+    if "contests" in done:
+        words.append(f"{done['contests']} contests")
+    return ", ".join([*words, f"{done.get('seconds', 0)} s"])
+
+
+def verdict(done: Sequence[dict[str, Any]], tiny: bool) -> list[str]:
+    """What the whole run was worth, in plain lines."""
+    names = lambda word: [part["part"] for part in done if part["result"].startswith(word)]
+    lines = [f"{len(names('done'))} of {len(done)} parts done"]
+    for word, title in (("failed", "failed"), ("cut", "cut short"), ("no time", "no time left for")):
+        lines += [f"{title}: {', '.join(names(word))}"] if names(word) else []
+    if tiny:
+        lines.append("a rehearsal at tiny sizes: it shows that the parts run, not how fast anything is")
+    return lines
 
 
 def _one(part: Part, out: Path, limit: float) -> dict[str, Any]:
@@ -132,7 +184,7 @@ def _one(part: Part, out: Path, limit: float) -> dict[str, Any]:
             code = process.wait(limit)
             result = "done" if code == 0 else f"failed with exit code {code}: {_last_line(log)}"
         except subprocess.TimeoutExpired:
-            result = f"stopped after {limit:.0f} s; its log has what it did"
+            result = f"cut short after {limit:.0f} s"
         finally:
             for kill in (signal.SIGTERM, signal.SIGKILL):
                 if process.poll() is None:
@@ -141,7 +193,22 @@ def _one(part: Part, out: Path, limit: float) -> dict[str, Any]:
                         process.wait(2)
                     except subprocess.TimeoutExpired:
                         continue
-    return {"part": part.name, "result": result, "seconds": round(time.monotonic() - start, 1)}
+    found = {"part": part.name, "result": result, "seconds": round(time.monotonic() - start, 1)}
+    if "pytest" in part.command:
+        found["tests"] = outcomes(log.read_text(errors="replace"))
+    if (lines := out / f"{part.name}.jsonl").exists():
+        found["contests"] = len(lines.read_text().splitlines())
+    return found
+
+
+def outcomes(log: str) -> dict[str, int]:
+    """What `pytest -v` has said so far: the tests there are (0 where it did not get to counting them), and how many had
+    which outcome."""
+    selected = re.search(r"/ (\d+) selected|collected (\d+) items?$|workers? \[(\d+) items?\]", log, re.M)
+    there = next((int(n) for n in selected.groups() if n), 0) if selected else 0
+    ended = r"(PASSED|FAILED|SKIPPED|ERROR)"  # before the test's name where several processes share them
+    found = re.findall(rf"(?m)^(?:\[gw\d+\] \[.*?\] {ended} |\S+::.* {ended}\b)", log)
+    return {"of": there} | Counter((one or other).lower() for one, other in found)
 
 
 def _last_line(log: Path) -> str:
@@ -214,7 +281,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if name not in [part.name for part in chosen]:
                 raise ValueError(f"--only {name!r} is no part; allowed: {', '.join(part.name for part in chosen)}")
         chosen = [part for part in chosen if not arguments.only or part.name in arguments.only]
+        for part in chosen:
+            (out / f"{part.name}.jsonl").unlink(missing_ok=True)  # it is appended to
         done = perform(chosen, out, start + arguments.minutes * 60, console)
+        for line in verdict(done, tiny):
+            console.print(line, highlight=False)
     return 0 if all(part["result"] == "done" for part in done) else 1
 
 

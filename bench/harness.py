@@ -274,13 +274,18 @@ def hold(
             judged = jax.block_until_ready(runner.once(masked))
             first[name] = time.perf_counter() - start
         except Exception as error:  # a peer may fail in its own way, and the others still run
-            result.refused = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}" if str(error) else ""
+            result.refused = _said(error)
             continue
         result.temp_bytes = runner.temp_bytes
         result.error = None if name in peers.YARDSTICKS else part.error(judged, truth)
         runners[name] = runner
     flops, moved = _turns(contest, ceilings, runners, results, first, budget)
     return Outcome(contest, results, flops, moved, time.monotonic() - begin)
+
+
+def _said(error: Exception) -> str:
+    """An error in one line."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])[:220]
 
 
 def _turns(
@@ -303,9 +308,13 @@ def _turns(
     for turn in range(max(turns.values(), default=0)):
         if turn % 4 == 0:
             rates.append(ceilings.sample(contest.spec.dtypes[0]))
-        for name, runner in runners.items():
+        for name, runner in [*runners.items()]:
             if turn < turns[name]:
-                results[name].seconds.append(timer.sample(functools.partial(_shifted, runner, turn), 1)[0])
+                try:
+                    results[name].seconds.append(timer.sample(functools.partial(_shifted, runner, turn), 1)[0])
+                except Exception as error:  # one that fails late must not take the others' times along
+                    results[name].refused = _said(error)
+                    del runners[name]
     rates.append(ceilings.sample(contest.spec.dtypes[0]))
     middle = lambda values: sorted(values)[len(values) // 2]
     return middle([rate[0] for rate in rates]), middle([rate[1] for rate in rates])

@@ -60,8 +60,8 @@ def _jax_nn(spec: Attention, implementation: str) -> Choice:
     if implementation == "cudnn":
         if not _on("gpu"):
             return "cuDNN needs an NVIDIA GPU"
-        if spec.D > 128:
-            return "cuDNN takes heads of at most 128 here"
+        if spec.D > 256:
+            return "cuDNN takes heads of at most 256"
     if spec.softcap is not None or spec.segments is not None:
         return "no soft cap and no segment ids"
     if spec.causal and spec.T != spec.S:

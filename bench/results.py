@@ -65,15 +65,29 @@ def _short(value: float) -> float:
 
 
 def write(documents: Mapping[str, Mapping[str, Any]], profiles: Path) -> list[Path]:
-    """Save each operation's document as profiles/<device>/<date>-<op>.json; returns the paths."""
+    """Save each operation's document as profiles/<device>/<date>-<op>.json; returns the paths.
+
+    What a file of that name has of the same versions and timer and was not measured anew stays in it.
+    """
     paths = []
     for op, document in documents.items():
         folder = profiles / device_folder(document["platform"], document["device"])
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{document['date']}-{op}.json"
-        path.write_text(dumps(document))
+        path.write_text(dumps(_merged(path, document)))
         paths.append(path)
     return paths
+
+
+def _merged(path: Path, document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The document, after the rows of the file that it does not have."""
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if any(before.get(name) != document[name] for name in ("device", "versions", "timer")):
+        return document
+    key = lambda row: (row["spec"], row["direction"], row["implementation"])
+    new = {key(row) for name in ("rows", "refused") for row in document[name]}
+    kept = {name: [row for row in before[name] if key(row) not in new] for name in ("rows", "refused")}
+    return {**document, **{name: kept[name] + document[name] for name in kept}}
 
 
 def dumps(document: Mapping[str, Any]) -> str:

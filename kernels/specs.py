@@ -76,6 +76,8 @@ H100 = {"purposes": ("bench", "aot", "tune"), "machines": ("h100",), "dtypes": B
 BIG = {"purposes": ("bench", "aot", "tune"), "machines": ("h100", "tpu"), "dtypes": BF16}
 AOT = {"purposes": ("aot",), "machines": ("h100", "tpu"), "dtypes": GPU}
 TPU = {"purposes": ("bench", "aot", "tune"), "machines": ("tpu",), "dtypes": BF16}
+REGISTERS = {"purposes": ("aot",), "machines": ("h100",), "dtypes": GPU}
+FEATURES = {"segments": "packed", "window": 256, "softcap": 50.0, "gate": "elementwise"}
 BUNDLES = {"purposes": ("aot",), "machines": ("tpu",), "dtypes": BF16}
 
 
@@ -103,6 +105,7 @@ REAL_ATTENTION = (
         for D, H in ((128, 16), (64, 32), (256, 8))
         for c in (False, True)
     ),
+    _square("16k d128 causal, gate", 16384, H=16, K=16, D=128, gate="elementwise", **H100),
     _square("Mistral-7B 16k", 16384, H=32, K=8, D=128, window=4096, **BIG),
     _square("Mixtral-8x7B 8k", 8192, B=2, H=32, K=8, D=128, **BIG),
     _square("Qwen3-30B-A3B 8k", 8192, B=2, H=32, K=4, D=128, **BIG),
@@ -125,6 +128,18 @@ REAL_ATTENTION = (
         for S in (4096, 32768)
         for D in (128, 64, 256)
         for W in (None, 1024)
+    ),
+    # What fills Hopper's registers most.
+    *(
+        _square(f"aot d{D} {', '.join(having)}", 1000, H=4, K=2, D=D, **{x: FEATURES[x] for x in having}, **REGISTERS)
+        for D, having in (
+            (128, ("segments",)),
+            (128, ("segments", "softcap")),
+            (128, ("window", "softcap")),
+            (256, ("softcap",)),
+            (256, ("segments", "gate")),
+            (256, ("segments", "window", "softcap")),
+        )
     ),
     _square("aot odd lengths", 1000, H=4, K=2, D=128, window=300, softcap=50.0, segments="packed", **AOT),
 )

@@ -15,7 +15,10 @@ if not any(Path(device).exists() for device in ACCELERATORS):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # A compiled program kept from another version of the code must never be what is tested.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-import jax  # noqa: E402, F401 - it reads the line above; those below are for the programs that tests start
+# A simulated GPU waits for its barriers in threads of XLA's pool, which has one a core: on two cores none may be left
+# to run the warpgroup that is waited for.
+os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))
+import jax  # noqa: E402, F401 - it reads the lines above; those below are for the programs that tests start
 
 # Those repeat each other's work (the same small model, trained, resumed, stopped): what one of them compiles serves
 # the others, for as long as this run lasts.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.aot import ptx
+from bench.aot import ptx, sass
 from bench.targets import Gpu
 
 SITE = Path(sysconfig.get_paths()["platlib"])
@@ -135,18 +135,18 @@ def _assemble(
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"ptxas: {(done.stderr.strip().splitlines() or ['failed'])[0]}")
-    sass: dict[str, dict[str, int]] = {}
-    loops: dict[str, list] = {}
+    counts: dict[str, dict[str, int]] = {}
+    code: dict[str, list[sass.Instruction]] = {}
     if by_hand or "mma" in module:  # disassembling XLA's many small fusions takes longer than compiling them
-        dumped = subprocess.run([CUOBJDUMP, "--dump-sass", cubin], capture_output=True, text=True, check=False)
-        sass, loops = ptx.sass_counts(dumped.stdout), ptx.steady_loops(dumped.stdout)
+        dumped = subprocess.run([CUOBJDUMP, "--dump-sass", cubin], capture_output=True, text=True, check=False).stdout
+        counts, code = ptx.sass_counts(dumped), sass.functions(dumped) if by_hand else {}
     kernels = []
     for name, usage in ptx.ptxas_usage(done.stderr + done.stdout).items():
         launch_threads, launch_smem = launches.get(name, (None, 0))
         threads = launch_threads or ptx.entry_threads(module).get(name)
         # Mosaic declares one byte of static memory to get at the dynamic part.
         size = smem if smem is not None else max(launch_smem, usage.static_smem)
-        counts = sass.get(name, {})
+        steady = sass.steady(code.get(name, []))
         kernels.append(
             {
                 "name": name,
@@ -156,8 +156,8 @@ def _assemble(
                 "threads": threads,
                 "blocks": ptx.blocks_per_core(target, usage.registers, threads, size) if threads else None,
                 "occupancy": round(ptx.occupancy(target, usage.registers, threads, size), 4) if threads else None,
-                **{kind: counts.get(kind, 0) for kind in ("wgmma", "tcgen05", "mma", "local")},
-                **({"loop": loops[name]} if name in loops else {}),
+                **{kind: counts.get(name, {}).get(kind, 0) for kind in ("wgmma", "tcgen05", "mma", "local")},
+                **({"steady": steady} if steady else {}),
             }
         )
     return kernels

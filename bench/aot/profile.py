@@ -14,6 +14,7 @@ Profile = dict[str, Any]
 TEMP_GROWTH = 1.05
 MXU_FALL = 0.005  # of a share: less is the last digit
 BUNDLE_GROWTH = 1.01
+STEADY_GROWTH = 1.03
 
 
 def path(folder: Path, target: str) -> Path:
@@ -96,6 +97,9 @@ def _worse_kernel(name: str, old: Row, new: Row) -> list[str]:
     if (old.get("blocks") or 0) > (new.get("blocks") or 0):
         was, now = (f"{k['blocks']} blocks an SM ({k['registers']} registers)" for k in (old, new))
         found.append(f"{name}: {was} -> {now}")
+    before, after = (each.get("steady", {}).get("instructions", 0) for each in (old, new))
+    if before and after > before * STEADY_GROWTH:
+        found.append(f"{name}: {before} -> {after} instructions a tile")
     for unit in ("wgmma", "tcgen05"):
         if old.get(unit) and not new.get(unit):
             found.append(f"{name}: {unit} is gone")

@@ -12,7 +12,6 @@ _STATIC_SMEM = re.compile(r"(\d+) bytes smem")
 _ENTRY = re.compile(r"\.visible \.entry ([\w$.]+)\(")
 _THREADS = re.compile(r"\.(?:maxntid|reqntid)\s+([\d, ]+)")
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)")
-_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);")
 _BARRIERS = re.compile(r"num_barriers=(\d+)[^)]*\): (\d+)")
 _THUNK = re.compile(
     r"kCustomKernel \[.*?\] (\S+) grid: .*threads: \[(\d+), (\d+), (\d+)\]\s+shared_memory: (\d+) bytes"
@@ -83,52 +82,6 @@ def sass_counts(text: str) -> dict[str, dict[str, int]]:
                 counts[kind] += 1
         found[name.strip()] = counts
     return found
-
-
-def steady_loops(text: str) -> dict[str, list]:
-    """Function -> [instructions, tensor core instructions, shape and transposed operands of one] of a kernel's loop.
-
-    From `cuobjdump --dump-sass`: the innermost loop that has any, and of several the one with the most for its length.
-    Instructions are those of the shortest way round, past what is branched around: a mask that few rounds need.
-    Functions without such a loop are left out.
-    """
-    found: dict[str, list] = {}
-    for block in re.split(r"(?m)^\s*Function : ", text)[1:]:
-        name, _, body = block.partition("\n")
-        code = [(int(m[1], 16), m[2], m[3]) for m in map(_INSTRUCTION.match, body.splitlines()) if m]
-        loops = []
-        for end, opcode, rest in code:
-            target = _target(opcode, rest)
-            inside = [each for each in code if target is not None and target <= each[0] <= end]
-            if count := sum(map(_multiplies, inside)):
-                loops.append((len(inside) / count, len(inside), inside))
-        if loops:
-            *_, inside = min(loops, key=lambda each: each[:2])
-            wgmma = [each for each in inside if _multiplies(each)]
-            _, opcode, rest = wgmma[0]
-            shape = " ".join([opcode.split(".")[1], *re.findall(r"\.tnsp(\w)", rest)])
-            found[name.strip()] = [_shortest(inside), len(wgmma), shape]
-    return found
-
-
-def _target(opcode: str, rest: str) -> int | None:
-    found = re.search(r"\b0x([0-9a-f]+)", rest) if opcode.startswith("BRA") else None
-    return int(found[1], 16) if found else None
-
-
-def _multiplies(instruction: tuple[int, str, str]) -> bool:
-    return bool(_KINDS[0][1].match(instruction[1].partition(".")[0]))
-
-
-def _shortest(loop: list[tuple[int, str, str]]) -> int:
-    """Instructions of the way round that takes every branch forward that passes no product."""
-    places = {at: i for i, (at, *_) in enumerate(loop)}
-    i, count = 0, 0
-    while i < len(loop):
-        count += 1
-        to = places.get(_target(*loop[i][1:]), 0)
-        i = to if to > i and not any(map(_multiplies, loop[i:to])) else i + 1
-    return count
 
 
 def mosaic_smem(text: str) -> list[tuple[int, int]]:

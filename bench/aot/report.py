@@ -1,6 +1,7 @@
 """The table of one target: a line a program, and a line more for each kernel written by hand.
 
-On a TPU, of attention also: MXU slots for 1024 x 1024 scores, and bundles executed for 1000 visible pairs.
+On a GPU, the instructions that a kernel's steady state issues for a tile. On a TPU, of attention also: MXU slots for
+1024 x 1024 scores, and bundles executed for 1000 visible pairs.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from kernels import specs
 
 Row = dict[str, Any]
 
-GPU_COLUMNS = ("regs", "spill B", "SMEM KiB", "blocks/SM", "occupancy", "wgmma", "tcgen05", "mma")
+GPU_COLUMNS = ("regs", "spill B", "SMEM KiB", "blocks/SM", "occupancy", "wgmma", "tcgen05", "mma", "a tile")
 TPU_COLUMNS = ("bundles", "empty", "MXU slots", "MXU share", "VMEM KiB", "spills", "fills", "MXU/Mi", "per 1000 pairs")
 
 
@@ -66,7 +67,7 @@ def _plain(text: str) -> str:
 
 
 def _gpu_totals(t: Row) -> list[str]:
-    return ["", str(t["spill_bytes"]), "", "", "", str(t["wgmma"]), str(t["tcgen05"]), str(t["mma"])]
+    return ["", str(t["spill_bytes"]), "", "", "", str(t["wgmma"]), str(t["tcgen05"]), str(t["mma"]), ""]
 
 
 def _tpu_totals(t: Row) -> list[str]:
@@ -85,6 +86,7 @@ def _gpu(k: Row) -> list[str]:
         str(k["wgmma"]),
         str(k["tcgen05"]),
         str(k["mma"]),
+        str(k.get("steady", {}).get("instructions", "")),
     ]
 
 

@@ -1,6 +1,5 @@
-"""The tables of profiles/aot/README.md, from the profiles: bundles on TPUs, spills on Hopper."""
+"""The tables of profiles/aot/README.md, from the profiles: bundles on TPUs; spills and the steady state on Hopper."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,9 @@ HOPPER = "h100"
 GPU_KERNELS = ("pallas", "tokamax", "jax_mgpu")
 TPUS = ("v6e", "v5e", "tpu7x")
 COLUMNS = {"pallas": ("pallas",), "splash": executed.SPLASH, "tokamax": ("tokamax",)}
+PARTS = ("forward", "dq", "dkv")
+STEADY = tuple(f"aot d{D} causal" for D in (64, 128, 256))
+TENSOR_RATE, EXPONENTIAL_RATE = 2048, 4  # multiply-adds a cycle of an SM's tensor cores; exponentials of a scheduler
 GROUPED = ("pallas", "tokamax_512", "megablox")
 PRODUCTS = {
     "y": ("forward", ()),
@@ -143,8 +145,9 @@ def on_hopper(text: str, held: Mapping[str, Row]) -> str:
 
 
 def hopper(held: Mapping[str, Row]) -> str:
-    """Spilled bytes and shared memory of the kernels of each implementation, then the loops of grouped matmul."""
-    return "\n\n".join([*(_of_hopper(op, held) for op in ("attention", "grouped_matmul", "moe_mlp")), loops(held)])
+    """Spilled bytes and shared memory of the kernels of each implementation; then what their steady states issue."""
+    kernels_of = [_of_hopper(op, held) for op in ("attention", "grouped_matmul", "moe_mlp")]
+    return "\n\n".join([*kernels_of, steady(held), loops(held)])
 
 
 def loops(held: Mapping[str, Row]) -> str:
@@ -160,25 +163,24 @@ def loops(held: Mapping[str, Row]) -> str:
             for name in GPU_KERNELS:
                 row = held.get(f"grouped_matmul / {spec.name} / {name} / bfloat16 / {program}", {})
                 found = [each for each in row.get("kernels", []) if wanted == "y" or _sums_rows(each)]
-                for each in found if len(found) == 1 and "loop" in found[0] else ():
+                for each in found if len(found) == 1 and "steady" in found[0] else ():
                     lines.append(_line([spec.name, wanted, name, *_loop(each, _tile(spec, wanted, name, each))]))
     return "\n".join(lines)
 
 
 def _sums_rows(kernel: Row) -> bool:
     """Whether it is a kernel of dw: by its name, or jax's, which have one, by the operand that it transposes."""
-    words = kernel["name"], *kernel.get("loop", [""])[-1].split()
-    return any("_dw" in each or "contracting" in each or each == "A" for each in words)
+    transposed = kernel.get("steady", {}).get("transposed", "")
+    return "_dw" in kernel["name"] or "contracting" in kernel["name"] or "A" in transposed
 
 
 def _loop(kernel: Row, tile: Sequence[Any]) -> list[str]:
     """What the table says of a kernel; its loop last: instructions a wgmma, and for 64 x 256 x 16 products."""
-    instructions, count, shape = kernel["loop"]
-    size = shape.split()[0]
-    products = math.prod(map(int, size.split("x")))
+    at = kernel["steady"]
     *sides, stages = tile
-    cells = [_times(sides), str(stages), str(kernel["registers"]), f"{kernel['smem_bytes'] / 1024:.0f}", size]
-    return [*cells, f"{instructions} / {count}", f"{instructions / count * 64 * 256 * 16 / products:.1f}"]
+    cells = [_times(sides), str(stages), str(kernel["registers"]), f"{kernel['smem_bytes'] / 1024:.0f}", at["shape"]]
+    whole = at["instructions"] * 64 * 256 * 16 / at["multiply_adds"]
+    return [*cells, f"{at['instructions']} / {at['wgmma']}", f"{whole:.1f}"]
 
 
 def _tile(spec: specs.GroupedMatmul, product_: str, implementation: str, kernel: Row) -> tuple[Any, ...]:
@@ -193,6 +195,40 @@ def _tile(spec: specs.GroupedMatmul, product_: str, implementation: str, kernel:
     else:
         tile = tiles_of.hopper(spec.N, spec.E, spec.M, spec.F, cores, widths=mosaic_gpu.WIDTHS)
     return tiles_of.HEIGHT, tile.columns, tiles_of.INNER, tile.stages
+
+
+def steady(held: Mapping[str, Row]) -> str:
+    """What each attention kernel issues for a tile, and in which share of the time that its products take."""
+    names = ("wgmma", "exponential", "float", "memory")
+    lines = _head(["D", "kernel", "instructions", *names, "other", "multiply-adds", "issue", "exponentials"])
+    for spec in (specs.find("attention", name) for name in STEADY):
+        found = []
+        for implementation in GPU_KERNELS:
+            dtype = "float16" if implementation == "jax_mgpu" else "bfloat16"
+            for end, parts in (("forward", PARTS[:1]), ("both", PARTS[1:])):
+                row = held.get(f"attention / {spec.name} / {implementation} / {dtype} / {end}", {})
+                named = ((_part(kernel, spec.D), kernel) for kernel in row.get("kernels", []) if "steady" in kernel)
+                found += [(part, implementation, kernel["steady"]) for part, kernel in named if part in parts]
+        for part, implementation, at in sorted(found, key=lambda each: PARTS.index(each[0])):
+            other = at["instructions"] - sum(at[name] for name in names)
+            cycles = at["multiply_adds"] / TENSOR_RATE
+            shares = at["instructions"] / cycles, at["exponential"] * 32 / EXPONENTIAL_RATE / cycles
+            cells = [at["instructions"], *(at[name] for name in names), other, f"{at['multiply_adds'] / 2**20:g} Mi"]
+            lines.append(_line([spec.D, f"{implementation} {part}", *cells, *(f"{x:.0%}" for x in shares)]))
+    return "\n".join(lines)
+
+
+def _part(kernel: Row, D: int) -> str | None:
+    """Which part of attention a kernel computes: by its name, or by its products for each exponential.
+
+    Kernels without a name are tokamax's: dk and dv take 4 products, and exponentials also of what a column has once.
+    """
+    names = {"forward": "forward", "flash": "forward", "entry": "forward", "dkv": "dkv", "dq": "dq"}
+    if (named := next((part for word, part in names.items() if word in kernel["name"]), None)) is not None:
+        return named
+    at = kernel["steady"]
+    scores = 128 * at["exponential"]  # one of each thread of a warpgroup
+    return {3.0: "dq", 2.7: "dkv", 4.0: "dkv"}.get(round(at["multiply_adds"] / (scores * D), 1) if scores else 0.0)
 
 
 def _of_hopper(op: str, held: Mapping[str, Row]) -> str:

@@ -68,10 +68,12 @@ def dkv(q, k, v, do, lse, delta, ids, static: Static) -> tuple[Array, Array]:
             """(p, what ds multiplies with do v^T - delta) once s is there."""
             lse = plgpu.load(numbers.at[slot, Q], layout=COLUMN)
             p, slope = weights(plgpu.wgmma_accumulator_load(s_acc, wait_n=0 if split else 1), across(lse), static)
+            # Rounded before the mask: two arrays in float32 and what a mask takes would be too much for the registers.
+            ps = [p] if slope is None else [p * slope, p.astype(dtype)]
             at = low + lax.div(i, jnp.int32(G))
             pair, alike = (functools.partial(pair_ids, slot), shared().alike(at)) if ids else (None, None)
-            p = masked(p, at * tiles.queries, mine, static, axis=1, ids=pair, alike=alike)
-            return p, p if slope is None else p * slope
+            ps = masked(*ps, query=at * tiles.queries, key=mine, static=static, axis=1, ids=pair, alike=alike)
+            return ps[-1].astype(dtype), ps[0]
 
         def both():
             low, tiles_seen = begin()
@@ -85,15 +87,16 @@ def dkv(q, k, v, do, lse, delta, ids, static: Static) -> tuple[Array, Array]:
                     mine_staged = None if stage is None else stage.at[wg]
 
                     def scores(s_acc, dp_acc):
-                        plgpu.barrier_wait(full.at[2 * slot + Q])
                         plgpu.wgmma(s_acc, kv.at[Q, here], qdo.at[slot, Q].T)
-                        plgpu.barrier_wait(full.at[2 * slot + DO])
                         plgpu.wgmma(dp_acc, kv.at[DO, here], qdo.at[slot, DO].T)
                         p, sloped = visible_weights(s_acc, slot, low, i)
-                        add(dv_acc, p.astype(dtype), qdo.at[slot, DO], mine_staged)
+                        add(dv_acc, p, qdo.at[slot, DO], mine_staged)
                         delta = plgpu.load(numbers.at[slot, DO], layout=COLUMN)
                         return sloped * (plgpu.wgmma_accumulator_load(dp_acc, wait_n=1) - across(delta))
 
+                    # Before the sums are made: a product that begins where its sum is made needs no zeros written.
+                    plgpu.barrier_wait(full.at[2 * slot + Q])
+                    plgpu.barrier_wait(full.at[2 * slot + DO])
                     ds = pl.run_scoped(scores, plgpu.ACC(shape), plgpu.ACC(shape))
                     add(dk_acc, ds.astype(dtype), qdo.at[slot, Q], mine_staged)
                     plgpu.wgmma_wait(1)
@@ -123,7 +126,6 @@ def dkv(q, k, v, do, lse, delta, ids, static: Static) -> tuple[Array, Array]:
                     here = which[wg]  # read anew, or the addresses of all operands are kept in registers
 
                     def scores(t_acc):
-                        plgpu.barrier_wait(full.at[2 * slot + wg])
                         plgpu.wgmma(t_acc, kv.at[here, 0], qdo.at[slot, here].T)
 
                         def make():
@@ -131,7 +133,7 @@ def dkv(q, k, v, do, lse, delta, ids, static: Static) -> tuple[Array, Array]:
                             plgpu.barrier_wait(p_free)
                             given[...] = sloped
                             plgpu.barrier_arrive(p_full)
-                            return p.astype(dtype)
+                            return p
 
                         def take():
                             dp = t_acc[...] - across(plgpu.load(numbers.at[slot, DO], layout=COLUMN))
@@ -142,6 +144,7 @@ def dkv(q, k, v, do, lse, delta, ids, static: Static) -> tuple[Array, Array]:
 
                         return lax.cond(makes_p, make, take)
 
+                    plgpu.barrier_wait(full.at[2 * slot + wg])
                     x = pl.run_scoped(scores, plgpu.ACC(shape))
                     plgpu.barrier_arrive(free.at[2 * slot + wg])
                     plgpu.barrier_wait(full.at[2 * slot + (1 - wg)])
@@ -225,4 +228,5 @@ def dkv(q, k, v, do, lse, delta, ids, static: Static) -> tuple[Array, Array]:
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=static.interpret or False,
+        kernel_name="attention_dkv",
     )(q, k, v, do, lse, delta, *ids)

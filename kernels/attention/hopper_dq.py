@@ -94,19 +94,19 @@ class Shared(NamedTuple):
 
 
 def masked(
-    p: Array,
+    *ps: Array,
     query: Array,
     key: Array,
     static: Static,
-    *,
     axis: int,
     ids: Callable[[], tuple[Array, Array]] | None,
     alike: Array | None,
-) -> Array:
-    """p, or zero where the pair is not visible. Queries from `query` on run along `axis`, keys from `key` on along the
-    other; ids are those of the rows and of the columns, unless the tile is `alike`: of one segment. A tile that is
-    visible as a whole applies no mask."""
-    queries, keys = p.shape[axis], p.shape[1 - axis]
+) -> list[Array]:
+    """Each of ps, or zero where the pair is not visible. Queries from `query` on run along `axis`, keys from `key` on
+    along the other; ids are those of the rows and of the columns, unless the tile is `alike`: of one segment. A tile
+    that is visible as a whole applies no mask."""
+    shape = ps[0].shape
+    queries, keys = shape[axis], shape[1 - axis]
     distance = query + (static.S - static.T) - key  # from the first key to the first query
     inside = []  # of a tile: all of it is visible
     if static.causal:
@@ -115,33 +115,34 @@ def masked(
         inside.append(distance + (queries - 1) < static.window)
     if axis == 0 and not static.causal and static.S % keys:
         # Past the last key, k and v are zeros and p = 2^-lse: finite, it adds nothing. In dk and dv it is never stored.
-        p = jnp.minimum(p, 1.0)
+        ps = [jnp.minimum(p, 1.0) for p in ps]
     if ids is not None:
         inside.append(alike)
     if not inside:
-        return p
+        return [*ps]
 
-    def apply() -> Array:
-        # Numbers a row and a column, not a pair: they stay in registers from tile to tile.
-        iota = lambda axis, layout: plgpu.broadcasted_iota(jnp.int32, (p.shape[axis],), 0, layout=layout)
-        down = lambda x: lax.broadcast_in_dim(x, p.shape, [0])
-        along = lambda x: lax.broadcast_in_dim(x, p.shape, [1])
+    def apply() -> list[Array]:
+        # Numbers a row and a column, not a pair: they stay in registers from tile to tile. Where there is no room for
+        # them either, differences are compared, which are worked out for each tile.
+        iota = lambda axis, layout: plgpu.broadcasted_iota(jnp.int32, (shape[axis],), 0, layout=layout)
+        down = lambda x: lax.broadcast_in_dim(x, shape, [0])
+        along = lambda x: lax.broadcast_in_dim(x, shape, [1])
         row, column = iota(0, ROW), iota(1, COLUMN)
         seen = []
-        if static.causal and static.window is None:
-            at = along(column)
-            seen.append(at <= down(row + distance) if axis == 0 else at >= down(row - distance))
+        if static.causal and static.window is None and ids is None and axis == 1:
+            seen.append(along(column) >= down(row - distance))
         elif static.causal:  # as unsigned numbers, negative distances are longer than any window
             away = down(row + distance) - along(column) if axis == 0 else along(column + distance) - down(row)
-            seen.append(away.astype(jnp.uint32) < jnp.uint32(static.window))
+            seen.append(away.astype(jnp.uint32) < jnp.uint32(static.window or 2**31))
         if ids is not None:
             if not static.causal:  # always true: without numbers made here Mosaic finds no layout for the ids
                 seen.append(along(column) <= down(row + FAR))
             of_row, of_column = ids()
             seen.append(down(of_row) == along(of_column))
-        return jnp.where(_all(seen), p, 0.0)
+        visible = _all(seen)
+        return [jnp.where(visible, p, jnp.zeros_like(p)) for p in ps]
 
-    return lax.cond(_all(inside), lambda: p, apply)
+    return lax.cond(_all(inside), lambda: [*ps], apply)
 
 
 def _all(conditions: list[Array]) -> Array:
@@ -203,7 +204,7 @@ def dq(q, k, v, do, lse, delta, ids, static: Static) -> Array:
         mine = first + wg * ROWS
         rows = pl.ds(mine, ROWS)
         # The values have one stage, and the compiler would keep its address too: where a mask is long, for nothing.
-        long_mask = which is not None and (ids or static.window is not None)
+        long_mask = which is not None and (ids or static.window is not None or static.softcap is not None)
         # Read anew where it is needed: what a step holds from its beginning to its end fills the registers.
         shared = lambda: Shared.of(ids_gm[2], b, lax.div(first, jnp.int32(OWN)))
 
@@ -232,22 +233,27 @@ def dq(q, k, v, do, lse, delta, ids, static: Static) -> Array:
                     # Read anew, or the addresses of all operands are kept in registers.
                     here = wg if which is None else which[wg]
 
-                    def scores(s_acc, dp_acc):
-                        plgpu.barrier_wait(k_full.at[k_slot])
+                    # Sums are made where their product begins: where a wait lies between, zeros are written first.
+                    def scores(s_acc):
                         plgpu.wgmma(s_acc, q_sm.at[here], k_sm.at[k_slot].T)
                         plgpu.barrier_wait(v_full.at[v_slot])
+                        return pl.run_scoped(functools.partial(slopes, s_acc), plgpu.ACC(shape))
+
+                    def slopes(s_acc, dp_acc):
                         there = which[WARPGROUPS + wg] if long_mask else v_slot
                         plgpu.wgmma(dp_acc, do_sm.at[here], v_sm.at[there].T)
                         p, slope = weights(plgpu.wgmma_accumulator_load(s_acc, wait_n=1), across(lse), static)
                         p = p if slope is None else p * slope
                         pair = lambda: (number(ids_gm[0], b), plgpu.load(ids_sm.at[k_slot], layout=COLUMN))
                         pair, alike = (pair, shared().alike(low + i)) if ids else (None, None)
-                        p = masked(p, mine, (low + i) * tiles.keys, static, axis=0, ids=pair, alike=alike)
+                        at = (low + i) * tiles.keys
+                        (p,) = masked(p, query=mine, key=at, static=static, axis=0, ids=pair, alike=alike)
                         dp = dp_acc[...]
                         plgpu.barrier_arrive(v_free.at[v_slot])
                         return p * (dp - across(delta))
 
-                    ds = pl.run_scoped(scores, plgpu.ACC(shape), plgpu.ACC(shape))
+                    plgpu.barrier_wait(k_full.at[k_slot])
+                    ds = pl.run_scoped(scores, plgpu.ACC(shape))
                     add(dq_acc, ds.astype(dtype), k_sm.at[k_slot], None if stage is None else stage.at[wg])
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(k_free.at[k_slot])
@@ -307,4 +313,5 @@ def dq(q, k, v, do, lse, delta, ids, static: Static) -> Array:
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=static.interpret or False,
+        kernel_name="attention_dq",
     )(q, k, v, do, lse, delta, *ids)

@@ -139,7 +139,6 @@ class Block:
         pl.when(group == 2)(self.load)
 
     # Worked out where they are used: kept in registers all along they would push out something else.
-
     batch = property(lambda self: lax.axis_index("batch"))
     head = property(lambda self: lax.axis_index("head"))
 
@@ -234,29 +233,32 @@ class Block:
         D = self.refs["q"].shape[-1]
         q, k, _ = self.tiles
         first = self.first + group * q
-        block = self.span
 
-        def mine() -> Span:  # read anew where it is needed: from one loop to the next registers are scarce
-            seen = span(first, q, k, self.static)
+        def spans() -> tuple[Span, Span]:
+            """Of the block and of this warpgroup; read anew where needed: from loop to loop registers are scarce."""
+            block, seen = self.span, span(first, q, k, self.static)
             seen = seen.within(self.shared(group)) if "spans" in self.refs else seen
-            return Span(*(lax.clamp(block.start, x, block.stop) for x in seen))
+            return block, Span(*(lax.clamp(block.start, x, block.stop) for x in seen))
 
         row = lambda x: plgpu.layout_cast(jnp.full((q,), x, jnp.float32), ROW)
         acc = plgpu.layout_cast(jnp.zeros((q, D), jnp.float32), plgpu.Layout.WGMMA)
         carry = acc, row(FLOOR), row(0.0)
+        step = lambda end, **how: functools.partial(self.step, group, first, end, **how)
+        skip = lambda end: functools.partial(self.skip, group, end)
 
         self.wait("q here", group)
+        block, mine = spans()
         self.wait_for_keys(block.start, block.stop)
         pl.when(group == 1)(lambda: self.wait("turn", group))
-        step = functools.partial(self.step, group, first, block.stop)
-        skip = functools.partial(self.skip, group, block.stop)
         if self.static.window is not None or "spans" in self.refs:
-            start, left, *_ = mine()
-            lax.fori_loop(block.start, start, skip, None)
-            carry = lax.fori_loop(start, left, functools.partial(step, masked=True), carry)
-        carry = lax.fori_loop(mine().left, mine().right, step, carry)
-        carry = lax.fori_loop(mine().right, mine().stop, functools.partial(step, masked=True), carry)
-        lax.fori_loop(mine().stop, block.stop, skip, None)
+            lax.fori_loop(block.start, mine.start, skip(block.stop), None)
+            carry = lax.fori_loop(mine.start, mine.left, step(block.stop, masked=True), carry)
+        block, mine = spans()
+        carry = lax.fori_loop(mine.left, mine.right, step(block.stop), carry)
+        block, mine = spans()
+        carry = lax.fori_loop(mine.right, mine.stop, step(block.stop, masked=True), carry)
+        block, mine = spans()
+        lax.fori_loop(mine.stop, block.stop, skip(block.stop), None)
         pl.when(group == 0)(lambda: self.arrive("turn", 1))
         self.finish(group, *carry)
 
@@ -307,22 +309,25 @@ class Block:
     def visible(self, shape: tuple[int, int], first: Any, j: Any, group: Any, slot: Any) -> Array:
         """Which pairs of the queries from `first` on and the keys of tile j are visible."""
         static, refs = self.static, self.refs
-        iota = lambda axis: plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
-        key = iota(1)
+        iota = lambda axis, layout: plgpu.broadcasted_iota(jnp.int32, (shape[axis],), 0, layout=layout)
+        down, along = (lambda x, axis=axis: lax.broadcast_in_dim(x, shape, [axis]) for axis in range(2))
         if static.causal:
-            distance = iota(0) - key + (first + static.S - static.T - j * self.tiles.k)
-            visible = distance >= 0
-            if static.window is not None:
-                visible &= distance < static.window
+            # Numbers a row and a column, not a pair, which the compiler would keep in registers from tile to tile.
+            last = iota(0, ROW) + (first + static.S - static.T - j * self.tiles.k)  # key of this tile that a row sees
+            column = iota(1, COLUMN)
+            if static.window is None:
+                visible = along(column) <= down(last)
+            else:  # as unsigned numbers, negative distances are longer than any window
+                visible = (down(last) - along(column)).astype(jnp.uint32) < jnp.uint32(static.window)
         else:
+            key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
             visible = key < static.S - j * self.tiles.k
         if "q ids" in refs:
             rows = pl.ds(self.first + group * self.tiles.q, self.tiles.q)
             of_query = plgpu.load(refs["q ids"].at[self.batch, rows], layout=ROW, optimized=False)
             of_key = plgpu.load(refs["ids ring"].at[slot], layout=COLUMN)
             plgpu.commit_smem()  # before TMA writes the next ids there
-            across, down = (lax.broadcast_in_dim(ids, shape, [axis]) for axis, ids in enumerate((of_query, of_key)))
-            visible &= across == down
+            visible &= down(of_query) == along(of_key)
         return visible
 
     # What the interpreter has no tensor core for, it multiplies as values, read where the tensor core would.

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bench import gpu
+from bench import gpu, results
+from kernels import specs
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,8 +44,10 @@ def test_wrong_input_is_one_line(arguments, words):
 def test_a_run_measures_prints_and_writes(tmp_path):
     chosen = ("--op", "attention", "--spec", "nano", "--direction", "forward", "--implementation", "xla")
     out = ("--budget", "0.05", "--out", str(tmp_path), "--html", str(tmp_path / "page.html"))
-    done = run("bench", *chosen, *out)
+    done = run("bench", *chosen, *out, "--lines", str(tmp_path / "lines.jsonl"))
     assert done.returncode == 0, done.stderr
+    (line,) = map(json.loads, (tmp_path / "lines.jsonl").read_text().splitlines())
+    assert (line["spec"], line["direction"]) == ("nano", "forward") and line["results"]["xla"]["seconds"] > 0
     assert "wall clock" in done.stdout and "roofline" in done.stdout
     (path,) = (tmp_path / "cpu").glob("*-attention.json")
     (row,) = json.loads(path.read_text())["rows"]
@@ -81,7 +84,14 @@ def test_the_bounded_command_never_runs_over_and_writes_what_it_has(tmp_path, mo
     assert time.monotonic() - start < 12
     results = {part["part"]: part["result"] for part in done}
     assert results["good"] == "done" and "no such kernel" in results["broken"]
-    assert "stopped after" in results["stuck"] and results["late"] == "no time left"
+    assert "cut short after" in results["stuck"] and results["late"] == "no time left"
+    assert gpu.verdict(done, tiny=True)[:-1] == [
+        "1 of 4 parts done",
+        "failed: broken",
+        "cut short: stuck",
+        "no time left for: late",
+    ]
+    assert "rehearsal" in gpu.verdict(done, tiny=True)[-1] and "rehearsal" not in str(gpu.verdict(done, tiny=False))
     assert json.loads((tmp_path / "summary.json").read_text()) == done
     assert "fine" in (tmp_path / "good.log").read_text()
 
@@ -89,6 +99,51 @@ def test_the_bounded_command_never_runs_over_and_writes_what_it_has(tmp_path, mo
 def test_every_part_is_a_command_that_exists():
     for tiny in (True, False):
         parts = gpu.parts(Path("/tmp/out"), tiny, 540)
-        assert [part.name for part in parts][:4] == ["environment", "tensor_cores", "parity", "attention"]
+        names = [part.name for part in parts]
+        assert names[:3] == ["environment", "tensor_cores", "attention-d128-causal"]
+        assert len(set(names)) == len(names) and set(names) >= ({"attention-d128-causal"} if tiny else set(gpu.JUDGED))
         for part in parts:
             assert part.command[0] == sys.executable and 0 < part.share <= 1
+
+
+def test_what_the_kernel_is_judged_by_are_rows_that_differ_in_the_gate_alone():
+    rows = {name: specs.find("attention", spec) for name, spec in gpu.JUDGED.items()}
+    assert all("h100" in row.machines and row.T == 16384 and row.dtypes == ("bfloat16",) for row in rows.values())
+    for plain in ("attention-window", "attention-d128-causal"):
+        gated = rows[f"{plain}-gate"]
+        assert gated.gate == "elementwise" and rows[plain].gate == "none"
+        assert rows[plain].shapes().items() <= gated.shapes().items() and rows[plain].window == gated.window
+
+
+@pytest.mark.parametrize(
+    ("log", "counts"),
+    [
+        ("collecting ... ", {"of": 0}),
+        (
+            "collecting ... collected 30 items / 27 deselected / 3 selected\n\n"
+            "tests/a.py::test_x[7 a, b-float32] PASSED  [ 33%]\ntests/a.py::test_y FAILED [ 66%]\ntests/a.py::test_z ",
+            {"of": 3, "passed": 1, "failed": 1},
+        ),
+        (
+            "created: 4/4 workers\n4 workers [28 items]\n\n"
+            "[gw1] [  3%] PASSED tests/a.py::test_x[1] \n[gw0] [  7%] SKIPPED tests/a.py::test_x[2] \n"
+            "[gw0] [ 10%] PASSED tests/a.py::test_x[3] ",
+            {"of": 28, "passed": 2, "skipped": 1},
+        ),
+    ],
+)
+def test_a_log_cut_short_still_tells_how_many_tests_ended(log, counts):
+    assert gpu.outcomes(log) == counts
+    line = gpu.said({"result": "cut short after 9 s", "tests": counts, "seconds": 9})
+    assert (f"of {counts['of']}" if counts["of"] else "no test ended of an unknown number") in line
+
+
+def test_rows_measured_before_stay_in_the_file_of_the_day(tmp_path):
+    head = {"date": "2026-01-01", "device": "cpu", "platform": "cpu", "timer": "t", "versions": {"jax": "1"}}
+    row = lambda spec, seconds: {"spec": spec, "direction": "forward", "implementation": "xla", "seconds": seconds}
+    write = lambda head, *rows: results.write({"attention": head | {"rows": [*rows], "refused": []}}, tmp_path)
+    write(head, row("a", 1), row("b", 1))
+    (path,) = write(head, row("b", 2))
+    assert [(each["spec"], each["seconds"]) for each in json.loads(path.read_text())["rows"]] == [("a", 1), ("b", 2)]
+    write(head | {"versions": {"jax": "2"}}, row("c", 3))
+    assert [each["spec"] for each in json.loads(path.read_text())["rows"]] == ["c"]

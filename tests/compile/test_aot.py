@@ -81,33 +81,6 @@ def test_sass_is_counted_by_kind_and_function():
     assert found["gemm"] == {"wgmma": 0, "tcgen05": 1, "mma": 2, "local": 0}
 
 
-LOOP = """
-\t\tFunction : dw_kernel
-        /*0000*/                   S2R R1, SR_TID.X ;                  /* 0x0 */
-        /*0010*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P3, [UR16], R5 ;         /* 0x0 */
-                                                                       /* 0x000fe20000000800 */
-        /*0020*/              @!P3 BRA 0x00c0 ;                        /* 0x0 */
-        /*0030*/               @P1 BRA 0x0060 ;                        /* 0x0 */
-        /*0040*/                   LDS R4, [R2] ;                      /* 0x0 */
-        /*0050*/                   STS [R2], R3 ;                      /* 0x0 */
-        /*0060*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR16].tnspA.tnspB, R24 ;  /* 0x0 */
-        /*0070*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR20].tnspA.tnspB, R24, gsb0 ;  /* 0x0 */
-        /*0080*/             @!UP0 UIADD3 UR16, UR16, 0x1, URZ ;       /* 0x0 */
-        /*0090*/               @P2 BRA 0x0010 ;                        /* 0x0 */
-        /*00a0*/               @P4 BRA 0x0000 ;                        /* 0x0 */
-        /*00b0*/                   EXIT ;                              /* 0x0 */
-        /*00c0*/                   BRA 0x0020 ;                        /* 0x0 */
-\t\tFunction : no_loop
-        /*0000*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR16], R24 ;         /* 0x0 */
-        /*0010*/                   BRA 0x0010 ;                        /* 0x0 */
-"""
-
-
-def test_the_innermost_loop_is_counted_the_shortest_way_round():
-    # Wait, two branches, past the mask, two products, a step on, and back.
-    assert ptx.steady_loops(LOOP) == {"dw_kernel": [7, 2, "64x256x16 A B"]}
-
-
 def test_resources_find_their_kernel_although_the_orders_differ():
     text = resources(131072, (2, 4)) + resources(134144, (2, 6), (2, 1)) + resources(163840, (2, 2), (1, 1))
     # Compiled in another order; each module initialises one barrier more than it was given.

@@ -95,7 +95,8 @@ def judge(mutant: Mutant, runner: Runner) -> Verdict:
         target = folder / mutant.file
         target.write_text(mutant.applied(target.read_text()))
         first, *_ = files = [f"tests/parity/test_{file}.py" for file in FILES[mutant.tests]]
-        for arguments, limit in zip(([first, "-k", mutant.likely], files), LIMITS, strict=True):
+        likely = [first, "-k", mutant.likely, *(["-m", ""] if mutant.likely.startswith("slow and") else [])]
+        for arguments, limit in zip((likely, files), LIMITS, strict=True):
             status, output = runner.pytest(folder, arguments, limit)
             failed = failures(output)
             if status == 1 and failed:

@@ -13,6 +13,8 @@ FILES = {
     "grouped_matmul": ("grouped_matmul", "moe", "refusals"),
     "grouped_hopper": ("grouped_hopper",),
     "grouped_pallas": ("grouped_pallas", "grouped_matmul", "moe"),
+    "hopper": ("hopper",),
+    "hopper_backward": ("hopper_backward",),
     "hopper_tiles": ("hopper_tiles",),
     "moe": ("moe", "refusals"),
     "moe_hopper": ("moe_hopper", "grouped_hopper"),
@@ -24,7 +26,10 @@ FILES = {
 
 
 class Mutant(NamedTuple):
-    """One fault: `old`, found once in `file`, becomes `new`; `tests` is one of FILES, `likely` a pytest -k for it."""
+    """One fault: `old`, found once in `file`, becomes `new`; `tests` is one of FILES, `likely` a pytest -k for it.
+
+    Where it begins with "slow and", the tests that notice wait for the long run.
+    """
 
     file: str
     tests: str

@@ -151,6 +151,22 @@ def test_the_gradients_are_the_formulas(case):
     assert not races()
 
 
+@pytest.mark.parametrize("gate", [None, 1, 16])
+def test_what_precedes_the_backward_kernels_is_the_formula(gate):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    do, ungated, logits = draw(2, 5, 3, 16), draw(2, 5, 3, 16), gate and draw(2, 5, 3, gate)
+    inner, dgate, delta = hopper.before_backward(do, ungated, logits)
+    gated = lambda o, g: o if g is None else o * jax.nn.sigmoid(g)
+    _, pull = jax.vjp(gated, ungated, logits)
+    of_o, of_gate = pull(do)
+    np.testing.assert_allclose(inner, of_o, rtol=1e-6)
+    np.testing.assert_allclose(delta, np.einsum("BTHD,BTHD->BHT", of_o, ungated), rtol=1e-5, atol=1e-6)
+    assert (dgate is None) == (gate is None)
+    if gate:
+        np.testing.assert_allclose(dgate, of_gate, rtol=1e-5, atol=1e-6)
+
+
 @slow
 def test_what_no_query_sees_changes_no_bit_and_two_runs_agree():
     case = row(65, 200, window=40, segments="nobody")
