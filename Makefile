@@ -42,7 +42,7 @@ test: ## is it right? The tests, without the slow ones
 
 test-long: ## every test, the slow ones too
 	@$(SETUP) dev
-	@$(PY) -m pytest -q -n $(JOBS) --dist worksteal -m "" --hypothesis-profile=long $(ARGS)
+	@FULL_XLA=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal -m "" --hypothesis-profile=long $(ARGS)
 
 test-crash: ## what does a run survive? 50 kills, 200 damaged checkpoints (about ten minutes)
 	@$(SETUP) dev

@@ -13,6 +13,11 @@ from hypothesis import settings
 ACCELERATORS = ("/dev/nvidiactl", "/dev/accel0", "/dev/vfio/0")
 if not any(Path(device).exists() for device in ACCELERATORS):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests compile far more than they compute: LLVM's optimizations would be half of their time. What users run is compiled
+# in full by `make test-long`, and by every command of the README but this one.
+QUICK = "--xla_backend_optimization_level=0"
+if not os.environ.get("FULL_XLA"):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 # A compiled program kept from another version of the code must never be what is tested.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 # A simulated GPU waits for its barriers in threads of XLA's pool, which has one a core: on two cores none may be left

@@ -228,7 +228,8 @@ SHARDED = """
 )
 def test_a_shard_of_sequences_and_heads_on_each_device(where):
     code = textwrap.dedent(SHARDED).replace("WHERE", f"[{where}]").replace("CHECK", "False")
-    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     environment |= {"PATH": os.environ.get("PATH", ""), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

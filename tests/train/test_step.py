@@ -1,5 +1,6 @@
 """One training step: accumulation, meshes, auxiliary losses, dropout, schedules."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -169,7 +170,7 @@ def test_the_figures_of_the_routers_are_those_of_each_layer():
     _, parts = losses(skeleton, config)(params, x, y, None)
     assert 1 < parts["router/load_max.0"] < 2 and 0 < parts["router/load_min.0"] < 1
     assert (parts["router/load_max.1"], parts["router/load_min.1"]) == (2, 0)
-    assert parts["router/entropy.0"] < 1 and parts["router/entropy.1"] == pytest.approx(1)
+    assert parts["router/entropy.0"] < 1 and parts["router/entropy.1"] == pytest.approx(1, abs=1e-5)
     assert parts["router/dropped.0"] == parts["router/dropped.1"] == 0
     ids = jnp.zeros((8, 4)).at[:, 3].set(5.0)
     served = moe.route(ids, 2)[2]
@@ -271,7 +272,7 @@ MESH = """
 def test_a_mesh_of_eight_devices_gives_the_losses_of_one(experts, attn):
     """Fault 8: a model over several devices gives other numbers than on one."""
     code = textwrap.dedent(MESH).replace("EXPERTS", str(experts)).replace("ATTN", attn)
-    flags = "--xla_force_host_platform_device_count=8"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PATH": "", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
