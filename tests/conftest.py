@@ -13,8 +13,8 @@ from hypothesis import settings
 ACCELERATORS = ("/dev/nvidiactl", "/dev/accel0", "/dev/vfio/0")
 if not any(Path(device).exists() for device in ACCELERATORS):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile far more than they compute: LLVM's optimizations would be half of their time. What users run is compiled
-# in full by `make test-long`, and by every command of the README but this one.
+# Tests compile more than they compute, and a file that does little else takes half the time without LLVM's
+# optimizations. What users run is compiled in full by `make test-long`, and by every command of the README but `test`.
 QUICK = "--xla_backend_optimization_level=0"
 if not os.environ.get("FULL_XLA"):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()

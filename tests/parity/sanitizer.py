@@ -7,6 +7,7 @@
 What is simulated is the order of accesses, not their speed: small shapes only.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
@@ -55,6 +56,21 @@ def on_gpu(f: Callable[..., Any], *args: Any, **options: Any) -> Findings:
 
     reset = gpu_interpreter.reset_gpu_interpret_mode_state
     return _run(f, args, simulate, gpu_interpreter, "GPURaceDetectionState", reset)
+
+
+def by_two_blocks(operation: Callable[..., Any], inputs: dict, aux: dict, dout: Any, **options: Any) -> dict[str, Any]:
+    """The output and the gradients of a Hopper operation whose tiles two thread blocks share."""
+    o, pull = jax.vjp(lambda x: operation(**x, **aux, blocks=2, **options), inputs)
+    return {"o": o} | {f"d{name}": gradient for name, gradient in pull(dout)[0].items()}
+
+
+def watched_blocks(
+    operation: Callable[..., Any], width: int | None, inputs: dict, aux: dict, dout: Any
+) -> dict[str, Any]:
+    """The same on memory full of NaN and on memory full of zeros, every access watched."""
+    found = on_gpu(functools.partial(by_two_blocks, operation, width=width), inputs, aux, dout)
+    assert found.clean, found
+    return found.result
 
 
 @contextmanager

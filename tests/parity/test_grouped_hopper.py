@@ -26,17 +26,8 @@ def row(*sizes: int, N: int = 0, M: int = 64, F: int = 64) -> specs.GroupedMatmu
     return rows.row(specs.GroupedMatmul, N=N or sum(sizes), M=M, F=F, E=len(sizes), sizes=sizes)
 
 
-def both(inputs: dict, aux: dict, dout: jax.Array, **options: Any) -> dict[str, jax.Array]:
-    """The output and the gradients, by two blocks."""
-    o, pull = jax.vjp(lambda x: hopper.grouped_matmul(**x, **aux, blocks=2, **options), inputs)
-    return {"o": o} | {f"d{name}": gradient for name, gradient in pull(dout)[0].items()}
-
-
-def watched(width: int | None, inputs: dict, aux: dict, dout: jax.Array) -> dict[str, jax.Array]:
-    """The same on memory full of NaN and on memory full of zeros, every access watched."""
-    found = sanitizer.on_gpu(functools.partial(both, width=width), inputs, aux, dout)
-    assert found.clean, found
-    return found.result
+both = functools.partial(sanitizer.by_two_blocks, hopper.grouped_matmul)
+watched = functools.partial(sanitizer.watched_blocks, hopper.grouped_matmul)
 
 
 CASES = [

@@ -2,7 +2,6 @@
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,17 +30,8 @@ def drawn(case: specs.MoE) -> rows.Drawn:
     return inputs, {name: jnp.asarray(x) for name, x in aux.items()}, dout
 
 
-def both(inputs: dict, aux: dict, dout: jax.Array, **options: Any) -> dict[str, jax.Array]:
-    """The output and the gradients, by two blocks."""
-    o, pull = jax.vjp(lambda x: hopper.moe_mlp(**x, **aux, blocks=2, **options), inputs)
-    return {"o": o} | {f"d{name}": gradient for name, gradient in pull(dout)[0].items()}
-
-
-def watched(width: int | None, inputs: dict, aux: dict, dout: jax.Array) -> dict[str, jax.Array]:
-    """The same on memory full of NaN and on memory full of zeros, every access watched."""
-    found = sanitizer.on_gpu(functools.partial(both, width=width), inputs, aux, dout)
-    assert found.clean, found
-    return found.result
+both = functools.partial(sanitizer.by_two_blocks, hopper.moe_mlp)
+watched = functools.partial(sanitizer.watched_blocks, hopper.moe_mlp)
 
 
 CASES = [
