@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import jax
 
-from dantinox import manifest, state
+from dantinox import manifest, quiet, state
 from dantinox.config import Config
 from dantinox.manifest import Damaged
 from dantinox.model import Transformer
@@ -40,7 +40,7 @@ class Checkpoints:
         # Orbax takes seconds to import; --help and --dry-run do without it.
         import orbax.checkpoint as ocp
 
-        logging.getLogger("absl").addFilter(_raised_anyway)  # once, however often it is asked for
+        quiet.listen()
         self._ocp, self.keep = ocp, keep
         self.shown = run / "checkpoints"  # in messages, as the user named it
         self.folder = self.shown.absolute()
@@ -218,11 +218,6 @@ class Checkpoints:
             if self._writer is not None:
                 self._writer.close()
                 self._writer = None
-
-
-def _raised_anyway(record: logging.LogRecord) -> bool:
-    """Orbax logs the traceback of what fails in the background, three times over, and then raises it too."""
-    return not (record.exc_info and "orbax" in record.pathname)
 
 
 def _tree(current: TrainState) -> dict[str, Any]:
