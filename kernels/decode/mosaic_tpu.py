@@ -47,8 +47,8 @@ HIDDEN = -2e38  # a masked score
 class Static(NamedTuple):
     """What is known when the kernel is traced; `limit` of the tokens seen, `block`, `rows` and `lanes` in slots.
 
-    `at_once`: a ring all of which is seen is one block, because a block is a copy to XLA's CPU compiler. Not where its
-    numbers would be converted: that is a copy too, as large as the ring.
+    `at_once`: a ring of which so many slots are seen is one block, because a block is a copy to XLA's CPU compiler. Not
+    where its numbers would be converted: that is a copy too, as large as the ring.
     """
 
     C: int
@@ -59,7 +59,7 @@ class Static(NamedTuple):
     scale: float
     softcap: float | None
     interpret: bool
-    at_once: bool
+    at_once: int | None
 
 
 def decode_attention(
@@ -82,7 +82,7 @@ def decode_attention(
     rows, lanes = min(C, TILE_BYTES // cache.k.dtype.itemsize), min(C, LANES)
     tile = rows if cache.k_scale is None else lanes
     block = C if interpret and C <= CPU_BLOCK else _block(C, limit, tile, K * D * cache.k.dtype.itemsize, interpret)
-    at_once = interpret and cache.k.dtype == q.dtype and block < C == limit
+    at_once = C // 2 if interpret and cache.k.dtype == q.dtype and block < C == limit else None
     static = Static(C, limit, block, rows, lanes, scale, softcap, interpret, at_once)
     packed = lambda x: None if x is None else x.reshape(B, K, H // K, x.shape[-1])
     plan = visits(cache.length, C, limit, block, at_once=at_once)
@@ -103,8 +103,8 @@ def decode_attention(
 def interpreted_slow(C: int) -> bool:
     """Whether the interpreted kernel is slower than plain XLA even where a ring is half full.
 
-    Measured on 2 cores, in times of `xla.py`: a full ring of 4096 slots 0.9, of 32768 0.7, eight of 4096 1.3; 3000 of
-    4096 slots 1.4; 512 of 32768 1 / 8.
+    Measured on 2 cores, in times of `xla.py`: a full ring of 4096 slots 0.85, of 32768 0.75, eight of 4096 1.4; 3000 of
+    4096 slots 0.85; 512 of 32768 1 / 10.
     """
     return device().platform == "cpu" and C < 1024
 
@@ -166,15 +166,21 @@ def _kernel(static: Static, refs: dict[str, Any]) -> None:
         refs["m"][head] = m
         refs["l"][head] = decay * refs["l"][head] + jnp.sum(p, axis=-1, keepdims=True)
         p = p * v_scale if "v scale" in refs else p
-        refs["acc"][head] = decay * refs["acc"][head] + _dot(p.astype(q.dtype), v.astype(q.dtype), 0)
+        p, v = p.astype(q.dtype), v.astype(q.dtype)
+        found = _dot(p, v, 0)
+        if static.interpret and not masked:
+            # A masked copy of the values costs as much as all else. It is made only where a slot nobody wrote is NaN.
+            clean = lambda: _dot(p, jnp.where(old((size, 1)), v, 0), 0)
+            found = jax.lax.cond(jnp.all(jnp.isfinite(found)), lambda: found, clean)
+        refs["acc"][head] = decay * refs["acc"][head] + found
 
     if static.interpret:
-        every, full = slice(None), seen == static.C
-        if static.at_once:
-            pl.when(full)(lambda: attend(every, 0, static.C, masked=False))
-            pl.when(~full)(lambda: attend(every, first, static.block, masked=True))
-        else:
+        every = slice(None)
+        if static.at_once is None:
             attend(every, first, static.block, masked=True)
+        else:
+            pl.when(seen >= static.at_once)(lambda: attend(every, 0, static.C, masked=False))
+            pl.when(seen < static.at_once)(lambda: attend(every, first, static.block, masked=True))
     else:
         # Heads in a loop: unrolled, libtpu mixes them and spills. Whole blocks need no mask.
         oldest = (slot + 1 - seen + static.C) % static.C
