@@ -8,6 +8,7 @@ FILES = {
     "attention": ("attention", "refusals"),
     "decode": ("decode", "refusals"),
     "decode_eight_bits": ("decode_eight_bits",),
+    "decode_hopper": ("decode_hopper",),
     "decode_pallas": ("decode_pallas", "decode"),
     "flash": ("flash", "attention"),
     "grouped_matmul": ("grouped_matmul", "moe", "refusals"),

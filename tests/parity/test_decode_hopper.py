@@ -54,10 +54,10 @@ def run(
 
 
 CASES = [
-    # The ring ends within a block; its four heads are a part of a tile; as many splits as blocks.
-    (ring(72, H=4, gate="head"), 2),
-    # A window over three blocks and the ring's end; two key heads; splits that have nothing to do.
-    (ring(200, K=2, D=128, window=70, gate="elementwise", softcap=2.0), 4),
+    # The ring ends within a block, its third; its four heads are a part of a tile; nothing is split.
+    (ring(136, H=4, gate="head"), 1),
+    # A window over three blocks and the ring's end, two in a split; two key heads; splits that have nothing to do.
+    (ring(200, K=2, D=128, window=70, gate="elementwise", softcap=2.0), 2),
     *(
         pytest.param(*case, marks=slow)
         for case in (
@@ -70,6 +70,7 @@ CASES = [
             (ring(1024, 40, 1023, 1087, D=128, K=1, H=4, softcap=5.0), 2),
             (ring(64, H=64, gate="elementwise"), 1),
             (ring(8, window=1000), 2),
+            (ring(72), 2),
             (ring(72, scale=0.0), 1),
         )
     ),
