@@ -140,7 +140,7 @@ def product(
     n_sums = 0 if steps == 1 else 1 if add else len(ws)
     waits = []
     if chosen.part and steps == 1 and (add or len(ws) == 1):
-        sides = itertools.product(pieces(chosen.strip, chosen.width), pieces(chosen.chunk, chosen.height))
+        sides = itertools.product(pieces(chosen.strip, chosen.width), pieces(chosen.rows, chosen.height))
         waits = [pltpu.VMEM((height, width), jnp.float32) for (_, width), (_, height) in sides]
     wide_shape, thin_shape = jax.ShapeDtypeStruct((N, J), dtype), jax.ShapeDtypeStruct((across, 1, N), jnp.float32)
     moved = dtype.itemsize * (sum(x.size for x in xs) + sum(w.size for w in ws) + n_wide * N * J)
@@ -261,44 +261,57 @@ def _kernel(
             for ref in sums:
                 ref[...] = jnp.zeros_like(ref)
 
-    sides = list(itertools.product(pieces(chosen.strip, chosen.width), pieces(chosen.chunk, chosen.height)))
     strips, chunks = chosen.columns // chosen.strip, chosen.rows // chosen.chunk
+    every = visit.touches(0, chosen.chunk) & visit.touches(chosen.rows - chosen.chunk, chosen.chunk)
+
+    def whole(n: Any, _: None) -> None:
+        """One strip of columns of all rows."""
+        stream(0, n * chosen.strip, chosen.rows)
 
     def part(n: Any, _: None) -> None:
-        """One strip of columns of some chunks of rows: a straight stream of products for each chunk."""
-        for copy in range(chosen.copies):
-            down = (n // strips * chosen.copies + copy) * chosen.chunk
-            # A branch of its own, or libtpu merges it with the next.
-            pl.when(busy & visit.touches(down, chosen.chunk) & (visit.row > -1 - copy))(
-                functools.partial(stream, down, n % strips * chosen.strip)
-            )
+        """One strip of columns of one chunk of rows, where the visit has any of them."""
+        down = n // strips * chosen.chunk
+        pl.when(visit.touches(down, chosen.chunk))(
+            functools.partial(stream, down, n % strips * chosen.strip, chosen.chunk)
+        )
 
-    def stream(down: Any, across: Any) -> None:
+    sides = itertools.product(pieces(chosen.strip, chosen.width), pieces(chosen.rows, chosen.height))
+    each_side = list(itertools.zip_longest(sides, waits))
+
+    def stream(down: Any, across: Any, size: int) -> None:
         at = []
-        for (c, width), (r, height) in sides:
-            first = aligned(down + r, chosen.height), aligned(across + c, 128)
-            at.append((pl.ds(first[0], height), pl.ds(first[1], width), first))
+        for ((c, width), (r, height)), ref in each_side:
+            if r < size:
+                first = aligned(down + r, min(size, chosen.height)), aligned(across + c, 128)
+                at.append(((pl.ds(first[0], min(height, size)), pl.ds(first[1], width), first), ref))
         for t in range(len(terms) - 1 if waits else 0):
-            for (rows, columns, _), ref in zip(at, waits, strict=True):
+            for (rows, columns, _), ref in at:
                 found = term(rows, columns, *terms[t])
                 ref[...] = ref[pl.ds(nothing, ref.shape[0])] + found if t else found
         if not sums:
-            for where, ref in zip(at, waits or [None] * len(at), strict=True):
+            for where, ref in at:
                 piece(*where, ref)
             return
-        for rows, columns, _ in at:
+        for (rows, columns, _), _ in at:
             for ref, value in zip(sums, products(rows, columns, None), strict=True):
                 ref[rows, columns] += value
 
         @pl.when(last)
         def _():
-            for rows, columns, first in at:
+            for (rows, columns, first), _ in at:
                 piece(rows, columns, first, values=[ref[rows, columns] for ref in sums])
 
-    if (trips := strips * chunks // chosen.copies) == 1:
-        part(0, None)
+    def repeat(trips: int, body: Callable[[Any, None], None]) -> None:
+        if trips == 1:
+            body(0, None)
+        else:
+            jax.lax.fori_loop(0, trips, body, None)
+
+    if chosen.chunk < chosen.rows:
+        pl.when(busy & every)(lambda: repeat(strips, whole))
+        pl.when(busy & ~every)(lambda: repeat(strips * chunks, part))
     else:
-        jax.lax.fori_loop(0, trips, part, None)
+        pl.when(busy)(lambda: repeat(strips, whole))
 
     @pl.when(spoils)
     def _():

@@ -51,10 +51,9 @@ class Tiles(NamedTuple):
 
     Attributes:
         rows: rows of x, and of these as many at once as `chunk`: what of a tile a group does not touch is skipped.
-        copies: chunks that have code of their own.
         inner: of the contraction; in a sum over rows, columns of x.
         columns: of the output, and of these as many at once as `strip`.
-        height, width: of the output of one product.
+        height, width: of the output of one product. Where sums wait, a chunk is a multiple of the height.
         part: of the contraction of one product; smaller than `inner`, its sums wait in memory.
     """
 
@@ -63,13 +62,12 @@ class Tiles(NamedTuple):
     inner: int
     columns: int
     strip: int
-    copies: int = 1
     height: int = 128
     width: int = 256
     part: int | None = None
 
 
-def piece(here: Device, chunk: int, inner: int, *, transposed: bool) -> tuple[int, int, int | None]:
+def piece(here: Device, inner: int, *, transposed: bool) -> tuple[int, int, int | None]:
     """(height, width, part) of what libtpu multiplies at once, by its schedules.
 
     A product is as wide as the matrix unit. v5e's unit is 128 wide; the results of newer ones are 256 wide, and v6e
@@ -78,28 +76,32 @@ def piece(here: Device, chunk: int, inner: int, *, transposed: bool) -> tuple[in
     to wait in. TPU7x adds up in the unit.
     """
     if "v5" in here.kind:
-        return min(chunk, 256), 128, None
+        return 256, 128, None
     if "v6" not in here.kind:
-        return min(chunk, 256), 256, None
+        return 256, 256, None
     part = 256 if 256 < inner <= 512 else 512 if transposed and 512 < inner <= 1024 else None
-    return min(chunk, 256 if transposed else 128), 256, part
+    return 256 if transposed else 128, 256, part
 
 
-def rows(here: Device, N: int, E: int) -> tuple[int, int]:
-    """(rows of a tile, rows at once) for N rows in E groups."""
+def rows(here: Device, N: int, E: int, *, transposed: bool = False) -> tuple[int, int]:
+    """(rows of a tile, rows of a chunk) for N rows in E groups.
+
+    A chunk has as few rows as keep the matrix unit busy while it takes a matrix in: 128, but 256 where the unit is
+    fast (TPU7x), or where taking in is slow (v6e, transposed).
+    """
     each = max(1, N // E)
     if here.platform == "cpu":
         nearest = 1 << max(0, round(each * 2 / 3) - 1).bit_length()
         return (min(N, max(CPU_ROWS[0], min(nearest, CPU_ROWS[1]))),) * 2
     tile = 512 if each >= 256 else 256 if each >= 128 else 128
-    return tile, min(tile, 256)
+    return tile, min(tile, 128 if "v5" in here.kind or ("v6" in here.kind and not transposed) else 256)
 
 
 def product(
     here: Device, N: int, E: int, K: int, J: int, *, xs: int, ws: int, wide: int, transposed: bool, itemsize: int
 ) -> Tiles:
     """For [N, K] times [E, K, J]: `xs` and `ws` such operands, `wide` arrays [N, J] read or written."""
-    tile, chunk = rows(here, N, E)
+    tile, chunk = rows(here, N, E, transposed=transposed)
     if here.platform == "cpu":
         return Tiles(tile, chunk, K, J, J)
     visits = -(-N // tile) + E - 1
@@ -114,13 +116,10 @@ def product(
             moved = xs * visits * tile * K * -(-J // columns) + ws * again * K * J
             best = min(best or (moved, -inner, columns), (moved, -inner, columns))
     inner, columns = (min(K, 512), min(J, 512)) if best is None else (-best[1], best[2])
-    products = ws * chunk * min(inner, K)
+    products = ws * tile * min(inner, K)
     strips = [side for side in _sides(columns, 2048) if columns % side == 0 and side * products <= UNROLLED]
     strip = max(strips, default=columns)
-    copies = next(
-        n for n in (4, 2, 1) if tile // chunk % n == 0 and n * strip * products <= max(UNROLLED, strip * products)
-    )
-    return Tiles(tile, chunk, inner, columns, strip, copies, *piece(here, chunk, inner, transposed=transposed))
+    return Tiles(tile, chunk, inner, columns, strip, *piece(here, inner, transposed=transposed))
 
 
 def summed(here: Device, N: int, E: int, M: int, F: int, *, dys: int, itemsize: int) -> Tiles:
@@ -137,7 +136,7 @@ def summed(here: Device, N: int, E: int, M: int, F: int, *, dys: int, itemsize: 
             moved = M * -(-F // columns) + dys * F * -(-M // inner)
             best = min(best or (moved, inner, columns), (moved, inner, columns))
     inner, columns = (min(M, 512), min(F, 512)) if best is None else best[1:]
-    return Tiles(tile, tile, inner, columns, columns, 1, *piece(here, 256, inner, transposed=False))
+    return Tiles(tile, tile, inner, columns, columns, *piece(here, inner, transposed=False))
 
 
 def _sides(size: int, most: int) -> list[int]:

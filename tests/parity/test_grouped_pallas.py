@@ -55,7 +55,7 @@ def output_and_gradients(x: jax.Array, w: jax.Array, sizes: jax.Array, name: str
 def test_no_tile_size_changes_the_result(monkeypatch, rows):
     (x, w), sizes = arrays(37, 6, 5, 4), jnp.array([9, 0, 13, 8])
     expected = output_and_gradients(x, w, sizes, "reference")
-    monkeypatch.setattr(tiles, "rows", lambda *_: (rows, rows))
+    monkeypatch.setattr(tiles, "rows", lambda *_, **__: (rows, rows))
     for mine, other in zip(output_and_gradients(x, w, sizes, "pallas"), expected, strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-5)
 
@@ -104,15 +104,16 @@ def test_tiles_fit_and_divide():
         ("TPU v5 lite", "TPU v6 lite"), ((8192, 4096, 14336, 8), (65536, 2048, 768, 128), (256, 2048, 768, 128))
     ):
         found = tiles.product(Device("tpu", kind), N, E, M, F, xs=1, ws=2, wide=3, transposed=False, itemsize=2)
-        assert found.rows % found.chunk == 0 and found.chunk % found.height == 0
-        assert found.columns % found.strip == 0 and found.rows % (found.chunk * found.copies) == 0
+        assert found.rows % found.chunk == found.columns % found.strip == 0
+        assert found.part is None or found.chunk % found.height == 0
         assert M % found.inner == 0 and F % found.columns == 0
 
 
 CUTS = {
     "whole": {"part": None},
+    "a tile of products larger than a chunk": {"part": None, "height": 16},
     "cut": {"inner": 16, "columns": 16, "strip": 16, "width": 8},
-    "strips": {"columns": 24, "strip": 8, "width": 8, "copies": 1},
+    "strips": {"columns": 24, "strip": 8, "width": 8},
     "parts": {"part": 8},
 }
 
@@ -120,10 +121,10 @@ CUTS = {
 @pytest.mark.parametrize("sides", CUTS.values(), ids=CUTS)
 def test_the_compiled_form_is_the_formula(monkeypatch, sides):
     """The body that is compiled for a TPU, with NaN in all memory that nobody wrote."""
-    monkeypatch.setattr(tiles, "rows", lambda *_: (16, 8))
+    monkeypatch.setattr(tiles, "rows", lambda *_, **__: (16, 8))
     for name in ("product", "summed"):
         choose = getattr(tiles, name)
-        cut = lambda *args, choose=choose, **sizes: choose(*args, **sizes)._replace(height=8, **sides)
+        cut = lambda *args, choose=choose, **sizes: choose(*args, **sizes)._replace(**{"height": 8} | sides)
         monkeypatch.setattr(tiles, name, cut)
     (x, w), sizes = arrays(37, 24, 40, 4), jnp.array([9, 0, 13, 8])
     down, ids = jnp.swapaxes(w, 1, 2), jnp.array(np.random.default_rng(1).integers(0, 3, (37, 2)))
