@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.dispatch import Device, device
-from kernels.grouped_matmul.mosaic_tpu import column, product, row
+from kernels.grouped_matmul.mosaic_tpu import product
 from kernels.grouped_matmul.mosaic_tpu_dw import summed
 
 Array = jax.Array
@@ -90,17 +90,16 @@ class MosaicTpu(NamedTuple):
         return product([x], [w_gate, w_up], sizes, self.here, epilogue=swiglu, outs=outs, name="experts_up")
 
     def down(self, h: Array, w_down: Array, p: Array, sizes: Array) -> Array:
-        weighted = lambda y, p: (y * self._column(p),)
+        weighted = lambda y, p: (y * p,)
         return product([h], [w_down], sizes, self.here, epilogue=weighted, thin=[p[None]], name="experts_down")[0]
 
     def back(self, dy: Array, w_down: Array, g: Array, u: Array, p: Array, sizes: Array) -> Sequence[Array]:
         def through(s: Array, g: Array, u: Array, p: Array) -> tuple[Array, ...]:
-            p, g, u = self._column(p), g.astype(jnp.float32), u.astype(jnp.float32)
+            g, u = g.astype(jnp.float32), u.astype(jnp.float32)
             open_ = jax.nn.sigmoid(g)
             silu = g * open_
             h, ps = silu * u, p * s
             dp = jnp.sum(s * h, axis=1, keepdims=True)
-            dp = dp.T if self.here.platform == "cpu" else row(dp)
             return ps * u * open_ * (1 + g - silu), ps * silu, p * h, dp
 
         outs = ("wide", "wide", "wide", "thin")
@@ -114,9 +113,6 @@ class MosaicTpu(NamedTuple):
 
     def dw(self, x: Array, dys: Sequence[Array], sizes: Array, name: str) -> Sequence[Array]:
         return summed(x, dys, sizes, self.here, name=name)
-
-    def _column(self, p: Array) -> Array:
-        return p.T if self.here.platform == "cpu" else column(p)
 
 
 def moe_mlp(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array) -> Array:

@@ -42,14 +42,19 @@ Array = jax.Array
 Epilogue = Callable[..., Sequence[Array]]
 
 
-def column(row: Array) -> Array:
-    """[1, n] as [n, 1]. The transpose unit takes whole registers."""
-    return jnp.broadcast_to(row, (128, row.shape[1])).T[:, :1]
+def lanes(row: Array) -> Array:
+    """[1, n] as [n, 128], the same in each lane. The transpose unit takes whole registers."""
+    return jnp.broadcast_to(row, (128, row.shape[1])).T
 
 
 def row(column: Array) -> Array:
     """[n, 1] as [1, n]."""
     return jnp.broadcast_to(column, (column.shape[0], 128)).T[:1]
+
+
+def across(lanes: Array, width: int) -> Array:
+    """[n, 128] that has the same in each lane as [n, width]."""
+    return jnp.concatenate([lanes] * -(-width // 128), axis=1)[:, :width]
 
 
 def dot(x: Array, w: Array, contract: tuple[int, int]) -> Array:
@@ -103,9 +108,10 @@ def product(
         xs: [N, K], as many as matrices, or one for all.
         ws: [E, K, J], or [E, J, K] where `transposed`.
         add: the products are summed, and the epilogue gets that; else it gets one after the other.
-        epilogue: gets float32 [rows, J] and the same rows of the other arrays; None: the sum itself.
+        epilogue: gets float32 [rows, J] and the same rows of the other arrays, of thin ones a column that broadcasts;
+            None: the sum itself.
         wide: [N, J]. thin: [1, N].
-        outs: of each output "wide", [N, J] in x's dtype, or "thin", [1, N] in float32: a sum over columns.
+        outs: of each output "wide", [N, J] in x's dtype, or "thin", [1, N] in float32: a sum over columns, [rows, 1].
     """
     interpret = here.platform == "cpu"
     (N, K), E, J = xs[0].shape, ws[0].shape[0], ws[0].shape[1 if transposed else 2]
@@ -155,7 +161,8 @@ def product(
             scratch_shapes=[pltpu.VMEM((chosen.rows, chosen.columns), jnp.float32)] * n_sums
             + [pltpu.VMEM((chosen.rows, chosen.columns), dtype)]
             * (0 if interpret else sum(kind == "wide" for kind in outs))
-            + waits,
+            + waits
+            + [pltpu.VMEM((chosen.rows, 128), jnp.float32)] * (0 if interpret else len(thin)),
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=tiles.VMEM_BYTES
@@ -183,6 +190,7 @@ def _kernel(
 ) -> None:
     tables, rest = refs[:4], list(refs[4:])
     xs, ws, wide, thin, outs = ([rest.pop(0) for _ in range(n)] for n in counts)
+    columns_of = [] if interpret else [rest.pop() for _ in thin]
     waits = rest[len(rest) - n_waits :]
     rest = rest[: len(rest) - n_waits]
     n_saved = 0 if interpret else sum(kind == "wide" for kind in kinds)
@@ -218,6 +226,8 @@ def _kernel(
     def write(rows: Any, columns: Any, first: tuple[int, int], values: Sequence[Array]) -> None:
         for ref, kind, value in zip(outs, kinds, values, strict=True):
             at = (rows, columns) if kind == "wide" else (0, slice(None), rows)
+            if kind == "thin":
+                value = value.T if interpret else row(value)
             value = value.astype(ref.dtype)
             if interpret or kind == "thin":
                 old = ref[at]
@@ -233,7 +243,10 @@ def _kernel(
                 if past_end:  # what lies there must not get into a sum over columns
                     inside = [_before(J - j * chosen.columns - first[1], value.shape, 1) for value in values]
                     values = [clear(*pair) for pair in zip(values, inside, strict=True)]
-                values = epilogue(*values, *(ref[:, rows] for ref in thin))
+                if interpret:
+                    values = epilogue(*values, *(ref[:, rows].T for ref in thin))
+                else:
+                    values = epilogue(*values, *(across(ref[rows], columns.size) for ref in columns_of))
             write(rows, columns, first, values)
 
         finish(values if values is not None else products(rows, columns, waiting))
@@ -241,6 +254,10 @@ def _kernel(
     if interpret:
         piece(pl.ds(visit.row, chosen.rows), slice(None), (0, 0))
         return
+
+    for found, ref in zip(columns_of, thin, strict=True):
+        for first, n in pieces(chosen.rows, 128):
+            found[pl.ds(first, n)] = lanes(ref[:, pl.ds(first, n)])
 
     last, blocks = k == steps - 1, [ref for ref, kind in zip(outs, kinds, strict=True) if kind == "wide"]
     # Rows after this group's belong to later visits, which write them again. Those before it were written already.
@@ -278,11 +295,11 @@ def _kernel(
     sides = itertools.product(pieces(chosen.strip, chosen.width), pieces(chosen.rows, chosen.height))
     each_side = list(itertools.zip_longest(sides, waits))
 
-    def stream(down: Any, across: Any, size: int) -> None:
+    def stream(down: Any, right: Any, size: int) -> None:
         at = []
         for ((c, width), (r, height)), ref in each_side:
             if r < size:
-                first = aligned(down + r, min(size, chosen.height)), aligned(across + c, 128)
+                first = aligned(down + r, min(size, chosen.height)), aligned(right + c, 128)
                 at.append(((pl.ds(first[0], min(height, size)), pl.ds(first[1], width), first), ref))
         for t in range(len(terms) - 1 if waits else 0):
             for (rows, columns, _), ref in at:

@@ -30,7 +30,7 @@ from kernels.dispatch import Device
 VMEM_BYTES = 56 * 2**20  # of the smallest chip's 64
 BLOCK_BYTES = 36 * 2**20  # of them for blocks, each twice; what is left serves sums and the compiler
 CPU_ROWS = 16, 512  # at least, at most
-UNROLLED = 2**30  # multiplications that are written out, what is more in a loop: code is read from memory too
+UNROLLED = 7 * 2**28  # multiplications that are written out, what is more in a loop: code is read from memory too
 
 HEIGHT, ROWS, INNER = 128, 64, 64  # Hopper: rows of a tile, and of a warpgroup; of the contraction at once
 PRODUCTS = 2048  # multiplications a clock of a core
@@ -79,7 +79,7 @@ def piece(here: Device, inner: int, *, transposed: bool) -> tuple[int, int, int 
         return 256, 128, None
     if "v6" not in here.kind:
         return 256, 256, None
-    part = 256 if 256 < inner <= 512 else 512 if transposed and 512 < inner <= 1024 else None
+    part = 256 if 256 < inner <= 512 else 512 if 512 < inner <= 1024 else None
     return 256 if transposed else 128, 256, part
 
 
@@ -118,7 +118,8 @@ def product(
     inner, columns = (min(K, 512), min(J, 512)) if best is None else (-best[1], best[2])
     products = ws * tile * min(inner, K)
     strips = [side for side in _sides(columns, 2048) if columns % side == 0 and side * products <= UNROLLED]
-    strip = max(strips, default=columns)
+    # A product is 256 wide: of an odd half the unit's other half has nothing to do.
+    strip = max(strips, key=lambda side: (side % 256 == 0 or side == columns, side), default=columns)
     return Tiles(tile, chunk, inner, columns, strip, *piece(here, inner, transposed=transposed))
 
 
