@@ -7,7 +7,7 @@ pool        the parent's side of the worker processes
 worker      a process that compiles for one target and reads what the compiler wrote
 gpu, tpu    how to compile for the one and the other
 ptx, bundles    parsers of what ptxas, cuobjdump and libtpu print
-executed    how often a TPU runs each part of an attention kernel
+executed    how often a TPU runs each part of an attention kernel; `rows_executed` of a grouped matmul
 profile     profiles/aot/<target>.json: written, read, compared
 report      the table
 summary     the table in profiles/aot/README.md

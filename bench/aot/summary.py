@@ -103,7 +103,7 @@ def tiles(held: Mapping[str, Mapping[str, Row]]) -> str:
 
 
 def grouped(held: Mapping[str, Mapping[str, Row]]) -> str:
-    """Share of MXU slots, bundles and spills of the products of a grouped matmul."""
+    """Share of MXU slots, bundles executed and spills of the products of a grouped matmul."""
     lines = _head(["TPU", "row", "kernel", *PRODUCTS])
     for target in held:
         for spec in specs.rows("grouped_matmul", "aot", "tpu"):
@@ -120,7 +120,10 @@ def product(held: Mapping[str, Row], spec: str, implementation: str, program: st
     found = [each for each in row.get("kernels", []) if not words or any(word in each["name"] for word in words)]
     if len(found) != 1:
         return "" if row.get("status") in (None, "compiled") else row["status"]
-    return f"{found[0]['mxu_share']:.0%}, {found[0]['bundles']} ({found[0]['spills']})"
+    of = specs.find("grouped_matmul", spec)
+    executed_ = found[0].get("executed", {}).values()
+    counts = " / ".join(f"{count * 2**30 / (of.N * of.M * of.F):.0f}" for count in executed_) or "?"
+    return f"{found[0]['mxu_share']:.0%}, {counts} ({found[0]['spills']})"
 
 
 def rewritten(text: str, held: Mapping[str, Mapping[str, Row]]) -> str:

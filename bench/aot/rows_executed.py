@@ -1,0 +1,163 @@
+"""Bundles that a grouped matmul executes on a TPU, over all its rows: how often each part of its schedule is run.
+
+A schedule has each bundle once, the rare ones too. Which are run depends on how the rows are spread over groups: a tile
+that two groups share is visited twice. Ours multiplies the chunks that a visit has rows of; tokamax's and megablox's
+multiply the whole tile each time. Waits for memory are not in it.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bench.aot import bundles
+from bench.aot.plan import Case
+from bench.targets import Target
+from kernels import shapes, specs
+from kernels.dispatch import Device
+from kernels.grouped_matmul import tiles
+
+SKEWS = ("uniform", "zipf")
+PEER_ROWS = 512  # of a tile
+LARGE = 100  # bundles: what is smaller in a peer's schedule copies blocks
+Row = dict[str, Any]
+
+
+class Part(NamedTuple):
+    """One part of a step that a branch leaves out: how often it is taken; of a loop in it, all trips; and of a
+    branch in that loop, how often that is taken."""
+
+    taken: int
+    trips: int = 1
+    inner: int = 0
+
+
+class Work(NamedTuple):
+    """Steps of the grid, and the parts of a step in order; `least`: bundles that a part has at least."""
+
+    steps: int
+    parts: Sequence[Part]
+    least: int = 0
+
+
+def add(row: Row, case: Case, target: Target, dumps: Path) -> None:
+    """Writes `executed` by skew into the kernels of a compiled grouped matmul, where their form is known."""
+    if case.op != "grouped_matmul" or target.platform != "tpu":
+        return
+    spec = specs.find(case.op, case.spec)
+    for kernel in row["kernels"]:
+        text = bundles.final(dumps, kernel["name"])
+        found = {}
+        for skew in SKEWS:
+            works = candidates(spec, case.implementation, kernel["name"], target, shapes.spread(spec.N, spec.E, skew))
+            counted = [count for work in works if (count := executed(text, work)) is not None]
+            if len(counted) == 1:
+                found[skew] = counted[0]
+        if found:
+            kernel["executed"] = found
+
+
+def executed(text: str, work: Work) -> int | None:
+    """Bundles of a kernel's final schedule that are executed; None where its parts are others than the work's."""
+    total, found = bundles.parts(text)
+    size = lambda part: part.stop - part.start
+    grid = max((part for part in found if part.loop), key=size, default=None)
+    if grid is None:
+        return None
+    within = lambda part: [each for each in found if each != part and _inside(each, part)]
+    tops = _outermost([part for part in within(grid) if not part.loop])
+    body = max(tops, key=size, default=grid)
+    if any(size(part) >= LARGE for part in within(body) if not part.loop):
+        tops = _outermost([part for part in within(body) if not part.loop])
+    tops = [part for part in tops if size(part) >= work.least]
+    if len(tops) != len(work.parts):
+        return None
+    always = size(grid) - sum(map(size, tops))
+    count = total - size(grid) + work.steps * always
+    for part, how in zip(tops, work.parts, strict=True):
+        loops = _outermost([each for each in within(part) if each.loop])
+        branches = [each for loop in loops for each in _outermost([p for p in within(loop) if not p.loop])]
+        if len(loops) > 1 or len(branches) > 1:
+            return None
+        looped, branched = sum(map(size, loops)), sum(map(size, branches))
+        count += how.taken * (size(part) - looped)
+        count += (how.trips if loops else how.taken) * (looped - branched) + how.inner * branched
+    return count
+
+
+def candidates(spec: specs.GroupedMatmul, implementation: str, kernel: str, target: Target, sizes: Any) -> list[Work]:
+    """What a kernel may do, by its name: one of them has the parts of its schedule."""
+    product = "dw" if "_dw" in kernel or "tgmm" in kernel else "dx" if "_dx" in kernel or "transpose" in kernel else "y"
+    K, J = (spec.F, spec.M) if product == "dx" else (spec.M, spec.F)
+    if implementation == "pallas":
+        return _ours(product, Device(target.platform, target.kind), spec, K, J, sizes)
+    sides = {"tokamax_512": (2048, 1024), "megablox": (1024, 1024)}.get(implementation)
+    if sides is None:
+        return []
+    sides = [next((t for t in range(most, 0, -128) if s % t == 0), 0) for s, most in zip((spec.M, spec.F), sides)]
+    if 0 in sides:
+        return []
+    inner, columns = reversed(sides) if product == "dx" else sides
+    across, deep = J // columns, K // inner
+    visits = sum(-(-stop // PEER_ROWS) - start // PEER_ROWS for start, stop in _spans(sizes))
+    if product == "dw":
+        steps, ends = across * deep * visits, across * deep * int((sizes > 0).sum())
+        return [Work(steps, [Part(ends), Part(steps), Part(ends)], LARGE)]
+    steps = across * deep * visits
+    accumulates = [Part(across * visits), Part(across * visits), Part(steps - across * visits)]
+    found = [Work(steps, parts, LARGE) for parts in ([], [Part(steps)])]
+    return found if deep == 1 else [*found, Work(steps, accumulates, LARGE)]
+
+
+def _ours(product: str, here: Device, spec: specs.GroupedMatmul, K: int, J: int, sizes: Any) -> list[Work]:
+    options = {"itemsize": spec.itemsize}
+    if product == "dw":
+        tile = tiles.summed(here, spec.N, spec.E, K, J, dys=1, **options)
+        each = -(-K // tile.inner) * -(-J // tile.columns)
+        visits, groups = each * len(_visits(sizes, tile.rows)), each * spec.E
+        busy, empty, trips = Part(visits), each * int((sizes == 0).sum()), tile.inner // 64
+        ends = Part(groups, groups * trips)
+        return [Work(visits + empty, [ends, busy, busy, ends])]
+    transposed = product == "dx"
+    tile = tiles.product(here, spec.N, spec.E, K, J, xs=1, ws=1, wide=1, transposed=transposed, **options)
+    if tile.inner < K:
+        return []
+    across, strips = -(-J // tile.columns), tile.columns // tile.strip
+    visits = _visits(sizes, tile.rows)
+    chunks = [_chunks(visit, tile.rows, tile.chunk) for visit in visits]
+    every = tile.rows // tile.chunk
+    whole = across * sum(each[0] and each[-1] for each in chunks)
+    some = across * len(visits) - whole
+    touched = across * strips * sum(sum(each) for each in chunks if not (each[0] and each[-1]))
+    spoils = across * sum(low > row for row, low, _ in visits)
+    saved = Part(spoils, spoils * tile.rows // 64)
+    parts = [saved, Part(whole, whole * strips), Part(some, some * strips * every, touched), saved, Part(0)]
+    return [Work(across * len(visits), parts if every > 1 else [saved, Part(whole, whole * strips), saved, Part(0)])]
+
+
+def _visits(sizes: Any, rows: int) -> list[tuple[int, int, int]]:
+    """(first row of the tile, first and end of the group's rows) of each visit."""
+    return [
+        (row, start, stop) for start, stop in _spans(sizes) for row in range(start // rows * rows, stop, rows)
+    ]  # fmt: skip
+
+
+def _chunks(visit: tuple[int, int, int], rows: int, chunk: int) -> list[bool]:
+    """Which chunks of its tile a visit has rows of."""
+    row, low, high = visit
+    return [low < at + chunk and at < high for at in range(row, row + rows, chunk)]
+
+
+def _spans(sizes: Any) -> list[tuple[int, int]]:
+    """First and end of the rows of each group that has some."""
+    ends = np.cumsum(sizes)
+    return [(int(end - size), int(end)) for end, size in zip(ends, sizes, strict=True) if size]
+
+
+def _outermost(parts: list[bundles.Part]) -> list[bundles.Part]:
+    return [part for part in parts if not any(other != part and _inside(part, other) for other in parts)]
+
+
+def _inside(part: bundles.Part, other: bundles.Part) -> bool:
+    return other.start <= part.start and part.stop <= other.stop

@@ -1,0 +1,95 @@
+"""Bundles that a grouped matmul executes: parts of a schedule times how often they are taken, and what is visited."""
+
+import numpy as np
+import pytest
+
+from bench import targets
+from bench.aot import bundles, rows_executed
+from bench.aot.bundles import Part
+from kernels import shapes, specs
+from kernels.dispatch import Device
+from kernels.grouped_matmul import tiles
+from kernels.grouped_matmul.groups import visits
+from tests import by_numpy
+
+V6E = targets.get("v6e")
+
+
+@pytest.fixture
+def schedule(monkeypatch):
+    """100 bundles: a grid's loop of 90, in it a body of 80 with a part of 10, and one of 50 whose loop of 40 has one of
+    20 that it may leave out; behind the body 5 that copy blocks out."""
+    parts = [
+        Part(5, 95, True),
+        Part(8, 88, False),
+        Part(10, 20, False),
+        Part(25, 75, False),
+        Part(30, 70, True),
+        Part(40, 60, False),
+        Part(89, 94, False),
+    ]
+    monkeypatch.setattr(bundles, "parts", lambda text: (100, parts))
+    monkeypatch.setattr(rows_executed, "LARGE", 10)
+
+
+def test_each_part_counts_as_often_as_it_is_taken(schedule):
+    work = rows_executed.Work(7, [rows_executed.Part(3), rows_executed.Part(4, trips=16, inner=5)])
+    # Behind the grid's loop, before it; what is in every step; the first part; the second without its loop; the loop.
+    assert rows_executed.executed("", work) == 10 + 7 * (90 - 60) + 3 * 10 + 4 * 10 + 16 * 20 + 5 * 20
+
+
+def test_a_schedule_of_another_form_is_not_counted(schedule):
+    assert rows_executed.executed("", rows_executed.Work(7, [rows_executed.Part(3)])) is None
+    of_large = rows_executed.Work(7, [rows_executed.Part(4, 16, 5)], least=20)
+    assert rows_executed.executed("", of_large) == 10 + 7 * (90 - 50) + 4 * 10 + 16 * 20 + 5 * 20
+
+
+@pytest.mark.parametrize("skew", ["uniform", "zipf", "one", "empty"])
+@pytest.mark.parametrize("name", ["Qwen3-30B-A3B uniform", "dante-moe", "aot odd sizes"])
+def test_what_is_taken_is_what_the_kernel_visits(name, skew):
+    spec = specs.find("grouped_matmul", name)
+    sizes = shapes.spread(spec.N, spec.E, skew)
+    tile = tiles.product(
+        Device(V6E.platform, V6E.kind),
+        spec.N,
+        spec.E,
+        spec.M,
+        spec.F,
+        xs=1,
+        ws=1,
+        wide=1,
+        transposed=False,
+        itemsize=2,
+    )
+    plan = by_numpy.run(lambda sizes: visits(sizes, spec.N, tile.rows, aligned=True), sizes)
+    count = int(plan.count)
+    (work,) = rows_executed.candidates(spec, "pallas", "grouped_matmul.1", V6E, sizes)
+    across, strips = spec.F // tile.columns, tile.columns // tile.strip
+    assert work.steps == across * count
+    owner = np.repeat(np.arange(spec.E), sizes)
+    whole = touched = spoils = 0
+    for group, row, low in zip(plan.group[:count], plan.row[:count], plan.low[:count], strict=True):
+        mine = [(owner[at : at + tile.chunk] == group).any() for at in range(row, row + tile.rows, tile.chunk)]
+        spoils += low > row
+        if mine[0] and mine[-1]:
+            whole += 1
+        else:
+            touched += sum(mine)
+    saved, all_, *some, _, _ = work.parts
+    assert (saved.taken, all_.taken) == (across * spoils, across * whole)
+    if some:
+        assert (some[0].taken, some[0].inner) == (across * (count - whole), across * strips * touched)
+    else:
+        assert touched == 0 and tile.chunk == tile.rows
+
+
+def test_a_peer_runs_a_tile_for_every_group_in_it():
+    spec = specs.find("grouped_matmul", "Qwen3-30B-A3B uniform")
+    even, odd = np.full(128, 512), np.r_[513, np.full(126, 512), 511]
+    for kernel in ("pallas_tpu_ragged_dot_gmm.1", "pallas_tpu_ragged_dot_gmm_transpose_rhs.1"):
+        for sizes, steps in ((even, 128), (odd, 128 + 127)):
+            works = rows_executed.candidates(spec, "tokamax_512", kernel, V6E, sizes)
+            assert [work.steps for work in works] == [steps, steps]
+    deep = rows_executed.candidates(spec, "megablox", "gmm.1", V6E, even)[-1]
+    assert (deep.steps, [part.taken for part in deep.parts]) == (256, [128, 128, 128])
+    assert rows_executed.candidates(spec, "lax", "gmm.1", V6E, even) == []
