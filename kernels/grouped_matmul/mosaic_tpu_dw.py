@@ -7,7 +7,8 @@ Tiling    grid (column tiles of x, those of dy, visits); a visit is a tile of ro
               dw of group 0    ██         █░                     █ rows of the group
               dw of group 1               ░█         ██          ░ masked: of the tile's other group
               dw of group 2    one visit without rows: zeros
-          Compiled, a visit first copies its rows, x transposed and all masked; the products read the copies.
+          Compiled, a visit first copies its rows of dy, masked. Those of x are transposed and masked some columns at a
+          time, into one of two places while the other is multiplied: the transpose unit works beside the matrix unit.
 
 State     float32 [columns of x, columns of dy] of one group; it leaves the chip when the group's last visit is done.
 Traffic   reads x once for each column tile of dy and dy once for each of x, writes dw once. 2 N M F FLOPs. x is
@@ -53,7 +54,7 @@ def summed(x: Array, dys: Sequence[Array], group_sizes: Array, here: Device, *, 
     # Where the output is as wide as the sums, an interpreted kernel adds to it in place.
     scratch = [] if interpret and dtype == jnp.float32 else [((chosen.inner, chosen.columns), jnp.float32)] * len(dys)
     if not interpret:
-        scratch += [((chosen.inner, chosen.rows), dtype)] + [((chosen.rows, chosen.columns), dtype)] * len(dys)
+        scratch += [((chosen.rows, chosen.columns), dtype)] * len(dys) + [((chosen.height, chosen.rows), dtype)] * 2
     moved = dtype.itemsize * (x.size + len(dys) * (N * F + E * M * F))
     return pl.pallas_call(
         functools.partial(_kernel, chosen, len(dys), interpret),
@@ -92,7 +93,7 @@ def _kernel(chosen: tiles.Tiles, n: int, interpret: bool, *refs: Any) -> None:
                 out[visit.group] = ref[at].astype(out.dtype)
         return
 
-    sums, across, down = rest[:n], rest[n], rest[n + 1 :]
+    sums, down, turned = rest[:n], rest[n : 2 * n], rest[2 * n :]
 
     @pl.when(fresh)
     def _():
@@ -108,17 +109,21 @@ def _kernel(chosen: tiles.Tiles, n: int, interpret: bool, *refs: Any) -> None:
     def _():
         for r, height in pieces(chosen.rows, 128):
             mine = visit.mine((height, 1), 0, r)
-            across.at[:, pl.ds(r, height)][...] = clear(x_ref[pl.ds(r, height)], mine).T
             for ref, dy_ref in zip(down, dy_refs, strict=True):
                 ref[pl.ds(r, height)] = clear(dy_ref[pl.ds(r, height)], mine)
 
     @pl.when(some & (visit.row > -1))  # apart from the copies: libtpu would mix them and run out of registers
     def _():
-        for m, width in pieces(chosen.inner, chosen.height):
+        for i, (m, width) in enumerate(pieces(chosen.inner, chosen.height)):
+            # Two by turns: one is written while the other is multiplied.
+            x_t, part = turned[i % 2], pl.ds(0, width)
+            for r, height in pieces(chosen.rows, 128):
+                x = x_ref[pl.ds(r, height), pl.ds(m, width)]
+                x_t[part, pl.ds(r, height)] = clear(x.T, visit.mine((1, height), 1, r))
             for ref, dy_ref in zip(sums, down, strict=True):
                 for f, columns in pieces(chosen.columns, chosen.width):
                     at = pl.ds(m, width), pl.ds(f, columns)
-                    ref[at] += dot(across[at[0]], dy_ref[:, at[1]], (1, 0))
+                    ref[at] += dot(x_t[part], dy_ref[:, at[1]], (1, 0))
 
     @pl.when((v == last) | (groups[jnp.minimum(v + 1, last)] != visit.group))
     def _():

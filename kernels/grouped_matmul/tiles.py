@@ -137,7 +137,8 @@ def summed(here: Device, N: int, E: int, M: int, F: int, *, dys: int, itemsize: 
             moved = M * -(-F // columns) + dys * F * -(-M // inner)
             best = min(best or (moved, inner, columns), (moved, inner, columns))
     inner, columns = (min(M, 512), min(F, 512)) if best is None else best[1:]
-    return Tiles(tile, tile, inner, columns, columns, *piece(here, inner, transposed=False))
+    # Of x as many columns at once: its transpose needs registers beside the products.
+    return Tiles(tile, tile, inner, columns, columns, height=128, width=piece(here, inner, transposed=False)[1])
 
 
 def _sides(size: int, most: int) -> list[int]:
