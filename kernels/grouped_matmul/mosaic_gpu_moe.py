@@ -101,7 +101,7 @@ def up(
                 def one(n: int) -> None:
                     g, u = (each[:, n : n + CHUNK] for each in sums)
                     # One of them, or all: none is waited for that nobody wants.
-                    for i, (value, out) in enumerate(zip((g * sigmoid(g) * u, g, u), outs, strict=False)):
+                    for i, (value, out) in enumerate(zip((g * jax.nn.sigmoid(g) * u, g, u), outs, strict=False)):
                         send = rows_to(out, first, task.column + n, low, mine)
                         roles.leave(staged, n // CHUNK * len(outs) + i, value, send)
 
@@ -268,7 +268,10 @@ def back(
 
 
 def sigmoid(x: Array) -> Array:
-    """1 / (1 + exp(-x)): two instructions for the quotient, where a division takes five."""
+    """1 / (1 + exp(-x)): two instructions for the quotient, where a division takes five.
+
+    On the way up they would be saved too, but what is left is assembled with two moves more in the loop of products.
+    """
     return jnp.square(lax.rsqrt(1 + jnp.exp(-x)))
 
 
