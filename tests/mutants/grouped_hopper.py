@@ -57,6 +57,8 @@ MUTANTS: list[Mutant] = [
         ("g and u of the first rows", "own = ring.stage(filling), pl.ds(warpgroup * ROWS, ROWS)",
          "own = ring.stage(filling), pl.ds(0, ROWS)", FORM),
         ("g and u are read while others come", "plgpu.commit_smem()  # TMA", "pass  # TMA", FORM),
+        ("both halves of a chunk are the first", "each[:, n : n + HALF]", "each[:, :HALF]", FORM),
+        ("half of a share of dp", "functools.reduce(jnp.add, shares)", "shares[0]", FORM),
         ("shares of dp in one place", "lax.div(task.column, columns)", "0", FORM),
         ("a row finds the visit before", 'side="right"', 'side="left"', "finds_its_number"),
     ),
