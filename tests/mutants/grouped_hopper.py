@@ -76,8 +76,8 @@ MUTANTS: list[Mutant] = [
     *planted(
         "grouped_matmul/tiles",
         "hopper_tiles",
-        ("cores share the last tile", "math.ceil(visits * math.ceil(J / tile.columns) / cores)",
-         "visits * math.ceil(J / tile.columns) / cores", "slowest"),
+        ("cores share the last tile", "math.ceil(work.visits * math.ceil(work.J / tile.columns) / cores)",
+         "work.visits * math.ceil(work.J / tile.columns) / cores", "slowest"),
         ("what is read from L2 is free", "max(products, from_l2, from_memory)", "max(products, from_memory)",
          "slowest"),
         ("the narrowest that is nearly the fastest", "for width in sorted(widths, reverse=True)]",
