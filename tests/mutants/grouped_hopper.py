@@ -45,6 +45,10 @@ MUTANTS: list[Mutant] = [
         "grouped_hopper",
         ("rows of the group before count", "(n >= low) & (n < high)", "n < high", FORM),
         ("a last piece is not cleared", "pl.when((low > 0) | (high < INNER))", "pl.when(low > 0)", FORM),
+        ("cleared halves are not waited for", "plgpu.barrier_arrive(clear)\n                plgpu.barrier_wait(clear)",
+         "pass", FORM),
+        ("what is cleared is not committed", "plgpu.commit_smem()\n                plgpu.barrier_arrive(clear)",
+         "plgpu.barrier_arrive(clear)", FORM),
         ("half of dy is not cleared", "pl.ds(warpgroup * half + n, CHUNK)", "pl.ds(n, CHUNK)", FORM),
     ),
     *planted(

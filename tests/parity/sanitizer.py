@@ -55,7 +55,31 @@ def on_gpu(f: Callable[..., Any], *args: Any, **options: Any) -> Findings:
         return plgpu.force_gpu_interpret_mode(params)
 
     reset = gpu_interpreter.reset_gpu_interpret_mode_state
-    return _run(f, args, simulate, gpu_interpreter, "GPURaceDetectionState", reset)
+    with mock.patch.object(gpu_interpreter, "wgmma", functools.partial(_multiply, gpu_interpreter.wgmma)):
+        return _run(f, args, simulate, gpu_interpreter, "GPURaceDetectionState", reset)
+
+
+def _multiply(wgmma: Callable[..., Any], **given: Any) -> Any:
+    """As the simulator multiplies, which does not watch what a matrix product reads of shared memory.
+
+    It reads by the way that TMA takes: what a warpgroup wrote is there once the warpgroup has committed it and those
+    that read have heard so, by a barrier.
+    """
+    memory = gpu_interpreter._get_shared_memory()
+    shared = gpu_interpreter.memory.get_memory_space_idx(plgpu.SMEM)
+    if memory.detect_races:
+        for operand in "ab":
+            key = gpu_interpreter.HostAllocationKey.from_array(given[f"{operand}_allocation_key_as_array"])
+            if key.memory_space_id == shared:
+                place = gpu_interpreter._remove_noop_transforms(given[f"{operand}_transforms"])
+                gpu_interpreter.get_races().check_read(
+                    given["thread"],
+                    memory.get_clock(given["thread"]).async_smem_clock,
+                    key,
+                    memory.access(key, jax.tree.map(int, place)),
+                    source_info=given["source_info"],
+                )
+    return wgmma(**given)
 
 
 def by_two_blocks(operation: Callable[..., Any], inputs: dict, aux: dict, dout: Any, **options: Any) -> dict[str, Any]:
