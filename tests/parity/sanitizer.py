@@ -63,22 +63,20 @@ def _multiply(wgmma: Callable[..., Any], **given: Any) -> Any:
     """As the simulator multiplies, which does not watch what a matrix product reads of shared memory.
 
     It reads by the way that TMA takes: what a warpgroup wrote is there once the warpgroup has committed it and those
-    that read have heard so, by a barrier.
+    that read have heard so, by a barrier. Each product is an event of the first of the warpgroup's warps, which do
+    nothing else by themselves here, so that who writes there later must have heard of the product.
     """
-    memory = gpu_interpreter._get_shared_memory()
-    shared = gpu_interpreter.memory.get_memory_space_idx(plgpu.SMEM)
+    memory, thread = gpu_interpreter._get_shared_memory(), given["thread"]
     if memory.detect_races:
+        with memory.lock:
+            memory.clocks[thread].inc(memory.thread_to_vc_position(thread) + 1)
+            seen = memory.clocks[thread].async_smem_clock.copy()
         for operand in "ab":
             key = gpu_interpreter.HostAllocationKey.from_array(given[f"{operand}_allocation_key_as_array"])
-            if key.memory_space_id == shared:
-                place = gpu_interpreter._remove_noop_transforms(given[f"{operand}_transforms"])
-                gpu_interpreter.get_races().check_read(
-                    given["thread"],
-                    memory.get_clock(given["thread"]).async_smem_clock,
-                    key,
-                    memory.access(key, jax.tree.map(int, place)),
-                    source_info=given["source_info"],
-                )
+            if key.memory_space_id == gpu_interpreter.memory.get_memory_space_idx(plgpu.SMEM):
+                transforms = gpu_interpreter._remove_noop_transforms(given[f"{operand}_transforms"])
+                place = memory.access(key, jax.tree.map(int, transforms))
+                gpu_interpreter.get_races().check_read(thread, seen, key, place, source_info=given["source_info"])
     return wgmma(**given)
 
 
