@@ -5,7 +5,7 @@ hangs, crashes or finds no time left takes nothing with it:
 
     environment   device, driver, versions, ceilings
     tensor_cores  the Pallas attention at its sizes, every feature: outputs and gradients by the error rule of the tests
-    tensor_core_groups    so for grouped products and experts, at every width of their tiles
+    tensor_core_groups, tensor_core_experts    so for grouped products and experts, at every width of their tiles
     attention-*, grouped-*, moe-*    the rows that kernels are judged by, one a part: the kernel beside cuDNN, tokamax
                   and XLA, the ceilings sampled in between; the first of each operation first
     tiles         the grouped kernels at every width of their tiles, and the constants of tiles.py that fit the times
@@ -151,7 +151,8 @@ def parts(out: Path, tiny: bool, seconds: float) -> list[Part]:
     return [
         Part("environment", [sys.executable, "-c", ENVIRONMENT, str(out / "environment.json")], 0.1),
         Part("tensor_cores", run("pytest", *test, cores, *interpreted), 0.2),
-        Part("tensor_core_groups", run("pytest", *test, groups), 0.15),
+        Part("tensor_core_groups", run("pytest", *test, groups, "-k", "not experts"), 0.12),
+        Part("tensor_core_experts", run("pytest", *test, groups, "-k", "experts"), 0.15),
         *judged[:1],
         *grouped[:2],
         *judged[1:3],

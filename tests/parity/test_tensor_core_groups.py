@@ -55,17 +55,18 @@ EXPERTS = [
     (experts(150, 6, 1, 192, 128, "empty"), 256),
     (experts(20, 9, 3, 64, 256, "zipf"), None),
 ]
-# Several tiles for each of 132 blocks, several panels of them, rings that turn many times.
+# Several tiles for each of 132 blocks, several panels of them, rings that turn many times; no more groups than the
+# reference, which asks each, compiles in time.
 LARGE_GROUPS = [
-    *((spread(8192, 16, 512, 2048, "zipf"), width) for width in (256, 192, 128, 64)),
-    (spread(20000, 64, 448, 832, "zipf"), None),
+    *((spread(8192, 8, 512, 2048, "zipf"), width) for width in (256, 192, 128, 64)),
+    (spread(9000, 24, 448, 832, "zipf"), None),
 ]
-LARGE_EXPERTS = [*((experts(4096, 16, 2, 512, 1088, "zipf"), width) for width in (256, 128, None))]
+LARGE_EXPERTS = [*((experts(4096, 6, 2, 512, 1088, "zipf"), width) for width in (256, 128))]
 
 
 def cases(small: list[Any], large: list[Any]) -> list[Any]:
     pairs = [(*case, "bfloat16") for case in [*small, *(large if ON_GPU else [])]]
-    pairs += [(*case, "float16") for case in small[:4]]
+    pairs += [(*case, "float16") for case in small[1:3]]
     name = lambda case, width, dtype: f"{case.label()}, {width or 'chosen'}-{dtype}"
     return [pytest.param(*each, id=name(*each), marks=() if n == 0 else waits) for n, each in enumerate(pairs)]
 
@@ -113,7 +114,7 @@ def test_experts_at_tensor_core_sizes_keeps_the_rule(case, width, dtype):
 @pytest.mark.parametrize(
     "case",
     [groups(50, 0, 21, N=80), pytest.param(groups(500, 0, 1311, 77, N=2000, M=256, F=512), marks=waits)],
-    ids=str,
+    ids=lambda case: case.label(),
 )
 def test_what_is_nobodys_reaches_nobody_and_two_runs_agree_at_tensor_core_sizes(case):
     """NaN in rows past the sum and in matrices without rows changes no bit."""
