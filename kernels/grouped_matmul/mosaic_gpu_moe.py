@@ -15,7 +15,7 @@ Tiling    as `mosaic_gpu.py`. up: a stage has the rows of x and 128 columns of b
 State     128 registers of a thread's 240 for sums either way. The epilogue takes 64 columns at a time: in back that is
           32 registers for g and u and 48 for what leaves, in bfloat16, beside 96 for sums that wait; p and dp: 2 each.
           Between the halves of the 64 columns is a branch: the assembler orders all that lies between two branches as
-          it likes, and with 64 columns there it kept up to 19 other numbers in memory, once a tile. Now none.
+          it likes, and with 64 columns there it kept up to 8 other numbers in memory, once a tile. Now none.
 Traffic   up reads as much for a FLOP as a product of 256 columns does, and x once instead of twice. Only h leaves, 2
           bytes a feature of a row in bfloat16; g and u written, read again and made h would be 10. Those who want
           gradients write g and u too, 4 bytes, and back reads them, 4 bytes: 8 bytes against 4 M FLOPs to multiply
