@@ -126,7 +126,7 @@ def parts(out: Path, tiny: bool, seconds: float) -> list[Part]:
     if tiny:  # one is as good as six
         judged = [bench(next(iter(JUDGED)), "attention", 0.1, ("--spec", *row["attention"], *quick))]
         grouped = [bench("grouped-mixtral", "grouped_matmul", 0.1, ("--spec", *row["grouped_matmul"], *quick))]
-    limit = ("--tiny", "--rounds", "1", "--seconds", "5") if tiny else ("--seconds", f"{0.09 * seconds:.0f}")
+    limit = ("--tiny", "--rounds", "1", "--seconds", "30") if tiny else ("--seconds", f"{0.09 * seconds:.0f}")
     kept = ("--json", str(out / "tiles.json"), "--lines", str(out / "tiles.jsonl"))
     tiles = Part("tiles", run("bench.tiles", *limit, *kept), 0.15)
     ops = [
