@@ -19,8 +19,8 @@ class Clock(Protocol):
 
     name: str
 
-    def sample(self, call: Call, calls: int) -> list[float]:
-        """Seconds a call, `calls` times."""
+    def sample(self, call: Call, calls: int, only: str = "") -> list[float]:
+        """Seconds a call, `calls` times; where kernels can be told apart, of those alone whose name holds `only`."""
         ...
 
 
@@ -30,8 +30,8 @@ class WallClock:
     name = "wall clock"
     SHORT = 1e-3
 
-    def sample(self, call: Call, calls: int) -> list[float]:
-        """See `Clock`."""
+    def sample(self, call: Call, calls: int, only: str = "") -> list[float]:
+        """See `Clock`; `only` cannot be told apart."""
         first = self._time(call, 0, 1)
         inner = max(1, min(200, int(self.SHORT / max(first, 1e-7))))
         if inner == 1:
@@ -57,7 +57,7 @@ class KernelClock:
 
         self._cupti = mosaic_gpu._mosaic_gpu_ext
 
-    def sample(self, call: Call, calls: int) -> list[float]:
+    def sample(self, call: Call, calls: int, only: str = "") -> list[float]:
         """See `Clock`."""
         self._cupti._cupti_init()
         try:
@@ -65,7 +65,7 @@ class KernelClock:
                 jax.block_until_ready(call(i))
         finally:
             kernels = self._cupti._cupti_get_timings(True)
-        return per_call(kernels, calls)
+        return per_call([kernel for kernel in kernels if only in kernel[0]], calls)
 
 
 def per_call(kernels: Sequence[tuple[str, float]], calls: int) -> list[float]:

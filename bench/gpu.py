@@ -5,9 +5,11 @@ hangs, crashes or finds no time left takes nothing with it:
 
     environment   device, driver, versions, ceilings
     tensor_cores  the Pallas attention at its sizes, every feature: outputs and gradients by the error rule of the tests
-    attention-*   the rows that attention is judged by, one a part: the kernel beside cuDNN and tokamax, the ceilings
-                  sampled in between
-    kernel_times  forward and backward of one of them traced, kernel by kernel
+    tensor_core_groups, tensor_core_experts    so for grouped products and experts, at every width of their tiles
+    attention-*, grouped-*, moe-*    the rows that kernels are judged by, one a part: the kernel beside cuDNN, tokamax
+                  and XLA, the ceilings sampled in between; the first of each operation first
+    tiles         the grouped kernels at every width of their tiles, and the constants of tiles.py that fit the times
+    moe_kernel_times, kernel_times    forward and backward of a mixture and of attention traced, kernel by kernel
     parity        every row of the parity table, every implementation that runs here, by the same rule
     attention, grouped_matmul, moe_mlp, decode_attention    the rows of this machine, kernels beside XLA and the peers
     trace         one training step's kernels with their times, by the Pallas attention
@@ -50,6 +52,14 @@ JUDGED = {  # attention is judged by these rows: part -> row
     "attention-d128-causal-gate": "16k d128 causal, gate",
 }
 BESIDE = ("pallas", "jax.nn cudnn", "tokamax")
+GROUPED = {  # so for grouped products and experts: part -> operation, row
+    "grouped-mixtral": ("grouped_matmul", "Mixtral-8x7B uniform"),
+    "moe-mixtral": ("moe_mlp", "Mixtral-8x7B uniform"),
+    "grouped-256-experts": ("grouped_matmul", "256 experts, narrow"),
+    "grouped-128-groups": ("grouped_matmul", "128 groups"),
+}
+# With hundreds of groups XLA's own would take the time, or the memory, of all: it has its turn in the last parts.
+BESIDE_GROUPED = ("pallas", "one dense matmul", "tokamax")
 ENVIRONMENT = "import sys; from bench import gpu; gpu.write_environment(sys.argv[1])"
 
 
@@ -79,7 +89,7 @@ def parts(out: Path, tiny: bool, seconds: float) -> list[Part]:
     """All parts in order, for a command of so many seconds."""
     run = lambda module, *flags: [sys.executable, "-m", module, *flags]
     to = ("--out", str(out))
-    cores = "tests/parity/test_tensor_core_sizes.py"
+    cores, groups = (f"tests/parity/test_tensor_core_{name}.py" for name in ("sizes", "groups"))
     rule = "keeps_the_rule and one and float32" if tiny else "keeps_the_rule"
     test = ["-v", "-x" if tiny else "--maxfail=40", "-p", "no:cacheprovider"]
     if not tiny and importlib.util.find_spec("xdist"):
@@ -102,15 +112,35 @@ def parts(out: Path, tiny: bool, seconds: float) -> list[Part]:
 
     beside = ("--budget", "0.6", "--implementation", *BESIDE)
     judged = [bench(name, "attention", 0.1, ("--spec", spec, *beside)) for name, spec in JUDGED.items()]
+    few = lambda name: (*BESIDE_GROUPED, *(("lax.ragged_dot", "triton") if name.endswith("mixtral") else ()))
+    grouped = [
+        # Seven kernels are compiled for a mixture's gradients, three for a product's.
+        bench(
+            name,
+            op,
+            0.13 if op == "moe_mlp" else 0.08,
+            ("--spec", spec, "--budget", "0.6", "--implementation", *few(name)),
+        )
+        for name, (op, spec) in GROUPED.items()
+    ]
     if tiny:  # one is as good as six
         judged = [bench(next(iter(JUDGED)), "attention", 0.1, ("--spec", *row["attention"], *quick))]
+        grouped = [bench("grouped-mixtral", "grouped_matmul", 0.1, ("--spec", *row["grouped_matmul"], *quick))]
+    limit = ("--tiny", "--rounds", "1", "--seconds", "30") if tiny else ("--seconds", f"{0.09 * seconds:.0f}")
+    kept = ("--json", str(out / "tiles.json"), "--lines", str(out / "tiles.jsonl"))
+    tiles = Part("tiles", run("bench.tiles", *limit, *kept), 0.15)
     ops = [
         bench(op, op, share, ("--spec", *row[op], *quick) if tiny else ())
         for op, share in zip(row, (0.3, 0.2, 0.15, 0.1), strict=True)
     ]
-    spec, steps = ("nano", "1") if tiny else (JUDGED["attention-window-gate"], "3")
-    times = run("bench.profile", "--op", "attention", "--spec", spec, "--implementation", "pallas", "--backward")
-    times += ["--steps", steps, "--out", str(out / "kernel_times"), "--json", str(out / "kernel_times.json")]
+
+    def times(name: str, op: str, spec: str) -> Part:
+        spec, steps = (row[op][0], "1") if tiny else (spec, "3")
+        command = run("bench.profile", "--op", op, "--spec", spec, "--implementation", "pallas", "--backward")
+        return Part(
+            name, [*command, "--steps", steps, "--out", str(out / name), "--json", str(out / f"{name}.json")], 0.1
+        )
+
     preset = "nano" if tiny else "h100"
     trace = run("bench.profile", "--preset", preset, "--steps", "2", "--out", str(out / "trace"))
     trace += ["--json", str(out / "trace.json"), *(() if tiny else ("--attn", "pallas"))]
@@ -120,10 +150,20 @@ def parts(out: Path, tiny: bool, seconds: float) -> list[Part]:
         toggles += ["--only", "no gate"]
     return [
         Part("environment", [sys.executable, "-c", ENVIRONMENT, str(out / "environment.json")], 0.1),
-        Part("tensor_cores", run("pytest", *test, cores, *interpreted), 0.25),
-        *judged,
-        Part("kernel_times", times, 0.1),
-        Part("parity", run("pytest", *test, "-k", rule, f"--ignore={cores}", "tests/parity"), 0.2),
+        Part("tensor_cores", run("pytest", *test, cores, *interpreted), 0.2),
+        Part("tensor_core_groups", run("pytest", *test, groups, "-k", "not experts"), 0.12),
+        Part("tensor_core_experts", run("pytest", *test, groups, "-k", "experts"), 0.15),
+        *judged[:1],
+        *grouped[:2],
+        *judged[1:3],
+        *grouped[2:],
+        tiles,
+        times("moe_kernel_times", *GROUPED["moe-mixtral"]),
+        *judged[3:],
+        times("kernel_times", "attention", JUDGED["attention-window-gate"]),
+        Part(
+            "parity", run("pytest", *test, "-k", rule, f"--ignore={cores}", f"--ignore={groups}", "tests/parity"), 0.2
+        ),
         *ops,
         Part("trace", trace, 0.15),
         Part("toggles", toggles, 0.15),

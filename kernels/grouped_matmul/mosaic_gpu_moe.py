@@ -14,7 +14,8 @@ Tiling    as `mosaic_gpu.py`. up: a stage has the rows of x and 128 columns of b
           place; XLA adds up the tiles, in one order. Visits of nobody's rows are not made in back.
 State     128 registers of a thread's 240 for sums either way. The epilogue takes 64 columns at a time: in back that is
           32 registers for g and u and 48 for what leaves, in bfloat16, beside 96 for sums that wait; p and dp: 2 each.
-          At some small sizes up to 8 others wait in memory meanwhile, once a tile.
+          Between the halves of the 64 columns is a branch: the assembler orders all that lies between two branches as
+          it likes, and with 64 columns there it kept up to 8 other numbers in memory, once a tile. Now none.
 Traffic   up reads as much for a FLOP as a product of 256 columns does, and x once instead of twice. Only h leaves, 2
           bytes a feature of a row in bfloat16; g and u written, read again and made h would be 10. Those who want
           gradients write g and u too, 4 bytes, and back reads them, 4 bytes: 8 bytes against 4 M FLOPs to multiply
@@ -25,6 +26,7 @@ Limits    as `mosaic_gpu.py`, M and F for K and J.
 Source    Shazeer, GLU Variants (arXiv:2002.05202), for the formula; else as `mosaic_gpu.py`.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -41,6 +43,7 @@ from kernels.grouped_matmul.tiles import HEIGHT, INNER, ROWS
 
 Array = jax.Array
 MATRICES = 2
+HALF = CHUNK // 2
 WIDTHS = (256, 128)  # of a tile, of both matrices together on the way up
 
 
@@ -195,7 +198,7 @@ def back(
 
                     def one(total: Array, n: int = n) -> Array:
                         part = s[:, n * CHUNK : (n + 1) * CHUNK]
-                        values, share = through(part, weight, *kept(task.used + steps + n))
+                        values, share = halves(task, part, weight, *kept(task.used + steps + n))
                         for i, (value, out) in enumerate(zip(values, (dg, du, ph), strict=True)):
                             send = rows_to(out, first, task.column + n * CHUNK, low, mine)
                             roles.leave(staged, 3 * n + i, value, send)
@@ -219,15 +222,29 @@ def back(
             ring.release(filling)
             return g.astype(jnp.float32), u.astype(jnp.float32)
 
-        def through(s: Array, weight: Array, g: Array, u: Array) -> tuple[tuple[Array, ...], Array]:
-            """(dg, du, p h), and the share of dp."""
+        def halves(task: Task, s: Array, weight: Array, g: Array, u: Array) -> tuple[list[Array], Array]:
+            """(dg, du, p h), and the share of dp, of 64 columns."""
+            found, shares = [], []
+            for n in range(0, CHUNK, HALF):
+                given = (each[:, n : n + HALF] for each in (s, g, u))
+                # Taken always, which no compiler knows: see State.
+                values, share = lax.cond(task.visit.row >= 0, through, nothing, *given, weight)
+                found.append(values)
+                shares.append(share)
+            values = [jnp.concatenate(each, axis=1) for each in zip(*found, strict=True)]
+            return values, jnp.sum(functools.reduce(jnp.add, shares), axis=1)
+
+        def through(s: Array, g: Array, u: Array, weight: Array) -> tuple[tuple[Array, ...], Array]:
             across = lax.broadcast_in_dim(weight, s.shape, [0])
-            open_ = jax.nn.sigmoid(g)
+            open_ = sigmoid(g)
             silu = g * open_
             h, ps = silu * u, across * s
             values = ps * u * open_ * (1 + g - silu), ps * silu, across * h
             # As what leaves they take half the registers.
-            return tuple(each.astype(dy.dtype) for each in values), jnp.sum(s * h, axis=1)
+            return tuple(each.astype(dy.dtype) for each in values), s * h
+
+        def nothing(s: Array, *_: Array) -> tuple[tuple[Array, ...], Array]:
+            return (jnp.zeros_like(s, dy.dtype),) * 3, s
 
         fillings = lambda column: steps + lax.div(jnp.minimum(columns, F - column), CHUNK)
         return roles.tasks(table, count[0], E, across, columns, fillings), load, compute
@@ -248,6 +265,14 @@ def back(
         name=name,
     )
     return dg, du, ph, of_rows(jnp.sum(dp, axis=1), plan, N, E)
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x)): two instructions for the quotient, where a division takes five.
+
+    On the way up they would be saved too, but what is left is assembled with two moves more in the loop of products.
+    """
+    return jnp.square(lax.rsqrt(1 + jnp.exp(-x)))
 
 
 def of_rows(shares: Array, plan: Visits, N: int, E: int) -> Array:

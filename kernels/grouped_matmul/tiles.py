@@ -36,7 +36,7 @@ HEIGHT, ROWS, INNER = 128, 64, 64  # Hopper: rows of a tile, and of a warpgroup;
 PRODUCTS = 2048  # multiplications a clock of a core
 L2_BYTES, MEMORY_BYTES = 64, 14.5  # a clock of a core: all it can take; its share of 3.35 TB/s
 WORTH = 1.05  # a narrower tile must be faster by that: the model is no measurement, and a wide one reads less
-START, COLUMN = 600, 6  # clocks, guessed: before a tile's first product; to write a column of it
+START, COLUMN = 600, 6  # clocks, guessed (`make gpu` fits them): before a tile's first product; to write a column
 
 
 class Tile(NamedTuple):
@@ -154,38 +154,62 @@ def hopper(N: int, E: int, K: int, J: int, cores: int, *, widths: tuple[int, ...
     Args:
         widths: columns of all matrices together that a tile may have.
     """
-    busy = max(1, min(N, E))
-    # What is left over at the end of a group is half a tile on average.
-    of_group = lambda size: max(1.0, N / busy / size + 0.5 * (E > 1))
-    visits, units = busy * of_group(HEIGHT), of_group(ROWS) / of_group(HEIGHT)
-    return _fastest(widths, matrices, lambda tile: clocks(visits, units, of_group(HEIGHT), K, J, tile, matrices, cores))
+    return _fastest(widths, matrices, lambda tile: clocks(product_work(N, E, K, J), tile, matrices, cores))
 
 
 def hopper_sum(N: int, E: int, M: int, F: int, cores: int, *, widths: tuple[int, ...]) -> Tile:
     """For the sums over rows [N, M]^T [N, F]: [E, M, F] on Hopper."""
-    down = math.ceil(M / HEIGHT)
-    # A group begins at a multiple of 8 and ends anywhere: half a piece of 64 rows is not its own.
-    rows = N // max(1, min(N, E)) + INNER // 2
-    return _fastest(widths, 1, lambda tile: clocks(E * down, 2, down, rows, F, tile, 1, cores))
+    return _fastest(widths, 1, lambda tile: clocks(sum_work(N, E, M, F), tile, 1, cores))
 
 
-def clocks(visits: float, units: float, sharing: float, K: int, J: int, tile: Tile, matrices: int, cores: int) -> float:
-    """What the slowest core of a Hopper chip takes, in clocks.
+class Work(NamedTuple):
+    """What is to be multiplied, as the model of a Hopper chip sees it.
 
-    Args:
+    Attributes:
         visits: tiles of rows. units: of 64 rows that are multiplied, of each. sharing: visits of a group, which read
             a matrix from memory once.
+        K: the contraction. J: columns.
     """
+
+    visits: float
+    units: float
+    sharing: float
+    K: int
+    J: int
+
+
+def product_work(N: int, E: int, K: int, J: int) -> Work:
+    """Of [N, K] times [E, K, J]."""
+    busy = max(1, min(N, E))
+    # What is left over at the end of a group is half a tile on average.
+    of_group = lambda size: max(1.0, N / busy / size + 0.5 * (E > 1))
+    return Work(busy * of_group(HEIGHT), of_group(ROWS) / of_group(HEIGHT), of_group(HEIGHT), K, J)
+
+
+def sum_work(N: int, E: int, M: int, F: int) -> Work:
+    """Of the sums over rows [N, M]^T [N, F]: [E, M, F]."""
+    down = math.ceil(M / HEIGHT)
+    # A group begins at a multiple of 8 and ends anywhere: half a piece of 64 rows is not its own.
+    return Work(E * down, 2, down, N // max(1, min(N, E)) + INNER // 2, F)
+
+
+def clocks(work: Work, tile: Tile, matrices: int, cores: int, *, start: float = START, column: float = COLUMN) -> float:
+    """What the slowest core of a Hopper chip takes, in clocks."""
     width = tile.columns * matrices
-    products = units * ROWS * width * INNER / PRODUCTS
+    products = work.units * ROWS * width * INNER / PRODUCTS
     from_l2 = 2 * (HEIGHT + width) * INNER / L2_BYTES
-    from_memory = 2 * width * INNER / min(sharing, 16) / MEMORY_BYTES
-    each = START + math.ceil(K / INNER) * max(products, from_l2, from_memory) + COLUMN * width
-    return math.ceil(visits * math.ceil(J / tile.columns) / cores) * each
+    from_memory = 2 * width * INNER / min(work.sharing, 16) / MEMORY_BYTES
+    each = start + math.ceil(work.K / INNER) * max(products, from_l2, from_memory) + column * width
+    return math.ceil(work.visits * math.ceil(work.J / tile.columns) / cores) * each
+
+
+def tile_of(width: int, matrices: int = 1) -> Tile:
+    """A tile of so many columns of all matrices together: as many stages as there is memory for, a power of two."""
+    return Tile(width // matrices, 8 if width == 64 else 4)
 
 
 def _fastest(widths: tuple[int, ...], matrices: int, time: Callable[[Tile], float]) -> Tile:
-    """The widest that is nearly the fastest; as many stages as there is memory for, a power of two."""
-    found = [Tile(width // matrices, 8 if width == 64 else 4) for width in sorted(widths, reverse=True)]
+    """The widest that is nearly the fastest."""
+    found = [tile_of(width, matrices) for width in sorted(widths, reverse=True)]
     best = min(map(time, found))
     return next(tile for tile in found if time(tile) <= WORTH * best)

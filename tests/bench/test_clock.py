@@ -54,6 +54,8 @@ def test_the_kernel_clock_closes_the_profiler_even_when_the_program_fails():
 
     assert kernels.sample(call, 2) == pytest.approx([1.5e-3, 1.5e-3])
 
+    assert kernels.sample(call, 1, "b") == pytest.approx([3 * 0.5e-3])
+
     def broken(i):
         raise RuntimeError("out of memory")
 

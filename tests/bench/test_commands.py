@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bench import gpu, results
+import kernels
+from bench import gpu, peers, results
 from kernels import specs
 
 ROOT = Path(__file__).parents[2]
@@ -100,8 +101,11 @@ def test_every_part_is_a_command_that_exists():
     for tiny in (True, False):
         parts = gpu.parts(Path("/tmp/out"), tiny, 540)
         names = [part.name for part in parts]
-        assert names[:3] == ["environment", "tensor_cores", "attention-d128-causal"]
-        assert len(set(names)) == len(names) and set(names) >= ({"attention-d128-causal"} if tiny else set(gpu.JUDGED))
+        assert names[:2] == ["environment", "tensor_cores"]
+        assert names[2:5] == ["tensor_core_groups", "tensor_core_experts", "attention-d128-causal"]
+        assert len(set(names)) == len(names) and "tiles" in names
+        first = {"attention-d128-causal", "grouped-mixtral"}
+        assert set(names) >= (first if tiny else set(gpu.JUDGED) | set(gpu.GROUPED))
         for part in parts:
             assert part.command[0] == sys.executable and 0 < part.share <= 1
 
@@ -113,6 +117,18 @@ def test_what_the_kernel_is_judged_by_are_rows_that_differ_in_the_gate_alone():
         gated = rows[f"{plain}-gate"]
         assert gated.gate == "elementwise" and rows[plain].gate == "none"
         assert rows[plain].shapes().items() <= gated.shapes().items() and rows[plain].window == gated.window
+
+
+def test_what_grouped_kernels_are_judged_by_are_rows_with_all_that_is_beside_them():
+    machine, names = "h100", {part.name: part.command for part in gpu.parts(Path("/tmp/out"), False, 540)}
+    for name, (op, spec) in gpu.GROUPED.items():
+        row = specs.find(op, spec)
+        assert row in specs.rows(op, "bench", machine)
+        command = names[name]
+        taken = command[command.index("--implementation") + 1 :]
+        assert taken[0] == "pallas" and ("lax.ragged_dot" in taken) == (row.E <= 8)
+        known = {*kernels.names(op), *peers.peers(row)}
+        assert {each for each in taken if not each.startswith("-")} & known >= {"pallas"}
 
 
 @pytest.mark.parametrize(

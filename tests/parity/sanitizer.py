@@ -55,7 +55,29 @@ def on_gpu(f: Callable[..., Any], *args: Any, **options: Any) -> Findings:
         return plgpu.force_gpu_interpret_mode(params)
 
     reset = gpu_interpreter.reset_gpu_interpret_mode_state
-    return _run(f, args, simulate, gpu_interpreter, "GPURaceDetectionState", reset)
+    with mock.patch.object(gpu_interpreter, "wgmma", functools.partial(_multiply, gpu_interpreter.wgmma)):
+        return _run(f, args, simulate, gpu_interpreter, "GPURaceDetectionState", reset)
+
+
+def _multiply(wgmma: Callable[..., Any], **given: Any) -> Any:
+    """As the simulator multiplies, which does not watch what a matrix product reads of shared memory.
+
+    It reads by the way that TMA takes: what a warpgroup wrote is there once the warpgroup has committed it and those
+    that read have heard so, by a barrier. Each product is an event of the first of the warpgroup's warps, which do
+    nothing else by themselves here, so that who writes there later must have heard of the product.
+    """
+    memory, thread = gpu_interpreter._get_shared_memory(), given["thread"]
+    if memory.detect_races:
+        with memory.lock:
+            memory.clocks[thread].inc(memory.thread_to_vc_position(thread) + 1)
+            seen = memory.clocks[thread].async_smem_clock.copy()
+        for operand in "ab":
+            key = gpu_interpreter.HostAllocationKey.from_array(given[f"{operand}_allocation_key_as_array"])
+            if key.memory_space_id == gpu_interpreter.memory.get_memory_space_idx(plgpu.SMEM):
+                transforms = gpu_interpreter._remove_noop_transforms(given[f"{operand}_transforms"])
+                place = memory.access(key, jax.tree.map(int, transforms))
+                gpu_interpreter.get_races().check_read(thread, seen, key, place, source_info=given["source_info"])
+    return wgmma(**given)
 
 
 def by_two_blocks(operation: Callable[..., Any], inputs: dict, aux: dict, dout: Any, **options: Any) -> dict[str, Any]:

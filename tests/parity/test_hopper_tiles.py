@@ -66,14 +66,11 @@ def test_a_width_fits_what_it_is_for():
 
 
 def test_the_model_counts_rounds_of_the_slowest_core():
-    tile = tiles.Tile(256, 4)
-    one = tiles.clocks(132, 2, 4, 4096, 256, tile, 1, CORES)
-    assert (
-        tiles.clocks(133, 2, 4, 4096, 256, tile, 1, CORES)
-        == 2 * one
-        == tiles.clocks(132, 2, 4, 4096, 512, tile, 1, CORES)
-    )
+    def taken(visits: float, J: int, units: float = 2) -> float:
+        return tiles.clocks(tiles.Work(visits, units, 4, 4096, J), tiles.tile_of(256), 1, CORES)
+
+    one = taken(132, 256)
+    assert taken(133, 256) == 2 * one == taken(132, 512)
     # 128 x 256 x 4096 products at 2048 a clock; half of them where a half has no row, but no fewer bytes.
     assert one == pytest.approx(128 * 256 * 4096 / 2048 + tiles.START + tiles.COLUMN * 256)
-    half = tiles.clocks(132, 1, 4, 4096, 256, tile, 1, CORES)
-    assert half - tiles.START - tiles.COLUMN * 256 == pytest.approx(64 * (128 + 256) * 64 * 2 / 64)
+    assert taken(132, 256, units=1) - tiles.START - tiles.COLUMN * 256 == pytest.approx(64 * (128 + 256) * 64 * 2 / 64)

@@ -1,7 +1,9 @@
 """The mixture of experts on Hopper, on a simulated GPU that watches memory: values, gradients, races, what it takes."""
 
 import functools
+import json
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +102,15 @@ def test_what_the_kernels_do_not_take_is_named():
             hopper.moe_mlp(x, up, up, down, ids, weights)
         with dispatch.compiling_for("cuda", H100), pytest.raises(NotImplementedError, match=said):
             kernels.moe_mlp(x, up, up, down, ids, weights, implementation="pallas")
+
+
+def test_as_compiled_it_spills_nothing_and_multiplies_by_wgmma():
+    rows = json.loads((Path(__file__).parents[2] / "profiles/aot/h100.json").read_text())["rows"]
+    mine = {key: row for key, row in rows.items() if key.startswith(("moe_mlp", "grouped_matmul")) and "pallas" in key}
+    assert {key.split(" / ")[3] for key in mine} == {"bfloat16", "float16"} and len(mine) >= 30
+    for key, row in mine.items():
+        for kernel in row["kernels"]:
+            assert kernel["spill_bytes"] == kernel["local"] == kernel["mma"] == 0 and kernel["wgmma"] > 0, key
 
 
 def given(N: int = 8, M: int = 64, F: int = 128, E: int = 2, k: int = 2) -> tuple[jax.Array, ...]:

@@ -104,6 +104,42 @@ def gpu_hand_over(x: jax.Array, *, barrier: bool = True, write: bool = True) -> 
     )(x)
 
 
+def gpu_multiply(x: jax.Array, *, barrier: bool = True, commit: bool = True) -> jax.Array:
+    """One warpgroup puts 2 x into shared memory, the other multiplies it with itself there."""
+
+    def kernel(x_ref, o_ref, shared, full):
+        warpgroup = jax.lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup == 0)
+        def _():
+            shared[...] = 2 * x_ref[...]
+            if commit:
+                plgpu.commit_smem()
+            if barrier:
+                plgpu.barrier_arrive(full)
+
+        @pl.when(warpgroup == 1)
+        def _():
+            if barrier:
+                plgpu.barrier_wait(full)
+
+            def square(acc):
+                plgpu.wgmma(acc, shared, shared)
+                plgpu.wgmma_wait(0)
+                return acc[...]
+
+            o_ref[...] = pl.run_scoped(square, plgpu.ACC(x.shape))
+
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct(x.shape, jnp.float32),
+        scratch_types=[plgpu.SMEM(x.shape, x.dtype, transforms=transforms), plgpu.Barrier(num_arrivals=1)],
+        num_threads=2,
+        thread_name="warpgroup",
+    )(x)
+
+
 def test_a_clean_tpu_kernel_passes():
     found = sanitizer.on_tpu(tpu_double, X)
     assert found.clean, found
@@ -145,6 +181,16 @@ def test_a_clean_gpu_kernel_passes():
 
 def test_a_missing_gpu_barrier_is_a_race():
     assert sanitizer.on_gpu(functools.partial(gpu_hand_over, barrier=False), X).races
+
+
+def test_what_a_matrix_product_reads_is_watched():
+    """Which the simulator does not do by itself."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((64, 64)), jnp.bfloat16)
+    found = sanitizer.on_gpu(gpu_multiply, x)
+    assert found.clean, found
+    np.testing.assert_allclose(found.result, np.float32(2 * x) @ np.float32(2 * x), rtol=1e-5, atol=1e-5)
+    assert sanitizer.on_gpu(functools.partial(gpu_multiply, commit=False), x).races, "it reads past what is written"
+    assert sanitizer.on_gpu(functools.partial(gpu_multiply, barrier=False), x).races
 
 
 def test_gpu_memory_never_written_is_found():
