@@ -116,10 +116,10 @@ def judge(case: Case) -> dict[str, Any]:
 
 
 FAST = [
-    Case(100, 130, G=2),
+    Case(200, 70, G=2),  # the first 128 queries see nothing
     Case(129, 129, G=2, window=70),
     Case(65, 200, D=128, window=64, softcap=5.0),
-    Case(127, 64, D=256, segments="ascending"),
+    Case(64, 127, D=256, segments="ascending"),  # no key of the first tile lies after a query, some are foreign
     Case(64, 129, D=256, causal=False, dtype="float16", spread=30.0),
 ]
 LONG = [
@@ -144,13 +144,17 @@ def test_gradients(case: Case):
 @pytest.mark.slow
 @pytest.mark.parametrize("D", [64, 128, 256])
 def test_unseen_keys_and_blind_queries_get_zeros(D):
-    """Keys before every window, and queries before every key."""
+    """Keys before every window, queries before every key, and both where the other side has none of their segment."""
     inputs, do, _ = arrays(case := Case(64, 200, D=D, window=8))
     mine = gradients(case, inputs, do, None)
     for name in ("dk", "dv"):
         assert not np.any(mine[name][:, : 200 - 64 - 7]) and np.any(mine[name][:, 200 - 64 - 7])
     inputs, do, _ = arrays(case := Case(200, 64, D=D))
     assert not np.any(gradients(case, inputs, do, None)["dq"][:, : 200 - 64])
+    inputs, do, _ = arrays(case := Case(300, 300, D=D, causal=False))
+    ids = tuple(jnp.asarray(np.where(np.arange(300) < 130, alone, 1), jnp.int32)[None] for alone in (0, 2))
+    for name, found in gradients(case, inputs, do, ids).items():
+        assert not np.any(found[:, :130]) and np.all(np.any(found[:, 130:], axis=(2, 3))), name
 
 
 @pytest.mark.slow
