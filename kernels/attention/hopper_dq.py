@@ -10,6 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels.attention.hopper_softcap import LOG2E, capped
 from kernels.attention.hopper_static import Static
 
 Array = jax.Array
@@ -17,7 +18,6 @@ Ref = Any
 Segments = tuple[Array, Array]
 
 FAR = 2**24  # tokens; more than any tile has
-LOG2E = 1.4426950408889634
 ROWS = 64  # of a warpgroup's product
 WARPGROUPS = 2  # that compute
 OWN = ROWS * WARPGROUPS  # queries or keys that a block owns
@@ -157,8 +157,7 @@ def weights(products: Array, lse: Array, static: Static) -> tuple[Array, Array |
     """(p, 1 - (s / softcap)^2 or None) of q k^T; lse has its shape."""
     if static.softcap is None:
         return jnp.exp2(products * (static.scale * LOG2E) - lse), None
-    # The hardware's tanh is good to 2^-11 only.
-    t = 1.0 - 2.0 / (jnp.exp2(products * (2 * LOG2E * static.scale / static.softcap)) + 1.0)
+    t = capped(products, static)
     return jnp.exp2(t * (static.softcap * LOG2E) - lse), 1.0 - t * t
 
 
