@@ -141,6 +141,7 @@ REAL_ATTENTION = (
             (256, ("segments", "window", "softcap")),
         )
     ),
+    _square("aot d128 full, segments", 1000, H=4, K=2, D=128, causal=False, segments="packed", **REGISTERS),
     _square("aot odd lengths", 1000, H=4, K=2, D=128, window=300, softcap=50.0, segments="packed", **AOT),
 )
 

@@ -54,11 +54,13 @@ def dkv(q, k, v, do, lse, delta, ids, static: Static) -> tuple[Array, Array]:
         rows = pl.ds(mine, ROWS)
         across = lambda x: lax.broadcast_in_dim(x, shape, [1])
         # Read anew where it is needed: what a step holds from its beginning to its end fills the registers.
-        shared = lambda: Shared.of(ids_gm[2], b, lax.axis_index("tile"))
+        shared = lambda tile: Shared.of(ids_gm[2], b, tile)
 
-        def begin():
-            found = queries_of(first, ROWS * parts, static, tiles.queries)
-            return shared().cut(*found) if ids else found
+        def begin(tile):
+            low, seen = queries_of(tile * (ROWS * parts), ROWS * parts, static, tiles.queries)
+            if ids:
+                low, seen = shared(tile).cut(low, seen)
+            return low, jnp.maximum(seen * G, 1)  # at least one, as in dq
 
         def pair_ids(slot):
             of_keys = plgpu.load(ids_gm[1].at[b, rows], layout=ROW, optimized=False)
@@ -71,12 +73,13 @@ def dkv(q, k, v, do, lse, delta, ids, static: Static) -> tuple[Array, Array]:
             # Rounded before the mask: two arrays in float32 and what a mask takes would be too much for the registers.
             ps = [p] if slope is None else [p * slope, p.astype(dtype)]
             at = low + lax.div(i, jnp.int32(G))
-            pair, alike = (functools.partial(pair_ids, slot), shared().alike(at)) if ids else (None, None)
+            pair = functools.partial(pair_ids, slot) if ids else None
+            alike = shared(lax.axis_index("tile")).alike(at) if ids else None
             ps = masked(*ps, query=at * tiles.queries, key=mine, static=static, axis=1, ids=pair, alike=alike)
             return ps[-1].astype(dtype), ps[0]
 
         def both():
-            low, tiles_seen = begin()
+            low, steps = begin(lax.axis_index("tile"))
             if which is not None:
                 which[wg] = wg
 
@@ -104,7 +107,7 @@ def dkv(q, k, v, do, lse, delta, ids, static: Static) -> tuple[Array, Array]:
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(free.at[2 * slot + Q])
 
-                lax.fori_loop(0, tiles_seen * G, step, None)
+                lax.fori_loop(0, steps, step, None)
                 return dk_acc[...], dv_acc[...]
 
             dk, dv = pl.run_scoped(accumulate, plgpu.ACC((ROWS, D)), plgpu.ACC((ROWS, D)))
@@ -116,7 +119,7 @@ def dkv(q, k, v, do, lse, delta, ids, static: Static) -> tuple[Array, Array]:
             plgpu.wait_smem_to_gmem(0)
 
         def one():
-            low, tiles_seen = begin()
+            low, steps = begin(lax.axis_index("tile"))
             which[wg] = wg
             makes_p = wg == 0
 
@@ -153,7 +156,7 @@ def dkv(q, k, v, do, lse, delta, ids, static: Static) -> tuple[Array, Array]:
                     plgpu.barrier_arrive(free.at[2 * slot + (1 - wg)])
 
                 pl.when(~makes_p)(lambda: plgpu.barrier_arrive(p_free))
-                lax.fori_loop(0, tiles_seen * G, step, None)
+                lax.fori_loop(0, steps, step, None)
                 pl.when(makes_p)(lambda: plgpu.barrier_wait(p_free))
                 return acc[...]
 
@@ -176,10 +179,12 @@ def dkv(q, k, v, do, lse, delta, ids, static: Static) -> tuple[Array, Array]:
             plgpu.barrier_wait(own.at[wg])
             (one if split else both)()
 
-        @pl.when(wg == WARPGROUPS)
+        @pl.when(wg >= WARPGROUPS)
         def load():
             plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
-            low, tiles_seen = begin()
+            # The sum is the tile. Of that alone the compiler works out what both branches need ahead of the first, and
+            # keeps it for the second while the first computes.
+            low, steps = begin(lax.axis_index("tile") + (wg - WARPGROUPS))
             sources = ((q_gm, lse_gm), (do_gm, delta_gm))
 
             def copy(i, slot):
@@ -193,8 +198,6 @@ def dkv(q, k, v, do, lse, delta, ids, static: Static) -> tuple[Array, Array]:
                     if ids:  # both times, for all barriers of an array count to the same number
                         to = ids_sm.at[slot, part]
                         plgpu.copy_gmem_to_smem(ids_gm[0].at[b, at], to, full.at[here])
-
-            steps = tiles_seen * G
 
             @pl.loop(0, steps)
             def _(i):

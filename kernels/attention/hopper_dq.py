@@ -10,6 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels.attention.hopper_softcap import LOG2E, capped
 from kernels.attention.hopper_static import Static
 
 Array = jax.Array
@@ -17,7 +18,6 @@ Ref = Any
 Segments = tuple[Array, Array]
 
 FAR = 2**24  # tokens; more than any tile has
-LOG2E = 1.4426950408889634
 ROWS = 64  # of a warpgroup's product
 WARPGROUPS = 2  # that compute
 OWN = ROWS * WARPGROUPS  # queries or keys that a block owns
@@ -84,9 +84,9 @@ class Shared(NamedTuple):
         return cls(*(table[b, tile, n] for n in range(4)))
 
     def cut(self, low: Array, steps: Array) -> tuple[Array, Array]:
-        """What is left of so many tiles from `low` on."""
-        start = jnp.maximum(low, self.start)
-        return start, jnp.maximum(jnp.minimum(low + steps, self.stop) - start, 0)
+        """What is left of so many tiles from `low` on. Where nothing is, the first is one of these, or `low`."""
+        start = lax.clamp(low, self.start, jnp.maximum(low + steps - 1, low))
+        return start, jnp.minimum(low + steps, self.stop) - start
 
     def alike(self, tile: Array) -> Array:
         """A tile is in [left, right)."""
@@ -122,21 +122,22 @@ def masked(
         return [*ps]
 
     def apply() -> list[Array]:
-        # Numbers a row and a column, not a pair: they stay in registers from tile to tile. Where there is no room for
-        # them either, differences are compared, which are worked out for each tile.
-        iota = lambda axis, layout: plgpu.broadcasted_iota(jnp.int32, (shape[axis],), 0, layout=layout)
-        down = lambda x: lax.broadcast_in_dim(x, shape, [0])
-        along = lambda x: lax.broadcast_in_dim(x, shape, [1])
-        row, column = iota(0, ROW), iota(1, COLUMN)
-        seen = []
-        if static.causal and static.window is None and ids is None and axis == 1:
-            seen.append(along(column) >= down(row - distance))
-        elif static.causal:  # as unsigned numbers, negative distances are longer than any window
-            away = down(row + distance) - along(column) if axis == 0 else along(column + distance) - down(row)
-            seen.append(away.astype(jnp.uint32) < jnp.uint32(static.window or 2**31))
+        # Eight columns are compared: in the next eight, what a thread has differs by a constant, which goes into the
+        # comparison. Numbers of all columns would stay in registers from tile to tile.
+        iota = lambda n, layout: plgpu.broadcasted_iota(jnp.int32, (n,), 0, layout=layout)
+        down = lambda x, columns=shape[1]: lax.broadcast_in_dim(x, (shape[0], columns), [0])
+        along = lambda x: lax.broadcast_in_dim(x, (shape[0], x.shape[0]), [1])
+        row, seen = iota(shape[0], ROW), []
+        if static.causal:
+            eight = along(iota(8, COLUMN))
+            away = down(row + distance, 8) - eight if axis == 0 else eight - down(row - distance, 8)
+            later = range(0, shape[1], 8) if axis == 0 else range(0, -shape[1], -8)
+            seen.append(jnp.concatenate([away >= n for n in later], axis=1))
+            if static.window is not None:
+                seen.append(jnp.concatenate([away < static.window + n for n in later], axis=1))
         if ids is not None:
             if not static.causal:  # always true: without numbers made here Mosaic finds no layout for the ids
-                seen.append(along(column) <= down(row + FAR))
+                seen.append(along(iota(shape[1], COLUMN)) <= down(row + FAR))
             of_row, of_column = ids()
             seen.append(down(of_row) == along(of_column))
         visible = _all(seen)
@@ -156,8 +157,7 @@ def weights(products: Array, lse: Array, static: Static) -> tuple[Array, Array |
     """(p, 1 - (s / softcap)^2 or None) of q k^T; lse has its shape."""
     if static.softcap is None:
         return jnp.exp2(products * (static.scale * LOG2E) - lse), None
-    # The hardware's tanh is good to 2^-11 only.
-    t = 1.0 - 2.0 / (jnp.exp2(products * (2 * LOG2E * static.scale / static.softcap)) + 1.0)
+    t = capped(products, static)
     return jnp.exp2(t * (static.softcap * LOG2E) - lse), 1.0 - t * t
 
 
@@ -209,8 +209,12 @@ def dq(q, k, v, do, lse, delta, ids, static: Static) -> Array:
         shared = lambda: Shared.of(ids_gm[2], b, lax.div(first, jnp.int32(OWN)))
 
         def bounds() -> tuple[Array, Array]:
-            found = keys_of(first, static, tiles.keys)
-            return shared().cut(*found) if ids else found
+            low, steps = keys_of(first, static, tiles.keys)
+            if ids:
+                low, steps = shared().cut(low, steps)
+            # Where a block sees nothing, a tile that is masked as a whole: a loop that may not run at all is entered by
+            # way of another branch, and there the compiler writes the zeros that sums begin with in every step.
+            return low, jnp.maximum(steps, 1)
 
         @pl.when(wg < WARPGROUPS)
         def compute():

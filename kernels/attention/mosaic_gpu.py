@@ -27,7 +27,6 @@ Source    Shah et al., FlashAttention-3 (arXiv:2407.08608), for the turns of the
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,11 +37,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.attention import segments as packed
+from kernels.attention.hopper_softcap import LOG2E, capped
 from kernels.attention.hopper_span import Span, span
 from kernels.attention.hopper_static import Static
 
 Array = jax.Array
-LOG2E = math.log2(math.e)
 FLOOR = -1e30  # below every real score, in units of log2
 ROW, COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 WIDTH = 128  # columns of the output that are gated and written at once
@@ -286,7 +285,8 @@ class Block:
 
         unit = static.scale * LOG2E
         if static.softcap is not None:
-            s, unit = jnp.tanh(s * (static.scale / static.softcap)), static.softcap * LOG2E
+            s = capped(s, static) if "lse" in refs else jnp.tanh(s * (static.scale / static.softcap))
+            unit = static.softcap * LOG2E
         elif unit <= 0:  # the largest product is not the largest score
             s, unit = s * unit, 1.0
         if visible is not None:

@@ -6,7 +6,7 @@ FORMULA = "residuals"  # of the forward kernel, at head dims of 64, 128 and 256
 WINDOWED, CAPPED, BLIND = (f"{FORMULA} and {D} and bfloat16" for D in ("True-70", "head-2", "200-65"))
 TURNS = f"slow and {FORMULA} and 600-1000 and bfloat16"  # more key tiles than a ring has stages
 GRADIENTS = "test_gradients"
-PLAIN, WIDE = f"{GRADIENTS} and T100", f"{GRADIENTS} and D256"
+PLAIN, WIDE = f"{GRADIENTS} and T200-S70", f"{GRADIENTS} and D256"
 USED = 'used = j - start >= stages\n            pl.when(used)(lambda: self.wait("k free", slot))\n            here'
 MUTANTS: list[Mutant] = [
     *planted(
@@ -62,11 +62,14 @@ MUTANTS: list[Mutant] = [
         ("dq without scale", "(dq * static.scale)", "(dq * 1.0)", PLAIN),
         ("dq without delta", "p * (dp - across(delta))", "p * (dp - 0 * across(delta))", PLAIN),
         ("slope of the cap", "1.0 - t * t", "1.0 - t", f"{GRADIENTS} and softcap5"),
-        ("window one too wide", "jnp.uint32) < jnp.uint32(static.window or 2**31)",
-         "jnp.uint32) <= jnp.uint32(static.window or 2**31)", f"{GRADIENTS} and window70"),
-        ("a key does not see its own query", "along(column) >= down(row -", "along(column) > down(row -", PLAIN),
+        ("window one too wide", "[away < static.window + n", "[away <= static.window + n", f"{GRADIENTS} and window70"),
+        ("a key does not see its own query", "[away >= n for n", "[away > n for n", PLAIN),
+        ("queries that follow count as earlier", "range(0, -shape[1], -8)", "range(0, shape[1], 8)", PLAIN),
+        ("all keys of a tile count as its first eight", "range(0, shape[1], 8) if", "[0] * (shape[1] // 8) if", PLAIN),
         ("the diagonal needs no mask", "inside.append(distance >= keys - 1)", "inside.append(distance >= 0)", PLAIN),
         ("segments by order", "down(of_row) == along(of_column)", "down(of_row) >= along(of_column)", WIDE),
+        ("mixed tiles pass for one segment's", "(tile >= self.left) & (tile < self.right)",
+         "(tile >= self.left) & (tile <= self.right)", WIDE),
         ("a key tile too few", "(shift - static.window + 1), 0)", "(shift - static.window + 2), 0)", "outside"),
         ("a query tile too few", "(static.window - 1 - shift)", "(static.window - 2 - shift)", "outside"),
     ),

@@ -1,6 +1,8 @@
 """Hopper's gradients of attention, interpreted on a CPU: by the rule, without races, and only where they are needed."""
 
 import functools
+import json
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -12,10 +14,12 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import kernels
+from kernels import specs
 from kernels.attention import hopper_dq, mosaic_gpu_backward
 from kernels.attention.hopper_static import Static
 from tests.parity import rule, sanitizer
 
+PROFILE = Path(__file__).parents[2] / "profiles/aot/h100.json"
 CHECKED = plgpu.InterpretGPUParams(detect_races=True)
 
 
@@ -116,10 +120,10 @@ def judge(case: Case) -> dict[str, Any]:
 
 
 FAST = [
-    Case(100, 130, G=2),
+    Case(200, 70, G=2),  # the first 128 queries see nothing
     Case(129, 129, G=2, window=70),
     Case(65, 200, D=128, window=64, softcap=5.0),
-    Case(127, 64, D=256, segments="ascending"),
+    Case(64, 127, D=256, segments="ascending"),  # no key of the first tile lies after a query, some are foreign
     Case(64, 129, D=256, causal=False, dtype="float16", spread=30.0),
 ]
 LONG = [
@@ -144,13 +148,17 @@ def test_gradients(case: Case):
 @pytest.mark.slow
 @pytest.mark.parametrize("D", [64, 128, 256])
 def test_unseen_keys_and_blind_queries_get_zeros(D):
-    """Keys before every window, and queries before every key."""
+    """Keys before every window, queries before every key, and both where the other side has none of their segment."""
     inputs, do, _ = arrays(case := Case(64, 200, D=D, window=8))
     mine = gradients(case, inputs, do, None)
     for name in ("dk", "dv"):
         assert not np.any(mine[name][:, : 200 - 64 - 7]) and np.any(mine[name][:, 200 - 64 - 7])
     inputs, do, _ = arrays(case := Case(200, 64, D=D))
     assert not np.any(gradients(case, inputs, do, None)["dq"][:, : 200 - 64])
+    inputs, do, _ = arrays(case := Case(300, 300, D=D, causal=False))
+    ids = tuple(jnp.asarray(np.where(np.arange(300) < 130, alone, 1), jnp.int32)[None] for alone in (0, 2))
+    for name, found in gradients(case, inputs, do, ids).items():
+        assert not np.any(found[:, :130]) and np.all(np.any(found[:, 130:], axis=(2, 3))), name
 
 
 @pytest.mark.slow
@@ -203,3 +211,32 @@ def test_tiles_of_foreign_segments_are_not_multiplied(D):
             gradients(case, inputs, do, (ids, ids))
         products.append(ran.call_count)
     assert products[1] == 4 * products[0], products
+
+
+def compiled() -> dict[specs.Attention, dict[str, Any]]:
+    """The kernels of both directions in bfloat16, by name, as ptxas made them for sm_90a: the committed profile."""
+    rows = json.loads(PROFILE.read_text())["rows"]
+    name = lambda kernel: kernel["name"].removeprefix("attention_").removesuffix("_mosaic_gpu_kernel")
+    return {
+        row: {name(kernel): kernel for kernel in rows[f"attention / {row.name} / pallas / bfloat16 / both"]["kernels"]}
+        for row in specs.rows("attention", "aot", "h100")
+    }
+
+
+def test_as_compiled_nothing_is_spilled_and_every_product_is_a_wgmma():
+    for row, found in compiled().items():
+        assert found.keys() == {"forward", "dq", "dkv"}, row.name
+        for kernel in found.values():
+            assert kernel["spill_bytes"] == kernel["local"] == kernel["mma"] == 0 < kernel["wgmma"], (row.name, kernel)
+
+
+def test_as_compiled_a_tile_without_a_mask_costs_what_it_does_where_there_is_none():
+    """Instructions of the causal loops, with a window or segments, against those of the same head dim without."""
+    found = compiled()
+    for name in ("dq", "dkv"):
+        plain = {row.D: each[name]["steady"] for row, each in found.items() if row.name == f"aot d{row.D} causal"}
+        assert plain.keys() == {64, 128, 256}
+        for row, each in found.items():
+            if row.causal and row.softcap is None:
+                mine, best = each[name]["steady"]["instructions"], plain[row.D]["instructions"]
+                assert mine <= 1.05 * best, f"{row.name}: {name} issues {mine} a tile, {best} without a mask"
