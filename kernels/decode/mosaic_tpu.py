@@ -16,13 +16,15 @@ Limits    float32, bfloat16, float16; rings of int8 and float8_e4m3fn too; any B
 Source    Dao, Flash-Decoding (2023), without its second pass: a TPU core has nobody to share a sequence with.
 
 A TPU writes whole tiles of memory, so the new token's tile is put together from what was loaded of it. Interpreted, an
-output that is an input costs a copy of it in every step: there XLA puts the token into its slot, in place, and the
-kernel reads the rings as they are then.
+output that is an input costs a copy of it in every step, so XLA puts the token into its slot, in place, and the kernel
+reads the rings as they are then. A block of them is a copy too, to XLA's CPU compiler, but all of them are not: where
+every ring is half full, all sequences are one step, and a mask takes the place of the grid.
 
 A ring in 8 bits is multiplied as it is; the factors of its keys join the scores, those of its values the weights: D
 times fewer products than numbers put back.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -47,8 +49,7 @@ HIDDEN = -2e38  # a masked score
 class Static(NamedTuple):
     """What is known when the kernel is traced; `limit` of the tokens seen, `block`, `rows` and `lanes` in slots.
 
-    `at_once`: a ring of which so many slots are seen is one block, because a block is a copy to XLA's CPU compiler. Not
-    where its numbers would be converted: that is a copy too, as large as the ring.
+    `at_once`: all rings are one step, interpreted; a sequence's heads are heads among those of all.
     """
 
     C: int
@@ -59,7 +60,7 @@ class Static(NamedTuple):
     scale: float
     softcap: float | None
     interpret: bool
-    at_once: int | None
+    at_once: bool = False
 
 
 def decode_attention(
@@ -82,10 +83,9 @@ def decode_attention(
     rows, lanes = min(C, TILE_BYTES // cache.k.dtype.itemsize), min(C, LANES)
     tile = rows if cache.k_scale is None else lanes
     block = C if interpret and C <= CPU_BLOCK else _block(C, limit, tile, K * D * cache.k.dtype.itemsize, interpret)
-    at_once = C // 2 if interpret and cache.k.dtype == q.dtype and block < C == limit else None
-    static = Static(C, limit, block, rows, lanes, scale, softcap, interpret, at_once)
+    static = Static(C, limit, block, rows, lanes, scale, softcap, interpret)
     packed = lambda x: None if x is None else x.reshape(B, K, H // K, x.shape[-1])
-    plan = visits(cache.length, C, limit, block, at_once=at_once)
+    plan = visits(cache.length, C, limit, block)
     spent = cost.decode_attention(
         H=H,
         K=K,
@@ -96,15 +96,34 @@ def decode_attention(
         itemsize=q.dtype.itemsize,
         kv_itemsize=cache.k.dtype.itemsize + (0 if cache.k_scale is None else 4 / D),
     )
-    o, cache = _call(packed(q), k, v, packed(gate), cache, plan, static, spent)
-    return o.reshape(B, H, D), cache
+    call = functools.partial(_call, spent=spent)
+    if not interpret:
+        o, cache = call(packed(q), k, v, packed(gate), cache, plan, static)
+        return o.reshape(B, H, D), cache
+
+    after = xla.append(cache, k, v)
+
+    def by_blocks() -> Array:
+        return call(packed(q), k, v, packed(gate), after, plan, static)[0].reshape(B, H, D)
+
+    def at_once() -> Array:
+        one = lambda x: None if x is None else x.reshape(1, -1, *x.shape[2:])
+        rings = KVCache(one(after.k), one(after.v), after.length)
+        step = Visits(jnp.int32(1), *jnp.int32([[0], [0], [1]]), plan.seen, plan.slot)
+        o, _ = call(one(packed(q)), one(k), one(v), one(packed(gate)), rings, step, static._replace(at_once=True))
+        return o.reshape(B, H, D)
+
+    # Where numbers are converted, all of the rings would be copied too.
+    if block < C == limit and cache.k.dtype == q.dtype:
+        return jax.lax.cond(jnp.all(plan.seen >= C // 2), at_once, by_blocks), after
+    return by_blocks(), after
 
 
 def interpreted_slow(C: int) -> bool:
     """Whether the interpreted kernel is slower than plain XLA even where a ring is half full.
 
-    Measured on 2 cores, in times of `xla.py`: a full ring of 4096 slots 0.85, of 32768 0.75, eight of 4096 1.4; 3000 of
-    4096 slots 0.85; 512 of 32768 1 / 10.
+    Measured on 2 cores, in times of `xla.py`: a full ring of 4096 slots 0.8, of 32768 0.7, eight of 4096 0.7; 3000 of
+    4096 slots 0.8, eight times 1500 0.5; 512 of 32768 1 / 13.
     """
     return device().platform == "cpu" and C < 1024
 
@@ -122,8 +141,11 @@ def _block(C: int, limit: int, rows: int, slot_bytes: int, interpret: bool) -> i
 def _kernel(static: Static, refs: dict[str, Any]) -> None:
     step = pl.program_id(0)
     b, block = refs["sequence"][step], refs["block"][step]
-    slot, seen = refs["slot"][b], refs["seen"][b]
     K = refs["q"].shape[1]
+    if static.at_once:
+        slot, seen = (jnp.repeat(refs[name][...], K // refs[name].shape[0])[:, None, None] for name in ("slot", "seen"))
+    else:
+        slot, seen = refs["slot"][b], refs["seen"][b]
     first = block * static.block
 
     def scores(q: Array, k: Array, factor: Array | float = 1) -> Array:
@@ -175,12 +197,8 @@ def _kernel(static: Static, refs: dict[str, Any]) -> None:
         refs["acc"][head] = decay * refs["acc"][head] + found
 
     if static.interpret:
-        every = slice(None)
-        if static.at_once is None:
-            attend(every, first, static.block, masked=True)
-        else:
-            pl.when(seen >= static.at_once)(lambda: attend(every, 0, static.C, masked=False))
-            pl.when(seen < static.at_once)(lambda: attend(every, first, static.block, masked=True))
+        size = static.C if static.at_once else static.block
+        attend(slice(None), first, size, masked=not static.at_once)
     else:
         # Heads in a loop: unrolled, libtpu mixes them and spills. Whole blocks need no mask.
         oldest = (slot + 1 - seen + static.C) % static.C
@@ -225,7 +243,10 @@ def _dot(a: Array, b: Array, contract: int) -> Array:
 def _call(
     q: Array, k: Array, v: Array, gate: Array | None, cache: KVCache, plan: Visits, static: Static, spent: cost.Cost
 ) -> tuple[Array, KVCache]:
-    """(o [B, K, G, D], the cache with the token). q and gate [B, K, G, n], the new k and v [B, K, D]."""
+    """(o [B, K, G, D], the cache with the token, which it has already where interpreted).
+
+    q and gate [B, K, G, n], the new k and v [B, K, D].
+    """
     _, K, G, D = q.shape
     tables = {name: getattr(plan, name) for name in ("sequence", "block", "ends", "seen", "slot")}
     mine = lambda *shape: pl.BlockSpec((1, *shape), lambda n, sequence, *_: (sequence[n], *(0,) * len(shape)))
@@ -238,12 +259,11 @@ def _call(
     if gate is not None:
         ins["gate"] = gate, mine(K, G, gate.shape[-1])
     outs = {"o": (jax.ShapeDtypeStruct(q.shape, q.dtype), mine(K, G, D))}
-    aliases, after = {}, None
+    aliases = {}
     if static.interpret:
-        after = xla.append(cache, k, v)
-        tables |= {"k": after.k, "v": after.v}
+        tables |= {"k": cache.k, "v": cache.v}
         if eight_bits:
-            tables |= {"k scale": after.k_scale, "v scale": after.v_scale}
+            tables |= {"k scale": cache.k_scale, "v scale": cache.v_scale}
     else:
         rings = {"k": cache.k, "v": cache.v}
         visited = lambda n, sequence, block, *_: (sequence[n], 0, block[n], 0)
@@ -289,6 +309,6 @@ def _call(
         interpret=static.interpret,
         name="decode_attention",
     )(*tables.values(), *(x for x, _ in ins.values()))
-    if after is None:
-        after = KVCache(found[1], found[2], cache.length + 1, *found[3:])
-    return found[0], after
+    if not static.interpret:
+        cache = KVCache(found[1], found[2], cache.length + 1, *found[3:])
+    return found[0], cache

@@ -33,12 +33,11 @@ class Visits(NamedTuple):
     slot: Array
 
 
-def visits(length: Array, slots: int, limit: int, block: int, at_once: int | None = None) -> Visits:
+def visits(length: Array, slots: int, limit: int, block: int) -> Visits:
     """The blocks of `block` slots that hold the last min(length + 1, limit) tokens of each ring.
 
     Args:
         length: tokens before the new one, [B] int32. slots: C. limit: of the tokens seen, at most C.
-        at_once: a ring of which so many slots are seen is one step.
     """
     blocks = -(-slots // block)
     # One more than a line of tokens needs, where the ring ends within a block.
@@ -49,8 +48,6 @@ def visits(length: Array, slots: int, limit: int, block: int, at_once: int | Non
     first, last = oldest // block, slot // block
     wrapped = oldest > slot
     each = jnp.where(wrapped, jnp.minimum(blocks, blocks - first + last + 1), last - first + 1)
-    if at_once is not None:
-        each = jnp.where(seen >= at_once, 1, each)
     ends = jnp.cumsum(each, dtype=jnp.int32)
     step = jnp.arange(length.shape[0] * most, dtype=jnp.int32)
     sequence = jnp.minimum(jnp.searchsorted(ends, step, side="right").astype(jnp.int32), length.shape[0] - 1)

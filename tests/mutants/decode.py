@@ -56,7 +56,6 @@ MUTANTS: list[Mutant] = [
         ("a wrapped ring misses a block", "blocks - first + last + 1)", "blocks - first + last)", "visits"),
         ("steps do not wrap", "(ends - each)[sequence]) % blocks", "(ends - each)[sequence])", "visits"),
         ("too few steps where the ring ends in a block", " + (slots % block > 0)", "", "visits"),
-        ("one token fewer is one step", "jnp.where(seen >= at_once", "jnp.where(seen >= at_once - 1", "visits"),
     ),
     *planted(
         "decode/mosaic_tpu",
@@ -68,7 +67,8 @@ MUTANTS: list[Mutant] = [
         ("values of empty slots count", "v = jnp.where(old((size, 1)), v, 0)", "pass", "formula"),
         ("a ring nearly full is not masked", "if masked or static.interpret:", "if masked:", "formula"),
         ("empty slots of a ring nearly full count", "jnp.all(jnp.isfinite(found))", "True", "formula"),
-        ("a ring half full is neither", "pl.when(seen < static", "pl.when(seen + 1 < static", "formula"),
+        ("at once, rings are taken for each other's", "jnp.repeat(refs[name]", "jnp.tile(refs[name]", "formula"),
+        ("at once, nothing leaves", "[[0], [0], [1]]", "[[0], [0], [2]]", "formula"),
         ("a partial block is seen twice", " & (at >= first)", "", "formula"),
         ("whole blocks begin too early", " | (oldest % static.block == 0)", " | True", "appends"),
         ("the tile leaves without its token", "jnp.where(row == slot, new", "jnp.where(row < 0, new", "appends"),

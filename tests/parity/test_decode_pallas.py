@@ -26,18 +26,16 @@ def row(*lengths: int, **sizes) -> specs.Decode:
     return rows.row(specs.Decode, lengths=lengths, **sizes)
 
 
-@pytest.mark.parametrize("at_once", [None, 5, 8])
 @pytest.mark.parametrize("block", [1, 3, 4, 8])
-def test_the_visits_are_the_blocks_that_hold_seen_tokens(block, at_once):
+def test_the_visits_are_the_blocks_that_hold_seen_tokens(block):
     for C, limit in itertools.product((1, 8, 10, 13), (1, 2, 5, 13)):
         limit, lengths = min(limit, C), np.arange(3 * C + 2)
-        steps = functools.partial(visits, slots=C, limit=limit, block=block, at_once=at_once)
+        steps = functools.partial(visits, slots=C, limit=limit, block=block)
         found = by_numpy.run(steps, np.int32(lengths))
         expected = []
         for b, length in enumerate(lengths):
             seen = [p % C // block for p in range(max(0, length + 1 - limit), length + 1)]
-            whole = at_once is not None and len(seen) >= at_once
-            expected += [(b, at) for at in list(dict.fromkeys(seen))[: 1 if whole else None]]
+            expected += [(b, at) for at in dict.fromkeys(seen)]
         count = int(found.count)
         assert count == len(expected) and found.ends[-1] == count and found.sequence.shape[0] >= count
         assert list(zip(found.sequence[:count].tolist(), found.block[:count].tolist(), strict=True)) == expected
@@ -82,9 +80,12 @@ def test_a_tpu_appends_and_attends_in_one_kernel(name, run, monkeypatch):
         np.testing.assert_array_equal(ring, expected)
 
 
+@pytest.mark.parametrize("least", [0, 0.5])
 @pytest.mark.parametrize(("C", "window"), [(600, None), (1100, 300), (1537, 513)])
-def test_several_blocks_are_the_formula(C, window):
-    case = row(0, C // 2 - 2, C // 2 - 1, C - 2, C - 1, 3 * C + 7, C=C, window=window, gate="head", D=8)
+def test_several_blocks_are_the_formula(C, window, least):
+    """Block by block, and at once where every ring is at least half full."""
+    lengths = (int(least * C) - 1, C - 2, C - 1, 3 * C + 7) if least else (0, C // 2 - 2, C - 1, 3 * C + 7)
+    case = row(*lengths, C=C, window=window, gate="head", D=8)
     run = lambda name: jax.jit(
         lambda inputs, cache: kernels.decode_attention(**inputs, cache=cache, **case.options(), implementation=name)
     )
