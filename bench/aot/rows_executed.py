@@ -138,9 +138,8 @@ def _ours(product: str, here: Device, spec: specs.GroupedMatmul, K: int, J: int,
 
 def _visits(sizes: Any, rows: int) -> list[tuple[int, int, int]]:
     """(first row of the tile, first and end of the group's rows) of each visit."""
-    return [
-        (row, start, stop) for start, stop in _spans(sizes) for row in range(start // rows * rows, stop, rows)
-    ]  # fmt: skip
+    firsts = lambda start, stop: range(start // rows * rows, stop, rows)
+    return [(row, start, stop) for start, stop in _spans(sizes) for row in firsts(start, stop)]
 
 
 def _chunks(visit: tuple[int, int, int], rows: int, chunk: int) -> list[bool]:
