@@ -72,6 +72,10 @@ class Part(NamedTuple):
     stop: int
     loop: bool
 
+    def inside(self, other: "Part") -> bool:
+        """Whether all of it is in the other."""
+        return other.start <= self.start and self.stop <= other.stop
+
 
 def parts(text: str) -> tuple[int, list[Part]]:
     """(all bundles, the parts in order) of one kernel's final bundles."""

@@ -85,12 +85,12 @@ def count(text: str, work: Work) -> Row:
     total, parts = bundles.parts(text)
     size = lambda part: part.stop - part.start
     grid = max((part for part in parts if part.loop), key=size, default=bundles.Part(0, total, True))
-    inner = [part for part in parts if part != grid and _inside(part, grid)]
+    inner = [part for part in parts if part != grid and part.inside(grid)]
     loops = [part for part in inner if part.loop]
     body = max((part for part in inner if not part.loop), key=size, default=grid)
-    whens = [part for part in inner if not part.loop and part != body and _inside(part, body)]
-    whens = [part for part in whens if not any(_inside(part, other) for other in whens if other != part)]
-    again = lambda part: (work.trips - 1) * sum(size(loop) for loop in loops if _inside(loop, part))
+    whens = [part for part in inner if not part.loop and part != body and part.inside(body)]
+    whens = [part for part in whens if not any(part.inside(other) for other in whens if other != part)]
+    again = lambda part: (work.trips - 1) * sum(size(loop) for loop in loops if loop.inside(part))
     if len(whens) != len(work.taken):
         step = size(grid) + again(grid)
         return {"executed": total - size(grid) + work.steps * step, "tile_bundles": [step, step], "upper_bound": True}
@@ -99,10 +99,6 @@ def count(text: str, work: Work) -> Row:
     executed = total - size(grid) + work.steps * always + sum(n * each for n, each in zip(work.taken, whole))
     tile = [always + sum(whole[i] for i in which) for which in (work.interior, work.masked)]
     return {"executed": executed, "tile_bundles": tile}
-
-
-def _inside(part: bundles.Part, other: bundles.Part) -> bool:
-    return other.start <= part.start and part.stop <= other.stop
 
 
 def of_kernel(spec: specs.Attention, case: Case, target: Target, kernel: str, text: str) -> Work | None:

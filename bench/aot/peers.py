@@ -185,6 +185,7 @@ def _splash(spec: specs.Attention, block: int = 1024, fused: bool = False) -> Ca
 # some shapes.
 TOKAMAX_RAGGED_TILES = {64: (64, 64, 128, 2), 96: (128, 64, 128, 2), 192: (128, 64, 128, 4)}
 RAGGED_TILE = (128, 128, 64, 4)  # of jax's kernels: rows, columns, of the contraction, stages; it has no default
+GROUPED_TILES = {"tokamax_512": (512, 2048, 1024), "megablox": (512, 1024, 1024)}  # on a TPU: rows, of M, of F at most
 
 
 def _jax_mgpu_ragged_dot(spec: specs.GroupedMatmul) -> Call:
@@ -227,8 +228,8 @@ def _tokamax_tiles(spec: specs.GroupedMatmul) -> Call:
     """Its TPU kernels at large tiles: its autotuner needs the TPU, and its heuristics take small ones."""
     from tokamax._src.ops.ragged_dot import pallas_mosaic_tpu_kernel as kernel
 
-    M, F = (_tile(size, most) for size, most in ((spec.M, 2048), (spec.F, 1024)))
-    for name, tile in (("N", spec.N % 512 == 0), ("M", M), ("F", F)):
+    rows, M, F = grouped_tile(spec, "tokamax_512")
+    for name, tile in (("N", rows == 512), ("M", M), ("F", F)):
         if not tile:
             raise NotImplementedError(f"{name} does not divide into its tiles")
     options = {"precision": jax.lax.Precision.DEFAULT, "out_dtype": jnp.bfloat16}
@@ -253,11 +254,17 @@ def _lax_ragged_dot(spec: specs.GroupedMatmul) -> Call:
 def _megablox(spec: specs.GroupedMatmul) -> Call:
     from jax.experimental.pallas.ops.tpu.megablox import ops
 
-    tiling = tuple(_tile(size, most) for size, most in ((spec.N, 512), (spec.M, 1024), (spec.F, 1024)))
+    tiling = grouped_tile(spec, "megablox")
     for name, size, tile in zip("NMF", (spec.N, spec.M, spec.F), tiling):
         if not tile:
             raise NotImplementedError(f"{name} is {size}, no multiple of 128")
     return lambda i, aux: ops.gmm(i["x"], i["w"], aux["group_sizes"], i["x"].dtype, tiling)
+
+
+def grouped_tile(spec: specs.GroupedMatmul, implementation: str) -> tuple[int, int, int]:
+    """(rows, of M, of F) of a tile of one of `GROUPED_TILES`; 0 where nothing divides the size."""
+    rows, M, F = map(_tile, (spec.N, spec.M, spec.F), GROUPED_TILES[implementation])
+    return rows, M, F
 
 
 def _tile(size: int, most: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.aot import bundles
+from bench.aot import bundles, peers
 from bench.aot.plan import Case
 from bench.targets import Target
 from kernels import shapes, specs
@@ -19,7 +19,6 @@ from kernels.dispatch import Device
 from kernels.grouped_matmul import tiles
 
 SKEWS = ("uniform", "zipf")
-PEER_ROWS = 512  # of a tile
 LARGE = 100  # bundles: what is smaller in a peer's schedule copies blocks
 Row = dict[str, Any]
 
@@ -65,7 +64,7 @@ def executed(text: str, work: Work) -> int | None:
     grid = max((part for part in found if part.loop), key=size, default=None)
     if grid is None:
         return None
-    within = lambda part: [each for each in found if each != part and _inside(each, part)]
+    within = lambda part: [each for each in found if each != part and each.inside(part)]
     tops = _outermost([part for part in within(grid) if not part.loop])
     body = max(tops, key=size, default=grid)
     if any(size(part) >= LARGE for part in within(body) if not part.loop):
@@ -92,15 +91,14 @@ def candidates(spec: specs.GroupedMatmul, implementation: str, kernel: str, targ
     K, J = (spec.F, spec.M) if product == "dx" else (spec.M, spec.F)
     if implementation == "pallas":
         return _ours(product, Device(target.platform, target.kind), spec, K, J, sizes)
-    sides = {"tokamax_512": (2048, 1024), "megablox": (1024, 1024)}.get(implementation)
-    if sides is None:
+    if implementation not in peers.GROUPED_TILES:
         return []
-    sides = [next((t for t in range(most, 0, -128) if s % t == 0), 0) for s, most in zip((spec.M, spec.F), sides)]
-    if 0 in sides:
+    rows, *sides = peers.grouped_tile(spec, implementation)
+    if 0 in (rows, *sides):
         return []
     inner, columns = reversed(sides) if product == "dx" else sides
     across, deep = J // columns, K // inner
-    visits = sum(-(-stop // PEER_ROWS) - start // PEER_ROWS for start, stop in _spans(sizes))
+    visits = sum(-(-stop // rows) - start // rows for start, stop in _spans(sizes))
     if product == "dw":
         steps, ends = across * deep * visits, across * deep * int((sizes > 0).sum())
         return [Work(steps, [Part(ends), Part(steps), Part(ends)], LARGE)]
@@ -155,8 +153,4 @@ def _spans(sizes: Any) -> list[tuple[int, int]]:
 
 
 def _outermost(parts: list[bundles.Part]) -> list[bundles.Part]:
-    return [part for part in parts if not any(other != part and _inside(part, other) for other in parts)]
-
-
-def _inside(part: bundles.Part, other: bundles.Part) -> bool:
-    return other.start <= part.start and part.stop <= other.stop
+    return [part for part in parts if not any(other != part and part.inside(other) for other in parts)]
