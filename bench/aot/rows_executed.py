@@ -5,6 +5,7 @@ that two groups share is visited twice. Ours multiplies the chunks that a visit 
 multiply the whole tile each time. Waits for memory are not in it.
 """
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,12 +25,12 @@ Row = dict[str, Any]
 
 
 class Part(NamedTuple):
-    """One part of a step that a branch leaves out: how often it is taken; of a loop in it, all trips; and of a
-    branch in that loop, how often that is taken."""
+    """One part of a step that a branch leaves out: how often it is taken; of loops in it, the outermost first, all
+    their trips; or of branches in it what each does, in order."""
 
     taken: int
-    trips: int = 1
-    inner: int = 0
+    trips: Sequence[int] = ()
+    inner: Sequence["Part"] = ()
 
 
 class Work(NamedTuple):
@@ -74,15 +75,26 @@ def executed(text: str, work: Work) -> int | None:
         return None
     always = size(grid) - sum(map(size, tops))
     count = total - size(grid) + work.steps * always
-    for part, how in zip(tops, work.parts, strict=True):
-        loops = _outermost([each for each in within(part) if each.loop])
-        branches = [each for loop in loops for each in _outermost([p for p in within(loop) if not p.loop])]
-        if len(loops) > 1 or len(branches) > 1:
+    of_parts = [_executed(part, how, found) for part, how in zip(tops, work.parts, strict=True)]
+    return None if None in of_parts else count + sum(of_parts)
+
+
+def _executed(part: bundles.Part, how: Part, found: list[bundles.Part]) -> int | None:
+    """Bundles of one part over all steps; None where its form is another."""
+    size = lambda each: each.stop - each.start
+    within = [each for each in found if each != part and each.inside(part)]
+    if how.inner:
+        branches = _outermost([each for each in within if not each.loop])
+        if len(branches) != len(how.inner):
             return None
-        looped, branched = sum(map(size, loops)), sum(map(size, branches))
-        count += how.taken * (size(part) - looped)
-        count += (how.trips if loops else how.taken) * (looped - branched) + how.inner * branched
-    return count
+        of_branches = [_executed(*pair, found) for pair in zip(branches, how.inner, strict=True)]
+        return None if None in of_branches else how.taken * (size(part) - sum(map(size, branches))) + sum(of_branches)
+    loops = sorted((each for each in within if each.loop), key=size, reverse=True)
+    nested = all(inner.inside(outer) for outer, inner in itertools.pairwise(loops))
+    if not nested or len(loops) != len(how.trips) or len(loops) != len(within):
+        return None
+    sizes, times = [size(part), *map(size, loops), 0], [how.taken, *how.trips]
+    return sum(n * (outer - inner) for n, outer, inner in zip(times, sizes, sizes[1:]))
 
 
 def candidates(spec: specs.GroupedMatmul, implementation: str, kernel: str, target: Target, sizes: Any) -> list[Work]:
@@ -113,25 +125,37 @@ def _ours(product: str, here: Device, spec: specs.GroupedMatmul, K: int, J: int,
     if product == "dw":
         tile = tiles.summed(here, spec.N, spec.E, K, J, dys=1, **options)
         each = -(-K // tile.inner) * -(-J // tile.columns)
-        visits, groups = each * len(_visits(sizes, tile.rows)), each * spec.E
-        busy, empty, trips = Part(visits), each * int((sizes == 0).sum()), tile.inner // 64
-        ends = Part(groups, groups * trips)
-        return [Work(visits + empty, [ends, busy, busy, ends])]
+        visits, empty = each * len(_visits(sizes, tile.rows)), each * int((sizes == 0).sum())
+        busy = Part(visits)
+        return [Work(visits + empty, [busy, busy, Part(empty, (empty * tile.inner // 64,))])]
     transposed = product == "dx"
-    tile = tiles.product(here, spec.N, spec.E, K, J, xs=1, ws=1, wide=1, transposed=transposed, **options)
+    options |= {"xs": 1, "ws": 1, "wide": 1, "transposed": transposed, "plain": True}
+    tile = tiles.product(here, spec.N, spec.E, K, J, **options)
     if tile.inner < K:
         return []
     across, strips = -(-J // tile.columns), tile.columns // tile.strip
-    visits = _visits(sizes, tile.rows)
-    chunks = [_chunks(visit, tile.rows, tile.chunk) for visit in visits]
-    every = tile.rows // tile.chunk
-    whole = across * sum(each[0] and each[-1] for each in chunks)
-    some = across * len(visits) - whole
-    touched = across * strips * sum(sum(each) for each in chunks if not (each[0] and each[-1]))
-    spoils = across * sum(low > row for row, low, _ in visits)
-    saved = Part(spoils, spoils * tile.rows // 64)
-    parts = [saved, Part(whole, whole * strips), Part(some, some * strips * every, touched), saved, Part(0)]
-    return [Work(across * len(visits), parts if every > 1 else [saved, Part(whole, whole * strips), saved, Part(0)])]
+    visits, every = _visits(sizes, tile.rows), tile.rows // tile.chunk
+    rest = [visit for visit in visits if every == 1 or not _whole(visit, tile)]
+    spoils = across * sum(low > row for row, low, _ in rest)
+    saved = Part(spoils, (spoils * tile.rows // 64,))
+    of_strips = lambda times: (times * strips,) if strips > 1 else ()  # one strip is no loop
+    left, parts = [sum(_chunks(visit, tile.rows, tile.chunk)) for visit in rest], []
+    for size in range(tile.chunks, 0, -1):
+        trips = [each // size for each in left]
+        left = [each % size for each in left]
+        taken, times = across * sum(map(bool, trips)), across * sum(trips)
+        parts.append(Part(taken, (times, *of_strips(times))))
+    parts = [saved, *parts, saved]
+    if every > 1:
+        taken = across * (len(visits) - len(rest))
+        parts = [Part(taken, of_strips(taken)), Part(across * len(rest), inner=parts)]
+    return [Work(across * len(visits), parts)]
+
+
+def _whole(visit: tuple[int, int, int], tile: tiles.Tiles) -> bool:
+    """Whether a visit begins with its tile, or before, and has rows of its last chunk."""
+    row, low, high = visit
+    return low <= row and row + tile.rows - tile.chunk < high
 
 
 def _visits(sizes: Any, rows: int) -> list[tuple[int, int, int]]:

@@ -38,6 +38,21 @@ class Visits(NamedTuple):
     low: Array
     high: Array
 
+    def blocks(self, rows: int, chunk: int, E: int) -> tuple[Array, Array, Array, Array, Array]:
+        """The tables of tiles at multiples of `rows`: (matrix, tile, low, high, whole).
+
+        What a step has to compute of them delays all that it does. Rows of nobody end before they begin. Whole is 1
+        where a visit begins with its tile, or before it, and has rows of its last chunk.
+        """
+        high = jnp.where(self.group < E, self.high, 0)
+        whole = (self.low <= self.row) & (self.row + (rows - chunk) < high)
+        return jnp.minimum(self.group, E - 1), self.row // rows, self.low, high, whole.astype(jnp.int32)
+
+    def sums(self, rows: int) -> tuple[Array, Array, Array, Array, Array]:
+        """The tables of sums over rows: (group, tile, low, high, fresh); fresh is 1 where a group begins."""
+        fresh = jnp.append(True, self.group[1:] != self.group[:-1])
+        return self.group, self.row // rows, self.low, self.high, fresh.astype(jnp.int32)
+
 
 class Visit(NamedTuple):
     """One visit, seen from inside a kernel."""
@@ -51,6 +66,12 @@ class Visit(NamedTuple):
     def read(cls, tables: Any, v: Array) -> "Visit":
         """Visit `v` of four tables in scalar memory."""
         return cls(*(table[v] for table in tables))
+
+    @classmethod
+    def of_blocks(cls, tables: Any, v: Array, rows: int) -> "Visit":
+        """Visit `v` of the tables `Visits.blocks`."""
+        group, tile, low, high = (table[v] for table in tables[:4])
+        return cls(group, tile * rows, low, high)
 
     def whole(self, rows: int) -> Array:
         """Whether the visit has every row of its tile."""

@@ -11,11 +11,12 @@ Tiling    grid (column tiles, visits, steps of the contraction); a visit is a ti
                     tile 2  ▒▒ 1       ▒▒ 1         ▒ next group: the tile is visited again, the old rows stay
                     tile 3  ░░         ░░           ░ nobody's: zeros are written, nothing is multiplied
 
-          A tile is multiplied in chunks of rows; those that the visit has no row of are skipped. Compiled, a visit
-          writes whole chunks: rows of later groups are written again by their own visit, rows of earlier ones are
+          A visit multiplies the chunks of rows that it has a row of, all of a tile or some of them in one stream of
+          products: a stream takes some 260 bundles to fill the matrix unit and to empty it. Compiled, a visit writes
+          whole chunks: rows of later groups are written again by their own visit, rows of earlier ones are
           saved before and put back after. So the stream of products has no mask in it, and registers suffice.
 State     float32 sums of one tile, where the contraction takes several steps; else none at all. Where the products of
-          one step are taken part by part (`tiles.piece`), their sums wait in memory of their own.
+          one step are taken part by part (`Tiles.part`, `Tiles.lead`), their sums wait in memory of their own.
 Traffic   reads x once for each column tile, each busy group's matrix once; with several steps of the contraction, a
           matrix once a visit. Writes y once. 2 N K J FLOPs; intensity as of a dense matmul where groups have more than
           some 500 rows, below that the matrices bind.
@@ -118,10 +119,17 @@ def product(
     dtype = xs[0].dtype
     n_wide = len(wide) + sum(kind == "wide" for kind in outs)
     sizes = {"xs": len(xs), "ws": len(ws), "wide": n_wide, "transposed": transposed, "itemsize": dtype.itemsize}
-    chosen = tiles.product(here, N, E, K, J, **sizes)
+    chosen = tiles.product(here, N, E, K, J, plain=epilogue is None, **sizes)
     plan = visits(group_sizes, N, chosen.rows, aligned=not interpret)
     across, steps = -(-J // chosen.columns), -(-K // chosen.inner)
-    tables, operands = plan[1:], [*xs, *ws, *wide, *thin]
+    if len(ws) > 1 or epilogue is not None or steps > 1 or chosen.part:
+        chosen = chosen._replace(lead=None)
+    # The scalar unit counts the axes that there are, also those of one step.
+    grid, at = (across, plan.count, steps), lambda index: index
+    if not interpret and across == steps == 1:
+        grid, at = (plan.count,), lambda index: lambda v, *tables: index(0, v, 0, *tables)
+    tables = plan[1:] if interpret else plan.blocks(chosen.rows, chosen.chunk, E)
+    operands = [*xs, *ws, *wide, *thin]
     counts = [len(xs), len(ws), len(wide), len(thin), len(outs)]
 
     if interpret:
@@ -130,32 +138,34 @@ def product(
         every = lambda *shape: pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
         wide_out, thin_out = every(N, J), every(across, 1, N)
     else:
-        tile = lambda v, rows: jax.lax.div(rows[v], chosen.rows)
-        matrix = lambda v, groups: jnp.minimum(groups[v], E - 1)
         block = pl.BlockSpec
-        x_spec = block((chosen.rows, chosen.inner), lambda j, v, k, g, r, *_: (tile(v, r), k))
+        x_spec = block((chosen.rows, chosen.inner), at(lambda j, v, k, g, r, *_: (r[v], k)))
         if transposed:
-            w_spec = block((1, chosen.columns, chosen.inner), lambda j, v, k, g, *_: (matrix(v, g), j, k))
+            w_spec = block((1, chosen.columns, chosen.inner), at(lambda j, v, k, g, *_: (g[v], j, k)))
         else:
-            w_spec = block((1, chosen.inner, chosen.columns), lambda j, v, k, g, *_: (matrix(v, g), k, j))
-        wide_out = block((chosen.rows, chosen.columns), lambda j, v, k, g, r, *_: (tile(v, r), j))
-        thin_in = block((1, chosen.rows), lambda j, v, k, g, r, *_: (0, tile(v, r)))
-        thin_out = block((1, 1, chosen.rows), lambda j, v, k, g, r, *_: (j, 0, tile(v, r)))
+            w_spec = block((1, chosen.inner, chosen.columns), at(lambda j, v, k, g, *_: (g[v], k, j)))
+        wide_out = block((chosen.rows, chosen.columns), at(lambda j, v, k, g, r, *_: (r[v], j)))
+        thin_in = block((1, chosen.rows), at(lambda j, v, k, g, r, *_: (0, r[v])))
+        thin_out = block((1, 1, chosen.rows), at(lambda j, v, k, g, r, *_: (j, 0, r[v])))
         in_specs = [x_spec] * len(xs) + [w_spec] * len(ws) + [wide_out] * len(wide) + [thin_in] * len(thin)
 
     n_sums = 0 if steps == 1 else 1 if add else len(ws)
     waits = []
-    if chosen.part and steps == 1 and (add or len(ws) == 1):
+    if chosen.lead:
+        waits = [pltpu.VMEM((chosen.rows, min(chosen.width, chosen.strip)), jnp.float32)]
+    elif chosen.part and steps == 1 and (add or len(ws) == 1):
         sides = itertools.product(pieces(chosen.strip, chosen.width), pieces(chosen.rows, chosen.height))
         waits = [pltpu.VMEM((height, width), jnp.float32) for (_, width), (_, height) in sides]
     wide_shape, thin_shape = jax.ShapeDtypeStruct((N, J), dtype), jax.ShapeDtypeStruct((across, 1, N), jnp.float32)
     moved = dtype.itemsize * (sum(x.size for x in xs) + sum(w.size for w in ws) + n_wide * N * J)
     found = pl.pallas_call(
-        functools.partial(_kernel, chosen, E, K, J, transposed, add, epilogue, outs, counts, len(waits), interpret),
+        functools.partial(
+            _kernel, chosen, E, K, J, transposed, add, epilogue, outs, counts, len(waits), len(grid), interpret
+        ),
         out_shape=[wide_shape if kind == "wide" else thin_shape for kind in outs],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(tables),
-            grid=(across, plan.count, steps),
+            grid=grid,
             in_specs=in_specs,
             out_specs=[wide_out if kind == "wide" else thin_out for kind in outs],
             scratch_shapes=[pltpu.VMEM((chosen.rows, chosen.columns), jnp.float32)] * n_sums
@@ -165,7 +175,9 @@ def product(
             + [pltpu.VMEM((chosen.rows, 128), jnp.float32)] * (0 if interpret else len(thin)),
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=tiles.VMEM_BYTES
+            dimension_semantics=("parallel", "arbitrary", "arbitrary") if len(grid) == 3 else ("arbitrary",),
+            vmem_limit_bytes=tiles.VMEM_BYTES,
+            disable_bounds_checks=True,  # 45 bundles a step; the tables have no block that is not there
         ),
         cost_estimate=Cost(2 * N * K * J * len(ws), moved).estimate(),
         interpret=interpret,
@@ -185,21 +197,27 @@ def _kernel(
     kinds: Sequence[str],
     counts: Sequence[int],
     n_waits: int,
+    n_axes: int,
     interpret: bool,
     *refs: Any,
 ) -> None:
-    tables, rest = refs[:4], list(refs[4:])
+    n_tables = 4 if interpret else 5
+    tables, rest = refs[:n_tables], list(refs[n_tables:])
     xs, ws, wide, thin, outs = ([rest.pop(0) for _ in range(n)] for n in counts)
     columns_of = [] if interpret else [rest.pop() for _ in thin]
     waits = rest[len(rest) - n_waits :]
     rest = rest[: len(rest) - n_waits]
     n_saved = 0 if interpret else sum(kind == "wide" for kind in kinds)
     sums, saved = rest[: len(rest) - n_saved], rest[len(rest) - n_saved :]
-    k, steps = pl.program_id(2), pl.num_programs(2)
-    visit = Visit.read(tables, pl.program_id(1))
-    busy = visit.group < E
+    j, v, k = (pl.program_id(axis) for axis in range(3)) if n_axes == 3 else (0, pl.program_id(0), 0)
+    if interpret:
+        visit = Visit.read(tables, v)
+        busy = visit.group < E
+    else:
+        whole = tables[4][v]
+        visit = Visit.of_blocks(tables, v, chosen.rows)
+        busy = visit.low < visit.high
     ragged, past_end = K % chosen.inner != 0, J % chosen.columns != 0 and "thin" in kinds
-    j = pl.program_id(0)
 
     def term(rows: Any, columns: Any, n: int, part: Any) -> Array:
         """The n-th product of these rows and columns, over a part of a step of the contraction."""
@@ -207,19 +225,21 @@ def _kernel(
         e = jnp.minimum(visit.group, E - 1) if interpret else 0
         w = ws[n][(e, columns, part) if transposed else (e, part, columns)]
         if ragged:
-            x = clear(x, _before(K - k * chosen.inner, x.shape, 1))
-            w = clear(w, _before(K - k * chosen.inner, w.shape, 1 if transposed else 0))
+            end = K - k * chosen.inner - (part.start or 0)
+            x = clear(x, _before(end, x.shape, 1))
+            w = clear(w, _before(end, w.shape, 1 if transposed else 0))
         return dot(x, w, (1, 1 if transposed else 0))
 
-    each = pieces(chosen.inner, chosen.part) if waits else []
+    plain_sums = sums and len(ws) == 1 and epilogue is None
+    each = pieces(chosen.inner, chosen.part) if (waits or plain_sums) and chosen.part else []
     terms = [(n, pl.ds(*part)) for n in range(len(ws)) for part in each] or [(n, slice(None)) for n in range(len(ws))]
     # Never anything but 0, which libtpu cannot know: or it would keep what waits in registers.
-    nothing = pl.multiple_of(jnp.minimum(visit.row, 0) * 8, 8)
+    nothing = pl.multiple_of(jnp.minimum(0 if interpret else whole, 0), 8)
 
     def products(rows: Any, columns: Any, waiting: Any) -> list[Array]:
         """One step of the contraction; of what is taken part by part, the last."""
         if waiting is not None:
-            return [waiting[pl.ds(nothing, waiting.shape[0])] + term(rows, columns, *terms[-1])]
+            return [waiting[pl.ds(0, rows.size)] + term(rows, columns, *terms[-1])]
         found = [term(rows, columns, *each) for each in terms]
         return [functools.reduce(jnp.add, found)] if add else found
 
@@ -259,41 +279,20 @@ def _kernel(
         for first, n in pieces(chosen.rows, 128):
             found[pl.ds(first, n)] = lanes(ref[:, pl.ds(first, n)])
 
-    last, blocks = k == steps - 1, [ref for ref, kind in zip(outs, kinds, strict=True) if kind == "wide"]
-    # Rows after this group's belong to later visits, which write them again. Those before it were written already.
-    spoils = busy & last & (visit.low > visit.row)
-
-    @pl.when(spoils)
-    def _():
-        def keep(rows: Any, _: Any) -> None:
-            for ref, old in zip(blocks, saved, strict=True):
-                old[rows] = ref[rows]
-
-        loop(chosen.rows, keep)
-
+    last = k == -(-K // chosen.inner) - 1
+    blocks = [ref for ref, kind in zip(outs, kinds, strict=True) if kind == "wide"]
     if sums:
 
         @pl.when(k == 0)
         def _():
-            for ref in sums:
-                ref[...] = jnp.zeros_like(ref)
+            def zero(rows: Any, _: Any) -> None:
+                for ref in sums:
+                    ref[rows] = jnp.zeros_like(ref[rows])
 
-    strips, chunks = chosen.columns // chosen.strip, chosen.rows // chosen.chunk
-    every = visit.touches(0, chosen.chunk) & visit.touches(chosen.rows - chosen.chunk, chosen.chunk)
-
-    def whole(n: Any, _: None) -> None:
-        """One strip of columns of all rows."""
-        stream(0, n * chosen.strip, chosen.rows)
-
-    def part(n: Any, _: None) -> None:
-        """One strip of columns of one chunk of rows, where the visit has any of them."""
-        down = n // strips * chosen.chunk
-        pl.when(visit.touches(down, chosen.chunk))(
-            functools.partial(stream, down, n % strips * chosen.strip, chosen.chunk)
-        )
+            loop(chosen.rows, zero)
 
     sides = itertools.product(pieces(chosen.strip, chosen.width), pieces(chosen.rows, chosen.height))
-    each_side = list(itertools.zip_longest(sides, waits))
+    each_side = list(itertools.zip_longest(sides, waits if chosen.part else []))
 
     def stream(down: Any, right: Any, size: int) -> None:
         at = []
@@ -301,13 +300,21 @@ def _kernel(
             if r < size:
                 first = aligned(down + r, min(size, chosen.height)), aligned(right + c, 128)
                 at.append(((pl.ds(first[0], min(height, size)), pl.ds(first[1], width), first), ref))
-        for t in range(len(terms) - 1 if waits else 0):
+        for t in range(len(terms) - 1 if chosen.part and waits else 0):
             for (rows, columns, _), ref in at:
                 found = term(rows, columns, *terms[t])
-                ref[...] = ref[pl.ds(nothing, ref.shape[0])] + found if t else found
+                ref[pl.ds(0, rows.size)] = ref[pl.ds(0, rows.size)] + found if t else found
+        if chosen.lead:
+            lead(at, down, size)
+            return
         if not sums:
             for where, ref in at:
                 piece(*where, ref)
+            return
+        if plain_sums:
+            for which in terms:
+                for (rows, columns, _), _ in at:
+                    sums[0][rows, columns] += term(rows, columns, *which)
             return
         for (rows, columns, _), _ in at:
             for ref, value in zip(sums, products(rows, columns, None), strict=True):
@@ -318,38 +325,71 @@ def _kernel(
             for (rows, columns, first), _ in at:
                 piece(rows, columns, first, values=[ref[rows, columns] for ref in sums])
 
-    def repeat(trips: int, body: Callable[[Any, None], None]) -> None:
-        if trips == 1:
-            body(0, None)
+    def lead(at: Any, down: Any, size: int) -> None:
+        """A part of the contraction of all rows, in the first columns, then all else."""
+        (held,), first = waits, at[0][0][1]
+        held[pl.ds(0, size)] = term(pl.ds(aligned(down, chosen.chunk), size), first, 0, pl.ds(0, chosen.lead))
+        ahead = -(-size // chosen.height)
+        for where, _ in at[ahead:]:
+            piece(*where)
+        for r, (where, _) in zip(range(0, size, chosen.height), at[:ahead], strict=True):
+            rest = term(*where[:2], 0, pl.ds(chosen.lead, chosen.inner - chosen.lead))
+            piece(*where, values=[held[pl.ds(nothing + r, where[0].size)] + rest])
+
+    def keep(rows: Any, _: Any) -> None:
+        for ref, old in zip(blocks, saved, strict=True):
+            old[rows] = ref[rows]
+
+    def put_back(rows: Any, first: Any) -> None:
+        """Rows after this group's belong to later visits, which write them again. Those before it were there."""
+        before = _before(visit.low - visit.row - first, (rows.size, 1), 0)
+        for ref, old in zip(blocks, saved, strict=True):
+            ref[rows] = jnp.where(before, old[rows], clear(ref[rows], busy))
+
+    def leave(rows: Any, _: Any) -> None:
+        outs[0][rows] = sums[0][rows].astype(outs[0].dtype)
+
+    strips, chunks = chosen.columns // chosen.strip, chosen.rows // chosen.chunk
+
+    def streams(down: Any, size: int) -> None:
+        """All strips of columns."""
+        if strips == 1:
+            stream(down, 0, size)
         else:
-            jax.lax.fori_loop(0, trips, body, None)
+            jax.lax.fori_loop(0, strips, lambda n, _: stream(down, n * chosen.strip, size), None)
 
-    if chosen.chunk < chosen.rows:
-        pl.when(busy & every)(lambda: repeat(strips, whole))
-        pl.when(busy & ~every)(lambda: repeat(strips * chunks, part))
-    else:
-        pl.when(busy)(lambda: repeat(strips, whole))
+    def end() -> None:
+        if plain_sums:
+            pl.when(last)(lambda: loop(chosen.rows, leave))
 
-    @pl.when(spoils)
-    def _():
-        def restore(rows: Any, first: Any) -> None:
-            for ref, old in zip(blocks, saved, strict=True):
-                before = _before(visit.low - visit.row - first, (rows.size, 1), 0)
-                ref[rows] = jnp.where(before, old[rows], ref[rows])
+    def all_chunks() -> None:
+        streams(0, chosen.rows)
+        end()
 
-        loop(chosen.rows, restore)
-
-    @pl.when(~busy & last)
-    def _():
-        def nobody(rows: Any, first: Any) -> None:
-            before = _before(visit.low - visit.row - first, (rows.size, 1), 0)
-            for ref in blocks:
-                ref[rows] = jnp.where(before, ref[rows], jnp.zeros_like(ref[rows]))
-
-        loop(chosen.rows, nobody)
+    def some_chunks() -> None:
+        spoils = last & ~(busy & (visit.low <= visit.row))
+        pl.when(spoils)(lambda: loop(chosen.rows, keep))
+        first = jax.lax.div(jnp.maximum(visit.low - visit.row, 0), chosen.chunk)
+        stop = jnp.minimum(jax.lax.div(visit.high - visit.row + chosen.chunk - 1, chosen.chunk), chunks)
+        for size in range(chosen.chunks, 0, -1):
+            trips = jax.lax.div(jnp.maximum(stop - first, 0), size)
+            at = lambda n, size=size, first=first: (first + n * size) * chosen.chunk
+            jax.lax.fori_loop(0, trips, lambda n, _, at=at, size=size: streams(at(n), size * chosen.chunk), None)
+            first += trips * size
+        end()
+        pl.when(spoils)(lambda: loop(chosen.rows, put_back))
         for ref, kind in zip(outs, kinds, strict=True):
             if kind == "thin":
-                ref[0] = jnp.where(visit.mine(ref.shape[1:], 1), 0, ref[0])
+
+                @pl.when(~busy & last)
+                def _(ref: Any = ref) -> None:
+                    ref[0] = jnp.where(_before(visit.low - visit.row, ref.shape[1:], 1), ref[0], 0)
+
+    # Most visits begin with their tile, and need one branch.
+    if chunks > 1:
+        jax.lax.cond(whole == 1, all_chunks, some_chunks)
+    else:
+        some_chunks()
 
 
 def _before(end: Any, shape: tuple[int, int], axis: int) -> Array:

@@ -18,7 +18,7 @@ Source    as the forward kernel.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -41,15 +41,15 @@ def summed(x: Array, dys: Sequence[Array], group_sizes: Array, here: Device, *, 
     (N, M), F, E, dtype = x.shape, dys[0].shape[1], group_sizes.shape[0], x.dtype
     chosen = tiles.summed(here, N, E, M, F, dys=len(dys), itemsize=dtype.itemsize)
     plan = visits(group_sizes, N, chosen.rows, aligned=not interpret, sums=True)
-    tables, operands = plan[1:], [x, *dys]
+    tables, operands = plan[1:] if interpret else plan.sums(chosen.rows), [x, *dys]
+    grid, at = steps(-(-M // chosen.inner), -(-F // chosen.columns), plan.count, interpret)
     if interpret:
         tables, operands, in_specs = (*tables, *operands), [], []
         out_spec = pl.BlockSpec((E, M, F), lambda *_: (0, 0, 0))
     else:
-        tile = lambda v, rows: jax.lax.div(rows[v], chosen.rows)
-        x_spec = pl.BlockSpec((chosen.rows, chosen.inner), lambda m, f, v, g, r, *_: (tile(v, r), m))
-        dy_spec = pl.BlockSpec((chosen.rows, chosen.columns), lambda m, f, v, g, r, *_: (tile(v, r), f))
-        out_spec = pl.BlockSpec((1, chosen.inner, chosen.columns), lambda m, f, v, g, *_: (g[v], m, f))
+        x_spec = pl.BlockSpec((chosen.rows, chosen.inner), at(lambda m, f, v, g, r, *_: (r[v], m)))
+        dy_spec = pl.BlockSpec((chosen.rows, chosen.columns), at(lambda m, f, v, g, r, *_: (r[v], f)))
+        out_spec = pl.BlockSpec((1, chosen.inner, chosen.columns), at(lambda m, f, v, g, *_: (g[v], m, f)))
         in_specs = [x_spec] + [dy_spec] * len(dys)
     # Where the output is as wide as the sums, an interpreted kernel adds to it in place.
     scratch = [] if interpret and dtype == jnp.float32 else [((chosen.inner, chosen.columns), jnp.float32)] * len(dys)
@@ -57,17 +57,19 @@ def summed(x: Array, dys: Sequence[Array], group_sizes: Array, here: Device, *, 
         scratch += [((chosen.rows, chosen.columns), dtype)] * len(dys) + [((chosen.height, chosen.rows), dtype)] * 2
     moved = dtype.itemsize * (x.size + len(dys) * (N * F + E * M * F))
     return pl.pallas_call(
-        functools.partial(_kernel, chosen, len(dys), interpret),
+        functools.partial(_kernel, chosen, len(dys), len(grid) - 1, interpret),
         out_shape=[jax.ShapeDtypeStruct((E, M, F), dtype)] * len(dys),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(tables),
-            grid=(-(-M // chosen.inner), -(-F // chosen.columns), plan.count),
+            grid=grid,
             in_specs=in_specs,
             out_specs=[out_spec] * len(dys),
             scratch_shapes=[pltpu.VMEM(*each) for each in scratch],
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=tiles.VMEM_BYTES
+            dimension_semantics=("parallel", "parallel", "arbitrary")[-len(grid) :],
+            vmem_limit_bytes=tiles.VMEM_BYTES,
+            disable_bounds_checks=True,  # as in the forward kernel
         ),
         cost_estimate=Cost(2 * N * M * F * len(dys), moved).estimate(),
         interpret=interpret,
@@ -75,12 +77,17 @@ def summed(x: Array, dys: Sequence[Array], group_sizes: Array, here: Device, *, 
     )(*tables, *operands)
 
 
-def _kernel(chosen: tiles.Tiles, n: int, interpret: bool, *refs: Any) -> None:
-    tables, x_ref, dy_refs, outs, rest = refs[:4], refs[4], refs[5 : 5 + n], refs[5 + n : 5 + 2 * n], refs[5 + 2 * n :]
-    v, last = pl.program_id(2), pl.num_programs(2) - 1
-    visit = Visit.read(tables, v)
-    groups = tables[0]
-    fresh = (v == 0) | (groups[jnp.maximum(v - 1, 0)] != visit.group)
+def _kernel(chosen: tiles.Tiles, n: int, axis: int, interpret: bool, *refs: Any) -> None:
+    n_tables = 4 if interpret else 5
+    tables, (x_ref, *rest) = refs[:n_tables], refs[n_tables:]
+    dy_refs, outs, rest = rest[:n], rest[n : 2 * n], rest[2 * n :]
+    v = pl.program_id(axis)
+    if interpret:
+        visit = Visit.read(tables, v)
+        groups = tables[0]
+        fresh = (v == 0) | (groups[jnp.maximum(v - 1, 0)] != visit.group)
+    else:
+        fresh, visit = tables[4][v] == 1, Visit.of_blocks(tables, v, chosen.rows)
 
     if interpret:
         rows = pl.ds(visit.row, chosen.rows)
@@ -94,15 +101,6 @@ def _kernel(chosen: tiles.Tiles, n: int, interpret: bool, *refs: Any) -> None:
         return
 
     sums, down, turned = rest[:n], rest[n : 2 * n], rest[2 * n :]
-
-    @pl.when(fresh)
-    def _():
-        def zero(rows: Any, _: Any) -> None:
-            for ref in sums:
-                ref[rows] = jnp.zeros_like(ref[rows])
-
-        loop(chosen.inner, zero)
-
     some = visit.low < visit.high
 
     @pl.when(some)
@@ -120,15 +118,24 @@ def _kernel(chosen: tiles.Tiles, n: int, interpret: bool, *refs: Any) -> None:
             for r, height in pieces(chosen.rows, 128):
                 x = x_ref[pl.ds(r, height), pl.ds(m, width)]
                 x_t[part, pl.ds(r, height)] = clear(x.T, visit.mine((1, height), 1, r))
-            for ref, dy_ref in zip(sums, down, strict=True):
+            for out, ref, dy_ref in zip(outs, sums, down, strict=True):
                 for f, columns in pieces(chosen.columns, chosen.width):
                     at = pl.ds(m, width), pl.ds(f, columns)
-                    ref[at] += dot(x_t[part], dy_ref[:, at[1]], (1, 0))
+                    # Zeros and what leaves are of this stream, which has slots free: loops of their own took as long.
+                    found = dot(x_t[part], dy_ref[:, at[1]], (1, 0)) + jnp.where(fresh, 0, ref[at])
+                    ref[at], out[0, *at] = found, found.astype(out.dtype)
 
-    @pl.when((v == last) | (groups[jnp.minimum(v + 1, last)] != visit.group))
+    @pl.when(~some)
     def _():
-        def leave(rows: Any, _: Any) -> None:
-            for out, ref in zip(outs, sums, strict=True):
-                out[0, rows] = ref[rows].astype(out.dtype)
+        def nothing(rows: Any, _: Any) -> None:
+            for out in outs:
+                out[0, rows] = jnp.zeros_like(out[0, rows])
 
-        loop(chosen.inner, leave)
+        loop(chosen.inner, nothing)
+
+
+def steps(across: int, down: int, count: Array, interpret: bool) -> tuple[tuple[Any, ...], Callable[..., Any]]:
+    """(grid, how an index map of three axes is one of the grid's): the scalar unit counts what axes there are."""
+    if interpret or across * down > 1:
+        return (across, down, count), lambda index: index
+    return (count,), lambda index: lambda v, *tables: index(0, 0, v, *tables)

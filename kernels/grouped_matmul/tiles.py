@@ -55,6 +55,9 @@ class Tiles(NamedTuple):
         columns: of the output, and of these as many at once as `strip`.
         height, width: of the output of one product. Where sums wait, a chunk is a multiple of the height.
         part: of the contraction of one product; smaller than `inner`, its sums wait in memory.
+        lead: of the contraction, what a stream takes of all its rows before all else, in the first columns: the queue
+            of results is full sooner. These sums wait in memory.
+        chunks: a visit with fewer rows than a tile multiplies so many chunks in one stream at most.
     """
 
     rows: int
@@ -65,6 +68,8 @@ class Tiles(NamedTuple):
     height: int = 128
     width: int = 256
     part: int | None = None
+    lead: int | None = None
+    chunks: int = 1
 
 
 def piece(here: Device, inner: int, *, transposed: bool) -> tuple[int, int, int | None]:
@@ -98,9 +103,24 @@ def rows(here: Device, N: int, E: int, *, transposed: bool = False) -> tuple[int
 
 
 def product(
-    here: Device, N: int, E: int, K: int, J: int, *, xs: int, ws: int, wide: int, transposed: bool, itemsize: int
+    here: Device,
+    N: int,
+    E: int,
+    K: int,
+    J: int,
+    *,
+    xs: int,
+    ws: int,
+    wide: int,
+    transposed: bool,
+    itemsize: int,
+    plain: bool = False,
 ) -> Tiles:
-    """For [N, K] times [E, K, J]: `xs` and `ws` such operands, `wide` arrays [N, J] read or written."""
+    """For [N, K] times [E, K, J]: `xs` and `ws` such operands, `wide` arrays [N, J] read or written.
+
+    Args:
+        plain: the sums leave as they are.
+    """
     tile, chunk = rows(here, N, E, transposed=transposed)
     if here.platform == "cpu":
         return Tiles(tile, chunk, K, J, J)
@@ -120,7 +140,14 @@ def product(
     strips = [side for side in _sides(columns, 2048) if columns % side == 0 and side * products <= UNROLLED]
     # A product is 256 wide: of an odd half the unit's other half has nothing to do.
     strip = max(strips, key=lambda side: (side % 256 == 0 or side == columns, side), default=columns)
-    return Tiles(tile, chunk, inner, columns, strip, *piece(here, inner, transposed=transposed))
+    height, width, part = piece(here, inner, transposed=transposed)
+    # What is nothing but a product may wait in memory while all rows of a tile meet a matrix that is taken in once:
+    # the more rows, the sooner v6e's queue of results is full. No sum of more than two parts is long in registers.
+    if plain and "v6" in here.kind and (transposed or inner <= 1024 or inner < K):
+        height, part = tile, 512 if inner > 512 else None
+    lead = 512 if plain and part is None and "v6" in here.kind and K == inner > 1024 and ws == 1 else None
+    chunks = max(1, tile // chunk - 1) if plain and "v5" not in here.kind else 1
+    return Tiles(tile, chunk, inner, columns, strip, height, width, part, lead, chunks)
 
 
 def summed(here: Device, N: int, E: int, M: int, F: int, *, dys: int, itemsize: int) -> Tiles:

@@ -17,15 +17,15 @@ V6E = targets.get("v6e")
 
 @pytest.fixture
 def schedule(monkeypatch):
-    """100 bundles: a grid's loop of 90, in it a body of 80 with a part of 10, and one of 50 whose loop of 40 has one of
-    20 that it may leave out; behind the body 5 that copy blocks out."""
+    """100 bundles: a grid's loop of 90, in it a body of 80 with a part of 10, and one of 50 whose loop of 40 has a loop
+    of 20 in it; behind the body 5 that copy blocks out."""
     parts = [
         Part(5, 95, True),
         Part(8, 88, False),
         Part(10, 20, False),
         Part(25, 75, False),
         Part(30, 70, True),
-        Part(40, 60, False),
+        Part(40, 60, True),
         Part(89, 94, False),
     ]
     monkeypatch.setattr(bundles, "parts", lambda text: (100, parts))
@@ -33,15 +33,27 @@ def schedule(monkeypatch):
 
 
 def test_each_part_counts_as_often_as_it_is_taken(schedule):
-    work = rows_executed.Work(7, [rows_executed.Part(3), rows_executed.Part(4, trips=16, inner=5)])
-    # Behind the grid's loop, before it; what is in every step; the first part; the second without its loop; the loop.
-    assert rows_executed.executed("", work) == 10 + 7 * (90 - 60) + 3 * 10 + 4 * 10 + 16 * 20 + 5 * 20
+    work = rows_executed.Work(7, [rows_executed.Part(3), rows_executed.Part(4, trips=(16, 32))])
+    # Behind the grid's loop, before it; what is in every step; the first part; the second without its loops; the loops.
+    assert rows_executed.executed("", work) == 10 + 7 * (90 - 60) + 3 * 10 + 4 * 10 + 16 * 20 + 32 * 20
 
 
 def test_a_schedule_of_another_form_is_not_counted(schedule):
     assert rows_executed.executed("", rows_executed.Work(7, [rows_executed.Part(3)])) is None
-    of_large = rows_executed.Work(7, [rows_executed.Part(4, 16, 5)], least=20)
-    assert rows_executed.executed("", of_large) == 10 + 7 * (90 - 50) + 4 * 10 + 16 * 20 + 5 * 20
+    assert (
+        rows_executed.executed("", rows_executed.Work(7, [rows_executed.Part(3), rows_executed.Part(4, (16,))])) is None
+    )
+    of_large = rows_executed.Work(7, [rows_executed.Part(4, (16, 32))], least=20)
+    assert rows_executed.executed("", of_large) == 10 + 7 * (90 - 50) + 4 * 10 + 16 * 20 + 32 * 20
+
+
+def test_branches_in_a_part_count_for_themselves(monkeypatch):
+    parts = [Part(5, 95, True), Part(8, 88, False), Part(10, 60, False), Part(20, 30, False), Part(35, 55, False)]
+    monkeypatch.setattr(bundles, "parts", lambda text: (100, [*parts, Part(40, 50, True)]))
+    monkeypatch.setattr(rows_executed, "LARGE", 10)
+    inner = rows_executed.Part(3), rows_executed.Part(2, (8,))
+    work = rows_executed.Work(7, [rows_executed.Part(4, inner=inner)])
+    assert rows_executed.executed("", work) == 10 + 7 * (90 - 50) + 4 * (50 - 30) + 3 * 10 + 2 * 10 + 8 * 10
 
 
 @pytest.mark.parametrize("skew", ["uniform", "zipf", "one", "empty"])
@@ -60,6 +72,7 @@ def test_what_is_taken_is_what_the_kernel_visits(name, skew):
         wide=1,
         transposed=False,
         itemsize=2,
+        plain=True,
     )
     plan = by_numpy.run(lambda sizes: visits(sizes, spec.N, tile.rows, aligned=True), sizes)
     count = int(plan.count)
@@ -67,20 +80,24 @@ def test_what_is_taken_is_what_the_kernel_visits(name, skew):
     across, strips = spec.F // tile.columns, tile.columns // tile.strip
     assert work.steps == across * count
     owner = np.repeat(np.arange(spec.E), sizes)
-    whole = touched = spoils = 0
+    chunks, whole, spoils = [], 0, 0
     for group, row, low in zip(plan.group[:count], plan.row[:count], plan.low[:count], strict=True):
         mine = [(owner[at : at + tile.chunk] == group).any() for at in range(row, row + tile.rows, tile.chunk)]
-        spoils += low > row
-        if mine[0] and mine[-1]:
+        if mine[-1] and low <= row and len(mine) > 1:
             whole += 1
         else:
-            touched += sum(mine)
-    saved, all_, *some, _, _ = work.parts
-    assert (saved.taken, all_.taken) == (across * spoils, across * whole)
-    if some:
-        assert (some[0].taken, some[0].inner) == (across * (count - whole), across * strips * touched)
-    else:
-        assert touched == 0 and tile.chunk == tile.rows
+            chunks.append(sum(mine))
+            spoils += low > row
+    parts = work.parts
+    if tile.chunk < tile.rows:
+        all_, rest = parts
+        assert (all_.taken, rest.taken) == (across * whole, across * (count - whole))
+        parts = rest.inner
+    saved, *some, restored = parts
+    assert saved == restored and saved.taken == across * spoils
+    assert len(some) == tile.chunks
+    assert sum(part.trips[0] * size for part, size in zip(some, range(tile.chunks, 0, -1))) == across * sum(chunks)
+    assert all(part.trips[1:] == ((part.trips[0] * strips,) if strips > 1 else ()) for part in some)
 
 
 def test_a_peer_runs_a_tile_for_every_group_in_it():

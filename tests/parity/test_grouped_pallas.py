@@ -115,13 +115,16 @@ CUTS = {
     "cut": {"inner": 16, "columns": 16, "strip": 16, "width": 8},
     "strips": {"columns": 24, "strip": 8, "width": 8},
     "parts": {"part": 8},
+    "a lead": {"part": None, "lead": 8},
+    "cut, parts": {"inner": 16, "columns": 16, "strip": 16, "width": 8, "part": 8},
+    "many sizes": {"chunks": 3},
 }
 
 
 @pytest.mark.parametrize("sides", CUTS.values(), ids=CUTS)
 def test_the_compiled_form_is_the_formula(monkeypatch, sides):
     """The body that is compiled for a TPU, with NaN in all memory that nobody wrote."""
-    monkeypatch.setattr(tiles, "rows", lambda *_, **__: (16, 8))
+    monkeypatch.setattr(tiles, "rows", lambda *_, **__: (32 if "chunks" in sides else 16, 8))
     for name in ("product", "summed"):
         choose = getattr(tiles, name)
         cut = lambda *args, choose=choose, **sizes: choose(*args, **sizes)._replace(**{"height": 8} | sides)
