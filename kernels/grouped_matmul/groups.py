@@ -73,14 +73,6 @@ class Visit(NamedTuple):
         group, tile, low, high = (table[v] for table in tables[:4])
         return cls(group, tile * rows, low, high)
 
-    def whole(self, rows: int) -> Array:
-        """Whether the visit has every row of its tile."""
-        return (self.low <= self.row) & (self.row + rows <= self.high)
-
-    def touches(self, first: Any, rows: int) -> Array:
-        """Whether the visit has any of these rows of its tile."""
-        return (self.low < self.row + first + rows) & (self.row + first < self.high)
-
     def mine(self, shape: tuple[int, int], axis: int, first: int = 0) -> Array:
         """Which rows of the tile, from the `first` on, are this visit's; rows run along the axis."""
         n = self.row + first + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
