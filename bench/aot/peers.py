@@ -87,31 +87,19 @@ def _tokamax_attention(spec: specs.Attention) -> Call:
     _refuse(spec, window=True, softcap=True)
     import tokamax
 
-    window = None if spec.window is None else (spec.window - 1, 0)
-    return lambda i, aux: tokamax.dot_product_attention(
-        i["q"],
-        i["k"],
-        i["v"],
-        is_causal=spec.causal,
-        local_window_size=window,
-        scale=spec.scale,
-        logits_soft_cap=spec.softcap,
-        implementation="mosaic",
-    )
+    return _dot_product(spec, tokamax.dot_product_attention, logits_soft_cap=spec.softcap, implementation="mosaic")
 
 
 def _jax_nn_attention(spec: specs.Attention) -> Call:
     _refuse(spec, window=True)
+    return _dot_product(spec, jax.nn.dot_product_attention, implementation="xla")
+
+
+def _dot_product(spec: specs.Attention, attend: Callable[..., Any], **options: Any) -> Call:
+    """A function of the signature of `jax.nn.dot_product_attention`."""
     window = None if spec.window is None else (spec.window - 1, 0)
-    return lambda i, aux: jax.nn.dot_product_attention(
-        i["q"],
-        i["k"],
-        i["v"],
-        is_causal=spec.causal,
-        local_window_size=window,
-        scale=spec.scale,
-        implementation="xla",
-    )
+    options |= {"is_causal": spec.causal, "local_window_size": window, "scale": spec.scale}
+    return lambda i, aux: attend(i["q"], i["k"], i["v"], **options)
 
 
 def _splash_512(spec: specs.Attention) -> Call:

@@ -15,6 +15,7 @@ TEMP_GROWTH = 1.05
 MXU_FALL = 0.005  # of a share: less is the last digit
 BUNDLE_GROWTH = 1.01
 STEADY_GROWTH = 1.03
+MOVED_GROWTH = 1.001  # counted, not measured
 
 
 def path(folder: Path, target: str) -> Path:
@@ -100,6 +101,10 @@ def _worse_kernel(name: str, old: Row, new: Row) -> list[str]:
     before, after = (each.get("steady", {}).get("instructions", 0) for each in (old, new))
     if before and after > before * STEADY_GROWTH:
         found.append(f"{name}: {before} -> {after} instructions a tile")
+    before, after = (each.get("moved", {}) for each in (old, new))
+    for how in sorted(before.keys() & after.keys()):
+        if after[how] > before[how] * MOVED_GROWTH:
+            found.append(f"{name}: {before[how]:,} -> {after[how]:,} bytes moved, {how}")
     for unit in ("wgmma", "tcgen05"):
         if old.get(unit) and not new.get(unit):
             found.append(f"{name}: {unit} is gone")

@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.aot import bundles, peers
+from bench.aot import bundles, peers, traffic
 from bench.aot.plan import Case
 from bench.targets import Target
 from kernels import shapes, specs
 from kernels.dispatch import Device
 from kernels.grouped_matmul import tiles
 
-SKEWS = ("uniform", "zipf")
 LARGE = 100  # bundles: what is smaller in a peer's schedule copies blocks
 Row = dict[str, Any]
 
@@ -49,7 +48,7 @@ def add(row: Row, case: Case, target: Target, dumps: Path) -> None:
     for kernel in row["kernels"]:
         text = bundles.final(dumps, kernel["name"])
         found = {}
-        for skew in SKEWS:
+        for skew in traffic.SKEWS:
             works = candidates(spec, case.implementation, kernel["name"], target, shapes.spread(spec.N, spec.E, skew))
             counted = [count for work in works if (count := executed(text, work)) is not None]
             if len(counted) == 1:
@@ -99,7 +98,7 @@ def _executed(part: bundles.Part, how: Part, found: list[bundles.Part]) -> int |
 
 def candidates(spec: specs.GroupedMatmul, implementation: str, kernel: str, target: Target, sizes: Any) -> list[Work]:
     """What a kernel may do, by its name: one of them has the parts of its schedule."""
-    product = "dw" if "_dw" in kernel or "tgmm" in kernel else "dx" if "_dx" in kernel or "transpose" in kernel else "y"
+    product = traffic.product_of("grouped_matmul", kernel)
     K, J = (spec.F, spec.M) if product == "dx" else (spec.M, spec.F)
     if implementation == "pallas":
         return _ours(product, Device(target.platform, target.kind), spec, K, J, sizes)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import targets
-from bench.aot import executed, peers, profile
+from bench.aot import executed, peers, profile, traffic
 from kernels import specs
 from kernels.grouped_matmul import mosaic_gpu, mosaic_gpu_dw
 from kernels.grouped_matmul import tiles as tiles_of
@@ -21,11 +21,8 @@ PARTS = ("forward", "dq", "dkv")
 STEADY = tuple(f"aot d{D} causal" for D in (64, 128, 256))
 TENSOR_RATE, EXPONENTIAL_RATE = 2048, 4  # multiply-adds a cycle of an SM's tensor cores; exponentials of a scheduler
 GROUPED = ("pallas", "tokamax_512", "megablox")
-PRODUCTS = {
-    "y": ("forward", ()),
-    "dx": ("both", ("_dx", "transpose_rhs", "transpose_jvp_jit_gmm")),
-    "dw": ("both", ("_dw", "tgmm")),
-}
+PRODUCTS = {"y": "forward", "dx": "both", "dw": "both"}  # the programs that they are read from
+EXPERTS = {"up": "forward", "down": "forward", "dh": "both", "dx": "both", "dw_up": "both", "dw_down": "both"}
 Row = dict[str, Any]
 
 
@@ -108,22 +105,54 @@ def grouped(held: Mapping[str, Mapping[str, Row]]) -> str:
     for target in held:
         for spec in specs.rows("grouped_matmul", "aot", "tpu"):
             for name in GROUPED if not spec.name.startswith("aot") else ():
-                cells = [product(held[target], spec.name, name, *how) for how in PRODUCTS.values()]
+                cells = [product(held[target], spec, name, *how) for how in PRODUCTS.items()]
                 if any(cells):
                     lines.append(_line([target, spec.name, name, *cells]))
     return "\n".join(lines)
 
 
-def product(held: Mapping[str, Row], spec: str, implementation: str, program: str, words: Sequence[str]) -> str:
-    """One cell: of the kernel whose name has one of the words, or of the only one."""
-    row = held.get(f"grouped_matmul / {spec} / {implementation} / bfloat16 / {program}", {})
-    found = [each for each in row.get("kernels", []) if not words or any(word in each["name"] for word in words)]
-    if len(found) != 1:
+def kernel_of(
+    held: Mapping[str, Row], spec: specs.Spec, implementation: str, product_: str, program: str
+) -> tuple[Row, Row]:
+    """(row, its only kernel that computes the product); empty where there is none."""
+    row = held.get(f"{spec.op} / {spec.name} / {implementation} / bfloat16 / {program}", {})
+    found = [each for each in row.get("kernels", []) if traffic.product_of(spec.op, each["name"]) == product_]
+    return row, found[0] if len(found) == 1 else {}
+
+
+def product(
+    held: Mapping[str, Row], spec: specs.GroupedMatmul, implementation: str, product_: str, program: str
+) -> str:
+    """One cell."""
+    row, kernel = kernel_of(held, spec, implementation, product_, program)
+    if not kernel:
         return "" if row.get("status") in (None, "compiled") else row["status"]
-    of = specs.find("grouped_matmul", spec)
-    executed_ = found[0].get("executed", {}).values()
-    counts = " / ".join(f"{count * 2**30 / (of.N * of.M * of.F):.0f}" for count in executed_) or "?"
-    return f"{found[0]['mxu_share']:.0%}, {counts} ({found[0]['spills']})"
+    executed_ = kernel.get("executed", {}).values()
+    counts = " / ".join(f"{count * 2**30 / (spec.N * spec.M * spec.F):.0f}" for count in executed_) or "?"
+    return f"{kernel['mxu_share']:.0%}, {counts} ({kernel['spills']})"
+
+
+def moved(held: Mapping[str, Mapping[str, Row]]) -> str:
+    """Bytes moved over those that must be: of grouped matmul's products, a mixture's kernels and a step of decoding."""
+    of = {"grouped_matmul": (GROUPED, PRODUCTS), "moe_mlp": (("pallas",), EXPERTS)}
+    of["decode_attention"] = (("pallas",), {"o": "forward"})
+    return "\n\n".join(_moved(held, op, *how) for op, how in of.items())
+
+
+def _moved(held: Mapping[str, Mapping[str, Row]], op: str, names: Sequence[str], products: Mapping[str, str]) -> str:
+    lines = _head(["TPU", op.replace("_", " "), "kernel", *products])
+    for target in held:
+        for spec in specs.rows(op, "aot", "tpu"):
+            for name in names if not spec.name.startswith("aot") else ():
+                cells = []
+                for product_, program in products.items():
+                    _, kernel = kernel_of(held[target], spec, name, product_, program)
+                    counts = kernel.get("moved", {}).items()
+                    floors = {skew: traffic.floor(each, product_) for skew, each in traffic.spreads(spec).items()}
+                    cells.append(" / ".join(f"{count / floors[how]:.2f}" for how, count in counts))
+                if any(cells):
+                    lines.append(_line([target, spec.name, name, *cells]))
+    return "\n".join(lines)
 
 
 def rewritten(text: str, held: Mapping[str, Mapping[str, Row]]) -> str:
@@ -132,7 +161,7 @@ def rewritten(text: str, held: Mapping[str, Mapping[str, Row]]) -> str:
     Raises:
         ValueError: the marks are not there once each.
     """
-    return _between(text, MARKS, f"{table(held)}\n\n{tiles(held)}\n\n{grouped(held)}\n")
+    return _between(text, MARKS, f"{table(held)}\n\n{tiles(held)}\n\n{grouped(held)}\n\n{moved(held)}\n")
 
 
 def on_hopper(text: str, held: Mapping[str, Row]) -> str:

@@ -59,7 +59,7 @@ def answer(target: targets.Target, compile_: Callable[..., Any], dumps: Path, ca
     """One row of a profile, with the seconds that the compile took."""
     import jax
 
-    from bench.aot import executed, programs, rows_executed
+    from bench.aot import executed, programs, rows_executed, traffic
     from kernels import dispatch
 
     for path in dumps.iterdir():
@@ -84,6 +84,7 @@ def answer(target: targets.Target, compile_: Callable[..., Any], dumps: Path, ca
         }
         executed.add(row, case, target, dumps)
         rows_executed.add(row, case, target, dumps)
+        traffic.add(row, case, target)
     except NotImplementedError as error:
         return {"status": "refused", "reason": _reason(error)}
     except Exception as error:  # a compiler may raise anything, and the next row must still be compiled

@@ -110,12 +110,11 @@ def _hopper() -> ModuleType:
 def _slow() -> dict[str, str]:
     """What "auto" leaves to those who name it, and why.
 
-    Interpreted, uneven groups cost up to 1.25 times as much as in `xla.py`, which has tiles of two sizes; even ones
-    0.86 to 1.03 times. Which they are is not known before the run. On a TPU it has not run yet, and Triton
-    not on a GPU.
+    Interpreted, grouped matmul costs 0.8 to 1.1 times as much as in `xla.py`; the mixture, which keeps more, 0.9 to 1.2,
+    and 1.8 for a single token. On a TPU neither has run yet, and Triton not on a GPU.
     """
     interpreted = device().platform == "cpu"
-    pallas = "interpreted, it is slow for uneven groups" if interpreted else "it has not run here yet; name it"
+    pallas = "interpreted, it is slower for few tokens" if interpreted else "it has not run here yet; name it"
     return {"pallas": pallas, "triton": "it has not run on a GPU yet; name it"}
 
 

@@ -36,7 +36,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.cost import Cost
 from kernels.dispatch import Device
-from kernels.grouped_matmul import tiles
+from kernels.grouped_matmul import interpreted, tiles
 from kernels.grouped_matmul.groups import Visit, visits
 
 Array = jax.Array
@@ -114,6 +114,9 @@ def product(
         wide: [N, J]. thin: [1, N].
         outs: of each output "wide", [N, J] in x's dtype, or "thin", [1, N] in float32: a sum over columns, [rows, 1].
     """
+    if here.platform == "cpu":
+        options = {"transposed": transposed, "add": add, "epilogue": epilogue, "wide": wide, "thin": thin}
+        return interpreted.product(xs, ws, group_sizes, **options, outs=outs, name=name)
     interpret = here.platform == "cpu"
     (N, K), E, J = xs[0].shape, ws[0].shape[0], ws[0].shape[1 if transposed else 2]
     dtype = xs[0].dtype

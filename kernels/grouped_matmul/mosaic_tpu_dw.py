@@ -28,7 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.cost import Cost
 from kernels.dispatch import Device
-from kernels.grouped_matmul import tiles
+from kernels.grouped_matmul import interpreted, tiles
 from kernels.grouped_matmul.groups import Visit, visits
 from kernels.grouped_matmul.mosaic_tpu import clear, dot, loop, pieces
 
@@ -37,6 +37,8 @@ Array = jax.Array
 
 def summed(x: Array, dys: Sequence[Array], group_sizes: Array, here: Device, *, name: str) -> list[Array]:
     """[E, M, F] in x's dtype for x [N, M] and each dy [N, F]."""
+    if here.platform == "cpu":
+        return interpreted.summed(x, dys, group_sizes, name=name)
     interpret = here.platform == "cpu"
     (N, M), F, E, dtype = x.shape, dys[0].shape[1], group_sizes.shape[0], x.dtype
     chosen = tiles.summed(here, N, E, M, F, dys=len(dys), itemsize=dtype.itemsize)

@@ -51,7 +51,7 @@ MUTANTS: list[Mutant] = [
     ),
     *planted(
         "attention/plan",
-        "flash",
+        "plan",
         ("window a tile short", "first - window + 1)", "first - window + 2)", "plan_is"),
         ("edge of the window unmasked", "last - j * k_rows < window", "last - j * k_rows <= window", "plan_is"),
         ("diagonal unmasked", "first >= (j + 1) * k_rows - 1", "first >= j * k_rows", "plan_is"),

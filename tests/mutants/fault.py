@@ -19,6 +19,7 @@ FILES = {
     "hopper_tiles": ("hopper_tiles",),
     "moe": ("moe", "refusals"),
     "moe_hopper": ("moe_hopper", "grouped_hopper"),
+    "plan": ("plan", "flash", "attention"),
     "refusals": ("refusals", "attention"),
     "segments": ("flash", "segments", "attention"),
     "sanitizer": ("sanitizer", "flash"),

@@ -36,6 +36,11 @@ def row(kind: type[specs.Spec], **sizes: Any) -> Any:
     return kind(name="", purposes=(), machines=(), **sizes)
 
 
+def attention(T: int, S: int, **sizes: Any) -> specs.Attention:
+    """A row of attention that is in no table."""
+    return row(specs.Attention, T=T, S=S, **sizes)
+
+
 def draw(row: specs.Spec, seed: int = 0) -> Drawn:
     """(the differentiable arguments in float64, the integer ones, the output's cotangent)."""
     rng = np.random.default_rng(seed)

@@ -30,6 +30,11 @@ Arrays = Mapping[str, Any]
 Options = tuple[tuple[str, Any], ...]
 
 
+def quick(f: Callable[..., Any]) -> Callable[..., Any]:
+    """f jitted, for what runs once."""
+    return jax.jit(f, compiler_options=HURRY)
+
+
 def runnable(op: str) -> list[str]:
     """The implementations to judge on this device: those that can run, but for the reference itself."""
     return [name for name, why in kernels.implementations(op).items() if why is None and name != "reference"]

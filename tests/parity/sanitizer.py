@@ -121,7 +121,7 @@ def _run(
         with _every(interpreter, detector) as made, simulate(memory):
             try:
                 # A function of its own, so that no program of another run is taken from a cache.
-                result = jax.jit(lambda *args: f(*args), compiler_options=rule.HURRY)(*args)
+                result = rule.quick(lambda *args: f(*args))(*args)
                 results.append(jax.tree.map(np.asarray, jax.block_until_ready(result)))
             except Exception as error:
                 if "ut-of-bounds" not in str(error):

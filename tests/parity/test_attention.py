@@ -45,8 +45,7 @@ def loops(q, k, v, gate=None, *, causal=True, window=None, scale=None, softcap=N
     return o
 
 
-def row(T: int, S: int, **sizes: Any) -> specs.Attention:
-    return rows.row(specs.Attention, T=T, S=S, **sizes)
+row = rows.attention
 
 
 def slope(

@@ -78,7 +78,7 @@ def program(implementation: str, case: specs.Decode, donate: bool = False):
         with rule.refusals_skip(implementation):
             return kernels.decode_attention(**inputs, cache=cache, **case.options(), implementation=implementation)
 
-    return jax.jit(run, donate_argnums=(1,)) if donate else jax.jit(run, compiler_options=rule.HURRY)
+    return jax.jit(run, donate_argnums=(1,)) if donate else rule.quick(run)
 
 
 Run = Callable[[dict[str, jax.Array], kernels.KVCache], tuple[jax.Array, kernels.KVCache]]

@@ -1,11 +1,6 @@
 """The Pallas attention from inside: its plan, what it keeps, what it must not see, under every transformation."""
 
-import itertools
-import os
 import re
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,17 +15,13 @@ from hypothesis import strategies as st
 import kernels
 from kernels import cost, specs
 from kernels.attention import tiles
-from kernels.attention.plan import FIRST, FRESH, LAST, MASKED, plan
 from kernels.attention.scores import Tiles
 from tests.jaxprs import equations, largest
 from tests.parity import rows, rule
 from tests.parity.test_attention import is_the_formula
 
 ROOT = Path(__file__).parents[2]
-
-
-def row(T: int, S: int, **sizes: Any) -> specs.Attention:
-    return rows.row(specs.Attention, T=T, S=S, **sizes)
+row = rows.attention
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, gate: jax.Array | None = None, **options: Any) -> jax.Array:
@@ -41,58 +32,6 @@ def narrow(case: specs.Attention) -> tuple[dict[str, np.ndarray], dict[str, Any]
     """Its arrays in float32."""
     inputs, aux, dout = rows.draw(case)
     return {name: np.float32(x) for name, x in inputs.items()}, aux, np.float32(dout)
-
-
-def quick(f: Any) -> Any:
-    return jax.jit(f, compiler_options=rule.HURRY)
-
-
-# The plan.
-
-LENGTHS = (1, 2, 5, 8, 13)
-WINDOWS = ((False, None), *((True, window) for window in (None, 1, 2, 4, 7, 100)))
-
-
-@pytest.mark.parametrize(("causal", "window"), WINDOWS)
-@pytest.mark.parametrize("keys", [None, (0, 1), (1, 3), (0, 100)])
-def test_the_plan_is_the_visible_tiles(causal, window, keys):
-    for T, S, bq, bk in itertools.product(LENGTHS, LENGTHS, (1, 2, 4, 8), (1, 2, 4)):
-        distance = np.arange(T)[:, None] + S - T - np.arange(S)
-        seen = (distance >= 0) | (not causal)
-        seen &= distance < (10**9 if window is None else window)
-        expected, met = [], set()
-        for i in range(-(-T // bq)):
-            pairs = {j: seen[i * bq : (i + 1) * bq, j * bk : (j + 1) * bk] for j in range(-(-S // bk))}
-            mine = [j for j in pairs if pairs[j].any() and (keys is None or keys[0] <= j < keys[1])]
-            mine = mine or ([0] if keys is None else [])
-            for j in mine:
-                flags = FIRST * (j == mine[0]) + LAST * (j == mine[-1]) + FRESH * (j not in met)
-                whole = pairs[j].all() and pairs[j].shape[1] == bk
-                expected.append((i, j, flags + MASKED * (not whole)))
-                met.add(j)
-        found = plan(T, S, bq, bk, causal=causal, window=window, keys=keys)
-        assert list(zip(*(x.tolist() for x in found), strict=True)) == expected, (T, S, bq, bk)
-
-
-@pytest.mark.parametrize(("causal", "window"), WINDOWS)
-def test_joined_tiles_hold_every_visible_pair_once(causal, window):
-    for T, S, bq, bk in itertools.product(LENGTHS, LENGTHS, (1, 4, 8), (1, 2, 4)):
-        tiles = plan(T, S, bq, bk, causal=causal, window=window)
-        joined = int(np.bincount(tiles.q).max())
-        if joined == 1:
-            continue
-        found = plan(T, S, bq, bk, causal=causal, window=window, joined=joined)
-        assert found.q.tolist() == list(range(-(-T // bq)))
-        assert set(found.flags & (FIRST | LAST | MASKED)) == {FIRST | LAST | MASKED}
-        assert (found.k >= 0).all() and (found.k + joined <= -(-S // bk)).all()
-        assert all(found.k[i] <= j < found.k[i] + joined for i, j in zip(tiles.q, tiles.k, strict=True))
-
-
-def test_the_plan_grows_with_the_sequence_not_its_square():
-    for S in (1024, 4096, 16384):
-        assert len(plan(S, S, 128, 256, causal=True, window=512)) <= S // 128 * 4
-    # Queries that see nothing cost one tile, not a row of tiles.
-    assert len(plan(4096, 256, 128, 128, causal=True, window=None)) == 30 + 1 + 2
 
 
 # What an output must not depend on.
@@ -110,7 +49,7 @@ def choose(monkeypatch):
 def test_neither_the_future_nor_what_the_window_hides_changes_a_bit(choose):
     choose(LITTLE)
     inputs, *_ = narrow(WINDOWED)
-    run = quick(lambda inputs: attention(**inputs, window=9))
+    run = rule.quick(lambda inputs: attention(**inputs, window=9))
     before = np.asarray(run(inputs))
     for t in (1, 15, 16, 23, 39):
         after = np.asarray(run({name: np.where(np.arange(40)[:, None, None] == t, 7, x) for name, x in inputs.items()}))
@@ -123,116 +62,11 @@ def test_neither_the_future_nor_what_the_window_hides_changes_a_bit(choose):
 def test_sequences_and_heads_do_not_mix(choose):
     choose(LITTLE._replace(heads=2))
     inputs, *_ = narrow(WINDOWED)
-    run = quick(lambda inputs: attention(**inputs, window=9))
+    run = rule.quick(lambda inputs: attention(**inputs, window=9))
     o = run(inputs)
     np.testing.assert_array_equal(run({name: x[::-1] for name, x in inputs.items()}), o[::-1])
     swapped = run({name: x[:, :, ::-1] for name, x in inputs.items()})  # key heads, and queries within their group
     np.testing.assert_array_equal(swapped, o[:, :, ::-1])
-
-
-# Under JAX's transformations.
-
-TURNED = row(20, 24, H=4, window=9, gate="elementwise", softcap=2.0)
-
-
-def output_and_gradients(*inputs: jax.Array) -> tuple[jax.Array, ...]:
-    """(o, dq, dk, dv, dgate), of sum(o^2) / 2."""
-    o, pull = jax.vjp(lambda *x: attention(*x, **TURNED.options()), *inputs)
-    return o, *pull(o)
-
-
-def three() -> list[jax.Array]:
-    """The inputs of TURNED three times over, all different."""
-    draws = [narrow_values(seed) for seed in range(3)]
-    return [jnp.stack(x) for x in zip(*draws, strict=True)]
-
-
-def narrow_values(seed: int) -> list[np.ndarray]:
-    return [np.float32(x) for x in rows.draw(TURNED, seed)[0].values()]
-
-
-def close(found: Any, expected: Any) -> None:
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), tuple(found), tuple(expected))
-
-
-def test_mapped_over_an_axis_it_is_a_loop():
-    many = three()
-    one = quick(output_and_gradients)
-    loop = [one(*x) for x in zip(*many, strict=True)]
-    close(quick(jax.vmap(output_and_gradients))(*many), [jnp.stack(x) for x in zip(*loop, strict=True)])
-    # Keys and values shared by all, and an axis in the middle.
-    q, k, v, gate = many
-    some = jax.vmap(lambda q, gate: attention(q, k[0], v[0], gate, **TURNED.options()), in_axes=(2, 0), out_axes=1)
-    loop = [one(q[n], k[0], v[0], gate[n])[0] for n in range(3)]
-    close([quick(some)(jnp.moveaxis(q, 0, 2), gate)], [jnp.stack(loop, axis=1)])
-
-
-def test_recomputed_it_is_the_same():
-    inputs = narrow_values(0)
-    loss = lambda f: lambda *x: jnp.sum(f(*x) ** 2) / 2
-    run = lambda *x: attention(*x, **TURNED.options())
-    again = quick(jax.grad(loss(jax.checkpoint(run)), argnums=(0, 1, 2, 3)))(*inputs)
-    close(again, quick(output_and_gradients)(*inputs)[1:])
-
-
-def test_descends_inside_a_loop():
-    """Three steps of gradient descent on the keys in one lax.scan."""
-    q, k, v, gate = narrow_values(0)
-    slope = jax.grad(lambda k: jnp.sum(attention(q, k, v, gate, **TURNED.options()) ** 2))
-    step = lambda k, _: (k - 0.1 * slope(k), None)
-    found, _ = quick(lambda k: jax.lax.scan(step, k, length=3))(k)
-    by_hand, one = k, quick(lambda k: step(k, None)[0])
-    for _ in range(3):
-        by_hand = one(by_hand)
-    assert np.abs(found - k).max() > 1e-3
-    close([found], [by_hand])
-
-
-SHARDED = """
-    import functools
-    import jax, jax.numpy as jnp, numpy as np
-    from jax.sharding import NamedSharding, PartitionSpec as P
-    import kernels
-    from tests.parity import rule
-
-    mesh = jax.make_mesh((2, 2), ("data", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    rng = np.random.default_rng(0)
-    draw = lambda heads, n: jnp.float32(rng.standard_normal((4, 20, heads, n)))
-    inputs = draw(4, 8), draw(2, 8), draw(2, 8), draw(4, 1)
-    ids = jnp.asarray(rng.integers(0, 2, (4, 20)).cumsum(1))
-    quick = functools.partial(jax.jit, compiler_options=rule.FAST)
-
-    def run(q, k, v, gate, ids):
-        f = lambda *x: kernels.attention(*x[:3], gate=x[3], window=9, segment_ids=ids, implementation="pallas")
-        o, pull = jax.vjp(f, q, k, v, gate)
-        return o, *pull(o)
-
-    expected = quick(run)(*inputs, ids)
-    for where in WHERE:
-        specs = dict(in_specs=(*[where] * 4, P(*where[:1])), out_specs=(where,) * 5)
-        mapped = jax.shard_map(run, mesh=mesh, **specs, check_vma=CHECK)
-        put = [jax.device_put(x, NamedSharding(mesh, where)) for x in inputs]
-        for a, b in zip(quick(mapped)(*put, ids), expected, strict=True):
-            np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
-            assert a.sharding.is_equivalent_to(NamedSharding(mesh, where), 4), (where, a.sharding)
-"""
-
-
-@pytest.mark.parametrize(
-    "where",
-    [
-        'P("data", None, "heads")',
-        pytest.param('P("data")', marks=pytest.mark.slow),
-        pytest.param('P(None, None, "heads")', marks=pytest.mark.slow),
-    ],
-)
-def test_a_shard_of_sequences_and_heads_on_each_device(where):
-    code = textwrap.dedent(SHARDED).replace("WHERE", f"[{where}]").replace("CHECK", "False")
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    environment |= {"PATH": os.environ.get("PATH", ""), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 # Tiles that no CPU would choose.
@@ -370,7 +204,7 @@ def test_no_scores_of_all_pairs_are_built(window, backward):
 @pytest.mark.parametrize("backward", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("window", [64, None])
 def test_memory_grows_with_the_sequence_not_its_square(window, backward):
-    program = quick(self_attention(window, backward))
+    program = rule.quick(self_attention(window, backward))
     one, two = (program.lower(query(S)).compile().memory_analysis().temp_size_in_bytes for S in (1024, 2048))
     assert 0 < two <= 2.3 * one, f"{one} bytes at 1024, {two} at 2048"
 

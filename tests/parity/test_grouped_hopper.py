@@ -162,15 +162,26 @@ def test_what_the_kernels_do_not_take_is_named():
             kernels.grouped_matmul(x, w, sizes, implementation="pallas")
 
 
-def test_hopper_is_served_when_named_and_other_gpus_are_told_what_runs():
-    x, w, sizes = jnp.ones((8, 64), jnp.bfloat16), jnp.ones((2, 64, 128), jnp.bfloat16), jnp.array([3, 4], jnp.int32)
-    names = lambda **how: str(jax.make_jaxpr(functools.partial(kernels.grouped_matmul, **how))(x, w, sizes))
+def of(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+
+IDS = jax.ShapeDtypeStruct((8, 2), jnp.int32)
+GIVEN = {
+    "grouped_matmul": (of(8, 64), of(2, 64, 128), jax.ShapeDtypeStruct((2,), jnp.int32)),
+    "moe_mlp": (of(8, 64), of(2, 64, 128), of(2, 64, 128), of(2, 128, 64), IDS, of(8, 2)),
+}
+
+
+@pytest.mark.parametrize("op", GIVEN)
+def test_hopper_is_served_when_named_and_other_gpus_are_told_what_runs(op):
+    names = lambda **how: str(jax.make_jaxpr(functools.partial(getattr(kernels, op), **how))(*GIVEN[op]))
     with dispatch.compiling_for("cuda", H100):
-        assert kernels.implementations("grouped_matmul")["pallas"] is None
+        assert kernels.implementations(op)["pallas"] is None
         assert "warpgroup" in names(implementation="pallas")
         assert "warpgroup" not in names(), "auto leaves it until it has run on a GPU"
     with dispatch.compiling_for("cuda", "NVIDIA A100-SXM4-80GB"):
-        assert "'xla' runs here" in kernels.implementations("grouped_matmul")["pallas"]
+        assert "'xla' runs here" in kernels.implementations(op)["pallas"]
 
 
 def test_cores_are_those_of_the_chip():

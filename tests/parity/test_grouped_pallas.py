@@ -10,7 +10,7 @@ import pytest
 
 import kernels
 from kernels.dispatch import Device, compiling_for
-from kernels.grouped_matmul import tiles
+from kernels.grouped_matmul import interpreted, tiles
 from kernels.grouped_matmul.groups import visits
 from tests import by_numpy
 from tests.jaxprs import largest
@@ -41,6 +41,38 @@ def test_every_row_is_visited_once_by_its_group(aligned, sums):
         assert set(groups) == (set(range(E)) if sums else set(whose))
 
 
+@pytest.mark.parametrize("sizes", [(8, 4, 1), (8, 2), (6, 5, 4, 3), (3,), (16, 8, 4), (1,)])
+def test_interpreted_every_row_of_a_group_is_in_one_tile(monkeypatch, sizes):
+    monkeypatch.setattr(interpreted, "TURN", 1)
+    N = 17
+
+    def rows(start: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """How often each row is a tile's own, and how many rows all tiles have."""
+
+        def count(rows, mine, carry):
+            seen, multiplied = carry
+            mine = jnp.ones(rows.size, bool) if mine is None else mine
+            return seen.at[rows.start + jnp.arange(rows.size)].add(mine.astype(jnp.int32)), multiplied + rows.size
+
+        return interpreted.walk(N, start, end, sizes, count, (jnp.zeros(N, jnp.int32), 0))
+
+    for start, end in itertools.combinations_with_replacement(range(N + 1), 2):
+        seen, multiplied = by_numpy.run(rows, np.int32(start), np.int32(end))
+        assert seen.tolist() == [int(start <= n < end) for n in range(N)], (start, end)
+        # One tile at most is not full, and of two sizes the cheaper: never more than the next larger one.
+        assert end - start <= multiplied < end - start + (sizes[1] if len(sizes) > 1 else sizes[0])
+
+
+def test_interpreted_tiles_are_about_as_large_as_groups():
+    for N, E in itertools.product((1, 7, 15, 16, 100, 4096, 10**6), (1, 8, 64, 256)):
+        found = interpreted.sizes(N, E)
+        assert list(found) == sorted(set(found), reverse=True)
+        assert found[0] == min(N, interpreted.LARGEST)
+        assert min(N, interpreted.SMALLEST) <= found[-1]
+        if N >= interpreted.SMALLEST * E:
+            assert any(size <= N / E < 2 * size or size == interpreted.LARGEST for size in found)
+
+
 def arrays(N: int, M: int, F: int, E: int) -> tuple[jax.Array, jax.Array]:
     rng = np.random.default_rng(0)
     return jnp.array(rng.standard_normal((N, M)), jnp.float32), jnp.array(rng.standard_normal((E, M, F)), jnp.float32)
@@ -55,7 +87,7 @@ def output_and_gradients(x: jax.Array, w: jax.Array, sizes: jax.Array, name: str
 def test_no_tile_size_changes_the_result(monkeypatch, rows):
     (x, w), sizes = arrays(37, 6, 5, 4), jnp.array([9, 0, 13, 8])
     expected = output_and_gradients(x, w, sizes, "reference")
-    monkeypatch.setattr(tiles, "rows", lambda *_, **__: (rows, rows))
+    monkeypatch.setattr(interpreted, "sizes", lambda *_: (rows,))
     for mine, other in zip(output_and_gradients(x, w, sizes, "pallas"), expected, strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-5)
 

@@ -26,7 +26,7 @@ slow = pytest.mark.slow
 
 
 def row(T: int, S: int, D: int = 64, **sizes: Any) -> specs.Attention:
-    return rows.row(specs.Attention, T=T, S=S, **({"H": 2, "K": 1, "D": D} | sizes))
+    return rows.attention(T, S, **({"H": 2, "K": 1, "D": D} | sizes))
 
 
 def options(case: specs.Attention) -> dict[str, Any]:

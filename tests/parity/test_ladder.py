@@ -27,8 +27,7 @@ SMALL = {
 }
 
 
-def row(T: int, S: int, **sizes: Any) -> specs.Attention:
-    return rows.row(specs.Attention, T=T, S=S, **sizes)
+row = rows.attention
 
 
 CASES = {
@@ -52,7 +51,7 @@ CHOSEN = [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for
 def forward(rung: str, case: specs.Attention, tiles: bool = True) -> Any:
     run, options = ladder.rung(rung), {"causal": case.causal, "window": case.window, "scale": case.scale}
     options |= SMALL.get(rung, {}) if tiles else {}
-    return jax.jit(lambda inputs: {"o": run(**inputs, **options)}, compiler_options=rule.HURRY)
+    return rule.quick(lambda inputs: {"o": run(**inputs, **options)})
 
 
 @functools.cache

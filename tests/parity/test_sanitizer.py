@@ -247,8 +247,7 @@ def test_no_pallas_kernel_races_or_reads_what_it_should_not(op, row):
     assert found.clean, found._replace(result=None)
 
 
-def row(T: int, S: int, **sizes: Any) -> specs.Attention:
-    return rows.row(specs.Attention, T=T, S=S, **sizes)
+row = rows.attention
 
 
 TILED = {  # two heads, for the two cores
@@ -297,5 +296,5 @@ def test_attention_in_several_tiles_pieces_and_spans(name, monkeypatch):
 def test_what_would_be_checked_runs(op):
     """The check above calls each operation rightly: so it does not fail first on the day there is a kernel."""
     run, *arguments = both_passes(small(op)[0], "xla")
-    program = jax.jit(run, compiler_options=rule.HURRY)
+    program = rule.quick(run)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(program(*arguments)))

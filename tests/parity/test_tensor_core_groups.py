@@ -82,7 +82,7 @@ def program(op: str, width: int | None) -> Callable[..., dict[str, jax.Array]]:
         o, pull = jax.vjp(lambda x: operation(**x, **aux), inputs)
         return {"o": o} | {f"d{name}": gradient for name, gradient in pull(dout)[0].items()}
 
-    return jax.jit(run, compiler_options=rule.HURRY)
+    return rule.quick(run)
 
 
 def drawn(case: specs.Spec) -> rows.Drawn:

@@ -23,7 +23,7 @@ waits = () if ON_GPU else pytest.mark.slow
 
 
 def row(T: int, S: int, **sizes: Any) -> specs.Attention:
-    return rows.row(specs.Attention, T=T, S=S, **({"H": 4} | sizes))
+    return rows.attention(T, S, **({"H": 4} | sizes))
 
 
 SMALL = (
