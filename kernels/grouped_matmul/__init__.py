@@ -110,8 +110,8 @@ def _hopper() -> ModuleType:
 def _slow() -> dict[str, str]:
     """What "auto" leaves to those who name it, and why.
 
-    Interpreted, grouped matmul costs 0.8 to 1.1 times as much as in `xla.py`; the mixture, which keeps more, 0.9 to 1.2,
-    and 1.8 for a single token. On a TPU neither has run yet, and Triton not on a GPU.
+    Interpreted, grouped matmul takes 0.8 to 1.1 times as long as in `xla.py`; the mixture, which keeps more, 0.9 to 1.2
+    times, and 1.8 for a single token. On a TPU neither has run yet, and Triton not on a GPU.
     """
     interpreted = device().platform == "cpu"
     pallas = "interpreted, it is slower for few tokens" if interpreted else "it has not run here yet; name it"

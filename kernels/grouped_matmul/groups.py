@@ -1,17 +1,14 @@
 """Which rows of which group each step of a grouped matmul works on, computed on the device from the sizes.
 
-A step visits one tile of rows for one group. Compiled, tiles lie where blocks can be read, at multiples of their size,
-and a tile that spans groups is visited once for each; interpreted, the tiles of a group begin at its first row:
+A step visits one tile of rows for one group. Tiles lie where blocks can be read, at multiples of their size, and a tile
+that spans groups is visited once for each:
 
     rows       ├──── group 0 ────┼─ group 1 ─┼── group 2 ──┤ nobody's
-    compiled   [ 0  ][ 0  ][ 01 ][ 1  ][ 12 ][ 2  ][ 2·    ]        0, 0, 0, 1, 1, 1, 2, 2, 2, ·
-    interpreted[ 0  ][ 0  ][ 0  ]                                   what runs over the end of a group is masked
-                             [ 1  ][ 1  ]
-                                         [ 2  ][ 2  ][ ·  ]
+    tiles      [ 0  ][ 0  ][ 01 ][ 1  ][ 12 ][ 2  ][ 2·    ]        0, 0, 0, 1, 1, 1, 2, 2, 2, ·
 
-Either way the visits of a group follow each other, so that its matrix is read once, and those of a tile do too, so
-that its output stays on the chip. There are at most tiles + E - 1, or one more if some rows are nobody's. The tables
-have that many entries, the grid as many steps as there are visits.
+The visits of a group follow each other, so that its matrix is read once, and those of a tile do too, so that its output
+stays on the chip. There are at most tiles + E - 1, or one more if some rows are nobody's. The tables have that many
+entries, the grid as many steps as there are visits.
 """
 
 from typing import Any, NamedTuple
@@ -63,13 +60,8 @@ class Visit(NamedTuple):
     high: Array
 
     @classmethod
-    def read(cls, tables: Any, v: Array) -> "Visit":
-        """Visit `v` of four tables in scalar memory."""
-        return cls(*(table[v] for table in tables))
-
-    @classmethod
-    def of_blocks(cls, tables: Any, v: Array, rows: int) -> "Visit":
-        """Visit `v` of the tables `Visits.blocks`."""
+    def read(cls, tables: Any, v: Array, rows: int) -> "Visit":
+        """Visit `v` of the tables `Visits.blocks` or `Visits.sums`, in scalar memory."""
         group, tile, low, high = (table[v] for table in tables[:4])
         return cls(group, tile * rows, low, high)
 
@@ -79,14 +71,11 @@ class Visit(NamedTuple):
         return (self.low <= n) & (n < self.high)
 
 
-def visits(
-    group_sizes: Array, N: int, rows: int, *, aligned: bool, unit: int | None = None, sums: bool = False
-) -> Visits:
-    """The visits of N rows in tiles of `rows`.
+def visits(group_sizes: Array, N: int, rows: int, *, unit: int | None = None, sums: bool = False) -> Visits:
+    """The visits of N rows in tiles of `rows`, at multiples of their size.
 
     Args:
-        aligned: tiles lie at multiples of their size; else none reaches past N, and `rows` is at most N.
-        unit: aligned, a group's first tile lies at a multiple of that, and may reach past N: fewer tiles span groups.
+        unit: a group's first tile lies at a multiple of that instead, and may reach past N: fewer tiles span groups.
         sums: rows are summed, one sum a group: a group without rows is visited too, and what is nobody's is not.
     """
     E = group_sizes.shape[0]
@@ -96,7 +85,7 @@ def visits(
     ends = jnp.append(ends, N)
     starts = ends - sizes
     unit = rows if unit is None else unit
-    first = starts // unit * unit if aligned else starts
+    first = starts // unit * unit
     tiles = jnp.where(sizes > 0, -(-(ends - first) // rows), 0)
     if sums:
         tiles = jnp.maximum(tiles, 1).at[E].set(0)
@@ -105,6 +94,5 @@ def visits(
     group = jnp.minimum(jnp.sum(through <= v[:, None], axis=1, dtype=jnp.int32), E)
     row = first[group] + (v - (through - tiles)[group]) * rows
     # A tile that would reach past the end lies as far back as it must; a group that ends before has no row in it.
-    low = starts[group] if aligned else row
-    row = jnp.minimum(row, (-(-N // unit) - 1) * unit if aligned else N - rows)
-    return Visits(through[-1], group, row, low, ends[group])
+    row = jnp.minimum(row, (-(-N // unit) - 1) * unit)
+    return Visits(through[-1], group, row, starts[group], ends[group])

@@ -50,12 +50,12 @@ def product(
     ws: Sequence[Array],
     group_sizes: Array,
     *,
-    transposed: bool,
-    add: bool,
-    epilogue: Epilogue | None,
-    wide: Sequence[Array],
-    thin: Sequence[Array],
-    outs: Sequence[str],
+    transposed: bool = False,
+    add: bool = False,
+    epilogue: Epilogue | None = None,
+    wide: Sequence[Array] = (),
+    thin: Sequence[Array] = (),
+    outs: Sequence[str] = ("wide",),
     name: str,
 ) -> list[Array]:
     """As `mosaic_tpu.product`."""

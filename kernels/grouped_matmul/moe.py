@@ -19,17 +19,30 @@ the rows of h w_down, which would have to be kept.
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kernels.dispatch import Device, device
-from kernels.grouped_matmul.mosaic_tpu import product
-from kernels.grouped_matmul.mosaic_tpu_dw import summed
+from kernels.grouped_matmul import interpreted, mosaic_tpu, mosaic_tpu_dw
 
 Array = jax.Array
+
+
+def product(xs: Sequence[Array], ws: Sequence[Array], sizes: Array, here: Device, **options: Any) -> list[Array]:
+    """See `mosaic_tpu.product`; a CPU interprets a kernel that is made for it."""
+    if here.platform == "cpu":
+        return interpreted.product(xs, ws, sizes, **options)
+    return mosaic_tpu.product(xs, ws, sizes, here, **options)
+
+
+def summed(x: Array, dys: Sequence[Array], sizes: Array, here: Device, *, name: str) -> list[Array]:
+    """See `mosaic_tpu_dw.summed`."""
+    if here.platform == "cpu":
+        return interpreted.summed(x, dys, sizes, name=name)
+    return mosaic_tpu_dw.summed(x, dys, sizes, here, name=name)
 
 
 def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Grouped matmul on Mosaic TPU, and interpreted on a CPU: every row times its own group's matrix.
+"""Grouped matmul on Mosaic TPU: every row times its own group's matrix.
 
 Math      sums = x w_e, or x w_e^T with the matrices read as they lie; several of them, or their sum; then an epilogue
           on the sums while they are on the chip: y = epilogue(sums, what else there is of these rows)
@@ -12,7 +12,7 @@ Tiling    grid (column tiles, visits, steps of the contraction); a visit is a ti
                     tile 3  ░░         ░░           ░ nobody's: zeros are written, nothing is multiplied
 
           A visit multiplies the chunks of rows that it has a row of, all of a tile or some of them in one stream of
-          products: a stream takes some 260 bundles to fill the matrix unit and to empty it. Compiled, a visit writes
+          products: a stream takes some 260 bundles to fill the matrix unit and to empty it. A visit writes
           whole chunks: rows of later groups are written again by their own visit, rows of earlier ones are
           saved before and put back after. So the stream of products has no mask in it, and registers suffice.
 State     float32 sums of one tile, where the contraction takes several steps; else none at all. Where the products of
@@ -36,7 +36,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.cost import Cost
 from kernels.dispatch import Device
-from kernels.grouped_matmul import interpreted, tiles
+from kernels.grouped_matmul import tiles
 from kernels.grouped_matmul.groups import Visit, visits
 
 Array = jax.Array
@@ -114,43 +114,32 @@ def product(
         wide: [N, J]. thin: [1, N].
         outs: of each output "wide", [N, J] in x's dtype, or "thin", [1, N] in float32: a sum over columns, [rows, 1].
     """
-    if here.platform == "cpu":
-        options = {"transposed": transposed, "add": add, "epilogue": epilogue, "wide": wide, "thin": thin}
-        return interpreted.product(xs, ws, group_sizes, **options, outs=outs, name=name)
-    interpret = here.platform == "cpu"
     (N, K), E, J = xs[0].shape, ws[0].shape[0], ws[0].shape[1 if transposed else 2]
     dtype = xs[0].dtype
     n_wide = len(wide) + sum(kind == "wide" for kind in outs)
     sizes = {"xs": len(xs), "ws": len(ws), "wide": n_wide, "transposed": transposed, "itemsize": dtype.itemsize}
     chosen = tiles.product(here, N, E, K, J, plain=epilogue is None, **sizes)
-    plan = visits(group_sizes, N, chosen.rows, aligned=not interpret)
+    plan = visits(group_sizes, N, chosen.rows)
     across, steps = -(-J // chosen.columns), -(-K // chosen.inner)
     if len(ws) > 1 or epilogue is not None or steps > 1 or chosen.part:
         chosen = chosen._replace(lead=None)
     # The scalar unit counts the axes that there are, also those of one step.
     grid, at = (across, plan.count, steps), lambda index: index
-    if not interpret and across == steps == 1:
+    if across == steps == 1:
         grid, at = (plan.count,), lambda index: lambda v, *tables: index(0, v, 0, *tables)
-    tables = plan[1:] if interpret else plan.blocks(chosen.rows, chosen.chunk, E)
-    operands = [*xs, *ws, *wide, *thin]
+    tables, operands = plan.blocks(chosen.rows, chosen.chunk, E), [*xs, *ws, *wide, *thin]
     counts = [len(xs), len(ws), len(wide), len(thin), len(outs)]
 
-    if interpret:
-        # The interpreter carries blocked inputs through its loop and writes every block back; prefetched ones it reads.
-        tables, operands, in_specs = (*tables, *operands), [], []
-        every = lambda *shape: pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
-        wide_out, thin_out = every(N, J), every(across, 1, N)
+    block = pl.BlockSpec
+    x_spec = block((chosen.rows, chosen.inner), at(lambda j, v, k, g, r, *_: (r[v], k)))
+    if transposed:
+        w_spec = block((1, chosen.columns, chosen.inner), at(lambda j, v, k, g, *_: (g[v], j, k)))
     else:
-        block = pl.BlockSpec
-        x_spec = block((chosen.rows, chosen.inner), at(lambda j, v, k, g, r, *_: (r[v], k)))
-        if transposed:
-            w_spec = block((1, chosen.columns, chosen.inner), at(lambda j, v, k, g, *_: (g[v], j, k)))
-        else:
-            w_spec = block((1, chosen.inner, chosen.columns), at(lambda j, v, k, g, *_: (g[v], k, j)))
-        wide_out = block((chosen.rows, chosen.columns), at(lambda j, v, k, g, r, *_: (r[v], j)))
-        thin_in = block((1, chosen.rows), at(lambda j, v, k, g, r, *_: (0, r[v])))
-        thin_out = block((1, 1, chosen.rows), at(lambda j, v, k, g, r, *_: (j, 0, r[v])))
-        in_specs = [x_spec] * len(xs) + [w_spec] * len(ws) + [wide_out] * len(wide) + [thin_in] * len(thin)
+        w_spec = block((1, chosen.inner, chosen.columns), at(lambda j, v, k, g, *_: (g[v], k, j)))
+    wide_out = block((chosen.rows, chosen.columns), at(lambda j, v, k, g, r, *_: (r[v], j)))
+    thin_in = block((1, chosen.rows), at(lambda j, v, k, g, r, *_: (0, r[v])))
+    thin_out = block((1, 1, chosen.rows), at(lambda j, v, k, g, r, *_: (j, 0, r[v])))
+    in_specs = [x_spec] * len(xs) + [w_spec] * len(ws) + [wide_out] * len(wide) + [thin_in] * len(thin)
 
     n_sums = 0 if steps == 1 else 1 if add else len(ws)
     waits = []
@@ -162,9 +151,7 @@ def product(
     wide_shape, thin_shape = jax.ShapeDtypeStruct((N, J), dtype), jax.ShapeDtypeStruct((across, 1, N), jnp.float32)
     moved = dtype.itemsize * (sum(x.size for x in xs) + sum(w.size for w in ws) + n_wide * N * J)
     found = pl.pallas_call(
-        functools.partial(
-            _kernel, chosen, E, K, J, transposed, add, epilogue, outs, counts, len(waits), len(grid), interpret
-        ),
+        functools.partial(_kernel, chosen, K, J, transposed, add, epilogue, outs, counts, len(waits), len(grid)),
         out_shape=[wide_shape if kind == "wide" else thin_shape for kind in outs],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(tables),
@@ -172,10 +159,9 @@ def product(
             in_specs=in_specs,
             out_specs=[wide_out if kind == "wide" else thin_out for kind in outs],
             scratch_shapes=[pltpu.VMEM((chosen.rows, chosen.columns), jnp.float32)] * n_sums
-            + [pltpu.VMEM((chosen.rows, chosen.columns), dtype)]
-            * (0 if interpret else sum(kind == "wide" for kind in outs))
+            + [pltpu.VMEM((chosen.rows, chosen.columns), dtype)] * sum(kind == "wide" for kind in outs)
             + waits
-            + [pltpu.VMEM((chosen.rows, 128), jnp.float32)] * (0 if interpret else len(thin)),
+            + [pltpu.VMEM((chosen.rows, 128), jnp.float32)] * len(thin),
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary") if len(grid) == 3 else ("arbitrary",),
@@ -183,7 +169,6 @@ def product(
             disable_bounds_checks=True,  # 45 bundles a step; the tables have no block that is not there
         ),
         cost_estimate=Cost(2 * N * K * J * len(ws), moved).estimate(),
-        interpret=interpret,
         name=name,
     )(*tables, *operands)
     return [x if kind == "wide" else jnp.sum(x, axis=0) for x, kind in zip(found, outs, strict=True)]
@@ -191,7 +176,6 @@ def product(
 
 def _kernel(
     chosen: tiles.Tiles,
-    E: int,
     K: int,
     J: int,
     transposed: bool,
@@ -201,32 +185,24 @@ def _kernel(
     counts: Sequence[int],
     n_waits: int,
     n_axes: int,
-    interpret: bool,
     *refs: Any,
 ) -> None:
-    n_tables = 4 if interpret else 5
-    tables, rest = refs[:n_tables], list(refs[n_tables:])
+    tables, rest = refs[:5], list(refs[5:])
     xs, ws, wide, thin, outs = ([rest.pop(0) for _ in range(n)] for n in counts)
-    columns_of = [] if interpret else [rest.pop() for _ in thin]
+    columns_of = [rest.pop() for _ in thin]
     waits = rest[len(rest) - n_waits :]
     rest = rest[: len(rest) - n_waits]
-    n_saved = 0 if interpret else sum(kind == "wide" for kind in kinds)
+    n_saved = sum(kind == "wide" for kind in kinds)
     sums, saved = rest[: len(rest) - n_saved], rest[len(rest) - n_saved :]
     j, v, k = (pl.program_id(axis) for axis in range(3)) if n_axes == 3 else (0, pl.program_id(0), 0)
-    if interpret:
-        visit = Visit.read(tables, v)
-        busy = visit.group < E
-    else:
-        whole = tables[4][v]
-        visit = Visit.of_blocks(tables, v, chosen.rows)
-        busy = visit.low < visit.high
+    visit, whole = Visit.read(tables, v, chosen.rows), tables[4][v]
+    busy = visit.low < visit.high
     ragged, past_end = K % chosen.inner != 0, J % chosen.columns != 0 and "thin" in kinds
 
     def term(rows: Any, columns: Any, n: int, part: Any) -> Array:
         """The n-th product of these rows and columns, over a part of a step of the contraction."""
         x = xs[n if len(xs) > 1 else 0][rows, part]
-        e = jnp.minimum(visit.group, E - 1) if interpret else 0
-        w = ws[n][(e, columns, part) if transposed else (e, part, columns)]
+        w = ws[n][(0, columns, part) if transposed else (0, part, columns)]
         if ragged:
             end = K - k * chosen.inner - (part.start or 0)
             x = clear(x, _before(end, x.shape, 1))
@@ -237,7 +213,7 @@ def _kernel(
     each = pieces(chosen.inner, chosen.part) if (waits or plain_sums) and chosen.part else []
     terms = [(n, pl.ds(*part)) for n in range(len(ws)) for part in each] or [(n, slice(None)) for n in range(len(ws))]
     # Never anything but 0, which libtpu cannot know: or it would keep what waits in registers.
-    nothing = pl.multiple_of(jnp.minimum(0 if interpret else whole, 0), 8)
+    nothing = pl.multiple_of(jnp.minimum(whole, 0), 8)
 
     def products(rows: Any, columns: Any, waiting: Any) -> list[Array]:
         """One step of the contraction; of what is taken part by part, the last."""
@@ -250,14 +226,10 @@ def _kernel(
         for ref, kind, value in zip(outs, kinds, values, strict=True):
             at = (rows, columns) if kind == "wide" else (0, slice(None), rows)
             if kind == "thin":
-                value = value.T if interpret else row(value)
-            value = value.astype(ref.dtype)
-            if interpret or kind == "thin":
-                old = ref[at]
-                value = clear(value, busy) if interpret else clear(old, jnp.asarray(first[1]) > 0) + value
-                mine = visit.mine((value.shape[0], 1) if kind == "wide" else value.shape, int(kind != "wide"), first[0])
-                value = jnp.where(mine, value, old)
-            ref[at] = value
+                old, value = ref[at], row(value)
+                value = clear(old, jnp.asarray(first[1]) > 0) + value
+                value = jnp.where(visit.mine(value.shape, 1, first[0]), value, old)
+            ref[at] = value.astype(ref.dtype)
 
     def piece(rows: Any, columns: Any, first: tuple[int, int], waiting: Any = None, values: Any = None) -> None:
         def finish(values: Sequence[Array]) -> None:
@@ -266,17 +238,10 @@ def _kernel(
                 if past_end:  # what lies there must not get into a sum over columns
                     inside = [_before(J - j * chosen.columns - first[1], value.shape, 1) for value in values]
                     values = [clear(*pair) for pair in zip(values, inside, strict=True)]
-                if interpret:
-                    values = epilogue(*values, *(ref[:, rows].T for ref in thin))
-                else:
-                    values = epilogue(*values, *(across(ref[rows], columns.size) for ref in columns_of))
+                values = epilogue(*values, *(across(ref[rows], columns.size) for ref in columns_of))
             write(rows, columns, first, values)
 
         finish(values if values is not None else products(rows, columns, waiting))
-
-    if interpret:
-        piece(pl.ds(visit.row, chosen.rows), slice(None), (0, 0))
-        return
 
     for found, ref in zip(columns_of, thin, strict=True):
         for first, n in pieces(chosen.rows, 128):

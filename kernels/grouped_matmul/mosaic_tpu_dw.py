@@ -1,4 +1,4 @@
-"""The gradient of grouped matrices on Mosaic TPU, and interpreted on a CPU: one sum over the rows of each group.
+"""The gradient of grouped matrices on Mosaic TPU: one sum over the rows of each group.
 
 Math      dw_e = sum of x_n^T dy_n over the rows n of group e; several dy against one x
 Tiling    grid (column tiles of x, those of dy, visits); a visit is a tile of rows for one group, see `groups.py`.
@@ -7,7 +7,7 @@ Tiling    grid (column tiles of x, those of dy, visits); a visit is a tile of ro
               dw of group 0    ██         █░                     █ rows of the group
               dw of group 1               ░█         ██          ░ masked: of the tile's other group
               dw of group 2    one visit without rows: zeros
-          Compiled, a visit first copies its rows of dy, masked. Those of x are transposed and masked some columns at a
+          A visit first copies its rows of dy, masked. Those of x are transposed and masked some columns at a
           time, into one of two places while the other is multiplied: the transpose unit works beside the matrix unit.
 
 State     float32 [columns of x, columns of dy] of one group; it leaves the chip when the group's last visit is done.
@@ -28,7 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.cost import Cost
 from kernels.dispatch import Device
-from kernels.grouped_matmul import interpreted, tiles
+from kernels.grouped_matmul import tiles
 from kernels.grouped_matmul.groups import Visit, visits
 from kernels.grouped_matmul.mosaic_tpu import clear, dot, loop, pieces
 
@@ -37,34 +37,24 @@ Array = jax.Array
 
 def summed(x: Array, dys: Sequence[Array], group_sizes: Array, here: Device, *, name: str) -> list[Array]:
     """[E, M, F] in x's dtype for x [N, M] and each dy [N, F]."""
-    if here.platform == "cpu":
-        return interpreted.summed(x, dys, group_sizes, name=name)
-    interpret = here.platform == "cpu"
     (N, M), F, E, dtype = x.shape, dys[0].shape[1], group_sizes.shape[0], x.dtype
     chosen = tiles.summed(here, N, E, M, F, dys=len(dys), itemsize=dtype.itemsize)
-    plan = visits(group_sizes, N, chosen.rows, aligned=not interpret, sums=True)
-    tables, operands = plan[1:] if interpret else plan.sums(chosen.rows), [x, *dys]
-    grid, at = steps(-(-M // chosen.inner), -(-F // chosen.columns), plan.count, interpret)
-    if interpret:
-        tables, operands, in_specs = (*tables, *operands), [], []
-        out_spec = pl.BlockSpec((E, M, F), lambda *_: (0, 0, 0))
-    else:
-        x_spec = pl.BlockSpec((chosen.rows, chosen.inner), at(lambda m, f, v, g, r, *_: (r[v], m)))
-        dy_spec = pl.BlockSpec((chosen.rows, chosen.columns), at(lambda m, f, v, g, r, *_: (r[v], f)))
-        out_spec = pl.BlockSpec((1, chosen.inner, chosen.columns), at(lambda m, f, v, g, *_: (g[v], m, f)))
-        in_specs = [x_spec] + [dy_spec] * len(dys)
-    # Where the output is as wide as the sums, an interpreted kernel adds to it in place.
-    scratch = [] if interpret and dtype == jnp.float32 else [((chosen.inner, chosen.columns), jnp.float32)] * len(dys)
-    if not interpret:
-        scratch += [((chosen.rows, chosen.columns), dtype)] * len(dys) + [((chosen.height, chosen.rows), dtype)] * 2
+    plan = visits(group_sizes, N, chosen.rows, sums=True)
+    tables, operands = plan.sums(chosen.rows), [x, *dys]
+    grid, at = steps(-(-M // chosen.inner), -(-F // chosen.columns), plan.count)
+    x_spec = pl.BlockSpec((chosen.rows, chosen.inner), at(lambda m, f, v, g, r, *_: (r[v], m)))
+    dy_spec = pl.BlockSpec((chosen.rows, chosen.columns), at(lambda m, f, v, g, r, *_: (r[v], f)))
+    out_spec = pl.BlockSpec((1, chosen.inner, chosen.columns), at(lambda m, f, v, g, *_: (g[v], m, f)))
+    scratch = [((chosen.inner, chosen.columns), jnp.float32)] * len(dys)
+    scratch += [((chosen.rows, chosen.columns), dtype)] * len(dys) + [((chosen.height, chosen.rows), dtype)] * 2
     moved = dtype.itemsize * (x.size + len(dys) * (N * F + E * M * F))
     return pl.pallas_call(
-        functools.partial(_kernel, chosen, len(dys), len(grid) - 1, interpret),
+        functools.partial(_kernel, chosen, len(dys), len(grid) - 1),
         out_shape=[jax.ShapeDtypeStruct((E, M, F), dtype)] * len(dys),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(tables),
             grid=grid,
-            in_specs=in_specs,
+            in_specs=[x_spec] + [dy_spec] * len(dys),
             out_specs=[out_spec] * len(dys),
             scratch_shapes=[pltpu.VMEM(*each) for each in scratch],
         ),
@@ -74,35 +64,21 @@ def summed(x: Array, dys: Sequence[Array], group_sizes: Array, here: Device, *, 
             disable_bounds_checks=True,  # as in the forward kernel
         ),
         cost_estimate=Cost(2 * N * M * F * len(dys), moved).estimate(),
-        interpret=interpret,
         name=name,
     )(*tables, *operands)
 
 
-def _kernel(chosen: tiles.Tiles, n: int, axis: int, interpret: bool, *refs: Any) -> None:
-    n_tables = 4 if interpret else 5
-    tables, (x_ref, *rest) = refs[:n_tables], refs[n_tables:]
-    dy_refs, outs, rest = rest[:n], rest[n : 2 * n], rest[2 * n :]
+def _kernel(chosen: tiles.Tiles, n: int, axis: int, *refs: Any) -> None:
+    tables, (x_ref, *rest) = refs[:5], refs[5:]
+    dy_refs, outs, sums, down, turned = (
+        rest[:n],
+        rest[n : 2 * n],
+        rest[2 * n : 3 * n],
+        rest[3 * n : 4 * n],
+        rest[4 * n :],
+    )
     v = pl.program_id(axis)
-    if interpret:
-        visit = Visit.read(tables, v)
-        groups = tables[0]
-        fresh = (v == 0) | (groups[jnp.maximum(v - 1, 0)] != visit.group)
-    else:
-        fresh, visit = tables[4][v] == 1, Visit.of_blocks(tables, v, chosen.rows)
-
-    if interpret:
-        rows = pl.ds(visit.row, chosen.rows)
-        mine = visit.mine((chosen.rows, 1), 0)
-        x = clear(x_ref[rows], mine)
-        for index, (out, dy_ref) in enumerate(zip(outs, dy_refs, strict=True)):
-            ref, at = (rest[index], ...) if rest else (out, visit.group)
-            ref[at] = jnp.where(fresh, 0, ref[at]) + dot(x, clear(dy_ref[rows], mine), (0, 0))
-            if rest:
-                out[visit.group] = ref[at].astype(out.dtype)
-        return
-
-    sums, down, turned = rest[:n], rest[n : 2 * n], rest[2 * n :]
+    fresh, visit = tables[4][v] == 1, Visit.read(tables, v, chosen.rows)
     some = visit.low < visit.high
 
     @pl.when(some)
@@ -136,8 +112,8 @@ def _kernel(chosen: tiles.Tiles, n: int, axis: int, interpret: bool, *refs: Any)
         loop(chosen.inner, nothing)
 
 
-def steps(across: int, down: int, count: Array, interpret: bool) -> tuple[tuple[Any, ...], Callable[..., Any]]:
+def steps(across: int, down: int, count: Array) -> tuple[tuple[Any, ...], Callable[..., Any]]:
     """(grid, how an index map of three axes is one of the grid's): the scalar unit counts what axes there are."""
-    if interpret or across * down > 1:
+    if across * down > 1:
         return (across, down, count), lambda index: index
     return (count,), lambda index: lambda v, *tables: index(0, 0, v, *tables)

@@ -187,7 +187,7 @@ class Task(NamedTuple):
 
 def plan(group_sizes: Array, N: int) -> Visits:
     """The visits of N rows in tiles of `HEIGHT` that begin where TMA can."""
-    return visits(group_sizes, N, HEIGHT, aligned=True, unit=SIDE)
+    return visits(group_sizes, N, HEIGHT, unit=SIDE)
 
 
 def table(of: Visits) -> tuple[Array, Array]:

@@ -134,8 +134,8 @@ def test_every_tile_has_its_place_and_a_panel_its_rows():
 
 def test_tiles_that_begin_with_their_group_are_fewer_and_visit_every_row_once():
     rng, N = np.random.default_rng(0), 150
-    plan = jax.jit(functools.partial(visits, N=N, rows=16, aligned=True, unit=8))
-    spanning = jax.jit(functools.partial(visits, N=N, rows=16, aligned=True))
+    plan = jax.jit(functools.partial(visits, N=N, rows=16, unit=8))
+    spanning = jax.jit(functools.partial(visits, N=N, rows=16))
     for _ in range(100):
         sizes = rng.multinomial(rng.integers(0, N + 1), rng.dirichlet([0.4] * 6))
         found = plan(sizes)

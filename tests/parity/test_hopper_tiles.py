@@ -19,7 +19,7 @@ def wanted(sizes: np.ndarray, J: int, columns: int) -> float:
 
     Tiles go to the cores in turns, those of a panel column after column; a half of 64 rows without a row is left out.
     """
-    plan = visits(sizes, int(sizes.sum()), tiles.HEIGHT, aligned=True, unit=SIDE)
+    plan = visits(sizes, int(sizes.sum()), tiles.HEIGHT, unit=SIDE)
     top, low, high = (np.asarray(x)[: int(plan.count)] for x in plan[2:])
     halves = sum((np.maximum(top + n, low) < np.minimum(top + n + 64, high)).astype(int) for n in (0, 64))
     across = -(-J // columns)
