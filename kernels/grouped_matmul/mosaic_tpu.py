@@ -47,9 +47,12 @@ def lanes(row: Array) -> Array:
     return jnp.broadcast_to(row, (128, row.shape[1])).T
 
 
-def row(column: Array) -> Array:
-    """[n, 1] as [1, n]."""
-    return jnp.broadcast_to(column, (column.shape[0], 128)).T[:1]
+def total(x: Array) -> Array:
+    """[1, n], the sum of each row of [n, width]: lanes become sublanes first, which the transpose unit does faster."""
+    if x.shape[1] % 128:
+        return jnp.broadcast_to(jnp.sum(x, axis=1, keepdims=True), (x.shape[0], 128)).T[:1]
+    lanes = functools.reduce(jnp.add, [x[:, c : c + size] for c, size in pieces(x.shape[1], 128)])
+    return jnp.sum(lanes.T, axis=0, keepdims=True)
 
 
 def across(lanes: Array, width: int) -> Array:
@@ -66,6 +69,14 @@ def dot(x: Array, w: Array, contract: tuple[int, int]) -> Array:
 def pieces(size: int, piece: int) -> list[tuple[int, int]]:
     """(first, how many) of each piece of a side; the last may be smaller."""
     return [(first, min(piece, size - first)) for first in range(0, size, piece)]
+
+
+def contraction(matrices: int, inner: int, part: int) -> list[list[tuple[int, Any]]]:
+    """The terms of a sum of products, each `part` of all contractions: (which matrix, where in it) of what it has."""
+    starts = sorted({*range(0, matrices * inner, part), *range(0, matrices * inner, inner)})
+    spans = zip(starts, [*starts[1:], matrices * inner], strict=True)
+    terms = itertools.groupby(spans, lambda span: span[0] // part)
+    return [[(start // inner, pl.ds(start % inner, end - start)) for start, end in term] for _, term in terms]
 
 
 def loop(rows: int, body: Callable[[Any, Any], None]) -> None:
@@ -111,7 +122,8 @@ def product(
         epilogue: gets float32 [rows, J] and the same rows of the other arrays, of thin ones a column that broadcasts;
             None: the sum itself.
         wide: [N, J]. thin: [1, N].
-        outs: of each output "wide", [N, J] in x's dtype, or "thin", [1, N] in float32: a sum over columns, [rows, 1].
+        outs: of each output "wide", [N, J] in x's dtype, or "thin", [1, N] in float32: what the epilogue gives,
+            [rows, J], summed over columns.
     """
     interpret = here.platform == "cpu"
     (N, K), E, J = xs[0].shape, ws[0].shape[0], ws[0].shape[1 if transposed else 2]
@@ -201,8 +213,11 @@ def _kernel(
     ragged, past_end = K % chosen.inner != 0, J % chosen.columns != 0 and "thin" in kinds
     j = pl.program_id(0)
 
-    def term(rows: Any, columns: Any, n: int, part: Any) -> Array:
-        """The n-th product of these rows and columns, over a part of a step of the contraction."""
+    def term(rows: Any, columns: Any, parts: Sequence[tuple[int, Any]]) -> Array:
+        """The products of these rows and columns, of each matrix over a part of a step of the contraction, summed."""
+        return functools.reduce(jnp.add, [one(rows, columns, *part) for part in parts])
+
+    def one(rows: Any, columns: Any, n: int, part: Any) -> Array:
         x = xs[n if len(xs) > 1 else 0][rows, part]
         e = jnp.minimum(visit.group, E - 1) if interpret else 0
         w = ws[n][(e, columns, part) if transposed else (e, part, columns)]
@@ -211,23 +226,23 @@ def _kernel(
             w = clear(w, _before(K - k * chosen.inner, w.shape, 1 if transposed else 0))
         return dot(x, w, (1, 1 if transposed else 0))
 
-    each = pieces(chosen.inner, chosen.part) if waits else []
-    terms = [(n, pl.ds(*part)) for n in range(len(ws)) for part in each] or [(n, slice(None)) for n in range(len(ws))]
+    # Two halves of a part, of two matrices, are one part: the unit is as busy, and less waits in memory.
+    terms = contraction(len(ws), chosen.inner, chosen.part) if waits else [[(n, slice(None))] for n in range(len(ws))]
     # Never anything but 0, which libtpu cannot know: or it would keep what waits in registers.
     nothing = pl.multiple_of(jnp.minimum(visit.row, 0) * 8, 8)
 
     def products(rows: Any, columns: Any, waiting: Any) -> list[Array]:
         """One step of the contraction; of what is taken part by part, the last."""
         if waiting is not None:
-            return [waiting[pl.ds(nothing, waiting.shape[0])] + term(rows, columns, *terms[-1])]
-        found = [term(rows, columns, *each) for each in terms]
+            return [waiting[pl.ds(nothing, waiting.shape[0])] + term(rows, columns, terms[-1])]
+        found = [term(rows, columns, each) for each in terms]
         return [functools.reduce(jnp.add, found)] if add else found
 
     def write(rows: Any, columns: Any, first: tuple[int, int], values: Sequence[Array]) -> None:
         for ref, kind, value in zip(outs, kinds, values, strict=True):
             at = (rows, columns) if kind == "wide" else (0, slice(None), rows)
             if kind == "thin":
-                value = value.T if interpret else row(value)
+                value = jnp.sum(value, axis=1, keepdims=True).T if interpret else total(value)
             value = value.astype(ref.dtype)
             if interpret or kind == "thin":
                 old = ref[at]
@@ -303,7 +318,7 @@ def _kernel(
                 at.append(((pl.ds(first[0], min(height, size)), pl.ds(first[1], width), first), ref))
         for t in range(len(terms) - 1 if waits else 0):
             for (rows, columns, _), ref in at:
-                found = term(rows, columns, *terms[t])
+                found = term(rows, columns, terms[t])
                 ref[...] = ref[pl.ds(nothing, ref.shape[0])] + found if t else found
         if not sums:
             for where, ref in at:
