@@ -73,7 +73,7 @@ def product(
         def write(rows: Any, mine: Array | None, values: Sequence[Array]) -> None:
             for ref, kind, value in zip(out_refs, outs, values, strict=True):
                 at = rows if kind == "wide" else (0, rows)
-                value = (value if kind == "wide" else value[:, 0]).astype(ref.dtype)
+                value = (value if kind == "wide" else jnp.sum(value, axis=1)).astype(ref.dtype)
                 if mine is not None:
                     value = jnp.where(mine[:, None] if kind == "wide" else mine, value, ref[at])
                 ref[at] = value

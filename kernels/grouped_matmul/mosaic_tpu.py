@@ -48,9 +48,12 @@ def lanes(row: Array) -> Array:
     return jnp.broadcast_to(row, (128, row.shape[1])).T
 
 
-def row(column: Array) -> Array:
-    """[n, 1] as [1, n]."""
-    return jnp.broadcast_to(column, (column.shape[0], 128)).T[:1]
+def total(x: Array) -> Array:
+    """[1, n], the sum of each row of [n, width]: lanes become sublanes first, which the transpose unit does faster."""
+    if x.shape[1] % 128:
+        return jnp.broadcast_to(jnp.sum(x, axis=1, keepdims=True), (x.shape[0], 128)).T[:1]
+    lanes = functools.reduce(jnp.add, [x[:, c : c + size] for c, size in pieces(x.shape[1], 128)])
+    return jnp.sum(lanes.T, axis=0, keepdims=True)
 
 
 def across(lanes: Array, width: int) -> Array:
@@ -67,6 +70,14 @@ def dot(x: Array, w: Array, contract: tuple[int, int]) -> Array:
 def pieces(size: int, piece: int) -> list[tuple[int, int]]:
     """(first, how many) of each piece of a side; the last may be smaller."""
     return [(first, min(piece, size - first)) for first in range(0, size, piece)]
+
+
+def contraction(matrices: int, inner: int, part: int) -> list[list[tuple[int, Any]]]:
+    """The terms of a sum of products, each `part` of all contractions: (which matrix, where in it) of what it has."""
+    starts = sorted({*range(0, matrices * inner, part), *range(0, matrices * inner, inner)})
+    spans = zip(starts, [*starts[1:], matrices * inner], strict=True)
+    terms = itertools.groupby(spans, lambda span: span[0] // part)
+    return [[(start // inner, pl.ds(start % inner, end - start)) for start, end in term] for _, term in terms]
 
 
 def loop(rows: int, body: Callable[[Any, Any], None]) -> None:
@@ -112,7 +123,8 @@ def product(
         epilogue: gets float32 [rows, J] and the same rows of the other arrays, of thin ones a column that broadcasts;
             None: the sum itself.
         wide: [N, J]. thin: [1, N].
-        outs: of each output "wide", [N, J] in x's dtype, or "thin", [1, N] in float32: a sum over columns, [rows, 1].
+        outs: of each output "wide", [N, J] in x's dtype, or "thin", [1, N] in float32: what the epilogue gives,
+            [rows, J], summed over columns.
     """
     (N, K), E, J = xs[0].shape, ws[0].shape[0], ws[0].shape[1 if transposed else 2]
     dtype = xs[0].dtype
@@ -199,8 +211,11 @@ def _kernel(
     busy = visit.low < visit.high
     ragged, past_end = K % chosen.inner != 0, J % chosen.columns != 0 and "thin" in kinds
 
-    def term(rows: Any, columns: Any, n: int, part: Any) -> Array:
-        """The n-th product of these rows and columns, over a part of a step of the contraction."""
+    def term(rows: Any, columns: Any, parts: Sequence[tuple[int, Any]]) -> Array:
+        """The products of these rows and columns, of each matrix over a part of a step of the contraction, summed."""
+        return functools.reduce(jnp.add, [one(rows, columns, *part) for part in parts])
+
+    def one(rows: Any, columns: Any, n: int, part: Any) -> Array:
         x = xs[n if len(xs) > 1 else 0][rows, part]
         w = ws[n][(0, columns, part) if transposed else (0, part, columns)]
         if ragged:
@@ -210,23 +225,25 @@ def _kernel(
         return dot(x, w, (1, 1 if transposed else 0))
 
     plain_sums = sums and len(ws) == 1 and epilogue is None
-    each = pieces(chosen.inner, chosen.part) if (waits or plain_sums) and chosen.part else []
-    terms = [(n, pl.ds(*part)) for n in range(len(ws)) for part in each] or [(n, slice(None)) for n in range(len(ws))]
+    # Two halves of a part, of two matrices, are one part: the unit is as busy, and less waits in memory.
+    by_parts = chosen.part and (waits or plain_sums)
+    whole_terms = [[(n, slice(None))] for n in range(len(ws))]
+    terms = contraction(len(ws), chosen.inner, chosen.part) if by_parts else whole_terms
     # Never anything but 0, which libtpu cannot know: or it would keep what waits in registers.
     nothing = pl.multiple_of(jnp.minimum(whole, 0), 8)
 
     def products(rows: Any, columns: Any, waiting: Any) -> list[Array]:
         """One step of the contraction; of what is taken part by part, the last."""
         if waiting is not None:
-            return [waiting[pl.ds(0, rows.size)] + term(rows, columns, *terms[-1])]
-        found = [term(rows, columns, *each) for each in terms]
+            return [waiting[pl.ds(nothing, rows.size)] + term(rows, columns, terms[-1])]
+        found = [term(rows, columns, each) for each in terms]
         return [functools.reduce(jnp.add, found)] if add else found
 
     def write(rows: Any, columns: Any, first: tuple[int, int], values: Sequence[Array]) -> None:
         for ref, kind, value in zip(outs, kinds, values, strict=True):
             at = (rows, columns) if kind == "wide" else (0, slice(None), rows)
             if kind == "thin":
-                old, value = ref[at], row(value)
+                old, value = ref[at], total(value)
                 value = clear(old, jnp.asarray(first[1]) > 0) + value
                 value = jnp.where(visit.mine(value.shape, 1, first[0]), value, old)
             ref[at] = value.astype(ref.dtype)
@@ -270,8 +287,8 @@ def _kernel(
                 at.append(((pl.ds(first[0], min(height, size)), pl.ds(first[1], width), first), ref))
         for t in range(len(terms) - 1 if chosen.part and waits else 0):
             for (rows, columns, _), ref in at:
-                found = term(rows, columns, *terms[t])
-                ref[pl.ds(0, rows.size)] = ref[pl.ds(0, rows.size)] + found if t else found
+                found = term(rows, columns, terms[t])
+                ref[pl.ds(0, rows.size)] = ref[pl.ds(nothing, rows.size)] + found if t else found
         if chosen.lead:
             lead(at, down, size)
             return
@@ -282,7 +299,7 @@ def _kernel(
         if plain_sums:
             for which in terms:
                 for (rows, columns, _), _ in at:
-                    sums[0][rows, columns] += term(rows, columns, *which)
+                    sums[0][rows, columns] += term(rows, columns, which)
             return
         for (rows, columns, _), _ in at:
             for ref, value in zip(sums, products(rows, columns, None), strict=True):
@@ -296,12 +313,12 @@ def _kernel(
     def lead(at: Any, down: Any, size: int) -> None:
         """A part of the contraction of all rows, in the first columns, then all else."""
         (held,), first = waits, at[0][0][1]
-        held[pl.ds(0, size)] = term(pl.ds(aligned(down, chosen.chunk), size), first, 0, pl.ds(0, chosen.lead))
+        held[pl.ds(0, size)] = one(pl.ds(aligned(down, chosen.chunk), size), first, 0, pl.ds(0, chosen.lead))
         ahead = -(-size // chosen.height)
         for where, _ in at[ahead:]:
             piece(*where)
         for r, (where, _) in zip(range(0, size, chosen.height), at[:ahead], strict=True):
-            rest = term(*where[:2], 0, pl.ds(chosen.lead, chosen.inner - chosen.lead))
+            rest = one(*where[:2], 0, pl.ds(chosen.lead, chosen.inner - chosen.lead))
             piece(*where, values=[held[pl.ds(nothing + r, where[0].size)] + rest])
 
     def keep(rows: Any, _: Any) -> None:

@@ -12,6 +12,7 @@ import kernels
 from kernels.dispatch import Device, compiling_for
 from kernels.grouped_matmul import interpreted, tiles
 from kernels.grouped_matmul.groups import visits
+from kernels.grouped_matmul.mosaic_tpu import contraction, total
 from tests import by_numpy
 from tests.jaxprs import largest
 
@@ -149,7 +150,22 @@ CUTS = {
     "a lead": {"part": None, "lead": 8},
     "cut, parts": {"inner": 16, "columns": 16, "strip": 16, "width": 8, "part": 8},
     "many sizes": {"chunks": 3},
+    "parts of two matrices": {"part": 16},
 }
+
+
+def test_a_part_of_two_matrices_has_the_end_of_one_and_the_start_of_the_next():
+    spans = lambda *sizes: [[(n, at.start, at.size) for n, at in term] for term in contraction(*sizes)]
+    halves = [(0, 512, 256), (1, 0, 256)]
+    assert spans(2, 768, 512) == [[(0, 0, 512)], halves, [(1, 256, 512)]]
+    assert spans(1, 768, 512) == [[(0, 0, 512)], [(0, 512, 256)]]
+    assert spans(2, 512, 512) == [[(0, 0, 512)], [(1, 0, 512)]]
+
+
+@pytest.mark.parametrize("width", [40, 128, 200, 384])
+def test_the_total_of_each_row(width):
+    x = jnp.asarray(np.random.default_rng(0).integers(-9, 9, (16, width)), jnp.float32)
+    np.testing.assert_array_equal(total(x), jnp.sum(x, axis=1)[None])
 
 
 @pytest.mark.parametrize("sides", CUTS.values(), ids=CUTS)
