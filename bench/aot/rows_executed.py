@@ -42,14 +42,18 @@ class Work(NamedTuple):
 
 def add(row: Row, case: Case, target: Target, dumps: Path) -> None:
     """Writes `executed` by skew into the kernels of a compiled grouped matmul, where their form is known."""
-    if case.op != "grouped_matmul" or target.platform != "tpu":
+    if case.op not in ("grouped_matmul", "moe_mlp") or target.platform != "tpu":
         return
     spec = specs.find(case.op, case.spec)
     for kernel in row["kernels"]:
         text = bundles.final(dumps, kernel["name"])
         found = {}
         for skew in traffic.SKEWS:
-            works = candidates(spec, case.implementation, kernel["name"], target, shapes.spread(spec.N, spec.E, skew))
+            if isinstance(spec, specs.MoE):
+                works = mixture(spec, kernel["name"], target, skew, keep=case.direction == "both")
+            else:
+                sizes = shapes.spread(spec.N, spec.E, skew)
+                works = candidates(spec, case.implementation, kernel["name"], target, sizes)
             counted = [count for work in works if (count := executed(text, work)) is not None]
             if len(counted) == 1:
                 found[skew] = counted[0]
@@ -101,7 +105,7 @@ def candidates(spec: specs.GroupedMatmul, implementation: str, kernel: str, targ
     product = traffic.product_of("grouped_matmul", kernel)
     K, J = (spec.F, spec.M) if product == "dx" else (spec.M, spec.F)
     if implementation == "pallas":
-        return _ours(product, Device(target.platform, target.kind), spec, K, J, sizes)
+        return _ours(product, Device(target.platform, target.kind), spec, K, J, sizes, Operands())
     if implementation not in peers.GROUPED_TILES:
         return []
     rows, *sides = peers.grouped_tile(spec, implementation)
@@ -119,16 +123,64 @@ def candidates(spec: specs.GroupedMatmul, implementation: str, kernel: str, targ
     return found if deep == 1 else [*found, Work(steps, accumulates, LARGE)]
 
 
-def _ours(product: str, here: Device, spec: specs.GroupedMatmul, K: int, J: int, sizes: Any) -> list[Work]:
+class Operands(NamedTuple):
+    """What a product multiplies: rows and matrices, arrays [rows, J] beside them; plain: it has no epilogue."""
+
+    xs: int = 1
+    ws: int = 1
+    wide: int = 1
+    transposed: bool = False
+    plain: bool = True
+
+
+MIXTURE = {
+    "up": Operands(ws=2, plain=False),
+    "down": Operands(plain=False),
+    "dh": Operands(wide=5, transposed=True, plain=False),
+    "dx": Operands(xs=2, ws=2, transposed=True),
+    "dw_up": Operands(ws=2),
+    "dw_down": Operands(),
+}
+
+
+def part_of(kernel: str) -> str | None:
+    """Which product of the mixture a kernel is, by its name."""
+    return next((name for name in sorted(MIXTURE, key=len, reverse=True) if f"experts_{name}" in kernel), None)
+
+
+def mixture(spec: specs.MoE, kernel: str, target: Target, skew: str, *, keep: bool) -> list[Work]:
+    """What a kernel of our mixture may do; `keep`: its way up writes what gradients need."""
+    part = part_of(kernel)
+    if part is None:
+        return []
+    rows = spec.N * spec.k
+    K, J = (spec.M, spec.F) if part in ("up", "dh", "dw_up") else (spec.F, spec.M)
+    given = {name: getattr(spec, name) for name in ("name", "purposes", "machines", "dtypes", "E")}
+    of = specs.GroupedMatmul(N=rows, M=K, F=J, **given)
+    product = "dw" if part.startswith("dw") else "dx" if MIXTURE[part].transposed else "y"
+    operands = MIXTURE[part]._replace(wide=3) if part == "up" and keep else MIXTURE[part]
+    sizes = shapes.spread(rows, spec.E, skew)
+    return _ours(product, Device(target.platform, target.kind), of, K, J, sizes, operands)
+
+
+def _ours(
+    product: str,
+    here: Device,
+    spec: specs.GroupedMatmul,
+    K: int,
+    J: int,
+    sizes: Any,
+    operands: Operands,
+) -> list[Work]:
     options = {"itemsize": spec.itemsize}
     if product == "dw":
-        tile = tiles.summed(here, spec.N, spec.E, K, J, dys=1, **options)
+        tile = tiles.summed(here, spec.N, spec.E, K, J, dys=operands.ws, **options)
         each = -(-K // tile.inner) * -(-J // tile.columns)
         visits, empty = each * len(_visits(sizes, tile.rows)), each * int((sizes == 0).sum())
         busy = Part(visits)
         return [Work(visits + empty, [busy, busy, Part(empty, (empty * tile.inner // 64,))])]
     transposed = product == "dx"
-    options |= {"xs": 1, "ws": 1, "wide": 1, "transposed": transposed, "plain": True}
+    options |= operands._asdict() | {"transposed": transposed}
     tile = tiles.product(here, spec.N, spec.E, K, J, **options)
     if tile.inner < K:
         return []

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import targets
-from bench.aot import executed, peers, profile, traffic
+from bench.aot import executed, peers, profile, rows_executed, traffic
 from kernels import specs
 from kernels.grouped_matmul import mosaic_gpu, mosaic_gpu_dw
 from kernels.grouped_matmul import tiles as tiles_of
@@ -155,13 +155,29 @@ def _moved(held: Mapping[str, Mapping[str, Row]], op: str, names: Sequence[str],
     return "\n".join(lines)
 
 
+def mixture(held: Mapping[str, Mapping[str, Row]]) -> str:
+    """The same of our mixture's kernels, and the bundles of each schedule."""
+    lines = _head(["TPU", "row", "kernel", "MXU share", "bundles", "executed", "spills"])
+    for target in held:
+        for spec in specs.rows("moe_mlp", "aot", "tpu"):
+            row = held[target].get(f"moe_mlp / {spec.name} / pallas / bfloat16 / both", {})
+            found = {rows_executed.part_of(each["name"]): each for each in row.get("kernels", [])}
+            for part in (part for part in rows_executed.MIXTURE if part in found):
+                kernel, matrices = found[part], rows_executed.MIXTURE[part].ws
+                wanted = spec.N * spec.k * spec.M * spec.F * matrices
+                counts = [f"{count * 2**30 / wanted:.0f}" for count in kernel.get("executed", {}).values()]
+                cells = [f"{kernel['mxu_share']:.0%}", kernel["bundles"], " / ".join(counts) or "?", kernel["spills"]]
+                lines.append(_line([target, spec.name, part, *cells]))
+    return "\n".join(lines)
+
+
 def rewritten(text: str, held: Mapping[str, Mapping[str, Row]]) -> str:
     """The text with new tables between its marks.
 
     Raises:
         ValueError: the marks are not there once each.
     """
-    return _between(text, MARKS, f"{table(held)}\n\n{tiles(held)}\n\n{grouped(held)}\n\n{moved(held)}\n")
+    return _between(text, MARKS, "\n\n".join(each(held) for each in (table, tiles, grouped, mixture, moved)) + "\n")
 
 
 def on_hopper(text: str, held: Mapping[str, Row]) -> str:

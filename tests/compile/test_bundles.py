@@ -222,3 +222,18 @@ def test_our_attention_compiles_for_a_tpu_without_spills():
     if held["versions"] == worker.versions:
         before = held["rows"][case.key]["bundles_per_pair"]
         assert all(row["bundles_per_pair"][way] <= before[way] * profile.BUNDLE_GROWTH for way in before)
+
+
+def test_the_mixtures_kernels_have_a_line_each():
+    kernel = {"mxu_share": 0.5, "bundles": 700, "spills": 3}
+    kernels = [
+        kernel | {"name": "experts_dw_up.1"},
+        kernel | {"name": "experts_up.1", "executed": {"uniform": 1 << 30}},
+    ]
+    held = {"v6e": {"moe_mlp / aot top 2 of 8 / pallas / bfloat16 / both": {"kernels": kernels}}}
+    lines = summary.mixture(held).splitlines()[2:]
+    # 2048 rows, 512 x 1024, two matrices: 2^31 multiply-adds.
+    assert lines == [
+        "| v6e | aot top 2 of 8 | up | 50% | 700 | 536870912 | 3 |",
+        "| v6e | aot top 2 of 8 | dw_up | 50% | 700 | ? | 3 |",
+    ]

@@ -110,3 +110,20 @@ def test_a_peer_runs_a_tile_for_every_group_in_it():
     deep = rows_executed.candidates(spec, "megablox", "gmm.1", V6E, even)[-1]
     assert (deep.steps, [part.taken for part in deep.parts]) == (256, [128, 128, 128])
     assert rows_executed.candidates(spec, "lax", "gmm.1", V6E, even) == []
+
+
+def test_a_kernel_of_the_mixture_is_known_by_its_name_and_visits_what_a_product_of_its_shape_does():
+    spec = specs.find("moe_mlp", "Qwen3-30B-A3B uniform")
+    rows = spec.N * spec.k
+    for name in rows_executed.MIXTURE:
+        assert rows_executed.part_of(f"experts_{name}.1") == name
+    assert rows_executed.part_of("grouped_matmul.1") is None
+    assert rows_executed.mixture(spec, "grouped_matmul.1", V6E, "zipf", keep=True) == []
+    plain = specs.find("grouped_matmul", "Qwen3-30B-A3B uniform")
+    assert (rows, spec.M, spec.F, spec.E) == (plain.N, plain.M, plain.F, plain.E)
+    sizes = shapes.spread(rows, spec.E, "zipf")
+    for name, product in (("up", "grouped_matmul.1"), ("dx", "grouped_matmul_dx.1"), ("dw_up", "grouped_matmul_dw.1")):
+        (ours,) = rows_executed.mixture(spec, f"experts_{name}.1", V6E, "zipf", keep=True)
+        (work,) = rows_executed.candidates(plain, "pallas", product, V6E, sizes)
+        assert [part.taken for part in ours.parts][1:3] == [part.taken for part in work.parts][1:3]
+        assert ours.steps == work.steps
