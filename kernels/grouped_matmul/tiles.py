@@ -147,6 +147,8 @@ def product(
         height, part = tile, 512 if inner > 512 else None
     lead = 512 if plain and part is None and "v6" in here.kind and K == inner > 1024 and ws == 1 else None
     chunks = max(1, tile // chunk - 1) if plain and "v5" not in here.kind else 1
+    if sum(range(1, chunks + 2)) * chunk * inner * strip > 2**31:  # libtpu takes minutes
+        chunks = 1
     return Tiles(tile, chunk, inner, columns, strip, height, width, part, lead, chunks)
 
 
