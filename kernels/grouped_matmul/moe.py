@@ -90,7 +90,7 @@ class Kernels(Protocol):
 
 
 class MosaicTpu(NamedTuple):
-    """Those of a TPU, which a CPU interprets."""
+    """Those of a TPU, and those that a CPU interprets."""
 
     here: Device
 

@@ -177,7 +177,7 @@ def product(
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary") if len(grid) == 3 else ("arbitrary",),
-            vmem_limit_bytes=tiles.VMEM_BYTES,
+            vmem_limit_bytes=tiles.vmem(here)[0],
             disable_bounds_checks=True,  # 45 bundles a step; the tables have no block that is not there
         ),
         cost_estimate=Cost(2 * N * K * J * len(ws), moved).estimate(),

@@ -1,8 +1,7 @@
 """Tile sizes of the grouped matmuls.
 
 On a TPU every step of the grid should have the whole contraction: then a group's matrix is read once, and no sum
-waits in memory. The model counts the bytes that tiles make a kernel move. On a CPU a step copies the matrix that it
-uses, so its tile should have about as many rows as a group.
+waits in memory. The model counts the bytes that tiles make a kernel move. A CPU's tiles are in `interpreted.py`.
 
 On Hopper (`hopper`) a tile has 128 rows, of which 64 are not multiplied where they are nobody's, so what is chosen is
 how many columns: a wide tile reads less for what it multiplies; a narrow one leaves fewer cores idle at the end, and
@@ -27,9 +26,8 @@ from typing import NamedTuple
 
 from kernels.dispatch import Device
 
-VMEM_BYTES = 56 * 2**20  # of the smallest chip's 64
+VMEM_BYTES = 56 * 2**20  # of the smallest chip's 64; those that have 128 may take twice as much
 BLOCK_BYTES = 36 * 2**20  # of them for blocks, each twice; what is left serves sums and the compiler
-CPU_ROWS = 16, 512  # at least, at most
 UNROLLED = 7 * 2**28  # multiplications that are written out, what is more in a loop: code is read from memory too
 
 HEIGHT, ROWS, INNER = 128, 64, 64  # Hopper: rows of a tile, and of a warpgroup; of the contraction at once
@@ -72,6 +70,13 @@ class Tiles(NamedTuple):
     chunks: int = 1
 
 
+def vmem(here: Device) -> tuple[int, int]:
+    """(bytes of VMEM that a kernel may take, of them for a product's blocks)."""
+    if any(kind in here.kind for kind in ("v5", "v6")):
+        return 2 * VMEM_BYTES, 80 * 2**20
+    return VMEM_BYTES, BLOCK_BYTES
+
+
 def piece(here: Device, inner: int, *, transposed: bool) -> tuple[int, int, int | None]:
     """(height, width, part) of what libtpu multiplies at once, by its schedules.
 
@@ -95,9 +100,6 @@ def rows(here: Device, N: int, E: int, *, transposed: bool = False) -> tuple[int
     fast (TPU7x), or where taking in is slow (v6e, transposed).
     """
     each = max(1, N // E)
-    if here.platform == "cpu":
-        nearest = 1 << max(0, round(each * 2 / 3) - 1).bit_length()
-        return (min(N, max(CPU_ROWS[0], min(nearest, CPU_ROWS[1]))),) * 2
     tile = 512 if each >= 256 else 256 if each >= 128 else 128
     return tile, min(tile, 128 if "v5" in here.kind or ("v6" in here.kind and not transposed) else 256)
 
@@ -122,22 +124,22 @@ def product(
         plain: the sums leave as they are.
     """
     tile, chunk = rows(here, N, E, transposed=transposed)
-    if here.platform == "cpu":
-        return Tiles(tile, chunk, K, J, J)
     visits = -(-N // tile) + E - 1
     best: tuple[float, int, int] | None = None
     for inner in _sides(K, 8192):
-        for columns in _sides(J, 2048):
+        for columns in _sides(J, 4096 if vmem(here)[0] > VMEM_BYTES else 2048):
             blocks = xs * tile * inner + ws * inner * columns + wide * tile * columns
             sums = 4 * ws * (chunk if inner >= K else tile) * columns
-            if 2 * itemsize * blocks + sums > BLOCK_BYTES:
+            if 2 * itemsize * blocks + sums > vmem(here)[1]:
                 continue
             again = visits if inner < K else min(visits, E)  # times that a column of a matrix is read
             moved = xs * visits * tile * K * -(-J // columns) + ws * again * K * J
             best = min(best or (moved, -inner, columns), (moved, -inner, columns))
     inner, columns = (min(K, 512), min(J, 512)) if best is None else (-best[1], best[2])
     products = ws * tile * min(inner, K)
-    strips = [side for side in _sides(columns, 2048) if columns % side == 0 and side * products <= UNROLLED]
+    # On a v6e, one step with more than 2048 of a contraction takes minutes to compile from here on.
+    unrolled = 2**29 if "v6" in here.kind and K == inner > 2048 else UNROLLED
+    strips = [side for side in _sides(columns, 2048) if columns % side == 0 and side * products <= unrolled]
     # A product is 256 wide: of an odd half the unit's other half has nothing to do.
     strip = max(strips, key=lambda side: (side % 256 == 0 or side == columns, side), default=columns)
     height, width, part = piece(here, inner, transposed=transposed)
@@ -155,8 +157,6 @@ def product(
 def summed(here: Device, N: int, E: int, M: int, F: int, *, dys: int, itemsize: int) -> Tiles:
     """For the sums over rows [N, M]^T [N, F]: [E, M, F], `dys` of them at once."""
     tile, _ = rows(here, N, E)
-    if here.platform == "cpu":
-        return Tiles(tile, tile, M, F, F)
     best: tuple[float, int, int] | None = None
     for inner in _sides(M, 2048):
         for columns in _sides(F, 2048):
