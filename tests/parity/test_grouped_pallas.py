@@ -133,12 +133,19 @@ def test_float64_is_refused_by_name():
 
 def test_tiles_fit_and_divide():
     for kind, (N, M, F, E) in itertools.product(
-        ("TPU v5 lite", "TPU v6 lite"), ((8192, 4096, 14336, 8), (65536, 2048, 768, 128), (256, 2048, 768, 128))
+        ("TPU v5 lite", "TPU v6 lite", "TPU7x"),
+        ((8192, 4096, 14336, 8), (8192, 14336, 4096, 8), (65536, 2048, 768, 128), (256, 2048, 768, 128)),
     ):
-        found = tiles.product(Device("tpu", kind), N, E, M, F, xs=1, ws=2, wide=3, transposed=False, itemsize=2)
+        here = Device("tpu", kind)
+        found = tiles.product(here, N, E, M, F, xs=1, ws=2, wide=3, transposed=False, itemsize=2)
         assert found.rows % found.chunk == found.columns % found.strip == 0
         assert found.part is None or found.chunk % found.height == 0
         assert M % found.inner == 0 and F % found.columns == 0
+        blocks = found.rows * found.inner + 2 * found.inner * found.columns + 3 * found.rows * found.columns
+        sums = 0 if found.inner == M else 2 * 4 * found.rows * found.columns
+        assert 2 * 2 * blocks + sums < tiles.vmem(here)[0] <= {"TPU7x": 64}.get(kind, 128) * 2**20
+    wide = {kind: tiles.vmem(Device("tpu", kind))[1] for kind in ("TPU v5 lite", "TPU v6 lite", "TPU7x", "TPU v9")}
+    assert wide["TPU v5 lite"] == wide["TPU v6 lite"] > wide["TPU7x"] == wide["TPU v9"]
 
 
 CUTS = {
