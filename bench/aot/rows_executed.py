@@ -124,19 +124,24 @@ def candidates(spec: specs.GroupedMatmul, implementation: str, kernel: str, targ
 
 
 class Operands(NamedTuple):
-    """What a product multiplies: rows and matrices, arrays [rows, J] beside them; plain: it has no epilogue."""
+    """What a product multiplies: rows and matrices, arrays [rows, J] beside them.
+
+    Attributes:
+        plain: it has no epilogue. thin: sums over columns leave too.
+    """
 
     xs: int = 1
     ws: int = 1
     wide: int = 1
     transposed: bool = False
     plain: bool = True
+    thin: bool = False
 
 
 MIXTURE = {
     "up": Operands(ws=2, plain=False),
     "down": Operands(plain=False),
-    "dh": Operands(wide=5, transposed=True, plain=False),
+    "dh": Operands(wide=5, transposed=True, plain=False, thin=True),
     "dx": Operands(xs=2, ws=2, transposed=True),
     "dw_up": Operands(ws=2),
     "dw_down": Operands(),
@@ -181,6 +186,7 @@ def _ours(
         return [Work(visits + empty, [busy, busy, Part(empty, (empty * tile.inner // 64,))])]
     transposed = product == "dx"
     options |= operands._asdict() | {"transposed": transposed}
+    options.pop("thin")
     tile = tiles.product(here, spec.N, spec.E, K, J, **options)
     if tile.inner < K:
         return []
@@ -196,7 +202,7 @@ def _ours(
         left = [each % size for each in left]
         taken, times = across * sum(map(bool, trips)), across * sum(trips)
         parts.append(Part(taken, (times, *of_strips(times))))
-    parts = [saved, *parts, saved]
+    parts = [saved, *parts, saved] + [Part(0)] * operands.thin  # where rows are nobody's
     if every > 1:
         taken = across * (len(visits) - len(rest))
         parts = [Part(taken, of_strips(taken)), Part(across * len(rest), inner=parts)]
