@@ -177,7 +177,7 @@ def product(
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary") if len(grid) == 3 else ("arbitrary",),
-            vmem_limit_bytes=tiles.vmem(here)[0],
+            vmem_limit_bytes=chosen.vmem,
             disable_bounds_checks=True,  # 45 bundles a step; the tables have no block that is not there
         ),
         cost_estimate=Cost(2 * N * K * J * len(ws), moved).estimate(),
@@ -231,11 +231,12 @@ def _kernel(
     terms = contraction(len(ws), chosen.inner, chosen.part) if by_parts else whole_terms
     # Never anything but 0, which libtpu cannot know: or it would keep what waits in registers.
     nothing = pl.multiple_of(jnp.minimum(whole, 0), 8)
+    waiting_at = nothing if add else 0  # of one matrix little waits
 
     def products(rows: Any, columns: Any, waiting: Any) -> list[Array]:
         """One step of the contraction; of what is taken part by part, the last."""
         if waiting is not None:
-            return [waiting[pl.ds(nothing, rows.size)] + term(rows, columns, terms[-1])]
+            return [waiting[pl.ds(waiting_at, rows.size)] + term(rows, columns, terms[-1])]
         found = [term(rows, columns, each) for each in terms]
         return [functools.reduce(jnp.add, found)] if add else found
 
@@ -288,7 +289,7 @@ def _kernel(
         for t in range(len(terms) - 1 if chosen.part and waits else 0):
             for (rows, columns, _), ref in at:
                 found = term(rows, columns, terms[t])
-                ref[pl.ds(0, rows.size)] = ref[pl.ds(nothing, rows.size)] + found if t else found
+                ref[pl.ds(0, rows.size)] = ref[pl.ds(waiting_at, rows.size)] + found if t else found
         if chosen.lead:
             lead(at, down, size)
             return

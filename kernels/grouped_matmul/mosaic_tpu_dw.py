@@ -60,7 +60,7 @@ def summed(x: Array, dys: Sequence[Array], group_sizes: Array, here: Device, *, 
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary")[-len(grid) :],
-            vmem_limit_bytes=tiles.vmem(here)[0],
+            vmem_limit_bytes=chosen.vmem,
             disable_bounds_checks=True,  # as in the forward kernel
         ),
         cost_estimate=Cost(2 * N * M * F * len(dys), moved).estimate(),

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from kernels.dispatch import Device
 
-VMEM_BYTES = 56 * 2**20  # of the smallest chip's 64; those that have 128 may take twice as much
+VMEM_BYTES = 56 * 2**20  # of the smallest chip's 64
 BLOCK_BYTES = 36 * 2**20  # of them for blocks, each twice; what is left serves sums and the compiler
 UNROLLED = 7 * 2**28  # multiplications that are written out, what is more in a loop: code is read from memory too
 
@@ -56,6 +56,7 @@ class Tiles(NamedTuple):
         lead: of the contraction, what a stream takes of all its rows before all else, in the first columns: the queue
             of results is full sooner. These sums wait in memory.
         chunks: a visit with fewer rows than a tile multiplies so many chunks in one stream at most.
+        vmem: bytes that the kernel may take.
     """
 
     rows: int
@@ -68,13 +69,16 @@ class Tiles(NamedTuple):
     part: int | None = None
     lead: int | None = None
     chunks: int = 1
+    vmem: int = VMEM_BYTES
 
 
-def vmem(here: Device) -> tuple[int, int]:
-    """(bytes of VMEM that a kernel may take, of them for a product's blocks)."""
-    if any(kind in here.kind for kind in ("v5", "v6")):
-        return 2 * VMEM_BYTES, 80 * 2**20
-    return VMEM_BYTES, BLOCK_BYTES
+def vmem(here: Device) -> tuple[tuple[int, int], ...]:
+    """(bytes of VMEM that a kernel may take, of them for a product's blocks), the rule and what a large chip has.
+
+    Only what needs more takes more: XLA keeps other arrays of a program there.
+    """
+    small = VMEM_BYTES, BLOCK_BYTES
+    return (small, (2 * VMEM_BYTES, 80 * 2**20)) if any(kind in here.kind for kind in ("v5", "v6")) else (small,)
 
 
 def piece(here: Device, inner: int, *, transposed: bool) -> tuple[int, int, int | None]:
@@ -125,17 +129,21 @@ def product(
     """
     tile, chunk = rows(here, N, E, transposed=transposed)
     visits = -(-N // tile) + E - 1
-    best: tuple[float, int, int] | None = None
+    best: tuple[float, int, int, int] | None = None
+    limits = vmem(here)
     for inner in _sides(K, 8192):
-        for columns in _sides(J, 4096 if vmem(here)[0] > VMEM_BYTES else 2048):
+        for columns in _sides(J, 2048 * len(limits)):
             blocks = xs * tile * inner + ws * inner * columns + wide * tile * columns
             sums = 4 * ws * (chunk if inner >= K else tile) * columns
-            if 2 * itemsize * blocks + sums > vmem(here)[1]:
+            taken = next((taken for taken, most in limits if 2 * itemsize * blocks + sums <= most), None)
+            if taken is None:
                 continue
             again = visits if inner < K else min(visits, E)  # times that a column of a matrix is read
             moved = xs * visits * tile * K * -(-J // columns) + ws * again * K * J
-            best = min(best or (moved, -inner, columns), (moved, -inner, columns))
-    inner, columns = (min(K, 512), min(J, 512)) if best is None else (-best[1], best[2])
+            found = moved, taken, -inner, columns
+            best = min(best or found, found)
+    _, taken, inner, columns = best or (0, VMEM_BYTES, -min(K, 512), min(J, 512))
+    inner = -inner
     products = ws * tile * min(inner, K)
     # On a v6e, one step with more than 2048 of a contraction takes minutes to compile from here on.
     unrolled = 2**29 if "v6" in here.kind and K == inner > 2048 else UNROLLED
@@ -151,7 +159,7 @@ def product(
     chunks = max(1, tile // chunk - 1) if plain and "v5" not in here.kind else 1
     if sum(range(1, chunks + 2)) * chunk * inner * strip > 2**31:  # libtpu takes minutes
         chunks = 1
-    return Tiles(tile, chunk, inner, columns, strip, height, width, part, lead, chunks)
+    return Tiles(tile, chunk, inner, columns, strip, height, width, part, lead, chunks, taken)
 
 
 def summed(here: Device, N: int, E: int, M: int, F: int, *, dys: int, itemsize: int) -> Tiles:

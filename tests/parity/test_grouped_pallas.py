@@ -143,9 +143,9 @@ def test_tiles_fit_and_divide():
         assert M % found.inner == 0 and F % found.columns == 0
         blocks = found.rows * found.inner + 2 * found.inner * found.columns + 3 * found.rows * found.columns
         sums = 0 if found.inner == M else 2 * 4 * found.rows * found.columns
-        assert 2 * 2 * blocks + sums < tiles.vmem(here)[0] <= {"TPU7x": 64}.get(kind, 128) * 2**20
-    wide = {kind: tiles.vmem(Device("tpu", kind))[1] for kind in ("TPU v5 lite", "TPU v6 lite", "TPU7x", "TPU v9")}
-    assert wide["TPU v5 lite"] == wide["TPU v6 lite"] > wide["TPU7x"] == wide["TPU v9"]
+        assert 2 * 2 * blocks + sums < found.vmem <= {"TPU7x": 64}.get(kind, 128) * 2**20
+        # More than the rule only where it saves reading x again: the rest of VMEM is XLA's.
+        assert found.vmem == tiles.VMEM_BYTES or (kind != "TPU7x" and N == 8192)
 
 
 CUTS = {
