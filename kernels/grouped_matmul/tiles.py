@@ -140,9 +140,9 @@ def product(
                 continue
             again = visits if inner < K else min(visits, E)  # times that a column of a matrix is read
             moved = xs * visits * tile * K * -(-J // columns) + ws * again * K * J
-            found = moved, taken, -inner, columns
+            found = moved, -inner, taken, columns
             best = min(best or found, found)
-    _, taken, inner, columns = best or (0, VMEM_BYTES, -min(K, 512), min(J, 512))
+    _, inner, taken, columns = best or (0, -min(K, 512), VMEM_BYTES, min(J, 512))
     inner = -inner
     products = ws * tile * min(inner, K)
     # On a v6e, one step with more than 2048 of a contraction takes minutes to compile from here on.
