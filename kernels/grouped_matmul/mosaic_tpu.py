@@ -231,7 +231,7 @@ def _kernel(
     terms = contraction(len(ws), chosen.inner, chosen.part) if by_parts else whole_terms
     # Never anything but 0, which libtpu cannot know: or it would keep what waits in registers.
     nothing = pl.multiple_of(jnp.minimum(whole, 0), 8)
-    waiting_at = nothing if add else 0  # of one matrix little waits
+    waiting_at = 0 if epilogue is None and not add else nothing  # a product alone has registers for it
 
     def products(rows: Any, columns: Any, waiting: Any) -> list[Array]:
         """One step of the contraction; of what is taken part by part, the last."""
