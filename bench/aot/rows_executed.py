@@ -148,15 +148,9 @@ MIXTURE = {
 }
 
 
-def part_of(kernel: str) -> str | None:
-    """Which product of the mixture a kernel is, by its name."""
-    return next((name for name in sorted(MIXTURE, key=len, reverse=True) if f"experts_{name}" in kernel), None)
-
-
 def mixture(spec: specs.MoE, kernel: str, target: Target, skew: str, *, keep: bool) -> list[Work]:
     """What a kernel of our mixture may do; `keep`: its way up writes what gradients need."""
-    part = part_of(kernel)
-    if part is None:
+    if not (part := traffic.product_of(spec.op, kernel)):
         return []
     rows = spec.N * spec.k
     K, J = (spec.M, spec.F) if part in ("up", "dh", "dw_up") else (spec.F, spec.M)

@@ -160,11 +160,11 @@ def mixture(held: Mapping[str, Mapping[str, Row]]) -> str:
     lines = _head(["TPU", "row", "kernel", "MXU share", "bundles", "executed", "spills"])
     for target in held:
         for spec in specs.rows("moe_mlp", "aot", "tpu"):
-            row = held[target].get(f"moe_mlp / {spec.name} / pallas / bfloat16 / both", {})
-            found = {rows_executed.part_of(each["name"]): each for each in row.get("kernels", [])}
-            for part in (part for part in rows_executed.MIXTURE if part in found):
-                kernel, matrices = found[part], rows_executed.MIXTURE[part].ws
-                wanted = spec.N * spec.k * spec.M * spec.F * matrices
+            for part, operands in rows_executed.MIXTURE.items():
+                _, kernel = kernel_of(held[target], spec, "pallas", part, "both")
+                if not kernel:
+                    continue
+                wanted = spec.N * spec.k * spec.M * spec.F * operands.ws
                 counts = [f"{count * 2**30 / wanted:.0f}" for count in kernel.get("executed", {}).values()]
                 cells = [f"{kernel['mxu_share']:.0%}", kernel["bundles"], " / ".join(counts) or "?", kernel["spills"]]
                 lines.append(_line([target, spec.name, part, *cells]))

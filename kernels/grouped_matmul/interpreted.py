@@ -30,9 +30,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.cost import Cost
+from kernels.grouped_matmul.mosaic_tpu import Epilogue, dot
 
 Array = jax.Array
-Epilogue = Callable[..., Sequence[Array]]
 
 LARGEST, SMALLEST = 512, 16  # rows of a tile
 TURN = 48  # rows that one more tile costs, measured for float32 matrices of 256 x 1024
@@ -80,7 +80,7 @@ def product(
 
         def multiply(rows: Any, mine: Array | None, _: None) -> None:
             of = lambda n: x_refs[n if len(xs) > 1 else 0][rows]
-            values = [_dot(of(n), w, (1, 1 if transposed else 0)) for n, w in enumerate(matrices)]
+            values = [dot(of(n), w, (1, 1 if transposed else 0)) for n, w in enumerate(matrices)]
             values = [functools.reduce(jnp.add, values)] if add else values
             if epilogue is not None:
                 values = epilogue(
@@ -118,7 +118,7 @@ def summed(x: Array, dys: Sequence[Array], group_sizes: Array, *, name: str) -> 
             x, *dys_ = (
                 ref[rows] if mine is None else jnp.where(mine[:, None], ref[rows], 0) for ref in (x_ref, *refs[:n])
             )
-            return [value + _dot(x, dy, (0, 0)) for value, dy in zip(sums, dys_, strict=True)]
+            return [value + dot(x, dy, (0, 0)) for value, dy in zip(sums, dys_, strict=True)]
 
         found = walk(N, starts[e], starts[e + 1], tiles, add, [jnp.zeros((M, F), jnp.float32)] * n)
         for out, value in zip(refs[n:], found, strict=True):
@@ -140,11 +140,8 @@ def walk(N: int, start: Array, end: Array, sizes: Sequence[int], body: Callable[
     for place, size in enumerate(sizes):
         last, left = size == sizes[-1], end - row
         whole = place == 0 and not last
-        trips = left // size
-        if last:
-            trips = -(-left // size)
-        elif not whole:
-            trips += left % size > _few(size, sizes[place + 1])
+        few = 0 if last else size if whole else _few(size, sizes[place + 1])
+        trips = left // size + (left % size > few)
 
         def step(i: Array, carry: Any, size: int = size, row: Array = row, whole: bool = whole) -> Any:
             first = row + i * size
@@ -189,9 +186,3 @@ def _call(
         interpret=True,
         name=name,
     )(*operands)
-
-
-def _dot(x: Array, w: Array, contract: tuple[int, int]) -> Array:
-    """The product in float32, over axis contract[0] of x and contract[1] of w."""
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)

@@ -133,8 +133,6 @@ def product(
     chosen = tiles.product(here, N, E, K, J, plain=epilogue is None, **sizes)
     plan = visits(group_sizes, N, chosen.rows)
     across, steps = -(-J // chosen.columns), -(-K // chosen.inner)
-    if len(ws) > 1 or epilogue is not None or steps > 1 or chosen.part:
-        chosen = chosen._replace(lead=None)
     # The scalar unit counts the axes that there are, also those of one step.
     grid, at = (across, plan.count, steps), lambda index: index
     if across == steps == 1:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bench import targets
-from bench.aot import bundles, rows_executed
+from bench.aot import bundles, rows_executed, traffic
 from bench.aot.bundles import Part
 from kernels import shapes, specs
 from kernels.dispatch import Device
@@ -116,8 +116,8 @@ def test_a_kernel_of_the_mixture_is_known_by_its_name_and_visits_what_a_product_
     spec = specs.find("moe_mlp", "Qwen3-30B-A3B uniform")
     rows = spec.N * spec.k
     for name in rows_executed.MIXTURE:
-        assert rows_executed.part_of(f"experts_{name}.1") == name
-    assert rows_executed.part_of("grouped_matmul.1") is None
+        assert traffic.product_of("moe_mlp", f"experts_{name}.1") == name
+    assert traffic.product_of("moe_mlp", "grouped_matmul.1") == ""
     assert rows_executed.mixture(spec, "grouped_matmul.1", V6E, "zipf", keep=True) == []
     plain = specs.find("grouped_matmul", "Qwen3-30B-A3B uniform")
     assert (rows, spec.M, spec.F, spec.E) == (plain.N, plain.M, plain.F, plain.E)

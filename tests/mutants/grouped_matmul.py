@@ -92,11 +92,11 @@ MUTANTS: list[Mutant] = [
         ("rows of nobody stay", "jnp.where(first, N, starts[E])", "starts[E]", "one_program"),
         ("rows of other groups are lost", "if mine is not None:", "if mine is None:", "no_tile_size"),
         ("dw takes the next group's rows", "jnp.where(mine[:, None], ref[rows], 0)", "ref[rows]", "no_tile_size"),
-        ("the last tile is all of a sum", "[value + _dot(x, dy, (0, 0))", "[_dot(x, dy, (0, 0))", "no_tile_size"),
+        ("the last tile is all of a sum", "[value + dot(x, dy, (0, 0))", "[dot(x, dy, (0, 0))", "no_tile_size"),
         ("a tile that is not full has the next group's rows", "(first <= n) & (n < end)", "first <= n", "in_one_tile"),
         ("what was moved back from the end counts twice", "(first <= n) & (n < end)", "n < end", "in_one_tile"),
         ("smaller tiles begin anew", "row = jnp.minimum(row + trips * size, end)", "row = start", "in_one_tile"),
-        ("a last single row is lost", "trips = -(-left // size)", "trips = left // size", "in_one_tile"),
+        ("a last single row is lost", "few = 0 if last", "few = 1 if last", "in_one_tile"),
     ),
     *planted(
         "grouped_matmul/interpreted",
