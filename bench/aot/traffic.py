@@ -8,6 +8,7 @@ The program of a row is traced for the target and its kernels are counted by `bl
 
 import contextlib
 import dataclasses
+import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     arguments = cli.parse(Arguments, argv, default=Arguments(), prog=PROG, description=__doc__.split("\n")[0])
     with cli.user_errors(PROG):
+        if importlib.util.find_spec("tokamax") is None:
+            raise ValueError("tokamax is not installed here; allowed: .venv-aot/bin/python, which `make aot` builds")
         for name in summary.TPUS:
             file = profile.path(arguments.out, name)
             if (held := profile.load(file)) is None:
