@@ -132,6 +132,5 @@ def moe_mlp(
     if 0 in (*x.shape, *w_gate.shape):
         return jnp.zeros_like(x)
     given = x, w_gate, w_up, w_down, expert_ids, expert_weights
-    return moe.experts(
-        *(vary(each, *given) for each in given), Hopper(Static(blocks or cores(device().kind), interpret, width))
-    )
+    on = moe.Products(Hopper(Static(blocks or cores(device().kind), interpret, width)))
+    return moe.experts(*(vary(each, *given) for each in given), on)

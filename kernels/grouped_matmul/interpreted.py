@@ -1,6 +1,6 @@
 """The grouped products of `mosaic_tpu.py` and `mosaic_tpu_dw.py` as a CPU interprets them: group after group.
 
-Math      as theirs: epilogue(x w_e, or x w_e^T, several of them or their sum); dw_e = sum of x_n^T dy_n
+Math      y = x w_e, or x w_e^T; dw_e = sum of x_n^T dy_n
 Tiling    grid (groups that have rows); a step walks those in tiles of a few sizes, the large ones first.
 
               rows      ├──────── group 0 ────────┼─ 1 ─┼──── group 2 ────┤ nobody's
@@ -20,7 +20,6 @@ Source    as theirs.
 Inputs come whole, as prefetched ones do: the interpreter would copy a block in every step.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.cost import Cost
-from kernels.grouped_matmul.mosaic_tpu import Epilogue, dot
+from kernels.grouped_matmul.mosaic_tpu import dot
 
 Array = jax.Array
 
@@ -45,88 +44,58 @@ def sizes(N: int, E: int) -> tuple[int, ...]:
     return tuple(sorted({min(N, size) for size in found}, reverse=True))
 
 
-def product(
-    xs: Sequence[Array],
-    ws: Sequence[Array],
-    group_sizes: Array,
-    *,
-    transposed: bool = False,
-    add: bool = False,
-    epilogue: Epilogue | None = None,
-    wide: Sequence[Array] = (),
-    thin: Sequence[Array] = (),
-    outs: Sequence[str] = ("wide",),
-    name: str,
-) -> list[Array]:
-    """As `mosaic_tpu.product`."""
-    (N, K), E, J = xs[0].shape, ws[0].shape[0], ws[0].shape[1 if transposed else 2]
-    dtype = xs[0].dtype
-    shapes = {"wide": jax.ShapeDtypeStruct((N, J), dtype), "thin": jax.ShapeDtypeStruct((1, N), jnp.float32)}
-    tiles, counts = sizes(N, E), [len(each) for each in (xs, ws, wide, thin, outs)]
+def product(x: Array, w: Array, group_sizes: Array, *, transposed: bool = False, name: str) -> Array:
+    """y [N, J]: each row times the matrix of its group, rows of nobody zero.
 
-    def kernel(groups: Any, starts: Any, *refs: Any) -> None:
-        rest = list(refs)
-        x_refs, w_refs, wide_refs, thin_refs, out_refs = ([rest.pop(0) for _ in range(n)] for n in counts)
+    Args:
+        x: [N, K], sorted by group.
+        w: [E, K, J]; [E, J, K] where `transposed`.
+        group_sizes: [E] int32.
+    """
+    (N, K), E, J = x.shape, w.shape[0], w.shape[1 if transposed else 2]
+    tiles = sizes(N, E)
+
+    def kernel(groups: Any, starts: Any, x_ref: Any, w_ref: Any, y_ref: Any) -> None:
         e = groups[pl.program_id(0)]
-        matrices = [ref[e] for ref in w_refs]
-
-        def write(rows: Any, mine: Array | None, values: Sequence[Array]) -> None:
-            for ref, kind, value in zip(out_refs, outs, values, strict=True):
-                at = rows if kind == "wide" else (0, rows)
-                value = (value if kind == "wide" else jnp.sum(value, axis=1)).astype(ref.dtype)
-                if mine is not None:
-                    value = jnp.where(mine[:, None] if kind == "wide" else mine, value, ref[at])
-                ref[at] = value
+        matrix = w_ref[e]
 
         def multiply(rows: Any, mine: Array | None, _: None) -> None:
-            of = lambda n: x_refs[n if len(xs) > 1 else 0][rows]
-            values = [dot(of(n), w, (1, 1 if transposed else 0)) for n, w in enumerate(matrices)]
-            values = [functools.reduce(jnp.add, values)] if add else values
-            if epilogue is not None:
-                values = epilogue(
-                    *values, *(ref[rows] for ref in wide_refs), *(ref[0, rows][:, None] for ref in thin_refs)
-                )
-            write(rows, mine, values)
+            put(y_ref, rows, mine, dot(x_ref[rows], matrix, (1, 1 if transposed else 0)))
 
         def nothing(rows: Any, mine: Array | None, _: None) -> None:
-            zeros = {"wide": jnp.zeros((rows.size, J)), "thin": jnp.zeros((rows.size, 1))}
-            write(rows, mine, [zeros[kind] for kind in outs])
+            put(y_ref, rows, mine, jnp.zeros((rows.size, J)))
 
         walk(N, starts[e], starts[e + 1], tiles, multiply)
         first = pl.program_id(0) == 0
         walk(N, starts[E], jnp.where(first, N, starts[E]), tiles[:1], nothing)
 
-    # A step copies its matrices: groups without rows have none. The first is there in any case, for nobody's rows.
-    busy = group_sizes > 0
-    (groups,) = jnp.nonzero(busy, size=E, fill_value=0)
-    steps = jnp.maximum(jnp.sum(busy, dtype=jnp.int32), 1)
-    operands = [groups.astype(jnp.int32), _starts(group_sizes), *xs, *ws, *wide, *thin]
-    moved = sum(each.size * each.dtype.itemsize for each in (*operands, *(shapes[kind] for kind in outs)))
-    return _call(kernel, operands, [shapes[kind] for kind in outs], steps, Cost(2 * N * K * J * len(ws), moved), name)
+    groups, steps = busy_first(group_sizes)
+    shape = jax.ShapeDtypeStruct((N, J), x.dtype)
+    cost = Cost(2 * N * K * J, x.dtype.itemsize * (x.size + w.size + N * J))
+    return call(kernel, [groups, bounds(group_sizes), x, w], [shape], steps, cost, name)[0]
 
 
-def summed(x: Array, dys: Sequence[Array], group_sizes: Array, *, name: str) -> list[Array]:
-    """As `mosaic_tpu_dw.summed`."""
-    (N, M), F, E, dtype = x.shape, dys[0].shape[1], group_sizes.shape[0], x.dtype
+def summed(x: Array, dy: Array, group_sizes: Array, *, name: str) -> Array:
+    """dw [E, M, F]: the sum of x_n^T dy_n over each group's rows, zero where it has none.
+
+    Args:
+        x, dy: [N, M], [N, F], sorted by group.
+        group_sizes: [E] int32.
+    """
+    (N, M), F, E, dtype = x.shape, dy.shape[1], group_sizes.shape[0], x.dtype
     tiles = sizes(N, E)
 
-    def kernel(starts: Any, x_ref: Any, *refs: Any) -> None:
+    def kernel(starts: Any, x_ref: Any, dy_ref: Any, dw_ref: Any) -> None:
         e = pl.program_id(0)
 
-        def add(rows: Any, mine: Array | None, sums: Sequence[Array]) -> list[Array]:
-            # What is not the group's must not get into a sum, whatever it is.
-            x, *dys_ = (
-                ref[rows] if mine is None else jnp.where(mine[:, None], ref[rows], 0) for ref in (x_ref, *refs[:n])
-            )
-            return [value + dot(x, dy, (0, 0)) for value, dy in zip(sums, dys_, strict=True)]
+        def add(rows: Any, mine: Array | None, dw: Array) -> Array:
+            return dw + dot(own(x_ref, rows, mine), own(dy_ref, rows, mine), (0, 0))
 
-        found = walk(N, starts[e], starts[e + 1], tiles, add, [jnp.zeros((M, F), jnp.float32)] * n)
-        for out, value in zip(refs[n:], found, strict=True):
-            out[e] = value.astype(dtype)
+        dw_ref[e] = walk(N, starts[e], starts[e + 1], tiles, add, jnp.zeros((M, F), jnp.float32)).astype(dtype)
 
-    n, shape = len(dys), jax.ShapeDtypeStruct((E, M, F), dtype)
-    cost = Cost(2 * N * M * F * n, dtype.itemsize * (x.size + n * (N * F + E * M * F)))
-    return _call(kernel, [_starts(group_sizes), x, *dys], [shape] * n, E, cost, name)
+    shape = jax.ShapeDtypeStruct((E, M, F), dtype)
+    cost = Cost(2 * N * M * F, dtype.itemsize * (x.size + dy.size + E * M * F))
+    return call(kernel, [bounds(group_sizes), x, dy], [shape], E, cost, name)[0]
 
 
 def walk(N: int, start: Array, end: Array, sizes: Sequence[int], body: Callable[..., Any], carry: Any = None) -> Any:
@@ -159,19 +128,44 @@ def _few(size: int, smaller: int) -> int:
     return min(size - 1, (size + TURN - 1) // (smaller + TURN) * smaller)
 
 
-def _starts(group_sizes: Array) -> Array:
+def put(ref: Any, rows: Any, mine: Array | None, value: Array) -> None:
+    """Write rows, all or those that are `mine`."""
+    value = value.astype(ref.dtype)
+    ref[rows] = value if mine is None else jnp.where(beside(mine, value), value, ref[rows])
+
+
+def own(ref: Any, rows: Any, mine: Array | None) -> Array:
+    """Read rows, zero where not `mine`: what is not the group's must not get into a sum, whatever it is."""
+    value = ref[rows]
+    return value if mine is None else jnp.where(beside(mine, value), value, 0)
+
+
+def beside(mine: Array, value: Array) -> Array:
+    """A mask of rows against values that have more axes."""
+    return mine.reshape(-1, *[1] * (value.ndim - 1))
+
+
+def busy_first(group_sizes: Array) -> tuple[Array, Array]:
+    """The groups that have rows, one at least, and how many: a step copies its matrices, so none is made for others."""
+    busy = group_sizes > 0
+    (groups,) = jnp.nonzero(busy, size=group_sizes.shape[0], fill_value=0)
+    return groups.astype(jnp.int32), jnp.maximum(jnp.sum(busy, dtype=jnp.int32), 1)
+
+
+def bounds(group_sizes: Array) -> Array:
     """[E + 1]: the first row of each group, and of what is nobody's."""
     return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(group_sizes.astype(jnp.int32))])
 
 
-def _call(
+def call(
     kernel: Callable[..., None],
     operands: Sequence[Array],
     shapes: Sequence[jax.ShapeDtypeStruct],
-    steps: Any,
+    steps: int | Array,
     cost: Cost,
     name: str,
 ) -> list[Array]:
+    """The arrays that so many steps of the kernel write."""
     whole = lambda shape: pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
     return pl.pallas_call(
         kernel,

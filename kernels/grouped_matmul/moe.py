@@ -26,23 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.dispatch import Device, device
-from kernels.grouped_matmul import interpreted, mosaic_tpu, mosaic_tpu_dw
+from kernels.grouped_matmul import interpreted, interpreted_moe, mosaic_tpu, mosaic_tpu_dw
+from kernels.grouped_matmul.epilogues import swiglu, through
 
 Array = jax.Array
-
-
-def product(xs: Sequence[Array], ws: Sequence[Array], sizes: Array, here: Device, **options: Any) -> list[Array]:
-    """See `mosaic_tpu.product`; a CPU interprets a kernel that is made for it."""
-    if here.platform == "cpu":
-        return interpreted.product(xs, ws, sizes, **options)
-    return mosaic_tpu.product(xs, ws, sizes, here, **options)
-
-
-def summed(x: Array, dys: Sequence[Array], sizes: Array, here: Device, *, name: str) -> list[Array]:
-    """See `mosaic_tpu_dw.summed`."""
-    if here.platform == "cpu":
-        return interpreted.summed(x, dys, sizes, name=name)
-    return mosaic_tpu_dw.summed(x, dys, sizes, here, name=name)
 
 
 def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
@@ -52,8 +39,7 @@ def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _matmul(x: Array, w: Array, group_sizes: Array, here: Device) -> Array:
-    (y,) = product([x], [w], group_sizes, here, name="grouped_matmul")
-    return y
+    return _product(x, w, group_sizes, here, name="grouped_matmul")
 
 
 def _matmul_forward(x: Array, w: Array, group_sizes: Array, here: Device) -> tuple[Array, tuple]:
@@ -62,16 +48,40 @@ def _matmul_forward(x: Array, w: Array, group_sizes: Array, here: Device) -> tup
 
 def _matmul_backward(here: Device, kept: tuple, dy: Array) -> tuple:
     x, w, group_sizes = kept
-    (dx,) = product([dy], [w], group_sizes, here, transposed=True, name="grouped_matmul_dx")
-    (dw,) = summed(x, [dy], group_sizes, here, name="grouped_matmul_dw")
+    dx = _product(dy, w, group_sizes, here, transposed=True, name="grouped_matmul_dx")
+    if here.platform == "cpu":
+        dw = interpreted.summed(x, dy, group_sizes, name="grouped_matmul_dw")
+    else:
+        (dw,) = mosaic_tpu_dw.summed(x, [dy], group_sizes, here, name="grouped_matmul_dw")
     return dx, dw, _no_gradient(group_sizes)
+
+
+def _product(x: Array, w: Array, group_sizes: Array, here: Device, **options: Any) -> Array:
+    if here.platform == "cpu":
+        return interpreted.product(x, w, group_sizes, **options)
+    return mosaic_tpu.product([x], [w], group_sizes, here, **options)[0]
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+class Mixture(Protocol):
+    """The experts of R rows sorted by expert: `sizes` [E] says how many each has, p [R] their weights.
+
+    ws: w_gate, w_up [E, M, F], w_down [E, F, M].
+    """
+
+    def forward(self, x: Array, ws: Sequence[Array], p: Array, sizes: Array, *, keep: bool) -> Sequence[Array]:
+        """y [R, M]; with `keep` g and u [R, F] too."""
+
+    def backward(
+        self, x: Array, dy: Array, ws: Sequence[Array], p: Array, sizes: Array, g: Array, u: Array
+    ) -> tuple[Array, Sequence[Array], Array]:
+        """dx [R, M]; dw of each of ws; dp [R]."""
+
+
 class Kernels(Protocol):
-    """The products of a mixture on an accelerator; rows are sorted by expert, `sizes` [E] says how many each has."""
+    """The products of a mixture on an accelerator, a kernel each."""
 
     def up(self, x: Array, w_gate: Array, w_up: Array, sizes: Array, *, keep: bool) -> Sequence[Array]:
         """h [R, F]; with `keep` g and u too."""
@@ -89,53 +99,65 @@ class Kernels(Protocol):
         """[E, columns of x, columns of dy] for each dy."""
 
 
+class Products(NamedTuple):
+    """A mixture made of such kernels."""
+
+    on: Kernels
+
+    def forward(self, x: Array, ws: Sequence[Array], p: Array, sizes: Array, *, keep: bool) -> Sequence[Array]:
+        w_gate, w_up, w_down = ws
+        h, *kept = self.on.up(x, w_gate, w_up, sizes, keep=keep)
+        return self.on.down(h, w_down, p, sizes), *kept
+
+    def backward(
+        self, x: Array, dy: Array, ws: Sequence[Array], p: Array, sizes: Array, g: Array, u: Array
+    ) -> tuple[Array, Sequence[Array], Array]:
+        w_gate, w_up, w_down = ws
+        dg, du, ph, dp = self.on.back(dy, w_down, g, u, p, sizes)
+        dx = self.on.dx(dg, du, w_gate, w_up, sizes)
+        dws = *self.on.dw(x, [dg, du], sizes, "experts_dw_up"), *self.on.dw(ph, [dy], sizes, "experts_dw_down")
+        return dx, dws, dp
+
+
 class MosaicTpu(NamedTuple):
-    """Those of a TPU, and those that a CPU interprets."""
+    """Those of a TPU."""
 
     here: Device
 
     def up(self, x: Array, w_gate: Array, w_up: Array, sizes: Array, *, keep: bool) -> Sequence[Array]:
-        def swiglu(g: Array, u: Array) -> tuple[Array, ...]:
-            h = g * jax.nn.sigmoid(g) * u
-            return (h, g, u) if keep else (h,)
-
         outs = ("wide",) * (3 if keep else 1)
-        return product([x], [w_gate, w_up], sizes, self.here, epilogue=swiglu, outs=outs, name="experts_up")
+        options = {"epilogue": lambda g, u: (swiglu(g, u), g, u)[: len(outs)], "outs": outs, "name": "experts_up"}
+        return mosaic_tpu.product([x], [w_gate, w_up], sizes, self.here, **options)
 
     def down(self, h: Array, w_down: Array, p: Array, sizes: Array) -> Array:
-        weighted = lambda y, p: (y * p,)
-        return product([h], [w_down], sizes, self.here, epilogue=weighted, thin=[p[None]], name="experts_down")[0]
+        options = {"epilogue": lambda y, p: (y * p,), "thin": [p[None]], "name": "experts_down"}
+        return mosaic_tpu.product([h], [w_down], sizes, self.here, **options)[0]
 
     def back(self, dy: Array, w_down: Array, g: Array, u: Array, p: Array, sizes: Array) -> Sequence[Array]:
-        def through(s: Array, g: Array, u: Array, p: Array) -> tuple[Array, ...]:
-            g, u = g.astype(jnp.float32), u.astype(jnp.float32)
-            open_ = jax.nn.sigmoid(g)
-            silu = g * open_
-            h, ps = silu * u, p * s
-            return ps * u * open_ * (1 + g - silu), ps * silu, p * h, s * h
-
         outs = ("wide", "wide", "wide", "thin")
         options = {"transposed": True, "epilogue": through, "wide": [g, u], "thin": [p[None]], "outs": outs}
-        *wide, dp = product([dy], [w_down], sizes, self.here, **options, name="experts_dh")
+        *wide, dp = mosaic_tpu.product([dy], [w_down], sizes, self.here, **options, name="experts_dh")
         return *wide, dp[0]
 
     def dx(self, dg: Array, du: Array, w_gate: Array, w_up: Array, sizes: Array) -> Array:
         options = {"transposed": True, "add": True, "name": "experts_dx"}
-        return product([dg, du], [w_gate, w_up], sizes, self.here, **options)[0]
+        return mosaic_tpu.product([dg, du], [w_gate, w_up], sizes, self.here, **options)[0]
 
     def dw(self, x: Array, dys: Sequence[Array], sizes: Array, name: str) -> Sequence[Array]:
-        return summed(x, dys, sizes, self.here, name=name)
+        return mosaic_tpu_dw.summed(x, dys, sizes, self.here, name=name)
 
 
 def moe_mlp(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array) -> Array:
     """See `kernels.moe_mlp`; arguments are checked there."""
-    return experts(x, w_gate, w_up, w_down, expert_ids, expert_weights, MosaicTpu(device()))
+    here = device()
+    on = interpreted_moe if here.platform == "cpu" else Products(MosaicTpu(here))
+    return experts(x, w_gate, w_up, w_down, expert_ids, expert_weights, on)
 
 
 def experts(
-    x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array, on: Kernels
+    x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array, on: Mixture
 ) -> Array:
-    """As `kernels.moe_mlp`, by the kernels given, which must be hashable."""
+    """As `kernels.moe_mlp`, by the mixture given, which must be hashable."""
     (N, k), E = expert_ids.shape, w_gate.shape[0]
     flat = expert_ids.reshape(-1).astype(jnp.int32)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)  # sorted row -> n * k + j
@@ -154,7 +176,7 @@ def _experts(
     order: Array,
     place: Array,
     sizes: Array,
-    on: Kernels,
+    on: Mixture,
 ) -> Array:
     """p [N, k]; order [N k]: of each sorted row its token and slot; place [N, k]: the sorted row of each of these."""
     return _forward(x, w_gate, w_up, w_down, p, order, place, sizes, on, keep=False)[0]
@@ -166,20 +188,17 @@ def _experts_forward(x, w_gate, w_up, w_down, p, order, place, sizes, on):
 
 
 def _forward(x, w_gate, w_up, w_down, p, order, place, sizes, on, *, keep):
-    h, *kept = on.up(x[order // p.shape[1]], w_gate, w_up, sizes, keep=keep)
-    return _gathered(on.down(h, w_down, _sorted(p, order), sizes), place), *kept
+    rows, ws = x[order // p.shape[1]], (w_gate, w_up, w_down)
+    y, *kept = on.forward(rows, ws, _sorted(p, order), sizes, keep=keep)
+    return _gathered(y, place), *kept
 
 
-def _experts_backward(on: Kernels, saved: tuple, dout: Array) -> tuple:
+def _experts_backward(on: Mixture, saved: tuple, dout: Array) -> tuple:
     x, w_gate, w_up, w_down, p, order, place, sizes, g, u = saved
-    k = p.shape[1]
-    dy = dout[order // k]
-    dg, du, ph, dp = on.back(dy, w_down, g, u, _sorted(p, order), sizes)
-    dx = on.dx(dg, du, w_gate, w_up, sizes)
-    dw_gate, dw_up = on.dw(x[order // k], [dg, du], sizes, "experts_dw_up")
-    (dw_down,) = on.dw(ph, [dy], sizes, "experts_dw_down")
+    token, ws = order // p.shape[1], (w_gate, w_up, w_down)
+    dx, dws, dp = on.backward(x[token], dout[token], ws, _sorted(p, order), sizes, g, u)
     none = [_no_gradient(ids) for ids in (order, place, sizes)]
-    return _gathered(dx, place), dw_gate, dw_up, dw_down, dp[place].astype(p.dtype), *none
+    return _gathered(dx, place), *dws, dp[place].astype(p.dtype), *none
 
 
 _experts.defvjp(_experts_forward, _experts_backward)

@@ -12,7 +12,7 @@ import pytest
 
 import kernels
 from kernels.dispatch import Device, compiling_for
-from kernels.grouped_matmul import interpreted, tiles
+from kernels.grouped_matmul import interpreted, interpreted_moe, tiles
 from kernels.grouped_matmul.groups import visits
 from kernels.grouped_matmul.mosaic_tpu import contraction, total
 from tests import by_numpy
@@ -92,6 +92,24 @@ def test_no_tile_size_changes_the_result(monkeypatch, rows):
     monkeypatch.setattr(interpreted, "sizes", lambda *_: (rows,))
     for mine, other in zip(output_and_gradients(x, w, sizes, "pallas"), expected, strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-5)
+
+
+def mixture(name: str, x: jax.Array, w: jax.Array, ids: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
+    """Its output and its five gradients."""
+    down = jnp.swapaxes(w, 1, 2) / 7
+    run = lambda x, gate, up, down, p: kernels.moe_mlp(x, gate, up, down, ids, p, implementation=name)
+    y, pull = jax.vjp(run, x, w, w[::-1] / 5, down, weights)
+    return y, *pull(jnp.cos(y))
+
+
+@pytest.mark.parametrize("sizes", [(1,), (3,), (64,), (74,), (8, 1), (32, 8, 3)])
+def test_no_tile_size_changes_the_mixture(monkeypatch, sizes):
+    """One expert has no rows, and some rows are of an expert that is not there."""
+    (x, w), rng = arrays(37, 6, 5, 4), np.random.default_rng(1)
+    args = x, w, jnp.array(rng.choice([0, 2, 3, 4], (37, 2))), jnp.array(rng.random((37, 2)), jnp.float32)
+    monkeypatch.setattr(interpreted_moe, "SIZES", sizes)
+    for mine, other in zip(mixture("pallas", *args), mixture("reference", *args), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-5 * float(jnp.abs(other).max()))
 
 
 def test_one_program_serves_any_sizes():
@@ -190,16 +208,13 @@ def test_the_compiled_form_is_the_formula(monkeypatch, sides):
     for name in ("product", "summed"):
         monkeypatch.setattr(tiles, name, functools.partial(cut, getattr(tiles, name)))
     (x, w), sizes = arrays(37, 24, 40, 4), jnp.array([9, 0, 13, 8])
-    down, ids = jnp.swapaxes(w, 1, 2), jnp.array(np.random.default_rng(1).integers(0, 3, (37, 2)))
-    weights = jnp.linspace(0, 1, 74).reshape(37, 2)
+    ids, weights = jnp.array(np.random.default_rng(1).integers(0, 3, (37, 2))), jnp.linspace(0, 1, 74).reshape(37, 2)
 
-    def both(name: str, x: jax.Array, w: jax.Array, down: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
-        run = lambda x, w, p: kernels.moe_mlp(x, w, w / 5, down / 7, ids, p, implementation=name)
-        y, pull = jax.vjp(run, x, w / 5, weights)
-        return *output_and_gradients(x, w, sizes, name), y, *pull(jnp.cos(y))
+    def both(name: str, x: jax.Array, w: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
+        return *output_and_gradients(x, w, sizes, name), *mixture(name, x, w / 5, ids, weights)
 
-    expected = both("reference", x, w, down, weights)
+    expected = both("reference", x, w, weights)
     with compiling_for("tpu", "TPU v6 lite"):
-        mine = by_numpy.run(functools.partial(both, "pallas"), x, w, down, weights)
+        mine = by_numpy.run(functools.partial(both, "pallas"), x, w, weights)
     for a, b in zip(mine, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))
