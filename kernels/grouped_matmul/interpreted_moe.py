@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from kernels.cost import Cost
 from kernels.grouped_matmul.epilogues import swiglu, through
 from kernels.grouped_matmul.interpreted import beside, bounds, busy_first, call, own, put, walk
-from kernels.grouped_matmul.mosaic_tpu import dot
+from kernels.grouped_matmul.on_chip import dot
 
 Array = jax.Array
 

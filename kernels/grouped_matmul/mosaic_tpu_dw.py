@@ -30,7 +30,7 @@ from kernels.cost import Cost
 from kernels.dispatch import Device
 from kernels.grouped_matmul import tiles
 from kernels.grouped_matmul.groups import Visit, visits
-from kernels.grouped_matmul.mosaic_tpu import clear, dot, loop, pieces
+from kernels.grouped_matmul.on_chip import clear, dot, loop, pieces
 
 Array = jax.Array
 

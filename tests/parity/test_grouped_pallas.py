@@ -1,4 +1,4 @@
-"""The Pallas grouped matmul from inside: its visits and tiles, and that both of its forms give the same rows."""
+"""The Pallas grouped matmul from inside: its visits and tiles, and that each of its forms gives the rows."""
 
 import functools
 import itertools
@@ -14,7 +14,7 @@ import kernels
 from kernels.dispatch import Device, compiling_for
 from kernels.grouped_matmul import interpreted, interpreted_moe, tiles
 from kernels.grouped_matmul.groups import visits
-from kernels.grouped_matmul.mosaic_tpu import contraction, total
+from kernels.grouped_matmul.on_chip import contraction, total
 from tests import by_numpy
 from tests.jaxprs import largest
 
