@@ -98,17 +98,27 @@ def summed(x: Array, dy: Array, group_sizes: Array, *, name: str) -> Array:
     return call(kernel, [bounds(group_sizes), x, dy], [shape], E, cost, name)[0]
 
 
-def walk(N: int, start: Array, end: Array, sizes: Sequence[int], body: Callable[..., Any], carry: Any = None) -> Any:
+def walk(
+    N: int,
+    start: Array,
+    end: Array,
+    sizes: Sequence[int],
+    body: Callable[..., Any],
+    carry: Any = None,
+    *,
+    large_full: bool = True,
+) -> Any:
     """carry = body(rows, mine, carry) over tiles of N rows that cover start <= n < end.
 
     Args:
         sizes: rows of the tiles, falling, none above N.
         body: gets the rows and which of them are to be covered, a mask; None: all.
+        large_full: large tiles are full, and without a mask; else the last of them may reach past the end.
     """
     row = start
     for place, size in enumerate(sizes):
         last, left = size == sizes[-1], end - row
-        whole = place == 0 and not last
+        whole = large_full and place == 0 and not last
         few = 0 if last else size if whole else _few(size, sizes[place + 1])
         trips = left // size + (left % size > few)
 

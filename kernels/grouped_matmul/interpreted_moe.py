@@ -15,7 +15,7 @@ Limits    float32, bfloat16, float16; any N, M, F, E.
 Source    as `interpreted.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,8 +29,7 @@ from kernels.grouped_matmul.on_chip import dot
 
 Array = jax.Array
 
-# Rows of the tiles. A smaller one wastes fewer rows and costs two to six products anew: with the least of 128 rows the
-# gradients of 8 experts of 256 x 1024 take 1.07 times as long.
+# Rows of the tiles. With none below 128 the gradients of 8 experts of 256 x 1024 take 1.07 times as long.
 SIZES = (512, 128, 32)
 
 
@@ -49,7 +48,7 @@ def forward(x: Array, ws: Sequence[Array], p: Array, sizes: Array, *, keep: bool
             for ref, value in zip(outs, (y, g, u), strict=False):
                 put(ref, rows, mine, value)
 
-        walk(R, starts[e], starts[e + 1], _tiles(R), tile)
+        _walk(R, starts, e, tile)
 
     shapes = [jax.ShapeDtypeStruct((R, width), dtype) for width in ((M, F, F) if keep else (M,))]
     groups, steps = busy_first(sizes)
@@ -79,7 +78,7 @@ def backward(
             return [before + each for before, each in zip(sums, found, strict=True)]
 
         zeros = [jnp.zeros(ref.shape[1:], jnp.float32) for ref in dw_refs]
-        for ref, value in zip(dw_refs, walk(R, starts[e], starts[e + 1], _tiles(R), tile, zeros), strict=True):
+        for ref, value in zip(dw_refs, _walk(R, starts, e, tile, zeros), strict=True):
             ref[e] = value.astype(dtype)
 
     shapes = [jax.ShapeDtypeStruct((R, M), dtype), jax.ShapeDtypeStruct((R,), jnp.float32)]
@@ -96,8 +95,10 @@ def _owned(y: Array, sizes: Array) -> Array:
     return jnp.where(beside(mine, y), y, 0)
 
 
-def _tiles(R: int) -> tuple[int, ...]:
-    return tuple(sorted({min(R, size) for size in SIZES}, reverse=True))
+def _walk(R: int, starts: Any, e: Array, tile: Callable[..., Any], carry: Any = None) -> Any:
+    """The rows of expert e. A mask costs little beside three to six products: large tiles need not be full."""
+    sizes = tuple(sorted({min(R, size) for size in SIZES}, reverse=True))
+    return walk(R, starts[e], starts[e + 1], sizes, tile, carry, large_full=False)
 
 
 def _cost(flops: int, *moved: Any) -> Cost:

@@ -43,8 +43,9 @@ def test_every_row_is_visited_once_by_its_group(sums):
         assert set(groups) == (set(range(E)) if sums else set(whose))
 
 
+@pytest.mark.parametrize("large_full", [True, False])
 @pytest.mark.parametrize("sizes", [(8, 4, 1), (8, 2), (6, 5, 4, 3), (3,), (16, 8, 4), (1,)])
-def test_interpreted_every_row_of_a_group_is_in_one_tile(monkeypatch, sizes):
+def test_interpreted_every_row_of_a_group_is_in_one_tile(monkeypatch, sizes, large_full):
     monkeypatch.setattr(interpreted, "TURN", 1)
     N = 17
 
@@ -56,13 +57,14 @@ def test_interpreted_every_row_of_a_group_is_in_one_tile(monkeypatch, sizes):
             mine = jnp.ones(rows.size, bool) if mine is None else mine
             return seen.at[rows.start + jnp.arange(rows.size)].add(mine.astype(jnp.int32)), multiplied + rows.size
 
-        return interpreted.walk(N, start, end, sizes, count, (jnp.zeros(N, jnp.int32), 0))
+        return interpreted.walk(N, start, end, sizes, count, (jnp.zeros(N, jnp.int32), 0), large_full=large_full)
 
     for start, end in itertools.combinations_with_replacement(range(N + 1), 2):
         seen, multiplied = by_numpy.run(rows, np.int32(start), np.int32(end))
         assert seen.tolist() == [int(start <= n < end) for n in range(N)], (start, end)
         # One tile at most is not full, and of two sizes the cheaper: never more than the next larger one.
-        assert end - start <= multiplied < end - start + (sizes[1] if len(sizes) > 1 else sizes[0])
+        largest = sizes[1] if large_full and len(sizes) > 1 else sizes[0]
+        assert end - start <= multiplied < end - start + largest
 
 
 def test_interpreted_tiles_are_about_as_large_as_groups():
