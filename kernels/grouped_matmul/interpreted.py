@@ -40,8 +40,17 @@ TURN = 16  # rows that one more tile costs, measured for float32 matrices of 256
 def sizes(N: int, E: int) -> tuple[int, ...]:
     """Rows of the tiles, falling: the largest, about as many as a group has, and a quarter of that."""
     each = min(LARGEST, max(SMALLEST, 1 << max(0, round(N / E).bit_length() - 1)))
-    found = (LARGEST, each, max(SMALLEST, each // 4))
-    return tuple(sorted({min(N, size) for size in found}, reverse=True))
+    return fitting((LARGEST, each, max(SMALLEST, each // 4)), N, E)
+
+
+def fitting(sizes: Sequence[int], N: int, E: int) -> tuple[int, ...]:
+    """Tiles of N rows of E groups.
+
+    None is as large as N where other groups have rows: it would have the same rows whatever the group, and XLA takes
+    what is the same in every turn out of a loop, also out of one that does not turn at all.
+    """
+    most = N if E == 1 else (N + 1) // 2
+    return tuple(sorted({min(most, size) for size in sizes}, reverse=True))
 
 
 def product(x: Array, w: Array, group_sizes: Array, *, transposed: bool = False, name: str) -> Array:

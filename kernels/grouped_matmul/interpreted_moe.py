@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 
 from kernels.cost import Cost
 from kernels.grouped_matmul.epilogues import swiglu, through
-from kernels.grouped_matmul.interpreted import beside, bounds, busy_first, call, own, put, walk
+from kernels.grouped_matmul.interpreted import beside, bounds, busy_first, call, fitting, own, put, walk
 from kernels.grouped_matmul.on_chip import dot
 
 Array = jax.Array
@@ -97,8 +97,8 @@ def _owned(y: Array, sizes: Array) -> Array:
 
 def _walk(R: int, starts: Any, e: Array, tile: Callable[..., Any], carry: Any = None) -> Any:
     """The rows of expert e. A mask costs little beside three to six products: large tiles need not be full."""
-    sizes = tuple(sorted({min(R, size) for size in SIZES}, reverse=True))
-    return walk(R, starts[e], starts[e + 1], sizes, tile, carry, large_full=False)
+    tiles = fitting(SIZES, R, starts.shape[0] - 1)
+    return walk(R, starts[e], starts[e + 1], tiles, tile, carry, large_full=False)
 
 
 def _cost(flops: int, *moved: Any) -> Cost:

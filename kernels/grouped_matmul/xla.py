@@ -21,7 +21,7 @@ import numpy as np
 
 Array = jax.Array
 
-TILES = (64, 256)
+TILES = (512, 128, 32)  # rows
 
 
 def _dot(a: Array, b: Array, axes: tuple[int, int]) -> Array:
@@ -38,18 +38,24 @@ def _put(x: Array, update: Array, row: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(x, update.astype(x.dtype), row, 0)
 
 
+def _tiles(N: int) -> tuple[int, ...]:
+    """Those for so many rows, falling."""
+    return tuple(size for size in TILES if size <= N) or TILES[-1:]
+
+
 def _pad(x: Array) -> Array:
     """Room for the last tile to run over the end."""
-    return jnp.pad(x, ((0, TILES[-1]), (0, 0)))
+    return jnp.pad(x, ((0, _tiles(x.shape[0])[0]), (0, 0)))
 
 
-def _walk(start: Array, end: Array, body: Callable[[Array, int, Any], Any], carry: Any) -> Any:
-    """carry = body(row, tile, carry) over the row tiles of one group, ascending.
+def _walk(N: int, start: Array, end: Array, body: Callable[[Array, int, Any], Any], carry: Any) -> Any:
+    """carry = body(row, tile, carry) over the row tiles of one of the groups of N rows, ascending.
 
     A loop a tile size, not a switch between sizes: XLA on CPU runs elementwise work inside a conditional on one thread.
     """
     state = (start, carry)
-    for tile, leave in zip(reversed(TILES), [2 * size for size in TILES[-2::-1]] + [0], strict=True):
+    for tile in _tiles(N):
+        leave = 0 if tile == TILES[-1] else tile * 3 // 4  # so few rows are cheaper in smaller tiles
 
         def more(state: tuple[Array, Any], leave: int = leave) -> Array:
             return end - state[0] > leave
@@ -86,7 +92,7 @@ def _matmul_loop(x: Array, w: Array, group_sizes: Array, transpose: bool) -> Arr
         def tile(row: Array, size: int, y: Array) -> Array:
             return _put(y, _dot(_rows(x, row, size), w_e, (1, 1 if transpose else 0)), row)
 
-        return _walk(starts[e], ends[e], tile, y)
+        return _walk(N, starts[e], ends[e], tile, y)
 
     y = jnp.empty((x.shape[0], w.shape[1 if transpose else 2]), x.dtype)  # every owned row is written below
     return _owned(jax.lax.fori_loop(0, w.shape[0], group, y)[:N], group_sizes)
@@ -95,7 +101,7 @@ def _matmul_loop(x: Array, w: Array, group_sizes: Array, transpose: bool) -> Arr
 def _weight_grad_loop(x: Array, dy: Array, group_sizes: Array, dtype: jnp.dtype) -> Array:
     """dw[e] = sum over the rows n of group e of x[n]^T dy[n]: [E, M, F]."""
     starts, ends = _groups(group_sizes)
-    x, dy = _pad(x), _pad(dy)
+    N, x, dy = x.shape[0], _pad(x), _pad(dy)
     wide = jnp.promote_types(dtype, jnp.float32)
 
     def group(_: None, bounds: tuple[Array, Array]) -> tuple[None, Array]:
@@ -106,7 +112,7 @@ def _weight_grad_loop(x: Array, dy: Array, group_sizes: Array, dtype: jnp.dtype)
             x_t, dy_t = (jnp.where(mine, _rows(a, row, size), 0) for a in (x, dy))
             return dw + _dot(x_t, dy_t, (0, 0))
 
-        dw = _walk(start, end, tile, jnp.zeros((x.shape[1], dy.shape[1]), wide))
+        dw = _walk(N, start, end, tile, jnp.zeros((x.shape[1], dy.shape[1]), wide))
         return None, dw.astype(dtype)
 
     return jax.lax.scan(group, None, (starts, ends))[1]
@@ -148,8 +154,8 @@ def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
 # --- mixture of experts --------------------------------------------------------------------------------------------
 
 
-def _experts_loop(x: Array, w_gate: Array, w_up: Array, w_down: Array, group_sizes: Array) -> tuple[Array, ...]:
-    """(y, x w_gate, x w_up) of rows sorted by expert, one pass: a tile's hidden rows are used while in cache.
+def _experts_loop(N: int, x: Array, w_gate: Array, w_up: Array, w_down: Array, group_sizes: Array) -> tuple[Array, ...]:
+    """(y, x w_gate, x w_up) of N rows sorted by expert, one pass: a tile's hidden rows are used while in cache.
 
     x is padded; what comes back has its rows, those past the last group unspecified.
     """
@@ -164,7 +170,7 @@ def _experts_loop(x: Array, w_gate: Array, w_up: Array, w_down: Array, group_siz
             h = (jax.nn.silu(g) * u).astype(x.dtype)
             return tuple(_put(a, b, row) for a, b in zip(out, (_dot(h, down_e, (1, 0)), g, u), strict=True))
 
-        return _walk(starts[e], ends[e], tile, out)
+        return _walk(N, starts[e], ends[e], tile, out)
 
     E, M, F = w_gate.shape
     out = tuple(jnp.empty((x.shape[0], width), x.dtype) for width in (M, F, F))
@@ -172,6 +178,7 @@ def _experts_loop(x: Array, w_gate: Array, w_up: Array, w_down: Array, group_siz
 
 
 def _experts_loop_bwd(
+    N: int,
     x: Array,
     gate: Array,
     up: Array,
@@ -210,7 +217,7 @@ def _experts_loop_bwd(
             )
 
         zeros = [jnp.zeros(w.shape, wide) for w in (gate_e, up_e, down_e)]
-        dx, *dws = _walk(start, end, tile, (dx, *zeros))
+        dx, *dws = _walk(N, start, end, tile, (dx, *zeros))
         return dx, tuple(dw.astype(dtype) for dw in dws)
 
     dx, dws = jax.lax.scan(group, jnp.empty_like(x), (starts, ends, w_gate, w_up, w_down))
@@ -219,18 +226,20 @@ def _experts_loop_bwd(
 
 @jax.custom_vjp
 def _experts_cpu(x: Array, w_gate: Array, w_up: Array, w_down: Array, group_sizes: Array) -> Array:
-    return _owned(_experts_loop(_pad(x), w_gate, w_up, w_down, group_sizes)[0][: x.shape[0]], group_sizes)
+    N = x.shape[0]
+    return _owned(_experts_loop(N, _pad(x), w_gate, w_up, w_down, group_sizes)[0][:N], group_sizes)
 
 
 def _experts_cpu_fwd(x: Array, w_gate: Array, w_up: Array, w_down: Array, group_sizes: Array) -> tuple:
     N, x = x.shape[0], _pad(x)
-    y, gate, up = _experts_loop(x, w_gate, w_up, w_down, group_sizes)
+    y, gate, up = _experts_loop(N, x, w_gate, w_up, w_down, group_sizes)
     return _owned(y[:N], group_sizes), (x, gate, up, w_gate, w_up, w_down, group_sizes)
 
 
 def _experts_cpu_bwd(saved: tuple, dy: Array) -> tuple:
-    dx, *dws = _experts_loop_bwd(*saved, _pad(dy))
-    return _owned(dx[: dy.shape[0]], saved[-1]), *dws, _no_grad(saved[-1])
+    N = dy.shape[0]
+    dx, *dws = _experts_loop_bwd(N, *saved, _pad(dy))
+    return _owned(dx[:N], saved[-1]), *dws, _no_grad(saved[-1])
 
 
 _experts_cpu.defvjp(_experts_cpu_fwd, _experts_cpu_bwd)
