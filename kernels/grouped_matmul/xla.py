@@ -21,7 +21,21 @@ import numpy as np
 
 Array = jax.Array
 
-TILES = (512, 128, 32)  # rows
+Tiles = tuple[tuple[int, int], ...]
+
+# (rows of a tile, so few rows are cheaper in smaller ones), falling; measured for float32. XLA packs a matrix anew for
+# every tile; rows that a tile has too many cost a mixture six to nine products, and it takes smaller ones.
+MATMUL: Tiles = ((256, 128), (64, 0))
+MATMUL_FEW: Tiles = ((64, 32), (16, 0))  # below 1024 rows
+EXPERTS: Tiles = ((512, 384), (128, 96), (16, 0))
+
+
+def _matmul_tiles(N: int) -> Tiles:
+    return MATMUL if N >= 1024 else MATMUL_FEW
+
+
+def _experts_tiles(N: int) -> Tiles:
+    return tuple(tile for tile in EXPERTS if tile[0] <= N) or EXPERTS[-1:]
 
 
 def _dot(a: Array, b: Array, axes: tuple[int, int]) -> Array:
@@ -38,24 +52,18 @@ def _put(x: Array, update: Array, row: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(x, update.astype(x.dtype), row, 0)
 
 
-def _tiles(N: int) -> tuple[int, ...]:
-    """Those for so many rows, falling."""
-    return tuple(size for size in TILES if size <= N) or TILES[-1:]
-
-
-def _pad(x: Array) -> Array:
+def _pad(x: Array, tiles: Tiles) -> Array:
     """Room for the last tile to run over the end."""
-    return jnp.pad(x, ((0, _tiles(x.shape[0])[0]), (0, 0)))
+    return jnp.pad(x, ((0, tiles[0][0]), (0, 0)))
 
 
-def _walk(N: int, start: Array, end: Array, body: Callable[[Array, int, Any], Any], carry: Any) -> Any:
-    """carry = body(row, tile, carry) over the row tiles of one of the groups of N rows, ascending.
+def _walk(tiles: Tiles, start: Array, end: Array, body: Callable[[Array, int, Any], Any], carry: Any) -> Any:
+    """carry = body(row, tile, carry) over the row tiles of one group, ascending.
 
     A loop a tile size, not a switch between sizes: XLA on CPU runs elementwise work inside a conditional on one thread.
     """
     state = (start, carry)
-    for tile in _tiles(N):
-        leave = 0 if tile == TILES[-1] else tile * 3 // 4  # so few rows are cheaper in smaller tiles
+    for tile, leave in tiles:
 
         def more(state: tuple[Array, Any], leave: int = leave) -> Array:
             return end - state[0] > leave
@@ -84,7 +92,8 @@ def _owned(y: Array, group_sizes: Array) -> Array:
 def _matmul_loop(x: Array, w: Array, group_sizes: Array, transpose: bool) -> Array:
     """y[n] = x[n] @ w[e], or x[n] @ w[e].T."""
     starts, ends = _groups(group_sizes)
-    N, x = x.shape[0], _pad(x)
+    tiles = _matmul_tiles(N := x.shape[0])
+    x = _pad(x, tiles)
 
     def group(e: Array, y: Array) -> Array:
         w_e = w[e]
@@ -92,7 +101,7 @@ def _matmul_loop(x: Array, w: Array, group_sizes: Array, transpose: bool) -> Arr
         def tile(row: Array, size: int, y: Array) -> Array:
             return _put(y, _dot(_rows(x, row, size), w_e, (1, 1 if transpose else 0)), row)
 
-        return _walk(N, starts[e], ends[e], tile, y)
+        return _walk(tiles, starts[e], ends[e], tile, y)
 
     y = jnp.empty((x.shape[0], w.shape[1 if transpose else 2]), x.dtype)  # every owned row is written below
     return _owned(jax.lax.fori_loop(0, w.shape[0], group, y)[:N], group_sizes)
@@ -101,7 +110,8 @@ def _matmul_loop(x: Array, w: Array, group_sizes: Array, transpose: bool) -> Arr
 def _weight_grad_loop(x: Array, dy: Array, group_sizes: Array, dtype: jnp.dtype) -> Array:
     """dw[e] = sum over the rows n of group e of x[n]^T dy[n]: [E, M, F]."""
     starts, ends = _groups(group_sizes)
-    N, x, dy = x.shape[0], _pad(x), _pad(dy)
+    tiles = _matmul_tiles(x.shape[0])
+    x, dy = _pad(x, tiles), _pad(dy, tiles)
     wide = jnp.promote_types(dtype, jnp.float32)
 
     def group(_: None, bounds: tuple[Array, Array]) -> tuple[None, Array]:
@@ -112,7 +122,7 @@ def _weight_grad_loop(x: Array, dy: Array, group_sizes: Array, dtype: jnp.dtype)
             x_t, dy_t = (jnp.where(mine, _rows(a, row, size), 0) for a in (x, dy))
             return dw + _dot(x_t, dy_t, (0, 0))
 
-        dw = _walk(N, start, end, tile, jnp.zeros((x.shape[1], dy.shape[1]), wide))
+        dw = _walk(tiles, start, end, tile, jnp.zeros((x.shape[1], dy.shape[1]), wide))
         return None, dw.astype(dtype)
 
     return jax.lax.scan(group, None, (starts, ends))[1]
@@ -154,10 +164,12 @@ def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
 # --- mixture of experts --------------------------------------------------------------------------------------------
 
 
-def _experts_loop(N: int, x: Array, w_gate: Array, w_up: Array, w_down: Array, group_sizes: Array) -> tuple[Array, ...]:
-    """(y, x w_gate, x w_up) of N rows sorted by expert, one pass: a tile's hidden rows are used while in cache.
+def _experts_loop(
+    tiles: Tiles, x: Array, w_gate: Array, w_up: Array, w_down: Array, group_sizes: Array
+) -> tuple[Array, ...]:
+    """(y, x w_gate, x w_up) of rows sorted by expert, one pass: a tile's hidden rows are used while in cache.
 
-    x is padded; what comes back has its rows, those past the last group unspecified.
+    x is padded for the tiles; what comes back has its rows, those past the last group unspecified.
     """
     starts, ends = _groups(group_sizes)
 
@@ -170,7 +182,7 @@ def _experts_loop(N: int, x: Array, w_gate: Array, w_up: Array, w_down: Array, g
             h = (jax.nn.silu(g) * u).astype(x.dtype)
             return tuple(_put(a, b, row) for a, b in zip(out, (_dot(h, down_e, (1, 0)), g, u), strict=True))
 
-        return _walk(N, starts[e], ends[e], tile, out)
+        return _walk(tiles, starts[e], ends[e], tile, out)
 
     E, M, F = w_gate.shape
     out = tuple(jnp.empty((x.shape[0], width), x.dtype) for width in (M, F, F))
@@ -178,7 +190,7 @@ def _experts_loop(N: int, x: Array, w_gate: Array, w_up: Array, w_down: Array, g
 
 
 def _experts_loop_bwd(
-    N: int,
+    tiles: Tiles,
     x: Array,
     gate: Array,
     up: Array,
@@ -217,7 +229,7 @@ def _experts_loop_bwd(
             )
 
         zeros = [jnp.zeros(w.shape, wide) for w in (gate_e, up_e, down_e)]
-        dx, *dws = _walk(N, start, end, tile, (dx, *zeros))
+        dx, *dws = _walk(tiles, start, end, tile, (dx, *zeros))
         return dx, tuple(dw.astype(dtype) for dw in dws)
 
     dx, dws = jax.lax.scan(group, jnp.empty_like(x), (starts, ends, w_gate, w_up, w_down))
@@ -226,19 +238,19 @@ def _experts_loop_bwd(
 
 @jax.custom_vjp
 def _experts_cpu(x: Array, w_gate: Array, w_up: Array, w_down: Array, group_sizes: Array) -> Array:
-    N = x.shape[0]
-    return _owned(_experts_loop(N, _pad(x), w_gate, w_up, w_down, group_sizes)[0][:N], group_sizes)
+    return _experts_cpu_fwd(x, w_gate, w_up, w_down, group_sizes)[0]
 
 
 def _experts_cpu_fwd(x: Array, w_gate: Array, w_up: Array, w_down: Array, group_sizes: Array) -> tuple:
-    N, x = x.shape[0], _pad(x)
-    y, gate, up = _experts_loop(N, x, w_gate, w_up, w_down, group_sizes)
+    tiles = _experts_tiles(N := x.shape[0])
+    x = _pad(x, tiles)
+    y, gate, up = _experts_loop(tiles, x, w_gate, w_up, w_down, group_sizes)
     return _owned(y[:N], group_sizes), (x, gate, up, w_gate, w_up, w_down, group_sizes)
 
 
 def _experts_cpu_bwd(saved: tuple, dy: Array) -> tuple:
-    N = dy.shape[0]
-    dx, *dws = _experts_loop_bwd(N, *saved, _pad(dy))
+    tiles = _experts_tiles(N := dy.shape[0])
+    dx, *dws = _experts_loop_bwd(tiles, *saved, _pad(dy, tiles))
     return _owned(dx[:N], saved[-1]), *dws, _no_grad(saved[-1])
 
 

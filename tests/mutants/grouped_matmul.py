@@ -20,7 +20,7 @@ MUTANTS: list[Mutant] = [
          f"{RULE} and 63"),
         ("dw of an empty group not zeroed", "jnp.zeros((x.shape[1], dy.shape[1]), wide)",
          "jnp.ones((x.shape[1], dy.shape[1]), wide)", RULE),
-        ("too little room for the last tile", "_tiles(x.shape[0])[0]), (0, 0)", "_tiles(x.shape[0])[0] // 4), (0, 0)", RULE),
+        ("too little room for the last tile", "tiles[0][0])", "tiles[0][0] // 4)", RULE),
     ),
     *planted(
         "grouped_matmul/xla",
