@@ -110,9 +110,9 @@ def _hopper() -> ModuleType:
 def _slow() -> dict[str, str]:
     """What "auto" leaves to those who name it, and why.
 
-    Interpreted, grouped matmul takes 0.6 to 1.05 times as long as in `xla.py`, the mixture 0.8 to 1.03 times, 1.1 for
-    one token of a small model; a mixture with its gradients compiles for 1.2 s instead of 0.7. On a TPU neither has run
-    yet, and Triton not on a GPU.
+    Interpreted, grouped matmul takes 0.75 to 1.0 times as long as in `xla.py` and the mixture 0.9 to 1.1 times, 1.2 for
+    a single token; a mixture with its gradients compiles for 1.2 s instead of 0.7. On a TPU neither has run yet, and
+    Triton not on a GPU.
     """
     interpreted = device().platform == "cpu"
     pallas = "interpreted, it takes longer to compile" if interpreted else "it has not run here yet; name it"
