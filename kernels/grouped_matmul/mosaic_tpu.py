@@ -36,7 +36,7 @@ from kernels.cost import Cost
 from kernels.dispatch import Device
 from kernels.grouped_matmul import tiles
 from kernels.grouped_matmul.groups import visits
-from kernels.grouped_matmul.mosaic_tpu_step import Epilogue, Static, Step
+from kernels.grouped_matmul.tpu_step import Epilogue, Static, Step
 from kernels.grouped_matmul.on_chip import pieces
 
 Array = jax.Array

@@ -56,7 +56,7 @@ MUTANTS: list[Mutant] = [
          FORM),
     ),
     *planted(
-        "grouped_matmul/mosaic_tpu_step",
+        "grouped_matmul/tpu_step",
         "grouped_pallas",
         ("compiled: rows before are not put back", "where(earlier, old[rows], clear", "where(earlier, ref[rows], clear",
          FORM),

@@ -238,6 +238,6 @@ def test_the_compiler_is_told_what_it_costs(name, spans, choose):
 
 
 def test_a_kernel_says_the_five_things():
-    for file in (ROOT / "kernels").rglob("mosaic*.py"):
+    for file in (*(ROOT / "kernels").rglob("mosaic*.py"), *(ROOT / "kernels").rglob("interpreted*.py")):
         parts = re.findall(r"^(?:\"\"\")?(Math|Tiling|State|Traffic|Limits|Source) {2,}\S", file.read_text(), re.M)
         assert parts == ["Math", "Tiling", "State", "Traffic", "Limits", "Source"], file
