@@ -36,8 +36,8 @@ from kernels.cost import Cost
 from kernels.dispatch import Device
 from kernels.grouped_matmul import tiles
 from kernels.grouped_matmul.groups import visits
-from kernels.grouped_matmul.tpu_step import Epilogue, Static, Step
 from kernels.grouped_matmul.on_chip import pieces
+from kernels.grouped_matmul.tpu_step import Epilogue, Static, Step
 
 Array = jax.Array
 
