@@ -293,22 +293,28 @@ def _call(
         aliases = {len(tables) + list(ins).index(name): list(outs).index(f"{name} out") for name in rings}
     scratch = {"m": (K, G, 1), "l": (K, G, 1), "acc": (K, G, D)}
     names = (*tables, *ins, *outs, *scratch)
-    found = pl.pallas_call(
-        lambda *refs: _kernel(static, dict(zip(names, refs, strict=True))),
-        out_shape=[shape for shape, _ in outs.values()],
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(tables),
-            grid=(plan.count,),
-            in_specs=[spec for _, spec in ins.values()],
-            out_specs=[spec for _, spec in outs.values()],
-            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch.values()],
-        ),
-        input_output_aliases=aliases,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
-        cost_estimate=spent.estimate(),
-        interpret=static.interpret,
-        name="decode_attention",
-    )(*tables.values(), *(x for x, _ in ins.values()))
+
+    def run(count: Array, *operands: Array) -> list[Array]:
+        return pl.pallas_call(
+            lambda *refs: _kernel(static, dict(zip(names, refs, strict=True))),
+            out_shape=[shape for shape, _ in outs.values()],
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=len(tables),
+                grid=(count,),
+                in_specs=[spec for _, spec in ins.values()],
+                out_specs=[spec for _, spec in outs.values()],
+                scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch.values()],
+            ),
+            input_output_aliases=aliases,
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+            cost_estimate=spent.estimate(),
+            interpret=static.interpret,
+            name="decode_attention",
+        )(*operands)
+
+    if static.interpret:  # JAX's own rule forgets the count where rings differ along a batch and the count does not
+        run = jax.custom_batching.sequential_vmap(run)
+    found = run(plan.count, *tables.values(), *(x for x, _ in ins.values()))
     if not static.interpret:
         cache = KVCache(found[1], found[2], cache.length + 1, *found[3:])
     return found[0], cache

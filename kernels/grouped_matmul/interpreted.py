@@ -186,16 +186,22 @@ def call(
 ) -> list[Array]:
     """The arrays that so many steps of the kernel write."""
     whole = lambda shape: pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
-    return pl.pallas_call(
-        kernel,
-        out_shape=list(shapes),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(operands),
-            grid=(steps,),
-            in_specs=[],
-            out_specs=[whole(shape.shape) for shape in shapes],
-        ),
-        cost_estimate=cost.estimate(),
-        interpret=True,
-        name=name,
-    )(*operands)
+
+    # JAX's own rule forgets how many steps there are where operands differ along a batch and the steps do not.
+    @jax.custom_batching.sequential_vmap
+    def run(steps: Array, *operands: Array) -> list[Array]:
+        return pl.pallas_call(
+            kernel,
+            out_shape=list(shapes),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=len(operands),
+                grid=(steps,),
+                in_specs=[],
+                out_specs=[whole(shape.shape) for shape in shapes],
+            ),
+            cost_estimate=cost.estimate(),
+            interpret=True,
+            name=name,
+        )(*operands)
+
+    return run(jnp.int32(steps), *operands)

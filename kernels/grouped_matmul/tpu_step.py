@@ -45,7 +45,7 @@ class Static(NamedTuple):
 
 
 class Step:
-    """Refs are in the order of the specs: tables, inputs, outputs, sums, saved rows, what waits, lanes of `thin`."""
+    """One step. Its refs are tables, inputs, outputs, sums, saved rows, what waits, lanes of `thin`, in this order."""
 
     def __init__(self, static: Static, *refs: Any) -> None:
         self.static, self.tiles = static, static.tiles

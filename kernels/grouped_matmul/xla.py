@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.dispatch import device
+
 Array = jax.Array
 
 Tiles = tuple[tuple[int, int], ...]
@@ -158,7 +160,14 @@ def _ragged(x: Array, w: Array, group_sizes: Array) -> Array:
 
 def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
     """See `kernels.grouped_matmul`; arguments are checked there."""
-    return jax.lax.platform_dependent(x, w, group_sizes, cpu=_matmul_cpu, default=_ragged)
+    return _by_platform(x, w, group_sizes, cpu=_matmul_cpu, default=_ragged)
+
+
+def _by_platform(*args: Array, cpu: Callable[..., Array], default: Callable[..., Array]) -> Array:
+    """For a CPU the other branch is not even traced: vmap cannot batch ragged_dot in every form."""
+    if device().platform == "cpu":
+        return cpu(*args)
+    return jax.lax.platform_dependent(*args, cpu=cpu, default=default)
 
 
 # --- mixture of experts --------------------------------------------------------------------------------------------
@@ -335,7 +344,7 @@ def moe_mlp(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Arr
     """See `kernels.moe_mlp`; arguments are checked there."""
     args = (x, w_gate, w_up, w_down, expert_ids, expert_weights)
     if expert_ids.size <= FEW_ROWS:
-        return jax.lax.platform_dependent(*args, cpu=_few_cpu, default=_sorted)
+        return _by_platform(*args, cpu=_few_cpu, default=_sorted)
     return _sorted(*args)
 
 
@@ -348,7 +357,7 @@ def _sorted(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Arr
     place = jnp.zeros_like(order).at[order].set(jnp.arange(N * k, dtype=order.dtype), unique_indices=True)
     group_sizes = jnp.sum(flat[:, None] == jnp.arange(E)[None], axis=0, dtype=jnp.int32)
     rows = _gather(x, order // k, place.reshape(N, k))
-    y = jax.lax.platform_dependent(rows, w_gate, w_up, w_down, group_sizes, cpu=_experts_cpu, default=experts)
+    y = _by_platform(rows, w_gate, w_up, w_down, group_sizes, cpu=_experts_cpu, default=experts)
     back = _gather(y, place, order[:, None]).reshape(N, k, -1)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     return jnp.sum(back.astype(wide) * expert_weights.astype(wide)[..., None], axis=1).astype(x.dtype)

@@ -115,9 +115,10 @@ def _platform_index(params: dict[str, Any], e: Any) -> Callable[..., Any]:
     "remat2",
     "custom_jvp_call",
     "custom_vjp_call",
+    "custom_vmap_call",
 )
 def _call(params: dict[str, Any], e: Any) -> Callable[..., Any]:
-    return Program(next(params[name] for name in ("jaxpr", "call_jaxpr") if name in params))
+    return Program(next(params[name] for name in ("jaxpr", "call_jaxpr", "call") if name in params))
 
 
 @rule("cond")

@@ -97,3 +97,25 @@ def test_several_blocks_are_the_formula(C, window, least):
         found.append({"o": pallas(inputs, cache)[0]})
     rule.check(found[1], {"o": run("reference")(inputs, cache)[0]}, {"o": step.o}, "float32")
     rule.same_bits(*found)
+
+
+@pytest.mark.parametrize("name", ["xla", "pallas"])
+@pytest.mark.parametrize("mapped", ["q", "k", "length"])
+def test_mapped_over_an_axis_it_is_a_loop(name, mapped):
+    """As where several tokens are tried on one cache."""
+    rng = np.random.default_rng(0)
+    shapes = {"q": (3, 4, 8), "k": (3, 2, 8), "v": (3, 2, 8), "ring": (3, 2, 16, 8)}
+    x = {key: jnp.array(rng.standard_normal((2, *shape)), jnp.float32) for key, shape in shapes.items()}
+    x["length"] = jnp.array([[3, 7, 20], [4, 0, 16]])
+    axes = {key: 0 if key == mapped else None for key in x}
+    x = {key: value if key == mapped else value[0] for key, value in x.items()}
+
+    def run(x: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+        cache = kernels.KVCache(x["ring"], -x["ring"], x["length"])
+        o, cache = kernels.decode_attention(x["q"], x["k"], x["v"], cache, window=9, implementation=name)
+        return o, cache.k, cache.v, cache.length
+
+    one = rule.quick(run)
+    loop = [one({key: value[n] if key == mapped else value for key, value in x.items()}) for n in range(2)]
+    for mine, *ones in zip(rule.quick(jax.vmap(run, (axes,)))(x), *loop, strict=True):
+        np.testing.assert_allclose(mine, jnp.stack(ones), rtol=1e-5, atol=1e-5)

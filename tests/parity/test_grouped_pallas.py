@@ -17,6 +17,7 @@ from kernels.grouped_matmul.groups import visits
 from kernels.grouped_matmul.on_chip import contraction, total
 from tests import by_numpy
 from tests.jaxprs import largest
+from tests.parity import rule
 
 SIZES = ([5], [0], [3, 4], [0, 7, 0, 1], [4, 4, 0], [0, 0, 0], [1, 1, 1, 1, 9], [16, 0, 3])
 
@@ -128,6 +129,32 @@ def test_one_program_serves_any_sizes():
         for a, b in zip(mine, expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     assert len(seen) == 1
+
+
+MAPPED = {"ids": (0, 0, None, 0), "experts": (0, None, 0, 0), "all but the ids": (None, None, 0, None),
+          "all but the weights": (None, None, None, 0)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["xla", "pallas"])
+@pytest.mark.parametrize("shared", MAPPED)
+def test_mapped_over_an_axis_it_is_a_loop(name, shared):
+    """With gradients, of what is kept and of what is recomputed, where some inputs are the same along the axis."""
+    (x, w), rng, axes = arrays(20, 6, 5, 4), np.random.default_rng(1), MAPPED[shared]
+    ids, weights = jnp.array(rng.integers(0, 4, (2, 20, 2))), jnp.array(rng.random((2, 20, 2)), jnp.float32)
+    args = jnp.stack([x, 2 * x]), jnp.stack([w, w[::-1]]), ids, weights
+    args = [each if axis == 0 else each[0] for each, axis in zip(args, axes, strict=True)]
+
+    def run(*args: jax.Array) -> tuple[jax.Array, ...]:
+        def recomputed(x: jax.Array) -> jax.Array:
+            down = jnp.swapaxes(args[1], 1, 2)
+            return kernels.moe_mlp(x, args[1], args[1] / 5, down, *args[2:], implementation=name)
+
+        return *mixture(name, *args), jax.grad(lambda x: jnp.sum(jax.checkpoint(recomputed)(x)))(args[0])
+
+    one, all_ = rule.quick(run), rule.quick(jax.vmap(run, axes))
+    loop = [one(*[a[n] if axis == 0 else a for a, axis in zip(args, axes, strict=True)]) for n in range(2)]
+    for mine, *ones in zip(all_(*args), *loop, strict=True):
+        np.testing.assert_allclose(mine, jnp.stack(ones), rtol=1e-5, atol=1e-5 * float(jnp.abs(mine).max()))
 
 
 def test_many_experts_few_tokens():
