@@ -96,3 +96,13 @@ def visits(group_sizes: Array, N: int, rows: int, *, unit: int | None = None, su
     # A tile that would reach past the end lies as far back as it must; a group that ends before has no row in it.
     row = jnp.minimum(row, (-(-N // unit) - 1) * unit)
     return Visits(through[-1], group, row, starts[group], ends[group])
+
+
+def owned(y: Array, group_sizes: Array) -> Array:
+    """y [N, ...] with zeros in rows that are nobody's, whatever is there."""
+    return jnp.where(beside(jnp.arange(y.shape[0]) < jnp.sum(group_sizes), y), y, 0)
+
+
+def beside(mine: Array, value: Array) -> Array:
+    """A mask of rows against values that have more axes."""
+    return mine.reshape(-1, *[1] * (value.ndim - 1))

@@ -29,7 +29,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.cost import Cost
-from kernels.grouped_matmul.on_chip import dot
+from kernels.grouped_matmul.groups import beside
+from kernels.grouped_matmul.on_chip import clear, dot
 
 Array = jax.Array
 
@@ -80,8 +81,7 @@ def product(x: Array, w: Array, group_sizes: Array, *, transposed: bool = False,
 
     groups, steps = busy_first(group_sizes)
     shape = jax.ShapeDtypeStruct((N, J), x.dtype)
-    cost = Cost(2 * N * K * J, x.dtype.itemsize * (x.size + w.size + N * J))
-    return call(kernel, [groups, bounds(group_sizes), x, w], [shape], steps, cost, name)[0]
+    return call(kernel, [groups, bounds(group_sizes), x, w], [shape], steps, 2 * N * K * J, name)[0]
 
 
 def summed(x: Array, dy: Array, group_sizes: Array, *, name: str) -> Array:
@@ -103,8 +103,7 @@ def summed(x: Array, dy: Array, group_sizes: Array, *, name: str) -> Array:
         dw_ref[e] = walk(N, starts[e], starts[e + 1], tiles, add, jnp.zeros((M, F), jnp.float32)).astype(dtype)
 
     shape = jax.ShapeDtypeStruct((E, M, F), dtype)
-    cost = Cost(2 * N * M * F, dtype.itemsize * (x.size + dy.size + E * M * F))
-    return call(kernel, [bounds(group_sizes), x, dy], [shape], E, cost, name)[0]
+    return call(kernel, [bounds(group_sizes), x, dy], [shape], E, 2 * N * M * F, name)[0]
 
 
 def walk(
@@ -156,12 +155,7 @@ def put(ref: Any, rows: Any, mine: Array | None, value: Array) -> None:
 def own(ref: Any, rows: Any, mine: Array | None) -> Array:
     """Read rows, zero where not `mine`: what is not the group's must not get into a sum, whatever it is."""
     value = ref[rows]
-    return value if mine is None else jnp.where(beside(mine, value), value, 0)
-
-
-def beside(mine: Array, value: Array) -> Array:
-    """A mask of rows against values that have more axes."""
-    return mine.reshape(-1, *[1] * (value.ndim - 1))
+    return value if mine is None else clear(value, beside(mine, value))
 
 
 def busy_first(group_sizes: Array) -> tuple[Array, Array]:
@@ -181,10 +175,11 @@ def call(
     operands: Sequence[Array],
     shapes: Sequence[jax.ShapeDtypeStruct],
     steps: int | Array,
-    cost: Cost,
+    flops: int,
     name: str,
 ) -> list[Array]:
     """The arrays that so many steps of the kernel write."""
+    moved = sum(each.size * each.dtype.itemsize for each in (*operands, *shapes))
     whole = lambda shape: pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
 
     # JAX's own rule forgets how many steps there are where operands differ along a batch and the steps do not.
@@ -199,7 +194,7 @@ def call(
                 in_specs=[],
                 out_specs=[whole(shape.shape) for shape in shapes],
             ),
-            cost_estimate=cost.estimate(),
+            cost_estimate=Cost(flops, moved).estimate(),
             interpret=True,
             name=name,
         )(*operands)

@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels.cost import Cost
 from kernels.grouped_matmul.epilogues import swiglu, through
-from kernels.grouped_matmul.interpreted import beside, bounds, busy_first, call, fitting, own, put, walk
+from kernels.grouped_matmul.groups import owned
+from kernels.grouped_matmul.interpreted import bounds, busy_first, call, fitting, own, put, walk
 from kernels.grouped_matmul.on_chip import dot
 
 Array = jax.Array
@@ -54,8 +54,8 @@ def forward(x: Array, ws: Sequence[Array], p: Array, sizes: Array, *, keep: bool
     shapes = [jax.ShapeDtypeStruct((R, width), dtype) for width in ((M, F, F) if keep else (M,))]
     groups, steps = busy_first(sizes)
     operands = [groups, bounds(sizes), *ws, x, p]
-    y, *kept = call(kernel, operands, shapes, steps, _cost(6 * R * M * F, *operands, *shapes), "experts")
-    return [_owned(y, sizes), *kept]
+    y, *kept = call(kernel, operands, shapes, steps, 6 * R * M * F, "experts")
+    return [owned(y, sizes), *kept]  # a loop for nobody's rows in the kernel takes as long as a single token does
 
 
 def backward(
@@ -85,22 +85,11 @@ def backward(
     shapes = [jax.ShapeDtypeStruct((R, M), dtype), jax.ShapeDtypeStruct((R,), jnp.float32)]
     shapes += [jax.ShapeDtypeStruct(w.shape, dtype) for w in ws]
     operands = [bounds(sizes), *ws, x, dy, p, g, u]
-    cost = _cost(12 * R * M * F, *operands, *shapes)
-    dx, dp, *dws = call(kernel, operands, shapes, E, cost, "experts_backward")
-    return _owned(dx, sizes), dws, _owned(dp, sizes)
-
-
-def _owned(y: Array, sizes: Array) -> Array:
-    """Zero past the last expert's rows. A kernel's loop for them would take as long as a single token does."""
-    mine = jnp.arange(y.shape[0]) < jnp.sum(sizes)
-    return jnp.where(beside(mine, y), y, 0)
+    dx, dp, *dws = call(kernel, operands, shapes, E, 12 * R * M * F, "experts_backward")
+    return owned(dx, sizes), dws, owned(dp, sizes)
 
 
 def _walk(R: int, starts: Any, e: Array, tile: Callable[..., Any], carry: Any = None) -> Any:
     """The rows of expert e. A mask costs little beside three to six products: large tiles need not be full."""
     tiles = fitting(SIZES, R, starts.shape[0] - 1)
     return walk(R, starts[e], starts[e + 1], tiles, tile, carry, large_full=False)
-
-
-def _cost(flops: int, *moved: Any) -> Cost:
-    return Cost(flops, sum(each.size * each.dtype.itemsize for each in moved))

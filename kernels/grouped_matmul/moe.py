@@ -32,6 +32,18 @@ from kernels.grouped_matmul.epilogues import swiglu, through
 Array = jax.Array
 
 
+def _product(x: Array, w: Array, group_sizes: Array, here: Device, **options: Any) -> Array:
+    if here.platform == "cpu":
+        return interpreted.product(x, w, group_sizes, **options)
+    return mosaic_tpu.product([x], [w], group_sizes, here, **options)[0]
+
+
+def _summed(x: Array, dy: Array, group_sizes: Array, here: Device, *, name: str) -> Array:
+    if here.platform == "cpu":
+        return interpreted.summed(x, dy, group_sizes, name=name)
+    return mosaic_tpu_dw.summed(x, [dy], group_sizes, here, name=name)[0]
+
+
 def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
     """See `kernels.grouped_matmul`; arguments are checked there."""
     return _matmul(x, w, group_sizes, device())
@@ -49,17 +61,8 @@ def _matmul_forward(x: Array, w: Array, group_sizes: Array, here: Device) -> tup
 def _matmul_backward(here: Device, kept: tuple, dy: Array) -> tuple:
     x, w, group_sizes = kept
     dx = _product(dy, w, group_sizes, here, transposed=True, name="grouped_matmul_dx")
-    if here.platform == "cpu":
-        dw = interpreted.summed(x, dy, group_sizes, name="grouped_matmul_dw")
-    else:
-        (dw,) = mosaic_tpu_dw.summed(x, [dy], group_sizes, here, name="grouped_matmul_dw")
+    dw = _summed(x, dy, group_sizes, here, name="grouped_matmul_dw")
     return dx, dw, _no_gradient(group_sizes)
-
-
-def _product(x: Array, w: Array, group_sizes: Array, here: Device, **options: Any) -> Array:
-    if here.platform == "cpu":
-        return interpreted.product(x, w, group_sizes, **options)
-    return mosaic_tpu.product([x], [w], group_sizes, here, **options)[0]
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)

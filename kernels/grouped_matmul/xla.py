@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.dispatch import device
+from kernels.grouped_matmul.groups import owned
 
 Array = jax.Array
 
@@ -83,11 +84,6 @@ def _groups(group_sizes: Array) -> tuple[Array, Array]:
     return ends - group_sizes, ends
 
 
-def _owned(y: Array, group_sizes: Array) -> Array:
-    """Rows past the last group are zero."""
-    return jnp.where(jnp.arange(y.shape[0])[:, None] < jnp.sum(group_sizes), y, 0)
-
-
 # --- grouped matmul ------------------------------------------------------------------------------------------------
 
 
@@ -106,7 +102,7 @@ def _matmul_loop(x: Array, w: Array, group_sizes: Array, transpose: bool) -> Arr
         return _walk(tiles, starts[e], ends[e], tile, y)
 
     y = jnp.empty((x.shape[0], w.shape[1 if transpose else 2]), x.dtype)  # every owned row is written below
-    return _owned(jax.lax.fori_loop(0, w.shape[0], group, y)[:N], group_sizes)
+    return owned(jax.lax.fori_loop(0, w.shape[0], group, y)[:N], group_sizes)
 
 
 def _weight_grad_loop(x: Array, dy: Array, group_sizes: Array, dtype: jnp.dtype) -> Array:
@@ -154,8 +150,8 @@ def _no_grad(ids: Array) -> np.ndarray:
 
 def _ragged(x: Array, w: Array, group_sizes: Array) -> Array:
     # What nobody owns is cleared before too, so that a NaN there cannot reach dw.
-    x = _owned(x, group_sizes)
-    return _owned(jax.lax.ragged_dot(x, w, group_sizes.astype(jnp.int32)), group_sizes)
+    x = owned(x, group_sizes)
+    return owned(jax.lax.ragged_dot(x, w, group_sizes.astype(jnp.int32)), group_sizes)
 
 
 def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
@@ -254,13 +250,13 @@ def _experts_cpu_fwd(x: Array, w_gate: Array, w_up: Array, w_down: Array, group_
     tiles = _experts_tiles(N := x.shape[0])
     x = _pad(x, tiles)
     y, gate, up = _experts_loop(tiles, x, w_gate, w_up, w_down, group_sizes)
-    return _owned(y[:N], group_sizes), (x, gate, up, w_gate, w_up, w_down, group_sizes)
+    return owned(y[:N], group_sizes), (x, gate, up, w_gate, w_up, w_down, group_sizes)
 
 
 def _experts_cpu_bwd(saved: tuple, dy: Array) -> tuple:
     tiles = _experts_tiles(N := dy.shape[0])
     dx, *dws = _experts_loop_bwd(tiles, *saved, _pad(dy, tiles))
-    return _owned(dx[:N], saved[-1]), *dws, _no_grad(saved[-1])
+    return owned(dx[:N], saved[-1]), *dws, _no_grad(saved[-1])
 
 
 _experts_cpu.defvjp(_experts_cpu_fwd, _experts_cpu_bwd)
