@@ -1,5 +1,6 @@
 """Is it fast? `python -m bench`: every operation and the whole model, as a table, JSON files and one HTML page."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -94,6 +95,8 @@ def operations(arguments: Arguments) -> dict[str, dict[str, Any]]:
     ops = [op for op in PARTS if op in arguments.op and op != "model"]
     if not ops:
         return {}
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        raise ValueError("pytest-benchmark is not installed here; allowed: `make bench`, which installs it")
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw.json"
         command = [sys.executable, "-c", PYTEST, "-s", "-p", "no:terminal", "-p", "no:cacheprovider"]

@@ -1,5 +1,6 @@
 """The bench programs as a user calls them."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from rich.console import Console
 
 import kernels
 from bench import gpu, peers, results
+from bench.__main__ import main as bench_command
 from kernels import specs
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +42,16 @@ def test_wrong_input_is_one_line(arguments, words):
     done = run(*arguments)
     assert done.returncode == 2 and words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not done.stdout
+
+
+def test_without_what_it_needs_it_says_so_in_a_line(monkeypatch, capsys):
+    """As where only training was set up."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="2"):
+        bench_command(["--op", "moe_mlp"])
+    assert capsys.readouterr().err.splitlines() == [
+        "bench: error: pytest-benchmark is not installed here; allowed: `make bench`, which installs it"
+    ]
 
 
 def test_a_run_measures_prints_and_writes(tmp_path):
