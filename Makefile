@@ -86,9 +86,8 @@ tensorboard: ## look at loss curves, samples and traces (LOGDIR=runs)
 	@$(SETUP) dev
 	@$(PY) -m tensorboard.main --logdir $(LOGDIR) $(ARGS)
 
-gpu: ## measure everything on this GPU, into profiles/
-	@$(SETUP) dev triton peers
-	@$(PY) -m bench.gpu --out profiles $(ARGS)
+gpu: ## measure everything on this GPU, into profiles/; works without network too
+	@python=$$(sh scripts/gpu_python.sh) && $$python -m bench.gpu --out profiles $(ARGS)
 
 lint: ## check style
 	@$(SETUP) dev

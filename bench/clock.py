@@ -4,6 +4,7 @@ On a GPU, CUPTI reports how long each kernel ran, and a sample is the sum over t
 and Python add is not in it. Elsewhere a sample is wall clock around calls that are waited for.
 """
 
+import atexit
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -48,24 +49,38 @@ class WallClock:
 
 
 class KernelClock:
-    """The sum of the times of the kernels that a call starts, as the GPU reports them."""
+    """The sum of the times of the kernels that a call starts, as the GPU reports them.
+
+    CUPTI stays attached for the life of the process: attaching is slow, and so are the first launches after it.
+    """
 
     name = "kernel time on the device (CUPTI)"
+    WARM_UP = 2  # untimed calls before each sample
 
-    def __init__(self) -> None:
-        from jax._src.lib import mosaic_gpu
+    def __init__(self, cupti: Any = None) -> None:
+        if cupti is None:
+            from jax._src.lib import mosaic_gpu
 
-        self._cupti = mosaic_gpu._mosaic_gpu_ext
+            cupti = mosaic_gpu._mosaic_gpu_ext
+            atexit.register(self._detach)
+        self._cupti = cupti
 
     def sample(self, call: Call, calls: int, only: str = "") -> list[float]:
         """See `Clock`."""
+        for i in range(-self.WARM_UP, 0):
+            jax.block_until_ready(call(i))
         self._cupti._cupti_init()
         try:
             for i in range(calls):
                 jax.block_until_ready(call(i))
         finally:
-            kernels = self._cupti._cupti_get_timings(True)
+            kernels = self._cupti._cupti_get_timings(False)  # False: unsubscribe, but stay attached
         return per_call([kernel for kernel in kernels if only in kernel[0]], calls)
+
+    def _detach(self) -> None:
+        """At the end of the process."""
+        self._cupti._cupti_init()
+        self._cupti._cupti_get_timings(True)
 
 
 def per_call(kernels: Sequence[tuple[str, float]], calls: int) -> list[float]:

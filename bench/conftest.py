@@ -8,28 +8,16 @@ a clock that replays them.
 import json
 import time
 from collections.abc import Callable, Iterator
-from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import pytest
 
-from bench import harness
+from bench import harness, record
 from bench.ceilings import Ceilings
 from bench.clock import clock
-from bench.table import duration
+from bench.record import Entry
 from dantinox import host
 from kernels import specs
-
-
-class Entry(NamedTuple):
-    """One implementation in one contest."""
-
-    contest: harness.Contest
-    implementation: str
-
-    def __str__(self) -> str:
-        return f"{self.contest}, {self.implementation}"
 
 
 class Replay:
@@ -102,55 +90,24 @@ def replay(benchmark: Any, ceilings: Ceilings, request: pytest.FixtureRequest) -
         if held is None or held.contest != entry.contest:
             limit = option("--seconds")
             if limit and held and time.monotonic() - RUN["start"] > limit:
-                RUN["refused"].append(names_of(entry) | {"why": "no time was left"})
+                RUN["refused"].append(record.names_of(entry) | {"why": "no time was left"})
                 pytest.skip("no time left")
             only = tuple(option("--implementation"))
             RUN["held"] = held = harness.hold(entry.contest, ceilings, budget=option("--budget"), only=only)
             if RUN["progress"]:
-                print(progress(held), flush=True)
+                print(record.progress(held), flush=True)
             if path := option("--lines"):
                 with open(path, "a") as file:
-                    file.write(json.dumps(line(held)) + "\n")
+                    file.write(json.dumps(record.line(held)) + "\n")
         result = held.results[entry.implementation]
         if result.refused is not None:
-            RUN["refused"].append(names_of(entry) | {"why": result.refused})
+            RUN["refused"].append(record.names_of(entry) | {"why": result.refused})
             pytest.skip(result.refused)
-        benchmark.extra_info.update(facts_of(entry, held))
+        benchmark.extra_info.update(record.facts_of(entry, held))
         TIMER.load(result.seconds)
         benchmark.pedantic(lambda: None, rounds=len(result.seconds), iterations=1)
 
     yield run
-
-
-def progress(held: harness.Outcome) -> str:
-    """One line: the contest and its fastest implementation."""
-    times = {name: median(r.seconds) for name, r in held.results.items() if r.seconds}
-    if not times:
-        return f"{held.contest.spec.op} {held.contest}: nothing ran"
-    best = min(times, key=times.__getitem__)
-    took = f"measured in {held.seconds:.0f} s"
-    return f"{held.contest.spec.op} {held.contest}: {best} {duration(times[best])}, of {len(times)}; {took}"
-
-
-def line(held: harness.Outcome) -> dict[str, Any]:
-    """What is kept of a contest should the run not come to its end."""
-    results = {
-        name: {"why": r.refused}
-        if r.refused is not None
-        else {"seconds": median(r.seconds) if r.seconds else None, "turns": len(r.seconds), "error": r.error}
-        for name, r in held.results.items()
-    }
-    spec, cost = held.contest.spec, held.contest.cost()
-    return {
-        "op": spec.op,
-        "spec": spec.name,
-        "direction": held.contest.direction,
-        "sizes": spec.label(),
-        "dtype": spec.dtypes[0],
-        "flops": cost.flops,
-        "ceilings": {"flops_per_second": held.flops_per_second, "bytes_per_second": held.bytes_per_second},
-        "results": results,
-    }
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -159,36 +116,6 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         print(report.longreprtext, flush=True)
 
 
-def names_of(entry: Entry) -> dict[str, str]:
-    """What an entry is called."""
-    spec, direction = entry.contest.spec, entry.contest.direction
-    return {"op": spec.op, "spec": spec.name, "direction": direction, "implementation": entry.implementation}
-
-
-def facts_of(entry: Entry, held: harness.Outcome) -> dict[str, Any]:
-    """What the report needs beside the times."""
-    spec, result = entry.contest.spec, held.results[entry.implementation]
-    cost = entry.contest.cost()
-    return names_of(entry) | {
-        "sizes": spec.label(),
-        "dtype": spec.dtypes[0],
-        "sweep": {axis: harness.position(spec, axis) for axis in spec.sweep},
-        "flops": cost.flops,
-        "bytes": cost.bytes,
-        "roofline_seconds": cost.seconds(held.flops_per_second, held.bytes_per_second),
-        "temp_bytes": result.temp_bytes,
-        "error": result.error,
-    }
-
-
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict[str, Any]) -> None:
     """What belongs to the whole run."""
-    ceilings = RUN["ceilings"]
-    output_json["bench"] = {
-        "timer": clock().name,
-        "ceilings": ceilings.summary() if ceilings else {},
-        "refused": RUN["refused"],
-        "device": jax.devices()[0].device_kind,
-        "platform": jax.default_backend(),
-        "jax": jax.__version__,
-    }
+    output_json["bench"] = record.run_facts(RUN["ceilings"], RUN["refused"])

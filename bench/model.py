@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.training import Stepper
-from dantinox import cli, count, host
+from dantinox import cli, count, generation, host
 from dantinox.config import Config
-from dantinox.generation import Request, Sampling, run
+from dantinox.generation import Request, Sampling
 from dantinox.metrics import matmul_rate
 from dantinox.model import Transformer
 
@@ -62,6 +62,8 @@ class Arguments:
     """Implementation of cached decoding."""
     out: str | None = None
     """Write the numbers to this JSON file."""
+    tiny: bool = False
+    """A small model: a rehearsal."""
 
 
 def decoder(config: Config, prompt: int, new: int) -> Callable[[], tuple[float, float]]:
@@ -73,7 +75,7 @@ def decoder(config: Config, prompt: int, new: int) -> Callable[[], tuple[float, 
     def timed(tokens: int) -> float:
         request = Request([ids], tokens, sampling, 0, (), (0,), None)
         start = time.perf_counter()
-        for _ in run(model, request):
+        for _ in generation.run(model, request):
             pass
         return time.perf_counter() - start
 
@@ -116,14 +118,15 @@ class Peer:
 def measure(arguments: Arguments) -> dict[str, dict[str, float]]:
     """All rows, each a median over the rounds with its spread (the interquartile range over the median)."""
     implementations = {name: getattr(arguments, name) for name in ("attn", "moe", "decode")}
-    base = Config().replace(**BASE, **implementations)
+    sizes = BASE | ({"dim": 32, "n_layers": 1, "batch_size": 2, "seq_len": 32} if arguments.tiny else {})
+    base = Config().replace(**sizes, **implementations)
     configs = {"dense": base, "moe": base.replace(**MOE)}
     trainers = {kind: Stepper(config) for kind, config in configs.items()}
     long = base.replace(max_context=4096)
     decoders = {
         "dense, context 256": decoder(configs["dense"], 128, 127),
         "moe, context 256": decoder(configs["moe"], 128, 127),
-        "dense, position 4000": decoder(long, 3968, 127),
+        **({} if arguments.tiny else {"dense, position 4000": decoder(long, 3968, 127)}),
         "dense, first token of 8 at context 4096": decoder(long.replace(window=None), 8, 8),
     }
     peer = Peer(arguments.peer) if arguments.peer else None
@@ -171,15 +174,13 @@ def _spread(values: Sequence[float]) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and measure."""
+    return run(cli.parse(Arguments, argv, default=Arguments(), prog=PROG, description=__doc__.split("\n")[0]))
+
+
+def run(arguments: Arguments) -> int:
     """Measure and print a table."""
     host.keep_freed_memory()
-    arguments = cli.parse(
-        Arguments,
-        argv,
-        default=Arguments(),
-        prog=PROG,
-        description=__doc__.split("\n")[0],
-    )
     with cli.user_errors(PROG):
         rows = measure(arguments)
     table = Table(title=f"model on {jax.devices()[0].device_kind}, jax {jax.__version__}")

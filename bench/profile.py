@@ -207,9 +207,13 @@ def show(result: dict[str, Any], top: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and trace."""
+    return run(parse(sys.argv[1:] if argv is None else argv))
+
+
+def run(arguments: Arguments) -> int:
     """Trace, print the tables and say how to look at the trace."""
     host.keep_freed_memory()
-    arguments = parse(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     if arguments.verbose:
         logging.getLogger("kernels").setLevel(logging.INFO)

@@ -19,12 +19,24 @@ def device_folder(platform: str, device: str) -> str:
 
 
 def from_pytest(raw: Mapping[str, Any], date: datetime.date | None = None) -> dict[str, dict[str, Any]]:
-    """What is kept of a `--benchmark-json` file: operation -> the document that `write` saves.
+    """What is kept of a `--benchmark-json` file: operation -> the document that `write` saves."""
+    return documents(raw["bench"], [(bench["extra_info"], bench["stats"]["data"]) for bench in raw["benchmarks"]], date)
+
+
+def documents(
+    run: Mapping[str, Any],
+    measured: Sequence[tuple[Mapping[str, Any], Sequence[float]]],
+    date: datetime.date | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Operation -> the document that `write` saves.
+
+    Args:
+        run: what belongs to all rows: device, platform, timer, jax, ceilings, and the rows that were refused.
+        measured: facts about each row (`bench.record.facts_of`) and its times in seconds.
 
     Times are medians in seconds with the interquartile range; FLOP/s and bytes/s count what `kernels.cost` says must be
     done and moved; `roofline` is the least time that the measured ceilings allow over the median.
     """
-    run = raw["bench"]
     head = {
         "date": str(date or datetime.date.today()),
         "device": run["device"],
@@ -33,24 +45,24 @@ def from_pytest(raw: Mapping[str, Any], date: datetime.date | None = None) -> di
         "versions": {"jax": run["jax"]},
         "ceilings": {name: _short(value) for name, value in run["ceilings"].items()},
     }
-    documents: dict[str, dict[str, Any]] = {}
-    for bench in raw["benchmarks"]:
-        row = _row(bench["extra_info"], bench["stats"])
-        documents.setdefault(row.pop("op"), head | {"rows": [], "refused": []})["rows"].append(row)
+    found: dict[str, dict[str, Any]] = {}
+    for facts, seconds in measured:
+        row = _row(facts, seconds)
+        found.setdefault(row.pop("op"), head | {"rows": [], "refused": []})["rows"].append(row)
     for refused in run["refused"]:
         op = refused["op"]
         kept = {name: value for name, value in refused.items() if name != "op"}
-        documents.setdefault(op, head | {"rows": [], "refused": []})["refused"].append(kept)
-    return documents
+        found.setdefault(op, head | {"rows": [], "refused": []})["refused"].append(kept)
+    return found
 
 
-def _row(facts: Mapping[str, Any], stats: Mapping[str, Any]) -> Row:
-    low, middle, high = np.percentile(stats["data"], [25, 50, 75])
+def _row(facts: Mapping[str, Any], seconds: Sequence[float]) -> Row:
+    low, middle, high = np.percentile(seconds, [25, 50, 75])
     names = ("op", "spec", "sizes", "dtype", "direction", "implementation", "sweep")
     return {name: facts[name] for name in names} | {
         "seconds": _short(middle),
         "spread": _short((high - low) / middle),
-        "turns": stats["rounds"],
+        "turns": len(seconds),
         "flops_per_second": _short(facts["flops"] / middle),
         "bytes_per_second": _short(facts["bytes"] / middle),
         "intensity": _short(facts["flops"] / facts["bytes"]),

@@ -1,8 +1,8 @@
 """Which tiles are fastest on Hopper? `python -m bench.tiles`: the grouped kernels alone, at every width they can have.
 
 What is measured is beside what the model of kernels/grouped_matmul/tiles.py says, with the width that it chooses; at
-the end come the constants of the model, START and COLUMN, that fit the measurements best, and the clock that the cores
-would have if the model were right. Each measurement is written as soon as it is there.
+the end come the constants of the model, START, COLUMN and L2_BYTES, that fit the measurements best, and the clock that
+the cores would have if the model were right. Each measurement is written as soon as it is there.
 """
 
 import functools
@@ -45,6 +45,7 @@ ROWS = (
     ("dw", "grouped_matmul", "Qwen3-30B-A3B uniform"),
     ("y", "grouped_matmul", "aot odd sizes"),
 )
+L2_RATES = range(24, 66, 2)  # bytes per clock and core, of which the fit takes the best
 WIDTHS = {
     "y": mosaic_gpu.WIDTHS,
     "dx": mosaic_gpu.WIDTHS,
@@ -189,31 +190,42 @@ def measure(of: Kernel, cores: int, interpret: Any, rounds: int, write: Callable
     return rows
 
 
-def terms(of: Kernel, width: int, cores: int) -> tuple[float, float, float]:
+def terms(of: Kernel, width: int, cores: int, l2: float = tiles.L2_BYTES) -> tuple[float, float, float]:
     """The model's clocks: without START and COLUMN, and how many times it adds each of them."""
-    model = functools.partial(tiles.clocks, of.work(), tiles.tile_of(width, of.matrices), of.matrices, cores)
+    model = functools.partial(tiles.clocks, of.work(), tiles.tile_of(width, of.matrices), of.matrices, cores, l2=l2)
     bare = model(start=0, column=0)
     return bare, model(start=1, column=0) - bare, model(start=0, column=1) - bare
 
 
-def fit(rows: Sequence[Row]) -> dict[str, float] | None:
+def fit(rows: Sequence[Row], cores: int) -> dict[str, float] | None:
     """The model's constants that make its relative errors smallest, squared; None where there is too little to fit.
 
     Returns:
-        {"clock_ghz": of the cores, were the model right; "START", "COLUMN": clocks; "worst": relative error}.
+        {"clock_ghz": of the cores, were the model right; "START", "COLUMN": clocks; "L2_BYTES": per clock and core;
+        "worst": relative error}.
     """
     rows = [row for row in rows if "seconds" in row]
     if len(rows) < 4:
         return None
+    fits = [found for l2 in L2_RATES if (found := _fit_given_l2(rows, cores, l2)) is not None]
+    best = min(fits, key=lambda each: each[0], default=None)
+    return best and best[1]
+
+
+def _fit_given_l2(rows: Sequence[Row], cores: int, l2: float) -> tuple[float, dict[str, float]] | None:
+    """(the sum of squared relative errors, the constants): a linear problem once the rate of L2 is given."""
     # seconds = clocks / f + starts START / f + columns COLUMN / f: linear in 1/f, START/f and COLUMN/f.
-    sides = np.array([[row[name] / row["seconds"] for name in ("clocks", "starts", "columns")] for row in rows])
+    kernels = [Kernel(row["kernel"], row["row"], row["N"], row["K"], row["J"], (0,) * row["E"]) for row in rows]
+    counted = [terms(of, row["width"], cores, l2) for of, row in zip(kernels, rows)]
+    sides = np.array([[each / row["seconds"] for each in count] for count, row in zip(counted, rows)])
     scale = np.abs(sides).max(axis=0)
     found, _, rank, _ = np.linalg.lstsq(sides / scale, np.ones(len(rows)), rcond=None)
     period, start, column = found / scale
     if rank < 3 or period <= 0:
         return None
-    worst = float(np.abs(sides @ (found / scale) - 1).max())
-    return {"clock_ghz": 1e-9 / period, "START": start / period, "COLUMN": column / period, "worst": worst}
+    errors = sides @ (found / scale) - 1
+    constants = {"clock_ghz": 1e-9 / period, "START": start / period, "COLUMN": column / period, "L2_BYTES": float(l2)}
+    return float(np.sum(errors**2)), constants | {"worst": float(np.abs(errors).max())}
 
 
 def show(rows: Sequence[Row], constants: dict[str, float] | None, console: Console) -> None:
@@ -244,17 +256,21 @@ def show(rows: Sequence[Row], constants: dict[str, float] | None, console: Conso
         return
     console.print(
         f"START = {constants['START']:.0f} and COLUMN = {constants['COLUMN']:.1f} clocks at "
-        f"{constants['clock_ghz']:.2f} GHz fit best, within {constants['worst']:.0%}; tiles.py has "
-        f"{tiles.START} and {tiles.COLUMN}",
+        f"{constants['clock_ghz']:.2f} GHz and L2_BYTES = {constants['L2_BYTES']:g} per clock fit best, within "
+        f"{constants['worst']:.0%}; tiles.py has {tiles.START}, {tiles.COLUMN} and {tiles.L2_BYTES}",
         highlight=False,
         soft_wrap=True,
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and measure."""
+    return run(cli.parse(Arguments, argv, default=Arguments(), prog=PROG, description=__doc__.split("\n")[0]))
+
+
+def run(arguments: Arguments) -> int:
     """Measure, write, print; 1 where a width did not run or makes something else than the others."""
     began = time.monotonic()
-    arguments = cli.parse(Arguments, argv, default=Arguments(), prog=PROG, description=__doc__.split("\n")[0])
     with cli.user_errors(PROG):
         if arguments.rounds < 1:
             raise ValueError(f"--rounds is {arguments.rounds}; allowed: 1 or more")
@@ -277,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows.append({"kernel": of.kind, "row": of.name, "width": 0, "chosen": False, "why": _said(problem)})
                 write(rows[-1])
             console.print(f"{of.kind} {of.name}: {time.monotonic() - began:.0f} s", highlight=False)
-        constants = fit(rows)
+        constants = fit(rows, cores)
         if arguments.json:
             document = {"device": dispatch.device().kind, "clock": clock().name, "fit": constants, "rows": rows}
             Path(arguments.json).write_text(json.dumps(document, indent=1) + "\n")

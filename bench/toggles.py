@@ -152,15 +152,13 @@ def plot(rows: Mapping[str, Mapping[str, Any]], title: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and measure."""
+    return run(cli.parse(Arguments, argv, default=Arguments(), prog=PROG, description=__doc__.split("\n")[0]))
+
+
+def run(arguments: Arguments) -> int:
     """Measure, print, write."""
     host.keep_freed_memory()
-    arguments = cli.parse(
-        Arguments,
-        argv,
-        default=Arguments(),
-        prog=PROG,
-        description=__doc__.split("\n")[0],
-    )
     with cli.user_errors(PROG):
         if arguments.rounds < 1:
             raise ValueError(f"--rounds is {arguments.rounds}; allowed: 1 or more")

@@ -10,8 +10,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, get_type_hints
 
-import tyro
-
 USER_ERRORS = (
     ValueError,
     FileNotFoundError,
@@ -34,6 +32,8 @@ def parse(cls: type, argv: Sequence[str] | None, *, default: Any, prog: str, des
 
     Bad flags and bad values end the program with one line and exit code 2; --help prints the help and exits with 0.
     """
+    import tyro  # programs that other programs start without flags do without it
+
     argv = _switches(cls, sys.argv[1:] if argv is None else argv)
     captured = io.StringIO()
     try:

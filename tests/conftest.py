@@ -7,7 +7,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+
+try:
+    from hypothesis import settings
+except ModuleNotFoundError:  # a machine with a GPU may have pytest alone, enough for the tests of its kernels
+    settings = None
 
 # Where a CUDA or TPU plugin is installed but no device is there, JAX would complain and try it first.
 ACCELERATORS = ("/dev/nvidiactl", "/dev/accel0", "/dev/vfio/0")
@@ -30,14 +34,16 @@ import jax  # noqa: E402, F401 - it reads the lines above; those below are for t
 STARTED_PROGRAMS = {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
 os.environ.update(STARTED_PROGRAMS)
 
-# The same examples every time, so that a red run can be repeated; `--hypothesis-profile=explore` looks for new ones.
-settings.register_profile("repeat", derandomize=True, deadline=None, max_examples=40, database=None)
-settings.register_profile("explore", deadline=None, max_examples=1000)
-# Of the random shapes of the four operations, 300 with "repeat", this makes 10^4.
-settings.register_profile("long", settings.get_profile("repeat"), max_examples=1334)
-# With -k "any_small_shape and pallas", 10^4 shapes of one implementation of attention.
-settings.register_profile("thorough", settings.get_profile("repeat"), max_examples=6667)
-settings.load_profile("repeat")
+if settings is not None:
+    # The same examples every time, so that a red run can be repeated; `--hypothesis-profile=explore` looks for new
+    # ones.
+    settings.register_profile("repeat", derandomize=True, deadline=None, max_examples=40, database=None)
+    settings.register_profile("explore", deadline=None, max_examples=1000)
+    # Of the random shapes of the four operations, 300 with "repeat", this makes 10^4.
+    settings.register_profile("long", settings.get_profile("repeat"), max_examples=1334)
+    # With -k "any_small_shape and pallas", 10^4 shapes of one implementation of attention.
+    settings.register_profile("thorough", settings.get_profile("repeat"), max_examples=6667)
+    settings.load_profile("repeat")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -14,6 +14,7 @@ from bench.targets import Gpu
 SITE = Path(sysconfig.get_paths()["platlib"])
 PTXAS = SITE / "nvidia/cu13/bin/ptxas"  # the one in Triton's wheel is too old for Mosaic's PTX
 CUOBJDUMP = SITE / "triton/backends/nvidia/bin/cuobjdump"
+NVDISASM = CUOBJDUMP.with_name("nvdisasm")
 MODULES = ("jax_cuda13_plugin",)
 
 
@@ -131,7 +132,7 @@ def _assemble(
     """The figures of each entry function of one PTX module."""
     source, cubin = dumps / "kernel.ptxas-input", dumps / "kernel.cubin"
     source.write_text(module)
-    command = [str(PTXAS), f"-arch={target.arch}", "-v", str(source), "-o", str(cubin)]
+    command = [str(PTXAS), f"-arch={target.arch}", "-v", "-lineinfo", str(source), "-o", str(cubin)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"ptxas: {(done.stderr.strip().splitlines() or ['failed'])[0]}")
@@ -140,6 +141,10 @@ def _assemble(
     if by_hand or "mma" in module:  # disassembling XLA's many small fusions takes longer than compiling them
         dumped = subprocess.run([CUOBJDUMP, "--dump-sass", cubin], capture_output=True, text=True, check=False).stdout
         counts, code = ptx.sass_counts(dumped), sass.functions(dumped) if by_hand else {}
+    if by_hand:  # beside the other dumps, which --keep keeps: bench.aot.locate reads it
+        with_lines = subprocess.run([NVDISASM, "-g", "-c", cubin], capture_output=True, text=True, check=False).stdout
+        for name in code:
+            (dumps / f"{name}.sass").write_text(with_lines)
     kernels = []
     for name, usage in ptx.ptxas_usage(done.stderr + done.stdout).items():
         launch_threads, launch_smem = launches.get(name, (None, 0))

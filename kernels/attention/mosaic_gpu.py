@@ -298,7 +298,7 @@ class Block:
         l = l * decay + jnp.sum(p, axis=1)
         acc = acc * across(decay, acc)
         p = p.astype(refs["v"].dtype)
-        if not self.interpreted:  # the softmax ends before the turn begins
+        if not self.interpreted:  # for LLVM; ptxas 13.5 does the exponentials before the turn, scales acc after it
             acc, new, l, p = lax.optimization_barrier((acc, new, l, p))
         self.wait("v here", slot)
         self.wait("turn", group)

@@ -32,7 +32,8 @@ UNROLLED = 7 * 2**28  # multiplications that are written out, what is more in a 
 
 HEIGHT, ROWS, INNER = 128, 64, 64  # Hopper: rows of a tile, and of a warpgroup; of the contraction at once
 PRODUCTS = 2048  # multiplications a clock of a core
-L2_BYTES, MEMORY_BYTES = 64, 14.5  # a clock of a core: all it can take; its share of 3.35 TB/s
+# Per clock and core: what L2 delivers where all cores read at once (the port takes 64); a share of 3.35 TB/s.
+L2_BYTES, MEMORY_BYTES = 38, 14.5
 WORTH = 1.05  # a narrower tile must be faster by that: the model is no measurement, and a wide one reads less
 START, COLUMN = 600, 6  # clocks, guessed (`make gpu` fits them): before a tile's first product; to write a column
 
@@ -230,11 +231,20 @@ def sum_work(N: int, E: int, M: int, F: int) -> Work:
     return Work(E * down, 2, down, N // max(1, min(N, E)) + INNER // 2, F)
 
 
-def clocks(work: Work, tile: Tile, matrices: int, cores: int, *, start: float = START, column: float = COLUMN) -> float:
-    """What the slowest core of a Hopper chip takes, in clocks."""
+def clocks(
+    work: Work,
+    tile: Tile,
+    matrices: int,
+    cores: int,
+    *,
+    start: float = START,
+    column: float = COLUMN,
+    l2: float = L2_BYTES,
+) -> float:
+    """What the slowest core of a Hopper chip takes, in clocks; `l2`: bytes per clock and core."""
     width = tile.columns * matrices
     products = work.units * ROWS * width * INNER / PRODUCTS
-    from_l2 = 2 * (HEIGHT + width) * INNER / L2_BYTES
+    from_l2 = 2 * (HEIGHT + width) * INNER / l2
     from_memory = 2 * width * INNER / min(work.sharing, 16) / MEMORY_BYTES
     each = start + math.ceil(work.K / INNER) * max(products, from_l2, from_memory) + column * width
     return math.ceil(work.visits * math.ceil(work.J / tile.columns) / cores) * each

@@ -33,35 +33,42 @@ class FakeCupti:
     """What the driver would say of a program of two kernels."""
 
     def __init__(self) -> None:
-        self.open, self.calls = False, 0
+        self.subscribed, self.detached, self.recorded = False, 0, 0
 
     def _cupti_init(self) -> None:
-        self.open = True
+        self.subscribed, self.recorded = True, 0
 
     def _cupti_get_timings(self, finalize: bool) -> list[tuple[str, float]]:
-        self.open = False
-        return [("a", 1.0), ("b", 0.5)] * self.calls
+        self.subscribed = False
+        self.detached += finalize
+        return [("a", 1.0), ("b", 0.5)] * self.recorded
 
 
-def test_the_kernel_clock_closes_the_profiler_even_when_the_program_fails():
-    kernels = clock.KernelClock.__new__(clock.KernelClock)
-    kernels._cupti = fake = FakeCupti()
+def test_the_kernel_clock_warms_up_untimed_and_stays_attached():
+    fake = FakeCupti()
+    kernels, seen = clock.KernelClock(fake), []
 
     def call(i):
-        assert fake.open
-        fake.calls += 1
+        seen.append((i, fake.subscribed))
+        fake.recorded += fake.subscribed
         return ()
 
     assert kernels.sample(call, 2) == pytest.approx([1.5e-3, 1.5e-3])
+    assert seen == [(-2, False), (-1, False), (0, True), (1, True)]
+    assert kernels.sample(call, 1, "b") == pytest.approx([0.5e-3])
+    assert not fake.subscribed and not fake.detached, "attaching again would take a second and slow the next launches"
 
-    assert kernels.sample(call, 1, "b") == pytest.approx([3 * 0.5e-3])
+
+def test_the_kernel_clock_unsubscribes_even_when_the_program_fails():
+    fake = FakeCupti()
 
     def broken(i):
-        raise RuntimeError("out of memory")
+        if i >= 0:
+            raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        kernels.sample(broken, 1)
-    assert not fake.open
+        clock.KernelClock(fake).sample(broken, 1)
+    assert not fake.subscribed
 
 
 def test_without_a_gpu_the_report_says_wall_clock():

@@ -32,30 +32,33 @@ def test_a_row_is_a_kernel_that_traces_and_counts_what_the_table_of_shapes_count
     assert out[0].shape == ((len(of.sizes), of.K, of.J) if of.kind == "dw" else (of.N, of.J))
 
 
-def made_up(ghz: float, start: float, column: float) -> list[sweep.Row]:
+def made_up(ghz: float, start: float, column: float, l2: float = tiles.L2_BYTES) -> list[sweep.Row]:
     """What would be measured on a chip that the model describes."""
     rows = []
     for each in sweep.ROWS:
         of = sweep.kernel(*each)
         for width in sweep.WIDTHS[of.kind]:
             tile = tiles.tile_of(width, of.matrices)
-            took = tiles.clocks(of.work(), tile, of.matrices, CORES, start=start, column=column) / ghz / 1e9
+            took = tiles.clocks(of.work(), tile, of.matrices, CORES, start=start, column=column, l2=l2) / ghz / 1e9
             row = {"kernel": of.kind, "row": of.name, "width": width, "chosen": width == of.chosen(CORES)}
+            row |= {"N": of.N, "K": of.K, "J": of.J, "E": len(of.sizes)}
             row |= dict(zip(("clocks", "starts", "columns"), sweep.terms(of, width, CORES)))
             rows.append(row | {"seconds": took, "flops_per_second": of.flops / took, "difference": 0.0})
     return rows
 
 
 def test_the_constants_are_found_again_and_printed():
-    rows = made_up(1.6, 900, 3)
-    found = sweep.fit(rows)
+    rows = made_up(1.6, 900, 3, l2=44)
+    found = sweep.fit(rows, CORES)
+    assert found["L2_BYTES"] == 44
     assert (found["clock_ghz"], found["START"], found["COLUMN"]) == pytest.approx((1.6, 900, 3), rel=1e-6)
     assert found["worst"] < 1e-6
-    assert sweep.fit(rows[:3]) is None and sweep.fit([rows[0]] * 9) is None, "too little to tell them apart"
+    too_little = sweep.fit(rows[:3], CORES), sweep.fit([rows[0]] * 9, CORES)
+    assert too_little == (None, None), "nothing tells the constants apart"
     console = Console(width=140, record=True, file=io.StringIO())
     sweep.show([*rows, {"kernel": "y", "row": "a", "width": 64, "chosen": True, "why": "no memory"}], found, console)
     said = console.export_text()
-    assert "START = 900 and COLUMN = 3.0 clocks at 1.60 GHz fit best" in said and "no memory" in said
+    assert "START = 900 and COLUMN = 3.0 clocks at 1.60 GHz and L2_BYTES = 44 per clock" in said and "no memory" in said
 
 
 def test_the_width_that_is_fastest_with_these_constants_is_the_one_that_is_chosen():

@@ -1,18 +1,14 @@
-"""The rows of `kernels.specs` as test parameters: their arrays, what waits for the long run, how many random ones."""
+"""The rows of `kernels.specs` as test parameters: their arrays, and what waits for the long run."""
 
-import itertools
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
 
 from kernels import specs
 from tests.parity import rule
 
 Drawn = tuple[dict[str, np.ndarray], dict[str, Any], np.ndarray]
-_examples = itertools.count(1)
 
 
 def judged(op: str) -> list[Any]:
@@ -51,24 +47,3 @@ def draw(row: specs.Spec, seed: int = 0) -> Drawn:
 def options(row: specs.Spec) -> rule.Options:
     """The static arguments, as `rule.program` takes them."""
     return tuple(row.options().items())
-
-
-def times(n: int) -> int:
-    """n in an ordinary run; with another profile as many times more as it makes of all random examples."""
-    return -(-n * settings().max_examples // settings.get_profile("repeat").max_examples)
-
-
-def examples(n: int) -> settings:
-    """n random examples in an ordinary run."""
-    return settings(max_examples=times(n))
-
-
-def shapes(n: int) -> st.SearchStrategy[np.random.Generator]:
-    """A source of random sizes, one of n: a shape is traced once and serves several examples."""
-    return st.integers(1, times(n)).map(np.random.default_rng)
-
-
-def forget(every: int = 250) -> None:
-    """Called for each example: drops all programs now and then."""
-    if next(_examples) % every == 0:
-        rule.forget()

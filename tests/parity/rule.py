@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 import kernels
+from bench import wrong_places
 from kernels.dispatch import Device, compiling_for
 from tests import by_numpy
 
@@ -28,6 +29,9 @@ FAST = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_cou
 HURRY = FAST if jax.default_backend() == "cpu" else None
 Arrays = Mapping[str, Any]
 Options = tuple[tuple[str, Any], ...]
+Given = tuple[Arrays, Arrays, jax.Array]  # the differentiable arguments, the integer ones, the cotangent
+# Where the rows of an array are, by its rank: [N, M]; [E, M, F] and [B, H, D]; [B, T, H, D].
+ROW_AXIS = {2: 0, 3: 1, 4: 1}
 
 
 def quick(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,7 +59,9 @@ def refusals_skip(implementation: str) -> Iterator[None]:
 def program(
     op: str, implementation: str, options: Options = (), hurry: bool = True
 ) -> Callable[..., dict[str, jax.Array]]:
-    """Jitted (inputs, aux, dout) -> {"o": output, "dNAME": gradient of each input}.
+    """Jitted (inputs, aux, dout) -> {"o": output, "dNAME": gradient of each input}; with dout None the output alone.
+
+    Without gradients kernels may be others: they keep nothing for the way back.
 
     With `hurry`, and for the reference, XLA compiles fast rather than well: most programs run once, on little. A test
     is skipped where it asks for what an implementation of your own refuses.
@@ -66,11 +72,18 @@ def program(
         with refusals_skip(implementation):
             return operation(**inputs, **aux, **dict(options), implementation=implementation)
 
-    def run(inputs: Arrays, aux: Arrays, dout: jax.Array) -> dict[str, jax.Array]:
-        o, pull = jax.vjp(lambda inputs: call(inputs, aux), inputs)
-        return {"o": o} | {f"d{name}": gradient for name, gradient in pull(dout)[0].items()}
+    def run(inputs: Arrays, aux: Arrays, dout: jax.Array | None) -> dict[str, jax.Array]:
+        return both_passes(lambda inputs: call(inputs, aux), inputs, dout)
 
     return jax.jit(run, compiler_options=HURRY if hurry or implementation == "reference" else None)
+
+
+def both_passes(f: Callable[[Arrays], jax.Array], inputs: Arrays, dout: jax.Array | None) -> dict[str, jax.Array]:
+    """The output of f and the gradients of its inputs, by name; with dout None the output alone."""
+    if dout is None:
+        return {"o": f(inputs)}
+    o, pull = jax.vjp(f, inputs)
+    return {"o": o} | {f"d{name}": gradient for name, gradient in pull(dout)[0].items()}
 
 
 FORMS = {"CPU": Device("cpu", "cpu"), "TPU": Device("tpu", "TPU v6 lite")}
@@ -129,32 +142,68 @@ def judge(
         aux: integer arguments. options: static arguments. hurry: see `program`.
         run: computes in the place of the implementation's `program`.
     """
-    aux = aux or {}
-    rounded = {name: jnp.asarray(x, jnp.float32 if name in keep else dtype) for name, x in inputs.items()}
-    dout = jnp.asarray(dout, dtype)
-    mine = (run or program(op, implementation, options, hurry))(rounded, aux, dout)
-    plain = program(op, "reference", options)(rounded, aux, dout)
-    with jax.enable_x64(True):
-        exact_inputs = {name: jnp.asarray(exact(x)) for name, x in rounded.items()}
-        oracle = exactly(op, options, exact_inputs, aux, jnp.asarray(exact(dout)))
-    for name in oracle:
-        assert mine[name].dtype == plain[name].dtype and mine[name].shape == oracle[name].shape, name
-    check(mine, plain, oracle, dtype)
+    given = rounded(inputs, dout, dtype, aux=aux, keep=keep)
+    mine = (run or program(op, implementation, options, hurry))(*given)
+    hold(mine, *expect(op, given, options), dtype)
     return mine
 
 
+def rounded(
+    inputs: Arrays, dout: np.ndarray, dtype: Any, *, aux: Arrays | None = None, keep: tuple[str, ...] = ()
+) -> Given:
+    """The arguments of a program, as `judge` gives them."""
+    floats = {name: jnp.asarray(x, jnp.float32 if name in keep else dtype) for name, x in inputs.items()}
+    return floats, aux or {}, jnp.asarray(dout, dtype)
+
+
+def expect(op: str, given: Given, options: Options = ()) -> tuple[Arrays, Arrays]:
+    """(what plain jnp makes of the arguments in their dtype, what the reference makes of them in float64)."""
+    inputs, aux, dout = given
+    plain = program(op, "reference", options)(inputs, aux, dout)
+    with jax.enable_x64(True):
+        exact_inputs = {name: jnp.asarray(exact(x)) for name, x in inputs.items()}
+        return plain, exactly(op, options, exact_inputs, aux, jnp.asarray(exact(dout)))
+
+
+def hold(mine: Arrays, plain: Arrays, oracle: Arrays, dtype: Any) -> None:
+    """The rule, on arrays by name, which have the dtypes of `plain` and the shapes of `oracle` too."""
+    kind = lambda x, shape: f"{x.dtype}{list(shape)}"
+    kinds = {
+        name: (kind(x, x.shape), kind(plain[name], oracle[name].shape)) for name, x in mine.items() if name in oracle
+    }
+    wrong = [f"{name}: {found}, not {right}" for name, (found, right) in kinds.items() if found != right]
+    if wrong:
+        raise AssertionError("\n".join(wrong))
+    check(mine, plain, oracle, dtype)
+
+
 def check(mine: Arrays, plain: Arrays, oracle: Arrays, dtype: Any) -> None:
-    """The rule, on arrays by name."""
-    for name, value in oracle.items():
-        truth = exact(value)
-        assert np.isfinite(truth).all(), f"{name}: the oracle itself is not finite"
-        worst = np.abs(truth).max(initial=0)
-        ulp = float(jnp.finfo(dtype).eps) * max(1.0, worst)
-        if name != "o" and worst < 1e-12:
-            ulp = CANCELLED * float(jnp.finfo(jnp.float32).eps)
-        error, allowed = (np.abs(exact(x[name]) - truth).max(initial=0) for x in (mine, plain))
-        # Written so that a NaN fails.
-        assert error <= 2 * allowed + ulp, f"{name}: error {error:.3g}, plain jnp {allowed:.3g}, ulp {ulp:.3g}"
+    """The rule, on arrays by name: all of them are judged, and each that breaks it has a line that says where."""
+    if wrong := faults(mine, plain, oracle, dtype):
+        raise AssertionError("\n".join(wrong))
+
+
+def faults(mine: Arrays, plain: Arrays, oracle: Arrays, dtype: Any) -> list[str]:
+    """A line for each array that breaks the rule."""
+    lines = {name: _fault(name, mine.get(name), plain[name], truth, dtype) for name, truth in oracle.items()}
+    return [f"{name}: {line}" for name, line in lines.items() if line]
+
+
+def _fault(name: str, mine: Any, plain: Any, truth: Any, dtype: Any) -> str:
+    truth = exact(truth)
+    if mine is None:
+        return "missing"
+    if not np.isfinite(truth).all():
+        return "the oracle itself is not finite"
+    worst = np.abs(truth).max(initial=0)
+    ulp = float(jnp.finfo(dtype).eps) * max(1.0, worst)
+    if name != "o" and worst < 1e-12:
+        ulp = CANCELLED * float(jnp.finfo(jnp.float32).eps)
+    error, allowed = (np.abs(exact(x) - truth).max(initial=0) for x in (mine, plain))
+    if error <= 2 * allowed + ulp:  # which NaN is not
+        return ""
+    where = wrong_places.describe(exact(mine), truth, 2 * allowed + ulp, ROW_AXIS.get(truth.ndim))
+    return f"{where}; plain jnp {allowed:.3g}, ulp {ulp:.3g}"
 
 
 def exact(x: Any) -> np.ndarray:
@@ -164,12 +213,15 @@ def exact(x: Any) -> np.ndarray:
 
 def same_bits(a: Arrays, b: Arrays) -> None:
     """Both hold the same arrays, bit for bit, and no NaN or infinity."""
-    for name in a:
-        x, y = np.asarray(a[name]), np.asarray(b[name])
-        assert x.dtype == y.dtype, name
-        for values in (x, y):
-            assert np.isfinite(exact(values)).all(), f"{name} is not finite"
-        assert x.tobytes() == y.tobytes(), f"{name} differs in {np.sum(x != y)} of {x.size} places"
+    lines = {name: _unlike(np.asarray(a[name]), np.asarray(b[name])) for name in a}
+    if wrong := [f"{name}: {line}" for name, line in lines.items() if line]:
+        raise AssertionError("\n".join(wrong))
+
+
+def _unlike(x: np.ndarray, y: np.ndarray) -> str:
+    if not all(np.isfinite(exact(values)).all() for values in (x, y)):
+        return "not finite"
+    return wrong_places.different_bits(x, y, ROW_AXIS.get(x.ndim))
 
 
 def slope(f: Callable[..., np.ndarray], inputs: Arrays, toward: Arrays, dout: np.ndarray) -> float:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import kernels
 from kernels import specs
 from kernels.attention import xla
-from tests.parity import rows, rule
+from tests.parity import random_shapes, rows, rule
 
 IMPLEMENTATIONS = rule.runnable("attention")
 
@@ -108,7 +108,7 @@ def is_the_formula(case: specs.Attention, *runs: Callable[..., Any], seed: int =
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@rows.examples(30)
+@random_shapes.examples(30)
 @given(
     sizes=st.tuples(st.integers(1, 12), st.integers(1, 24)),
     heads=st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 1), (4, 2), (6, 3)]),
@@ -132,7 +132,7 @@ def test_any_small_shape_is_the_formula(
     with contextlib.suppress(pytest.skip.Exception):  # of one shape, not of all
         compiled = rule.program("attention", implementation, rows.options(case))
         is_the_formula(case, *rule.forms(implementation, compiled).values(), seed=seed)
-    rows.forget()
+    random_shapes.forget()
 
 
 CHUNKED = {

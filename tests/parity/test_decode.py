@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import kernels
 from kernels import specs
-from tests.parity import rows, rule
+from tests.parity import random_shapes, rows, rule
 
 IMPLEMENTATIONS = rule.runnable("decode_attention")
 RINGS = specs.rows("decode_attention", "parity")
@@ -133,10 +133,10 @@ def test_every_implementation_keeps_the_rule(case, dtype, implementation):
     rule.check({"o": mine}, {"o": plain}, {"o": step.o}, dtype)
 
 
-@rows.examples(100)
+@random_shapes.examples(100)
 @given(
     implementation=st.sampled_from(IMPLEMENTATIONS),
-    shape=rows.shapes(30),
+    shape=random_shapes.shapes(30),
     lengths=st.lists(st.integers(0, 40), min_size=10, max_size=10),
     seed=st.integers(0, 99),
 )
@@ -163,7 +163,7 @@ def test_any_ring_is_the_formula(implementation, shape, lengths, seed):
         for b, length in enumerate(lengths):
             np.testing.assert_array_equal(cache.k[b, :, length % case.C], np.float32(step.inputs["k"][b]))
             np.testing.assert_array_equal(cache.v[b, :, length % case.C], np.float32(step.inputs["v"][b]))
-    rows.forget()
+    random_shapes.forget()
 
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])

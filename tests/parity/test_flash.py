@@ -17,7 +17,7 @@ from kernels import cost, specs
 from kernels.attention import tiles
 from kernels.attention.scores import Tiles
 from tests.jaxprs import equations, largest
-from tests.parity import rows, rule
+from tests.parity import random_shapes, rows, rule
 from tests.parity.test_attention import is_the_formula
 
 ROOT = Path(__file__).parents[2]
@@ -124,7 +124,7 @@ def test_a_tile_in_pieces_keeps_the_rule(name, choose):
     forced(name, case, "float32")
 
 
-@rows.examples(15)
+@random_shapes.examples(15)
 @given(
     sizes=st.tuples(st.integers(1, 20), st.integers(1, 24)),
     heads=st.sampled_from([(1, 1), (2, 1), (2, 2), (6, 3)]),
@@ -152,7 +152,7 @@ def test_any_small_shape_in_any_tiles_is_the_formula(
         # The cache of programs knows nothing of tiles.
         compiled = rule.program.__wrapped__("attention", "pallas", rows.options(case))
         is_the_formula(case, *rule.forms("pallas", compiled).values(), seed=seed)
-    rows.forget()
+    random_shapes.forget()
 
 
 # Sizes of real heads.

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels import specs
-from tests.parity import rows, rule
+from tests.parity import random_shapes, rows, rule
 
 IMPLEMENTATIONS = rule.runnable("grouped_matmul")
 
@@ -63,10 +63,10 @@ def test_every_implementation_keeps_the_rule(case, dtype, implementation):
 EDGES = [63, 64, 65, 127, 128, 129, 191, 255, 256, 257, 330]
 
 
-@rows.examples(80)
+@random_shapes.examples(80)
 @given(
     implementation=st.sampled_from(IMPLEMENTATIONS),
-    shape=rows.shapes(18),
+    shape=random_shapes.shapes(18),
     cuts=st.lists(st.floats(0, 1), min_size=7, max_size=7),
     full=st.booleans(),
     seed=st.integers(0, 99),
@@ -86,7 +86,7 @@ def test_any_sizes_are_the_formula(implementation, shape, cuts, full, seed):
         got = run(narrow, aux, np.float32(dout))
         for name, value in expected.items():
             np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-4, err_msg=f"{form}: {name}")
-    rows.forget()
+    random_shapes.forget()
 
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels import shapes, specs
-from tests.parity import rows, rule
+from tests.parity import random_shapes, rows, rule
 
 IMPLEMENTATIONS = rule.runnable("moe_mlp")
 
@@ -63,10 +63,10 @@ def test_every_implementation_keeps_the_rule(case, dtype, implementation):
         assert not np.any(rule.exact(got[name])[idle]), f"{name} of an expert without tokens"
 
 
-@rows.examples(60)
+@random_shapes.examples(60)
 @given(
     implementation=st.sampled_from(IMPLEMENTATIONS),
-    shape=rows.shapes(14),
+    shape=random_shapes.shapes(14),
     skew=st.sampled_from(shapes.SKEWS),
     seed=st.integers(0, 99),
 )
@@ -81,7 +81,7 @@ def test_any_routing_is_the_formula(implementation, shape, skew, seed):
         got = run(narrow, aux, np.float32(dout))
         np.testing.assert_allclose(got["o"], expected, rtol=1e-4, atol=1e-4, err_msg=form)
         slopes(inputs, aux, dout, got, 1e-2)
-    rows.forget()
+    random_shapes.forget()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -1,7 +1,9 @@
 """The Pallas grouped matmul and mixture of experts at sizes of tensor cores: outputs and all gradients, by the rule.
 
-On a GPU these are Hopper's compiled kernels, at every width of their tiles; elsewhere what else is called "pallas", all
-but one case each in the long run. The rows of the table of shapes have matrices that Hopper does not take.
+The output alone, too: where no gradient is wanted, the mixture keeps nothing, and is another program. On a GPU these
+are Hopper's compiled kernels, at every width of their tiles, large cases before small ones; elsewhere what else is
+called "pallas", all but one case each in the long run. The rows of the table of shapes have matrices that Hopper does
+not take.
 """
 
 import functools
@@ -65,24 +67,21 @@ LARGE_EXPERTS = [*((experts(4096, 6, 2, 512, 1088, "zipf"), width) for width in 
 
 
 def cases(small: list[Any], large: list[Any]) -> list[Any]:
-    pairs = [(*case, "bfloat16") for case in [*small, *(large if ON_GPU else [])]]
-    pairs += [(*case, "float16") for case in small[1:3]]
-    name = lambda case, width, dtype: f"{case.label()}, {width or 'chosen'}-{dtype}"
-    return [pytest.param(*each, id=name(*each), marks=() if n == 0 else waits) for n, each in enumerate(pairs)]
+    """Parameters (case, width, dtype, wanted); what is expected is computed once for neighbours of one case."""
+    tiles = [(*case, "bfloat16") for case in [*(large if ON_GPU else []), *small]]
+    tiles += [(*case, "float16") for case in small[1:3]]
+    each = [(*tile, wanted) for tile in tiles for wanted in ("gradients", "output alone")]
+    name = lambda case, width, dtype, wanted: f"{case.label()}, {width or 'chosen'}-{dtype}-{wanted}"
+    return [pytest.param(*one, id=name(*one), marks=() if n < 2 else waits) for n, one in enumerate(each)]
 
 
 def program(op: str, width: int | None) -> Callable[..., dict[str, jax.Array]]:
-    """The output and the gradients, jitted; only Hopper's tiles have a width."""
+    """`rule.both_passes`, jitted; only Hopper's tiles have a width."""
     if ON_GPU:
         operation = functools.partial(getattr(hopper, op), width=width)
     else:
         operation = functools.partial(getattr(kernels, op), implementation="pallas")
-
-    def run(inputs: dict, aux: dict, dout: jax.Array) -> dict[str, jax.Array]:
-        o, pull = jax.vjp(lambda x: operation(**x, **aux), inputs)
-        return {"o": o} | {f"d{name}": gradient for name, gradient in pull(dout)[0].items()}
-
-    return rule.quick(run)
+    return rule.quick(lambda inputs, aux, dout: rule.both_passes(lambda x: operation(**x, **aux), inputs, dout))
 
 
 def drawn(case: specs.Spec) -> rows.Drawn:
@@ -92,22 +91,36 @@ def drawn(case: specs.Spec) -> rows.Drawn:
     return inputs, {name: jnp.asarray(x) for name, x in aux.items()}, dout
 
 
-@pytest.mark.parametrize(("case", "width", "dtype"), cases(GROUPS, LARGE_GROUPS))
-def test_grouped_matmul_at_tensor_core_sizes_keeps_the_rule(case, width, dtype):
+@functools.lru_cache(maxsize=1)
+def expected(case: specs.Spec, dtype: str) -> tuple[rule.Given, rule.Arrays, rule.Arrays]:
+    """(the arguments, what plain jnp makes of them, what the reference does)."""
     inputs, aux, dout = drawn(case)
-    mine = rule.judge("grouped_matmul", "pallas", inputs, dout, dtype, aux=aux, run=program("grouped_matmul", width))
+    given = rule.rounded(inputs, dout, dtype, aux=aux, keep=("expert_weights",))
+    return given, *rule.expect(case.op, given)
+
+
+def judged(case: specs.Spec, width: int | None, dtype: str, wanted: str) -> tuple[rule.Arrays, rule.Arrays]:
+    """(what the kernels compute, by the rule; the integer arguments)."""
+    (inputs, aux, dout), plain, oracle = expected(case, dtype)
+    mine = program(case.op, width)(inputs, aux, dout if wanted == "gradients" else None)
+    rule.hold(mine, plain, oracle if wanted == "gradients" else {"o": oracle["o"]}, dtype)
+    return mine, aux
+
+
+@pytest.mark.parametrize(("case", "width", "dtype", "wanted"), cases(GROUPS, LARGE_GROUPS))
+def test_grouped_matmul_at_tensor_core_sizes_keeps_the_rule(case, width, dtype, wanted):
+    mine, aux = judged(case, width, dtype, wanted)
     sizes = np.asarray(aux["group_sizes"])
     assert not np.any(rule.exact(mine["o"])[sizes.sum() :]), "rows past the sum are zeros"
-    assert not np.any(rule.exact(mine["dw"])[sizes == 0]), "a group without rows has no gradient"
+    if wanted == "gradients":
+        assert not np.any(rule.exact(mine["dw"])[sizes == 0]), "a group without rows has no gradient"
 
 
-@pytest.mark.parametrize(("case", "width", "dtype"), cases(EXPERTS, LARGE_EXPERTS))
-def test_experts_at_tensor_core_sizes_keeps_the_rule(case, width, dtype):
-    inputs, aux, dout = drawn(case)
-    run, keep = program("moe_mlp", width), ("expert_weights",)
-    mine = rule.judge("moe_mlp", "pallas", inputs, dout, dtype, aux=aux, run=run, keep=keep)
+@pytest.mark.parametrize(("case", "width", "dtype", "wanted"), cases(EXPERTS, LARGE_EXPERTS))
+def test_experts_at_tensor_core_sizes_keeps_the_rule(case, width, dtype, wanted):
+    mine, aux = judged(case, width, dtype, wanted)
     idle = [e for e in range(case.E) if e not in np.asarray(aux["expert_ids"])]
-    for name in ("dw_gate", "dw_up", "dw_down"):
+    for name in ("dw_gate", "dw_up", "dw_down") if wanted == "gradients" else ():
         assert not np.any(rule.exact(mine[name])[idle]), f"{name} of an expert without tokens"
 
 

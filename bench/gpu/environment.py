@@ -1,0 +1,110 @@
+"""Device, driver and versions: written before anything is measured, so that every result can be placed."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "jax jaxlib jax-cuda13-plugin jax-cuda13-pjrt jax-cuda12-plugin flax optax orbax-checkpoint numpy tokenizers torch "
+    "triton jax-triton tokamax nvidia-cudnn-cu13 nvidia-cudnn-cu12 nvidia-cuda-nvcc pytest pytest-timeout pytest-xdist "
+    "pytest-benchmark hypothesis tyro"
+).split()
+GPU_FIELDS = (
+    "name,compute_cap,driver_version,memory.total,clocks.max.sm,clocks.max.memory,clocks.sm,power.limit,"
+    "temperature.gpu,ecc.mode.current,mig.mode.current"
+)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Where to write."""
+
+    out: str
+
+
+def run(arguments: Arguments) -> int:
+    """Write the file twice: what the system says, then what JAX adds, which may hang where the driver does."""
+    path = Path(arguments.out)
+    found = system()
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    found |= jax_devices()
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{found['device']}, driver {found['nvidia-smi'].get('driver_version', 'none')}, jax {found['jax']}")
+    return 0
+
+
+def system() -> dict[str, Any]:
+    """What can be known without JAX: GPU, driver, assembler, debugger, packages, processor."""
+    return {
+        "nvidia-smi": _nvidia_smi(),
+        "ptxas": _version(_ptxas(), r"V(\d+[\d.]*)"),
+        "cuda-gdb": _version(shutil.which("cuda-gdb"), r"(\d+\.\d+[\d.]*)"),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processors": os.cpu_count(),
+        "versions": {name: version for name in PACKAGES if (version := _installed(name))},
+        "flags": {name: value for name, value in os.environ.items() if name.startswith(("XLA_", "JAX_", "CUDA_"))},
+    }
+
+
+def jax_devices() -> dict[str, Any]:
+    """What JAX sees."""
+    import jax
+
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "devices": len(jax.devices()),
+        "compute_capability": getattr(device, "compute_capability", None),
+        "cores": getattr(device, "core_count", None),
+        "jax": jax.__version__,
+    }
+
+
+def _nvidia_smi() -> dict[str, str]:
+    said = _output(["nvidia-smi", f"--query-gpu={GPU_FIELDS}", "--format=csv,noheader"])
+    values = [value.strip() for value in said.splitlines()[0].split(",")] if said else []
+    names = GPU_FIELDS.split(",")
+    return dict(zip(names, values, strict=True)) if len(values) == len(names) else {"said": said} if said else {}
+
+
+def _ptxas() -> str | None:
+    """The assembler that XLA finds first: the one of its own package, else the one on PATH."""
+    try:
+        from nvidia import cu13
+
+        for folder in cu13.__path__:
+            if (path := Path(folder) / "bin/ptxas").exists():
+                return str(path)
+    except ImportError:
+        pass
+    return shutil.which("ptxas")
+
+
+def _version(program: str | None, pattern: str) -> str | None:
+    if program is None:
+        return None
+    found = re.search(pattern, _output([program, "--version"]))
+    return f"{found[1] if found else '?'} ({program})"
+
+
+def _output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,229 @@
+"""Runs parts until a deadline, and keeps what each gave, whatever became of the others."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import groupby
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from bench.gpu import archive, process
+from bench.gpu.process import MARK
+
+ROOT = Path(__file__).parents[2]
+MARGIN = 5.0  # seconds kept back for writing and stopping
+SHOWN = 12  # such lines that are printed at the end of a part
+WIDTH = 220  # characters of a printed line
+AT_ONCE = min(4, os.cpu_count() or 1)  # parts of one group that run beside each other
+Result = dict[str, Any]
+Say = Callable[[str], None]
+
+
+class Part(NamedTuple):
+    """One command.
+
+    Attributes:
+        share: the largest fraction of the whole time that it may take.
+        group: neighbours with the same non-empty group run beside each other; nothing in them is timed.
+        env: what is added to the environment.
+    """
+
+    name: str
+    command: Sequence[str]
+    share: float
+    group: str = ""
+    env: Mapping[str, str] = MappingProxyType({})
+
+
+def perform(parts: Sequence[Part], out: Path, deadline: float, archive_path: Path, say: Say = print) -> list[Result]:
+    """Run the parts; after each one write summary.json and the archive.
+
+    Args:
+        out: folder of logs and results.
+        deadline: of `time.monotonic`.
+        archive_path: the archive; summary.json lies beside it.
+
+    Returns:
+        What became of each part, in order.
+    """
+    whole = deadline - time.monotonic()
+    done: dict[str, Result] = {}
+
+    def limit(part: Part) -> float:
+        return min(deadline - time.monotonic() - MARGIN, part.share * whole)
+
+    def finish(part: Part, result: Result) -> None:
+        done[part.name] = result
+        in_order = [done[each.name] for each in parts if each.name in done]
+        write_results(in_order, out, archive_path)
+        say(f"{part.name}: {describe(result)}")
+        for line in result.get("failing", ()):
+            say(f"  {line}")
+
+    for _, members in groupby(parts, key=lambda part: part.group or part.name):
+        waiting = list(members)
+        with ThreadPoolExecutor(AT_ONCE if len(waiting) > 1 else 1) as threads:
+            futures = {}
+            for part in waiting:
+                futures[threads.submit(_run_within, part, out, limit)] = part
+            try:
+                for future in as_completed(futures):
+                    finish(futures[future], future.result())
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                _stop_children()
+                raise
+    return [done[part.name] for part in parts]
+
+
+def _run_within(part: Part, out: Path, limit: Callable[[Part], float]) -> Result:
+    seconds = limit(part)
+    return run_part(part, out, seconds) if seconds >= 1 else {"part": part.name, "result": "no time left"}
+
+
+def run_part(part: Part, out: Path, limit: float) -> Result:
+    """Run one part with a time limit; its output goes to <part>.log."""
+    log = out / f"{part.name}.log"
+    log.write_text("")
+    # Processes that run beside each other share the GPU's memory.
+    shares = bool(part.group) or "-n" in part.command
+    env = os.environ | {"PYTHONUNBUFFERED": "1"} | ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if shares else {})
+    env |= part.env
+    ended = process.run(part.command, log, limit, ROOT, env)
+    text = log.read_text(errors="replace")
+    result: Result = {"part": part.name, "result": _result(ended.code, limit, text), "seconds": round(ended.seconds, 1)}
+    if ended.code != 0:
+        result["failing"] = failing_lines(text, pytest="pytest" in part.command)
+    if "pytest" in part.command:
+        result["tests"] = outcomes(text)
+    if (lines := out / f"{part.name}.jsonl").exists():
+        result["cases"] = len(lines.read_text().splitlines())
+    return result
+
+
+def _result(code: int | None, limit: float, log: str) -> str:
+    if code is None:
+        return f"cut short after {limit:.0f} s"
+    if code == 0:
+        return "done"
+    if code < 0:
+        name = signal.Signals(-code).name if -code in [each.value for each in signal.Signals] else str(-code)
+        return f"crashed with {name}: {last_line(log)}"
+    return f"failed with exit code {code}: {last_line(log)}"
+
+
+def failing_lines(log: str, *, pytest: bool = False) -> list[str]:
+    """The lines of a log that say what failed, else its last lines."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    marked = [line.removeprefix(MARK) for line in lines if line.startswith(MARK)]
+    marked += list(hang_lines(lines))
+    if not marked and pytest:
+        marked = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    shown = [line[:WIDTH] for line in (marked or lines[-3:])]
+    more = len(shown) - SHOWN
+    return shown if more <= 0 else [*shown[: SHOWN - 1], f"... and {more + 1} more lines, in the log"]
+
+
+def hang_lines(lines: Sequence[str]) -> Iterator[str]:
+    """Of a process that was stopped: the innermost line of this repository in each thread, and what cuda-gdb said."""
+    seen: set[str] = set()
+    in_stack = in_debugger = False
+    for line in lines:
+        in_debugger |= line.startswith("== cuda-gdb")
+        if in_debugger:
+            yield line
+        elif line.endswith("(most recent call first):"):
+            in_stack = True
+        elif in_stack and str(ROOT) in line and f"{ROOT}/.venv" not in line:
+            in_stack = False
+            if line not in seen:
+                seen.add(line)
+                yield "hangs at " + line.replace(f"{ROOT}/", "")
+
+
+def last_line(log: str) -> str:
+    """The last line that is not empty."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    return lines[-1][:WIDTH] if lines else "no output"
+
+
+def outcomes(log: str) -> dict[str, int]:
+    """Count what `pytest -v` has reported so far: "of" tests (0 where it did not finish collecting), by outcome."""
+    selected = re.search(r"/ (\d+) selected|collected (\d+) items?$|workers? \[(\d+) items?\]", log, re.M)
+    there = next((int(n) for n in selected.groups() if n), 0) if selected else 0
+    outcome = r"(PASSED|FAILED|SKIPPED|ERROR)"  # before the test's name where several processes share them
+    found = re.findall(rf"(?m)^(?:\[gw\d+\] \[.*?\] {outcome} |\S+::.* {outcome}\b)", log)
+    return {"of": there} | Counter((one or other).lower() for one, other in found)
+
+
+def describe(result: Result) -> str:
+    """One part's result in a line: how it ended, and how many tests and cases there are."""
+    words = [result["result"]]
+    if "tests" in result:
+        counts = dict(result["tests"])
+        words.append(", ".join(f"{n} {what}" for what, n in counts.items() if what != "of") or "no test ended")
+        words[-1] += f" of {counts['of'] or 'an unknown number'}"
+    if "cases" in result:
+        words.append(f"{result['cases']} cases")
+    return ", ".join([*words, f"{result.get('seconds', 0)} s"])
+
+
+def verdict(done: Sequence[Result], tiny: bool) -> list[str]:
+    """The whole run in a few lines."""
+    names = lambda *words: [part["part"] for part in done if part["result"].startswith(words)]
+    lines = [f"{len(names('done'))} of {len(done)} parts done"]
+    titles = {("failed", "crashed"): "failed", ("cut",): "cut short", ("no time",): "no time left for"}
+    for words, title in titles.items():
+        lines += [f"{title}: {', '.join(names(*words))}"] if names(*words) else []
+    if tiny:
+        lines.append("a rehearsal at tiny sizes: it shows that the parts run, not how fast anything is")
+    return lines
+
+
+def write_results(done: Sequence[Result], out: Path, archive_path: Path) -> None:
+    """Write summary.json into `out` and beside the archive, then the archive."""
+    text = json.dumps(list(done), indent=1) + "\n"
+    (out / "summary.json").write_text(text)
+    if left_out := archive.write(archive_path, out):
+        text = json.dumps([*done, {"part": "archive", "result": "done", "left out": left_out}], indent=1) + "\n"
+    (archive_path.parent / "summary.json").write_text(text)
+
+
+def _stop_children() -> None:
+    """Stop every child of this process."""
+    for child in _children(os.getpid()):
+        try:
+            os.killpg(child, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            continue
+
+
+def _children(pid: int) -> Iterator[int]:
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(path.read_text().rpartition(") ")[2].split()[1]) == pid:
+                yield int(path.parent.name)
+        except (OSError, ValueError, IndexError):
+            continue
+
+
+def installed(name: str) -> bool:
+    """Whether a module can be imported, without importing it."""
+    return importlib.util.find_spec(name) is not None
+
+
+def clear(out: Path, parts: Sequence[Part]) -> None:
+    """Remove what an earlier run of these parts left: some files are appended to."""
+    for part in parts:
+        for suffix in (".jsonl", ".log", ".json", ".html"):
+            (out / f"{part.name}{suffix}").unlink(missing_ok=True)
+        shutil.rmtree(out / part.name, ignore_errors=True)

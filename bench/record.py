@@ -1,0 +1,87 @@
+"""What is kept of a finished contest: its names, the facts beside its times, one line for people, one for a file."""
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+import jax
+
+from bench import harness
+from bench.ceilings import Ceilings
+from bench.clock import clock
+from bench.table import duration
+
+
+class Entry(NamedTuple):
+    """One implementation in one contest."""
+
+    contest: harness.Contest
+    implementation: str
+
+    def __str__(self) -> str:
+        return f"{self.contest}, {self.implementation}"
+
+
+def progress(held: harness.Outcome) -> str:
+    """One line: the contest and its fastest implementation."""
+    times = {name: median(r.seconds) for name, r in held.results.items() if r.seconds}
+    if not times:
+        return f"{held.contest.spec.op} {held.contest}: nothing ran"
+    best = min(times, key=times.__getitem__)
+    took = f"measured in {held.seconds:.0f} s"
+    return f"{held.contest.spec.op} {held.contest}: {best} {duration(times[best])}, of {len(times)}; {took}"
+
+
+def line(held: harness.Outcome) -> dict[str, Any]:
+    """What is kept of a contest should the run not come to its end."""
+    results = {
+        name: {"why": r.refused}
+        if r.refused is not None
+        else {"seconds": median(r.seconds) if r.seconds else None, "turns": len(r.seconds), "error": r.error}
+        for name, r in held.results.items()
+    }
+    spec, cost = held.contest.spec, held.contest.cost()
+    return {
+        "op": spec.op,
+        "spec": spec.name,
+        "direction": held.contest.direction,
+        "sizes": spec.label(),
+        "dtype": spec.dtypes[0],
+        "flops": cost.flops,
+        "ceilings": {"flops_per_second": held.flops_per_second, "bytes_per_second": held.bytes_per_second},
+        "results": results,
+    }
+
+
+def names_of(entry: Entry) -> dict[str, str]:
+    """What an entry is called."""
+    spec, direction = entry.contest.spec, entry.contest.direction
+    return {"op": spec.op, "spec": spec.name, "direction": direction, "implementation": entry.implementation}
+
+
+def facts_of(entry: Entry, held: harness.Outcome) -> dict[str, Any]:
+    """What the report needs beside the times."""
+    spec, result = entry.contest.spec, held.results[entry.implementation]
+    cost = entry.contest.cost()
+    return names_of(entry) | {
+        "sizes": spec.label(),
+        "dtype": spec.dtypes[0],
+        "sweep": {axis: harness.position(spec, axis) for axis in spec.sweep},
+        "flops": cost.flops,
+        "bytes": cost.bytes,
+        "roofline_seconds": cost.seconds(held.flops_per_second, held.bytes_per_second),
+        "temp_bytes": result.temp_bytes,
+        "error": result.error,
+    }
+
+
+def run_facts(ceilings: Ceilings | None, refused: Sequence[dict[str, str]]) -> dict[str, Any]:
+    """What belongs to a whole run, as `bench.results.documents` takes it."""
+    return {
+        "timer": clock().name,
+        "ceilings": ceilings.summary() if ceilings else {},
+        "refused": list(refused),
+        "device": jax.devices()[0].device_kind,
+        "platform": jax.default_backend(),
+        "jax": jax.__version__,
+    }
