@@ -4,7 +4,7 @@ ARGS   ?=
 EXTRAS ?=
 BENCH  ?=
 LOGDIR ?= runs
-SWEEP  ?= configs/sweep.yaml
+SWEEP  ?= sweeps/example.yaml
 # Test processes: compiling is most of a test, and it takes one core. JOBS=0 runs them in one process.
 JOBS   ?= 2
 
@@ -12,7 +12,7 @@ PY     := .venv/bin/python
 SETUP  := sh scripts/setup.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sweep generate test test-long test-crash test-mutants bench bench-compare toggles ladder aot aot-check profile \
+.PHONY: help setup train sweep generate test test-long test-crash test-mutants bench bench-compare ablations toggles ladder aot aot-check profile \
         tensorboard gpu lint format doctor clean
 
 help: ## show this list
@@ -28,7 +28,7 @@ train: ## train a model (PRESET=nano)
 	@$(SETUP)
 	@$(PY) -m dantinox.train --preset $(PRESET) $(ARGS)
 
-sweep: ## compare settings: trains what SWEEP=configs/sweep.yaml asks for
+sweep: ## compare settings: trains what SWEEP=sweeps/example.yaml asks for
 	@$(SETUP)
 	@$(PY) -m dantinox.sweep $(SWEEP) $(ARGS)
 
@@ -46,11 +46,11 @@ test-long: ## every test, the slow ones too
 
 test-crash: ## what does a run survive? 50 kills, 200 damaged checkpoints (about ten minutes)
 	@$(SETUP) dev
-	@$(PY) -m pytest -q -s -m slow tests/train/test_crash.py $(ARGS)
+	@$(PY) -m pytest -q -s -m slow tests/dantinox/training/test_crash.py $(ARGS)
 
 test-mutants: ## do the tests notice? Breaks the kernels on purpose and expects failures
 	@$(SETUP) dev
-	@$(PY) -m tests.mutants $(ARGS)
+	@$(PY) -m tests.mutation $(ARGS)
 
 bench: ## is it fast? Times every operation and the model (BENCH="attention model")
 	@$(SETUP) dev
@@ -60,14 +60,16 @@ bench-compare: ## did it get slower? The newest measurement against the last com
 	@$(SETUP) dev
 	@$(PY) -m bench.compare $(if $(BENCH),--op $(BENCH)) $(ARGS)
 
-toggles: ## what does each feature cost? Flips them one by one
+ablations: ## what does each feature cost? Flips them one by one
 	@$(SETUP) dev
-	@$(PY) -m bench.toggles $(ARGS)
+	@$(PY) -m bench.ablations $(ARGS)
+
+toggles: ablations # the old name
 
 ladder: ## learn by climbing: five attention kernels, an idea each, timed here and compiled for TPU v6e
 	@$(SETUP) dev
 	@VENV=.venv-aot ACCEL=cpu $(SETUP) aot triton peers
-	@$(PY) -m bench.ladder $(ARGS)
+	@$(PY) -m bench.tutorial $(ARGS)
 
 # The compile-only plugins would print CUDA and TPU errors in every other program: they get an environment of their own.
 aot: ## what did the compiler make of it? Compiles for GPUs and TPUs, without one

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from bench import page, results, table
+from bench import console_table, html_report, results
 from dantinox import cli
-from kernels import specs
+from dantinox.kernels import workloads
 
 PROG = "bench"
 # Ctrl-C ends it without a word: this process says what there is to say.
@@ -66,11 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = _model() if "model" in arguments.op and not arguments.spec else None
         console = Console(width=max(100, Console().width))  # a row is one line, in a pipe too
         for op, document in documents.items():
-            table.show(op, document, console)
+            console_table.show(op, document, console)
         paths = results.write(documents, Path(arguments.out))
         report = Path(arguments.html)
         report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(page.render(documents, model))
+        report.write_text(html_report.render(documents, model))
         console.print(f"\n[dim]{' '.join(map(str, paths))}[/]\nreport: {report}", highlight=False)
     return 0
 
@@ -84,7 +84,7 @@ def _check(arguments: Arguments) -> None:
         raise ValueError(f"--seconds is {arguments.seconds}; allowed: 0 or more")
     if not arguments.budget > 0:
         raise ValueError(f"--budget is {arguments.budget}; allowed: seconds above 0")
-    known = {row.name for op in ops for row in specs.rows(op, "bench")}
+    known = {row.name for op in ops for row in workloads.rows(op, "bench")}
     for name in arguments.spec:
         if name not in known:
             raise ValueError(f"--spec {name!r} is no row of {', '.join(ops)}; allowed: {', '.join(sorted(known))}")
@@ -118,9 +118,9 @@ def operations(arguments: Arguments) -> dict[str, dict[str, Any]]:
 
 
 def _model() -> dict[str, dict[str, float]]:
-    from bench import model
+    from bench import end_to_end
 
-    return model.measure(model.Arguments(rounds=2))
+    return end_to_end.measure(end_to_end.Arguments(rounds=2))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,8 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-import kernels
 from bench.results import ROOT, device_folder
-from dantinox import cli
+from dantinox import cli, kernels
 
 PROG = "bench.compare"
 TOLERANCE = 0.05

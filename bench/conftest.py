@@ -1,4 +1,4 @@
-"""How `bench_*.py` become benchmarks: pytest-benchmark keeps the statistics, `bench.harness` takes the times.
+"""How `bench_*.py` become benchmarks: pytest-benchmark keeps the statistics, `bench.runner` takes the times.
 
 pytest-benchmark runs one test after the other, but implementations must take turns, and on a GPU the time is the
 device's own. So the first test of a contest holds all of it, and every test hands its own times to pytest-benchmark by
@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from bench import harness, record
-from bench.ceilings import Ceilings
-from bench.clock import clock
+from bench import record, runner
 from bench.record import Entry
-from dantinox import host
-from kernels import specs
+from bench.roofline import Ceilings
+from bench.timer import clock
+from dantinox.kernels import workloads
+from dantinox.system import malloc
 
 
 class Replay:
@@ -45,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench", "DantinoX benchmarks")
     group.addoption("--spec", action="append", default=[], help="rows by name; default: all of this machine")
     group.addoption("--implementation", action="append", default=[], help="implementations by name; default: all")
-    group.addoption("--machine", default=None, choices=specs.MACHINES, help="whose rows; default: this device's")
+    group.addoption("--machine", default=None, choices=workloads.MACHINES, help="whose rows; default: this device's")
     group.addoption("--budget", type=float, default=1.0, help="seconds of timing for each row and direction")
     group.addoption("--seconds", type=float, default=0, help="start no further row after so many seconds; 0: no limit")
     group.addoption("--progress", action="store_true", help="one line a contest instead of pytest's own report")
@@ -54,7 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    host.keep_freed_memory()
+    malloc.keep_freed_memory()
     RUN.update(progress=config.getoption("--progress"), start=time.monotonic())
 
 
@@ -63,13 +63,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     option, op = metafunc.config.getoption, metafunc.module.OP
     chosen = bool(option("--spec") or option("--direction"))
-    contests = harness.contests(op, option("--machine"), every=chosen)
+    contests = runner.contests(op, option("--machine"), every=chosen)
     if names := option("--spec"):
         contests = [c for c in contests if c.spec.name in names]
     if direction := option("--direction"):
         contests = [c for c in contests if c.direction == direction]
     only = option("--implementation")
-    entries = [Entry(c, name) for c in contests for name in harness.contestants(c.spec) if not only or name in only]
+    entries = [Entry(c, name) for c in contests for name in runner.contestants(c.spec) if not only or name in only]
     marks = lambda entry: pytest.mark.benchmark(group=str(entry.contest), timer=TIMER)
     metafunc.parametrize("entry", [pytest.param(e, id=str(e), marks=marks(e)) for e in entries])
 
@@ -93,7 +93,7 @@ def replay(benchmark: Any, ceilings: Ceilings, request: pytest.FixtureRequest) -
                 RUN["refused"].append(record.names_of(entry) | {"why": "no time was left"})
                 pytest.skip("no time left")
             only = tuple(option("--implementation"))
-            RUN["held"] = held = harness.hold(entry.contest, ceilings, budget=option("--budget"), only=only)
+            RUN["held"] = held = runner.hold(entry.contest, ceilings, budget=option("--budget"), only=only)
             if RUN["progress"]:
                 print(record.progress(held), flush=True)
             if path := option("--lines"):

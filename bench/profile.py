@@ -22,13 +22,14 @@ import jaxlib
 from rich.console import Console
 from rich.table import Table
 
-import kernels
-from bench import harness
-from dantinox import cli, host, trace
+from bench import runner
+from dantinox import cli, kernels
+from dantinox.cli.train import Trainer
 from dantinox.config import Config, presets
-from dantinox.train import Trainer
-from kernels import specs
-from kernels.shapes import Decode, Spec
+from dantinox.kernels import workloads
+from dantinox.kernels.workloads.types import Decode, Spec
+from dantinox.system import malloc
+from dantinox.training import profile_report
 
 PROG = "bench.profile"
 STEPS, WARM_UP = 5, 2
@@ -45,7 +46,7 @@ class Arguments:
     op: str | None = None
     """Trace this operation alone, at the sizes of --spec."""
     spec: str | None = None
-    """A row of the operation in kernels/specs.py."""
+    """A row of the operation in kernels/workloads/."""
     implementation: Implementation = "auto"
     """Implementation of --op."""
     backward: bool = False
@@ -98,10 +99,10 @@ def workload(arguments: Arguments) -> Workload:
         return training(arguments.settings, arguments.preset or "nano")
     if arguments.preset is not None:
         raise ValueError("--preset is about training and --op about one operation; give one of them")
-    allowed = sorted({row.op for row in specs.ROWS})
+    allowed = sorted({row.op for row in workloads.ROWS})
     if arguments.op not in allowed:
         raise ValueError(f"op is {arguments.op!r}; allowed: {', '.join(allowed)}")
-    spec = specs.find(arguments.op, arguments.spec or "")
+    spec = workloads.find(arguments.op, arguments.spec or "")
     return operation(spec, arguments.implementation, arguments.backward)
 
 
@@ -123,10 +124,10 @@ def operation(spec: Spec, implementation: str, backward: bool) -> Workload:
     """One operation at one row's sizes, in the row's first dtype; a decoding cache is donated and handed on."""
     if backward and isinstance(spec, Decode):
         raise ValueError("decode_attention has no backward pass; leave --backward out")
-    inputs, state, dout = harness.arguments(spec)
+    inputs, state, dout = runner.arguments(spec)
     aux = {name: jax.tree.map(jnp.asarray, value) for name, value in spec.aux().items()}
-    forward = jax.named_scope(spec.op)(harness.ours(spec, implementation))
-    program = jax.jit(harness.program(forward, backward), donate_argnums=1)
+    forward = jax.named_scope(spec.op)(runner.ours(spec, implementation))
+    program = jax.jit(runner.program(forward, backward), donate_argnums=1)
     compiled = program.lower(inputs, state, aux, dout).compile()
 
     def call(i: int) -> None:
@@ -156,14 +157,14 @@ def capture(work: Workload, steps: int, out: Path) -> tuple[Path, float]:
 def read(path: Path, work: Workload, steps: int, seconds: float) -> dict[str, Any]:
     """The tables of a trace, to which the parts of the model are added as a plane of its own."""
     data = jax.profiler.ProfileData.from_file(str(path))
-    names, found = trace.op_names(work.hlo), trace.spans(data)
+    names, found = profile_report.op_names(work.hlo), profile_report.spans(data)
     with path.open("ab") as file:
-        file.write(trace.scopes_plane(found, names))
+        file.write(profile_report.scopes_plane(found, names))
     tracks = len({span.track for span in found}) or 1
     tables = {
-        "operations": trace.operations(found, names),
-        "parts": trace.by_scope(found, names),
-        "kernels": trace.device_kernels(data),
+        "operations": profile_report.operations(found, names),
+        "parts": profile_report.by_scope(found, names),
+        "kernels": profile_report.device_kernels(data),
     }
     device = jax.devices()[0]
     return {
@@ -175,7 +176,7 @@ def read(path: Path, work: Workload, steps: int, seconds: float) -> dict[str, An
         "jaxlib": jaxlib.__version__,
         "steps": steps,
         "step_ms": seconds / steps * 1e3,
-        "busy_share": trace.busy_ms(found) / (seconds * 1e3 * tracks),
+        "busy_share": profile_report.busy_ms(found) / (seconds * 1e3 * tracks),
     } | {name: [dataclasses.asdict(row) for row in rows] for name, rows in tables.items()}
 
 
@@ -213,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: Arguments) -> int:
     """Trace, print the tables and say how to look at the trace."""
-    host.keep_freed_memory()
+    malloc.keep_freed_memory()
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     if arguments.verbose:
         logging.getLogger("kernels").setLevel(logging.INFO)

@@ -6,23 +6,23 @@ from typing import Any, NamedTuple
 
 import jax
 
-from bench import harness
-from bench.ceilings import Ceilings
-from bench.clock import clock
-from bench.table import duration
+from bench import runner
+from bench.console_table import duration
+from bench.roofline import Ceilings
+from bench.timer import clock
 
 
 class Entry(NamedTuple):
     """One implementation in one contest."""
 
-    contest: harness.Contest
+    contest: runner.Contest
     implementation: str
 
     def __str__(self) -> str:
         return f"{self.contest}, {self.implementation}"
 
 
-def progress(held: harness.Outcome) -> str:
+def progress(held: runner.Outcome) -> str:
     """One line: the contest and its fastest implementation."""
     times = {name: median(r.seconds) for name, r in held.results.items() if r.seconds}
     if not times:
@@ -32,7 +32,7 @@ def progress(held: harness.Outcome) -> str:
     return f"{held.contest.spec.op} {held.contest}: {best} {duration(times[best])}, of {len(times)}; {took}"
 
 
-def line(held: harness.Outcome) -> dict[str, Any]:
+def line(held: runner.Outcome) -> dict[str, Any]:
     """What is kept of a contest should the run not come to its end."""
     results = {
         name: {"why": r.refused}
@@ -59,14 +59,14 @@ def names_of(entry: Entry) -> dict[str, str]:
     return {"op": spec.op, "spec": spec.name, "direction": direction, "implementation": entry.implementation}
 
 
-def facts_of(entry: Entry, held: harness.Outcome) -> dict[str, Any]:
+def facts_of(entry: Entry, held: runner.Outcome) -> dict[str, Any]:
     """What the report needs beside the times."""
     spec, result = entry.contest.spec, held.results[entry.implementation]
     cost = entry.contest.cost()
     return names_of(entry) | {
         "sizes": spec.label(),
         "dtype": spec.dtypes[0],
-        "sweep": {axis: harness.position(spec, axis) for axis in spec.sweep},
+        "sweep": {axis: runner.position(spec, axis) for axis in spec.sweep},
         "flops": cost.flops,
         "bytes": cost.bytes,
         "roofline_seconds": cost.seconds(held.flops_per_second, held.bytes_per_second),

@@ -34,8 +34,8 @@ def documents(
         run: what belongs to all rows: device, platform, timer, jax, ceilings, and the rows that were refused.
         measured: facts about each row (`bench.record.facts_of`) and its times in seconds.
 
-    Times are medians in seconds with the interquartile range; FLOP/s and bytes/s count what `kernels.cost` says must be
-    done and moved; `roofline` is the least time that the measured ceilings allow over the median.
+    Times are medians in seconds with the interquartile range; FLOP/s and bytes/s count what `dantinox.kernels.cost`
+    says must be done and moved; `roofline` is the least time that the measured ceilings allow over the median.
     """
     head = {
         "date": str(date or datetime.date.today()),

@@ -1,9 +1,18 @@
-"""DantinoX: a nano Transformer language model, and the laboratory in which its Pallas kernels are made."""
+"""DantinoX: a nano Transformer language model, and the laboratory in which its Pallas kernels are made.
 
-from dantinox.completion import complete
-from dantinox.config import Config, ConfigError, ModelConfig
-from dantinox.generation import generate, stream
-from dantinox.model import Transformer
+What is imported from here is loaded when it is first used, so that `import dantinox.kernels` loads no model.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dantinox.checkpoint.load import load
+    from dantinox.config import Config, ConfigError, ModelConfig
+    from dantinox.hf.weights import load_hf, save_hf
+    from dantinox.inference.complete import complete
+    from dantinox.inference.generate import generate, stream
+    from dantinox.model.transformer import Transformer
 
 __all__ = [
     "Config",
@@ -17,15 +26,27 @@ __all__ = [
     "save_hf",
     "stream",
 ]
+_HOMES = {
+    "Config": "dantinox.config",
+    "ConfigError": "dantinox.config",
+    "ModelConfig": "dantinox.config",
+    "Transformer": "dantinox.model.transformer",
+    "complete": "dantinox.inference.complete",
+    "generate": "dantinox.inference.generate",
+    "load": "dantinox.checkpoint.load",
+    "load_hf": "dantinox.hf.weights",
+    "save_hf": "dantinox.hf.weights",
+    "stream": "dantinox.inference.generate",
+}
 
 
 def __getattr__(name: str) -> object:
-    if name == "load":  # late, for it takes a second to import Orbax
-        from dantinox.checkpoint import load
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
 
-        return load
-    if name in ("load_hf", "save_hf"):
-        from dantinox import hf
 
-        return getattr(hf, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

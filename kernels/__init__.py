@@ -10,16 +10,17 @@
 `implementation="auto"` chooses; any other name runs that implementation or raises `NotImplementedError`.
 """
 
-import functools
 from collections.abc import Callable
 
-from kernels.attention import _table as _attention
-from kernels.attention import attention
-from kernels.decode import KVCache, decode_attention
-from kernels.decode import _table as _decode
-from kernels.dispatch import NAMES, OPERATIONS, Choice, compiling_for
-from kernels.grouped_matmul import _table as _grouped
-from kernels.grouped_matmul import grouped_matmul, moe_mlp
+from dantinox.kernels.dispatch import NAMES, OPERATIONS, Choice, compiling_for
+from dantinox.kernels.ops.attention.api import _table as _attention
+from dantinox.kernels.ops.attention.api import attention
+from dantinox.kernels.ops.decode_attention.api import KVCache, decode_attention
+from dantinox.kernels.ops.decode_attention.api import _table as _decode
+from dantinox.kernels.ops.grouped_matmul.api import _table as _grouped
+from dantinox.kernels.ops.grouped_matmul.api import grouped_matmul
+from dantinox.kernels.ops.moe.api import _table as _moe
+from dantinox.kernels.ops.moe.api import moe_mlp
 
 __all__ = [
     "NAMES",
@@ -35,8 +36,8 @@ __all__ = [
 
 _TABLES: dict[str, Callable[[], dict[str, Choice]]] = {
     "attention": _attention,
-    "grouped_matmul": functools.partial(_grouped, "grouped_matmul"),
-    "moe_mlp": functools.partial(_grouped, "moe_mlp"),
+    "grouped_matmul": _grouped,
+    "moe_mlp": _moe,
     "decode_attention": _decode,
 }
 

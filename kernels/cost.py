@@ -111,7 +111,7 @@ def attention(
     itemsize: int = 2,
     backward: bool = False,
 ) -> Cost:
-    """One pass of `kernels.attention`: the forward one, or with `backward` the backward one alone.
+    """One pass of `dantinox.kernels.attention`: the forward one, or with `backward` the backward one alone.
 
     Args:
         gate: none, head ([B, T, H, 1]) or elementwise ([B, T, H, D]).
@@ -133,7 +133,8 @@ def attention(
 def grouped_matmul(
     *, N: int, M: int, F: int, group_sizes: np.ndarray, itemsize: int = 2, backward: bool = False
 ) -> Cost:
-    """`kernels.grouped_matmul`; with `backward` dx and dw together. Only rows of a group and groups with rows count."""
+    """`dantinox.kernels.grouped_matmul`; with `backward` dx and dw together. Only rows of a group and groups with rows
+    count."""
     sizes = np.asarray(group_sizes)
     E, rows, busy = len(sizes), int(sizes.sum()), int(np.count_nonzero(sizes))
     if not backward:
@@ -143,7 +144,8 @@ def grouped_matmul(
 
 
 def moe_mlp(*, N: int, M: int, F: int, E: int, k: int, busy: int, itemsize: int = 2, backward: bool = False) -> Cost:
-    """`kernels.moe_mlp`: three products a routed row forward, six backward (hidden rows are kept, or nothing is).
+    """`dantinox.kernels.moe_mlp`: three products a routed row forward, six backward (hidden rows are kept, or nothing
+    is).
 
     Args:
         busy: experts with at least one row. Ids count 4 bytes, expert weights 4.
@@ -168,7 +170,7 @@ def decode_attention(
     itemsize: int = 2,
     kv_itemsize: float | None = None,
 ) -> Cost:
-    """One step of `kernels.decode_attention` for sequences that hold `lengths` tokens before it.
+    """One step of `dantinox.kernels.decode_attention` for sequences that hold `lengths` tokens before it.
 
     `kv_itemsize`: bytes a number of the rings takes, its part of a scale included; None: itemsize.
     """

@@ -5,9 +5,9 @@ to be read: scores of all (query, key) pairs, every expert on every token, the c
 compute in the dtype they are given; the oracle of a test is the same function in float32 or float64.
 """
 
-from reference.attention import attention, visible
-from reference.decode import decode_attention
-from reference.grouped_matmul import grouped_matmul
-from reference.moe import moe_mlp
+from dantinox.reference.attention import attention, visible
+from dantinox.reference.decode import decode_attention
+from dantinox.reference.grouped_matmul import grouped_matmul
+from dantinox.reference.moe import moe_mlp
 
 __all__ = ["attention", "decode_attention", "grouped_matmul", "moe_mlp", "visible"]

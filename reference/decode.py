@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from reference.attention import attention
+from dantinox.reference.attention import attention
 
 Array = jax.Array
 
@@ -25,7 +25,8 @@ def decode_attention(
 
     Args:
         q: [B, H, D]; k: [B, K, D]; v: [B, K, D]; gate: [B, H, D] or [B, H, 1].
-        cache: a named tuple (k [B, K, C, D], v [B, K, C, D], length [B] int32), such as `kernels.KVCache`: a ring of
+        cache: a named tuple (k [B, K, C, D], v [B, K, C, D], length [B] int32), such as `dantinox.kernels.KVCache`: a
+            ring of
             C slots a sequence, the token at position p in slot p % C; length counts all tokens ever appended. Where k
             and v are int8 or float8_e4m3fn it has k_scale and v_scale too, [B, K, C] float32: a slot's vector is what
             is stored times its scale, the largest number of the dtype standing for the largest of the vector.

@@ -10,8 +10,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import kernels
-from dantinox import config
+from dantinox import config, kernels
 
 SECTIONS = {
     "Model": config.ModelConfig,

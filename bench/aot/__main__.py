@@ -1,6 +1,6 @@
 """What did the compiler make of it? Compiles the kernels for GPUs and TPUs that are not there: `python -m bench.aot`.
 
-Every `aot` row of kernels/specs.py, with every implementation and the public kernels beside it, in processes of its
+Every `aot` row of kernels/workloads/, with every implementation and the public kernels beside it, in processes of its
 own. It needs the compile-only plugins (`make aot` installs them into an environment of their own) and no accelerator.
 """
 
@@ -14,9 +14,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import targets
-from bench.aot import gpu, plan, pool, profile, report, summary, tpu
-from bench.aot.plan import Case
+from bench import hardware
+from bench.aot import cases as aot_cases
+from bench.aot import gpu, profile, readme_tables, report, tpu, worker_pool
+from bench.aot.cases import Case
 from dantinox import cli
 
 PROG = "bench.aot"
@@ -31,7 +32,7 @@ class Arguments:
     op: tuple[str, ...] = ()
     """Operations; all where none is named."""
     spec: tuple[str, ...] = ()
-    """Rows of kernels/specs.py, by name."""
+    """Rows of kernels/workloads/, by name."""
     implementation: tuple[str, ...] = ()
     """Implementations, the public ones too: pallas, triton, xla, tokamax, splash, megablox, ..., or your own."""
     short: bool = False
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("timeout and jobs must be positive")
         console = Console(width=None if sys.stdout.isatty() else 200)
         with ThreadPoolExecutor(arguments.jobs) as threads:
-            workers = [pool.Worker(target, arguments.timeout, arguments.keep) for target in work]
+            workers = [worker_pool.Worker(target, arguments.timeout, arguments.keep) for target in work]
             try:
                 pending = [
                     threads.submit(finish, worker, target, work[target], committed[target], arguments, console)
@@ -79,34 +80,34 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for worker in workers:  # also ends what a thread still waits for
                     worker.close()
         if not arguments.check:
-            summary.write(arguments.out)
+            readme_tables.write(arguments.out)
     for line in worse:
         print(f"{PROG}: worse: {line}", file=sys.stderr)
     return 1 if worse else 0
 
 
-def planned(arguments: Arguments) -> dict[targets.Target, list[Case]]:
+def planned(arguments: Arguments) -> dict[hardware.Target, list[Case]]:
     """The programs of each target.
 
     Raises:
         ValueError: a name that nothing has, or a choice that leaves nothing to compile.
     """
-    names = arguments.target or (plan.SHORT_TARGETS if arguments.short else tuple(targets.TARGETS))
+    names = arguments.target or (aot_cases.SHORT_TARGETS if arguments.short else tuple(hardware.TARGETS))
     filters = {"ops": arguments.op, "names": arguments.spec, "implementations": arguments.implementation}
-    chosen = [targets.get(name) for name in dict.fromkeys(names)]
-    work = {target: plan.cases(target, **filters, short=arguments.short) for target in chosen}
+    chosen = [hardware.get(name) for name in dict.fromkeys(names)]
+    work = {target: aot_cases.cases(target, **filters, short=arguments.short) for target in chosen}
     if not any(work.values()):
         raise ValueError("nothing to compile: no row has this operation, spec and implementation on this target")
     return {target: cases for target, cases in work.items() if cases}
 
 
-def available(target: targets.Target) -> None:
+def available(target: hardware.Target) -> None:
     """Check that the compiler for a target is installed, without loading it.
 
     Raises:
         ValueError: it is not; the message says how to get it.
     """
-    cuda = isinstance(target, targets.Gpu)
+    cuda = isinstance(target, hardware.Gpu)
     missing = [name for name in (gpu if cuda else tpu).MODULES if importlib.util.find_spec(name) is None]
     if cuda and not missing:
         missing = [path.name for path in (gpu.PTXAS, gpu.CUOBJDUMP) if not path.exists()]
@@ -118,8 +119,8 @@ def available(target: targets.Target) -> None:
 
 
 def finish(
-    worker: pool.Worker,
-    target: targets.Target,
+    worker: worker_pool.Worker,
+    target: hardware.Target,
     cases: list[Case],
     committed: profile.Profile | None,
     arguments: Arguments,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.aot import ptx, sass
-from bench.targets import Gpu
+from bench.hardware import Gpu
 
 SITE = Path(sysconfig.get_paths()["platlib"])
 PTXAS = SITE / "nvidia/cu13/bin/ptxas"  # the one in Triton's wheel is too old for Mosaic's PTX

@@ -7,11 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-import kernels
-from bench.aot import peers
-from bench.aot.plan import Case
-from kernels import specs
-from kernels.attention import ladder
+from bench.aot import baselines
+from bench.aot.cases import Case
+from dantinox import kernels
+from dantinox.kernels import tutorial, workloads
 
 Shape = tuple[tuple[int, ...], Any]
 
@@ -31,9 +30,9 @@ def build(case: Case) -> Program:
     Raises:
         NotImplementedError: the implementation does not take this row; the message says why.
     """
-    spec = specs.find(case.op, case.spec)
-    if case.implementation in peers.PEERS:
-        peer = peers.PEERS[case.implementation]
+    spec = workloads.find(case.op, case.spec)
+    if case.implementation in baselines.PEERS:
+        peer = baselines.PEERS[case.implementation]
         if case.dtype not in (taken := peer.takes(case.op)):
             raise NotImplementedError(f"no {case.dtype}, only {' and '.join(taken)}")
         call = peer.build[case.op](spec)
@@ -60,10 +59,10 @@ def build(case: Case) -> Program:
     return Program(both, ((spec.out_shape(), jnp.dtype(case.dtype)), *shapes))
 
 
-def _ours(spec: specs.Spec, implementation: str) -> Callable[..., Any]:
+def _ours(spec: workloads.Spec, implementation: str) -> Callable[..., Any]:
     operation = getattr(kernels, spec.op)
-    if implementation in ladder.RUNGS:
-        run = ladder.rung(implementation)
+    if implementation in tutorial.RUNGS:
+        run = tutorial.rung(implementation)
         return lambda inputs, aux: run(**inputs, **aux, **spec.options())
 
     def call(inputs: dict[str, jax.Array], aux: dict[str, Any]) -> Any:
@@ -72,7 +71,7 @@ def _ours(spec: specs.Spec, implementation: str) -> Callable[..., Any]:
     return call
 
 
-def _decode(spec: specs.Decode, dtype: str, call: Callable[..., Any]) -> Program:
+def _decode(spec: workloads.Decode, dtype: str, call: Callable[..., Any]) -> Program:
     """One step, with the cache donated as generation does: an implementation that copies it shows in the temp bytes."""
     names = list(spec.shapes())
     shapes = [(shape, jnp.dtype(dtype)) for shape in spec.shapes().values()]

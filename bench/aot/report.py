@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import targets
-from bench.aot.plan import Case
-from kernels import specs
+from bench import hardware
+from bench.aot.cases import Case
+from dantinox.kernels import workloads
 
 Row = dict[str, Any]
 
@@ -20,9 +20,9 @@ GPU_COLUMNS = ("regs", "spill B", "SMEM KiB", "blocks/SM", "occupancy", "wgmma",
 TPU_COLUMNS = ("bundles", "empty", "MXU slots", "MXU share", "VMEM KiB", "spills", "fills", "MXU/Mi", "per 1000 pairs")
 
 
-def show(target: targets.Target, rows: Mapping[Case, Row], console: Console) -> None:
+def show(target: hardware.Target, rows: Mapping[Case, Row], console: Console) -> None:
     """Print the rows of a target, grouped by operation and row."""
-    gpu = isinstance(target, targets.Gpu)
+    gpu = isinstance(target, hardware.Gpu)
     for op in dict.fromkeys(case.op for case in rows):
         table = Table(title=f"{op} compiled for {target.name} ({target.kind})", title_justify="left")
         table.add_column("program", overflow="fold")
@@ -31,7 +31,7 @@ def show(target: targets.Target, rows: Mapping[Case, Row], console: Console) -> 
         mine = [case for case in rows if case.op == op]
         for name in dict.fromkeys(case.spec for case in mine):
             table.add_section()
-            table.add_row(f"[bold]{name}[/bold]  {specs.find(op, name).label()}")
+            table.add_row(f"[bold]{name}[/bold]  {workloads.find(op, name).label()}")
             refused: set[tuple[str, str]] = set()
             for case in (case for case in mine if case.spec == name):
                 row = rows[case]

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.aot import bundles
-from bench.targets import Tpu
+from bench.aot import tpu_schedule
+from bench.hardware import Tpu
 
 MODULES = ("libtpu",)
 _ACCELERATOR = {"v5e": "v5litepod-1", "v6e": "v6e-1", "tpu7x": "tpu7x-2"}
@@ -61,20 +61,20 @@ def read(dumps: Path) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """(the kernels written by hand, totals over all kernels) of the program that was compiled into `dumps`."""
     by_hand: set[str] = set()
     for path in dumps.glob("*-TLP-hlo.txt"):
-        by_hand |= bundles.custom_calls(path.read_text())
+        by_hand |= tpu_schedule.custom_calls(path.read_text())
     memory: dict[str, int] = {}
     for path in sorted(dumps.glob("*vmem_report.html")):
-        memory |= bundles.vmem(path.read_text())
+        memory |= tpu_schedule.vmem(path.read_text())
 
-    schedules: dict[str, bundles.Schedule] = {}
+    schedules: dict[str, tpu_schedule.Schedule] = {}
     empty: dict[str, int | None] = {}
     for path in sorted(dumps.iterdir()):
-        match bundles.kernel_of(path.name):
+        match tpu_schedule.kernel_of(path.name):
             case ("utilisation", name):
-                schedules[name] = bundles.utilisation(path.read_text())
+                schedules[name] = tpu_schedule.utilisation(path.read_text())
             case ("schedule", name):
                 with path.open() as file:
-                    empty[name] = bundles.empty_bundles(file.read(2000))
+                    empty[name] = tpu_schedule.empty_bundles(file.read(2000))
 
     kernels = [
         {

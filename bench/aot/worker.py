@@ -17,19 +17,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import targets
+from bench import hardware
 from bench.aot import gpu, tpu
-from bench.aot.plan import Case
+from bench.aot.cases import Case
 
 
 def main(argv: list[str]) -> None:
     """Answer until standard input ends."""
-    target, dumps = targets.get(argv[0]), Path(argv[1])
+    target, dumps = hardware.get(argv[0]), Path(argv[1])
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     log = os.open(dumps.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    compile_ = gpu.compiler(target) if isinstance(target, targets.Gpu) else tpu.compiler(target)
+    compile_ = gpu.compiler(target) if isinstance(target, hardware.Gpu) else tpu.compiler(target)
     answers.write(json.dumps({"versions": versions(target)}) + "\n")
     triton_dumped = False
     for line in sys.stdin:
@@ -46,21 +46,21 @@ def main(argv: list[str]) -> None:
         answers.write(json.dumps(row) + "\n")  # last: whoever reads it may look at what was kept
 
 
-def versions(target: targets.Target) -> dict[str, str]:
+def versions(target: hardware.Target) -> dict[str, str]:
     """Whatever a result depends on."""
     import jax
     import jaxlib
 
-    compiler = gpu.version() if isinstance(target, targets.Gpu) else tpu.version()
+    compiler = gpu.version() if isinstance(target, hardware.Gpu) else tpu.version()
     return {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "compiler": compiler}
 
 
-def answer(target: targets.Target, compile_: Callable[..., Any], dumps: Path, case: Case) -> dict[str, Any]:
+def answer(target: hardware.Target, compile_: Callable[..., Any], dumps: Path, case: Case) -> dict[str, Any]:
     """One row of a profile, with the seconds that the compile took."""
     import jax
 
-    from bench.aot import executed, programs, rows_executed, traffic
-    from kernels import dispatch
+    from bench.aot import attention_bundles, gmm_bundles, memory_traffic, programs
+    from dantinox.kernels import dispatch
 
     for path in dumps.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -72,7 +72,7 @@ def answer(target: targets.Target, compile_: Callable[..., Any], dumps: Path, ca
             compiled = compile_(program.function, program.shapes, program.donate)
             seconds = time.perf_counter() - start
         printed = (dumps / "printed.txt").read_text(errors="replace")
-        kernels, totals = gpu.read(target, dumps, printed) if isinstance(target, targets.Gpu) else tpu.read(dumps)
+        kernels, totals = gpu.read(target, dumps, printed) if isinstance(target, hardware.Gpu) else tpu.read(dumps)
         memory = compiled.memory_analysis()
         row = {
             "status": "compiled",
@@ -82,9 +82,9 @@ def answer(target: targets.Target, compile_: Callable[..., Any], dumps: Path, ca
             "kernels": kernels,
             "seconds": seconds,
         }
-        executed.add(row, case, target, dumps)
-        rows_executed.add(row, case, target, dumps)
-        traffic.add(row, case, target)
+        attention_bundles.add(row, case, target, dumps)
+        gmm_bundles.add(row, case, target, dumps)
+        memory_traffic.add(row, case, target)
     except NotImplementedError as error:
         return {"status": "refused", "reason": _reason(error)}
     except Exception as error:  # a compiler may raise anything, and the next row must still be compiled

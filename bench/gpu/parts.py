@@ -31,12 +31,12 @@ BESIDE_ATTENTION = ("pallas", "jax.nn cudnn", "tokamax", "xla")
 BESIDE_GROUPED = ("pallas", "one dense matmul", "tokamax")
 BESIDE_FEW_GROUPS = ("lax.ragged_dot", "triton", "xla")
 PARITY = {  # part -> test file, share of the time
-    "parity-attention": ("test_tensor_core_sizes.py", (), 0.18),
-    "parity-grouped": ("test_tensor_core_groups.py", ("-k", "not experts"), 0.1),
-    "parity-decode": ("test_tensor_core_decode.py", (), 0.1),
-    "parity-experts": ("test_tensor_core_groups.py", ("-k", "experts"), 0.12),
+    "parity-attention": ("attention/test_tensor_core_shapes.py", (), 0.18),
+    "parity-grouped": ("grouped_matmul/test_tensor_core_shapes.py", ("-k", "not experts"), 0.1),
+    "parity-decode": ("decode_attention/test_tensor_core_shapes.py", (), 0.1),
+    "parity-experts": ("grouped_matmul/test_tensor_core_shapes.py", ("-k", "experts"), 0.12),
 }
-OTHER_PARITY = ("-k", "keeps_the_rule", *(f"--ignore=tests/parity/{file}" for file, _, _ in PARITY.values()))
+OTHER_PARITY = ("-k", "keeps_the_rule", *(f"--ignore=tests/kernels/{file}" for file, _, _ in PARITY.values()))
 TINY_ROWS = {
     "attention": "nano",
     "grouped_matmul": "E=8",
@@ -129,10 +129,13 @@ def _pytest(*chosen: str, tiny: bool) -> list[str]:
 
 def _parity(tiny: bool) -> list[Part]:
     if tiny:
-        files = ("tests/parity/test_tensor_core_sizes.py", "tests/parity/test_tensor_core_decode.py")
+        files = (
+            "tests/kernels/attention/test_tensor_core_shapes.py",
+            "tests/kernels/decode_attention/test_tensor_core_shapes.py",
+        )
         return [Part("parity-attention", _pytest(*files, tiny=True), 0.4)]
     return [
-        Part(name, _pytest(*flags, f"tests/parity/{file}", tiny=False), share)
+        Part(name, _pytest(*flags, f"tests/kernels/{file}", tiny=False), share)
         for name, (file, flags, share) in PARITY.items()
     ]
 
@@ -140,7 +143,7 @@ def _parity(tiny: bool) -> list[Part]:
 def _block_sizes(out: Path, tiny: bool, seconds: float) -> Part:
     files = {"json": str(out / "block-sizes.json"), "lines": str(out / "block-sizes.jsonl")}
     limits = {"tiny": True, "rounds": 1, "seconds": 20} if tiny else {"seconds": round(0.09 * seconds)}
-    return Part("block-sizes", call("bench.tiles", **limits, **files), 0.15)
+    return Part("block-sizes", call("bench.tune_block_sizes", **limits, **files), 0.15)
 
 
 def _kernel_times(out: Path, name: str, op: str, row: str, tiny: bool) -> Part:
@@ -157,14 +160,14 @@ def _trace(out: Path, tiny: bool) -> Part:
 
 def _last(out: Path, tiny: bool, seconds: float) -> list[Part]:
     """The model, then whatever time is left: every row of parity and bench, and the ablations."""
-    model = call("bench.model", rounds=1 if tiny else 5, tiny=tiny, out=str(out / "model.json"))
+    model = call("bench.end_to_end", rounds=1 if tiny else 5, tiny=tiny, out=str(out / "model.json"))
     only = ["no gate"] if tiny else []
     ablations = call(
-        "bench.toggles", preset="nano" if tiny else "dante", rounds=1 if tiny else 10, out=str(out), only=only
+        "bench.ablations", preset="nano" if tiny else "dante", rounds=1 if tiny else 10, out=str(out), only=only
     )
     everything = [
         # Files that need a package which is not here are errors of their own.
-        Part("parity-all", _pytest("--continue-on-collection-errors", *OTHER_PARITY, "tests/parity", tiny=False), 0.2),
+        Part("parity-all", _pytest("--continue-on-collection-errors", *OTHER_PARITY, "tests/kernels", tiny=False), 0.2),
         *(
             Part(
                 f"bench-{op}",

@@ -18,15 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-import kernels
-from bench import harness, wrong_places
+from bench import runner, wrong_places
+from bench.baselines import Forward
 from bench.gpu.process import MARK
-from bench.peers import Forward
-from kernels import specs
-from kernels.attention import hopper as attention_sm90
-from kernels.decode import mosaic_gpu as decode_sm90
-from kernels.grouped_matmul import hopper as grouped_sm90
-from kernels.shapes import Attention, Decode, GroupedMatmul, MoE, Spec
+from dantinox import kernels
+from dantinox.kernels import workloads
+from dantinox.kernels.ops.attention.pallas_sm90 import vjp as attention_sm90
+from dantinox.kernels.ops.decode_attention.pallas_sm90 import kernel as decode_sm90
+from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import vjp
+from dantinox.kernels.ops.moe.pallas_sm90 import vjp as experts_vjp
+from dantinox.kernels.workloads.types import Attention, Decode, GroupedMatmul, MoE, Spec
 
 REPEATS = 50
 SPLITS = 5
@@ -71,7 +72,7 @@ def _groups(N: int, M: int, F: int, *sizes: int) -> GroupedMatmul:
 
 
 def _find(op: str, name: str) -> Spec:
-    return specs.find(op, name)
+    return workloads.find(op, name)
 
 
 def _ring(C: int, *lengths: int, H: int, K: int, D: int, **options: Any) -> Decode:
@@ -157,7 +158,7 @@ def kernel(spec: Spec, tiny: bool) -> Forward:
             splits = 2 if tiny else SPLITS
             o, cache = decode_sm90.decode_attention(**given, cache=cache, **options, parts=splits, interpret=interpret)
             return o, {"k": cache.k, "v": cache.v}
-        operation = grouped_sm90.moe_mlp if isinstance(spec, MoE) else grouped_sm90.grouped_matmul
+        operation = experts_vjp.moe_mlp if isinstance(spec, MoE) else vjp.grouped_matmul
         return operation(**inputs, **aux, interpret=interpret, blocks=2 if tiny else 0), state
 
     return forward
@@ -166,15 +167,15 @@ def kernel(spec: Spec, tiny: bool) -> Forward:
 @functools.cache
 def program(spec: Spec, backward: bool, tiny: bool) -> Callable[..., tuple[Tree, Tree]]:
     """Jitted (inputs, state, aux, cotangent) -> (output and gradients by name, state)."""
-    return jax.jit(harness.program(kernel(spec, tiny), backward))
+    return jax.jit(runner.program(kernel(spec, tiny), backward))
 
 
 def compare(spec: Spec, backward: bool, tiny: bool) -> list[str]:
     """Where the kernel is wrong, an entry per array; empty where it is right."""
-    inputs, state, dout = harness.arguments(spec)
+    inputs, state, dout = runner.arguments(spec)
     aux = jax.tree.map(jnp.asarray, spec.aux())
     actual, rings = program(spec, backward, tiny)(inputs, state, aux, dout)
-    reference = jax.jit(harness.program(harness.ours(spec, "reference"), backward))
+    reference = jax.jit(runner.program(runner.ours(spec, "reference"), backward))
     plain, expected_rings = reference(inputs, state, aux, dout)
     wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
     with jax.default_matmul_precision("highest"):
@@ -197,7 +198,7 @@ def compare(spec: Spec, backward: bool, tiny: bool) -> list[str]:
 def repeat(spec: Spec, backward: bool, tiny: bool, repeats: int) -> list[str]:
     """Run one compiled program again and again; which arrays changed a bit."""
     spec = dataclasses.replace(spec, dtypes=("bfloat16",))
-    inputs, state, dout = harness.arguments(spec)
+    inputs, state, dout = runner.arguments(spec)
     aux = jax.tree.map(jnp.asarray, spec.aux())
     run_once = program(spec, backward, tiny)
     first = jax.block_until_ready(run_once(inputs, state, aux, dout))

@@ -1,4 +1,4 @@
-"""Time bench rows without pytest: `bench.harness` on the rows given, results written after each."""
+"""Time bench rows without pytest: `bench.runner` on the rows given, results written after each."""
 
 import json
 import time
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import harness, record, results
-from bench.ceilings import Ceilings
-from bench.clock import clock
+from bench import record, results, runner
+from bench.roofline import Ceilings
+from bench.timer import clock
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Arguments:
 def run(arguments: Arguments) -> int:
     """Time the rows in order; 1 where nothing was measured."""
     start, ceilings = time.monotonic(), Ceilings(clock())
-    cases = harness.contests(arguments.op, every=bool(arguments.spec))
+    cases = runner.contests(arguments.op, every=bool(arguments.spec))
     if arguments.spec:  # rows may be meant for another machine
-        named = [case for machine in harness.MACHINE.values() for case in harness.contests(arguments.op, machine, True)]
+        named = [case for machine in runner.MACHINE.values() for case in runner.contests(arguments.op, machine, True)]
         cases = list(dict.fromkeys(case for case in named if case.spec.name in arguments.spec))
     measured: list[tuple[dict[str, Any], list[float]]] = []
     refused: list[dict[str, str]] = []
@@ -44,7 +44,7 @@ def run(arguments: Arguments) -> int:
             refused.append({"op": arguments.op, "spec": case.spec.name, "direction": case.direction})
             refused[-1] |= {"implementation": "all", "why": "no time was left"}
             continue
-        outcome = harness.hold(case, ceilings, budget=arguments.budget, only=arguments.implementation)
+        outcome = runner.hold(case, ceilings, budget=arguments.budget, only=arguments.implementation)
         print(record.progress(outcome), flush=True)
         with open(arguments.lines, "a") as file:
             file.write(json.dumps(record.line(outcome)) + "\n")

@@ -1,4 +1,4 @@
-"""Train what a sweep file asks for, one run after the other: `python -m dantinox.sweep configs/sweep.yaml`.
+"""Train what a sweep file asks for, one run after the other: `python -m dantinox.sweep sweeps/example.yaml`.
 
 The runs lie in runs/NAME/, and the results beside them: results.md, results.csv, results.png. A run is known by its
 settings. Called again, the sweep leaves out what is done and goes on with what was interrupted or has failed.
@@ -18,12 +18,14 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from dantinox import cli, tracking
-from dantinox.metrics import read_metrics
+from dantinox import cli
+from dantinox.config import ConfigError
+from dantinox.config.validation import require
+from dantinox.metrics import wandb_logger
+from dantinox.metrics.logger import read_metrics
 from dantinox.sweep import report
-from dantinox.sweep.file import Run, Sweep, read
 from dantinox.sweep.report import Outcome
-from dantinox.validation import ConfigError, require
+from dantinox.sweep.search_space import Run, Sweep, read
 
 PROG = "dantinox-sweep"
 
@@ -161,7 +163,7 @@ def sweep(args: Args) -> int:
         ValueError, OSError: the file or a flag is wrong, and nothing was trained; the message is one line.
     """
     if args.file is None:
-        raise ConfigError("file is missing; give a sweep file, such as configs/sweep.yaml")
+        raise ConfigError("file is missing; give a sweep file, such as sweeps/example.yaml")
     require(args.seed >= 0, f"seed is {args.seed}; allowed: 0 or more")
     found = read(Path(args.file))
     try:
@@ -179,7 +181,7 @@ def sweep(args: Args) -> int:
             print(f"{i + 1}/{len(runs)} {run.name}: {words}{'' if known.state == 'waiting' else told}")
         return 0
     if args.wandb:
-        tracking.check()
+        wandb_logger.check()
     with locked(folder) as lock:
         sweeper = Sweeper(found, runs, folder, args.wandb, lock)
         outcomes = sweeper.all()

@@ -7,7 +7,8 @@ from itertools import accumulate
 from statistics import NormalDist
 from typing import Any
 
-from dantinox.validation import ConfigError, require, suggest
+from dantinox.config import ConfigError
+from dantinox.config.validation import require, suggest
 
 DIGITS = 4  # of a drawn number: it stands in the name of a folder
 Quantile = Callable[[float], float]

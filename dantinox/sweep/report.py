@@ -10,11 +10,11 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from dantinox import count
-from dantinox.checkpoint import read_config
-from dantinox.metrics import read_metrics
-from dantinox.sweep.file import Run, Sweep
-from dantinox.tokenizer import open_atomic
+from dantinox.checkpoint.load import read_config
+from dantinox.metrics.logger import read_metrics
+from dantinox.model import flops
+from dantinox.sweep.search_space import Run, Sweep
+from dantinox.system.atomic_io import open_atomic
 
 RESULT = "result.json"  # in a run's folder, written last: with it the run is done
 COSTS = ("parameters", "active", "cache_bytes")
@@ -67,9 +67,9 @@ def finish(run: Run, folder: Path) -> Outcome:
     timed = [row["tokens_per_s"] for row in rows[1:] or rows]  # the first compiles
     model = config.model
     costs = (
-        count.total_parameters(model),
-        count.active_parameters(model),
-        count.kv_cache_bytes(model, model.max_context),
+        flops.total_parameters(model),
+        flops.active_parameters(model),
+        flops.kv_cache_bytes(model, model.max_context),
     )
     figures |= {"tokens_per_s": median(timed)} | dict(zip(COSTS, costs))
     with open_atomic(path / RESULT) as file:

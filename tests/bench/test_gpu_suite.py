@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-import kernels
-from bench import peers
+from bench import baselines
 from bench.gpu import __main__ as program
 from bench.gpu import archive, parts, process, runner, smoke
 from bench.gpu.runner import Part
-from kernels import specs
+from dantinox import kernels
+from dantinox.kernels import workloads
 from tests.helpers import absent
 
 ROOT = Path(__file__).parents[2]
@@ -58,9 +58,9 @@ def summed(*args, **options):
     os.abort()
 """
 PLANTED = {
-    "kernels.attention.mosaic_gpu": ('"attention-d128"', WRONG),
-    "kernels.decode.mosaic_gpu": ('"decode-5-splits"', HANGS),
-    "kernels.grouped_matmul.mosaic_gpu_dw": ('"grouped-gradients"', CRASHES),
+    "dantinox.kernels.ops.attention.pallas_sm90.fwd": ('"attention-d128"', WRONG),
+    "dantinox.kernels.ops.decode_attention.pallas_sm90.kernel": ('"decode-5-splits"', HANGS),
+    "dantinox.kernels.ops.grouped_matmul.pallas_sm90.tgmm": ('"grouped-gradients"', CRASHES),
 }
 
 
@@ -148,7 +148,7 @@ def test_the_modules_of_every_part_import_without_the_absent_ones(tmp_path):
         for part in parts.suite(tmp_path, tiny, 500, program.SMOKE_CASES)
         if part.command[2] == "bench.gpu.child"
     }
-    assert {"bench.gpu.smoke", "bench.gpu.timing", "bench.profile", "bench.model"} <= modules
+    assert {"bench.gpu.smoke", "bench.gpu.timing", "bench.profile", "bench.end_to_end"} <= modules
     code = "; ".join(f"import {name}" for name in sorted(modules))
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, env=environment(tmp_path / "site", {}), capture_output=True, text=True)
@@ -178,7 +178,7 @@ def test_every_part_is_a_command_with_a_share_of_the_time(tmp_path):
 
 
 def test_the_attention_rows_that_are_timed_differ_in_the_gate_alone():
-    rows = {name: specs.find("attention", spec) for name, spec in parts.ATTENTION.items()}
+    rows = {name: workloads.find("attention", spec) for name, spec in parts.ATTENTION.items()}
     assert all("h100" in row.machines and row.T == 16384 and row.dtypes == ("bfloat16",) for row in rows.values())
     for plain in ("time-attention-window", "time-attention-d128-causal"):
         gated = rows[f"{plain}-gate"]
@@ -189,10 +189,10 @@ def test_the_attention_rows_that_are_timed_differ_in_the_gate_alone():
 def test_the_grouped_rows_are_timed_beside_implementations_that_exist(tmp_path):
     commands = {part.name: part.command for part in parts.suite(tmp_path, False, 510, program.SMOKE_CASES)}
     for name, (op, spec) in (parts.GROUPED | parts.DECODE).items():
-        row = specs.find(op, spec)
-        assert row in specs.rows(op, "bench", "h100")
+        row = workloads.find(op, spec)
+        assert row in workloads.rows(op, "bench", "h100")
         taken = json.loads(commands[name][-1])["implementation"]
-        known = {*kernels.names(op), *peers.peers(row)}
+        known = {*kernels.names(op), *baselines.peers(row)}
         assert taken[0] == "pallas" and set(taken) & known >= {"pallas"}
         assert op == "decode_attention" or ("lax.ragged_dot" in taken) == (row.E <= 8)
 

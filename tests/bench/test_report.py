@@ -9,8 +9,8 @@ import json
 import pytest
 from rich.console import Console
 
-from bench import compare, page, plots, results, table, toggles
-from dantinox import count
+from bench import ablations, compare, console_table, html_report, plots, results
+from dantinox.model import flops
 
 
 def raw(platform: str = "cpu", **changes) -> dict:
@@ -90,7 +90,7 @@ class References(html.parser.HTMLParser):
 
 
 def test_the_page_is_self_contained_and_shows_every_row(document):
-    text = page.render({"attention": document}, {"train dense": {"tokens/s": 3000.0}})
+    text = html_report.render({"attention": document}, {"train dense": {"tokens/s": 3000.0}})
     seen = References()
     seen.feed(text)
     assert all(link.startswith("#") for link in seen.links), seen.links
@@ -111,7 +111,7 @@ def test_plots_are_the_same_text_each_time_and_need_two_points(document):
 
 def test_the_table_shows_every_row_on_one_line(document):
     console = Console(width=100, record=True, file=io.StringIO())
-    table.show("attention", document, console)
+    console_table.show("attention", document, console)
     lines = [line for line in console.export_text().splitlines() if line.strip().startswith("xla")]
     assert len(lines) == 3 and all("1.00x" in line and "1.5e-07" in line for line in lines)
 
@@ -120,7 +120,7 @@ def test_the_table_shows_every_row_on_one_line(document):
     ("seconds", "text"), [(2.5, "2.5 s"), (0.0123, "12.3 ms"), (4.56e-6, "4.56 µs"), (3e-9, "0.003 µs")]
 )
 def test_durations_read_well(seconds, text):
-    assert table.duration(seconds) == text
+    assert console_table.duration(seconds) == text
 
 
 # --- comparison ---
@@ -179,28 +179,28 @@ def test_the_newest_file_of_each_operation_is_taken(tmp_path):
 
 def test_every_toggle_changes_the_config_and_is_a_config():
     for preset in ("nano", "nano-moe", "dante"):
-        base = toggles.base_config(preset)
-        for name, flip in toggles.toggles(base).items():
+        base = ablations.base_config(preset)
+        for name, flip in ablations.toggles(base).items():
             changed = base.replace(**flip)
             assert (changed == base) == (name == "base"), name
 
 
 @pytest.mark.parametrize("preset", ["nano", "nano-moe", "dante"])
 def test_experts_and_a_dense_layer_of_as_many_active_parameters(preset):
-    base = toggles.base_config(preset)
-    (flip,) = (flip for name, flip in toggles.toggles(base).items() if "as many active" in name)
+    base = ablations.base_config(preset)
+    (flip,) = (flip for name, flip in ablations.toggles(base).items() if "as many active" in name)
     one, other = base.model, base.replace(**flip).model
     assert bool(one.n_experts) != bool(other.n_experts)
     router = one.n_layers * one.dim * (one.n_experts - other.n_experts)
-    assert count.active_parameters(one) - count.active_parameters(other) == router
+    assert flops.active_parameters(one) - flops.active_parameters(other) == router
 
 
 def test_toggles_measure_what_they_change():
     tiny = {"dim": 32, "n_layers": 1, "n_heads": 4, "kv_heads": 2, "vocab_size": 64}
-    base = toggles.base_config("nano").replace(**tiny, batch_size=2, seq_len=16, max_context=16, window=8)
+    base = ablations.base_config("nano").replace(**tiny, batch_size=2, seq_len=16, max_context=16, window=8)
     flips = {"base": {}, "untied": {"tie": False}}
-    rows = toggles.measure(base, flips, rounds=1)
+    rows = ablations.measure(base, flips, rounds=1)
     assert rows["untied"]["parameters"] - rows["base"]["parameters"] == 64 * 32
     assert rows["untied"]["peak_bytes"] > rows["base"]["peak_bytes"] > 0
     assert rows["base"]["tokens_per_second"] > 0
-    assert toggles.plot(rows, "two").startswith("<svg")
+    assert ablations.plot(rows, "two").startswith("<svg")

@@ -1,0 +1,189 @@
+"""What does each feature cost? `python -m bench.ablations`: one config, each toggle flipped, the rest as it was.
+
+For each: parameters, matmul FLOPs a token, most bytes of a compiled training step, tokens/s. The variants take turns,
+so ratios hold on a machine that drifts.
+"""
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from bench import results
+from bench.console_table import size
+from bench.train_step_timer import Stepper
+from dantinox import cli, kernels
+from dantinox.config import Config
+from dantinox.model import flops
+from dantinox.system import malloc
+
+PROG = "bench.ablations"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to flip, and on what."""
+
+    preset: str = "nano"
+    """The base config."""
+    rounds: int = 5
+    """Turns of each variant; the median counts."""
+    only: tuple[str, ...] = ()
+    """Toggles by name; none: all."""
+    out: str = "profiles"
+    """Folder for <device>/<date>-toggles.json and .svg."""
+
+
+def base_config(preset: str) -> Config:
+    """The preset with the vocabulary that its tokenizer would have."""
+    config = Config.from_preset(preset)
+    return config.replace(vocab_size=config.data.bpe_vocab) if config.data.tokenizer == "bpe" else config
+
+
+def toggles(base: Config) -> dict[str, dict[str, Any]]:
+    """Name -> the settings it changes; each turns its feature over, whatever the base has."""
+    model, train = base.model, base.train
+    active = model.experts_per_token + model.shared_expert
+    # Experts and a dense layer of as many parameters that a token meets, but for the router's.
+    even = {"n_experts": 0, "expansion": model.expansion * active}
+    if not model.n_experts:
+        even = {"n_experts": 8, "expansion": model.expansion / active}
+    flips: dict[str, dict[str, Any]] = {
+        "base": {},
+        "8 experts, as many active" if not model.n_experts else "no experts, as many active": even,
+        "8 experts, 2 a token" if not model.n_experts else "no experts": {"n_experts": 0 if model.n_experts else 8},
+        "no window" if model.window else "window 64": {"window": None if model.window else 64},
+        "no gate" if model.gate != "none" else "gate": {"gate": "none" if model.gate != "none" else "head"},
+        "gate a channel": {"gate": "elementwise"},
+        "all heads have keys": {"kv_heads": model.n_heads},
+        "one key head": {"kv_heads": 1},
+        "untied" if model.tie else "tied": {"tie": not model.tie},
+        "recompute blocks" if model.remat != "block" else "keep blocks": {
+            "remat": "none" if model.remat == "block" else "block"
+        },
+        "recompute all but products": {"remat": "dots"},
+        "accumulate 4" if train.grad_accum == 1 else "accumulate 1": {"grad_accum": 4 if train.grad_accum == 1 else 1},
+    }
+    for field, op in (("attn", "attention"), ("moe", "moe_mlp")):
+        if field == "moe" and not model.n_experts:
+            continue
+        for name, why in kernels.implementations(op).items():
+            if why is None:
+                flips[f"{field} {name}"] = {field: name}
+    return {name: flip for name, flip in flips.items() if name == "base" or base.replace(**flip) != base}
+
+
+def measure(base: Config, flips: Mapping[str, Mapping[str, Any]], rounds: int) -> dict[str, dict[str, Any]]:
+    """Name -> parameters, active parameters, FLOPs a token, peak bytes, tokens/s and its spread."""
+    steppers = {
+        name: Stepper(base.replace(**flip))
+        for name, flip in track(flips.items(), description="compiling", transient=True, console=Console(stderr=True))
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in steppers}
+    for number in range(rounds):
+        for name in list(steppers)[:: 1 if number % 2 else -1]:  # nobody is always the last
+            seconds[name].append(min(steppers[name](), steppers[name]()))  # the first finds its arrays out of the cache
+    rows = {}
+    for name, stepper in steppers.items():
+        config, times = stepper.config, sorted(seconds[name])
+        rows[name] = {
+            "parameters": flops.total_parameters(config.model),
+            "active": flops.active_parameters(config.model),
+            "flops_per_token": flops.flops_per_token(config.model, config.train.seq_len),
+            "peak_bytes": stepper.peak_bytes,
+            "tokens_per_second": round(stepper.tokens / median(times), 1),
+            "spread": round((times[len(times) * 3 // 4] - times[len(times) // 4]) / median(times), 3),
+        }
+    return rows
+
+
+def show(rows: Mapping[str, Mapping[str, Any]], title: str, console: Console) -> None:
+    """A table; in brackets the ratio to the base."""
+    table = Table(title=title, title_justify="left")
+    for name in ("toggle", "parameters", "FLOPs a token", "peak memory", "tokens/s"):
+        table.add_column(name, justify="left" if name == "toggle" else "right", no_wrap=True)
+    base = next(iter(rows.values()))
+    ratio = lambda row, key: "" if row is base else f" ({row[key] / base[key]:.2f}x)"
+    for name, row in rows.items():
+        table.add_row(
+            name,
+            f"{row['parameters'] / 1e6:.2f}M" + ratio(row, "parameters"),
+            f"{row['flops_per_token'] / 1e6:.1f}M" + ratio(row, "flops_per_token"),
+            size(row["peak_bytes"]) + ratio(row, "peak_bytes"),
+            f"{row['tokens_per_second']:.0f}" + ratio(row, "tokens_per_second"),
+        )
+    console.print(table)
+
+
+def plot(rows: Mapping[str, Mapping[str, Any]], title: str) -> str:
+    """Four bar charts, each as a ratio to the base, as SVG text."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    from bench.plots import svg
+
+    names, base = list(rows), next(iter(rows.values()))
+    figure = Figure(figsize=(11, 0.32 * len(names) + 1.4), layout="constrained")
+    FigureCanvasSVG(figure)
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    panels = figure.subplots(1, 4, sharey=True)
+    what = {"parameters": "parameters", "flops_per_token": "FLOPs a token", "peak_bytes": "peak memory"}
+    for axes, (key, label) in zip(panels, (what | {"tokens_per_second": "tokens/s"}).items(), strict=True):
+        values = [rows[name][key] / base[key] for name in names]
+        axes.barh(names, values, color=["#1b1b1b" if name == names[0] else "#1f3a5f" for name in names], height=0.6)
+        axes.axvline(1, color="#a01c20", lw=0.8)
+        for i, value in enumerate(values):
+            axes.annotate(
+                f"{value:.2f}", (value, i), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7
+            )
+        axes.set_title(f"{label}, times the base", fontsize=9, loc="left")
+        axes.set_xlim(0, max(values) * 1.2)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+    panels[0].invert_yaxis()
+    return svg(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and measure."""
+    return run(cli.parse(Arguments, argv, default=Arguments(), prog=PROG, description=__doc__.split("\n")[0]))
+
+
+def run(arguments: Arguments) -> int:
+    """Measure, print, write."""
+    malloc.keep_freed_memory()
+    with cli.user_errors(PROG):
+        if arguments.rounds < 1:
+            raise ValueError(f"--rounds is {arguments.rounds}; allowed: 1 or more")
+        base = base_config(arguments.preset)
+        flips = toggles(base)
+        for name in arguments.only:
+            if name not in flips:
+                raise ValueError(f"--only {name!r} is no toggle; allowed: {', '.join(repr(n) for n in flips)}")
+        if arguments.only:
+            flips = {name: flip for name, flip in flips.items() if name == "base" or name in arguments.only}
+        rows = measure(base, flips, arguments.rounds)
+        device = jax.devices()[0].device_kind
+        title = f"{arguments.preset} on {device}, jax {jax.__version__}: a training step"
+        show(rows, title, Console(width=max(100, Console().width)))
+        today = str(datetime.date.today())
+        folder = Path(arguments.out) / results.device_folder(jax.default_backend(), device)
+        folder.mkdir(parents=True, exist_ok=True)
+        document = {"date": today, "device": device, "versions": {"jax": jax.__version__}, "preset": arguments.preset}
+        path = folder / f"{today}-toggles.json"
+        path.write_text(json.dumps(document | {"rows": rows}, indent=1) + "\n")
+        path.with_suffix(".svg").write_text(plot(rows, title))
+        print(path, path.with_suffix(".svg"))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.console(main)

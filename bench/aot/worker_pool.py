@@ -1,0 +1,136 @@
+"""The parent's side of a worker: asks, waits, and starts another one when it crashed or took too long."""
+
+import json
+import os
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from bench import hardware
+from bench.aot import gpu, tpu
+from bench.aot.cases import Case
+
+START_SECONDS = 180  # importing jax and tokamax and loading a compiler, on a busy machine
+
+
+def kept(folder: Path, target: hardware.Target, case: Case) -> Path:
+    """Where a worker that keeps its dumps in `folder` puts those of a case."""
+    return folder / target.name / re.sub(r"\W+", "-", case.key)
+
+
+class Ended(Exception):
+    """The run was interrupted: there is nothing more to ask."""
+
+
+class Worker:
+    """One worker process for one target, started when it is first asked; `python` is one that has the compiler."""
+
+    def __init__(
+        self, target: hardware.Target, timeout: float, keep: Path | None = None, python: str = sys.executable
+    ) -> None:
+        self.versions: dict[str, str] = {}
+        self._target, self._timeout, self._keep, self._python = target, timeout, keep, python
+        self._folder = Path(tempfile.mkdtemp(prefix=f"aot-{target.name}-"))
+        self._closed = False
+        self._process: subprocess.Popen[str] | None = None
+        self._lines: queue.Queue[str | None] = queue.Queue()
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process for good; `ask` raises `Ended`, also where another thread waits in it."""
+        self._closed = True
+        self.stop()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def ask(self, case: Case) -> dict[str, Any]:
+        """The row of a case; a crash and a timeout are rows too.
+
+        Raises:
+            Ended: the worker was closed, by another thread perhaps.
+            ValueError: the compiler does not start.
+        """
+        if self._closed:
+            raise Ended
+        if self._process is None:
+            self._start()
+            first = self._answer(START_SECONDS)
+            if "versions" not in first:
+                log = self._folder / "log.txt"
+                said = log.read_text(errors="replace").split("\n") if log.exists() else []
+                last = next((line.strip() for line in reversed(said) if line.strip()), first["reason"])
+                raise ValueError(f"the compiler for {self._target.name} does not start: {last[:300]}")
+            self.versions = first["versions"]
+        request: dict[str, Any] = {"case": vars(case)}
+        if self._keep:
+            request["keep"] = str(kept(self._keep, self._target, case).resolve())
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it died since the last answer; waiting for this one says how
+        row = self._answer(self._timeout)
+        if row["status"] == "again":  # it wants a fresh process
+            self.stop()
+            return self.ask(case)
+        return row
+
+    def stop(self) -> None:
+        """End the process, if there is one."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+
+    def _start(self) -> None:
+        dumps = self._folder / "dumps"
+        shutil.rmtree(dumps, ignore_errors=True)
+        (dumps / "triton").mkdir(parents=True)
+        own = gpu.environment(dumps) if isinstance(self._target, hardware.Gpu) else tpu.environment(self._target, dumps)
+        self._lines = lines = queue.Queue()
+        process = subprocess.Popen(
+            [self._python, "-m", "bench.aot.worker", self._target.name, str(dumps)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, **own, "PYTHONUNBUFFERED": "1", "JAX_ENABLE_COMPILATION_CACHE": "false"},
+            cwd=Path(__file__).resolve().parents[2],
+            start_new_session=True,  # Ctrl-C is the parent's to handle
+        )
+
+        def listen() -> None:
+            for line in process.stdout:
+                lines.put(line)
+            lines.put(None)
+
+        threading.Thread(target=listen, daemon=True).start()
+        self._process = process
+        if self._closed:  # while it started: `close` may have seen no process to end
+            self.stop()
+            raise Ended
+
+    def _answer(self, seconds: float) -> dict[str, Any]:
+        """The next line; a process that gives none is ended, and the next `ask` starts another."""
+        try:
+            line = self._lines.get(timeout=seconds)
+        except queue.Empty:
+            self.stop()
+            return {"status": "failed", "reason": f"took more than {seconds:g} s"}
+        if self._closed:
+            raise Ended
+        if line is None:
+            code = self._process.wait() if self._process else "?"
+            self.stop()
+            return {"status": "failed", "reason": f"the compiler's process ended with code {code}"}
+        return json.loads(line)

@@ -1,0 +1,74 @@
+"""From a run's folder to its settings, and to a model with its tokenizer."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from dantinox.checkpoint import params
+from dantinox.checkpoint.manager import Checkpoints
+from dantinox.config import Config
+from dantinox.data.tokenizer import Tokenizer, load_tokenizer
+from dantinox.model.transformer import Transformer
+
+log = logging.getLogger(__name__)
+
+
+def find_run(run: str) -> Path:
+    """The folder of a run given as a path or as a bare name."""
+    path = Path(run)
+    return path if path.is_dir() or len(path.parts) != 1 else Path("runs") / run
+
+
+def read_config(run: str | Path) -> Config:
+    """The resolved settings of a run.
+
+    Raises:
+        FileNotFoundError: there is no such run.
+    """
+    run = Path(run)
+    if not (run / "config.yaml").is_file():
+        siblings = sorted(_runs(run.parent))
+        known = f"runs in {run.parent}: {', '.join(siblings)}" if siblings else f"no runs in {run.parent}"
+        raise FileNotFoundError(f"run {run} does not exist (it has no config.yaml); {known}")
+    return Config.from_yaml(run / "config.yaml")
+
+
+def _runs(folder: Path) -> Iterator[str]:
+    return (path.parent.name for path in folder.glob("*/config.yaml") if path.is_file())
+
+
+def load(
+    run: str | Path, *, checkpoint: int | Literal["last", "best"] = "last", **overrides: Any
+) -> tuple[Transformer, Tokenizer]:
+    """(model, tokenizer) of a run; the running average of its weights where it keeps one.
+
+    Args:
+        run: the run's folder, such as runs/nano.
+        checkpoint: "last", the newest intact one; "best", that of the lowest validation loss; or a step.
+        overrides: model settings to change by name, such as decode="xla".
+
+    Raises:
+        FileNotFoundError: there is no such run, or it has no such checkpoint.
+        ValueError: the checkpoint is damaged; of "last", no intact one is left.
+    """
+    config = read_config(run).replace(**overrides)
+    tokenizer = load_tokenizer(run)
+    skeleton, shapes = params.abstract(config.model)
+    checkpoints = Checkpoints(Path(run), keep=config.train.keep)
+    if checkpoint == "last":
+        step, about, wrong = checkpoints.newest_intact()
+        for error in wrong:
+            log.warning("%s; taking step %d", error, step)
+    else:
+        step = checkpoints.best() if checkpoint == "best" else checkpoint
+        if step not in checkpoints.steps():
+            raise FileNotFoundError(f"run {run} has no checkpoint {checkpoint!r}; there are {checkpoints.steps()}")
+        about = checkpoints.check(step)
+    if about.get("tokenizer") not in (None, tokenizer.fingerprint):
+        raise ValueError(f"{Path(run) / 'tokenizer.json'} is not the tokenizer that the run was trained with")
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for name, x in shapes.items()}
+    return skeleton.join(checkpoints.restore_weights(step, like, averaged=config.optim.ema > 0)), tokenizer

@@ -1,0 +1,32 @@
+"""The settings of the text that is trained on."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dantinox.config.validation import check_fields, require
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The text."""
+
+    data: str = "stdlib"
+    """A text file, a folder, a glob, or stdlib: the Python standard library's own source."""
+    tokenizer: Literal["char", "bpe"] = "char"
+    """Characters, or byte-level BPE trained on the training split."""
+    bpe_vocab: int = 2048
+    """Vocabulary size of the BPE tokenizer."""
+    val_fraction: float = 0.1
+    """Share of the text held out for validation."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(self.data != "", "data is empty; give a file, a folder, a glob or stdlib")
+        require(
+            300 <= self.bpe_vocab <= 1_000_000,
+            f"bpe_vocab is {self.bpe_vocab}; allowed: 300 to 1000000 (256 bytes, one special token, merges)",
+        )
+        require(
+            0 < self.val_fraction < 1,
+            f"val_fraction is {self.val_fraction}; allowed: between 0 and 1, exclusive",
+        )

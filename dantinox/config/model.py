@@ -1,0 +1,150 @@
+"""The settings of the network."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dantinox import kernels
+from dantinox.config.validation import check_fields, fraction, positive, require
+
+KVDtype = Literal["model", "int8", "fp8"]
+Attention, Experts, Decode = (Literal[kernels.names(op)] for op in ("attention", "moe_mlp", "decode_attention"))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network."""
+
+    vocab_size: int = 256
+    """Number of token ids; training sets it from the tokenizer."""
+    dim: int = 512
+    """Width M of the residual stream."""
+    n_layers: int = 12
+    """Number of blocks L."""
+    n_heads: int = 16
+    """Query heads H."""
+    kv_heads: int = 4
+    """Key/value heads K; H must be a multiple of K (H = multi-head, 1 = multi-query)."""
+    head_dim: int | None = None
+    """Width D of one head; None: dim // n_heads."""
+    max_context: int = 512
+    """Longest sequence a layer without a window can attend to."""
+    window: int | None = None
+    """Keys a query sees in windowed layers, itself included; None: all of them."""
+    layer_pattern: str = "S"
+    """Tiled over the layers: S = windowed, L = full attention, such as SSSL."""
+    gate: Literal["none", "elementwise", "head"] = "none"
+    """Sigmoid gate on the attention output, one value an element or one a head."""
+    qk_norm: bool = False
+    """RMSNorm on queries and keys, per head."""
+    attn_softcap: float | None = None
+    """Attention scores s become softcap * tanh(s / softcap)."""
+    logit_softcap: float | None = None
+    """The same for the final logits."""
+    positions: Literal["rope", "learned", "none"] = "rope"
+    """How position reaches the model."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    rope_scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
+    """How rotary frequencies are stretched to contexts longer than trained on."""
+    rope_factor: float = 1.0
+    """Stretch factor of rope_scaling: new context over trained context."""
+    rope_original_context: int | None = None
+    """Context trained on, for yarn and llama3; None: max_context / rope_factor."""
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    """Feed-forward kind."""
+    expansion: float = 4.0
+    """Hidden width F of the MLP (of each expert) over dim."""
+    n_experts: int = 0
+    """Experts E in each MLP; 0: a dense MLP."""
+    experts_per_token: int = 2
+    """Experts k that each token is sent to."""
+    shared_expert: bool = False
+    """One more expert that every token passes, unweighted."""
+    balance_coef: float = 0.01
+    """Weight of the load-balancing loss E * sum_e f_e P_e, averaged over layers."""
+    router_z_coef: float = 0.001
+    """Weight of the router z-loss, mean logsumexp(router logits)^2, averaged over layers."""
+    tie: bool = True
+    """Input embedding and output projection are one array."""
+    dropout: float = 0.0
+    """Dropout rate on both residual branches, in training only."""
+    norm_eps: float = 1e-6
+    """Epsilon of every RMSNorm."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of every matmul; parameters stay float32."""
+    remat: Literal["none", "block", "dots"] = "none"
+    """What the backward pass recomputes: nothing, whole blocks, or all but the matmuls."""
+    attn: Attention = "auto"
+    """Implementation of attention."""
+    moe: Experts = "auto"
+    """Implementation of the mixture of experts."""
+    decode: Decode = "auto"
+    """Implementation of cached decoding."""
+    kv_dtype: KVDtype = "model"
+    """What the key/value cache keeps: the model's dtype, or 8 bits a number and a scale a vector."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        positive(self, "vocab_size", "dim", "n_layers", "n_heads", "kv_heads", "head_dim", "max_context")
+        positive(self, "rope_original_context", "expansion", "norm_eps", "attn_softcap", "logit_softcap")
+        require(self.rope_theta > 1, f"rope_theta is {self.rope_theta}; allowed: more than 1")
+        fraction(self, "dropout")
+        require(
+            self.n_heads % self.kv_heads == 0,
+            f"n_heads is {self.n_heads} and kv_heads is {self.kv_heads}; n_heads must be a multiple of kv_heads",
+        )
+        if self.head_dim is None:
+            require(
+                self.dim % self.n_heads == 0,
+                f"dim is {self.dim} and n_heads is {self.n_heads}; dim must be a multiple of n_heads, or set head_dim",
+            )
+            object.__setattr__(self, "head_dim", self.dim // self.n_heads)
+        require(
+            self.positions != "rope" or self.head_dim % 2 == 0,
+            f"head_dim is {self.head_dim}; rotary positions need an even head_dim",
+        )
+        require(
+            self.window is None or self.window >= 1,
+            f"window is {self.window}; allowed: 1 or more keys, or None for no window",
+        )
+        require(
+            self.layer_pattern != "" and set(self.layer_pattern) <= set("SL"),
+            f"layer_pattern is {self.layer_pattern!r}; allowed: the letters S (windowed) and L (full)",
+        )
+        require(self.rope_factor >= 1, f"rope_factor is {self.rope_factor}; allowed: 1 or more")
+        require(
+            self.rope_scaling == "none" or self.positions == "rope",
+            f"rope_scaling is {self.rope_scaling!r} but positions is {self.positions!r}; it needs positions rope",
+        )
+        require(self.hidden >= 1, f"expansion is {self.expansion}; it leaves no hidden width for dim {self.dim}")
+        require(self.n_experts >= 0, f"n_experts is {self.n_experts}; allowed: 0 (dense) or more")
+        require(
+            self.experts_per_token >= 1,
+            f"experts_per_token is {self.experts_per_token}; allowed: 1 or more",
+        )
+        if self.n_experts:
+            require(
+                self.experts_per_token <= self.n_experts,
+                f"experts_per_token is {self.experts_per_token} but n_experts is {self.n_experts}; "
+                "a token cannot go to more experts than there are",
+            )
+            require(
+                self.mlp == "swiglu",
+                f"mlp is {self.mlp!r} with n_experts {self.n_experts}; experts are swiglu",
+            )
+        for name in ("balance_coef", "router_z_coef"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; allowed: 0 or more")
+
+    @property
+    def hidden(self) -> int:
+        """Hidden width F of the MLP."""
+        return round(self.dim * self.expansion)
+
+    def layer_window(self, layer: int) -> int | None:
+        """The window of one layer; None where it sees everything."""
+        return self.window if self.layer_pattern[layer % len(self.layer_pattern)] == "S" else None
+
+    def layer_slots(self, layer: int, context: int) -> int:
+        """Slots C of one layer's key/value cache for a given context length."""
+        window = self.layer_window(layer)
+        return context if window is None else min(window, context)

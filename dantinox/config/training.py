@@ -1,0 +1,94 @@
+"""The settings of a training run."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dantinox.config.validation import ConfigError, check_fields, positive, require
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The run."""
+
+    run: str = "nano"
+    """Name of the run; everything it writes goes to runs/NAME."""
+    runs_dir: str = "runs"
+    """Folder that holds the runs."""
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 32
+    """Sequences a step, over all accumulation steps and devices."""
+    seq_len: int = 256
+    """Tokens a sequence."""
+    grad_accum: int = 1
+    """Micro-batches that one step is split into."""
+    seed: int = 0
+    """Seed of initial weights, data order and dropout."""
+    mesh: str = ""
+    """Devices as data=N,fsdp=M; empty: one device."""
+    eval_every: int = 100
+    """Steps between evaluations; 0: only at the end."""
+    eval_batches: int = 8
+    """Batches in the fixed evaluation set."""
+    patience: int = 0
+    """Evaluations without a better validation loss after which training stops early; 0: it never does."""
+    save_every: int = 500
+    """Steps between checkpoints, the most that a kill can cost; 0: only at the end. The last step is always saved."""
+    keep: int = 3
+    """Checkpoints kept, the newest; and the one of the best validation loss."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """At a loss or gradient that is not finite: stop before the update, or leave that batch out."""
+    sample_every: int = 500
+    """Steps between text samples; 0: only at the end."""
+    sample_tokens: int = 200
+    """Tokens in a sample."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    profile_steps: str = ""
+    """FIRST:LAST, the steps to trace with the JAX profiler."""
+    wandb: bool = False
+    """Log to Weights & Biases too; needs the extra wandb. WANDB_MODE=offline keeps it in the run's folder."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        positive(self, "steps", "batch_size", "seq_len", "grad_accum", "eval_batches", "keep", "log_every")
+        for name in ("eval_every", "patience", "save_every", "sample_every", "sample_tokens", "seed"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; allowed: 0 or more")
+        require(self.seed < 2**32, f"seed is {self.seed}; allowed: below 2**32")
+        require(
+            self.run not in ("", ".", "..") and "/" not in self.run and "\\" not in self.run,
+            f"run is {self.run!r}; allowed: a plain folder name",
+        )
+        size = len(self.run.encode())  # file systems allow 255; an older run gets a number behind it
+        require(size <= 200, f"run is a name of {size} bytes; allowed: up to 200")
+        require(
+            self.batch_size % self.grad_accum == 0,
+            f"batch_size is {self.batch_size} and grad_accum is {self.grad_accum}; "
+            "batch_size must be a multiple of grad_accum",
+        )
+        self.mesh_axes()
+        self.profile_range()
+
+    def mesh_axes(self) -> dict[str, int]:
+        """Mesh axis -> devices along it, {"data": 1, "fsdp": 1} when no mesh is asked for."""
+        axes = {"data": 1, "fsdp": 1}
+        for part in filter(None, self.mesh.split(",")):
+            name, _, size = part.strip().partition("=")
+            if name not in axes or not size.isdigit() or int(size) < 1:
+                raise ConfigError(f"mesh is {self.mesh!r}; allowed: data=N,fsdp=M with N and M at least 1")
+            axes[name] = int(size)
+        require(
+            (self.batch_size // self.grad_accum) % (axes["data"] * axes["fsdp"]) == 0,
+            f"mesh is {self.mesh!r} but a micro-batch holds {self.batch_size // self.grad_accum} sequences; "
+            "it must be a multiple of the devices",
+        )
+        return axes
+
+    def profile_range(self) -> tuple[int, int] | None:
+        """(first, last) step to trace, both included; None when no trace is asked for."""
+        if not self.profile_steps:
+            return None
+        first, _, last = self.profile_steps.partition(":")
+        if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+            raise ConfigError(f"profile_steps is {self.profile_steps!r}; allowed: FIRST:LAST with 1 <= FIRST <= LAST")
+        return int(first), int(last)

@@ -1,0 +1,87 @@
+"""Checks that the settings share: each failure is one line naming the setting, its value and what is allowed."""
+
+import difflib
+import math
+import operator
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+
+def integer(name: str, value: object, least: int, end: int | None = None, off: str = "") -> int:
+    """`value` as an int, least <= value < end; ValueError otherwise, for booleans and floats too.
+
+    `off` says in the message what turns the setting off.
+    """
+    try:
+        number = least - 1 if isinstance(value, bool | np.bool_) else operator.index(value)  # type: ignore
+    except TypeError:
+        number = least - 1
+    if number < least or (end is not None and number >= end):
+        allowed = f"an integer, {least} or more" if end is None else f"an integer from {least} to {end - 1}"
+        raise ValueError(f"{name} is {value!r}; allowed: {allowed}{f', or {off}' if off else ''}")
+    return number
+
+
+def number(name: str, value: object, allowed: str) -> float:
+    try:
+        if isinstance(value, bool | np.bool_ | str):
+            raise TypeError
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {value!r}; allowed: {allowed}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {number}; allowed: {allowed}")
+    return number
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be; its message is one line naming the setting, its value and what is allowed."""
+
+
+def require(ok: bool, message: str) -> None:
+    """Raise `ConfigError(message)` unless ok."""
+    if not ok:
+        raise ConfigError(message)
+
+
+def check_fields(config: Any) -> None:
+    """Types and literals, so that a YAML string or a caller's typo is caught where it enters."""
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        options = get_args(hint) if get_origin(hint) is Literal else None
+        if options is not None:
+            require(value in options, f"{name} is {value!r}; allowed: {', '.join(map(str, options))}")
+        elif hint in (int, int | None):
+            optional = hint == (int | None)
+            fits = (isinstance(value, int) and not isinstance(value, bool)) or (optional and value is None)
+            require(fits, f"{name} is {value!r}; allowed: an integer{' or None' if optional else ''}")
+        elif hint in (float, float | None):
+            if isinstance(value, int) and not isinstance(value, bool):
+                object.__setattr__(config, name, float(value))
+                value = float(value)
+            fits = (isinstance(value, float) and math.isfinite(value)) or (hint is not float and value is None)
+            require(fits, f"{name} is {value!r}; allowed: a finite number{'' if hint is float else ' or None'}")
+        elif hint is bool:
+            require(isinstance(value, bool), f"{name} is {value!r}; allowed: true or false")
+        elif hint is str:
+            require(isinstance(value, str), f"{name} is {value!r}; allowed: text")
+
+
+def positive(config: Any, *names: str) -> None:
+    """Each named setting is above zero, or None."""
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value > 0, f"{name} is {value}; it must be positive")
+
+
+def fraction(config: Any, *names: str) -> None:
+    """Each named setting is in [0, 1)."""
+    for name in names:
+        require(0 <= getattr(config, name) < 1, f"{name} is {getattr(config, name)}; allowed: 0 <= {name} < 1")
+
+
+def suggest(name: str, known: Any) -> str:
+    """What the user may have meant by an unknown name."""
+    close = difflib.get_close_matches(str(name).replace("-", "_"), list(known), n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"

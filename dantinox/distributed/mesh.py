@@ -1,0 +1,56 @@
+"""A device mesh laid over the model from the axes that its parameters carry; the model knows nothing of it."""
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dantinox.checkpoint import params
+from dantinox.config import ConfigError, ModelConfig
+from dantinox.distributed.shard_map import BATCH
+
+# Logical axis -> mesh axis. Every matrix has the model width M exactly once, so fsdp cuts each of them along it.
+RULES = {"M": "fsdp"}
+
+
+def make_mesh(axes: dict[str, int]) -> Mesh | None:
+    """A mesh over the first devices here; None where one device is all that is asked for.
+
+    Raises:
+        ConfigError: fewer devices than the mesh needs.
+    """
+    needed, here = axes["data"] * axes["fsdp"], jax.local_devices()
+    if needed == 1:
+        return None
+    if needed > len(here):
+        raise ConfigError(
+            f"mesh data={axes['data']},fsdp={axes['fsdp']} needs {needed} devices; "
+            f"here {'is' if len(here) == 1 else 'are'} {len(here)}"
+        )
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    return jax.make_mesh((axes["data"], axes["fsdp"]), ("data", "fsdp"), auto, devices=here[:needed])
+
+
+def parameter_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
+    """Sharding of each parameter, by its dotted path.
+
+    Raises:
+        ConfigError: an axis does not divide by the devices along it.
+    """
+    _, shapes = params.abstract(config)
+    shardings = {}
+    for name, axes in params.axes(config).items():
+        spec = [RULES.get(axis) if len(axes) > 1 else None for axis in axes]  # norm scales are whole everywhere
+        for axis, over, size in zip(axes, spec, shapes[name].shape, strict=True):
+            if over and size % mesh.shape[over]:
+                raise ConfigError(f"axis {axis} of {name} is {size}; it must divide by {over}={mesh.shape[over]}")
+        shardings[name] = NamedSharding(mesh, PartitionSpec(*spec))
+    return shardings
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of [micro-batches, B, T]."""
+    return NamedSharding(mesh, PartitionSpec(None, BATCH))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())

@@ -1,0 +1,343 @@
+"""Text from a model: prompts are read in one pass, then a compiled loop appends a token to each at a time.
+
+Weights, caches, seed and sampling settings are arguments of the compiled programs, and sizes are rounded up
+to powers of two, so that a call compiles nothing unless it is the first of its size. Rows never mix: a prompt
+gives the same ids alone as in a batch. A draw depends on the seed, the sample number 0 .. n - 1 and the step
+alone: equal prompts in one batch give equal texts, and `n` asks for different ones.
+"""
+
+import functools
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dantinox.config import ModelConfig
+from dantinox.config.validation import integer
+from dantinox.inference import prefill as caching
+from dantinox.inference.sampling import Sampling, penalized, sample
+from dantinox.kernels import KVCache
+from dantinox.model.transformer import Transformer
+
+Array = jax.Array
+Ids = Sequence[int] | np.ndarray
+
+PREFILL_CHUNK = 2048  # tokens of the prompts read at once
+CHUNK = 64  # tokens a sequence between two looks of the host, which is when Ctrl-C is heard
+LAG = 0.05  # seconds that streamed text may lie behind
+FINISHED = -1  # in place of a token id, once a sequence has stopped
+
+
+def generate(
+    model: Transformer,
+    prompts: Sequence[Ids],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    stop_tokens: Iterable[int] = (),
+    n: int = 1,
+    max_context: int | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> list[list[int]]:
+    """Continue each prompt.
+
+    Args:
+        prompts: token ids in [0, vocab_size), at least one a prompt; lengths may differ.
+        max_new_tokens: most tokens a sequence gets.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k, top_p, min_p: which tokens may be drawn, see `dantinox.inference.sampling`.
+        repetition_penalty: above 1 makes tokens of the prompt and of the text so far less likely.
+        seed: of all draws, 0 <= seed < 2**32.
+        stop_tokens: ids that end a sequence; the stop token itself is not returned.
+        n: samples a prompt.
+        max_context: most tokens of a prompt and its continuation together; None: the model's. It binds models
+            with full attention or learned positions; where every layer has a window, any length goes.
+        prefill_chunk: tokens of the prompts read at once; reading takes the memory of one chunk. The ids do not
+            depend on it, but for rounding.
+
+    Returns:
+        len(prompts) * n lists of new ids, all samples of the first prompt first.
+
+    Raises:
+        ValueError: an argument is not allowed, or prompt and new tokens do not fit in max_context.
+    """
+    sampling = Sampling.checked(temperature, top_k, top_p, min_p, repetition_penalty)
+    samples = range(integer("n", n, 1))
+    request = Request(prompts, max_new_tokens, sampling, seed, stop_tokens, samples, max_context, prefill_chunk)
+    chunks = [chunk.ids for chunk in run(model, request)]
+    return [[token for ids in row for token in ids] for row in zip(*chunks, strict=True)]
+
+
+def stream(
+    model: Transformer,
+    prompt: Ids,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    stop_tokens: Iterable[int] = (),
+    sample: int = 0,
+    max_context: int | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> Iterator[int]:
+    """The new ids of one sequence as they come: `generate(model, [prompt], n=sample + 1, ...)[sample]`.
+
+    Arguments and errors are those of `generate`; they are checked before the first id is asked for.
+    """
+    sampling = Sampling.checked(temperature, top_k, top_p, min_p, repetition_penalty)
+    request = Request([prompt], max_new_tokens, sampling, seed, stop_tokens, (sample,), max_context, prefill_chunk)
+    return (token for chunk in run(model, request, lag=LAG) for token in chunk.ids[0])
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `generate` was asked for; checked against a model by `run`.
+
+    `samples` are the sample numbers wanted of each prompt. The other fields are `generate`'s arguments.
+    """
+
+    prompts: Sequence[Ids]
+    max_new_tokens: int
+    sampling: Sampling
+    seed: int = 0
+    stop_tokens: Iterable[int] = ()
+    samples: Sequence[int] = (0,)
+    max_context: int | None = None
+    prefill_chunk: int = PREFILL_CHUNK
+
+
+class Chunk(NamedTuple):
+    """What `run` gives at a time.
+
+    Attributes:
+        ids: the new ids of every sequence, all samples of the first prompt first.
+        done: which sequences have come to their end.
+    """
+
+    ids: list[list[int]]
+    done: list[bool]
+
+
+def run(model: Transformer, request: Request, lag: float | None = None) -> Iterator[Chunk]:
+    """The new ids of every sequence, a chunk at a time. The prompts are read once, for all samples.
+
+    Args:
+        lag: seconds that a chunk may take; None: CHUNK tokens, the fastest. The ids do not depend on it.
+
+    Raises:
+        ValueError: as `generate`, before the first chunk.
+    """
+    config = model.config
+    prompts = _prompts(request.prompts, config.vocab_size)
+    count = integer("max_new_tokens", request.max_new_tokens, 1)
+    seed = integer("seed", request.seed, 0, 2**32)
+    samples = [integer("sample", s, 0, 2**31) for s in request.samples]
+    stops = _stops(request.stop_tokens, config.vocab_size)
+    limit = context_limit(config, request.max_context)
+    longest = max(map(len, prompts))
+    if limit is not None and longest + count > limit:
+        raise ValueError(
+            f"a prompt of {longest} tokens and max_new_tokens {count} make {longest + count}; "
+            f"allowed: max_context {limit}, as {what_limits(config)}"
+        )
+    slots = caching.slots(config, caching.bucket(longest + count, caching.SMALLEST_CONTEXT, limit))
+    chunk = integer("prefill_chunk", request.prefill_chunk, 1)
+    size = caching.bucket(longest, caching.SMALLEST_PROMPT, limit)
+    if size > chunk:
+        size = -(-longest // chunk) * chunk
+    tokens = np.zeros((len(prompts), size), np.int32)
+    seen = np.zeros((len(prompts), config.vocab_size), bool)
+    for row, there, prompt in zip(tokens, seen, prompts, strict=True):
+        row[: len(prompt)] = prompt
+        there[prompt] = True
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    chunks = np.split(tokens, range(chunk, size, chunk), axis=1)
+    start = (chunks, lengths, seen, np.uint32(seed), np.array(samples, np.int32), request.sampling, stops)
+    return _chunks(model, slots, start, count, lag)
+
+
+def _chunks(model: Transformer, slots: tuple[int, ...], start: tuple, count: int, lag: float | None) -> Iterator[Chunk]:
+    graph, weights = nnx.split(model)
+    weights = _narrow(weights, model.config.dtype)
+    chunks, lengths, seen, seed, samples, sampling, stops = start
+    reading: caching.Reading | None = None
+    for i, tokens in enumerate(chunks):
+        at = i * chunks[0].shape[1]
+        # A power of two again; what there is not yet is masked.
+        past = caching.bucket(at, 1) if at else 0
+        reading = _read(graph, slots, past, weights, tokens, np.int32(at), lengths, reading)
+    start_all = _start_alone if len(samples) == 1 else _start
+    state = start_all(graph, weights, reading.last, seed, samples, reading.caches, seen)
+    size = CHUNK if lag is None else 1
+    while count:
+        size = min(size, count)
+        began = time.perf_counter()
+        state, new = _steps(graph, weights, state, sampling, stops, np.int32(size))
+        ids = np.asarray(new)[:, :size]
+        going = ids[:, -1] != FINISHED
+        count = count - size if going.any() else 0
+        yield Chunk([row[row != FINISHED].tolist() for row in ids], (~going | (count == 0)).tolist())
+        if lag is not None:
+            size = max(1, min(CHUNK, int(size * lag / (time.perf_counter() - began))))
+
+
+# --- compiled -------------------------------------------------------------------------------------
+
+
+class _State(NamedTuple):
+    """The sequences between two steps, R = prompts * samples rows.
+
+    Attributes:
+        caches: one a layer, of R rows.
+        logits: of the next token, [R, V] float32.
+        done: which rows have stopped, bool [R].
+        keys: random keys [R].
+        step: tokens drawn so far a row, int32.
+        seen: tokens of the prompt and of the text so far, bool [R, V].
+    """
+
+    caches: list[KVCache]
+    logits: Array
+    done: Array
+    keys: Array
+    step: Array
+    seen: Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=7)
+def _read(
+    graph: Any,
+    slots: tuple[int, ...],
+    past: int,
+    weights: Any,
+    tokens: Array,
+    start: Array,
+    lengths: Array,
+    reading: caching.Reading | None,
+) -> caching.Reading:
+    """One more chunk of the prompts [B, T]."""
+    return caching.read(nnx.merge(graph, weights), tokens, start, lengths, reading or slots, past)
+
+
+def _started(
+    graph: Any, weights: Any, last: Array, seed: Array, samples: Array, caches: list[KVCache], seen: Array
+) -> _State:
+    """The prompts, read once, for all samples."""
+    logits, prompts = nnx.merge(graph, weights).logits(last), last.shape[0]
+    if samples.size > 1:
+        logits, caches, seen = jax.tree.map(
+            lambda x: jnp.repeat(x, samples.size, axis=0), (logits, caches, jnp.asarray(seen))
+        )
+    root = jax.random.key(seed, impl="threefry2x32")
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(root, jnp.tile(samples, prompts))
+    return _State(caches, logits, jnp.zeros(keys.shape, bool), keys, jnp.int32(0), seen)
+
+
+_start = jax.jit(_started, static_argnums=0)
+_start_alone = jax.jit(_started, static_argnums=0, donate_argnums=5)  # one sample goes on in the caches as they are
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _steps(
+    graph: Any, weights: Any, state: _State, sampling: Sampling, stops: Array, count: Array
+) -> tuple[_State, Array]:
+    """`count` more tokens a row, until all have stopped: (state, ids [R, CHUNK], FINISHED after the end)."""
+    model = nnx.merge(graph, weights)
+    first = state.step
+
+    def going(carry: tuple[_State, Array]) -> Array:
+        state, _ = carry
+        return (state.step - first < count) & ~jnp.all(state.done)
+
+    def step(carry: tuple[_State, Array]) -> tuple[_State, Array]:
+        state, out = carry
+        keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
+        token = sample(penalized(state.logits, state.seen, sampling), sampling, keys)
+        done = state.done | jnp.any(token[:, None] == stops, axis=-1)
+        new = jnp.where(done, FINISHED, token)
+        out = jax.lax.dynamic_update_slice(out, new[:, None], (0, state.step - first))
+        logits, caches = caching.step(model, token, state.caches)
+        seen = state.seen.at[jnp.arange(token.size), token].set(True, unique_indices=True)
+        return _State(caches, logits, done, state.keys, state.step + 1, seen), out
+
+    out = jnp.full((state.done.size, CHUNK), FINISHED, jnp.int32)
+    return jax.lax.while_loop(going, step, (state, out))
+
+
+def _narrow(weights: Any, dtype: str) -> Any:
+    """Matrices in the dtype that every matmul casts them to anyway: once, and not at each token."""
+    return weights if dtype == "float32" else _cast(weights, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cast(weights: Any, dtype: str) -> Any:
+    return jax.tree.map(lambda w: w.astype(dtype) if w.ndim > 1 else w, weights)
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def _prompts(prompts: Sequence[Ids], vocab_size: int) -> list[np.ndarray]:
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence | np.ndarray):
+        raise ValueError(f"prompts are a {type(prompts).__name__}; allowed: a list of lists of token ids")
+    if len(prompts) == 0:
+        raise ValueError("prompts are empty; allowed: at least one prompt")
+    return [_ids(f"prompts[{i}]", prompt, vocab_size) for i, prompt in enumerate(prompts)]
+
+
+def _ids(name: str, ids: Any, vocab_size: int) -> np.ndarray:
+    """int32 [T] with T >= 1."""
+    try:
+        array = np.asarray(ids)
+    except ValueError:  # lists of different lengths
+        array = np.asarray(None)
+    if array.ndim != 1:
+        raise ValueError(f"{name} is {ids!s:.50}; allowed: a list of token ids")
+    if array.size == 0:
+        raise ValueError(f"{name} is empty; allowed: at least one token id")
+    if not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{name} holds {array.dtype} values; allowed: integers")
+    bad = (array < 0) | (array >= vocab_size)
+    if bad.any():
+        raise ValueError(f"{name} holds id {array[bad][0]}; allowed: 0 to {vocab_size - 1}")
+    return array.astype(np.int32)
+
+
+def _stops(stop_tokens: Iterable[int], vocab_size: int) -> np.ndarray:
+    """int32, padded with FINISHED to a power of two, so that their number hardly ever recompiles."""
+    stops = list(stop_tokens) if isinstance(stop_tokens, Iterable) else stop_tokens
+    array = np.zeros(0, np.int32) if stops == [] else _ids("stop_tokens", stops, vocab_size)
+    return np.pad(array, (0, caching.bucket(len(array), 16) - len(array)), constant_values=FINISHED)
+
+
+def context_limit(config: ModelConfig, max_context: int | None = None) -> int | None:
+    """Most tokens a sequence may have, prompt included: `max_context` or the model's; None where any length goes."""
+    if max_context is not None:
+        max_context = integer("max_context", max_context, 1)
+        if config.positions == "learned" and max_context > config.max_context:
+            raise ValueError(f"max_context is {max_context}; allowed: up to {config.max_context}")
+    return None if what_limits(config) is None else max_context or config.max_context
+
+
+def what_limits(config: ModelConfig) -> str | None:
+    """Why a sequence of this model has a longest length; None where every layer has a window."""
+    if config.positions == "learned":
+        return "its positions are learned"
+    full = [layer for layer in range(config.n_layers) if config.layer_window(layer) is None]
+    if not full:
+        return None
+    return "every layer sees all of it" if len(full) == config.n_layers else f"layer {full[0]} sees all of it"

@@ -1,0 +1,127 @@
+"""The next token from logits: temperature, top-k, top-p and min-p, all of them values that never recompile.
+
+They apply in the order the field has settled on (Hugging Face `generate`):
+
+    penalty  logits of tokens that were there before, / penalty where positive, * penalty where negative
+    z = logits / temperature                     0: the largest logit, nothing is drawn
+    top_k    keep the k largest z                None: all
+    top_p    of what is left, renormalised, the fewest with a mass of p; the one that crosses p stays
+    min_p    keep p(token) >= min_p * p(best)    whatever was cut before: the best one never is
+
+Equal logits are ranked by id, lower first, in every step: top_k = 1 is greedy, and exactly k tokens survive
+top_k.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dantinox.config.validation import integer, number
+
+Array = jax.Array
+
+
+class Sampling(NamedTuple):
+    """How to draw, as scalars that a compiled program takes as arguments; `Sampling.checked` builds one.
+
+    Attributes:
+        temperature: divides the logits, float32; 0: greedy.
+        top_k: tokens kept, int32; 0: all.
+        top_p: probability mass kept, float32; 1: all.
+        min_p: least probability kept over the best token's, float32; 0: none asked.
+        repetition_penalty: what makes tokens that were there before less likely, float32; 1: nothing.
+    """
+
+    temperature: Array | np.ndarray
+    top_k: Array | np.ndarray
+    top_p: Array | np.ndarray
+    min_p: Array | np.ndarray
+    repetition_penalty: Array | np.ndarray
+
+    @classmethod
+    def checked(
+        cls,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+    ) -> "Sampling":
+        """Raises ValueError, one line that names the argument, for a value that makes no sense."""
+        temperature = number("temperature", temperature, "a finite number, 0 (greedy) or more")
+        if temperature < 0:
+            raise ValueError(f"temperature is {temperature}; allowed: a finite number, 0 (greedy) or more")
+        k = 0 if top_k is None else integer("top_k", top_k, 1, off="None: all tokens")
+        top_p = number("top_p", top_p, "0 < top_p <= 1 (1: off)")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p is {top_p}; allowed: 0 < top_p <= 1 (1: off)")
+        min_p = number("min_p", min_p, "0 <= min_p < 1 (0: off)")
+        if not 0 <= min_p < 1:
+            raise ValueError(f"min_p is {min_p}; allowed: 0 <= min_p < 1 (0: off)")
+        most = float(np.finfo(np.float32).max)
+        k = min(k, np.iinfo(np.int32).max)  # more than any vocabulary
+        penalty = number("repetition_penalty", repetition_penalty, "a number from 0.01 to 100 (1: off)")
+        if not 0.01 <= penalty <= 100:
+            raise ValueError(f"repetition_penalty is {penalty}; allowed: a number from 0.01 to 100 (1: off)")
+        numbers = np.float32([min(temperature, most), top_p, min_p, penalty])
+        return cls(numbers[0], np.int32(k), *numbers[1:])
+
+
+def sample(logits: Array, sampling: Sampling, keys: Array) -> Array:
+    """One token a row.
+
+    Args:
+        logits: [B, V] float32.
+        sampling: one setting for all rows.
+        keys: [B] random keys; a row's draw depends on its own key and logits alone.
+
+    Returns:
+        ids [B] int32.
+    """
+
+    def draw() -> Array:
+        # Gumbel noise: its argmax is a draw from the softmax of the tokens that are kept.
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
+        z = scaled(logits, sampling.temperature)
+        return jnp.argmax(jnp.where(kept(z, sampling), z + noise, -jnp.inf), axis=-1)
+
+    def greedy() -> Array:
+        return jnp.argmax(logits, axis=-1)
+
+    return jax.lax.cond(sampling.temperature > 0, draw, greedy).astype(jnp.int32)
+
+
+def penalized(logits: Array, seen: Array, sampling: Sampling) -> Array:
+    """logits [B, V], those of tokens that were `seen`, bool [B, V], made smaller (Keskar et al., 2019)."""
+    penalty = sampling.repetition_penalty
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def scaled(logits: Array, temperature: Array) -> Array:
+    """logits / temperature [B, V], shifted so that the largest is 0: no temperature can overflow it."""
+    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+    return shifted / jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny)
+
+
+def kept(z: Array, sampling: Sampling) -> Array:
+    """Which tokens may be drawn, bool [B, V], of scaled logits z [B, V]. Sorts only if it must."""
+    V = z.shape[-1]
+    cut = ((sampling.top_k > 0) & (sampling.top_k < V)) | (sampling.top_p < 1)
+    best = jax.lax.cond(cut, lambda: _best(z, sampling), lambda: jnp.ones(z.shape, bool))
+    return best & (jnp.exp(z) >= sampling.min_p)
+
+
+def _best(z: Array, sampling: Sampling) -> Array:
+    """The tokens that top-k and then top-p keep: a prefix of the tokens sorted by z."""
+    B, V = z.shape
+    ids = jnp.broadcast_to(jnp.arange(V, dtype=jnp.int32), (B, V))
+    # Stable, so that of equal logits the lower id comes first.
+    descending, order = jax.lax.sort((-z, ids), dimension=-1, is_stable=True, num_keys=1)
+    k = jnp.where(sampling.top_k > 0, sampling.top_k, V)
+    in_k = jnp.arange(V) < k
+    mass = jnp.cumsum(jnp.where(in_k, jnp.exp(-descending), 0), axis=-1)
+    before = jnp.pad(mass[:, :-1], ((0, 0), (1, 0)))
+    in_p = (before < sampling.top_p * mass[:, -1:]) | (sampling.top_p >= 1) | (jnp.arange(V) == 0)
+    return jnp.zeros((B, V), bool).at[jnp.arange(B)[:, None], order].set(in_k & in_p, unique_indices=True)

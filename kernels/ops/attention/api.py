@@ -1,0 +1,132 @@
+"""Sliding-window, gated, grouped-query attention."""
+
+import importlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from dantinox.kernels import validation
+from dantinox.kernels.dispatch import choose, missing, on_gpu
+from dantinox.kernels.ops.attention import xla
+from dantinox.kernels.ops.attention.pallas_tpu import block_sizes, vjp
+
+Array = jax.Array
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    gate: Array | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    segment_ids: tuple[Array, Array] | Array | None = None,
+    implementation: str = "auto",
+) -> Array:
+    """o = sigmoid(gate) * softmax(cap(scale * q k^T) + mask) v, differentiable in q, k, v and gate.
+
+    Args:
+        q: queries [B, T, H, D].
+        k: keys [B, S, K, D]; v: values [B, S, K, D]; H a multiple of K. All of one floating dtype.
+        gate: logits [B, T, H, D] or [B, T, H, 1] in q's dtype, or None.
+        causal: a query sees no later key; query t sits at key S - T + t (bottom-right).
+        window: keys a query sees, itself included, 0 <= pos_q - pos_k < window; needs causal.
+        scale: factor on the scores; None: D**-0.5.
+        softcap: scores s become softcap * tanh(s / softcap).
+        segment_ids: (q_ids [B, T], kv_ids [B, S]) int32, or one [B, T] array where T == S; a query sees only keys
+            of its own segment.
+        implementation: auto, reference, xla, pallas or triton.
+
+    Returns:
+        [B, T, H, D] in q's dtype; zeros, with zero gradients, for a query that sees no key.
+
+    Raises:
+        ValueError: an argument's shape, dtype or value is not allowed.
+        NotImplementedError: the named implementation cannot run here.
+    """
+    q, k, v = validation.array("q", q, "BTHD"), validation.array("k", k, "BSKD"), validation.array("v", v, "BSKD")
+    gate = None if gate is None else validation.array("gate", gate, "BTHD")
+    validation.floating(q=q, k=k, v=v, gate=gate)
+    B, T, H, D = q.shape
+    S, K = k.shape[1], k.shape[2]
+    validation.shape("k", k, (B, S, K, D))
+    validation.shape("v", v, (B, S, K, D))
+    validation.heads(H, K)
+    if gate is not None:
+        validation.shape("gate", gate, (B, T, H, D), (B, T, H, 1))
+    validation.window(window, causal)
+    validation.scalars(scale=scale, softcap=softcap)
+    segment_ids = _segments(segment_ids, B, T, S)
+
+    if window is not None:
+        window = min(int(window), max(S, 1))  # a longer one sees no more
+
+    table = _table()
+    if not isinstance(table["pallas"], str) and (why := _refusal(q.dtype, D)) is not None:
+        table["pallas"] = why
+    slow = {}
+    if on_gpu():
+        slow["pallas"] = "Hopper's kernels have not run on a GPU yet; name them"
+    elif block_sizes.interpreted_slow(B, T, S, H, window):
+        slow["pallas"] = "interpreted, it is slow at these sizes"
+    run = choose("attention", implementation, table, slow)
+    if 0 in (B, T, H, D):
+        return q
+    return run(
+        q,
+        k,
+        v,
+        gate=gate,
+        causal=causal,
+        window=window,
+        scale=D**-0.5 if scale is None else scale,
+        softcap=softcap,
+        segment_ids=segment_ids,
+    )
+
+
+def _table() -> dict:
+    def reference(*args, **kwargs):
+        from dantinox.reference import attention as specification
+
+        return specification(*args, **kwargs)
+
+    return {
+        "reference": reference,
+        "xla": xla.attention,
+        "pallas": missing("attention", "pallas") or (_file("pallas_sm90.vjp") if on_gpu() else vjp.attention),
+        "triton": missing("attention", "triton"),
+    }
+
+
+def _refusal(dtype: jnp.dtype, D: int) -> str | None:
+    """Why this device's Pallas kernel cannot take these arrays."""
+    if on_gpu():
+        return importlib.import_module("dantinox.kernels.ops.attention.pallas_sm90.vjp").refusal(dtype, D)
+    return "q has dtype float64 and it adds up in float32" if dtype == jnp.float64 else None
+
+
+def _file(name: str) -> Callable[..., Array]:
+    """`attention` of the file of that name beside this one, so that a line of the table may add a kernel."""
+    return importlib.import_module(f"dantinox.kernels.ops.attention.{name}").attention
+
+
+def _segments(segment_ids: tuple[Array, Array] | Array | None, B: int, T: int, S: int) -> tuple[Array, Array] | None:
+    if segment_ids is None:
+        return None
+    if not isinstance(segment_ids, tuple | list):
+        segment_ids = jnp.asarray(segment_ids)
+        if T != S:
+            raise ValueError(f"segment_ids is one array but T is {T} and S is {S}; allowed: (q_ids, kv_ids)")
+        segment_ids = (segment_ids, segment_ids)
+    if len(segment_ids) != 2:
+        raise ValueError(f"segment_ids holds {len(segment_ids)} arrays; allowed: (q_ids [B, T], kv_ids [B, S])")
+    q_ids, kv_ids = (jnp.asarray(ids) for ids in segment_ids)
+    for name, ids, length in (("q_ids", q_ids, T), ("kv_ids", kv_ids, S)):
+        validation.shape(f"segment_ids {name}", ids, (B, length))
+        validation.integer(f"segment_ids {name}", ids)
+    return q_ids, kv_ids

@@ -1,0 +1,1 @@
+"""Attention in Pallas for Hopper GPUs."""

@@ -1,0 +1,1 @@
+"""One decoding step: append a token to the cache and attend to it."""

@@ -1,0 +1,135 @@
+"""One decoding step: append to the ring, attend to what is visible, in place."""
+
+import importlib
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+
+from dantinox.kernels import validation
+from dantinox.kernels.dispatch import choose, missing, on_gpu
+from dantinox.kernels.ops.decode_attention import xla
+from dantinox.kernels.ops.decode_attention.kv_cache import LARGEST, KVCache
+from dantinox.kernels.ops.decode_attention.pallas_tpu import kernel
+
+Array = jax.Array
+
+__all__ = ["KVCache", "decode_attention"]
+
+
+def decode_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    cache: KVCache,
+    *,
+    gate: Array | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    implementation: str = "auto",
+) -> tuple[Array, KVCache]:
+    """Append one token a sequence at slot length % C, then attend to the last min(length + 1, C, window) tokens.
+
+    Under `jit` with the cache donated no implementation copies it.
+
+    Args:
+        q: [B, H, D]; k and v: [B, K, D]; one floating dtype.
+        cache: `KVCache`, k and v [B, K, C, D], length [B] int32. Of int8 or float8_e4m3fn, with k_scale and v_scale
+            [B, K, C] float32, the new token is rounded to it before it is attended to, as it will be afterwards.
+        gate: logits [B, H, D] or [B, H, 1], or None.
+        window: keys the query sees, itself included; None, or more than C: as many as the ring holds.
+        scale: factor on the scores; None: D**-0.5.
+        softcap: scores s become softcap * tanh(s / softcap).
+        implementation: auto, reference, xla, pallas or triton.
+
+    Returns:
+        (o [B, H, D] in q's dtype, the cache with length + 1).
+
+    Raises:
+        ValueError: an argument's shape, dtype or value is not allowed.
+        NotImplementedError: the named implementation cannot run here.
+    """
+    q, k, v = validation.array("q", q, "BHD"), validation.array("k", k, "BKD"), validation.array("v", v, "BKD")
+    gate = None if gate is None else validation.array("gate", gate, "BHD")
+    validation.floating(q=q, k=k, v=v, gate=gate)
+    if not all(hasattr(cache, name) for name in KVCache._fields):
+        raise ValueError(f"cache is a {type(cache).__name__}; allowed: dantinox.kernels.KVCache")
+    cache_k, cache_v = validation.array("cache.k", cache.k, "BKCD"), validation.array("cache.v", cache.v, "BKCD")
+    length = validation.array("cache.length", cache.length, "B")
+    B, H, D = q.shape
+    K, C = k.shape[1], cache_k.shape[2]
+    validation.shape("k", k, (B, K, D))
+    validation.shape("v", v, (B, K, D))
+    validation.heads(H, K)
+    validation.shape("cache.k", cache_k, (B, K, C, D))
+    validation.shape("cache.v", cache_v, (B, K, C, D))
+    scales = _scales(cache, cache_k, cache_v)
+    validation.shape("cache.length", length, (B,))
+    validation.integer("cache.length", length)
+    if C < 1:
+        raise ValueError("cache has 0 slots; allowed: 1 or more")
+    if gate is not None:
+        validation.shape("gate", gate, (B, H, D), (B, H, 1))
+    validation.window(window, causal=True)
+    validation.scalars(scale=scale, softcap=softcap)
+
+    cache = KVCache(cache_k, cache_v, length, *scales)
+    table = _table()
+    if not isinstance(table["pallas"], str) and (why := _refusal(q, cache)) is not None:
+        table["pallas"] = why
+    slow = {}
+    if on_gpu():
+        slow["pallas"] = "Hopper's kernel has not run on a GPU yet; name it"
+    elif kernel.interpreted_slow(C):
+        slow["pallas"] = "interpreted, it is slow at these sizes"
+    run = choose("decode_attention", implementation, table, slow)
+    return run(q, k, v, cache, gate=gate, window=window, scale=D**-0.5 if scale is None else scale, softcap=softcap)
+
+
+def _scales(cache: KVCache, k: Array, v: Array) -> tuple[Array | None, Array | None]:
+    """The factors of an 8-bit cache, checked."""
+    eight_bits = k.dtype in LARGEST or v.dtype in LARGEST
+    if not eight_bits:
+        validation.floating(**{"cache.k": k, "cache.v": v})
+    elif k.dtype != v.dtype:
+        raise ValueError(f"cache.v has dtype {v.dtype}; allowed: {k.dtype}, the dtype of cache.k")
+    found = []
+    for name in ("k_scale", "v_scale"):
+        scale = getattr(cache, name, None)
+        if eight_bits and scale is None:
+            raise ValueError(f"cache.{name} is None; allowed with a cache of {k.dtype}: float32 {k.shape[:3]}")
+        if not eight_bits and scale is not None:
+            raise ValueError(f"cache.{name} is given; allowed with a cache of {k.dtype}: None")
+        if scale is not None:
+            scale = validation.array(f"cache.{name}", scale, "BKC")
+            validation.shape(f"cache.{name}", scale, k.shape[:3])
+            if scale.dtype != jnp.float32:
+                raise ValueError(f"cache.{name} has dtype {scale.dtype}; allowed: float32")
+        found.append(scale)
+    return found[0], found[1]
+
+
+def _table() -> dict:
+    def reference(*args, **kwargs):
+        from dantinox.reference import decode_attention as specification
+
+        return specification(*args, **kwargs)
+
+    return {
+        "reference": reference,
+        "xla": xla.decode_attention,
+        "pallas": missing("decode_attention", "pallas") or (_hopper() if on_gpu() else kernel).decode_attention,
+        "triton": missing("decode_attention", "triton"),
+    }
+
+
+def _hopper() -> ModuleType:
+    return importlib.import_module("dantinox.kernels.ops.decode_attention.pallas_sm90.kernel")
+
+
+def _refusal(q: Array, cache: KVCache) -> str | None:
+    """Why this device's Pallas kernel cannot take these arrays."""
+    if on_gpu():
+        return _hopper().refusal(q, cache)
+    return "q has dtype float64 and it adds up in float32" if q.dtype == jnp.float64 else None

@@ -1,0 +1,1 @@
+"""Decoding attention in Pallas for Hopper GPUs."""

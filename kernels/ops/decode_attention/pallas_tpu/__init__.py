@@ -1,0 +1,1 @@
+"""Decoding attention in Pallas for TPUs, interpreted on a CPU."""

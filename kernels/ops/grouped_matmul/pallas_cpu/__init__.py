@@ -1,0 +1,1 @@
+"""Grouped matmul in Pallas, in a form that a CPU interprets fast."""

@@ -1,0 +1,1 @@
+"""Grouped matmul in Pallas for TPUs."""

@@ -1,0 +1,1 @@
+"""A dropless mixture of SwiGLU experts."""

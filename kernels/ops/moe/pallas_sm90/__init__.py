@@ -1,0 +1,1 @@
+"""The mixture of experts in Pallas for Hopper GPUs."""

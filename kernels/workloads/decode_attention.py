@@ -1,0 +1,55 @@
+"""The rows of decoding attention."""
+
+from dantinox.kernels.workloads.common import ALL, AOT, BIG, BUNDLES, CPU, TPU
+from dantinox.kernels.workloads.types import Decode
+
+
+def _ages(C: int) -> tuple[int, ...]:
+    """Empty, one token, one before the ring is full, full, wrapped, wrapped ten times."""
+    return (0, 1, C - 1, C, C + 1, 2 * C - 1, 10 * C)
+
+
+RING = {"purposes": ("parity",), "machines": ("small",), "dtypes": ALL}
+
+
+def _ring(name: str, C: int = 8, **sizes) -> Decode:
+    return Decode(name=name, C=C, lengths=_ages(C), **RING, **sizes)
+
+
+def _step(name: str, C: int, *lengths: int, H: int, K: int, D: int = 128, **kind) -> Decode:
+    return Decode(name=name, C=C, lengths=lengths, H=H, K=K, D=D, **kind)
+
+
+RINGS = (
+    _ring("grouped"),
+    _ring("multi-head, elementwise gate", H=2, gate="elementwise"),
+    _ring("multi-query, head gate, cap", H=3, K=1, gate="head", softcap=1.5),
+    _ring("window", window=3, scale=0.3),
+    _ring("window of one", window=1, gate="head"),
+    _ring("window past C", window=100),
+    _ring("one slot", 1, gate="elementwise"),
+    _ring("129 slots", 129, D=16, window=70),
+    # What a tensor core takes, in blocks of 64 slots and a part of one.
+    _ring("72 slots, heads of 64", 72, H=4, K=1, D=64, gate="head"),
+    _ring("136 slots, heads of 128", 136, H=2, D=128, window=70, gate="elementwise", softcap=2.0),
+    # A large ring that is nearly empty, the same tokens in a small one, and a sweep over the position.
+    *(_step(f"512 in C={C}", C, 512, H=8, K=2, D=64, **CPU) for C in (1024, 32768)),
+    *(_step(f"C={C}, full", C, C, H=8, K=2, D=64, sweep=("C",), **CPU) for C in (512, 2048, 8192)),
+    *(
+        _step(f"C=8192, full, {dtype}", 8192, 8192, H=8, K=2, D=64, kv_dtype=dtype, **CPU)
+        for dtype in ("int8", "float8_e4m3fn")
+    ),
+    _step("W=256 at 100000", 4096, 100_000, H=8, K=2, D=64, window=256, **CPU),
+    _step("ragged batch", 2048, 0, 100, 2047, 30_000, H=8, K=2, D=64, **CPU),
+    _step("Mixtral-8x7B 32k, B=1", 32768, 32767, H=32, K=8, **BIG),
+    _step("Mixtral-8x7B 8k, B=32", 8192, *([8191] * 32), H=32, K=8, **BIG),
+    _step("Mixtral-8x7B 8k, B=32, int8", 8192, *([8191] * 32), H=32, K=8, kv_dtype="int8", **TPU),
+    _step("Mistral-7B window, B=32", 16384, *([100_000] * 32), H=32, K=8, window=4096, **BIG),
+    _step("ragged 0..32k, B=16", 32768, *range(0, 32768, 2048), H=32, K=4, **BIG),
+    _step("nearly empty, B=8", 65536, *([512] * 8), H=32, K=8, **BIG),
+    _step("aot ring", 2048, 5000, 100, H=8, K=2, window=1024, gate="head", **AOT),
+    *(
+        _step(f"aot ring, {dtype}", 2048, 5000, 100, H=8, K=2, window=1024, gate="head", kv_dtype=dtype, **BUNDLES)
+        for dtype in ("int8", "float8_e4m3fn")
+    ),
+)

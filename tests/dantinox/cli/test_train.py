@@ -1,0 +1,220 @@
+"""The training program as its user meets it: files it writes, resuming, wrong input, Ctrl-C."""
+
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import dantinox
+from dantinox.cli import train
+from dantinox.config import Config
+from dantinox.metrics.logger import read_metrics
+from tests.helpers.readme_messages import promised
+from tests.helpers.tensorboard_server import tensorboard
+
+TINY = """--n-layers 1 --dim 32 --n-heads 2 --kv-heads 1 --window 8 --seq-len 16 --max-context 64 --batch-size 4
+--eval-batches 2 --sample-tokens 8 --log-every 1""".split()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "inferno.txt"
+    line = "Nel mezzo del cammin di nostra vita mi ritrovai per una selva oscura, che la diritta via era smarrita.\n"
+    path.write_text("".join(f"{i} {line}" for i in range(200)))
+    return path
+
+
+def run(*words, cwd, check=None):
+    command = [sys.executable, "-m", "dantinox.train", *map(str, words)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600)
+    assert check is None or done.returncode == check, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory):
+    """A run of 6 steps in its folder."""
+    folder = tmp_path_factory.mktemp("runs")
+    flags = ["--data", text, "--eval-every", 3, "--save-every", 4, "--profile-steps", "2:3", "--n-experts", 2]
+    done = run(*TINY, "--run", "whole", "--steps", 6, *flags, cwd=folder, check=0)
+    return folder, done.stdout
+
+
+def test_a_run_writes_everything_it_promises(finished):
+    folder, out = finished
+    path = folder / "runs" / "whole"
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 7))
+    assert all(row["loss"] > 0 for row in rows)
+    assert [row["step"] for row in rows if "val_loss" in row] == [3, 6]
+    assert sorted(int(p.name) for p in (path / "checkpoints").iterdir()) == [4, 6]  # the last step is always saved
+    assert (path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "active a token" in (path / "summary.txt").read_text()
+    settings = yaml.safe_load((path / "config.yaml").read_text())
+    assert settings["dim"] == 32 and settings["vocab_size"] > 200
+    assert Config.from_yaml(path / "config.yaml").flat() == settings
+    assert "sample at step 6" in out and "validation loss" in out
+
+
+def test_tensorboard_shows_scalars_samples_and_the_trace_of_the_steps_asked_for(finished):
+    folder = finished[0] / "runs" / "whole" / "tensorboard"
+    events = EventAccumulator(str(folder)).Reload()
+    for name in ("loss", "grad_norm", "lr", "router/load_max.0", "router/entropy.0", "router/dropped.0"):
+        assert [event.step for event in events.Scalars(name)] == list(range(1, 7)), name
+    assert [event.step for event in events.Scalars("val_loss")] == [3, 6]
+    assert "sample" in events.Tags()["tensors"]
+    assert list(folder.glob("plugins/profile/*/*.xplane.pb"))
+    if platform.machine() == "aarch64":
+        return  # TensorBoard's profile plugin has no build for ARM Linux
+    with tensorboard(finished[0] / "runs") as board:
+        (run,) = board.profile("runs")
+        assert "trace_viewer@" in board.profile(f"run_tools?run={quote(run, safe='')}")
+        traced = board.trace(run)
+        assert "whole/tensorboard" in board.get("data/plugin/scalars/tags")  # beside the trace
+    planes = {event["pid"]: event["args"]["name"] for event in traced if event.get("name") == "process_name"}
+    (ours,) = (pid for pid, name in planes.items() if name.endswith("named scopes"))
+    drawn = {event["name"] for event in traced if event["pid"] == ours and event["ph"] == "X"}
+    assert drawn >= {"block0/attention/attend", "block0/moe/experts (backward)", "logits", "optimizer"}
+    steps = {event["name"]: event for event in traced if re.fullmatch(r"train \d+", event.get("name", ""))}
+    assert set(steps) == {"train 2", "train 3"}
+    inside = [e for e in traced if e["pid"] == ours and e.get("name") == "optimizer"]
+    assert inside and all(any(s["ts"] <= e["ts"] <= s["ts"] + s["dur"] for s in steps.values()) for e in inside)
+
+
+def test_load_gives_the_trained_model(finished):
+    model, tokenizer = dantinox.load(finished[0] / "runs" / "whole")
+    ids = dantinox.generate(model, [tokenizer.encode("Nel ")], max_new_tokens=5, temperature=0.0)
+    assert len(ids[0]) == 5
+    assert tokenizer.decode(tokenizer.encode("perché no? 学")) == "perché no? 学"
+
+
+def test_an_older_run_of_the_same_name_is_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for number in range(3):
+        folder = train.prepare_run(Config().replace(run="x"), resume=False)
+        (folder / "metrics.jsonl").write_text(str(number))
+    assert "is now runs/x.1" in capsys.readouterr().out
+    held = {path.name: (path / "metrics.jsonl").read_text() for path in Path("runs").iterdir()}
+    assert held == {"x.1": "0", "x.2": "1", "x": "2"}
+    assert train.prepare_run(Config().replace(run="x"), resume=True) == folder and len(os.listdir("runs")) == 3
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(text, tmp_path):
+    words = [*TINY, "--data", str(text), "--run", "stopped", "--steps", "100000", "--eval-every", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dantinox.train", *words],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "runs" / "stopped" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while len(read_metrics(metrics)) < 5 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    asked = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert time.monotonic() - asked < 5
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    step = int(re.search(r"step (\d+) is saved. Go on with: python -m dantinox.train --run stopped --resume", out)[1])
+    assert [p.name for p in (tmp_path / "runs" / "stopped" / "checkpoints").iterdir()] == [str(step)]
+    run("--run", "stopped", "--resume", "--steps", step + 2, cwd=tmp_path, check=0)
+    assert [row["step"] for row in read_metrics(metrics)] == list(range(1, step + 3))
+
+
+def test_dry_run_costs_and_writes_nothing(text, tmp_path):
+    done = run(*TINY, "--data", text, "--dry-run", cwd=tmp_path, check=0)
+    for word in ("parameters", "active a token", "FLOPs a token", "MiB a device at the peak", "KV cache"):
+        assert word in done.stdout
+    assert os.listdir(tmp_path) == []
+
+
+WRONG = {
+    "--slidng-window 3": r"Unrecognized options: --slidng-window",
+    "--windw 3": r"did you mean --window\?",
+    "--n-heads 7": r"n_heads is 7 and kv_heads is \d; n_heads must be a multiple of kv_heads",
+    "--n-heads 4 --kv-heads 3": r"n_heads is 4 and kv_heads is 3; n_heads must be a multiple of kv_heads",
+    "--window -3": r"window is -3; allowed: 1 or more",
+    "--window 0": r"window is 0; allowed: 1 or more",
+    "--n-experts 2 --experts-per-token 3": r"experts_per_token is 3 but n_experts is 2",
+    "--steps x": r"--steps.*'x'",
+    "--steps 0": r"steps is 0; it must be positive",
+    "--lr nan": r"lr is nan; allowed: a finite number",
+    "--mlp relu": r"'relu' for argument '--mlp'. Expected one of",
+    "--preset nanno": r"preset is 'nanno'; did you mean 'nano'\?",
+    "--config missing.yaml": r"missing.yaml: cannot be read \(No such file or directory\)",
+    "--config wrong.yaml": r"unknown setting 'slidng_window'",
+    "--data no/such/file.txt": r"no/such/file.txt",
+    "--run nobody --resume": r"run runs/nobody does not exist",
+    f"--run {'a' * 300}": "run is a name of 300 bytes; allowed: up to 200",
+    "--run a/b": r"run is 'a/b'; allowed: a plain folder name",
+    "--mesh data=3000 --batch-size 3000": r"needs 3000 devices",
+    "--mesh tensor=2": r"allowed: data=N,fsdp=M",
+    "--seq-len 9999": r"seq_len is 9999 but max_context is",
+    "--grad-accum 3": r"batch_size must be a multiple of grad_accum",
+    "--profile-steps 5": r"profile_steps is '5'; allowed: FIRST:LAST",
+    "--attn triton --steps 1": r"attention: implementation='triton' cannot run here: ",
+    "--moe triton --n-experts 4 --steps 1": r"moe_mlp: implementation='triton' cannot run here: ",
+    "--attn cuda": r"'cuda' for argument '--attn'",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_wrong_input_is_one_line_and_exit_2(words, tmp_path, monkeypatch, capsys, text):
+    """Fault 9: a typo in a settings file is ignored."""
+    monkeypatch.chdir(tmp_path)
+    Path("wrong.yaml").write_text("slidng_window: 64\n")
+    data = [] if "--data" in words else ["--data", str(text)]
+    with pytest.raises(SystemExit) as stop:
+        train.main([*data, *words.split()])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert captured.err.count("\n") == 1 and captured.err.startswith("dantinox-train: error: ")
+    assert re.search(WRONG[words], captured.err), captured.err
+    assert words != "--windw 3" or promised("a wrong flag").fullmatch(captured.err.strip())
+    assert os.listdir() == ["wrong.yaml"]  # nothing is left behind
+
+
+def test_resuming_with_another_model_names_each_difference(finished, text, monkeypatch, capsys):
+    monkeypatch.chdir(finished[0])
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--run", "whole", "--resume", "--steps", "9", "--n-layers", "2", "--kv-heads", "2"])
+    assert stop.value.code == 2
+    assert "--resume cannot change n_layers 1 -> 2; kv_heads 1 -> 2" in capsys.readouterr().err
+
+
+def test_switches_may_be_written_like_all_other_flags():
+    parsed = [
+        train.parse(["--tie=False", "--qk_norm=true", f"--window={w}", "--no-tie"]).settings.model for w in (3, None)
+    ]
+    assert [(m.tie, m.qk_norm, m.window) for m in parsed] == [(False, True, 3), (False, True, None)]
+
+
+def test_help_lists_every_setting(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for name in [*Config().flat(), "preset", "config", "resume", "dry_run", "verbose"]:
+        assert "--" + name.replace("_", "-") in out, name
+
+
+@pytest.mark.parametrize("name", ["nano", "nano-moe", "dante", "dante-moe", "h100"])
+def test_every_preset_is_whole(name):
+    config = Config.from_preset(name)
+    assert config.train.run == name
+    assert Config.from_preset(name, n_layers=2).model.n_layers == 2
+    with pytest.raises(dantinox.ConfigError, match="did you mean 'n_layers'"):
+        Config.from_preset(name, n_layer=2)

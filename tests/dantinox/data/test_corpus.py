@@ -1,0 +1,343 @@
+"""Corpora are found, split without leakage, cached under what they are, and cut into reproducible batches."""
+
+import logging
+import math
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dantinox.data import corpus as data
+from dantinox.data.corpus import Document, batch, eval_batches, find_documents, prepare, split
+from dantinox.data.tokenizer import CharTokenizer, train_tokenizer
+
+TOKENS = np.arange(1000, dtype=np.uint16)
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode())
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """40 small distinct documents, and a copy of each of the first ten."""
+    for i in range(40):
+        write(tmp_path / "docs" / f"{i:02}.txt", f"document number {i}, {i * i} words long\n" * 5)
+    for i in range(10):
+        write(tmp_path / "docs" / "copies" / f"{i:02}.md", f"document number {i}, {i * i} words long\n" * 5)
+    return tmp_path / "docs"
+
+
+@pytest.fixture
+def make(tmp_path):
+    """prepare() with a cache of the test's own."""
+    return lambda spec, **options: prepare(spec, cache_dir=tmp_path / "cache", **options)
+
+
+def documents_of(corpus, tokens) -> list[str]:
+    ends = np.flatnonzero(tokens == corpus.tokenizer.eos_id) + 1
+    assert ends[-1] == len(tokens)
+    return [corpus.tokenizer.decode(part) for part in np.split(tokens, ends[:-1])]
+
+
+# Finding
+
+
+def test_file_folder_and_glob(folder):
+    assert [d.text for d in find_documents(folder / "03.txt")] == [(folder / "03.txt").read_text()]
+    names = [d.name for d in find_documents(folder)]
+    assert len(names) == 50 and names[0] == "00.txt" and names[-1] == os.path.join("copies", "09.md")
+    assert len(find_documents(f"{folder}/*.txt")) == 40
+    assert len(find_documents(f"{folder}/**/0?.*")) == 20
+
+
+def test_line_ends_are_kept_and_hidden_files_are_not_searched(tmp_path):
+    write(tmp_path / "a.txt", "one\r\ntwo\rthree\n")
+    write(tmp_path / ".git" / "config", "hidden")
+    write(tmp_path / ".env", "hidden")
+    assert [d.text for d in find_documents(tmp_path)] == ["one\r\ntwo\rthree\n"]
+
+
+def test_binary_files_are_skipped_and_counted(folder, make, caplog):
+    (folder / "image.png").write_bytes(b"\x89PNG\xff\xfe")
+    (folder / "zeros.bin").write_bytes(b"text\0")
+    write(folder / "empty.txt", "")
+    with caplog.at_level(logging.WARNING):
+        assert len(find_documents(folder)) == 50
+    assert "skipped 2 file(s)" in caplog.text
+    assert make(folder).stats.skipped == 2
+
+
+def test_nothing_to_read_raises_one_line(tmp_path, make):
+    """Fault 2: a path that is not there trains on what a cache holds."""
+    for spec in ("missing.txt", "no/*.txt"):
+        with pytest.raises(FileNotFoundError, match="no file, folder or match"):
+            make(tmp_path / spec)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "only.bin").write_bytes(b"\xff\xfe\0")
+    for spec in ("empty", "only.bin"):
+        with pytest.raises(ValueError, match="no text in") as error:
+            make(tmp_path / spec)
+        assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_cannot_be_read_is_said_and_not_left_out(folder, make, monkeypatch):
+    closed, scan = folder / "closed", os.scandir
+    closed.mkdir()
+
+    def scandir(path):
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="closed"):
+        make(folder)
+
+
+def test_stdlib_is_source_without_tests():
+    names = [d.name for d in find_documents("stdlib")]
+    assert len(names) > 300 and "argparse.py" in names and os.path.join("json", "decoder.py") in names
+    parts = {part for name in names for part in Path(name).parts}
+    assert not parts & {"site-packages", "test", "tests", "idle_test", "__pycache__"}
+    assert all(name.endswith(".py") for name in names)
+    assert names == [d.name for d in find_documents("stdlib")]
+
+
+# Splitting
+
+
+def test_no_document_of_train_is_in_validation(folder, make):
+    corpus = make(folder)
+    train, val = documents_of(corpus, corpus.train), documents_of(corpus, corpus.val)
+    originals = {path.read_text() for path in folder.glob("*.txt")}
+    assert set(train) | set(val) == originals and len(train) + len(val) == len(originals) == 40
+    assert 2 <= len(val) <= 6
+    assert (corpus.stats.duplicates, corpus.stats.train_docs, corpus.stats.val_docs) == (
+        10,
+        len(train),
+        len(val),
+    )
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_validation_of_one_file_is_its_tail(tmp_path, make, kind):
+    text = "".join(f"line {i} é\n" for i in range(500))
+    corpus = make(write(tmp_path / "a.txt", text), tokenizer=kind, bpe_vocab=300, val_fraction=0.2)
+    [train], [val] = documents_of(corpus, corpus.train), documents_of(corpus, corpus.val)
+    assert train + val == text and len(val) == round(0.2 * len(text))
+
+
+def test_tokenizer_is_learnt_from_train_alone(tmp_path, make):
+    path = write(tmp_path / "a.txt", "é" * 900 + "ü" * 100)
+    assert make(path, val_fraction=0.1).tokenizer.chars == "é"
+    bpe = make(write(tmp_path / "b.txt", "ab " * 300 + "xy " * 33), tokenizer="bpe", val_fraction=0.1).tokenizer
+    assert bpe.encode("ab").size == 1 and bpe.encode("xy").size == 2
+
+
+def test_one_large_document_does_not_become_the_validation():
+    small = [Document(f"{i}", f"{i:04}" * 25) for i in range(100)]
+    large = Document("large", "x" * 900)
+    assert all(d.name != "large" for d in split([*small, large], 0.1)[1])
+
+
+@settings(deadline=None)
+@given(st.lists(st.text("ab é", min_size=1), min_size=1, max_size=30, unique=True), st.floats(0.01, 0.99))
+def test_split_divides_any_documents(texts, fraction):
+    documents = [Document(str(i), text) for i, text in enumerate(texts)]
+    if sum(map(len, texts)) < 2:
+        with pytest.raises(ValueError, match="at least 2 are needed"):
+            split(documents, fraction)
+        return
+    train, val = split(documents, fraction)
+    assert train and val
+    cut = {d.name for d in train} & {d.name for d in val}
+    assert len(cut) <= 1
+    pieces = [d.text for d in train if d.name in cut] + [d.text for d in val if d.name in cut]
+    assert not cut or "".join(pieces) == documents[int(cut.pop())].text
+    assert sum(d.size for d in train + val) == sum(d.size for d in documents)
+    assert split(documents, fraction) == (train, val)
+
+
+def test_bad_options_and_too_little_text_raise(folder, tmp_path, make):
+    for fraction in (0, 1, -0.1, 2, math.nan):
+        with pytest.raises(ValueError, match="val_fraction must"):
+            make(folder, val_fraction=fraction)
+    with pytest.raises(ValueError, match='"char" or "bpe"'):
+        make(folder, tokenizer="word")
+    with pytest.raises(ValueError, match="at least 2 are needed"):
+        make(write(tmp_path / "one.txt", "x"))
+    with pytest.raises(ValueError, match=r"validation part of .* has 11 tokens, but seq_len 64 needs at least 65"):
+        make(write(tmp_path / "short.txt", "0123456789" * 10), seq_len=64)
+
+
+# The cache
+
+
+def test_second_call_maps_the_same_files(folder, make, monkeypatch):
+    first = make(folder)
+    monkeypatch.setattr(data, "_build", lambda *_: pytest.fail("built again"))
+    second = make(folder)
+    assert second.path == first.path and second.stats == first.stats and second.tokenizer == first.tokenizer
+    assert isinstance(second.train, np.memmap) and not second.train.flags.writeable
+    assert np.array_equal(first.train, second.train) and np.array_equal(first.val, second.val)
+
+
+def test_another_text_or_option_is_another_cache(folder, tmp_path, make):
+    """Fault 2: the cache does not know the text, and a second corpus is replaced by the first without a word."""
+    a = write(tmp_path / "a" / "text.txt", "abcd" * 100)
+    b = write(tmp_path / "b" / "text.txt", "abce" * 100)
+    os.utime(a, (0, 0)), os.utime(b, (0, 0))
+    corpora = [make(a), make(b), make(a, val_fraction=0.2), make(a, tokenizer="bpe")]
+    corpora += [make(a, tokenizer="bpe", bpe_vocab=258), make(a, existing_tokenizer=CharTokenizer("é"))]
+    assert len({corpus.path for corpus in corpora}) == len(corpora)
+    assert make(a).tokenizer.decode(make(a).train) == "abcd" * 90
+    write(a, "abcf" * 100)
+    os.utime(a, (0, 0))
+    assert make(a).tokenizer.decode(make(a).train) == "abcf" * 90
+
+
+def test_document_bounds_are_part_of_the_key(tmp_path, make):
+    one = write(tmp_path / "x" / "1", "ab" * 50).parent
+    write(one / "2", "cd" * 50)
+    two = write(tmp_path / "y" / "1", "ab" * 50 + "c").parent
+    write(two / "2", "d" + "cd" * 49)
+    assert make(one).path != make(two).path
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.json", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["truncate", "empty", "flip", "remove"])
+def test_damaged_cache_is_rebuilt(folder, make, name, damage):
+    first = make(folder)
+    want, path = (first.train.tolist(), first.val.tolist()), first.path / name
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes({"truncate": raw[: len(raw) // 2], "empty": b"", "flip": raw}[damage])
+    again = make(folder)
+    assert (again.train.tolist(), again.val.tolist()) == want and again.tokenizer == first.tokenizer
+
+
+def test_interrupted_build_leaves_nothing_that_counts(folder, make, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(CharTokenizer, "encode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        make(folder)
+    corpus = make(folder)
+    assert sorted(p.name for p in corpus.path.iterdir()) == [
+        "meta.json",
+        "tokenizer.json",
+        "train.bin",
+        "val.bin",
+    ]
+
+
+def test_two_runs_may_build_at_once(folder, make):
+    results, start = [], threading.Barrier(4)
+
+    def build():
+        start.wait()
+        results.append(make(folder, tokenizer="bpe", bpe_vocab=300))
+
+    threads = [threading.Thread(target=build) for _ in range(4)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert len(results) == 4
+    assert all(np.array_equal(r.train, results[0].train) and r.stats == results[0].stats for r in results)
+    assert len(list(results[0].path.iterdir())) == 4
+
+
+def test_cache_folder_comes_from_the_environment(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("DANTINOX_CACHE", str(tmp_path / "elsewhere"))
+    assert (tmp_path / "elsewhere") in prepare(folder).path.parents
+
+
+def test_existing_tokenizer_is_used(folder, make):
+    tokenizer = train_tokenizer("bpe", ["something else " * 9], 300)
+    corpus = make(folder, existing_tokenizer=tokenizer)
+    assert corpus.tokenizer == tokenizer
+    assert set(documents_of(corpus, corpus.val)) <= {path.read_text() for path in folder.glob("*.txt")}
+
+
+def test_ids_take_two_bytes_until_they_need_four(folder, make):
+    assert make(folder).train.dtype == np.uint16
+    wide = CharTokenizer("".join(map(chr, range(0x10000, 0x20100))))
+    assert wide.vocab_size > 1 << 16
+    path = write(folder / "wide.txt", "\U000200ff" * 50)
+    corpus = make(path, existing_tokenizer=wide)
+    assert corpus.train.dtype == np.uint32
+    assert corpus.train.max() == wide.vocab_size - 1
+    assert corpus.tokenizer.decode(corpus.train) == "\U000200ff" * 45
+
+
+def test_stats_are_what_they_say(tmp_path, make):
+    corpus = make(write(tmp_path / "a.txt", "aaab" * 100 + "é"), val_fraction=0.25)
+    stats, v = corpus.stats, corpus.tokenizer.vocab_size
+    counts = np.bincount(corpus.train, minlength=v) + 1
+    want = -np.log(counts[corpus.val] / counts.sum()).mean()
+    assert stats.unigram_entropy == pytest.approx(want, rel=1e-12)
+    assert stats.train_bytes + stats.val_bytes == 402
+    assert (stats.train_tokens, stats.val_tokens) == (len(corpus.train), len(corpus.val))
+    assert stats.bytes_per_token == stats.val_bytes / stats.val_tokens
+
+
+# Batches
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**63), st.integers(0, 2**40), st.integers(1, 9), st.integers(1, 999))
+def test_batch_is_a_pure_function_of_seed_and_step(seed, step, size, seq_len):
+    inputs, targets = batch(TOKENS, seed=seed, step=step, batch_size=size, seq_len=seq_len)
+    assert inputs.shape == targets.shape == (size, seq_len) and inputs.dtype == targets.dtype == np.int32
+    assert np.array_equal(targets, inputs + 1)  # the tokens count up, so the next one is one more
+    np.random.random()
+    again, _ = batch(TOKENS, seed=seed, step=step, batch_size=size + 3, seq_len=seq_len)
+    assert np.array_equal(again[:size], inputs)
+
+
+def test_batches_differ_by_step_and_seed_and_reach_every_start():
+    def starts(seed, step):
+        return tuple(batch(TOKENS, seed=seed, step=step, batch_size=64, seq_len=8)[0][:, 0])
+
+    assert len({starts(seed, step) for seed in range(8) for step in range(8)}) == 64
+    seen = batch(TOKENS[:20], seed=0, step=0, batch_size=1000, seq_len=8)[0][:, 0]
+    assert set(seen) == set(range(12))
+
+
+def test_batches_are_the_same_on_every_machine():
+    assert batch(TOKENS, seed=1, step=2, batch_size=4, seq_len=1)[0][:, 0].tolist() == [64, 610, 468, 65]
+
+
+@settings(deadline=None)
+@given(st.integers(2, 1000), st.integers(1, 9), st.integers(1, 200), st.integers(1, 30))
+def test_eval_batches_cover_evenly_without_overlap(length, batch_size, seq_len, n):
+    tokens = TOKENS[:length]
+    if length < seq_len + 1:
+        with pytest.raises(ValueError, match=f"seq_len {seq_len} needs at least {seq_len + 1}"):
+            eval_batches(tokens, batch_size=batch_size, seq_len=seq_len, n=n)
+        return
+    batches = eval_batches(tokens, batch_size=batch_size, seq_len=seq_len, n=n)
+    assert 1 <= len(batches) <= n
+    assert len({inputs.shape for inputs, _ in batches}) == 1 and len(batches[0][0]) <= batch_size
+    predicted = np.concatenate([targets.ravel() for _, targets in batches])
+    assert len(set(predicted)) == len(predicted)
+    assert all(np.array_equal(targets, inputs + 1) for inputs, targets in batches)
+    if (length - 1) // seq_len >= n * batch_size:
+        assert len(batches) == n and len(batches[0][0]) == batch_size
+    first = np.concatenate([inputs[:, 0] for inputs, _ in batches])
+    assert len(first) == 1 or len(set(np.diff(first))) == 1
+
+
+def test_bad_batches_raise():
+    for bad in ({"seq_len": 1000}, {"seq_len": 0}, {"step": -1}, {"seed": -1}, {"batch_size": 0}):
+        with pytest.raises(ValueError):
+            batch(TOKENS, **{"seed": 0, "step": 0, "batch_size": 2, "seq_len": 8, **bad})
+    for bad in ({"seq_len": 1000}, {"seq_len": 0}, {"n": 0}, {"batch_size": 0}):
+        with pytest.raises(ValueError):
+            eval_batches(TOKENS, **{"batch_size": 2, "seq_len": 8, "n": 2, **bad})

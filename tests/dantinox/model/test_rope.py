@@ -1,0 +1,102 @@
+"""Rotary positions against numpy: complex rotation, relative positions, each way to stretch them from its formula."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dantinox.config import ConfigError, ModelConfig
+from dantinox.model.rope import frequencies, rotate, rotation
+
+CONFIG = ModelConfig(dim=64, n_heads=1, kv_heads=1, head_dim=32, max_context=8192)
+
+
+def scaled(kind: str, factor: float, **changes) -> ModelConfig:
+    return dataclasses.replace(CONFIG, rope_scaling=kind, rope_factor=factor, **changes)
+
+
+def turned(x: np.ndarray, positions: np.ndarray, config: ModelConfig = CONFIG) -> np.ndarray:
+    cos, sin = rotation(config, jnp.asarray(positions, jnp.int32)[None])
+    return np.asarray(rotate(jnp.asarray(x, jnp.float32), cos, sin))
+
+
+def test_rotation_is_a_complex_product():
+    x = np.random.default_rng(0).standard_normal((1, 5, 2, 32))
+    positions = np.array([0, 1, 7, 100, 8191])
+    angle = positions[:, None] * 10000.0 ** (-np.arange(16) / 16)
+    z = (x[..., :16] + 1j * x[..., 16:]) * np.exp(1j * angle)[None, :, None]
+    np.testing.assert_allclose(turned(x, positions), np.concatenate([z.real, z.imag], -1), rtol=1e-3, atol=2e-3)
+    np.testing.assert_array_equal(turned(x, np.zeros(5)), np.float32(x))
+
+
+@pytest.mark.parametrize("kind", ["none", "linear", "ntk", "yarn", "llama3"])
+def test_scores_depend_on_the_distance_alone(kind):
+    q, k = np.random.default_rng(0).standard_normal((2, 1, 1, 1, 32))
+    config = scaled(kind, 4.0)
+    score = lambda p, s: np.sum(turned(q, np.array([p]), config) * turned(k, np.array([s]), config))
+    assert score(9, 2) == pytest.approx(score(107, 100), rel=1e-4)
+    assert score(9, 2) == pytest.approx(score(1007, 1000), rel=1e-3)
+    assert score(9, 2) != pytest.approx(score(9, 3), rel=1e-3)
+
+
+def test_a_factor_of_one_stretches_nothing():
+    plain, _ = frequencies(CONFIG)
+    for kind in ("linear", "ntk", "yarn", "llama3"):
+        inverse, magnitude = frequencies(scaled(kind, 1.0))
+        np.testing.assert_allclose(inverse, plain, rtol=1e-6)
+        assert magnitude == 1
+
+
+def test_ntk_stretches_the_base():
+    """theta' = theta * factor^(D / (D - 2)): the fastest pair stays, the slowest turns `factor` times slower."""
+    inverse, magnitude = frequencies(scaled("ntk", 4.0))
+    base = 10000.0 * 4.0 ** (32 / 30)
+    np.testing.assert_allclose(inverse, [base ** (-2 * i / 32) for i in range(16)], rtol=1e-6)
+    plain, _ = frequencies(CONFIG)
+    assert magnitude == 1 and inverse[0] == plain[0]
+    assert inverse[-1] == pytest.approx(plain[-1] / 4, rel=1e-6)
+
+
+@pytest.mark.parametrize("original", [None, 2048, 1024])
+def test_yarn_slows_the_pairs_that_turn_little(original):
+    """A ramp over the pair's index between those that turn 32 times and once over the original context."""
+    factor, context, D = 4.0, original or 8192 // 4, 32
+    inverse, magnitude = frequencies(scaled("yarn", factor, rope_original_context=original))
+    turns = [context * 10000.0 ** (-2 * i / D) / (2 * math.pi) for i in range(D // 2)]
+    low = max(i for i in range(D // 2) if turns[i] >= 32)  # the last that turns so often
+    high = min(i for i in range(D // 2) if turns[i] <= 1)
+    for i, got in enumerate(inverse):
+        theta, ramp = 10000.0 ** (-2 * i / D), min(max((i - low) / (high - low), 0), 1)
+        assert got == pytest.approx(theta * (1 - ramp) + theta / factor * ramp, rel=1e-5), i
+    # On q and on k, so the scores are warmed by its square: sqrt(1 / t) = 0.1 ln(s) + 1.
+    assert magnitude == pytest.approx(0.1 * math.log(4) + 1)
+
+
+def test_llama3_slows_the_pairs_that_turn_less_than_four_times():
+    """By wavelengths, as Llama 3.1 was published: past the context / 1, short of the context / 4, and between."""
+    factor, context = 8.0, 2048
+    inverse, magnitude = frequencies(scaled("llama3", factor, rope_original_context=context))
+    kinds = set()
+    for i, got in enumerate(inverse):
+        theta = 10000.0 ** (-2 * i / 32)
+        wave = 2 * math.pi / theta
+        smooth = (context / wave - 1) / (4 - 1)
+        between = (1 - smooth) * theta / factor + smooth * theta
+        want = theta if wave < context / 4 else theta / factor if wave > context else between
+        kinds.add("fast" if wave < context / 4 else "slow" if wave > context else "between")
+        assert got == pytest.approx(want, rel=1e-5), i
+    assert magnitude == 1 and kinds == {"fast", "between", "slow"}
+
+
+def test_linear_slows_every_pair():
+    inverse, magnitude = frequencies(scaled("linear", 4.0))
+    np.testing.assert_allclose(inverse, frequencies(CONFIG)[0] / 4, rtol=1e-6)
+    assert magnitude == 1
+
+
+@pytest.mark.parametrize("theta", [1.0, 0.5, 0.0, -1.0])
+def test_a_base_that_turns_no_slower_is_refused(theta):
+    with pytest.raises(ConfigError, match=rf"^rope_theta is {theta}; allowed: more than 1$"):
+        scaled("yarn", 2.0, rope_theta=theta)

@@ -1,0 +1,195 @@
+"""What a run survives: kills at any moment, damage to its newest checkpoint. Slow; `make test-crash` runs it."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+from dantinox.checkpoint.manager import Checkpoints
+from dantinox.checkpoint.manifest import Damaged
+from dantinox.config import Config
+from dantinox.metrics.logger import read_metrics
+from dantinox.training.trainer import Trainer
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[3]
+KILLS, DAMAGES, SAVE_EVERY, MANY = 50, 200, 5, 1_000_000
+FLAGS = f"""--data text.txt --tokenizer char --n-layers 1 --dim 16 --n-heads 2 --kv-heads 1 --window 8 --max-context 32
+--seq-len 16 --batch-size 2 --dropout 0.2 --ema 0.9 --warmup 0 --schedule constant --log-every 1 --eval-every 0
+--eval-batches 1 --sample-tokens 0 --save-every {SAVE_EVERY} --keep 2""".split()
+# Imports take most of a start: one process makes them, and each run is a fork of it from before JAX's own start.
+STARTER = """
+import json, os, sys
+import jax, orbax.checkpoint, tensorboard.summary.writer.event_file_writer
+from dantinox.cli import train
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        out = os.open("out.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(out, 1), os.dup2(out, 2)
+        try:
+            code = train.main(json.loads(line))
+        except SystemExit as stop:
+            code = stop.code
+        sys.stdout.flush(), os._exit(code)
+    print(pid, flush=True)
+    print(os.waitpid(pid, 0)[1], flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path, before = tmp_path_factory.mktemp("crash"), Path.cwd()
+    (path / "text.txt").write_text("".join(f"{i} Nel mezzo del cammin di nostra vita\n" for i in range(300)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DANTINOX_CACHE", str(path / "cache"))
+        os.chdir(path)
+        yield path
+        os.chdir(before)
+
+
+class Programs:
+    """Runs of the training program, one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+        environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PLATFORMS": "cpu"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen([sys.executable, "-c", STARTER], cwd=folder, env=environment, **pipes)
+
+    def start(self, *words: str) -> int:
+        self.process.stdin.write(json.dumps([*map(str, words)]) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def status(self) -> int:
+        return int(self.process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def programs(folder):
+    programs = Programs(folder)
+    yield programs
+    programs.process.stdin.close()
+    programs.process.wait(60)
+
+
+def reported(run: Path) -> int:
+    """The last step that the run has told of."""
+    return max((row["step"] for row in read_metrics(run / "metrics.jsonl")), default=0)
+
+
+def kill(programs: Programs, run: Path, draw: random.Random) -> tuple[bool, bool]:
+    """Start or go on, and kill, at any moment of the start or of what follows: (among steps?, in a save?)."""
+    known = Checkpoints(run).steps()
+    before, started = known[-1] if known else 0, time.time()
+    name = ["--run", run.name, "--steps", MANY]
+    pid = programs.start(*(["--resume", *name] if known else [*FLAGS, *name]))
+    if draw.random() < 0.8:
+        seen = time.monotonic()
+        while reported(run) <= before and time.monotonic() < seen + 120:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 1.5))
+    else:
+        time.sleep(draw.uniform(0, 4))
+    os.kill(pid, signal.SIGKILL)
+    assert programs.status() == signal.SIGKILL, Path("out.txt").read_text()[-3000:]
+    saving = any(path.stat().st_mtime > started for path in run.glob("checkpoints/.partial-*"))
+    return reported(run) > before, saving
+
+
+def test_kills_at_random_moments_cost_no_more_than_the_steps_between_saves(folder, programs):
+    run, draw, lost, among, unfinished = Path("runs/killed"), random.Random(0), [], 0, 0
+    for _ in range(KILLS):
+        stepped, saving = kill(programs, run, draw)
+        among, unfinished = among + stepped, unfinished + saving
+        if Checkpoints(run).steps():
+            step, _, wrong = Checkpoints(run).newest_intact()
+            assert wrong == []
+            lost.append(reported(run) - step)
+        else:
+            lost.append(reported(run))
+        assert lost[-1] <= SAVE_EVERY, lost
+    print(
+        f"\n{len(lost)} of {KILLS} kills survived: {among} among steps, {unfinished} in the middle of a save; "
+        f"at step {reported(run)}; steps lost: {sum(lost) / len(lost):.1f} in the mean, {max(lost)} at most"
+    )
+    assert among > KILLS / 2
+    last = reported(run) + 1
+    programs.start("--run", run.name, "--resume", "--steps", last)
+    assert programs.status() == 0, Path("out.txt").read_text()[-3000:]
+    programs.start(*FLAGS, "--run", "whole", "--steps", last, "--save-every", "0")
+    assert programs.status() == 0, Path("out.txt").read_text()[-3000:]
+    assert rows(run) == rows(Path("runs/whole"))
+    assert same(run, Path("runs/whole"), last)
+
+
+def rows(run: Path) -> list[dict]:
+    times = ("tokens_per_s", "mfu")
+    return [{k: v for k, v in row.items() if k not in times} for row in read_metrics(run / "metrics.jsonl")]
+
+
+def states(run: Path, *steps: int) -> list:
+    like = Trainer(Config.from_yaml(run / "config.yaml")).like()
+    return [Checkpoints(run).restore(step, like) for step in steps]
+
+
+def equal(a, b) -> bool:
+    return jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
+
+
+def same(run: Path, other: Path, step: int) -> bool:
+    return equal(states(run, step), states(other, step))
+
+
+def hurt(folder: Path, draw: random.Random) -> str:
+    """Flip a bit of a random file, cut it short, or delete it."""
+    path = draw.choice(sorted(path for path in folder.rglob("*") if path.is_file()))
+    content, kind = bytearray(path.read_bytes()), draw.choice(["flip", "truncation", "deletion"])
+    if kind == "flip":
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        path.write_bytes(content)
+    elif kind == "truncation":
+        path.write_bytes(content[: draw.randrange(len(content))])
+    else:
+        path.unlink()
+    return kind
+
+
+def test_damage_to_the_newest_checkpoint_is_named_and_never_trained_on(folder, programs):
+    run, draw = Path("runs/damaged"), random.Random(1)
+    programs.start(*FLAGS, "--run", run.name, "--steps", 2 * SAVE_EVERY)
+    assert programs.status() == 0, Path("out.txt").read_text()[-3000:]
+    older, newer = SAVE_EVERY, 2 * SAVE_EVERY
+    like = Trainer(Config.from_yaml(run / "config.yaml")).like()
+    truth = dict(zip((older, newer), states(run, older, newer)))
+    restored, refused, kinds = 0, 0, []
+    for number in range(DAMAGES):
+        copy = Path(shutil.copytree(run / "checkpoints", f"copies/{number}/checkpoints")).parent
+        if alone := number % 2:  # no other checkpoint is left to go on from
+            shutil.rmtree(copy / "checkpoints" / str(older))
+        kinds.append(hurt(copy / "checkpoints" / str(newer), draw))
+        checkpoints = Checkpoints(copy)
+        try:
+            step, _, wrong = checkpoints.newest_intact()
+            assert equal(checkpoints.restore(step, like), truth[step])
+            told, restored = str(wrong[0]), restored + 1
+        except Damaged as error:
+            assert alone
+            told, refused = str(error), refused + 1
+        assert f"checkpoints/{newer} is damaged: " in told and "\n" not in told
+        shutil.rmtree(copy)
+    print(
+        f"\n{restored + refused} of {DAMAGES} damages survived: {restored} went on from an intact step, {refused} "
+        f"were refused and named; {', '.join(f'{kinds.count(k)} {k}s' for k in sorted(set(kinds)))}"
+    )
+    assert restored + refused == DAMAGES

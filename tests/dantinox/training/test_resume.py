@@ -1,0 +1,338 @@
+"""Runs that are stopped, killed, damaged or not finite, and go on: what comes out is what an undisturbed run gives."""
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import signal
+from collections import Counter
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dantinox import ConfigError
+from dantinox.checkpoint import manager
+from dantinox.checkpoint.manager import Checkpoints
+from dantinox.cli import train
+from dantinox.config import Config
+from dantinox.metrics import logger as metrics_log
+from dantinox.metrics.logger import read_metrics
+from dantinox.training import resume as training_resume
+from dantinox.training import train_step
+from dantinox.training.loop import NotFinite
+from dantinox.training.signals import Interrupted
+from dantinox.training.trainer import Trainer
+from tests.helpers.readme_messages import promised
+
+TIMES = ("tokens_per_s", "mfu")
+# All that carries state from step to step: dropout, accumulation, an average, experts, a schedule.
+SETTINGS = """n_layers=1 dim=16 n_heads=2 kv_heads=1 window=8 max_context=32 n_experts=4 expansion=1.0 dropout=0.2
+seq_len=16 batch_size=4 grad_accum=2 ema=0.9 steps=12 lr=0.01 log_every=1 eval_every=4 eval_batches=2 save_every=5
+keep=2 sample_tokens=0""".split()
+SETTINGS = {name: json.loads(value) for name, value in (word.split("=") for word in SETTINGS)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def here(tmp_path_factory):
+    """A folder with a text, where runs go to runs/."""
+    folder, before = tmp_path_factory.mktemp("resume"), Path.cwd()
+    line = "Nel mezzo del cammin di nostra vita mi ritrovai\n"
+    (folder / "text.txt").write_text("".join(f"{i} {line}" for i in range(300)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DANTINOX_CACHE", str(folder / "cache"))
+        patch.setattr(metrics_log, "matmul_rate", lambda dtype: 1e9)
+        patch.setattr(metrics_log, "plot_loss", lambda *_: None)
+        os.chdir(folder)
+        yield folder
+        os.chdir(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_compilation(here):
+    """Runs whose programs are the same share them, or each would compile its own."""
+    made = {}
+
+    def trainer(config: Config) -> Trainer:
+        names = (*vars(config.model), *vars(config.optim), "steps", "batch_size", "grad_accum", "seed")
+        key = (train_step.cross_entropy, *(config.flat()[name] for name in names if name != "vocab_size"))
+        if key not in made:
+            made[key] = Trainer(config)
+        shared = copy.copy(made[key])
+        shared.config = config.replace(vocab_size=shared.config.model.vocab_size)
+        return shared
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Trainer", trainer)
+        yield
+
+
+def run(name: str, resume: bool = False, **changes) -> Path:
+    return train.train(Config().replace(run=name, data="text.txt", **(SETTINGS | changes)), resume)
+
+
+def rows(path: Path) -> list[dict]:
+    """The metrics, but for times."""
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(path / "metrics.jsonl")]
+
+
+def weights(path: Path, at: int | None = None) -> str:
+    """A hash of every number of a run's state."""
+    settings = Config.from_yaml(path / "config.yaml")
+    checkpoints = Checkpoints(path)
+    state = checkpoints.restore(at or checkpoints.newest_intact()[0], train.Trainer(settings).like())
+    return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state))).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def whole(one_compilation):
+    return run("whole")
+
+
+def at_step(monkeypatch, number: int, what) -> None:
+    """Call `what` when the batch of step `number` is made: while the step before is at work."""
+    make = Trainer.batch
+    monkeypatch.setattr(Trainer, "batch", lambda self, i: (what() if i == number - 1 else None, make(self, i))[1])
+
+
+def test_two_runs_of_one_seed_are_bit_equal(whole):
+    again = run("again")
+    assert rows(again) == rows(whole) and weights(again) == weights(whole)
+    assert [row["step"] for row in rows(whole) if "val_loss" in row] == [4, 8, 12]
+
+
+def test_a_short_run_keeps_the_weights_that_were_trained(whole):
+    """Fault 1: checkpoints only every so many steps, none at the end: a short run keeps untrained weights."""
+    path = run("short", save_every=500, eval_every=0)
+    assert Checkpoints(path).steps() == [12] and weights(path) == weights(whole)
+    kept = Checkpoints(path).restore(12, train.Trainer(Config.from_yaml(path / "config.yaml")).like())
+    start = train.Trainer(Config.from_yaml(path / "config.yaml")).initial()
+    assert all((kept.params[name] != start.params[name]).any() for name in start.params)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(number, whole, monkeypatch, capsys):
+    """Fault 7: a resumed run is another one where there is dropout, and Ctrl-C loses the place."""
+    name, before = f"stopped-{number.name}", signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted) as stop:
+        at_step(patch, 7, lambda: signal.raise_signal(number))
+        run(name)
+    assert stop.value.code == 128 + number
+    told = f"interrupted; step 6 is saved. Go on with: python -m dantinox.train --run {name} --resume"
+    assert f"{told}\n" in capsys.readouterr().out and promised("Ctrl-C or SIGTERM").fullmatch(told)
+    assert signal.getsignal(signal.SIGINT) is before
+    path = run(name, resume=True)
+    assert rows(path) == rows(whole) and weights(path) == weights(whole)
+
+
+def test_a_signal_in_an_evaluation_ends_it_and_the_resumed_run_makes_it_anew(whole, monkeypatch):
+    evaluate, times = Trainer.validation_loss, []
+
+    def interrupted(self, params):
+        times.append(0)
+        if len(times) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(self, params)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Trainer, "validation_loss", interrupted)
+        run("evaluating")
+    path = Path("runs/evaluating")
+    assert [row["step"] for row in rows(path)] == list(range(1, 8))  # step 8 is saved, and its row is owed
+    assert Checkpoints(path).steps()[-1] == 8
+    run("evaluating", resume=True)
+    assert rows(path) == rows(whole) and weights(path) == weights(whole)
+
+
+def killed(name: str, monkeypatch, at: int) -> Path:
+    """A run that ends without a word in step `at`, half a line of metrics written."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill():
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        at_step(patch, at + 1, kill)
+        run(name)
+    with (Path("runs") / name / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "lo')
+    return Path("runs") / name
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint(whole, monkeypatch):
+    """Fault 18: rows of the log are overwritten on resume."""
+    path = killed("killed", monkeypatch, at=9)
+    run("killed", resume=True)
+    assert rows(path) == rows(whole) and weights(path) == weights(whole)
+
+
+def test_a_run_killed_before_it_saved_begins_anew_and_nothing_else_does(whole, monkeypatch, capsys):
+    """Nothing keeps step 0: the start of a run follows from its settings."""
+    path = killed("young", monkeypatch, at=3)
+    assert Checkpoints(path).steps() == [] and len(rows(path)) == 2
+    run("young", resume=True)
+    assert promised("killed before its first checkpoint").search(capsys.readouterr().out)
+    assert rows(path) == rows(whole) and weights(path) == weights(whole)
+    shutil.rmtree(path / "checkpoints")
+    before = (path / "metrics.jsonl").read_bytes()
+    with pytest.raises(FileNotFoundError, match="run runs/young has no checkpoint, though it came to step 12"):
+        run("young", resume=True)
+    assert (path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, monkeypatch, capsys):
+    path = killed("damaged", monkeypatch, at=12)
+    assert Checkpoints(path).steps()[-2:] == [8, 10]
+    file = max((path / "checkpoints" / "10").rglob("*"), key=lambda file: file.is_file() and file.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1])
+    capsys.readouterr()
+    run("damaged", resume=True)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "is damaged" in line]
+    assert line.endswith("; going on from step 8") and file.name in line and "bytes of" in line
+    assert promised("a checkpoint is damaged").fullmatch(line)
+    assert (path / "damaged" / "10" / "manifest.json").is_file()  # nothing is thrown away
+    assert rows(path) == rows(whole) and weights(path) == weights(whole)
+
+
+def test_without_an_intact_checkpoint_the_run_says_so(monkeypatch, capsys):
+    path = killed("ruined", monkeypatch, at=6)
+    for manifest in path.glob("checkpoints/*/manifest.json"):
+        manifest.unlink()
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--run", "ruined", "--resume"])
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "manifest.json is missing; no other checkpoint is left" in err
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
+
+
+def test_a_full_disk_ends_the_run_with_a_line_that_says_what_is_left(whole, monkeypatch, capsys):
+    room = manager._bytes
+    monkeypatch.setattr(manager, "_bytes", lambda state: room(state) if train_steps(state) < 10 else 1 << 60)
+    Path("full.yaml").write_text(Config().replace(run="full", data="text.txt", **SETTINGS).to_yaml())
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--config", "full.yaml"])
+    assert stop.value.code == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "step 10 could not be saved" in err and "No space left on device" in err
+    assert err.endswith("the checkpoint of step 8 is as it was\n")
+    assert promised("the disk is full").search(err)
+    monkeypatch.undo()
+    path = run("full", resume=True)
+    assert rows(path) == rows(whole) and weights(path) == weights(whole)
+
+
+def train_steps(state) -> int:
+    """Steps that the optimizer has counted."""
+    return int(max(leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.dtype == np.int32))
+
+
+def test_another_text_is_not_taken_for_the_one_trained_on(whole):
+    """Fault 2: a second corpus is silently replaced by the first."""
+    text = Path("text.txt").read_text()
+    try:
+        Path("text.txt").write_text(text.replace("cammin", "camino"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "Trainer", Trainer)
+            with pytest.raises(ValueError, match=r"'text.txt' is not the text that run runs/whole was trained on"):
+                run("whole", resume=True)
+    finally:
+        Path("text.txt").write_text(text)
+
+
+def test_what_a_resumed_run_has_otherwise_is_listed():
+    old = Config().replace(**SETTINGS)
+    new = old.replace(n_layers=2, kv_heads=2, optimizer="lion", ema=0.0, data="other", lr=1.0)
+    with pytest.raises(ConfigError) as error:
+        training_resume.changes(new, old)
+    assert str(error.value) == (
+        "--resume cannot change n_layers 1 -> 2; kv_heads 1 -> 2; data 'stdlib' -> 'other'; "
+        "optimizer 'adamw' -> 'lion'; ema 0.9 -> 0.0"
+    )
+    with pytest.raises(ConfigError) as error:
+        training_resume.changes(old.replace(n_layers=6, n_heads=4, kv_heads=2), old.replace(n_heads=4))
+    assert promised("another model or text with `--resume`").fullmatch(str(error.value))
+    assert (
+        training_resume.changes(old.replace(lr=1.0, batch_size=8, keep=9), old) == "lr 0.01 -> 1.0; batch_size 4 -> 8"
+    )
+    assert training_resume.changes(old, old) == ""
+
+
+DENSE = {"n_experts": 0, "grad_accum": 1, "dropout": 0.0}  # compiles faster
+MARK = 5  # the id of a byte that is not in the text
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """From the batch of step 6, the gradient is NaN and the loss is not."""
+    honest, make = train_step.cross_entropy, Trainer.batch
+
+    def cross_entropy(logits, targets, count=None):
+        one = 1 - (targets == MARK).any() + 0 * jax.numpy.sum(logits)  # or zero, where sqrt has no derivative
+        return honest(logits, targets, count) + 0 * jax.numpy.sqrt(one)
+
+    def batch(self, number):
+        inputs, targets = make(self, number)
+        if number == 5:
+            targets = targets.copy()
+            targets[0, 0, 3] = MARK
+        return inputs, targets
+
+    monkeypatch.setattr(train_step, "cross_entropy", cross_entropy)
+    monkeypatch.setattr(Trainer, "batch", batch)
+    return batch
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_its_batch_is_kept(planted, capsys):
+    with pytest.raises(NotFinite) as stop:
+        run("nan", save_every=4, **DENSE)
+    path = Path("runs/nan")
+    message = str(stop.value)
+    assert promised("a loss or gradient is not finite").fullmatch(message)
+    assert message.startswith("step 6 is not finite (loss ") and "grad_norm nan" in message
+    assert message.endswith("step 5 is saved. Go on without that batch: " + resume("nan") + " --on-nan skip")
+    assert [row["step"] for row in rows(path)] == [1, 2, 3, 4, 5]
+    dump = np.load(path / "nan-6.npz", allow_pickle=False)
+    inputs, targets = planted(train.Trainer(Config.from_yaml(path / "config.yaml")), 5)
+    assert (dump["inputs"] == inputs).all() and (dump["targets"] == targets).all() and dump["step"] == 6
+    assert np.isfinite(dump["loss"]) and np.isnan(dump["grad_norm"])
+    before = weights(path, 5)
+    run("nan", resume=True, save_every=1, on_nan="skip", keep=99, **DENSE)
+    assert weights(path, 6) == before != weights(path, 7)
+    assert [(row["step"], row["grad_norm"], row["skipped"]) for row in rows(path) if "skipped" in row] == [(6, None, 1)]
+    assert np.isfinite(rows(path)[-1]["val_loss"]) and "going on without it" in capsys.readouterr().out
+
+
+def test_five_hundred_steps_compile_each_program_once(caplog):
+    changes = {"eval_every": 50, "save_every": 100, "sample_every": 200, "sample_tokens": 4, "log_every": 10}
+    with caplog.at_level("WARNING"), jax.log_compiles():
+        path = run("long", steps=500, **changes, **DENSE)
+    said = [record.getMessage() for record in caplog.records]
+    programs = Counter(text for text in said if text.startswith("Compiling "))
+    assert programs and {text: n for text, n in programs.items() if n > 1} == {}
+    for name in ("step", "evaluate"):
+        assert sum(text.startswith(f"Compiling jit({name}) ") for text in programs) == 1, list(programs)
+    assert len(rows(path)) == 51 and rows(path)[-1]["loss"] < 1
+
+
+def resume(name: str) -> str:
+    return f"python -m dantinox.train --run {name} --resume"
+
+
+def test_training_stops_when_the_validation_loss_does_and_the_best_stays(monkeypatch, capsys):
+    losses = iter([3.0, 2.0, 2.5, float("nan"), 1.0, 1.5])
+    monkeypatch.setattr(Trainer, "validation_loss", lambda self, params: next(losses))
+    path = run("early", patience=2, eval_every=2, save_every=0, keep=1)
+    assert [row["step"] for row in rows(path)] == list(range(1, 9))
+    assert Checkpoints(path).steps() == [4, 8] and Checkpoints(path).best() == 4
+    out = capsys.readouterr().out
+    assert "stopped early at step 8: 2 evaluations without a validation loss below 2.0000, that of step 4" in out
+    assert promised("no better validation loss, with `--patience 5`").search(out)
+    run("early", resume=True, patience=3, eval_every=2, save_every=0, keep=1)
+    assert [row["step"] for row in rows(path)] == list(range(1, 13)) and Checkpoints(path).best() == 10

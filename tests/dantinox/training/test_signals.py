@@ -1,0 +1,71 @@
+"""SIGINT and SIGTERM: heard at once where nothing can be lost, after the step where something can."""
+
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from dantinox.training.signals import Interrupted, StopRequest
+
+FOLDER = Path(__file__).parents[3] / "dantinox" / "training"
+BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+
+
+@BOTH
+def test_a_signal_waits_for_the_step_and_ends_what_may_be_dropped(number):
+    saved = []
+    with StopRequest() as stop:
+        assert stop.asked is None
+        signal.raise_signal(number)
+        assert stop.asked == number and saved == []  # a step goes on
+        with pytest.raises(Interrupted) as error, stop.leave(lambda: saved.append("before")):
+            saved.append("this was not to be done")
+        assert error.value.code == 128 + number
+    with StopRequest() as stop:
+        with pytest.raises(Interrupted), stop.leave(lambda: saved.append("inside")):
+            signal.raise_signal(number)
+            saved.append("neither was this")
+        with pytest.raises(Interrupted):  # who asks twice does not want to wait
+            signal.raise_signal(number)
+    assert saved == ["before", "inside"]
+
+
+def test_handlers_are_given_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(ZeroDivisionError), StopRequest():
+        raise ZeroDivisionError
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    with pytest.raises(KeyboardInterrupt) as error:
+        signal.raise_signal(signal.SIGINT)
+    assert not isinstance(error.value, Interrupted)
+
+
+DEAF = """
+    import hashlib, sys
+    sys.path.insert(0, sys.argv[1])
+    from signals import StopRequest
+
+    with StopRequest() as stop, stop.leave(lambda: print("saved", flush=True)):
+        print("ready", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # Python hears nothing until it returns, as in a compilation
+"""
+
+
+@BOTH
+def test_a_program_that_cannot_hear_is_saved_and_ended_within_five_seconds(number):
+    command = [sys.executable, "-S", "-c", textwrap.dedent(DEAF), str(FOLDER)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.2)
+        start = time.monotonic()
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        assert time.monotonic() - start < 5
+        assert (process.returncode, out, err) == (128 + number, "saved\n", "")
+    finally:
+        process.kill()

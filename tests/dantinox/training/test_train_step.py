@@ -1,0 +1,302 @@
+"""One training step: accumulation, meshes, auxiliary losses, dropout, schedules."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from dantinox import ConfigError, Transformer
+from dantinox.checkpoint import params as state
+from dantinox.config import Config, OptimConfig
+from dantinox.distributed import mesh as sharding
+from dantinox.model import moe
+from dantinox.training import optimizer as optim
+from dantinox.training.train_step import TrainState, cross_entropy, loss_and_parts, make_eval_step, make_train_step
+
+ROOT = Path(__file__).parents[3]
+TINY = {"vocab_size": 50, "dim": 32, "n_layers": 2, "n_heads": 4, "kv_heads": 2, "window": 5, "max_context": 16}
+RUN = {"seq_len": 16, "batch_size": 8, "steps": 10, "lr": 1e-2}
+
+
+def build(**settings):
+    config = Config().replace(**{**TINY, **RUN, **settings})
+    skeleton, params = state.split(Transformer(config.model, rngs=nnx.Rngs(0)))
+    optimizer = optim.optimizer(config.optim, config.train.steps)
+    return config, skeleton, TrainState(params, optimizer.init(params)), make_train_step(skeleton, config, optimizer)
+
+
+def batch(config, seed=0):
+    t = config.train
+    rng = np.random.default_rng(seed)
+    shape = (t.grad_accum, t.batch_size // t.grad_accum, t.seq_len)
+    return tuple(rng.integers(0, config.model.vocab_size, shape, dtype=np.int32) for _ in range(2))
+
+
+def largest_difference(a, b):
+    return max(float(jnp.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.mark.parametrize(
+    "pieces", [pytest.param(2, marks=pytest.mark.slow), 4, pytest.param(8, marks=pytest.mark.slow)]
+)
+def test_micro_batches_equal_one_large_batch(pieces):
+    whole, _, start, step = build()
+    x, y = batch(whole)
+    one, parts = step(start, x, y, jnp.int32(0))
+    _, _, start, step = build(grad_accum=pieces)
+    cut = [a.reshape(pieces, -1, a.shape[-1]) for a in (x, y)]
+    many, parts_many = step(start, *cut, jnp.int32(0))
+    assert abs(parts["loss"] - parts_many["loss"]) < 1e-6
+    assert abs(parts["grad_norm"] - parts_many["grad_norm"]) < 1e-6 * float(parts["grad_norm"])
+    # Adam divides by the gradient's size, so compare the moments: they are linear in the gradient.
+    assert largest_difference(one.opt_state[1][0].mu, many.opt_state[1][0].mu) < 1e-6
+
+
+def test_training_learns_and_the_old_state_is_donated():
+    """Fault 7: the state is copied at each step."""
+    config, _, current, step = build(steps=60)
+    x, y = batch(config)
+    before = current
+    losses = []
+    for i in range(60):
+        current, parts = step(current, x, y, jnp.int32(i))
+        losses.append(float(parts["loss"]))
+    assert abs(losses[0] - np.log(50)) < 0.3
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
+
+
+def test_cross_entropy_against_numpy():
+    rng = np.random.default_rng(1)
+    logits, targets = rng.normal(size=(3, 7, 11)) * 5, rng.integers(0, 11, (3, 7))
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = -np.mean([np.log(p[b, t, targets[b, t]]) for b in range(3) for t in range(7)])
+    assert abs(cross_entropy(jnp.asarray(logits, jnp.float32), jnp.asarray(targets)) - expected) < 1e-5
+
+
+def test_targets_below_zero_are_no_part_of_the_loss():
+    rng = np.random.default_rng(1)
+    logits, targets = rng.normal(size=(3, 7, 11)).astype(np.float32), rng.integers(0, 11, (3, 7))
+    padded, counts = targets.copy(), np.ones((3, 7), bool)
+    for place, mark in ((np.s_[0, 2:], -1), (np.s_[2, :5], -100)):
+        padded[place], counts[place] = mark, False
+    run = jax.jit(jax.value_and_grad(cross_entropy))
+    loss, slope = run(logits, padded)
+    rows = np.nonzero(counts)
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    assert loss == pytest.approx(-np.log(p[(*rows, targets[rows])]).mean(), rel=1e-5)
+    assert (np.asarray(slope != 0).any(-1) == counts).all()
+    nothing, slope = run(logits, np.full((3, 7), -1))
+    assert nothing == 0 and not np.asarray(slope).any()
+
+
+def test_padding_counts_for_nothing_however_it_falls_into_micro_batches():
+    config, skeleton, start, _ = build(n_layers=1, window=None, positions="none", attn="reference")
+    x, y = batch(config)
+    y[0, 1:3] = -1
+    y[0, 5, 4:] = -7
+    whole = losses(skeleton, config)(start.params, x[0], y[0], None)[0]
+    _, _, start, step = build(n_layers=1, window=None, positions="none", attn="reference", grad_accum=4)
+    _, parts = step(start, *(a.reshape(4, -1, a.shape[-1]) for a in (x, y)), jnp.int32(0))
+    assert parts["loss"] == pytest.approx(float(whole), rel=1e-6)
+
+
+def test_the_average_of_the_weights_follows_its_formula():
+    config, _, start, step = build(n_layers=1, window=None, positions="none", attn="reference", ema=0.5)
+    current = TrainState(start.params, start.opt_state, jax.tree.map(jnp.copy, start.params))
+    average = {name: np.float64(value) for name, value in start.params.items()}
+    for i in range(8):
+        current, _ = step(current, *batch(config, seed=i), jnp.int32(i))
+        decay = min(0.5, (1 + i) / (10 + i))
+        average = {name: decay * average[name] + (1 - decay) * np.float64(current.params[name]) for name in average}
+    assert largest_difference(current.ema, average) < 1e-6 < largest_difference(current.ema, current.params)
+    assert current.weights is current.ema and TrainState(current.params, None).weights is current.params
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon"])
+def test_every_optimizer_descends_and_decays_matrices_alone(name):
+    _, shapes = state.abstract(Config().replace(**TINY | RUN | {"n_layers": 1, "n_experts": 4}).model)
+    draw = np.random.default_rng(0)
+    goal = {key: jnp.asarray(draw.standard_normal(shape.shape), jnp.float32) for key, shape in shapes.items()}
+    optimizer = optim.optimizer(OptimConfig(optimizer=name, lr=0.02, schedule="constant", warmup=0.0, clip=0.0), 100)
+    distance = lambda params: sum(jnp.sum((params[key] - goal[key]) ** 2) for key in goal)
+
+    @jax.jit
+    def step(params, moments, slope):
+        updates, moments = optimizer.update(
+            jax.tree.map(lambda g: g * slope, jax.grad(distance)(params)), moments, params
+        )
+        return optax.apply_updates(params, updates), moments
+
+    params = jax.tree.map(jnp.zeros_like, goal)
+    moments = optimizer.init(params)
+    start = distance(params)
+    for _ in range(20):
+        params, moments = step(params, moments, 1.0)
+    assert distance(params) < 0.9 * start
+    still, _ = step(goal, optimizer.init(goal), 0.0)  # no gradient: only the decay is left
+    moved = {key for key in goal if (still[key] != goal[key]).any()}
+    assert moved == {key for key in goal if goal[key].ndim > 1}  # with muon the embedding, which goes by Adam, too
+    for key in moved:
+        np.testing.assert_allclose(still[key], goal[key] * (1 - 0.02 * 0.1), rtol=1e-5)
+
+
+def test_muon_takes_each_matrix_as_the_product_that_it_makes():
+    config = Config().replace(
+        **TINY | RUN, n_experts=4, shared_expert=True, gate="elementwise", tie=False, qk_norm=True
+    )
+    _, shapes = state.abstract(config.model)
+    numbers, letters = optim.contracted(shapes), state.axes(config.model)
+    assert numbers.keys() == letters.keys()
+    for name, axes in letters.items():
+        if numbers[name] is None:
+            assert not name.startswith("blocks.") or len(axes) == 1, name
+            continue
+        takes, makes = (np.atleast_1d(numbers[name].reduction_axis), np.atleast_1d(numbers[name].output_axis))
+        summed = {"o": "HD", "down": "F"}.get(name.split(".")[-1], "M")
+        assert "".join(axes[i] for i in takes) == summed, name
+        assert sorted([*takes, *makes]) == [i for i, axis in enumerate(axes) if axis != "E" or name.endswith("router")]
+
+
+def test_the_figures_of_the_routers_are_those_of_each_layer():
+    config, skeleton, start, _ = build(n_experts=4, window=None, positions="none", attn="reference", moe="reference")
+    x, y = (a[0] for a in batch(config))
+    lopsided = start.params["blocks.1.mlp.router"] * 0
+    params = start.params | {"blocks.1.mlp.router": lopsided}  # equal logits: top_k takes experts 0 and 1
+    _, parts = losses(skeleton, config)(params, x, y, None)
+    assert 1 < parts["router/load_max.0"] < 2 and 0 < parts["router/load_min.0"] < 1
+    assert (parts["router/load_max.1"], parts["router/load_min.1"]) == (2, 0)
+    assert parts["router/entropy.0"] < 1 and parts["router/entropy.1"] == pytest.approx(1, abs=1e-5)
+    assert parts["router/dropped.0"] == parts["router/dropped.1"] == 0
+    ids = jnp.zeros((8, 4)).at[:, 3].set(5.0)
+    served = moe.route(ids, 2)[2]
+    lost = moe.figures(moe.over_layers([served._replace(load=served.load.at[3].set(0))]), 2)
+    assert lost["router/dropped.0"] == 0.5  # a slot of each token that no expert served would be seen
+
+
+def losses(skeleton, config):
+    return jax.jit(lambda *args: loss_and_parts(skeleton, config, *args))
+
+
+def test_balance_and_z_coefficients_are_applied_to_what_is_minimised_but_not_to_evaluation():
+    """Fault 3: the balance coefficient is ignored in the loss, or the validation loss holds the router's losses."""
+    config, skeleton, start, _ = build(n_experts=4, balance_coef=0.0, router_z_coef=0.0)
+    x, y = (a[0] for a in batch(config))
+    bare, parts = losses(skeleton, config)(start.params, x, y, None)
+    assert bare == parts["loss"]
+    both = config.replace(balance_coef=0.5, router_z_coef=0.25)
+    total, parts = losses(skeleton, both)(start.params, x, y, None)
+    assert abs(total - (parts["loss"] + 0.5 * parts["balance"] + 0.25 * parts["router_z"])) < 1e-6
+    assert parts["balance"] > 1 and parts["router_z"] > 0
+    assert abs(make_eval_step(skeleton, both)(start.params, x, y) - parts["loss"]) < 1e-6
+
+
+def test_dropout_is_on_in_training_off_in_evaluation_and_a_function_of_the_step():
+    """Fault 4: dropout stays on in validation."""
+    config, skeleton, start, _ = build(dropout=0.5)
+    x, y = (a[0] for a in batch(config))
+    evaluate = make_eval_step(skeleton, config)
+    assert evaluate(start.params, x, y) == evaluate(start.params, x, y)
+    still = losses(skeleton, config)(start.params, x, y, None)[0]
+    keys = [jax.random.key(0), jax.random.key(1), jax.random.key(0)]
+    first, second, again = (losses(skeleton, config)(start.params, x, y, key)[0] for key in keys)
+    assert first == again != second
+    assert abs(evaluate(start.params, x, y) - still) < 1e-6 and first != still
+
+
+def test_weight_decay_leaves_norm_scales_alone():
+    _, skeleton, start, _ = build()
+    optimizer = optim.optimizer(OptimConfig(lr=0.1, warmup=0.0, weight_decay=1.0, schedule="constant"), 10)
+    zero = jax.tree.map(jnp.zeros_like, start.params)
+    updates, _ = optimizer.update(zero, optimizer.init(start.params), start.params)
+    moved = {name for name, update in updates.items() if float(jnp.abs(update).max()) > 0}
+    assert moved == {name for name in skeleton.names if "norm" not in name}
+
+
+@pytest.mark.parametrize("kind", ["cosine", "wsd", "constant"])
+def test_schedules(kind):
+    rate = optim.schedule(OptimConfig(lr=1.0, schedule=kind, warmup=0.1, min_lr=0.1), 100)
+    values = [float(rate(i)) for i in range(100)]
+    assert values[0] == pytest.approx(0.1) and values[9] == pytest.approx(1.0)
+    assert values[10] == pytest.approx(1.0) and max(values) <= 1.0 + 1e-6
+    assert values[99] == pytest.approx({"cosine": 0.1, "wsd": 0.15, "constant": 1.0}[kind], abs=0.06)
+    if kind == "wsd":
+        assert values[80] == pytest.approx(1.0)
+    assert all(float(optim.schedule(OptimConfig(), n)(0)) > 0 for n in (1, 2, 3, 19, 21))
+
+
+def test_clipping_bounds_the_update():
+    config, _, start, step = build(clip=1e-3)
+    x, y = batch(config)
+    _, parts = step(start, x, y, jnp.int32(0))
+    assert parts["grad_norm"] > 1e-3  # what is reported is the norm before clipping
+    grads = {"w": jnp.full((3, 3), 10.0)}
+    clipped, _ = optax.clip_by_global_norm(1e-3).update(grads, optax.EmptyState())
+    assert optax.global_norm(clipped) == pytest.approx(1e-3, rel=1e-4)
+
+
+MESH = """
+    import sys; sys.path.insert(0, "tests/dantinox/training")
+    import jax, jax.numpy as jnp
+    from test_train_step import *
+    from dantinox.training.train_step import state_shardings
+    losses = {}
+    for mesh in ("", "data=8", "fsdp=8", "data=2,fsdp=4"):
+        config, skeleton, current, step = build(mesh=mesh, grad_accum=1, n_experts=EXPERTS, attn="ATTN")
+        laid = sharding.make_mesh(config.train.mesh_axes())
+        if laid is not None:
+            optimizer = optim.optimizer(config.optim, config.train.steps)
+            shards = state_shardings(config, laid, current)
+            current = jax.device_put(current, shards)
+            step = make_train_step(skeleton, config, optimizer, laid, shards)
+        losses[mesh] = []
+        for i in range(4):
+            current, parts = step(current, *batch(config, seed=i), jnp.int32(i))
+            losses[mesh].append(float(parts["loss"]))
+        w = current.params["blocks.0.attention.q"]
+        fsdp = config.train.mesh_axes()["fsdp"]
+        assert w.addressable_shards[0].data.shape[0] == 32 // fsdp, (mesh, w.sharding)
+        m = current.opt_state[1][0].mu["blocks.0.attention.q"]
+        assert m.addressable_shards[0].data.shape[0] == 32 // fsdp, (mesh, m.sharding)
+    for mesh, values in losses.items():
+        worst = max(abs(a - b) for a, b in zip(values, losses[""]))
+        assert worst < 1e-5, (mesh, worst)
+"""
+
+
+@pytest.mark.parametrize(("experts", "attn"), [(4, "pallas"), pytest.param(0, "xla", marks=pytest.mark.slow)])
+def test_a_mesh_of_eight_devices_gives_the_losses_of_one(experts, attn):
+    """Fault 8: a model over several devices gives other numbers than on one."""
+    code = textwrap.dedent(MESH).replace("EXPERTS", str(experts)).replace("ATTN", attn)
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PATH": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_mesh_that_cannot_be_is_named():
+    with pytest.raises(ConfigError, match="needs 4096 devices"):
+        sharding.make_mesh({"data": 64, "fsdp": 64})
+    for mesh in ("data", "data=0", "model=2", "data=x"):
+        with pytest.raises(ConfigError, match="allowed: data=N,fsdp=M"):
+            Config().replace(mesh=mesh)
+    with pytest.raises(ConfigError, match="multiple of the devices"):
+        Config().replace(mesh="data=3", batch_size=8)
+
+
+def test_parameters_survive_being_taken_apart():
+    config, skeleton, start, _ = build(n_experts=4, qk_norm=True, gate="elementwise", tie=False)
+    model = skeleton.join(start.params)
+    tokens = jnp.arange(12).reshape(1, 12)
+    direct = Transformer(config.model, rngs=nnx.Rngs(0))(tokens)
+    assert (model(tokens) == direct).all()
+    assert state.split(model)[1].keys() == start.params.keys() == set(state.axes(config.model))
+    assert hash(skeleton) == hash(state.abstract(config.model)[0])

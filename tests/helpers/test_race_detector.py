@@ -1,0 +1,300 @@
+"""The simulated devices find planted faults, and none in the Pallas kernels."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
+
+from dantinox import kernels
+from dantinox.kernels import workloads
+from dantinox.kernels.dispatch import compiling_for
+from dantinox.kernels.ops.attention.pallas_tpu import block_sizes
+from dantinox.kernels.ops.attention.pallas_tpu.common import Tiles
+from tests.helpers import cases, race_detector, tolerance
+
+X = np.arange(16 * 128, dtype=np.float32).reshape(16, 128)
+BLOCK = (8, 128)
+
+
+def tpu_double(x: jax.Array, *, shared: bool = False) -> jax.Array:
+    """2 x by two cores, a block of rows each; with `shared` both write the first block."""
+
+    def kernel(x_ref, o_ref):
+        o_ref[...] = 2 * x_ref[...]
+
+    return pl.pallas_call(
+        kernel,
+        grid=(2,),
+        in_specs=[pl.BlockSpec(BLOCK, lambda i: (i, 0))],
+        out_specs=pl.BlockSpec(BLOCK, lambda i: (0 if shared else i, 0)),
+        out_shape=jax.ShapeDtypeStruct(BLOCK if shared else x.shape, x.dtype),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+    )(x)
+
+
+def tpu_sum(x: jax.Array, *, clear: bool = True) -> jax.Array:
+    """Sum of the blocks of rows, in scratch memory that must be cleared first."""
+
+    def kernel(x_ref, o_ref, total):
+        if clear:
+
+            @pl.when(pl.program_id(0) == 0)
+            def _():
+                total[...] = jnp.zeros_like(total)
+
+        total[...] += x_ref[...]
+        o_ref[...] = total[...]
+
+    return pl.pallas_call(
+        kernel,
+        grid=(2,),
+        in_specs=[pl.BlockSpec(BLOCK, lambda i: (i, 0))],
+        out_specs=pl.BlockSpec(BLOCK, lambda i: (0, 0)),
+        out_shape=jax.ShapeDtypeStruct(BLOCK, x.dtype),
+        scratch_shapes=[pltpu.VMEM(BLOCK, x.dtype)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+    )(x)
+
+
+def tpu_rows(x: jax.Array, *, first: int = 8) -> jax.Array:
+    """Eight rows from `first` on, past the end of 16 where that is more than 8."""
+
+    def kernel(first_ref, x_ref, o_ref):
+        o_ref[...] = x_ref[pl.ds(first_ref[0], 8), :]
+
+    return pl.pallas_call(
+        kernel,
+        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.VMEM)],
+        out_specs=pl.BlockSpec(memory_space=pltpu.VMEM),
+        out_shape=jax.ShapeDtypeStruct(BLOCK, x.dtype),
+    )(jnp.array([first], jnp.int32), x)
+
+
+def gpu_hand_over(x: jax.Array, *, barrier: bool = True, write: bool = True) -> jax.Array:
+    """One warpgroup puts 2 x into shared memory, the other takes it from there, after a barrier or at once."""
+
+    def kernel(x_ref, o_ref, shared, full):
+        warpgroup = jax.lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup == 0)
+        def _():
+            if write:
+                shared[...] = 2 * x_ref[...]
+            if barrier:
+                plgpu.barrier_arrive(full)
+
+        @pl.when(warpgroup == 1)
+        def _():
+            if barrier:
+                plgpu.barrier_wait(full)
+            o_ref[...] = shared[...]
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        scratch_types=[plgpu.SMEM(x.shape, x.dtype), plgpu.Barrier(num_arrivals=1)],
+        num_threads=2,
+        thread_name="warpgroup",
+    )(x)
+
+
+def gpu_multiply(x: jax.Array, *, barrier: bool = True, commit: bool = True) -> jax.Array:
+    """One warpgroup puts 2 x into shared memory, the other multiplies it with itself there."""
+
+    def kernel(x_ref, o_ref, shared, full):
+        warpgroup = jax.lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup == 0)
+        def _():
+            shared[...] = 2 * x_ref[...]
+            if commit:
+                plgpu.commit_smem()
+            if barrier:
+                plgpu.barrier_arrive(full)
+
+        @pl.when(warpgroup == 1)
+        def _():
+            if barrier:
+                plgpu.barrier_wait(full)
+
+            def square(acc):
+                plgpu.wgmma(acc, shared, shared)
+                plgpu.wgmma_wait(0)
+                return acc[...]
+
+            o_ref[...] = pl.run_scoped(square, plgpu.ACC(x.shape))
+
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct(x.shape, jnp.float32),
+        scratch_types=[plgpu.SMEM(x.shape, x.dtype, transforms=transforms), plgpu.Barrier(num_arrivals=1)],
+        num_threads=2,
+        thread_name="warpgroup",
+    )(x)
+
+
+def test_a_clean_tpu_kernel_passes():
+    found = race_detector.on_tpu(tpu_double, X)
+    assert found.clean, found
+    np.testing.assert_array_equal(found.result, 2 * X)
+    found = race_detector.on_tpu(tpu_sum, X)
+    assert found.clean, found
+    np.testing.assert_array_equal(found.result, X[:8] + X[8:])
+
+
+def test_two_tpu_cores_on_one_block_are_a_race():
+    found = race_detector.on_tpu(functools.partial(tpu_double, shared=True), X)
+    assert found.races and not found.out_of_bounds
+    # One core takes the blocks one after the other.
+    assert not race_detector.on_tpu(functools.partial(tpu_double, shared=True), X, cores=1).races
+
+
+def test_a_race_in_the_first_of_two_kernels_counts():
+    assert race_detector.on_tpu(lambda x: tpu_double(jnp.tile(tpu_double(x, shared=True), (2, 1))), X).races
+
+
+def test_tpu_memory_never_written_is_found():
+    found = race_detector.on_tpu(functools.partial(tpu_sum, clear=False), X)
+    assert found.uninitialised and not found.races and np.isnan(found.result).any()
+
+
+def test_a_tpu_read_past_the_end_is_found_and_the_next_run_works():
+    found = race_detector.on_tpu(functools.partial(tpu_rows, first=12), X)
+    assert found.out_of_bounds and "(16, 128)" in found.out_of_bounds and found.result is None
+    found = race_detector.on_tpu(tpu_rows, X)
+    assert found.clean
+    np.testing.assert_array_equal(found.result, X[8:])
+
+
+def test_a_clean_gpu_kernel_passes():
+    found = race_detector.on_gpu(gpu_hand_over, X)
+    assert found.clean, found
+    np.testing.assert_array_equal(found.result, 2 * X)
+
+
+def test_a_missing_gpu_barrier_is_a_race():
+    assert race_detector.on_gpu(functools.partial(gpu_hand_over, barrier=False), X).races
+
+
+def test_what_a_matrix_product_reads_is_watched():
+    """Which the simulator does not do by itself."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((64, 64)), jnp.bfloat16)
+    found = race_detector.on_gpu(gpu_multiply, x)
+    assert found.clean, found
+    np.testing.assert_allclose(found.result, np.float32(2 * x) @ np.float32(2 * x), rtol=1e-5, atol=1e-5)
+    assert race_detector.on_gpu(functools.partial(gpu_multiply, commit=False), x).races, "it reads past what is written"
+    assert race_detector.on_gpu(functools.partial(gpu_multiply, barrier=False), x).races
+
+
+def test_gpu_memory_never_written_is_found():
+    found = race_detector.on_gpu(functools.partial(gpu_hand_over, write=False), X)
+    assert found.uninitialised and not found.races
+
+
+def test_a_function_without_a_kernel_proves_nothing():
+    with pytest.raises(AssertionError, match="no Pallas kernel ran"):
+        race_detector.on_tpu(lambda x: 2 * x, X)
+
+
+V6E = ("tpu", "TPU v6 lite")
+OPS = ("attention", "grouped_matmul", "moe_mlp", "decode_attention")
+
+
+def small(op: str) -> list[workloads.Spec]:
+    """The smallest rows of the tests."""
+    elements = lambda row: sum(np.prod(shape) for shape in row.shapes().values())
+    return sorted(workloads.rows(op, "parity"), key=elements)[:4]
+
+
+def both_passes(row: workloads.Spec, implementation: str) -> tuple:
+    """(function of the arrays, arrays): output and gradients, or one step of decoding."""
+    inputs, aux, dout = cases.draw(row)
+    inputs, dout = {name: np.float32(x) for name, x in inputs.items()}, np.float32(dout)
+    operation = functools.partial(getattr(kernels, row.op), **row.options(), implementation=implementation)
+    if isinstance(row, workloads.Decode):
+        rings = np.random.default_rng(1).standard_normal((2, *row.cache_shape())).astype(np.float32)
+        return lambda inputs, cache: operation(**inputs, cache=cache), inputs, kernels.KVCache(*rings, **aux)
+
+    def run(inputs, aux, dout):
+        o, pull = jax.vjp(lambda inputs: operation(**inputs, **aux), inputs)
+        return o, pull(dout)
+
+    return run, inputs, aux, dout
+
+
+def checked() -> list[Any]:
+    """(op, row) parameters; one row of an operation in every run."""
+    found = [(op, row, pytest.mark.slow if n else ()) for op in OPS for n, row in enumerate(small(op))]
+    return [pytest.param(op, row, id=f"{op}: {row.name}", marks=marks) for op, row, marks in found]
+
+
+@pytest.mark.parametrize(("op", "row"), checked())
+def test_no_pallas_kernel_races_or_reads_what_it_should_not(op, row):
+    """The kernels for TPUs, as they would be compiled there."""
+    with compiling_for(*V6E):
+        why = kernels.implementations(op)["pallas"]
+        if why is not None:
+            pytest.skip(why)
+        run, *arguments = both_passes(row, "pallas")
+        found = race_detector.on_tpu(run, *arguments)
+    assert found.clean, found._replace(result=None)
+
+
+row = cases.attention
+
+
+TILED = {  # two heads, for the two cores
+    "a piece half a head, cap, segments, fewer queries": (
+        row(12, 28, D=4, softcap=1.5, gate="head", segments="pair"),
+        Tiles(heads=1, q=16, k=8, rows=8, keys=4, span=16),
+    ),
+    "a piece a head, window, gate": (
+        row(24, 24, H=4, window=5, gate="elementwise"),
+        Tiles(heads=1, q=8, k=16, rows=8, keys=8, span=16),
+    ),
+    "a piece two heads, segments, fewer queries": (
+        row(12, 20, H=8, D=4, segments="pair"),
+        Tiles(heads=1, q=4, k=8, rows=8, keys=4, span=8),
+    ),
+    "segments, more queries, one span": (
+        row(20, 12, D=4, segments="nobody", causal=False),
+        Tiles(heads=1, q=8, k=4, rows=8, keys=4, span=64),
+    ),
+    "more queries, window": (
+        row(21, 9, H=4, window=3, softcap=2.0),
+        Tiles(heads=1, q=8, k=4, rows=16, keys=4, span=8),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if n else ()) for n, name in enumerate(TILED)]
+)
+def test_attention_in_several_tiles_pieces_and_spans(name, monkeypatch):
+    """What only a TPU makes of the kernel: pieces in turn, gradients of keys summed on the chip; and its values."""
+    case, chosen = TILED[name]
+    monkeypatch.setattr(block_sizes, "choose", lambda *_, **__: chosen)
+    with compiling_for(*V6E):
+        run, *arguments = both_passes(case, "pallas")
+        found = race_detector.on_tpu(run, *arguments)
+    assert found.clean, found._replace(result=None)
+    o, (gradients, *_) = found.result
+    mine = {"o": o} | {f"d{name}": gradient for name, gradient in gradients.items()}
+    inputs, aux, dout = cases.draw(case)
+    options = cases.options(case)
+    tolerance.judge("attention", "pallas", inputs, dout, "float32", aux=aux, options=options, run=lambda *_: mine)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_would_be_checked_runs(op):
+    """The check above calls each operation rightly: so it does not fail first on the day there is a kernel."""
+    run, *arguments = both_passes(small(op)[0], "xla")
+    program = tolerance.quick(run)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(program(*arguments)))

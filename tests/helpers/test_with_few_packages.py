@@ -1,0 +1,54 @@
+"""The tests of tensor cores on a machine with a GPU, JAX, NumPy and pytest, and little else."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.helpers import absent
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/kernels/*/test_tensor_core_*.py"))
+# As on a GPU, for all that is decided before a test runs.
+PYTEST = "import sys, jax, pytest; jax.default_backend = lambda: 'gpu'; sys.exit(pytest.main(sys.argv[1:]))"
+COLLECT = ("--collect-only", "-q", "-p", "no:cacheprovider")
+FIRST = {  # a size of the case that each test begins with
+    "test_attention_at_tensor_core_sizes_keeps_the_rule": "T=2048",
+    "test_grouped_matmul_at_tensor_core_sizes_keeps_the_rule": "N=8192",
+    "test_experts_at_tensor_core_sizes_keeps_the_rule": "N=4096",
+    "test_three_steps_keep_the_rule_and_write_one_slot_of_each_ring": "C=4096",
+}
+
+
+def started(folder: Path, code: str, *arguments: str) -> subprocess.CompletedProcess:
+    """What Python says without those packages."""
+    environment = absent.environment(folder, *absent.FEW)
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_the_tests_of_tensor_cores_are_collected_large_cases_first_and_bfloat16_before_float16(tmp_path):
+    done = started(tmp_path, PYTEST, *COLLECT, *FILES)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    lines = [line.split("::", 1) for line in done.stdout.splitlines() if "::" in line]
+    assert len(FILES) >= 3 and sorted({file for file, _ in lines}) == FILES
+    found = itertools.groupby((name for _, name in lines), lambda name: name.split("[")[0])
+    found = {test: list(names) for test, names in found}
+    for test, size in FIRST.items():
+        names = found[test]
+        assert size in names[0], names[0]
+        narrow = ["-float16" in name for name in names]
+        assert narrow == sorted(narrow) and 0 < sum(narrow) < len(names), names
+        # Programs without gradients too, but for decoding, which has none.
+        assert any(name.endswith("-output alone]") for name in names) == (size != "C=4096"), names
+
+
+def test_tests_of_random_sizes_are_not(tmp_path):
+    """The same command fails where a file needs one of the packages: they are absent indeed."""
+    done = started(tmp_path, PYTEST, *COLLECT, "tests/kernels/moe/test_moe.py")
+    assert done.returncode == 2 and "No module named 'hypothesis'" in done.stdout, done.stdout[-3000:]
+
+
+def test_an_absent_package_has_no_spec_and_others_have(tmp_path):
+    code = f"from importlib.util import find_spec; print([n for n in {[*absent.FEW, 'numpy', 'jax']} if find_spec(n)])"
+    assert started(tmp_path, code).stdout.strip() == "['numpy', 'jax']"

@@ -1,0 +1,142 @@
+"""The Triton kernels of the mixture of experts on Triton's own interpreter, beside numpy: needs triton, no GPU.
+
+`python -m tests.helpers.triton_interpreter` prints a line a case and fails where one differs. The interpreter wants
+tensors that lie in a device's memory; `Host` is all that it asks of them.
+"""
+
+import os
+import sys
+from typing import Any
+from unittest import mock
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from dantinox import reference
+from dantinox.kernels.ops.moe import triton as kernels
+
+BF16 = ml_dtypes.bfloat16
+NAMES = {np.dtype(np.float32): "fp32", np.dtype(np.int32): "i32", np.dtype(BF16): "bf16"}
+CASES = ((1, 8, 1, 4), (5, 300, 8, 16), (37, 256, 2, 4), (64, 17, 3, 3), (100, 520, 4, 256))  # N, M, k, E
+
+
+class Host:
+    """A numpy array as the interpreter sees a tensor: it is its own storage, and copies of it are itself."""
+
+    def __init__(self, array: np.ndarray | None):
+        self.array = array
+
+    @property
+    def dtype(self) -> str:
+        return NAMES[self.array.dtype]
+
+    def data_ptr(self) -> int:
+        return self.array.ctypes.data
+
+    def untyped_storage(self) -> "Host":
+        return self
+
+    def cpu(self) -> "Host":
+        return self
+
+    def new_empty(self, *_: Any, **__: Any) -> "Host":
+        return Host(None)
+
+    def set_(self, storage: "Host", *_: Any) -> None:
+        self.array = storage.array
+
+    def copy_(self, _: "Host") -> None:
+        pass
+
+    def storage_offset(self) -> int:
+        return 0
+
+    def size(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    stride = size
+
+
+def run(kernel: Any, grid: tuple[int, int], *arrays: np.ndarray, out: np.ndarray, **sizes: Any) -> np.ndarray:
+    """What the kernel leaves in `out`, which holds NaN before."""
+    out[...] = np.nan
+    ins = [Host(np.ascontiguousarray(each)) for each in arrays]
+    names = kernel.arg_names
+    last = {names[-1]: Host(out)}
+    kernel[grid](*ins, **sizes, **last, TILE=kernels.ROWS, ACROSS=kernels.COLUMNS)
+    return out
+
+
+def mixture() -> float:
+    """The largest relative error of `moe_mlp` and its gradients beside the specification."""
+
+    def interpreted(kernel: Any, *arrays: jax.Array, out: jax.ShapeDtypeStruct, grid: tuple[int, int], **sizes: Any):
+        on_host = lambda *ins: run(kernel, grid, *map(np.asarray, ins), out=np.empty(out.shape, out.dtype), **sizes)
+        return jax.pure_callback(on_host, out, *arrays)
+
+    rng = np.random.default_rng(0)
+    N, M, F, E, k = 21, 20, 12, 5, 3
+    shapes = (N, M), (E, M, F), (E, M, F), (E, F, M), (N, k)
+    inputs = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+    ids = jnp.asarray(rng.integers(0, E - 1, (N, k)))  # the last expert gets nothing
+
+    def both(operation: Any) -> tuple[jax.Array, ...]:
+        y, pull = jax.vjp(lambda *i: operation(*i[:4], ids, i[4]), *inputs)
+        return y, *pull(jnp.cos(y))
+
+    with mock.patch.object(kernels, "_call", interpreted):
+        mine = both(kernels.moe_mlp)
+    pairs = zip(mine, both(reference.moe_mlp), strict=True)
+    return max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in pairs)
+
+
+def main() -> int:
+    """Compare every kernel in every case; 1 where any differs."""
+    error = mixture()
+    print(f"moe_mlp and its gradients: {error:.1e}")
+    if not error < 1e-4:
+        return 1
+    worst = 0
+    for seed, (N, M, k, E) in enumerate(CASES):
+        for dtype in (np.float32, BF16):
+            rng = np.random.default_rng(seed)
+            x, dout = (rng.standard_normal((N, M)).astype(dtype) for _ in range(2))
+            p = rng.random((N, k)).astype(np.float32)
+            ids = np.argsort(rng.random((N, E)), axis=1)[:, :k]
+            order = np.argsort(ids.reshape(-1), kind="stable").astype(np.int32)
+            place = np.argsort(order).astype(np.int32).reshape(N, k)
+            rows, wide = x[order // k], np.float32
+            y = rng.standard_normal((N * k, M)).astype(dtype)
+            moved, back = kernels._tiles(N * k, M), kernels._tiles(N, M)
+            ends = {"WIDTH": M, "K": k}
+            gathered = y[place].astype(wide)
+            found = {}
+            for scaled in (False, True):
+                new = run(kernels.permute_kernel, moved, x, order, p, out=np.empty((N * k, M), dtype), N_ROWS=N * k,
+                          SCALED=scaled, **ends)  # fmt: skip
+                s = p.reshape(-1)[order][:, None] if scaled else 1
+                found[f"permute {scaled}"] = new, (rows.astype(wide) * s).astype(dtype)
+                new = run(kernels.combine_kernel, back, y, place, p, out=np.empty((N, M), dtype), TOKENS=N,
+                          SCALED=scaled, **ends)  # fmt: skip
+                found[f"combine {scaled}"] = new, (gathered * (p[..., None] if scaled else 1)).sum(1).astype(dtype)
+            new = run(kernels.shares_kernel, (back[0], k), dout, y, place, out=np.empty((N, k), wide), TOKENS=N, **ends)
+            found["shares"] = new, (gathered * dout.astype(wide)[:, None]).sum(-1)
+            for name, (mine, expected) in found.items():
+                mine, expected = mine.astype(wide), expected.astype(wide)
+                unit = 2.0**-7 if dtype == BF16 and name != "shares" else 2.0**-18
+                bound = unit * (np.abs(expected) + (np.sqrt(M) if name == "shares" else 1))
+                worst = max(worst, float(np.max(np.abs(mine - expected) / bound)))
+                right = bool(np.all(np.abs(mine - expected) <= bound))
+                print(f"N {N} M {M} k {k} E {E} {np.dtype(dtype).name} {name}: {'right' if right else 'WRONG'}")
+                if not right:
+                    return 1
+    print(f"largest difference: {worst:.3f} of what is allowed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""Attention: the reference against python loops, every implementation against the reference."""
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dantinox import kernels
+from dantinox.kernels import workloads
+from dantinox.kernels.ops.attention import xla
+from tests.helpers import cases, random_shapes, tolerance
+
+IMPLEMENTATIONS = tolerance.runnable("attention")
+
+
+def loops(q, k, v, gate=None, *, causal=True, window=None, scale=None, softcap=None, segment_ids=None):
+    """The formula, one query and one key at a time, in float64."""
+    (B, T, H, D), (_, S, K, _) = q.shape, k.shape
+    if segment_ids is not None and not isinstance(segment_ids, tuple):
+        segment_ids = (segment_ids, segment_ids)
+    o = np.zeros((B, T, H, D))
+    for b, t, h in np.ndindex(B, T, H):
+        scores, values = [], []
+        for s in range(S):
+            distance = (S - T + t) - s
+            if (causal and distance < 0) or (window is not None and distance >= window):
+                continue
+            if segment_ids is not None and segment_ids[0][b, t] != segment_ids[1][b, s]:
+                continue
+            score = float(q[b, t, h] @ k[b, s, h // (H // K)]) * (1 / math.sqrt(D) if scale is None else scale)
+            scores.append(score if softcap is None else softcap * math.tanh(score / softcap))
+            values.append(v[b, s, h // (H // K)])
+        if scores:
+            weights = [math.exp(score - max(scores)) for score in scores]
+            o[b, t, h] = sum(w * value for w, value in zip(weights, values, strict=True)) / sum(weights)
+            if gate is not None:
+                o[b, t, h] *= 1 / (1 + np.exp(-gate[b, t, h]))
+    return o
+
+
+row = cases.attention
+
+
+def slope(
+    case: workloads.Attention, inputs: dict, aux: dict, dout: np.ndarray, got: dict, by_hand: float | None = None
+) -> tuple[float, float]:
+    """The gradient along one random direction: (as computed, by the loops, unless that is given)."""
+    toward = {name: np.random.default_rng(1).standard_normal(x.shape) for name, x in inputs.items()}
+    along = sum(np.sum(tolerance.exact(got[f"d{name}"]) * toward[name]) for name in inputs)
+    if by_hand is None:
+        by_hand = tolerance.slope(lambda **x: loops(**x, **aux, **case.options()), inputs, toward, dout)
+    return along, by_hand
+
+
+TINY = {
+    "causal": row(5, 5, B=2),
+    "one key": row(1, 1),
+    "grouped, elementwise gate": row(4, 6, H=6, K=2, gate="elementwise"),
+    "multi-query, head gate, soft cap": row(5, 5, H=3, K=1, gate="head", softcap=1.5),
+    "more queries than keys, window": row(7, 3, window=2, gate="head"),
+    "window of one": row(4, 5, window=1),
+    "full, scale": row(3, 5, causal=False, scale=-0.7),
+    "segments": row(9, 9, B=2, segments="packed", window=3),
+    "segments nobody shares": row(4, 9, B=2, segments="nobody", causal=False),
+}
+
+
+@pytest.mark.parametrize("case", TINY.values(), ids=TINY)
+def test_the_reference_is_the_formula(case):
+    inputs, aux, dout = cases.draw(case)
+    with jax.enable_x64(True):
+        got = tolerance.program("attention", "reference", cases.options(case))(inputs, aux, dout)
+    np.testing.assert_allclose(got["o"], loops(**inputs, **aux, **case.options()), rtol=1e-12, atol=1e-13)
+    along, by_hand = slope(case, inputs, aux, dout, got)
+    assert along == pytest.approx(by_hand, rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("case", "dtype"), cases.judged("attention"))
+def test_every_implementation_keeps_the_rule(case, dtype, implementation):
+    inputs, aux, dout = cases.draw(case)
+    small = case.T * case.S < 2**18
+    options = cases.options(case)
+    got = tolerance.judge("attention", implementation, inputs, dout, dtype, aux=aux, options=options, hurry=small)
+    if case.T > case.S and case.causal:
+        for name in ("o", "dq", *(["dgate"] if case.gate != "none" else [])):
+            assert not np.any(got[name][:, : case.T - case.S]), f"{name}: a query that sees no key"
+
+
+def is_the_formula(case: workloads.Attention, *runs: Callable[..., Any], seed: int = 0) -> None:
+    """Output and gradients of programs in float32 against the loops."""
+    inputs, aux, dout = cases.draw(case, seed)
+    inputs = {name: x.astype(np.float32).astype(np.float64) for name, x in inputs.items()}
+    narrow = {name: jnp.float32(x) for name, x in inputs.items()}
+    o, by_hand = loops(**inputs, **aux, **case.options()), None
+    for run in runs:
+        got = run(narrow, aux, jnp.float32(dout))
+        np.testing.assert_allclose(got["o"], o, rtol=2e-5, atol=2e-6)
+        along, by_hand = slope(case, inputs, aux, dout, got, by_hand)
+        assert along == pytest.approx(by_hand, rel=1e-4, abs=1e-3)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@random_shapes.examples(30)
+@given(
+    sizes=st.tuples(st.integers(1, 12), st.integers(1, 24)),
+    heads=st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 1), (4, 2), (6, 3)]),
+    B=st.integers(1, 2),
+    D=st.integers(1, 6),
+    gate=st.sampled_from(["none", "elementwise", "head"]),
+    segments=st.sampled_from([None, "packed", "pair", "nobody"]),
+    causal=st.booleans(),
+    window=st.none() | st.integers(1, 26),
+    softcap=st.none() | st.floats(1, 4),
+    scale=st.none() | st.floats(-1, 1),
+    seed=st.integers(0, 99),
+)
+def test_any_small_shape_is_the_formula(
+    implementation, sizes, heads, B, D, gate, segments, causal, window, softcap, scale, seed
+):
+    (T, S), (H, K) = sizes, heads
+    S, window = T if segments == "packed" else S, window if causal else None
+    case = row(T, S, B=B, H=H, K=K, D=D, gate=gate, segments=segments, causal=causal, window=window, softcap=softcap,
+               scale=scale)  # fmt: skip
+    with contextlib.suppress(pytest.skip.Exception):  # of one shape, not of all
+        compiled = tolerance.program("attention", implementation, cases.options(case))
+        is_the_formula(case, *tolerance.forms(implementation, compiled).values(), seed=seed)
+    random_shapes.forget()
+
+
+CHUNKED = {
+    "fewer queries": row(9, 12, H=4, softcap=2.0, gate="head"),
+    "more queries, wide window": row(9, 7, window=5),
+    "segments": row(9, 9, B=2, segments="packed"),
+    "full, pair": row(9, 12, B=2, segments="pair", causal=False),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=name, marks=pytest.mark.slow if "," in name else ()) for name, case in CHUNKED.items()],
+)
+def test_chunked_scores_are_the_formula(case, monkeypatch):
+    """What XLA does with long sequences, on short ones that loops can follow: five chunks of two blocks of a row."""
+    monkeypatch.setattr(xla, "ONE_BLOCK", 0)
+    monkeypatch.setattr(xla, "CHUNK_ROWS", 1)
+    # Not from the cache of programs, nor into it: its key knows nothing of these two numbers.
+    is_the_formula(case, tolerance.program.__wrapped__("attention", "xla", cases.options(case)))
+
+
+POISONED = {  # some keys are seen by no query at all
+    "one block, window": row(7, 40, window=30, gate="head"),
+    "full, segments": row(9, 33, segments="nobody", causal=False, softcap=2.0),
+    "banded, window": row(127, 300, window=20, softcap=2.0),
+    "banded, segments": row(200, 200, segments="nobody", window=20),
+    "chunked, segments": row(1030, 1030, segments="nobody", H=1, K=1),
+    "chunked, window": row(600, 2000, window=1200, H=1, K=1),
+}
+
+
+def poisoned() -> list[Any]:
+    """(case, implementation) parameters; the reference only where it is quick."""
+    pairs = [(name, i) for name in POISONED for i in (*IMPLEMENTATIONS, "reference")]
+    long = lambda name, i: name == "chunked, window" or (i == "reference" and POISONED[name].S > 100)
+    return [pytest.param(*p, id="-".join(p), marks=pytest.mark.slow if long(*p) else ()) for p in pairs]
+
+
+@pytest.mark.parametrize("what", ["output", "gradients"])
+@pytest.mark.parametrize(("name", "implementation"), poisoned())
+def test_what_unseen_keys_hold_reaches_nobody(name, implementation, what):
+    case = POISONED[name]
+    inputs, aux, dout = cases.draw(case)
+    distance = np.arange(case.T)[:, None] + case.S - case.T - np.arange(case.S)
+    mask = (distance >= 0) | (not case.causal)
+    mask = (mask & (distance < (case.window or 10**9)))[None]
+    if aux:
+        q_ids, kv_ids = aux["segment_ids"]
+        mask = mask & (q_ids[:, :, None] == kv_ids[:, None])
+    unseen = ~mask.any(axis=1)[:, :, None, None]
+    assert unseen.any(), "the case poisons nothing"
+    run = tolerance.program("attention", implementation, cases.options(case))
+    parts = []
+    for fill in (0, np.nan, np.inf):
+        filled = {n: np.float32(np.where(unseen, fill, x) if n in "kv" else x) for n, x in inputs.items()}
+        got = run(filled, aux, np.float32(dout))
+        parts.append({n: x for n, x in got.items() if (n == "o") == (what == "output")})
+    for part in parts[1:]:
+        tolerance.same_bits(parts[0], part)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["127 grouped, gate, window", "packed, window"])
+def test_two_runs_are_bit_equal(name, implementation):
+    case = workloads.find("attention", name)
+    inputs, aux, dout = cases.draw(case)
+    run = tolerance.program("attention", implementation, cases.options(case))
+    arguments = {n: jnp.float32(x) for n, x in inputs.items()}, aux, jnp.float32(dout)
+    tolerance.same_bits(run(*arguments), run(*arguments))
+
+
+@pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
+def test_no_keys_or_no_queries(implementation):
+    q, nothing = jnp.ones((2, 3, 2, 4)), jnp.ones((2, 0, 2, 4))
+    for causal in (True, False):
+        o = kernels.attention(q, nothing, nothing, causal=causal, implementation=implementation)
+        np.testing.assert_array_equal(o, jnp.zeros_like(q))
+        assert kernels.attention(nothing, q, q, causal=causal, implementation=implementation).shape == (
+            2,
+            0,
+            2,
+            4,
+        )

@@ -1,0 +1,242 @@
+"""Hopper's gradients of attention, interpreted on a CPU: by the rule, without races, and only where they are needed."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dantinox import kernels
+from dantinox.kernels import workloads
+from dantinox.kernels.ops.attention.pallas_sm90 import bwd, common
+from dantinox.kernels.ops.attention.pallas_sm90.common import Static
+from tests.helpers import race_detector, tolerance
+
+PROFILE = Path(__file__).parents[3] / "profiles/aot/h100.json"
+CHECKED = plgpu.InterpretGPUParams(detect_races=True)
+
+
+class Case(NamedTuple):
+    """Sizes and options of one comparison."""
+
+    T: int
+    S: int
+    D: int = 64
+    G: int = 1
+    K: int = 1
+    B: int = 1
+    causal: bool = True
+    window: int | None = None
+    softcap: float | None = None
+    segments: str | None = None  # "ascending", or in "any" order
+    dtype: str = "bfloat16"
+    spread: float = 1.0  # of the queries: large ones make scores far below zero
+
+    def __str__(self) -> str:
+        default = self._field_defaults
+        return "-".join(f"{name}{value}" for name, value in self._asdict().items() if value != default.get(name))
+
+
+def arrays(case: Case, seed: int = 0) -> tuple[dict[str, jax.Array], jax.Array, Any]:
+    """(q, k and v; do; ids) in the case's dtype."""
+    rng, (T, S, D, G, K, B, *_) = np.random.default_rng(seed), case
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), case.dtype)
+    inputs = {"q": draw(B, T, G * K, D) * case.spread, "k": draw(B, S, K, D), "v": draw(B, S, K, D)}
+    ids = None
+    if case.segments:
+        ordered = np.sort if case.segments == "ascending" else np.asarray
+        ids = tuple(jnp.asarray(ordered(rng.integers(0, 4, (B, n))), jnp.int32) for n in (T, S))
+    return inputs, draw(B, T, G * K, D), ids
+
+
+def options(case: Case) -> dict[str, Any]:
+    return {"causal": case.causal, "window": case.window, "softcap": case.softcap}
+
+
+def residuals(case: Case, inputs: dict[str, jax.Array], do: jax.Array, ids: Any) -> tuple[jax.Array, jax.Array]:
+    """(lse to the base 2, delta) in float32 from plain jnp."""
+    wide = {name: x.astype(jnp.float32) for name, x in inputs.items()}
+    B, T, H, D = wide["q"].shape
+    q = wide["q"].reshape(B, T, case.K, case.G, D)
+    s = jnp.einsum("BTKGD,BSKD->BKGTS", q, wide["k"]).reshape(B, H, T, case.S) * D**-0.5
+    if case.softcap is not None:
+        s = case.softcap * jnp.tanh(s / case.softcap)
+    distance = jnp.arange(T)[:, None] + case.S - T - jnp.arange(case.S)
+    seen = jnp.ones((B, T, case.S), bool)
+    if case.causal:
+        seen &= distance >= 0
+    if case.window is not None:
+        seen &= distance < case.window
+    if ids is not None:
+        seen &= ids[0][:, :, None] == ids[1][:, None]
+    lse = jax.nn.logsumexp(jnp.where(seen[:, None], s, -jnp.inf), axis=-1) / np.log(2)
+    o = kernels.attention(**wide, **options(case), segment_ids=ids, implementation="reference")
+    delta = jnp.einsum("BTHD,BTHD->BHT", o, do.astype(jnp.float32))
+    return jnp.where(jnp.isfinite(lse), lse, jnp.inf), delta
+
+
+def static(case: Case, params: Any = CHECKED) -> Static:
+    return Static(case.T, case.S, case.G, case.causal, case.window, case.D**-0.5, case.softcap, params)
+
+
+def gradients(case: Case, inputs: dict[str, jax.Array], do: jax.Array, ids: Any) -> dict[str, Any]:
+    """What the two kernels compute; fails where they race."""
+    lse, delta = tolerance.quick(functools.partial(residuals, case))(inputs, do, ids)
+    run = jax.jit(
+        lambda *args: bwd.backward(*args, static(case)), compiler_options=tolerance.HURRY
+    )  # a function of its own, so that no program of another run is taken from a cache
+    with race_detector._every(race_detector.gpu_interpreter, "GPURaceDetectionState") as detectors:
+        try:
+            found = jax.block_until_ready(run(*inputs.values(), do, lse, delta, ids))
+        finally:
+            race_detector.gpu_interpreter.reset_gpu_interpret_mode_state()
+    assert len(detectors) == 2 and not any(detector.races_found for detector in detectors)
+    return dict(zip(("dq", "dk", "dv"), found))
+
+
+def expected(case: Case, inputs: dict[str, jax.Array], do: jax.Array, ids: Any) -> dict[str, Any]:
+    aux = {} if ids is None else {"segment_ids": ids}
+    found = tolerance.program("attention", "reference", tuple(options(case).items()))(inputs, aux, do)
+    return {name: found[name] for name in ("dq", "dk", "dv")}
+
+
+def judge(case: Case) -> dict[str, Any]:
+    inputs, do, ids = arrays(case)
+    mine, plain = gradients(case, inputs, do, ids), expected(case, inputs, do, ids)
+    with jax.enable_x64(True):
+        exact = {name: jnp.asarray(tolerance.exact(x)) for name, x in inputs.items()}
+        oracle = expected(case, exact, jnp.asarray(tolerance.exact(do)), ids)
+    for name, x in mine.items():
+        assert x.dtype == plain[name].dtype and x.shape == plain[name].shape, name
+    tolerance.check(mine, plain, oracle, case.dtype)
+    return mine
+
+
+FAST = [
+    Case(200, 70, G=2),  # the first 128 queries see nothing
+    Case(129, 129, G=2, window=70),
+    Case(65, 200, D=128, window=64, softcap=5.0),
+    Case(64, 127, D=256, segments="ascending"),  # no key of the first tile lies after a query, some are foreign
+    Case(64, 129, D=256, causal=False, dtype="float16", spread=30.0),
+]
+LONG = [
+    *(Case(T, S, D=64, window=w, dtype="float16") for T in (1, 64, 65) for S in (1, 127, 200) for w in (None, 1, 66)),
+    *(Case(130, 130, D=D, G=3, K=2, B=2, window=66) for D in (64, 128, 256)),
+    *(Case(200, 200, D=D, G=2, window=w) for D in (64, 128, 256) for w in (None, 1, 65, 200, 999)),
+    *(Case(T, S, D=D, causal=False) for D in (64, 128, 256) for T, S in ((129, 65), (65, 129), (8, 200))),
+    *(Case(129, 129, D=D, softcap=c, window=w) for D in (64, 128, 256) for c, w in ((2.0, None), (30.0, 65))),
+    *(Case(200, 200, D=D, B=2, segments="any") for D in (64, 128, 256)),
+    *(Case(T, S, D=D, segments="ascending") for D in (64, 128, 256) for T, S in ((65, 127), (129, 64))),
+    *(Case(500, 500, D=D, segments="ascending", causal=c) for D in (64, 128, 256) for c in (True, False)),
+    *(Case(300, 300, D=D, segments="ascending", softcap=20.0, window=100) for D in (64, 128, 256)),
+    *(Case(200, 129, D=D, spread=30.0, causal=c) for D in (64, 128, 256) for c in (True, False)),
+]
+
+
+@pytest.mark.parametrize("case", [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in LONG)], ids=str)
+def test_gradients(case: Case):
+    judge(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_unseen_keys_and_blind_queries_get_zeros(D):
+    """Keys before every window, queries before every key, and both where the other side has none of their segment."""
+    inputs, do, _ = arrays(case := Case(64, 200, D=D, window=8))
+    mine = gradients(case, inputs, do, None)
+    for name in ("dk", "dv"):
+        assert not np.any(mine[name][:, : 200 - 64 - 7]) and np.any(mine[name][:, 200 - 64 - 7])
+    inputs, do, _ = arrays(case := Case(200, 64, D=D))
+    assert not np.any(gradients(case, inputs, do, None)["dq"][:, : 200 - 64])
+    inputs, do, _ = arrays(case := Case(300, 300, D=D, causal=False))
+    ids = tuple(jnp.asarray(np.where(np.arange(300) < 130, alone, 1), jnp.int32)[None] for alone in (0, 2))
+    for name, found in gradients(case, inputs, do, ids).items():
+        assert not np.any(found[:, :130]) and np.all(np.any(found[:, 130:], axis=(2, 3))), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_twice_the_same_bits(D):
+    case = Case(200, 200, D=D, G=2, window=90)
+    inputs, do, _ = arrays(case)
+    tolerance.same_bits(*(gradients(case, inputs, do, None) for _ in range(2)))
+
+
+@pytest.mark.parametrize("T, S, causal, window", [(300, 300, True, 66), (300, 300, True, None), (200, 500, True, 33)])
+@pytest.mark.parametrize("tile", [64, 128])
+def test_tiles_outside_the_bounds_are_not_visited(T, S, causal, window, tile):
+    """First tiles and their numbers, against the mask itself."""
+    at = Static(T, S, 1, causal, window, 1.0, None)
+    distance = np.arange(T)[:, None] + S - T - np.arange(S)
+    mask = (distance >= 0) & (distance < (window or S + T))
+    for first in range(0, T, common.OWN):
+        low, n = common.keys_of(jnp.int32(first), at, tile)
+        touched = np.unique(np.nonzero(mask[first : first + common.OWN])[1] // tile)
+        assert [*range(int(low), int(low + n))] == [*touched]
+    for own in (64, 128):
+        for first in range(0, S, own):
+            low, n = common.queries_of(jnp.int32(first), own, at, tile)
+            touched = np.unique(np.nonzero(mask[:, first : first + own])[0] // tile)
+            assert [*range(int(low), int(low + n))] == [*touched]
+
+
+@pytest.mark.slow
+def test_work_grows_with_the_window_not_with_the_square():
+    """Matrix products that the simulated device ran, with a window, at S and at 2 S."""
+    products = []
+    for S in (512, 1024):
+        inputs, do, _ = arrays(case := Case(S, S, window=64))
+        with mock.patch.object(gpu_callbacks, "wgmma", wraps=gpu_callbacks.wgmma) as ran:
+            gradients(case, inputs, do, None)
+        products.append(ran.call_count)
+    assert 1.8 < products[1] / products[0] < 2.2, products
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("D", [64, 256])
+def test_tiles_of_foreign_segments_are_not_multiplied(D):
+    """Matrix products that the simulated device ran for one document, and for four as long."""
+    products = []
+    for documents in (1, 4):
+        inputs, do, _ = arrays(case := Case(256 * documents, 256 * documents, D=D, segments="ascending"))
+        ids = jnp.repeat(jnp.arange(documents, dtype=jnp.int32), 256)[None]
+        with mock.patch.object(gpu_callbacks, "wgmma", wraps=gpu_callbacks.wgmma) as ran:
+            gradients(case, inputs, do, (ids, ids))
+        products.append(ran.call_count)
+    assert products[1] == 4 * products[0], products
+
+
+def compiled() -> dict[workloads.Attention, dict[str, Any]]:
+    """The kernels of both directions in bfloat16, by name, as ptxas made them for sm_90a: the committed profile."""
+    rows = json.loads(PROFILE.read_text())["rows"]
+    name = lambda kernel: kernel["name"].removeprefix("attention_").removesuffix("_mosaic_gpu_kernel")
+    return {
+        row: {name(kernel): kernel for kernel in rows[f"attention / {row.name} / pallas / bfloat16 / both"]["kernels"]}
+        for row in workloads.rows("attention", "aot", "h100")
+    }
+
+
+def test_as_compiled_nothing_is_spilled_and_every_product_is_a_wgmma():
+    for row, found in compiled().items():
+        assert found.keys() == {"forward", "dq", "dkv"}, row.name
+        for kernel in found.values():
+            assert kernel["spill_bytes"] == kernel["local"] == kernel["mma"] == 0 < kernel["wgmma"], (row.name, kernel)
+
+
+def test_as_compiled_a_tile_without_a_mask_costs_what_it_does_where_there_is_none():
+    """Instructions of the causal loops, with a window or segments, against those of the same head dim without."""
+    found = compiled()
+    for name in ("dq", "dkv"):
+        plain = {row.D: each[name]["steady"] for row, each in found.items() if row.name == f"aot d{row.D} causal"}
+        assert plain.keys() == {64, 128, 256}
+        for row, each in found.items():
+            if row.causal and row.softcap is None:
+                mine, best = each[name]["steady"]["instructions"], plain[row.D]["instructions"]
+                assert mine <= 1.05 * best, f"{row.name}: {name} issues {mine} a tile, {best} without a mask"

@@ -1,0 +1,270 @@
+"""The Hopper attention, interpreted on the CPU: values, races, rows that see nothing, the tiles it takes."""
+
+import functools
+import itertools
+import math
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dantinox import kernels
+from dantinox.kernels import dispatch, workloads
+from dantinox.kernels.ops.attention.pallas_sm90 import fwd, vjp
+from dantinox.kernels.ops.attention.pallas_sm90.common import Static
+from dantinox.reference.attention import visible
+from tests.helpers import cases, tolerance
+
+RACES = plgpu.InterpretGPUParams(detect_races=True)
+slow = pytest.mark.slow
+
+
+def row(T: int, S: int, D: int = 64, **sizes: Any) -> workloads.Attention:
+    return cases.attention(T, S, **({"H": 2, "K": 1, "D": D} | sizes))
+
+
+def options(case: workloads.Attention) -> dict[str, Any]:
+    return case.options() | {"scale": case.D**-0.5 if case.scale is None else case.scale}
+
+
+def arrays(case: workloads.Attention, dtype: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(gate included, None where there is none; segment ids as the kernel takes them)."""
+    inputs, aux, _ = cases.draw(case)
+    inputs = {"gate": None} | {name: jnp.asarray(x, dtype) for name, x in inputs.items()}
+    ids = aux.get("segment_ids")
+    ids = (ids, ids) if isinstance(ids, np.ndarray) else ids
+    return inputs, {"segment_ids": None if ids is None else tuple(map(jnp.asarray, ids))}
+
+
+def races() -> bool:
+    found = interpreter.get_races().races_found
+    interpreter.reset_gpu_interpret_mode_state()
+    return found
+
+
+def static(case: workloads.Attention) -> Static:
+    window = None if case.window is None else min(case.window, case.S)
+    scale = options(case)["scale"]
+    return Static(case.T, case.S, case.H // case.K, case.causal, window, scale, case.softcap, RACES)
+
+
+@functools.cache
+def forward(case: workloads.Attention, dtype: str) -> dict[str, np.ndarray]:
+    """The output and the residuals, computed once."""
+    inputs, aux = arrays(case, dtype)
+    run = lambda q, k, v, gate, ids: vjp._forward(q, k, v, gate, ids, static(case), residuals=True)
+    out = jax.jit(run)(inputs["q"], inputs["k"], inputs["v"], inputs["gate"], aux["segment_ids"])
+    out = {name: np.asarray(x) for name, x in out.items()}
+    assert not races()
+    return out
+
+
+def truth(case: workloads.Attention, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(o, the same without the gate, log2-sum-exp) in float64."""
+    inputs, aux = arrays(case, dtype)
+    q, k, v = (tolerance.exact(inputs[name]) for name in "qkv")
+    G = case.H // case.K
+    s = np.einsum("BTKGD,BSKD->BKGTS", q.reshape(case.B, case.T, case.K, G, case.D), k) * options(case)["scale"]
+    if case.softcap is not None:
+        s = case.softcap * np.tanh(s / case.softcap)
+    seen = np.asarray(visible(case.T, case.S, causal=case.causal, window=case.window))[None, None, None]
+    if aux["segment_ids"] is not None:
+        of_query, of_key = map(np.asarray, aux["segment_ids"])
+        seen = seen & (of_query[:, :, None] == of_key[:, None])[:, None, None]
+    weights = np.where(seen, np.exp2(s * math.log2(math.e)), 0)
+    total = weights.sum(-1)
+    o = np.einsum("BKGTS,BSKD->BTKGD", weights / np.where(total == 0, 1, total)[..., None], v)
+    o = o.reshape(case.out_shape())
+    lse = np.where(total == 0, np.inf, np.log2(np.where(total == 0, 1, total))).reshape(case.B, case.H, case.T)
+    gate = 1.0 if inputs["gate"] is None else 1 / (1 + np.exp(-tolerance.exact(inputs["gate"])))
+    return o * gate, o, lse
+
+
+FORWARD = [
+    # A head's two query tiles, the second with few rows; a window's two edges in one tile and apart.
+    row(129, 200, window=70, gate="elementwise"),
+    row(65, 127, D=128, K=2, causal=False, gate="head", softcap=2.0),
+    row(200, 65, D=256, gate="elementwise"),  # the first queries see nothing
+    pytest.param(row(64, 129, segments="nobody", window=100, gate="head", B=2), marks=slow),
+    pytest.param(row(1, 200, D=128, gate="elementwise"), marks=slow),
+    pytest.param(row(1, 1, gate="elementwise"), marks=slow),
+    pytest.param(row(129, 1, D=128, gate="head"), marks=slow),
+    pytest.param(row(127, 64, causal=False), marks=slow),
+    pytest.param(row(200, 200, D=128, window=1, softcap=1.0), marks=slow),
+    pytest.param(row(127, 200, D=128, window=1000, segments="pair"), marks=slow),
+    pytest.param(row(200, 129, D=256, window=64, scale=-0.05, gate="elementwise"), marks=slow),
+    pytest.param(row(129, 129, D=256, causal=False, segments="packed", softcap=3.0), marks=slow),
+    pytest.param(row(65, 65, scale=0.0, H=4, K=2, B=2), marks=slow),
+    pytest.param(row(600, 600, window=300, gate="elementwise"), marks=slow),
+    pytest.param(row(600, 1000, D=128, H=1, gate="elementwise"), marks=slow),
+    pytest.param(row(200, 700, D=256, H=1, window=400, gate="elementwise"), marks=slow),
+    # Documents longer than a tile: tiles that are skipped, and some that need no mask.
+    pytest.param(row(600, 600, segments="packed", gate="elementwise"), marks=slow),
+    pytest.param(row(500, 500, D=256, H=1, segments="packed", causal=False), marks=slow),
+]
+
+
+@pytest.mark.parametrize("case", FORWARD, ids=lambda case: "-".join(f"{x}" for x in case.__dict__.values() if x))
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=slow)])
+def test_the_output_and_its_residuals_are_the_formula_without_a_race(case, dtype):
+    mine = forward(case, dtype)
+    inputs, aux = arrays(case, dtype)
+    plain = kernels_reference(case, inputs, aux)
+    o, ungated, lse = truth(case, dtype)
+    tolerance.check({"o": mine["o"]}, {"o": plain}, {"o": o}, dtype)
+    if "ungated" in mine:
+        bare = kernels_reference(case, inputs | {"gate": None}, aux)
+        tolerance.check({"o": mine["ungated"]}, {"o": bare}, {"o": ungated}, dtype)
+    assert (np.isposinf(mine["lse"]) == np.isposinf(lse)).all()
+    np.testing.assert_allclose(mine["lse"], lse, atol=2e-4, rtol=1e-5)
+    assert mine["o"].shape == case.out_shape() and mine["o"].dtype == inputs["q"].dtype
+    nothing = np.isposinf(lse).swapaxes(1, 2)
+    assert not mine["o"][nothing].any(), "a query that sees no key gives zeros"
+
+
+def kernels_reference(case: workloads.Attention, inputs: dict[str, Any], aux: dict[str, Any]) -> jax.Array:
+    from dantinox.reference import attention
+
+    return attention(**inputs, **aux, **options(case))
+
+
+GRADIENTS = [row(72, 136, window=70, gate="elementwise"), row(65, 40, D=128, gate="head", K=2, softcap=2.0)]
+
+
+@slow
+@pytest.mark.parametrize("case", GRADIENTS, ids=["window", "softcap"])
+def test_the_gradients_are_the_formulas(case):
+    inputs, _, dout = cases.draw(case)
+
+    def run(inputs: dict, aux: dict, dout: jax.Array) -> dict[str, jax.Array]:
+        call = lambda x: vjp.attention(**x, **options(case), segment_ids=None, interpret=RACES)
+        o, pull = jax.vjp(call, inputs)
+        return {"o": o} | {f"d{name}": gradient for name, gradient in pull(dout)[0].items()}
+
+    tolerance.judge("attention", "hopper", inputs, dout, jnp.bfloat16, options=cases.options(case), run=run)
+    assert not races()
+
+
+@pytest.mark.parametrize("gate", [None, 1, 16])
+def test_what_precedes_the_backward_kernels_is_the_formula(gate):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    do, ungated, logits = draw(2, 5, 3, 16), draw(2, 5, 3, 16), gate and draw(2, 5, 3, gate)
+    inner, dgate, delta = vjp.before_backward(do, ungated, logits)
+    gated = lambda o, g: o if g is None else o * jax.nn.sigmoid(g)
+    _, pull = jax.vjp(gated, ungated, logits)
+    of_o, of_gate = pull(do)
+    np.testing.assert_allclose(inner, of_o, rtol=1e-6)
+    np.testing.assert_allclose(delta, np.einsum("BTHD,BTHD->BHT", of_o, ungated), rtol=1e-5, atol=1e-6)
+    assert (dgate is None) == (gate is None)
+    if gate:
+        np.testing.assert_allclose(dgate, of_gate, rtol=1e-5, atol=1e-6)
+
+
+@slow
+def test_what_no_query_sees_changes_no_bit_and_two_runs_agree():
+    case = row(65, 200, window=40, segments="nobody")
+    inputs, aux = arrays(case, "bfloat16")
+    run = jax.jit(lambda x: vjp.attention(**x, **options(case), **aux, interpret=RACES))
+    once, again = run(inputs), run(inputs)
+    ids = aux["segment_ids"][1][0] == 99
+    hidden = (ids | (jnp.arange(200) < 200 - 65 - 40 + 1))[None, :, None, None]
+    assert hidden.sum() == 96 + 4
+    poisoned = inputs | {name: jnp.where(hidden, jnp.nan, inputs[name]) for name in "kv"}
+    tolerance.same_bits({"o": once}, {"o": again})
+    tolerance.same_bits({"o": once}, {"o": run(poisoned)})
+
+
+@slow
+def test_tiles_of_foreign_segments_are_not_loaded():
+    """Copies into shared memory, by the simulated device, for one document and for four as long."""
+    copies = []
+    for documents in (1, 4):
+        case = row(256 * documents, 256 * documents, H=1)
+        inputs, _ = arrays(case, "bfloat16")
+        ids = jnp.repeat(jnp.arange(documents, dtype=jnp.int32), 256)[None]
+        run = lambda x, ids=ids, case=case: vjp.attention(**x, **options(case), segment_ids=(ids, ids), interpret=RACES)
+        with mock.patch.object(gpu_callbacks, "copy_gmem_to_smem", wraps=gpu_callbacks.copy_gmem_to_smem) as ran:
+            jax.block_until_ready(jax.jit(run)(inputs))
+        assert not races()
+        copies.append(ran.call_count)
+    assert copies[1] == 4 * copies[0], copies
+
+
+LENGTHS = (1, 64, 65, 130, 200)
+WINDOWS = ((False, None), *((True, window) for window in (None, 1, 63, 64, 100, 1000)))
+
+
+@pytest.mark.parametrize(("causal", "window"), WINDOWS)
+def test_a_span_holds_the_visible_tiles_and_its_interior_needs_no_mask(causal, window):
+    for q, k in ((64, 128), (128, 64), (16, 32)):
+        first = np.arange(0, 256, q, dtype=np.int32)
+
+        @jax.jit
+        @functools.partial(jax.vmap, in_axes=(0, None, None))
+        def spans(top: Any, T: Any, S: Any, q: int = q, k: int = k) -> tuple:
+            return fwd.span(top, q, k, Static(T, S, 1, causal, window, 1.0, None))
+
+        for T, S in itertools.product(LENGTHS, LENGTHS):
+            found = [np.asarray(x) for x in spans(first, np.int32(T), np.int32(S))]
+            distance = np.arange(T)[:, None] + S - T - np.arange(S)
+            seen = ((distance >= 0) | (not causal)) & (distance < (window or 10**6))
+            for n, top in enumerate(first):
+                start, left, right, stop = (int(x[n]) for x in found)
+                tiles = [seen[top : top + q, j * k : (j + 1) * k] for j in range(-(-S // k))]
+                needed = [j for j, tile in enumerate(tiles) if tile.any()]
+                assert list(range(start, stop)) == needed, (T, S, q, k, top)
+                whole = [j for j in needed if tiles[j].all() and (j + 1) * k <= S]
+                assert list(range(left, right)) == whole, (T, S, q, k, top)
+
+
+def test_what_the_kernels_do_not_take_is_named():
+    for dtype, D, said in (("float32", 64, "float32"), ("bfloat16", 96, "head dim 96")):
+        x = jnp.ones((1, 8, 2, D), dtype)
+        with pytest.raises(NotImplementedError, match=said):
+            vjp.attention(x, x, x, gate=None, causal=True, window=None, scale=1.0, softcap=None, segment_ids=None)
+
+
+def test_without_keys_the_output_is_zero():
+    q, none = jnp.ones((1, 8, 2, 64), jnp.bfloat16), jnp.ones((1, 0, 2, 64), jnp.bfloat16)
+    o = vjp.attention(q, none, none, gate=None, causal=False, window=None, scale=1.0, softcap=None, segment_ids=None)
+    assert o.shape == q.shape and not o.any()
+
+
+def test_hopper_is_served_by_it_and_other_gpus_are_told_what_runs():
+    with dispatch.compiling_for("cuda", "NVIDIA H100 80GB HBM3"):
+        assert kernels.implementations("attention")["pallas"] is None
+        x = jnp.ones((1, 8, 2, 96), jnp.bfloat16)
+        with pytest.raises(NotImplementedError, match="head dim 96"):
+            kernels.attention(x, x, x, implementation="pallas")
+    with dispatch.compiling_for("cuda", "NVIDIA A100-SXM4-80GB"):
+        assert "'xla' runs here" in kernels.implementations("attention")["pallas"]
+
+
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("around", ["vmap", "shard_map", "shard_map without checks"])
+def test_gradients_are_traced_below_vmap_and_shard_map(around, segments):
+    q, k, ids = (jnp.ones(shape, jnp.bfloat16) for shape in ((2, 1, 64, 4, 64), (2, 1, 64, 2, 64), (2, 1, 64)))
+    call = functools.partial(vjp.attention, gate=None, causal=True, window=9, scale=1.0, softcap=None)
+
+    def gradients(q: jax.Array, k: jax.Array, ids: jax.Array) -> tuple[jax.Array, ...]:
+        ids = (ids, ids) if segments else None
+        o, pull = jax.vjp(lambda q, k, v: call(q, k, v, segment_ids=ids), q, k, k)
+        return o, *pull(o)
+
+    if around == "vmap":
+        run, args = jax.vmap(gradients), (q, k, ids.astype(jnp.int32))
+    else:
+        mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        spec = jax.sharding.PartitionSpec("data")
+        checked = around == "shard_map"
+        run = jax.shard_map(gradients, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=checked)
+        args = q[0], k[0], ids[0].astype(jnp.int32)
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(run, *args))
+    assert shapes == tuple((x.shape, x.dtype) for x in (args[0], args[0], args[1], args[1]))

@@ -1,0 +1,246 @@
+"""The Pallas attention from inside: its plan, what it keeps, what it must not see, under every transformation."""
+
+import re
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dantinox import kernels
+from dantinox.kernels import cost, workloads
+from dantinox.kernels.ops.attention.pallas_tpu import block_sizes
+from dantinox.kernels.ops.attention.pallas_tpu.common import Tiles
+from tests.helpers import cases, random_shapes, tolerance
+from tests.helpers.jaxpr_walk import equations, largest
+from tests.kernels.attention.test_attention import is_the_formula
+
+ROOT = Path(__file__).parents[3]
+row = cases.attention
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, gate: jax.Array | None = None, **options: Any) -> jax.Array:
+    return kernels.attention(q, k, v, gate=gate, implementation="pallas", **options)
+
+
+def narrow(case: workloads.Attention) -> tuple[dict[str, np.ndarray], dict[str, Any], np.ndarray]:
+    """Its arrays in float32."""
+    inputs, aux, dout = cases.draw(case)
+    return {name: np.float32(x) for name, x in inputs.items()}, aux, np.float32(dout)
+
+
+# What an output must not depend on.
+
+WINDOWED = row(40, 40, B=2, H=4, window=9, gate="head")
+LITTLE = Tiles(heads=1, q=16, k=8, rows=32, keys=8, span=64)  # of two heads: several tiles where LITTLE is chosen
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    """choose(chosen): from now on these are the tiles."""
+    return lambda chosen: monkeypatch.setattr(block_sizes, "choose", lambda *_, **__: chosen)
+
+
+def test_neither_the_future_nor_what_the_window_hides_changes_a_bit(choose):
+    choose(LITTLE)
+    inputs, *_ = narrow(WINDOWED)
+    run = tolerance.quick(lambda inputs: attention(**inputs, window=9))
+    before = np.asarray(run(inputs))
+    for t in (1, 15, 16, 23, 39):
+        after = np.asarray(run({name: np.where(np.arange(40)[:, None, None] == t, 7, x) for name, x in inputs.items()}))
+        np.testing.assert_array_equal(after[:, :t], before[:, :t])
+        np.testing.assert_array_equal(after[:, t + 9 :], before[:, t + 9 :])
+        changed = (after[:, t : t + 9] != before[:, t : t + 9]).any(axis=(0, 2, 3))
+        assert changed.all(), "whoever sees token t would show it"
+
+
+def test_sequences_and_heads_do_not_mix(choose):
+    choose(LITTLE._replace(heads=2))
+    inputs, *_ = narrow(WINDOWED)
+    run = tolerance.quick(lambda inputs: attention(**inputs, window=9))
+    o = run(inputs)
+    np.testing.assert_array_equal(run({name: x[::-1] for name, x in inputs.items()}), o[::-1])
+    swapped = run({name: x[:, :, ::-1] for name, x in inputs.items()})  # key heads, and queries within their group
+    np.testing.assert_array_equal(swapped, o[:, :, ::-1])
+
+
+# Tiles that no CPU would choose.
+
+SPANS = {
+    "window, gate": (row(40, 40, H=4, window=11, gate="head"), Tiles(1, 8, 8, 16, 8, 16)),
+    "cap, fewer queries": (row(21, 40, H=3, K=1, softcap=1.5, gate="elementwise"), Tiles(1, 16, 16, 48, 16, 16)),
+    "segments, more queries": (row(40, 21, segments="pair"), Tiles(2, 16, 8, 16, 8, 16)),
+    "packed, window": (row(33, 33, B=2, segments="packed", window=20), Tiles(2, 8, 16, 8, 16, 16)),
+    "full, nobody": (row(20, 40, segments="nobody", causal=False), Tiles(1, 16, 8, 16, 8, 8)),
+    "window of one, T > S": (row(30, 17, H=4, window=1), Tiles(1, 4, 4, 8, 4, 8)),
+}
+PIECES = {
+    "a piece a head": (row(24, 24, H=4, window=5, gate="head"), Tiles(1, 8, 16, 8, 8, 16)),
+    "a piece half a head": (row(12, 28, softcap=1.5), Tiles(2, 16, 8, 8, 4, 16)),
+    "a piece two heads": (row(12, 20, H=8, D=4, segments="pair"), Tiles(2, 4, 8, 8, 4, 64)),
+    "three tiles joined": (row(40, 40, H=4, window=14, gate="head"), Tiles(2, 8, 8, 16, 8, 40, 3)),
+    "joined, packed": (row(33, 33, B=2, segments="packed", window=9), Tiles(1, 4, 4, 4, 4, 64, 3)),
+    "joined, fewer queries": (row(9, 40, window=12), Tiles(2, 4, 8, 4, 8, 40, 3)),
+    "joined, more queries": (row(40, 17, H=4, window=9), Tiles(1, 8, 8, 16, 8, 32, 3)),
+}
+
+
+def forced(name: str, case: workloads.Attention, dtype: str) -> None:
+    inputs, aux, dout = cases.draw(case)
+    options = cases.options(case)
+    run = tolerance.program.__wrapped__("attention", "pallas", options)  # the cache knows nothing of tiles
+    tolerance.judge("attention", "pallas", inputs, dout, dtype, aux=aux, options=options, run=run)
+
+
+def spans() -> list[Any]:
+    """(name, dtype) parameters, two in every run."""
+    found = []
+    for name in SPANS:
+        quick = name in ("window, gate", "cap, fewer queries")
+        found.append(pytest.param(name, "float32", marks=() if quick else pytest.mark.slow))
+        found.append(pytest.param(name, "bfloat16", marks=pytest.mark.slow))
+    return found
+
+
+@pytest.mark.parametrize(("name", "dtype"), spans())
+def test_gradients_summed_span_by_span_keep_the_rule(name, dtype, choose):
+    case, chosen = SPANS[name]
+    assert -(-case.S // chosen.k) * chosen.k > chosen.span, "one span"
+    choose(chosen)
+    forced(name, case, dtype)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "three tiles joined" else pytest.mark.slow) for name in PIECES]
+)
+def test_a_tile_in_pieces_keeps_the_rule(name, choose):
+    case, chosen = PIECES[name]
+    choose(chosen)
+    forced(name, case, "float32")
+
+
+@random_shapes.examples(15)
+@given(
+    sizes=st.tuples(st.integers(1, 20), st.integers(1, 24)),
+    heads=st.sampled_from([(1, 1), (2, 1), (2, 2), (6, 3)]),
+    B=st.integers(1, 2),
+    gate=st.sampled_from(["none", "elementwise", "head"]),
+    segments=st.sampled_from([None, "packed", "pair", "nobody"]),
+    causal=st.booleans(),
+    window=st.none() | st.integers(1, 26),
+    softcap=st.none() | st.floats(1, 4),
+    q=st.sampled_from([1, 4, 8, 16]),
+    k=st.sampled_from([1, 3, 8, 16]),
+    span=st.sampled_from([1, 2, 100]),  # tiles
+    together=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_any_small_shape_in_any_tiles_is_the_formula(
+    sizes, heads, B, gate, segments, causal, window, softcap, q, k, span, together, seed
+):
+    (T, S), (H, K) = sizes, heads
+    S, window = T if segments == "packed" else S, window if causal else None
+    case = row(T, S, B=B, H=H, K=K, D=3, gate=gate, segments=segments, causal=causal, window=window, softcap=softcap)
+    chosen = Tiles(heads=B * K if together else 1, q=q, k=k, rows=H // K * q, keys=k, span=span * k)
+    several = lambda here, **_: chosen if here.platform == "cpu" else chosen._replace(heads=1)
+    with mock.patch.object(block_sizes, "choose", several):
+        # The cache of programs knows nothing of tiles.
+        compiled = tolerance.program.__wrapped__("attention", "pallas", cases.options(case))
+        is_the_formula(case, *tolerance.forms("pallas", compiled).values(), seed=seed)
+    random_shapes.forget()
+
+
+# Sizes of real heads.
+
+DTYPES = ("float32", "bfloat16", "float16")
+WIDTHS = [(D, dtype) for D in (32, 64, 80, 96, 128, 192, 256) for dtype in DTYPES]
+FEW = ((80, "bfloat16"), (192, "float16"))
+
+
+@pytest.mark.parametrize(("D", "dtype"), [pytest.param(*w, marks=() if w in FEW else pytest.mark.slow) for w in WIDTHS])
+def test_every_width_of_head_keeps_the_rule(D, dtype):
+    case = row(33, 33, H=2, K=1, D=D, window=20, gate="head")
+    inputs, _, dout = cases.draw(case)
+    tolerance.judge("attention", "pallas", inputs, dout, dtype, options=cases.options(case))
+
+
+# What it keeps, and what it costs.
+
+
+@pytest.mark.parametrize("gate", ["none", "head", "elementwise"])
+def test_only_the_output_and_its_row_sums_are_kept(gate):
+    case = row(64, 64, B=2, H=4, D=16, gate=gate)
+    inputs, *_ = narrow(case)
+    _, pull = jax.eval_shape(lambda inputs: jax.vjp(lambda x: attention(**x), inputs), inputs)
+    kept = sorted(x.size for x in jax.tree.leaves(pull))
+    q = inputs["q"].size
+    assert kept == sorted([*(x.size for x in inputs.values()), q, q // case.D, q // case.D])
+
+
+def self_attention(window: int | None, backward: bool, **options: Any) -> Any:
+    f = lambda q: attention(q, q, q, window=window, **options)
+    return jax.grad(lambda q: jnp.sum(f(q) ** 2)) if backward else f
+
+
+def query(S: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, S, 1, 16), jnp.float32)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("window", [64, None])
+def test_no_scores_of_all_pairs_are_built(window, backward):
+    S = 2048
+    for segments in (None, jnp.zeros((1, S), jnp.int32)):
+        jaxpr = jax.make_jaxpr(self_attention(window, backward, segment_ids=segments))(query(S))
+        assert largest(jaxpr) < S * S // 8
+        assert any(e.primitive.name == "pallas_call" for e in equations(jaxpr))
+
+
+@pytest.mark.parametrize("backward", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("window", [64, None])
+def test_memory_grows_with_the_sequence_not_its_square(window, backward):
+    program = tolerance.quick(self_attention(window, backward))
+    one, two = (program.lower(query(S)).compile().memory_analysis().temp_size_in_bytes for S in (1024, 2048))
+    assert 0 < two <= 2.3 * one, f"{one} bytes at 1024, {two} at 2048"
+
+
+CHARGED = {
+    "grouped, window, gate": row(40, 40, B=2, H=4, K=2, window=9, gate="head"),
+    "fewer queries, elementwise gate": row(9, 40, gate="elementwise"),
+    "more queries, window": row(40, 9, H=4, K=1, window=3),
+    "full": row(9, 40, causal=False),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "spans"),
+    [(name, n) for name in CHARGED for n in (1, 3)],
+)
+def test_the_compiler_is_told_what_it_costs(name, spans, choose):
+    case = CHARGED[name]
+    k = -(-case.S // spans)
+    choose(Tiles(1, 16, k, 16 * case.H // case.K, k, k))
+    inputs, *_ = narrow(case)
+    jaxpr = jax.make_jaxpr(lambda x: jax.vjp(lambda x: attention(**x, **case.options()), x)[1](x["q"]))(inputs)
+    calls = [e.params for e in equations(jaxpr) if e.primitive.name == "pallas_call"]
+    told = [cost.Cost(p.flops, p.bytes_accessed, p.transcendentals) for p in (c["cost_estimate"] for c in calls)]
+    forward, *backward = told
+    sizes = {name: getattr(case, name) for name in ("B", "T", "S", "H", "K", "D", "causal", "window", "gate")}
+    assert forward == cost.attention(**sizes, itemsize=4)
+    assert len(backward) == spans
+    # Rounded in each span.
+    np.testing.assert_allclose(np.sum(backward, axis=0), cost.attention(**sizes, itemsize=4, backward=True), atol=spans)
+
+
+def test_a_kernel_says_the_five_things():
+    names = ("fwd", "bwd", "gmm", "tgmm", "kernel", "pallas_cpu")
+    files = [file for file in (ROOT / "kernels" / "ops").rglob("*.py") if file.stem in names]
+    assert len(files) == 13
+    for file in files:
+        parts = re.findall(r"^(?:\"\"\")?(Math|Tiling|State|Traffic|Limits|Source) {2,}\S", file.read_text(), re.M)
+        assert parts == ["Math", "Tiling", "State", "Traffic", "Limits", "Source"], file

@@ -1,0 +1,235 @@
+"""Cached decoding: every implementation against python loops over the tokens so far, and against the rule."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dantinox import kernels
+from dantinox.kernels import workloads
+from tests.helpers import cases, random_shapes, tolerance
+
+IMPLEMENTATIONS = tolerance.runnable("decode_attention")
+RINGS = workloads.rows("decode_attention", "parity")
+NAMED = pytest.mark.parametrize("case", RINGS, ids=lambda case: case.name)
+
+
+def find(name: str) -> workloads.Decode:
+    return workloads.find("decode_attention", name)
+
+
+def row(*lengths: int, **sizes) -> workloads.Decode:
+    return cases.row(workloads.Decode, lengths=lengths, **sizes)
+
+
+# As many as a scatter writes.
+MANY = row(*range(0, 27, 3), window=5)
+
+
+class Step(NamedTuple):
+    """One step: what is given, in float64, and what the loops say comes out."""
+
+    inputs: dict[str, np.ndarray]
+    cache_k: np.ndarray
+    cache_v: np.ndarray
+    o: np.ndarray
+
+
+def draw(case: workloads.Decode, dtype: str = "float32", fill: float = 0, seed: int = 0) -> Step:
+    """A ring filled token by token, `fill` in the slots that no token has reached, every number rounded to dtype."""
+    rng = np.random.default_rng(seed)
+    H, K, D, C = case.H, case.K, case.D, case.C
+    normal = lambda *shape: tolerance.exact(jnp.asarray(rng.standard_normal(shape), dtype))
+    inputs = {name: normal(*shape) for name, shape in case.shapes().items()}
+    cache_k, cache_v = (np.full(case.cache_shape(), fill, float) for _ in "kv")
+    o = np.zeros(case.out_shape())
+    for b, length in enumerate(case.lengths):
+        keys, values = normal(length, K, D), normal(length, K, D)
+        for p in range(length):
+            cache_k[b, :, p % C], cache_v[b, :, p % C] = keys[p], values[p]
+        keys, values = [*keys, inputs["k"][b]], [*values, inputs["v"][b]]
+        first = max(0, len(keys) - min(C, case.window or C))
+        for h in range(H):
+            scores = []
+            for p in range(first, len(keys)):
+                score = float(inputs["q"][b, h] @ keys[p][h // (H // K)])
+                score *= 1 / math.sqrt(D) if case.scale is None else case.scale
+                scores.append(score if case.softcap is None else case.softcap * math.tanh(score / case.softcap))
+            weights = np.exp(np.array(scores) - max(scores))
+            o[b, h] = sum(w * values[first + i][h // (H // K)] for i, w in enumerate(weights / weights.sum()))
+            if case.gate != "none":
+                o[b, h] /= 1 + np.exp(-inputs["gate"][b, h])
+    return Step(inputs, cache_k, cache_v, o)
+
+
+@functools.cache
+def program(implementation: str, case: workloads.Decode, donate: bool = False):
+    """Jitted (inputs, cache) -> (o, cache)."""
+
+    def run(inputs: dict[str, jax.Array], cache: kernels.KVCache) -> tuple[jax.Array, kernels.KVCache]:
+        with tolerance.refusals_skip(implementation):
+            return kernels.decode_attention(**inputs, cache=cache, **case.options(), implementation=implementation)
+
+    return jax.jit(run, donate_argnums=(1,)) if donate else tolerance.quick(run)
+
+
+Run = Callable[[dict[str, jax.Array], kernels.KVCache], tuple[jax.Array, kernels.KVCache]]
+
+
+def run(
+    implementation: str, case: workloads.Decode, step: Step, dtype: str, by: Run | None = None
+) -> tuple[jax.Array, kernels.KVCache]:
+    """One step in the given dtype, by the implementation's own program where no other is given."""
+    inputs = {name: jnp.asarray(x, dtype) for name, x in step.inputs.items()}
+    cache = kernels.KVCache(
+        jnp.asarray(step.cache_k, dtype),
+        jnp.asarray(step.cache_v, dtype),
+        **case.aux(),
+    )
+    return (by or any_lengths(implementation, case))(inputs, cache)
+
+
+def any_lengths(implementation: str, case: workloads.Decode) -> Run:
+    """One program for all lengths."""
+    return program(implementation, dataclasses.replace(case, lengths=(0,) * case.B))
+
+
+@NAMED
+def test_the_reference_is_the_formula(case):
+    with jax.enable_x64(True):
+        step = draw(case, "float64")
+        o, _ = run("reference", case, step, "float64")
+    np.testing.assert_allclose(o, step.o, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
+@pytest.mark.parametrize("case", [*RINGS, MANY], ids=lambda case: case.name or "many")
+def test_the_token_goes_into_its_slot_and_nothing_else_moves(case, implementation):
+    step = draw(case, fill=np.nan)
+    _, cache = run(implementation, case, step, "float32")
+    np.testing.assert_array_equal(cache.length, np.array(case.lengths) + 1)
+    assert cache.length.dtype == jnp.int32
+    for ring, old, new in ((cache.k, step.cache_k, "k"), (cache.v, step.cache_v, "v")):
+        expected = old.copy()
+        for b, length in enumerate(case.lengths):
+            expected[b, :, length % case.C] = step.inputs[new][b]
+        np.testing.assert_array_equal(ring, expected)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("case", "dtype"), cases.judged("decode_attention"))
+def test_every_implementation_keeps_the_rule(case, dtype, implementation):
+    step = draw(case, dtype)
+    mine, plain = (run(i, case, step, dtype)[0] for i in (implementation, "reference"))
+    assert mine.dtype == jnp.dtype(dtype) and mine.shape == step.o.shape
+    tolerance.check({"o": mine}, {"o": plain}, {"o": step.o}, dtype)
+
+
+@random_shapes.examples(100)
+@given(
+    implementation=st.sampled_from(IMPLEMENTATIONS),
+    shape=random_shapes.shapes(30),
+    lengths=st.lists(st.integers(0, 40), min_size=10, max_size=10),
+    seed=st.integers(0, 99),
+)
+def test_any_ring_is_the_formula(implementation, shape, lengths, seed):
+    H, K = shape.choice([(1, 1), (2, 1), (3, 3), (4, 2), (6, 2)]).tolist()
+    some = lambda *values: values[shape.integers(len(values))]
+    lengths = lengths[: shape.integers(1, 11)]
+    case = row(
+        *lengths,
+        C=int(shape.integers(1, 13)),
+        H=H,
+        K=K,
+        D=int(shape.integers(1, 7)),
+        window=some(None, int(shape.integers(1, 16))),
+        gate=some("none", "elementwise", "head"),
+        softcap=some(None, 1.5),
+        scale=some(None, -0.4),
+    )
+    step = draw(case, fill=7.0, seed=seed)
+    for form, by in tolerance.forms(implementation, any_lengths(implementation, case)).items():
+        o, cache = run(implementation, case, step, "float32", by)
+        np.testing.assert_allclose(o, step.o, rtol=2e-5, atol=2e-6, err_msg=form)
+        np.testing.assert_array_equal(cache.length, np.array(lengths) + 1)
+        for b, length in enumerate(lengths):
+            np.testing.assert_array_equal(cache.k[b, :, length % case.C], np.float32(step.inputs["k"][b]))
+            np.testing.assert_array_equal(cache.v[b, :, length % case.C], np.float32(step.inputs["v"][b]))
+    random_shapes.forget()
+
+
+@pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
+@pytest.mark.parametrize("name", ["grouped", "window", "multi-query, head gate, cap", "129 slots"])
+def test_what_empty_slots_hold_reaches_nobody(name, implementation):
+    case = find(name)
+    outputs = [
+        {"o": run(implementation, case, draw(case, fill=fill), "float32")[0]} for fill in (0, np.nan, np.inf, -np.inf)
+    ]
+    for poisoned in outputs[1:]:
+        tolerance.same_bits(outputs[0], poisoned)
+
+
+@pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
+def test_what_lies_behind_the_window_reaches_nobody(implementation):
+    """Old tokens still in the ring are as masked as empty slots."""
+    case, outputs = find("window"), []
+    for fill in (0, np.nan):
+        step = draw(case)
+        for b, length in enumerate(case.lengths):
+            for p in range(max(0, length - case.C), length - case.window + 1):
+                step.cache_k[b, :, p % case.C] = step.cache_v[b, :, p % case.C] = fill
+        outputs.append({"o": run(implementation, case, step, "float32")[0]})
+    tolerance.same_bits(*outputs)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_two_runs_are_bit_equal(implementation):
+    case = find("129 slots")
+    a, b = (run(implementation, case, draw(case), "bfloat16") for _ in range(2))
+    tolerance.same_bits({"o": a[0], "k": a[1].k}, {"o": b[0], "k": b[1].k})
+
+
+@pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
+@pytest.mark.parametrize("window", [None, 3])
+def test_step_by_step_equals_attention_over_all_tokens(window, implementation):
+    """Through an empty ring, a full one and two rounds of it, the cache handed on from step to step."""
+    case, T = row(0, 0, window=window), 19
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.float32(rng.standard_normal((2, T, heads, case.D))) for heads in (case.H, case.K, case.K))
+    expected = kernels.attention(q, k, v, window=min(case.C, window or case.C), implementation="reference")
+    cache = kernels.KVCache.zeros(2, case.K, case.C, case.D, jnp.float32)
+    for t in range(T):
+        inputs = {"q": q[:, t], "k": k[:, t], "v": v[:, t]}
+        o, cache = program(implementation, case)(inputs, cache)
+        np.testing.assert_allclose(o, expected[:, t], rtol=1e-5, atol=1e-6, err_msg=f"token {t}")
+
+
+@pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
+def test_a_donated_cache_is_written_in_place(implementation):
+    case = row(0, 0, C=1024, K=2, D=32)
+    cache = kernels.KVCache.zeros(2, case.K, case.C, case.D, jnp.float32)
+    inputs = {name: jnp.ones(shape) for name, shape in case.shapes().items()}
+    memory = program(implementation, case, donate=True).lower(inputs, cache).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= cache.k.nbytes + cache.v.nbytes
+    if implementation != "reference":
+        assert memory.temp_size_in_bytes < cache.k.nbytes + cache.v.nbytes, "the cache is copied on the way"
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_narrow_cache_serves_wide_queries(implementation):
+    """The cache may be kept in bfloat16 beside float32 queries: it comes back in its own dtype."""
+    case = find("grouped")
+    step = draw(case, "bfloat16")
+    inputs = {name: jnp.float32(x) for name, x in step.inputs.items()}
+    rings = (jnp.asarray(x, jnp.bfloat16) for x in (step.cache_k, step.cache_v))
+    o, cache = program(implementation, case)(inputs, kernels.KVCache(*rings, **case.aux()))
+    assert o.dtype == jnp.float32 and cache.k.dtype == cache.v.dtype == jnp.bfloat16
+    np.testing.assert_allclose(o, step.o, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,216 @@
+"""The Hopper grouped matmul, on a simulated GPU that watches memory: values, races, rows of nobody, what it takes."""
+
+import functools
+import itertools
+import re
+import threading
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dantinox import kernels
+from dantinox.kernels import dispatch, workloads
+from dantinox.kernels.ops.grouped_matmul.group_metadata import visits
+from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import gmm, tgmm, vjp, warp_specialized
+from dantinox.kernels.ops.moe.pallas_sm90 import kernel as experts_kernel
+from tests.helpers import cases, race_detector, tolerance
+
+H100 = "NVIDIA H100 80GB HBM3"
+slow = pytest.mark.slow
+
+
+def row(*sizes: int, N: int = 0, M: int = 64, F: int = 64) -> workloads.GroupedMatmul:
+    return cases.row(workloads.GroupedMatmul, N=N or sum(sizes), M=M, F=F, E=len(sizes), sizes=sizes)
+
+
+both = functools.partial(race_detector.by_two_blocks, vjp.grouped_matmul)
+watched = functools.partial(race_detector.watched_blocks, vjp.grouped_matmul)
+
+
+CASES = [
+    # Tiles of two groups, pieces of every size, a hole, rows of nobody, a last tile past N; more steps than stages, a
+    # quarter of a tile of columns, and one warpgroup's half of dw.
+    (row(3, 0, 73, 51, N=129, M=192, F=320), 256),
+    pytest.param(row(0, 200, M=128, F=320), 128, marks=slow),
+    pytest.param(row(300, 0, 0, M=192, F=128), None, marks=slow),  # all to the first; one warpgroup's half of dw
+    pytest.param(row(0, 0, 257), 256, marks=slow),
+    pytest.param(row(0, 1), None, marks=slow),
+    pytest.param(row(0, 0, N=1), None, marks=slow),
+    pytest.param(row(127), 256, marks=slow),
+    pytest.param(row(128, 64, 64, N=264), 64, marks=slow),  # all edges at edges of tiles
+    pytest.param(row(0, 0, 0, N=200, F=192), 192, marks=slow),  # nobody's
+    pytest.param(row(1, 2, 3, 4, 5, 6, 7, 8, 9, N=63), None, marks=slow),
+    pytest.param(row(63, 65, 130, 2, M=256, F=512), 192, marks=slow),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "width"),
+    CASES,
+    ids=lambda x: f"{x.sizes}-{x.N}-{x.M}-{x.F}" if isinstance(x, workloads.GroupedMatmul) else x,
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=slow)])
+def test_the_output_and_the_gradients_are_the_formula_and_memory_is_in_order(case, width, dtype):
+    inputs, aux, dout = cases.draw(case)
+    aux = {name: jnp.asarray(x) for name, x in aux.items()}
+    run = functools.partial(watched, width)
+    mine = tolerance.judge("grouped_matmul", "hopper", inputs, dout, dtype, aux=aux, run=run)
+    assert not np.any(tolerance.exact(mine["o"])[sum(case.sizes) :]), "rows past the sum are zeros"
+    assert not np.any(tolerance.exact(mine["dw"])[np.array(case.sizes) == 0]), "a group without rows has no gradient"
+
+
+@pytest.mark.parametrize("sizes", [(50, 0, 21), pytest.param((3, 0, 127), marks=slow)])
+def test_what_is_nobodys_reaches_nobody(sizes):
+    """NaN in rows past the sum and in matrices without rows changes no bit; two runs agree."""
+    case = row(*sizes, N=sum(sizes) + 9)
+    inputs, aux, dout = cases.draw(case)
+    inputs = {name: jnp.asarray(x, "bfloat16") for name, x in inputs.items()}
+    dout, sizes = jnp.asarray(dout, "bfloat16"), jnp.asarray(aux["group_sizes"])
+    past = (jnp.arange(case.N) >= sum(case.sizes))[:, None]
+    poisoned = {"x": jnp.where(past, jnp.nan, inputs["x"]), "w": inputs["w"].at[1].set(jnp.nan)}
+    run = jax.jit(functools.partial(both, interpret=plgpu.InterpretGPUParams()))
+    once = run(inputs, {"group_sizes": sizes}, dout)
+    tolerance.same_bits(once, run(poisoned, {"group_sizes": sizes}, jnp.where(past, jnp.nan, dout)))
+
+
+COLUMNS, TILES = 256, 8
+LAUNCHED = {  # name -> (copies that fill a stage, what makes TILES tiles of one filling each)
+    "y": (2, lambda static: gmm.product([ones(128, 64)], [ones(1, 64, TILES * COLUMNS)], SIZES, static)),
+    "dw": (3, lambda static: tgmm.summed(ones(64, 128), ones(64, TILES * COLUMNS), SIZES // 2, static)),
+    "up": (
+        3,
+        lambda static: experts_kernel.up(ones(128, 64), *[ones(1, 64, 4 * COLUMNS)] * 2, SIZES, static, keep=False),
+    ),
+}
+SIZES = np.array([128], np.int32)
+
+
+def ones(*shape: int) -> jax.Array:
+    return jnp.ones(shape, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_the_next_tile_is_loaded_while_this_one_is_written(name, monkeypatch):
+    """The first that writes is held until the ring of 4 stages is filled again, but for what it has not released."""
+    copies, run = LAUNCHED[name]
+    loaded, enough, in_time = itertools.count(1), threading.Event(), []
+    load, store = race_detector.gpu_interpreter.copy_gmem_to_smem, race_detector.gpu_interpreter.copy_smem_to_gmem
+
+    def count(**options: Any) -> Any:
+        if next(loaded) > 4 * copies:
+            enough.set()
+        return load(**options)
+
+    def hold(**options: Any) -> Any:
+        in_time.append(enough.wait(timeout=30) if not in_time else True)
+        return store(**options)
+
+    monkeypatch.setattr(race_detector.gpu_interpreter, "copy_gmem_to_smem", count)
+    monkeypatch.setattr(race_detector.gpu_interpreter, "copy_smem_to_gmem", hold)
+    jax.block_until_ready(
+        jax.jit(run, static_argnums=0)(warp_specialized.Static(1, plgpu.InterpretGPUParams(), COLUMNS))
+    )
+    assert in_time[0], "the first tile is written, and nothing more is loaded"
+    assert next(loaded) == TILES * copies + 1
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_a_stage_is_released_when_its_products_are_done(name):
+    """What the simulated GPU cannot see, for it multiplies at once: one step's products are under way, no more."""
+    text = str(jax.make_jaxpr(LAUNCHED[name][1], static_argnums=0)(warp_specialized.Static(1, None, COLUMNS)))
+    assert sorted(map(int, re.findall(r"wgmma_wait\[n=(\d)\]", text))) == [0, text.count("wgmma_ref")]
+    assert text.count("wgmma_ref") == (2 if name == "up" else 1)
+
+
+def test_every_tile_has_its_place_and_a_panel_its_rows():
+    places = jax.jit(warp_specialized.place, static_argnums=2)
+    for down, across in itertools.product((1, 2, 15, 16, 17, 40), (1, 3)):
+        n = jnp.arange(down * across)
+        found = np.stack(places(n, down, across), axis=1)
+        assert sorted(map(tuple, found)) == list(itertools.product(range(down), range(across)))
+        panels = found[:, 0] // warp_specialized.PANEL
+        assert (np.diff(panels) >= 0).all()
+        assert (np.abs(np.diff(found[:, 1])) <= 1).all(), "it goes on where it is"
+
+
+def test_tiles_that_begin_with_their_group_are_fewer_and_visit_every_row_once():
+    rng, N = np.random.default_rng(0), 150
+    plan = jax.jit(functools.partial(visits, N=N, rows=16, unit=8))
+    spanning = jax.jit(functools.partial(visits, N=N, rows=16))
+    for _ in range(100):
+        sizes = rng.multinomial(rng.integers(0, N + 1), rng.dirichlet([0.4] * 6))
+        found = plan(sizes)
+        assert int(found.count) <= int(spanning(sizes).count) <= len(found.group)
+        owners = [[] for _ in range(N)]
+        for group, top, low, high in np.stack([np.asarray(x)[: int(found.count)] for x in found[1:]], axis=1):
+            assert top % 8 == 0 and 0 <= top < N
+            for n in range(max(top, low), min(top + 16, high)):
+                owners[n].append(group)
+        assert owners == [[e] for e in np.repeat(np.arange(7), [*sizes, N - sizes.sum()])]
+
+
+def test_what_the_kernels_do_not_take_is_named():
+    sizes = jnp.array([8], jnp.int32)
+    for dtype, M, F, said in (
+        ("float32", 64, 64, "float32"),
+        ("bfloat16", 96, 64, "M = 96"),
+        ("float16", 64, 40, "F = 40"),
+    ):
+        x, w = jnp.ones((8, M), dtype), jnp.ones((1, M, F), dtype)
+        with pytest.raises(NotImplementedError, match=said):
+            vjp.grouped_matmul(x, w, sizes)
+        with dispatch.compiling_for("cuda", H100), pytest.raises(NotImplementedError, match=said):
+            kernels.grouped_matmul(x, w, sizes, implementation="pallas")
+
+
+def of(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+
+IDS = jax.ShapeDtypeStruct((8, 2), jnp.int32)
+GIVEN = {
+    "grouped_matmul": (of(8, 64), of(2, 64, 128), jax.ShapeDtypeStruct((2,), jnp.int32)),
+    "moe_mlp": (of(8, 64), of(2, 64, 128), of(2, 64, 128), of(2, 128, 64), IDS, of(8, 2)),
+}
+
+
+@pytest.mark.parametrize("op", GIVEN)
+def test_hopper_is_served_when_named_and_other_gpus_are_told_what_runs(op):
+    names = lambda **how: str(jax.make_jaxpr(functools.partial(getattr(kernels, op), **how))(*GIVEN[op]))
+    with dispatch.compiling_for("cuda", H100):
+        assert kernels.implementations(op)["pallas"] is None
+        assert "warpgroup" in names(implementation="pallas")
+        assert "warpgroup" not in names(), "auto leaves it until it has run on a GPU"
+    with dispatch.compiling_for("cuda", "NVIDIA A100-SXM4-80GB"):
+        assert "'xla' runs here" in kernels.implementations(op)["pallas"]
+
+
+def test_cores_are_those_of_the_chip():
+    kinds = {H100: 132, "NVIDIA H200": 132, "NVIDIA H20": 78, "NVIDIA H100 PCIe": 114, "NVIDIA GH200 480GB": 132}
+    assert {kind: vjp.cores(kind) for kind in kinds} == kinds
+
+
+@pytest.mark.parametrize("around", ["vmap", "shard_map", "shard_map without checks"])
+def test_gradients_are_traced_below_vmap_and_shard_map(around):
+    x, w = jnp.ones((2, 40, 64), jnp.bfloat16), jnp.ones((3, 64, 128), jnp.bfloat16)
+    sizes = jnp.array([[8, 9, 10], [1, 2, 3]], jnp.int32)
+
+    def gradients(x: jax.Array, w: jax.Array, sizes: jax.Array) -> tuple[jax.Array, ...]:
+        y, pull = jax.vjp(lambda x, w: vjp.grouped_matmul(x, w, sizes), x, w)
+        return y, *pull(y)
+
+    if around == "vmap":
+        run, args, lead = jax.vmap(gradients, (0, None, 0)), (x, w, sizes), (2,)
+    else:
+        mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        spec, same = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+        checked = around == "shard_map"
+        outs = spec, spec, same if checked else spec
+        run = jax.shard_map(gradients, mesh=mesh, in_specs=(spec, same, spec), out_specs=outs, check_vma=checked)
+        args, lead = (x[0], w, sizes[0]), ()
+    found = jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(run, *args))
+    assert found == tuple((shape, x.dtype) for shape in ((*lead, 40, 128), (*lead, 40, 64), (*lead, 3, 64, 128)))

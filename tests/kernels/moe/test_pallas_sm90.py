@@ -1,0 +1,143 @@
+"""The mixture of experts on Hopper, on a simulated GPU that watches memory: values, gradients, races, what it takes."""
+
+import functools
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dantinox import kernels
+from dantinox.kernels import dispatch, workloads
+from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import warp_specialized
+from dantinox.kernels.ops.moe.pallas_sm90 import kernel as experts_kernel
+from dantinox.kernels.ops.moe.pallas_sm90 import vjp as experts_vjp
+from tests.helpers import cases, race_detector, tolerance
+
+H100 = "NVIDIA H100 80GB HBM3"
+slow = pytest.mark.slow
+
+
+def row(N: int, E: int, k: int, M: int = 64, F: int = 64, skew: str = "uniform") -> workloads.MoE:
+    return cases.row(workloads.MoE, N=N, M=M, F=F, E=E, k=k, skew=skew)
+
+
+def drawn(case: workloads.MoE) -> cases.Drawn:
+    """Matrices of the size that keeps features near 1, as in a network."""
+    inputs, aux, dout = cases.draw(case)
+    for name, width in (("w_gate", case.M), ("w_up", case.M), ("w_down", case.F)):
+        inputs[name] /= math.sqrt(width)
+    return inputs, {name: jnp.asarray(x) for name, x in aux.items()}, dout
+
+
+both = functools.partial(race_detector.by_two_blocks, experts_vjp.moe_mlp)
+watched = functools.partial(race_detector.watched_blocks, experts_vjp.moe_mlp)
+
+
+CASES = [
+    # An idle expert, tiles of two experts, both warpgroups and one, a last tile past the rows, a quarter of features.
+    (row(75, 4, 2, F=320, skew="one"), 256),
+    pytest.param(row(1, 3, 2), None, marks=slow),
+    pytest.param(row(1, 1, 1), 256, marks=slow),
+    pytest.param(row(65, 3, 2, skew="uniform", M=128), 128, marks=slow),
+    pytest.param(row(150, 5, 1, skew="zipf"), None, marks=slow),
+    pytest.param(row(150, 6, 1, skew="empty", M=192), 256, marks=slow),
+    pytest.param(row(140, 1, 1, F=320), 256, marks=slow),  # everything to one expert
+    pytest.param(row(20, 9, 3, skew="zipf", M=64, F=256), 256, marks=slow),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "width"),
+    CASES,
+    ids=lambda x: f"{x.N}-{x.E}-{x.k}-{x.M}-{x.F}-{x.skew}" if isinstance(x, workloads.MoE) else x,
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=slow)])
+def test_the_output_and_the_gradients_are_the_formula_and_memory_is_in_order(case, width, dtype):
+    inputs, aux, dout = drawn(case)
+    run = functools.partial(watched, width)
+    keep = ("expert_weights",)
+    mine = tolerance.judge("moe_mlp", "hopper", inputs, dout, dtype, aux=aux, run=run, keep=keep)
+    idle = [e for e in range(case.E) if e not in np.asarray(aux["expert_ids"])]
+    for name in ("dw_gate", "dw_up", "dw_down"):
+        assert not np.any(tolerance.exact(mine[name])[idle]), f"{name} of an expert without tokens"
+
+
+def test_what_an_idle_expert_holds_reaches_nobody_and_two_runs_agree():
+    """NaN in an expert without tokens changes no bit."""
+    inputs, aux, dout = drawn(row(21, 3, 2))
+    inputs = {name: jnp.asarray(x, "bfloat16") for name, x in inputs.items()}
+    ids = jnp.where(aux["expert_ids"] == 1, 2, aux["expert_ids"]), jnp.asarray(dout, "bfloat16")
+    poisoned = {name: x.at[1].set(jnp.nan) if name.startswith("w_") else x for name, x in inputs.items()}
+    run = jax.jit(functools.partial(both, interpret=plgpu.InterpretGPUParams()))
+    tolerance.same_bits(run(inputs, {"expert_ids": ids[0]}, ids[1]), run(poisoned, {"expert_ids": ids[0]}, ids[1]))
+
+
+def test_each_row_finds_its_number_among_those_of_the_visits():
+    rng, N, E = np.random.default_rng(0), 700, 5
+
+    @jax.jit
+    def found(sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
+        plan = warp_specialized.plan(sizes, N)
+        # Row n of the visits has the number n; what no visit owns is NaN.
+        number = plan.row[:, None] + jnp.arange(warp_specialized.HEIGHT)
+        owned = (plan.low[:, None] <= number) & (number < plan.high[:, None])
+        owned &= (jnp.arange(len(plan.group)) < plan.count)[:, None]
+        return experts_kernel.of_rows(jnp.where(owned, number + 1.0, jnp.nan), plan, N, E), jnp.sum(sizes)
+
+    for _ in range(50):
+        numbers, there = found(rng.multinomial(rng.integers(0, N + 1), rng.dirichlet([0.4] * E)))
+        np.testing.assert_array_equal(numbers, np.where(np.arange(N) < there, np.arange(N) + 1, 0))
+
+
+def test_what_the_kernels_do_not_take_is_named():
+    ids, weights = jnp.zeros((8, 1), jnp.int32), jnp.ones((8, 1))
+    for dtype, M, F, said in (
+        ("float32", 64, 64, "float32"),
+        ("bfloat16", 96, 64, "w_gate has M = 96"),
+        ("float16", 64, 40, "w_gate has F = 40"),
+    ):
+        x, up, down = jnp.ones((8, M), dtype), jnp.ones((1, M, F), dtype), jnp.ones((1, F, M), dtype)
+        with pytest.raises(NotImplementedError, match=said):
+            experts_vjp.moe_mlp(x, up, up, down, ids, weights)
+        with dispatch.compiling_for("cuda", H100), pytest.raises(NotImplementedError, match=said):
+            kernels.moe_mlp(x, up, up, down, ids, weights, implementation="pallas")
+
+
+def test_as_compiled_it_spills_nothing_and_multiplies_by_wgmma():
+    rows = json.loads((Path(__file__).parents[3] / "profiles/aot/h100.json").read_text())["rows"]
+    mine = {key: row for key, row in rows.items() if key.startswith(("moe_mlp", "grouped_matmul")) and "pallas" in key}
+    assert {key.split(" / ")[3] for key in mine} == {"bfloat16", "float16"} and len(mine) >= 30
+    for key, row in mine.items():
+        for kernel in row["kernels"]:
+            assert kernel["spill_bytes"] == kernel["local"] == kernel["mma"] == 0 and kernel["wgmma"] > 0, key
+
+
+def given(N: int = 8, M: int = 64, F: int = 128, E: int = 2, k: int = 2) -> tuple[jax.Array, ...]:
+    x, up, down = (jnp.ones(shape, jnp.bfloat16) for shape in ((N, M), (E, M, F), (E, F, M)))
+    return x, up, up, down, jnp.zeros((N, k), jnp.int32), jnp.ones((N, k))
+
+
+@pytest.mark.parametrize("around", ["vmap", "shard_map", "shard_map without checks"])
+def test_gradients_are_traced_below_vmap_and_shard_map(around):
+    x, *experts, ids, weights = given()
+
+    def gradients(x: jax.Array, ids: jax.Array) -> tuple[jax.Array, ...]:
+        y, pull = jax.vjp(lambda x, *ws: experts_vjp.moe_mlp(x, *ws, ids, weights), x, *experts)
+        return y, *pull(y)
+
+    if around == "vmap":
+        run, args, lead = jax.vmap(gradients), (x[None], ids[None]), (1,)
+    else:
+        mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        spec, same = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+        checked = around == "shard_map"
+        outs = (spec, spec, *[same if checked else spec] * 3)
+        run = jax.shard_map(gradients, mesh=mesh, in_specs=(spec, spec), out_specs=outs, check_vma=checked)
+        args, lead = (x, ids), ()
+    found = jax.tree.map(lambda x: x.shape, jax.eval_shape(run, *args))
+    assert found == tuple((*lead, *each.shape) for each in (x, x, *experts))

@@ -1,0 +1,109 @@
+"""A kernel of one's own: the file and the line that the ladder's README shows, in a copy of DantinoX."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib import util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+GUIDE = (ROOT / "kernels" / "tutorial" / "README.md").read_text()
+FILE, LINE = re.findall(r"```python\n(.*?)```", GUIDE.partition("## Your kernel here")[2], re.S)
+COMMANDS = re.findall(r"```sh\n(.*?)```", GUIDE.partition("## Your kernel here")[2], re.S)[0].strip().splitlines()
+OTHER = ROOT / ".venv-aot" / "bin" / "python"
+COMPILER = sys.executable if util.find_spec("libtpu") else str(OTHER) if OTHER.exists() else None
+TOPS = ("reference", "kernels", "dantinox", "bench", "tests", "scripts", "pyproject.toml", "README.md", "profiles")
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """DantinoX with the file and the line."""
+    folder = tmp_path_factory.mktemp("mine")
+    for name in TOPS:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    (folder / "kernels" / "ops" / "attention" / "mine.py").write_text(FILE)
+    table = folder / "kernels" / "ops" / "attention" / "api.py"
+    text, below = table.read_text(), '        "triton": missing("attention", "triton"),\n'
+    assert text.count(below) == 1 and LINE.count("\n") == 1
+    table.write_text(text.replace(below, below + LINE))
+    return folder
+
+
+def run(folder, *words, python=sys.executable):
+    done = subprocess.run(
+        [python, "-m", *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def words(program):
+    """The words after -m of the guide's command for a program."""
+    (line,) = [line for line in COMMANDS if f"-m {program} " in line]
+    return line.partition("-m ")[2].split()
+
+
+def test_the_file_is_clean():
+    assert all(len(line) <= 120 for line in FILE.splitlines())
+    compile(FILE, "mine.py", "exec")
+
+
+@pytest.mark.slow
+def test_the_parity_tests_judge_it(copy):
+    chosen = ["-q", "-p", "no:cacheprovider", "-rs", "--import-mode=importlib"]
+    said = run(copy, *words("pytest"), *chosen)
+    assert int(re.search(r"(\d+) passed", said)[1]) >= 10, said[-3000:]
+    assert "without softcap and segment_ids" in said and "failed" not in said
+    # Nothing else minds the new name.
+    more = ["tests/kernels/test_dispatch.py", "tests/docs/test_readme.py::test_settings_table_is_current"]
+    said = run(copy, "pytest", *more, *chosen)
+    assert " passed" in said and "failed" not in said
+
+
+@pytest.mark.slow
+def test_it_is_timed(copy):
+    quick = ["--direction", "forward+backward", "--budget", "0.05", "--out", "out", "--html", "out/page.html"]
+    run(copy, *words("bench"), *quick)
+    (path,) = (copy / "out" / "cpu").glob("*-attention.json")
+    rows = {row["implementation"]: row for row in json.loads(path.read_text())["rows"]}
+    assert rows.keys() == {"mine", "xla"} and rows["mine"]["error"] < 1e-5
+
+
+@pytest.mark.slow
+def test_a_model_is_trained_with_it(copy):
+    (copy / "text.txt").write_text("to be or not to be, that is the question. " * 200)
+    tiny = "--data text.txt --tokenizer char --steps 2 --batch-size 2 --seq-len 32 --n-layers 1 --dim 32 --n-heads 2"
+    tiny += " --kv-heads 1 --sample-tokens 4 --eval-batches 1"
+    losses = {}
+    for name, command in (("mine", words("dantinox.train")), ("xla", ["dantinox.train", "--attn", "xla"])):
+        run(copy, *command, "--run", name, *tiny.split())
+        log = [json.loads(line) for line in (copy / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [row["loss"] for row in log]
+    assert losses["mine"] == pytest.approx(losses["xla"], abs=1e-5)
+    assert "attention mine" in " ".join(run(copy, "dantinox.doctor").split())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILER is None, reason="no Python here has libtpu; make aot builds one")
+def test_it_is_compiled(copy):
+    chosen = ["--spec", "aot d64 window, gate", "--out", "aot"]
+    run(copy, *words("bench.aot"), *chosen, python=COMPILER)
+    rows = json.loads((copy / "aot" / "v6e.json").read_text())["rows"]
+    assert rows and all("/ mine /" in key for key in rows)
+    row = rows["attention / aot d64 window, gate / mine / bfloat16 / forward"]
+    assert row["status"] == "compiled" and row["kernels"][0]["name"].startswith("mine")

@@ -1,0 +1,218 @@
+"""What cannot be is refused: a `ValueError` names the argument, a `NotImplementedError` the implementation."""
+
+import importlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dantinox import kernels
+from dantinox.kernels import dispatch
+
+operation = importlib.import_module(
+    "dantinox.kernels.ops.attention.api"
+)  # `dantinox.kernels.attention` is the function
+
+Q = jnp.ones((1, 4, 4, 8))
+KV = jnp.ones((1, 4, 2, 8))
+IDS = jnp.zeros((1, 4), jnp.int32)
+ATTENTION = {
+    "q has shape": {"q": Q[0]},
+    "q has dtype": {"q": Q.astype(jnp.int32)},
+    "k has shape": {"k": jnp.ones((2, 4, 2, 8))},
+    "k has shape (1, 4, 2, 7)": {"k": KV[..., :7]},
+    "v has shape": {"v": KV[:, :3]},
+    "v has dtype": {"v": KV.astype(jnp.bfloat16)},
+    "q has 4 heads and k has 3": {"k": jnp.ones((1, 4, 3, 8)), "v": jnp.ones((1, 4, 3, 8))},
+    "gate has shape": {"gate": Q[:, :, :1]},
+    "gate has dtype": {"gate": Q.astype(jnp.float16)},
+    "window is 0": {"window": 0},
+    "window is -1": {"window": -1},
+    "window is True": {"window": True},
+    "window is 2.5": {"window": 2.5},
+    "window is 2 with causal=False": {"window": 2, "causal": False},
+    "softcap is 0": {"softcap": 0.0},
+    "softcap is -1": {"softcap": -1.0},
+    "softcap is nan": {"softcap": float("nan")},
+    "softcap is 'a'": {"softcap": "a"},
+    "scale is inf": {"scale": float("inf")},
+    "scale is 'a'": {"scale": "a"},
+    "segment_ids is one array": {"segment_ids": IDS, "k": KV[:, :3], "v": KV[:, :3]},
+    "segment_ids q_ids has shape": {"segment_ids": (IDS[:, :3], IDS)},
+    "segment_ids kv_ids has shape": {"segment_ids": (IDS, IDS[0])},
+    "segment_ids q_ids has dtype": {"segment_ids": IDS.astype(jnp.float32)},
+    "segment_ids holds 3": {"segment_ids": (IDS, IDS, IDS)},
+    "implementation is 'fast'": {"implementation": "fast"},
+    "implementation is None": {"implementation": None},
+}
+
+
+@pytest.mark.parametrize(("message", "bad"), ATTENTION.items(), ids=ATTENTION)
+def test_attention_names_the_argument(message, bad):
+    with pytest.raises(ValueError, match=re.escape(message)) as refusal:
+        kernels.attention(**({"q": Q, "k": KV, "v": KV} | bad))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("nonsense", [None, "x"])
+def test_what_is_no_array_is_named(name, nonsense):
+    with pytest.raises(ValueError, match=rf"^{name}\b"):
+        kernels.attention(**({"q": Q, "k": KV, "v": KV} | {name: nonsense}))
+
+
+def test_a_window_wider_than_any_sequence_is_no_window():
+    for implementation in ("reference", "xla"):
+        for window in (10**6, 2**31, 2**40):
+            wide = kernels.attention(Q, KV, KV, window=window, implementation=implementation)
+            np.testing.assert_array_equal(wide, kernels.attention(Q, KV, KV, implementation=implementation))
+
+
+X, W, SIZES = jnp.ones((6, 3)), jnp.ones((2, 3, 5)), jnp.array([2, 3])
+GROUPED = {
+    "x has shape": {"x": X[0]},
+    "x has dtype": {"x": X.astype(jnp.int32)},
+    "w has shape": {"w": W[:, :2]},
+    "w has dtype": {"w": W.astype(jnp.bfloat16)},
+    "group_sizes has shape (3,)": {"group_sizes": jnp.array([1, 2, 3])},
+    "group_sizes has shape (2, 1)": {"group_sizes": SIZES[:, None]},
+    "group_sizes has dtype": {"group_sizes": jnp.array([2.0, 3.0])},
+    "implementation is ''": {"implementation": ""},
+}
+
+
+@pytest.mark.parametrize(("message", "bad"), GROUPED.items(), ids=GROUPED)
+def test_grouped_matmul_names_the_argument(message, bad):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        kernels.grouped_matmul(**({"x": X, "w": W, "group_sizes": SIZES} | bad))
+
+
+MOE_GOOD = {
+    "x": X,
+    "w_gate": W,
+    "w_up": W,
+    "w_down": jnp.ones((2, 5, 3)),
+    "expert_ids": jnp.zeros((6, 2), jnp.int32),
+    "expert_weights": jnp.ones((6, 2)),
+}
+MOE = {
+    "x has shape": {"x": X[None]},
+    "w_gate has shape": {"w_gate": W[:, :2]},
+    "w_up has shape": {"w_up": W[..., :4]},
+    "w_up has dtype": {"w_up": W.astype(jnp.bfloat16)},
+    "w_down has shape": {"w_down": W},
+    "expert_ids has shape": {"expert_ids": jnp.zeros((5, 2), jnp.int32)},
+    "expert_ids has dtype": {"expert_ids": jnp.zeros((6, 2))},
+    "expert_weights has shape": {"expert_weights": jnp.ones((6, 1))},
+    "expert_weights has dtype": {"expert_weights": jnp.ones((6, 2), jnp.int32)},
+    "expert_ids has shape (6, 0)": {
+        "expert_ids": jnp.zeros((6, 0), jnp.int32),
+        "expert_weights": jnp.ones((6, 0)),
+    },
+    "w_gate has shape (0, 3, 5)": {"w_gate": W[:0], "w_up": W[:0], "w_down": jnp.ones((0, 5, 3))},
+    "implementation is 'Xla'": {"implementation": "Xla"},
+}
+
+
+@pytest.mark.parametrize(("message", "bad"), MOE.items(), ids=MOE)
+def test_moe_mlp_names_the_argument(message, bad):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        kernels.moe_mlp(**(MOE_GOOD | bad))
+
+
+CACHE = kernels.KVCache.zeros(1, 2, 6, 8, jnp.float32)
+DECODE = {
+    "q has shape": {"q": Q},
+    "k has dtype": {"k": KV[:, 0].astype(jnp.bfloat16)},
+    "v has shape": {"v": KV[:, 0, :1]},
+    "q has 3 heads and k has 2": {"q": Q[:, 0, :3]},
+    "gate has shape": {"gate": Q[:, 0, :, :2]},
+    "cache.k has shape": {"cache": CACHE._replace(k=CACHE.k[:, :1])},
+    "cache.k has dtype": {"cache": CACHE._replace(k=CACHE.k.astype(jnp.int32))},
+    "cache.v has shape": {"cache": CACHE._replace(v=CACHE.v[:, :, :5])},
+    "cache.v has dtype": {"cache": CACHE._replace(v=CACHE.v.astype(jnp.int8))},
+    "cache.length has shape": {"cache": CACHE._replace(length=jnp.zeros((2,), jnp.int32))},
+    "cache.length has dtype": {"cache": CACHE._replace(length=jnp.zeros((1,)))},
+    "cache": {"cache": tuple(CACHE)},
+    "cache has 0 slots": {"cache": kernels.KVCache.zeros(1, 2, 0, 8, jnp.float32)},
+    "window is 0": {"window": 0},
+    "window is -1": {"window": -1},
+    "softcap is 0": {"softcap": 0.0},
+    "scale is nan": {"scale": float("nan")},
+    "implementation is 'cpu'": {"implementation": "cpu"},
+}
+
+
+@pytest.mark.parametrize(("message", "bad"), DECODE.items(), ids=DECODE)
+def test_decode_attention_names_the_argument(message, bad):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        kernels.decode_attention(**({"q": Q[:, 0], "k": KV[:, 0], "v": KV[:, 0], "cache": CACHE} | bad))
+
+
+CALLS = {
+    "attention": lambda name: kernels.attention(Q, KV, KV, implementation=name),
+    "grouped_matmul": lambda name: kernels.grouped_matmul(X, W, SIZES, implementation=name),
+    "moe_mlp": lambda name: kernels.moe_mlp(**MOE_GOOD, implementation=name),
+    "decode_attention": lambda name: kernels.decode_attention(Q[:, 0], KV[:, 0], KV[:, 0], CACHE, implementation=name),
+}
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_a_named_implementation_runs_or_says_why_not(op):
+    for name, why in kernels.implementations(op).items():
+        if why is None:
+            CALLS[op](name)
+            continue
+        with pytest.raises(NotImplementedError) as refusal:
+            CALLS[op](name)
+        assert name in str(refusal.value) and why in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_auto_always_runs_and_the_table_names_every_implementation(op):
+    CALLS[op]("auto")
+    table = kernels.implementations(op)
+    assert set(table) >= {"reference", "xla", "pallas", "triton"}
+    assert ("auto", *table) == kernels.names(op)
+    assert table["reference"] is None and table["xla"] is None
+
+
+def test_one_line_in_the_table_is_an_implementation(monkeypatch):
+    mine = lambda q, k, v, **options: jnp.full_like(q, options["window"])
+    table = operation._table()
+    monkeypatch.setattr(operation, "_table", lambda: table | {"mine": mine})
+    monkeypatch.setitem(kernels._TABLES, "attention", operation._table)
+    np.testing.assert_array_equal(kernels.attention(Q, KV, KV, window=3, implementation="mine"), jnp.full_like(Q, 3))
+    assert kernels.implementations("attention") == kernels.implementations("attention") | {"mine": None}
+    assert kernels.names("attention") == (*kernels.NAMES, "mine") == kernels.names(*kernels.OPERATIONS)
+    assert not np.array_equal(kernels.attention(Q, KV, KV, window=3), jnp.full_like(Q, 3)), "auto chose it"
+    with pytest.raises(ValueError, match="allowed: auto, reference, xla, pallas, triton, mine"):
+        kernels.attention(Q, KV, KV, implementation="mien")
+    with pytest.raises(ValueError, match=r"allowed: auto, reference, xla, pallas, triton$"):
+        kernels.moe_mlp(**MOE_GOOD, implementation="mine")
+
+
+@pytest.mark.parametrize(("D", "why"), [(64, "have not run on a GPU"), (96, "head dim 96")])
+def test_auto_says_why_it_did_not_choose_what_it_prefers(D, why, caplog):
+    dispatch._report.cache_clear()
+    x = jnp.ones((1, 4, 1, D), jnp.bfloat16)
+    with caplog.at_level("INFO", "kernels"), dispatch.compiling_for("cuda", "NVIDIA H100"):
+        jax.eval_shape(kernels.attention, x, x, x)
+    (said,) = caplog.messages
+    assert said.startswith("attention: auto chose xla on gpu; not pallas: ") and why in said
+
+
+def test_an_unknown_operation_is_refused():
+    with pytest.raises(ValueError, match="op is 'softmax'"):
+        kernels.implementations("softmax")
+
+
+def test_an_announced_device_is_what_implementations_are_chosen_for():
+    with dispatch.compiling_for("cuda", "NVIDIA A100"):
+        assert dispatch.device() == ("gpu", "NVIDIA A100")
+        with dispatch.compiling_for("tpu", "TPU v6 lite"):
+            assert dispatch.device().platform == "tpu"
+        assert "gpu" in kernels.implementations("moe_mlp")["pallas"]
+    assert dispatch.device() == (jax.default_backend(), jax.devices()[0].device_kind)

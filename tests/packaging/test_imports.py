@@ -1,0 +1,160 @@
+"""Who may import whom, read from the source: imports inside functions count like those at the top."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("reference", "kernels", "dantinox", "bench")
+LINKS = ("kernels", "reference")  # folders at the top that `dantinox` holds as links
+# numpy: shapes, and the float0 zeros that JAX asks for as gradients of integers. triton: kernels written in it.
+ALLOWED = {
+    "reference": {"jax", "dantinox.reference"},
+    "kernels": {"jax", "numpy", "dantinox.kernels", "jax_triton", "triton"},
+}
+BACKENDS = {"xla", "pallas_tpu", "pallas_cpu", "pallas_sm90", "triton"}
+
+
+class Import(NamedTuple):
+    file: str
+    line: int
+    module: str  # of `from a import b` a.b, where that is a module of ours
+    functions: tuple[str, ...]  # the functions around it, outermost first
+
+    @property
+    def package(self) -> str:
+        """What it is a part of: `dantinox.kernels`, `dantinox.reference`, or the first part of its name."""
+        parts = self.module.split(".")
+        return ".".join(parts[:2]) if parts[0] == "dantinox" and parts[1:2] and parts[1] in LINKS else parts[0]
+
+
+def imports(tree: ast.AST, file: str, around: tuple[str, ...] = ()) -> Iterator[Import]:
+    """Every import below a node, but for those that only a type checker makes."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(file, node.lineno, alias.name, around)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: a relative import"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield Import(file, node.lineno, whole if whole in MODULES else str(node.module), around)
+        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        yield from imports(node, file, (*around, node.name) if inside else around)
+
+
+def sources(package: str) -> list[Path]:
+    files = sorted((ROOT / package).rglob("*.py"))
+    return [file for file in files if package != "dantinox" or file.relative_to(ROOT).parts[1] not in LINKS]
+
+
+def module_of(path: Path) -> str:
+    """The name that a file is imported by."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts[:-1] if parts[-1] == "__init__" else parts
+    return ".".join(("dantinox", *parts) if parts[0] in LINKS else parts)
+
+
+MODULES = {module_of(path): path for package in PACKAGES for path in sources(package)}
+
+
+def imported(package: str) -> list[Import]:
+    found = []
+    for path in sources(package):
+        found += imports(ast.parse(path.read_text()), str(path.relative_to(ROOT)))
+    return found
+
+
+@pytest.mark.parametrize("package", ["reference", "kernels"])
+def test_the_lower_layers_import_jax_and_themselves(package):
+    allowed = ALLOWED[package] | set(sys.stdlib_module_names)
+    serves_reference = lambda i: (
+        package == "kernels" and i.package == "dantinox.reference" and "reference" in i.functions
+    )
+    assert [i for i in imported(package) if i.package not in allowed and not serves_reference(i)] == []
+
+
+def test_the_model_imports_no_benchmark_and_no_test():
+    assert [i for i in imported("dantinox") if i.package in ("bench", "tests")] == []
+
+
+@pytest.mark.parametrize("package", [*PACKAGES, "tests", "scripts"])
+def test_kernels_and_reference_have_one_import_name(package):
+    assert [i for i in imported(package) if i.package in LINKS] == []
+
+
+@pytest.mark.parametrize("package", [*PACKAGES, "tests", "scripts"])
+def test_the_module_that_runs_as_a_program_is_never_imported(package):
+    """It would take the place of the function `dantinox.generate`."""
+    shims = {f"dantinox.{name}" for name in ("train", "generate", "evaluate", "export", "doctor")}
+    of_module = lambda i: i.module in shims and "import generate" not in source_line(i)
+    assert [i for i in imported(package) if of_module(i)] == []
+
+
+def source_line(found: Import) -> str:
+    return (ROOT / found.file).read_text().splitlines()[found.line - 1]
+
+
+def backend(module: str) -> str | None:
+    return next((part for part in module.split(".") if part in BACKENDS), None)
+
+
+def test_no_backend_imports_another():
+    found = [i for i in imported("kernels") if i.package == "dantinox.kernels"]
+    pairs = [(i, backend(module_of(ROOT / i.file)), backend(i.module)) for i in found]
+    assert [i for i, own, other in pairs if own and other and own != other] == []
+    assert {own for _, own, _ in pairs} >= BACKENDS
+
+
+@pytest.mark.parametrize("package", ["kernels", "dantinox", "bench"])
+def test_no_module_imports_itself_in_a_circle(package):
+    """Of imports at the top of files; a package's own file counts as a module, not as all that is in it."""
+    arrows = {
+        module_of(path): {i.module for i in imports(ast.parse(path.read_text()), "") if not i.functions}
+        & MODULES.keys()
+        for path in sources(package)
+    }
+    while leaves := {module for module, to in arrows.items() if not to & arrows.keys()}:
+        arrows = {module: to for module, to in arrows.items() if module not in leaves}
+    assert arrows == {}
+
+
+def test_the_kernels_load_without_the_model():
+    heavy = {"flax", "optax", "orbax", "tyro", "yaml"}
+    code = f"import sys, dantinox.kernels as k; k.attention; print(*{heavy} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
+
+
+def test_no_function_hides_a_package_and_no_module_is_called():
+    code = """
+import types
+import dantinox.kernels.ops.attention.xla as xla
+import dantinox.cli.generate, dantinox.kernels, dantinox.reference
+from dantinox import evaluate, kernels
+assert xla.attention is not kernels.attention and isinstance(evaluate, types.ModuleType)
+assert isinstance(dantinox.generate, types.FunctionType) and isinstance(kernels.moe_mlp, types.FunctionType)
+assert not any(callable(module) for module in (dantinox, kernels, dantinox.cli.generate, evaluate))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_rules_are_about_files_that_are_there():
+    for package in ("reference", "kernels", "dantinox"):
+        assert len(imported(package)) > 5
+    for name in LINKS:
+        assert (ROOT / "dantinox" / name).readlink() == Path("..") / name
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_file_is_long(package):
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources(package)}
+    assert {file: n for file, n in lines.items() if n > 400} == {}
