@@ -183,8 +183,15 @@ is_ready "$@" && exit 0
 take_lock
 is_ready "$@" && exit 0
 
+renamed=''
+for info in "$venv"/lib/python3*/site-packages/dantinox-[0-9]*.dist-info; do # the distribution is dantinox-lab now
+    [ ! -d "$info" ] || renamed=yes
+done
 if [ -e "$marker" ]; then
     say "The last install was cut short; starting afresh."
+    create
+elif [ -n "$renamed" ]; then
+    say "$venv holds an older DantinoX under another name; starting afresh."
     create
 elif ! venv_runs || { ! have uv && ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; }; then
     create

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 FAKE_PYTHON = """#!/bin/sh
 echo "$*" >>'{log}'
 case "$1 $2" in
