@@ -35,7 +35,7 @@ MUTANTS: list[Mutant] = [
         ("weights of the other choice", "expert_weights.astype(wide)[..., None]",
          "expert_weights[:, ::-1].astype(wide)[..., None]", f"{RULE} and zipf"),
         ("dx of the first choice only", "for j in range(inverse.shape[1])", "for j in range(1)", f"{RULE} and zipf"),
-        ("one row: another's weight", "weights.reshape(-1)[r].astype", "weights.reshape(-1)[n].astype", FEW),
+        ("one row: another's weight", "expert_weights.reshape(-1)[r]", "expert_weights.reshape(-1)[n]", FEW),
         ("one row: the last rows of a matrix skipped", "while M % rows:", "while M % 1:", FEW),
     ),
     *planted(

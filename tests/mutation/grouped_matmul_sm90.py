@@ -60,7 +60,7 @@ MUTANTS: list[Mutant] = [
         ("dw_down without the weight", "ps * silu, across * h", "ps * silu, h", FORM),
         ("g and u of the first rows", "own = ring.stage(filling), pl.ds(warpgroup * ROWS, ROWS)",
          "own = ring.stage(filling), pl.ds(0, ROWS)", FORM),
-        ("g and u are read while others come", "plgpu.commit_smem()  # TMA", "pass  # TMA", FORM),
+        ("g and u are read while others come", "plgpu.commit_smem()\n            ring.release(filling)", "ring.release(filling)", FORM),
         ("both halves of a chunk are the first", "each[:, n : n + HALF]", "each[:, :HALF]", FORM),
         ("half of a share of dp", "functools.reduce(jnp.add, shares)", "shares[0]", FORM),
         ("shares of dp in one place", "lax.div(task.column, columns)", "0", FORM),

@@ -1,6 +1,7 @@
 """What a planted fault is."""
 
 import ast
+import re
 from typing import NamedTuple
 
 # Where a fault may be noticed at all.
@@ -39,10 +40,35 @@ FILES = {
 }
 
 
-class Mutant(NamedTuple):
-    """One fault: `old`, found once in `file`, becomes `new`; `tests` is one of FILES, `likely` a pytest -k for it.
+_TOKEN = re.compile(r"""(?P<skip>\s+|\#[^\n]*)|"{3}.*?"{3}|'(?:\\.|[^'\\\n])*'|"(?:\\.|[^"\\\n])*"|\w+|.""", re.S)
 
-    Where it begins with "slow and", the tests that notice wait for the long run.
+
+def tokens(text: str) -> list[tuple[str, int, int]]:
+    """The tokens of a piece of Python that may be cut anywhere: (text, start, end) of each.
+
+    White space, comments and the comma before a closing bracket are left out: a formatter moves them.
+    """
+    found = [(m[0], m.start(), m.end()) for m in _TOKEN.finditer(text) if m["skip"] is None]
+    closes = [*(token for token, _, _ in found[1:]), ""]
+    return [each for each, after in zip(found, closes) if not (each[0] == "," and after in (")", "]", "}"))]
+
+
+def occurrences(text: str, piece: str) -> list[tuple[int, int]]:
+    """Where a piece of code occurs in a text, however either is laid out in lines: (start, end) of each."""
+    whole, wanted = tokens(text), [token for token, _, _ in tokens(piece)]
+    words = [token for token, _, _ in whole]
+    starts = [i for i in range(len(words) - len(wanted) + 1) if words[i : i + len(wanted)] == wanted]
+    return [(whole[i][1], whole[i + len(wanted) - 1][2]) for i in starts] if wanted else []
+
+
+class Mutant(NamedTuple):
+    """One fault: the code `old`, found once in `file`, becomes `new`.
+
+    Code is compared token by token, so how a formatter lays out either does not matter.
+
+    Attributes:
+        tests: one of FILES.
+        likely: a pytest -k expression for the tests that notice; where it begins with "slow and", they are slow.
     """
 
     file: str
@@ -62,9 +88,11 @@ class Mutant(NamedTuple):
         Raises:
             ValueError: the old text is not there exactly once, or Python does not parse the new one.
         """
-        if (found := text.count(self.old)) != 1:
-            raise ValueError(f"{self.title}: found {found} times in {self.file}, expected once: {self.old!r}")
-        changed = text.replace(self.old, self.new)
+        found = occurrences(text, self.old)
+        if len(found) != 1:
+            raise ValueError(f"{self.title}: found {len(found)} times in {self.file}, expected once: {self.old!r}")
+        ((start, end),) = found
+        changed = text[:start] + self.new.strip() + text[end:]
         try:
             ast.parse(changed)
         except SyntaxError as error:

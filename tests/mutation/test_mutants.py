@@ -39,3 +39,15 @@ def test_a_fault_that_is_no_python_is_refused():
 def test_the_failed_test_is_read_from_the_summary():
     output = "F\nFAILED tests/kernels/test_x.py::test_y[127 a, b-float32] - AssertionError: o - p\n1 failed"
     assert program.failures(output) == ["tests/kernels/test_x.py::test_y[127 a, b-float32]"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["f(a, b)  # so", "f(\n    a,  # first\n    b,\n)", "f( a,b )"],
+    ids=["one line", "a line per argument", "other spaces"],
+)
+def test_the_layout_of_code_does_not_matter(text):
+    mutant = mutation.Mutant("kernels/x.py", "specs", "other order", "f(a, b)", "f(b, a)", "")
+    assert "f(b, a)" in mutant.applied(text)
+    with pytest.raises(ValueError, match="found 0 times"):
+        mutant.applied(text.replace("b", "'b'"))
