@@ -84,7 +84,7 @@ def _check(arguments: Arguments) -> None:
         raise ValueError(f"--seconds is {arguments.seconds}; allowed: 0 or more")
     if not arguments.budget > 0:
         raise ValueError(f"--budget is {arguments.budget}; allowed: seconds above 0")
-    known = {row.name for op in ops for row in workloads.rows(op, "bench")}
+    known = {row.name for op in ops for row in workloads.select(op, "bench")}
     for name in arguments.spec:
         if name not in known:
             raise ValueError(f"--spec {name!r} is no row of {', '.join(ops)}; allowed: {', '.join(sorted(known))}")

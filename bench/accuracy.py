@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dantinox.kernels.workloads.types import Attention, GroupedMatmul, MoE, Spec
+from dantinox.kernels.workloads.types import Attention, GroupedMatmul, MoE, Workload
 
 Tree = dict[str, Any]
 SCORES = 2**27  # scores of all pairs that are built at once
@@ -29,7 +29,7 @@ class Part:
         cut: cuts a result of the whole call (by name: o, dq, ...) down to the part.
     """
 
-    def __init__(self, spec: Spec, inputs: Tree, aux: Tree) -> None:
+    def __init__(self, spec: Workload, inputs: Tree, aux: Tree) -> None:
         ones = np.ones(spec.out_shape(), np.float32)
         self.mask, self.inputs, self.aux, self.cut = ones, inputs, aux, lambda name, x: x
         if isinstance(spec, Attention) and spec.B * spec.H * spec.T * spec.S > SCORES:

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dantinox.kernels.workloads.types import Attention, Decode, GroupedMatmul, MoE, Spec
+from dantinox.kernels.workloads.types import Attention, Decode, GroupedMatmul, MoE, Workload
 
 Tree = dict[str, Any]
 Forward = Callable[[Tree, Tree, Tree], tuple[jax.Array, Tree]]  # (inputs, state, aux) -> (output, state)
 Choice = Forward | str
 
 
-def peers(spec: Spec) -> dict[str, Choice]:
+def peers(spec: Workload) -> dict[str, Choice]:
     """The peers of a row's operation."""
     if isinstance(spec, Attention):
         return {

@@ -139,7 +139,7 @@ def _show(op: str, title: str, found: Sequence[Change], console: Console) -> boo
     if told:
         console.print(table)
     console.print(f"{op}: {len(found)} compared, {len(told)} changed beyond their spread", highlight=False)
-    ours = set(kernels.names(op)) - {"reference"}
+    ours = set(kernels.implementation_names(op)) - {"reference"}
     return any(change.verdict == "slower" and change.implementation in ours for change in found)
 
 

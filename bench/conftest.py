@@ -45,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench", "DantinoX benchmarks")
     group.addoption("--spec", action="append", default=[], help="rows by name; default: all of this machine")
     group.addoption("--implementation", action="append", default=[], help="implementations by name; default: all")
-    group.addoption("--machine", default=None, choices=workloads.MACHINES, help="whose rows; default: this device's")
+    group.addoption("--machine", default=None, choices=workloads.DEVICES, help="whose rows; default: this device's")
     group.addoption("--budget", type=float, default=1.0, help="seconds of timing for each row and direction")
     group.addoption("--seconds", type=float, default=0, help="start no further row after so many seconds; 0: no limit")
     group.addoption("--progress", action="store_true", help="one line a contest instead of pytest's own report")

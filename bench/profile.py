@@ -27,13 +27,13 @@ from dantinox import cli, kernels
 from dantinox.cli.train import Trainer
 from dantinox.config import Config, presets
 from dantinox.kernels import workloads
-from dantinox.kernels.workloads.types import Decode, Spec
+from dantinox.kernels.workloads.types import Decode, Workload
 from dantinox.system import malloc
 from dantinox.training import profile_report
 
 PROG = "bench.profile"
 STEPS, WARM_UP = 5, 2
-Implementation = Literal[kernels.names(*kernels.OPERATIONS)]
+Implementation = Literal[kernels.implementation_names(*kernels.OPERATIONS)]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Arguments:
 
 
 @dataclass(frozen=True)
-class Workload:
+class TracedProgram:
     """Something to trace: `call(i)` runs it once and waits for it; `hlo` is the compiled program's text."""
 
     name: str
@@ -84,7 +84,7 @@ def parse(argv: Sequence[str]) -> Arguments:
         )
 
 
-def workload(arguments: Arguments) -> Workload:
+def workload(arguments: Arguments) -> TracedProgram:
     """What the arguments ask for, compiled.
 
     Raises:
@@ -102,11 +102,11 @@ def workload(arguments: Arguments) -> Workload:
     allowed = sorted({row.op for row in workloads.ROWS})
     if arguments.op not in allowed:
         raise ValueError(f"op is {arguments.op!r}; allowed: {', '.join(allowed)}")
-    spec = workloads.find(arguments.op, arguments.spec or "")
+    spec = workloads.get(arguments.op, arguments.spec or "")
     return operation(spec, arguments.implementation, arguments.backward)
 
 
-def training(config: Config, name: str) -> Workload:
+def training(config: Config, name: str) -> TracedProgram:
     """Training steps on the data that the settings name."""
     trainer = Trainer(config)
     state = trainer.initial()
@@ -117,15 +117,15 @@ def training(config: Config, name: str) -> Workload:
         state, _ = compiled(state, *trainer.batch(i), jnp.int32(i))
         jax.block_until_ready(state)
 
-    return Workload(f"training {name}", call, compiled.as_text())
+    return TracedProgram(f"training {name}", call, compiled.as_text())
 
 
-def operation(spec: Spec, implementation: str, backward: bool) -> Workload:
+def operation(spec: Workload, implementation: str, backward: bool) -> TracedProgram:
     """One operation at one row's sizes, in the row's first dtype; a decoding cache is donated and handed on."""
     if backward and isinstance(spec, Decode):
         raise ValueError("decode_attention has no backward pass; leave --backward out")
     inputs, state, dout = runner.arguments(spec)
-    aux = {name: jax.tree.map(jnp.asarray, value) for name, value in spec.aux().items()}
+    aux = {name: jax.tree.map(jnp.asarray, value) for name, value in spec.integer_inputs().items()}
     forward = jax.named_scope(spec.op)(runner.ours(spec, implementation))
     program = jax.jit(runner.program(forward, backward), donate_argnums=1)
     compiled = program.lower(inputs, state, aux, dout).compile()
@@ -136,10 +136,10 @@ def operation(spec: Spec, implementation: str, backward: bool) -> Workload:
         jax.block_until_ready((results, state))
 
     passes = "forward and backward" if backward else "forward"
-    return Workload(f"{spec.op} {spec.name!r} {implementation}, {passes}", call, compiled.as_text())
+    return TracedProgram(f"{spec.op} {spec.name!r} {implementation}, {passes}", call, compiled.as_text())
 
 
-def capture(work: Workload, steps: int, out: Path) -> tuple[Path, float]:
+def capture(work: TracedProgram, steps: int, out: Path) -> tuple[Path, float]:
     """(the trace file, seconds that the traced calls took). Each call is a step of its own in the trace."""
     for i in range(WARM_UP):
         work.call(i)
@@ -154,7 +154,7 @@ def capture(work: Workload, steps: int, out: Path) -> tuple[Path, float]:
     return max(out.glob("plugins/profile/*/*.xplane.pb"), key=lambda path: path.stat().st_mtime), seconds
 
 
-def read(path: Path, work: Workload, steps: int, seconds: float) -> dict[str, Any]:
+def read(path: Path, work: TracedProgram, steps: int, seconds: float) -> dict[str, Any]:
     """The tables of a trace, to which the parts of the model are added as a plane of its own."""
     data = jax.profiler.ProfileData.from_file(str(path))
     names, found = profile_report.op_names(work.hlo), profile_report.spans(data)

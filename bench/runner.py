@@ -25,7 +25,7 @@ from dantinox import kernels
 from dantinox.kernels import workloads
 from dantinox.kernels.cost import Cost
 from dantinox.kernels.ops.decode_attention.kv_cache import stored
-from dantinox.kernels.workloads.types import Decode, Spec
+from dantinox.kernels.workloads.types import Decode, Workload
 
 Tree = dict[str, Any]
 MACHINE = {"cpu": "cpu", "gpu": "h100", "tpu": "tpu"}
@@ -39,7 +39,7 @@ PATIENCE = 4.0  # seconds that one call may take by our own estimate
 class Contest:
     """A row and a direction."""
 
-    spec: Spec
+    spec: Workload
     backward: bool = False
 
     def __str__(self) -> str:
@@ -56,7 +56,7 @@ class Contest:
         return cost + self.spec.cost(backward=True) if self.backward else cost
 
 
-def position(spec: Spec, axis: str) -> float:
+def position(spec: Workload, axis: str) -> float:
     """Where a row stands on the axis of a sweep: a size, the window, or the slots of a cache."""
     value = spec.window if axis == "W" else getattr(spec, axis)
     return float(value)
@@ -90,7 +90,7 @@ def contests(op: str, machine: str | None = None, every: bool = False) -> list[C
     """
     machine = machine or MACHINE[jax.default_backend()]
     found = []
-    for row in workloads.rows(op, "bench", machine):
+    for row in workloads.select(op, "bench", machine):
         backward = (False,) if op == "decode_attention" else (False, True)
         if isinstance(row, workloads.MoE) and row.N == 1:
             backward = (False,)  # a step of decoding
@@ -99,19 +99,19 @@ def contests(op: str, machine: str | None = None, every: bool = False) -> list[C
     return found
 
 
-def contestants(spec: Spec) -> dict[str, baselines.Choice]:
+def contestants(spec: Workload) -> dict[str, baselines.Choice]:
     """Name -> how to call it, or why it cannot take part: our implementations first, then the peers."""
     mine: dict[str, baselines.Choice] = {}
     for name, why in kernels.implementations(spec.op).items():
         mine[name] = ours(spec, name) if why is None else why
     if too_long := _reference_takes(spec):
         mine["reference"] = too_long
-    elif spec.sweep and spec.machines == ("cpu",) and not isinstance(spec, Decode):
+    elif spec.sweep and spec.devices == ("cpu",) and not isinstance(spec, Decode):
         mine["reference"] = "left out of the sweeps on a CPU, where it would take most of the time"
     return mine | baselines.peers(spec)
 
 
-def ours(spec: Spec, implementation: str) -> baselines.Forward:
+def ours(spec: Workload, implementation: str) -> baselines.Forward:
     """How one of our implementations is called on a row's arguments; decoding's state is the cache."""
     operation, options = getattr(kernels, spec.op), spec.options()
 
@@ -124,7 +124,7 @@ def ours(spec: Spec, implementation: str) -> baselines.Forward:
     return forward
 
 
-def _reference_takes(spec: Spec) -> str | None:
+def _reference_takes(spec: Workload) -> str | None:
     """Why the reference is left out: it would take too long or too much memory."""
     s = spec
     if isinstance(s, workloads.Attention):
@@ -159,7 +159,7 @@ class Runner:
     """One implementation of a row, compiled, with its arguments: `runner(i)` runs it on the i-th set."""
 
     def __init__(self, contest: Contest, forward: baselines.Forward, sets: list[tuple[Tree, Tree, jax.Array]]) -> None:
-        self.aux = jax.tree.map(jnp.asarray, contest.spec.aux())
+        self.aux = jax.tree.map(jnp.asarray, contest.spec.integer_inputs())
         self.sets = [(inputs, jax.tree.map(jnp.copy, state), dout) for inputs, state, dout in sets]
         inputs, state, dout = self.sets[0]
         jitted = jax.jit(program(forward, contest.backward), donate_argnums=1)
@@ -183,7 +183,7 @@ class Runner:
         return results
 
 
-def arguments(spec: Spec, seed: int = 0) -> tuple[Tree, Tree, jax.Array]:
+def arguments(spec: Workload, seed: int = 0) -> tuple[Tree, Tree, jax.Array]:
     """(inputs, state, cotangent) in the row's first dtype, random, at sizes that keep every product near 1."""
     dtype = spec.dtypes[0]
     rng = np.random.default_rng(seed)
@@ -215,7 +215,7 @@ def _on_device(key: jax.Array, shape: tuple[int, ...], dtype: str, scale: float)
     return (jax.random.normal(key, shape, dtype) * scale).astype(dtype)
 
 
-def sets_needed(spec: Spec) -> int:
+def sets_needed(spec: Workload) -> int:
     """Sets of arguments to go round: enough to be twice the cache, at most 8."""
     return max(1, min(8, math.ceil(2 * cache_bytes() / max(spec.cost().bytes, 1))))
 
@@ -250,7 +250,7 @@ def hold(
     begin = time.monotonic()
     spec, results, runners = contest.spec, {}, {}
     sets = [arguments(spec, seed) for seed in range(sets_needed(spec))]
-    part = accuracy.Part(spec, sets[0][0], spec.aux())
+    part = accuracy.Part(spec, sets[0][0], spec.integer_inputs())
     masked = (sets[0][2] * part.mask).astype(sets[0][2].dtype)
     exact = accuracy.by_row(spec) if getattr(spec, "E", 0) > accuracy.MANY else ours(spec, "reference")
     truth = accuracy.truth(part, program(exact, contest.backward), sets[0][1], masked)

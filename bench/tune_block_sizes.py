@@ -135,12 +135,12 @@ class Kernel:
 
 def kernel(kind: str, op: str, name: str) -> Kernel:
     """That of a row of kernels/workloads/."""
-    spec = workloads.find(op, name)
+    spec = workloads.get(op, name)
     if op == "moe_mlp":
-        counts = np.bincount(spec.aux()["expert_ids"].reshape(-1), minlength=spec.E)
+        counts = np.bincount(spec.integer_inputs()["expert_ids"].reshape(-1), minlength=spec.E)
         return Kernel(kind, name, spec.N * spec.k, spec.M, spec.F, tuple(map(int, counts)))
     K, J = (spec.F, spec.M) if kind == "dx" else (spec.M, spec.F)
-    return Kernel(kind, name, spec.N, K, J, tuple(map(int, spec.aux()["group_sizes"])))
+    return Kernel(kind, name, spec.N, K, J, tuple(map(int, spec.integer_inputs()["group_sizes"])))
 
 
 def tiny() -> list[Kernel]:
@@ -282,10 +282,12 @@ def run(arguments: Arguments) -> int:
         if arguments.tiny:
             # A simulated GPU waits for its barriers in threads, one for each core that JAX believes to have.
             os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))
-        elif why := dispatch.missing("grouped_matmul", "pallas") or (not dispatch.on_gpu() and "this is no GPU"):
+        elif why := dispatch.unsupported_reason("grouped_matmul", "pallas") or (
+            not dispatch.on_gpu() and "this is no GPU"
+        ):
             raise ValueError(f"{why}; --tiny rehearses it, interpreted")
         interpret = plgpu.InterpretGPUParams() if arguments.tiny else None
-        cores = 2 if arguments.tiny else vjp.cores(dispatch.device().kind)
+        cores = 2 if arguments.tiny else vjp.cores(dispatch.current_device().kind)
         console, rows = Console(width=140), []
         write = functools.partial(_append, arguments.lines)
         for of in tiny() if arguments.tiny else [kernel(*row) for row in ROWS]:
@@ -300,7 +302,7 @@ def run(arguments: Arguments) -> int:
             console.print(f"{of.kind} {of.name}: {time.monotonic() - began:.0f} s", highlight=False)
         constants = fit(rows, cores)
         if arguments.json:
-            document = {"device": dispatch.device().kind, "clock": clock().name, "fit": constants, "rows": rows}
+            document = {"device": dispatch.current_device().kind, "clock": clock().name, "fit": constants, "rows": rows}
             Path(arguments.json).write_text(json.dumps(document, indent=1) + "\n")
         show(rows, constants, console)
         if arguments.tiny:

@@ -32,7 +32,7 @@ from dantinox.kernels.tutorial import common, step4_tile_skipping
 from dantinox.system import malloc
 
 PROG = "bench.tutorial"
-ROW = workloads.find("attention", "ladder")
+ROW = workloads.get("attention", "ladder")
 MASK = common.Mask(ROW.T, ROW.S, ROW.causal, ROW.window)
 OPTIONS = {"causal": ROW.causal, "window": ROW.window, "scale": ROW.scale}
 NEW = dict(

@@ -4,15 +4,15 @@
     grouped_matmul     rows sorted by group, each times its group's matrix
     moe_mlp            dropless mixture of SwiGLU experts
     decode_attention   append one token to a key/value ring and attend, in place
-    implementations    which implementation of an operation can run here, and why the others cannot
-    names              what `implementation` may be: "auto", and the names in the operation's table
+    implementations    which implementations of an operation can run here, and why each other one cannot
+    implementation_names    what `implementation` may be: "auto", and the names in the operation's table
 
 `implementation="auto"` chooses; any other name runs that implementation or raises `NotImplementedError`.
 """
 
 from collections.abc import Callable
 
-from dantinox.kernels.dispatch import NAMES, OPERATIONS, Choice, compiling_for
+from dantinox.kernels.dispatch import IMPLEMENTATION_NAMES, OPERATIONS, Choice, target_device
 from dantinox.kernels.ops.attention.api import _table as _attention
 from dantinox.kernels.ops.attention.api import attention
 from dantinox.kernels.ops.decode_attention.api import KVCache, decode_attention
@@ -23,15 +23,15 @@ from dantinox.kernels.ops.moe.api import _table as _moe
 from dantinox.kernels.ops.moe.api import moe_mlp
 
 __all__ = [
-    "NAMES",
+    "IMPLEMENTATION_NAMES",
     "OPERATIONS",
     "KVCache",
     "attention",
     "decode_attention",
     "grouped_matmul",
+    "implementation_names",
     "implementations",
     "moe_mlp",
-    "names",
 ]
 
 _TABLES: dict[str, Callable[[], dict[str, Choice]]] = {
@@ -53,7 +53,7 @@ def implementations(op: str) -> dict[str, str | None]:
     return {name: choice if isinstance(choice, str) else None for name, choice in _TABLES[op]().items()}
 
 
-def names(*ops: str) -> tuple[str, ...]:
+def implementation_names(*ops: str) -> tuple[str, ...]:
     """What `implementation` may be in any of these operations; asks no device, so that no backend is started."""
-    with compiling_for("cpu", ""):
+    with target_device("cpu", ""):
         return tuple(dict.fromkeys(["auto", *(name for op in ops for name in _TABLES[op]())]))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.experimental import pallas as pl
 
-__all__ = ["Cost", "attention", "decode_attention", "grouped_matmul", "moe_mlp", "seen_keys", "visible_pairs"]
+__all__ = ["Cost", "attention", "decode_attention", "grouped_matmul", "moe_mlp", "num_visible_keys", "visible_pairs"]
 
 
 class Cost(NamedTuple):
@@ -28,7 +28,7 @@ class Cost(NamedTuple):
     def __add__(self, other: "Cost") -> "Cost":  # type: ignore[override]
         return Cost(*(a + b for a, b in zip(self, other, strict=True)))
 
-    def part(self, fraction: float) -> "Cost":
+    def scaled(self, fraction: float) -> "Cost":
         """What a kernel costs that does this fraction of the work."""
         return Cost(*(round(fraction * each) for each in self))
 
@@ -41,7 +41,7 @@ class Cost(NamedTuple):
         """The roofline: no machine with these two ceilings takes less."""
         return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
 
-    def estimate(self) -> pl.CostEstimate:
+    def to_pallas(self) -> pl.CostEstimate:
         """For `pallas_call(cost_estimate=)`, so that profiles show utilisation."""
         return pl.CostEstimate(flops=self.flops, bytes_accessed=self.bytes, transcendentals=self.transcendentals)
 
@@ -89,7 +89,7 @@ def _segment_pairs(q_ids: np.ndarray, kv_ids: np.ndarray, causal: bool, window: 
     return total
 
 
-def seen_keys(T: int, S: int, window: int | None) -> int:
+def num_visible_keys(T: int, S: int, window: int | None) -> int:
     """Keys that at least one of the T queries sees: with a window those behind the first query's are never read."""
     if T == 0:
         return 0
@@ -119,7 +119,7 @@ def attention(
     """
     pairs = visible_pairs(T, S, causal=causal, window=window, segment_ids=segment_ids)
     pairs *= H if segment_ids is not None else B * H
-    kv = 2 * B * seen_keys(T, S, window if causal else None) * K * D
+    kv = 2 * B * num_visible_keys(T, S, window if causal else None) * K * D
     rows = B * T * H
     gates = {"none": 0, "head": rows, "elementwise": rows * D}[gate]
     ids = 4 * B * (T + S) if segment_ids is not None else 0

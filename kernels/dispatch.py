@@ -17,13 +17,25 @@ import jax
 
 log = logging.getLogger("kernels")
 
-NAMES = ("auto", "reference", "xla", "pallas", "triton")  # what every operation has; its own table may hold more
+IMPLEMENTATION_NAMES = (
+    "auto",
+    "reference",
+    "xla",
+    "pallas",
+    "triton",
+)  # what every operation has; its own table may hold more
 PREFERENCE = ("pallas", "triton", "xla", "reference")
 OPERATIONS = ("attention", "grouped_matmul", "moe_mlp", "decode_attention")
-HOPPER = ("H100", "H200", "GH200", "H800", "H20")  # what kinds of device with compute capability 9.0 are called
+SM90_DEVICE_KINDS = (
+    "H100",
+    "H200",
+    "GH200",
+    "H800",
+    "H20",
+)  # what kinds of device with compute capability 9.0 are called
 
-NOTHING: Mapping[str, str] = MappingProxyType({})
-Choice = Callable[..., Any] | str  # what runs, or why nothing does
+NO_REASONS: Mapping[str, str] = MappingProxyType({})
+Choice = Callable[..., Any] | str  # an implementation, or the reason it is unavailable
 
 
 class Device(NamedTuple):
@@ -33,36 +45,36 @@ class Device(NamedTuple):
     kind: str
 
 
-_announced: contextvars.ContextVar[Device | None] = contextvars.ContextVar("device", default=None)
+_target_device: contextvars.ContextVar[Device | None] = contextvars.ContextVar("device", default=None)
 
 
-def device() -> Device:
+def current_device() -> Device:
     """The announced device, or else JAX's default one."""
-    return _announced.get() or Device(jax.default_backend(), jax.devices()[0].device_kind)
+    return _target_device.get() or Device(jax.default_backend(), jax.devices()[0].device_kind)
 
 
 def on_gpu() -> bool:
     """Whether that device is a GPU."""
-    return device().platform == "gpu"
+    return current_device().platform == "gpu"
 
 
 @contextlib.contextmanager
-def compiling_for(platform: str, kind: str) -> Iterator[None]:
+def target_device(platform: str, kind: str) -> Iterator[None]:
     """Inside, implementations are chosen for a device that need not be here; "cuda" is another name for "gpu"."""
-    token = _announced.set(Device("gpu" if platform == "cuda" else platform, kind))
+    token = _target_device.set(Device("gpu" if platform == "cuda" else platform, kind))
     try:
         yield
     finally:
-        _announced.reset(token)
+        _target_device.reset(token)
 
 
-def choose(
-    op: str, implementation: str, table: Mapping[str, Choice], slow: Mapping[str, str] = NOTHING
+def select_implementation(
+    op: str, implementation: str, table: Mapping[str, Choice], not_auto: Mapping[str, str] = NO_REASONS
 ) -> Callable[..., Any]:
     """The function that serves this call.
 
     Args:
-        slow: names that "auto" takes only where nothing else runs, each with the reason.
+        not_auto: names that "auto" takes only where nothing else runs, each with the reason.
 
     Raises:
         ValueError: `implementation` is no implementation's name.
@@ -75,39 +87,44 @@ def choose(
         if isinstance(choice, str):
             raise NotImplementedError(f"{op}: implementation={implementation!r} cannot run here: {choice}")
         return choice
-    for name in sorted(PREFERENCE, key=lambda name: name in slow):
+    for name in sorted(PREFERENCE, key=lambda name: name in not_auto):
         choice = table[name]
         if not isinstance(choice, str):
             better = PREFERENCE[: PREFERENCE.index(name)]
-            why = {each: slow[each] if callable(table[each]) else table[each] for each in better}
-            _report(op, name, device().platform, "".join(f"; not {each}: {said}" for each, said in why.items()))
+            why = {each: not_auto[each] if callable(table[each]) else table[each] for each in better}
+            _log_choice(
+                op, name, current_device().platform, "".join(f"; not {each}: {said}" for each, said in why.items())
+            )
             return choice
     raise NotImplementedError(f"{op}: no implementation can run here")
 
 
-def missing(op: str, name: str) -> str | None:
+def unsupported_reason(op: str, name: str) -> str | None:
     """Why this device cannot run the named implementation, whatever the shapes; None where it can."""
     if name in ("reference", "xla"):
         return None
-    if name == "pallas" and device().platform in ("cpu", "tpu"):
+    if name == "pallas" and current_device().platform in ("cpu", "tpu"):
         return None
     if name == "pallas" and on_gpu():
-        if any(chip in device().kind for chip in HOPPER):
+        if any(chip in current_device().kind for chip in SM90_DEVICE_KINDS):
             return None
-        return f"its Pallas kernel for gpu is Hopper's and this is {device().kind!r}; implementation='xla' runs here"
+        kind = current_device().kind
+        return (
+            f"its Pallas GPU kernel requires Hopper (sm_90) and this device is {kind!r}; implementation='xla' runs here"
+        )
     if name == "pallas":
-        return f"{op} has no Pallas kernel for {device().platform} yet"
+        return f"{op} has no Pallas kernel for {current_device().platform} yet"
     if name == "triton" and op == "moe_mlp":
-        if not on_gpu() or any(name in device().kind for name in ("AMD", "Instinct")):
-            return f"its Triton kernels are for NVIDIA GPUs and this is {device().kind!r}"
+        if not on_gpu() or any(name in current_device().kind for name in ("AMD", "Instinct")):
+            return f"its Triton kernels are for NVIDIA GPUs and this is {current_device().kind!r}"
         if importlib.util.find_spec("jax_triton") is None:
             return "jax-triton is not installed: EXTRAS=triton brings it"
         return None
     if name == "triton":
         return f"{op} has no Triton kernel yet"
-    raise ValueError(f"implementation is {name!r}; allowed: {', '.join(NAMES[1:])}")
+    raise ValueError(f"implementation is {name!r}; allowed: {', '.join(IMPLEMENTATION_NAMES[1:])}")
 
 
 @functools.cache
-def _report(op: str, name: str, platform: str, instead: str) -> None:
+def _log_choice(op: str, name: str, platform: str, instead: str) -> None:
     log.info("%s: auto chose %s on %s%s", op, name, platform, instead)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 FLOATS = (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)
 
 
-def array(name: str, x: Any, axes: str) -> jax.Array:
+def as_array(name: str, x: Any, axes: str) -> jax.Array:
     """`x` as an array with one axis a letter of `axes`."""
     try:
         x = jnp.asarray(x)
@@ -22,7 +22,7 @@ def array(name: str, x: Any, axes: str) -> jax.Array:
     return x
 
 
-def floating(**arrays: jax.Array | None) -> None:
+def check_floating(**arrays: jax.Array | None) -> None:
     """All given arrays are floating point and share one dtype."""
     given = {name: x for name, x in arrays.items() if x is not None}
     for name, x in given.items():
@@ -34,19 +34,19 @@ def floating(**arrays: jax.Array | None) -> None:
             raise ValueError(f"{name} has dtype {x.dtype}; allowed: {given[first].dtype}, the dtype of {first}")
 
 
-def integer(name: str, x: jax.Array) -> None:
+def check_integer(name: str, x: jax.Array) -> None:
     """`x` holds integers."""
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(f"{name} has dtype {x.dtype}; allowed: int32")
 
 
-def shape(name: str, x: jax.Array, *allowed: Sequence[int]) -> None:
+def check_shape(name: str, x: jax.Array, *allowed: Sequence[int]) -> None:
     """`x` has one of the allowed shapes."""
     if tuple(x.shape) not in {tuple(a) for a in allowed}:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; allowed: {' or '.join(str(tuple(a)) for a in allowed)}")
 
 
-def window(value: int | None, causal: bool) -> None:
+def check_window(value: int | None, causal: bool) -> None:
     """A window is a positive number of keys and looks back only."""
     if value is None:
         return
@@ -56,7 +56,7 @@ def window(value: int | None, causal: bool) -> None:
         raise ValueError(f"window is {value} with causal=False; a window needs causal=True")
 
 
-def scalars(*, scale: float | None, softcap: float | None) -> None:
+def check_scalars(*, scale: float | None, softcap: float | None) -> None:
     """The scale is finite, the soft cap positive and finite."""
     if scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
         raise ValueError(f"scale is {scale!r}; allowed: a finite number, or None for D**-0.5")
@@ -64,7 +64,7 @@ def scalars(*, scale: float | None, softcap: float | None) -> None:
         raise ValueError(f"softcap is {softcap!r}; allowed: a positive finite number, or None")
 
 
-def heads(H: int, K: int) -> None:
+def check_heads(H: int, K: int) -> None:
     """Query heads are a multiple of key/value heads."""
     if K < 1 or H % K:
         raise ValueError(f"q has {H} heads and k has {K}; allowed: a multiple of k's heads")

@@ -49,7 +49,7 @@ def add(row: Row, case: Case, target: Target, dumps: Path) -> None:
     """Writes what was executed into a compiled row and its kernels, where it is known."""
     if case.op != "attention" or target.platform != "tpu":
         return
-    spec = workloads.find(case.op, case.spec)
+    spec = workloads.get(case.op, case.spec)
     if spec.segments is not None:  # which tiles share one is not known before the run
         return
     pairs = spec.B * spec.H * cost.visible_pairs(spec.T, spec.S, causal=spec.causal, window=spec.window)

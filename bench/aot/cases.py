@@ -38,16 +38,16 @@ class Case:
 
     def program(self) -> tuple:
         """What the compiler sees of it: rows that differ only in the values of their arrays are one program."""
-        spec = workloads.find(self.op, self.spec)
+        spec = workloads.get(self.op, self.spec)
         sizes = dataclasses.asdict(spec)
-        for name in ("name", "purposes", "machines", "dtypes", "sweep", "skew", "sizes", "lengths"):
+        for name in ("name", "suites", "devices", "dtypes", "sweep", "skew", "sizes", "lengths"):
             sizes.pop(name, None)
         batch = len(getattr(spec, "lengths", ()))
         return (self.op, self.implementation, self.dtype, self.direction, batch, tuple(sorted(sizes.items(), key=str)))
 
     def roofline_seconds(self, target: hardware.Target) -> float:
         """No implementation takes less."""
-        spec = workloads.find(self.op, self.spec)
+        spec = workloads.get(self.op, self.spec)
         work = spec.cost()
         if self.direction == "both":
             work = work + spec.cost(backward=True)
@@ -69,7 +69,7 @@ def cases(
     """
     from bench.aot import baselines  # it imports jax, which the check of a command line need not
 
-    known_specs = {row.name for op in OPERATIONS for m in ("h100", "tpu") for row in workloads.rows(op, "aot", m)}
+    known_specs = {row.name for op in OPERATIONS for m in ("h100", "tpu") for row in workloads.select(op, "aot", m)}
     for what, given, known in (
         ("op", ops, OPERATIONS),
         ("spec", names, sorted(known_specs)),
@@ -99,7 +99,7 @@ def cases(
 
 def ours(op: str) -> tuple[str, ...]:
     """The implementations of an operation that are compiled: all in its table but the specification."""
-    return tuple(name for name in kernels.names(op) if name not in ("auto", "reference"))
+    return tuple(name for name in kernels.implementation_names(op) if name not in ("auto", "reference"))
 
 
 def _of_op(
@@ -107,7 +107,7 @@ def _of_op(
 ) -> Iterator[Case]:
     """All programs of an operation; `accepted` has the dtypes that a peer takes."""
     directions = DIRECTIONS[:1] if op == "decode_attention" else DIRECTIONS
-    for row in workloads.rows(op, "aot", target.machine):
+    for row in workloads.select(op, "aot", target.machine):
         for implementation in (*ours(op), *peer_names):
             dtypes = [dtype for dtype in row.dtypes if dtype in target.flops]
             # Another dtype of the same width shows nothing new, except in a kernel whose every instruction is chosen.

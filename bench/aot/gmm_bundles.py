@@ -45,7 +45,7 @@ def add(row: Row, case: Case, target: Target, dumps: Path) -> None:
     """Writes `executed` by skew into the kernels of a compiled grouped matmul, where their form is known."""
     if case.op not in ("grouped_matmul", "moe_mlp") or target.platform != "tpu":
         return
-    spec = workloads.find(case.op, case.spec)
+    spec = workloads.get(case.op, case.spec)
     for kernel in row["kernels"]:
         text = tpu_schedule.final(dumps, kernel["name"])
         found = {}
@@ -157,7 +157,7 @@ def mixture(spec: workloads.MoE, kernel: str, target: Target, skew: str, *, keep
         return []
     rows = spec.N * spec.k
     K, J = (spec.M, spec.F) if part in ("up", "dh", "dw_up") else (spec.F, spec.M)
-    given = {name: getattr(spec, name) for name in ("name", "purposes", "machines", "dtypes", "E")}
+    given = {name: getattr(spec, name) for name in ("name", "suites", "devices", "dtypes", "E")}
     of = workloads.GroupedMatmul(N=rows, M=K, F=J, **given)
     product = "dw" if part.startswith("dw") else "dx" if MIXTURE[part].transposed else "y"
     operands = MIXTURE[part]._replace(wide=3) if part == "up" and keep else MIXTURE[part]

@@ -42,12 +42,12 @@ def add(row: Row, case: Case, target: hardware.Target) -> None:
 
 def of_case(case: Case, target: hardware.Target) -> dict[str, dict[str, int]]:
     """Product -> how rows are spread -> bytes moved by its kernel; without those that nobody can count."""
-    with dispatch.compiling_for(target.platform, target.kind), _plain_calls(case.implementation):
+    with dispatch.target_device(target.platform, target.kind), _plain_calls(case.implementation):
         program = programs.build(case)
         jaxpr = jax.make_jaxpr(program.function)(*(jax.ShapeDtypeStruct(*shape) for shape in program.shapes))
     found: dict[str, dict[str, int]] = {}
-    for name, spec in spreads(workloads.find(case.op, case.spec)).items():
-        (values,) = spec.aux().values()  # a program's last argument
+    for name, spec in spreads(workloads.get(case.op, case.spec)).items():
+        (values,) = spec.integer_inputs().values()  # a program's last argument
         for call in block_transfers.calls(jaxpr, {len(program.shapes) - 1: values}):
             if (count := block_transfers.moved(call)) is not None:
                 found.setdefault(product_of(case.op, call.name), {})[name] = count

@@ -30,7 +30,7 @@ def build(case: Case) -> Program:
     Raises:
         NotImplementedError: the implementation does not take this row; the message says why.
     """
-    spec = workloads.find(case.op, case.spec)
+    spec = workloads.get(case.op, case.spec)
     if case.implementation in baselines.PEERS:
         peer = baselines.PEERS[case.implementation]
         if case.dtype not in (taken := peer.takes(case.op)):
@@ -41,7 +41,7 @@ def build(case: Case) -> Program:
     if case.op == "decode_attention":
         return _decode(spec, case.dtype, call)
 
-    names, aux = list(spec.shapes()), _flat(spec.aux())
+    names, aux = list(spec.shapes()), _flat(spec.integer_inputs())
     shapes = [(shape, jnp.dtype(case.dtype)) for shape in spec.shapes().values()]
     shapes += [(ids.shape, ids.dtype) for ids in aux.values()]
 
@@ -59,7 +59,7 @@ def build(case: Case) -> Program:
     return Program(both, ((spec.out_shape(), jnp.dtype(case.dtype)), *shapes))
 
 
-def _ours(spec: workloads.Spec, implementation: str) -> Callable[..., Any]:
+def _ours(spec: workloads.Workload, implementation: str) -> Callable[..., Any]:
     operation = getattr(kernels, spec.op)
     if implementation in tutorial.RUNGS:
         run = tutorial.rung(implementation)

@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 def rows() -> list[workloads.Attention]:
     """The rows of the tables."""
-    found = [spec for spec in workloads.rows("attention", "aot", "tpu") if spec.name.startswith("aot tpu ")]
+    found = [spec for spec in workloads.select("attention", "aot", "tpu") if spec.name.startswith("aot tpu ")]
     return sorted(found, key=lambda spec: (spec.S, spec.D, spec.window or 0))
 
 
@@ -102,7 +102,7 @@ def grouped(held: Mapping[str, Mapping[str, Row]]) -> str:
     """Share of MXU slots, bundles executed and spills of the products of a grouped matmul."""
     lines = _head(["TPU", "row", "kernel", *PRODUCTS])
     for target in held:
-        for spec in workloads.rows("grouped_matmul", "aot", "tpu"):
+        for spec in workloads.select("grouped_matmul", "aot", "tpu"):
             for name in GROUPED if not spec.name.startswith("aot") else ():
                 cells = [product(held[target], spec, name, *how) for how in PRODUCTS.items()]
                 if any(cells):
@@ -111,7 +111,7 @@ def grouped(held: Mapping[str, Mapping[str, Row]]) -> str:
 
 
 def kernel_of(
-    held: Mapping[str, Row], spec: workloads.Spec, implementation: str, product_: str, program: str
+    held: Mapping[str, Row], spec: workloads.Workload, implementation: str, product_: str, program: str
 ) -> tuple[Row, Row]:
     """(row, its only kernel that computes the product); empty where there is none."""
     row = held.get(f"{spec.op} / {spec.name} / {implementation} / bfloat16 / {program}", {})
@@ -141,7 +141,7 @@ def moved(held: Mapping[str, Mapping[str, Row]]) -> str:
 def _moved(held: Mapping[str, Mapping[str, Row]], op: str, names: Sequence[str], products: Mapping[str, str]) -> str:
     lines = _head(["TPU", op.replace("_", " "), "kernel", *products])
     for target in held:
-        for spec in workloads.rows(op, "aot", "tpu"):
+        for spec in workloads.select(op, "aot", "tpu"):
             for name in names if not spec.name.startswith("aot") else ():
                 cells = []
                 for product_, program in products.items():
@@ -158,7 +158,7 @@ def mixture(held: Mapping[str, Mapping[str, Row]]) -> str:
     """The same of our mixture's kernels, and the bundles of each schedule."""
     lines = _head(["TPU", "row", "kernel", "MXU share", "bundles", "executed", "spills"])
     for target in held:
-        for spec in workloads.rows("moe_mlp", "aot", "tpu"):
+        for spec in workloads.select("moe_mlp", "aot", "tpu"):
             for part, operands in gmm_bundles.MIXTURE.items():
                 _, kernel = kernel_of(held[target], spec, "pallas", part, "both")
                 if not kernel:
@@ -203,7 +203,7 @@ def loops(held: Mapping[str, Row]) -> str:
         ["row", "product", "kernel", "tile", "stages", "registers", "SMEM KiB", "wgmma", "loop", "for 64x256x16"]
     )
     programs: dict[tuple, workloads.GroupedMatmul] = {}  # skew makes no other program
-    for spec in workloads.rows("grouped_matmul", "aot", HOPPER):
+    for spec in workloads.select("grouped_matmul", "aot", HOPPER):
         programs.setdefault((spec.N, spec.M, spec.F, spec.E), spec)
     for spec in programs.values():
         for wanted, program in (("y", "forward"), ("dw", "both")):
@@ -248,7 +248,7 @@ def steady(held: Mapping[str, Row]) -> str:
     """What each attention kernel issues for a tile, and in which share of the time that its products take."""
     names = ("wgmma", "exponential", "float", "memory")
     lines = _head(["D", "kernel", "instructions", *names, "other", "multiply-adds", "issue", "exponentials"])
-    for spec in (workloads.find("attention", name) for name in STEADY):
+    for spec in (workloads.get("attention", name) for name in STEADY):
         found = []
         for implementation in GPU_KERNELS:
             dtype = "float16" if implementation == "jax_mgpu" else "bfloat16"
@@ -280,7 +280,7 @@ def _part(kernel: Row, D: int) -> str | None:
 
 def _of_hopper(op: str, held: Mapping[str, Row]) -> str:
     lines = _head([op.replace("_", " "), "dtype", "direction", *GPU_KERNELS])
-    for spec in workloads.rows(op, "aot", HOPPER):
+    for spec in workloads.select(op, "aot", HOPPER):
         for dtype in spec.dtypes:
             for direction, title in (("forward", "forward"), ("both", "forward, backward")):
                 key = lambda name, row=spec.name, end=f"{dtype} / {direction}": f"{op} / {row} / {name} / {end}"

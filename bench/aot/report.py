@@ -31,7 +31,7 @@ def show(target: hardware.Target, rows: Mapping[Case, Row], console: Console) ->
         mine = [case for case in rows if case.op == op]
         for name in dict.fromkeys(case.spec for case in mine):
             table.add_section()
-            table.add_row(f"[bold]{name}[/bold]  {workloads.find(op, name).label()}")
+            table.add_row(f"[bold]{name}[/bold]  {workloads.get(op, name).label()}")
             refused: set[tuple[str, str]] = set()
             for case in (case for case in mine if case.spec == name):
                 row = rows[case]

@@ -46,9 +46,9 @@ def floor(spec: Any, product: str) -> int:
     """
     if spec.op == "decode_attention":
         return spec.cost().bytes
-    N, sizes = spec.N, spec.aux().get("group_sizes")
+    N, sizes = spec.N, spec.integer_inputs().get("group_sizes")
     if sizes is None:
-        N, sizes = spec.N * spec.k, np.bincount(spec.aux()["expert_ids"].ravel(), minlength=spec.E)
+        N, sizes = spec.N * spec.k, np.bincount(spec.integer_inputs()["expert_ids"].ravel(), minlength=spec.E)
     of_M, of_F, busy, every, thin = PRODUCTS[spec.op][product][1]
     matrices = busy * int(np.count_nonzero(sizes)) + every * spec.E
     return spec.itemsize * (N * (of_M * spec.M + of_F * spec.F) + matrices * spec.M * spec.F) + 4 * thin * N

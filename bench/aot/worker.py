@@ -67,7 +67,7 @@ def answer(target: hardware.Target, compile_: Callable[..., Any], dumps: Path, c
     (dumps / "triton").mkdir()  # a missing folder fails a compile
     start = time.perf_counter()
     try:
-        with _printed(dumps / "printed.txt"), dispatch.compiling_for(target.platform, target.kind):
+        with _printed(dumps / "printed.txt"), dispatch.target_device(target.platform, target.kind):
             program = programs.build(case)
             compiled = compile_(program.function, program.shapes, program.donate)
             seconds = time.perf_counter() - start

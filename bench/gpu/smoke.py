@@ -27,7 +27,7 @@ from dantinox.kernels.ops.attention.pallas_sm90 import vjp as attention_sm90
 from dantinox.kernels.ops.decode_attention.pallas_sm90 import kernel as decode_sm90
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import vjp
 from dantinox.kernels.ops.moe.pallas_sm90 import vjp as experts_vjp
-from dantinox.kernels.workloads.types import Attention, Decode, GroupedMatmul, MoE, Spec
+from dantinox.kernels.workloads.types import Attention, Decode, GroupedMatmul, MoE, Workload
 
 REPEATS = 50
 SPLITS = 5
@@ -43,9 +43,9 @@ class Case:
         backward: gradients too.
     """
 
-    check: Spec
-    large: Spec
-    tiny: Spec
+    check: Workload
+    large: Workload
+    tiny: Workload
     backward: bool = False
 
 
@@ -59,8 +59,8 @@ class Arguments:
     """Tiny sizes in the GPU interpreter: a rehearsal without a GPU."""
 
 
-def _spec(kind: type[Spec], **sizes: Any) -> Any:
-    return kind(name="smoke", purposes=(), machines=(), dtypes=("bfloat16",), **sizes)
+def _spec(kind: type[Workload], **sizes: Any) -> Any:
+    return kind(name="smoke", suites=(), devices=(), dtypes=("bfloat16",), **sizes)
 
 
 def _attention(T: int, S: int, H: int, K: int, D: int, **options: Any) -> Attention:
@@ -71,8 +71,8 @@ def _groups(N: int, M: int, F: int, *sizes: int) -> GroupedMatmul:
     return _spec(GroupedMatmul, N=N, M=M, F=F, E=len(sizes), sizes=sizes)
 
 
-def _find(op: str, name: str) -> Spec:
-    return workloads.find(op, name)
+def _find(op: str, name: str) -> Workload:
+    return workloads.get(op, name)
 
 
 def _ring(C: int, *lengths: int, H: int, K: int, D: int, **options: Any) -> Decode:
@@ -139,7 +139,7 @@ def run(arguments: Arguments) -> int:
     return 1 if wrong or differing else 0
 
 
-def kernel(spec: Spec, tiny: bool) -> Forward:
+def kernel(spec: Workload, tiny: bool) -> Forward:
     """The Hopper kernel of a row, compiled, or in the interpreter."""
     interpret = plgpu.InterpretGPUParams() if tiny else None
     options = spec.options()
@@ -165,15 +165,15 @@ def kernel(spec: Spec, tiny: bool) -> Forward:
 
 
 @functools.cache
-def program(spec: Spec, backward: bool, tiny: bool) -> Callable[..., tuple[Tree, Tree]]:
+def program(spec: Workload, backward: bool, tiny: bool) -> Callable[..., tuple[Tree, Tree]]:
     """Jitted (inputs, state, aux, cotangent) -> (output and gradients by name, state)."""
     return jax.jit(runner.program(kernel(spec, tiny), backward))
 
 
-def compare(spec: Spec, backward: bool, tiny: bool) -> list[str]:
+def compare(spec: Workload, backward: bool, tiny: bool) -> list[str]:
     """Where the kernel is wrong, an entry per array; empty where it is right."""
     inputs, state, dout = runner.arguments(spec)
-    aux = jax.tree.map(jnp.asarray, spec.aux())
+    aux = jax.tree.map(jnp.asarray, spec.integer_inputs())
     actual, rings = program(spec, backward, tiny)(inputs, state, aux, dout)
     reference = jax.jit(runner.program(runner.ours(spec, "reference"), backward))
     plain, expected_rings = reference(inputs, state, aux, dout)
@@ -195,11 +195,11 @@ def compare(spec: Spec, backward: bool, tiny: bool) -> list[str]:
     return wrong
 
 
-def repeat(spec: Spec, backward: bool, tiny: bool, repeats: int) -> list[str]:
+def repeat(spec: Workload, backward: bool, tiny: bool, repeats: int) -> list[str]:
     """Run one compiled program again and again; which arrays changed a bit."""
     spec = dataclasses.replace(spec, dtypes=("bfloat16",))
     inputs, state, dout = runner.arguments(spec)
-    aux = jax.tree.map(jnp.asarray, spec.aux())
+    aux = jax.tree.map(jnp.asarray, spec.integer_inputs())
     run_once = program(spec, backward, tiny)
     first = jax.block_until_ready(run_once(inputs, state, aux, dout))
     named = lambda results: results[0] | {f"cache.{name}": ring for name, ring in results[1].items()}

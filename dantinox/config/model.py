@@ -7,7 +7,9 @@ from dantinox import kernels
 from dantinox.config.validation import check_fields, fraction, positive, require
 
 KVDtype = Literal["model", "int8", "fp8"]
-Attention, Experts, Decode = (Literal[kernels.names(op)] for op in ("attention", "moe_mlp", "decode_attention"))
+Attention, Experts, Decode = (
+    Literal[kernels.implementation_names(op)] for op in ("attention", "moe_mlp", "decode_attention")
+)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from dantinox.kernels import validation
-from dantinox.kernels.dispatch import device
+from dantinox.kernels.dispatch import current_device
 
 Array = jax.Array
 FLOOR = -1e30  # where a running maximum starts: finite, so that exp(-inf - FLOOR) is 0 in a row that sees no key
@@ -62,7 +62,7 @@ def interpreted() -> bool:
     Raises:
         NotImplementedError: this device can do neither.
     """
-    platform = device().platform
+    platform = current_device().platform
     if platform not in ("cpu", "tpu"):
         raise NotImplementedError(f"the ladder is for TPUs, and interpreted on a CPU; this device is a {platform}")
     return platform == "cpu"
@@ -87,14 +87,14 @@ def check(
         ValueError: a shape, dtype or value is not allowed.
         NotImplementedError: the rung cannot do this.
     """
-    B, T, H, D = validation.array("q", q, "BTHD").shape
-    S, K = validation.array("k", k, "BSKD").shape[1:3]
+    B, T, H, D = validation.as_array("q", q, "BTHD").shape
+    S, K = validation.as_array("k", k, "BSKD").shape[1:3]
     for name, x in (("k", k), ("v", v)):
-        validation.shape(name, x, (B, S, K, D))
-    validation.floating(q=q, k=k, v=v)
-    validation.heads(H, K)
-    validation.window(window, causal)
-    validation.scalars(scale=scale, softcap=None)
+        validation.check_shape(name, x, (B, S, K, D))
+    validation.check_floating(q=q, k=k, v=v)
+    validation.check_heads(H, K)
+    validation.check_window(window, causal)
+    validation.check_scalars(scale=scale, softcap=None)
     for name, size in (tiles or {}).items():
         if size < 16 or size % 16:  # 16 rows of bfloat16 are one register
             raise ValueError(f"{name} is {size}; allowed: a multiple of 16")

@@ -60,8 +60,8 @@ def attention(
     keys = pl.BlockSpec((None, None, k_tile, D), lambda b, h, n, i, j, flags: (b, h, j[n], 0))
     arrays, blocks = [q, k, v], [packed(D), keys, keys]
     if gate is not None:
-        validation.floating(q=q, gate=gate)
-        validation.shape("gate", gate, (B, T, H, D), (B, T, H, 1))
+        validation.check_floating(q=q, gate=gate)
+        validation.check_shape("gate", gate, (B, T, H, D), (B, T, H, 1))
         arrays, blocks = [*arrays, gate], [*blocks, packed(gate.shape[-1])]
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=len(tables),

@@ -1,48 +1,53 @@
-"""The one table of shapes: parity tests, benchmarks, ahead-of-time compilation and tuning all read it.
+"""The one table of problem sizes: parity tests, benchmarks, ahead-of-time compilation and tuning all read it.
 
-A row is an operation at one set of sizes, with the purposes it serves and the machines it is for:
+A workload is an operation at one set of sizes, with the suites that run it and the devices it is meant for:
 
-    purposes    parity  every run of the tests     long  the long run only
-                bench   timed                      aot   compiled for machines that are not there
-                tune    tile sizes are measured on it
-    ladder  the kernels of kernels/tutorial are compared on it
-    machines    small (any, interpreted too), cpu, h100, tpu
+    suites      parity    every run of the tests          long   the long run only
+                bench     timed                           aot    cross-compiled for accelerators
+                tune      block sizes are measured on it  ladder the kernels of `kernels/tutorial` are compared on it
+    devices     small (any, interpreted too), cpu, h100, tpu
 
-Real rows carry the sizes of published models; the others are there because they hurt: 1, 7, 127, 129, T != S, windows
-of one and past the end, groups without rows. `sweep` names the axes over which
-a row belongs to a plot.
+MODEL_* workloads have the sizes of published models; EDGE_CASES_* are there because they hurt: 1, 7, 127, 129, T != S,
+windows of one and past the end, groups without rows. `sweep` names the axes over which a workload belongs to a plot.
 """
 
-from dantinox.kernels.workloads.attention import NASTY_ATTENTION, REAL_ATTENTION
-from dantinox.kernels.workloads.decode_attention import RINGS
-from dantinox.kernels.workloads.grouped_matmul import NASTY_GROUPS, REAL_GROUPS
+from dantinox.kernels.workloads.attention import EDGE_CASES_ATTENTION, MODEL_ATTENTION
+from dantinox.kernels.workloads.decode_attention import KV_CACHES
+from dantinox.kernels.workloads.grouped_matmul import EDGE_CASES_GROUPED_MATMUL, MODEL_GROUPED_MATMUL
 from dantinox.kernels.workloads.moe import EXPERTS
-from dantinox.kernels.workloads.types import Attention, Decode, GroupedMatmul, MoE, Spec
+from dantinox.kernels.workloads.types import Attention, Decode, GroupedMatmul, MoE, Workload
 
-__all__ = ["MACHINES", "PURPOSES", "ROWS", "Attention", "Decode", "GroupedMatmul", "MoE", "Spec", "find", "rows"]
-PURPOSES = ("parity", "long", "bench", "aot", "tune", "ladder")
-MACHINES = ("small", "cpu", "h100", "tpu")
-ROWS: tuple[Spec, ...] = (*NASTY_ATTENTION, *REAL_ATTENTION, *NASTY_GROUPS, *REAL_GROUPS, *EXPERTS, *RINGS)
+__all__ = ["DEVICES", "ROWS", "SUITES", "Attention", "Decode", "GroupedMatmul", "MoE", "Workload", "get", "select"]
+SUITES = ("parity", "long", "bench", "aot", "tune", "ladder")
+DEVICES = ("small", "cpu", "h100", "tpu")
+ROWS: tuple[Workload, ...] = (
+    *EDGE_CASES_ATTENTION,
+    *MODEL_ATTENTION,
+    *EDGE_CASES_GROUPED_MATMUL,
+    *MODEL_GROUPED_MATMUL,
+    *EXPERTS,
+    *KV_CACHES,
+)
 
 
-def rows(op: str, purpose: str, machine: str | None = None) -> list[Spec]:
-    """The rows of an operation for a purpose, and for a machine where one is named.
+def select(op: str, suite: str, device: str | None = None) -> list[Workload]:
+    """The workloads of an operation in a suite, and for a device where one is named.
 
     Raises:
-        ValueError: no such operation, purpose or machine.
+        ValueError: no such operation, suite or device.
     """
     for what, value, allowed in (
         ("op", op, sorted({row.op for row in ROWS})),
-        ("purpose", purpose, PURPOSES),
-        ("machine", machine, (*MACHINES, None)),
+        ("suite", suite, SUITES),
+        ("device", device, (*DEVICES, None)),
     ):
         if value not in allowed:
             raise ValueError(f"{what} is {value!r}; allowed: {', '.join(map(str, allowed))}")
-    chosen = [row for row in ROWS if row.op == op and purpose in row.purposes]
-    return [row for row in chosen if machine is None or machine in row.machines]
+    chosen = [row for row in ROWS if row.op == op and suite in row.suites]
+    return [row for row in chosen if device is None or device in row.devices]
 
 
-def find(op: str, name: str) -> Spec:
+def get(op: str, name: str) -> Workload:
     """The row of that name.
 
     Raises:

@@ -1,18 +1,18 @@
 """The rows of attention."""
 
 from dantinox.kernels.workloads.common import ALL, AOT, BIG, BOTH, BUNDLES, CPU, FEATURES, H100, REGISTERS, small
-from dantinox.kernels.workloads.types import Attention, Spec
+from dantinox.kernels.workloads.types import Attention, Workload
 
 
-def _parity(name: str, T: int, S: int, **sizes) -> Spec:
+def _parity(name: str, T: int, S: int, **sizes) -> Workload:
     return small(Attention, "parity", name, T=T, S=S, **sizes)
 
 
-def _long(name: str, T: int, S: int, **sizes) -> Spec:
+def _long(name: str, T: int, S: int, **sizes) -> Workload:
     return small(Attention, "long", name, T=T, S=S, **sizes)
 
 
-NASTY_ATTENTION = (
+EDGE_CASES_ATTENTION = (
     _long("1", 1, 1, gate="elementwise"),
     _parity("7", 7, 7, B=2, D=5),
     _parity("127 grouped, gate, window", 127, 127, H=4, B=2, gate="elementwise", window=16, dtypes=ALL),
@@ -31,10 +31,10 @@ NASTY_ATTENTION = (
     _long("full, T > S", 129, 7, causal=False),
     _parity("packed", 129, 129, H=4, B=2, segments="packed"),
     _parity("packed, window", 200, 200, B=2, segments="packed", window=16, gate="elementwise", dtypes=BOTH),
-    _parity("pair", 33, 129, B=2, segments="pair", window=70),
-    _long("nobody", 129, 129, B=2, segments="nobody", causal=False, dtypes=ALL),
-    _parity("nobody, small", 33, 33, B=2, segments="nobody", causal=False, dtypes=ALL),
-    _parity("nobody, banded", 127, 300, B=2, segments="nobody", window=20),
+    _parity("separate", 33, 129, B=2, segments="separate", window=70),
+    _long("unmatched", 129, 129, B=2, segments="unmatched", causal=False, dtypes=ALL),
+    _parity("unmatched, small", 33, 33, B=2, segments="unmatched", causal=False, dtypes=ALL),
+    _parity("unmatched, banded", 127, 300, B=2, segments="unmatched", window=20),
     _parity("banded 600", 600, 600, H=4, window=64, softcap=3.0, dtypes=BOTH),
     _long("banded 127 of 700", 127, 700, window=41),
     _parity("chunked causal", 1100, 1100, K=1, gate="head", dtypes=BOTH),
@@ -50,7 +50,7 @@ def _square(name: str, S: int, **sizes) -> Attention:
     return Attention(name=name, T=S, S=S, **sizes)
 
 
-REAL_ATTENTION = (
+MODEL_ATTENTION = (
     # What a CPU can time: the presets, then the two shapes that peers are known by.
     _square("nano", 128, B=16, H=4, K=2, D=32, window=64, gate="head", **CPU),
     _square("dante", 512, H=16, K=4, D=32, window=64, gate="elementwise", **CPU),
@@ -83,7 +83,7 @@ REAL_ATTENTION = (
         for S in (2048, 4096, 8192, 32768)
     ),
     *(_square(f"H100 W={W}", 16384, H=16, K=4, D=128, window=W, sweep=("W",), **H100) for W in (128, 512, 4096)),
-    _square("ladder", 2048, H=8, K=2, D=64, window=256, purposes=("ladder",), machines=("cpu",), dtypes=BOTH),
+    _square("ladder", 2048, H=8, K=2, D=64, window=256, suites=("ladder",), devices=("cpu",), dtypes=BOTH),
     # Compiled only: the features, at the smallest size that still has every kind of tile.
     *(_square(f"aot d{D} causal", 1024, H=4, K=2, D=D, **AOT) for D in (64, 128, 256)),
     *(_square(f"aot d{D} window, gate", 1024, H=4, K=2, D=D, window=256, gate="head", **AOT) for D in (64, 128, 256)),

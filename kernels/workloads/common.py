@@ -1,6 +1,6 @@
-"""What the rows of several operations have in common: dtypes, and purposes with machines."""
+"""Shared by the workloads of several operations: dtypes, and suites with devices."""
 
-from dantinox.kernels.workloads.types import Spec
+from dantinox.kernels.workloads.types import Workload
 
 ALL = ("float32", "bfloat16", "float16")
 BOTH = ("float32", "bfloat16")
@@ -8,15 +8,15 @@ BF16 = ("bfloat16",)
 GPU = ("bfloat16", "float16")
 
 
-def small(kind: type[Spec], purpose: str, name: str, **sizes) -> Spec:
-    return kind(name=name, purposes=(purpose,), machines=("small",), **sizes)
+def small(kind: type[Workload], suite: str, name: str, **sizes) -> Workload:
+    return kind(name=name, suites=(suite,), devices=("small",), **sizes)
 
 
-CPU = {"purposes": ("bench",), "machines": ("cpu",)}
-H100 = {"purposes": ("bench", "aot", "tune"), "machines": ("h100",), "dtypes": BF16}
-BIG = {"purposes": ("bench", "aot", "tune"), "machines": ("h100", "tpu"), "dtypes": BF16}
-AOT = {"purposes": ("aot",), "machines": ("h100", "tpu"), "dtypes": GPU}
-TPU = {"purposes": ("bench", "aot", "tune"), "machines": ("tpu",), "dtypes": BF16}
-REGISTERS = {"purposes": ("aot",), "machines": ("h100",), "dtypes": GPU}
+CPU = {"suites": ("bench",), "devices": ("cpu",)}
+H100 = {"suites": ("bench", "aot", "tune"), "devices": ("h100",), "dtypes": BF16}
+BIG = {"suites": ("bench", "aot", "tune"), "devices": ("h100", "tpu"), "dtypes": BF16}
+AOT = {"suites": ("aot",), "devices": ("h100", "tpu"), "dtypes": GPU}
+TPU = {"suites": ("bench", "aot", "tune"), "devices": ("tpu",), "dtypes": BF16}
+REGISTERS = {"suites": ("aot",), "devices": ("h100",), "dtypes": GPU}
 FEATURES = {"segments": "packed", "window": 256, "softcap": 50.0, "gate": "elementwise"}
-BUNDLES = {"purposes": ("aot",), "machines": ("tpu",), "dtypes": BF16}
+BUNDLES = {"suites": ("aot",), "devices": ("tpu",), "dtypes": BF16}

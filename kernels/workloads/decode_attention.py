@@ -4,23 +4,23 @@ from dantinox.kernels.workloads.common import ALL, AOT, BIG, BUNDLES, CPU, TPU
 from dantinox.kernels.workloads.types import Decode
 
 
-def _ages(C: int) -> tuple[int, ...]:
+def _cache_lengths(C: int) -> tuple[int, ...]:
     """Empty, one token, one before the ring is full, full, wrapped, wrapped ten times."""
     return (0, 1, C - 1, C, C + 1, 2 * C - 1, 10 * C)
 
 
-RING = {"purposes": ("parity",), "machines": ("small",), "dtypes": ALL}
+RING = {"suites": ("parity",), "devices": ("small",), "dtypes": ALL}
 
 
 def _ring(name: str, C: int = 8, **sizes) -> Decode:
-    return Decode(name=name, C=C, lengths=_ages(C), **RING, **sizes)
+    return Decode(name=name, C=C, lengths=_cache_lengths(C), **RING, **sizes)
 
 
 def _step(name: str, C: int, *lengths: int, H: int, K: int, D: int = 128, **kind) -> Decode:
     return Decode(name=name, C=C, lengths=lengths, H=H, K=K, D=D, **kind)
 
 
-RINGS = (
+KV_CACHES = (
     _ring("grouped"),
     _ring("multi-head, elementwise gate", H=2, gate="elementwise"),
     _ring("multi-query, head gate, cap", H=3, K=1, gate="head", softcap=1.5),

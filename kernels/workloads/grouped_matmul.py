@@ -5,11 +5,11 @@ from dantinox.kernels.workloads.types import GroupedMatmul
 
 
 def _groups(name: str, *sizes: int, N: int = 0) -> GroupedMatmul:
-    kind = {"purposes": ("parity",), "machines": ("small",), "dtypes": BOTH}
+    kind = {"suites": ("parity",), "devices": ("small",), "dtypes": BOTH}
     return GroupedMatmul(name=name, N=N or sum(sizes), M=24, F=40, E=len(sizes), sizes=sizes, **kind)
 
 
-NASTY_GROUPS = (  # around the edges of tiles of 64, 128 and 256 rows
+EDGE_CASES_GROUPED_MATMUL = (  # around the edges of tiles of 64, 128 and 256 rows
     _groups("all to the first", 580, 0, 0, 0),
     _groups("all to the last", 0, 0, 0, 580),
     _groups("all to nobody", 0, 0, 0, 0, N=580),
@@ -29,7 +29,7 @@ def _gmm(name: str, N: int, M: int, F: int, E: int, *, skew: str = "uniform", **
     return GroupedMatmul(name=name, N=N, M=M, F=F, E=E, skew=skew, **kind)
 
 
-REAL_GROUPS = (
+MODEL_GROUPED_MATMUL = (
     *(_gmm(f"E={E}", 4096, 256, 1024, E, sweep=("E",), **CPU) for E in (1, 8, 32, 64)),
     _gmm("E=8 zipf", 4096, 256, 1024, 8, skew="zipf", **CPU),
     *(_gmm(f"Mixtral-8x7B {s}", 8192, 4096, 14336, 8, skew=s, **BIG) for s in ("uniform", "zipf")),

@@ -8,7 +8,7 @@ def _experts(name: str, N: int, M: int, F: int, E: int, k: int = 2, skew: str = 
     return MoE(name=name, N=N, M=M, F=F, E=E, k=k, skew=skew, **kind)
 
 
-TESTED = {"purposes": ("parity",), "machines": ("small",)}
+TESTED = {"suites": ("parity",), "devices": ("small",)}
 EXPERTS = (
     _experts("top 1", 65, 16, 24, 4, 1, dtypes=BOTH, **TESTED),
     _experts("top 2", 300, 16, 24, 4, dtypes=BOTH, **TESTED),

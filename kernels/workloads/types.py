@@ -14,13 +14,13 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spec:
+class Workload:
     """What every row has; the subclasses add the sizes, by the letters of the axes."""
 
     op: ClassVar[str]
     name: str
-    purposes: tuple[str, ...]
-    machines: tuple[str, ...]
+    suites: tuple[str, ...]
+    devices: tuple[str, ...]
     dtypes: tuple[str, ...] = ("float32",)
     sweep: tuple[str, ...] = ()
 
@@ -31,7 +31,7 @@ class Spec:
 
     def label(self) -> str:
         """The sizes that matter, in one line."""
-        skip = {field.name for field in dataclasses.fields(Spec)}
+        skip = {field.name for field in dataclasses.fields(Workload)}
         shown = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in skip}
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         return " ".join(f"{n}={_short(v)}" for n, v in shown.items() if n.isupper() or v != defaults[n])
@@ -44,8 +44,12 @@ def _short(value: Any) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attention(Spec):
-    """`segments`: None, "packed" (one array), "pair" (query and key ids) or "nobody" (a segment without queries)."""
+class Attention(Workload):
+    """One attention call.
+
+    Attributes:
+        segments: None, "packed" (one array), "separate" (query and key ids) or "unmatched" (a segment without queries).
+    """
 
     op: ClassVar[str] = "attention"
     B: int = 1
@@ -76,7 +80,7 @@ class Attention(Spec):
         """The static arguments."""
         return {name: getattr(self, name) for name in ("causal", "window", "scale", "softcap")}
 
-    def aux(self, seed: int = 0) -> dict[str, Any]:
+    def integer_inputs(self, seed: int = 0) -> dict[str, Any]:
         """The integer arguments: documents packed one after the other; queries are the last T of the S positions."""
         if self.segments is None:
             return {}
@@ -88,20 +92,20 @@ class Attention(Spec):
         if self.segments == "packed":
             return {"segment_ids": ids}
         q_ids, kv_ids = ids[:, n - self.T :], ids[:, n - self.S :].copy()
-        if self.segments == "nobody":
+        if self.segments == "unmatched":
             kv_ids[:, self.S // 3 : self.S // 2] = 99
         return {"segment_ids": (q_ids, kv_ids)}
 
     def cost(self, backward: bool = False) -> cost.Cost:
         """FLOPs and bytes of one pass."""
         names = ("B", "T", "S", "H", "K", "D", "causal", "window", "gate", "itemsize")
-        ids = self.aux().get("segment_ids")
+        ids = self.integer_inputs().get("segment_ids")
         ids = (ids, ids) if isinstance(ids, np.ndarray) else ids
         return cost.attention(**{n: getattr(self, n) for n in names}, segment_ids=ids, backward=backward)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupedMatmul(Spec):
+class GroupedMatmul(Workload):
     """`sizes`: rows of each group; None: N rows spread over E groups by `skew`."""
 
     op: ClassVar[str] = "grouped_matmul"
@@ -122,19 +126,19 @@ class GroupedMatmul(Spec):
     def options(self) -> dict[str, Any]:
         return {}
 
-    def aux(self, seed: int = 0) -> dict[str, Any]:
+    def integer_inputs(self, seed: int = 0) -> dict[str, Any]:
         """The integer arguments."""
         return {"group_sizes": spread(self.N, self.E, self.skew) if self.sizes is None else np.int32(self.sizes)}
 
     def cost(self, backward: bool = False) -> cost.Cost:
         """FLOPs and bytes of one pass."""
         return cost.grouped_matmul(
-            N=self.N, M=self.M, F=self.F, **self.aux(), itemsize=self.itemsize, backward=backward
+            N=self.N, M=self.M, F=self.F, **self.integer_inputs(), itemsize=self.itemsize, backward=backward
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoE(Spec):
+class MoE(Workload):
     """N tokens, each to k of E experts; `skew` says how they are spread."""
 
     op: ClassVar[str] = "moe_mlp"
@@ -156,19 +160,19 @@ class MoE(Spec):
     def options(self) -> dict[str, Any]:
         return {}
 
-    def aux(self, seed: int = 0) -> dict[str, Any]:
+    def integer_inputs(self, seed: int = 0) -> dict[str, Any]:
         """The integer arguments."""
         return {"expert_ids": route(self.N, self.E, self.k, self.skew, seed)}
 
     def cost(self, backward: bool = False) -> cost.Cost:
         """FLOPs and bytes of one pass."""
-        busy = len(np.unique(self.aux()["expert_ids"]))
+        busy = len(np.unique(self.integer_inputs()["expert_ids"]))
         names = ("N", "M", "F", "E", "k", "itemsize")
         return cost.moe_mlp(**{n: getattr(self, n) for n in names}, busy=busy, backward=backward)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decode(Spec):
+class Decode(Workload):
     """One step for sequences that hold `lengths` tokens in rings of C slots, of `kv_dtype` where it is another."""
 
     op: ClassVar[str] = "decode_attention"
@@ -212,7 +216,7 @@ class Decode(Spec):
         """The static arguments."""
         return {name: getattr(self, name) for name in ("window", "scale", "softcap")}
 
-    def aux(self, seed: int = 0) -> dict[str, Any]:
+    def integer_inputs(self, seed: int = 0) -> dict[str, Any]:
         """The cache's length."""
         return {"length": np.int32(self.lengths)}
 

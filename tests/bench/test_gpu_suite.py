@@ -178,8 +178,8 @@ def test_every_part_is_a_command_with_a_share_of_the_time(tmp_path):
 
 
 def test_the_attention_rows_that_are_timed_differ_in_the_gate_alone():
-    rows = {name: workloads.find("attention", spec) for name, spec in parts.ATTENTION.items()}
-    assert all("h100" in row.machines and row.T == 16384 and row.dtypes == ("bfloat16",) for row in rows.values())
+    rows = {name: workloads.get("attention", spec) for name, spec in parts.ATTENTION.items()}
+    assert all("h100" in row.devices and row.T == 16384 and row.dtypes == ("bfloat16",) for row in rows.values())
     for plain in ("time-attention-window", "time-attention-d128-causal"):
         gated = rows[f"{plain}-gate"]
         assert gated.gate == "elementwise" and rows[plain].gate == "none"
@@ -189,10 +189,10 @@ def test_the_attention_rows_that_are_timed_differ_in_the_gate_alone():
 def test_the_grouped_rows_are_timed_beside_implementations_that_exist(tmp_path):
     commands = {part.name: part.command for part in parts.suite(tmp_path, False, 510, program.SMOKE_CASES)}
     for name, (op, spec) in (parts.GROUPED | parts.DECODE).items():
-        row = workloads.find(op, spec)
-        assert row in workloads.rows(op, "bench", "h100")
+        row = workloads.get(op, spec)
+        assert row in workloads.select(op, "bench", "h100")
         taken = json.loads(commands[name][-1])["implementation"]
-        known = {*kernels.names(op), *baselines.peers(row)}
+        known = {*kernels.implementation_names(op), *baselines.peers(row)}
         assert taken[0] == "pallas" and set(taken) & known >= {"pallas"}
         assert op == "decode_attention" or ("lax.ragged_dot" in taken) == (row.E <= 8)
 

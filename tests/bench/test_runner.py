@@ -11,7 +11,7 @@ from bench.roofline import Ceilings
 from bench.timer import WallClock
 from dantinox.kernels import workloads
 
-KIND = {"purposes": ("bench",), "machines": ("small",)}
+KIND = {"suites": ("bench",), "devices": ("small",)}
 ROWS = {
     "attention": workloads.Attention(name="a", T=128, S=128, H=4, K=2, D=8, B=2, window=20, gate="head", **KIND),
     "grouped_matmul": workloads.GroupedMatmul(name="g", N=200, M=16, F=24, E=5, skew="empty", **KIND),
@@ -91,11 +91,11 @@ def test_the_part_that_is_judged_is_the_whole_with_a_cleared_cotangent(op, monke
     monkeypatch.setattr(accuracy, "SCORES", 0)
     spec = ROWS[op]
     inputs, state, dout = harness.arguments(spec)
-    part = accuracy.Part(spec, inputs, spec.aux())
+    part = accuracy.Part(spec, inputs, spec.integer_inputs())
     masked = dout * part.mask
     assert 0 < np.count_nonzero(part.mask) < part.mask.size
     program = harness.program(harness.ours(spec, "reference"), backward=True)
-    whole, _ = jax.jit(program)(inputs, state, spec.aux(), masked)
+    whole, _ = jax.jit(program)(inputs, state, spec.integer_inputs(), masked)
     truth = accuracy.truth(part, program, state, masked)
     assert truth["o"].size < whole["o"].size
     assert part.error(whole, truth) < 1e-6
@@ -108,7 +108,7 @@ def test_rows_with_matrices_of_their_own_are_the_reference(op):
     spec = ROWS[op]
     inputs, state, dout = harness.arguments(spec)
     one, two = (
-        harness.program(forward, backward=True)(inputs, state, spec.aux(), dout)[0]
+        harness.program(forward, backward=True)(inputs, state, spec.integer_inputs(), dout)[0]
         for forward in (harness.ours(spec, "reference"), accuracy.by_row(spec))
     )
     for name in one:
@@ -124,7 +124,7 @@ def test_decoding_can_be_called_again_and_again_on_a_donated_cache():
 
 def test_small_rows_get_several_sets_of_arguments_and_none_is_zero():
     assert harness.sets_needed(ROWS["attention"]) == 8
-    big = workloads.find("grouped_matmul", "128 groups")
+    big = workloads.get("grouped_matmul", "128 groups")
     assert harness.sets_needed(big) == 1
     one, two = (harness.arguments(ROWS["moe_mlp"], seed)[0] for seed in (0, 1))
     for name in one:
@@ -139,5 +139,5 @@ def test_every_bench_row_of_this_machine_knows_its_contestants():
 
 
 def test_a_reference_that_would_take_forever_is_left_out():
-    spec = workloads.find("attention", "16k d128 full")
+    spec = workloads.get("attention", "16k d128 full")
     assert "GB" in harness.contestants(spec)["reference"]

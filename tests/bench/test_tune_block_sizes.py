@@ -22,7 +22,7 @@ CORES = 132
 @pytest.mark.parametrize("row", sweep.ROWS, ids=" ".join)
 def test_a_row_is_a_kernel_that_traces_and_counts_what_the_table_of_shapes_counts(row):
     of = sweep.kernel(*row)
-    cost = workloads.find(*row[1:]).cost(backward=False)
+    cost = workloads.get(*row[1:]).cost(backward=False)
     assert of.flops * {"up": 1.5, "dh": 3}.get(of.kind, 1) == cost.flops
     arrays = [jax.ShapeDtypeStruct(*shape) for shape in of.shapes()]
     sizes = jax.ShapeDtypeStruct((len(of.sizes),), jnp.int32)

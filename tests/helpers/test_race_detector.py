@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dantinox import kernels
 from dantinox.kernels import workloads
-from dantinox.kernels.dispatch import compiling_for
+from dantinox.kernels.dispatch import target_device
 from dantinox.kernels.ops.attention.pallas_tpu import block_sizes
 from dantinox.kernels.ops.attention.pallas_tpu.common import Tiles
 from tests.helpers import cases, race_detector, tolerance
@@ -207,13 +207,13 @@ V6E = ("tpu", "TPU v6 lite")
 OPS = ("attention", "grouped_matmul", "moe_mlp", "decode_attention")
 
 
-def small(op: str) -> list[workloads.Spec]:
+def small(op: str) -> list[workloads.Workload]:
     """The smallest rows of the tests."""
     elements = lambda row: sum(np.prod(shape) for shape in row.shapes().values())
-    return sorted(workloads.rows(op, "parity"), key=elements)[:4]
+    return sorted(workloads.select(op, "parity"), key=elements)[:4]
 
 
-def both_passes(row: workloads.Spec, implementation: str) -> tuple:
+def both_passes(row: workloads.Workload, implementation: str) -> tuple:
     """(function of the arrays, arrays): output and gradients, or one step of decoding."""
     inputs, aux, dout = cases.draw(row)
     inputs, dout = {name: np.float32(x) for name, x in inputs.items()}, np.float32(dout)
@@ -238,7 +238,7 @@ def checked() -> list[Any]:
 @pytest.mark.parametrize(("op", "row"), checked())
 def test_no_pallas_kernel_races_or_reads_what_it_should_not(op, row):
     """The kernels for TPUs, as they would be compiled there."""
-    with compiling_for(*V6E):
+    with target_device(*V6E):
         why = kernels.implementations(op)["pallas"]
         if why is not None:
             pytest.skip(why)
@@ -252,7 +252,7 @@ row = cases.attention
 
 TILED = {  # two heads, for the two cores
     "a piece half a head, cap, segments, fewer queries": (
-        row(12, 28, D=4, softcap=1.5, gate="head", segments="pair"),
+        row(12, 28, D=4, softcap=1.5, gate="head", segments="separate"),
         Tiles(heads=1, q=16, k=8, rows=8, keys=4, span=16),
     ),
     "a piece a head, window, gate": (
@@ -260,11 +260,11 @@ TILED = {  # two heads, for the two cores
         Tiles(heads=1, q=8, k=16, rows=8, keys=8, span=16),
     ),
     "a piece two heads, segments, fewer queries": (
-        row(12, 20, H=8, D=4, segments="pair"),
+        row(12, 20, H=8, D=4, segments="separate"),
         Tiles(heads=1, q=4, k=8, rows=8, keys=4, span=8),
     ),
     "segments, more queries, one span": (
-        row(20, 12, D=4, segments="nobody", causal=False),
+        row(20, 12, D=4, segments="unmatched", causal=False),
         Tiles(heads=1, q=8, k=4, rows=8, keys=4, span=64),
     ),
     "more queries, window": (
@@ -281,7 +281,7 @@ def test_attention_in_several_tiles_pieces_and_spans(name, monkeypatch):
     """What only a TPU makes of the kernel: pieces in turn, gradients of keys summed on the chip; and its values."""
     case, chosen = TILED[name]
     monkeypatch.setattr(block_sizes, "choose", lambda *_, **__: chosen)
-    with compiling_for(*V6E):
+    with target_device(*V6E):
         run, *arguments = both_passes(case, "pallas")
         found = race_detector.on_tpu(run, *arguments)
     assert found.clean, found._replace(result=None)

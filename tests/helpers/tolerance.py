@@ -20,7 +20,7 @@ import pytest
 
 from bench import wrong_places
 from dantinox import kernels
-from dantinox.kernels.dispatch import Device, compiling_for
+from dantinox.kernels.dispatch import Device, target_device
 from tests import numpy_interpreter
 
 CANCELLED = 32
@@ -50,7 +50,10 @@ def refusals_skip(implementation: str) -> Iterator[None]:
     try:
         yield
     except NotImplementedError as refusal:
-        if implementation in kernels.NAMES and (implementation, jax.default_backend()) != ("pallas", "gpu"):
+        if implementation in kernels.IMPLEMENTATION_NAMES and (implementation, jax.default_backend()) != (
+            "pallas",
+            "gpu",
+        ):
             raise
         pytest.skip(str(refusal))
 
@@ -110,7 +113,7 @@ def _evaluate(compiled: Callable[..., Any], device: Device, *args: Any) -> Any:
 @functools.cache
 def _traced(compiled: Callable[..., Any], device: Device, tree: Any, shapes: tuple[Any, ...]) -> Callable[..., Any]:
     args = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
-    with compiling_for(*device):
+    with target_device(*device):
         return numpy_interpreter.trace(compiled.__wrapped__, *args)
 
 

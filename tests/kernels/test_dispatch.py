@@ -175,7 +175,7 @@ def test_auto_always_runs_and_the_table_names_every_implementation(op):
     CALLS[op]("auto")
     table = kernels.implementations(op)
     assert set(table) >= {"reference", "xla", "pallas", "triton"}
-    assert ("auto", *table) == kernels.names(op)
+    assert ("auto", *table) == kernels.implementation_names(op)
     assert table["reference"] is None and table["xla"] is None
 
 
@@ -186,7 +186,11 @@ def test_one_line_in_the_table_is_an_implementation(monkeypatch):
     monkeypatch.setitem(kernels._TABLES, "attention", operation._table)
     np.testing.assert_array_equal(kernels.attention(Q, KV, KV, window=3, implementation="mine"), jnp.full_like(Q, 3))
     assert kernels.implementations("attention") == kernels.implementations("attention") | {"mine": None}
-    assert kernels.names("attention") == (*kernels.NAMES, "mine") == kernels.names(*kernels.OPERATIONS)
+    assert (
+        kernels.implementation_names("attention")
+        == (*kernels.IMPLEMENTATION_NAMES, "mine")
+        == kernels.implementation_names(*kernels.OPERATIONS)
+    )
     assert not np.array_equal(kernels.attention(Q, KV, KV, window=3), jnp.full_like(Q, 3)), "auto chose it"
     with pytest.raises(ValueError, match="allowed: auto, reference, xla, pallas, triton, mine"):
         kernels.attention(Q, KV, KV, implementation="mien")
@@ -196,9 +200,9 @@ def test_one_line_in_the_table_is_an_implementation(monkeypatch):
 
 @pytest.mark.parametrize(("D", "why"), [(64, "have not run on a GPU"), (96, "head dim 96")])
 def test_auto_says_why_it_did_not_choose_what_it_prefers(D, why, caplog):
-    dispatch._report.cache_clear()
+    dispatch._log_choice.cache_clear()
     x = jnp.ones((1, 4, 1, D), jnp.bfloat16)
-    with caplog.at_level("INFO", "kernels"), dispatch.compiling_for("cuda", "NVIDIA H100"):
+    with caplog.at_level("INFO", "kernels"), dispatch.target_device("cuda", "NVIDIA H100"):
         jax.eval_shape(kernels.attention, x, x, x)
     (said,) = caplog.messages
     assert said.startswith("attention: auto chose xla on gpu; not pallas: ") and why in said
@@ -210,9 +214,9 @@ def test_an_unknown_operation_is_refused():
 
 
 def test_an_announced_device_is_what_implementations_are_chosen_for():
-    with dispatch.compiling_for("cuda", "NVIDIA A100"):
-        assert dispatch.device() == ("gpu", "NVIDIA A100")
-        with dispatch.compiling_for("tpu", "TPU v6 lite"):
-            assert dispatch.device().platform == "tpu"
-        assert "gpu" in kernels.implementations("moe_mlp")["pallas"]
-    assert dispatch.device() == (jax.default_backend(), jax.devices()[0].device_kind)
+    with dispatch.target_device("cuda", "NVIDIA A100"):
+        assert dispatch.current_device() == ("gpu", "NVIDIA A100")
+        with dispatch.target_device("tpu", "TPU v6 lite"):
+            assert dispatch.current_device().platform == "tpu"
+        assert "requires Hopper (sm_90)" in kernels.implementations("moe_mlp")["pallas"]
+    assert dispatch.current_device() == (jax.default_backend(), jax.devices()[0].device_kind)

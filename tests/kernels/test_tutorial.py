@@ -12,7 +12,7 @@ import pytest
 
 from dantinox import reference
 from dantinox.kernels import tutorial, workloads
-from dantinox.kernels.dispatch import compiling_for
+from dantinox.kernels.dispatch import target_device
 from dantinox.kernels.tutorial import common, step4_tile_skipping, step5_packed_gqa_gate
 from tests.helpers import cases, tolerance
 
@@ -154,7 +154,7 @@ def test_bad_arguments_are_named(rung):
     for name in SMALL.get(rung, {}):
         with pytest.raises(ValueError, match=f"{name} is 7; allowed: a multiple of 16"):
             run(Q, KV, KV, **{name: 7})
-    with compiling_for("cuda", "NVIDIA H100"), pytest.raises(NotImplementedError, match="this device is a gpu"):
+    with target_device("cuda", "NVIDIA H100"), pytest.raises(NotImplementedError, match="this device is a gpu"):
         run(Q, KV, KV)
     nothing = KV[:, :0]
     np.testing.assert_array_equal(run(Q, nothing, nothing), jnp.zeros_like(Q))

@@ -60,12 +60,12 @@ def test_visible_pairs_of_longer_sequences(window):
 @MANY
 @given(T=st.integers(1, 12), S=st.integers(1, 12), window=st.none() | st.integers(1, 15))
 def test_seen_keys_are_those_with_a_query(T, S, window):
-    assert cost.seen_keys(T, S, window) == pairs_of(T, S, True, window).any(axis=0).sum()
+    assert cost.num_visible_keys(T, S, window) == pairs_of(T, S, True, window).any(axis=0).sum()
 
 
 gates = st.sampled_from(["none", "head", "elementwise"])
 dtypes = st.sampled_from([("float32",), ("bfloat16", "float32"), ("float16",)])
-ANYWHERE = {"name": "x", "purposes": ("parity",), "machines": ("small",)}
+ANYWHERE = {"name": "x", "suites": ("parity",), "devices": ("small",)}
 
 
 def gate_size(kind: str, rows: int, D: int) -> int:
@@ -81,7 +81,7 @@ def gate_size(kind: str, rows: int, D: int) -> int:
     D=st.integers(1, 5),
     causal=st.booleans(),
     window=st.none() | st.integers(1, 11),
-    segments=st.sampled_from([None, "packed", "pair", "nobody"]),
+    segments=st.sampled_from([None, "packed", "separate", "unmatched"]),
     gate=gates,
     dtypes=dtypes,
 )
@@ -94,7 +94,7 @@ def test_attention_costs_what_its_pairs_and_arrays_do(sizes, heads, B, D, causal
         T=T, S=S, B=B, H=H, K=K, D=D, causal=causal, window=window, segments=segments, gate=gate, dtypes=dtypes,
         **ANYWHERE,
     )  # fmt: skip
-    ids = row.aux().get("segment_ids")
+    ids = row.integer_inputs().get("segment_ids")
     ids = (ids, ids) if segments == "packed" else ids
     one = pairs_of(T, S, causal, window)
     pairs = [one if ids is None else pairs_of(T, S, causal, window, ids[0][b], ids[1][b]) for b in range(B)]
@@ -148,7 +148,7 @@ def test_moe_mlp_costs_what_its_rows_and_arrays_do(sizes, E, data, skew, dtypes)
     (N, M, F), k = sizes, data.draw(st.integers(1, E))
     row = workloads.MoE(N=N, M=M, F=F, E=E, k=k, skew=skew, dtypes=dtypes, **ANYWHERE)
     item, flops, hidden, touched = (4 if dtypes[0] == "float32" else 2), 0, 0, set()
-    for e in row.aux()["expert_ids"].reshape(-1):
+    for e in row.integer_inputs()["expert_ids"].reshape(-1):
         touched.add(int(e))
         flops += 2 * M * F + 2 * M * F + 2 * F * M
         hidden += F
@@ -189,8 +189,8 @@ def test_costs_add_and_bound_the_time():
     a, b = cost.Cost(600, 20, 3), cost.Cost(1, 2)
     assert a + b == (601, 22, 3) and a.intensity == 30 and cost.Cost(5, 0).intensity == 5
     assert a.seconds(100, 10) == 6 and a.seconds(1000, 10) == 2
-    estimate = a.estimate()
-    assert (estimate.flops, estimate.bytes_accessed, estimate.transcendentals) == (600, 20, 3)
+    to_pallas = a.to_pallas()
+    assert (to_pallas.flops, to_pallas.bytes_accessed, to_pallas.transcendentals) == (600, 20, 3)
 
 
 @MANY
@@ -242,8 +242,8 @@ def test_route_follows_the_shares(skew):
 @pytest.mark.parametrize(("T", "S"), [(9, 30), (30, 30), (30, 9)])
 def test_segment_ids_lie_at_their_positions(T, S):
     """Queries are the last T positions, keys the last S; documents follow one another in no order of their ids."""
-    row = workloads.Attention(T=T, S=S, B=3, segments="pair", **ANYWHERE)
-    q_ids, kv_ids = row.aux(seed=1)["segment_ids"]
+    row = workloads.Attention(T=T, S=S, B=3, segments="separate", **ANYWHERE)
+    q_ids, kv_ids = row.integer_inputs(seed=1)["segment_ids"]
     assert q_ids.shape == (3, T) and kv_ids.shape == (3, S) and q_ids.dtype == kv_ids.dtype == np.int32
     both = min(T, S)
     np.testing.assert_array_equal(q_ids[:, T - both :], kv_ids[:, S - both :])
@@ -255,16 +255,16 @@ def test_segment_ids_lie_at_their_positions(T, S):
 def test_one_array_of_segment_ids_is_for_both():
     row = workloads.Attention(T=20, S=20, B=2, segments="packed", **ANYWHERE)
     (q_ids, kv_ids), one = (
-        workloads.Attention(T=20, S=20, B=2, segments="pair", **ANYWHERE).aux()["segment_ids"],
-        row.aux(),
+        workloads.Attention(T=20, S=20, B=2, segments="separate", **ANYWHERE).integer_inputs()["segment_ids"],
+        row.integer_inputs(),
     )
     np.testing.assert_array_equal(one["segment_ids"], q_ids)
     np.testing.assert_array_equal(one["segment_ids"], kv_ids)
-    assert row.cost() == workloads.Attention(T=20, S=20, B=2, segments="pair", **ANYWHERE).cost()
+    assert row.cost() == workloads.Attention(T=20, S=20, B=2, segments="separate", **ANYWHERE).cost()
 
 
 def test_some_segments_have_keys_and_no_query():
-    q_ids, kv_ids = workloads.Attention(T=30, S=30, segments="nobody", **ANYWHERE).aux()["segment_ids"]
+    q_ids, kv_ids = workloads.Attention(T=30, S=30, segments="unmatched", **ANYWHERE).integer_inputs()["segment_ids"]
     nobody = ~np.isin(kv_ids, q_ids)
     assert nobody[:, 10:15].all() and not nobody[:, 15:].any()
 
@@ -283,12 +283,12 @@ def test_names_are_unique(op):
 @pytest.mark.parametrize("row", workloads.ROWS, ids=lambda row: f"{row.op}: {row.name}")
 def test_every_row_is_valid(row):
     assert row.op in OPS
-    assert row.purposes and set(row.purposes) <= set(workloads.PURPOSES)
-    assert row.machines and set(row.machines) <= set(workloads.MACHINES)
+    assert row.suites and set(row.suites) <= set(workloads.SUITES)
+    assert row.devices and set(row.devices) <= set(workloads.DEVICES)
     assert row.dtypes and set(row.dtypes) <= {"float32", "bfloat16", "float16"}
     assert row.itemsize == np.dtype(row.dtypes[0] if row.dtypes[0] != "bfloat16" else np.float16).itemsize
     assert all(hasattr(row, axis) or (axis, row.op) == ("W", "attention") for axis in row.sweep)
-    assert workloads.find(row.op, row.name) is row
+    assert workloads.get(row.op, row.name) is row
     label = row.label()
     assert label and "\n" not in label and len(label) < 200
     declared = row.shapes()
@@ -298,51 +298,53 @@ def test_every_row_is_valid(row):
         assert declared["q"] == row.out_shape()
     elif row.op == "grouped_matmul":
         assert declared["x"][:1] + declared["w"][2:] == row.out_shape()
-        assert row.aux()["group_sizes"].shape == (row.E,) and row.aux()["group_sizes"].sum() <= row.N
+        assert (
+            row.integer_inputs()["group_sizes"].shape == (row.E,) and row.integer_inputs()["group_sizes"].sum() <= row.N
+        )
     else:
         assert declared["x"] == row.out_shape() and 1 <= row.k <= row.E
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_use_has_rows(op):
-    for purpose in workloads.PURPOSES:
+    for purpose in workloads.SUITES:
         # Only attention has shapes so long that they wait for the long run, and a ladder.
-        assert workloads.rows(op, purpose) or (purpose in ("long", "ladder") and op != "attention"), purpose
+        assert workloads.select(op, purpose) or (purpose in ("long", "ladder") and op != "attention"), purpose
     for purpose, machine in (("parity", "small"), ("bench", "cpu"), ("bench", "h100"), ("aot", "h100"), ("aot", "tpu")):
-        chosen = workloads.rows(op, purpose, machine)
-        assert chosen and all(purpose in row.purposes and machine in row.machines for row in chosen)
+        chosen = workloads.select(op, purpose, machine)
+        assert chosen and all(purpose in row.suites and machine in row.devices for row in chosen)
     # What the tests run fits any machine, and what is timed is not what the tests run.
-    assert all(row.machines == ("small",) for p in ("parity", "long") for row in workloads.rows(op, p))
+    assert all(row.devices == ("small",) for p in ("parity", "long") for row in workloads.select(op, p))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("softmax", "parity"), "op is 'softmax'; allowed: attention, decode_attention, grouped_matmul, moe_mlp"),
-        (("attention", "speed"), "purpose is 'speed'; allowed: parity, long, bench, aot, tune"),
-        (("attention", "bench", "moon"), "machine is 'moon'; allowed: small, cpu, h100, tpu"),
+        (("attention", "speed"), "suite is 'speed'; allowed: parity, long, bench, aot, tune"),
+        (("attention", "bench", "moon"), "device is 'moon'; allowed: small, cpu, h100, tpu"),
     ],
 )
 def test_an_unknown_use_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        workloads.rows(*arguments)
+        workloads.select(*arguments)
 
 
 def test_an_unknown_name_is_refused_with_the_names_there_are():
     with pytest.raises(ValueError, match=r"moe_mlp has no spec 'top 9'; allowed: .*top 2, zipf"):
-        workloads.find("moe_mlp", "top 9")
+        workloads.get("moe_mlp", "top 9")
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_the_operation_takes_what_a_row_gives(op):
     """Every name that a row gives is an argument of the operation, and what comes back has the shape it says."""
-    row = min(workloads.rows(op, "parity"), key=lambda row: sum(math.prod(shape) for shape in row.shapes().values()))
+    row = min(workloads.select(op, "parity"), key=lambda row: sum(math.prod(shape) for shape in row.shapes().values()))
     arguments = {name: np.ones(shape, np.float32) for name, shape in row.shapes().items()}
     if op == "decode_attention":
         rings = np.zeros((2, *row.cache_shape()), np.float32)
-        arguments["cache"] = kernels.KVCache(*rings, **row.aux())
+        arguments["cache"] = kernels.KVCache(*rings, **row.integer_inputs())
     else:
-        arguments |= row.aux()
+        arguments |= row.integer_inputs()
     # Integers too as tracers: that an operation never looks at their values is part of the check.
     out = jax.eval_shape(lambda arguments: getattr(kernels, op)(**arguments, **row.options()), arguments)
     assert (out[0] if op == "decode_attention" else out).shape == row.out_shape()

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from dantinox.kernels import validation
-from dantinox.kernels.dispatch import choose, missing, on_gpu
+from dantinox.kernels.dispatch import on_gpu, select_implementation, unsupported_reason
 from dantinox.kernels.ops.attention import xla
 from dantinox.kernels.ops.attention.pallas_tpu import block_sizes, vjp
 
@@ -48,18 +48,22 @@ def attention(
         ValueError: an argument's shape, dtype or value is not allowed.
         NotImplementedError: the named implementation cannot run here.
     """
-    q, k, v = validation.array("q", q, "BTHD"), validation.array("k", k, "BSKD"), validation.array("v", v, "BSKD")
-    gate = None if gate is None else validation.array("gate", gate, "BTHD")
-    validation.floating(q=q, k=k, v=v, gate=gate)
+    q, k, v = (
+        validation.as_array("q", q, "BTHD"),
+        validation.as_array("k", k, "BSKD"),
+        validation.as_array("v", v, "BSKD"),
+    )
+    gate = None if gate is None else validation.as_array("gate", gate, "BTHD")
+    validation.check_floating(q=q, k=k, v=v, gate=gate)
     B, T, H, D = q.shape
     S, K = k.shape[1], k.shape[2]
-    validation.shape("k", k, (B, S, K, D))
-    validation.shape("v", v, (B, S, K, D))
-    validation.heads(H, K)
+    validation.check_shape("k", k, (B, S, K, D))
+    validation.check_shape("v", v, (B, S, K, D))
+    validation.check_heads(H, K)
     if gate is not None:
-        validation.shape("gate", gate, (B, T, H, D), (B, T, H, 1))
-    validation.window(window, causal)
-    validation.scalars(scale=scale, softcap=softcap)
+        validation.check_shape("gate", gate, (B, T, H, D), (B, T, H, 1))
+    validation.check_window(window, causal)
+    validation.check_scalars(scale=scale, softcap=softcap)
     segment_ids = _segments(segment_ids, B, T, S)
 
     if window is not None:
@@ -73,7 +77,7 @@ def attention(
         slow["pallas"] = "Hopper's kernels have not run on a GPU yet; name them"
     elif block_sizes.interpreted_slow(B, T, S, H, window):
         slow["pallas"] = "interpreted, it is slow at these sizes"
-    run = choose("attention", implementation, table, slow)
+    run = select_implementation("attention", implementation, table, slow)
     if 0 in (B, T, H, D):
         return q
     return run(
@@ -98,8 +102,9 @@ def _table() -> dict:
     return {
         "reference": reference,
         "xla": xla.attention,
-        "pallas": missing("attention", "pallas") or (_file("pallas_sm90.vjp") if on_gpu() else vjp.attention),
-        "triton": missing("attention", "triton"),
+        "pallas": unsupported_reason("attention", "pallas")
+        or (_file("pallas_sm90.vjp") if on_gpu() else vjp.attention),
+        "triton": unsupported_reason("attention", "triton"),
     }
 
 
@@ -127,6 +132,6 @@ def _segments(segment_ids: tuple[Array, Array] | Array | None, B: int, T: int, S
         raise ValueError(f"segment_ids holds {len(segment_ids)} arrays; allowed: (q_ids [B, T], kv_ids [B, S])")
     q_ids, kv_ids = (jnp.asarray(ids) for ids in segment_ids)
     for name, ids, length in (("q_ids", q_ids, T), ("kv_ids", kv_ids, S)):
-        validation.shape(f"segment_ids {name}", ids, (B, length))
-        validation.integer(f"segment_ids {name}", ids)
+        validation.check_shape(f"segment_ids {name}", ids, (B, length))
+        validation.check_integer(f"segment_ids {name}", ids)
     return q_ids, kv_ids

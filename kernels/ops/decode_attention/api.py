@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from dantinox.kernels import validation
-from dantinox.kernels.dispatch import choose, missing, on_gpu
+from dantinox.kernels.dispatch import on_gpu, select_implementation, unsupported_reason
 from dantinox.kernels.ops.decode_attention import xla
 from dantinox.kernels.ops.decode_attention.kv_cache import LARGEST, KVCache
 from dantinox.kernels.ops.decode_attention.pallas_tpu import kernel
@@ -50,29 +50,29 @@ def decode_attention(
         ValueError: an argument's shape, dtype or value is not allowed.
         NotImplementedError: the named implementation cannot run here.
     """
-    q, k, v = validation.array("q", q, "BHD"), validation.array("k", k, "BKD"), validation.array("v", v, "BKD")
-    gate = None if gate is None else validation.array("gate", gate, "BHD")
-    validation.floating(q=q, k=k, v=v, gate=gate)
+    q, k, v = validation.as_array("q", q, "BHD"), validation.as_array("k", k, "BKD"), validation.as_array("v", v, "BKD")
+    gate = None if gate is None else validation.as_array("gate", gate, "BHD")
+    validation.check_floating(q=q, k=k, v=v, gate=gate)
     if not all(hasattr(cache, name) for name in KVCache._fields):
         raise ValueError(f"cache is a {type(cache).__name__}; allowed: dantinox.kernels.KVCache")
-    cache_k, cache_v = validation.array("cache.k", cache.k, "BKCD"), validation.array("cache.v", cache.v, "BKCD")
-    length = validation.array("cache.length", cache.length, "B")
+    cache_k, cache_v = validation.as_array("cache.k", cache.k, "BKCD"), validation.as_array("cache.v", cache.v, "BKCD")
+    length = validation.as_array("cache.length", cache.length, "B")
     B, H, D = q.shape
     K, C = k.shape[1], cache_k.shape[2]
-    validation.shape("k", k, (B, K, D))
-    validation.shape("v", v, (B, K, D))
-    validation.heads(H, K)
-    validation.shape("cache.k", cache_k, (B, K, C, D))
-    validation.shape("cache.v", cache_v, (B, K, C, D))
+    validation.check_shape("k", k, (B, K, D))
+    validation.check_shape("v", v, (B, K, D))
+    validation.check_heads(H, K)
+    validation.check_shape("cache.k", cache_k, (B, K, C, D))
+    validation.check_shape("cache.v", cache_v, (B, K, C, D))
     scales = _scales(cache, cache_k, cache_v)
-    validation.shape("cache.length", length, (B,))
-    validation.integer("cache.length", length)
+    validation.check_shape("cache.length", length, (B,))
+    validation.check_integer("cache.length", length)
     if C < 1:
         raise ValueError("cache has 0 slots; allowed: 1 or more")
     if gate is not None:
-        validation.shape("gate", gate, (B, H, D), (B, H, 1))
-    validation.window(window, causal=True)
-    validation.scalars(scale=scale, softcap=softcap)
+        validation.check_shape("gate", gate, (B, H, D), (B, H, 1))
+    validation.check_window(window, causal=True)
+    validation.check_scalars(scale=scale, softcap=softcap)
 
     cache = KVCache(cache_k, cache_v, length, *scales)
     table = _table()
@@ -83,7 +83,7 @@ def decode_attention(
         slow["pallas"] = "Hopper's kernel has not run on a GPU yet; name it"
     elif kernel.interpreted_slow(C):
         slow["pallas"] = "interpreted, it is slow at these sizes"
-    run = choose("decode_attention", implementation, table, slow)
+    run = select_implementation("decode_attention", implementation, table, slow)
     return run(q, k, v, cache, gate=gate, window=window, scale=D**-0.5 if scale is None else scale, softcap=softcap)
 
 
@@ -91,7 +91,7 @@ def _scales(cache: KVCache, k: Array, v: Array) -> tuple[Array | None, Array | N
     """The factors of an 8-bit cache, checked."""
     eight_bits = k.dtype in LARGEST or v.dtype in LARGEST
     if not eight_bits:
-        validation.floating(**{"cache.k": k, "cache.v": v})
+        validation.check_floating(**{"cache.k": k, "cache.v": v})
     elif k.dtype != v.dtype:
         raise ValueError(f"cache.v has dtype {v.dtype}; allowed: {k.dtype}, the dtype of cache.k")
     found = []
@@ -102,8 +102,8 @@ def _scales(cache: KVCache, k: Array, v: Array) -> tuple[Array | None, Array | N
         if not eight_bits and scale is not None:
             raise ValueError(f"cache.{name} is given; allowed with a cache of {k.dtype}: None")
         if scale is not None:
-            scale = validation.array(f"cache.{name}", scale, "BKC")
-            validation.shape(f"cache.{name}", scale, k.shape[:3])
+            scale = validation.as_array(f"cache.{name}", scale, "BKC")
+            validation.check_shape(f"cache.{name}", scale, k.shape[:3])
             if scale.dtype != jnp.float32:
                 raise ValueError(f"cache.{name} has dtype {scale.dtype}; allowed: float32")
         found.append(scale)
@@ -119,8 +119,9 @@ def _table() -> dict:
     return {
         "reference": reference,
         "xla": xla.decode_attention,
-        "pallas": missing("decode_attention", "pallas") or (_hopper() if on_gpu() else kernel).decode_attention,
-        "triton": missing("decode_attention", "triton"),
+        "pallas": unsupported_reason("decode_attention", "pallas")
+        or (_hopper() if on_gpu() else kernel).decode_attention,
+        "triton": unsupported_reason("decode_attention", "triton"),
     }
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from dantinox.kernels import validation
-from dantinox.kernels.dispatch import choose, device, missing, on_gpu
+from dantinox.kernels.dispatch import current_device, on_gpu, select_implementation, unsupported_reason
 from dantinox.kernels.ops.grouped_matmul import pallas, xla
 
 Array = jax.Array
@@ -29,17 +29,17 @@ def grouped_matmul(x: Array, w: Array, group_sizes: Array, *, implementation: st
         ValueError: an argument's shape or dtype is not allowed.
         NotImplementedError: the named implementation cannot run here.
     """
-    x, w = validation.array("x", x, "NM"), validation.array("w", w, "EMF")
-    group_sizes = validation.array("group_sizes", group_sizes, "E")
-    validation.floating(x=x, w=w)
-    validation.integer("group_sizes", group_sizes)
+    x, w = validation.as_array("x", x, "NM"), validation.as_array("w", w, "EMF")
+    group_sizes = validation.as_array("group_sizes", group_sizes, "E")
+    validation.check_floating(x=x, w=w)
+    validation.check_integer("group_sizes", group_sizes)
     E, _, F = w.shape
-    validation.shape("w", w, (E, x.shape[1], F))
-    validation.shape("group_sizes", group_sizes, (E,))
+    validation.check_shape("w", w, (E, x.shape[1], F))
+    validation.check_shape("group_sizes", group_sizes, (E,))
     table = _table(x.dtype)
     if callable(table["pallas"]) and on_gpu():
         table["pallas"] = _hopper().refusal(x.dtype, *w.shape[1:]) or table["pallas"]
-    run = choose("grouped_matmul", implementation, table, _slow())
+    run = select_implementation("grouped_matmul", implementation, table, _slow())
     if 0 in (*x.shape, *w.shape):
         return jnp.zeros((x.shape[0], F), x.dtype)
     return run(x, w, group_sizes.astype(jnp.int32))
@@ -57,7 +57,7 @@ def _slow() -> dict[str, str]:
     a single token; a mixture with its gradients compiles for 1.2 s instead of 0.7. On a TPU neither has run yet, and
     Triton not on a GPU.
     """
-    interpreted = device().platform == "cpu"
+    interpreted = current_device().platform == "cpu"
     pallas = "interpreted, it takes longer to compile" if interpreted else "it has not run here yet; name it"
     return {"pallas": pallas, "triton": "it has not run on a GPU yet; name it"}
 
@@ -68,12 +68,12 @@ def _table(dtype: jnp.dtype | None = None) -> dict:
 
         return specification(*args)
 
-    chosen = missing("grouped_matmul", "pallas") or (_hopper() if on_gpu() else pallas).grouped_matmul
+    chosen = unsupported_reason("grouped_matmul", "pallas") or (_hopper() if on_gpu() else pallas).grouped_matmul
     if dtype == jnp.float64 and not isinstance(chosen, str):
         chosen = "x has dtype float64 and it adds up in float32"
     return {
         "reference": reference,
         "xla": xla.grouped_matmul,
         "pallas": chosen,
-        "triton": missing("grouped_matmul", "triton"),
+        "triton": unsupported_reason("grouped_matmul", "triton"),
     }

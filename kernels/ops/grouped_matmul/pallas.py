@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from dantinox.kernels.dispatch import Device, device
+from dantinox.kernels.dispatch import Device, current_device
 from dantinox.kernels.ops.grouped_matmul.common import no_gradient
 from dantinox.kernels.ops.grouped_matmul.pallas_cpu import gmm as cpu_gmm
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu import gmm as tpu_gmm
@@ -28,7 +28,7 @@ def _summed(x: Array, dy: Array, group_sizes: Array, here: Device, *, name: str)
 
 def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
     """See `dantinox.kernels.grouped_matmul`; arguments are checked there."""
-    return _matmul(x, w, group_sizes, device())
+    return _matmul(x, w, group_sizes, current_device())
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dantinox.kernels.dispatch import device
+from dantinox.kernels.dispatch import current_device
 from dantinox.kernels.ops.grouped_matmul.group_metadata import owned
 from dantinox.kernels.ops.grouped_matmul.ragged_dot import ragged
 
@@ -146,6 +146,6 @@ def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
 
 def _by_platform(*args: Array, cpu: Callable[..., Array], default: Callable[..., Array]) -> Array:
     """For a CPU the other branch is not even traced: vmap cannot batch ragged_dot in every form."""
-    if device().platform == "cpu":
+    if current_device().platform == "cpu":
         return cpu(*args)
     return jax.lax.platform_dependent(*args, cpu=cpu, default=default)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from dantinox.kernels import validation
-from dantinox.kernels.dispatch import choose, missing, on_gpu
+from dantinox.kernels.dispatch import on_gpu, select_implementation, unsupported_reason
 from dantinox.kernels.ops.grouped_matmul.api import _slow
 from dantinox.kernels.ops.moe import pallas, xla
 
@@ -42,20 +42,20 @@ def moe_mlp(
         ValueError: an argument's shape or dtype is not allowed.
         NotImplementedError: the named implementation cannot run here.
     """
-    x, w_gate = validation.array("x", x, "NM"), validation.array("w_gate", w_gate, "EMF")
-    w_up, w_down = validation.array("w_up", w_up, "EMF"), validation.array("w_down", w_down, "EFM")
-    expert_ids = validation.array("expert_ids", expert_ids, "Nk")
-    expert_weights = validation.array("expert_weights", expert_weights, "Nk")
-    validation.floating(x=x, w_gate=w_gate, w_up=w_up, w_down=w_down)
-    validation.floating(expert_weights=expert_weights)
-    validation.integer("expert_ids", expert_ids)
+    x, w_gate = validation.as_array("x", x, "NM"), validation.as_array("w_gate", w_gate, "EMF")
+    w_up, w_down = validation.as_array("w_up", w_up, "EMF"), validation.as_array("w_down", w_down, "EFM")
+    expert_ids = validation.as_array("expert_ids", expert_ids, "Nk")
+    expert_weights = validation.as_array("expert_weights", expert_weights, "Nk")
+    validation.check_floating(x=x, w_gate=w_gate, w_up=w_up, w_down=w_down)
+    validation.check_floating(expert_weights=expert_weights)
+    validation.check_integer("expert_ids", expert_ids)
     (N, M), (E, _, F) = x.shape, w_gate.shape
     k = expert_ids.shape[1]
-    validation.shape("w_gate", w_gate, (E, M, F))
-    validation.shape("w_up", w_up, (E, M, F))
-    validation.shape("w_down", w_down, (E, F, M))
-    validation.shape("expert_ids", expert_ids, (N, k))
-    validation.shape("expert_weights", expert_weights, (N, k))
+    validation.check_shape("w_gate", w_gate, (E, M, F))
+    validation.check_shape("w_up", w_up, (E, M, F))
+    validation.check_shape("w_down", w_down, (E, F, M))
+    validation.check_shape("expert_ids", expert_ids, (N, k))
+    validation.check_shape("expert_weights", expert_weights, (N, k))
     if E < 1:
         raise ValueError(f"w_gate has shape {w_gate.shape}; allowed: 1 expert or more")
     if k < 1:
@@ -63,7 +63,7 @@ def moe_mlp(
     table = _table(x.dtype)
     if callable(table["pallas"]) and on_gpu():
         table["pallas"] = _hopper().refusal(x.dtype, M, F, of="w_gate") or table["pallas"]
-    run = choose("moe_mlp", implementation, table, _slow())
+    run = select_implementation("moe_mlp", implementation, table, _slow())
     if 0 in (N, M, F):
         return jnp.zeros_like(x)
     return run(x, w_gate, w_up, w_down, expert_ids, expert_weights)
@@ -85,12 +85,12 @@ def _table(dtype: jnp.dtype | None = None) -> dict:
 
         return triton.moe_mlp(*args)
 
-    chosen = missing("moe_mlp", "pallas") or (_hopper() if on_gpu() else pallas).moe_mlp
+    chosen = unsupported_reason("moe_mlp", "pallas") or (_hopper() if on_gpu() else pallas).moe_mlp
     if dtype == jnp.float64 and not isinstance(chosen, str):
         chosen = "x has dtype float64 and it adds up in float32"
     return {
         "reference": reference,
         "xla": xla.moe_mlp,
         "pallas": chosen,
-        "triton": missing("moe_mlp", "triton") or by_triton,
+        "triton": unsupported_reason("moe_mlp", "triton") or by_triton,
     }

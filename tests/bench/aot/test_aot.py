@@ -218,7 +218,7 @@ def test_every_row_is_planned_with_every_implementation():
         assert len({case.key for case in cases}) == len(cases)
         for op in aot_cases.OPERATIONS:
             planned = {case.spec for case in cases if case.op == op and case.implementation == "xla"}
-            assert planned == {spec.name for spec in workloads.rows(op, "aot", target.machine)}
+            assert planned == {spec.name for spec in workloads.select(op, "aot", target.machine)}
         assert all(case.roofline_seconds(target) > 0 for case in cases[:20])
 
 
@@ -231,11 +231,11 @@ def test_rows_that_differ_in_values_only_are_one_program():
 
 
 def test_peers_say_what_they_lack():
-    gated = workloads.find("attention", "aot d128 window, gate")
+    gated = workloads.get("attention", "aot d128 window, gate")
     with pytest.raises(NotImplementedError, match="no gate and no window"):
         baselines.PEERS["jax_mgpu"].build["attention"](gated)
     with pytest.raises(NotImplementedError, match="N is 1000"):
-        baselines.PEERS["megablox"].build["grouped_matmul"](workloads.find("grouped_matmul", "aot odd sizes"))
+        baselines.PEERS["megablox"].build["grouped_matmul"](workloads.get("grouped_matmul", "aot odd sizes"))
 
 
 def test_target_figures():

@@ -58,7 +58,7 @@ def test_branches_in_a_part_count_for_themselves(monkeypatch):
 @pytest.mark.parametrize("skew", ["uniform", "zipf", "one", "empty"])
 @pytest.mark.parametrize("name", ["Qwen3-30B-A3B uniform", "dante-moe", "aot odd sizes"])
 def test_what_is_taken_is_what_the_kernel_visits(name, skew):
-    spec = workloads.find("grouped_matmul", name)
+    spec = workloads.get("grouped_matmul", name)
     sizes = workload_types.spread(spec.N, spec.E, skew)
     tile = block_sizes.product(
         Device(V6E.platform, V6E.kind),
@@ -100,7 +100,7 @@ def test_what_is_taken_is_what_the_kernel_visits(name, skew):
 
 
 def test_a_peer_runs_a_tile_for_every_group_in_it():
-    spec = workloads.find("grouped_matmul", "Qwen3-30B-A3B uniform")
+    spec = workloads.get("grouped_matmul", "Qwen3-30B-A3B uniform")
     even, odd = np.full(128, 512), np.r_[513, np.full(126, 512), 511]
     for kernel in ("pallas_tpu_ragged_dot_gmm.1", "pallas_tpu_ragged_dot_gmm_transpose_rhs.1"):
         for sizes, steps in ((even, 128), (odd, 128 + 127)):
@@ -112,13 +112,13 @@ def test_a_peer_runs_a_tile_for_every_group_in_it():
 
 
 def test_a_kernel_of_the_mixture_is_known_by_its_name_and_visits_what_a_product_of_its_shape_does():
-    spec = workloads.find("moe_mlp", "Qwen3-30B-A3B uniform")
+    spec = workloads.get("moe_mlp", "Qwen3-30B-A3B uniform")
     rows = spec.N * spec.k
     for name in gmm_bundles.MIXTURE:
         assert tables.product_of("moe_mlp", f"experts_{name}.1") == name
     assert tables.product_of("moe_mlp", "grouped_matmul.1") == ""
     assert gmm_bundles.mixture(spec, "grouped_matmul.1", V6E, "zipf", keep=True) == []
-    plain = workloads.find("grouped_matmul", "Qwen3-30B-A3B uniform")
+    plain = workloads.get("grouped_matmul", "Qwen3-30B-A3B uniform")
     assert (rows, spec.M, spec.F, spec.E) == (plain.N, plain.M, plain.F, plain.E)
     sizes = workload_types.spread(rows, spec.E, "zipf")
     for name, product in (("up", "grouped_matmul.1"), ("dx", "grouped_matmul_dx.1"), ("dw_up", "grouped_matmul_dw.1")):

@@ -17,7 +17,7 @@ from bench.aot import tables as summary
 from bench.aot.cases import Case
 from dantinox import kernels
 from dantinox.kernels import workloads
-from dantinox.kernels.dispatch import compiling_for
+from dantinox.kernels.dispatch import target_device
 from tests import numpy_interpreter
 from tests.numpy_interpreter.pallas import _Block
 
@@ -110,7 +110,7 @@ def test_grouped_products_counted_by_hand(sizes, tiles, visits):
 
     E, N, busy = len(sizes), 128 * tiles, np.count_nonzero(sizes)
     ours = lambda x, w, sizes: kernels.grouped_matmul(x, w, sizes, implementation="pallas")
-    with compiling_for(V6E.platform, V6E.kind):
+    with target_device(V6E.platform, V6E.kind):
         found = counted(ours, (N, M), (E, M, F), np.int32(sizes), dtype=jnp.bfloat16)
     assert found == [2 * (N * M + busy * M * F + N * F)]
     two_steps = lambda x, w, sizes: ops.gmm(x, w, sizes, jnp.bfloat16, (128, 128, 128))
@@ -141,11 +141,11 @@ def simulated(monkeypatch, f, *args) -> int:
 
 
 def cases():
-    rows = [*workloads.rows("grouped_matmul", "parity"), *workloads.rows("moe_mlp", "parity")]
+    rows = [*workloads.select("grouped_matmul", "parity"), *workloads.select("moe_mlp", "parity")]
     small = [spec for spec in rows if spec.N <= 580]
     return [
         pytest.param(spec, id=f"{spec.op} {spec.name}")
-        for spec in (*small, *workloads.rows("decode_attention", "parity"))
+        for spec in (*small, *workloads.select("decode_attention", "parity"))
     ]
 
 
@@ -153,12 +153,14 @@ def cases():
 def test_a_simulated_pipeline_moves_as_many(monkeypatch, spec):
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal(shape).astype(np.float32) for shape in spec.shapes().values()]
-    (values,) = spec.aux().values()
+    (values,) = spec.integer_inputs().values()
     names, operation = list(spec.shapes()), functools.partial(getattr(kernels, spec.op), **spec.options())
 
     def both(*args):
         def forward(*inputs):
-            return operation(**dict(zip(names, inputs)), **dict(zip(spec.aux(), args[-1:])), implementation="pallas")
+            return operation(
+                **dict(zip(names, inputs)), **dict(zip(spec.integer_inputs(), args[-1:])), implementation="pallas"
+            )
 
         y, pull = jax.vjp(forward, *args[:-1])
         return y, *pull(y)
@@ -171,18 +173,18 @@ def test_a_simulated_pipeline_moves_as_many(monkeypatch, spec):
     if spec.op == "decode_attention":
         run = step
         arrays += [np.zeros(shape, dtype) for shape, dtype in spec.cache("float32").values()]
-    with compiling_for(V6E.platform, V6E.kind):
+    with target_device(V6E.platform, V6E.kind):
         found = counted(run, *(x.shape for x in arrays), values)
         assert found and sum(found) == simulated(monkeypatch, run, *arrays, values)
 
 
 def test_the_least_is_each_array_once():
-    for spec in workloads.rows("grouped_matmul", "aot", "tpu"):
+    for spec in workloads.select("grouped_matmul", "aot", "tpu"):
         y, dx, dw = (summary.floor(spec, product) for product in ("y", "dx", "dw"))
         dy_again = spec.itemsize * spec.N * spec.F  # two kernels read it
         assert (y, dx + dw) == (spec.cost().bytes, spec.cost(backward=True).bytes + dy_again), spec.name
     (E, k, N, M, F), i = (8, 2, 1024, 512, 1024), 2
-    spec = workloads.find("moe_mlp", "aot top 2 of 8")
+    spec = workloads.get("moe_mlp", "aot top 2 of 8")
     x, h, w = (i * n for n in (k * N * M, k * N * F, E * M * F))
     least = {"up": x + 2 * w + h, "down": h + w + x + 4 * k * N, "dh": x + w + 5 * h + 8 * k * N}
     least |= {"dx": 2 * h + 2 * w + x, "dw_up": x + 2 * h + 2 * w, "dw_down": h + x + w}
@@ -199,7 +201,7 @@ def test_the_profiles_have_what_every_kernel_moves(target):
             continue
         for kernel in row.get("kernels", ()):
             product = summary.product_of(case.op, kernel["name"])
-            spreads = summary.spreads(workloads.find(case.op, case.spec))
+            spreads = summary.spreads(workloads.get(case.op, case.spec))
             assert "moved" in kernel, f"{key}: python -m bench.aot.memory_traffic"
             for how, spec in spreads.items():
                 assert kernel["moved"][how] >= summary.floor(spec, product), (key, kernel["name"], how)

@@ -114,7 +114,7 @@ def test_parts_of_a_kernel_and_what_its_steps_execute():
 def test_steps_of_splash_are_those_of_its_mask(name, block):
     info = pytest.importorskip("jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info")
     masks = pytest.importorskip("jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask")
-    spec = workloads.find("attention", f"aot tpu d128 4k {name}")
+    spec = workloads.get("attention", f"aot tpu d128 4k {name}")
     shape = (spec.T, spec.S)
     one = masks.LocalMask(shape, (spec.window - 1, 0), 0) if spec.window else masks.CausalMask(shape, 0)
     mask, shards = masks.MultiHeadMask([one] * 4), {"head_shards": 1, "q_seq_shards": 1}
@@ -127,15 +127,15 @@ def test_steps_of_splash_are_those_of_its_mask(name, block):
 
 
 def test_the_grid_of_a_fused_backward_pass_has_every_block():
-    spec = workloads.find("attention", "aot tpu d128 4k window 1024")
+    spec = workloads.get("attention", "aot tpu d128 4k window 1024")
     work = attention_bundles.splash(spec, "splash_mqa_dkv", "splash_fused")
     assert (work.steps, work.taken, work.tile) == (8 * 8 * 8, (2 * 8, 8 * (8 + 7 + 6), 2 * 8), (512, 512))
-    causal = workloads.find("attention", "aot tpu d128 4k causal")
+    causal = workloads.get("attention", "aot tpu d128 4k causal")
     assert attention_bundles.splash(causal, "splash_mqa_dkv", "splash_fused").tile == (1024, 1024)
 
 
 def test_steps_of_tokamax_and_of_ours_are_those_of_the_visible_tiles():
-    spec = workloads.find("attention", "aot tpu d128 4k causal")
+    spec = workloads.get("attention", "aot tpu d128 4k causal")
     run, all_ = 8 * 32 * 33 // 2, 8 * 32 * 32
     assert attention_bundles.tokamax(spec, "splash_mha_fwd").taken == (8 * 32, run - 8 * 32, 8 * 32, 8 * 32)
     assert attention_bundles.tokamax(spec, "splash_mha_fwd").steps == run
@@ -154,7 +154,7 @@ def test_steps_of_tokamax_and_of_ours_are_those_of_the_visible_tiles():
 
 
 def test_the_kernel_of_a_span_is_known_by_its_steps():
-    spec = workloads.find("attention", "aot tpu d256 32k causal")
+    spec = workloads.get("attention", "aot tpu d256 32k causal")
     case = Case("attention", spec.name, "pallas", "bfloat16", "both")
     static, heads = attention_bundles.ours(spec, V6E)
     lengths = [len(static.plan(span)) for span in common.spans(static)]
@@ -172,7 +172,7 @@ def test_the_kernel_of_a_span_is_known_by_its_steps():
 
 def test_a_compiled_row_gets_its_bundles(tmp_path):
     (tmp_path / "17-attention_forward.1-02-final_bundles.txt").write_text(FINAL)
-    spec = workloads.find("attention", "aot tpu d128 4k causal")
+    spec = workloads.get("attention", "aot tpu d128 4k causal")
     case = Case("attention", spec.name, "pallas", "bfloat16", "forward")
     kernel = {"name": "attention_forward.1", "mxu": 100}
     row = {"kernels": [dict(kernel)]}

@@ -68,7 +68,7 @@ TINY = {
     "window of one": row(4, 5, window=1),
     "full, scale": row(3, 5, causal=False, scale=-0.7),
     "segments": row(9, 9, B=2, segments="packed", window=3),
-    "segments nobody shares": row(4, 9, B=2, segments="nobody", causal=False),
+    "segments nobody shares": row(4, 9, B=2, segments="unmatched", causal=False),
 }
 
 
@@ -115,7 +115,7 @@ def is_the_formula(case: workloads.Attention, *runs: Callable[..., Any], seed: i
     B=st.integers(1, 2),
     D=st.integers(1, 6),
     gate=st.sampled_from(["none", "elementwise", "head"]),
-    segments=st.sampled_from([None, "packed", "pair", "nobody"]),
+    segments=st.sampled_from([None, "packed", "separate", "unmatched"]),
     causal=st.booleans(),
     window=st.none() | st.integers(1, 26),
     softcap=st.none() | st.floats(1, 4),
@@ -139,7 +139,7 @@ CHUNKED = {
     "fewer queries": row(9, 12, H=4, softcap=2.0, gate="head"),
     "more queries, wide window": row(9, 7, window=5),
     "segments": row(9, 9, B=2, segments="packed"),
-    "full, pair": row(9, 12, B=2, segments="pair", causal=False),
+    "full, pair": row(9, 12, B=2, segments="separate", causal=False),
 }
 
 
@@ -157,10 +157,10 @@ def test_chunked_scores_are_the_formula(case, monkeypatch):
 
 POISONED = {  # some keys are seen by no query at all
     "one block, window": row(7, 40, window=30, gate="head"),
-    "full, segments": row(9, 33, segments="nobody", causal=False, softcap=2.0),
+    "full, segments": row(9, 33, segments="unmatched", causal=False, softcap=2.0),
     "banded, window": row(127, 300, window=20, softcap=2.0),
-    "banded, segments": row(200, 200, segments="nobody", window=20),
-    "chunked, segments": row(1030, 1030, segments="nobody", H=1, K=1),
+    "banded, segments": row(200, 200, segments="unmatched", window=20),
+    "chunked, segments": row(1030, 1030, segments="unmatched", H=1, K=1),
     "chunked, window": row(600, 2000, window=1200, H=1, K=1),
 }
 
@@ -198,7 +198,7 @@ def test_what_unseen_keys_hold_reaches_nobody(name, implementation, what):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ["127 grouped, gate, window", "packed, window"])
 def test_two_runs_are_bit_equal(name, implementation):
-    case = workloads.find("attention", name)
+    case = workloads.get("attention", name)
     inputs, aux, dout = cases.draw(case)
     run = tolerance.program("attention", implementation, cases.options(case))
     arguments = {n: jnp.float32(x) for n, x in inputs.items()}, aux, jnp.float32(dout)

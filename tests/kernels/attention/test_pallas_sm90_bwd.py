@@ -219,7 +219,7 @@ def compiled() -> dict[workloads.Attention, dict[str, Any]]:
     name = lambda kernel: kernel["name"].removeprefix("attention_").removesuffix("_mosaic_gpu_kernel")
     return {
         row: {name(kernel): kernel for kernel in rows[f"attention / {row.name} / pallas / bfloat16 / both"]["kernels"]}
-        for row in workloads.rows("attention", "aot", "h100")
+        for row in workloads.select("attention", "aot", "h100")
     }
 
 

@@ -91,13 +91,13 @@ FORWARD = [
     row(129, 200, window=70, gate="elementwise"),
     row(65, 127, D=128, K=2, causal=False, gate="head", softcap=2.0),
     row(200, 65, D=256, gate="elementwise"),  # the first queries see nothing
-    pytest.param(row(64, 129, segments="nobody", window=100, gate="head", B=2), marks=slow),
+    pytest.param(row(64, 129, segments="unmatched", window=100, gate="head", B=2), marks=slow),
     pytest.param(row(1, 200, D=128, gate="elementwise"), marks=slow),
     pytest.param(row(1, 1, gate="elementwise"), marks=slow),
     pytest.param(row(129, 1, D=128, gate="head"), marks=slow),
     pytest.param(row(127, 64, causal=False), marks=slow),
     pytest.param(row(200, 200, D=128, window=1, softcap=1.0), marks=slow),
-    pytest.param(row(127, 200, D=128, window=1000, segments="pair"), marks=slow),
+    pytest.param(row(127, 200, D=128, window=1000, segments="separate"), marks=slow),
     pytest.param(row(200, 129, D=256, window=64, scale=-0.05, gate="elementwise"), marks=slow),
     pytest.param(row(129, 129, D=256, causal=False, segments="packed", softcap=3.0), marks=slow),
     pytest.param(row(65, 65, scale=0.0, H=4, K=2, B=2), marks=slow),
@@ -169,7 +169,7 @@ def test_what_precedes_the_backward_kernels_is_the_formula(gate):
 
 @slow
 def test_what_no_query_sees_changes_no_bit_and_two_runs_agree():
-    case = row(65, 200, window=40, segments="nobody")
+    case = row(65, 200, window=40, segments="unmatched")
     inputs, aux = arrays(case, "bfloat16")
     run = jax.jit(lambda x: vjp.attention(**x, **options(case), **aux, interpret=RACES))
     once, again = run(inputs), run(inputs)
@@ -238,12 +238,12 @@ def test_without_keys_the_output_is_zero():
 
 
 def test_hopper_is_served_by_it_and_other_gpus_are_told_what_runs():
-    with dispatch.compiling_for("cuda", "NVIDIA H100 80GB HBM3"):
+    with dispatch.target_device("cuda", "NVIDIA H100 80GB HBM3"):
         assert kernels.implementations("attention")["pallas"] is None
         x = jnp.ones((1, 8, 2, 96), jnp.bfloat16)
         with pytest.raises(NotImplementedError, match="head dim 96"):
             kernels.attention(x, x, x, implementation="pallas")
-    with dispatch.compiling_for("cuda", "NVIDIA A100-SXM4-80GB"):
+    with dispatch.target_device("cuda", "NVIDIA A100-SXM4-80GB"):
         assert "'xla' runs here" in kernels.implementations("attention")["pallas"]
 
 

@@ -74,15 +74,15 @@ def test_sequences_and_heads_do_not_mix(choose):
 SPANS = {
     "window, gate": (row(40, 40, H=4, window=11, gate="head"), Tiles(1, 8, 8, 16, 8, 16)),
     "cap, fewer queries": (row(21, 40, H=3, K=1, softcap=1.5, gate="elementwise"), Tiles(1, 16, 16, 48, 16, 16)),
-    "segments, more queries": (row(40, 21, segments="pair"), Tiles(2, 16, 8, 16, 8, 16)),
+    "segments, more queries": (row(40, 21, segments="separate"), Tiles(2, 16, 8, 16, 8, 16)),
     "packed, window": (row(33, 33, B=2, segments="packed", window=20), Tiles(2, 8, 16, 8, 16, 16)),
-    "full, nobody": (row(20, 40, segments="nobody", causal=False), Tiles(1, 16, 8, 16, 8, 8)),
+    "full, nobody": (row(20, 40, segments="unmatched", causal=False), Tiles(1, 16, 8, 16, 8, 8)),
     "window of one, T > S": (row(30, 17, H=4, window=1), Tiles(1, 4, 4, 8, 4, 8)),
 }
 PIECES = {
     "a piece a head": (row(24, 24, H=4, window=5, gate="head"), Tiles(1, 8, 16, 8, 8, 16)),
     "a piece half a head": (row(12, 28, softcap=1.5), Tiles(2, 16, 8, 8, 4, 16)),
-    "a piece two heads": (row(12, 20, H=8, D=4, segments="pair"), Tiles(2, 4, 8, 8, 4, 64)),
+    "a piece two heads": (row(12, 20, H=8, D=4, segments="separate"), Tiles(2, 4, 8, 8, 4, 64)),
     "three tiles joined": (row(40, 40, H=4, window=14, gate="head"), Tiles(2, 8, 8, 16, 8, 40, 3)),
     "joined, packed": (row(33, 33, B=2, segments="packed", window=9), Tiles(1, 4, 4, 4, 4, 64, 3)),
     "joined, fewer queries": (row(9, 40, window=12), Tiles(2, 4, 8, 4, 8, 40, 3)),
@@ -130,7 +130,7 @@ def test_a_tile_in_pieces_keeps_the_rule(name, choose):
     heads=st.sampled_from([(1, 1), (2, 1), (2, 2), (6, 3)]),
     B=st.integers(1, 2),
     gate=st.sampled_from(["none", "elementwise", "head"]),
-    segments=st.sampled_from([None, "packed", "pair", "nobody"]),
+    segments=st.sampled_from([None, "packed", "separate", "unmatched"]),
     causal=st.booleans(),
     window=st.none() | st.integers(1, 26),
     softcap=st.none() | st.floats(1, 4),

@@ -40,7 +40,7 @@ SMALL = (
     row(600, 600, D=256, segments="packed", causal=False),
     row(65, 127, D=64, causal=False, softcap=5.0),
     row(1, 127, D=128, gate="head"),
-    row(130, 300, D=128, B=2, segments="nobody", window=100),
+    row(130, 300, D=128, B=2, segments="unmatched", window=100),
     row(64, 130, D=256, scale=-0.05, gate="elementwise"),
     row(8, 1000, D=256, causal=False),
 )
@@ -87,7 +87,7 @@ def test_attention_at_tensor_core_sizes_keeps_the_rule(case, dtype, wanted):
 
 @pytest.mark.parametrize("D", [pytest.param(D, marks=waits) for D in (64, 128, 256)])
 def test_what_no_query_sees_changes_no_bit_and_two_runs_agree_at_tensor_core_sizes(D):
-    case = row(65, 300, D=D, window=100, segments="nobody", gate="head")
+    case = row(65, 300, D=D, window=100, segments="unmatched", gate="head")
     inputs, aux, dout = cases.draw(case)
     inputs = {name: jnp.asarray(x, "bfloat16") for name, x in inputs.items()}
     run = tolerance.program("attention", "pallas", cases.options(case), hurry=not ON_GPU)

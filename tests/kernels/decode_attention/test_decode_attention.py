@@ -18,12 +18,12 @@ from dantinox.kernels import workloads
 from tests.helpers import cases, random_shapes, tolerance
 
 IMPLEMENTATIONS = tolerance.runnable("decode_attention")
-RINGS = workloads.rows("decode_attention", "parity")
+RINGS = workloads.select("decode_attention", "parity")
 NAMED = pytest.mark.parametrize("case", RINGS, ids=lambda case: case.name)
 
 
 def find(name: str) -> workloads.Decode:
-    return workloads.find("decode_attention", name)
+    return workloads.get("decode_attention", name)
 
 
 def row(*lengths: int, **sizes) -> workloads.Decode:
@@ -92,7 +92,7 @@ def run(
     cache = kernels.KVCache(
         jnp.asarray(step.cache_k, dtype),
         jnp.asarray(step.cache_v, dtype),
-        **case.aux(),
+        **case.integer_inputs(),
     )
     return (by or any_lengths(implementation, case))(inputs, cache)
 
@@ -230,6 +230,6 @@ def test_a_narrow_cache_serves_wide_queries(implementation):
     step = draw(case, "bfloat16")
     inputs = {name: jnp.float32(x) for name, x in step.inputs.items()}
     rings = (jnp.asarray(x, jnp.bfloat16) for x in (step.cache_k, step.cache_v))
-    o, cache = program(implementation, case)(inputs, kernels.KVCache(*rings, **case.aux()))
+    o, cache = program(implementation, case)(inputs, kernels.KVCache(*rings, **case.integer_inputs()))
     assert o.dtype == jnp.float32 and cache.k.dtype == cache.v.dtype == jnp.bfloat16
     np.testing.assert_allclose(o, step.o, rtol=1e-5, atol=1e-6)

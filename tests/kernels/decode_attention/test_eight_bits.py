@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dantinox import kernels
-from dantinox.kernels.dispatch import compiling_for
+from dantinox.kernels.dispatch import target_device
 from dantinox.kernels.ops.decode_attention.kv_cache import LARGEST, held, stored
 from dantinox.kernels.ops.decode_attention.pallas_tpu import kernel
 from tests import numpy_interpreter
@@ -22,7 +22,7 @@ CASES = ["grouped", "window", "multi-query, head gate, cap", "129 slots"]
 def ring(step: Step, case, dtype: str) -> kernels.KVCache:
     """The step's ring in 8 bits."""
     k, v = (stored(jnp.float32(x), dtype) for x in (step.cache_k, step.cache_v))
-    return kernels.KVCache(k[0], v[0], case.aux()["length"], k[1], v[1])
+    return kernels.KVCache(k[0], v[0], case.integer_inputs()["length"], k[1], v[1])
 
 
 def run(implementation: str, case, step: Step, cache: kernels.KVCache) -> tuple[jax.Array, kernels.KVCache]:
@@ -121,7 +121,7 @@ def test_a_tpu_appends_numbers_and_factors_in_one_kernel(dtype, by, monkeypatch)
     operation = lambda inputs, cache: kernels.decode_attention(
         **inputs, cache=cache, **case.options(), implementation="pallas"
     )
-    with compiling_for("tpu", "TPU v6 lite"):
+    with target_device("tpu", "TPU v6 lite"):
         o, after = by(operation, inputs, cache)
     plain, expected = run("reference", case, step, cache)
     np.testing.assert_allclose(o, plain, rtol=2e-5, atol=2e-6)

@@ -45,7 +45,7 @@ def run(
 ) -> tuple[jax.Array, kernels.KVCache]:
     """One step without a race."""
     inputs = {name: jnp.asarray(x, dtype) for name, x in step.inputs.items()}
-    cache = kernels.KVCache(jnp.asarray(step.cache_k, dtype), jnp.asarray(step.cache_v, dtype), **case.aux())
+    cache = kernels.KVCache(jnp.asarray(step.cache_k, dtype), jnp.asarray(step.cache_v, dtype), **case.integer_inputs())
     found = jax.block_until_ready(program(case, parts, memory)(inputs, cache))
     races = interpreter.get_races().races_found
     interpreter.reset_gpu_interpret_mode_state()
@@ -85,7 +85,7 @@ def test_the_step_is_the_formula_and_the_token_goes_into_its_slot(case, parts, d
     step = draw(case, dtype, fill=np.nan)
     o, after = run(case, parts, step, dtype)
     inputs = {name: jnp.asarray(x, dtype) for name, x in step.inputs.items()}
-    cache = kernels.KVCache(jnp.asarray(step.cache_k, dtype), jnp.asarray(step.cache_v, dtype), **case.aux())
+    cache = kernels.KVCache(jnp.asarray(step.cache_k, dtype), jnp.asarray(step.cache_v, dtype), **case.integer_inputs())
     plain, _ = kernels.decode_attention(**inputs, cache=cache, **case.options(), implementation="reference")
     assert o.dtype == jnp.dtype(dtype)
     tolerance.check({"o": o}, {"o": plain}, {"o": step.o}, dtype)
@@ -169,7 +169,7 @@ def chosen(row: workloads.Decode) -> int:
 def test_the_splits_fill_the_machine():
     for B, K, blocks in itertools.product((1, 2, 20, 150), (1, 2, 8), (1, 2, 9, 128, 512)):
         assert 1 <= mosaic_gpu.splits(B, K, blocks, 264) <= max(1, blocks // 2)
-    for row in workloads.rows("decode_attention", "bench", "h100"):
+    for row in workloads.select("decode_attention", "bench", "h100"):
         if row.name != "nearly empty, B=8":  # the lengths are not known when the splits are chosen
             best = min(finished(row, parts) for parts in (1, 2, 4, 8, 11, 16, 32))
             assert finished(row, chosen(row)) <= 1.12 * best, row.name
@@ -196,7 +196,7 @@ def traffic(row: workloads.Decode) -> float:
 
 
 def test_a_step_moves_little_more_than_it_must():
-    found = {row.name: traffic(row) for row in workloads.rows("decode_attention", "bench", "h100")}
+    found = {row.name: traffic(row) for row in workloads.select("decode_attention", "bench", "h100")}
     short = found.pop("nearly empty, B=8")  # has the splits of a full ring; what they write stays in the L2 cache
     assert short < 1.6 and found and all(1 <= ratio < 1.03 for ratio in found.values()), (short, found)
 
@@ -218,9 +218,9 @@ def test_what_the_kernel_does_not_take_is_named():
         options = {"gate": None, "window": None, "softcap": None}
         with pytest.raises(NotImplementedError, match=said):
             mosaic_gpu.decode_attention(q, k, k, cache, **options, scale=1.0)
-        with dispatch.compiling_for(*H100), pytest.raises(NotImplementedError, match=f"'pallas' cannot run.*{said}"):
+        with dispatch.target_device(*H100), pytest.raises(NotImplementedError, match=f"'pallas' cannot run.*{said}"):
             kernels.decode_attention(q, k, k, cache, **options, implementation="pallas")
-    with dispatch.compiling_for(*H100):
+    with dispatch.target_device(*H100):
         kernels.decode_attention(q, k, k, cache, **options)  # of the last: auto takes another
 
 
@@ -229,13 +229,13 @@ def test_hopper_is_served_by_it_and_other_gpus_are_told_what_runs(monkeypatch):
     x = jnp.ones((1, 1, 64), jnp.bfloat16)
     served = []
     monkeypatch.setattr(mosaic_gpu, "decode_attention", lambda *args, **options: served.append(options))
-    with dispatch.compiling_for(*H100):
+    with dispatch.target_device(*H100):
         assert kernels.implementations("decode_attention")["pallas"] is None
         kernels.decode_attention(x, x, x, cache)
         assert not served, "auto takes what has run on its device"
         kernels.decode_attention(x, x, x, cache, implementation="pallas")
         assert served == [{"gate": None, "window": None, "scale": 0.125, "softcap": None}]
-    with dispatch.compiling_for("cuda", "NVIDIA A100-SXM4-80GB"):
+    with dispatch.target_device("cuda", "NVIDIA A100-SXM4-80GB"):
         assert "'xla' runs here" in kernels.implementations("decode_attention")["pallas"]
 
 
@@ -249,11 +249,11 @@ def test_as_compiled_it_spills_nothing_multiplies_by_wgmma_and_copies_no_cache()
     """The committed profile: what ptxas made of it for sm_90a."""
     found = json.loads(PROFILE.read_text())["rows"]
     mine = {key: row for key, row in found.items() if key.startswith("decode_attention / ") and " / pallas / " in key}
-    assert len(mine) == sum(len(row.dtypes) for row in workloads.rows("decode_attention", "aot", "h100"))
+    assert len(mine) == sum(len(row.dtypes) for row in workloads.select("decode_attention", "aot", "h100"))
     for key, row in mine.items():
         assert row["status"] == "compiled", key
         (kernel,) = row["kernels"]
         assert kernel["spill_bytes"] == kernel["local"] == kernel["mma"] == 0 and kernel["wgmma"] > 0, key
         assert kernel["blocks"] == mosaic_gpu.RESIDENT[128] // 132, key
-        case = workloads.find("decode_attention", key.split(" / ")[1])
+        case = workloads.get("decode_attention", key.split(" / ")[1])
         assert row["temp_bytes"] < np.prod(case.cache_shape()) * 2 / 2, f"{key}: a ring is copied"

@@ -12,7 +12,7 @@ import pytest
 
 from dantinox import kernels
 from dantinox.kernels import workloads
-from dantinox.kernels.dispatch import compiling_for
+from dantinox.kernels.dispatch import target_device
 from dantinox.kernels.ops.decode_attention.pallas_tpu import kernel
 from dantinox.kernels.ops.decode_attention.pallas_tpu.block_table import visits
 from tests import numpy_interpreter
@@ -65,11 +65,11 @@ def test_a_tpu_appends_and_attends_in_one_kernel(name, run, monkeypatch):
     monkeypatch.setattr(kernel, "_block", lambda *_: 16)
     step = draw(case, fill=np.nan)
     inputs = {key: jnp.float32(x) for key, x in step.inputs.items()}
-    cache = kernels.KVCache(jnp.float32(step.cache_k), jnp.float32(step.cache_v), **case.aux())
+    cache = kernels.KVCache(jnp.float32(step.cache_k), jnp.float32(step.cache_v), **case.integer_inputs())
     operation = lambda inputs, cache: kernels.decode_attention(
         **inputs, cache=cache, **case.options(), implementation="pallas"
     )
-    with compiling_for(*V6E):
+    with target_device(*V6E):
         o, after = run(operation, inputs, cache)
     plain, _ = kernels.decode_attention(**inputs, cache=cache, **case.options(), implementation="reference")
     tolerance.check({"o": o}, {"o": plain}, {"o": step.o}, "float32")
@@ -93,7 +93,7 @@ def test_several_blocks_are_the_formula(C, window, least):
     for fill in (0, np.nan):
         step = draw(case, fill=fill)
         inputs = {key: jnp.float32(x) for key, x in step.inputs.items()}
-        cache = kernels.KVCache(jnp.float32(step.cache_k), jnp.float32(step.cache_v), **case.aux())
+        cache = kernels.KVCache(jnp.float32(step.cache_k), jnp.float32(step.cache_v), **case.integer_inputs())
         found.append({"o": pallas(inputs, cache)[0]})
     tolerance.check(found[1], {"o": run("reference")(inputs, cache)[0]}, {"o": step.o}, "float32")
     tolerance.same_bits(*found)

@@ -113,7 +113,7 @@ def hopper(case: workloads.Decode, parts: int | None, monkeypatch: pytest.Monkey
     forced = {"parts": parts}
     if not ON_GPU:
         forced["interpret"] = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
-    with monkeypatch.context() as patch, contextlib.nullcontext() if ON_GPU else dispatch.compiling_for(*H100):
+    with monkeypatch.context() as patch, contextlib.nullcontext() if ON_GPU else dispatch.target_device(*H100):
         patch.setattr(kernel, "decode_attention", functools.partial(kernel.decode_attention, **forced))
         yield jax.jit(functools.partial(attend, case, "pallas"), donate_argnums=1)
 

@@ -163,7 +163,7 @@ def test_what_the_kernels_do_not_take_is_named():
         x, w = jnp.ones((8, M), dtype), jnp.ones((1, M, F), dtype)
         with pytest.raises(NotImplementedError, match=said):
             vjp.grouped_matmul(x, w, sizes)
-        with dispatch.compiling_for("cuda", H100), pytest.raises(NotImplementedError, match=said):
+        with dispatch.target_device("cuda", H100), pytest.raises(NotImplementedError, match=said):
             kernels.grouped_matmul(x, w, sizes, implementation="pallas")
 
 
@@ -181,11 +181,11 @@ GIVEN = {
 @pytest.mark.parametrize("op", GIVEN)
 def test_hopper_is_served_when_named_and_other_gpus_are_told_what_runs(op):
     names = lambda **how: str(jax.make_jaxpr(functools.partial(getattr(kernels, op), **how))(*GIVEN[op]))
-    with dispatch.compiling_for("cuda", H100):
+    with dispatch.target_device("cuda", H100):
         assert kernels.implementations(op)["pallas"] is None
         assert "warpgroup" in names(implementation="pallas")
         assert "warpgroup" not in names(), "auto leaves it until it has run on a GPU"
-    with dispatch.compiling_for("cuda", "NVIDIA A100-SXM4-80GB"):
+    with dispatch.target_device("cuda", "NVIDIA A100-SXM4-80GB"):
         assert "'xla' runs here" in kernels.implementations(op)["pallas"]
 
 

@@ -10,7 +10,7 @@ from dantinox.kernels.ops.grouped_matmul.pallas_sm90.gmm import WIDTHS
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90.warp_specialized import PANEL, SIDE
 
 CORES = 132
-ROWS = [row for row in workloads.rows("grouped_matmul", "aot", "h100") if "bfloat16" in row.dtypes]
+ROWS = [row for row in workloads.select("grouped_matmul", "aot", "h100") if "bfloat16" in row.dtypes]
 SMALL = ("aot E=8 uniform", "aot E=8 zipf", "aot odd sizes", "decode, 128 experts")
 
 
@@ -32,7 +32,7 @@ def wanted(sizes: np.ndarray, J: int, columns: int) -> float:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 @pytest.mark.parametrize("skew", ["uniform", "zipf", "empty"])
 def test_the_chosen_width_wastes_no_more_than_one_width_for_all(row, skew):
-    sizes = np.asarray(workloads.GroupedMatmul(**(vars(row) | {"skew": skew})).aux()["group_sizes"])
+    sizes = np.asarray(workloads.GroupedMatmul(**(vars(row) | {"skew": skew})).integer_inputs()["group_sizes"])
     for K, J in ((row.M, row.F), (row.F, row.M)):
         chosen = block_sizes.hopper(row.N, row.E, K, J, CORES, widths=WIDTHS).columns
         share = {columns: wanted(sizes, J, columns) for columns in WIDTHS}
@@ -42,8 +42,8 @@ def test_the_chosen_width_wastes_no_more_than_one_width_for_all(row, skew):
 
 
 def test_what_narrow_tiles_gain_where_there_is_little_to_do():
-    row = workloads.find("grouped_matmul", "aot odd sizes")
-    sizes = np.asarray(row.aux()["group_sizes"])
+    row = workloads.get("grouped_matmul", "aot odd sizes")
+    sizes = np.asarray(row.integer_inputs()["group_sizes"])
     assert block_sizes.hopper(row.N, row.E, row.M, row.F, CORES, widths=WIDTHS) == (64, 8)
     assert wanted(sizes, row.F, 64) == pytest.approx(4 * wanted(sizes, row.F, 256)) == pytest.approx(0.592, abs=1e-3)
     # Eight experts while one sequence is written: 448 tiles of 256 columns are 4 rounds, 896 of 128 are 7 of half.

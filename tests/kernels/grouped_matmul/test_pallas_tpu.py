@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dantinox import kernels
-from dantinox.kernels.dispatch import Device, compiling_for
+from dantinox.kernels.dispatch import Device, target_device
 from dantinox.kernels.ops.grouped_matmul.group_metadata import visits
 from dantinox.kernels.ops.grouped_matmul.pallas_cpu import gmm
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu import block_sizes
@@ -246,7 +246,7 @@ def test_the_compiled_form_is_the_formula(monkeypatch, sides):
         return *output_and_gradients(x, w, sizes, name), *mixture(name, x, w / 5, ids, weights)
 
     expected = both("reference", x, w, weights)
-    with compiling_for("tpu", "TPU v6 lite"):
+    with target_device("tpu", "TPU v6 lite"):
         mine = numpy_interpreter.run(functools.partial(both, "pallas"), x, w, weights)
     for a, b in zip(mine, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))

@@ -87,7 +87,7 @@ def program(op: str, width: int | None) -> Callable[..., dict[str, jax.Array]]:
     )
 
 
-def drawn(case: workloads.Spec) -> rows.Drawn:
+def drawn(case: workloads.Workload) -> rows.Drawn:
     """Matrices of the size that keeps products near 1, as in a network."""
     inputs, aux, dout = rows.draw(case)
     inputs = {name: x / math.sqrt(x.shape[1]) if name.startswith("w") else x for name, x in inputs.items()}
@@ -95,7 +95,7 @@ def drawn(case: workloads.Spec) -> rows.Drawn:
 
 
 @functools.lru_cache(maxsize=1)
-def expected(case: workloads.Spec, dtype: str) -> tuple[tolerance.Given, tolerance.Arrays, tolerance.Arrays]:
+def expected(case: workloads.Workload, dtype: str) -> tuple[tolerance.Given, tolerance.Arrays, tolerance.Arrays]:
     """(the arguments, what plain jnp makes of them, what the reference does)."""
     inputs, aux, dout = drawn(case)
     given = tolerance.rounded(inputs, dout, dtype, aux=aux, keep=("expert_weights",))
@@ -103,7 +103,7 @@ def expected(case: workloads.Spec, dtype: str) -> tuple[tolerance.Given, toleran
 
 
 def judged(
-    case: workloads.Spec, width: int | None, dtype: str, wanted: str
+    case: workloads.Workload, width: int | None, dtype: str, wanted: str
 ) -> tuple[tolerance.Arrays, tolerance.Arrays]:
     """(what the kernels compute, by the rule; the integer arguments)."""
     (inputs, aux, dout), plain, oracle = expected(case, dtype)

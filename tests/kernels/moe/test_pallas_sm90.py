@@ -104,7 +104,7 @@ def test_what_the_kernels_do_not_take_is_named():
         x, up, down = jnp.ones((8, M), dtype), jnp.ones((1, M, F), dtype), jnp.ones((1, F, M), dtype)
         with pytest.raises(NotImplementedError, match=said):
             experts_vjp.moe_mlp(x, up, up, down, ids, weights)
-        with dispatch.compiling_for("cuda", H100), pytest.raises(NotImplementedError, match=said):
+        with dispatch.target_device("cuda", H100), pytest.raises(NotImplementedError, match=said):
             kernels.moe_mlp(x, up, up, down, ids, weights, implementation="pallas")
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from dantinox import kernels
-from dantinox.kernels.dispatch import compiling_for
+from dantinox.kernels.dispatch import target_device
 
 ROOT = Path(__file__).parents[3]
 PYTHON = ROOT / ".venv-aot/bin/python"
@@ -58,14 +58,14 @@ def test_the_interpreter_notices(tmp_path, fault):
 def test_without_an_nvidia_gpu_triton_says_why():
     x, w, ids = jnp.ones((2, 4)), jnp.ones((2, 4, 4)), jnp.zeros((2, 1), int)
     for platform, kind in (("cpu", "cpu"), ("tpu", "TPU v6 lite"), ("gpu", "AMD Instinct MI300X")):
-        with compiling_for(platform, kind), pytest.raises(NotImplementedError, match="NVIDIA"):
+        with target_device(platform, kind), pytest.raises(NotImplementedError, match="NVIDIA"):
             kernels.moe_mlp(x, w, w, w, ids, jnp.ones((2, 1)), implementation="triton")
 
 
 def test_without_jax_triton_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "jax_triton", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with compiling_for("gpu", "NVIDIA A100-SXM4-80GB"), pytest.raises(NotImplementedError, match="EXTRAS=triton"):
+    with target_device("gpu", "NVIDIA A100-SXM4-80GB"), pytest.raises(NotImplementedError, match="EXTRAS=triton"):
         kernels.moe_mlp(
             jnp.ones((2, 4)), *[jnp.ones((2, 4, 4))] * 3, jnp.zeros((2, 1), int), jnp.ones((2, 1)),
             implementation="triton",

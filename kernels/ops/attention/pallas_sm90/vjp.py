@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dantinox.kernels.ops.attention.pallas_sm90 import bwd, fwd
 from dantinox.kernels.ops.attention.pallas_sm90.common import Static
 from dantinox.kernels.ops.attention.segment_ids import without_unseen
-from dantinox.kernels.vma import vary
+from dantinox.kernels.vma import match_vma
 
 Array = jax.Array
 Segments = tuple[Array, Array]
@@ -76,7 +76,7 @@ def _attend_backward(static: Static, kept: tuple, do: Array) -> tuple:
     q, k, v, gate, segments, ungated, lse = kept
     do, dgate, delta = before_backward(do, ungated, gate)
     dq, dk, dv = bwd.backward(q, k, v, do, lse, delta, segments, static)
-    return vary(dq, q), vary(dk, k), vary(dv, v), dgate, None
+    return match_vma(dq, q), match_vma(dk, k), match_vma(dv, v), dgate, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -87,7 +87,7 @@ def _forward(q, k, v, gate, segments, static, *, residuals: bool) -> dict[str, A
     whole = lambda x: x if x is None else jnp.pad(x, ((0, 0), (0, -x.shape[1] % fwd.SIDE), (0, 0), (0, 0)))
     out = fwd.forward(*map(whole, (q, k, v, gate)), segments, static, residuals=residuals)
     cut = lambda name, x: x[..., : static.T] if name == "lse" else x[:, : static.T]
-    return {name: vary(cut(name, x), q) for name, x in out.items()}
+    return {name: match_vma(cut(name, x), q) for name, x in out.items()}
 
 
 def before_backward(do: Array, ungated: Array, gate: Array | None) -> tuple[Array, Array | None, Array]:

@@ -10,7 +10,7 @@ import functools
 
 import numpy as np
 
-from dantinox.kernels.dispatch import Device, device
+from dantinox.kernels.dispatch import Device, current_device
 from dantinox.kernels.ops.attention.pallas_tpu.block_schedule import FIRST, MASKED, plan
 from dantinox.kernels.ops.attention.pallas_tpu.common import Tiles
 
@@ -42,7 +42,7 @@ def interpreted_slow(B: int, T: int, S: int, H: int, window: int | None) -> bool
     0.5 to 0.9 times with 5 to 8 million.
     """
     scores = B * H * T * min(S, (S if window is None else window) + 128)
-    return device().platform == "cpu" and scores < 2**22
+    return current_device().platform == "cpu" and scores < 2**22
 
 
 def _cpu(heads: int, G: int, T: int, S: int, causal: bool, window: int | None) -> Tiles:

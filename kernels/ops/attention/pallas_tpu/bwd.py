@@ -162,7 +162,7 @@ def backward(
             waiting,
             segments=segments,
             name="attention_backward",
-            cost=cost.part(len(visible) / sum(map(len, plans.values()))),
+            cost=cost.scaled(len(visible) / sum(map(len, plans.values()))),
         )
         if span is None:
             dq = found

@@ -311,7 +311,7 @@ def call(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
-        cost_estimate=cost.estimate(),
+        cost_estimate=cost.to_pallas(),
         interpret=static.interpret,
         name=name,
     )

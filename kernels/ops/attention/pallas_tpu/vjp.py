@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dantinox.kernels import cost
-from dantinox.kernels.dispatch import device
+from dantinox.kernels.dispatch import current_device
 from dantinox.kernels.ops.attention.pallas_tpu import block_sizes, bwd, fwd
 from dantinox.kernels.ops.attention.pallas_tpu.common import ALIKE, APART, MIXED, Segments, Static
 from dantinox.kernels.ops.attention.segment_ids import pairs, whole, without_unseen
@@ -38,7 +38,7 @@ def attention(
     k, v, segment_ids = without_unseen(k, v, segment_ids, T=T, causal=causal, window=window)
     S = k.shape[1]
 
-    G, here = H // K, device()
+    G, here = H // K, current_device()
     sizes = {"heads": B * K, "G": G, "T": T, "S": S, "D": D, "itemsize": q.dtype.itemsize}
     chosen = block_sizes.choose(here, causal=causal, window=window, **sizes)
     static = Static(T, S, G, causal, window, scale, softcap, chosen, here.platform == "cpu")

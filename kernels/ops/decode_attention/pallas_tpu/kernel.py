@@ -33,7 +33,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dantinox.kernels import cost
-from dantinox.kernels.dispatch import device
+from dantinox.kernels.dispatch import current_device
 from dantinox.kernels.ops.decode_attention.kv_cache import KVCache, append, held, stored
 from dantinox.kernels.ops.decode_attention.pallas_tpu.block_table import Visits, visits
 
@@ -78,7 +78,7 @@ def decode_attention(
     if 0 in (B, H, D):
         return jnp.zeros_like(q), append(cache, k, v)
     limit = C if window is None else min(C, int(window))
-    interpret = device().platform == "cpu"
+    interpret = current_device().platform == "cpu"
     rows, lanes = min(C, TILE_BYTES // cache.k.dtype.itemsize), min(C, LANES)
     tile = rows if cache.k_scale is None else lanes
     block = C if interpret and C <= CPU_BLOCK else _block(C, limit, tile, K * D * cache.k.dtype.itemsize, interpret)
@@ -124,7 +124,7 @@ def interpreted_slow(C: int) -> bool:
     Measured on 2 cores, in times of `xla.py`: a full ring of 4096 slots 0.8, of 32768 0.7, eight of 4096 0.7; 3000 of
     4096 slots 0.8, eight times 1500 0.5; 512 of 32768 1 / 13.
     """
-    return device().platform == "cpu" and C < 1024
+    return current_device().platform == "cpu" and C < 1024
 
 
 def _block(C: int, limit: int, rows: int, slot_bytes: int, interpret: bool) -> int:
@@ -306,7 +306,7 @@ def _call(
             ),
             input_output_aliases=aliases,
             compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
-            cost_estimate=spent.estimate(),
+            cost_estimate=spent.to_pallas(),
             interpret=static.interpret,
             name="decode_attention",
         )(*operands)

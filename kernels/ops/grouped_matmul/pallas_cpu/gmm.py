@@ -194,7 +194,7 @@ def call(
                 in_specs=[],
                 out_specs=[whole(shape.shape) for shape in shapes],
             ),
-            cost_estimate=Cost(flops, moved).estimate(),
+            cost_estimate=Cost(flops, moved).to_pallas(),
             interpret=True,
             name=name,
         )(*operands)

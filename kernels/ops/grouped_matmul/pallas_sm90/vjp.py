@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dantinox.kernels.dispatch import device
+from dantinox.kernels.dispatch import current_device
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import gmm, tgmm
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90.warp_specialized import Static
-from dantinox.kernels.vma import vary
+from dantinox.kernels.vma import match_vma
 
 Array = jax.Array
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -59,13 +59,13 @@ def grouped_matmul(
     if 0 in (*x.shape, *w.shape):
         return jnp.zeros((x.shape[0], w.shape[2]), x.dtype)
     # The sum over devices of a matrix that all of them have is taken where it begins to vary: before the kernels.
-    x, w, group_sizes = (vary(each, x, w, group_sizes) for each in (x, w, group_sizes))
-    return _matmul(x, w, group_sizes, Static(blocks or cores(device().kind), interpret, width))
+    x, w, group_sizes = (match_vma(each, x, w, group_sizes) for each in (x, w, group_sizes))
+    return _matmul(x, w, group_sizes, Static(blocks or cores(current_device().kind), interpret, width))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _matmul(x: Array, w: Array, group_sizes: Array, static: Static) -> Array:
-    return vary(gmm.product([x], [w], group_sizes, static), x)
+    return match_vma(gmm.product([x], [w], group_sizes, static), x)
 
 
 def _matmul_forward(x: Array, w: Array, group_sizes: Array, static: Static) -> tuple[Array, tuple]:
@@ -76,7 +76,7 @@ def _matmul_backward(static: Static, kept: tuple, dy: Array) -> tuple:
     x, w, group_sizes = kept
     dx = gmm.product([dy], [w], group_sizes, static, transposed=True, name="grouped_matmul_dx")
     dw = tgmm.summed(x, dy, group_sizes, static, name="grouped_matmul_dw")
-    return vary(dx, x), vary(dw, w), np.zeros(group_sizes.shape, jax.dtypes.float0)
+    return match_vma(dx, x), match_vma(dw, w), np.zeros(group_sizes.shape, jax.dtypes.float0)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)

@@ -122,7 +122,7 @@ def product(
             vmem_limit_bytes=chosen.vmem,
             disable_bounds_checks=True,  # 45 bundles a step; the tables have no block that is not there
         ),
-        cost_estimate=Cost(2 * N * K * J * len(ws), moved).estimate(),
+        cost_estimate=Cost(2 * N * K * J * len(ws), moved).to_pallas(),
         name=name,
     )(*tables, *operands)
     return [x if kind == "wide" else jnp.sum(x, axis=0) for x, kind in zip(found, outs, strict=True)]

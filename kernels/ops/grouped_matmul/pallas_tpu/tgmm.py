@@ -64,7 +64,7 @@ def summed(x: Array, dys: Sequence[Array], group_sizes: Array, here: Device, *, 
             vmem_limit_bytes=chosen.vmem,
             disable_bounds_checks=True,  # as in the forward kernel
         ),
-        cost_estimate=Cost(2 * N * M * F * len(dys), moved).estimate(),
+        cost_estimate=Cost(2 * N * M * F * len(dys), moved).to_pallas(),
         name=name,
     )(*tables, *operands)
 

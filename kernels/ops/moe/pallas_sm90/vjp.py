@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dantinox.kernels.dispatch import device
+from dantinox.kernels.dispatch import current_device
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import gmm, tgmm
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90.vjp import cores, refusal
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90.warp_specialized import Static
 from dantinox.kernels.ops.moe import vjp
 from dantinox.kernels.ops.moe.pallas_sm90 import kernel as experts_kernel
-from dantinox.kernels.vma import vary
+from dantinox.kernels.vma import match_vma
 
 Array = jax.Array
 
@@ -24,22 +24,22 @@ class Hopper(NamedTuple):
     static: Static
 
     def up(self, x: Array, w_gate: Array, w_up: Array, sizes: Array, *, keep: bool) -> list[Array]:
-        return [vary(each, x) for each in experts_kernel.up(x, w_gate, w_up, sizes, self.static, keep=keep)]
+        return [match_vma(each, x) for each in experts_kernel.up(x, w_gate, w_up, sizes, self.static, keep=keep)]
 
     def down(self, h: Array, w_down: Array, p: Array, sizes: Array) -> Array:
-        return vary(gmm.product([h], [w_down], sizes, self.static, scale=p, name="experts_down"), h)
+        return match_vma(gmm.product([h], [w_down], sizes, self.static, scale=p, name="experts_down"), h)
 
     def back(self, dy: Array, w_down: Array, g: Array, u: Array, p: Array, sizes: Array) -> list[Array]:
-        return [vary(each, dy) for each in experts_kernel.back(dy, w_down, g, u, p, sizes, self.static)]
+        return [match_vma(each, dy) for each in experts_kernel.back(dy, w_down, g, u, p, sizes, self.static)]
 
     def dx(self, dg: Array, du: Array, w_gate: Array, w_up: Array, sizes: Array) -> Array:
         options = {"transposed": True, "name": "experts_dx"}
-        return vary(gmm.product([dg, du], [w_gate, w_up], sizes, self.static, **options), dg)
+        return match_vma(gmm.product([dg, du], [w_gate, w_up], sizes, self.static, **options), dg)
 
     def dw(self, x: Array, dys: Sequence[Array], sizes: Array, name: str) -> list[Array]:
         # One after the other: x comes from memory again, but products take longer than all that they read does where
         # M F / (M + F) is above 270 (F of 320 beside M of 2048). A tile of both would read as much from L2.
-        return [vary(tgmm.summed(x, dy, sizes, self.static, name=name), x) for dy in dys]
+        return [match_vma(tgmm.summed(x, dy, sizes, self.static, name=name), x) for dy in dys]
 
 
 def moe_mlp(
@@ -64,5 +64,5 @@ def moe_mlp(
     if 0 in (*x.shape, *w_gate.shape):
         return jnp.zeros_like(x)
     given = x, w_gate, w_up, w_down, expert_ids, expert_weights
-    on = vjp.Products(Hopper(Static(blocks or cores(device().kind), interpret, width)))
-    return vjp.experts(*(vary(each, *given) for each in given), on)
+    on = vjp.Products(Hopper(Static(blocks or cores(current_device().kind), interpret, width)))
+    return vjp.experts(*(match_vma(each, *given) for each in given), on)
