@@ -24,7 +24,7 @@ from bench.timer import clock
 from dantinox import kernels
 from dantinox.kernels import workloads
 from dantinox.kernels.cost import Cost
-from dantinox.kernels.ops.decode_attention.kv_cache import stored
+from dantinox.kernels.ops.decode_attention.kv_cache import quantize
 from dantinox.kernels.workloads.types import Decode, Workload
 
 Tree = dict[str, Any]
@@ -198,7 +198,7 @@ def arguments(spec: Workload, seed: int = 0) -> tuple[Tree, Tree, jax.Array]:
     state = {}
     if isinstance(spec, Decode):
         for name in ("k", "v"):
-            numbers, factors = stored(_normal(rng, spec.cache_shape(), dtype), spec.kv_dtype or dtype)
+            numbers, factors = quantize(_normal(rng, spec.cache_shape(), dtype), spec.kv_dtype or dtype)
             state |= {name: numbers} if factors is None else {name: numbers, f"{name}_scale": factors}
     return inputs, state, _normal(rng, spec.out_shape(), dtype)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from dantinox.config import ModelConfig
 from dantinox.kernels import KVCache
-from dantinox.kernels.ops.decode_attention.kv_cache import held, stored
+from dantinox.kernels.ops.decode_attention.kv_cache import dequantize, quantize
 from dantinox.model.attention import Past
 from dantinox.model.layers import rms_norm
 from dantinox.model.transformer import Transformer
@@ -65,7 +65,7 @@ def append(cache: KVCache, k: Array, v: Array, count: Array) -> KVCache:
         # Split indices put their axes first: [B, T, K, ...], as x has them.
         return ring.at[jnp.arange(B)[:, None], :, slot].set(x, mode="drop", unique_indices=True)
 
-    (k, k_scale), (v, v_scale) = (stored(x, cache.k.dtype) for x in (k, v))
+    (k, k_scale), (v, v_scale) = (quantize(x, cache.k.dtype) for x in (k, v))
     rings = written(cache.k, k), written(cache.v, v), length
     return KVCache(*rings, written(cache.k_scale, k_scale), written(cache.v_scale, v_scale))
 
@@ -77,7 +77,7 @@ def earlier(cache: KVCache, start: Array, count: int, dtype: jnp.dtype) -> Past:
 
     def read(ring: Array, scale: Array | None) -> Array:
         ring, scale = (x if x is None else jnp.take(x, slot, axis=2) for x in (ring, scale))
-        return held(ring, scale, dtype).swapaxes(1, 2)
+        return dequantize(ring, scale, dtype).swapaxes(1, 2)
 
     k, v = read(cache.k, cache.k_scale), read(cache.v, cache.v_scale)
     return k, v, jnp.broadcast_to(position >= 0, (cache.k.shape[0], count))

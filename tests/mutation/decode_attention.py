@@ -53,7 +53,7 @@ MUTANTS: list[Mutant] = [
         ("factors of the values dropped", 'p * v_scale if "v scale" in refs else p', "p", "output"),
         ("factors of empty slots count", "jnp.where(old((1, size)), v_scale, 0)", "v_scale", "empty_slots"),
         ("the tile leaves without its factor", "jnp.where(lane == slot, refs", "jnp.where(lane < 0, refs", "appends"),
-        ("numbers that the ring will not hold", "held(*new, q.dtype) if eight_bits else new[0]",
+        ("numbers that the ring will not hold", "dequantize(*new, q.dtype) if eight_bits else new[0]",
          "k if name == 'k' else v", "output"),
     ),
     *planted(

@@ -11,7 +11,7 @@ Array = jax.Array
 Ids = tuple[Array, Array]
 
 
-def without_unseen(
+def zero_unattended_keys(
     k: Array, v: Array, segment_ids: Ids | None, *, T: int, causal: bool, window: int | None
 ) -> tuple[Array, Array, Ids | None]:
     """k, v [B, S, K, D] and the ids without what no query sees: keys before every window are cut off, keys of no
@@ -25,12 +25,12 @@ def without_unseen(
         k, v = k[:, -seen:], v[:, -seen:]
         segment_ids = None if segment_ids is None else (segment_ids[0], segment_ids[1][:, -seen:])
     if segment_ids is not None and segment_ids[0] is not segment_ids[1]:
-        here = seen_keys(*segment_ids, causal=causal, window=window)[:, :, None, None]
+        here = attended_keys(*segment_ids, causal=causal, window=window)[:, :, None, None]
         k, v = jnp.where(here, k, 0), jnp.where(here, v, 0)
     return k, v, segment_ids
 
 
-def seen_keys(q_ids: Array, kv_ids: Array, *, causal: bool, window: int | None) -> Array:
+def attended_keys(q_ids: Array, kv_ids: Array, *, causal: bool, window: int | None) -> Array:
     """[B, S]: keys that some query sees. Two comparisons a pair, in steps that keep memory linear."""
     (B, T), S = q_ids.shape, kv_ids.shape[1]
     step = 128
@@ -50,7 +50,7 @@ def seen_keys(q_ids: Array, kv_ids: Array, *, causal: bool, window: int | None) 
     return jax.lax.fori_loop(0, -(-T // step), look, jnp.zeros((B, S), bool))
 
 
-def pairs(of: Array, tile: int, other: Array, other_tile: int) -> tuple[Array, Array]:
+def block_segment_overlap(of: Array, tile: int, other: Array, other_tile: int) -> tuple[Array, Array]:
     """(apart, alike) [B, tiles of `of`, tiles of `other`]: two tiles share no id; both hold one id, the same."""
     low, high = (x[:, :, None] for x in _ranges(of, tile))
     other_low, other_high = (x[:, None] for x in _ranges(other, other_tile))
@@ -58,11 +58,11 @@ def pairs(of: Array, tile: int, other: Array, other_tile: int) -> tuple[Array, A
     return apart, (low == other_high) & (other_low == high)
 
 
-def spans(of: Array, tile: int, other: Array, other_tile: int) -> Array:
+def kv_block_ranges(of: Array, tile: int, other: Array, other_tile: int) -> Array:
     """int32 [B, tiles of `of`, 4]: of the tiles of `other`, all that are not apart from a tile lie in [start, stop),
     and those in [left, right) are alike. (start, left, right, stop); start is their number and stop 0 where none is.
     """
-    apart, alike = pairs(of, tile, other, other_tile)
+    apart, alike = block_segment_overlap(of, tile, other, other_tile)
     n = apart.shape[2]
     at = jnp.arange(n)
     start, stop = jnp.min(jnp.where(apart, n, at), axis=2), jnp.max(jnp.where(apart, 0, at + 1), axis=2)
@@ -71,12 +71,12 @@ def spans(of: Array, tile: int, other: Array, other_tile: int) -> Array:
     return jnp.stack([start, left, right, stop], axis=2).astype(jnp.int32)
 
 
-def whole(ids: Array, tile: int) -> Array:
+def pad_ids_to_block(ids: Array, tile: int) -> Array:
     """[B, n] up to a multiple of the tile; padding repeats the last id, so that it widens no range."""
     return jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % tile)), mode="edge")
 
 
 def _ranges(ids: Array, tile: int) -> tuple[Array, Array]:
     """The least and the greatest id of each tile, [B, tiles]."""
-    tiles = whole(ids, tile).reshape(ids.shape[0], -1, tile)
+    tiles = pad_ids_to_block(ids, tile).reshape(ids.shape[0], -1, tile)
     return tiles.min(2), tiles.max(2)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from dantinox.kernels import validation
 from dantinox.kernels.dispatch import on_gpu, select_implementation, unsupported_reason
 from dantinox.kernels.ops.decode_attention import xla
-from dantinox.kernels.ops.decode_attention.kv_cache import LARGEST, KVCache
+from dantinox.kernels.ops.decode_attention.kv_cache import QMAX, KVCache
 from dantinox.kernels.ops.decode_attention.pallas_tpu import kernel
 
 Array = jax.Array
@@ -89,7 +89,7 @@ def decode_attention(
 
 def _scales(cache: KVCache, k: Array, v: Array) -> tuple[Array | None, Array | None]:
     """The factors of an 8-bit cache, checked."""
-    eight_bits = k.dtype in LARGEST or v.dtype in LARGEST
+    eight_bits = k.dtype in QMAX or v.dtype in QMAX
     if not eight_bits:
         validation.check_floating(**{"cache.k": k, "cache.v": v})
     elif k.dtype != v.dtype:

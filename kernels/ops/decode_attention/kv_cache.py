@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
-LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
+QMAX = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
 """The 8-bit dtypes of a ring, and the largest number of each."""
 
 
@@ -35,14 +35,14 @@ class KVCache(NamedTuple):
     def zeros(cls, batch: int, kv_heads: int, slots: int, head_dim: int, dtype: jnp.dtype) -> "KVCache":
         """An empty cache of `slots` slots C."""
         shape = (batch, kv_heads, slots, head_dim)
-        scale = lambda: jnp.zeros(shape[:3], jnp.float32) if jnp.dtype(dtype) in LARGEST else None
+        scale = lambda: jnp.zeros(shape[:3], jnp.float32) if jnp.dtype(dtype) in QMAX else None
         length = jnp.zeros((batch,), jnp.int32)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), length, scale(), scale())
 
 
-def stored(x: Array, dtype: jnp.dtype) -> tuple[Array, Array | None]:
+def quantize(x: Array, dtype: jnp.dtype) -> tuple[Array, Array | None]:
     """Vectors [..., D] as a ring of `dtype` holds them: (numbers [..., D], factors [...] float32 or None)."""
-    if (largest := LARGEST.get(jnp.dtype(dtype))) is None:
+    if (largest := QMAX.get(jnp.dtype(dtype))) is None:
         return x.astype(dtype), None
     x = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), axis=-1) / largest
@@ -54,7 +54,7 @@ def stored(x: Array, dtype: jnp.dtype) -> tuple[Array, Array | None]:
     return jnp.clip(fraction, -largest, largest).astype(dtype), scale
 
 
-def held(x: Array, scale: Array | None, dtype: jnp.dtype) -> Array:
+def dequantize(x: Array, scale: Array | None, dtype: jnp.dtype) -> Array:
     """What `stored` vectors hold, [..., D] in `dtype`."""
     if scale is None:
         return x.astype(dtype)
@@ -77,7 +77,7 @@ def put(ring: Array, x: Array, slot: Array) -> Array:
 def append(cache: KVCache, k: Array, v: Array) -> KVCache:
     """One token a sequence, k and v [B, K, D], at slot length % C; length goes up by one."""
     slot = cache.length % cache.k.shape[2]
-    new = [*stored(k, cache.k.dtype), *stored(v, cache.v.dtype)]
+    new = [*quantize(k, cache.k.dtype), *quantize(v, cache.v.dtype)]
     # Behind the barrier the new cache has one maker; without it XLA writes it once for each of its readers.
     k, k_scale, v, v_scale = jax.lax.optimization_barrier(
         tuple(

@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from dantinox.kernels.ops.grouped_matmul.group_metadata import owned
+from dantinox.kernels.ops.grouped_matmul.group_metadata import zero_unassigned_rows
 
 Array = jax.Array
 
 
 def ragged(x: Array, w: Array, group_sizes: Array) -> Array:
     # What nobody owns is cleared before too, so that a NaN there cannot reach dw.
-    x = owned(x, group_sizes)
-    return owned(jax.lax.ragged_dot(x, w, group_sizes.astype(jnp.int32)), group_sizes)
+    x = zero_unassigned_rows(x, group_sizes)
+    return zero_unassigned_rows(jax.lax.ragged_dot(x, w, group_sizes.astype(jnp.int32)), group_sizes)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dantinox.kernels.dispatch import current_device
-from dantinox.kernels.ops.grouped_matmul.group_metadata import owned
+from dantinox.kernels.ops.grouped_matmul.group_metadata import zero_unassigned_rows
 from dantinox.kernels.ops.grouped_matmul.ragged_dot import ragged
 
 Array = jax.Array
@@ -93,7 +93,7 @@ def _matmul_loop(x: Array, w: Array, group_sizes: Array, transpose: bool) -> Arr
         return _walk(tiles, starts[e], ends[e], tile, y)
 
     y = jnp.empty((x.shape[0], w.shape[1 if transpose else 2]), x.dtype)  # every owned row is written below
-    return owned(jax.lax.fori_loop(0, w.shape[0], group, y)[:N], group_sizes)
+    return zero_unassigned_rows(jax.lax.fori_loop(0, w.shape[0], group, y)[:N], group_sizes)
 
 
 def _weight_grad_loop(x: Array, dy: Array, group_sizes: Array, dtype: jnp.dtype) -> Array:

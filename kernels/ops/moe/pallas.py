@@ -5,7 +5,7 @@ import jax
 from dantinox.kernels.dispatch import current_device
 from dantinox.kernels.ops.moe import pallas_cpu
 from dantinox.kernels.ops.moe.pallas_tpu import MosaicTpu
-from dantinox.kernels.ops.moe.vjp import Products, experts
+from dantinox.kernels.ops.moe.vjp import KernelsBackend, experts
 
 Array = jax.Array
 
@@ -13,5 +13,5 @@ Array = jax.Array
 def moe_mlp(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array) -> Array:
     """See `dantinox.kernels.moe_mlp`; arguments are checked there."""
     here = current_device()
-    on = pallas_cpu if here.platform == "cpu" else Products(MosaicTpu(here))
+    on = pallas_cpu if here.platform == "cpu" else KernelsBackend(MosaicTpu(here))
     return experts(x, w_gate, w_up, w_down, expert_ids, expert_weights, on)

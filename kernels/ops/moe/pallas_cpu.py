@@ -23,9 +23,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dantinox.kernels.ops.grouped_matmul.common import dot
-from dantinox.kernels.ops.grouped_matmul.group_metadata import owned
+from dantinox.kernels.ops.grouped_matmul.group_metadata import zero_unassigned_rows
 from dantinox.kernels.ops.grouped_matmul.pallas_cpu.gmm import bounds, busy_first, call, fitting, own, put, walk
-from dantinox.kernels.ops.moe.swiglu import swiglu, through
+from dantinox.kernels.ops.moe.swiglu import swiglu, swiglu_bwd
 
 Array = jax.Array
 
@@ -55,7 +55,10 @@ def forward(x: Array, ws: Sequence[Array], p: Array, sizes: Array, *, keep: bool
     groups, steps = busy_first(sizes)
     operands = [groups, bounds(sizes), *ws, x, p]
     y, *kept = call(kernel, operands, shapes, steps, 6 * R * M * F, "experts")
-    return [owned(y, sizes), *kept]  # a loop for nobody's rows in the kernel takes as long as a single token does
+    return [
+        zero_unassigned_rows(y, sizes),
+        *kept,
+    ]  # a loop for nobody's rows in the kernel takes as long as a single token does
 
 
 def backward(
@@ -71,7 +74,7 @@ def backward(
 
         def tile(rows: Any, mine: Array | None, sums: list[Array]) -> list[Array]:
             x, dy, p, g, u = (own(ref, rows, mine) for ref in row_refs)
-            dg, du, ph, sh = through(dot(dy, down, (1, 1)), g, u, p[:, None])
+            dg, du, ph, sh = swiglu_bwd(dot(dy, down, (1, 1)), g, u, p[:, None])
             dg, du, ph = (each.astype(dtype) for each in (dg, du, ph))
             put(dx_ref, rows, mine, dot(dg, gate, (1, 1)) + dot(du, up, (1, 1)))
             put(dp_ref, rows, mine, jnp.sum(sh, axis=1))
@@ -86,7 +89,7 @@ def backward(
     shapes += [jax.ShapeDtypeStruct(w.shape, dtype) for w in ws]
     operands = [bounds(sizes), *ws, x, dy, p, g, u]
     dx, dp, *dws = call(kernel, operands, shapes, E, 12 * R * M * F, "experts_backward")
-    return owned(dx, sizes), dws, owned(dp, sizes)
+    return zero_unassigned_rows(dx, sizes), dws, zero_unassigned_rows(dp, sizes)
 
 
 def _walk(R: int, starts: Any, e: Array, tile: Callable[..., Any], carry: Any = None) -> Any:

@@ -7,7 +7,7 @@ import jax
 
 from dantinox.kernels.dispatch import Device
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu import gmm, tgmm
-from dantinox.kernels.ops.moe.swiglu import swiglu, through
+from dantinox.kernels.ops.moe.swiglu import swiglu, swiglu_bwd
 
 Array = jax.Array
 
@@ -28,7 +28,7 @@ class MosaicTpu(NamedTuple):
 
     def back(self, dy: Array, w_down: Array, g: Array, u: Array, p: Array, sizes: Array) -> Sequence[Array]:
         outs = ("wide", "wide", "wide", "thin")
-        options = {"transposed": True, "epilogue": through, "wide": [g, u], "thin": [p[None]], "outs": outs}
+        options = {"transposed": True, "epilogue": swiglu_bwd, "wide": [g, u], "thin": [p[None]], "outs": outs}
         *wide, dp = gmm.product([dy], [w_down], sizes, self.here, **options, name="experts_dh")
         return *wide, dp[0]
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-def gathered(rows: Array, place: Array) -> Array:
+def unpermute_and_sum(rows: Array, place: Array) -> Array:
     """The sum of each token's rows."""
     wide = (rows[place[:, j]].astype(jnp.float32) for j in range(place.shape[1]))
     return functools.reduce(jnp.add, wide).astype(rows.dtype)

@@ -11,7 +11,7 @@ def swiglu(g: Array, u: Array) -> Array:
     return g * jax.nn.sigmoid(g) * u
 
 
-def through(s: Array, g: Array, u: Array, p: Array) -> tuple[Array, Array, Array, Array]:
+def swiglu_bwd(s: Array, g: Array, u: Array, p: Array) -> tuple[Array, Array, Array, Array]:
     """dg, du, p h and s h, which is dp before its sum; s, g, u [n, F], p [n, 1] or as wide."""
     g, u = g.astype(jnp.float32), u.astype(jnp.float32)
     open_ = jax.nn.sigmoid(g)

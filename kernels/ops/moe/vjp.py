@@ -25,12 +25,12 @@ import jax
 import jax.numpy as jnp
 
 from dantinox.kernels.ops.grouped_matmul.common import no_gradient
-from dantinox.kernels.ops.moe.routing import gathered, sorted_weights
+from dantinox.kernels.ops.moe.routing import sorted_weights, unpermute_and_sum
 
 Array = jax.Array
 
 
-class Mixture(Protocol):
+class ExpertsBackend(Protocol):
     """The experts of R rows sorted by expert: `sizes` [E] says how many each has, p [R] their weights.
 
     ws: w_gate, w_up [E, M, F], w_down [E, F, M].
@@ -45,7 +45,7 @@ class Mixture(Protocol):
         """dx [R, M]; dw of each of ws; dp [R]."""
 
 
-class Kernels(Protocol):
+class ExpertsKernels(Protocol):
     """The products of a mixture on an accelerator, a kernel each."""
 
     def up(self, x: Array, w_gate: Array, w_up: Array, sizes: Array, *, keep: bool) -> Sequence[Array]:
@@ -64,10 +64,10 @@ class Kernels(Protocol):
         """[E, columns of x, columns of dy] for each dy."""
 
 
-class Products(NamedTuple):
+class KernelsBackend(NamedTuple):
     """A mixture made of such kernels."""
 
-    on: Kernels
+    on: ExpertsKernels
 
     def forward(self, x: Array, ws: Sequence[Array], p: Array, sizes: Array, *, keep: bool) -> Sequence[Array]:
         w_gate, w_up, w_down = ws
@@ -85,7 +85,7 @@ class Products(NamedTuple):
 
 
 def experts(
-    x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array, on: Mixture
+    x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array, on: ExpertsBackend
 ) -> Array:
     """As `dantinox.kernels.moe_mlp`, by the mixture given, which must be hashable."""
     (N, k), E = expert_ids.shape, w_gate.shape[0]
@@ -106,7 +106,7 @@ def _experts(
     order: Array,
     place: Array,
     sizes: Array,
-    on: Mixture,
+    on: ExpertsBackend,
 ) -> Array:
     """p [N, k]; order [N k]: of each sorted row its token and slot; place [N, k]: the sorted row of each of these."""
     return _forward(x, w_gate, w_up, w_down, p, order, place, sizes, on, keep=False)[0]
@@ -120,15 +120,15 @@ def _experts_forward(x, w_gate, w_up, w_down, p, order, place, sizes, on):
 def _forward(x, w_gate, w_up, w_down, p, order, place, sizes, on, *, keep):
     rows, ws = x[order // p.shape[1]], (w_gate, w_up, w_down)
     y, *kept = on.forward(rows, ws, sorted_weights(p, order), sizes, keep=keep)
-    return gathered(y, place), *kept
+    return unpermute_and_sum(y, place), *kept
 
 
-def _experts_backward(on: Mixture, saved: tuple, dout: Array) -> tuple:
+def _experts_backward(on: ExpertsBackend, saved: tuple, dout: Array) -> tuple:
     x, w_gate, w_up, w_down, p, order, place, sizes, g, u = saved
     token, ws = order // p.shape[1], (w_gate, w_up, w_down)
     dx, dws, dp = on.backward(x[token], dout[token], ws, sorted_weights(p, order), sizes, g, u)
     none = [no_gradient(ids) for ids in (order, place, sizes)]
-    return gathered(dx, place), *dws, dp[place].astype(p.dtype), *none
+    return unpermute_and_sum(dx, place), *dws, dp[place].astype(p.dtype), *none
 
 
 _experts.defvjp(_experts_forward, _experts_backward)

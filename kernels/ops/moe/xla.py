@@ -8,7 +8,7 @@ devices the products are those of `lax.ragged_dot`.
 import jax
 import jax.numpy as jnp
 
-from dantinox.kernels.ops.grouped_matmul.group_metadata import owned
+from dantinox.kernels.ops.grouped_matmul.group_metadata import zero_unassigned_rows
 from dantinox.kernels.ops.grouped_matmul.xla import (
     Tiles,
     _by_platform,
@@ -111,13 +111,13 @@ def _experts_cpu_fwd(x: Array, w_gate: Array, w_up: Array, w_down: Array, group_
     tiles = _experts_tiles(N := x.shape[0])
     x = _pad(x, tiles)
     y, gate, up = _experts_loop(tiles, x, w_gate, w_up, w_down, group_sizes)
-    return owned(y[:N], group_sizes), (x, gate, up, w_gate, w_up, w_down, group_sizes)
+    return zero_unassigned_rows(y[:N], group_sizes), (x, gate, up, w_gate, w_up, w_down, group_sizes)
 
 
 def _experts_cpu_bwd(saved: tuple, dy: Array) -> tuple:
     tiles = _experts_tiles(N := dy.shape[0])
     dx, *dws = _experts_loop_bwd(tiles, *saved, _pad(dy, tiles))
-    return owned(dx[:N], saved[-1]), *dws, _no_grad(saved[-1])
+    return zero_unassigned_rows(dx[:N], saved[-1]), *dws, _no_grad(saved[-1])
 
 
 _experts_cpu.defvjp(_experts_cpu_fwd, _experts_cpu_bwd)

@@ -8,7 +8,7 @@ from bench.aot import gmm_bundles, tables, tpu_schedule
 from bench.aot.tpu_schedule import Part
 from dantinox.kernels import workloads
 from dantinox.kernels.dispatch import Device
-from dantinox.kernels.ops.grouped_matmul.group_metadata import visits
+from dantinox.kernels.ops.grouped_matmul.group_metadata import make_group_metadata
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu import block_sizes
 from dantinox.kernels.workloads import types as workload_types
 from tests import numpy_interpreter
@@ -73,14 +73,14 @@ def test_what_is_taken_is_what_the_kernel_visits(name, skew):
         itemsize=2,
         plain=True,
     )
-    plan = numpy_interpreter.run(lambda sizes: visits(sizes, spec.N, tile.rows), sizes)
+    plan = numpy_interpreter.run(lambda sizes: make_group_metadata(sizes, spec.N, tile.rows), sizes)
     count = int(plan.count)
     (work,) = gmm_bundles.candidates(spec, "pallas", "grouped_matmul.1", V6E, sizes)
     across, strips = spec.F // tile.columns, tile.columns // tile.strip
     assert work.steps == across * count
     owner = np.repeat(np.arange(spec.E), sizes)
     chunks, whole, spoils = [], 0, 0
-    for group, row, low in zip(plan.group[:count], plan.row[:count], plan.low[:count], strict=True):
+    for group, row, low in zip(plan.group[:count], plan.row[:count], plan.row_start[:count], strict=True):
         mine = [(owner[at : at + tile.chunk] == group).any() for at in range(row, row + tile.rows, tile.chunk)]
         if mine[-1] and low <= row and len(mine) > 1:
             whole += 1

@@ -25,7 +25,7 @@ def cut(ids: np.ndarray, tile: int) -> list[set[int]]:
 def test_a_span_holds_all_that_share_an_id_and_its_middle_one_id_alone(order):
     for (n, m), (tile, other) in itertools.product(((200, 200), (37, 130), (130, 1)), ((32, 16), (16, 64))):
         of, to = (ORDERS[order](size).astype(np.int32) for size in (n, m))
-        found = np.asarray(segment_ids.spans(jnp.asarray(of), tile, jnp.asarray(to), other))
+        found = np.asarray(segment_ids.kv_block_ranges(jnp.asarray(of), tile, jnp.asarray(to), other))
         for row, here, there in zip(found, of, to):
             mine, theirs = cut(here, tile), cut(there, other)
             for ids, (start, left, right, stop) in zip(mine, row, strict=True):
@@ -43,13 +43,13 @@ def test_keys_that_nobody_sees_are_found():
     for causal, window in ((True, None), (True, 40), (False, None)):
         distance = np.arange(150)[:, None] + 150 - np.arange(300)
         mask = (q_ids[:, :, None] == kv_ids[:, None]) & ((distance >= 0) | (not causal)) & (distance < (window or 999))
-        found = segment_ids.seen_keys(jnp.asarray(q_ids), jnp.asarray(kv_ids), causal=causal, window=window)
+        found = segment_ids.attended_keys(jnp.asarray(q_ids), jnp.asarray(kv_ids), causal=causal, window=window)
         assert np.array_equal(found, mask.any(1))
 
 
 def test_what_nobody_sees_is_cut_off_or_cleared():
     q_ids, kv_ids = jnp.zeros((1, 3), jnp.int32), jnp.asarray([[0, 0, 0, 1, 0, 0, 0, 0]], jnp.int32)
     x = jnp.full((1, 8, 1, 2), jnp.nan).at[:, jnp.asarray([4, 5, 6, 7])].set(1.0)
-    k, v, ids = segment_ids.without_unseen(x, x, (q_ids, kv_ids), T=3, causal=True, window=3)
+    k, v, ids = segment_ids.zero_unattended_keys(x, x, (q_ids, kv_ids), T=3, causal=True, window=3)
     assert k.shape == v.shape == (1, 5, 1, 2) and ids[1].shape == (1, 5)
     assert np.array_equal(k[0, :, 0, 0], [0, 1, 1, 1, 1])

@@ -7,7 +7,7 @@ import pytest
 
 from dantinox import kernels
 from dantinox.kernels.dispatch import target_device
-from dantinox.kernels.ops.decode_attention.kv_cache import LARGEST, held, stored
+from dantinox.kernels.ops.decode_attention.kv_cache import QMAX, dequantize, quantize
 from dantinox.kernels.ops.decode_attention.pallas_tpu import kernel
 from tests import numpy_interpreter
 from tests.helpers import tolerance
@@ -21,7 +21,7 @@ CASES = ["grouped", "window", "multi-query, head gate, cap", "129 slots"]
 
 def ring(step: Step, case, dtype: str) -> kernels.KVCache:
     """The step's ring in 8 bits."""
-    k, v = (stored(jnp.float32(x), dtype) for x in (step.cache_k, step.cache_v))
+    k, v = (quantize(jnp.float32(x), dtype) for x in (step.cache_k, step.cache_v))
     return kernels.KVCache(k[0], v[0], case.integer_inputs()["length"], k[1], v[1])
 
 
@@ -34,8 +34,8 @@ def test_a_slot_keeps_the_nearest_numbers(dtype):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((50, 16)) * 10.0 ** rng.integers(-6, 6, (50, 1))
     x[0], x[1, 1:] = 0, 0
-    numbers, scale = (np.asarray(part, np.float64) for part in stored(jnp.float32(x), dtype))
-    largest = LARGEST[jnp.dtype(dtype)]
+    numbers, scale = (np.asarray(part, np.float64) for part in quantize(jnp.float32(x), dtype))
+    largest = QMAX[jnp.dtype(dtype)]
     every = np.arange(-127, 128) if dtype == "int8" else np.arange(256, dtype=np.uint8).view(jnp.float8_e4m3fn)
     every = every.astype(np.float64)
     every = every[np.isfinite(every)]
@@ -43,7 +43,7 @@ def test_a_slot_keeps_the_nearest_numbers(dtype):
         assert factor == pytest.approx(np.abs(vector).max() / largest, rel=1e-6)
         nearest = np.abs(vector[:, None] - every * factor).min(axis=1)
         np.testing.assert_allclose(np.abs(vector - kept * factor), nearest, atol=1e-5 * np.abs(vector).max())
-    np.testing.assert_array_equal(held(*stored(jnp.float32(x[:1]), dtype), jnp.float32), 0)
+    np.testing.assert_array_equal(dequantize(*quantize(jnp.float32(x[:1]), dtype), jnp.float32), 0)
 
 
 @DTYPES
@@ -57,7 +57,7 @@ def test_the_output_is_that_of_a_ring_of_what_the_slots_hold(name, implementatio
     o, _ = run(implementation, case, step, cache)
     with jax.enable_x64(True):
         wide = lambda numbers, scale: jnp.asarray(np.asarray(numbers, np.float64) * np.asarray(scale)[..., None])
-        rounded = {name: wide(*stored(jnp.float32(step.inputs[name]), dtype)) for name in ("k", "v")}
+        rounded = {name: wide(*quantize(jnp.float32(step.inputs[name]), dtype)) for name in ("k", "v")}
         inputs = {name: jnp.asarray(x) for name, x in (step.inputs | rounded).items()}
         full = kernels.KVCache(wide(cache.k, cache.k_scale), wide(cache.v, cache.v_scale), cache.length)
         expected, _ = program("reference", case)(inputs, full)
@@ -76,7 +76,7 @@ def test_the_token_goes_into_its_slot_and_nothing_else_moves(implementation, dty
     _, after = run(implementation, case, step, before)
     np.testing.assert_array_equal(after.length, np.array(case.lengths) + 1)
     for name in ("k", "v"):
-        numbers, scale = stored(jnp.float32(step.inputs[name]), dtype)
+        numbers, scale = quantize(jnp.float32(step.inputs[name]), dtype)
         for field, new in ((name, numbers), (f"{name}_scale", scale)):
             expected = np.array(getattr(before, field), np.float32)
             for b, length in enumerate(case.lengths):

@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dantinox import kernels
 from dantinox.kernels import dispatch, workloads
-from dantinox.kernels.ops.grouped_matmul.group_metadata import visits
+from dantinox.kernels.ops.grouped_matmul.group_metadata import make_group_metadata
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import gmm, tgmm, vjp, warp_specialized
 from dantinox.kernels.ops.moe.pallas_sm90 import kernel as experts_kernel
 from tests.helpers import cases, race_detector, tolerance
@@ -139,8 +139,8 @@ def test_every_tile_has_its_place_and_a_panel_its_rows():
 
 def test_tiles_that_begin_with_their_group_are_fewer_and_visit_every_row_once():
     rng, N = np.random.default_rng(0), 150
-    plan = jax.jit(functools.partial(visits, N=N, rows=16, unit=8))
-    spanning = jax.jit(functools.partial(visits, N=N, rows=16))
+    plan = jax.jit(functools.partial(make_group_metadata, N=N, rows=16, align=8))
+    spanning = jax.jit(functools.partial(make_group_metadata, N=N, rows=16))
     for _ in range(100):
         sizes = rng.multinomial(rng.integers(0, N + 1), rng.dirichlet([0.4] * 6))
         found = plan(sizes)

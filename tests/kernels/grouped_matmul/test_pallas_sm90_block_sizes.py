@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dantinox.kernels import workloads
-from dantinox.kernels.ops.grouped_matmul.group_metadata import visits
+from dantinox.kernels.ops.grouped_matmul.group_metadata import make_group_metadata
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import block_sizes
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90.gmm import WIDTHS
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90.warp_specialized import PANEL, SIDE
@@ -19,7 +19,7 @@ def wanted(sizes: np.ndarray, J: int, columns: int) -> float:
 
     Tiles go to the cores in turns, those of a panel column after column; a half of 64 rows without a row is left out.
     """
-    plan = visits(sizes, int(sizes.sum()), block_sizes.HEIGHT, unit=SIDE)
+    plan = make_group_metadata(sizes, int(sizes.sum()), block_sizes.HEIGHT, align=SIDE)
     top, low, high = (np.asarray(x)[: int(plan.count)] for x in plan[2:])
     halves = sum((np.maximum(top + n, low) < np.minimum(top + n + 64, high)).astype(int) for n in (0, 64))
     across = -(-J // columns)

@@ -12,7 +12,7 @@ import pytest
 
 from dantinox import kernels
 from dantinox.kernels.dispatch import Device, target_device
-from dantinox.kernels.ops.grouped_matmul.group_metadata import visits
+from dantinox.kernels.ops.grouped_matmul.group_metadata import make_group_metadata
 from dantinox.kernels.ops.grouped_matmul.pallas_cpu import gmm
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu import block_sizes
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu.vmem import contraction, total
@@ -30,7 +30,7 @@ def test_every_row_is_visited_once_by_its_group(sums):
         N, E = sum(sizes) + spare, len(sizes)
         if N == 0:
             continue
-        plan = functools.partial(visits, N=N, rows=rows, sums=sums)
+        plan = functools.partial(make_group_metadata, N=N, rows=rows, visit_empty_groups=sums)
         found = numpy_interpreter.run(lambda sizes, plan=plan: plan(sizes), np.int32(sizes))
         table = np.stack([np.asarray(each)[: int(found.count)] for each in found[1:]], axis=1)
         assert int(found.count) <= len(found.group) == -(-N // rows) + E

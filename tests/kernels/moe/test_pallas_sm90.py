@@ -85,7 +85,7 @@ def test_each_row_finds_its_number_among_those_of_the_visits():
         plan = warp_specialized.plan(sizes, N)
         # Row n of the visits has the number n; what no visit owns is NaN.
         number = plan.row[:, None] + jnp.arange(warp_specialized.HEIGHT)
-        owned = (plan.low[:, None] <= number) & (number < plan.high[:, None])
+        owned = (plan.row_start[:, None] <= number) & (number < plan.row_end[:, None])
         owned &= (jnp.arange(len(plan.group)) < plan.count)[:, None]
         return experts_kernel.of_rows(jnp.where(owned, number + 1.0, jnp.nan), plan, N, E), jnp.sum(sizes)
 

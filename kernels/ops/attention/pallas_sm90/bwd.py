@@ -52,10 +52,10 @@ def backward(
     lse, delta = _whole(lse, 2, PAD, jnp.inf), _whole(delta, 2, PAD)
     for_dq = for_dkv = ()
     if segments is not None:
-        q_ids, k_ids = ids = tuple(packed.whole(x.astype(jnp.int32), PAD) for x in segments)
+        q_ids, k_ids = ids = tuple(packed.pad_ids_to_block(x.astype(jnp.int32), PAD) for x in segments)
         tiles, D = common.TILES[q.shape[-1]], q.shape[-1]
-        for_dq = *ids, packed.spans(q_ids, common.OWN, k_ids, tiles.keys)
-        for_dkv = *ids, packed.spans(k_ids, dkv_kernel.own(D), q_ids, tiles.queries)
+        for_dq = *ids, packed.kv_block_ranges(q_ids, common.OWN, k_ids, tiles.keys)
+        for_dkv = *ids, packed.kv_block_ranges(k_ids, dkv_kernel.own(D), q_ids, tiles.queries)
     dq = dq_kernel.dq(q, k, v, do, lse, delta, for_dq, static)
     dk, dv = dkv_kernel.dkv(q, k, v, do, lse, delta, for_dkv, static)
     return dq[:, : static.T], dk[:, : static.S], dv[:, : static.S]

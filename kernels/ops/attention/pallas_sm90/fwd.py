@@ -76,8 +76,11 @@ def forward(q, k, v, gate, segments, static: Static, *, residuals: bool) -> dict
     elif gate is not None:
         ins["row gate"] = whole(jax.nn.sigmoid(gate[..., 0].swapaxes(1, 2).astype(jnp.float32)), 2, rows)
     if segments is not None:
-        ins["q ids"], ins["k ids"] = packed.whole(segments[0], rows), packed.whole(segments[1], tiles.k)
-        ins["spans"] = packed.spans(ins["q ids"], tiles.q, ins["k ids"], tiles.k)
+        ins["q ids"], ins["k ids"] = (
+            packed.pad_ids_to_block(segments[0], rows),
+            packed.pad_ids_to_block(segments[1], tiles.k),
+        )
+        ins["spans"] = packed.kv_block_ranges(ins["q ids"], tiles.q, ins["k ids"], tiles.k)
 
     outs = {"o": jax.ShapeDtypeStruct(q.shape, q.dtype)}
     if residuals:

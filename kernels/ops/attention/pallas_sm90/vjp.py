@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dantinox.kernels.ops.attention.pallas_sm90 import bwd, fwd
 from dantinox.kernels.ops.attention.pallas_sm90.common import Static
-from dantinox.kernels.ops.attention.segment_ids import without_unseen
+from dantinox.kernels.ops.attention.segment_ids import zero_unattended_keys
 from dantinox.kernels.vma import match_vma
 
 Array = jax.Array
@@ -54,7 +54,7 @@ def attention(
     (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
     if 0 in (B, T, S, H, D):
         return jnp.zeros_like(q)
-    k, v, segment_ids = without_unseen(k, v, segment_ids, T=T, causal=causal, window=window)
+    k, v, segment_ids = zero_unattended_keys(k, v, segment_ids, T=T, causal=causal, window=window)
     S = k.shape[1]
     if segment_ids is not None:
         segment_ids = segment_ids[0].astype(jnp.int32), segment_ids[1].astype(jnp.int32)

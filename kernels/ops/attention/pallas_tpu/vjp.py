@@ -13,7 +13,7 @@ from dantinox.kernels import cost
 from dantinox.kernels.dispatch import current_device
 from dantinox.kernels.ops.attention.pallas_tpu import block_sizes, bwd, fwd
 from dantinox.kernels.ops.attention.pallas_tpu.common import ALIKE, APART, MIXED, Segments, Static
-from dantinox.kernels.ops.attention.segment_ids import pairs, whole, without_unseen
+from dantinox.kernels.ops.attention.segment_ids import block_segment_overlap, pad_ids_to_block, zero_unattended_keys
 
 Array = jax.Array
 
@@ -35,7 +35,7 @@ def attention(
     S, K = k.shape[1:3]
     if S == 0:
         return jnp.zeros_like(q)
-    k, v, segment_ids = without_unseen(k, v, segment_ids, T=T, causal=causal, window=window)
+    k, v, segment_ids = zero_unattended_keys(k, v, segment_ids, T=T, causal=causal, window=window)
     S = k.shape[1]
 
     G, here = H // K, current_device()
@@ -149,8 +149,8 @@ def _keys(x: Array, static: Static) -> Array:
 def _segments(q_ids: Array, kv_ids: Array, K: int, static: Static) -> Segments:
     """Ids in pieces, and what a tile's ids have in common, by the ranges they lie in."""
     B, (groups, heads, parts, width) = q_ids.shape[0], _packing(static)
-    q_tiles, k_tiles = whole(q_ids, static.tiles.q), whole(kv_ids, static.tiles.k)
-    apart, alike = pairs(q_ids, static.tiles.q, kv_ids, static.tiles.k)
+    q_tiles, k_tiles = pad_ids_to_block(q_ids, static.tiles.q), pad_ids_to_block(kv_ids, static.tiles.k)
+    apart, alike = block_segment_overlap(q_ids, static.tiles.q, kv_ids, static.tiles.k)
     shared = jnp.where(apart, APART, jnp.where(alike, ALIKE, MIXED))
     by_head = lambda x: jnp.repeat(x.astype(jnp.int32), K, axis=0)
     rows = q_tiles.reshape(B, -1, 1, parts, 1, width)

@@ -34,7 +34,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dantinox.kernels import cost
 from dantinox.kernels.dispatch import current_device
-from dantinox.kernels.ops.decode_attention.kv_cache import KVCache, append, held, stored
+from dantinox.kernels.ops.decode_attention.kv_cache import KVCache, append, dequantize, quantize
 from dantinox.kernels.ops.decode_attention.pallas_tpu.block_table import Visits, visits
 
 Array = jax.Array
@@ -249,12 +249,12 @@ def _call(
     _, K, G, D = q.shape
     tables = {name: getattr(plan, name) for name in ("sequence", "block", "ends", "seen", "slot")}
     mine = lambda *shape: pl.BlockSpec((1, *shape), lambda n, sequence, *_: (sequence[n], *(0,) * len(shape)))
-    put = {"k": stored(k, cache.k.dtype), "v": stored(v, cache.v.dtype)}
+    put = {"k": quantize(k, cache.k.dtype), "v": quantize(v, cache.v.dtype)}
     eight_bits = cache.k_scale is not None
     ins = {"q": (q, mine(K, G, D))}
     # What is attended to is what the ring will hold.
     for name, new in put.items():
-        ins[f"new {name}"] = (held(*new, q.dtype) if eight_bits else new[0])[:, :, None], mine(K, 1, D)
+        ins[f"new {name}"] = (dequantize(*new, q.dtype) if eight_bits else new[0])[:, :, None], mine(K, 1, D)
     if gate is not None:
         ins["gate"] = gate, mine(K, G, gate.shape[-1])
     outs = {"o": (jax.ShapeDtypeStruct(q.shape, q.dtype), mine(K, G, D))}

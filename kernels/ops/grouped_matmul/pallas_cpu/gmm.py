@@ -30,7 +30,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dantinox.kernels.cost import Cost
 from dantinox.kernels.ops.grouped_matmul.common import clear, dot
-from dantinox.kernels.ops.grouped_matmul.group_metadata import beside
+from dantinox.kernels.ops.grouped_matmul.group_metadata import broadcast_row_mask
 
 Array = jax.Array
 
@@ -149,13 +149,13 @@ def _few(size: int, smaller: int) -> int:
 def put(ref: Any, rows: Any, mine: Array | None, value: Array) -> None:
     """Write rows, all or those that are `mine`."""
     value = value.astype(ref.dtype)
-    ref[rows] = value if mine is None else jnp.where(beside(mine, value), value, ref[rows])
+    ref[rows] = value if mine is None else jnp.where(broadcast_row_mask(mine, value), value, ref[rows])
 
 
 def own(ref: Any, rows: Any, mine: Array | None) -> Array:
     """Read rows, zero where not `mine`: what is not the group's must not get into a sum, whatever it is."""
     value = ref[rows]
-    return value if mine is None else clear(value, beside(mine, value))
+    return value if mine is None else clear(value, broadcast_row_mask(mine, value))
 
 
 def busy_first(group_sizes: Array) -> tuple[Array, Array]:

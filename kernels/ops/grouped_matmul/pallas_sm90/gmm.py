@@ -77,7 +77,7 @@ def product(
                 fill(ring, task, first, steps, x, w, x_ring, w_ring, tile.columns, transposed)
 
         def compute(task: Task) -> None:
-            first, low, mine = task.mine(warpgroup)
+            first, low, mine = task.rows_for_warpgroup(warpgroup)
 
             @pl.when(mine > 0)
             def _() -> None:
@@ -85,7 +85,7 @@ def product(
                     plgpu.load(each.at[pl.ds(first, ROWS)], layout=warp_specialized.ROW, optimized=False) for each in p
                 ]
                 operands = lambda _, stage: [pair(x_ring, w_ring, stage, warpgroup, transposed)]
-                (sums,) = warp_specialized.sums(ring, task.used, task.fillings, operands, tile.columns)
+                (sums,) = warp_specialized.wgmma_reduce(ring, task.used, task.fillings, operands, tile.columns)
 
                 def one(n: int) -> None:
                     part = sums[:, n : n + CHUNK]

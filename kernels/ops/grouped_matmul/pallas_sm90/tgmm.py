@@ -117,7 +117,7 @@ def summed(x: Array, dy: Array, group_sizes: Array, static: Static, *, name: str
                 plgpu.barrier_arrive(clear)
                 plgpu.barrier_wait(clear)
 
-            (sums,) = warp_specialized.sums(ring, of.used, of.fillings, operands, columns)
+            (sums,) = warp_specialized.wgmma_reduce(ring, of.used, of.fillings, operands, columns)
             rows = pl.ds(of.row + warpgroup * ROWS, ROWS)
 
             def one(n: int) -> None:

@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dantinox.kernels.ops.grouped_matmul.group_metadata import Visit, Visits, visits
+from dantinox.kernels.ops.grouped_matmul.group_metadata import GroupMetadata, TileTask, make_group_metadata
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90.block_sizes import HEIGHT, ROWS
 
 Array = jax.Array
@@ -172,25 +172,25 @@ def every(total: Any, run: Callable[[Array, Array], Array]) -> Array:
 class Task(NamedTuple):
     """A tile of rows of a group: the visit, its number, the first column, the first filling and how many there are."""
 
-    visit: Visit
+    visit: TileTask
     number: Array
     column: Array
     used: Array
     fillings: Array
 
-    def mine(self, warpgroup: Array) -> tuple[Array, Array, Array]:
+    def rows_for_warpgroup(self, warpgroup: Array) -> tuple[Array, Array, Array]:
         """(the first of this warpgroup's rows; low, count: the rows low <= n < low + count of them are the visit's)."""
         first = self.visit.row + warpgroup * ROWS
-        low = jnp.maximum(self.visit.low - first, 0)
-        return first, low, jnp.maximum(jnp.minimum(self.visit.high - first, ROWS) - low, 0)
+        low = jnp.maximum(self.visit.row_start - first, 0)
+        return first, low, jnp.maximum(jnp.minimum(self.visit.row_end - first, ROWS) - low, 0)
 
 
-def plan(group_sizes: Array, N: int) -> Visits:
+def plan(group_sizes: Array, N: int) -> GroupMetadata:
     """The visits of N rows in tiles of `HEIGHT` that begin where TMA can."""
-    return visits(group_sizes, N, HEIGHT, unit=SIDE)
+    return make_group_metadata(group_sizes, N, HEIGHT, align=SIDE)
 
 
-def table(of: Visits) -> tuple[Array, Array]:
+def table(of: GroupMetadata) -> tuple[Array, Array]:
     """What a kernel reads of a plan, and how much there is of it."""
     return jnp.stack(of[1:], axis=1), of.count[None]
 
@@ -207,7 +207,7 @@ def tasks(
     def walk(run: Callable[[Task], None]) -> Array:
         def one(n: Array, used: Array) -> Array:
             number, column = place(n, count, across)
-            visit = Visit(*(table[number, field] for field in range(4)))
+            visit = TileTask(*(table[number, field] for field in range(4)))
             first = column * columns
             task = Task(visit, number, first, used, jnp.where(visit.group < E, fillings(first), 0))
             run(task)
@@ -218,7 +218,7 @@ def tasks(
     return walk
 
 
-def sums(
+def wgmma_reduce(
     ring: Ring, used: Array, steps: Any, operands: Callable[[Any, Array], Sequence[tuple[Any, Any]]], *columns: int
 ) -> tuple[Array, ...]:
     """The sums over the fillings from the `used`-th on of the products of `operands(step, stage)`, one a sum.

@@ -35,7 +35,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dantinox.kernels.cost import Cost
 from dantinox.kernels.dispatch import Device
-from dantinox.kernels.ops.grouped_matmul.group_metadata import visits
+from dantinox.kernels.ops.grouped_matmul.group_metadata import make_group_metadata
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu import block_sizes
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu.gmm_kernel import Epilogue, Static, Step
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu.vmem import pieces
@@ -74,13 +74,13 @@ def product(
     n_wide = len(wide) + sum(kind == "wide" for kind in outs)
     sizes = {"xs": len(xs), "ws": len(ws), "wide": n_wide, "transposed": transposed, "itemsize": dtype.itemsize}
     chosen = block_sizes.product(here, N, E, K, J, plain=epilogue is None, **sizes)
-    plan = visits(group_sizes, N, chosen.rows)
+    plan = make_group_metadata(group_sizes, N, chosen.rows)
     across, steps = -(-J // chosen.columns), -(-K // chosen.inner)
     # The scalar unit counts the axes that there are, also those of one step.
     grid, at = (across, plan.count, steps), lambda index: index
     if across == steps == 1:
         grid, at = (plan.count,), lambda index: lambda v, *tables: index(0, v, 0, *tables)
-    tables, operands = plan.blocks(chosen.rows, chosen.chunk, E), [*xs, *ws, *wide, *thin]
+    tables, operands = plan.forward_tables(chosen.rows, chosen.chunk, E), [*xs, *ws, *wide, *thin]
     counts = tuple(map(len, (xs, ws, wide, thin, outs)))
 
     block = pl.BlockSpec

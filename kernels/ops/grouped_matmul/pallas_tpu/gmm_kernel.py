@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dantinox.kernels.ops.grouped_matmul.common import clear, dot
-from dantinox.kernels.ops.grouped_matmul.group_metadata import Visit
+from dantinox.kernels.ops.grouped_matmul.group_metadata import TileTask
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu import block_sizes
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu.vmem import (
     across,
@@ -64,16 +64,19 @@ class Step:
         self.lanes = [rest.pop() for _ in self.thin]
         self.waits = rest[len(rest) - static.waits :]
         rest = rest[: len(rest) - static.waits]
-        self.blocks = [ref for ref, kind in zip(self.outs, static.outs, strict=True) if kind == "wide"]
-        self.sums, self.saved = rest[: len(rest) - len(self.blocks)], rest[len(rest) - len(self.blocks) :]
+        self.forward_tables = [ref for ref, kind in zip(self.outs, static.outs, strict=True) if kind == "wide"]
+        self.visit_empty_groups, self.saved = (
+            rest[: len(rest) - len(self.forward_tables)],
+            rest[len(rest) - len(self.forward_tables) :],
+        )
 
         alone = static.axes == 1
         self.j, v, self.k = (0, pl.program_id(0), 0) if alone else (pl.program_id(axis) for axis in range(3))
-        self.visit, self.whole = Visit.read(tables, v, self.tiles.rows), tables[4][v]
-        self.busy = self.visit.low < self.visit.high
+        self.visit, self.whole = TileTask.read(tables, v, self.tiles.rows), tables[4][v]
+        self.busy = self.visit.row_start < self.visit.row_end
         self.plain = static.epilogue is None and len(self.ws) == 1
         # Two halves of a part, of two matrices, are one part: the unit is as busy, and less waits in memory.
-        by_parts = self.tiles.part and (self.waits or (self.sums and self.plain))
+        by_parts = self.tiles.part and (self.waits or (self.visit_empty_groups and self.plain))
         whole_terms = [[(n, slice(None))] for n in range(len(self.ws))]
         self.terms = contraction(len(self.ws), self.tiles.inner, self.tiles.part) if by_parts else whole_terms
         # Never anything but 0, which libtpu cannot know: or it would keep what waits in registers.
@@ -87,7 +90,7 @@ class Step:
             for first, n in pieces(self.tiles.rows, 128):
                 found[pl.ds(first, n)] = lanes(ref[:, pl.ds(first, n)])
         self.last = self.k == -(-self.static.K // self.tiles.inner) - 1
-        if self.sums:
+        if self.visit_empty_groups:
             pl.when(self.k == 0)(self.zero_sums)
         # Most visits begin with their tile, and need one branch.
         if self.tiles.rows > self.tiles.chunk:
@@ -97,7 +100,7 @@ class Step:
 
     def zero_sums(self) -> None:
         def zero(rows: Any, _: Any) -> None:
-            for ref in self.sums:
+            for ref in self.visit_empty_groups:
                 ref[rows] = jnp.zeros_like(ref[rows])
 
         loop(self.tiles.rows, zero)
@@ -111,10 +114,10 @@ class Step:
     def some_chunks(self) -> None:
         """Those that this visit has a row of, `Tiles.chunks` in a stream at most; then what it spoilt is mended."""
         visit, chunk = self.visit, self.tiles.chunk
-        spoils = self.last & ~(self.busy & (visit.low <= visit.row))
+        spoils = self.last & ~(self.busy & (visit.row_start <= visit.row))
         pl.when(spoils)(lambda: loop(self.tiles.rows, self.keep))
-        first = jax.lax.div(jnp.maximum(visit.low - visit.row, 0), chunk)
-        stop = jnp.minimum(jax.lax.div(visit.high - visit.row + chunk - 1, chunk), self.tiles.rows // chunk)
+        first = jax.lax.div(jnp.maximum(visit.row_start - visit.row, 0), chunk)
+        stop = jnp.minimum(jax.lax.div(visit.row_end - visit.row + chunk - 1, chunk), self.tiles.rows // chunk)
         for size in range(self.tiles.chunks, 0, -1):
             trips = jax.lax.div(jnp.maximum(stop - first, 0), size)
             at = lambda n, size=size, first=first: (first + n * size) * chunk
@@ -127,25 +130,25 @@ class Step:
 
                 @pl.when(~self.busy & self.last)
                 def _(ref: Any = ref) -> None:
-                    ref[0] = jnp.where(before(visit.low - visit.row, ref.shape[1:], 1), ref[0], 0)
+                    ref[0] = jnp.where(before(visit.row_start - visit.row, ref.shape[1:], 1), ref[0], 0)
 
     def keep(self, rows: Any, _: Any) -> None:
-        for ref, old in zip(self.blocks, self.saved, strict=True):
+        for ref, old in zip(self.forward_tables, self.saved, strict=True):
             old[rows] = ref[rows]
 
     def put_back(self, rows: Any, first: Any) -> None:
         """Rows after this group's belong to later visits, which write them again. Those before it were there."""
-        earlier = before(self.visit.low - self.visit.row - first, (rows.size, 1), 0)
-        for ref, old in zip(self.blocks, self.saved, strict=True):
+        earlier = before(self.visit.row_start - self.visit.row - first, (rows.size, 1), 0)
+        for ref, old in zip(self.forward_tables, self.saved, strict=True):
             ref[rows] = jnp.where(earlier, old[rows], clear(ref[rows], self.busy))
 
     def leave(self) -> None:
         """The sums of a plain product, all of them there, become the output."""
 
         def some(rows: Any, _: Any) -> None:
-            self.outs[0][rows] = self.sums[0][rows].astype(self.outs[0].dtype)
+            self.outs[0][rows] = self.visit_empty_groups[0][rows].astype(self.outs[0].dtype)
 
-        if self.sums and self.plain:
+        if self.visit_empty_groups and self.plain:
             pl.when(self.last)(lambda: loop(self.tiles.rows, some))
 
     # --- the products ---------------------------------------------------------------------------------------------
@@ -171,13 +174,13 @@ class Step:
             self.all_parts_but_one(at)
         if t.lead:
             self.lead(at, down, size)
-        elif not self.sums:
+        elif not self.visit_empty_groups:
             for where, wait in at:
                 self.piece(*where, self.products(*where[:2], wait))
         elif self.plain:
             for parts in self.terms:
                 for (rows, columns, _), _ in at:
-                    self.sums[0][rows, columns] += self.term(rows, columns, parts)
+                    self.visit_empty_groups[0][rows, columns] += self.term(rows, columns, parts)
         else:
             self.into_sums(at)
 
@@ -200,13 +203,13 @@ class Step:
 
     def into_sums(self, at: Any) -> None:
         for (rows, columns, _), _ in at:
-            for ref, value in zip(self.sums, self.products(rows, columns, None), strict=True):
+            for ref, value in zip(self.visit_empty_groups, self.products(rows, columns, None), strict=True):
                 ref[rows, columns] += value
 
         @pl.when(self.last)
         def _() -> None:
             for (rows, columns, first), _ in at:
-                self.piece(rows, columns, first, [ref[rows, columns] for ref in self.sums])
+                self.piece(rows, columns, first, [ref[rows, columns] for ref in self.visit_empty_groups])
 
     def products(self, rows: Any, columns: Any, wait: Any) -> list[Array]:
         """One step of the contraction; of what is taken part by part, the last, and what waits of the others."""
@@ -251,5 +254,5 @@ class Step:
             if kind == "thin":
                 old, value = ref[at], total(value)
                 value = clear(old, jnp.asarray(first[1]) > 0) + value
-                value = jnp.where(self.visit.mine(value.shape, 1, first[0]), value, old)
+                value = jnp.where(self.visit.row_mask(value.shape, 1, first[0]), value, old)
             ref[at] = value.astype(ref.dtype)

@@ -29,7 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 from dantinox.kernels.cost import Cost
 from dantinox.kernels.dispatch import Device
 from dantinox.kernels.ops.grouped_matmul.common import clear, dot
-from dantinox.kernels.ops.grouped_matmul.group_metadata import Visit, visits
+from dantinox.kernels.ops.grouped_matmul.group_metadata import TileTask, make_group_metadata
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu import block_sizes
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu.vmem import loop, pieces
 
@@ -40,8 +40,8 @@ def summed(x: Array, dys: Sequence[Array], group_sizes: Array, here: Device, *, 
     """[E, M, F] in x's dtype for x [N, M] and each dy [N, F]."""
     (N, M), F, E, dtype = x.shape, dys[0].shape[1], group_sizes.shape[0], x.dtype
     chosen = block_sizes.summed(here, N, E, M, F, dys=len(dys), itemsize=dtype.itemsize)
-    plan = visits(group_sizes, N, chosen.rows, sums=True)
-    tables, operands = plan.sums(chosen.rows), [x, *dys]
+    plan = make_group_metadata(group_sizes, N, chosen.rows, visit_empty_groups=True)
+    tables, operands = plan.reduction_tables(chosen.rows), [x, *dys]
     grid, at = steps(-(-M // chosen.inner), -(-F // chosen.columns), plan.count)
     x_spec = pl.BlockSpec((chosen.rows, chosen.inner), at(lambda m, f, v, g, r, *_: (r[v], m)))
     dy_spec = pl.BlockSpec((chosen.rows, chosen.columns), at(lambda m, f, v, g, r, *_: (r[v], f)))
@@ -79,13 +79,13 @@ def _kernel(chosen: block_sizes.Tiles, n: int, axis: int, *refs: Any) -> None:
         rest[4 * n :],
     )
     v = pl.program_id(axis)
-    fresh, visit = tables[4][v] == 1, Visit.read(tables, v, chosen.rows)
-    some = visit.low < visit.high
+    fresh, visit = tables[4][v] == 1, TileTask.read(tables, v, chosen.rows)
+    some = visit.row_start < visit.row_end
 
     @pl.when(some)
     def _():
         for r, height in pieces(chosen.rows, 128):
-            mine = visit.mine((height, 1), 0, r)
+            mine = visit.row_mask((height, 1), 0, r)
             for ref, dy_ref in zip(down, dy_refs, strict=True):
                 ref[pl.ds(r, height)] = clear(dy_ref[pl.ds(r, height)], mine)
 
@@ -96,7 +96,7 @@ def _kernel(chosen: block_sizes.Tiles, n: int, axis: int, *refs: Any) -> None:
             x_t, part = turned[i % 2], pl.ds(0, width)
             for r, height in pieces(chosen.rows, 128):
                 x = x_ref[pl.ds(r, height), pl.ds(m, width)]
-                x_t[part, pl.ds(r, height)] = clear(x.T, visit.mine((1, height), 1, r))
+                x_t[part, pl.ds(r, height)] = clear(x.T, visit.row_mask((1, height), 1, r))
             for out, ref, dy_ref in zip(outs, sums, down, strict=True):
                 for f, columns in pieces(chosen.columns, chosen.width):
                     at = pl.ds(m, width), pl.ds(f, columns)

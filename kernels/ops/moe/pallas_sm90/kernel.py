@@ -35,7 +35,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dantinox.kernels.ops.grouped_matmul.group_metadata import Visits
+from dantinox.kernels.ops.grouped_matmul.group_metadata import GroupMetadata
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import block_sizes, gmm, warp_specialized
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90.block_sizes import HEIGHT, INNER, ROWS
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90.gmm import rows_to, whole
@@ -88,7 +88,7 @@ def up(
                 ring.fill(task.used + k, copy)
 
         def compute(task: Task) -> None:
-            first, low, mine = task.mine(warpgroup)
+            first, low, mine = task.rows_for_warpgroup(warpgroup)
 
             @pl.when(mine > 0)
             def _() -> None:
@@ -96,7 +96,7 @@ def up(
                     rows = x_ring.at[stage, pl.ds(warpgroup * ROWS, ROWS)]
                     return [(rows, w_ring.at[stage, i]) for i in range(MATRICES)]
 
-                sums = warp_specialized.sums(ring, task.used, task.fillings, operands, columns, columns)
+                sums = warp_specialized.wgmma_reduce(ring, task.used, task.fillings, operands, columns, columns)
 
                 def one(n: int) -> None:
                     g, u = (each[:, n : n + CHUNK] for each in sums)
@@ -185,14 +185,14 @@ def back(
                 ring.fill(task.used + steps + n, copy)
 
         def compute(task: Task) -> None:
-            first, low, mine = task.mine(warpgroup)
+            first, low, mine = task.rows_for_warpgroup(warpgroup)
             busy = (mine > 0) & (task.fillings > 0)
 
             @pl.when(busy)
             def _() -> None:
                 weight = plgpu.load(p.at[pl.ds(first, ROWS)], layout=warp_specialized.ROW, optimized=False)
                 operands = lambda _, stage: [gmm.pair(x_ring, w_ring, stage, warpgroup, True)]
-                (s,) = warp_specialized.sums(ring, task.used, steps, operands, columns)
+                (s,) = warp_specialized.wgmma_reduce(ring, task.used, steps, operands, columns)
                 total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), warp_specialized.ROW)
                 for n in range(pieces):
 
@@ -275,10 +275,10 @@ def sigmoid(x: Array) -> Array:
     return jnp.square(lax.rsqrt(1 + jnp.exp(-x)))
 
 
-def of_rows(shares: Array, plan: Visits, N: int, E: int) -> Array:
+def of_rows(shares: Array, plan: GroupMetadata, N: int, E: int) -> Array:
     """[N]: each row's number, of [visits, HEIGHT]; 0 for rows of nobody."""
     there = jnp.arange(plan.group.shape[0]) < plan.count
-    ends = jnp.where(there, jnp.minimum(plan.row + HEIGHT, plan.high), N)
+    ends = jnp.where(there, jnp.minimum(plan.row + HEIGHT, plan.row_end), N)
     n = jnp.arange(N)
     visit = jnp.searchsorted(ends, n, side="right")
     return jnp.where(plan.group[visit] < E, shares[visit, n - plan.row[visit]], 0)

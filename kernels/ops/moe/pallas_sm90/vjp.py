@@ -64,5 +64,5 @@ def moe_mlp(
     if 0 in (*x.shape, *w_gate.shape):
         return jnp.zeros_like(x)
     given = x, w_gate, w_up, w_down, expert_ids, expert_weights
-    on = vjp.Products(Hopper(Static(blocks or cores(current_device().kind), interpret, width)))
+    on = vjp.KernelsBackend(Hopper(Static(blocks or cores(current_device().kind), interpret, width)))
     return vjp.experts(*(match_vma(each, *given) for each in given), on)
