@@ -17,10 +17,10 @@ MARK = "!! "  # begins each line of a log that says what failed
 PR_SET_PDEATHSIG = 1
 DEBUGGER_SECONDS = 20.0
 GRACE_SECONDS = 2.0
+# Before it attaches: symbols of the host's libraries would take longer than there is.
+DEBUGGER_SETTINGS = ("set auto-solib-add off", "set debuginfod enabled off", "set pagination off", "set width 0")
 # What cuda-gdb is asked: kernels on the device, warps with their program counters, threads that share one.
 DEBUGGER_COMMANDS = (
-    "set pagination off",
-    "set width 0",
     "info cuda kernels",
     "info cuda warps",
     "info cuda threads",
@@ -158,7 +158,10 @@ def attach_debugger(pid: int, log: int) -> None:
     if program is None:
         os.write(log, b"\nno cuda-gdb here: no kernels, warps or program counters of the hung process\n")
         return
-    command = [program, "-batch", "-nx", "-p", str(pid)]
+    command = [program, "-batch", "-nx"]
+    for line in DEBUGGER_SETTINGS:
+        command += ["-iex", line]
+    command += ["-p", str(pid)]
     for line in DEBUGGER_COMMANDS:
         command += ["-ex", line]
     os.write(log, f"\n== cuda-gdb on process {pid} ==\n".encode())

@@ -20,6 +20,7 @@ from bench.gpu.process import MARK
 
 ROOT = Path(__file__).parents[2]
 MARGIN = 5.0  # seconds kept back for writing and stopping
+DEBUGGER_NOISE = ("[", "warning:", "Using host", "To ", "add-auto", "set auto", "line to", "For more", "info ", '"')
 SHOWN = 12  # such lines that are printed at the end of a part
 WIDTH = 220  # characters of a printed line
 AT_ONCE = min(4, os.cpu_count() or 1)  # parts of one group that run beside each other
@@ -140,7 +141,8 @@ def hang_lines(lines: Sequence[str]) -> Iterator[str]:
     for line in lines:
         in_debugger |= line.startswith("== cuda-gdb")
         if in_debugger:
-            yield line
+            if not line.startswith(DEBUGGER_NOISE):
+                yield line
         elif line.endswith("(most recent call first):"):
             in_stack = True
         elif in_stack and str(ROOT) in line and f"{ROOT}/.venv" not in line:
