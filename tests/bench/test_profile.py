@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -28,10 +29,11 @@ def traced(tmp_path_factory):
     """Two training steps of a tiny sparse model, traced: (the folder of the traces, what was printed)."""
     folder = tmp_path_factory.mktemp("profile")
     (folder / "text.txt").write_text("Nel mezzo del cammin di nostra vita mi ritrovai per una selva oscura.\n" * 40)
-    words = ["--preset", "nano", "--steps", "2", *TINY, "--data", "text.txt", "--out", "traces"]
+    words = ["--preset", "nano", "--steps", "2", *TINY, "--data", str(folder / "text.txt")]
+    words += ["--out", str(folder / "traces")]
     done = subprocess.run(
         [sys.executable, "-m", "bench.profile", *words],
-        cwd=folder,
+        cwd=Path(__file__).parents[2],  # bench is not installed
         env=os.environ | {"DANTINOX_CACHE": str(folder / "cache"), "COLUMNS": "200"},
         capture_output=True,
         text=True,
@@ -59,7 +61,7 @@ def test_the_tables_name_the_parts_of_the_model(traced):
         assert 0 < parts[name]["backward_ms"] < parts[name]["self_ms"]
     assert parts["optimizer"]["backward_ms"] == 0
     assert sum(row["self_ms"] for row in result["operations"]) <= 1.01 * result["step_ms"] * result["steps"]
-    for word in ("training nano", "2 steps", "block/attention/attend", "make tensorboard LOGDIR=traces"):
+    for word in ("training nano", "2 steps", "block/attention/attend", f"make tensorboard LOGDIR={folder}"):
         assert word in out
 
 
