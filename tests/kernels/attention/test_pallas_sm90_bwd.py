@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dantinox import kernels
 from dantinox.kernels import workloads
 from dantinox.kernels.ops.attention.pallas_sm90 import bwd, common
-from dantinox.kernels.ops.attention.pallas_sm90.common import Static
+from dantinox.kernels.ops.attention.pallas_sm90.common import Sm90AttentionConfig
 from tests.helpers import race_detector, tolerance
 
 PROFILE = Path(__file__).parents[3] / "profiles/aot/h100.json"
@@ -82,15 +82,15 @@ def residuals(case: Case, inputs: dict[str, jax.Array], do: jax.Array, ids: Any)
     return jnp.where(jnp.isfinite(lse), lse, jnp.inf), delta
 
 
-def static(case: Case, params: Any = CHECKED) -> Static:
-    return Static(case.T, case.S, case.G, case.causal, case.window, case.D**-0.5, case.softcap, params)
+def kernel_config(case: Case, params: Any = CHECKED) -> Sm90AttentionConfig:
+    return Sm90AttentionConfig(case.T, case.S, case.G, case.causal, case.window, case.D**-0.5, case.softcap, params)
 
 
 def gradients(case: Case, inputs: dict[str, jax.Array], do: jax.Array, ids: Any) -> dict[str, Any]:
     """What the two kernels compute; fails where they race."""
     lse, delta = tolerance.quick(functools.partial(residuals, case))(inputs, do, ids)
     run = jax.jit(
-        lambda *args: bwd.backward(*args, static(case)), compiler_options=tolerance.HURRY
+        lambda *args: bwd.backward(*args, kernel_config(case)), compiler_options=tolerance.HURRY
     )  # a function of its own, so that no program of another run is taken from a cache
     with race_detector._every(race_detector.gpu_interpreter, "GPURaceDetectionState") as detectors:
         try:
@@ -173,16 +173,16 @@ def test_twice_the_same_bits(D):
 @pytest.mark.parametrize("tile", [64, 128])
 def test_tiles_outside_the_bounds_are_not_visited(T, S, causal, window, tile):
     """First tiles and their numbers, against the mask itself."""
-    at = Static(T, S, 1, causal, window, 1.0, None)
+    config = Sm90AttentionConfig(T, S, 1, causal, window, 1.0, None)
     distance = np.arange(T)[:, None] + S - T - np.arange(S)
     mask = (distance >= 0) & (distance < (window or S + T))
-    for first in range(0, T, common.OWN):
-        low, n = common.keys_of(jnp.int32(first), at, tile)
-        touched = np.unique(np.nonzero(mask[first : first + common.OWN])[1] // tile)
+    for first in range(0, T, common.BLOCK_ROWS):
+        low, n = common.visible_kv_blocks(jnp.int32(first), config, tile)
+        touched = np.unique(np.nonzero(mask[first : first + common.BLOCK_ROWS])[1] // tile)
         assert [*range(int(low), int(low + n))] == [*touched]
     for own in (64, 128):
         for first in range(0, S, own):
-            low, n = common.queries_of(jnp.int32(first), own, at, tile)
+            low, n = common.visible_q_blocks(jnp.int32(first), own, config, tile)
             touched = np.unique(np.nonzero(mask[:, first : first + own])[0] // tile)
             assert [*range(int(low), int(low + n))] == [*touched]
 

@@ -16,8 +16,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dantinox import kernels
 from dantinox.kernels import dispatch, workloads
-from dantinox.kernels.ops.attention.pallas_sm90 import fwd, vjp
-from dantinox.kernels.ops.attention.pallas_sm90.common import Static
+from dantinox.kernels.ops.attention.pallas_sm90 import vjp
+from dantinox.kernels.ops.attention.pallas_sm90.common import Sm90AttentionConfig, visible_kv_range
+from dantinox.kernels.ops.attention.pallas_sm90.fwd_kernel import FwdOutputs
 from dantinox.reference.attention import visible
 from tests.helpers import cases, tolerance
 
@@ -48,19 +49,19 @@ def races() -> bool:
     return found
 
 
-def static(case: workloads.Attention) -> Static:
+def kernel_config(case: workloads.Attention) -> Sm90AttentionConfig:
     window = None if case.window is None else min(case.window, case.S)
     scale = options(case)["scale"]
-    return Static(case.T, case.S, case.H // case.K, case.causal, window, scale, case.softcap, RACES)
+    return Sm90AttentionConfig(case.T, case.S, case.H // case.K, case.causal, window, scale, case.softcap, RACES)
 
 
 @functools.cache
-def forward(case: workloads.Attention, dtype: str) -> dict[str, np.ndarray]:
+def forward(case: workloads.Attention, dtype: str) -> FwdOutputs:
     """The output and the residuals, computed once."""
     inputs, aux = arrays(case, dtype)
-    run = lambda q, k, v, gate, ids: vjp._forward(q, k, v, gate, ids, static(case), residuals=True)
+    run = lambda q, k, v, gate, ids: vjp.padded_forward(q, k, v, gate, ids, kernel_config(case), residuals=True)
     out = jax.jit(run)(inputs["q"], inputs["k"], inputs["v"], inputs["gate"], aux["segment_ids"])
-    out = {name: np.asarray(x) for name, x in out.items()}
+    out = jax.tree.map(np.asarray, out)
     assert not races()
     return out
 
@@ -113,19 +114,19 @@ FORWARD = [
 @pytest.mark.parametrize("case", FORWARD, ids=lambda case: "-".join(f"{x}" for x in case.__dict__.values() if x))
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=slow)])
 def test_the_output_and_its_residuals_are_the_formula_without_a_race(case, dtype):
-    mine = forward(case, dtype)
+    out = forward(case, dtype)
     inputs, aux = arrays(case, dtype)
     plain = kernels_reference(case, inputs, aux)
-    o, ungated, lse = truth(case, dtype)
-    tolerance.check({"o": mine["o"]}, {"o": plain}, {"o": o}, dtype)
-    if "ungated" in mine:
+    o, o_ungated, lse = truth(case, dtype)
+    tolerance.check({"o": out.o}, {"o": plain}, {"o": o}, dtype)
+    if out.o_ungated is not None:
         bare = kernels_reference(case, inputs | {"gate": None}, aux)
-        tolerance.check({"o": mine["ungated"]}, {"o": bare}, {"o": ungated}, dtype)
-    assert (np.isposinf(mine["lse"]) == np.isposinf(lse)).all()
-    np.testing.assert_allclose(mine["lse"], lse, atol=2e-4, rtol=1e-5)
-    assert mine["o"].shape == case.out_shape() and mine["o"].dtype == inputs["q"].dtype
+        tolerance.check({"o": out.o_ungated}, {"o": bare}, {"o": o_ungated}, dtype)
+    assert (np.isposinf(out.lse) == np.isposinf(lse)).all()
+    np.testing.assert_allclose(out.lse, lse, atol=2e-4, rtol=1e-5)
+    assert out.o.shape == case.out_shape() and out.o.dtype == inputs["q"].dtype
     nothing = np.isposinf(lse).swapaxes(1, 2)
-    assert not mine["o"][nothing].any(), "a query that sees no key gives zeros"
+    assert not out.o[nothing].any(), "a query that sees no key gives zeros"
 
 
 def kernels_reference(case: workloads.Attention, inputs: dict[str, Any], aux: dict[str, Any]) -> jax.Array:
@@ -156,7 +157,7 @@ def test_what_precedes_the_backward_kernels_is_the_formula(gate):
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
     do, ungated, logits = draw(2, 5, 3, 16), draw(2, 5, 3, 16), gate and draw(2, 5, 3, gate)
-    inner, dgate, delta = vjp.before_backward(do, ungated, logits)
+    inner, dgate, delta = vjp.bwd_preprocess(do, ungated, logits)
     gated = lambda o, g: o if g is None else o * jax.nn.sigmoid(g)
     _, pull = jax.vjp(gated, ungated, logits)
     of_o, of_gate = pull(do)
@@ -209,7 +210,7 @@ def test_a_span_holds_the_visible_tiles_and_its_interior_needs_no_mask(causal, w
         @jax.jit
         @functools.partial(jax.vmap, in_axes=(0, None, None))
         def spans(top: Any, T: Any, S: Any, q: int = q, k: int = k) -> tuple:
-            return fwd.span(top, q, k, Static(T, S, 1, causal, window, 1.0, None))
+            return visible_kv_range(top, q, k, Sm90AttentionConfig(T, S, 1, causal, window, 1.0, None))
 
         for T, S in itertools.product(LENGTHS, LENGTHS):
             found = [np.asarray(x) for x in spans(first, np.int32(T), np.int32(S))]
