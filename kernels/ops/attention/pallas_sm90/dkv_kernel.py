@@ -19,7 +19,6 @@ from dantinox.kernels.ops.attention.pallas_sm90.common import (
     WARPGROUP_ROWS,
     BwdBlockSizes,
     BwdInputs,
-    Index,
     Ref,
     SegmentRange,
     Sm90AttentionConfig,
@@ -144,12 +143,6 @@ class DkvKernel:
             first, steps = self.segment_range(block).clamp(first, steps)
         return first, jnp.maximum(steps * self.config.G, 1)
 
-    def full(self, slot: Array, part: Index) -> Ref:
-        return self.smem.q_do_full.at[2 * slot + part]
-
-    def empty(self, slot: Array, part: Index) -> Ref:
-        return self.smem.q_do_empty.at[2 * slot + part]
-
     # The warpgroup that loads.
 
     def producer(self) -> None:
@@ -176,7 +169,7 @@ class DkvKernel:
             load_q_block(i, lax.rem(i, jnp.int32(sizes.q_stages)))
 
         for part in (Q, DO):
-            drain_pipeline(steps, sizes.q_stages, functools.partial(self.empty, part=part))
+            drain_pipeline(steps, sizes.q_stages, lambda slot, part=part: smem.q_do_empty.at[2 * slot + part])
 
     # The two warpgroups that compute.
 
@@ -248,26 +241,25 @@ class DkvKernel:
             def q_block_step(i: Array, _: None) -> None:
                 slot = lax.rem(i, jnp.int32(self.sizes.q_stages))
                 own = wg if smem.wg_ids_smem is None else smem.wg_ids_smem[wg]
-                q, do = smem.q_do_smem.at[slot, Q], smem.q_do_smem.at[slot, DO]
 
                 def compute_ds(s_acc: Ref, dp_acc: Ref) -> Array:
-                    plgpu.wgmma(s_acc, smem.kv_smem.at[Q, own], q.T)
-                    plgpu.wgmma(dp_acc, smem.kv_smem.at[DO, own], do.T)
+                    plgpu.wgmma(s_acc, smem.kv_smem.at[Q, own], smem.q_do_smem.at[slot, Q].T)
+                    plgpu.wgmma(dp_acc, smem.kv_smem.at[DO, own], smem.q_do_smem.at[slot, DO].T)
                     p, p_slope = self.visible_weights(s_acc, slot, first, i)
-                    wgmma_accumulate(dv_acc, p, do, self.operand_smem())
+                    wgmma_accumulate(dv_acc, p, smem.q_do_smem.at[slot, DO], self.operand_smem())
                     delta = self.load_vector(slot, DO)
                     dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
                     return p_slope * (dp - per_column(delta, WARPGROUP_ROWS))
 
                 # The waits come before the accumulators: one whose product starts where it is made needs no zeroing.
-                plgpu.barrier_wait(self.full(slot, Q))
-                plgpu.barrier_wait(self.full(slot, DO))
+                plgpu.barrier_wait(smem.q_do_full.at[2 * slot + Q])
+                plgpu.barrier_wait(smem.q_do_full.at[2 * slot + DO])
                 ds = pl.run_scoped(compute_ds, plgpu.ACC(self.shape), plgpu.ACC(self.shape))
-                wgmma_accumulate(dk_acc, ds.astype(dtype), q, self.operand_smem())
+                wgmma_accumulate(dk_acc, ds.astype(dtype), smem.q_do_smem.at[slot, Q], self.operand_smem())
                 plgpu.wgmma_wait(1)
-                plgpu.barrier_arrive(self.empty(slot, DO))
+                plgpu.barrier_arrive(smem.q_do_empty.at[2 * slot + DO])
                 plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(self.empty(slot, Q))
+                plgpu.barrier_arrive(smem.q_do_empty.at[2 * slot + Q])
 
             lax.fori_loop(0, steps, q_block_step, None)
             return dk_acc[...], dv_acc[...]
@@ -312,13 +304,13 @@ class DkvKernel:
 
                     return lax.cond(owns_dv, produce_p, consume_p)
 
-                plgpu.barrier_wait(self.full(slot, wg))
+                plgpu.barrier_wait(smem.q_do_full.at[2 * slot + wg])
                 x = pl.run_scoped(p_or_ds, plgpu.ACC(self.shape))
-                plgpu.barrier_arrive(self.empty(slot, wg))
-                plgpu.barrier_wait(self.full(slot, 1 - wg))
+                plgpu.barrier_arrive(smem.q_do_empty.at[2 * slot + wg])
+                plgpu.barrier_wait(smem.q_do_full.at[2 * slot + (1 - wg)])
                 wgmma_accumulate(acc, x, smem.q_do_smem.at[slot, 1 - own], self.operand_smem())
                 plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(self.empty(slot, 1 - wg))
+                plgpu.barrier_arrive(smem.q_do_empty.at[2 * slot + (1 - wg)])
 
             @pl.when(~owns_dv)
             def release_p() -> None:
