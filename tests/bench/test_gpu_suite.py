@@ -44,8 +44,8 @@ WRONG = """
 right = forward
 def forward(*args, **options):
     out = right(*args, **options)
-    row = jnp.arange(out["o"].shape[1])[None, :, None, None]
-    return out | {"o": jnp.where(row % 128 >= 64, 0, out["o"])}
+    row = jnp.arange(out.o.shape[1])[None, :, None, None]
+    return out._replace(o=jnp.where(row % 128 >= 64, 0, out.o))
 """
 HANGS = """
 import time

@@ -111,7 +111,7 @@ def _table() -> dict:
 def _refusal(dtype: jnp.dtype, D: int) -> str | None:
     """Why this device's Pallas kernel cannot take these arrays."""
     if on_gpu():
-        return importlib.import_module("dantinox.kernels.ops.attention.pallas_sm90.vjp").refusal(dtype, D)
+        return importlib.import_module("dantinox.kernels.ops.attention.pallas_sm90.vjp").unsupported_inputs(dtype, D)
     return "q has dtype float64 and it adds up in float32" if dtype == jnp.float64 else None
 
 

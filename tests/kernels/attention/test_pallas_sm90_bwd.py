@@ -1,4 +1,4 @@
-"""Hopper's gradients of attention, interpreted on a CPU: by the rule, without races, and only where they are needed."""
+"""Gradients of Hopper attention, interpreted on the CPU: values, races, and which blocks are visited."""
 
 import functools
 import json
@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dantinox import kernels
 from dantinox.kernels import workloads
 from dantinox.kernels.ops.attention.pallas_sm90 import bwd, common
-from dantinox.kernels.ops.attention.pallas_sm90.common import Static
+from dantinox.kernels.ops.attention.pallas_sm90.common import Sm90AttentionConfig
 from tests.helpers import race_detector, tolerance
 
 PROFILE = Path(__file__).parents[3] / "profiles/aot/h100.json"
@@ -45,7 +45,7 @@ class Case(NamedTuple):
 
 
 def arrays(case: Case, seed: int = 0) -> tuple[dict[str, jax.Array], jax.Array, Any]:
-    """(q, k and v; do; ids) in the case's dtype."""
+    """Returns (q, k and v by name; do; segment ids), in the dtype of the case."""
     rng, (T, S, D, G, K, B, *_) = np.random.default_rng(seed), case
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), case.dtype)
     inputs = {"q": draw(B, T, G * K, D) * case.spread, "k": draw(B, S, K, D), "v": draw(B, S, K, D)}
@@ -61,7 +61,7 @@ def options(case: Case) -> dict[str, Any]:
 
 
 def residuals(case: Case, inputs: dict[str, jax.Array], do: jax.Array, ids: Any) -> tuple[jax.Array, jax.Array]:
-    """(lse to the base 2, delta) in float32 from plain jnp."""
+    """Returns (lse to the base 2, delta) in float32, from plain jnp."""
     wide = {name: x.astype(jnp.float32) for name, x in inputs.items()}
     B, T, H, D = wide["q"].shape
     q = wide["q"].reshape(B, T, case.K, case.G, D)
@@ -82,48 +82,48 @@ def residuals(case: Case, inputs: dict[str, jax.Array], do: jax.Array, ids: Any)
     return jnp.where(jnp.isfinite(lse), lse, jnp.inf), delta
 
 
-def static(case: Case, params: Any = CHECKED) -> Static:
-    return Static(case.T, case.S, case.G, case.causal, case.window, case.D**-0.5, case.softcap, params)
+def kernel_config(case: Case, params: Any = CHECKED) -> Sm90AttentionConfig:
+    return Sm90AttentionConfig(case.T, case.S, case.G, case.causal, case.window, case.D**-0.5, case.softcap, params)
 
 
 def gradients(case: Case, inputs: dict[str, jax.Array], do: jax.Array, ids: Any) -> dict[str, Any]:
-    """What the two kernels compute; fails where they race."""
+    """Runs the two backward kernels; fails if they race."""
     lse, delta = tolerance.quick(functools.partial(residuals, case))(inputs, do, ids)
     run = jax.jit(
-        lambda *args: bwd.backward(*args, static(case)), compiler_options=tolerance.HURRY
+        lambda *args: bwd.backward(*args, kernel_config(case)), compiler_options=tolerance.HURRY
     )  # a function of its own, so that no program of another run is taken from a cache
     with race_detector._every(race_detector.gpu_interpreter, "GPURaceDetectionState") as detectors:
         try:
-            found = jax.block_until_ready(run(*inputs.values(), do, lse, delta, ids))
+            grads = jax.block_until_ready(run(*inputs.values(), do, lse, delta, ids))
         finally:
             race_detector.gpu_interpreter.reset_gpu_interpret_mode_state()
     assert len(detectors) == 2 and not any(detector.races_found for detector in detectors)
-    return dict(zip(("dq", "dk", "dv"), found))
+    return dict(zip(("dq", "dk", "dv"), grads))
 
 
 def expected(case: Case, inputs: dict[str, jax.Array], do: jax.Array, ids: Any) -> dict[str, Any]:
     aux = {} if ids is None else {"segment_ids": ids}
-    found = tolerance.program("attention", "reference", tuple(options(case).items()))(inputs, aux, do)
-    return {name: found[name] for name in ("dq", "dk", "dv")}
+    outputs = tolerance.program("attention", "reference", tuple(options(case).items()))(inputs, aux, do)
+    return {name: outputs[name] for name in ("dq", "dk", "dv")}
 
 
 def judge(case: Case) -> dict[str, Any]:
     inputs, do, ids = arrays(case)
-    mine, plain = gradients(case, inputs, do, ids), expected(case, inputs, do, ids)
+    grads, plain = gradients(case, inputs, do, ids), expected(case, inputs, do, ids)
     with jax.enable_x64(True):
         exact = {name: jnp.asarray(tolerance.exact(x)) for name, x in inputs.items()}
         oracle = expected(case, exact, jnp.asarray(tolerance.exact(do)), ids)
-    for name, x in mine.items():
+    for name, x in grads.items():
         assert x.dtype == plain[name].dtype and x.shape == plain[name].shape, name
-    tolerance.check(mine, plain, oracle, case.dtype)
-    return mine
+    tolerance.check(grads, plain, oracle, case.dtype)
+    return grads
 
 
 FAST = [
-    Case(200, 70, G=2),  # the first 128 queries see nothing
+    Case(200, 70, G=2),  # the first 128 queries see no key
     Case(129, 129, G=2, window=70),
     Case(65, 200, D=128, window=64, softcap=5.0),
-    Case(64, 127, D=256, segments="ascending"),  # no key of the first tile lies after a query, some are foreign
+    Case(64, 127, D=256, segments="ascending"),  # no mask in the first block, but other segments
     Case(64, 129, D=256, causal=False, dtype="float16", spread=30.0),
 ]
 LONG = [
@@ -147,23 +147,23 @@ def test_gradients(case: Case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("D", [64, 128, 256])
-def test_unseen_keys_and_blind_queries_get_zeros(D):
+def test_unattended_keys_and_blind_queries_get_zero_gradients(D):
     """Keys before every window, queries before every key, and both where the other side has none of their segment."""
     inputs, do, _ = arrays(case := Case(64, 200, D=D, window=8))
-    mine = gradients(case, inputs, do, None)
+    grads = gradients(case, inputs, do, None)
     for name in ("dk", "dv"):
-        assert not np.any(mine[name][:, : 200 - 64 - 7]) and np.any(mine[name][:, 200 - 64 - 7])
+        assert not np.any(grads[name][:, : 200 - 64 - 7]) and np.any(grads[name][:, 200 - 64 - 7])
     inputs, do, _ = arrays(case := Case(200, 64, D=D))
     assert not np.any(gradients(case, inputs, do, None)["dq"][:, : 200 - 64])
     inputs, do, _ = arrays(case := Case(300, 300, D=D, causal=False))
     ids = tuple(jnp.asarray(np.where(np.arange(300) < 130, alone, 1), jnp.int32)[None] for alone in (0, 2))
-    for name, found in gradients(case, inputs, do, ids).items():
-        assert not np.any(found[:, :130]) and np.all(np.any(found[:, 130:], axis=(2, 3))), name
+    for name, grad in gradients(case, inputs, do, ids).items():
+        assert not np.any(grad[:, :130]) and np.all(np.any(grad[:, 130:], axis=(2, 3))), name
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("D", [64, 128, 256])
-def test_twice_the_same_bits(D):
+def test_two_runs_are_bit_equal(D):
     case = Case(200, 200, D=D, G=2, window=90)
     inputs, do, _ = arrays(case)
     tolerance.same_bits(*(gradients(case, inputs, do, None) for _ in range(2)))
@@ -171,25 +171,25 @@ def test_twice_the_same_bits(D):
 
 @pytest.mark.parametrize("T, S, causal, window", [(300, 300, True, 66), (300, 300, True, None), (200, 500, True, 33)])
 @pytest.mark.parametrize("tile", [64, 128])
-def test_tiles_outside_the_bounds_are_not_visited(T, S, causal, window, tile):
-    """First tiles and their numbers, against the mask itself."""
-    at = Static(T, S, 1, causal, window, 1.0, None)
+def test_blocks_outside_the_visible_range_are_not_visited(T, S, causal, window, tile):
+    """Compares the first block and the number of blocks with the mask itself."""
+    config = Sm90AttentionConfig(T, S, 1, causal, window, 1.0, None)
     distance = np.arange(T)[:, None] + S - T - np.arange(S)
     mask = (distance >= 0) & (distance < (window or S + T))
-    for first in range(0, T, common.OWN):
-        low, n = common.keys_of(jnp.int32(first), at, tile)
-        touched = np.unique(np.nonzero(mask[first : first + common.OWN])[1] // tile)
+    for first in range(0, T, common.BLOCK_ROWS):
+        low, n = common.visible_kv_blocks(jnp.int32(first), config, tile)
+        touched = np.unique(np.nonzero(mask[first : first + common.BLOCK_ROWS])[1] // tile)
         assert [*range(int(low), int(low + n))] == [*touched]
     for own in (64, 128):
         for first in range(0, S, own):
-            low, n = common.queries_of(jnp.int32(first), own, at, tile)
+            low, n = common.visible_q_blocks(jnp.int32(first), own, config, tile)
             touched = np.unique(np.nonzero(mask[:, first : first + own])[0] // tile)
             assert [*range(int(low), int(low + n))] == [*touched]
 
 
 @pytest.mark.slow
-def test_work_grows_with_the_window_not_with_the_square():
-    """Matrix products that the simulated device ran, with a window, at S and at 2 S."""
+def test_work_is_linear_in_length_under_a_window():
+    """Counts the wgmmas of the simulated device, with a window, at S and at 2 S."""
     products = []
     for S in (512, 1024):
         inputs, do, _ = arrays(case := Case(S, S, window=64))
@@ -201,8 +201,8 @@ def test_work_grows_with_the_window_not_with_the_square():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("D", [64, 256])
-def test_tiles_of_foreign_segments_are_not_multiplied(D):
-    """Matrix products that the simulated device ran for one document, and for four as long."""
+def test_blocks_of_other_segments_are_not_multiplied(D):
+    """Counts the wgmmas of the simulated device for one document, and for four of the same length."""
     products = []
     for documents in (1, 4):
         inputs, do, _ = arrays(case := Case(256 * documents, 256 * documents, D=D, segments="ascending"))
@@ -214,7 +214,7 @@ def test_tiles_of_foreign_segments_are_not_multiplied(D):
 
 
 def compiled() -> dict[workloads.Attention, dict[str, Any]]:
-    """The kernels of both directions in bfloat16, by name, as ptxas made them for sm_90a: the committed profile."""
+    """Returns the kernels of both directions in bfloat16, by name, as compiled for sm_90a in the committed profile."""
     rows = json.loads(PROFILE.read_text())["rows"]
     name = lambda kernel: kernel["name"].removeprefix("attention_").removesuffix("_mosaic_gpu_kernel")
     return {
@@ -223,20 +223,20 @@ def compiled() -> dict[workloads.Attention, dict[str, Any]]:
     }
 
 
-def test_as_compiled_nothing_is_spilled_and_every_product_is_a_wgmma():
-    for row, found in compiled().items():
-        assert found.keys() == {"forward", "dq", "dkv"}, row.name
-        for kernel in found.values():
+def test_compiled_kernels_do_not_spill_and_every_product_is_a_wgmma():
+    for row, kernels_of_row in compiled().items():
+        assert kernels_of_row.keys() == {"forward", "dq", "dkv"}, row.name
+        for kernel in kernels_of_row.values():
             assert kernel["spill_bytes"] == kernel["local"] == kernel["mma"] == 0 < kernel["wgmma"], (row.name, kernel)
 
 
-def test_as_compiled_a_tile_without_a_mask_costs_what_it_does_where_there_is_none():
-    """Instructions of the causal loops, with a window or segments, against those of the same head dim without."""
-    found = compiled()
+def test_compiled_interior_blocks_cost_no_more_with_a_window_or_segments():
+    """Compares the instructions of the causal loops with those of the same head dim without window or segments."""
+    by_row = compiled()
     for name in ("dq", "dkv"):
-        plain = {row.D: each[name]["steady"] for row, each in found.items() if row.name == f"aot d{row.D} causal"}
+        plain = {row.D: loops[name]["steady"] for row, loops in by_row.items() if row.name == f"aot d{row.D} causal"}
         assert plain.keys() == {64, 128, 256}
-        for row, each in found.items():
+        for row, loops in by_row.items():
             if row.causal and row.softcap is None:
-                mine, best = each[name]["steady"]["instructions"], plain[row.D]["instructions"]
-                assert mine <= 1.05 * best, f"{row.name}: {name} issues {mine} a tile, {best} without a mask"
+                count, best = loops[name]["steady"]["instructions"], plain[row.D]["instructions"]
+                assert count <= 1.05 * best, f"{row.name}: {name} issues {count} per block, {best} without a mask"

@@ -1,4 +1,4 @@
-"""The Hopper attention, interpreted on the CPU: values, races, rows that see nothing, the tiles it takes."""
+"""Hopper attention, interpreted on the CPU: values, races, rows that see no key, and which blocks it visits."""
 
 import functools
 import itertools
@@ -16,8 +16,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dantinox import kernels
 from dantinox.kernels import dispatch, workloads
-from dantinox.kernels.ops.attention.pallas_sm90 import fwd, vjp
-from dantinox.kernels.ops.attention.pallas_sm90.common import Static
+from dantinox.kernels.ops.attention.pallas_sm90 import vjp
+from dantinox.kernels.ops.attention.pallas_sm90.common import Sm90AttentionConfig, visible_kv_range
+from dantinox.kernels.ops.attention.pallas_sm90.fwd_kernel import FwdOutputs
 from dantinox.reference.attention import visible
 from tests.helpers import cases, tolerance
 
@@ -34,7 +35,7 @@ def options(case: workloads.Attention) -> dict[str, Any]:
 
 
 def arrays(case: workloads.Attention, dtype: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(gate included, None where there is none; segment ids as the kernel takes them)."""
+    """Returns (inputs, with gate None where there is none; segment ids as the kernel takes them)."""
     inputs, aux, _ = cases.draw(case)
     inputs = {"gate": None} | {name: jnp.asarray(x, dtype) for name, x in inputs.items()}
     ids = aux.get("segment_ids")
@@ -43,30 +44,30 @@ def arrays(case: workloads.Attention, dtype: Any) -> tuple[dict[str, Any], dict[
 
 
 def races() -> bool:
-    found = interpreter.get_races().races_found
+    races_found = interpreter.get_races().races_found
     interpreter.reset_gpu_interpret_mode_state()
-    return found
+    return races_found
 
 
-def static(case: workloads.Attention) -> Static:
+def kernel_config(case: workloads.Attention) -> Sm90AttentionConfig:
     window = None if case.window is None else min(case.window, case.S)
     scale = options(case)["scale"]
-    return Static(case.T, case.S, case.H // case.K, case.causal, window, scale, case.softcap, RACES)
+    return Sm90AttentionConfig(case.T, case.S, case.H // case.K, case.causal, window, scale, case.softcap, RACES)
 
 
 @functools.cache
-def forward(case: workloads.Attention, dtype: str) -> dict[str, np.ndarray]:
-    """The output and the residuals, computed once."""
+def forward(case: workloads.Attention, dtype: str) -> FwdOutputs:
+    """Returns the output and the residuals, computed once."""
     inputs, aux = arrays(case, dtype)
-    run = lambda q, k, v, gate, ids: vjp._forward(q, k, v, gate, ids, static(case), residuals=True)
+    run = functools.partial(vjp.padded_forward, config=kernel_config(case), residuals=True)
     out = jax.jit(run)(inputs["q"], inputs["k"], inputs["v"], inputs["gate"], aux["segment_ids"])
-    out = {name: np.asarray(x) for name, x in out.items()}
+    out = jax.tree.map(np.asarray, out)
     assert not races()
     return out
 
 
 def truth(case: workloads.Attention, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(o, the same without the gate, log2-sum-exp) in float64."""
+    """Returns (o, o without the gate, log2-sum-exp) in float64."""
     inputs, aux = arrays(case, dtype)
     q, k, v = (tolerance.exact(inputs[name]) for name in "qkv")
     G = case.H // case.K
@@ -75,8 +76,8 @@ def truth(case: workloads.Attention, dtype: str) -> tuple[np.ndarray, np.ndarray
         s = case.softcap * np.tanh(s / case.softcap)
     seen = np.asarray(visible(case.T, case.S, causal=case.causal, window=case.window))[None, None, None]
     if aux["segment_ids"] is not None:
-        of_query, of_key = map(np.asarray, aux["segment_ids"])
-        seen = seen & (of_query[:, :, None] == of_key[:, None])[:, None, None]
+        q_ids, kv_ids = map(np.asarray, aux["segment_ids"])
+        seen = seen & (q_ids[:, :, None] == kv_ids[:, None])[:, None, None]
     weights = np.where(seen, np.exp2(s * math.log2(math.e)), 0)
     total = weights.sum(-1)
     o = np.einsum("BKGTS,BSKD->BTKGD", weights / np.where(total == 0, 1, total)[..., None], v)
@@ -87,10 +88,10 @@ def truth(case: workloads.Attention, dtype: str) -> tuple[np.ndarray, np.ndarray
 
 
 FORWARD = [
-    # A head's two query tiles, the second with few rows; a window's two edges in one tile and apart.
+    # Two query blocks per head, the second with few rows; both edges of a window in one block, and in two.
     row(129, 200, window=70, gate="elementwise"),
     row(65, 127, D=128, K=2, causal=False, gate="head", softcap=2.0),
-    row(200, 65, D=256, gate="elementwise"),  # the first queries see nothing
+    row(200, 65, D=256, gate="elementwise"),  # the first queries see no key
     pytest.param(row(64, 129, segments="unmatched", window=100, gate="head", B=2), marks=slow),
     pytest.param(row(1, 200, D=128, gate="elementwise"), marks=slow),
     pytest.param(row(1, 1, gate="elementwise"), marks=slow),
@@ -104,7 +105,7 @@ FORWARD = [
     pytest.param(row(600, 600, window=300, gate="elementwise"), marks=slow),
     pytest.param(row(600, 1000, D=128, H=1, gate="elementwise"), marks=slow),
     pytest.param(row(200, 700, D=256, H=1, window=400, gate="elementwise"), marks=slow),
-    # Documents longer than a tile: tiles that are skipped, and some that need no mask.
+    # Documents longer than a block: some blocks are skipped, some need no mask.
     pytest.param(row(600, 600, segments="packed", gate="elementwise"), marks=slow),
     pytest.param(row(500, 500, D=256, H=1, segments="packed", causal=False), marks=slow),
 ]
@@ -112,20 +113,20 @@ FORWARD = [
 
 @pytest.mark.parametrize("case", FORWARD, ids=lambda case: "-".join(f"{x}" for x in case.__dict__.values() if x))
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=slow)])
-def test_the_output_and_its_residuals_are_the_formula_without_a_race(case, dtype):
-    mine = forward(case, dtype)
+def test_output_and_residuals_match_the_formula_without_races(case, dtype):
+    out = forward(case, dtype)
     inputs, aux = arrays(case, dtype)
     plain = kernels_reference(case, inputs, aux)
-    o, ungated, lse = truth(case, dtype)
-    tolerance.check({"o": mine["o"]}, {"o": plain}, {"o": o}, dtype)
-    if "ungated" in mine:
+    o, o_ungated, lse = truth(case, dtype)
+    tolerance.check({"o": out.o}, {"o": plain}, {"o": o}, dtype)
+    if out.o_ungated is not None:
         bare = kernels_reference(case, inputs | {"gate": None}, aux)
-        tolerance.check({"o": mine["ungated"]}, {"o": bare}, {"o": ungated}, dtype)
-    assert (np.isposinf(mine["lse"]) == np.isposinf(lse)).all()
-    np.testing.assert_allclose(mine["lse"], lse, atol=2e-4, rtol=1e-5)
-    assert mine["o"].shape == case.out_shape() and mine["o"].dtype == inputs["q"].dtype
-    nothing = np.isposinf(lse).swapaxes(1, 2)
-    assert not mine["o"][nothing].any(), "a query that sees no key gives zeros"
+        tolerance.check({"o": out.o_ungated}, {"o": bare}, {"o": o_ungated}, dtype)
+    assert (np.isposinf(out.lse) == np.isposinf(lse)).all()
+    np.testing.assert_allclose(out.lse, lse, atol=2e-4, rtol=1e-5)
+    assert out.o.shape == case.out_shape() and out.o.dtype == inputs["q"].dtype
+    sees_no_key = np.isposinf(lse).swapaxes(1, 2)
+    assert not out.o[sees_no_key].any(), "a query that sees no key gives zeros"
 
 
 def kernels_reference(case: workloads.Attention, inputs: dict[str, Any], aux: dict[str, Any]) -> jax.Array:
@@ -139,7 +140,7 @@ GRADIENTS = [row(72, 136, window=70, gate="elementwise"), row(65, 40, D=128, gat
 
 @slow
 @pytest.mark.parametrize("case", GRADIENTS, ids=["window", "softcap"])
-def test_the_gradients_are_the_formulas(case):
+def test_gradients_match_the_reference(case):
     inputs, _, dout = cases.draw(case)
 
     def run(inputs: dict, aux: dict, dout: jax.Array) -> dict[str, jax.Array]:
@@ -152,23 +153,26 @@ def test_the_gradients_are_the_formulas(case):
 
 
 @pytest.mark.parametrize("gate", [None, 1, 16])
-def test_what_precedes_the_backward_kernels_is_the_formula(gate):
+def test_bwd_preprocess_matches_autodiff(gate):
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
-    do, ungated, logits = draw(2, 5, 3, 16), draw(2, 5, 3, 16), gate and draw(2, 5, 3, gate)
-    inner, dgate, delta = vjp.before_backward(do, ungated, logits)
-    gated = lambda o, g: o if g is None else o * jax.nn.sigmoid(g)
-    _, pull = jax.vjp(gated, ungated, logits)
-    of_o, of_gate = pull(do)
-    np.testing.assert_allclose(inner, of_o, rtol=1e-6)
-    np.testing.assert_allclose(delta, np.einsum("BTHD,BTHD->BHT", of_o, ungated), rtol=1e-5, atol=1e-6)
+    do, o_ungated, logits = draw(2, 5, 3, 16), draw(2, 5, 3, 16), gate and draw(2, 5, 3, gate)
+    do_ungated, dgate, delta = vjp.bwd_preprocess(do, o_ungated, logits)
+
+    def gated(o: jax.Array, logits: jax.Array | None) -> jax.Array:
+        return o if logits is None else o * jax.nn.sigmoid(logits)
+
+    _, pull = jax.vjp(gated, o_ungated, logits)
+    do_expected, dgate_expected = pull(do)
+    np.testing.assert_allclose(do_ungated, do_expected, rtol=1e-6)
+    np.testing.assert_allclose(delta, np.einsum("BTHD,BTHD->BHT", do_expected, o_ungated), rtol=1e-5, atol=1e-6)
     assert (dgate is None) == (gate is None)
     if gate:
-        np.testing.assert_allclose(dgate, of_gate, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(dgate, dgate_expected, rtol=1e-5, atol=1e-6)
 
 
 @slow
-def test_what_no_query_sees_changes_no_bit_and_two_runs_agree():
+def test_masked_keys_do_not_affect_output_and_runs_are_bit_equal():
     case = row(65, 200, window=40, segments="unmatched")
     inputs, aux = arrays(case, "bfloat16")
     run = jax.jit(lambda x: vjp.attention(**x, **options(case), **aux, interpret=RACES))
@@ -182,16 +186,16 @@ def test_what_no_query_sees_changes_no_bit_and_two_runs_agree():
 
 
 @slow
-def test_tiles_of_foreign_segments_are_not_loaded():
+def test_blocks_of_other_segments_are_not_loaded():
     """Copies into shared memory, by the simulated device, for one document and for four as long."""
     copies = []
     for documents in (1, 4):
         case = row(256 * documents, 256 * documents, H=1)
         inputs, _ = arrays(case, "bfloat16")
         ids = jnp.repeat(jnp.arange(documents, dtype=jnp.int32), 256)[None]
-        run = lambda x, ids=ids, case=case: vjp.attention(**x, **options(case), segment_ids=(ids, ids), interpret=RACES)
+        run = functools.partial(vjp.attention, **options(case), segment_ids=(ids, ids), interpret=RACES)
         with mock.patch.object(gpu_callbacks, "copy_gmem_to_smem", wraps=gpu_callbacks.copy_gmem_to_smem) as ran:
-            jax.block_until_ready(jax.jit(run)(inputs))
+            jax.block_until_ready(jax.jit(run)(**inputs))
         assert not races()
         copies.append(ran.call_count)
     assert copies[1] == 4 * copies[0], copies
@@ -202,42 +206,42 @@ WINDOWS = ((False, None), *((True, window) for window in (None, 1, 63, 64, 100, 
 
 
 @pytest.mark.parametrize(("causal", "window"), WINDOWS)
-def test_a_span_holds_the_visible_tiles_and_its_interior_needs_no_mask(causal, window):
+def test_kv_range_holds_the_visible_blocks_and_its_interior_needs_no_mask(causal, window):
     for q, k in ((64, 128), (128, 64), (16, 32)):
-        first = np.arange(0, 256, q, dtype=np.int32)
+        q_starts = np.arange(0, 256, q, dtype=np.int32)
 
         @jax.jit
         @functools.partial(jax.vmap, in_axes=(0, None, None))
-        def spans(top: Any, T: Any, S: Any, q: int = q, k: int = k) -> tuple:
-            return fwd.span(top, q, k, Static(T, S, 1, causal, window, 1.0, None))
+        def kv_ranges(q_start: Any, T: Any, S: Any, q: int = q, k: int = k) -> tuple:
+            return visible_kv_range(q_start, q, k, Sm90AttentionConfig(T, S, 1, causal, window, 1.0, None))
 
         for T, S in itertools.product(LENGTHS, LENGTHS):
-            found = [np.asarray(x) for x in spans(first, np.int32(T), np.int32(S))]
+            ranges = [np.asarray(x) for x in kv_ranges(q_starts, np.int32(T), np.int32(S))]
             distance = np.arange(T)[:, None] + S - T - np.arange(S)
             seen = ((distance >= 0) | (not causal)) & (distance < (window or 10**6))
-            for n, top in enumerate(first):
-                start, left, right, stop = (int(x[n]) for x in found)
-                tiles = [seen[top : top + q, j * k : (j + 1) * k] for j in range(-(-S // k))]
-                needed = [j for j, tile in enumerate(tiles) if tile.any()]
-                assert list(range(start, stop)) == needed, (T, S, q, k, top)
-                whole = [j for j in needed if tiles[j].all() and (j + 1) * k <= S]
-                assert list(range(left, right)) == whole, (T, S, q, k, top)
+            for n, q_start in enumerate(q_starts):
+                start, interior_start, interior_end, end = (int(x[n]) for x in ranges)
+                blocks = [seen[q_start : q_start + q, j * k : (j + 1) * k] for j in range(-(-S // k))]
+                needed = [j for j, block in enumerate(blocks) if block.any()]
+                assert list(range(start, end)) == needed, (T, S, q, k, q_start)
+                unmasked = [j for j in needed if blocks[j].all() and (j + 1) * k <= S]
+                assert list(range(interior_start, interior_end)) == unmasked, (T, S, q, k, q_start)
 
 
-def test_what_the_kernels_do_not_take_is_named():
-    for dtype, D, said in (("float32", 64, "float32"), ("bfloat16", 96, "head dim 96")):
+def test_unsupported_inputs_raise():
+    for dtype, D, reason in (("float32", 64, "float32"), ("bfloat16", 96, "head dim 96")):
         x = jnp.ones((1, 8, 2, D), dtype)
-        with pytest.raises(NotImplementedError, match=said):
+        with pytest.raises(NotImplementedError, match=reason):
             vjp.attention(x, x, x, gate=None, causal=True, window=None, scale=1.0, softcap=None, segment_ids=None)
 
 
-def test_without_keys_the_output_is_zero():
+def test_output_is_zero_without_keys():
     q, none = jnp.ones((1, 8, 2, 64), jnp.bfloat16), jnp.ones((1, 0, 2, 64), jnp.bfloat16)
     o = vjp.attention(q, none, none, gate=None, causal=False, window=None, scale=1.0, softcap=None, segment_ids=None)
     assert o.shape == q.shape and not o.any()
 
 
-def test_hopper_is_served_by_it_and_other_gpus_are_told_what_runs():
+def test_pallas_gpu_requires_hopper():
     with dispatch.target_device("cuda", "NVIDIA H100 80GB HBM3"):
         assert kernels.implementations("attention")["pallas"] is None
         x = jnp.ones((1, 8, 2, 96), jnp.bfloat16)
@@ -249,7 +253,7 @@ def test_hopper_is_served_by_it_and_other_gpus_are_told_what_runs():
 
 @pytest.mark.parametrize("segments", [False, True])
 @pytest.mark.parametrize("around", ["vmap", "shard_map", "shard_map without checks"])
-def test_gradients_are_traced_below_vmap_and_shard_map(around, segments):
+def test_gradients_trace_under_vmap_and_shard_map(around, segments):
     q, k, ids = (jnp.ones(shape, jnp.bfloat16) for shape in ((2, 1, 64, 4, 64), (2, 1, 64, 2, 64), (2, 1, 64)))
     call = functools.partial(vjp.attention, gate=None, causal=True, window=9, scale=1.0, softcap=None)
 

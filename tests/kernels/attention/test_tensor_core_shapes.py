@@ -1,8 +1,8 @@
 """The Pallas attention at the sizes and dtypes of tensor cores, every feature: outputs and all gradients, by the rule.
 
-The output alone, too: where no gradient is wanted, the forward kernel keeps nothing, and is another program. On a GPU,
-where `make gpu` begins with them, these are Hopper's compiled kernels, large cases before small ones; elsewhere all but
-one case wait for the long run.
+The tests also run the output alone: without gradients the forward kernel stores no residuals, and is another program.
+On a GPU, where `make gpu` starts with these tests, they run the compiled Hopper kernels, large cases before small ones;
+elsewhere all but one case are marked slow.
 """
 
 import functools
@@ -19,9 +19,9 @@ from dantinox.kernels import workloads
 from tests.helpers import cases, tolerance
 
 ON_GPU = jax.default_backend() == "gpu"
-WHY = kernels.implementations("attention")["pallas"]
-pytestmark = pytest.mark.skipif(WHY is not None, reason=str(WHY))
-waits = () if ON_GPU else pytest.mark.slow
+UNSUPPORTED = kernels.implementations("attention")["pallas"]
+pytestmark = pytest.mark.skipif(UNSUPPORTED is not None, reason=str(UNSUPPORTED))
+slow_off_gpu = () if ON_GPU else pytest.mark.slow
 
 
 def row(T: int, S: int, **sizes: Any) -> workloads.Attention:
@@ -33,7 +33,7 @@ SMALL = (
     row(200, 200, D=128, gate="head", window=65),
     row(300, 300, D=256),
     row(65, 200, D=64, K=1, softcap=2.0, gate="head"),
-    row(200, 65, D=128, gate="elementwise"),  # the first queries see nothing
+    row(200, 65, D=128, gate="elementwise"),  # the first queries see no key
     row(129, 300, D=256, window=33, softcap=20.0),
     row(600, 600, D=64, segments="packed"),
     row(600, 600, D=128, segments="packed", window=300, gate="elementwise"),
@@ -44,7 +44,7 @@ SMALL = (
     row(64, 130, D=256, scale=-0.05, gate="elementwise"),
     row(8, 1000, D=256, causal=False),
 )
-# Many blocks and many turns of the rings. Interpreted, each would take minutes.
+# Many blocks and many rounds of the ring buffers. Interpreted, each would take minutes.
 LARGE = (
     row(2048, 2048, D=64, H=8, K=2, gate="head"),
     row(2048, 2048, D=128, H=8, K=2, window=512, gate="elementwise"),
@@ -55,12 +55,12 @@ LARGE = (
 PAIRS = [(case, "bfloat16") for case in [*(LARGE if ON_GPU else ()), *SMALL]] + [
     (case, "float16") for case in SMALL[:6]
 ]
-CASES = itertools.product(PAIRS, ("gradients", "output alone"))  # what a pair expects is computed once for both
+CASES = itertools.product(PAIRS, ("gradients", "output alone"))  # both use the expected outputs of a pair
 
 
 @functools.lru_cache(maxsize=1)
 def expected(case: workloads.Attention, dtype: str) -> tuple[tolerance.Given, tolerance.Arrays, tolerance.Arrays]:
-    """(the arguments, what plain jnp makes of them, what the reference does)."""
+    """Returns (the arguments, the outputs of plain jnp, those of the reference)."""
     inputs, aux, dout = cases.draw(case)
     given = tolerance.rounded(inputs, dout, dtype, aux=aux)
     return given, *tolerance.expect("attention", given, cases.options(case))
@@ -72,7 +72,7 @@ def name(value: Any) -> str:
 
 @pytest.mark.parametrize(
     ("case", "dtype", "wanted"),
-    [pytest.param(*pair, wanted, marks=() if pair == PAIRS[0] else waits) for pair, wanted in CASES],
+    [pytest.param(*pair, wanted, marks=() if pair == PAIRS[0] else slow_off_gpu) for pair, wanted in CASES],
     ids=name,
 )
 def test_attention_at_tensor_core_sizes_keeps_the_rule(case, dtype, wanted):
@@ -81,19 +81,19 @@ def test_attention_at_tensor_core_sizes_keeps_the_rule(case, dtype, wanted):
     got = run(inputs, aux, dout if wanted == "gradients" else None)
     tolerance.hold(got, plain, oracle if wanted == "gradients" else {"o": oracle["o"]}, dtype)
     if case.causal and case.T > case.S:
-        for what in {"o", "dq", "dgate"} & set(got):
-            assert not np.any(got[what][:, : case.T - case.S]), f"{what}: a query that sees no key"
+        for output in {"o", "dq", "dgate"} & set(got):
+            assert not np.any(got[output][:, : case.T - case.S]), f"{output}: a query that sees no key"
 
 
-@pytest.mark.parametrize("D", [pytest.param(D, marks=waits) for D in (64, 128, 256)])
-def test_what_no_query_sees_changes_no_bit_and_two_runs_agree_at_tensor_core_sizes(D):
+@pytest.mark.parametrize("D", [pytest.param(D, marks=slow_off_gpu) for D in (64, 128, 256)])
+def test_masked_keys_do_not_affect_outputs_and_runs_are_bit_equal_at_tensor_core_sizes(D):
     case = row(65, 300, D=D, window=100, segments="unmatched", gate="head")
     inputs, aux, dout = cases.draw(case)
     inputs = {name: jnp.asarray(x, "bfloat16") for name, x in inputs.items()}
     run = tolerance.program("attention", "pallas", cases.options(case), hurry=not ON_GPU)
     once, again = (run(inputs, aux, jnp.asarray(dout, "bfloat16")) for _ in range(2))
-    hidden = aux["segment_ids"][1][0] == 99
-    hidden |= np.arange(300) < 300 - 65 - 100 + 1
-    poisoned = {n: jnp.where(hidden[None, :, None, None], jnp.nan, x) if n in "kv" else x for n, x in inputs.items()}
+    masked = aux["segment_ids"][1][0] == 99
+    masked |= np.arange(300) < 300 - 65 - 100 + 1
+    poisoned = {n: jnp.where(masked[None, :, None, None], jnp.nan, x) if n in "kv" else x for n, x in inputs.items()}
     tolerance.same_bits(once, again)
     tolerance.same_bits(once, run(poisoned, aux, jnp.asarray(dout, "bfloat16")))

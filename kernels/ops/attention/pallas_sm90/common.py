@@ -1,6 +1,6 @@
-"""What Hopper's attention kernels share: sizes, tiles, masks, the soft cap and the copies of tiles."""
+"""Shared by the Hopper attention kernels: configuration, block sizes, block ranges, masks, soft cap and SMEM."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,13 +9,28 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+Array = jax.Array
+Ref = Any
+Index = Array | int
+Segments = tuple[Array, Array]  # ids of the queries and of the keys
 
-class Static(NamedTuple):
-    """Sizes and options that shape the code of a kernel. Hashable: `vjp.py` hands it to custom_vjp as it is."""
+LOG2E = 1.4426950408889634
+TMA_ROWS = 8  # rows of a TMA tile: lengths in memory are multiples of it
+FAR_FUTURE = 2**24  # tokens; more than any block has
+WARPGROUP_ROWS = 64  # of one wgmma
+COMPUTE_WARPGROUPS = 2  # consumers; a third warpgroup is the producer
+BLOCK_ROWS = WARPGROUP_ROWS * COMPUTE_WARPGROUPS  # queries or keys per thread block
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
+ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)  # one value per row of an accumulator
+COL_LAYOUT = plgpu.Layout.WGMMA.reduce(0)  # one value per column
+
+
+class Sm90AttentionConfig(NamedTuple):
+    """Sizes and options that shape the code of a kernel. Hashable, since `vjp.py` passes it to custom_vjp."""
 
     T: int
     S: int
-    G: int  # query heads a key head serves
+    G: int  # query heads per key head
     causal: bool
     window: int | None
     scale: float
@@ -23,224 +38,269 @@ class Static(NamedTuple):
     interpret: plgpu.InterpretGPUParams | None = None  # None compiles; the parameters interpret the kernel on the CPU
 
 
-LOG2E = 1.4426950408889634
+class BwdBlockSizes(NamedTuple):
+    """Sizes of the blocks that the backward loops step over, and how many stages are loaded ahead."""
 
-
-def capped(products: jax.Array, static: Static) -> jax.Array:
-    """tanh(scale q k^T / softcap) in float32 of products q k^T; a score is softcap times as large.
-
-    The hardware's own tanh takes one instruction for these two and is good to 2^-11 of a score: enough for an output,
-    but weights made of the exact scores and of a log-sum-exp of such scores do not add up to one. In float16, at a cap
-    of 50 and scores near it, that moves gradients further than the rule of the tests allows.
-    """
-    # Large products: 2^x is infinite, and the quotient 0.
-    return 1.0 - 2.0 / (jnp.exp2(products * (2 * LOG2E * static.scale / static.softcap)) + 1.0)
-
-
-class Span(NamedTuple):
-    """Key tiles of a range of queries: all in [start, stop), those without a mask in [left, right)."""
-
-    start: Any
-    left: Any
-    right: Any
-    stop: Any
-
-    def within(self, other: "Span") -> "Span":
-        """What lies in both."""
-        start = lax.max(self.start, other.start)
-        stop = lax.max(start, lax.min(self.stop, other.stop))
-        left = lax.clamp(start, lax.max(self.left, other.left), stop)
-        return Span(start, left, lax.max(left, lax.min(lax.min(self.right, other.right), stop)), stop)
-
-
-def span(first: Any, rows: int, k: int, static: Static) -> Span:
-    """The key tiles that queries first .. first + rows see; those past T see none."""
-    offset = static.S - static.T
-    past = lax.min(first + rows, jnp.int32(static.T))
-    tile = lambda key: lax.div(lax.max(key, jnp.int32(0)), jnp.int32(k))
-    high, right = jnp.int32(static.S), jnp.int32(static.S // k)
-    if static.causal:
-        high, right = lax.min(high, past + offset), lax.min(right, tile(first + offset + 1))
-    start = left = jnp.int32(0)
-    if static.window is not None:
-        start = tile(first + offset - static.window + 1)
-        left = tile(past + offset - static.window + k - 1)
-    stop = jnp.where(first < static.T, lax.max(start, tile(high + k - 1)), start)
-    left = lax.max(start, lax.min(left, stop))
-    return Span(start, left, lax.max(left, lax.min(right, stop)), stop)
-
-
-Array = jax.Array
-Ref = Any
-Segments = tuple[Array, Array]
-FAR = 2**24  # tokens; more than any tile has
-ROWS = 64  # of a warpgroup's product
-WARPGROUPS = 2  # that compute
-OWN = ROWS * WARPGROUPS  # queries or keys that a block owns
-ROW, COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)  # a number a row; a number a column
-COMPUTE_REGISTERS, MEMORY_REGISTERS = 240, 24
-
-
-class Tiles(NamedTuple):
-    """How far each loop steps, and how many steps are loaded ahead."""
-
-    keys: int  # of dq's loop
+    block_kv: int  # of dq's loop
     k_stages: int
-    v_stages: int  # v is done with before k is
-    queries: int  # of the loop of dk and dv
+    v_stages: int  # v is released before k is
+    block_q: int  # of the loop of dk and dv
     q_stages: int
 
 
-TILES = {
-    64: Tiles(keys=128, k_stages=2, v_stages=2, queries=64, q_stages=3),
-    128: Tiles(keys=64, k_stages=2, v_stages=2, queries=64, q_stages=2),
-    256: Tiles(keys=64, k_stages=2, v_stages=1, queries=64, q_stages=2),
+BWD_BLOCK_SIZES = {
+    64: BwdBlockSizes(block_kv=128, k_stages=2, v_stages=2, block_q=64, q_stages=3),
+    128: BwdBlockSizes(block_kv=64, k_stages=2, v_stages=2, block_q=64, q_stages=2),
+    256: BwdBlockSizes(block_kv=64, k_stages=2, v_stages=1, block_q=64, q_stages=2),
 }
 
 
-def keys_of(first: Array, static: Static, tile: int) -> tuple[Array, Array]:
-    """The first key tile that some of the queries [first, first + OWN) sees, and how many."""
-    S, shift = static.S, static.S - static.T
-    low, high = jnp.int32(0), jnp.int32(pl.cdiv(S, tile))
-    if static.causal:
-        end = jnp.clip(jnp.minimum(first + OWN, static.T) + shift, 0, S)
-        high = _over(end + (tile - 1), tile)
-    if static.window is not None:
-        low = _over(jnp.maximum(first + (shift - static.window + 1), 0), tile)
-    return low, jnp.maximum(high - low, 0)
+class BwdInputs(NamedTuple):
+    """Inputs of both backward kernels, in global memory; see `bwd.backward`, which pads them."""
+
+    q: Any
+    k: Any
+    v: Any
+    do: Any
+    lse: Any
+    delta: Any
+    q_ids: Any = None
+    kv_ids: Any = None
+    segment_ranges: Any = None  # a `SegmentRange` per block of rows, of the blocks that its kernel loops over
 
 
-def queries_of(first: Array, own: int, static: Static, tile: int) -> tuple[Array, Array]:
-    """The first query tile that sees some of the keys [first, first + own), and how many."""
-    T, shift = static.T, static.S - static.T
-    low, high = jnp.int32(0), jnp.int32(pl.cdiv(T, tile))
-    if static.causal:
-        low = _over(jnp.maximum(first - shift, 0), tile)
-    if static.window is not None:
-        end = jnp.clip(jnp.minimum(first + own, static.S) + (static.window - 1 - shift), 0, T)
-        high = _over(end + (tile - 1), tile)
-    return low, jnp.maximum(high - low, 0)
+def split_refs(refs: Sequence[Ref], *types: type[NamedTuple]) -> list[Any]:
+    """Groups the positional references of a kernel into one NamedTuple per type."""
+    groups, start = [], 0
+    for kind in types:
+        end = start + len(kind._fields)
+        groups.append(kind(*refs[start:end]))
+        start = end
+    assert start == len(refs), f"{len(refs)} references for {start} names"
+    return groups
 
 
-def _over(x: Array, tile: int) -> Array:
-    return lax.div(x, jnp.int32(tile))
-
-
-class Shared(NamedTuple):
-    """The tiles that may share a segment with a block's tokens, [start, stop); [left, right) are of that alone."""
+class KvBlockRange(NamedTuple):
+    """Key blocks of a range of queries: all in [start, end), those without a mask in [interior_start, interior_end)."""
 
     start: Array
-    left: Array
-    right: Array
-    stop: Array
+    interior_start: Array
+    interior_end: Array
+    end: Array
+
+    def intersect(self, other: "KvBlockRange") -> "KvBlockRange":
+        """Returns the blocks of both ranges."""
+        start = lax.max(self.start, other.start)
+        end = lax.max(start, lax.min(self.end, other.end))
+        interior_start = lax.clamp(start, lax.max(self.interior_start, other.interior_start), end)
+        interior_end = lax.min(lax.min(self.interior_end, other.interior_end), end)
+        return KvBlockRange(start, interior_start, lax.max(interior_start, interior_end), end)
+
+
+def visible_kv_range(q_start: Array, rows: int, block_kv: int, config: Sm90AttentionConfig) -> KvBlockRange:
+    """Returns the key blocks that queries q_start .. q_start + rows see; those past T see none."""
+
+    def block_of(key: Array) -> Array:
+        return lax.div(lax.max(key, jnp.int32(0)), jnp.int32(block_kv))
+
+    offset = config.S - config.T
+    q_end = lax.min(q_start + rows, jnp.int32(config.T))
+    kv_end, interior_end = jnp.int32(config.S), jnp.int32(config.S // block_kv)
+    if config.causal:
+        kv_end, interior_end = lax.min(kv_end, q_end + offset), lax.min(interior_end, block_of(q_start + offset + 1))
+    start = interior_start = jnp.int32(0)
+    if config.window is not None:
+        start = block_of(q_start + offset - config.window + 1)
+        interior_start = block_of(q_end + offset - config.window + block_kv - 1)
+    end = jnp.where(q_start < config.T, lax.max(start, block_of(kv_end + block_kv - 1)), start)
+    interior_start = lax.max(start, lax.min(interior_start, end))
+    return KvBlockRange(start, interior_start, lax.max(interior_start, lax.min(interior_end, end)), end)
+
+
+def visible_kv_blocks(q_start: Array, config: Sm90AttentionConfig, block_kv: int) -> tuple[Array, Array]:
+    """Returns (first, number) of the key blocks that a query of [q_start, q_start + BLOCK_ROWS) sees."""
+    S, offset = config.S, config.S - config.T
+    start, end = jnp.int32(0), jnp.int32(pl.cdiv(S, block_kv))
+    if config.causal:
+        kv_end = jnp.clip(jnp.minimum(q_start + BLOCK_ROWS, config.T) + offset, 0, S)
+        end = _div(kv_end + (block_kv - 1), block_kv)
+    if config.window is not None:
+        start = _div(jnp.maximum(q_start + (offset - config.window + 1), 0), block_kv)
+    return start, jnp.maximum(end - start, 0)
+
+
+def visible_q_blocks(kv_start: Array, rows: int, config: Sm90AttentionConfig, block_q: int) -> tuple[Array, Array]:
+    """Returns (first, number) of the query blocks that see a key of [kv_start, kv_start + rows)."""
+    T, offset = config.T, config.S - config.T
+    start, end = jnp.int32(0), jnp.int32(pl.cdiv(T, block_q))
+    if config.causal:
+        start = _div(jnp.maximum(kv_start - offset, 0), block_q)
+    if config.window is not None:
+        q_end = jnp.clip(jnp.minimum(kv_start + rows, config.S) + (config.window - 1 - offset), 0, T)
+        end = _div(q_end + (block_q - 1), block_q)
+    return start, jnp.maximum(end - start, 0)
+
+
+def _div(x: Array, divisor: int) -> Array:
+    return lax.div(x, jnp.int32(divisor))
+
+
+class SegmentRange(NamedTuple):
+    """Blocks that may share a segment with a block of rows, [start, end); the interior ones hold that segment only."""
+
+    start: Array
+    interior_start: Array
+    interior_end: Array
+    end: Array
 
     @classmethod
-    def of(cls, table: Ref, b: Array, tile: Array) -> "Shared":
-        """Of a block, from what `segment_ids.spans` found."""
-        return cls(*(table[b, tile, n] for n in range(4)))
+    def load(cls, segment_ranges: Ref, batch: Array, block: Array) -> "SegmentRange":
+        """Loads the range of a block from the table of `segment_ids.kv_block_ranges`."""
+        return cls(*(segment_ranges[batch, block, n] for n in range(4)))
 
-    def cut(self, low: Array, steps: Array) -> tuple[Array, Array]:
-        """What is left of so many tiles from `low` on. Where nothing is, the first is one of these, or `low`."""
-        start = lax.clamp(low, self.start, jnp.maximum(low + steps - 1, low))
-        return start, jnp.minimum(low + steps, self.stop) - start
+    def clamp(self, first: Array, steps: Array) -> tuple[Array, Array]:
+        """Returns (first, number) of the given blocks in the range; if none is, the first is still one of them."""
+        start = lax.clamp(first, self.start, jnp.maximum(first + steps - 1, first))
+        return start, jnp.minimum(first + steps, self.end) - start
 
-    def alike(self, tile: Array) -> Array:
-        """A tile is in [left, right)."""
-        return (tile >= self.left) & (tile < self.right)
+    def is_interior(self, block: Array) -> Array:
+        """Returns whether every pair of this block is of one segment."""
+        return (block >= self.interior_start) & (block < self.interior_end)
 
 
-def masked(
+def per_row(x: Array, columns: int) -> Array:
+    """Broadcasts one value per row over the columns."""
+    return lax.broadcast_in_dim(x, (x.shape[0], columns), [0])
+
+
+def per_column(x: Array, rows: int) -> Array:
+    """Broadcasts one value per column over the rows."""
+    return lax.broadcast_in_dim(x, (rows, x.shape[0]), [1])
+
+
+def iota(size: int, layout: Any) -> Array:
+    """Returns the number of each row (ROW_LAYOUT) or column (COL_LAYOUT)."""
+    return plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
+
+
+def apply_mask(
     *ps: Array,
-    query: Array,
-    key: Array,
-    static: Static,
-    axis: int,
-    ids: Callable[[], tuple[Array, Array]] | None,
-    alike: Array | None,
+    q_start: Array,
+    kv_start: Array,
+    config: Sm90AttentionConfig,
+    q_axis: int,
+    load_ids: Callable[[], tuple[Array, Array]] | None,
+    one_segment: Array | None,
 ) -> list[Array]:
-    """Each of ps, or zero where the pair is not visible. Queries from `query` on run along `axis`, keys from `key` on
-    along the other; ids are those of the rows and of the columns, unless the tile is `alike`: of one segment. A tile
-    that is visible as a whole applies no mask."""
-    shape = ps[0].shape
-    queries, keys = shape[axis], shape[1 - axis]
-    distance = query + (static.S - static.T) - key  # from the first key to the first query
-    inside = []  # of a tile: all of it is visible
-    if static.causal:
-        inside.append(distance >= keys - 1)
-    if static.window is not None:
-        inside.append(distance + (queries - 1) < static.window)
-    if axis == 0 and not static.causal and static.S % keys:
-        # Past the last key, k and v are zeros and p = 2^-lse: finite, it adds nothing. In dk and dv it is never stored.
+    """Zeroes the pairs of each p that are not visible. A block that is visible throughout applies no mask.
+
+    Args:
+        ps: Weights of a block of queries from `q_start` on and keys from `kv_start` on.
+        q_axis: The axis along which the queries run; the keys run along the other.
+        load_ids: Loads the segment ids of the rows and of the columns.
+        one_segment: Whether all tokens of the block are of one segment.
+    """
+    rows, columns = shape = ps[0].shape
+    queries, keys = shape[q_axis], shape[1 - q_axis]
+    distance = q_start + (config.S - config.T) - kv_start  # from the first key to the first query
+    all_visible = []
+    if config.causal:
+        all_visible.append(distance >= keys - 1)
+    if config.window is not None:
+        all_visible.append(distance + (queries - 1) < config.window)
+    if q_axis == 0 and not config.causal and config.S % keys:
+        # Past the last key, k and v are zeros and p = 2^-lse: if finite, it adds nothing. dk and dv never store it.
         ps = [jnp.minimum(p, 1.0) for p in ps]
-    if ids is not None:
-        inside.append(alike)
-    if not inside:
+    if load_ids is not None:
+        all_visible.append(one_segment)
+    if not all_visible:
         return [*ps]
 
-    def apply() -> list[Array]:
-        # Eight columns are compared: in the next eight, what a thread has differs by a constant, which goes into the
-        # comparison. Numbers of all columns would stay in registers from tile to tile.
-        iota = lambda n, layout: plgpu.broadcasted_iota(jnp.int32, (n,), 0, layout=layout)
-        down = lambda x, columns=shape[1]: lax.broadcast_in_dim(x, (shape[0], columns), [0])
-        along = lambda x: lax.broadcast_in_dim(x, (shape[0], x.shape[0]), [1])
-        row, seen = iota(shape[0], ROW), []
-        if static.causal:
-            eight = along(iota(8, COLUMN))
-            away = down(row + distance, 8) - eight if axis == 0 else eight - down(row - distance, 8)
-            later = range(0, shape[1], 8) if axis == 0 else range(0, -shape[1], -8)
-            seen.append(jnp.concatenate([away >= n for n in later], axis=1))
-            if static.window is not None:
-                seen.append(jnp.concatenate([away < static.window + n for n in later], axis=1))
-        if ids is not None:
-            if not static.causal:  # always true: without numbers made here Mosaic finds no layout for the ids
-                seen.append(along(iota(shape[1], COLUMN)) <= down(row + FAR))
-            of_row, of_column = ids()
-            seen.append(down(of_row) == along(of_column))
-        visible = _all(seen)
+    def keep_all() -> list[Array]:
+        return [*ps]
+
+    def keep_visible() -> list[Array]:
+        # The mask compares eight columns: in the next eight, the values of a thread differ by a constant, which goes
+        # into the comparison. Numbers of all columns would stay in registers from block to block.
+        row, conditions = iota(rows, ROW_LAYOUT), []
+        if config.causal:
+            column = per_column(iota(8, COL_LAYOUT), rows)
+            offset = per_row(row + distance, 8) - column if q_axis == 0 else column - per_row(row - distance, 8)
+            shifts = range(0, columns, 8) if q_axis == 0 else range(0, -columns, -8)
+            conditions.append(jnp.concatenate([offset >= n for n in shifts], axis=1))
+            if config.window is not None:
+                conditions.append(jnp.concatenate([offset < config.window + n for n in shifts], axis=1))
+        if load_ids is not None:
+            if not config.causal:  # always true: Mosaic infers the layout of the ids from values made here
+                conditions.append(per_column(iota(columns, COL_LAYOUT), rows) <= per_row(row + FAR_FUTURE, columns))
+            row_ids, column_ids = load_ids()
+            conditions.append(per_row(row_ids, columns) == per_column(column_ids, rows))
+        visible = _all_of(conditions)
         return [jnp.where(visible, p, jnp.zeros_like(p)) for p in ps]
 
-    return lax.cond(_all(inside), lambda: [*ps], apply)
+    return lax.cond(_all_of(all_visible), keep_all, keep_visible)
 
 
-def _all(conditions: list[Array]) -> Array:
+def _all_of(conditions: list[Array]) -> Array:
     first, *rest = conditions
     for other in rest:
         first = first & other
     return first
 
 
-def weights(products: Array, lse: Array, static: Static) -> tuple[Array, Array | None]:
-    """(p, 1 - (s / softcap)^2 or None) of q k^T; lse has its shape."""
-    if static.softcap is None:
-        return jnp.exp2(products * (static.scale * LOG2E) - lse), None
-    t = capped(products, static)
-    return jnp.exp2(t * (static.softcap * LOG2E) - lse), 1.0 - t * t
+def softcap_tanh(qk: Array, config: Sm90AttentionConfig) -> Array:
+    """Returns tanh(scale qk / softcap) in float32; a score is softcap times as large.
+
+    The hardware's tanh takes one instruction where this takes two, and is good to 2^-11 of a score. That is enough for
+    an output, but weights made of exact scores and of a log-sum-exp of approximate ones do not add up to one. In
+    float16, with a cap of 50 and scores near it, the gradients then miss the tolerance of the tests.
+    """
+    # Large products: 2^x is infinite, and the quotient 0.
+    return 1.0 - 2.0 / (jnp.exp2(qk * (2 * LOG2E * config.scale / config.softcap)) + 1.0)
 
 
-def tiled(shape: tuple[int, ...], dtype: Any) -> Any:
+def softmax_weights(qk: Array, lse: Array, config: Sm90AttentionConfig) -> tuple[Array, Array | None]:
+    """Returns (p, 1 - (s / softcap)^2 or None) of q k^T; lse has its shape."""
+    if config.softcap is None:
+        return jnp.exp2(qk * (config.scale * LOG2E) - lse), None
+    t = softcap_tanh(qk, config)
+    return jnp.exp2(t * (config.softcap * LOG2E) - lse), 1.0 - t * t
+
+
+def wgmma_smem(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory in the layout that wgmma reads."""
-    wide = 128 // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, wide)), plgpu.SwizzleTransform(128)))
+    columns = 128 // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
 
 
-def staged(keys: int, width: int, dtype: Any, static: Static) -> Any:
-    """Interpreted, a product takes no operand from registers: it goes by way of shared memory."""
-    return None if static.interpret is None else tiled((WARPGROUPS, keys, width), dtype)
+def interpret_operand_smem(columns: int, dtype: Any, config: Sm90AttentionConfig) -> Any:
+    """Shared memory for a left operand: interpreted, wgmma reads no operand from registers. None when compiled."""
+    if config.interpret is None:
+        return None
+    return wgmma_smem((COMPUTE_WARPGROUPS, WARPGROUP_ROWS, columns), dtype)
 
 
-def add(total: Ref, a: Array, b: Ref, stage: Ref | None) -> None:
-    """total += a b, begun."""
-    if stage is None:
-        plgpu.wgmma(total, a, b)
+def wgmma_accumulate(acc: Ref, a: Array, b: Ref, operand_smem: Ref | None) -> None:
+    """Starts an asynchronous wgmma: acc += a @ b."""
+    if operand_smem is None:
+        plgpu.wgmma(acc, a, b)
     else:
-        stage[...] = a
+        operand_smem[...] = a
         plgpu.commit_smem()
-        plgpu.wgmma(total, stage, b)
+        plgpu.wgmma(acc, operand_smem, b)
 
 
-def drain(steps: Array, stages: int, free: Callable[[Array], Ref]) -> None:
-    """Wait for the last stages to be free, so that no barrier is left half used."""
+def wait_when(condition: Array, barriers: Ref, index: Index) -> None:
+    """Waits for a barrier if the condition holds."""
+
+    @pl.when(condition)
+    def wait() -> None:
+        plgpu.barrier_wait(barriers.at[index])
+
+
+def drain_pipeline(steps: Array, stages: int, empty: Callable[[Array], Ref]) -> None:
+    """Waits until the last stages are empty, so that no barrier is left between two phases."""
 
     @pl.loop(jnp.maximum(steps - stages, 0), steps)
-    def _(step: Array) -> None:
-        plgpu.barrier_wait(free(lax.rem(step, jnp.int32(stages))))
+    def wait_until_empty(step: Array) -> None:
+        plgpu.barrier_wait(empty(lax.rem(step, jnp.int32(stages))))

@@ -1,6 +1,7 @@
-"""dk and dv on Hopper: the loop over the queries, of all heads, that see a block of keys."""
+"""dk and dv on Hopper: a block of keys loops over the queries, of all heads, that see it."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,227 +10,330 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dantinox.kernels.ops.attention.pallas_sm90.common import (
-    COLUMN,
-    COMPUTE_REGISTERS,
-    MEMORY_REGISTERS,
-    ROW,
-    ROWS,
-    TILES,
-    WARPGROUPS,
-    Shared,
-    Static,
-    add,
-    drain,
-    masked,
-    queries_of,
-    staged,
-    tiled,
-    weights,
+    BWD_BLOCK_SIZES,
+    COL_LAYOUT,
+    COMPUTE_WARPGROUPS,
+    CONSUMER_REGISTERS,
+    PRODUCER_REGISTERS,
+    ROW_LAYOUT,
+    WARPGROUP_ROWS,
+    BwdBlockSizes,
+    BwdInputs,
+    Ref,
+    SegmentRange,
+    Sm90AttentionConfig,
+    apply_mask,
+    drain_pipeline,
+    interpret_operand_smem,
+    per_column,
+    softmax_weights,
+    split_refs,
+    visible_q_blocks,
+    wait_when,
+    wgmma_accumulate,
+    wgmma_smem,
 )
 
 Array = jax.Array
+Q, DO = 0, 1  # the index of q and lse, and of do and delta, in a stage; of k and v, their factors, in kv_smem
 
 
-def own(D: int) -> int:
-    """Keys that a block owns."""
-    return ROWS if D > 128 else ROWS * WARPGROUPS
+class DkvOutputs(NamedTuple):
+    """Outputs of the kernel, in global memory."""
+
+    dk: Ref
+    dv: Ref
 
 
-def dkv(q, k, v, do, lse, delta, ids, static: Static) -> tuple[Array, Array]:
-    """(dk, dv); arguments as `bwd.backward` pads them."""
-    (B, S, K, D), G = k.shape, static.G
-    tiles, dtype = TILES[D], k.dtype
-    split = D > 128  # dv is the first warpgroup's, dk the second's
-    parts = 1 if split else WARPGROUPS
-    shape = (ROWS, tiles.queries)
-    Q, DO = 0, 1  # in `qdo` and what is beside it; k and v, in `kv`, are what they are multiplied with
+class DkvScratch(NamedTuple):
+    """Shared memory and barriers of a thread block."""
 
-    def kernel(*refs):
-        q_gm, k_gm, v_gm, do_gm, lse_gm, delta_gm, *ids_gm, dk_gm, dv_gm = refs[: 8 + len(ids)]
-        kv, qdo, numbers, ids_sm, stage, given, which, own, full, free, p_full, p_free = refs[8 + len(ids) :]
-        b, g, wg = lax.axis_index("b"), lax.axis_index("g"), lax.axis_index("wg")
-        first = lax.axis_index("tile") * (ROWS * parts)
-        part = 0 if split else wg
-        mine = first + part * ROWS
-        rows = pl.ds(mine, ROWS)
-        across = lambda x: lax.broadcast_in_dim(x, shape, [1])
-        # Read anew where it is needed: what a step holds from its beginning to its end fills the registers.
-        shared = lambda tile: Shared.of(ids_gm[2], b, tile)
+    kv_smem: Ref  # k and v, in the end dk and dv
+    q_do_smem: Ref  # per stage
+    lse_delta_smem: Ref  # per stage
+    q_ids_smem: Ref | None  # per stage
+    operand_smem: Ref | None
+    p_smem: Ref | None
+    wg_ids_smem: Ref | None  # per warpgroup its own number
+    kv_full: Ref
+    q_do_full: Ref  # per stage two: q with lse, do with delta
+    q_do_empty: Ref
+    p_full: Ref | None
+    p_empty: Ref | None
 
-        def begin(tile):
-            low, seen = queries_of(tile * (ROWS * parts), ROWS * parts, static, tiles.queries)
-            if ids:
-                low, seen = shared(tile).cut(low, seen)
-            return low, jnp.maximum(seen * G, 1)  # at least one, as in dq
 
-        def pair_ids(slot):
-            of_keys = plgpu.load(ids_gm[1].at[b, rows], layout=ROW, optimized=False)
-            return of_keys, plgpu.load(ids_sm.at[slot, Q], layout=COLUMN)
+def splits_dk_dv(D: int) -> bool:
+    """Returns whether one warpgroup owns dv and the other dk: at this head dim one cannot hold both."""
+    return D > 128
 
-        def visible_weights(s_acc, slot, low, i):
-            """(p, what ds multiplies with do v^T - delta) once s is there."""
-            lse = plgpu.load(numbers.at[slot, Q], layout=COLUMN)
-            p, slope = weights(plgpu.wgmma_accumulator_load(s_acc, wait_n=0 if split else 1), across(lse), static)
-            # Rounded before the mask: two arrays in float32 and what a mask takes would be too much for the registers.
-            ps = [p] if slope is None else [p * slope, p.astype(dtype)]
-            at = low + lax.div(i, jnp.int32(G))
-            pair = functools.partial(pair_ids, slot) if ids else None
-            alike = shared(lax.axis_index("tile")).alike(at) if ids else None
-            ps = masked(*ps, query=at * tiles.queries, key=mine, static=static, axis=1, ids=pair, alike=alike)
-            return ps[-1].astype(dtype), ps[0]
 
-        def both():
-            low, steps = begin(lax.axis_index("tile"))
-            if which is not None:
-                which[wg] = wg
+def block_kv(D: int) -> int:
+    """Returns the number of keys per thread block."""
+    return WARPGROUP_ROWS if splits_dk_dv(D) else WARPGROUP_ROWS * COMPUTE_WARPGROUPS
 
-            def accumulate(dk_acc, dv_acc):
-                def step(i, _):
-                    slot = lax.rem(i, jnp.int32(tiles.q_stages))
-                    here = wg if which is None else which[wg]
-                    mine_staged = None if stage is None else stage.at[wg]
 
-                    def scores(s_acc, dp_acc):
-                        plgpu.wgmma(s_acc, kv.at[Q, here], qdo.at[slot, Q].T)
-                        plgpu.wgmma(dp_acc, kv.at[DO, here], qdo.at[slot, DO].T)
-                        p, sloped = visible_weights(s_acc, slot, low, i)
-                        add(dv_acc, p, qdo.at[slot, DO], mine_staged)
-                        delta = plgpu.load(numbers.at[slot, DO], layout=COLUMN)
-                        return sloped * (plgpu.wgmma_accumulator_load(dp_acc, wait_n=1) - across(delta))
+def dkv(inputs: BwdInputs, config: Sm90AttentionConfig) -> DkvOutputs:
+    """Returns (dk, dv); the inputs are padded by `bwd.backward`."""
+    B, S, K, D = inputs.k.shape
+    sizes, dtype = BWD_BLOCK_SIZES[D], inputs.k.dtype
+    split, has_segments = splits_dk_dv(D), inputs.q_ids is not None
+    stages, parts = sizes.q_stages, block_kv(D) // WARPGROUP_ROWS
 
-                    # Before the sums are made: a product that begins where its sum is made needs no zeros written.
-                    plgpu.barrier_wait(full.at[2 * slot + Q])
-                    plgpu.barrier_wait(full.at[2 * slot + DO])
-                    ds = pl.run_scoped(scores, plgpu.ACC(shape), plgpu.ACC(shape))
-                    add(dk_acc, ds.astype(dtype), qdo.at[slot, Q], mine_staged)
-                    plgpu.wgmma_wait(1)
-                    plgpu.barrier_arrive(free.at[2 * slot + DO])
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(free.at[2 * slot + Q])
+    def dkv_kernel(*refs: Ref) -> None:
+        DkvKernel(*split_refs(refs, BwdInputs, DkvOutputs, DkvScratch), config, sizes).run()
 
-                lax.fori_loop(0, steps, step, None)
-                return dk_acc[...], dv_acc[...]
-
-            dk, dv = pl.run_scoped(accumulate, plgpu.ACC((ROWS, D)), plgpu.ACC((ROWS, D)))
-            kv.at[Q, wg][...] = (dk * static.scale).astype(dtype)
-            kv.at[DO, wg][...] = dv.astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(kv.at[Q, wg], dk_gm.at[b, rows, g])
-            plgpu.copy_smem_to_gmem(kv.at[DO, wg], dv_gm.at[b, rows, g])
-            plgpu.wait_smem_to_gmem(0)
-
-        def one():
-            low, steps = begin(lax.axis_index("tile"))
-            which[wg] = wg
-            makes_p = wg == 0
-
-            def accumulate(acc):
-                def step(i, _):
-                    slot = lax.rem(i, jnp.int32(tiles.q_stages))
-                    here = which[wg]  # read anew, or the addresses of all operands are kept in registers
-
-                    def scores(t_acc):
-                        plgpu.wgmma(t_acc, kv.at[here, 0], qdo.at[slot, here].T)
-
-                        def make():
-                            p, sloped = visible_weights(t_acc, slot, low, i)
-                            plgpu.barrier_wait(p_free)
-                            given[...] = sloped
-                            plgpu.barrier_arrive(p_full)
-                            return p
-
-                        def take():
-                            dp = t_acc[...] - across(plgpu.load(numbers.at[slot, DO], layout=COLUMN))
-                            plgpu.barrier_wait(p_full)
-                            ds = plgpu.load(given, layout=plgpu.Layout.WGMMA) * dp
-                            plgpu.barrier_arrive(p_free)
-                            return ds.astype(dtype)
-
-                        return lax.cond(makes_p, make, take)
-
-                    plgpu.barrier_wait(full.at[2 * slot + wg])
-                    x = pl.run_scoped(scores, plgpu.ACC(shape))
-                    plgpu.barrier_arrive(free.at[2 * slot + wg])
-                    plgpu.barrier_wait(full.at[2 * slot + (1 - wg)])
-                    add(acc, x, qdo.at[slot, 1 - here], None if stage is None else stage.at[wg])
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(free.at[2 * slot + (1 - wg)])
-
-                pl.when(~makes_p)(lambda: plgpu.barrier_arrive(p_free))
-                lax.fori_loop(0, steps, step, None)
-                pl.when(makes_p)(lambda: plgpu.barrier_wait(p_free))
-                return acc[...]
-
-            total = pl.run_scoped(accumulate, plgpu.ACC((ROWS, D)))
-            kv.at[wg, 0][...] = (total * jnp.where(makes_p, 1.0, static.scale)).astype(dtype)
-            plgpu.commit_smem()
-            pl.when(makes_p)(lambda: plgpu.copy_smem_to_gmem(kv.at[0, 0], dv_gm.at[b, rows, g]))
-            pl.when(~makes_p)(lambda: plgpu.copy_smem_to_gmem(kv.at[1, 0], dk_gm.at[b, rows, g]))
-            plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(wg < WARPGROUPS)
-        def compute():
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-            if split:
-                pl.when(wg == 0)(lambda: plgpu.copy_gmem_to_smem(k_gm.at[b, rows, g], kv.at[0, 0], own.at[0]))
-                pl.when(wg == 1)(lambda: plgpu.copy_gmem_to_smem(v_gm.at[b, rows, g], kv.at[1, 0], own.at[1]))
-            else:
-                plgpu.copy_gmem_to_smem(k_gm.at[b, rows, g], kv.at[Q, wg], own.at[wg])
-                plgpu.copy_gmem_to_smem(v_gm.at[b, rows, g], kv.at[DO, wg], own.at[wg])
-            plgpu.barrier_wait(own.at[wg])
-            (one if split else both)()
-
-        @pl.when(wg >= WARPGROUPS)
-        def load():
-            plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
-            # The sum is the tile. Of that alone the compiler works out what both branches need ahead of the first, and
-            # keeps it for the second while the first computes.
-            low, steps = begin(lax.axis_index("tile") + (wg - WARPGROUPS))
-            sources = ((q_gm, lse_gm), (do_gm, delta_gm))
-
-            def copy(i, slot):
-                at = pl.ds((low + lax.div(i, jnp.int32(G))) * tiles.queries, tiles.queries)
-                h = g * G + lax.rem(i, jnp.int32(G))
-                for part, (wide, number) in enumerate(sources):
-                    here = 2 * slot + part
-                    pl.when(i >= tiles.q_stages)(functools.partial(plgpu.barrier_wait, free.at[here]))
-                    plgpu.copy_gmem_to_smem(wide.at[b, at, h], qdo.at[slot, part], full.at[here])
-                    plgpu.copy_gmem_to_smem(number.at[b, h, at], numbers.at[slot, part], full.at[here])
-                    if ids:  # both times, for all barriers of an array count to the same number
-                        to = ids_sm.at[slot, part]
-                        plgpu.copy_gmem_to_smem(ids_gm[0].at[b, at], to, full.at[here])
-
-            @pl.loop(0, steps)
-            def _(i):
-                copy(i, lax.rem(i, jnp.int32(tiles.q_stages)))
-
-            for part in (Q, DO):
-                drain(steps, tiles.q_stages, lambda slot, part=part: free.at[2 * slot + part])
-
-    out = jax.ShapeDtypeStruct(k.shape, dtype)
-    stages = tiles.q_stages
+    out = jax.ShapeDtypeStruct(inputs.k.shape, dtype)
+    scratch = DkvScratch(
+        kv_smem=wgmma_smem((2, parts, WARPGROUP_ROWS, D), dtype),
+        q_do_smem=wgmma_smem((stages, 2, sizes.block_q, D), dtype),
+        lse_delta_smem=plgpu.SMEM((stages, 2, sizes.block_q), jnp.float32),
+        q_ids_smem=plgpu.SMEM((stages, 2, sizes.block_q), jnp.int32) if has_segments else None,
+        operand_smem=interpret_operand_smem(sizes.block_q, dtype, config),
+        p_smem=wgmma_smem((WARPGROUP_ROWS, sizes.block_q), jnp.float32) if split else None,
+        wg_ids_smem=plgpu.SMEM((COMPUTE_WARPGROUPS,), jnp.int32) if D > 64 else None,
+        kv_full=plgpu.Barrier(num_arrivals=1 if split else 2, num_barriers=COMPUTE_WARPGROUPS),
+        q_do_full=plgpu.Barrier(num_arrivals=3 if has_segments else 2, num_barriers=2 * stages),
+        q_do_empty=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=2 * stages),
+        p_full=plgpu.Barrier() if split else None,
+        p_empty=plgpu.Barrier() if split else None,
+    )
     return plgpu.kernel(
-        kernel,
-        out_type=(out, out),
-        grid=(pl.cdiv(S, ROWS * parts), B, K),
+        dkv_kernel,
+        out_type=DkvOutputs(out, out),
+        grid=(pl.cdiv(S, block_kv(D)), B, K),
         grid_names=("tile", "b", "g"),
-        num_threads=WARPGROUPS + 1,
+        num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="wg",
-        scratch_types=[
-            tiled((2, parts, ROWS, D), dtype),
-            tiled((stages, 2, tiles.queries, D), dtype),
-            plgpu.SMEM((stages, 2, tiles.queries), jnp.float32),
-            plgpu.SMEM((stages, 2, tiles.queries), jnp.int32) if ids else None,
-            staged(ROWS, tiles.queries, dtype, static),
-            tiled(shape, jnp.float32) if split else None,
-            plgpu.SMEM((WARPGROUPS,), jnp.int32) if D > 64 else None,
-            plgpu.Barrier(num_arrivals=1 if split else 2, num_barriers=WARPGROUPS),
-            plgpu.Barrier(num_arrivals=3 if ids else 2, num_barriers=2 * stages),
-            plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=2 * stages),
-            plgpu.Barrier() if split else None,
-            plgpu.Barrier() if split else None,
-        ],
+        scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=static.interpret or False,
+        interpret=config.interpret or False,
         kernel_name="attention_dkv",
-    )(q, k, v, do, lse, delta, *ids)
+    )(*inputs)
+
+
+class DkvKernel:
+    """One block of keys: two warpgroups that compute (consumers) and one that loads (producer)."""
+
+    def __init__(
+        self, gmem: BwdInputs, out: DkvOutputs, smem: DkvScratch, config: Sm90AttentionConfig, sizes: BwdBlockSizes
+    ):
+        self.gmem, self.out, self.smem, self.config, self.sizes = gmem, out, smem, config, sizes
+        self.D, self.dtype = gmem.k.shape[-1], gmem.k.dtype
+        self.split, self.block_kv = splits_dk_dv(self.D), block_kv(self.D)
+        self.has_segments = gmem.q_ids is not None
+        self.shape = (WARPGROUP_ROWS, sizes.block_q)  # of the transposed scores
+
+    def run(self) -> None:
+        """Runs the role of this warpgroup."""
+        self.batch, self.kv_head, self.wg = lax.axis_index("b"), lax.axis_index("g"), lax.axis_index("wg")
+        block_start = lax.axis_index("tile") * self.block_kv
+        self.kv_start = block_start + (0 if self.split else self.wg) * WARPGROUP_ROWS
+        self.rows = pl.ds(self.kv_start, WARPGROUP_ROWS)
+        pl.when(self.wg < COMPUTE_WARPGROUPS)(self.consumer)
+        pl.when(self.wg >= COMPUTE_WARPGROUPS)(self.producer)
+
+    def segment_range(self, block: Array) -> SegmentRange:
+        """Loaded where it is used: values that are live for a whole step fill the registers."""
+        return SegmentRange.load(self.gmem.segment_ranges, self.batch, block)
+
+    def q_blocks(self, block: Array) -> tuple[Array, Array]:
+        """Returns the first query block of each head and the number of steps over all heads, at least one as in dq."""
+        first, steps = visible_q_blocks(block * self.block_kv, self.block_kv, self.config, self.sizes.block_q)
+        if self.has_segments:
+            first, steps = self.segment_range(block).clamp(first, steps)
+        return first, jnp.maximum(steps * self.config.G, 1)
+
+    # The warpgroup that loads.
+
+    def producer(self) -> None:
+        gmem, smem, sizes = self.gmem, self.smem, self.sizes
+        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+        # The sum equals the block. From the block itself the compiler hoists what both branches need above the first,
+        # and keeps it in registers for the second while the first computes.
+        first, steps = self.q_blocks(lax.axis_index("tile") + (self.wg - COMPUTE_WARPGROUPS))
+
+        def load_q_block(i: Array, slot: Array) -> None:
+            queries = pl.ds((first + lax.div(i, jnp.int32(self.config.G))) * sizes.block_q, sizes.block_q)
+            head = self.kv_head * self.config.G + lax.rem(i, jnp.int32(self.config.G))
+            for part, (matrix, vector) in enumerate(((gmem.q, gmem.lse), (gmem.do, gmem.delta))):
+                barrier = 2 * slot + part
+                wait_when(i >= sizes.q_stages, smem.q_do_empty, barrier)
+                full = smem.q_do_full.at[barrier]
+                plgpu.copy_gmem_to_smem(matrix.at[self.batch, queries, head], smem.q_do_smem.at[slot, part], full)
+                plgpu.copy_gmem_to_smem(vector.at[self.batch, head, queries], smem.lse_delta_smem.at[slot, part], full)
+                if self.has_segments:  # both times: all barriers of an array expect the same number of arrivals
+                    plgpu.copy_gmem_to_smem(gmem.q_ids.at[self.batch, queries], smem.q_ids_smem.at[slot, part], full)
+
+        @pl.loop(0, steps)
+        def load_q_blocks(i: Array) -> None:
+            load_q_block(i, lax.rem(i, jnp.int32(sizes.q_stages)))
+
+        for part in (Q, DO):
+            drain_pipeline(steps, sizes.q_stages, lambda slot, part=part: smem.q_do_empty.at[2 * slot + part])
+
+    # The two warpgroups that compute.
+
+    def consumer(self) -> None:
+        gmem, smem, batch, wg = self.gmem, self.smem, self.batch, self.wg
+        plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+        k, v = (x.at[batch, self.rows, self.kv_head] for x in (gmem.k, gmem.v))
+        if self.split:
+
+            @pl.when(wg == 0)
+            def load_k() -> None:
+                plgpu.copy_gmem_to_smem(k, smem.kv_smem.at[0, 0], smem.kv_full.at[0])
+
+            @pl.when(wg == 1)
+            def load_v() -> None:
+                plgpu.copy_gmem_to_smem(v, smem.kv_smem.at[1, 0], smem.kv_full.at[1])
+        else:
+            plgpu.copy_gmem_to_smem(k, smem.kv_smem.at[Q, wg], smem.kv_full.at[wg])
+            plgpu.copy_gmem_to_smem(v, smem.kv_smem.at[DO, wg], smem.kv_full.at[wg])
+        plgpu.barrier_wait(smem.kv_full.at[wg])
+        if self.split:
+            self.split_dk_dv()
+        else:
+            self.fused_dk_dv()
+
+    def operand_smem(self) -> Ref | None:
+        return None if self.smem.operand_smem is None else self.smem.operand_smem.at[self.wg]
+
+    def load_vector(self, slot: Array, part: int) -> Array:
+        """Loads lse (Q) or delta (DO) of the queries in a stage."""
+        return plgpu.load(self.smem.lse_delta_smem.at[slot, part], layout=COL_LAYOUT)
+
+    def load_ids(self, slot: Array) -> tuple[Array, Array]:
+        """Loads the segment ids of the keys and of the queries in a stage."""
+        kv_ids = plgpu.load(self.gmem.kv_ids.at[self.batch, self.rows], layout=ROW_LAYOUT, optimized=False)
+        return kv_ids, plgpu.load(self.smem.q_ids_smem.at[slot, Q], layout=COL_LAYOUT)
+
+    def visible_weights(self, s_acc: Ref, slot: Array, first: Array, i: Array) -> tuple[Array, Array]:
+        """Waits for s; returns p and the factor of (do v^T - delta) in ds."""
+        config = self.config
+        lse = self.load_vector(slot, Q)
+        s = plgpu.wgmma_accumulator_load(s_acc, wait_n=0 if self.split else 1)
+        p, slope = softmax_weights(s, per_column(lse, WARPGROUP_ROWS), config)
+        # Rounded before the mask: the registers do not hold two float32 arrays and the operands of a mask.
+        ps = [p] if slope is None else [p * slope, p.astype(self.dtype)]
+        q_block = first + lax.div(i, jnp.int32(config.G))
+        one_segment = None
+        if self.has_segments:
+            one_segment = self.segment_range(lax.axis_index("tile")).is_interior(q_block)
+        ps = apply_mask(
+            *ps,
+            q_start=q_block * self.sizes.block_q,
+            kv_start=self.kv_start,
+            config=config,
+            q_axis=1,
+            load_ids=functools.partial(self.load_ids, slot) if self.has_segments else None,
+            one_segment=one_segment,
+        )
+        return ps[-1].astype(self.dtype), ps[0]
+
+    def fused_dk_dv(self) -> None:
+        """Each warpgroup computes dk and dv of its own keys."""
+        smem, dtype, wg = self.smem, self.dtype, self.wg
+        first, steps = self.q_blocks(lax.axis_index("tile"))
+        if smem.wg_ids_smem is not None:
+            smem.wg_ids_smem[wg] = wg
+
+        def accumulate(dk_acc: Ref, dv_acc: Ref) -> tuple[Array, Array]:
+            def q_block_step(i: Array, _: None) -> None:
+                slot = lax.rem(i, jnp.int32(self.sizes.q_stages))
+                own = wg if smem.wg_ids_smem is None else smem.wg_ids_smem[wg]
+
+                def compute_ds(s_acc: Ref, dp_acc: Ref) -> Array:
+                    plgpu.wgmma(s_acc, smem.kv_smem.at[Q, own], smem.q_do_smem.at[slot, Q].T)
+                    plgpu.wgmma(dp_acc, smem.kv_smem.at[DO, own], smem.q_do_smem.at[slot, DO].T)
+                    p, p_slope = self.visible_weights(s_acc, slot, first, i)
+                    wgmma_accumulate(dv_acc, p, smem.q_do_smem.at[slot, DO], self.operand_smem())
+                    delta = self.load_vector(slot, DO)
+                    dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
+                    return p_slope * (dp - per_column(delta, WARPGROUP_ROWS))
+
+                # The waits come before the accumulators: one whose product starts where it is made needs no zeroing.
+                plgpu.barrier_wait(smem.q_do_full.at[2 * slot + Q])
+                plgpu.barrier_wait(smem.q_do_full.at[2 * slot + DO])
+                ds = pl.run_scoped(compute_ds, plgpu.ACC(self.shape), plgpu.ACC(self.shape))
+                wgmma_accumulate(dk_acc, ds.astype(dtype), smem.q_do_smem.at[slot, Q], self.operand_smem())
+                plgpu.wgmma_wait(1)
+                plgpu.barrier_arrive(smem.q_do_empty.at[2 * slot + DO])
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(smem.q_do_empty.at[2 * slot + Q])
+
+            lax.fori_loop(0, steps, q_block_step, None)
+            return dk_acc[...], dv_acc[...]
+
+        dk, dv = pl.run_scoped(accumulate, *(plgpu.ACC((WARPGROUP_ROWS, self.D)) for _ in range(2)))
+        smem.kv_smem.at[Q, wg][...] = (dk * self.config.scale).astype(dtype)
+        smem.kv_smem.at[DO, wg][...] = dv.astype(dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(smem.kv_smem.at[Q, wg], self.out.dk.at[self.batch, self.rows, self.kv_head])
+        plgpu.copy_smem_to_gmem(smem.kv_smem.at[DO, wg], self.out.dv.at[self.batch, self.rows, self.kv_head])
+        plgpu.wait_smem_to_gmem(0)
+
+    def split_dk_dv(self) -> None:
+        """The first warpgroup computes p and dv, the second ds and dk; p goes through shared memory."""
+        smem, dtype, wg = self.smem, self.dtype, self.wg
+        first, steps = self.q_blocks(lax.axis_index("tile"))
+        smem.wg_ids_smem[wg] = wg
+        owns_dv = wg == 0
+
+        def accumulate(acc: Ref) -> Array:
+            def q_block_step(i: Array, _: None) -> None:
+                slot = lax.rem(i, jnp.int32(self.sizes.q_stages))
+                # Loaded in every step: the compiler keeps the addresses of all operands in registers otherwise.
+                own = smem.wg_ids_smem[wg]
+
+                def p_or_ds(product: Ref) -> Array:
+                    plgpu.wgmma(product, smem.kv_smem.at[own, 0], smem.q_do_smem.at[slot, own].T)
+
+                    def produce_p() -> Array:
+                        p, p_slope = self.visible_weights(product, slot, first, i)
+                        plgpu.barrier_wait(smem.p_empty)
+                        smem.p_smem[...] = p_slope
+                        plgpu.barrier_arrive(smem.p_full)
+                        return p
+
+                    def consume_p() -> Array:
+                        dp = product[...] - per_column(self.load_vector(slot, DO), WARPGROUP_ROWS)
+                        plgpu.barrier_wait(smem.p_full)
+                        ds = plgpu.load(smem.p_smem, layout=plgpu.Layout.WGMMA) * dp
+                        plgpu.barrier_arrive(smem.p_empty)
+                        return ds.astype(dtype)
+
+                    return lax.cond(owns_dv, produce_p, consume_p)
+
+                plgpu.barrier_wait(smem.q_do_full.at[2 * slot + wg])
+                x = pl.run_scoped(p_or_ds, plgpu.ACC(self.shape))
+                plgpu.barrier_arrive(smem.q_do_empty.at[2 * slot + wg])
+                plgpu.barrier_wait(smem.q_do_full.at[2 * slot + (1 - wg)])
+                wgmma_accumulate(acc, x, smem.q_do_smem.at[slot, 1 - own], self.operand_smem())
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(smem.q_do_empty.at[2 * slot + (1 - wg)])
+
+            @pl.when(~owns_dv)
+            def release_p() -> None:
+                plgpu.barrier_arrive(smem.p_empty)
+
+            lax.fori_loop(0, steps, q_block_step, None)
+
+            @pl.when(owns_dv)
+            def drain_p() -> None:
+                plgpu.barrier_wait(smem.p_empty)
+
+            return acc[...]
+
+        dk_or_dv = pl.run_scoped(accumulate, plgpu.ACC((WARPGROUP_ROWS, self.D)))
+        smem.kv_smem.at[wg, 0][...] = (dk_or_dv * jnp.where(owns_dv, 1.0, self.config.scale)).astype(dtype)
+        plgpu.commit_smem()
+
+        @pl.when(owns_dv)
+        def store_dv() -> None:
+            plgpu.copy_smem_to_gmem(smem.kv_smem.at[0, 0], self.out.dv.at[self.batch, self.rows, self.kv_head])
+
+        @pl.when(~owns_dv)
+        def store_dk() -> None:
+            plgpu.copy_smem_to_gmem(smem.kv_smem.at[1, 0], self.out.dk.at[self.batch, self.rows, self.kv_head])
+
+        plgpu.wait_smem_to_gmem(0)

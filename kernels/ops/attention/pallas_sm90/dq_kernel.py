@@ -1,6 +1,7 @@
-"""dq on Hopper, and what it shares with dk and dv: what is visible, and how operands get to the products."""
+"""dq on Hopper: a block of queries loops over the keys that it sees."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,154 +10,198 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dantinox.kernels.ops.attention.pallas_sm90.common import (
-    COLUMN,
-    COMPUTE_REGISTERS,
-    MEMORY_REGISTERS,
-    OWN,
-    ROW,
-    ROWS,
-    TILES,
-    WARPGROUPS,
-    Shared,
-    Static,
-    add,
-    drain,
-    keys_of,
-    masked,
-    staged,
-    tiled,
-    weights,
+    BLOCK_ROWS,
+    BWD_BLOCK_SIZES,
+    COL_LAYOUT,
+    COMPUTE_WARPGROUPS,
+    CONSUMER_REGISTERS,
+    PRODUCER_REGISTERS,
+    ROW_LAYOUT,
+    WARPGROUP_ROWS,
+    BwdInputs,
+    Ref,
+    SegmentRange,
+    Sm90AttentionConfig,
+    apply_mask,
+    drain_pipeline,
+    interpret_operand_smem,
+    per_row,
+    softmax_weights,
+    split_refs,
+    visible_kv_blocks,
+    wait_when,
+    wgmma_accumulate,
+    wgmma_smem,
 )
 
 Array = jax.Array
 
 
-def dq(q, k, v, do, lse, delta, ids, static: Static) -> Array:
-    """dq; arguments as `bwd.backward` pads them."""
-    B, T, H, D = q.shape
-    tiles, dtype = TILES[D], q.dtype
+class DqOutput(NamedTuple):
+    """Output of the kernel, in global memory."""
 
-    def kernel(*refs):
-        q_gm, k_gm, v_gm, do_gm, lse_gm, delta_gm, *ids_gm, dq_gm = refs[: 7 + len(ids)]
-        q_sm, do_sm, k_sm, v_sm, ids_sm, stage, which, own, k_full, k_free, v_full, v_free = refs[7 + len(ids) :]
-        b, h, wg = lax.axis_index("b"), lax.axis_index("h"), lax.axis_index("wg")
-        # The last queries see the most keys: they go first.
-        first = (pl.cdiv(T, OWN) - 1 - lax.axis_index("tile")) * OWN
-        mine = first + wg * ROWS
-        rows = pl.ds(mine, ROWS)
-        # The values have one stage, and the compiler would keep its address too: where a mask is long, for nothing.
-        long_mask = which is not None and (ids or static.window is not None or static.softcap is not None)
-        # Read anew where it is needed: what a step holds from its beginning to its end fills the registers.
-        shared = lambda: Shared.of(ids_gm[2], b, lax.div(first, jnp.int32(OWN)))
+    dq: Ref
 
-        def bounds() -> tuple[Array, Array]:
-            low, steps = keys_of(first, static, tiles.keys)
-            if ids:
-                low, steps = shared().cut(low, steps)
-            # Where a block sees nothing, a tile that is masked as a whole: a loop that may not run at all is entered by
-            # way of another branch, and there the compiler writes the zeros that sums begin with in every step.
-            return low, jnp.maximum(steps, 1)
 
-        @pl.when(wg < WARPGROUPS)
-        def compute():
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-            plgpu.copy_gmem_to_smem(q_gm.at[b, rows, h], q_sm.at[wg], own.at[wg])
-            plgpu.copy_gmem_to_smem(do_gm.at[b, rows, h], do_sm.at[wg], own.at[wg])
-            low, steps = bounds()
-            number = lambda ref, *at: plgpu.load(ref.at[(*at, rows)], layout=ROW, optimized=False)
-            shape = (ROWS, tiles.keys)
-            across = lambda x: lax.broadcast_in_dim(x, shape, [0])
-            lse, delta = number(lse_gm, b, h), number(delta_gm, b, h)
-            if which is not None:
-                which[wg] = wg
-                which[WARPGROUPS + wg] = jnp.int32(0)
-            plgpu.barrier_wait(own.at[wg])
+class DqScratch(NamedTuple):
+    """Shared memory and barriers of a thread block."""
 
-            def accumulate(dq_acc):
-                def step(i, _):
-                    k_slot, v_slot = lax.rem(i, jnp.int32(tiles.k_stages)), lax.rem(i, jnp.int32(tiles.v_stages))
-                    # Read anew, or the addresses of all operands are kept in registers.
-                    here = wg if which is None else which[wg]
+    q_smem: Ref  # per warpgroup, as do_smem; in the end dq
+    do_smem: Ref
+    k_smem: Ref  # per stage, as all that follow up to the operand
+    v_smem: Ref
+    kv_ids_smem: Ref | None
+    operand_smem: Ref | None
+    address_smem: Ref | None  # per warpgroup its own number, then zeros
+    q_do_full: Ref
+    k_full: Ref
+    k_empty: Ref
+    v_full: Ref
+    v_empty: Ref
 
-                    # Sums are made where their product begins: where a wait lies between, zeros are written first.
-                    def scores(s_acc):
-                        plgpu.wgmma(s_acc, q_sm.at[here], k_sm.at[k_slot].T)
-                        plgpu.barrier_wait(v_full.at[v_slot])
-                        return pl.run_scoped(functools.partial(slopes, s_acc), plgpu.ACC(shape))
 
-                    def slopes(s_acc, dp_acc):
-                        there = which[WARPGROUPS + wg] if long_mask else v_slot
-                        plgpu.wgmma(dp_acc, do_sm.at[here], v_sm.at[there].T)
-                        p, slope = weights(plgpu.wgmma_accumulator_load(s_acc, wait_n=1), across(lse), static)
+def dq(inputs: BwdInputs, config: Sm90AttentionConfig) -> Array:
+    """Returns dq; the inputs are padded by `bwd.backward`."""
+    B, T, H, D = inputs.q.shape
+    sizes, dtype = BWD_BLOCK_SIZES[D], inputs.q.dtype
+    has_segments = inputs.q_ids is not None
+
+    def dq_kernel(*refs: Ref) -> None:
+        gmem, (dq_gmem,), smem = split_refs(refs, BwdInputs, DqOutput, DqScratch)
+        batch, head, wg = lax.axis_index("b"), lax.axis_index("h"), lax.axis_index("wg")
+        # The last queries see the most keys: their blocks start first.
+        block_start = (pl.cdiv(T, BLOCK_ROWS) - 1 - lax.axis_index("tile")) * BLOCK_ROWS
+        q_start = block_start + wg * WARPGROUP_ROWS
+        rows = pl.ds(q_start, WARPGROUP_ROWS)
+        # v has one stage, and the compiler would keep its address in registers too, needlessly where a mask is long.
+        has_long_mask = config.window is not None or config.softcap is not None or has_segments
+        reload_v_address = smem.address_smem is not None and has_long_mask
+
+        def segment_range() -> SegmentRange:
+            """Loaded where it is used: values that are live for a whole step fill the registers."""
+            return SegmentRange.load(gmem.segment_ranges, batch, lax.div(block_start, jnp.int32(BLOCK_ROWS)))
+
+        def kv_blocks() -> tuple[Array, Array]:
+            first, steps = visible_kv_blocks(block_start, config, sizes.block_kv)
+            if has_segments:
+                first, steps = segment_range().clamp(first, steps)
+            # A block that sees nothing runs one step, all of it masked: the compiler enters a loop that may not run at
+            # all through another branch, and then writes the zeros of new accumulators in every step.
+            return first, jnp.maximum(steps, 1)
+
+        def load_rows(ref: Ref, *index: Array) -> Array:
+            return plgpu.load(ref.at[(*index, rows)], layout=ROW_LAYOUT, optimized=False)
+
+        @pl.when(wg < COMPUTE_WARPGROUPS)
+        def consumer() -> None:
+            plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+            plgpu.copy_gmem_to_smem(gmem.q.at[batch, rows, head], smem.q_smem.at[wg], smem.q_do_full.at[wg])
+            plgpu.copy_gmem_to_smem(gmem.do.at[batch, rows, head], smem.do_smem.at[wg], smem.q_do_full.at[wg])
+            first, steps = kv_blocks()
+            shape = (WARPGROUP_ROWS, sizes.block_kv)
+            lse, delta = load_rows(gmem.lse, batch, head), load_rows(gmem.delta, batch, head)
+            if smem.address_smem is not None:
+                smem.address_smem[wg] = wg
+                smem.address_smem[COMPUTE_WARPGROUPS + wg] = jnp.int32(0)
+            plgpu.barrier_wait(smem.q_do_full.at[wg])
+
+            def accumulate(dq_acc: Ref) -> Array:
+                def kv_block_step(i: Array, _: None) -> None:
+                    k_slot, v_slot = lax.rem(i, jnp.int32(sizes.k_stages)), lax.rem(i, jnp.int32(sizes.v_stages))
+                    # Loaded in every step: the compiler keeps the addresses of all operands in registers otherwise.
+                    own = wg if smem.address_smem is None else smem.address_smem[wg]
+
+                    # Each accumulator is made where its product starts: a wait in between makes the compiler zero it.
+                    def compute_s(s_acc: Ref) -> Array:
+                        plgpu.wgmma(s_acc, smem.q_smem.at[own], smem.k_smem.at[k_slot].T)
+                        plgpu.barrier_wait(smem.v_full.at[v_slot])
+                        return pl.run_scoped(functools.partial(compute_ds, s_acc), plgpu.ACC(shape))
+
+                    def compute_ds(s_acc: Ref, dp_acc: Ref) -> Array:
+                        v_address = smem.address_smem[COMPUTE_WARPGROUPS + wg] if reload_v_address else v_slot
+                        plgpu.wgmma(dp_acc, smem.do_smem.at[own], smem.v_smem.at[v_address].T)
+                        s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+                        p, slope = softmax_weights(s, per_row(lse, sizes.block_kv), config)
                         p = p if slope is None else p * slope
-                        pair = lambda: (number(ids_gm[0], b), plgpu.load(ids_sm.at[k_slot], layout=COLUMN))
-                        pair, alike = (pair, shared().alike(low + i)) if ids else (None, None)
-                        at = (low + i) * tiles.keys
-                        (p,) = masked(p, query=mine, key=at, static=static, axis=0, ids=pair, alike=alike)
+                        one_segment = segment_range().is_interior(first + i) if has_segments else None
+                        (p,) = apply_mask(
+                            p,
+                            q_start=q_start,
+                            kv_start=(first + i) * sizes.block_kv,
+                            config=config,
+                            q_axis=0,
+                            load_ids=load_ids if has_segments else None,
+                            one_segment=one_segment,
+                        )
                         dp = dp_acc[...]
-                        plgpu.barrier_arrive(v_free.at[v_slot])
-                        return p * (dp - across(delta))
+                        plgpu.barrier_arrive(smem.v_empty.at[v_slot])
+                        return p * (dp - per_row(delta, sizes.block_kv))
 
-                    plgpu.barrier_wait(k_full.at[k_slot])
-                    ds = pl.run_scoped(scores, plgpu.ACC(shape))
-                    add(dq_acc, ds.astype(dtype), k_sm.at[k_slot], None if stage is None else stage.at[wg])
+                    def load_ids() -> tuple[Array, Array]:
+                        q_ids = load_rows(gmem.q_ids, batch)
+                        return q_ids, plgpu.load(smem.kv_ids_smem.at[k_slot], layout=COL_LAYOUT)
+
+                    plgpu.barrier_wait(smem.k_full.at[k_slot])
+                    ds = pl.run_scoped(compute_s, plgpu.ACC(shape)).astype(dtype)
+                    operand_smem = None if smem.operand_smem is None else smem.operand_smem.at[wg]
+                    wgmma_accumulate(dq_acc, ds, smem.k_smem.at[k_slot], operand_smem)
                     plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(k_free.at[k_slot])
+                    plgpu.barrier_arrive(smem.k_empty.at[k_slot])
 
-                lax.fori_loop(0, steps, step, None)
+                lax.fori_loop(0, steps, kv_block_step, None)
                 return dq_acc[...]
 
-            dq = pl.run_scoped(accumulate, plgpu.ACC((ROWS, D)))
-            q_sm.at[wg][...] = (dq * static.scale).astype(dtype)
+            dq = pl.run_scoped(accumulate, plgpu.ACC((WARPGROUP_ROWS, D)))
+            smem.q_smem.at[wg][...] = (dq * config.scale).astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_sm.at[wg], dq_gm.at[b, rows, h])
+            plgpu.copy_smem_to_gmem(smem.q_smem.at[wg], dq_gmem.at[batch, rows, head])
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(wg == WARPGROUPS)
-        def load():
-            plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
-            low, steps = bounds()
-            g = lax.div(h, jnp.int32(static.G))
-            sources = (
-                (k_gm, k_sm, k_full, k_free, tiles.k_stages),
-                (v_gm, v_sm, v_full, v_free, tiles.v_stages),
-            )
+        @pl.when(wg == COMPUTE_WARPGROUPS)
+        def producer() -> None:
+            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+            first, steps = kv_blocks()
+            kv_head = lax.div(head, jnp.int32(config.G))
 
             @pl.loop(0, steps)
-            def _(i):
-                keys = pl.ds((low + i) * tiles.keys, tiles.keys)
-                for source, to, full, free, stages in sources:
-                    slot = lax.rem(i, jnp.int32(stages))
-                    pl.when(i >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
-                    plgpu.copy_gmem_to_smem(source.at[b, keys, g], to.at[slot], full.at[slot])
-                    if ids and source is k_gm:
-                        plgpu.copy_gmem_to_smem(ids_gm[1].at[b, keys], ids_sm.at[slot], full.at[slot])
+            def load_kv_block(i: Array) -> None:
+                keys = pl.ds((first + i) * sizes.block_kv, sizes.block_kv)
+                slot = lax.rem(i, jnp.int32(sizes.k_stages))
+                wait_when(i >= sizes.k_stages, smem.k_empty, slot)
+                plgpu.copy_gmem_to_smem(gmem.k.at[batch, keys, kv_head], smem.k_smem.at[slot], smem.k_full.at[slot])
+                if has_segments:
+                    to = smem.kv_ids_smem.at[slot]
+                    plgpu.copy_gmem_to_smem(gmem.kv_ids.at[batch, keys], to, smem.k_full.at[slot])
+                slot = lax.rem(i, jnp.int32(sizes.v_stages))
+                wait_when(i >= sizes.v_stages, smem.v_empty, slot)
+                plgpu.copy_gmem_to_smem(gmem.v.at[batch, keys, kv_head], smem.v_smem.at[slot], smem.v_full.at[slot])
 
-            for *_, free, stages in sources:
-                drain(steps, stages, lambda slot, free=free: free.at[slot])
+            drain_pipeline(steps, sizes.k_stages, lambda slot: smem.k_empty.at[slot])
+            drain_pipeline(steps, sizes.v_stages, lambda slot: smem.v_empty.at[slot])
 
+    scratch = DqScratch(
+        q_smem=wgmma_smem((COMPUTE_WARPGROUPS, WARPGROUP_ROWS, D), dtype),
+        do_smem=wgmma_smem((COMPUTE_WARPGROUPS, WARPGROUP_ROWS, D), dtype),
+        k_smem=wgmma_smem((sizes.k_stages, sizes.block_kv, D), dtype),
+        v_smem=wgmma_smem((sizes.v_stages, sizes.block_kv, D), dtype),
+        kv_ids_smem=plgpu.SMEM((sizes.k_stages, sizes.block_kv), jnp.int32) if has_segments else None,
+        operand_smem=interpret_operand_smem(sizes.block_kv, dtype, config),
+        address_smem=plgpu.SMEM((2 * COMPUTE_WARPGROUPS,), jnp.int32) if sizes.v_stages == 1 else None,
+        q_do_full=plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE_WARPGROUPS),
+        k_full=plgpu.Barrier(num_arrivals=2 if has_segments else 1, num_barriers=sizes.k_stages),
+        k_empty=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=sizes.k_stages),
+        v_full=plgpu.Barrier(num_barriers=sizes.v_stages),
+        v_empty=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=sizes.v_stages),
+    )
     return plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct(q.shape, dtype),
-        grid=(pl.cdiv(T, OWN), B, H),
+        dq_kernel,
+        out_type=jax.ShapeDtypeStruct(inputs.q.shape, dtype),
+        grid=(pl.cdiv(T, BLOCK_ROWS), B, H),
         grid_names=("tile", "b", "h"),
-        num_threads=WARPGROUPS + 1,
+        num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="wg",
-        scratch_types=[
-            tiled((WARPGROUPS, ROWS, D), dtype),
-            tiled((WARPGROUPS, ROWS, D), dtype),
-            tiled((tiles.k_stages, tiles.keys, D), dtype),
-            tiled((tiles.v_stages, tiles.keys, D), dtype),
-            plgpu.SMEM((tiles.k_stages, tiles.keys), jnp.int32) if ids else None,
-            staged(ROWS, tiles.keys, dtype, static),
-            plgpu.SMEM((2 * WARPGROUPS,), jnp.int32) if tiles.v_stages == 1 else None,
-            plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
-            plgpu.Barrier(num_arrivals=2 if ids else 1, num_barriers=tiles.k_stages),
-            plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tiles.k_stages),
-            plgpu.Barrier(num_barriers=tiles.v_stages),
-            plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tiles.v_stages),
-        ],
+        scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=static.interpret or False,
+        interpret=config.interpret or False,
         kernel_name="attention_dq",
-    )(q, k, v, do, lse, delta, *ids)
+    )(*inputs)
