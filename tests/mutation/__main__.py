@@ -24,7 +24,7 @@ from typing import NamedTuple
 from tests.mutation import FILES, MUTANTS, Mutant
 
 ROOT = Path(__file__).parents[2]
-COPIED = ("kernels", "reference", "dantinox", "tests", "pyproject.toml")
+COPIED = ("kernels", "reference", "dantinox", "bench", "tests", "pyproject.toml")
 ENOUGH = 0.95
 LIMITS = (300, 900)  # seconds: the likely tests, all tests of the operation
 
