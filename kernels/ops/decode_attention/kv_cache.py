@@ -77,8 +77,8 @@ def write_slot(ring_buffer: Array, x: Array, slot: Array) -> Array:
     if B > MAX_UNROLLED_BATCH:
         return ring_buffer.at[jnp.arange(B), :, slot].set(x, unique_indices=True)
     for b in range(B):
-        start = (b, 0, slot[b], *(0,) * (ring_buffer.ndim - 3))
-        ring_buffer = jax.lax.dynamic_update_slice(ring_buffer, x[b][None, :, None], start)
+        token = x[b][None, :, None]
+        ring_buffer = jax.lax.dynamic_update_slice(ring_buffer, token, (b, 0, slot[b], *(0,) * (ring_buffer.ndim - 3)))
     return ring_buffer
 
 

@@ -252,8 +252,8 @@ def _decode_kernel(config: DecodeConfig, refs: DecodeRefs) -> None:
             # A loop over the heads: if it is unrolled, libtpu interleaves them and spills.
             pl.loop(0, K)(lambda head: attend(head, block_start, config.block_size, masked))
 
-        pl.when(fully_visible)(functools.partial(attend_from_all_heads, masked=False))
-        pl.when(~fully_visible)(functools.partial(attend_from_all_heads, masked=True))
+        for condition, masked in ((fully_visible, False), (~fully_visible, True)):
+            pl.when(condition)(functools.partial(attend_from_all_heads, masked))
 
         @pl.when(slot // config.block_size == block)
         def write_new_token() -> None:
