@@ -127,7 +127,7 @@ def test_a_stage_is_released_when_its_products_are_done(name):
 
 
 def test_every_tile_has_its_place_and_a_panel_its_rows():
-    places = jax.jit(warp_specialized.place, static_argnums=2)
+    places = jax.jit(warp_specialized.snake_order, static_argnums=2)
     for down, across in itertools.product((1, 2, 15, 16, 17, 40), (1, 3)):
         n = jnp.arange(down * across)
         found = np.stack(places(n, down, across), axis=1)

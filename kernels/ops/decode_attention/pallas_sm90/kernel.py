@@ -89,13 +89,19 @@ class CacheRefs(NamedTuple):
         ring_buffer: [B, K, C, D] in GMEM.
         blocks: [stages, BLOCK_KV, D] in SMEM.
         full: one barrier per stage.
-        new_token: [D] in SMEM.
+        new_kv: key and value of the new token, [2, D] in SMEM.
+        index: which of the two is the new token of this cache.
     """
 
     ring_buffer: Ref
     blocks: Ref
     full: Ref
-    new_token: Ref
+    new_kv: Ref
+    index: int
+
+    @property
+    def new_token(self) -> Ref:
+        return self.new_kv.at[self.index]
 
     @property
     def num_stages(self) -> int:
@@ -219,8 +225,8 @@ def _split_kernel(
     refs = SplitRefs(
         q, new_k, new_v, o, lse, q_smem=scratch.q_smem, q_full=scratch.q_full, o_smem=o_smem, lse_smem=lse_smem
     )
-    keys = CacheRefs(cache_k, scratch.k_smem, scratch.k_full, scratch.new_kv_smem.at[0])
-    values = CacheRefs(cache_v, v_smem, scratch.v_full, scratch.new_kv_smem.at[1])
+    keys = CacheRefs(cache_k, scratch.k_smem, scratch.k_full, scratch.new_kv_smem, 0)
+    values = CacheRefs(cache_v, v_smem, scratch.v_full, scratch.new_kv_smem, 1)
     split, kv_head, batch = (lax.axis_index(name) for name in ("split", "head", "batch"))
     SplitKernel(refs, keys, values, config, split, kv_head, batch, split_range(length[batch], split, config)).run()
 
