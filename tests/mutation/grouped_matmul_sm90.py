@@ -77,7 +77,7 @@ MUTANTS: list[Mutant] = [
         "ops/grouped_matmul/pallas_sm90/vjp",
         "grouped_hopper",
         ("an H20 has an H100's cores", "else 78 if", "else 132 if", "cores"),
-        ("F is not looked at", 'for name, size in (("M", M), ("F", F)):', 'for name, size in (("M", M),):', "named"),
+        ("F is not looked at", 'for name, size in (("M", M), ("F", F)):', 'for name, size in (("M", M),):', "unsupported"),
     ),
     *planted(
         "ops/grouped_matmul/pallas_sm90/block_sizes",
