@@ -2,8 +2,9 @@
 can have.
 
 What is measured is beside what the model of kernels/ops/grouped_matmul/pallas_sm90/block_sizes.py says, with the width
-that it chooses; at the end come the constants of the model, START, COLUMN and L2_BYTES, that fit the measurements best,
-and the clock that the cores would have if the model were right. Each measurement is written as soon as it is there.
+that it chooses; at the end come the constants of the model, TILE_OVERHEAD_CYCLES, STORE_CYCLES_PER_COLUMN and L2_BYTES,
+that fit the measurements best, and the clock rate that the SMs would have if the model were right. Each measurement is
+written as soon as it is there.
 """
 
 import functools
@@ -93,8 +94,8 @@ class Kernel:
         """Of the rows that are somebody's."""
         return 2 * sum(self.sizes) * self.K * self.J * self.matrices
 
-    def work(self) -> block_sizes.Work:
-        of = block_sizes.sum_work if self.kind == "dw" else block_sizes.product_work
+    def work(self) -> block_sizes.TileWork:
+        of = block_sizes.tgmm_work if self.kind == "dw" else block_sizes.gmm_work
         return of(self.N, len(self.sizes), self.K, self.J)
 
     def shapes(self) -> Shapes:
@@ -128,7 +129,7 @@ class Kernel:
         """The width that the model takes, of all matrices together."""
         N, K, J, E, widths = self.N, self.K, self.J, len(self.sizes), WIDTHS[self.kind]
         if self.kind == "dw":
-            return block_sizes.hopper_sum(N, E, K, J, cores, widths=widths).columns
+            return block_sizes.choose_tgmm_tile(N, E, K, J, cores, widths=widths).columns
         tile = block_sizes.hopper(N, E, K, J, cores, widths=widths, matrices=self.matrices)
         return tile.columns * self.matrices
 
@@ -193,9 +194,9 @@ def measure(of: Kernel, cores: int, interpret: Any, rounds: int, write: Callable
 
 
 def terms(of: Kernel, width: int, cores: int, l2: float = block_sizes.L2_BYTES) -> tuple[float, float, float]:
-    """The model's clocks: without START and COLUMN, and how many times it adds each of them."""
+    """The model's clocks: without its two constants, and how many times it adds each of them."""
     model = functools.partial(
-        block_sizes.clocks, of.work(), block_sizes.tile_of(width, of.matrices), of.matrices, cores, l2=l2
+        block_sizes.estimate_cycles, of.work(), block_sizes.tile_of(width, of.matrices), of.matrices, cores, l2=l2
     )
     bare = model(start=0, column=0)
     return bare, model(start=1, column=0) - bare, model(start=0, column=1) - bare
@@ -205,8 +206,8 @@ def fit(rows: Sequence[Row], cores: int) -> dict[str, float] | None:
     """The model's constants that make its relative errors smallest, squared; None where there is too little to fit.
 
     Returns:
-        {"clock_ghz": of the cores, were the model right; "START", "COLUMN": clocks; "L2_BYTES": per clock and core;
-        "worst": relative error}.
+        {"clock_ghz": of the SMs, were the model right; "TILE_OVERHEAD_CYCLES"; "STORE_CYCLES_PER_COLUMN";
+        "L2_BYTES": per cycle and SM; "worst": relative error}.
     """
     rows = [row for row in rows if "seconds" in row]
     if len(rows) < 4:
@@ -218,7 +219,8 @@ def fit(rows: Sequence[Row], cores: int) -> dict[str, float] | None:
 
 def _fit_given_l2(rows: Sequence[Row], cores: int, l2: float) -> tuple[float, dict[str, float]] | None:
     """(the sum of squared relative errors, the constants): a linear problem once the rate of L2 is given."""
-    # seconds = clocks / f + starts START / f + columns COLUMN / f: linear in 1/f, START/f and COLUMN/f.
+    # seconds = (clocks + starts TILE_OVERHEAD_CYCLES + columns STORE_CYCLES_PER_COLUMN) / f: linear in 1/f and in the
+    # constants over f.
     kernels = [Kernel(row["kernel"], row["row"], row["N"], row["K"], row["J"], (0,) * row["E"]) for row in rows]
     counted = [terms(of, row["width"], cores, l2) for of, row in zip(kernels, rows)]
     sides = np.array([[each / row["seconds"] for each in count] for count, row in zip(counted, rows)])
@@ -228,7 +230,12 @@ def _fit_given_l2(rows: Sequence[Row], cores: int, l2: float) -> tuple[float, di
     if rank < 3 or period <= 0:
         return None
     errors = sides @ (found / scale) - 1
-    constants = {"clock_ghz": 1e-9 / period, "START": start / period, "COLUMN": column / period, "L2_BYTES": float(l2)}
+    constants = {
+        "clock_ghz": 1e-9 / period,
+        "TILE_OVERHEAD_CYCLES": start / period,
+        "STORE_CYCLES_PER_COLUMN": column / period,
+        "L2_BYTES": float(l2),
+    }
     return float(np.sum(errors**2)), constants | {"worst": float(np.abs(errors).max())}
 
 
@@ -248,7 +255,11 @@ def show(rows: Sequence[Row], constants: dict[str, float] | None, console: Conso
         if "why" in row:
             table.add_row(*head, "", "", "", row["why"])
             continue
-        model = row["clocks"] + block_sizes.START * row["starts"] + block_sizes.COLUMN * row["columns"]
+        model = (
+            row["clocks"]
+            + block_sizes.TILE_OVERHEAD_CYCLES * row["starts"]
+            + block_sizes.STORE_CYCLES_PER_COLUMN * row["columns"]
+        )
         said = ["chosen"] if row["chosen"] else []
         said += ["fastest"] if row["seconds"] == best[row["kernel"], row["row"]] else []
         said += [] if row["difference"] <= 1e-2 else [f"differs by {row['difference']:.1e}"]
@@ -256,13 +267,16 @@ def show(rows: Sequence[Row], constants: dict[str, float] | None, console: Conso
         table.add_row(*head, f"{row['seconds'] * 1e3:.4g}", rate, f"{model / ghz / 1e6:.4g}", ", ".join(said))
     console.print(table)
     if constants is None:
-        console.print("too little was measured to fit START and COLUMN", highlight=False)
+        console.print(
+            "too little was measured to fit TILE_OVERHEAD_CYCLES and STORE_CYCLES_PER_COLUMN", highlight=False
+        )
         return
     console.print(
-        f"START = {constants['START']:.0f} and COLUMN = {constants['COLUMN']:.1f} clocks at "
+        f"TILE_OVERHEAD_CYCLES = {constants['TILE_OVERHEAD_CYCLES']:.0f} and "
+        f"STORE_CYCLES_PER_COLUMN = {constants['STORE_CYCLES_PER_COLUMN']:.1f} clocks at "
         f"{constants['clock_ghz']:.2f} GHz and L2_BYTES = {constants['L2_BYTES']:g} per clock fit best, within "
-        f"{constants['worst']:.0%}; block_sizes.py has {block_sizes.START}, {block_sizes.COLUMN} and "
-        f"{block_sizes.L2_BYTES}",
+        f"{constants['worst']:.0%}; block_sizes.py has {block_sizes.TILE_OVERHEAD_CYCLES}, "
+        f"{block_sizes.STORE_CYCLES_PER_COLUMN} and {block_sizes.L2_BYTES}",
         highlight=False,
         soft_wrap=True,
     )

@@ -238,7 +238,7 @@ def _tile(spec: workloads.GroupedMatmul, product_: str, implementation: str, ker
         return baselines.TOKAMAX_RAGGED_TILES.get(kernel["smem_bytes"] // 1024, ("?", "?"))
     cores = hardware.get(HOPPER).cores
     if product_ == "dw":
-        tile = block_sizes.hopper_sum(spec.N, spec.E, spec.M, spec.F, cores, widths=tgmm.WIDTHS)
+        tile = block_sizes.choose_tgmm_tile(spec.N, spec.E, spec.M, spec.F, cores, widths=tgmm.WIDTHS)
     else:
         tile = block_sizes.hopper(spec.N, spec.E, spec.M, spec.F, cores, widths=gmm.WIDTHS)
     return block_sizes.HEIGHT, tile.columns, block_sizes.INNER, tile.stages

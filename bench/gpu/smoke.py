@@ -155,8 +155,10 @@ def kernel(spec: Workload, tiny: bool) -> Forward:
         if isinstance(spec, Decode):
             cache = kernels.KVCache(**state, **aux)
             given = {"gate": None} | inputs
-            splits = 2 if tiny else SPLITS
-            o, cache = decode_sm90.decode_attention(**given, cache=cache, **options, parts=splits, interpret=interpret)
+            num_splits = 2 if tiny else SPLITS
+            o, cache = decode_sm90.decode_attention(
+                **given, cache=cache, **options, num_splits=num_splits, interpret=interpret
+            )
             return o, {"k": cache.k, "v": cache.v}
         operation = experts_vjp.moe_mlp if isinstance(spec, MoE) else vjp.grouped_matmul
         return operation(**inputs, **aux, interpret=interpret, blocks=2 if tiny else 0), state

@@ -40,7 +40,9 @@ def made_up(ghz: float, start: float, column: float, l2: float = block_sizes.L2_
         for width in sweep.WIDTHS[of.kind]:
             tile = block_sizes.tile_of(width, of.matrices)
             took = (
-                block_sizes.clocks(of.work(), tile, of.matrices, CORES, start=start, column=column, l2=l2) / ghz / 1e9
+                block_sizes.estimate_cycles(of.work(), tile, of.matrices, CORES, start=start, column=column, l2=l2)
+                / ghz
+                / 1e9
             )
             row = {"kernel": of.kind, "row": of.name, "width": width, "chosen": width == of.chosen(CORES)}
             row |= {"N": of.N, "K": of.K, "J": of.J, "E": len(of.sizes)}
@@ -53,22 +55,28 @@ def test_the_constants_are_found_again_and_printed():
     rows = made_up(1.6, 900, 3, l2=44)
     found = sweep.fit(rows, CORES)
     assert found["L2_BYTES"] == 44
-    assert (found["clock_ghz"], found["START"], found["COLUMN"]) == pytest.approx((1.6, 900, 3), rel=1e-6)
+    assert (found["clock_ghz"], found["TILE_OVERHEAD_CYCLES"], found["STORE_CYCLES_PER_COLUMN"]) == pytest.approx(
+        (1.6, 900, 3), rel=1e-6
+    )
     assert found["worst"] < 1e-6
     too_little = sweep.fit(rows[:3], CORES), sweep.fit([rows[0]] * 9, CORES)
     assert too_little == (None, None), "nothing tells the constants apart"
     console = Console(width=140, record=True, file=io.StringIO())
     sweep.show([*rows, {"kernel": "y", "row": "a", "width": 64, "chosen": True, "why": "no memory"}], found, console)
     said = console.export_text()
-    assert "START = 900 and COLUMN = 3.0 clocks at 1.60 GHz and L2_BYTES = 44 per clock" in said and "no memory" in said
+    assert (
+        "TILE_OVERHEAD_CYCLES = 900 and STORE_CYCLES_PER_COLUMN = 3.0 clocks at 1.60 GHz and L2_BYTES = 44 per clock"
+        in said
+        and "no memory" in said
+    )
 
 
 def test_the_width_that_is_fastest_with_these_constants_is_the_one_that_is_chosen():
-    rows = made_up(1.755, block_sizes.START, block_sizes.COLUMN)
+    rows = made_up(1.755, block_sizes.TILE_OVERHEAD_CYCLES, block_sizes.STORE_CYCLES_PER_COLUMN)
     for each in {(row["kernel"], row["row"]) for row in rows}:
         mine = [row for row in rows if (row["kernel"], row["row"]) == each]
         (chosen,) = [row["seconds"] for row in mine if row["chosen"]]
-        assert chosen <= block_sizes.WORTH * min(row["seconds"] for row in mine)
+        assert chosen <= block_sizes.MIN_SPEEDUP * min(row["seconds"] for row in mine)
 
 
 def test_a_width_that_fails_and_a_row_that_fails_take_nothing_with_them(tmp_path, monkeypatch):

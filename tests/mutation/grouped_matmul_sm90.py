@@ -1,4 +1,4 @@
-"""Faults planted in the grouped matmuls and the mixture of experts of Hopper."""
+"""Mutants of the grouped matmuls and the mixture of experts on Hopper."""
 
 from tests.mutation.mutant import Mutant, planted
 
@@ -7,18 +7,18 @@ MUTANTS: list[Mutant] = [
     *planted(
         "ops/grouped_matmul/pallas_sm90/warp_specialized",
         "grouped_hopper",
-        ("a panel goes on from the left", "jnp.where(panel % 2 == 1, across - 1 - column, column)", "column", "place"),
+        ("every panel starts on the left", "jnp.where(panel % 2 == 1, across - 1 - column, column)", "column", "place"),
         ("the last panel is as high as the others", "jnp.minimum(PANEL, down - panel * PANEL)", "jnp.int32(PANEL)",
          "place"),
         ("a block's last tile is lost", 'lax.axis_index("block") + (blocks - 1)', 'lax.axis_index("block")', FORM),
         ("a stage is filled before it is free", "pl.when(n >= self.stages)", "pl.when(n >= 2 * self.stages)", FORM),
         ("a stage is released while it is multiplied", "plgpu.wgmma_wait(len(accs))", "plgpu.wgmma_wait(2 * len(accs))",
          "its_products"),
-        ("all pieces leave by one place", "staged.at[n % CHUNKS]", "staged.at[0]", FORM),
-        ("a piece is overwritten on its way out", "CHUNKS - 1 if n else 0, wait_read_only", "CHUNKS, wait_read_only",
+        ("all chunks use one store buffer", "staged.at[n % CHUNKS]", "staged.at[0]", FORM),
+        ("a chunk is overwritten while it is stored", "CHUNKS - 1 if n else 0, wait_read_only", "CHUNKS, wait_read_only",
          FORM),
-        ("a piece leaves before it is there", "plgpu.commit_smem()\n    send(piece)", "send(piece)", FORM),
-        ("runs begin at the first row", "at = low + (count & -(2 * size))", "at = low", FORM),
+        ("a chunk is stored before it is committed", "plgpu.commit_smem()\n    send(chunk)", "send(chunk)", FORM),
+        ("runs begin at the first row", "start = low + (count & -(2 * size))", "start = low", FORM),
         ("a last single row is not written", "while size:", "while size > 1:", FORM),
         ("rows of the next group are written", "jnp.minimum(self.visit.row_end - first, ROWS)",
          "jnp.minimum(self.visit.row_end + 1 - first, ROWS)", FORM),
@@ -36,9 +36,10 @@ MUTANTS: list[Mutant] = [
     *planted(
         "ops/grouped_matmul/pallas_sm90/gmm",
         "moe_hopper",
-        ("the router's weight of another row", "each.at[pl.ds(first, ROWS)]", "each.at[pl.ds(task.visit.row, ROWS)]",
+        ("the router's weight of another row", "scale_ref.at[pl.ds(first, ROWS)]",
+         "scale_ref.at[pl.ds(task.visit.row, ROWS)]",
          FORM),
-        ("the router's weight dropped", "part *= lax.broadcast_in_dim(each, part.shape, [0])", "pass", FORM),
+        ("the router's weight dropped", "chunk *= lax.broadcast_in_dim(weight, chunk.shape, [0])", "pass", FORM),
     ),
     *planted(
         "ops/grouped_matmul/pallas_sm90/tgmm",
@@ -76,7 +77,7 @@ MUTANTS: list[Mutant] = [
         "ops/grouped_matmul/pallas_sm90/vjp",
         "grouped_hopper",
         ("an H20 has an H100's cores", "else 78 if", "else 132 if", "cores"),
-        ("F is not looked at", 'for name, size in (("M", M), ("F", F)):', 'for name, size in (("M", M),):', "named"),
+        ("F is not looked at", 'for name, size in (("M", M), ("F", F)):', 'for name, size in (("M", M),):', "unsupported"),
     ),
     *planted(
         "ops/grouped_matmul/pallas_sm90/block_sizes",

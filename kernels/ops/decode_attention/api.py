@@ -1,4 +1,4 @@
-"""One decoding step: append to the ring, attend to what is visible, in place."""
+"""One decode step: write the new token into the KV cache and attend to the visible tokens, in place."""
 
 import importlib
 from types import ModuleType
@@ -10,7 +10,7 @@ from dantinox.kernels import validation
 from dantinox.kernels.dispatch import on_gpu, select_implementation, unsupported_reason
 from dantinox.kernels.ops.decode_attention import xla
 from dantinox.kernels.ops.decode_attention.kv_cache import QMAX, KVCache
-from dantinox.kernels.ops.decode_attention.pallas_tpu import kernel
+from dantinox.kernels.ops.decode_attention.pallas_tpu import block_sizes, kernel
 
 Array = jax.Array
 
@@ -29,22 +29,23 @@ def decode_attention(
     softcap: float | None = None,
     implementation: str = "auto",
 ) -> tuple[Array, KVCache]:
-    """Append one token a sequence at slot length % C, then attend to the last min(length + 1, C, window) tokens.
+    """Append one token per sequence at slot length % C, then attend to the last min(length + 1, C, window) tokens.
 
-    Under `jit` with the cache donated no implementation copies it.
+    Under `jit` with the cache donated, no implementation copies the cache.
 
     Args:
         q: [B, H, D]; k and v: [B, K, D]; one floating dtype.
-        cache: `KVCache`, k and v [B, K, C, D], length [B] int32. Of int8 or float8_e4m3fn, with k_scale and v_scale
-            [B, K, C] float32, the new token is rounded to it before it is attended to, as it will be afterwards.
+        cache: `KVCache`, k and v [B, K, C, D], length [B] int32. An int8 or float8_e4m3fn cache also has k_scale and
+            v_scale [B, K, C] float32; the new token is quantized before this step attends to it, as later steps will
+            see it.
         gate: logits [B, H, D] or [B, H, 1], or None.
-        window: keys the query sees, itself included; None, or more than C: as many as the ring holds.
-        scale: factor on the scores; None: D**-0.5.
-        softcap: scores s become softcap * tanh(s / softcap).
+        window: number of keys that the query attends to, its own included; None or more than C means all C slots.
+        scale: factor on the scores; None means D**-0.5.
+        softcap: caps the scores s at softcap * tanh(s / softcap).
         implementation: auto, reference, xla, pallas or triton.
 
     Returns:
-        (o [B, H, D] in q's dtype, the cache with length + 1).
+        (o [B, H, D] in q's dtype, the updated cache with length + 1).
 
     Raises:
         ValueError: an argument's shape, dtype or value is not allowed.
@@ -64,7 +65,7 @@ def decode_attention(
     validation.check_heads(H, K)
     validation.check_shape("cache.k", cache_k, (B, K, C, D))
     validation.check_shape("cache.v", cache_v, (B, K, C, D))
-    scales = _scales(cache, cache_k, cache_v)
+    scales = _check_scales(cache, cache_k, cache_v)
     validation.check_shape("cache.length", length, (B,))
     validation.check_integer("cache.length", length)
     if C < 1:
@@ -76,25 +77,25 @@ def decode_attention(
 
     cache = KVCache(cache_k, cache_v, length, *scales)
     table = _table()
-    if not isinstance(table["pallas"], str) and (why := _refusal(q, cache)) is not None:
-        table["pallas"] = why
-    slow = {}
+    if not isinstance(table["pallas"], str) and (reason := _pallas_unsupported_reason(q, cache)):
+        table["pallas"] = reason
+    not_auto = {}
     if on_gpu():
-        slow["pallas"] = "Hopper's kernel has not run on a GPU yet; name it"
-    elif kernel.interpreted_slow(C):
-        slow["pallas"] = "interpreted, it is slow at these sizes"
-    run = select_implementation("decode_attention", implementation, table, slow)
+        not_auto["pallas"] = "Hopper's kernel has not run on a GPU yet; name it"
+    elif block_sizes.xla_is_faster(C):
+        not_auto["pallas"] = "interpreted, it is slow at these sizes"
+    run = select_implementation("decode_attention", implementation, table, not_auto)
     return run(q, k, v, cache, gate=gate, window=window, scale=D**-0.5 if scale is None else scale, softcap=softcap)
 
 
-def _scales(cache: KVCache, k: Array, v: Array) -> tuple[Array | None, Array | None]:
-    """The factors of an 8-bit cache, checked."""
+def _check_scales(cache: KVCache, k: Array, v: Array) -> tuple[Array | None, Array | None]:
+    """Returns the checked scales of an 8-bit cache, or Nones."""
     eight_bits = k.dtype in QMAX or v.dtype in QMAX
     if not eight_bits:
         validation.check_floating(**{"cache.k": k, "cache.v": v})
     elif k.dtype != v.dtype:
         raise ValueError(f"cache.v has dtype {v.dtype}; allowed: {k.dtype}, the dtype of cache.k")
-    found = []
+    scales = []
     for name in ("k_scale", "v_scale"):
         scale = getattr(cache, name, None)
         if eight_bits and scale is None:
@@ -106,8 +107,8 @@ def _scales(cache: KVCache, k: Array, v: Array) -> tuple[Array | None, Array | N
             validation.check_shape(f"cache.{name}", scale, k.shape[:3])
             if scale.dtype != jnp.float32:
                 raise ValueError(f"cache.{name} has dtype {scale.dtype}; allowed: float32")
-        found.append(scale)
-    return found[0], found[1]
+        scales.append(scale)
+    return scales[0], scales[1]
 
 
 def _table() -> dict:
@@ -120,17 +121,17 @@ def _table() -> dict:
         "reference": reference,
         "xla": xla.decode_attention,
         "pallas": unsupported_reason("decode_attention", "pallas")
-        or (_hopper() if on_gpu() else kernel).decode_attention,
+        or (_sm90_kernel() if on_gpu() else kernel).decode_attention,
         "triton": unsupported_reason("decode_attention", "triton"),
     }
 
 
-def _hopper() -> ModuleType:
+def _sm90_kernel() -> ModuleType:
     return importlib.import_module("dantinox.kernels.ops.decode_attention.pallas_sm90.kernel")
 
 
-def _refusal(q: Array, cache: KVCache) -> str | None:
-    """Why this device's Pallas kernel cannot take these arrays."""
+def _pallas_unsupported_reason(q: Array, cache: KVCache) -> str | None:
+    """Returns why this device's Pallas kernel does not support these arrays, or None if it does."""
     if on_gpu():
-        return _hopper().refusal(q, cache)
+        return _sm90_kernel().unsupported_reason(q, cache)
     return "q has dtype float64 and it adds up in float32" if q.dtype == jnp.float64 else None

@@ -1,15 +1,15 @@
-"""Cached decoding in plain XLA: a write into the ring, then one masked attention over its slots.
+"""Decode attention in plain XLA: a write into the ring buffer, then one masked attention over its slots.
 
-The order of the slots does not matter to a softmax, so the ring is never unrolled: slot c holds the token of age
-(length - c) mod C, and a slot is visible when that age is inside min(length + 1, C, window).
+A softmax does not depend on the order of its terms, so the slots are never put in order: slot c holds the token of age
+(length - c) mod C and is visible if that age is less than min(length + 1, C, window).
 
-Traffic   reads all C slots, whatever the length; writes one slot. The write is in place when the cache is donated.
+Traffic   reads all C slots, whatever the length; writes one slot. The write is in place if the cache is donated.
 """
 
 import jax
 import jax.numpy as jnp
 
-from dantinox.kernels.ops.decode_attention.kv_cache import KVCache, append
+from dantinox.kernels.ops.decode_attention.kv_cache import KVCache, append_token
 
 Array = jax.Array
 
@@ -25,35 +25,34 @@ def decode_attention(
     scale: float,
     softcap: float | None,
 ) -> tuple[Array, KVCache]:
-    """See `dantinox.kernels.decode_attention`; arguments are checked there."""
+    """See `dantinox.kernels.decode_attention`, which checks the arguments."""
     B, H, D = q.shape
     K, C = cache.k.shape[1:3]
-    after = append(cache, k, v)
+    new_cache = append_token(cache, k, v)
 
     age = (cache.length[:, None] - jnp.arange(C)[None]) % C  # [B, C]
-    limit = C if window is None else min(C, window)
-    seen = (age < jnp.minimum(cache.length[:, None] + 1, limit))[:, None]  # [B, 1, C]
+    max_visible = C if window is None else min(C, window)
+    visible = (age < jnp.minimum(cache.length[:, None] + 1, max_visible))[:, None]  # [B, 1, C]
 
     scores = jnp.einsum(
         "BKGD,BKCD->BKGC",
         q.reshape(B, K, H // K, D),
-        after.k.astype(q.dtype),
+        new_cache.k.astype(q.dtype),
         preferred_element_type=jnp.float32,
     )
-    if after.k_scale is not None:
-        scores = scores * after.k_scale[:, :, None]
+    if new_cache.k_scale is not None:
+        scores = scores * new_cache.k_scale[:, :, None]
     scores = scores * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(seen[:, :, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1)  # never empty: the new token sees itself
+    scores = jnp.where(visible[:, :, None], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1)  # never empty: the new token attends to itself
     # Slots past the length may hold anything, NaN included, and 0 * NaN is NaN.
-    if after.v_scale is not None:
-        weights = weights * jnp.where(seen, after.v_scale, 0)[:, :, None]
-    values_seen = jnp.where(seen[..., None], after.v, 0).astype(q.dtype)
-    o = jnp.einsum("BKGC,BKCD->BKGD", weights.astype(q.dtype), values_seen, preferred_element_type=jnp.float32).reshape(
-        B, H, D
-    )
+    if new_cache.v_scale is not None:
+        weights = weights * jnp.where(visible, new_cache.v_scale, 0)[:, :, None]
+    visible_v = jnp.where(visible[..., None], new_cache.v, 0).astype(q.dtype)
+    o = jnp.einsum("BKGC,BKCD->BKGD", weights.astype(q.dtype), visible_v, preferred_element_type=jnp.float32)
+    o = o.reshape(B, H, D)
     if gate is not None:
         o = o * jax.nn.sigmoid(gate.astype(jnp.float32))
-    return o.astype(q.dtype), after
+    return o.astype(q.dtype), new_cache

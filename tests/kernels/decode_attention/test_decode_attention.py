@@ -1,4 +1,4 @@
-"""Cached decoding: every implementation against python loops over the tokens so far, and against the rule."""
+"""Decode attention: every implementation against Python loops over the tokens so far, and against the rule."""
 
 import dataclasses
 import functools
@@ -18,8 +18,8 @@ from dantinox.kernels import workloads
 from tests.helpers import cases, random_shapes, tolerance
 
 IMPLEMENTATIONS = tolerance.runnable("decode_attention")
-RINGS = workloads.select("decode_attention", "parity")
-NAMED = pytest.mark.parametrize("case", RINGS, ids=lambda case: case.name)
+WORKLOADS = workloads.select("decode_attention", "parity")
+NAMED = pytest.mark.parametrize("case", WORKLOADS, ids=lambda case: case.name)
 
 
 def find(name: str) -> workloads.Decode:
@@ -30,12 +30,12 @@ def row(*lengths: int, **sizes) -> workloads.Decode:
     return cases.row(workloads.Decode, lengths=lengths, **sizes)
 
 
-# As many as a scatter writes.
-MANY = row(*range(0, 27, 3), window=5)
+# A batch large enough for the scatter.
+LARGE_BATCH = row(*range(0, 27, 3), window=5)
 
 
 class Step(NamedTuple):
-    """One step: what is given, in float64, and what the loops say comes out."""
+    """The inputs of one step, in float64, and the output that Python loops compute."""
 
     inputs: dict[str, np.ndarray]
     cache_k: np.ndarray
@@ -44,7 +44,7 @@ class Step(NamedTuple):
 
 
 def draw(case: workloads.Decode, dtype: str = "float32", fill: float = 0, seed: int = 0) -> Step:
-    """A ring filled token by token, `fill` in the slots that no token has reached, every number rounded to dtype."""
+    """A cache filled token by token, with `fill` in unused slots; every value is rounded to `dtype`."""
     rng = np.random.default_rng(seed)
     H, K, D, C = case.H, case.K, case.D, case.C
     normal = lambda *shape: tolerance.exact(jnp.asarray(rng.standard_normal(shape), dtype))
@@ -81,24 +81,24 @@ def program(implementation: str, case: workloads.Decode, donate: bool = False):
     return jax.jit(run, donate_argnums=(1,)) if donate else tolerance.quick(run)
 
 
-Run = Callable[[dict[str, jax.Array], kernels.KVCache], tuple[jax.Array, kernels.KVCache]]
+StepFunction = Callable[[dict[str, jax.Array], kernels.KVCache], tuple[jax.Array, kernels.KVCache]]
 
 
 def run(
-    implementation: str, case: workloads.Decode, step: Step, dtype: str, by: Run | None = None
+    implementation: str, case: workloads.Decode, step: Step, dtype: str, step_function: StepFunction | None = None
 ) -> tuple[jax.Array, kernels.KVCache]:
-    """One step in the given dtype, by the implementation's own program where no other is given."""
+    """Runs one step in the given dtype, with the implementation's own program unless `step_function` is given."""
     inputs = {name: jnp.asarray(x, dtype) for name, x in step.inputs.items()}
     cache = kernels.KVCache(
         jnp.asarray(step.cache_k, dtype),
         jnp.asarray(step.cache_v, dtype),
         **case.integer_inputs(),
     )
-    return (by or any_lengths(implementation, case))(inputs, cache)
+    return (step_function or any_lengths(implementation, case))(inputs, cache)
 
 
-def any_lengths(implementation: str, case: workloads.Decode) -> Run:
-    """One program for all lengths."""
+def any_lengths(implementation: str, case: workloads.Decode) -> StepFunction:
+    """One compiled program for all lengths."""
     return program(implementation, dataclasses.replace(case, lengths=(0,) * case.B))
 
 
@@ -111,26 +111,26 @@ def test_the_reference_is_the_formula(case):
 
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
-@pytest.mark.parametrize("case", [*RINGS, MANY], ids=lambda case: case.name or "many")
+@pytest.mark.parametrize("case", [*WORKLOADS, LARGE_BATCH], ids=lambda case: case.name or "large batch")
 def test_the_token_goes_into_its_slot_and_nothing_else_moves(case, implementation):
     step = draw(case, fill=np.nan)
     _, cache = run(implementation, case, step, "float32")
     np.testing.assert_array_equal(cache.length, np.array(case.lengths) + 1)
     assert cache.length.dtype == jnp.int32
-    for ring, old, new in ((cache.k, step.cache_k, "k"), (cache.v, step.cache_v, "v")):
+    for ring_buffer, old, new in ((cache.k, step.cache_k, "k"), (cache.v, step.cache_v, "v")):
         expected = old.copy()
         for b, length in enumerate(case.lengths):
             expected[b, :, length % case.C] = step.inputs[new][b]
-        np.testing.assert_array_equal(ring, expected)
+        np.testing.assert_array_equal(ring_buffer, expected)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("case", "dtype"), cases.judged("decode_attention"))
 def test_every_implementation_keeps_the_rule(case, dtype, implementation):
     step = draw(case, dtype)
-    mine, plain = (run(i, case, step, dtype)[0] for i in (implementation, "reference"))
-    assert mine.dtype == jnp.dtype(dtype) and mine.shape == step.o.shape
-    tolerance.check({"o": mine}, {"o": plain}, {"o": step.o}, dtype)
+    o, reference = (run(name, case, step, dtype)[0] for name in (implementation, "reference"))
+    assert o.dtype == jnp.dtype(dtype) and o.shape == step.o.shape
+    tolerance.check({"o": o}, {"o": reference}, {"o": step.o}, dtype)
 
 
 @random_shapes.examples(100)
@@ -140,9 +140,9 @@ def test_every_implementation_keeps_the_rule(case, dtype, implementation):
     lengths=st.lists(st.integers(0, 40), min_size=10, max_size=10),
     seed=st.integers(0, 99),
 )
-def test_any_ring_is_the_formula(implementation, shape, lengths, seed):
+def test_any_cache_is_the_formula(implementation, shape, lengths, seed):
     H, K = shape.choice([(1, 1), (2, 1), (3, 3), (4, 2), (6, 2)]).tolist()
-    some = lambda *values: values[shape.integers(len(values))]
+    pick = lambda *values: values[shape.integers(len(values))]
     lengths = lengths[: shape.integers(1, 11)]
     case = row(
         *lengths,
@@ -150,14 +150,14 @@ def test_any_ring_is_the_formula(implementation, shape, lengths, seed):
         H=H,
         K=K,
         D=int(shape.integers(1, 7)),
-        window=some(None, int(shape.integers(1, 16))),
-        gate=some("none", "elementwise", "head"),
-        softcap=some(None, 1.5),
-        scale=some(None, -0.4),
+        window=pick(None, int(shape.integers(1, 16))),
+        gate=pick("none", "elementwise", "head"),
+        softcap=pick(None, 1.5),
+        scale=pick(None, -0.4),
     )
     step = draw(case, fill=7.0, seed=seed)
-    for form, by in tolerance.forms(implementation, any_lengths(implementation, case)).items():
-        o, cache = run(implementation, case, step, "float32", by)
+    for form, step_function in tolerance.forms(implementation, any_lengths(implementation, case)).items():
+        o, cache = run(implementation, case, step, "float32", step_function)
         np.testing.assert_allclose(o, step.o, rtol=2e-5, atol=2e-6, err_msg=form)
         np.testing.assert_array_equal(cache.length, np.array(lengths) + 1)
         for b, length in enumerate(lengths):
@@ -168,7 +168,7 @@ def test_any_ring_is_the_formula(implementation, shape, lengths, seed):
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
 @pytest.mark.parametrize("name", ["grouped", "window", "multi-query, head gate, cap", "129 slots"])
-def test_what_empty_slots_hold_reaches_nobody(name, implementation):
+def test_unused_slots_do_not_change_the_output(name, implementation):
     case = find(name)
     outputs = [
         {"o": run(implementation, case, draw(case, fill=fill), "float32")[0]} for fill in (0, np.nan, np.inf, -np.inf)
@@ -178,8 +178,8 @@ def test_what_empty_slots_hold_reaches_nobody(name, implementation):
 
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
-def test_what_lies_behind_the_window_reaches_nobody(implementation):
-    """Old tokens still in the ring are as masked as empty slots."""
+def test_tokens_outside_the_window_do_not_change_the_output(implementation):
+    """Old tokens that are still in the ring buffer are masked like unused slots."""
     case, outputs = find("window"), []
     for fill in (0, np.nan):
         step = draw(case)
@@ -200,7 +200,7 @@ def test_two_runs_are_bit_equal(implementation):
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
 @pytest.mark.parametrize("window", [None, 3])
 def test_step_by_step_equals_attention_over_all_tokens(window, implementation):
-    """Through an empty ring, a full one and two rounds of it, the cache handed on from step to step."""
+    """Starts from an empty cache, fills it and wraps around twice."""
     case, T = row(0, 0, window=window), 19
     rng = np.random.default_rng(0)
     q, k, v = (jnp.float32(rng.standard_normal((2, T, heads, case.D))) for heads in (case.H, case.K, case.K))
@@ -224,12 +224,12 @@ def test_a_donated_cache_is_written_in_place(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_narrow_cache_serves_wide_queries(implementation):
-    """The cache may be kept in bfloat16 beside float32 queries: it comes back in its own dtype."""
+def test_a_bfloat16_cache_serves_float32_queries(implementation):
+    """The returned cache keeps its own dtype."""
     case = find("grouped")
     step = draw(case, "bfloat16")
     inputs = {name: jnp.float32(x) for name, x in step.inputs.items()}
-    rings = (jnp.asarray(x, jnp.bfloat16) for x in (step.cache_k, step.cache_v))
-    o, cache = program(implementation, case)(inputs, kernels.KVCache(*rings, **case.integer_inputs()))
+    ring_buffers = (jnp.asarray(x, jnp.bfloat16) for x in (step.cache_k, step.cache_v))
+    o, cache = program(implementation, case)(inputs, kernels.KVCache(*ring_buffers, **case.integer_inputs()))
     assert o.dtype == jnp.float32 and cache.k.dtype == cache.v.dtype == jnp.bfloat16
     np.testing.assert_allclose(o, step.o, rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The Pallas decoding kernel from inside: the blocks it visits, and what a TPU makes of it."""
+"""The Pallas decode kernel: the blocks that it visits, and its form for TPUs, simulated."""
 
 import functools
 import itertools
@@ -13,8 +13,8 @@ import pytest
 from dantinox import kernels
 from dantinox.kernels import workloads
 from dantinox.kernels.dispatch import target_device
-from dantinox.kernels.ops.decode_attention.pallas_tpu import kernel
-from dantinox.kernels.ops.decode_attention.pallas_tpu.block_table import visits
+from dantinox.kernels.ops.decode_attention.pallas_tpu import block_sizes
+from dantinox.kernels.ops.decode_attention.pallas_tpu.block_table import make_block_table
 from tests import numpy_interpreter
 from tests.helpers import cases, race_detector, tolerance
 from tests.kernels.decode_attention.test_decode_attention import draw
@@ -26,43 +26,43 @@ def row(*lengths: int, **sizes) -> workloads.Decode:
     return cases.row(workloads.Decode, lengths=lengths, **sizes)
 
 
-@pytest.mark.parametrize("block", [1, 3, 4, 8])
-def test_the_visits_are_the_blocks_that_hold_seen_tokens(block):
-    for C, limit in itertools.product((1, 8, 10, 13), (1, 2, 5, 13)):
-        limit, lengths = min(limit, C), np.arange(3 * C + 2)
-        steps = functools.partial(visits, slots=C, limit=limit, block=block)
-        found = numpy_interpreter.run(steps, np.int32(lengths))
+@pytest.mark.parametrize("block_size", [1, 3, 4, 8])
+def test_the_block_table_lists_the_blocks_that_hold_visible_tokens(block_size):
+    for C, max_visible in itertools.product((1, 8, 10, 13), (1, 2, 5, 13)):
+        max_visible, lengths = min(max_visible, C), np.arange(3 * C + 2)
+        make_table = functools.partial(make_block_table, C=C, max_visible=max_visible, block_size=block_size)
+        table = numpy_interpreter.run(make_table, np.int32(lengths))
         expected = []
         for b, length in enumerate(lengths):
-            seen = [p % C // block for p in range(max(0, length + 1 - limit), length + 1)]
-            expected += [(b, at) for at in dict.fromkeys(seen)]
-        count = int(found.count)
-        assert count == len(expected) and found.ends[-1] == count and found.sequence.shape[0] >= count
-        assert list(zip(found.sequence[:count].tolist(), found.block[:count].tolist(), strict=True)) == expected
-        np.testing.assert_array_equal(found.slot, lengths % C)
-        np.testing.assert_array_equal(found.seen, np.minimum(lengths + 1, limit))
+            visible = [p % C // block_size for p in range(max(0, length + 1 - max_visible), length + 1)]
+            expected += [(b, block) for block in dict.fromkeys(visible)]
+        num_steps = int(table.num_steps)
+        assert num_steps == len(expected) and table.ends[-1] == num_steps and table.sequence.shape[0] >= num_steps
+        assert list(zip(table.sequence[:num_steps].tolist(), table.block[:num_steps].tolist(), strict=True)) == expected
+        np.testing.assert_array_equal(table.slot, lengths % C)
+        np.testing.assert_array_equal(table.num_visible, np.minimum(lengths + 1, max_visible))
 
 
-TILED = {  # whole blocks: the simulator knows no others
-    "a window across the ring's end": row(5, 40, 48, 100, C=48, window=11, gate="elementwise"),
-    "a ring in three blocks, cap, gate": row(0, 47, 48, 150, C=48, softcap=1.5, gate="head"),
+TILED = {  # whole blocks: the simulator supports no others
+    "a window across the end of the ring buffer": row(5, 40, 48, 100, C=48, window=11, gate="elementwise"),
+    "a ring buffer of three blocks, cap, gate": row(0, 47, 48, 150, C=48, softcap=1.5, gate="head"),
     "one head, one token": row(0, 16, C=32, H=1, K=1, window=1),
 }
 
 
-def watched(operation: Callable[..., Any], *args: Any) -> Any:
-    """What JAX's simulated TPU gives, which watches for races too."""
-    found = race_detector.on_tpu(operation, *args, cores=1)
-    assert not found.races and found.out_of_bounds is None
-    return found.result
+def run_with_race_detection(operation: Callable[..., Any], *args: Any) -> Any:
+    """Runs on JAX's simulated TPU, with race detection."""
+    findings = race_detector.on_tpu(operation, *args, cores=1)
+    assert not findings.races and findings.out_of_bounds is None
+    return findings.result
 
 
-@pytest.mark.parametrize("run", [numpy_interpreter.run, pytest.param(watched, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("run", [numpy_interpreter.run, pytest.param(run_with_race_detection, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", TILED)
 def test_a_tpu_appends_and_attends_in_one_kernel(name, run, monkeypatch):
-    """The tile that the new token lies in leaves with it, and nothing else of the ring is touched."""
+    """The kernel writes the memory tile of the new token and nothing else of the cache."""
     case = TILED[name]
-    monkeypatch.setattr(kernel, "_block", lambda *_: 16)
+    monkeypatch.setattr(block_sizes, "choose_block_size", lambda *_: 16)
     step = draw(case, fill=np.nan)
     inputs = {key: jnp.float32(x) for key, x in step.inputs.items()}
     cache = kernels.KVCache(jnp.float32(step.cache_k), jnp.float32(step.cache_v), **case.integer_inputs())
@@ -70,39 +70,39 @@ def test_a_tpu_appends_and_attends_in_one_kernel(name, run, monkeypatch):
         **inputs, cache=cache, **case.options(), implementation="pallas"
     )
     with target_device(*V6E):
-        o, after = run(operation, inputs, cache)
-    plain, _ = kernels.decode_attention(**inputs, cache=cache, **case.options(), implementation="reference")
-    tolerance.check({"o": o}, {"o": plain}, {"o": step.o}, "float32")
-    for ring, old, new in ((after.k, step.cache_k, "k"), (after.v, step.cache_v, "v")):
+        o, new_cache = run(operation, inputs, cache)
+    reference, _ = kernels.decode_attention(**inputs, cache=cache, **case.options(), implementation="reference")
+    tolerance.check({"o": o}, {"o": reference}, {"o": step.o}, "float32")
+    for ring_buffer, old, new in ((new_cache.k, step.cache_k, "k"), (new_cache.v, step.cache_v, "v")):
         expected = old.copy()
         for b, length in enumerate(case.lengths):
             expected[b, :, length % case.C] = step.inputs[new][b]
-        np.testing.assert_array_equal(ring, expected)
+        np.testing.assert_array_equal(ring_buffer, expected)
 
 
-@pytest.mark.parametrize("least", [0, 0.5])
+@pytest.mark.parametrize("min_filled", [0, 0.5])
 @pytest.mark.parametrize(("C", "window"), [(600, None), (1100, 300), (1537, 513)])
-def test_several_blocks_are_the_formula(C, window, least):
-    """Block by block, and at once where every ring is at least half full."""
-    lengths = (int(least * C) - 1, C - 2, C - 1, 3 * C + 7) if least else (0, C // 2 - 2, C - 1, 3 * C + 7)
+def test_several_blocks_are_the_formula(C, window, min_filled):
+    """Block by block, and batched if every ring buffer is at least half full."""
+    lengths = (int(min_filled * C) - 1, C - 2, C - 1, 3 * C + 7) if min_filled else (0, C // 2 - 2, C - 1, 3 * C + 7)
     case = row(*lengths, C=C, window=window, gate="head", D=8)
     run = lambda name: jax.jit(
         lambda inputs, cache: kernels.decode_attention(**inputs, cache=cache, **case.options(), implementation=name)
     )
-    pallas, found = run("pallas"), []
+    pallas, outputs = run("pallas"), []
     for fill in (0, np.nan):
         step = draw(case, fill=fill)
         inputs = {key: jnp.float32(x) for key, x in step.inputs.items()}
         cache = kernels.KVCache(jnp.float32(step.cache_k), jnp.float32(step.cache_v), **case.integer_inputs())
-        found.append({"o": pallas(inputs, cache)[0]})
-    tolerance.check(found[1], {"o": run("reference")(inputs, cache)[0]}, {"o": step.o}, "float32")
-    tolerance.same_bits(*found)
+        outputs.append({"o": pallas(inputs, cache)[0]})
+    tolerance.check(outputs[1], {"o": run("reference")(inputs, cache)[0]}, {"o": step.o}, "float32")
+    tolerance.same_bits(*outputs)
 
 
 @pytest.mark.parametrize("name", ["xla", "pallas"])
 @pytest.mark.parametrize("mapped", ["q", "k", "length"])
-def test_mapped_over_an_axis_it_is_a_loop(name, mapped):
-    """As where several tokens are tried on one cache."""
+def test_vmap_equals_a_loop(name, mapped):
+    """As in decoding that tries several tokens on one cache."""
     rng = np.random.default_rng(0)
     shapes = {"q": (3, 4, 8), "k": (3, 2, 8), "v": (3, 2, 8), "ring": (3, 2, 16, 8)}
     x = {key: jnp.array(rng.standard_normal((2, *shape)), jnp.float32) for key, shape in shapes.items()}
@@ -115,7 +115,7 @@ def test_mapped_over_an_axis_it_is_a_loop(name, mapped):
         o, cache = kernels.decode_attention(x["q"], x["k"], x["v"], cache, window=9, implementation=name)
         return o, cache.k, cache.v, cache.length
 
-    one = tolerance.quick(run)
-    loop = [one({key: value[n] if key == mapped else value for key, value in x.items()}) for n in range(2)]
-    for mine, *ones in zip(tolerance.quick(jax.vmap(run, (axes,)))(x), *loop, strict=True):
-        np.testing.assert_allclose(mine, jnp.stack(ones), rtol=1e-5, atol=1e-5)
+    run_once = tolerance.quick(run)
+    loop = [run_once({key: value[n] if key == mapped else value for key, value in x.items()}) for n in range(2)]
+    for batched, *unbatched in zip(tolerance.quick(jax.vmap(run, (axes,)))(x), *loop, strict=True):
+        np.testing.assert_allclose(batched, jnp.stack(unbatched), rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The Hopper grouped matmul, on a simulated GPU that watches memory: values, races, rows of nobody, what it takes."""
+"""The Hopper grouped matmul on a simulated GPU with race detection: values, races, unassigned rows, limits."""
 
 import functools
 import itertools
@@ -32,8 +32,8 @@ watched = functools.partial(race_detector.watched_blocks, vjp.grouped_matmul)
 
 
 CASES = [
-    # Tiles of two groups, pieces of every size, a hole, rows of nobody, a last tile past N; more steps than stages, a
-    # quarter of a tile of columns, and one warpgroup's half of dw.
+    # Tiles of two groups, runs of every size, an empty group, unassigned rows, a last tile past N; more steps than
+    # stages, a quarter of a tile of columns, and one warpgroup's half of dw.
     (row(3, 0, 73, 51, N=129, M=192, F=320), 256),
     pytest.param(row(0, 200, M=128, F=320), 128, marks=slow),
     pytest.param(row(300, 0, 0, M=192, F=128), None, marks=slow),  # all to the first; one warpgroup's half of dw
@@ -42,7 +42,7 @@ CASES = [
     pytest.param(row(0, 0, N=1), None, marks=slow),
     pytest.param(row(127), 256, marks=slow),
     pytest.param(row(128, 64, 64, N=264), 64, marks=slow),  # all edges at edges of tiles
-    pytest.param(row(0, 0, 0, N=200, F=192), 192, marks=slow),  # nobody's
+    pytest.param(row(0, 0, 0, N=200, F=192), 192, marks=slow),  # all rows unassigned
     pytest.param(row(1, 2, 3, 4, 5, 6, 7, 8, 9, N=63), None, marks=slow),
     pytest.param(row(63, 65, 130, 2, M=256, F=512), 192, marks=slow),
 ]
@@ -58,23 +58,23 @@ def test_the_output_and_the_gradients_are_the_formula_and_memory_is_in_order(cas
     inputs, aux, dout = cases.draw(case)
     aux = {name: jnp.asarray(x) for name, x in aux.items()}
     run = functools.partial(watched, width)
-    mine = tolerance.judge("grouped_matmul", "hopper", inputs, dout, dtype, aux=aux, run=run)
-    assert not np.any(tolerance.exact(mine["o"])[sum(case.sizes) :]), "rows past the sum are zeros"
-    assert not np.any(tolerance.exact(mine["dw"])[np.array(case.sizes) == 0]), "a group without rows has no gradient"
+    outputs = tolerance.judge("grouped_matmul", "hopper", inputs, dout, dtype, aux=aux, run=run)
+    assert not np.any(tolerance.exact(outputs["o"])[sum(case.sizes) :]), "rows past the sum are zeros"
+    assert not np.any(tolerance.exact(outputs["dw"])[np.array(case.sizes) == 0]), "a group without rows has no gradient"
 
 
 @pytest.mark.parametrize("sizes", [(50, 0, 21), pytest.param((3, 0, 127), marks=slow)])
-def test_what_is_nobodys_reaches_nobody(sizes):
-    """NaN in rows past the sum and in matrices without rows changes no bit; two runs agree."""
+def test_unassigned_rows_and_unused_matrices_change_no_bit(sizes):
+    """Fills rows past the sum and matrices without rows with NaN."""
     case = row(*sizes, N=sum(sizes) + 9)
     inputs, aux, dout = cases.draw(case)
     inputs = {name: jnp.asarray(x, "bfloat16") for name, x in inputs.items()}
     dout, sizes = jnp.asarray(dout, "bfloat16"), jnp.asarray(aux["group_sizes"])
-    past = (jnp.arange(case.N) >= sum(case.sizes))[:, None]
-    poisoned = {"x": jnp.where(past, jnp.nan, inputs["x"]), "w": inputs["w"].at[1].set(jnp.nan)}
+    unassigned = (jnp.arange(case.N) >= sum(case.sizes))[:, None]
+    poisoned = {"x": jnp.where(unassigned, jnp.nan, inputs["x"]), "w": inputs["w"].at[1].set(jnp.nan)}
     run = jax.jit(functools.partial(both, interpret=plgpu.InterpretGPUParams()))
     once = run(inputs, {"group_sizes": sizes}, dout)
-    tolerance.same_bits(once, run(poisoned, {"group_sizes": sizes}, jnp.where(past, jnp.nan, dout)))
+    tolerance.same_bits(once, run(poisoned, {"group_sizes": sizes}, jnp.where(unassigned, jnp.nan, dout)))
 
 
 COLUMNS, TILES = 256, 8
@@ -95,7 +95,7 @@ def ones(*shape: int) -> jax.Array:
 
 @pytest.mark.parametrize("name", LAUNCHED)
 def test_the_next_tile_is_loaded_while_this_one_is_written(name, monkeypatch):
-    """The first that writes is held until the ring of 4 stages is filled again, but for what it has not released."""
+    """Blocks the first store until the producer has refilled the 4 stages, except for those not yet released."""
     copies, run = LAUNCHED[name]
     loaded, enough, in_time = itertools.count(1), threading.Event(), []
     load, store = race_detector.gpu_interpreter.copy_gmem_to_smem, race_detector.gpu_interpreter.copy_smem_to_gmem
@@ -120,67 +120,67 @@ def test_the_next_tile_is_loaded_while_this_one_is_written(name, monkeypatch):
 
 @pytest.mark.parametrize("name", LAUNCHED)
 def test_a_stage_is_released_when_its_products_are_done(name):
-    """What the simulated GPU cannot see, for it multiplies at once: one step's products are under way, no more."""
+    """The simulated GPU multiplies synchronously, so this reads the jaxpr: one step is in flight, no more."""
     text = str(jax.make_jaxpr(LAUNCHED[name][1], static_argnums=0)(warp_specialized.Static(1, None, COLUMNS)))
     assert sorted(map(int, re.findall(r"wgmma_wait\[n=(\d)\]", text))) == [0, text.count("wgmma_ref")]
     assert text.count("wgmma_ref") == (2 if name == "up" else 1)
 
 
 def test_every_tile_has_its_place_and_a_panel_its_rows():
-    places = jax.jit(warp_specialized.place, static_argnums=2)
+    snake_order = jax.jit(warp_specialized.snake_order, static_argnums=2)
     for down, across in itertools.product((1, 2, 15, 16, 17, 40), (1, 3)):
         n = jnp.arange(down * across)
-        found = np.stack(places(n, down, across), axis=1)
-        assert sorted(map(tuple, found)) == list(itertools.product(range(down), range(across)))
-        panels = found[:, 0] // warp_specialized.PANEL
+        tiles = np.stack(snake_order(n, down, across), axis=1)
+        assert sorted(map(tuple, tiles)) == list(itertools.product(range(down), range(across)))
+        panels = tiles[:, 0] // warp_specialized.PANEL
         assert (np.diff(panels) >= 0).all()
-        assert (np.abs(np.diff(found[:, 1])) <= 1).all(), "it goes on where it is"
+        assert (np.abs(np.diff(tiles[:, 1])) <= 1).all(), "neighbouring columns follow each other"
 
 
 def test_tiles_that_begin_with_their_group_are_fewer_and_visit_every_row_once():
     rng, N = np.random.default_rng(0), 150
-    plan = jax.jit(functools.partial(make_group_metadata, N=N, rows=16, align=8))
+    aligned = jax.jit(functools.partial(make_group_metadata, N=N, rows=16, align=8))
     spanning = jax.jit(functools.partial(make_group_metadata, N=N, rows=16))
     for _ in range(100):
         sizes = rng.multinomial(rng.integers(0, N + 1), rng.dirichlet([0.4] * 6))
-        found = plan(sizes)
-        assert int(found.count) <= int(spanning(sizes).count) <= len(found.group)
+        metadata = aligned(sizes)
+        assert int(metadata.count) <= int(spanning(sizes).count) <= len(metadata.group)
         owners = [[] for _ in range(N)]
-        for group, top, low, high in np.stack([np.asarray(x)[: int(found.count)] for x in found[1:]], axis=1):
+        for group, top, low, high in np.stack([np.asarray(x)[: int(metadata.count)] for x in metadata[1:]], axis=1):
             assert top % 8 == 0 and 0 <= top < N
             for n in range(max(top, low), min(top + 16, high)):
                 owners[n].append(group)
         assert owners == [[e] for e in np.repeat(np.arange(7), [*sizes, N - sizes.sum()])]
 
 
-def test_what_the_kernels_do_not_take_is_named():
+def test_unsupported_inputs_raise_with_the_reason():
     sizes = jnp.array([8], jnp.int32)
-    for dtype, M, F, said in (
+    for dtype, M, F, reason in (
         ("float32", 64, 64, "float32"),
         ("bfloat16", 96, 64, "M = 96"),
         ("float16", 64, 40, "F = 40"),
     ):
         x, w = jnp.ones((8, M), dtype), jnp.ones((1, M, F), dtype)
-        with pytest.raises(NotImplementedError, match=said):
+        with pytest.raises(NotImplementedError, match=reason):
             vjp.grouped_matmul(x, w, sizes)
-        with dispatch.target_device("cuda", H100), pytest.raises(NotImplementedError, match=said):
+        with dispatch.target_device("cuda", H100), pytest.raises(NotImplementedError, match=reason):
             kernels.grouped_matmul(x, w, sizes, implementation="pallas")
 
 
-def of(*shape: int) -> jax.ShapeDtypeStruct:
+def abstract(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
 
 IDS = jax.ShapeDtypeStruct((8, 2), jnp.int32)
-GIVEN = {
-    "grouped_matmul": (of(8, 64), of(2, 64, 128), jax.ShapeDtypeStruct((2,), jnp.int32)),
-    "moe_mlp": (of(8, 64), of(2, 64, 128), of(2, 64, 128), of(2, 128, 64), IDS, of(8, 2)),
+OPERANDS = {
+    "grouped_matmul": (abstract(8, 64), abstract(2, 64, 128), jax.ShapeDtypeStruct((2,), jnp.int32)),
+    "moe_mlp": (abstract(8, 64), abstract(2, 64, 128), abstract(2, 64, 128), abstract(2, 128, 64), IDS, abstract(8, 2)),
 }
 
 
-@pytest.mark.parametrize("op", GIVEN)
-def test_hopper_is_served_when_named_and_other_gpus_are_told_what_runs(op):
-    names = lambda **how: str(jax.make_jaxpr(functools.partial(getattr(kernels, op), **how))(*GIVEN[op]))
+@pytest.mark.parametrize("op", OPERANDS)
+def test_pallas_serves_hopper_when_named_and_other_gpus_report_what_runs(op):
+    names = lambda **how: str(jax.make_jaxpr(functools.partial(getattr(kernels, op), **how))(*OPERANDS[op]))
     with dispatch.target_device("cuda", H100):
         assert kernels.implementations(op)["pallas"] is None
         assert "warpgroup" in names(implementation="pallas")
@@ -212,5 +212,5 @@ def test_gradients_are_traced_below_vmap_and_shard_map(around):
         outs = spec, spec, same if checked else spec
         run = jax.shard_map(gradients, mesh=mesh, in_specs=(spec, same, spec), out_specs=outs, check_vma=checked)
         args, lead = (x[0], w, sizes[0]), ()
-    found = jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(run, *args))
-    assert found == tuple((shape, x.dtype) for shape in ((*lead, 40, 128), (*lead, 40, 64), (*lead, 3, 64, 128)))
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(run, *args))
+    assert shapes == tuple((shape, x.dtype) for shape in ((*lead, 40, 128), (*lead, 40, 64), (*lead, 3, 64, 128)))

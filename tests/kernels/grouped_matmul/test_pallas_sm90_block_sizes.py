@@ -61,22 +61,26 @@ def test_a_width_fits_what_it_is_for():
             assert tile.stages & (tile.stages - 1) == 0
             stage = (block_sizes.HEIGHT + tile.columns * matrices) * block_sizes.INNER * 2
             assert tile.stages * stage + 2 * 2 * block_sizes.ROWS * 64 * 2 <= fits
-    assert block_sizes.hopper_sum(262144, 128, 4096, 1536, CORES, widths=(256, 128)).columns == 256
-    assert block_sizes.hopper_sum(1000, 5, 384, 640, CORES, widths=(256, 128)).columns == 128
+    assert block_sizes.choose_tgmm_tile(262144, 128, 4096, 1536, CORES, widths=(256, 128)).columns == 256
+    assert block_sizes.choose_tgmm_tile(1000, 5, 384, 640, CORES, widths=(256, 128)).columns == 128
 
 
 def test_the_model_counts_rounds_of_the_slowest_core():
     def taken(visits: float, J: int, units: float = 2) -> float:
-        return block_sizes.clocks(block_sizes.Work(visits, units, 4, 4096, J), block_sizes.tile_of(256), 1, CORES)
+        return block_sizes.estimate_cycles(
+            block_sizes.TileWork(visits, units, 4, 4096, J), block_sizes.tile_of(256), 1, CORES
+        )
 
     one = taken(132, 256)
     assert taken(133, 256) == 2 * one == taken(132, 512)
     # Reading 128 + 256 rows of 64 numbers from L2 takes longer than their 128 x 256 x 64 products at 2048 per clock;
     # where one half has no row, half as many products are left, and all the bytes.
-    around = block_sizes.START + block_sizes.COLUMN * 256
+    around = block_sizes.TILE_OVERHEAD_CYCLES + block_sizes.STORE_CYCLES_PER_COLUMN * 256
     from_l2 = 4096 * (128 + 256) * 2 / block_sizes.L2_BYTES
     assert from_l2 > 128 * 256 * 4096 / 2048
     assert one == pytest.approx(from_l2 + around)
     assert taken(132, 256, units=1) == pytest.approx(one)
-    at_once = block_sizes.clocks(block_sizes.Work(132, 2, 4, 4096, 256), block_sizes.tile_of(256), 1, CORES, l2=64)
+    at_once = block_sizes.estimate_cycles(
+        block_sizes.TileWork(132, 2, 4, 4096, 256), block_sizes.tile_of(256), 1, CORES, l2=64
+    )
     assert at_once == pytest.approx(128 * 256 * 4096 / 2048 + around)

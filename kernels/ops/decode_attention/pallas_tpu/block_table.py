@@ -1,6 +1,6 @@
-"""Which blocks of the rings one decoding step visits: the grid of the kernel, made on the device from the lengths.
+"""Which blocks of the ring buffers one decode step visits: the grid of the kernel, computed on the device.
 
-A ring of C = 6 blocks, a window that reaches back over the ring's end; `n` is where the new token goes:
+A ring buffer of C = 6 blocks and a window that wraps around its end; `n` marks the block that receives the new token:
 
     slots ->     0   1   2   3   4   5
     sequence 0   ▓   n   ░   ░   ▞   █        visits 4, 5, 0, 1
@@ -16,40 +16,46 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-class Visits(NamedTuple):
-    """The steps of the grid, sequence by sequence, from its oldest visible block to its newest; int32.
+class BlockTable(NamedTuple):
+    """The grid steps, sequence by sequence, from the oldest visible block to the newest; int32.
 
     Attributes:
-        count: steps, a scalar. sequence, block: of each step, [the most there can be]; past `count` they mean nothing.
-        ends: steps up to and with each sequence, [B].
-        seen: tokens that the query sees, the new one included, [B]. slot: where that one goes, [B].
+        num_steps: number of steps, a scalar.
+        sequence: sequence of each step, [maximum number of steps]; entries from `num_steps` on are unused.
+        block: block of each step, as long.
+        ends: number of steps up to and including each sequence, [B].
+        num_visible: tokens that the query attends to, the new one included, [B].
+        slot: slot of the new token, [B].
     """
 
-    count: Array
+    num_steps: Array
     sequence: Array
     block: Array
     ends: Array
-    seen: Array
+    num_visible: Array
     slot: Array
 
 
-def visits(length: Array, slots: int, limit: int, block: int) -> Visits:
-    """The blocks of `block` slots that hold the last min(length + 1, limit) tokens of each ring.
+def make_block_table(length: Array, C: int, max_visible: int, block_size: int) -> BlockTable:
+    """Lists the blocks that hold the last min(length + 1, max_visible) tokens of each ring buffer.
 
     Args:
-        length: tokens before the new one, [B] int32. slots: C. limit: of the tokens seen, at most C.
+        length: tokens before the new one, [B] int32.
+        C: slots of a ring buffer.
+        max_visible: upper bound on the visible tokens, at most C.
+        block_size: slots per block.
     """
-    blocks = -(-slots // block)
-    # One more than a line of tokens needs, where the ring ends within a block.
-    most = min(blocks, -(-(limit - 1) // block) + 1 + (slots % block > 0))
+    num_blocks = -(-C // block_size)
+    # One block more than contiguous tokens need if the ring buffer ends inside a block.
+    max_blocks = min(num_blocks, -(-(max_visible - 1) // block_size) + 1 + (C % block_size > 0))
     length = length.astype(jnp.int32)
-    seen, slot = jnp.minimum(length + 1, limit), length % slots
-    oldest = (length + 1 - seen) % slots
-    first, last = oldest // block, slot // block
+    num_visible, slot = jnp.minimum(length + 1, max_visible), length % C
+    oldest = (length + 1 - num_visible) % C
+    first, last = oldest // block_size, slot // block_size
     wrapped = oldest > slot
-    each = jnp.where(wrapped, jnp.minimum(blocks, blocks - first + last + 1), last - first + 1)
-    ends = jnp.cumsum(each, dtype=jnp.int32)
-    step = jnp.arange(length.shape[0] * most, dtype=jnp.int32)
+    visited = jnp.where(wrapped, jnp.minimum(num_blocks, num_blocks - first + last + 1), last - first + 1)
+    ends = jnp.cumsum(visited, dtype=jnp.int32)
+    step = jnp.arange(length.shape[0] * max_blocks, dtype=jnp.int32)
     sequence = jnp.minimum(jnp.searchsorted(ends, step, side="right").astype(jnp.int32), length.shape[0] - 1)
-    at = (first[sequence] + step - (ends - each)[sequence]) % blocks
-    return Visits(ends[-1], sequence, at.astype(jnp.int32), ends, seen, slot)
+    block = (first[sequence] + step - (ends - visited)[sequence]) % num_blocks
+    return BlockTable(ends[-1], sequence, block.astype(jnp.int32), ends, num_visible, slot)

@@ -1,27 +1,28 @@
-"""Cached decoding on Mosaic TPU, and interpreted on a CPU: one kernel that appends to the rings and attends.
+"""Decode attention on TPU, and interpreted on a CPU: one kernel that appends to the ring buffers and attends.
 
 Math      s = cap(scale q k^T);  o = sigmoid(gate) * softmax(s over the last min(length + 1, C, window) tokens) v
-Tiling    a grid of steps, a block of one ring each, as many as hold visible tokens, counted on the device.
+Tiling    one grid step per block of slots that holds visible tokens; the device computes how many there are.
 
               blocks of slots ->   0   1   2   3   4   5
-              sequence 0           █   ▞   ░   ░   ▞   █      ▞ masked, and where the new token goes
+              sequence 0           █   ▞   ░   ░   ▞   █      ▞ masked; the last one receives the new token
               sequence 1           ▞   ░   ░   ░   ░   ░      ░ not in the grid
 
-          All K heads of a block are loaded together; the G query heads of each are the rows of its products.
+          One step loads all K heads of a block; the G query heads of each are the rows of its matrix products.
 State     m, l [K, G, 1] and the output [K, G, D] of one sequence, in float32.
-Traffic   reads the visible blocks of k and v once, whatever C is; writes 8 or 16 slots of each ring, in place: both
-          are its outputs too. Plain XLA reads all C slots. 4 H D FLOPs a visible token: memory is what it costs.
-Limits    float32, bfloat16, float16; rings of int8 and float8_e4m3fn too; any B, H, K, D, C. ValueError comes from
-          `dantinox.kernels.decode_attention`.
-Source    Dao, Flash-Decoding (2023), without its second pass: a TPU core has nobody to share a sequence with.
+Traffic   reads the visible blocks of k and v once, whatever C is; writes 8 or 16 slots of each ring buffer, in place:
+          the ring buffers are aliased to outputs. Plain XLA reads all C slots. 4 H D FLOPs per visible token, so the
+          kernel is bound by memory.
+Limits    float32, bfloat16, float16; caches of int8 and float8_e4m3fn too; any B, H, K, D, C.
+          `dantinox.kernels.decode_attention` raises ValueError.
+Source    Dao, Flash-Decoding (2023), without its second pass: a TPU core has no other core to split a sequence with.
 
-A TPU writes whole tiles of memory, so the new token's tile is put together from what was loaded of it. Interpreted, an
-output that is an input costs a copy of it in every step, so XLA puts the token into its slot, in place, and the kernel
-reads the rings as they are then. A block of them is a copy too, to XLA's CPU compiler, but all of them are not: where
-every ring is half full, all sequences are one step, and a mask takes the place of the grid.
+A TPU writes whole memory tiles, so the kernel merges the new token into the tile that it loaded. In interpret mode an
+output aliased to an input costs a copy of it per step, so XLA writes the token to its slot, in place, and the kernel
+only reads the ring buffers. XLA's CPU compiler also copies each block that a step reads, but not whole ring buffers: if
+every ring buffer is at least half full, one step processes the whole batch, with a mask instead of the grid.
 
-A ring in 8 bits is multiplied as it is; the factors of its keys join the scores, those of its values the weights: D
-times fewer products than numbers put back.
+The kernel multiplies the values of an 8-bit cache without dequantizing them: the scales of the keys multiply the
+scores, those of the values the softmax weights, which takes D times fewer multiplications.
 """
 
 import functools
@@ -34,32 +35,79 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dantinox.kernels import cost
 from dantinox.kernels.dispatch import current_device
-from dantinox.kernels.ops.decode_attention.kv_cache import KVCache, append, dequantize, quantize
-from dantinox.kernels.ops.decode_attention.pallas_tpu.block_table import Visits, visits
+from dantinox.kernels.ops.decode_attention.kv_cache import KVCache, append_token, dequantize, quantize
+from dantinox.kernels.ops.decode_attention.pallas_tpu import block_sizes
+from dantinox.kernels.ops.decode_attention.pallas_tpu.block_table import BlockTable, make_block_table
 
 Array = jax.Array
-CPU_BLOCK = 512  # slots
-TPU_BYTES = 2**20  # of a block of keys; as much of values, and both twice
-LANES = 128  # slots of a tile of factors
-TILE_BYTES = 32  # slots x bytes of a number that are written together: a tile of a TPU's memory is so high
-HIDDEN = -2e38  # a masked score
+Ref = Any  # a reference in VMEM or SMEM
+LANES = 128  # slots in a memory tile of scales
+TILE_BYTES = 32  # slots x bytes per value in the second-minor dimension of a memory tile
+MASK_VALUE = -2e38  # a masked score
 
 
-class Static(NamedTuple):
-    """What is known when the kernel is traced; `limit` of the tokens seen, `block`, `rows` and `lanes` in slots.
+class DecodeConfig(NamedTuple):
+    """Static parameters of the kernel.
 
-    `at_once`: all rings are one step, interpreted; a sequence's heads are heads among those of all.
+    Attributes:
+        C: slots of a ring buffer.
+        max_visible: upper bound on the tokens that a query attends to.
+        block_size: slots per block.
+        tile_rows, tile_lanes: slots written at once to k and v, and to their scales.
+        scale, softcap: of the scores.
+        interpret: whether the kernel is interpreted on a CPU.
+        batched: in interpret mode, whether one step processes the whole batch; its heads are those of all sequences.
     """
 
     C: int
-    limit: int
-    block: int
-    rows: int
-    lanes: int
+    max_visible: int
+    block_size: int
+    tile_rows: int
+    tile_lanes: int
     scale: float
     softcap: float | None
     interpret: bool
-    at_once: bool = False
+    batched: bool = False
+
+
+class DecodeRefs(NamedTuple):
+    """References of one grid step; None where a call has no such operand.
+
+    Attributes:
+        sequence, block, ends, num_visible, slot: the `BlockTable`, prefetched.
+        q, gate, o: queries, gate and output of the step's sequence.
+        new_k, new_v: the new token as later steps will read it, in q's dtype.
+        stored_k, stored_v: the new token as the cache stores it, and its scales.
+        k, v: a block of the cache, with its scales; in interpret mode the whole cache.
+        k_out, v_out: the memory tile that receives the new token, with its scales.
+        m, l, acc: state of the online softmax.
+    """
+
+    sequence: Ref
+    block: Ref
+    ends: Ref
+    num_visible: Ref
+    slot: Ref
+    q: Ref
+    new_k: Ref
+    new_v: Ref
+    k: Ref
+    v: Ref
+    o: Ref
+    m: Ref
+    l: Ref
+    acc: Ref
+    gate: Ref = None
+    k_scale: Ref = None
+    v_scale: Ref = None
+    stored_k: Ref = None
+    stored_v: Ref = None
+    stored_k_scale: Ref = None
+    stored_v_scale: Ref = None
+    k_out: Ref = None
+    v_out: Ref = None
+    k_scale_out: Ref = None
+    v_scale_out: Ref = None
 
 
 def decode_attention(
@@ -73,247 +121,268 @@ def decode_attention(
     scale: float,
     softcap: float | None,
 ) -> tuple[Array, KVCache]:
-    """See `dantinox.kernels.decode_attention`; arguments are checked there."""
+    """See `dantinox.kernels.decode_attention`, which checks the arguments."""
     (B, H, D), (K, C) = q.shape, cache.k.shape[1:3]
     if 0 in (B, H, D):
-        return jnp.zeros_like(q), append(cache, k, v)
-    limit = C if window is None else min(C, int(window))
+        return jnp.zeros_like(q), append_token(cache, k, v)
+    max_visible = C if window is None else min(C, int(window))
     interpret = current_device().platform == "cpu"
-    rows, lanes = min(C, TILE_BYTES // cache.k.dtype.itemsize), min(C, LANES)
-    tile = rows if cache.k_scale is None else lanes
-    block = C if interpret and C <= CPU_BLOCK else _block(C, limit, tile, K * D * cache.k.dtype.itemsize, interpret)
-    static = Static(C, limit, block, rows, lanes, scale, softcap, interpret)
-    packed = lambda x: None if x is None else x.reshape(B, K, H // K, x.shape[-1])
-    plan = visits(cache.length, C, limit, block)
-    spent = cost.decode_attention(
+    tile_rows, tile_lanes = min(C, TILE_BYTES // cache.k.dtype.itemsize), min(C, LANES)
+    tile_slots = tile_rows if cache.k_scale is None else tile_lanes
+    slot_bytes = K * D * cache.k.dtype.itemsize
+    block_size = block_sizes.choose_block_size(C, max_visible, tile_slots, slot_bytes, interpret)
+    config = DecodeConfig(C, max_visible, block_size, tile_rows, tile_lanes, scale, softcap, interpret)
+
+    def group_heads(x: Array | None) -> Array | None:
+        return None if x is None else x.reshape(B, K, H // K, x.shape[-1])
+
+    block_table = make_block_table(cache.length, C, max_visible, block_size)
+    call_cost = cost.decode_attention(
         H=H,
         K=K,
         D=D,
         C=C,
-        lengths=[limit - 1] * B,  # at most: the lengths are not known here
+        lengths=[max_visible - 1] * B,  # upper bounds: the lengths are not known at trace time
         gate="none" if gate is None else "elementwise" if gate.shape[-1] == D else "head",
         itemsize=q.dtype.itemsize,
         kv_itemsize=cache.k.dtype.itemsize + (0 if cache.k_scale is None else 4 / D),
     )
-    call = functools.partial(_call, spent=spent)
+    attend = functools.partial(_pallas_decode, call_cost=call_cost)
     if not interpret:
-        o, cache = call(packed(q), k, v, packed(gate), cache, plan, static)
+        o, cache = attend(group_heads(q), k, v, group_heads(gate), cache, block_table, config)
         return o.reshape(B, H, D), cache
 
-    after = append(cache, k, v)
+    new_cache = append_token(cache, k, v)
 
-    def by_blocks() -> Array:
-        return call(packed(q), k, v, packed(gate), after, plan, static)[0].reshape(B, H, D)
-
-    def at_once() -> Array:
-        one = lambda x: None if x is None else x.reshape(1, -1, *x.shape[2:])
-        rings = KVCache(one(after.k), one(after.v), after.length)
-        step = Visits(jnp.int32(1), *jnp.int32([[0], [0], [1]]), plan.seen, plan.slot)
-        o, _ = call(one(packed(q)), one(k), one(v), one(packed(gate)), rings, step, static._replace(at_once=True))
+    def attend_by_blocks() -> Array:
+        o, _ = attend(group_heads(q), k, v, group_heads(gate), new_cache, block_table, config)
         return o.reshape(B, H, D)
 
-    # Where numbers are converted, all of the rings would be copied too.
-    if block < C == limit and cache.k.dtype == q.dtype:
-        return jax.lax.cond(jnp.all(plan.seen >= C // 2), at_once, by_blocks), after
-    return by_blocks(), after
+    def attend_batched() -> Array:
+        def merge_batch(x: Array | None) -> Array | None:
+            return None if x is None else x.reshape(1, -1, *x.shape[2:])
+
+        merged_cache = KVCache(merge_batch(new_cache.k), merge_batch(new_cache.v), new_cache.length)
+        one_step = BlockTable(jnp.int32(1), *jnp.int32([[0], [0], [1]]), block_table.num_visible, block_table.slot)
+        merged = [merge_batch(x) for x in (group_heads(q), k, v, group_heads(gate))]
+        o, _ = attend(*merged, merged_cache, one_step, config._replace(batched=True))
+        return o.reshape(B, H, D)
+
+    # If the cache has another dtype, converting it would copy all of it.
+    if block_size < C == max_visible and cache.k.dtype == q.dtype:
+        half_full = jnp.all(block_table.num_visible >= C // 2)
+        return jax.lax.cond(half_full, attend_batched, attend_by_blocks), new_cache
+    return attend_by_blocks(), new_cache
 
 
-def interpreted_slow(C: int) -> bool:
-    """Whether the interpreted kernel is slower than plain XLA even where a ring is half full.
-
-    Measured on 2 cores, in times of `xla.py`: a full ring of 4096 slots 0.8, of 32768 0.7, eight of 4096 0.7; 3000 of
-    4096 slots 0.8, eight times 1500 0.5; 512 of 32768 1 / 13.
-    """
-    return current_device().platform == "cpu" and C < 1024
-
-
-def _block(C: int, limit: int, rows: int, slot_bytes: int, interpret: bool) -> int:
-    """Slots of a block: a power of two, or all of a short ring where the tiles that are written divide them."""
-    down = lambda n: 1 << n.bit_length() - 1
-    # Of its first and last block a window sees a half on average: small against it, but long enough to load.
-    few = max(256, down(limit) // 16)
-    most = CPU_BLOCK if interpret else max(rows, min(1024, few, down(TPU_BYTES // slot_bytes)))
-    block = min(most, max(rows, 1 << (limit - 1).bit_length()))
-    return block if block < C else C if C % rows == 0 else max(rows, down(C))
-
-
-def _kernel(static: Static, refs: dict[str, Any]) -> None:
+def _decode_kernel(config: DecodeConfig, refs: DecodeRefs) -> None:
     step = pl.program_id(0)
-    b, block = refs["sequence"][step], refs["block"][step]
-    K = refs["q"].shape[1]
-    if static.at_once:
-        slot, seen = (jnp.repeat(refs[name][...], K // refs[name].shape[0])[:, None, None] for name in ("slot", "seen"))
+    b, block = refs.sequence[step], refs.block[step]
+    K = refs.q.shape[1]
+    if config.batched:  # per head: the sequences differ in length
+        slot, num_visible = (
+            jnp.repeat(per_sequence[...], K // per_sequence.shape[0])[:, None, None]
+            for per_sequence in (refs.slot, refs.num_visible)
+        )
     else:
-        slot, seen = refs["slot"][b], refs["seen"][b]
-    first = block * static.block
+        slot, num_visible = refs.slot[b], refs.num_visible[b]
+    block_start = block * config.block_size
 
-    def scores(q: Array, k: Array, factor: Array | float = 1) -> Array:
-        s = _dot(q, k.astype(q.dtype), 1) * (factor * static.scale)
-        return s if static.softcap is None else static.softcap * jnp.tanh(s * (1 / static.softcap))
+    def qk_scores(q: Array, k: Array, k_scale: Array | float = 1) -> Array:
+        s = _dot_heads(q, k.astype(q.dtype), 1) * (k_scale * config.scale)
+        return s if config.softcap is None else config.softcap * jnp.tanh(s * (1 / config.softcap))
 
-    @pl.when(step == jnp.where(b == 0, 0, refs["ends"][jnp.maximum(b - 1, 0)]))
-    def _():
-        """The sequence begins with its new token, which no ring holds yet."""
-        refs["m"][...] = scores(refs["q"][0], refs["new k"][0])
-        refs["l"][...] = jnp.ones(refs["l"].shape, jnp.float32)
-        refs["acc"][...] = jnp.broadcast_to(refs["new v"][0].astype(jnp.float32), refs["acc"].shape)
+    @pl.when(step == jnp.where(b == 0, 0, refs.ends[jnp.maximum(b - 1, 0)]))
+    def init_with_new_token() -> None:
+        """Starts a sequence with its new token, which the cache does not hold yet."""
+        refs.m[...] = qk_scores(refs.q[0], refs.new_k[0])
+        refs.l[...] = jnp.ones(refs.l.shape, jnp.float32)
+        refs.acc[...] = jnp.broadcast_to(refs.new_v[0].astype(jnp.float32), refs.acc.shape)
 
     def attend(head: Any, first: Array | int, size: int, masked: bool) -> None:
-        """One head, or all, to the slots `first` and on; what is masked may hold NaN where no token is."""
-        # Interpreted, a last block that is not whole begins earlier: what it has twice is hidden.
-        start = jnp.minimum(first, static.C - size) if static.interpret else first
+        """Attends from one head, or all, to `size` slots from `first` on; masked slots may hold NaN."""
+        # Interpreted, a partial last block begins earlier; the mask hides the slots that it repeats.
+        start = jnp.minimum(first, config.C - size) if config.interpret else first
 
-        def old(shape: tuple[int, int]) -> Array:
-            """The slots whose tokens are seen, the new one's apart."""
-            at = start + jax.lax.broadcasted_iota(jnp.int32, shape, int(shape[0] == 1))
-            age = jnp.where(at < slot, slot - at, slot - at + static.C)
-            return (age < seen) & (at >= first) & (at < static.C)
+        def cached_token_mask(shape: tuple[int, int]) -> Array:
+            """Mask of the slots that hold visible tokens other than the new one."""
+            slots = start + jax.lax.broadcasted_iota(jnp.int32, shape, int(shape[0] == 1))
+            age = jnp.where(slots < slot, slot - slots, slot - slots + config.C)
+            return (age < num_visible) & (slots >= first) & (slots < config.C)
 
-        q = refs["q"][0, head]
-        at = (b, head, pl.ds(start, size)) if static.interpret else (0, head)
-        k_scale, v_scale = (
-            1 if name not in refs else refs[name][at][:, None] if static.interpret else refs[name][0, pl.ds(head, 1)]
-            for name in ("k scale", "v scale")
-        )
-        s, v = scores(q, refs["k"][at], k_scale), refs["v"][at]
-        if masked or static.interpret:  # there the new token is in the ring already
-            s = jnp.where(old((1, size)), s, HIDDEN)
+        q = refs.q[0, head]
+        index = (b, head, pl.ds(start, size)) if config.interpret else (0, head)
+
+        def load_scale(scale: Ref) -> Array | int:
+            if scale is None:
+                return 1
+            return scale[index][:, None] if config.interpret else scale[0, pl.ds(head, 1)]
+
+        k_scale, v_scale = load_scale(refs.k_scale), load_scale(refs.v_scale)
+        s, v = qk_scores(q, refs.k[index], k_scale), refs.v[index]
+        if masked or config.interpret:  # interpreted, the cache already holds the new token
+            s = jnp.where(cached_token_mask((1, size)), s, MASK_VALUE)
         if masked:
-            v = jnp.where(old((size, 1)), v, 0)  # 0 * NaN is NaN
-            v_scale = jnp.where(old((1, size)), v_scale, 0) if "v scale" in refs else 1
-        before = refs["m"][head]
-        m = jnp.maximum(before, jnp.max(s, axis=-1, keepdims=True))
-        p, decay = jnp.exp(s - m), jnp.exp(before - m)
-        refs["m"][head] = m
-        refs["l"][head] = decay * refs["l"][head] + jnp.sum(p, axis=-1, keepdims=True)
-        p = p * v_scale if "v scale" in refs else p
+            v = jnp.where(cached_token_mask((size, 1)), v, 0)  # 0 * NaN is NaN
+            v_scale = 1 if refs.v_scale is None else jnp.where(cached_token_mask((1, size)), v_scale, 0)
+        m_old = refs.m[head]
+        m = jnp.maximum(m_old, jnp.max(s, axis=-1, keepdims=True))
+        p, decay = jnp.exp(s - m), jnp.exp(m_old - m)
+        refs.m[head] = m
+        refs.l[head] = decay * refs.l[head] + jnp.sum(p, axis=-1, keepdims=True)
+        p = p if refs.v_scale is None else p * v_scale
         p, v = p.astype(q.dtype), v.astype(q.dtype)
-        found = _dot(p, v, 0)
-        if static.interpret and not masked:
-            # A masked copy of the values costs as much as all else. It is made only where a slot nobody wrote is NaN.
-            clean = lambda: _dot(p, jnp.where(old((size, 1)), v, 0), 0)
-            found = jax.lax.cond(jnp.all(jnp.isfinite(found)), lambda: found, clean)
-        refs["acc"][head] = decay * refs["acc"][head] + found
+        pv = _dot_heads(p, v, 0)
+        if config.interpret and not masked:
+            # A masked copy of the values costs as much as everything else, so it is made only if an empty slot is NaN.
+            masked_pv = lambda: _dot_heads(p, jnp.where(cached_token_mask((size, 1)), v, 0), 0)
+            pv = jax.lax.cond(jnp.all(jnp.isfinite(pv)), lambda: pv, masked_pv)
+        refs.acc[head] = decay * refs.acc[head] + pv
 
-    if static.interpret:
-        size = static.C if static.at_once else static.block
-        attend(slice(None), first, size, masked=not static.at_once)
+    if config.interpret:
+        size = config.C if config.batched else config.block_size
+        attend(slice(None), block_start, size, masked=not config.batched)
     else:
-        # Heads in a loop: unrolled, libtpu mixes them and spills. Whole blocks need no mask.
-        oldest = (slot + 1 - seen + static.C) % static.C
-        whole = (block != slot // static.block) & (first + static.block <= static.C)
-        whole &= (block != oldest // static.block) | (oldest % static.block == 0)
-        for case, masked in ((whole, False), (~whole, True)):
-            loop = lambda masked=masked: pl.loop(0, K)(lambda head: attend(head, first, static.block, masked))
-            pl.when(case)(loop)
+        # Fully visible blocks need no mask.
+        oldest = (slot + 1 - num_visible + config.C) % config.C
+        fully_visible = (block != slot // config.block_size) & (block_start + config.block_size <= config.C)
+        fully_visible &= (block != oldest // config.block_size) | (oldest % config.block_size == 0)
 
-        @pl.when(slot // static.block == block)
-        def _():
-            """The tile of the new token leaves with it."""
-            tile = pl.multiple_of(slot % static.block // static.rows * static.rows, static.rows)
-            for name in ("k", "v"):
-                row = jax.lax.broadcasted_iota(jnp.int32, (1, static.rows, 1), 1) + tile + first
-                old = refs[name][0, :, pl.ds(tile, static.rows)]
-                new = refs[f"put {name}"] if f"put {name}" in refs else refs[f"new {name}"]
-                refs[f"{name} out"][0] = jnp.where(row == slot, new[0], old)
-            if "k scale" in refs:
-                tile = pl.multiple_of(slot % static.block // static.lanes * static.lanes, static.lanes)
-                for name in ("k scale", "v scale"):
-                    lane = jax.lax.broadcasted_iota(jnp.int32, (1, static.lanes), 1) + tile + first
-                    old = refs[name][0, :, pl.ds(tile, static.lanes)]
-                    refs[f"{name} out"][0] = jnp.where(lane == slot, refs[f"put {name}"][0], old)
+        def attend_from_all_heads(masked: bool) -> None:
+            # A loop over the heads: if it is unrolled, libtpu interleaves them and spills.
+            pl.loop(0, K)(lambda head: attend(head, block_start, config.block_size, masked))
 
-    @pl.when(step == refs["ends"][b] - 1)
-    def _():
-        o = refs["acc"][...] / refs["l"][...]
-        if "gate" in refs:
-            o = o * jax.nn.sigmoid(refs["gate"][0].astype(jnp.float32))
-        refs["o"][0] = o.astype(refs["o"].dtype)
+        for condition, masked in ((fully_visible, False), (~fully_visible, True)):
+            pl.when(condition)(functools.partial(attend_from_all_heads, masked))
+
+        @pl.when(slot // config.block_size == block)
+        def write_new_token() -> None:
+            """Merges the new token into its memory tile and writes the tile back."""
+            tile_rows, tile_lanes = config.tile_rows, config.tile_lanes
+            tile = pl.multiple_of(slot % config.block_size // tile_rows * tile_rows, tile_rows)
+            for loaded, stored, new, out in (
+                (refs.k, refs.stored_k, refs.new_k, refs.k_out),
+                (refs.v, refs.stored_v, refs.new_v, refs.v_out),
+            ):
+                row = jax.lax.broadcasted_iota(jnp.int32, (1, tile_rows, 1), 1) + tile + block_start
+                old = loaded[0, :, pl.ds(tile, tile_rows)]
+                new = new if stored is None else stored
+                out[0] = jnp.where(row == slot, new[0], old)
+            if refs.k_scale is None:
+                return
+            tile = pl.multiple_of(slot % config.block_size // tile_lanes * tile_lanes, tile_lanes)
+            for loaded, stored, out in (
+                (refs.k_scale, refs.stored_k_scale, refs.k_scale_out),
+                (refs.v_scale, refs.stored_v_scale, refs.v_scale_out),
+            ):
+                lane = jax.lax.broadcasted_iota(jnp.int32, (1, tile_lanes), 1) + tile + block_start
+                old = loaded[0, :, pl.ds(tile, tile_lanes)]
+                out[0] = jnp.where(lane == slot, stored[0], old)
+
+    @pl.when(step == refs.ends[b] - 1)
+    def write_output() -> None:
+        o = refs.acc[...] / refs.l[...]
+        if refs.gate is not None:
+            o = o * jax.nn.sigmoid(refs.gate[0].astype(jnp.float32))
+        refs.o[0] = o.astype(refs.o.dtype)
 
 
-def _dot(a: Array, b: Array, contract: int) -> Array:
-    """a b^T (1) or a b (0) over the last two axes, in float32; the axes before are heads."""
+def _dot_heads(a: Array, b: Array, contract: int) -> Array:
+    """a b^T (1) or a b (0) over the last two axes, in float32; the axes before them are heads."""
     n = a.ndim - 2
     heads = tuple(range(n))
     dims = (((n + 1,), (n + contract,)), (heads, heads))
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
-def _call(
-    q: Array, k: Array, v: Array, gate: Array | None, cache: KVCache, plan: Visits, static: Static, spent: cost.Cost
+def _pallas_decode(
+    q: Array,
+    k: Array,
+    v: Array,
+    gate: Array | None,
+    cache: KVCache,
+    block_table: BlockTable,
+    config: DecodeConfig,
+    call_cost: cost.Cost,
 ) -> tuple[Array, KVCache]:
-    """(o [B, K, G, D], the cache with the token, which it has already where interpreted).
+    """Returns (o [B, K, G, D], the cache with the new token; interpreted, the given cache already has it).
 
-    q and gate [B, K, G, n], the new k and v [B, K, D].
+    q and gate are [B, K, G, n], the new k and v [B, K, D]. Operands and results are named as in `DecodeRefs`.
     """
     _, K, G, D = q.shape
-    tables = {name: getattr(plan, name) for name in ("sequence", "block", "ends", "seen", "slot")}
-    mine = lambda *shape: pl.BlockSpec((1, *shape), lambda n, sequence, *_: (sequence[n], *(0,) * len(shape)))
-    put = {"k": quantize(k, cache.k.dtype), "v": quantize(v, cache.v.dtype)}
+
+    def sequence_spec(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec((1, *shape), lambda n, sequence, *_: (sequence[n], *(0,) * len(shape)))
+
+    prefetched = {name: getattr(block_table, name) for name in ("sequence", "block", "ends", "num_visible", "slot")}
+    stored = {"k": quantize(k, cache.k.dtype), "v": quantize(v, cache.v.dtype)}
     eight_bits = cache.k_scale is not None
-    ins = {"q": (q, mine(K, G, D))}
-    # What is attended to is what the ring will hold.
-    for name, new in put.items():
-        ins[f"new {name}"] = (dequantize(*new, q.dtype) if eight_bits else new[0])[:, :, None], mine(K, 1, D)
+    inputs = {"q": (q, sequence_spec(K, G, D))}
+    # This step attends to the new token as later steps will read it.
+    for name, new in stored.items():
+        token = dequantize(*new, q.dtype) if eight_bits else new[0]
+        inputs[f"new_{name}"] = token[:, :, None], sequence_spec(K, 1, D)
     if gate is not None:
-        ins["gate"] = gate, mine(K, G, gate.shape[-1])
-    outs = {"o": (jax.ShapeDtypeStruct(q.shape, q.dtype), mine(K, G, D))}
+        inputs["gate"] = gate, sequence_spec(K, G, gate.shape[-1])
+    outputs = {"o": (jax.ShapeDtypeStruct(q.shape, q.dtype), sequence_spec(K, G, D))}
     aliases = {}
-    if static.interpret:
-        tables |= {"k": cache.k, "v": cache.v}
-        if eight_bits:
-            tables |= {"k scale": cache.k_scale, "v scale": cache.v_scale}
+    ring_buffers = {"k": cache.k, "v": cache.v}
+    scales = {"k_scale": cache.k_scale, "v_scale": cache.v_scale} if eight_bits else {}
+    if config.interpret:
+        prefetched |= ring_buffers | scales
     else:
-        rings = {"k": cache.k, "v": cache.v}
-        visited = lambda n, sequence, block, *_: (sequence[n], 0, block[n], 0)
-        tile = lambda n, sequence, block, ends, seen, slot: (
+        block_map = lambda n, sequence, block, *_: (sequence[n], 0, block[n], 0)
+        tile_map = lambda n, sequence, block, ends, num_visible, slot: (
             sequence[n],
             0,
-            slot[sequence[n]] // static.rows,
+            slot[sequence[n]] // config.tile_rows,
             0,
         )
-        ins |= {name: (ring, pl.BlockSpec((1, K, static.block, D), visited)) for name, ring in rings.items()}
-        outs |= {
-            f"{name} out": (jax.ShapeDtypeStruct(ring.shape, ring.dtype), pl.BlockSpec((1, K, static.rows, D), tile))
-            for name, ring in rings.items()
-        }
+        for name, x in ring_buffers.items():
+            inputs[name] = x, pl.BlockSpec((1, K, config.block_size, D), block_map)
+            tile_spec = pl.BlockSpec((1, K, config.tile_rows, D), tile_map)
+            outputs[f"{name}_out"] = jax.ShapeDtypeStruct(x.shape, x.dtype), tile_spec
         if eight_bits:
-            factors = {"k scale": cache.k_scale, "v scale": cache.v_scale}
-            visited = lambda n, sequence, block, *_: (sequence[n], 0, block[n])
-            tile = lambda n, sequence, block, ends, seen, slot: (sequence[n], 0, slot[sequence[n]] // static.lanes)
-            for name, (numbers, factor) in put.items():
-                ins[f"put {name}"] = numbers[:, :, None], mine(K, 1, D)
-                ins[f"put {name} scale"] = factor[:, :, None], mine(K, 1)
-            for name, ring in factors.items():
-                ins[name] = ring, pl.BlockSpec((1, K, static.block), visited)
-                shape = jax.ShapeDtypeStruct(ring.shape, ring.dtype)
-                outs[f"{name} out"] = shape, pl.BlockSpec((1, K, static.lanes), tile)
-            rings |= factors
-        aliases = {len(tables) + list(ins).index(name): list(outs).index(f"{name} out") for name in rings}
+            scale_block_map = lambda n, sequence, block, *_: (sequence[n], 0, block[n])
+            scale_tile_map = lambda n, sequence, block, ends, num_visible, slot: (
+                sequence[n],
+                0,
+                slot[sequence[n]] // config.tile_lanes,
+            )
+            for name, (values, scale) in stored.items():
+                inputs[f"stored_{name}"] = values[:, :, None], sequence_spec(K, 1, D)
+                inputs[f"stored_{name}_scale"] = scale[:, :, None], sequence_spec(K, 1)
+            for name, x in scales.items():
+                inputs[name] = x, pl.BlockSpec((1, K, config.block_size), scale_block_map)
+                tile_spec = pl.BlockSpec((1, K, config.tile_lanes), scale_tile_map)
+                outputs[f"{name}_out"] = jax.ShapeDtypeStruct(x.shape, x.dtype), tile_spec
+        input_names, output_names = [*prefetched, *inputs], list(outputs)
+        aliases = {input_names.index(name): output_names.index(f"{name}_out") for name in ring_buffers | scales}
     scratch = {"m": (K, G, 1), "l": (K, G, 1), "acc": (K, G, D)}
-    names = (*tables, *ins, *outs, *scratch)
+    names = (*prefetched, *inputs, *outputs, *scratch)
 
-    def run(count: Array, *operands: Array) -> list[Array]:
+    def run_kernel(*refs: Ref) -> None:
+        _decode_kernel(config, DecodeRefs(**dict(zip(names, refs, strict=True))))
+
+    def call_kernel(num_steps: Array, *operands: Array) -> list[Array]:
         return pl.pallas_call(
-            lambda *refs: _kernel(static, dict(zip(names, refs, strict=True))),
-            out_shape=[shape for shape, _ in outs.values()],
+            run_kernel,
+            out_shape=[shape for shape, _ in outputs.values()],
             grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=len(tables),
-                grid=(count,),
-                in_specs=[spec for _, spec in ins.values()],
-                out_specs=[spec for _, spec in outs.values()],
+                num_scalar_prefetch=len(prefetched),
+                grid=(num_steps,),
+                in_specs=[spec for _, spec in inputs.values()],
+                out_specs=[spec for _, spec in outputs.values()],
                 scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch.values()],
             ),
             input_output_aliases=aliases,
             compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
-            cost_estimate=spent.to_pallas(),
-            interpret=static.interpret,
+            cost_estimate=call_cost.to_pallas(),
+            interpret=config.interpret,
             name="decode_attention",
         )(*operands)
 
-    if static.interpret:  # JAX's own rule forgets the count where rings differ along a batch and the count does not
-        run = jax.custom_batching.sequential_vmap(run)
-    found = run(plan.count, *tables.values(), *(x for x, _ in ins.values()))
-    if not static.interpret:
-        cache = KVCache(found[1], found[2], cache.length + 1, *found[3:])
-    return found[0], cache
+    if config.interpret:  # JAX's batching rule drops the grid bound if the caches are batched and the bound is not
+        call_kernel = jax.custom_batching.sequential_vmap(call_kernel)
+    o, *updated = call_kernel(block_table.num_steps, *prefetched.values(), *(x for x, _ in inputs.values()))
+    return (o, cache) if config.interpret else (o, KVCache(*updated[:2], cache.length + 1, *updated[2:]))

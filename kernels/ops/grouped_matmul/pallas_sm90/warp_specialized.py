@@ -1,13 +1,13 @@
-"""What the grouped matmuls share on Hopper: roles of a thread block's warpgroups, the ring between them, the launch.
+"""Warp-specialized pipeline of the Hopper grouped matmuls: warpgroup roles, SMEM stages between them, persistent tiles.
 
-    warpgroup 2    tile 0: load load load load   tile 1: load load load load          by TMA, while a stage is free
-    the ring       ▓▓▓▓ stages, filled by one, released by two ▓▓▓▓
+    warpgroup 2    tile 0: load load load load   tile 1: load load load load          producer: TMA into empty stages
+    SMEM stages    ▓▓▓▓ filled by one warpgroup, released by two ▓▓▓▓
     warpgroup 0    tile 0:   multiply multiply multiply write   tile 1: multiply
     warpgroup 1    tile 0:    multiply multiply multiply write   tile 1: multiply
 
-A warpgroup that multiplies releases a stage when its own product is done with it, the last one of a tile before it
-writes: what the next tile needs is loaded meanwhile. Nothing else makes the two wait for each other, so one may write
-while the other still multiplies.
+A consumer warpgroup releases a stage when its own product has read it, and the last stage of a tile before it stores
+the tile, so the producer already loads the next tile. The consumers are not synchronized otherwise: one may store while
+the other still multiplies.
 """
 
 import functools
@@ -24,18 +24,18 @@ from dantinox.kernels.ops.grouped_matmul.group_metadata import GroupMetadata, Ti
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90.block_sizes import HEIGHT, ROWS
 
 Array = jax.Array
-WARPGROUPS = HEIGHT // ROWS  # that multiply
-CHUNK, CHUNKS = 64, 2  # columns that are written at once; such pieces of shared memory
+WARPGROUPS = HEIGHT // ROWS  # consumers
+CHUNK, CHUNKS = 64, 2  # columns per store; SMEM buffers for stores
 SIDE = 8  # rows of a TMA tile
-PANEL = 16  # tiles of rows whose columns are multiplied at the same time
+PANEL = 16  # row tiles whose columns are processed together
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 240, 24
-ROW = plgpu.Layout.WGMMA.reduce(1)  # a number a row of the sums
+ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row of an accumulator
 
 Roles = tuple[Callable[[Callable[..., None]], Array], Callable[..., None], Callable[..., None]]
 
 
 class Static(NamedTuple):
-    """What is fixed when the kernels are traced."""
+    """Static parameters of the kernels."""
 
     cores: int
     interpret: plgpu.InterpretGPUParams | None = None  # None compiles; the parameters interpret the kernels on the CPU
@@ -47,9 +47,14 @@ class Static(NamedTuple):
 
 
 class Ring(NamedTuple):
-    """Stages of shared memory, a power of two: filled in order by one warpgroup, released by the others.
+    """A circular buffer of SMEM stages, a power of two: one warpgroup fills them in order, the others release them.
 
-    Fillings are numbered from 0 on, over all tiles of a block.
+    Fillings are numbered from 0 on, over all tiles of a thread block.
+
+    Attributes:
+        here: full barriers, one per stage.
+        free: empty barriers, one per stage.
+        stages: number of stages.
     """
 
     here: Any
@@ -57,35 +62,35 @@ class Ring(NamedTuple):
     stages: int
 
     def stage(self, n: Array) -> Array:
-        """Where the n-th filling lies."""
+        """Returns the stage of the n-th filling."""
         return n & (self.stages - 1)
 
     def fill(self, n: Array, copy: Callable[[Array], None]) -> None:
-        """copy(stage) once those that multiply have released what lay there."""
+        """Runs copy(stage) once the consumers have released the stage."""
         pl.when(n >= self.stages)(lambda: plgpu.barrier_wait(self.free.at[self.stage(n)]))
         copy(self.stage(n))
 
     def wait(self, n: Array) -> None:
-        """Until the n-th filling is here."""
+        """Waits until the n-th filling has arrived."""
         plgpu.barrier_wait(self.here.at[self.stage(n)])
 
     def release(self, n: Array) -> None:
-        """This warpgroup needs the n-th filling no more."""
+        """Releases the stage of the n-th filling."""
         plgpu.barrier_arrive(self.free.at[self.stage(n)])
 
     def skip(self, first: Array, fillings: Any) -> None:
-        """Releases fillings that this warpgroup has no use for."""
+        """Releases fillings that this warpgroup does not use."""
 
         @pl.loop(0, fillings)
-        def _(k: Array) -> None:
+        def wait_and_release(k: Array) -> None:
             self.wait(first + k)
             self.release(first + k)
 
     def drain(self, used: Array) -> None:
-        """Until all stages are free."""
+        """Waits until all stages are empty."""
 
         @pl.loop(jnp.maximum(used - self.stages, 0), used)
-        def _(n: Array) -> None:
+        def wait_until_empty(n: Array) -> None:
             plgpu.barrier_wait(self.free.at[self.stage(n)])
 
 
@@ -102,19 +107,25 @@ def launch(
     scratch: Mapping[str, Any] | None = None,
     name: str,
 ) -> list[Array]:
-    """One block a core; its last warpgroup loads, the others multiply.
+    """Launches one persistent thread block per SM; its last warpgroup loads, the others multiply.
 
     Args:
         roles: (references to `arrays` and `outs`, ring=, staged=, and those of `rings` and `scratch` by name) ->
-            (walk, load, compute), where walk(run) calls run for every tile of the block, its first filling among the
-            arguments, and returns how many fillings there were.
-        rings: shapes of what a stage has; copies: that fill it.
-        dtype: of the rings and of what is on its way out.
+            (walk, load, compute), where walk(run) calls run for every tile of the thread block and returns the number
+            of fillings.
+        arrays: operands.
+        outs: shapes of the results.
+        stages: SMEM stages.
+        copies: TMA copies per stage.
+        rings: shape per stage of each operand in SMEM, by name.
+        dtype: of the stages and of the store buffers.
+        scratch: further scratch memory, by name.
+        name: of the kernel.
     """
     swizzled = lambda *tile: (plgpu.TilingTransform(tile), plgpu.SwizzleTransform(128))
     shared = {
         **{ring: plgpu.SMEM((stages, *s), dtype, transforms=swizzled(8, CHUNK)) for ring, s in rings.items()},
-        # Tiles of one row: the rows that a store takes may begin anywhere.
+        # TMA tiles of one row, because a store may begin at any row.
         "staged": plgpu.SMEM((WARPGROUPS, CHUNKS, ROWS, CHUNK), dtype, transforms=swizzled(1, CHUNK)),
         "here": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
@@ -126,13 +137,13 @@ def launch(
         walk, load, compute = roles(*refs, warpgroup=warpgroup, ring=ring, staged=staged.at[warpgroup], **memory)
 
         @pl.when(warpgroup < WARPGROUPS)
-        def _() -> None:
+        def consumer() -> None:
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
             walk(compute)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(warpgroup == WARPGROUPS)
-        def _() -> None:
+        def producer() -> None:
             plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
             ring.drain(walk(load))
 
@@ -144,15 +155,18 @@ def launch(
         grid_names=("block",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
-        # What is summed over a row lies in the registers of four neighbours: no shared memory is kept for that.
+        # Row sums are reduced between the registers of four neighbouring threads, without shared memory.
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=16),
         interpret=static.interpret or False,
         kernel_name=name,
     )(*arrays)
 
 
-def place(n: Array, down: Any, across: int) -> tuple[Array, Array]:
-    """(row, column) of the n-th of down x across tiles: panel after panel, every second one from right to left."""
+def snake_order(n: Array, down: Any, across: int) -> tuple[Array, Array]:
+    """Returns (row, column) of the n-th of down x across tiles: panel by panel, every second one from right to left.
+
+    As `plgpu.planar_snake`, but for a number of rows that is known on the device only.
+    """
     panel = lax.div(n, jnp.int32(PANEL * across))
     n = n - panel * (PANEL * across)
     height = jnp.minimum(PANEL, down - panel * PANEL)
@@ -161,16 +175,19 @@ def place(n: Array, down: Any, across: int) -> tuple[Array, Array]:
     return row, jnp.where(panel % 2 == 1, across - 1 - column, column)
 
 
-def every(total: Any, run: Callable[[Array, Array], Array]) -> Array:
-    """used = run(n, used) for the tiles n of this block; `used` counts the fillings, from 0 on."""
+def for_each_persistent_tile(total: Any, run: Callable[[Array, Array], Array]) -> Array:
+    """Runs used = run(n, used) for the tiles n of this thread block; `used` counts the fillings, from 0 on."""
     blocks = lax.axis_size("block")
-    mine = lax.div(total - lax.axis_index("block") + (blocks - 1), jnp.int32(blocks))
-    step = lambda n, used: run(lax.axis_index("block") + n * blocks, used)
-    return lax.fori_loop(0, mine, step, jnp.int32(0))
+    num_tiles = lax.div(total - lax.axis_index("block") + (blocks - 1), jnp.int32(blocks))
+
+    def step(n: Array, used: Array) -> Array:
+        return run(lax.axis_index("block") + n * blocks, used)
+
+    return lax.fori_loop(0, num_tiles, step, jnp.int32(0))
 
 
 class Task(NamedTuple):
-    """A tile of rows of a group: the visit, its number, the first column, the first filling and how many there are."""
+    """A tile of one group: its visit, the number of that, its first column, its first filling and their number."""
 
     visit: TileTask
     number: Array
@@ -179,41 +196,41 @@ class Task(NamedTuple):
     fillings: Array
 
     def rows_for_warpgroup(self, warpgroup: Array) -> tuple[Array, Array, Array]:
-        """(the first of this warpgroup's rows; low, count: the rows low <= n < low + count of them are the visit's)."""
+        """Returns (first row of this warpgroup, low, count): its rows low <= n < low + count belong to the visit."""
         first = self.visit.row + warpgroup * ROWS
         low = jnp.maximum(self.visit.row_start - first, 0)
         return first, low, jnp.maximum(jnp.minimum(self.visit.row_end - first, ROWS) - low, 0)
 
 
 def plan(group_sizes: Array, N: int) -> GroupMetadata:
-    """The visits of N rows in tiles of `HEIGHT` that begin where TMA can."""
+    """Returns the visits of N rows in tiles of `HEIGHT` rows, aligned for TMA."""
     return make_group_metadata(group_sizes, N, HEIGHT, align=SIDE)
 
 
-def table(of: GroupMetadata) -> tuple[Array, Array]:
-    """What a kernel reads of a plan, and how much there is of it."""
-    return jnp.stack(of[1:], axis=1), of.count[None]
+def table(metadata: GroupMetadata) -> tuple[Array, Array]:
+    """Packs the metadata into one table for a kernel, with the number of its rows."""
+    return jnp.stack(metadata[1:], axis=1), metadata.count[None]
 
 
 def tasks(
     table: Any, count: Array, E: int, across: int, columns: int, fillings: Callable[[Array], Any]
 ) -> Callable[..., Array]:
-    """walk(run) -> fillings, for `across` tiles of `columns` for each visit.
+    """Returns walk(run) -> fillings, for `across` tiles of `columns` columns per visit.
 
     Args:
-        fillings: how many a tile takes, by its first column; those of nobody take none.
+        fillings: stages that a tile fills, by its first column; tiles of unassigned rows fill none.
     """
 
     def walk(run: Callable[[Task], None]) -> Array:
-        def one(n: Array, used: Array) -> Array:
-            number, column = place(n, count, across)
+        def run_tile(n: Array, used: Array) -> Array:
+            number, column = snake_order(n, count, across)
             visit = TileTask(*(table[number, field] for field in range(4)))
             first = column * columns
             task = Task(visit, number, first, used, jnp.where(visit.group < E, fillings(first), 0))
             run(task)
             return used + task.fillings
 
-        return every(count * across, one)
+        return for_each_persistent_tile(count * across, run_tile)
 
     return walk
 
@@ -221,15 +238,15 @@ def tasks(
 def wgmma_reduce(
     ring: Ring, used: Array, steps: Any, operands: Callable[[Any, Array], Sequence[tuple[Any, Any]]], *columns: int
 ) -> tuple[Array, ...]:
-    """The sums over the fillings from the `used`-th on of the products of `operands(step, stage)`, one a sum.
+    """Sums the products of `operands(step, stage)` over `steps` fillings from the `used`-th on, one accumulator each.
 
-    Those of one step are under way while those of the next begin.
+    The products of one step are still in flight when those of the next start.
 
     Args:
-        columns: of each sum, which has `ROWS` rows.
+        columns: columns of each accumulator, which has `ROWS` rows.
     """
 
-    def add(*accs: Any) -> tuple[Array, ...]:
+    def accumulate(*accs: Any) -> tuple[Array, ...]:
         def step(k: Array, _: None) -> None:
             ring.wait(used + k)
             for acc, pair in zip(accs, operands(k, ring.stage(used + k)), strict=True):
@@ -242,38 +259,38 @@ def wgmma_reduce(
         pl.when(steps > 0)(lambda: ring.release(used + steps - 1))
         return tuple(acc[...] for acc in accs)
 
-    return pl.run_scoped(add, *(plgpu.ACC((ROWS, n)) for n in columns))
+    return pl.run_scoped(accumulate, *(plgpu.ACC((ROWS, n)) for n in columns))
 
 
 def leave(staged: Any, n: int, value: Array, send: Callable[[Any], None]) -> None:
-    """Sends the n-th piece of a tile, [ROWS, CHUNK], by way of shared memory; it may be on its way still."""
-    piece = staged.at[n % CHUNKS]
-    # Those of the last tile are long gone.
+    """Starts to store the n-th chunk of a tile, [ROWS, CHUNK], through shared memory."""
+    chunk = staged.at[n % CHUNKS]
+    # The stores of the previous tile have ended long before.
     plgpu.wait_smem_to_gmem(CHUNKS - 1 if n else 0, wait_read_only=True)
-    piece[...] = value.astype(piece.dtype)
+    chunk[...] = value.astype(chunk.dtype)
     plgpu.commit_smem()
-    send(piece)
+    send(chunk)
     plgpu.commit_smem_to_gmem_group()
 
 
-def chunks(columns: int, there: Any, one: Callable[[int], None]) -> None:
-    """one(first column) for every chunk of a tile that has any of the columns that are there."""
+def chunks(columns: int, remaining: Any, run: Callable[[int], None]) -> None:
+    """Calls run(first column) for every chunk of a tile that has any of the remaining columns."""
     for first in range(0, columns, CHUNK):
-        if isinstance(there, int) and there >= columns:
-            one(first)
+        if isinstance(remaining, int) and remaining >= columns:
+            run(first)
         else:
-            pl.when(first < there)(functools.partial(one, first))
+            pl.when(first < remaining)(functools.partial(run, first))
 
 
-def runs(low: Array, count: Array, copy: Callable[[Any, int], None]) -> None:
-    """copy(first, size) for runs that make up the rows low <= n < low + count: TMA stores only sizes known before."""
+def for_each_power_of_two_run(low: Array, count: Array, copy: Callable[[Any, int], None]) -> None:
+    """Calls copy(first, size) for runs that cover the rows low <= n < low + count: TMA needs static sizes."""
     pl.when(count == ROWS)(lambda: copy(0, ROWS))
 
-    # Apart, or the compiler works out the addresses of all runs of all pieces first, and keeps them.
+    # In its own branch; otherwise the compiler computes the addresses of all runs first and keeps them in registers.
     @pl.when(count < ROWS)
-    def _() -> None:
+    def copy_runs() -> None:
         size = ROWS // 2
         while size:
-            at = low + (count & -(2 * size))  # after the larger runs
-            pl.when((count & size) != 0)(functools.partial(copy, at, size))
+            start = low + (count & -(2 * size))  # after the larger runs
+            pl.when((count & size) != 0)(functools.partial(copy, start, size))
             size //= 2

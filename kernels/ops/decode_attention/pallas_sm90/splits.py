@@ -1,0 +1,99 @@
+"""Splits of a sequence: how many, which blocks of the ring buffer each one reads, how their outputs are combined."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+Array = jax.Array
+BLOCK_KV = 64  # slots per block
+RESIDENT_BLOCKS = {64: 396, 128: 264, 256: 132}  # by D, thread blocks that the 132 SMs of an H100 hold at a time
+SPLIT_OVERHEAD = 2  # prologue and epilogue of a thread block, in block loads
+
+
+class SplitConfig(NamedTuple):
+    """Static parameters of the kernel; `max_visible` bounds the tokens that a query attends to."""
+
+    C: int
+    max_visible: int
+    num_splits: int
+    scale: float
+    softcap: float | None
+    interpret: plgpu.InterpretGPUParams | None
+
+
+class SplitRange(NamedTuple):
+    """The blocks of one split: first + i, modulo the ring buffer, for start <= i < stop.
+
+    Attributes:
+        num_visible: tokens that the query attends to, the new one included.
+        slot: slot of the new token.
+        first: block of the oldest visible token.
+        start, stop: range of visited blocks of this split, counted from `first`.
+    """
+
+    num_visible: Any
+    slot: Any
+    first: Any
+    start: Any
+    stop: Any
+
+
+def split_range(length: Any, split: Any, config: SplitConfig) -> SplitRange:
+    """Returns the blocks of one split, for a ring buffer to which `length` tokens have been appended."""
+    C, num_blocks = jnp.int32(config.C), -(-config.C // BLOCK_KV)
+    num_visible, slot = lax.min(length + 1, jnp.int32(config.max_visible)), lax.rem(length, C)
+    oldest = lax.rem(length + 1 - num_visible, C)
+    first, last = lax.div(oldest, jnp.int32(BLOCK_KV)), lax.div(slot, jnp.int32(BLOCK_KV))
+    wrapped_count = lax.min(jnp.int32(num_blocks), num_blocks - first + last + 1)
+    count = jnp.where(oldest > slot, wrapped_count, last - first + 1)
+
+    def split_start(n: Any) -> Any:
+        return lax.div(count * n, jnp.int32(config.num_splits))
+
+    return SplitRange(num_visible, slot, first, split_start(split), split_start(split + 1))
+
+
+def max_visible_blocks(C: int, max_visible: int) -> int:
+    """Returns the largest number of blocks that a sequence visits."""
+    return min(-(-C // BLOCK_KV), -(-(max_visible - 1) // BLOCK_KV) + 1 + (C % BLOCK_KV > 0))
+
+
+def choose_num_splits(B: int, K: int, num_blocks: int, resident_blocks: int) -> int:
+    """Returns the splits per sequence that fill the SMs; more for a batch, whose lengths may differ.
+
+    Args:
+        B: sequences.
+        K: KV heads.
+        num_blocks: largest number of blocks that a sequence visits.
+        resident_blocks: thread blocks that run at a time.
+    """
+
+    def estimate_time(n: int) -> float:
+        """Time in block loads of a batch of equal lengths, plus that of a batch of evenly spread lengths."""
+        waves, blocks_per_split = -(-B * K * n // resident_blocks), num_blocks / n
+        equal = waves * (blocks_per_split + SPLIT_OVERHEAD)
+        if B == 1:
+            return equal
+        return equal + B * K * num_blocks / 2 / resident_blocks + blocks_per_split + waves * SPLIT_OVERHEAD
+
+    candidates = range(1, max(1, min(num_blocks // 2, 4 * resident_blocks // (B * K))) + 1)
+    best = min(map(estimate_time, candidates))
+    return next(n for n in candidates if estimate_time(n) <= 1.1 * best)
+
+
+def combine_splits(o: Array, lse: Array) -> Array:
+    """Combines the outputs of the splits into [..., D].
+
+    Args:
+        o: outputs [splits, ..., D].
+        lse: log2-sum-exps [splits, ...]; -inf marks a split without visible tokens.
+    """
+    if o.shape[0] == 1:
+        return o[0]
+    weight = jnp.exp2(lse - jnp.max(lse, axis=0))
+    weight = (weight / jnp.sum(weight, axis=0))[..., None]
+    # A split without visible tokens leaves its output unwritten, so it may be NaN.
+    return jnp.sum(jnp.where(weight > 0, o, 0) * weight, axis=0)
