@@ -75,7 +75,7 @@ def attention(
     slow = {}
     if on_gpu():
         slow["pallas"] = "Hopper's kernels have not run on a GPU yet; name them"
-    elif block_sizes.interpreted_slow(B, T, S, H, window):
+    elif block_sizes.xla_is_faster(B, T, S, H, window):
         slow["pallas"] = "interpreted, it is slow at these sizes"
     run = select_implementation("attention", implementation, table, slow)
     if 0 in (B, T, H, D):

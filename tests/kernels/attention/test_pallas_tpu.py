@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dantinox import kernels
 from dantinox.kernels import cost, workloads
 from dantinox.kernels.ops.attention.pallas_tpu import block_sizes
-from dantinox.kernels.ops.attention.pallas_tpu.common import Tiles
+from dantinox.kernels.ops.attention.pallas_tpu.common import AttentionBlockSizes
 from tests.helpers import cases, random_shapes, tolerance
 from tests.helpers.jaxpr_walk import equations, largest
 from tests.kernels.attention.test_attention import is_the_formula
@@ -37,13 +37,15 @@ def narrow(case: workloads.Attention) -> tuple[dict[str, np.ndarray], dict[str, 
 # What an output must not depend on.
 
 WINDOWED = row(40, 40, B=2, H=4, window=9, gate="head")
-LITTLE = Tiles(heads=1, q=16, k=8, rows=32, keys=8, span=64)  # of two heads: several tiles where LITTLE is chosen
+LITTLE = AttentionBlockSizes(
+    kv_heads=1, block_q=16, block_kv=8, block_q_compute=32, block_kv_compute=8, kv_span=64
+)  # of two heads: several tiles where LITTLE is chosen
 
 
 @pytest.fixture
 def choose(monkeypatch):
     """choose(chosen): from now on these are the tiles."""
-    return lambda chosen: monkeypatch.setattr(block_sizes, "choose", lambda *_, **__: chosen)
+    return lambda chosen: monkeypatch.setattr(block_sizes, "heuristic_block_sizes", lambda *_, **__: chosen)
 
 
 def test_neither_the_future_nor_what_the_window_hides_changes_a_bit(choose):
@@ -60,7 +62,7 @@ def test_neither_the_future_nor_what_the_window_hides_changes_a_bit(choose):
 
 
 def test_sequences_and_heads_do_not_mix(choose):
-    choose(LITTLE._replace(heads=2))
+    choose(LITTLE._replace(kv_heads=2))
     inputs, *_ = narrow(WINDOWED)
     run = tolerance.quick(lambda inputs: attention(**inputs, window=9))
     o = run(inputs)
@@ -69,24 +71,27 @@ def test_sequences_and_heads_do_not_mix(choose):
     np.testing.assert_array_equal(swapped, o[:, :, ::-1])
 
 
-# Tiles that no CPU would choose.
+# AttentionBlockSizes that no CPU would choose.
 
 SPANS = {
-    "window, gate": (row(40, 40, H=4, window=11, gate="head"), Tiles(1, 8, 8, 16, 8, 16)),
-    "cap, fewer queries": (row(21, 40, H=3, K=1, softcap=1.5, gate="elementwise"), Tiles(1, 16, 16, 48, 16, 16)),
-    "segments, more queries": (row(40, 21, segments="separate"), Tiles(2, 16, 8, 16, 8, 16)),
-    "packed, window": (row(33, 33, B=2, segments="packed", window=20), Tiles(2, 8, 16, 8, 16, 16)),
-    "full, nobody": (row(20, 40, segments="unmatched", causal=False), Tiles(1, 16, 8, 16, 8, 8)),
-    "window of one, T > S": (row(30, 17, H=4, window=1), Tiles(1, 4, 4, 8, 4, 8)),
+    "window, gate": (row(40, 40, H=4, window=11, gate="head"), AttentionBlockSizes(1, 8, 8, 16, 8, 16)),
+    "cap, fewer queries": (
+        row(21, 40, H=3, K=1, softcap=1.5, gate="elementwise"),
+        AttentionBlockSizes(1, 16, 16, 48, 16, 16),
+    ),
+    "segments, more queries": (row(40, 21, segments="separate"), AttentionBlockSizes(2, 16, 8, 16, 8, 16)),
+    "packed, window": (row(33, 33, B=2, segments="packed", window=20), AttentionBlockSizes(2, 8, 16, 8, 16, 16)),
+    "full, nobody": (row(20, 40, segments="unmatched", causal=False), AttentionBlockSizes(1, 16, 8, 16, 8, 8)),
+    "window of one, T > S": (row(30, 17, H=4, window=1), AttentionBlockSizes(1, 4, 4, 8, 4, 8)),
 }
 PIECES = {
-    "a piece a head": (row(24, 24, H=4, window=5, gate="head"), Tiles(1, 8, 16, 8, 8, 16)),
-    "a piece half a head": (row(12, 28, softcap=1.5), Tiles(2, 16, 8, 8, 4, 16)),
-    "a piece two heads": (row(12, 20, H=8, D=4, segments="separate"), Tiles(2, 4, 8, 8, 4, 64)),
-    "three tiles joined": (row(40, 40, H=4, window=14, gate="head"), Tiles(2, 8, 8, 16, 8, 40, 3)),
-    "joined, packed": (row(33, 33, B=2, segments="packed", window=9), Tiles(1, 4, 4, 4, 4, 64, 3)),
-    "joined, fewer queries": (row(9, 40, window=12), Tiles(2, 4, 8, 4, 8, 40, 3)),
-    "joined, more queries": (row(40, 17, H=4, window=9), Tiles(1, 8, 8, 16, 8, 32, 3)),
+    "a piece a head": (row(24, 24, H=4, window=5, gate="head"), AttentionBlockSizes(1, 8, 16, 8, 8, 16)),
+    "a piece half a head": (row(12, 28, softcap=1.5), AttentionBlockSizes(2, 16, 8, 8, 4, 16)),
+    "a piece two heads": (row(12, 20, H=8, D=4, segments="separate"), AttentionBlockSizes(2, 4, 8, 8, 4, 64)),
+    "three tiles joined": (row(40, 40, H=4, window=14, gate="head"), AttentionBlockSizes(2, 8, 8, 16, 8, 40, 3)),
+    "joined, packed": (row(33, 33, B=2, segments="packed", window=9), AttentionBlockSizes(1, 4, 4, 4, 4, 64, 3)),
+    "joined, fewer queries": (row(9, 40, window=12), AttentionBlockSizes(2, 4, 8, 4, 8, 40, 3)),
+    "joined, more queries": (row(40, 17, H=4, window=9), AttentionBlockSizes(1, 8, 8, 16, 8, 32, 3)),
 }
 
 
@@ -110,7 +115,7 @@ def spans() -> list[Any]:
 @pytest.mark.parametrize(("name", "dtype"), spans())
 def test_gradients_summed_span_by_span_keep_the_rule(name, dtype, choose):
     case, chosen = SPANS[name]
-    assert -(-case.S // chosen.k) * chosen.k > chosen.span, "one span"
+    assert -(-case.S // chosen.block_kv) * chosen.block_kv > chosen.kv_span, "one span"
     choose(chosen)
     forced(name, case, dtype)
 
@@ -146,9 +151,16 @@ def test_any_small_shape_in_any_tiles_is_the_formula(
     (T, S), (H, K) = sizes, heads
     S, window = T if segments == "packed" else S, window if causal else None
     case = row(T, S, B=B, H=H, K=K, D=3, gate=gate, segments=segments, causal=causal, window=window, softcap=softcap)
-    chosen = Tiles(heads=B * K if together else 1, q=q, k=k, rows=H // K * q, keys=k, span=span * k)
-    several = lambda here, **_: chosen if here.platform == "cpu" else chosen._replace(heads=1)
-    with mock.patch.object(block_sizes, "choose", several):
+    chosen = AttentionBlockSizes(
+        kv_heads=B * K if together else 1,
+        block_q=q,
+        block_kv=k,
+        block_q_compute=H // K * q,
+        block_kv_compute=k,
+        kv_span=span * k,
+    )
+    several = lambda here, **_: chosen if here.platform == "cpu" else chosen._replace(kv_heads=1)
+    with mock.patch.object(block_sizes, "heuristic_block_sizes", several):
         # The cache of programs knows nothing of tiles.
         compiled = tolerance.program.__wrapped__("attention", "pallas", cases.options(case))
         is_the_formula(case, *tolerance.forms("pallas", compiled).values(), seed=seed)
@@ -224,7 +236,7 @@ CHARGED = {
 def test_the_compiler_is_told_what_it_costs(name, spans, choose):
     case = CHARGED[name]
     k = -(-case.S // spans)
-    choose(Tiles(1, 16, k, 16 * case.H // case.K, k, k))
+    choose(AttentionBlockSizes(1, 16, k, 16 * case.H // case.K, k, k))
     inputs, *_ = narrow(case)
     jaxpr = jax.make_jaxpr(lambda x: jax.vjp(lambda x: attention(**x, **case.options()), x)[1](x["q"]))(inputs)
     calls = [e.params for e in equations(jaxpr) if e.primitive.name == "pallas_call"]
