@@ -149,8 +149,8 @@ CHUNKED = {
 )
 def test_chunked_scores_are_the_formula(case, monkeypatch):
     """What XLA does with long sequences, on short ones that loops can follow: five chunks of two blocks of a row."""
-    monkeypatch.setattr(xla, "ONE_BLOCK", 0)
-    monkeypatch.setattr(xla, "CHUNK_ROWS", 1)
+    monkeypatch.setattr(xla, "MAX_DENSE_SCORES", 0)
+    monkeypatch.setattr(xla, "CHUNK_BLOCK_Q", 1)
     # Not from the cache of programs, nor into it: its key knows nothing of these two numbers.
     is_the_formula(case, tolerance.program.__wrapped__("attention", "xla", cases.options(case)))
 
