@@ -1,4 +1,4 @@
-"""The plan of the Pallas attention: the tiles that hold a visible pair, in order, each once."""
+"""The block schedule of the Pallas attention: the blocks that hold a visible pair, in order, each once."""
 
 import itertools
 
@@ -19,14 +19,14 @@ WINDOWS = ((False, None), *((True, window) for window in (None, 1, 2, 4, 7, 100)
 
 @pytest.mark.parametrize(("causal", "window"), WINDOWS)
 @pytest.mark.parametrize("kv_block_range", [None, (0, 1), (1, 3), (0, 100)])
-def test_the_plan_is_the_visible_tiles(causal, window, kv_block_range):
+def test_schedule_lists_the_visible_blocks(causal, window, kv_block_range):
     for T, S, bq, bk in itertools.product(LENGTHS, LENGTHS, (1, 2, 4, 8), (1, 2, 4)):
         distance = np.arange(T)[:, None] + S - T - np.arange(S)
-        seen = (distance >= 0) | (not causal)
-        seen &= distance < (10**9 if window is None else window)
+        visible = (distance >= 0) | (not causal)
+        visible &= distance < (10**9 if window is None else window)
         expected, visited = [], set()
         for i in range(-(-T // bq)):
-            pairs = {j: seen[i * bq : (i + 1) * bq, j * bk : (j + 1) * bk] for j in range(-(-S // bk))}
+            pairs = {j: visible[i * bq : (i + 1) * bq, j * bk : (j + 1) * bk] for j in range(-(-S // bk))}
             kv_blocks = [
                 j
                 for j in pairs
@@ -47,10 +47,10 @@ def test_the_plan_is_the_visible_tiles(causal, window, kv_block_range):
 
 
 @pytest.mark.parametrize(("causal", "window"), WINDOWS)
-def test_joined_tiles_hold_every_visible_pair_once(causal, window):
+def test_steps_of_several_blocks_cover_every_visible_pair_once(causal, window):
     for T, S, bq, bk in itertools.product(LENGTHS, LENGTHS, (1, 4, 8), (1, 2, 4)):
-        tiles = make_block_schedule(T, S, bq, bk, causal=causal, window=window)
-        blocks_per_step = int(np.bincount(tiles.q).max())
+        single = make_block_schedule(T, S, bq, bk, causal=causal, window=window)
+        blocks_per_step = int(np.bincount(single.q).max())
         if blocks_per_step == 1:
             continue
         schedule = make_block_schedule(T, S, bq, bk, causal=causal, window=window, kv_blocks_per_step=blocks_per_step)
@@ -60,12 +60,12 @@ def test_joined_tiles_hold_every_visible_pair_once(causal, window):
         }
         assert (schedule.kv >= 0).all() and (schedule.kv + blocks_per_step <= -(-S // bk)).all()
         assert all(
-            schedule.kv[i] <= j < schedule.kv[i] + blocks_per_step for i, j in zip(tiles.q, tiles.kv, strict=True)
+            schedule.kv[i] <= j < schedule.kv[i] + blocks_per_step for i, j in zip(single.q, single.kv, strict=True)
         )
 
 
-def test_the_plan_grows_with_the_sequence_not_its_square():
+def test_schedule_grows_linearly_with_the_sequence():
     for S in (1024, 4096, 16384):
         assert len(make_block_schedule(S, S, 128, 256, causal=True, window=512)) <= S // 128 * 4
-    # Queries that see nothing cost one tile, not a row of tiles.
+    # Query blocks that see no key cost one block, not a row of blocks.
     assert len(make_block_schedule(4096, 256, 128, 128, causal=True, window=None)) == 30 + 1 + 2
