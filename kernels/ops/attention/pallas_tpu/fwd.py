@@ -25,18 +25,20 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dantinox.kernels.cost import Cost
+from dantinox.kernels.ops.attention.pallas_tpu.block_call import (
+    Operand,
+    Output,
+    ScratchShape,
+    block_spec,
+    pallas_call_over_blocks,
+)
 from dantinox.kernels.ops.attention.pallas_tpu.common import (
     M_INIT,
     NN,
     AttentionKernelConfig,
     BlockContext,
-    Operand,
-    Output,
-    ScratchShape,
     SegmentTables,
-    block_spec,
     dot_per_head,
-    pallas_call_over_blocks,
 )
 from dantinox.kernels.ops.attention.pallas_tpu.refs import BlockRef, SubtileRef
 
