@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         compiler = results.ROOT / arguments.compiler
         if arguments.compile and not compiler.exists():
             raise ValueError(f"--compiler {compiler} is not there; `make ladder` builds it, --no-compile goes without")
-        common.interpreted()  # refuses a GPU, in words
+        common.interpret()  # refuses a GPU, in words
         rows = timed(arguments.budget)
         if arguments.compile:
             for name, row in compiled(compiler).items():

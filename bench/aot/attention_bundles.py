@@ -1,9 +1,9 @@
-"""Bundles executed: how often a TPU runs each part of an attention kernel's schedule, over the pairs that are visible.
+"""Bundles executed: how often a TPU runs each part of an attention kernel's schedule, over the visible pairs.
 
 A schedule lists every bundle once. What a core issues depends on the grid: each `pl.when` counts in the steps that take
-it, a loop as often as it runs, and the rest of the grid's loop in every step. The steps are those of our plan, of
-splash's MaskInfo and of tokamax's. Waits for memory are not in it, nor XLA's own kernels around: copies to another
-layout, and the sum over the parts of dq that tokamax leaves behind.
+it, a loop as often as it runs, and the rest of the grid's loop in every step. The steps are those of our block
+schedule, of splash's MaskInfo and of tokamax's. Waits for memory are not counted, nor are XLA's own kernels: copies to
+another layout, and the sum over the parts of dq that tokamax leaves behind.
 """
 
 import math
@@ -19,7 +19,13 @@ from bench.hardware import Target
 from dantinox.kernels import cost, workloads
 from dantinox.kernels.dispatch import Device
 from dantinox.kernels.ops.attention.pallas_tpu import block_sizes, common
-from dantinox.kernels.ops.attention.pallas_tpu.block_schedule import FIRST, LAST, MASKED, Plan, plan
+from dantinox.kernels.ops.attention.pallas_tpu.block_schedule import (
+    FIRST_KV_BLOCK,
+    LAST_KV_BLOCK,
+    NEEDS_MASK,
+    BlockSchedule,
+    make_block_schedule,
+)
 
 SPLASH = ("splash", "splash_512", "splash_fused")
 TOKAMAX = 128  # what its heuristics take on every TPU
@@ -109,19 +115,19 @@ def of_kernel(spec: workloads.Attention, case: Case, target: Target, kernel: str
         return tokamax(spec, kernel)
     if case.implementation != "pallas" or (spec.window is not None and spec.T + spec.window - 1 < spec.S):
         return None
-    static, heads = ours(spec, target)
+    config, heads = ours(spec, target)
     if direction_of(kernel) == "forward":
-        return forward(static.plan(), static, heads)
-    plans = [static.plan(span) for span in common.spans(static)]
+        return forward(config.block_schedule(), config, heads)
+    plans = [config.block_schedule(span) for span in common.kv_spans(config)]
     steps = tpu_schedule.first_operand(text)  # which span it is: the kernels of all have one name
-    return next((backward(each, static, heads) for each in plans if len(each) == steps), None)
+    return next((backward(each, config, heads) for each in plans if len(each) == steps), None)
 
 
-def ours(spec: workloads.Attention, target: Target) -> tuple[common.Static, int]:
+def ours(spec: workloads.Attention, target: Target) -> tuple[common.AttentionKernelConfig, int]:
     """(what `dantinox.kernels.ops.attention.pallas_tpu.vjp` knows when it is traced for the target, entries of the
     grid's first axis)."""
     heads, G = spec.B * spec.K, spec.H // spec.K
-    chosen = block_sizes.choose(
+    sizes = block_sizes.heuristic_block_sizes(
         Device(target.platform, target.kind),
         heads=heads,
         G=G,
@@ -132,32 +138,35 @@ def ours(spec: workloads.Attention, target: Target) -> tuple[common.Static, int]
         window=spec.window,
         itemsize=spec.itemsize,
     )
-    static = common.Static(spec.T, spec.S, G, spec.causal, spec.window, 1.0, spec.softcap, chosen, False)
-    return static, heads // chosen.heads
+    config = common.AttentionKernelConfig(spec.T, spec.S, G, spec.causal, spec.window, 1.0, spec.softcap, sizes, False)
+    return config, heads // sizes.kv_heads
 
 
-def forward(visible: Plan, static: common.Static, heads: int) -> Work:
+def forward(schedule: BlockSchedule, config: common.AttentionKernelConfig, heads: int) -> Work:
     """Of our forward kernel: start, scores, mask, softmax, product, end."""
-    steps, first, masked, last = _flags(visible, heads)
+    steps, first, masked, last = _flags(schedule, heads)
     taken = (first, steps, masked, steps, steps, last)
-    return replace(_ours(static), steps=steps, taken=taken, interior=(1, 3, 4), masked=(1, 2, 3, 4))
+    return replace(_ours(config), steps=steps, taken=taken, interior=(1, 3, 4), masked=(1, 2, 3, 4))
 
 
-def backward(visible: Plan, static: common.Static, heads: int) -> Work:
+def backward(schedule: BlockSchedule, config: common.AttentionKernelConfig, heads: int) -> Work:
     """Of our backward kernel, for one span of keys."""
-    steps, first, masked, last = _flags(visible, heads)
+    steps, first, masked, last = _flags(schedule, heads)
     taken = (heads, first, steps, masked, steps, steps, steps, steps, last, heads)
-    return replace(_ours(static), steps=steps, taken=taken, interior=(2, 4, 5, 6, 7), masked=(2, 3, 4, 5, 6, 7))
+    return replace(_ours(config), steps=steps, taken=taken, interior=(2, 4, 5, 6, 7), masked=(2, 3, 4, 5, 6, 7))
 
 
-def _flags(visible: Plan, heads: int) -> tuple[int, int, int, int]:
-    return (heads * len(visible), *(heads * int(((visible.flags & flag) != 0).sum()) for flag in (FIRST, MASKED, LAST)))
+def _flags(schedule: BlockSchedule, heads: int) -> tuple[int, int, int, int]:
+    return (
+        heads * len(schedule),
+        *(heads * int(((schedule.flags & flag) != 0).sum()) for flag in (FIRST_KV_BLOCK, NEEDS_MASK, LAST_KV_BLOCK)),
+    )
 
 
-def _ours(static: common.Static) -> Work:
-    across, down = static.pieces
-    tile = (static.tiles.heads * static.G * static.tiles.q, static.tiles.k)
-    return Work(0, (), (), (), tile, trips=across * down)
+def _ours(config: common.AttentionKernelConfig) -> Work:
+    num_q_subtiles, num_kv_subtiles = config.num_subtiles
+    tile = (config.block_sizes.kv_heads * config.G * config.block_sizes.block_q, config.block_sizes.block_kv)
+    return Work(0, (), (), (), tile, trips=num_q_subtiles * num_kv_subtiles)
 
 
 def splash(spec: workloads.Attention, kernel: str, name: str) -> Work:
@@ -167,22 +176,22 @@ def splash(spec: workloads.Attention, kernel: str, name: str) -> Work:
     """
     small = name == "splash_512" or (name == "splash_fused" and spec.window is not None)
     q, k = (min(512 if small else 1024, size) for size in (spec.T, spec.S))
-    visible = plan(spec.T, spec.S, q, k, causal=spec.causal, window=spec.window)
+    schedule = make_block_schedule(spec.T, spec.S, q, k, causal=spec.causal, window=spec.window)
     rows, columns = -(-spec.T // q), -(-spec.S // k)
     heads, groups = spec.B * spec.H, spec.B * spec.K
     if "dkv" in kernel:
-        most = rows if name == "splash_fused" else int(np.bincount(visible.k).max())
+        most = rows if name == "splash_fused" else int(np.bincount(schedule.kv).max())
         steps, ends = heads * columns * most, groups * columns
     else:
-        steps, ends = heads * rows * int(np.bincount(visible.q).max()), heads * rows
-    return Work(steps, (ends, heads * len(visible), ends), (1,), (1,), (q, k))
+        steps, ends = heads * rows * int(np.bincount(schedule.q).max()), heads * rows
+    return Work(steps, (ends, heads * len(schedule), ends), (1,), (1,), (q, k))
 
 
 def tokamax(spec: workloads.Attention, kernel: str) -> Work:
     """Of tokamax's splash: start, interior tile, masked tile, end; its backward grid has every block."""
-    visible = plan(spec.T, spec.S, TOKAMAX, TOKAMAX, causal=spec.causal, window=spec.window)
+    schedule = make_block_schedule(spec.T, spec.S, TOKAMAX, TOKAMAX, causal=spec.causal, window=spec.window)
     heads, groups, rows, columns = spec.B * spec.H, spec.B * spec.K, -(-spec.T // TOKAMAX), -(-spec.S // TOKAMAX)
-    run, _, masked, _ = _flags(visible, heads)
+    run, _, masked, _ = _flags(schedule, heads)
     backward_ = "dkv" in kernel
     ends = groups * columns if backward_ else heads * rows
     steps = heads * rows * columns if backward_ else run

@@ -1,4 +1,4 @@
-"""What is not an idea of any rung, and the same in all: the mask, the checks and small operations."""
+"""Shared by all rungs: the mask, argument checks and small operations."""
 
 from typing import Any, NamedTuple
 
@@ -9,40 +9,40 @@ from dantinox.kernels import validation
 from dantinox.kernels.dispatch import current_device
 
 Array = jax.Array
-FLOOR = -1e30  # where a running maximum starts: finite, so that exp(-inf - FLOOR) is 0 in a row that sees no key
-VMEM_BYTES = 100 * 2**20  # of the 128 MiB of a v6e; without being asked the compiler takes a fraction
+M_INIT = -1e30  # start of a running maximum: finite, so that exp(-inf - M_INIT) is 0 in a row that sees no key
+VMEM_LIMIT = 100 * 2**20  # of the 128 MiB of a v6e; the compiler's default is a fraction of it
 NT, NN = ((1,), (1,)), ((1,), (0,))  # a b^T and a b
 
 
 class Mask(NamedTuple):
-    """Who sees what. Query t stands at key S - T + t and sees one interval of keys; so do neighbours together."""
+    """Which keys a query sees. Query t is at key S - T + t and sees one interval of keys; so do consecutive queries."""
 
     T: int
     S: int
     causal: bool
     window: int | None
 
-    def interval(self, first: Any, last: Any) -> tuple[Any, Any]:
-        """(lowest, highest) key that the queries at positions first..last see between them, numbers or arrays."""
+    def visible_keys(self, first: Any, last: Any) -> tuple[Any, Any]:
+        """(lowest, highest) key that any query at positions first..last sees; numbers or arrays."""
         low = 0 if self.window is None else first - self.window + 1
         return low, last if self.causal else self.S - 1
 
-    def hide(self, s: Array, query: Array, key: Array) -> Array:
-        """The scores, -inf where the query at that position may not see the key."""
-        low, high = self.interval(query, query)
+    def apply(self, s: Array, query: Array, key: Array) -> Array:
+        """Scores with -inf where the query at that position does not see the key."""
+        low, high = self.visible_keys(query, query)
         return jnp.where((low <= key) & (key <= high), s, -jnp.inf)
 
-    def clear(self, v: Array, first_key: Any) -> Array:
-        """Values of the keys from first_key on, zero where no query looks: 0 * NaN would be NaN."""
-        low, high = self.interval(self.S - self.T, self.S - 1)
+    def zero_unseen(self, v: Array, first_key: Any) -> Array:
+        """Values of the keys from first_key on, with zeros for keys that no query sees: 0 * NaN would be NaN."""
+        low, high = self.visible_keys(self.S - self.T, self.S - 1)
         if low <= 0 and self.S % v.shape[0] == 0:
-            return v  # every key of every tile is there, and somebody sees it
+            return v  # the tiles have no padding, and some query sees every key
         key = first_key + iota((v.shape[0], 1), 0)
         return jnp.where((low <= key) & (key <= high), v, 0)
 
 
 def dot(a: Array, b: Array, contract: tuple[tuple[int], tuple[int]]) -> Array:
-    """A product of two tiles. Operands go in as they are, sums are float32: so the MXU runs at full speed."""
+    """Multiplies two tiles in their own dtype and accumulates in float32, the fast mode of the MXU."""
     return jax.lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
 
 
@@ -52,15 +52,15 @@ def iota(shape: tuple[int, ...], axis: int) -> Array:
 
 
 def heads_first(x: Array) -> Array:
-    """[B, T, H, D] -> [B, H, T, D] and back: a tile's two axes must be the last ones."""
+    """[B, T, H, D] -> [B, H, T, D] and back: the two axes of a tile must be the last ones."""
     return x.swapaxes(1, 2)
 
 
-def interpreted() -> bool:
-    """Whether the kernel is run by XLA, operation by operation.
+def interpret() -> bool:
+    """Whether XLA interprets the kernel, operation by operation.
 
     Raises:
-        NotImplementedError: this device can do neither.
+        NotImplementedError: this device can neither compile nor interpret the kernel.
     """
     platform = current_device().platform
     if platform not in ("cpu", "tpu"):
@@ -76,16 +76,26 @@ def check(
     window: int | None,
     scale: float | None,
     tiles: dict[str, int] | None = None,
-    **absent: Any,
+    **unsupported: Any,
 ) -> tuple[Mask, float]:
-    """(the mask, the scale): arguments are what the docstrings say, or it is said what they are.
+    """Checks the arguments of a rung.
 
     Args:
-        tiles: sizes of tiles by name. absent: what this rung does not know, by name; None where it is not asked for.
+        q: queries [B, T, H, D].
+        k: keys [B, S, K, D].
+        v: values [B, S, K, D].
+        causal: whether a query sees no later key.
+        window: keys that a query sees, or None.
+        scale: factor on the scores, or None for D**-0.5.
+        tiles: tile sizes by argument name.
+        **unsupported: arguments that this rung does not support; each must be None.
+
+    Returns:
+        The mask and the scale.
 
     Raises:
         ValueError: a shape, dtype or value is not allowed.
-        NotImplementedError: the rung cannot do this.
+        NotImplementedError: the rung does not support an argument.
     """
     B, T, H, D = validation.as_array("q", q, "BTHD").shape
     S, K = validation.as_array("k", k, "BSKD").shape[1:3]
@@ -98,7 +108,7 @@ def check(
     for name, size in (tiles or {}).items():
         if size < 16 or size % 16:  # 16 rows of bfloat16 are one register
             raise ValueError(f"{name} is {size}; allowed: a multiple of 16")
-    for name, value in absent.items():
+    for name, value in unsupported.items():
         if value is not None:
             raise NotImplementedError(f"this rung has no {name}")
     if q.dtype == jnp.float64:

@@ -1,4 +1,4 @@
-"""Rung 5, packed heads and the gate: the G query heads of a key head share a tile; the gate costs no pass of its own.
+"""Rung 5, packed GQA and the gate: the G query heads of a key head share a tile; the gate is fused into its epilogue.
 
 Math      as rung 4, then o = sigmoid(gate) acc / l before the tile is written
 Tiling    grid (B, K, visible tiles). A tile is G heads x q_tile queries against k_tile keys:
@@ -11,12 +11,11 @@ Tiling    grid (B, K, visible tiles). A tile is G heads x q_tile queries against
 
 State     m and l [G q_tile, 1] and acc [G q_tile, D] in float32, from the first visible tile of a query tile to its
           last.
-Traffic   q, gate and o once; k and v once for all G heads of a query tile: 2 G q_tile FLOPs for each of their elements
-          that is fetched, G times what rung 4 has with the same q_tile. A gate after the kernel would read and write o
-          once more.
+Traffic   q, gate and o once; k and v once per query tile for all G heads: 2 G q_tile FLOPs per element fetched, G
+          times as many as in rung 4 with the same q_tile. A gate after the kernel would read and write o once more.
 Limits    float32, bfloat16; float16 only interpreted. Any T, S, H, K, D. Gate [B, T, H, D] or [B, T, H, 1], causal,
           window, scale; NotImplementedError: softcap, segment_ids. ValueError: other shapes and dtypes; rows or a
-          k_tile that are no multiples of 16.
+          k_tile that are not multiples of 16.
 Source    Ainslie et al., GQA (arXiv:2305.13245); Qiu et al., Gated Attention (arXiv:2505.06708).
 """
 
@@ -28,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dantinox.kernels import validation
-from dantinox.kernels.tutorial.common import FLOOR, NN, NT, VMEM_BYTES, check, dot, heads_first, interpreted, iota
+from dantinox.kernels.tutorial.common import M_INIT, NN, NT, VMEM_LIMIT, check, dot, heads_first, interpret, iota
 from dantinox.kernels.tutorial.step4_tile_skipping import FIRST, LAST, MASKED, visible_tiles
 
 Array = jax.Array
@@ -45,40 +44,41 @@ def attention(
     scale: float | None = None,
     rows: int = 512,
     k_tile: int = 256,
-    **absent: None,
+    **unsupported: None,
 ) -> Array:
-    """[B, T, H, D], as `dantinox.kernels.attention`: k and v [B, S, K, D]; a tile has at most `rows` rows, or 16 a
-    head."""
-    mask, scale = check(q, k, v, causal, window, scale, {"rows": rows, "k_tile": k_tile}, **absent)
+    """[B, T, H, D], as `dantinox.kernels.attention`: k and v [B, S, K, D]; a tile has at most `rows` rows, but
+    at least 16 per head."""
+    mask, scale = check(q, k, v, causal, window, scale, {"rows": rows, "k_tile": k_tile}, **unsupported)
     (B, T, H, D), K = q.shape, k.shape[2]
     G = H // K
     if 0 in (q.size, k.size):
         return jnp.zeros_like(q)
     q_tile = max(16, rows // G // 16 * 16)
     tables = visible_tiles(mask, q_tile, k_tile)
-    packed = lambda width: pl.BlockSpec((None, G, q_tile, width), lambda b, h, n, i, j, flags: (b, h, i[n], 0))
-    keys = pl.BlockSpec((None, None, k_tile, D), lambda b, h, n, i, j, flags: (b, h, j[n], 0))
-    arrays, blocks = [q, k, v], [packed(D), keys, keys]
+    q_index = lambda b, h, n, i, j, flags: (b, h, i[n], 0)
+    q_spec = pl.BlockSpec((None, G, q_tile, D), q_index)
+    kv_spec = pl.BlockSpec((None, None, k_tile, D), lambda b, h, n, i, j, flags: (b, h, j[n], 0))
+    inputs, in_specs = [q, k, v], [q_spec, kv_spec, kv_spec]
     if gate is not None:
         validation.check_floating(q=q, gate=gate)
         validation.check_shape("gate", gate, (B, T, H, D), (B, T, H, 1))
-        arrays, blocks = [*arrays, gate], [*blocks, packed(gate.shape[-1])]
-    grid = pltpu.PrefetchScalarGridSpec(
+        inputs, in_specs = [*inputs, gate], [*in_specs, pl.BlockSpec((None, G, q_tile, gate.shape[-1]), q_index)]
+    grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=len(tables),
         grid=(B, K, len(tables[0])),
-        in_specs=blocks,
-        out_specs=packed(D),
+        in_specs=in_specs,
+        out_specs=q_spec,
         scratch_shapes=[pltpu.VMEM((G * q_tile, n), jnp.float32) for n in (1, 1, D)],
     )
-    run = pl.pallas_call(
+    kernel = pl.pallas_call(
         functools.partial(_kernel, mask=mask, scale=scale),
         out_shape=jax.ShapeDtypeStruct((B, H, T, D), q.dtype),
-        grid_spec=grid,
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_BYTES),
-        interpret=interpreted(),
+        grid_spec=grid_spec,
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT),
+        interpret=interpret(),
         name="packed_gqa_gate",
     )
-    return heads_first(run(*tables, *map(heads_first, arrays)))
+    return heads_first(kernel(*tables, *map(heads_first, inputs)))
 
 
 def _kernel(i_ref, j_ref, flag_ref, q_ref, k_ref, v_ref, *refs, mask, scale) -> None:
@@ -88,32 +88,32 @@ def _kernel(i_ref, j_ref, flag_ref, q_ref, k_ref, v_ref, *refs, mask, scale) -> 
     i, j, flag = i_ref[n], j_ref[n], flag_ref[n]
 
     @pl.when(flag & FIRST != 0)
-    def _() -> None:
-        m_ref[...] = jnp.full(m_ref.shape, FLOOR, jnp.float32)
+    def init_state() -> None:
+        m_ref[...] = jnp.full(m_ref.shape, M_INIT, jnp.float32)
         l_ref[...] = jnp.zeros(l_ref.shape, jnp.float32)
         acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
 
-    def tile(masked: bool) -> None:
+    def process_tile(masked: bool) -> None:
         s = dot(q_ref[...].reshape(G * q_tile, D), k_ref[...], NT) * scale  # [G q_tile, k_tile]
         v = v_ref[...]
         if masked:
             query = mask.S - mask.T + i * q_tile + iota((G, q_tile, s.shape[1]), 1).reshape(s.shape)
-            s = mask.hide(s, query, j * s.shape[1] + iota(s.shape, 1))
-            v = mask.clear(v, j * s.shape[1])
+            s = mask.apply(s, query, j * s.shape[1] + iota(s.shape, 1))
+            v = mask.zero_unseen(v, j * s.shape[1])
         m = jnp.maximum(jnp.max(s, axis=1, keepdims=True), m_ref[...])
         p = jnp.exp(s - m)
-        decay = jnp.exp(m_ref[...] - m)  # what was added up under a smaller maximum is too large by this
+        decay = jnp.exp(m_ref[...] - m)  # rescales what was accumulated under a smaller maximum
         m_ref[...] = m
         l_ref[...] = decay * l_ref[...] + jnp.sum(p, axis=1, keepdims=True)
         acc_ref[...] = decay * acc_ref[...] + dot(p.astype(v.dtype), v, NN)
 
-    pl.when(flag & MASKED != 0)(lambda: tile(True))
-    pl.when(flag & MASKED == 0)(lambda: tile(False))
+    pl.when(flag & MASKED != 0)(functools.partial(process_tile, masked=True))
+    pl.when(flag & MASKED == 0)(functools.partial(process_tile, masked=False))
 
     @pl.when(flag & LAST != 0)
-    def _() -> None:
+    def epilogue() -> None:
         l = l_ref[...]
-        o = (acc_ref[...] / jnp.where(l == 0, 1, l)).reshape(o_ref.shape)  # l is 0 where no key is seen
+        o = (acc_ref[...] / jnp.where(l == 0, 1, l)).reshape(o_ref.shape)  # l is 0 where a query sees no key
         for ref in gate_ref:
             o = o * jax.nn.sigmoid(ref[...].astype(jnp.float32))
         o_ref[...] = o.astype(o_ref.dtype)

@@ -15,7 +15,7 @@ from dantinox import kernels
 from dantinox.kernels import workloads
 from dantinox.kernels.dispatch import target_device
 from dantinox.kernels.ops.attention.pallas_tpu import block_sizes
-from dantinox.kernels.ops.attention.pallas_tpu.common import Tiles
+from dantinox.kernels.ops.attention.pallas_tpu.common import AttentionBlockSizes
 from tests.helpers import cases, race_detector, tolerance
 
 X = np.arange(16 * 128, dtype=np.float32).reshape(16, 128)
@@ -253,23 +253,23 @@ row = cases.attention
 TILED = {  # two heads, for the two cores
     "a piece half a head, cap, segments, fewer queries": (
         row(12, 28, D=4, softcap=1.5, gate="head", segments="separate"),
-        Tiles(heads=1, q=16, k=8, rows=8, keys=4, span=16),
+        AttentionBlockSizes(kv_heads=1, block_q=16, block_kv=8, block_q_compute=8, block_kv_compute=4, kv_span=16),
     ),
     "a piece a head, window, gate": (
         row(24, 24, H=4, window=5, gate="elementwise"),
-        Tiles(heads=1, q=8, k=16, rows=8, keys=8, span=16),
+        AttentionBlockSizes(kv_heads=1, block_q=8, block_kv=16, block_q_compute=8, block_kv_compute=8, kv_span=16),
     ),
     "a piece two heads, segments, fewer queries": (
         row(12, 20, H=8, D=4, segments="separate"),
-        Tiles(heads=1, q=4, k=8, rows=8, keys=4, span=8),
+        AttentionBlockSizes(kv_heads=1, block_q=4, block_kv=8, block_q_compute=8, block_kv_compute=4, kv_span=8),
     ),
     "segments, more queries, one span": (
         row(20, 12, D=4, segments="unmatched", causal=False),
-        Tiles(heads=1, q=8, k=4, rows=8, keys=4, span=64),
+        AttentionBlockSizes(kv_heads=1, block_q=8, block_kv=4, block_q_compute=8, block_kv_compute=4, kv_span=64),
     ),
     "more queries, window": (
         row(21, 9, H=4, window=3, softcap=2.0),
-        Tiles(heads=1, q=8, k=4, rows=16, keys=4, span=8),
+        AttentionBlockSizes(kv_heads=1, block_q=8, block_kv=4, block_q_compute=16, block_kv_compute=4, kv_span=8),
     ),
 }
 
@@ -280,7 +280,7 @@ TILED = {  # two heads, for the two cores
 def test_attention_in_several_tiles_pieces_and_spans(name, monkeypatch):
     """What only a TPU makes of the kernel: pieces in turn, gradients of keys summed on the chip; and its values."""
     case, chosen = TILED[name]
-    monkeypatch.setattr(block_sizes, "choose", lambda *_, **__: chosen)
+    monkeypatch.setattr(block_sizes, "heuristic_block_sizes", lambda *_, **__: chosen)
     with target_device(*V6E):
         run, *arguments = both_passes(case, "pallas")
         found = race_detector.on_tpu(run, *arguments)

@@ -1,4 +1,4 @@
-"""The rungs of kernels/tutorial, forward, by the rule; their documents; what they refuse."""
+"""The rungs of kernels/tutorial: forward accuracy by the rule, their documentation, and the errors they raise."""
 
 import functools
 import re
@@ -17,8 +17,8 @@ from dantinox.kernels.tutorial import common, step4_tile_skipping, step5_packed_
 from tests.helpers import cases, tolerance
 
 FOLDER = Path(common.__file__).parent
-TILES = {"q_tile": 32, "k_tile": 48}  # several tiles, ragged ones too, at sizes that a test can afford
-SMALL = {
+TILES = {"q_tile": 32, "k_tile": 48}  # several tiles, partial ones too, at sizes that a test can afford
+SMALL_TILES = {
     "tiled": {"q_tile": 32},
     "online_softmax": TILES,
     "tile_skipping": TILES,
@@ -40,22 +40,22 @@ CASES = {
     "window of one": row(127, 127, H=1, K=1, window=1),
     "window past S": row(33, 33, H=1, K=1, window=1000),
 }
-GATED = {"one a head": row(65, 65, H=4, K=2, gate="head"), "elementwise": row(65, 65, H=3, K=1, gate="elementwise")}
-FEW = ("127, grouped, window", "7 of 129")  # in bfloat16 too
-LONG = ("7 of 129", "window past S")  # in float32 these wait for the long run
-CHOSEN = [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in CASES]
+GATED = {"one per head": row(65, 65, H=4, K=2, gate="head"), "elementwise": row(65, 65, H=3, K=1, gate="elementwise")}
+FEW = ("127, grouped, window", "7 of 129")  # also in bfloat16
+LONG = ("7 of 129", "window past S")  # slow in float32
+RULE_CASES = [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in CASES]
 
 
 @functools.cache
 def forward(rung: str, case: workloads.Attention, tiles: bool = True) -> Any:
     run, options = tutorial.rung(rung), {"causal": case.causal, "window": case.window, "scale": case.scale}
-    options |= SMALL.get(rung, {}) if tiles else {}
+    options |= SMALL_TILES.get(rung, {}) if tiles else {}
     return tolerance.quick(lambda inputs: {"o": run(**inputs, **options)})
 
 
 @functools.cache
 def exact(case: workloads.Attention, dtype: str, wide: bool) -> dict[str, np.ndarray]:
-    """What the reference says: in the dtype, or with `wide` in float64 about the same rounded arguments."""
+    """The reference in the dtype or, with `wide`, in float64 on the same rounded arguments."""
     inputs = {name: jnp.asarray(x, dtype) for name, x in cases.draw(case)[0].items()}
     with jax.enable_x64(wide):
         inputs = {name: jnp.asarray(tolerance.exact(x)) for name, x in inputs.items()} if wide else inputs
@@ -64,14 +64,14 @@ def exact(case: workloads.Attention, dtype: str, wide: bool) -> dict[str, np.nda
 
 def judge(rung: str, case: workloads.Attention, dtype: str, tiles: bool = True) -> jax.Array:
     inputs = {name: jnp.asarray(x, dtype) for name, x in cases.draw(case)[0].items()}
-    mine = forward(rung, case, tiles)(inputs)
-    assert mine["o"].dtype == dtype and mine["o"].shape == case.out_shape()
-    tolerance.check(mine, exact(case, dtype, False), exact(case, dtype, True), dtype)
-    return mine["o"]
+    result = forward(rung, case, tiles)(inputs)
+    assert result["o"].dtype == dtype and result["o"].shape == case.out_shape()
+    tolerance.check(result, exact(case, dtype, False), exact(case, dtype, True), dtype)
+    return result["o"]
 
 
 @pytest.mark.parametrize("rung", tutorial.RUNGS)
-@pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.parametrize("name", RULE_CASES)
 def test_every_rung_keeps_the_rule(rung, name):
     case = CASES[name]
     o = judge(rung, case, "float32")
@@ -85,7 +85,7 @@ def test_every_rung_keeps_the_rule_in_bfloat16(rung, name):
     judge(rung, CASES[name], "bfloat16")
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("one a head", "float32"), ("elementwise", "bfloat16")])
+@pytest.mark.parametrize(("name", "dtype"), [("one per head", "float32"), ("elementwise", "bfloat16")])
 def test_the_gate_keeps_the_rule(name, dtype):
     judge("packed_gqa_gate", GATED[name], dtype)
 
@@ -93,13 +93,13 @@ def test_the_gate_keeps_the_rule(name, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rung", tutorial.RUNGS)
-def test_the_tiles_it_comes_with_keep_the_rule(rung, dtype):
+def test_the_default_tiles_keep_the_rule(rung, dtype):
     judge(rung, row(600, 700, H=4, K=2, D=32, window=256), dtype, tiles=False)
 
 
 @pytest.mark.parametrize("rung", tutorial.RUNGS)
-def test_what_unseen_keys_hold_reaches_nobody_and_two_runs_are_bit_equal(rung):
-    case = row(7, 100, window=30)  # nobody sees the first 64 keys, and the last tile reaches past the last key
+def test_unseen_keys_do_not_affect_the_output_and_two_runs_are_bit_equal(rung):
+    case = row(7, 100, window=30)  # no query sees the first 64 keys, and the last tile reaches past the last key
     inputs = {name: np.float32(x) for name, x in cases.draw(case)[0].items()}
     run, clean = forward(rung, case), None
     for fill in (0, np.nan, np.inf, 0):
@@ -111,23 +111,23 @@ def test_what_unseen_keys_hold_reaches_nobody_and_two_runs_are_bit_equal(rung):
 
 @pytest.mark.parametrize("window", [None, 1, 5, 16, 17, 40, 1000])
 @pytest.mark.parametrize(("T", "S"), [(1, 1), (50, 50), (20, 70), (70, 20), (33, 64)])
-def test_the_list_of_tiles_is_that_of_the_pairs(T, S, window):
+def test_visible_tiles_are_those_with_a_visible_pair(T, S, window):
     for causal in (True, False) if window is None else (True,):
-        seen = np.asarray(reference.visible(T, S, causal=causal, window=window))
+        visible = np.asarray(reference.visible(T, S, causal=causal, window=window))
         tiles = step4_tile_skipping.visible_tiles(common.Mask(T, S, causal, window), 16, 32)
         listed = {(i, j): flag for i, j, flag in tiles.T.tolist()}
         assert len(listed) == tiles.shape[1]
         for i in range(-(-T // 16)):
-            mine = [j for a, j in listed if a == i]
-            assert mine == sorted(mine) and mine
-            assert [j for j in mine if listed[i, j] & step4_tile_skipping.FIRST] == mine[:1]
-            assert [j for j in mine if listed[i, j] & step4_tile_skipping.LAST] == mine[-1:]
+            k_tiles = [j for a, j in listed if a == i]
+            assert k_tiles == sorted(k_tiles) and k_tiles
+            assert [j for j in k_tiles if listed[i, j] & step4_tile_skipping.FIRST] == k_tiles[:1]
+            assert [j for j in k_tiles if listed[i, j] & step4_tile_skipping.LAST] == k_tiles[-1:]
             for j in range(-(-S // 32)):
-                pairs = seen[i * 16 : (i + 1) * 16, j * 32 : (j + 1) * 32]
-                assert ((i, j) in listed) == pairs.any() or not seen[i * 16 : (i + 1) * 16].any()
+                pairs = visible[i * 16 : (i + 1) * 16, j * 32 : (j + 1) * 32]
+                assert ((i, j) in listed) == pairs.any() or not visible[i * 16 : (i + 1) * 16].any()
                 if (i, j) in listed:
-                    whole = pairs.all() and pairs.shape[1] == 32
-                    assert bool(listed[i, j] & step4_tile_skipping.MASKED) != whole
+                    fully_visible = pairs.all() and pairs.shape[1] == 32
+                    assert bool(listed[i, j] & step4_tile_skipping.MASKED) != fully_visible
 
 
 Q, KV = jnp.ones((1, 4, 4, 8)), jnp.ones((1, 4, 2, 8))
@@ -142,16 +142,16 @@ WRONG = {
 
 
 @pytest.mark.parametrize("rung", tutorial.RUNGS)
-def test_bad_arguments_are_named(rung):
+def test_error_messages_name_the_bad_argument(rung):
     run = tutorial.rung(rung)
     for message, bad in WRONG.items():
         with pytest.raises(ValueError, match=re.escape(message)):
             run(**({"q": Q, "k": KV, "v": KV} | bad))
-    absent = {"softcap": 2.0, "segment_ids": jnp.zeros((1, 4), jnp.int32)}
-    for name, value in (absent if rung == "packed_gqa_gate" else absent | {"gate": Q}).items():
+    unsupported = {"softcap": 2.0, "segment_ids": jnp.zeros((1, 4), jnp.int32)}
+    for name, value in (unsupported if rung == "packed_gqa_gate" else unsupported | {"gate": Q}).items():
         with pytest.raises(NotImplementedError, match=f"no {name}"):
             run(Q, KV, KV, **{name: value})
-    for name in SMALL.get(rung, {}):
+    for name in SMALL_TILES.get(rung, {}):
         with pytest.raises(ValueError, match=f"{name} is 7; allowed: a multiple of 16"):
             run(Q, KV, KV, **{name: 7})
     with target_device("cuda", "NVIDIA H100"), pytest.raises(NotImplementedError, match="this device is a gpu"):
@@ -160,14 +160,14 @@ def test_bad_arguments_are_named(rung):
     np.testing.assert_array_equal(run(Q, nothing, nothing), jnp.zeros_like(Q))
 
 
-def test_a_wrong_gate_is_named():
+def test_error_messages_name_a_bad_gate():
     for bad in (Q[:, :, :1], Q[..., :2], Q.astype(jnp.float16)):
         with pytest.raises(ValueError, match="gate has"):
             step5_packed_gqa_gate.attention(Q, KV, KV, gate=bad)
 
 
 @pytest.mark.parametrize("rung", tutorial.RUNGS)
-def test_a_rung_is_short_and_says_the_five_things(rung):
+def test_rungs_are_short_and_their_docstrings_have_six_parts(rung):
     text = next(FOLDER.glob(f"step?_{rung}.py")).read_text()
     assert len(text.splitlines()) < 120
     parts = re.findall(r"^(Math|Tiling|State|Traffic|Limits|Source) {2,}\S", text, re.M)
@@ -175,7 +175,7 @@ def test_a_rung_is_short_and_says_the_five_things(rung):
     assert "keys ->" in text and ("░" in text) == (rung in ("tile_skipping", "packed_gqa_gate"))
 
 
-def test_the_guide_speaks_of_every_rung_in_order():
+def test_the_guide_covers_every_rung_in_order():
     guide = (FOLDER / "README.md").read_text()
-    at = [guide.index(f"## {number}. `step{number}_{rung}.py`") for number, rung in enumerate(tutorial.RUNGS, 1)]
-    assert at == sorted(at)
+    positions = [guide.index(f"## {number}. `step{number}_{rung}.py`") for number, rung in enumerate(tutorial.RUNGS, 1)]
+    assert positions == sorted(positions)

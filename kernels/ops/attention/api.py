@@ -27,14 +27,15 @@ def attention(
     segment_ids: tuple[Array, Array] | Array | None = None,
     implementation: str = "auto",
 ) -> Array:
-    """o = sigmoid(gate) * softmax(cap(scale * q k^T) + mask) v, differentiable in q, k, v and gate.
+    """Computes o = sigmoid(gate) * softmax(cap(scale * q k^T) + mask) v, differentiable in q, k, v and gate.
 
     Args:
         q: queries [B, T, H, D].
-        k: keys [B, S, K, D]; v: values [B, S, K, D]; H a multiple of K. All of one floating dtype.
+        k: keys [B, S, K, D]; H is a multiple of K.
+        v: values [B, S, K, D]; q, k and v have one floating dtype.
         gate: logits [B, T, H, D] or [B, T, H, 1] in q's dtype, or None.
         causal: a query sees no later key; query t sits at key S - T + t (bottom-right).
-        window: keys a query sees, itself included, 0 <= pos_q - pos_k < window; needs causal.
+        window: number of keys a query sees, itself included: 0 <= pos_q - pos_k < window; needs causal.
         scale: factor on the scores; None: D**-0.5.
         softcap: scores s become softcap * tanh(s / softcap).
         segment_ids: (q_ids [B, T], kv_ids [B, S]) int32, or one [B, T] array where T == S; a query sees only keys
@@ -64,23 +65,23 @@ def attention(
         validation.check_shape("gate", gate, (B, T, H, D), (B, T, H, 1))
     validation.check_window(window, causal)
     validation.check_scalars(scale=scale, softcap=softcap)
-    segment_ids = _segments(segment_ids, B, T, S)
+    segment_ids = _check_segment_ids(segment_ids, B, T, S)
 
     if window is not None:
-        window = min(int(window), max(S, 1))  # a longer one sees no more
+        window = min(int(window), max(S, 1))  # a longer window shows no more keys
 
     table = _table()
-    if not isinstance(table["pallas"], str) and (why := _refusal(q.dtype, D)) is not None:
-        table["pallas"] = why
-    slow = {}
+    if not isinstance(table["pallas"], str) and (reason := _unsupported_inputs(q.dtype, D)) is not None:
+        table["pallas"] = reason
+    not_auto = {}
     if on_gpu():
-        slow["pallas"] = "Hopper's kernels have not run on a GPU yet; name them"
-    elif block_sizes.interpreted_slow(B, T, S, H, window):
-        slow["pallas"] = "interpreted, it is slow at these sizes"
-    run = select_implementation("attention", implementation, table, slow)
+        not_auto["pallas"] = "Hopper's kernels have not run on a GPU yet; name them"
+    elif block_sizes.xla_is_faster(B, T, S, H, window):
+        not_auto["pallas"] = "interpreted, it is slow at these sizes"
+    implementation_fn = select_implementation("attention", implementation, table, not_auto)
     if 0 in (B, T, H, D):
         return q
-    return run(
+    return implementation_fn(
         q,
         k,
         v,
@@ -103,24 +104,26 @@ def _table() -> dict:
         "reference": reference,
         "xla": xla.attention,
         "pallas": unsupported_reason("attention", "pallas")
-        or (_file("pallas_sm90.vjp") if on_gpu() else vjp.attention),
+        or (_attention_of("pallas_sm90.vjp") if on_gpu() else vjp.attention),
         "triton": unsupported_reason("attention", "triton"),
     }
 
 
-def _refusal(dtype: jnp.dtype, D: int) -> str | None:
-    """Why this device's Pallas kernel cannot take these arrays."""
+def _unsupported_inputs(dtype: jnp.dtype, D: int) -> str | None:
+    """Why this device's Pallas kernel does not support these arrays, or None."""
     if on_gpu():
         return importlib.import_module("dantinox.kernels.ops.attention.pallas_sm90.vjp").unsupported_inputs(dtype, D)
     return "q has dtype float64 and it adds up in float32" if dtype == jnp.float64 else None
 
 
-def _file(name: str) -> Callable[..., Array]:
-    """`attention` of the file of that name beside this one, so that a line of the table may add a kernel."""
-    return importlib.import_module(f"dantinox.kernels.ops.attention.{name}").attention
+def _attention_of(module: str) -> Callable[..., Array]:
+    """`attention` of a module beside this one, so that one line of the table can add a kernel."""
+    return importlib.import_module(f"dantinox.kernels.ops.attention.{module}").attention
 
 
-def _segments(segment_ids: tuple[Array, Array] | Array | None, B: int, T: int, S: int) -> tuple[Array, Array] | None:
+def _check_segment_ids(
+    segment_ids: tuple[Array, Array] | Array | None, B: int, T: int, S: int
+) -> tuple[Array, Array] | None:
     if segment_ids is None:
         return None
     if not isinstance(segment_ids, tuple | list):

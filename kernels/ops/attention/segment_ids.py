@@ -1,82 +1,105 @@
-"""Segments of packed sequences: which keys some query sees, and which tiles share a segment.
+"""Segment ids of packed sequences: which keys any query attends to, and which blocks share a segment.
 
-The Pallas kernels skip a pair of tiles by the ranges that their ids lie in: exact where the ids ascend, as those of
-packed documents do; in any other order a tile too many may be visited, and its mask clears it.
+The Pallas kernels skip a pair of blocks whose ranges of ids are disjoint. That is exact for ascending ids, as packed
+documents have; in any other order a kernel may visit blocks that share no segment, and their mask hides every pair.
 """
 
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
-Ids = tuple[Array, Array]
+SegmentIds = tuple[Array, Array]  # q_ids [B, T], kv_ids [B, S]
+Q_STEP = 128  # queries compared with all keys at a time
 
 
 def zero_unattended_keys(
-    k: Array, v: Array, segment_ids: Ids | None, *, T: int, causal: bool, window: int | None
-) -> tuple[Array, Array, Ids | None]:
-    """k, v [B, S, K, D] and the ids without what no query sees: keys before every window are cut off, keys of no
-    query's segment are zeros. What they held, NaN included, reaches nobody.
+    k: Array, v: Array, segment_ids: SegmentIds | None, *, T: int, causal: bool, window: int | None
+) -> tuple[Array, Array, SegmentIds | None]:
+    """Removes keys that no query attends to, so that what they hold, NaN included, has no effect.
+
+    Keys before every window are cut off; keys of no query's segment become zeros.
 
     Args:
+        k: keys [B, S, K, D].
+        v: values [B, S, K, D].
+        segment_ids: (q_ids [B, T], kv_ids [B, S]) or None. The same array twice means that every query attends to its
+            own key.
         T: number of queries.
-        segment_ids: (q_ids [B, T], kv_ids [B, S]) or None; the same array twice says that a key is its query's.
+        causal: whether a query sees no later key.
+        window: keys that a query sees, or None.
+
+    Returns:
+        Keys, values and segment ids without the keys that were cut off.
     """
-    if window is not None and (seen := T + window - 1) < k.shape[1]:
-        k, v = k[:, -seen:], v[:, -seen:]
-        segment_ids = None if segment_ids is None else (segment_ids[0], segment_ids[1][:, -seen:])
+    if window is not None and (num_attended := T + window - 1) < k.shape[1]:
+        k, v = k[:, -num_attended:], v[:, -num_attended:]
+        segment_ids = None if segment_ids is None else (segment_ids[0], segment_ids[1][:, -num_attended:])
     if segment_ids is not None and segment_ids[0] is not segment_ids[1]:
-        here = attended_keys(*segment_ids, causal=causal, window=window)[:, :, None, None]
-        k, v = jnp.where(here, k, 0), jnp.where(here, v, 0)
+        attended = attended_keys(*segment_ids, causal=causal, window=window)[:, :, None, None]
+        k, v = jnp.where(attended, k, 0), jnp.where(attended, v, 0)
     return k, v, segment_ids
 
 
 def attended_keys(q_ids: Array, kv_ids: Array, *, causal: bool, window: int | None) -> Array:
-    """[B, S]: keys that some query sees. Two comparisons a pair, in steps that keep memory linear."""
+    """Keys that some query attends to, [B, S]. Compares all pairs, in steps that keep memory linear in T + S."""
     (B, T), S = q_ids.shape, kv_ids.shape[1]
-    step = 128
-    key = jnp.arange(S)
+    k_pos = jnp.arange(S)
 
-    def look(n: Array, seen: Array) -> Array:
-        t = n * step + jnp.arange(step)
+    def add_q_step(n: Array, attended: Array) -> Array:
+        t = n * Q_STEP + jnp.arange(Q_STEP)
         ids = jnp.take(q_ids, t, axis=1, mode="clip")
         visible = (ids[:, :, None] == kv_ids[:, None]) & (t < T)[:, None]
-        distance = (t + S - T)[:, None] - key
+        distance = (t + S - T)[:, None] - k_pos
         if causal:
             visible &= distance >= 0
         if window is not None:
             visible &= distance < window
-        return seen | visible.any(1)
+        return attended | visible.any(1)
 
-    return jax.lax.fori_loop(0, -(-T // step), look, jnp.zeros((B, S), bool))
-
-
-def block_segment_overlap(of: Array, tile: int, other: Array, other_tile: int) -> tuple[Array, Array]:
-    """(apart, alike) [B, tiles of `of`, tiles of `other`]: two tiles share no id; both hold one id, the same."""
-    low, high = (x[:, :, None] for x in _ranges(of, tile))
-    other_low, other_high = (x[:, None] for x in _ranges(other, other_tile))
-    apart = (low > other_high) | (other_low > high)
-    return apart, (low == other_high) & (other_low == high)
+    return jax.lax.fori_loop(0, -(-T // Q_STEP), add_q_step, jnp.zeros((B, S), bool))
 
 
-def kv_block_ranges(of: Array, tile: int, other: Array, other_tile: int) -> Array:
-    """int32 [B, tiles of `of`, 4]: of the tiles of `other`, all that are not apart from a tile lie in [start, stop),
-    and those in [left, right) are alike. (start, left, right, stop); start is their number and stop 0 where none is.
+def block_segment_overlap(ids: Array, block: int, other_ids: Array, other_block: int) -> tuple[Array, Array]:
+    """Compares the ids of every pair of blocks.
+
+    Args:
+        ids: [B, n], in blocks of `block`.
+        block: tokens per block of `ids`.
+        other_ids: [B, m], in blocks of `other_block`.
+        other_block: tokens per block of `other_ids`.
+
+    Returns:
+        (disjoint, same_segment) [B, blocks, other blocks]: the ranges of ids are disjoint; both blocks hold one id, and
+        it is the same.
     """
-    apart, alike = block_segment_overlap(of, tile, other, other_tile)
-    n = apart.shape[2]
-    at = jnp.arange(n)
-    start, stop = jnp.min(jnp.where(apart, n, at), axis=2), jnp.max(jnp.where(apart, 0, at + 1), axis=2)
-    left = jnp.argmax(alike, axis=2)
-    right = jnp.min(jnp.where(alike | (at < left[:, :, None]), n, at), axis=2)
+    low, high = (x[:, :, None] for x in _id_ranges(ids, block))
+    other_low, other_high = (x[:, None] for x in _id_ranges(other_ids, other_block))
+    disjoint = (low > other_high) | (other_low > high)
+    return disjoint, (low == other_high) & (other_low == high)
+
+
+def kv_block_ranges(ids: Array, block: int, other_ids: Array, other_block: int) -> Array:
+    """Ranges of blocks of `other_ids` that a block of `ids` must visit; arguments as in `block_segment_overlap`.
+
+    Returns:
+        int32 [B, blocks, 4], (start, left, right, stop): all blocks that may share a segment are in [start, stop), and
+        those in [left, right) hold one segment, the block's own. Without any, start is the number of blocks and stop 0.
+    """
+    disjoint, same_segment = block_segment_overlap(ids, block, other_ids, other_block)
+    num_blocks = disjoint.shape[2]
+    j = jnp.arange(num_blocks)
+    start, stop = jnp.min(jnp.where(disjoint, num_blocks, j), axis=2), jnp.max(jnp.where(disjoint, 0, j + 1), axis=2)
+    left = jnp.argmax(same_segment, axis=2)
+    right = jnp.min(jnp.where(same_segment | (j < left[:, :, None]), num_blocks, j), axis=2)
     return jnp.stack([start, left, right, stop], axis=2).astype(jnp.int32)
 
 
-def pad_ids_to_block(ids: Array, tile: int) -> Array:
-    """[B, n] up to a multiple of the tile; padding repeats the last id, so that it widens no range."""
-    return jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % tile)), mode="edge")
+def pad_ids_to_block(ids: Array, block: int) -> Array:
+    """Pads [B, n] to a multiple of the block; padding repeats the last id, so that it widens no range."""
+    return jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % block)), mode="edge")
 
 
-def _ranges(ids: Array, tile: int) -> tuple[Array, Array]:
-    """The least and the greatest id of each tile, [B, tiles]."""
-    tiles = pad_ids_to_block(ids, tile).reshape(ids.shape[0], -1, tile)
-    return tiles.min(2), tiles.max(2)
+def _id_ranges(ids: Array, block: int) -> tuple[Array, Array]:
+    """The smallest and the largest id of each block, [B, blocks]."""
+    blocks = pad_ids_to_block(ids, block).reshape(ids.shape[0], -1, block)
+    return blocks.min(2), blocks.max(2)

@@ -142,22 +142,25 @@ def test_steps_of_tokamax_and_of_ours_are_those_of_the_visible_tiles():
     dkv = attention_bundles.tokamax(spec, "splash_mha_dkv")
     assert (dkv.steps, dkv.taken) == (all_, (2 * 32, run - 8 * 32, 8 * 32, 2 * 32))
 
-    static, heads = attention_bundles.ours(spec, V6E)
-    n = spec.T // static.tiles.q
-    assert heads == 2 and static.tiles.q == static.tiles.k
-    work = attention_bundles.forward(static.plan(), static, heads)
+    config, heads = attention_bundles.ours(spec, V6E)
+    n = spec.T // config.block_sizes.block_q
+    assert heads == 2 and config.block_sizes.block_q == config.block_sizes.block_kv
+    work = attention_bundles.forward(config.block_schedule(), config, heads)
     steps = 2 * n * (n + 1) // 2
     assert (work.steps, work.taken) == (steps, (2 * n, steps, 2 * n, steps, steps, 2 * n))
-    assert work.trips * static.tiles.rows * static.tiles.keys == work.tile[0] * work.tile[1]
-    work = attention_bundles.backward(static.plan(), static, heads)
+    assert (
+        work.trips * config.block_sizes.block_q_compute * config.block_sizes.block_kv_compute
+        == work.tile[0] * work.tile[1]
+    )
+    work = attention_bundles.backward(config.block_schedule(), config, heads)
     assert work.taken == (2, 2 * n, steps, 2 * n, steps, steps, steps, steps, 2 * n, 2)
 
 
 def test_the_kernel_of_a_span_is_known_by_its_steps():
     spec = workloads.get("attention", "aot tpu d256 32k causal")
     case = Case("attention", spec.name, "pallas", "bfloat16", "both")
-    static, heads = attention_bundles.ours(spec, V6E)
-    lengths = [len(static.plan(span)) for span in common.spans(static)]
+    config, heads = attention_bundles.ours(spec, V6E)
+    lengths = [len(config.block_schedule(span)) for span in common.kv_spans(config)]
     assert len(lengths) == len(set(lengths)) > 1
     found = [
         attention_bundles.of_kernel(spec, case, V6E, "t_backward.1", f"[shape: s32[{n}], index: 0]") for n in lengths
@@ -177,12 +180,14 @@ def test_a_compiled_row_gets_its_bundles(tmp_path):
     kernel = {"name": "attention_forward.1", "mxu": 100}
     row = {"kernels": [dict(kernel)]}
     attention_bundles.add(row, case, V6E, tmp_path)
-    static, _ = attention_bundles.ours(spec, V6E)
+    config, _ = attention_bundles.ours(spec, V6E)
     (found,) = row["kernels"]
     pairs = 8 * 4096 * 4097 // 2
-    assert found["upper_bound"] and found["steps"] == 2 * len(static.plan())
+    assert found["upper_bound"] and found["steps"] == 2 * len(config.block_schedule())
     assert row["bundles_per_pair"] == {"forward": round(found["executed"] / pairs, 6)}
-    assert found["mxu_per_1024x1024"] == round(100 * 2**20 / (4 * static.tiles.q * static.tiles.k))
+    assert found["mxu_per_1024x1024"] == round(
+        100 * 2**20 / (4 * config.block_sizes.block_q * config.block_sizes.block_kv)
+    )
     for other in (hardware.get("h100"), None):  # a GPU, and a row with segments
         row = {"kernels": [dict(kernel)]}
         odd = Case("attention", "aot odd lengths", "pallas", "bfloat16", "forward")

@@ -1,4 +1,4 @@
-"""Attention: the reference against python loops, every implementation against the reference."""
+"""Attention: the reference against Python loops, every implementation against the reference."""
 
 import contextlib
 import math
@@ -48,14 +48,14 @@ def loops(q, k, v, gate=None, *, causal=True, window=None, scale=None, softcap=N
 row = cases.attention
 
 
-def slope(
-    case: workloads.Attention, inputs: dict, aux: dict, dout: np.ndarray, got: dict, by_hand: float | None = None
+def directional_derivatives(
+    case: workloads.Attention, inputs: dict, aux: dict, dout: np.ndarray, result: dict, by_hand: float | None = None
 ) -> tuple[float, float]:
     """The gradient along one random direction: (as computed, by the loops, unless that is given)."""
-    toward = {name: np.random.default_rng(1).standard_normal(x.shape) for name, x in inputs.items()}
-    along = sum(np.sum(tolerance.exact(got[f"d{name}"]) * toward[name]) for name in inputs)
+    direction = {name: np.random.default_rng(1).standard_normal(x.shape) for name, x in inputs.items()}
+    along = sum(np.sum(tolerance.exact(result[f"d{name}"]) * direction[name]) for name in inputs)
     if by_hand is None:
-        by_hand = tolerance.slope(lambda **x: loops(**x, **aux, **case.options()), inputs, toward, dout)
+        by_hand = tolerance.slope(lambda **x: loops(**x, **aux, **case.options()), inputs, direction, dout)
     return along, by_hand
 
 
@@ -68,7 +68,7 @@ TINY = {
     "window of one": row(4, 5, window=1),
     "full, scale": row(3, 5, causal=False, scale=-0.7),
     "segments": row(9, 9, B=2, segments="packed", window=3),
-    "segments nobody shares": row(4, 9, B=2, segments="unmatched", causal=False),
+    "segments without a match": row(4, 9, B=2, segments="unmatched", causal=False),
 }
 
 
@@ -76,9 +76,9 @@ TINY = {
 def test_the_reference_is_the_formula(case):
     inputs, aux, dout = cases.draw(case)
     with jax.enable_x64(True):
-        got = tolerance.program("attention", "reference", cases.options(case))(inputs, aux, dout)
-    np.testing.assert_allclose(got["o"], loops(**inputs, **aux, **case.options()), rtol=1e-12, atol=1e-13)
-    along, by_hand = slope(case, inputs, aux, dout, got)
+        result = tolerance.program("attention", "reference", cases.options(case))(inputs, aux, dout)
+    np.testing.assert_allclose(result["o"], loops(**inputs, **aux, **case.options()), rtol=1e-12, atol=1e-13)
+    along, by_hand = directional_derivatives(case, inputs, aux, dout, result)
     assert along == pytest.approx(by_hand, rel=1e-6, abs=1e-8)
 
 
@@ -88,22 +88,22 @@ def test_every_implementation_keeps_the_rule(case, dtype, implementation):
     inputs, aux, dout = cases.draw(case)
     small = case.T * case.S < 2**18
     options = cases.options(case)
-    got = tolerance.judge("attention", implementation, inputs, dout, dtype, aux=aux, options=options, hurry=small)
+    result = tolerance.judge("attention", implementation, inputs, dout, dtype, aux=aux, options=options, hurry=small)
     if case.T > case.S and case.causal:
         for name in ("o", "dq", *(["dgate"] if case.gate != "none" else [])):
-            assert not np.any(got[name][:, : case.T - case.S]), f"{name}: a query that sees no key"
+            assert not np.any(result[name][:, : case.T - case.S]), f"{name}: a query that sees no key"
 
 
 def is_the_formula(case: workloads.Attention, *runs: Callable[..., Any], seed: int = 0) -> None:
     """Output and gradients of programs in float32 against the loops."""
     inputs, aux, dout = cases.draw(case, seed)
     inputs = {name: x.astype(np.float32).astype(np.float64) for name, x in inputs.items()}
-    narrow = {name: jnp.float32(x) for name, x in inputs.items()}
+    inputs_f32 = {name: jnp.float32(x) for name, x in inputs.items()}
     o, by_hand = loops(**inputs, **aux, **case.options()), None
     for run in runs:
-        got = run(narrow, aux, jnp.float32(dout))
-        np.testing.assert_allclose(got["o"], o, rtol=2e-5, atol=2e-6)
-        along, by_hand = slope(case, inputs, aux, dout, got, by_hand)
+        result = run(inputs_f32, aux, jnp.float32(dout))
+        np.testing.assert_allclose(result["o"], o, rtol=2e-5, atol=2e-6)
+        along, by_hand = directional_derivatives(case, inputs, aux, dout, result, by_hand)
         assert along == pytest.approx(by_hand, rel=1e-4, abs=1e-3)
 
 
@@ -148,14 +148,14 @@ CHUNKED = {
     [pytest.param(case, id=name, marks=pytest.mark.slow if "," in name else ()) for name, case in CHUNKED.items()],
 )
 def test_chunked_scores_are_the_formula(case, monkeypatch):
-    """What XLA does with long sequences, on short ones that loops can follow: five chunks of two blocks of a row."""
-    monkeypatch.setattr(xla, "ONE_BLOCK", 0)
-    monkeypatch.setattr(xla, "CHUNK_ROWS", 1)
-    # Not from the cache of programs, nor into it: its key knows nothing of these two numbers.
+    """The chunked path for long sequences, on short ones that `loops` can check: five chunks of two one-row blocks."""
+    monkeypatch.setattr(xla, "MAX_DENSE_SCORES", 0)
+    monkeypatch.setattr(xla, "CHUNK_BLOCK_Q", 1)
+    # Bypass the cache of programs: its key does not include these two numbers.
     is_the_formula(case, tolerance.program.__wrapped__("attention", "xla", cases.options(case)))
 
 
-POISONED = {  # some keys are seen by no query at all
+POISONED = {  # no query attends to some of the keys
     "one block, window": row(7, 40, window=30, gate="head"),
     "full, segments": row(9, 33, segments="unmatched", causal=False, softcap=2.0),
     "banded, window": row(127, 300, window=20, softcap=2.0),
@@ -166,15 +166,18 @@ POISONED = {  # some keys are seen by no query at all
 
 
 def poisoned() -> list[Any]:
-    """(case, implementation) parameters; the reference only where it is quick."""
+    """(case, implementation) parameters; slow combinations are marked slow."""
     pairs = [(name, i) for name in POISONED for i in (*IMPLEMENTATIONS, "reference")]
-    long = lambda name, i: name == "chunked, window" or (i == "reference" and POISONED[name].S > 100)
-    return [pytest.param(*p, id="-".join(p), marks=pytest.mark.slow if long(*p) else ()) for p in pairs]
+
+    def is_slow(name: str, implementation: str) -> bool:
+        return name == "chunked, window" or (implementation == "reference" and POISONED[name].S > 100)
+
+    return [pytest.param(*p, id="-".join(p), marks=pytest.mark.slow if is_slow(*p) else ()) for p in pairs]
 
 
-@pytest.mark.parametrize("what", ["output", "gradients"])
+@pytest.mark.parametrize("compared", ["output", "gradients"])
 @pytest.mark.parametrize(("name", "implementation"), poisoned())
-def test_what_unseen_keys_hold_reaches_nobody(name, implementation, what):
+def test_masked_keys_do_not_affect_outputs(name, implementation, compared):
     case = POISONED[name]
     inputs, aux, dout = cases.draw(case)
     distance = np.arange(case.T)[:, None] + case.S - case.T - np.arange(case.S)
@@ -183,16 +186,16 @@ def test_what_unseen_keys_hold_reaches_nobody(name, implementation, what):
     if aux:
         q_ids, kv_ids = aux["segment_ids"]
         mask = mask & (q_ids[:, :, None] == kv_ids[:, None])
-    unseen = ~mask.any(axis=1)[:, :, None, None]
-    assert unseen.any(), "the case poisons nothing"
+    masked = ~mask.any(axis=1)[:, :, None, None]
+    assert masked.any(), "no key is masked in this case"
     run = tolerance.program("attention", implementation, cases.options(case))
-    parts = []
+    results = []
     for fill in (0, np.nan, np.inf):
-        filled = {n: np.float32(np.where(unseen, fill, x) if n in "kv" else x) for n, x in inputs.items()}
-        got = run(filled, aux, np.float32(dout))
-        parts.append({n: x for n, x in got.items() if (n == "o") == (what == "output")})
-    for part in parts[1:]:
-        tolerance.same_bits(parts[0], part)
+        filled = {n: np.float32(np.where(masked, fill, x) if n in "kv" else x) for n, x in inputs.items()}
+        result = run(filled, aux, np.float32(dout))
+        results.append({n: x for n, x in result.items() if (n == "o") == (compared == "output")})
+    for other in results[1:]:
+        tolerance.same_bits(results[0], other)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -1,4 +1,4 @@
-"""The Pallas attention from inside: its plan, what it keeps, what it must not see, under every transformation."""
+"""The TPU attention: block sizes, residuals, cost estimates and what an output must not depend on."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dantinox import kernels
 from dantinox.kernels import cost, workloads
 from dantinox.kernels.ops.attention.pallas_tpu import block_sizes
-from dantinox.kernels.ops.attention.pallas_tpu.common import Tiles
+from dantinox.kernels.ops.attention.pallas_tpu.common import AttentionBlockSizes
 from tests.helpers import cases, random_shapes, tolerance
 from tests.helpers.jaxpr_walk import equations, largest
 from tests.kernels.attention.test_attention import is_the_formula
@@ -28,8 +28,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, gate: jax.Array | None =
     return kernels.attention(q, k, v, gate=gate, implementation="pallas", **options)
 
 
-def narrow(case: workloads.Attention) -> tuple[dict[str, np.ndarray], dict[str, Any], np.ndarray]:
-    """Its arrays in float32."""
+def draw_f32(case: workloads.Attention) -> tuple[dict[str, np.ndarray], dict[str, Any], np.ndarray]:
+    """Draws the arrays of a case in float32."""
     inputs, aux, dout = cases.draw(case)
     return {name: np.float32(x) for name, x in inputs.items()}, aux, np.float32(dout)
 
@@ -37,18 +37,20 @@ def narrow(case: workloads.Attention) -> tuple[dict[str, np.ndarray], dict[str, 
 # What an output must not depend on.
 
 WINDOWED = row(40, 40, B=2, H=4, window=9, gate="head")
-LITTLE = Tiles(heads=1, q=16, k=8, rows=32, keys=8, span=64)  # of two heads: several tiles where LITTLE is chosen
+SMALL_BLOCKS = AttentionBlockSizes(
+    kv_heads=1, block_q=16, block_kv=8, block_q_compute=32, block_kv_compute=8, kv_span=64
+)  # several blocks per head
 
 
 @pytest.fixture
-def choose(monkeypatch):
-    """choose(chosen): from now on these are the tiles."""
-    return lambda chosen: monkeypatch.setattr(block_sizes, "choose", lambda *_, **__: chosen)
+def use_block_sizes(monkeypatch):
+    """use_block_sizes(sizes) replaces the heuristic for the test."""
+    return lambda sizes: monkeypatch.setattr(block_sizes, "heuristic_block_sizes", lambda *_, **__: sizes)
 
 
-def test_neither_the_future_nor_what_the_window_hides_changes_a_bit(choose):
-    choose(LITTLE)
-    inputs, *_ = narrow(WINDOWED)
+def test_tokens_outside_the_window_do_not_change_a_bit(use_block_sizes):
+    use_block_sizes(SMALL_BLOCKS)
+    inputs, *_ = draw_f32(WINDOWED)
     run = tolerance.quick(lambda inputs: attention(**inputs, window=9))
     before = np.asarray(run(inputs))
     for t in (1, 15, 16, 23, 39):
@@ -56,12 +58,12 @@ def test_neither_the_future_nor_what_the_window_hides_changes_a_bit(choose):
         np.testing.assert_array_equal(after[:, :t], before[:, :t])
         np.testing.assert_array_equal(after[:, t + 9 :], before[:, t + 9 :])
         changed = (after[:, t : t + 9] != before[:, t : t + 9]).any(axis=(0, 2, 3))
-        assert changed.all(), "whoever sees token t would show it"
+        assert changed.all(), "every query that sees token t depends on it"
 
 
-def test_sequences_and_heads_do_not_mix(choose):
-    choose(LITTLE._replace(heads=2))
-    inputs, *_ = narrow(WINDOWED)
+def test_sequences_and_heads_do_not_mix(use_block_sizes):
+    use_block_sizes(SMALL_BLOCKS._replace(kv_heads=2))
+    inputs, *_ = draw_f32(WINDOWED)
     run = tolerance.quick(lambda inputs: attention(**inputs, window=9))
     o = run(inputs)
     np.testing.assert_array_equal(run({name: x[::-1] for name, x in inputs.items()}), o[::-1])
@@ -69,59 +71,66 @@ def test_sequences_and_heads_do_not_mix(choose):
     np.testing.assert_array_equal(swapped, o[:, :, ::-1])
 
 
-# Tiles that no CPU would choose.
+# AttentionBlockSizes that no CPU would choose.
 
-SPANS = {
-    "window, gate": (row(40, 40, H=4, window=11, gate="head"), Tiles(1, 8, 8, 16, 8, 16)),
-    "cap, fewer queries": (row(21, 40, H=3, K=1, softcap=1.5, gate="elementwise"), Tiles(1, 16, 16, 48, 16, 16)),
-    "segments, more queries": (row(40, 21, segments="separate"), Tiles(2, 16, 8, 16, 8, 16)),
-    "packed, window": (row(33, 33, B=2, segments="packed", window=20), Tiles(2, 8, 16, 8, 16, 16)),
-    "full, nobody": (row(20, 40, segments="unmatched", causal=False), Tiles(1, 16, 8, 16, 8, 8)),
-    "window of one, T > S": (row(30, 17, H=4, window=1), Tiles(1, 4, 4, 8, 4, 8)),
+SPAN_CASES = {
+    "window, gate": (row(40, 40, H=4, window=11, gate="head"), AttentionBlockSizes(1, 8, 8, 16, 8, 16)),
+    "cap, fewer queries": (
+        row(21, 40, H=3, K=1, softcap=1.5, gate="elementwise"),
+        AttentionBlockSizes(1, 16, 16, 48, 16, 16),
+    ),
+    "segments, more queries": (row(40, 21, segments="separate"), AttentionBlockSizes(2, 16, 8, 16, 8, 16)),
+    "packed, window": (row(33, 33, B=2, segments="packed", window=20), AttentionBlockSizes(2, 8, 16, 8, 16, 16)),
+    "full, unmatched": (row(20, 40, segments="unmatched", causal=False), AttentionBlockSizes(1, 16, 8, 16, 8, 8)),
+    "window of one, T > S": (row(30, 17, H=4, window=1), AttentionBlockSizes(1, 4, 4, 8, 4, 8)),
 }
-PIECES = {
-    "a piece a head": (row(24, 24, H=4, window=5, gate="head"), Tiles(1, 8, 16, 8, 8, 16)),
-    "a piece half a head": (row(12, 28, softcap=1.5), Tiles(2, 16, 8, 8, 4, 16)),
-    "a piece two heads": (row(12, 20, H=8, D=4, segments="separate"), Tiles(2, 4, 8, 8, 4, 64)),
-    "three tiles joined": (row(40, 40, H=4, window=14, gate="head"), Tiles(2, 8, 8, 16, 8, 40, 3)),
-    "joined, packed": (row(33, 33, B=2, segments="packed", window=9), Tiles(1, 4, 4, 4, 4, 64, 3)),
-    "joined, fewer queries": (row(9, 40, window=12), Tiles(2, 4, 8, 4, 8, 40, 3)),
-    "joined, more queries": (row(40, 17, H=4, window=9), Tiles(1, 8, 8, 16, 8, 32, 3)),
+SUBTILE_CASES = {
+    "one subtile per head": (row(24, 24, H=4, window=5, gate="head"), AttentionBlockSizes(1, 8, 16, 8, 8, 16)),
+    "two subtiles per head": (row(12, 28, softcap=1.5), AttentionBlockSizes(2, 16, 8, 8, 4, 16)),
+    "two heads per subtile": (row(12, 20, H=8, D=4, segments="separate"), AttentionBlockSizes(2, 4, 8, 8, 4, 64)),
+    "three blocks per step": (row(40, 40, H=4, window=14, gate="head"), AttentionBlockSizes(2, 8, 8, 16, 8, 40, 3)),
+    "blocks per step, packed": (
+        row(33, 33, B=2, segments="packed", window=9),
+        AttentionBlockSizes(1, 4, 4, 4, 4, 64, 3),
+    ),
+    "blocks per step, fewer queries": (row(9, 40, window=12), AttentionBlockSizes(2, 4, 8, 4, 8, 40, 3)),
+    "blocks per step, more queries": (row(40, 17, H=4, window=9), AttentionBlockSizes(1, 8, 8, 16, 8, 32, 3)),
 }
 
 
-def forced(name: str, case: workloads.Attention, dtype: str) -> None:
+def judge_uncached(name: str, case: workloads.Attention, dtype: str) -> None:
     inputs, aux, dout = cases.draw(case)
     options = cases.options(case)
-    run = tolerance.program.__wrapped__("attention", "pallas", options)  # the cache knows nothing of tiles
+    run = tolerance.program.__wrapped__("attention", "pallas", options)  # the cache's key has no block sizes
     tolerance.judge("attention", "pallas", inputs, dout, dtype, aux=aux, options=options, run=run)
 
 
-def spans() -> list[Any]:
-    """(name, dtype) parameters, two in every run."""
+def span_parameters() -> list[Any]:
+    """(name, dtype) parameters; two of them are quick."""
     found = []
-    for name in SPANS:
+    for name in SPAN_CASES:
         quick = name in ("window, gate", "cap, fewer queries")
         found.append(pytest.param(name, "float32", marks=() if quick else pytest.mark.slow))
         found.append(pytest.param(name, "bfloat16", marks=pytest.mark.slow))
     return found
 
 
-@pytest.mark.parametrize(("name", "dtype"), spans())
-def test_gradients_summed_span_by_span_keep_the_rule(name, dtype, choose):
-    case, chosen = SPANS[name]
-    assert -(-case.S // chosen.k) * chosen.k > chosen.span, "one span"
-    choose(chosen)
-    forced(name, case, dtype)
+@pytest.mark.parametrize(("name", "dtype"), span_parameters())
+def test_gradients_summed_span_by_span_keep_the_rule(name, dtype, use_block_sizes):
+    case, sizes = SPAN_CASES[name]
+    assert -(-case.S // sizes.block_kv) * sizes.block_kv > sizes.kv_span, "one span"
+    use_block_sizes(sizes)
+    judge_uncached(name, case, dtype)
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "three tiles joined" else pytest.mark.slow) for name in PIECES]
+    "name",
+    [pytest.param(name, marks=() if name == "three blocks per step" else pytest.mark.slow) for name in SUBTILE_CASES],
 )
-def test_a_tile_in_pieces_keeps_the_rule(name, choose):
-    case, chosen = PIECES[name]
-    choose(chosen)
-    forced(name, case, "float32")
+def test_subtiles_keep_the_rule(name, use_block_sizes):
+    case, sizes = SUBTILE_CASES[name]
+    use_block_sizes(sizes)
+    judge_uncached(name, case, "float32")
 
 
 @random_shapes.examples(15)
@@ -136,50 +145,62 @@ def test_a_tile_in_pieces_keeps_the_rule(name, choose):
     softcap=st.none() | st.floats(1, 4),
     q=st.sampled_from([1, 4, 8, 16]),
     k=st.sampled_from([1, 3, 8, 16]),
-    span=st.sampled_from([1, 2, 100]),  # tiles
+    span=st.sampled_from([1, 2, 100]),  # blocks
     together=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_any_small_shape_in_any_tiles_is_the_formula(
+def test_any_small_shape_in_any_block_sizes_is_the_formula(
     sizes, heads, B, gate, segments, causal, window, softcap, q, k, span, together, seed
 ):
     (T, S), (H, K) = sizes, heads
     S, window = T if segments == "packed" else S, window if causal else None
     case = row(T, S, B=B, H=H, K=K, D=3, gate=gate, segments=segments, causal=causal, window=window, softcap=softcap)
-    chosen = Tiles(heads=B * K if together else 1, q=q, k=k, rows=H // K * q, keys=k, span=span * k)
-    several = lambda here, **_: chosen if here.platform == "cpu" else chosen._replace(heads=1)
-    with mock.patch.object(block_sizes, "choose", several):
-        # The cache of programs knows nothing of tiles.
+    block_shapes = AttentionBlockSizes(
+        kv_heads=B * K if together else 1,
+        block_q=q,
+        block_kv=k,
+        block_q_compute=H // K * q,
+        block_kv_compute=k,
+        kv_span=span * k,
+    )
+
+    def fixed_block_sizes(device: Any, **_: Any) -> AttentionBlockSizes:
+        return block_shapes if device.platform == "cpu" else block_shapes._replace(kv_heads=1)
+
+    with mock.patch.object(block_sizes, "heuristic_block_sizes", fixed_block_sizes):
+        # The key of the program cache has no block sizes.
         compiled = tolerance.program.__wrapped__("attention", "pallas", cases.options(case))
         is_the_formula(case, *tolerance.forms("pallas", compiled).values(), seed=seed)
     random_shapes.forget()
 
 
-# Sizes of real heads.
+# Head dims of real models.
 
 DTYPES = ("float32", "bfloat16", "float16")
-WIDTHS = [(D, dtype) for D in (32, 64, 80, 96, 128, 192, 256) for dtype in DTYPES]
+HEAD_DIMS = [(D, dtype) for D in (32, 64, 80, 96, 128, 192, 256) for dtype in DTYPES]
 FEW = ((80, "bfloat16"), (192, "float16"))
 
 
-@pytest.mark.parametrize(("D", "dtype"), [pytest.param(*w, marks=() if w in FEW else pytest.mark.slow) for w in WIDTHS])
-def test_every_width_of_head_keeps_the_rule(D, dtype):
+@pytest.mark.parametrize(
+    ("D", "dtype"), [pytest.param(*w, marks=() if w in FEW else pytest.mark.slow) for w in HEAD_DIMS]
+)
+def test_every_head_dim_keeps_the_rule(D, dtype):
     case = row(33, 33, H=2, K=1, D=D, window=20, gate="head")
     inputs, _, dout = cases.draw(case)
     tolerance.judge("attention", "pallas", inputs, dout, dtype, options=cases.options(case))
 
 
-# What it keeps, and what it costs.
+# Residuals, memory and cost.
 
 
 @pytest.mark.parametrize("gate", ["none", "head", "elementwise"])
-def test_only_the_output_and_its_row_sums_are_kept(gate):
+def test_residuals_are_the_inputs_the_output_and_row_statistics(gate):
     case = row(64, 64, B=2, H=4, D=16, gate=gate)
-    inputs, *_ = narrow(case)
+    inputs, *_ = draw_f32(case)
     _, pull = jax.eval_shape(lambda inputs: jax.vjp(lambda x: attention(**x), inputs), inputs)
-    kept = sorted(x.size for x in jax.tree.leaves(pull))
+    residual_sizes = sorted(x.size for x in jax.tree.leaves(pull))
     q = inputs["q"].size
-    assert kept == sorted([*(x.size for x in inputs.values()), q, q // case.D, q // case.D])
+    assert residual_sizes == sorted([*(x.size for x in inputs.values()), q, q // case.D, q // case.D])
 
 
 def self_attention(window: int | None, backward: bool, **options: Any) -> Any:
@@ -209,7 +230,7 @@ def test_memory_grows_with_the_sequence_not_its_square(window, backward):
     assert 0 < two <= 2.3 * one, f"{one} bytes at 1024, {two} at 2048"
 
 
-CHARGED = {
+COST_CASES = {
     "grouped, window, gate": row(40, 40, B=2, H=4, K=2, window=9, gate="head"),
     "fewer queries, elementwise gate": row(9, 40, gate="elementwise"),
     "more queries, window": row(40, 9, H=4, K=1, window=3),
@@ -219,25 +240,25 @@ CHARGED = {
 
 @pytest.mark.parametrize(
     ("name", "spans"),
-    [(name, n) for name in CHARGED for n in (1, 3)],
+    [(name, n) for name in COST_CASES for n in (1, 3)],
 )
-def test_the_compiler_is_told_what_it_costs(name, spans, choose):
-    case = CHARGED[name]
+def test_cost_estimates_match_the_cost_model(name, spans, use_block_sizes):
+    case = COST_CASES[name]
     k = -(-case.S // spans)
-    choose(Tiles(1, 16, k, 16 * case.H // case.K, k, k))
-    inputs, *_ = narrow(case)
+    use_block_sizes(AttentionBlockSizes(1, 16, k, 16 * case.H // case.K, k, k))
+    inputs, *_ = draw_f32(case)
     jaxpr = jax.make_jaxpr(lambda x: jax.vjp(lambda x: attention(**x, **case.options()), x)[1](x["q"]))(inputs)
     calls = [e.params for e in equations(jaxpr) if e.primitive.name == "pallas_call"]
-    told = [cost.Cost(p.flops, p.bytes_accessed, p.transcendentals) for p in (c["cost_estimate"] for c in calls)]
-    forward, *backward = told
+    estimates = [cost.Cost(p.flops, p.bytes_accessed, p.transcendentals) for p in (c["cost_estimate"] for c in calls)]
+    forward, *backward = estimates
     sizes = {name: getattr(case, name) for name in ("B", "T", "S", "H", "K", "D", "causal", "window", "gate")}
     assert forward == cost.attention(**sizes, itemsize=4)
     assert len(backward) == spans
-    # Rounded in each span.
+    # Each span rounds its share.
     np.testing.assert_allclose(np.sum(backward, axis=0), cost.attention(**sizes, itemsize=4, backward=True), atol=spans)
 
 
-def test_a_kernel_says_the_five_things():
+def test_kernel_docstrings_have_six_parts():
     names = ("fwd", "bwd", "gmm", "tgmm", "kernel", "pallas_cpu")
     files = [file for file in (ROOT / "kernels" / "ops").rglob("*.py") if file.stem in names]
     assert len(files) == 13

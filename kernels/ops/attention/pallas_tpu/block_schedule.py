@@ -1,12 +1,12 @@
-"""Which tiles of the score matrix hold a visible pair: the grid of a kernel, and nothing else is in it.
+"""Which blocks of the score matrix hold a visible pair. They are the grid of a kernel.
 
-                    keys ->   0   1   2   3   4   5
-    query tile 0              ▞   ░   ░   ░   ░   ░       ▞ visible in part: the mask is applied
-    query tile 1              █   ▞   ░   ░   ░   ░       █ all visible: no mask
-    query tile 2              ▞   █   ▞   ░   ░   ░       ░ not in the plan: no load, no work, no time
-    query tile 3              ░   ▞   █   ▞   ░   ░
+                   keys ->    0   1   2   3   4   5
+    query block 0             ▞   ░   ░   ░   ░   ░       ▞ partly visible: the mask is applied
+    query block 1             █   ▞   ░   ░   ░   ░       █ fully visible: no mask
+    query block 2             ▞   █   ▞   ░   ░   ░       ░ not in the schedule: no load, no work, no time
+    query block 3             ░   ▞   █   ▞   ░   ░
 
-Query t stands at position S - T + t. A query tile that sees no key keeps one tile, to write its zeros.
+Query t is at position S - T + t. A query block that sees no key keeps one block, which writes its zeros.
 """
 
 import functools
@@ -14,20 +14,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-FIRST, LAST, MASKED, FRESH = 1, 2, 4, 8
+FIRST_KV_BLOCK, LAST_KV_BLOCK, NEEDS_MASK, FIRST_USE_OF_KV = 1, 2, 4, 8
 
 
-class Plan(NamedTuple):
-    """Visible tiles in the order of the grid, query tile by query tile; three int32 arrays of one length.
+class BlockSchedule(NamedTuple):
+    """The visible blocks in grid order, query block by query block: three int32 arrays of equal length.
 
     Attributes:
-        q: query tile. k: key tile.
-        flags: FIRST and LAST tile of its query tile, MASKED where some pair is not visible, FRESH where its keys come
-            for the first time.
+        q: query block of each step.
+        kv: key block of each step.
+        flags: FIRST_KV_BLOCK and LAST_KV_BLOCK mark the first and the last step of a query block, NEEDS_MASK marks
+            blocks with an invisible pair, FIRST_USE_OF_KV marks the first step of a key block.
     """
 
     q: np.ndarray
-    k: np.ndarray
+    kv: np.ndarray
     flags: np.ndarray
 
     def __len__(self) -> int:  # type: ignore[override]
@@ -35,46 +36,59 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=512)
-def plan(
+def make_block_schedule(
     T: int,
     S: int,
-    q_rows: int,
-    k_rows: int,
+    block_q: int,
+    block_kv: int,
     *,
     causal: bool,
     window: int | None,
-    keys: tuple[int, int] | None = None,
-    joined: int = 1,
-) -> Plan:
-    """The visible tiles of `q_rows` queries by `k_rows` keys; T and S are the true lengths, not padded ones.
+    kv_block_range: tuple[int, int] | None = None,
+    kv_blocks_per_step: int = 1,
+) -> BlockSchedule:
+    """Lists the visible blocks of `block_q` queries by `block_kv` keys.
 
-    With `keys`, a range of key tiles, only the tiles there: query tiles that see none of them are absent. With
-    `joined`, no fewer than any query tile sees, its key tiles are one step: so many tiles from `k` on.
+    Args:
+        T: number of queries, without padding.
+        S: number of keys, without padding.
+        block_q: queries per block.
+        block_kv: keys per block.
+        causal: whether a query sees no later key.
+        window: keys that a query sees, or None.
+        kv_block_range: restricts the schedule to these key blocks; query blocks that see none of them are absent.
+        kv_blocks_per_step: above 1, one step processes this many key blocks, from `kv` on. It must cover all key
+            blocks that any query block sees.
+
+    Returns:
+        The schedule.
     """
-    q, k, flags = [], [], []
-    met: set[int] = set()
-    for i in range(-(-T // q_rows)):
-        first = i * q_rows + S - T  # positions of the tile's first and last query
-        last = min((i + 1) * q_rows, T) - 1 + S - T
-        high = min(last, S - 1) if causal else S - 1
-        low = 0 if window is None else max(0, first - window + 1)
-        tiles = list(range(low // k_rows, high // k_rows + 1)) if high >= low else []
-        if keys is not None:
-            tiles = [j for j in tiles if keys[0] <= j < keys[1]]
-        elif not tiles:
-            tiles = [0]
-        if joined > 1:
-            assert len(tiles) <= joined, f"a query tile sees {len(tiles)} key tiles, {joined} are joined"
-            tiles = [max(0, min(tiles[0], -(-S // k_rows) - joined))]
-        for j in tiles:
-            whole = (j + 1) * k_rows <= S and high >= low and joined == 1
+    q, kv, flags = [], [], []
+    visited: set[int] = set()
+    for i in range(-(-T // block_q)):
+        q_start = i * block_q + S - T  # positions of the block's first and last query
+        q_last = min((i + 1) * block_q, T) - 1 + S - T
+        kv_end = min(q_last, S - 1) if causal else S - 1
+        kv_start = 0 if window is None else max(0, q_start - window + 1)
+        kv_blocks = list(range(kv_start // block_kv, kv_end // block_kv + 1)) if kv_end >= kv_start else []
+        if kv_block_range is not None:
+            kv_blocks = [j for j in kv_blocks if kv_block_range[0] <= j < kv_block_range[1]]
+        elif not kv_blocks:
+            kv_blocks = [0]
+        if kv_blocks_per_step > 1:
+            assert len(kv_blocks) <= kv_blocks_per_step, (
+                f"a query block sees {len(kv_blocks)} key blocks, a step takes {kv_blocks_per_step}"
+            )
+            kv_blocks = [max(0, min(kv_blocks[0], -(-S // block_kv) - kv_blocks_per_step))]
+        for j in kv_blocks:
+            fully_visible = (j + 1) * block_kv <= S and kv_end >= kv_start and kv_blocks_per_step == 1
             if causal:
-                whole &= first >= (j + 1) * k_rows - 1
+                fully_visible &= q_start >= (j + 1) * block_kv - 1
             if window is not None:
-                whole &= last - j * k_rows < window
+                fully_visible &= q_last - j * block_kv < window
             q.append(i)
-            k.append(j)
-            ends = FIRST * (j == tiles[0]) + LAST * (j == tiles[-1])
-            flags.append(ends + MASKED * (not whole) + FRESH * (j not in met))
-            met.add(j)
-    return Plan(*(np.array(column, np.int32) for column in (q, k, flags)))
+            kv.append(j)
+            ends = FIRST_KV_BLOCK * (j == kv_blocks[0]) + LAST_KV_BLOCK * (j == kv_blocks[-1])
+            flags.append(ends + NEEDS_MASK * (not fully_visible) + FIRST_USE_OF_KV * (j not in visited))
+            visited.add(j)
+    return BlockSchedule(*(np.array(column, np.int32) for column in (q, kv, flags)))

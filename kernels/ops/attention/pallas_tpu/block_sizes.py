@@ -1,9 +1,9 @@
-"""Tile sizes of the attention kernels.
+"""Block sizes of the attention kernels.
 
-On a TPU the tiles are those of the least bundles by a model whose numbers were read off libtpu's schedules for v5e and
-v6e: `make aot` compiles what comes out. On a CPU a step costs XLA some forty small operations whatever is in it, so
-many heads share a step; its scores should stay in the caches. Under a window the forward pass takes all that a query
-tile sees in one step.
+On a TPU a cost model picks the blocks with the fewest bundles. Its constants come from libtpu's schedules for v5e and
+v6e, and `make aot` compiles the result. On a CPU a step costs XLA about forty small operations whatever its size, so
+many heads share a step, and the scores of a step should fit in the caches. Under a window the forward pass processes
+all keys that a query block sees in one step.
 """
 
 import functools
@@ -11,32 +11,39 @@ import functools
 import numpy as np
 
 from dantinox.kernels.dispatch import Device, current_device
-from dantinox.kernels.ops.attention.pallas_tpu.block_schedule import FIRST, MASKED, plan
-from dantinox.kernels.ops.attention.pallas_tpu.common import Tiles
+from dantinox.kernels.ops.attention.pallas_tpu.block_schedule import FIRST_KV_BLOCK, NEEDS_MASK, make_block_schedule
+from dantinox.kernels.ops.attention.pallas_tpu.common import AttentionBlockSizes
 
-CPU_SCORES = 2**18  # of a step: 1 MiB of float32; twice that in a step of joined tiles
-JOINED_KEYS, IN_VAIN = 512, 1.25  # of a forward step; times the scores that are needed
-TPU_SCORES = 2**20  # of a tile: 12 MiB of scratch in the backward pass, and programs of some 7000 bundles
-STEP, QUERY_TILE = 330, 160  # bundles: of a step, of a query tile's start and end
-SCORE = {128: 4400 / 2**20, 256: 2600 / 2**20}  # and of a score, by the width of the matrix unit
-MASK = {128: 1000 / 2**20, 256: 1600 / 2**20}  # of its mask
-SPAN_BYTES = 16 * 2**20  # of dk and dv: float32 sums, and the blocks they leave in, twice
+MAX_CPU_SCORES = 2**18  # per step: 1 MiB of float32; twice that in a step of several key blocks
+MAX_KEYS_PER_STEP, MAX_WASTE = 512, 1.25  # of a forward step; computed scores over needed scores
+MAX_TPU_SCORES = 2**20  # per block: 12 MiB of scratch in the backward pass, and programs of about 7000 bundles
+BUNDLES_PER_STEP, BUNDLES_PER_Q_BLOCK = 330, 160  # the latter for the start and end of a query block
+BUNDLES_PER_SCORE = {128: 4400 / 2**20, 256: 2600 / 2**20}  # by the width of the matrix unit
+BUNDLES_PER_MASKED_SCORE = {128: 1000 / 2**20, 256: 1600 / 2**20}  # on top
+MAX_KV_SPAN_BYTES = 16 * 2**20  # of dk and dv: float32 sums, and their output blocks, double-buffered
 
 
-def choose(
+def heuristic_block_sizes(
     device: Device, *, heads: int, G: int, T: int, S: int, D: int, causal: bool, window: int | None, itemsize: int
-) -> Tiles:
-    """Tiles for these sizes; `heads` key heads over all sequences."""
+) -> AttentionBlockSizes:
+    """Picks block sizes for these problem sizes; `heads` counts the key heads of all sequences."""
     if device.platform == "cpu":
-        return _cpu(heads, G, T, S, causal, window)
-    wide = 128 if "v5" in device.kind.lower() else 256  # columns of the matrix unit
-    q, k = _tpu(G, T, S, causal, window, wide)
-    span = SPAN_BYTES // ((8 + 4 * itemsize) * D)
-    return Tiles(1, q, k, wide if G * q % wide == 0 else 128, min(256, k), max(1, span // k) * k)
+        return _cpu_block_sizes(heads, G, T, S, causal, window)
+    mxu_width = 128 if "v5" in device.kind.lower() else 256
+    block_q, block_kv = _tpu_block_sizes(G, T, S, causal, window, mxu_width)
+    span = MAX_KV_SPAN_BYTES // ((8 + 4 * itemsize) * D)
+    return AttentionBlockSizes(
+        kv_heads=1,
+        block_q=block_q,
+        block_kv=block_kv,
+        block_q_compute=mxu_width if G * block_q % mxu_width == 0 else 128,
+        block_kv_compute=min(256, block_kv),
+        kv_span=max(1, span // block_kv) * block_kv,
+    )
 
 
-def interpreted_slow(B: int, T: int, S: int, H: int, window: int | None) -> bool:
-    """Whether the interpreted kernel is slower than plain XLA: so few scores that its steps cost more than they do.
+def xla_is_faster(B: int, T: int, S: int, H: int, window: int | None) -> bool:
+    """Whether plain XLA beats the interpreted kernel: with few scores, the overhead of its steps dominates.
 
     Measured on 2 cores, forward and backward against `xla.py`: 1.2 to 1.5 times the time with 1 to 2 million scores,
     0.5 to 0.9 times with 5 to 8 million.
@@ -45,43 +52,55 @@ def interpreted_slow(B: int, T: int, S: int, H: int, window: int | None) -> bool
     return current_device().platform == "cpu" and scores < 2**22
 
 
-def _cpu(heads: int, G: int, T: int, S: int, causal: bool, window: int | None) -> Tiles:
+def _cpu_block_sizes(heads: int, G: int, T: int, S: int, causal: bool, window: int | None) -> AttentionBlockSizes:
     side = 64 if window is not None and window <= 256 else 128
-    q = _up(T) if T <= 128 else max(16, min(side, 1024 // _up(G)))
-    k = _up(S) if S <= 128 else side if window is not None and window <= 256 else 256
-    joined = _joined(T, S, q, k, causal, window)
-    most = max(1, CPU_SCORES // (G * q * k) * 2 // max(2, joined))
-    per = max(h for h in range(1, min(heads, most) + 1) if heads % h == 0)
-    return Tiles(per, q, k, G * q, k, _up(S) * k, joined)
+    block_q = _next_power_of_2(T) if T <= 128 else max(16, min(side, 1024 // _next_power_of_2(G)))
+    block_kv = _next_power_of_2(S) if S <= 128 else side if window is not None and window <= 256 else 256
+    kv_blocks_per_step = _kv_blocks_per_step(T, S, block_q, block_kv, causal, window)
+    max_heads = max(1, MAX_CPU_SCORES // (G * block_q * block_kv) * 2 // max(2, kv_blocks_per_step))
+    return AttentionBlockSizes(
+        kv_heads=max(h for h in range(1, min(heads, max_heads) + 1) if heads % h == 0),
+        block_q=block_q,
+        block_kv=block_kv,
+        block_q_compute=G * block_q,
+        block_kv_compute=block_kv,
+        kv_span=_next_power_of_2(S) * block_kv,
+        kv_blocks_per_step=kv_blocks_per_step,
+    )
 
 
 @functools.lru_cache(maxsize=512)
-def _joined(T: int, S: int, q: int, k: int, causal: bool, window: int | None) -> int:
-    """All key tiles that a query tile sees as one, where few scores are computed in vain: few steps cost less."""
-    seen = np.bincount(plan(T, S, q, k, causal=causal, window=window).q)
-    most = int(seen.max())
-    return most if most * k <= JOINED_KEYS and most * len(seen) <= IN_VAIN * seen.sum() else 1
+def _kv_blocks_per_step(T: int, S: int, block_q: int, block_kv: int, causal: bool, window: int | None) -> int:
+    """All key blocks that a query block sees, if one step for them wastes few scores: fewer steps cost less."""
+    visible = np.bincount(make_block_schedule(T, S, block_q, block_kv, causal=causal, window=window).q)
+    most = int(visible.max())
+    fits = most * block_kv <= MAX_KEYS_PER_STEP and most * len(visible) <= MAX_WASTE * visible.sum()
+    return most if fits else 1
 
 
 @functools.lru_cache(maxsize=512)
-def _tpu(G: int, T: int, S: int, causal: bool, window: int | None, wide: int) -> tuple[int, int]:
-    """(queries, keys) of a tile."""
+def _tpu_block_sizes(G: int, T: int, S: int, causal: bool, window: int | None, mxu_width: int) -> tuple[int, int]:
+    """(block_q, block_kv) with the fewest bundles."""
     best: tuple[float, int, int] | None = None
-    for q in (128, 256, 512, 1024):
-        for k in (256, 512, 1024):
-            largest = G * q * k <= TPU_SCORES or (q, k) == (128, 256)
-            if not largest or q >= 2 * max(T, 128) or k >= 2 * max(S, 256):
+    for block_q in (128, 256, 512, 1024):
+        for block_kv in (256, 512, 1024):
+            scores = G * block_q * block_kv
+            fits = scores <= MAX_TPU_SCORES or (block_q, block_kv) == (128, 256)
+            if not fits or block_q >= 2 * max(T, 128) or block_kv >= 2 * max(S, 256):
                 continue
-            tiles = plan(T, S, q, k, causal=causal, window=window)
-            masked = int(((tiles.flags & MASKED) != 0).sum())
-            starts = int(((tiles.flags & FIRST) != 0).sum())
-            scores = G * q * k
-            bundles = len(tiles) * (STEP + SCORE[wide] * scores) + masked * MASK[wide] * scores + starts * QUERY_TILE
-            best = min(best or (bundles, q, k), (bundles, q, k))
+            schedule = make_block_schedule(T, S, block_q, block_kv, causal=causal, window=window)
+            num_masked = int(((schedule.flags & NEEDS_MASK) != 0).sum())
+            num_q_blocks = int(((schedule.flags & FIRST_KV_BLOCK) != 0).sum())
+            bundles = (
+                len(schedule) * (BUNDLES_PER_STEP + BUNDLES_PER_SCORE[mxu_width] * scores)
+                + num_masked * BUNDLES_PER_MASKED_SCORE[mxu_width] * scores
+                + num_q_blocks * BUNDLES_PER_Q_BLOCK
+            )
+            candidate = (bundles, block_q, block_kv)
+            best = candidate if best is None else min(best, candidate)
     assert best is not None
     return best[1:]
 
 
-def _up(n: int) -> int:
-    """The next power of two."""
+def _next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()

@@ -1,141 +1,208 @@
-"""Attention on Mosaic TPU, and interpreted on a CPU: flash attention over the visible tiles only.
+"""Attention on Mosaic TPU, and interpreted on a CPU: flash attention over the visible blocks only.
 
 Math      s = cap(scale q k^T) log2(e);  p = 2^(s - m);  o = sigmoid(gate) * sum(p v) / sum(p)
-Tiling    grid (heads, visible tiles), the tiles of one query tile in a row; see `block_schedule.py` for which are
-          visible, `common.py` for what happens inside one. The G query heads of a key head are packed: R = G * bq rows.
+Tiling    grid (heads, visible blocks), the blocks of a query block one after the other. `block_schedule.py` says which
+          blocks are visible, `common.py` how a kernel processes one. The G query heads of a key head are packed:
+          R = G * bq rows.
 
               keys ->        bk   bk   bk   bk
               G x bq rows    ▞    ░    ░    ░       ▞ masked
               G x bq rows    █    ▞    ░    ░       █ interior: no mask is computed
               G x bq rows    ▞    █    ▞    ░       ░ not in the grid
 
-State     m, l [1, R] and the output [D, R] of one query tile, in float32; they leave the chip when they are done.
-Traffic   reads q, gate and writes o once, reads k and v once a visible tile: 2 T S_visible / bq rows of D.
-          4 D FLOPs a visible pair. The naive way moves T S scores three times.
-Limits    float32, bfloat16, float16; any T, S, H, K, D. ValueError comes from `dantinox.kernels.attention`.
-Source    Dao, FlashAttention-2 (arXiv:2307.08691); jax's splash attention for the grid of visible tiles.
+State     m, l [1, R] and the output [D, R] of one query block, in float32; they leave the chip at its last key block.
+Traffic   reads q and gate and writes o once, reads k and v once per visible block: 2 T S_visible / bq rows of D.
+          4 D FLOPs per visible pair. The naive way moves T S scores three times.
+Limits    float32, bfloat16, float16; any T, S, H, K, D. `dantinox.kernels.attention` raises ValueError.
+Source    Dao, FlashAttention-2 (arXiv:2307.08691); jax's splash attention for the grid of visible blocks.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dantinox.kernels.cost import Cost
-from dantinox.kernels.ops.attention.pallas_tpu.common import FLOOR, NN, Segments, Static, Tile, block, call, dot
+from dantinox.kernels.ops.attention.pallas_tpu.block_call import (
+    Operand,
+    Output,
+    ScratchShape,
+    block_spec,
+    pallas_call_over_blocks,
+)
+from dantinox.kernels.ops.attention.pallas_tpu.common import (
+    M_INIT,
+    NN,
+    AttentionKernelConfig,
+    BlockContext,
+    SegmentTables,
+    dot_per_head,
+)
+from dantinox.kernels.ops.attention.pallas_tpu.refs import BlockRef, SubtileRef
 
 Array = jax.Array
 
 
-def _kernel(tile: Tile) -> None:
-    across, down = tile.static.pieces
-    gated, residuals = "gate" in tile.refs, "max" in tile.refs
+class ForwardResult(NamedTuple):
+    """Results of the forward kernel; without residuals only `o`.
 
-    @pl.when(tile.first)
-    def _():
-        tile.fill(FLOOR, "m")
-        tile.fill(0, "l", "acc")
+    `m` and `inv_l` are the log-sum-exp of a row in two parts: one number would carry a rounding error to every p of the
+    row.
 
-    def top(r: int, c: int, s: Array) -> None:
-        tile.put("top", r, c, value=jnp.max(s, axis=-2, keepdims=True))
+    Attributes:
+        o: output [heads, query subtiles, D, rows].
+        o_ungated: output before the gate, in the same shape.
+        m: largest score of each row, times `score_scale`: [heads, query subtiles, 1, rows].
+        inv_l: 1 / sum of each row's exponentials, 0 where the row sees no key; shaped as `m`.
+    """
 
-    @tile.phase
-    def _():
-        for r, c in tile.pieces():
-            s = tile.scores(dot(tile.get("k", c), tile.get("q", r), NN))
-            tile.put("s", r, c, value=s)
-            top(r, c, s)
-
-    tile.mask(then=top)
-
-    @tile.phase
-    def _():
-        for r in range(across):
-            old = tile.get("m", r)
-            m = functools.reduce(jnp.maximum, (tile.get("top", r, c) for c in range(down)), old)
-            decay = tile.static.exp(old - m)
-            tile.put("m", r, value=m)
-            tile.put("decay", r, value=decay)
-            tile.put("l", r, value=decay * tile.get("l", r))
-            for c in range(down):
-                p = tile.static.exp(tile.get("s", r, c) - m)
-                tile.put("l", r, value=tile.get("l", r) + jnp.sum(p, axis=-2, keepdims=True))
-                tile.put("p", r, c, value=p)
-
-    @tile.phase
-    def _():
-        tile.sum_keys("acc", "v", "p", "decay")
-
-    @pl.when(tile.last)
-    def _():
-        for r in range(across):
-            l = tile.get("l", r)
-            nobody = l == 0
-            some = jnp.where(nobody, 1.0, l)
-            o = tile.get("acc", r) / some
-            if residuals and gated:
-                tile.put("ungated", r, value=o)
-            if gated:
-                o = o * jax.nn.sigmoid(tile.get("gate", r).astype(jnp.float32))
-            tile.put("o", r, value=o)
-            if residuals:
-                tile.put("max", r, value=tile.get("m", r))
-                tile.put("share", r, value=jnp.where(nobody, 0.0, 1 / some))
+    o: Array
+    o_ungated: Array | None = None
+    m: Array | None = None
+    inv_l: Array | None = None
 
 
-def forward(
+def _fwd_kernel(
+    block: BlockContext,
+    *,
+    q_ref: SubtileRef,
+    k_ref: SubtileRef,
+    v_ref: SubtileRef,
+    gate_ref: SubtileRef | None = None,
+    o_ref: BlockRef,
+    o_ungated_ref: BlockRef | None = None,
+    m_out_ref: BlockRef | None = None,
+    inv_l_ref: BlockRef | None = None,
+    m_ref: BlockRef,
+    l_ref: BlockRef,
+    acc_ref: BlockRef,
+    s_ref: SubtileRef,
+    s_max_ref: SubtileRef,
+    p_ref: SubtileRef,
+    decay_ref: SubtileRef,
+) -> None:
+    config = block.config
+    num_q_subtiles, num_kv_subtiles = config.num_subtiles
+
+    @pl.when(block.is_first_kv_block)
+    def init_state() -> None:
+        m_ref.fill(M_INIT)
+        l_ref.fill(0)
+        acc_ref.fill(0)
+
+    def store_max(r: int, c: int, s: Array) -> None:
+        s_max_ref.store(jnp.max(s, axis=-2, keepdims=True), r, c)
+
+    @block.run_phase
+    def compute_scores() -> None:
+        for r, c in block.subtiles():
+            s = block.scores(dot_per_head(k_ref.load(c), q_ref.load(r), NN))
+            s_ref.store(s, r, c)
+            store_max(r, c, s)
+
+    block.apply_mask(s_ref, after=store_max)
+
+    @block.run_phase
+    def compute_softmax() -> None:
+        for r in range(num_q_subtiles):
+            m_prev = m_ref.load(r)
+            m = functools.reduce(jnp.maximum, (s_max_ref.load(r, c) for c in range(num_kv_subtiles)), m_prev)
+            decay = config.exp(m_prev - m)
+            m_ref.store(m, r)
+            decay_ref.store(decay, r)
+            l_ref.store(decay * l_ref.load(r), r)
+            for c in range(num_kv_subtiles):
+                p = config.exp(s_ref.load(r, c) - m)
+                l_ref.store(l_ref.load(r) + jnp.sum(p, axis=-2, keepdims=True), r)
+                p_ref.store(p, r, c)
+
+    @block.run_phase
+    def accumulate_output() -> None:
+        block.accumulate_over_keys(acc_ref, v_ref, p_ref, decay_ref)
+
+    @pl.when(block.is_last_kv_block)
+    def epilogue() -> None:
+        for r in range(num_q_subtiles):
+            l = l_ref.load(r)
+            sees_no_key = l == 0
+            safe_l = jnp.where(sees_no_key, 1.0, l)
+            o = acc_ref.load(r) / safe_l
+            if o_ungated_ref is not None:
+                o_ungated_ref.store(o, r)
+            if gate_ref is not None:
+                o = o * jax.nn.sigmoid(gate_ref.load(r).astype(jnp.float32))
+            o_ref.store(o, r)
+            if m_out_ref is not None and inv_l_ref is not None:
+                m_out_ref.store(m_ref.load(r), r)
+                inv_l_ref.store(jnp.where(sees_no_key, 0.0, 1 / safe_l), r)
+
+
+def attention_fwd(
     q: Array,
     k: Array,
     v: Array,
     gate: Array | None,
-    segments: Segments | None,
-    static: Static,
+    segments: SegmentTables | None,
+    config: AttentionKernelConfig,
     *,
     residuals: bool,
     cost: Cost,
-) -> dict[str, Array]:
-    """{"o"} or, with `residuals`, {"o", "ungated", "max", "share"}: the log-sum-exp of a row in two parts, its
-    largest score in units of `Static.unit` and 1 / sum. One number would carry a rounding error to every p of the row.
+) -> ForwardResult:
+    """Runs the forward kernel.
 
     Args:
-        q: [heads, pieces of queries, D, rows], as o and ungated; gate: the same or [..., 1, rows], as max and share.
-        k: [heads, pieces of keys, keys, D]. v: [heads, pieces of keys, D, keys].
+        q: [heads, query subtiles, D, rows].
+        k: [heads, key subtiles, keys, D].
+        v: [heads, key subtiles, D, keys].
+        gate: as q, or [heads, query subtiles, 1, rows], or None.
+        segments: segment ids, or None.
+        config: what is known when the kernel is traced.
+        residuals: whether to write what the backward pass needs.
+        cost: cost estimate for the compiler.
+
+    Returns:
+        The output, and the residuals if asked for.
     """
-    D, tiles, (across, down) = q.shape[2], static.tiles, static.pieces
-    queries, row = block(static, "q", D, tiles.rows), block(static, "q", 1, tiles.rows)
-    ins = {"q": (q, "q"), "k": (k, "k"), "v": (v, "k")}
-    outs = {"o": (jax.ShapeDtypeStruct(q.shape, q.dtype), queries)}
+    D, sizes, (num_q_subtiles, num_kv_subtiles) = q.shape[2], config.block_sizes, config.num_subtiles
+    rows, keys = sizes.block_q_compute, sizes.block_kv_compute
+    inputs = {"q": Operand(q, "q"), "k": Operand(k, "kv", kv_axis=-2), "v": Operand(v, "kv")}
+    o_spec, row_spec = block_spec(config, "q", D, rows), block_spec(config, "q", 1, rows)
+    outputs = {"o": Output(jax.ShapeDtypeStruct(q.shape, q.dtype), o_spec)}
     if gate is not None:
-        ins["gate"] = (gate, "q")
+        inputs["gate"] = Operand(gate, "q")
         if residuals:
-            outs["ungated"] = outs["o"]
+            outputs["o_ungated"] = outputs["o"]
     if residuals:
-        one_row = (jax.ShapeDtypeStruct((*q.shape[:2], 1, tiles.rows), jnp.float32), row)
-        outs |= {"max": one_row, "share": one_row}
-    one = (across, 1, tiles.rows)
+        row_output = Output(jax.ShapeDtypeStruct((*q.shape[:2], 1, rows), jnp.float32), row_spec)
+        outputs |= {"m_out": row_output, "inv_l": row_output}
+    row_shape = (num_q_subtiles, 1, rows)
     scratch = {
-        "m": (one, jnp.float32),
-        "l": (one, jnp.float32),
-        "acc": ((across, D, tiles.rows), jnp.float32),
+        "m": ScratchShape(row_shape, jnp.float32),
+        "l": ScratchShape(row_shape, jnp.float32),
+        "acc": ScratchShape((num_q_subtiles, D, rows), jnp.float32),
     }
-    waiting = {
-        "s": ((across, down, tiles.keys, tiles.rows), jnp.float32),
-        "top": ((across, down, 1, tiles.rows), jnp.float32),
-        "p": ((across, down, tiles.keys, tiles.rows), v.dtype),
-        "decay": (one, jnp.float32),
+    phase_scratch = {
+        "s": ScratchShape((num_q_subtiles, num_kv_subtiles, keys, rows), jnp.float32),
+        "s_max": ScratchShape((num_q_subtiles, num_kv_subtiles, 1, rows), jnp.float32),
+        "p": ScratchShape((num_q_subtiles, num_kv_subtiles, keys, rows), v.dtype),
+        "decay": ScratchShape(row_shape, jnp.float32),
     }
-    found = call(
-        _kernel,
-        static,
-        static.plan(joined=tiles.joined),
-        ins,
-        outs,
+    results = pallas_call_over_blocks(
+        _fwd_kernel,
+        config,
+        config.block_schedule(kv_blocks_per_step=sizes.kv_blocks_per_step),
+        inputs,
+        outputs,
         scratch,
-        waiting,
+        phase_scratch,
         segments=segments,
-        joined=tiles.joined,
+        kv_blocks_per_step=sizes.kv_blocks_per_step,
         name="attention_forward",
         cost=cost,
     )
-    return {"ungated": found[0]} | dict(zip(outs, found, strict=True))
+    o = results["o"]
+    if not residuals:
+        return ForwardResult(o)
+    return ForwardResult(o, results.get("o_ungated", o), results["m_out"], results["inv_l"])
