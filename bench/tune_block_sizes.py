@@ -53,8 +53,8 @@ WIDTHS = {
     "y": gmm.WIDTHS,
     "dx": gmm.WIDTHS,
     "dw": tgmm.WIDTHS,
-    "up": experts_kernel.WIDTHS,
-    "dh": experts_kernel.WIDTHS,
+    "up": experts_kernel.SM90_BLOCK_N,
+    "dh": experts_kernel.SM90_BLOCK_N,
 }
 
 
@@ -87,7 +87,7 @@ class Kernel:
 
     @property
     def matrices(self) -> int:
-        return experts_kernel.MATRICES if self.kind == "up" else 1
+        return experts_kernel.NUM_UP_WEIGHTS if self.kind == "up" else 1
 
     @property
     def flops(self) -> int:
@@ -118,9 +118,9 @@ class Kernel:
             if self.kind == "dw":
                 return tgmm.summed(*given, sizes, static)
             if self.kind == "up":
-                return experts_kernel.up(*given, sizes, static, keep=True)
+                return experts_kernel.up_proj(*given, sizes, static, save_residuals=True)
             if self.kind == "dh":
-                return experts_kernel.back(*given, sizes, static)
+                return experts_kernel.down_proj_bwd(*given, sizes, static)
             return gmm.product([given[0]], [given[1]], sizes, static, transposed=self.kind == "dx")
 
         return call

@@ -1,8 +1,8 @@
-"""Bundles that a grouped matmul executes on a TPU, over all its rows: how often each part of its schedule is run.
+"""Bundles that a grouped matmul executes on a TPU, over all its rows: how often each part of its schedule runs.
 
-A schedule has each bundle once, the rare ones too. Which are run depends on how the rows are spread over groups: a tile
-that two groups share is visited twice. Ours multiplies the chunks that a visit has rows of; tokamax's and megablox's
-multiply the whole tile each time. Waits for memory are not in it.
+A schedule has each bundle once, rare ones included. Which of them run depends on how the rows are spread over groups: a
+tile that two groups share is visited twice. Our kernel multiplies the chunks that a visit has rows of; tokamax's and
+megablox's multiply the whole tile each time. Waits for memory are not counted.
 """
 
 import itertools
@@ -51,7 +51,7 @@ def add(row: Row, case: Case, target: Target, dumps: Path) -> None:
         found = {}
         for skew in tables.SKEWS:
             if isinstance(spec, workloads.MoE):
-                works = mixture(spec, kernel["name"], target, skew, keep=case.direction == "both")
+                works = experts_candidates(spec, kernel["name"], target, skew, save_residuals=case.direction == "both")
             else:
                 sizes = workload_types.spread(spec.N, spec.E, skew)
                 works = candidates(spec, case.implementation, kernel["name"], target, sizes)
@@ -127,47 +127,45 @@ def candidates(
 
 
 class Operands(NamedTuple):
-    """What a product multiplies: rows and matrices, arrays [rows, J] beside them.
+    """What a product reads and writes, as `block_sizes.gmm_block_sizes` counts it; `row_sums`: outputs [1, N] too."""
 
-    Attributes:
-        plain: it has no epilogue. thin: sums over columns leave too.
-    """
-
-    xs: int = 1
-    ws: int = 1
-    wide: int = 1
+    num_x: int = 1
+    num_w: int = 1
+    num_matrices: int = 1
     transposed: bool = False
-    plain: bool = True
-    thin: bool = False
+    has_epilogue: bool = False
+    row_sums: bool = False
 
 
-MIXTURE = {
-    "up": Operands(ws=2, plain=False),
-    "down": Operands(plain=False),
-    "dh": Operands(wide=5, transposed=True, plain=False, thin=True),
-    "dx": Operands(xs=2, ws=2, transposed=True),
-    "dw_up": Operands(ws=2),
+EXPERTS = {
+    "up": Operands(num_w=2, has_epilogue=True),
+    "down": Operands(has_epilogue=True),
+    "dh": Operands(num_matrices=5, transposed=True, has_epilogue=True, row_sums=True),
+    "dx": Operands(num_x=2, num_w=2, transposed=True),
+    "dw_up": Operands(num_w=2),
     "dw_down": Operands(),
 }
 
 
-def mixture(spec: workloads.MoE, kernel: str, target: Target, skew: str, *, keep: bool) -> list[Work]:
-    """What a kernel of our mixture may do; `keep`: its way up writes what gradients need."""
+def experts_candidates(
+    spec: workloads.MoE, kernel: str, target: Target, skew: str, *, save_residuals: bool
+) -> list[Work]:
+    """What a kernel of our mixture of experts may do; `save_residuals`: up_proj writes gate and up too."""
     if not (part := tables.product_of(spec.op, kernel)):
         return []
     rows = spec.N * spec.k
     K, J = (spec.M, spec.F) if part in ("up", "dh", "dw_up") else (spec.F, spec.M)
     given = {name: getattr(spec, name) for name in ("name", "suites", "devices", "dtypes", "E")}
-    of = workloads.GroupedMatmul(N=rows, M=K, F=J, **given)
-    product = "dw" if part.startswith("dw") else "dx" if MIXTURE[part].transposed else "y"
-    operands = MIXTURE[part]._replace(wide=3) if part == "up" and keep else MIXTURE[part]
+    grouped = workloads.GroupedMatmul(N=rows, M=K, F=J, **given)
+    product = "dw" if part.startswith("dw") else "dx" if EXPERTS[part].transposed else "y"
+    operands = EXPERTS[part]._replace(num_matrices=3) if part == "up" and save_residuals else EXPERTS[part]
     sizes = workload_types.spread(rows, spec.E, skew)
-    return _ours(product, Device(target.platform, target.kind), of, K, J, sizes, operands)
+    return _ours(product, Device(target.platform, target.kind), grouped, K, J, sizes, operands)
 
 
 def _ours(
     product: str,
-    here: Device,
+    device: Device,
     spec: workloads.GroupedMatmul,
     K: int,
     J: int,
@@ -176,40 +174,40 @@ def _ours(
 ) -> list[Work]:
     options = {"itemsize": spec.itemsize}
     if product == "dw":
-        tile = block_sizes.summed(here, spec.N, spec.E, K, J, dys=operands.ws, **options)
-        each = -(-K // tile.inner) * -(-J // tile.columns)
-        visits, empty = each * len(_visits(sizes, tile.rows)), each * int((sizes == 0).sum())
+        blocks = block_sizes.tgmm_block_sizes(device, spec.N, spec.E, K, J, num_dy=operands.num_w, **options)
+        steps = -(-K // blocks.block_k) * -(-J // blocks.block_n)
+        visits, empty = steps * len(_visits(sizes, blocks.block_m)), steps * int((sizes == 0).sum())
         busy = Part(visits)
-        return [Work(visits + empty, [busy, busy, Part(empty, (empty * tile.inner // 64,))])]
+        return [Work(visits + empty, [busy, busy, Part(empty, (empty * blocks.block_k // 64,))])]
     transposed = product == "dx"
     options |= operands._asdict() | {"transposed": transposed}
-    options.pop("thin")
-    tile = block_sizes.product(here, spec.N, spec.E, K, J, **options)
-    if tile.inner < K:
+    options.pop("row_sums")
+    blocks = block_sizes.gmm_block_sizes(device, spec.N, spec.E, K, J, **options)
+    if blocks.block_k < K:
         return []
-    across, strips = -(-J // tile.columns), tile.columns // tile.strip
-    visits, every = _visits(sizes, tile.rows), tile.rows // tile.chunk
-    rest = [visit for visit in visits if every == 1 or not _whole(visit, tile)]
-    spoils = across * sum(low > row for row, low, _ in rest)
-    saved = Part(spoils, (spoils * tile.rows // 64,))
+    across, strips = -(-J // blocks.block_n), blocks.block_n // blocks.block_n_sub
+    visits, num_chunks = _visits(sizes, blocks.block_m), blocks.block_m // blocks.block_m_sub
+    rest = [visit for visit in visits if num_chunks == 1 or not _covers_tile(visit, blocks)]
+    overwrites = across * sum(low > row for row, low, _ in rest)
+    saved = Part(overwrites, (overwrites * blocks.block_m // 64,))
     of_strips = lambda times: (times * strips,) if strips > 1 else ()  # one strip is no loop
-    left, parts = [sum(_chunks(visit, tile.rows, tile.chunk)) for visit in rest], []
-    for size in range(tile.chunks, 0, -1):
-        trips = [each // size for each in left]
-        left = [each % size for each in left]
+    left, parts = [sum(_chunks(visit, blocks.block_m, blocks.block_m_sub)) for visit in rest], []
+    for size in range(blocks.max_chunks, 0, -1):
+        trips = [chunks // size for chunks in left]
+        left = [chunks % size for chunks in left]
         taken, times = across * sum(map(bool, trips)), across * sum(trips)
         parts.append(Part(taken, (times, *of_strips(times))))
-    parts = [saved, *parts, saved] + [Part(0)] * operands.thin  # where rows are nobody's
-    if every > 1:
+    parts = [saved, *parts, saved] + [Part(0)] * operands.row_sums  # unassigned rows
+    if num_chunks > 1:
         taken = across * (len(visits) - len(rest))
         parts = [Part(taken, of_strips(taken)), Part(across * len(rest), inner=parts)]
     return [Work(across * len(visits), parts)]
 
 
-def _whole(visit: tuple[int, int, int], tile: block_sizes.Tiles) -> bool:
-    """Whether a visit begins with its tile, or before, and has rows of its last chunk."""
+def _covers_tile(visit: tuple[int, int, int], blocks: block_sizes.GmmBlockSizes) -> bool:
+    """Whether a visit starts with its tile, or before, and has rows of its last chunk."""
     row, low, high = visit
-    return low <= row and row + tile.rows - tile.chunk < high
+    return low <= row and row + blocks.block_m - blocks.block_m_sub < high
 
 
 def _visits(sizes: Any, rows: int) -> list[tuple[int, int, int]]:

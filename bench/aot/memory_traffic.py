@@ -1,4 +1,4 @@
-"""Bytes that the kernels of a row move on a TPU, against those that they must: nothing is compiled for it.
+"""Bytes that the kernels of a row move on a TPU, against the minimum, without compiling anything.
 
     python -m bench.aot.memory_traffic [--out FOLDER]       adds them to the rows in a folder's profiles; new tables too
 
@@ -41,7 +41,7 @@ def add(row: Row, case: Case, target: hardware.Target) -> None:
 
 
 def of_case(case: Case, target: hardware.Target) -> dict[str, dict[str, int]]:
-    """Product -> how rows are spread -> bytes moved by its kernel; without those that nobody can count."""
+    """Product -> how rows are spread -> bytes moved by its kernel, if its transfers can be counted."""
     with dispatch.target_device(target.platform, target.kind), _plain_calls(case.implementation):
         program = programs.build(case)
         jaxpr = jax.make_jaxpr(program.function)(*(jax.ShapeDtypeStruct(*shape) for shape in program.shapes))
@@ -56,7 +56,7 @@ def of_case(case: Case, target: hardware.Target) -> dict[str, dict[str, int]]:
 
 @contextlib.contextmanager
 def _plain_calls(implementation: str) -> Iterator[None]:
-    """tokamax's kernels copy blocks inside of one step, under the same rule: here the grid is an ordinary one."""
+    """tokamax's kernels copy blocks within one grid step, by the same rule: give them an ordinary grid instead."""
     if not implementation.startswith("tokamax"):
         yield
         return
@@ -65,7 +65,7 @@ def _plain_calls(implementation: str) -> Iterator[None]:
     def call(kernel: Any, out_shape: Any, input_buffer_count: Any = None, **options: Any) -> Any:
         return pl.pallas_call(kernel, out_shape, **options)
 
-    jax.clear_caches()  # what was traced before, or here, is not what the other finds
+    jax.clear_caches()  # the patched and the unpatched call must not share traces
     with mock.patch.object(mosaic_tpu, "custom_buffered_pallas_call", call):
         yield
     jax.clear_caches()
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for key, row in held["rows"].items():
                 if row["status"] == "compiled":
                     add(row, Case(*key.split(" / ")), hardware.get(name))
-            # Read anew: someone may have compiled meanwhile.
+            # Load it again: another process may have compiled rows meanwhile.
             profile.save(file, profile.merged(profile.load(file), name, held["versions"], held["rows"]))
         readme_tables.write(arguments.out)
     return 0

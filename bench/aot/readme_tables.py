@@ -159,11 +159,11 @@ def mixture(held: Mapping[str, Mapping[str, Row]]) -> str:
     lines = _head(["TPU", "row", "kernel", "MXU share", "bundles", "executed", "spills"])
     for target in held:
         for spec in workloads.select("moe_mlp", "aot", "tpu"):
-            for part, operands in gmm_bundles.MIXTURE.items():
+            for part, operands in gmm_bundles.EXPERTS.items():
                 _, kernel = kernel_of(held[target], spec, "pallas", part, "both")
                 if not kernel:
                     continue
-                wanted = spec.N * spec.k * spec.M * spec.F * operands.ws
+                wanted = spec.N * spec.k * spec.M * spec.F * operands.num_w
                 counts = [f"{count * 2**30 / wanted:.0f}" for count in kernel.get("executed", {}).values()]
                 cells = [f"{kernel['mxu_share']:.0%}", kernel["bundles"], " / ".join(counts) or "?", kernel["spills"]]
                 lines.append(_line([target, spec.name, part, *cells]))

@@ -67,7 +67,7 @@ def run(kernel: Any, grid: tuple[int, int], *arrays: np.ndarray, out: np.ndarray
     ins = [Host(np.ascontiguousarray(each)) for each in arrays]
     names = kernel.arg_names
     last = {names[-1]: Host(out)}
-    kernel[grid](*ins, **sizes, **last, TILE=kernels.ROWS, ACROSS=kernels.COLUMNS)
+    kernel[grid](*ins, **sizes, **last, TILE_ROWS=kernels.BLOCK_M, TILE_COLUMNS=kernels.BLOCK_N)
     return out
 
 
@@ -88,7 +88,7 @@ def mixture() -> float:
         y, pull = jax.vjp(lambda *i: operation(*i[:4], ids, i[4]), *inputs)
         return y, *pull(jnp.cos(y))
 
-    with mock.patch.object(kernels, "_call", interpreted):
+    with mock.patch.object(kernels, "call_triton", interpreted):
         mine = both(kernels.moe_mlp)
     pairs = zip(mine, both(reference.moe_mlp), strict=True)
     return max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in pairs)
@@ -107,28 +107,39 @@ def main() -> int:
             x, dout = (rng.standard_normal((N, M)).astype(dtype) for _ in range(2))
             p = rng.random((N, k)).astype(np.float32)
             ids = np.argsort(rng.random((N, E)), axis=1)[:, :k]
-            order = np.argsort(ids.reshape(-1), kind="stable").astype(np.int32)
-            place = np.argsort(order).astype(np.int32).reshape(N, k)
-            rows, wide = x[order // k], np.float32
+            permutation = np.argsort(ids.reshape(-1), kind="stable").astype(np.int32)
+            inverse_permutation = np.argsort(permutation).astype(np.int32).reshape(N, k)
+            rows, wide = x[permutation // k], np.float32
             y = rng.standard_normal((N * k, M)).astype(dtype)
-            moved, back = kernels._tiles(N * k, M), kernels._tiles(N, M)
+            moved, back = kernels.grid_of(N * k, M), kernels.grid_of(N, M)
             ends = {"WIDTH": M, "K": k}
-            gathered = y[place].astype(wide)
+            gathered = y[inverse_permutation].astype(wide)
             found = {}
             for scaled in (False, True):
-                new = run(kernels.permute_kernel, moved, x, order, p, out=np.empty((N * k, M), dtype), N_ROWS=N * k,
-                          SCALED=scaled, **ends)  # fmt: skip
-                s = p.reshape(-1)[order][:, None] if scaled else 1
+                out = np.empty((N * k, M), dtype)
+                ends_r = ends | {"N_ROWS": N * k, "SCALED": scaled}
+                new = run(kernels.permute_kernel, moved, x, permutation, p, out=out, **ends_r)
+                s = p.reshape(-1)[permutation][:, None] if scaled else 1
                 found[f"permute {scaled}"] = new, (rows.astype(wide) * s).astype(dtype)
-                new = run(kernels.combine_kernel, back, y, place, p, out=np.empty((N, M), dtype), TOKENS=N,
-                          SCALED=scaled, **ends)  # fmt: skip
+                out = np.empty((N, M), dtype)
+                ends_n = ends | {"TOKENS": N, "SCALED": scaled}
+                new = run(kernels.combine_kernel, back, y, inverse_permutation, p, out=out, **ends_n)
                 found[f"combine {scaled}"] = new, (gathered * (p[..., None] if scaled else 1)).sum(1).astype(dtype)
-            new = run(kernels.shares_kernel, (back[0], k), dout, y, place, out=np.empty((N, k), wide), TOKENS=N, **ends)
-            found["shares"] = new, (gathered * dout.astype(wide)[:, None]).sum(-1)
+            new = run(
+                kernels.router_weight_grad_kernel,
+                (back[0], k),
+                dout,
+                y,
+                inverse_permutation,
+                out=np.empty((N, k), wide),
+                TOKENS=N,
+                **ends,
+            )
+            found["router_weight_grad"] = new, (gathered * dout.astype(wide)[:, None]).sum(-1)
             for name, (mine, expected) in found.items():
                 mine, expected = mine.astype(wide), expected.astype(wide)
-                unit = 2.0**-7 if dtype == BF16 and name != "shares" else 2.0**-18
-                bound = unit * (np.abs(expected) + (np.sqrt(M) if name == "shares" else 1))
+                unit = 2.0**-7 if dtype == BF16 and name != "router_weight_grad" else 2.0**-18
+                bound = unit * (np.abs(expected) + (np.sqrt(M) if name == "router_weight_grad" else 1))
                 worst = max(worst, float(np.max(np.abs(mine - expected) / bound)))
                 right = bool(np.all(np.abs(mine - expected) <= bound))
                 print(f"N {N} M {M} k {k} E {E} {np.dtype(dtype).name} {name}: {'right' if right else 'WRONG'}")

@@ -1,4 +1,4 @@
-"""The public operation: its checks, its implementations and which of them runs."""
+"""The public grouped matmul: argument checks and the choice of an implementation."""
 
 import importlib
 from types import ModuleType
@@ -38,24 +38,24 @@ def grouped_matmul(x: Array, w: Array, group_sizes: Array, *, implementation: st
     validation.check_shape("group_sizes", group_sizes, (E,))
     table = _table(x.dtype)
     if callable(table["pallas"]) and on_gpu():
-        table["pallas"] = _hopper().refusal(x.dtype, *w.shape[1:]) or table["pallas"]
-    run = select_implementation("grouped_matmul", implementation, table, _slow())
+        table["pallas"] = _sm90().refusal(x.dtype, *w.shape[1:]) or table["pallas"]
+    run = select_implementation("grouped_matmul", implementation, table, not_auto_reasons())
     if 0 in (*x.shape, *w.shape):
         return jnp.zeros((x.shape[0], F), x.dtype)
     return run(x, w, group_sizes.astype(jnp.int32))
 
 
-def _hopper() -> ModuleType:
-    """Brought in where it is asked for: nothing else imports Mosaic GPU."""
+def _sm90() -> ModuleType:
+    """Imported on use, because nothing else imports Mosaic GPU."""
     return importlib.import_module("dantinox.kernels.ops.grouped_matmul.pallas_sm90.vjp")
 
 
-def _slow() -> dict[str, str]:
-    """What "auto" leaves to those who name it, and why.
+def not_auto_reasons() -> dict[str, str]:
+    """Implementations that "auto" skips although they could run, and why.
 
-    Interpreted, grouped matmul takes 0.75 to 1.0 times as long as in `xla.py` and the mixture 0.9 to 1.1 times, 1.2 for
-    a single token; a mixture with its gradients compiles for 1.2 s instead of 0.7. On a TPU neither has run yet, and
-    Triton not on a GPU.
+    Interpreted, grouped matmul takes 0.75 to 1.0 times as long as `xla.py` and the mixture of experts 0.9 to 1.1 times,
+    1.2 for a single token; a mixture with its gradients compiles in 1.2 s instead of 0.7. Neither has run on a TPU yet,
+    nor Triton on a GPU.
     """
     interpreted = current_device().platform == "cpu"
     pallas = "interpreted, it takes longer to compile" if interpreted else "it has not run here yet; name it"
@@ -68,12 +68,12 @@ def _table(dtype: jnp.dtype | None = None) -> dict:
 
         return specification(*args)
 
-    chosen = unsupported_reason("grouped_matmul", "pallas") or (_hopper() if on_gpu() else pallas).grouped_matmul
-    if dtype == jnp.float64 and not isinstance(chosen, str):
-        chosen = "x has dtype float64 and it adds up in float32"
+    pallas_entry = unsupported_reason("grouped_matmul", "pallas") or (_sm90() if on_gpu() else pallas).grouped_matmul
+    if dtype == jnp.float64 and not isinstance(pallas_entry, str):
+        pallas_entry = "x has dtype float64 and it adds up in float32"
     return {
         "reference": reference,
         "xla": xla.grouped_matmul,
-        "pallas": chosen,
+        "pallas": pallas_entry,
         "triton": unsupported_reason("grouped_matmul", "triton"),
     }

@@ -1,4 +1,4 @@
-"""What the grouped kernels of every backend share."""
+"""Helpers that the grouped kernels of every backend share."""
 
 import jax
 import jax.numpy as jnp
@@ -7,16 +7,17 @@ import numpy as np
 Array = jax.Array
 
 
-def no_gradient(ids: Array) -> np.ndarray:
+def float0_zeros(ids: Array) -> np.ndarray:
+    """The cotangent of an integer argument."""
     return np.zeros(ids.shape, jax.dtypes.float0)
 
 
-def dot(x: Array, w: Array, contract: tuple[int, int]) -> Array:
-    """The product in float32, over axis contract[0] of x and contract[1] of w."""
+def dot_f32(x: Array, w: Array, contract: tuple[int, int]) -> Array:
+    """The product in float32, contracting axis contract[0] of x with axis contract[1] of w."""
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
 
 
-def clear(x: Array, inside: Array) -> Array:
-    """Zeros where it is not inside, whatever is there."""
-    return jnp.where(inside, x, jnp.zeros_like(x))
+def mask_to_zero(x: Array, mask: Array) -> Array:
+    """x where the mask is true, exactly zero elsewhere, even where x is NaN."""
+    return jnp.where(mask, x, jnp.zeros_like(x))

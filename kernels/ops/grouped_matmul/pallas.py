@@ -1,12 +1,12 @@
 """The Pallas grouped matmul of TPUs and CPUs with its derivative; a CPU has kernels of its own."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from dantinox.kernels.dispatch import Device, current_device
-from dantinox.kernels.ops.grouped_matmul.common import no_gradient
+from dantinox.kernels.ops.grouped_matmul.common import float0_zeros
 from dantinox.kernels.ops.grouped_matmul.pallas_cpu import gmm as cpu_gmm
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu import gmm as tpu_gmm
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu import tgmm as tpu_tgmm
@@ -14,37 +14,43 @@ from dantinox.kernels.ops.grouped_matmul.pallas_tpu import tgmm as tpu_tgmm
 Array = jax.Array
 
 
-def _product(x: Array, w: Array, group_sizes: Array, here: Device, **options: Any) -> Array:
-    if here.platform == "cpu":
-        return cpu_gmm.product(x, w, group_sizes, **options)
-    return tpu_gmm.product([x], [w], group_sizes, here, **options)[0]
+class _Residuals(NamedTuple):
+    x: Array
+    w: Array
+    group_sizes: Array
 
 
-def _summed(x: Array, dy: Array, group_sizes: Array, here: Device, *, name: str) -> Array:
-    if here.platform == "cpu":
-        return cpu_gmm.summed(x, dy, group_sizes, name=name)
-    return tpu_tgmm.summed(x, [dy], group_sizes, here, name=name)[0]
+def _gmm(x: Array, w: Array, group_sizes: Array, device: Device, **options: Any) -> Array:
+    if device.platform == "cpu":
+        return cpu_gmm.interpreted_gmm(x, w, group_sizes, **options)
+    return tpu_gmm.gmm([x], [w], group_sizes, device, **options)[0]
+
+
+def _tgmm(x: Array, dy: Array, group_sizes: Array, device: Device, *, name: str) -> Array:
+    if device.platform == "cpu":
+        return cpu_gmm.interpreted_tgmm(x, dy, group_sizes, name=name)
+    return tpu_tgmm.tgmm(x, [dy], group_sizes, device, name=name)[0]
 
 
 def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
     """See `dantinox.kernels.grouped_matmul`; arguments are checked there."""
-    return _matmul(x, w, group_sizes, current_device())
+    return _grouped_matmul(x, w, group_sizes, current_device())
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _matmul(x: Array, w: Array, group_sizes: Array, here: Device) -> Array:
-    return _product(x, w, group_sizes, here, name="grouped_matmul")
+def _grouped_matmul(x: Array, w: Array, group_sizes: Array, device: Device) -> Array:
+    return _gmm(x, w, group_sizes, device, name="grouped_matmul")
 
 
-def _matmul_forward(x: Array, w: Array, group_sizes: Array, here: Device) -> tuple[Array, tuple]:
-    return _matmul(x, w, group_sizes, here), (x, w, group_sizes)
+def _grouped_matmul_fwd(x: Array, w: Array, group_sizes: Array, device: Device) -> tuple[Array, _Residuals]:
+    return _grouped_matmul(x, w, group_sizes, device), _Residuals(x, w, group_sizes)
 
 
-def _matmul_backward(here: Device, kept: tuple, dy: Array) -> tuple:
-    x, w, group_sizes = kept
-    dx = _product(dy, w, group_sizes, here, transposed=True, name="grouped_matmul_dx")
-    dw = _summed(x, dy, group_sizes, here, name="grouped_matmul_dw")
-    return dx, dw, no_gradient(group_sizes)
+def _grouped_matmul_bwd(device: Device, residuals: _Residuals, dy: Array) -> tuple:
+    x, w, group_sizes = residuals
+    dx = _gmm(dy, w, group_sizes, device, transposed=True, name="grouped_matmul_dx")
+    dw = _tgmm(x, dy, group_sizes, device, name="grouped_matmul_dw")
+    return dx, dw, float0_zeros(group_sizes)
 
 
-_matmul.defvjp(_matmul_forward, _matmul_backward)
+_grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)

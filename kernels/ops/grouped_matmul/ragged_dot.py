@@ -1,4 +1,4 @@
-"""XLA's own grouped matmul, with zeros in the rows that belong to no group."""
+"""XLA's own grouped matmul, with zeros in the unassigned rows."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from dantinox.kernels.ops.grouped_matmul.group_metadata import zero_unassigned_r
 Array = jax.Array
 
 
-def ragged(x: Array, w: Array, group_sizes: Array) -> Array:
-    # What nobody owns is cleared before too, so that a NaN there cannot reach dw.
+def zeroed_ragged_dot(x: Array, w: Array, group_sizes: Array) -> Array:
+    """`lax.ragged_dot`, with unassigned rows zeroed before it too, so that a NaN there cannot reach dw."""
     x = zero_unassigned_rows(x, group_sizes)
     return zero_unassigned_rows(jax.lax.ragged_dot(x, w, group_sizes.astype(jnp.int32)), group_sizes)

@@ -1,4 +1,4 @@
-"""The public operation: its checks, its implementations and which of them runs."""
+"""The public mixture of experts: argument checks and the choice of an implementation."""
 
 import importlib
 from types import ModuleType
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from dantinox.kernels import validation
 from dantinox.kernels.dispatch import on_gpu, select_implementation, unsupported_reason
-from dantinox.kernels.ops.grouped_matmul.api import _slow
+from dantinox.kernels.ops.grouped_matmul.api import not_auto_reasons
 from dantinox.kernels.ops.moe import pallas, xla
 
 Array = jax.Array
@@ -26,7 +26,7 @@ def moe_mlp(
 ) -> Array:
     """y[n] = sum_j expert_weights[n, j] * (silu(x[n] w_gate[e]) * (x[n] w_up[e])) w_down[e], e = expert_ids[n, j].
 
-    Dropless; the cost follows the N * k routed rows, not E. Differentiable in all but the ids.
+    Dropless; the cost grows with the N * k routed rows, not with E. Differentiable in all but the ids.
 
     Args:
         x: tokens [N, M].
@@ -59,18 +59,18 @@ def moe_mlp(
     if E < 1:
         raise ValueError(f"w_gate has shape {w_gate.shape}; allowed: 1 expert or more")
     if k < 1:
-        raise ValueError(f"expert_ids has shape {expert_ids.shape}; allowed: 1 expert a token or more")
+        raise ValueError(f"expert_ids has shape {expert_ids.shape}; allowed: 1 expert per token or more")
     table = _table(x.dtype)
     if callable(table["pallas"]) and on_gpu():
-        table["pallas"] = _hopper().refusal(x.dtype, M, F, of="w_gate") or table["pallas"]
-    run = select_implementation("moe_mlp", implementation, table, _slow())
+        table["pallas"] = _sm90().refusal(x.dtype, M, F, of="w_gate") or table["pallas"]
+    run = select_implementation("moe_mlp", implementation, table, not_auto_reasons())
     if 0 in (N, M, F):
         return jnp.zeros_like(x)
     return run(x, w_gate, w_up, w_down, expert_ids, expert_weights)
 
 
-def _hopper() -> ModuleType:
-    """Brought in where it is asked for: nothing else imports Mosaic GPU."""
+def _sm90() -> ModuleType:
+    """Imported on use, because nothing else imports Mosaic GPU."""
     return importlib.import_module("dantinox.kernels.ops.moe.pallas_sm90.vjp")
 
 
@@ -80,17 +80,17 @@ def _table(dtype: jnp.dtype | None = None) -> dict:
 
         return specification(*args)
 
-    def by_triton(*args):
+    def run_triton(*args):
         from dantinox.kernels.ops.moe import triton
 
         return triton.moe_mlp(*args)
 
-    chosen = unsupported_reason("moe_mlp", "pallas") or (_hopper() if on_gpu() else pallas).moe_mlp
-    if dtype == jnp.float64 and not isinstance(chosen, str):
-        chosen = "x has dtype float64 and it adds up in float32"
+    pallas_entry = unsupported_reason("moe_mlp", "pallas") or (_sm90() if on_gpu() else pallas).moe_mlp
+    if dtype == jnp.float64 and not isinstance(pallas_entry, str):
+        pallas_entry = "x has dtype float64 and it adds up in float32"
     return {
         "reference": reference,
         "xla": xla.moe_mlp,
-        "pallas": chosen,
-        "triton": unsupported_reason("moe_mlp", "triton") or by_triton,
+        "pallas": pallas_entry,
+        "triton": unsupported_reason("moe_mlp", "triton") or run_triton,
     }

@@ -4,14 +4,14 @@ import jax
 
 from dantinox.kernels.dispatch import current_device
 from dantinox.kernels.ops.moe import pallas_cpu
-from dantinox.kernels.ops.moe.pallas_tpu import MosaicTpu
-from dantinox.kernels.ops.moe.vjp import KernelsBackend, experts
+from dantinox.kernels.ops.moe.pallas_tpu import TpuExpertsKernels
+from dantinox.kernels.ops.moe.vjp import KernelsBackend, run_experts
 
 Array = jax.Array
 
 
 def moe_mlp(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array) -> Array:
     """See `dantinox.kernels.moe_mlp`; arguments are checked there."""
-    here = current_device()
-    on = pallas_cpu if here.platform == "cpu" else KernelsBackend(MosaicTpu(here))
-    return experts(x, w_gate, w_up, w_down, expert_ids, expert_weights, on)
+    device = current_device()
+    backend = pallas_cpu if device.platform == "cpu" else KernelsBackend(TpuExpertsKernels(device))
+    return run_experts(x, w_gate, w_up, w_down, expert_ids, expert_weights, backend)

@@ -1,18 +1,18 @@
-"""A mixture of experts as a CPU interprets it: one kernel forward, one backward.
+"""The mixture of experts in a form that is fast to interpret on a CPU: one kernel forward, one backward.
 
 Math      that of `vjp.py`
-Tiling    grid (experts); a step walks its expert's rows in tiles as `grouped_matmul/pallas_cpu/gmm.py` does. A tile
-          goes through all of the mixture while it is in cache, where an accelerator runs a kernel for each product:
+Tiling    grid (experts); a step processes its expert's rows in tiles as `grouped_matmul/pallas_cpu/gmm.py` does. A tile
+          goes through all products while it is in cache, where an accelerator runs one kernel per product:
 
-              forward   x ─┬─ g ─┬─ h ── y      backward   dy ─── s ─┬─ dg ─┬─ dx      x^T dg, x^T du: dw_gate, dw_up
-                           └─ u ─┘                         g, u ─────┼─ du ─┘          (p h)^T dy: dw_down
-                                                                     └─ p h
+              forward   x ─┬─ gate ─┬─ h ── y      backward   dy ─── dh ─┬─ dgate ─┬─ dx    x^T dgate: dw_gate
+                           └─  up  ─┘                       gate, up ────┼─  dup  ─┘        x^T dup: dw_up
+                                                                         └─  p h            (p h)^T dy: dw_down
 State     backward: the float32 sums of an expert's three dw.
-Traffic   forward reads x, p and writes y, with g and u where they are kept; backward reads x, dy, g, u, p and writes
-          dx, dp. h, dg, du and p h never leave the cache: of the eight wide arrays that products alone would write,
-          four are left, and XLA writes into an array in place on one thread. 6 N M F FLOPs, backward 12 N M F.
+Traffic   forward reads x, p and writes y, and gate and up if they are residuals; backward reads x, dy, gate, up, p and
+          writes dx, dp. h, dgate, dup and p h never leave the cache: of the eight [R, F] arrays that separate products
+          would write, four remain, and XLA updates an array in place on one thread. 6 N M F FLOPs, backward 12 N M F.
 Limits    float32, bfloat16, float16; any N, M, F, E.
-Source    as `grouped_matmul/pallas_cpu/gmm.py`.
+Source    that of `grouped_matmul/pallas_cpu/gmm.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,77 +22,112 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from dantinox.kernels.ops.grouped_matmul.common import dot
+from dantinox.kernels.ops.grouped_matmul.common import dot_f32
 from dantinox.kernels.ops.grouped_matmul.group_metadata import zero_unassigned_rows
-from dantinox.kernels.ops.grouped_matmul.pallas_cpu.gmm import bounds, busy_first, call, fitting, own, put, walk
+from dantinox.kernels.ops.grouped_matmul.pallas_cpu.gmm import (
+    call_interpreted,
+    compact_nonempty_groups,
+    for_each_row_tile,
+    group_offsets,
+    limit_tile_sizes,
+    load_rows_masked,
+    store_rows,
+)
 from dantinox.kernels.ops.moe.swiglu import swiglu, swiglu_bwd
+from dantinox.kernels.ops.moe.vjp import ExpertsGrads, ExpertsOutput, ExpertWeights
 
 Array = jax.Array
+Ref = Any
 
-# Rows of the tiles. With none below 128 the gradients of 8 experts of 256 x 1024 take 1.07 times as long, with none
-# below 32 those of 8 experts with 16 rows each 1.8 times.
-SIZES = (512, 128, 16)
+# Rows per tile. Without sizes below 128 the gradients of 8 experts of 256 x 1024 take 1.07 times as long; without sizes
+# below 32 those of 8 experts with 16 rows each take 1.8 times as long.
+TILE_SIZES = (512, 128, 16)
 
 
-def forward(x: Array, ws: Sequence[Array], p: Array, sizes: Array, *, keep: bool) -> list[Array]:
-    """y [R, M]; with `keep` g and u [R, F] too. See `vjp.Mixture`."""
-    (R, M), F, dtype = x.shape, ws[0].shape[2], x.dtype
+def forward(
+    x: Array, ws: ExpertWeights, router_weights: Array, group_sizes: Array, *, save_residuals: bool
+) -> ExpertsOutput:
+    """See `vjp.ExpertsBackend`."""
+    (R, M), F, dtype = x.shape, ws.w_gate.shape[2], x.dtype
 
-    def kernel(groups: Any, starts: Any, gate_ref: Any, up_ref: Any, down_ref: Any, x_ref: Any, p_ref: Any, *outs: Any):
-        e = groups[pl.program_id(0)]
-        gate, up, down = gate_ref[e], up_ref[e], down_ref[e]
+    def experts_kernel(
+        groups_ref: Ref,
+        offsets_ref: Ref,
+        w_gate_ref: Ref,
+        w_up_ref: Ref,
+        w_down_ref: Ref,
+        x_ref: Ref,
+        router_weights_ref: Ref,
+        *out_refs: Ref,
+    ) -> None:
+        e = groups_ref[pl.program_id(0)]
+        w_gate, w_up, w_down = w_gate_ref[e], w_up_ref[e], w_down_ref[e]
 
-        def tile(rows: Any, mine: Array | None, _: None) -> None:
+        def tile(rows: Any, row_mask: Array | None, _: None) -> None:
             x = x_ref[rows]
-            g, u = dot(x, gate, (1, 0)), dot(x, up, (1, 0))
-            y = dot(swiglu(g, u).astype(dtype), down, (1, 0)) * p_ref[rows][:, None]
-            for ref, value in zip(outs, (y, g, u), strict=False):
-                put(ref, rows, mine, value)
+            gate, up = dot_f32(x, w_gate, (1, 0)), dot_f32(x, w_up, (1, 0))
+            y = dot_f32(swiglu(gate, up).astype(dtype), w_down, (1, 0)) * router_weights_ref[rows][:, None]
+            for ref, value in zip(out_refs, (y, gate, up), strict=False):
+                store_rows(ref, rows, row_mask, value)
 
-        _walk(R, starts, e, tile)
+        _for_each_expert_tile(R, offsets_ref, e, tile)
 
-    shapes = [jax.ShapeDtypeStruct((R, width), dtype) for width in ((M, F, F) if keep else (M,))]
-    groups, steps = busy_first(sizes)
-    operands = [groups, bounds(sizes), *ws, x, p]
-    y, *kept = call(kernel, operands, shapes, steps, 6 * R * M * F, "experts")
-    return [
-        zero_unassigned_rows(y, sizes),
-        *kept,
-    ]  # a loop for nobody's rows in the kernel takes as long as a single token does
+    outs = [jax.ShapeDtypeStruct((R, width), dtype) for width in ((M, F, F) if save_residuals else (M,))]
+    groups, num_groups = compact_nonempty_groups(group_sizes)
+    operands = [groups, group_offsets(group_sizes), *ws, x, router_weights]
+    y, *residuals = call_interpreted(experts_kernel, operands, outs, num_groups, 6 * R * M * F, "experts")
+    # A loop over unassigned rows in the kernel would take as long as a single token.
+    return ExpertsOutput(zero_unassigned_rows(y, group_sizes), *residuals)
 
 
 def backward(
-    x: Array, dy: Array, ws: Sequence[Array], p: Array, sizes: Array, g: Array, u: Array
-) -> tuple[Array, list[Array], Array]:
-    """dx [R, M]; dw of each of ws; dp [R]. See `vjp.Mixture`."""
-    (R, M), (E, _, F), dtype = x.shape, ws[0].shape, x.dtype
+    x: Array, dy: Array, ws: ExpertWeights, router_weights: Array, group_sizes: Array, gate: Array, up: Array
+) -> ExpertsGrads:
+    """See `vjp.ExpertsBackend`."""
+    (R, M), (E, _, F), dtype = x.shape, ws.w_gate.shape, x.dtype
 
-    def kernel(starts: Any, *refs: Any) -> None:
-        w_refs, row_refs, dx_ref, dp_ref, dw_refs = refs[:3], refs[3:8], refs[8], refs[9], refs[10:]
+    def experts_bwd_kernel(
+        offsets_ref: Ref,
+        w_gate_ref: Ref,
+        w_up_ref: Ref,
+        w_down_ref: Ref,
+        x_ref: Ref,
+        dy_ref: Ref,
+        router_weights_ref: Ref,
+        gate_ref: Ref,
+        up_ref: Ref,
+        dx_ref: Ref,
+        drouter_weights_ref: Ref,
+        *dw_refs: Ref,
+    ) -> None:
         e = pl.program_id(0)
-        gate, up, down = (ref[e] for ref in w_refs)
+        w_gate, w_up, w_down = w_gate_ref[e], w_up_ref[e], w_down_ref[e]
 
-        def tile(rows: Any, mine: Array | None, sums: list[Array]) -> list[Array]:
-            x, dy, p, g, u = (own(ref, rows, mine) for ref in row_refs)
-            dg, du, ph, sh = swiglu_bwd(dot(dy, down, (1, 1)), g, u, p[:, None])
-            dg, du, ph = (each.astype(dtype) for each in (dg, du, ph))
-            put(dx_ref, rows, mine, dot(dg, gate, (1, 1)) + dot(du, up, (1, 1)))
-            put(dp_ref, rows, mine, jnp.sum(sh, axis=1))
-            found = dot(x, dg, (0, 0)), dot(x, du, (0, 0)), dot(ph, dy, (0, 0))
-            return [before + each for before, each in zip(sums, found, strict=True)]
+        def tile(rows: Any, row_mask: Array | None, dws: Sequence[Array]) -> list[Array]:
+            row_refs = (x_ref, dy_ref, router_weights_ref, gate_ref, up_ref)
+            x, dy, router_weight, gate, up = (load_rows_masked(ref, rows, row_mask) for ref in row_refs)
+            grads = swiglu_bwd(dot_f32(dy, w_down, (1, 1)), gate, up, router_weight[:, None])
+            dgate, dup, weighted_h = (value.astype(dtype) for value in grads[:3])
+            store_rows(dx_ref, rows, row_mask, dot_f32(dgate, w_gate, (1, 1)) + dot_f32(dup, w_up, (1, 1)))
+            store_rows(drouter_weights_ref, rows, row_mask, jnp.sum(grads.drouter_weight, axis=1))
+            products = dot_f32(x, dgate, (0, 0)), dot_f32(x, dup, (0, 0)), dot_f32(weighted_h, dy, (0, 0))
+            return [dw + product for dw, product in zip(dws, products, strict=True)]
 
         zeros = [jnp.zeros(ref.shape[1:], jnp.float32) for ref in dw_refs]
-        for ref, value in zip(dw_refs, _walk(R, starts, e, tile, zeros), strict=True):
-            ref[e] = value.astype(dtype)
+        for ref, dw in zip(dw_refs, _for_each_expert_tile(R, offsets_ref, e, tile, zeros), strict=True):
+            ref[e] = dw.astype(dtype)
 
-    shapes = [jax.ShapeDtypeStruct((R, M), dtype), jax.ShapeDtypeStruct((R,), jnp.float32)]
-    shapes += [jax.ShapeDtypeStruct(w.shape, dtype) for w in ws]
-    operands = [bounds(sizes), *ws, x, dy, p, g, u]
-    dx, dp, *dws = call(kernel, operands, shapes, E, 12 * R * M * F, "experts_backward")
-    return zero_unassigned_rows(dx, sizes), dws, zero_unassigned_rows(dp, sizes)
+    outs = [jax.ShapeDtypeStruct((R, M), dtype), jax.ShapeDtypeStruct((R,), jnp.float32)]
+    outs += [jax.ShapeDtypeStruct(w.shape, dtype) for w in ws]
+    operands = [group_offsets(group_sizes), *ws, x, dy, router_weights, gate, up]
+    dx, drouter_weights, *dws = call_interpreted(
+        experts_bwd_kernel, operands, outs, E, 12 * R * M * F, "experts_backward"
+    )
+    dx = zero_unassigned_rows(dx, group_sizes)
+    return ExpertsGrads(dx, ExpertWeights(*dws), zero_unassigned_rows(drouter_weights, group_sizes))
 
 
-def _walk(R: int, starts: Any, e: Array, tile: Callable[..., Any], carry: Any = None) -> Any:
-    """The rows of expert e. A mask costs little beside three to six products: large tiles need not be full."""
-    tiles = fitting(SIZES, R, starts.shape[0] - 1)
-    return walk(R, starts[e], starts[e + 1], tiles, tile, carry, large_full=False)
+def _for_each_expert_tile(R: int, offsets_ref: Ref, e: Array, tile: Callable[..., Any], carry: Any = None) -> Any:
+    """Loops over the tiles of expert e. A mask is cheap beside three to six products, so large tiles may be partial."""
+    sizes = limit_tile_sizes(TILE_SIZES, R, offsets_ref.shape[0] - 1)
+    return for_each_row_tile(R, offsets_ref[e], offsets_ref[e + 1], sizes, tile, carry, full_large_tiles=False)

@@ -1,4 +1,4 @@
-"""The products of a mixture on a TPU, by the kernels of the grouped matmul."""
+"""The products of the mixture of experts on a TPU, by the kernels of the grouped matmul."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,35 +6,65 @@ from typing import NamedTuple
 import jax
 
 from dantinox.kernels.dispatch import Device
-from dantinox.kernels.ops.grouped_matmul.pallas_tpu import gmm, tgmm
+from dantinox.kernels.ops.grouped_matmul.pallas_tpu.gmm import gmm
+from dantinox.kernels.ops.grouped_matmul.pallas_tpu.tgmm import tgmm
 from dantinox.kernels.ops.moe.swiglu import swiglu, swiglu_bwd
 
 Array = jax.Array
 
 
-class MosaicTpu(NamedTuple):
-    """Those of a TPU."""
+class TpuExpertsKernels(NamedTuple):
+    """See `vjp.ExpertsKernels`."""
 
-    here: Device
+    device: Device
 
-    def up(self, x: Array, w_gate: Array, w_up: Array, sizes: Array, *, keep: bool) -> Sequence[Array]:
-        outs = ("wide",) * (3 if keep else 1)
-        options = {"epilogue": lambda g, u: (swiglu(g, u), g, u)[: len(outs)], "outs": outs, "name": "experts_up"}
-        return gmm.product([x], [w_gate, w_up], sizes, self.here, **options)
+    def up_proj(
+        self, x: Array, w_gate: Array, w_up: Array, group_sizes: Array, *, save_residuals: bool
+    ) -> Sequence[Array]:
+        out_kinds = ("matrix",) * (3 if save_residuals else 1)
 
-    def down(self, h: Array, w_down: Array, p: Array, sizes: Array) -> Array:
-        options = {"epilogue": lambda y, p: (y * p,), "thin": [p[None]], "name": "experts_down"}
-        return gmm.product([h], [w_down], sizes, self.here, **options)[0]
+        def epilogue(gate: Array, up: Array) -> tuple[Array, ...]:
+            return (swiglu(gate, up), gate, up)[: len(out_kinds)]
 
-    def back(self, dy: Array, w_down: Array, g: Array, u: Array, p: Array, sizes: Array) -> Sequence[Array]:
-        outs = ("wide", "wide", "wide", "thin")
-        options = {"transposed": True, "epilogue": swiglu_bwd, "wide": [g, u], "thin": [p[None]], "outs": outs}
-        *wide, dp = gmm.product([dy], [w_down], sizes, self.here, **options, name="experts_dh")
-        return *wide, dp[0]
+        return gmm(
+            [x], [w_gate, w_up], group_sizes, self.device, epilogue=epilogue, out_kinds=out_kinds, name="experts_up"
+        )
 
-    def dx(self, dg: Array, du: Array, w_gate: Array, w_up: Array, sizes: Array) -> Array:
-        options = {"transposed": True, "add": True, "name": "experts_dx"}
-        return gmm.product([dg, du], [w_gate, w_up], sizes, self.here, **options)[0]
+    def down_proj(self, h: Array, w_down: Array, router_weights: Array, group_sizes: Array) -> Array:
+        def epilogue(y: Array, router_weight: Array) -> tuple[Array]:
+            return (y * router_weight,)
 
-    def dw(self, x: Array, dys: Sequence[Array], sizes: Array, name: str) -> Sequence[Array]:
-        return tgmm.summed(x, dys, sizes, self.here, name=name)
+        (y,) = gmm(
+            [h],
+            [w_down],
+            group_sizes,
+            self.device,
+            epilogue=epilogue,
+            row_vectors=[router_weights[None]],
+            name="experts_down",
+        )
+        return y
+
+    def down_proj_bwd(
+        self, dy: Array, w_down: Array, gate: Array, up: Array, router_weights: Array, group_sizes: Array
+    ) -> Sequence[Array]:
+        dgate, dup, weighted_h, drouter_weights = gmm(
+            [dy],
+            [w_down],
+            group_sizes,
+            self.device,
+            transposed=True,
+            epilogue=swiglu_bwd,
+            matrices=[gate, up],
+            row_vectors=[router_weights[None]],
+            out_kinds=("matrix", "matrix", "matrix", "row_sum"),
+            name="experts_dh",
+        )
+        return dgate, dup, weighted_h, drouter_weights[0]
+
+    def input_grad(self, dgate: Array, dup: Array, w_gate: Array, w_up: Array, group_sizes: Array) -> Array:
+        options = {"transposed": True, "sum_products": True, "name": "experts_dx"}
+        return gmm([dgate, dup], [w_gate, w_up], group_sizes, self.device, **options)[0]
+
+    def weight_grad(self, x: Array, dys: Sequence[Array], group_sizes: Array, name: str) -> Sequence[Array]:
+        return tgmm(x, dys, group_sizes, self.device, name=name)

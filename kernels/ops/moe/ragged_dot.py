@@ -2,12 +2,12 @@
 
 import jax
 
-from dantinox.kernels.ops.grouped_matmul.ragged_dot import ragged
+from dantinox.kernels.ops.grouped_matmul.ragged_dot import zeroed_ragged_dot
 
 Array = jax.Array
 
 
-def experts(x: Array, w_gate: Array, w_up: Array, w_down: Array, group_sizes: Array) -> Array:
-    """The experts of rows [R, M] sorted by expert, on other devices than a CPU: [R, M]."""
-    h = jax.nn.silu(ragged(x, w_gate, group_sizes)) * ragged(x, w_up, group_sizes)
-    return ragged(h, w_down, group_sizes)
+def ragged_dot_experts(x: Array, w_gate: Array, w_up: Array, w_down: Array, group_sizes: Array) -> Array:
+    """[R, M]: the experts of rows [R, M] sorted by expert, on devices other than a CPU."""
+    h = jax.nn.silu(zeroed_ragged_dot(x, w_gate, group_sizes)) * zeroed_ragged_dot(x, w_up, group_sizes)
+    return zeroed_ragged_dot(h, w_down, group_sizes)

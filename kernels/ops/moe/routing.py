@@ -1,6 +1,7 @@
 """Rows between the order of the tokens and the order of the experts."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,40 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-def unpermute_and_sum(rows: Array, place: Array) -> Array:
-    """The sum of each token's rows."""
-    wide = (rows[place[:, j]].astype(jnp.float32) for j in range(place.shape[1]))
-    return functools.reduce(jnp.add, wide).astype(rows.dtype)
+class Routing(NamedTuple):
+    """How the N * k routed rows are sorted by expert.
+
+    Attributes:
+        permutation: [N k]; for each sorted row its routed row n * k + j.
+        inverse_permutation: [N k], or [N, k]; for each routed row its sorted row.
+        group_sizes: [E]; number of rows of each expert.
+    """
+
+    permutation: Array
+    inverse_permutation: Array
+    group_sizes: Array
 
 
-def sorted_weights(p: Array, order: Array) -> Array:
-    """[N k]: the weights in the order of the sorted rows."""
-    return p.astype(jnp.float32).reshape(-1)[order]
+def sort_by_expert(expert_ids: Array, E: int) -> Routing:
+    """Sorts the routed rows of expert_ids [N, k] by expert, stably; rows of an id outside [0, E) are unassigned.
+
+    The inverse permutation is [N k].
+    """
+    flat_ids = expert_ids.reshape(-1).astype(jnp.int32)
+    permutation = jnp.argsort(flat_ids, stable=True).astype(jnp.int32)
+    inverse = jnp.zeros_like(permutation)
+    inverse = inverse.at[permutation].set(jnp.arange(expert_ids.size, dtype=jnp.int32), unique_indices=True)
+    group_sizes = jnp.sum(flat_ids[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32)
+    return Routing(permutation, inverse, group_sizes)
+
+
+def unpermute_and_sum(rows: Array, inverse_permutation: Array) -> Array:
+    """[N, M]: the sum of each token's rows, in float32, in the order of its choices."""
+    k = inverse_permutation.shape[1]
+    per_choice = (rows[inverse_permutation[:, j]].astype(jnp.float32) for j in range(k))
+    return functools.reduce(jnp.add, per_choice).astype(rows.dtype)
+
+
+def permute_router_weights(router_weights: Array, permutation: Array) -> Array:
+    """[N k]: the weights [N, k] in the order of the sorted rows, in float32."""
+    return router_weights.astype(jnp.float32).reshape(-1)[permutation]

@@ -1,4 +1,6 @@
-"""What the kernels of a mixture do with their products, in float32; `vjp.py` has the formulas."""
+"""SwiGLU and its derivative in float32, as the kernels' epilogues compute them; `vjp.py` has the formulas."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -6,15 +8,31 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-def swiglu(g: Array, u: Array) -> Array:
-    """h [n, F]."""
-    return g * jax.nn.sigmoid(g) * u
+class SwigluGrads(NamedTuple):
+    """[n, F] each.
+
+    Attributes:
+        dgate, dup: the gradients of gate and up.
+        weighted_h: h times the router's weight, whose product with dy is the gradient of w_down.
+        drouter_weight: dh h; its sum over F is the gradient of the router's weight.
+    """
+
+    dgate: Array
+    dup: Array
+    weighted_h: Array
+    drouter_weight: Array
 
 
-def swiglu_bwd(s: Array, g: Array, u: Array, p: Array) -> tuple[Array, Array, Array, Array]:
-    """dg, du, p h and s h, which is dp before its sum; s, g, u [n, F], p [n, 1] or as wide."""
-    g, u = g.astype(jnp.float32), u.astype(jnp.float32)
-    open_ = jax.nn.sigmoid(g)
-    silu = g * open_
-    h, ps = silu * u, p * s
-    return ps * u * open_ * (1 + g - silu), ps * silu, p * h, s * h
+def swiglu(gate: Array, up: Array) -> Array:
+    """h [n, F] = silu(gate) * up."""
+    return gate * jax.nn.sigmoid(gate) * up
+
+
+def swiglu_bwd(dh: Array, gate: Array, up: Array, router_weight: Array) -> SwigluGrads:
+    """The gradients for dh = dy w_down^T, before the router's weight; router_weight [n, 1] or [n, F]."""
+    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    h, weighted_dh = silu * up, router_weight * dh
+    dgate = weighted_dh * up * sigmoid * (1 + gate - silu)
+    return SwigluGrads(dgate, weighted_dh * silu, router_weight * h, dh * h)

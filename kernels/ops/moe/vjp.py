@@ -1,20 +1,20 @@
-"""The derivative of a mixture of experts, for every backend that has its products as kernels.
+"""The derivative of the mixture of experts, for every backend that has its products as kernels.
 
-The rows are sorted by expert, stably, and go through
+The rows are sorted by expert, stably. p is the router's weight of a row.
 
-    forward    h = silu(g) u,  g = x w_gate,  u = x w_up        one pass over x, both matrices in one step
-               y = p (h w_down)                                 p, the router's weight of the row, in the epilogue
-               out[n] = sum of the token's k rows of y          a gather and a sum: no atomics, one order of adding
-    backward   s = dy w_down^T;  dp = sum of s h over F;  du = p s silu(g);  dg = p s u silu'(g);  p h
-               dx = dg w_gate^T + du w_up^T                     one sum
-               dw_gate, dw_up = x^T dg, x^T du                  one pass over x
+    forward    h = silu(gate) up,  gate = x w_gate,  up = x w_up    one pass over x, both weights in one step
+               y = p (h w_down)                                     p in the epilogue
+               out[n] = sum of the token's k rows of y              a gather and a sum: no atomics, one order of adding
+    backward   dh = dy w_down^T;  dp = sum of dh h over F;  dup = p dh silu(gate);  dgate = p dh up silu'(gate);  p h
+               dx = dgate w_gate^T + dup w_up^T                     one sum
+               dw_gate, dw_up = x^T dgate, x^T dup                  one pass over x
                dw_down = (p h)^T dy
 
-g and u are kept, in x's dtype: 8 bytes a hidden feature of a row to write and to read again in bfloat16, against 4 M
-FLOPs to compute it anew. An accelerator that does 240 to 560 FLOPs a byte moved is faster keeping them from M = 480 to
-1150 on, and experts are wider. h is made again from them, and the sorted rows of x and dy are gathered again, for
-they are k times as large as x. Because p is multiplied into y's rows, its gradient needs h, which is there, and not
-the rows of h w_down, which would have to be kept.
+gate and up are residuals, in x's dtype: in bfloat16, 8 bytes written and read per hidden feature of a row against 4 M
+FLOPs to recompute them. An accelerator with 240 to 560 FLOPs per byte is faster keeping them from M = 480 to 1150 on,
+and experts are wider. h is recomputed from them, and the sorted rows of x and dy are gathered again, because they are k
+times as large as x. Because y's rows are scaled by p, the gradient of p needs h, which is available, and not the rows
+of h w_down, which would have to be kept.
 """
 
 import functools
@@ -22,113 +22,172 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 
-from dantinox.kernels.ops.grouped_matmul.common import no_gradient
-from dantinox.kernels.ops.moe.routing import sorted_weights, unpermute_and_sum
+from dantinox.kernels.ops.grouped_matmul.common import float0_zeros
+from dantinox.kernels.ops.moe.routing import Routing, permute_router_weights, sort_by_expert, unpermute_and_sum
 
 Array = jax.Array
 
 
+class ExpertWeights(NamedTuple):
+    """w_gate, w_up [E, M, F] and w_down [E, F, M], or their gradients."""
+
+    w_gate: Array
+    w_up: Array
+    w_down: Array
+
+
+class ExpertsOutput(NamedTuple):
+    """y [R, M], and for the backward pass gate and up [R, F]."""
+
+    y: Array
+    gate: Array | None = None
+    up: Array | None = None
+
+
+class ExpertsGrads(NamedTuple):
+    """dx [R, M], the gradients of the weights, and those of the router's weights [R]."""
+
+    dx: Array
+    dws: ExpertWeights
+    drouter_weights: Array
+
+
 class ExpertsBackend(Protocol):
-    """The experts of R rows sorted by expert: `sizes` [E] says how many each has, p [R] their weights.
+    """The experts of R rows sorted by expert: `group_sizes` [E] rows of each, `router_weights` [R] float32."""
 
-    ws: w_gate, w_up [E, M, F], w_down [E, F, M].
-    """
-
-    def forward(self, x: Array, ws: Sequence[Array], p: Array, sizes: Array, *, keep: bool) -> Sequence[Array]:
-        """y [R, M]; with `keep` g and u [R, F] too."""
+    def forward(
+        self, x: Array, ws: ExpertWeights, router_weights: Array, group_sizes: Array, *, save_residuals: bool
+    ) -> ExpertsOutput:
+        """y; with `save_residuals` gate and up too."""
 
     def backward(
-        self, x: Array, dy: Array, ws: Sequence[Array], p: Array, sizes: Array, g: Array, u: Array
-    ) -> tuple[Array, Sequence[Array], Array]:
-        """dx [R, M]; dw of each of ws; dp [R]."""
+        self,
+        x: Array,
+        dy: Array,
+        ws: ExpertWeights,
+        router_weights: Array,
+        group_sizes: Array,
+        gate: Array,
+        up: Array,
+    ) -> ExpertsGrads:
+        """The gradients for dy [R, M]."""
 
 
 class ExpertsKernels(Protocol):
-    """The products of a mixture on an accelerator, a kernel each."""
+    """The products of the experts on an accelerator, one kernel each."""
 
-    def up(self, x: Array, w_gate: Array, w_up: Array, sizes: Array, *, keep: bool) -> Sequence[Array]:
-        """h [R, F]; with `keep` g and u too."""
+    def up_proj(
+        self, x: Array, w_gate: Array, w_up: Array, group_sizes: Array, *, save_residuals: bool
+    ) -> Sequence[Array]:
+        """h [R, F]; with `save_residuals` gate and up too."""
 
-    def down(self, h: Array, w_down: Array, p: Array, sizes: Array) -> Array:
-        """y [R, M]; p [R]."""
+    def down_proj(self, h: Array, w_down: Array, router_weights: Array, group_sizes: Array) -> Array:
+        """y [R, M]."""
 
-    def back(self, dy: Array, w_down: Array, g: Array, u: Array, p: Array, sizes: Array) -> Sequence[Array]:
-        """dg, du, p h [R, F] and dp [R]."""
+    def down_proj_bwd(
+        self, dy: Array, w_down: Array, gate: Array, up: Array, router_weights: Array, group_sizes: Array
+    ) -> Sequence[Array]:
+        """dgate, dup, weighted h [R, F] and the gradients of the router's weights [R]."""
 
-    def dx(self, dg: Array, du: Array, w_gate: Array, w_up: Array, sizes: Array) -> Array:
-        """[R, M]."""
+    def input_grad(self, dgate: Array, dup: Array, w_gate: Array, w_up: Array, group_sizes: Array) -> Array:
+        """dx [R, M]."""
 
-    def dw(self, x: Array, dys: Sequence[Array], sizes: Array, name: str) -> Sequence[Array]:
+    def weight_grad(self, x: Array, dys: Sequence[Array], group_sizes: Array, name: str) -> Sequence[Array]:
         """[E, columns of x, columns of dy] for each dy."""
 
 
 class KernelsBackend(NamedTuple):
-    """A mixture made of such kernels."""
+    """A backend that runs one kernel per product."""
 
-    on: ExpertsKernels
+    kernels: ExpertsKernels
 
-    def forward(self, x: Array, ws: Sequence[Array], p: Array, sizes: Array, *, keep: bool) -> Sequence[Array]:
-        w_gate, w_up, w_down = ws
-        h, *kept = self.on.up(x, w_gate, w_up, sizes, keep=keep)
-        return self.on.down(h, w_down, p, sizes), *kept
+    def forward(
+        self, x: Array, ws: ExpertWeights, router_weights: Array, group_sizes: Array, *, save_residuals: bool
+    ) -> ExpertsOutput:
+        h, *residuals = self.kernels.up_proj(x, ws.w_gate, ws.w_up, group_sizes, save_residuals=save_residuals)
+        return ExpertsOutput(self.kernels.down_proj(h, ws.w_down, router_weights, group_sizes), *residuals)
 
     def backward(
-        self, x: Array, dy: Array, ws: Sequence[Array], p: Array, sizes: Array, g: Array, u: Array
-    ) -> tuple[Array, Sequence[Array], Array]:
-        w_gate, w_up, w_down = ws
-        dg, du, ph, dp = self.on.back(dy, w_down, g, u, p, sizes)
-        dx = self.on.dx(dg, du, w_gate, w_up, sizes)
-        dws = *self.on.dw(x, [dg, du], sizes, "experts_dw_up"), *self.on.dw(ph, [dy], sizes, "experts_dw_down")
-        return dx, dws, dp
+        self,
+        x: Array,
+        dy: Array,
+        ws: ExpertWeights,
+        router_weights: Array,
+        group_sizes: Array,
+        gate: Array,
+        up: Array,
+    ) -> ExpertsGrads:
+        dgate, dup, weighted_h, drouter_weights = self.kernels.down_proj_bwd(
+            dy, ws.w_down, gate, up, router_weights, group_sizes
+        )
+        dx = self.kernels.input_grad(dgate, dup, ws.w_gate, ws.w_up, group_sizes)
+        dw_gate, dw_up = self.kernels.weight_grad(x, [dgate, dup], group_sizes, "experts_dw_up")
+        (dw_down,) = self.kernels.weight_grad(weighted_h, [dy], group_sizes, "experts_dw_down")
+        return ExpertsGrads(dx, ExpertWeights(dw_gate, dw_up, dw_down), drouter_weights)
 
 
-def experts(
-    x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array, on: ExpertsBackend
-) -> Array:
-    """As `dantinox.kernels.moe_mlp`, by the mixture given, which must be hashable."""
-    (N, k), E = expert_ids.shape, w_gate.shape[0]
-    flat = expert_ids.reshape(-1).astype(jnp.int32)
-    order = jnp.argsort(flat, stable=True).astype(jnp.int32)  # sorted row -> n * k + j
-    place = jnp.zeros_like(order).at[order].set(jnp.arange(N * k, dtype=jnp.int32), unique_indices=True)
-    sizes = jnp.sum(flat[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32)
-    return _experts(x, w_gate, w_up, w_down, expert_weights, order, place.reshape(N, k), sizes, on)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
-def _experts(
+def run_experts(
     x: Array,
     w_gate: Array,
     w_up: Array,
     w_down: Array,
-    p: Array,
-    order: Array,
-    place: Array,
-    sizes: Array,
-    on: ExpertsBackend,
+    expert_ids: Array,
+    expert_weights: Array,
+    backend: ExpertsBackend,
 ) -> Array:
-    """p [N, k]; order [N k]: of each sorted row its token and slot; place [N, k]: the sorted row of each of these."""
-    return _forward(x, w_gate, w_up, w_down, p, order, place, sizes, on, keep=False)[0]
+    """As `dantinox.kernels.moe_mlp`, by the given backend, which must be hashable."""
+    permutation, inverse_permutation, group_sizes = sort_by_expert(expert_ids, w_gate.shape[0])
+    routing = Routing(permutation, inverse_permutation.reshape(expert_ids.shape), group_sizes)
+    return _experts(x, ExpertWeights(w_gate, w_up, w_down), expert_weights, routing, backend)
 
 
-def _experts_forward(x, w_gate, w_up, w_down, p, order, place, sizes, on):
-    out, g, u = _forward(x, w_gate, w_up, w_down, p, order, place, sizes, on, keep=True)
-    return out, (x, w_gate, w_up, w_down, p, order, place, sizes, g, u)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _experts(x: Array, ws: ExpertWeights, router_weights: Array, routing: Routing, backend: ExpertsBackend) -> Array:
+    """The output [N, M] for router_weights [N, k]."""
+    return _forward(x, ws, router_weights, routing, backend, save_residuals=False)[0]
 
 
-def _forward(x, w_gate, w_up, w_down, p, order, place, sizes, on, *, keep):
-    rows, ws = x[order // p.shape[1]], (w_gate, w_up, w_down)
-    y, *kept = on.forward(rows, ws, sorted_weights(p, order), sizes, keep=keep)
-    return unpermute_and_sum(y, place), *kept
+class _Residuals(NamedTuple):
+    x: Array
+    ws: ExpertWeights
+    router_weights: Array
+    routing: Routing
+    gate: Array
+    up: Array
 
 
-def _experts_backward(on: ExpertsBackend, saved: tuple, dout: Array) -> tuple:
-    x, w_gate, w_up, w_down, p, order, place, sizes, g, u = saved
-    token, ws = order // p.shape[1], (w_gate, w_up, w_down)
-    dx, dws, dp = on.backward(x[token], dout[token], ws, sorted_weights(p, order), sizes, g, u)
-    none = [no_gradient(ids) for ids in (order, place, sizes)]
-    return unpermute_and_sum(dx, place), *dws, dp[place].astype(p.dtype), *none
+def _experts_fwd(
+    x: Array, ws: ExpertWeights, router_weights: Array, routing: Routing, backend: ExpertsBackend
+) -> tuple[Array, _Residuals]:
+    out, gate, up = _forward(x, ws, router_weights, routing, backend, save_residuals=True)
+    return out, _Residuals(x, ws, router_weights, routing, gate, up)
 
 
-_experts.defvjp(_experts_forward, _experts_backward)
+def _forward(
+    x: Array,
+    ws: ExpertWeights,
+    router_weights: Array,
+    routing: Routing,
+    backend: ExpertsBackend,
+    *,
+    save_residuals: bool,
+) -> tuple[Array, Array | None, Array | None]:
+    rows = x[routing.permutation // router_weights.shape[1]]
+    row_weights = permute_router_weights(router_weights, routing.permutation)
+    y, gate, up = backend.forward(rows, ws, row_weights, routing.group_sizes, save_residuals=save_residuals)
+    return unpermute_and_sum(y, routing.inverse_permutation), gate, up
+
+
+def _experts_bwd(backend: ExpertsBackend, residuals: _Residuals, dout: Array) -> tuple:
+    x, ws, router_weights, routing, gate, up = residuals
+    permutation, inverse_permutation, group_sizes = routing
+    token = permutation // router_weights.shape[1]
+    x, dy, row_weights = x[token], dout[token], permute_router_weights(router_weights, permutation)
+    dx, dws, drouter_weights = backend.backward(x, dy, ws, row_weights, group_sizes, gate, up)
+    dx = unpermute_and_sum(dx, inverse_permutation)
+    drouter_weights = drouter_weights[inverse_permutation].astype(router_weights.dtype)
+    return dx, dws, drouter_weights, jax.tree.map(float0_zeros, routing)
+
+
+_experts.defvjp(_experts_fwd, _experts_bwd)

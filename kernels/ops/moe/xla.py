@@ -1,105 +1,112 @@
 """The mixture of experts in plain XLA.
 
-On a CPU the rows of an expert are walked in tiles, as in `grouped_matmul/xla.py`, and one pass does all of an expert's
-products: a tile's hidden rows are used while they are in cache. A handful of rows is multiplied one by one. On other
-devices the products are those of `lax.ragged_dot`.
+On a CPU it loops over the rows of an expert in tiles, as `grouped_matmul/xla.py` does, and one pass computes all of an
+expert's products, so that a tile's hidden rows are used while they are in cache. A handful of rows is multiplied one by
+one. Other devices use `lax.ragged_dot`.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from dantinox.kernels.ops.grouped_matmul.common import float0_zeros
 from dantinox.kernels.ops.grouped_matmul.group_metadata import zero_unassigned_rows
 from dantinox.kernels.ops.grouped_matmul.xla import (
-    Tiles,
-    _by_platform,
-    _dot,
-    _groups,
-    _no_grad,
-    _pad,
-    _put,
-    _rows,
-    _walk,
+    RowTiles,
+    accumulation_dtype,
+    call_for_platform,
+    dot_accumulate,
+    group_bounds,
+    loop_row_tiles,
+    pad_for_last_tile,
+    slice_rows,
+    update_rows,
 )
-from dantinox.kernels.ops.moe.ragged_dot import experts
+from dantinox.kernels.ops.moe.ragged_dot import ragged_dot_experts
+from dantinox.kernels.ops.moe.routing import sort_by_expert
 
 Array = jax.Array
-EXPERTS: Tiles = ((512, 384), (128, 96), (16, 0))
+EXPERTS_ROW_TILES: RowTiles = ((512, 384), (128, 96), (16, 0))
 
 
-def _experts_tiles(N: int) -> Tiles:
-    return tuple(tile for tile in EXPERTS if tile[0] <= N) or EXPERTS[-1:]
+def _choose_row_tiles(N: int) -> RowTiles:
+    return tuple(tile for tile in EXPERTS_ROW_TILES if tile[0] <= N) or EXPERTS_ROW_TILES[-1:]
 
 
-def _experts_loop(
-    tiles: Tiles, x: Array, w_gate: Array, w_up: Array, w_down: Array, group_sizes: Array
+def _loop_experts(
+    row_tiles: RowTiles, x: Array, w_gate: Array, w_up: Array, w_down: Array, group_sizes: Array
 ) -> tuple[Array, ...]:
-    """(y, x w_gate, x w_up) of rows sorted by expert, one pass: a tile's hidden rows are used while in cache.
+    """(y, x w_gate, x w_up) of rows sorted by expert, in one pass.
 
-    x is padded for the tiles; what comes back has its rows, those past the last group unspecified.
+    x is padded for the tiles and so are the results, whose rows past the last group are unspecified.
     """
-    starts, ends = _groups(group_sizes)
+    starts, ends = group_bounds(group_sizes)
 
-    def group(e: Array, out: tuple[Array, ...]) -> tuple[Array, ...]:
-        gate_e, up_e, down_e = w_gate[e], w_up[e], w_down[e]
+    def run_expert(e: Array, outs: tuple[Array, ...]) -> tuple[Array, ...]:
+        w_gate_e, w_up_e, w_down_e = w_gate[e], w_up[e], w_down[e]
 
-        def tile(row: Array, size: int, out: tuple[Array, ...]) -> tuple[Array, ...]:
-            x_t = _rows(x, row, size)
-            g, u = _dot(x_t, gate_e, (1, 0)), _dot(x_t, up_e, (1, 0))
-            h = (jax.nn.silu(g) * u).astype(x.dtype)
-            return tuple(_put(a, b, row) for a, b in zip(out, (_dot(h, down_e, (1, 0)), g, u), strict=True))
+        def run_tile(row: Array, size: int, outs: tuple[Array, ...]) -> tuple[Array, ...]:
+            x_t = slice_rows(x, row, size)
+            gate, up = dot_accumulate(x_t, w_gate_e, (1, 0)), dot_accumulate(x_t, w_up_e, (1, 0))
+            h = (jax.nn.silu(gate) * up).astype(x.dtype)
+            values = dot_accumulate(h, w_down_e, (1, 0)), gate, up
+            return tuple(update_rows(out, value, row) for out, value in zip(outs, values, strict=True))
 
-        return _walk(tiles, starts[e], ends[e], tile, out)
+        return loop_row_tiles(row_tiles, starts[e], ends[e], run_tile, outs)
 
     E, M, F = w_gate.shape
-    out = tuple(jnp.empty((x.shape[0], width), x.dtype) for width in (M, F, F))
-    return jax.lax.fori_loop(0, E, group, out)
+    outs = tuple(jnp.empty((x.shape[0], width), x.dtype) for width in (M, F, F))
+    return jax.lax.fori_loop(0, E, run_expert, outs)
 
 
-def _experts_loop_bwd(
-    tiles: Tiles,
-    x: Array,
-    gate: Array,
-    up: Array,
-    w_gate: Array,
-    w_up: Array,
-    w_down: Array,
-    group_sizes: Array,
-    dy: Array,
-) -> tuple[Array, Array, Array, Array]:
-    """(dx, dw_gate, dw_up, dw_down); gate = x w_gate and up = x w_up were kept: recomputing costs 2 matmuls of 9.
+class _Residuals(NamedTuple):
+    """x, gate = x w_gate and up = x w_up are padded; recomputing gate and up would cost 2 matmuls of 9."""
 
-    x, gate, up, dy and dx are padded, as in `_experts_loop`.
-    """
-    starts, ends = _groups(group_sizes)
+    x: Array
+    gate: Array
+    up: Array
+    w_gate: Array
+    w_up: Array
+    w_down: Array
+    group_sizes: Array
+
+
+def _loop_experts_bwd(
+    row_tiles: RowTiles, residuals: _Residuals, dy: Array
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    """dx and (dw_gate, dw_up, dw_down); dy and dx are padded."""
+    x, gate, up, w_gate, w_up, w_down, group_sizes = residuals
+    starts, ends = group_bounds(group_sizes)
     dtype = x.dtype
-    wide = jnp.promote_types(dtype, jnp.float32)
+    acc_dtype = accumulation_dtype(dtype)
 
-    def group(dx: Array, of: tuple) -> tuple[Array, tuple[Array, ...]]:
-        start, end, gate_e, up_e, down_e = of
+    def run_expert(dx: Array, expert: tuple) -> tuple[Array, tuple[Array, ...]]:
+        start, end, w_gate_e, w_up_e, w_down_e = expert
 
-        def tile(row: Array, size: int, carry: tuple) -> tuple:
+        def run_tile(row: Array, size: int, carry: tuple) -> tuple:
             dx, dw_gate, dw_up, dw_down = carry
-            mine = (row + jnp.arange(size) < end)[:, None]
-            x_t, g, u, dy_t = (jnp.where(mine, _rows(a, row, size), 0) for a in (x, gate, up, dy))
-            dh = _dot(dy_t, down_e, (1, 1))
-            g, u = g.astype(wide), u.astype(wide)
+            row_mask = (row + jnp.arange(size) < end)[:, None]
+            x_t, g, u, dy_t = (jnp.where(row_mask, slice_rows(a, row, size), 0) for a in (x, gate, up, dy))
+            dh = dot_accumulate(dy_t, w_down_e, (1, 1))
+            g, u = g.astype(acc_dtype), u.astype(acc_dtype)
             s = jax.nn.sigmoid(g)
-            h, du, dg = (g * s * u), dh * g * s, dh * u * s * (1 + g * (1 - s))
-            h, du, dg = (a.astype(dtype) for a in (h, du, dg))
-            dx = _put(dx, _dot(du, up_e, (1, 1)) + _dot(dg, gate_e, (1, 1)), row)
+            h, dup, dgate = (g * s * u), dh * g * s, dh * u * s * (1 + g * (1 - s))
+            h, dup, dgate = (a.astype(dtype) for a in (h, dup, dgate))
+            dx_t = dot_accumulate(dup, w_up_e, (1, 1)) + dot_accumulate(dgate, w_gate_e, (1, 1))
+            dx = update_rows(dx, dx_t, row)
             return (
                 dx,
-                dw_gate + _dot(x_t, dg, (0, 0)),
-                dw_up + _dot(x_t, du, (0, 0)),
-                dw_down + _dot(h, dy_t, (0, 0)),
+                dw_gate + dot_accumulate(x_t, dgate, (0, 0)),
+                dw_up + dot_accumulate(x_t, dup, (0, 0)),
+                dw_down + dot_accumulate(h, dy_t, (0, 0)),
             )
 
-        zeros = [jnp.zeros(w.shape, wide) for w in (gate_e, up_e, down_e)]
-        dx, *dws = _walk(tiles, start, end, tile, (dx, *zeros))
+        zeros = [jnp.zeros(w.shape, acc_dtype) for w in (w_gate_e, w_up_e, w_down_e)]
+        dx, *dws = loop_row_tiles(row_tiles, start, end, run_tile, (dx, *zeros))
         return dx, tuple(dw.astype(dtype) for dw in dws)
 
-    dx, dws = jax.lax.scan(group, jnp.empty_like(x), (starts, ends, w_gate, w_up, w_down))
-    return dx, *dws
+    return jax.lax.scan(run_expert, jnp.empty_like(x), (starts, ends, w_gate, w_up, w_down))
 
 
 @jax.custom_vjp
@@ -107,17 +114,21 @@ def _experts_cpu(x: Array, w_gate: Array, w_up: Array, w_down: Array, group_size
     return _experts_cpu_fwd(x, w_gate, w_up, w_down, group_sizes)[0]
 
 
-def _experts_cpu_fwd(x: Array, w_gate: Array, w_up: Array, w_down: Array, group_sizes: Array) -> tuple:
-    tiles = _experts_tiles(N := x.shape[0])
-    x = _pad(x, tiles)
-    y, gate, up = _experts_loop(tiles, x, w_gate, w_up, w_down, group_sizes)
-    return zero_unassigned_rows(y[:N], group_sizes), (x, gate, up, w_gate, w_up, w_down, group_sizes)
+def _experts_cpu_fwd(
+    x: Array, w_gate: Array, w_up: Array, w_down: Array, group_sizes: Array
+) -> tuple[Array, _Residuals]:
+    row_tiles = _choose_row_tiles(N := x.shape[0])
+    x = pad_for_last_tile(x, row_tiles)
+    y, gate, up = _loop_experts(row_tiles, x, w_gate, w_up, w_down, group_sizes)
+    residuals = _Residuals(x, gate, up, w_gate, w_up, w_down, group_sizes)
+    return zero_unassigned_rows(y[:N], group_sizes), residuals
 
 
-def _experts_cpu_bwd(saved: tuple, dy: Array) -> tuple:
-    tiles = _experts_tiles(N := dy.shape[0])
-    dx, *dws = _experts_loop_bwd(tiles, *saved, _pad(dy, tiles))
-    return zero_unassigned_rows(dx[:N], saved[-1]), *dws, _no_grad(saved[-1])
+def _experts_cpu_bwd(residuals: _Residuals, dy: Array) -> tuple:
+    row_tiles = _choose_row_tiles(N := dy.shape[0])
+    dx, dws = _loop_experts_bwd(row_tiles, residuals, pad_for_last_tile(dy, row_tiles))
+    group_sizes = residuals.group_sizes
+    return zero_unassigned_rows(dx[:N], group_sizes), *dws, float0_zeros(group_sizes)
 
 
 _experts_cpu.defvjp(_experts_cpu_fwd, _experts_cpu_bwd)
@@ -125,9 +136,9 @@ _experts_cpu.defvjp(_experts_cpu_fwd, _experts_cpu_bwd)
 
 @jax.custom_vjp
 def _gather(x: Array, index: Array, inverse: Array) -> Array:
-    """x[index] where each row of x is taken k times, and `inverse` [rows of x, k] says where to.
+    """x[index], where index takes each row of x k times and `inverse` [rows of x, k] says where they go.
 
-    So its gradient is a gather and a sum: deterministic, and faster than the scatter that XLA would make of it.
+    So the gradient is a gather and a sum: deterministic, and faster than the scatter that XLA would use.
     """
     return x[index]
 
@@ -136,78 +147,84 @@ def _gather_fwd(x: Array, index: Array, inverse: Array) -> tuple[Array, tuple]:
     return x[index], (index, inverse)
 
 
-def _gather_bwd(saved: tuple, dy: Array) -> tuple:
-    index, inverse = saved
-    dx = sum(dy[inverse[:, j]].astype(jnp.promote_types(dy.dtype, jnp.float32)) for j in range(inverse.shape[1]))
-    return dx.astype(dy.dtype), _no_grad(index), _no_grad(inverse)
+def _gather_bwd(residuals: tuple, dy: Array) -> tuple:
+    index, inverse = residuals
+    dx = sum(dy[inverse[:, j]].astype(accumulation_dtype(dy.dtype)) for j in range(inverse.shape[1]))
+    return dx.astype(dy.dtype), float0_zeros(index), float0_zeros(inverse)
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)
 
-FEW_ROWS = 8  # N * k up to which each routed row is multiplied alone
-BLOCK = 1 << 15  # numbers of a matrix copied at a time: the copy stays in cache
+MAX_SINGLE_ROWS = 8  # N * k up to which each routed row is multiplied by itself
+MATVEC_BLOCK = 1 << 15  # elements of the weights copied at a time: the copy stays in cache
 
 
-def _vector(x: Array, ws: tuple[Array, ...], e: Array) -> tuple[Array, ...]:
-    """x [M] times w[e] for each w [E, M, F]: only the matrices of expert e are ever touched, block by block."""
+def _matvec(x: Array, ws: tuple[Array, ...], e: Array) -> tuple[Array, ...]:
+    """x [M] times w[e] for each w [E, M, F], block by block: only the weights of expert e are read."""
     M, F = ws[0].shape[1:]
-    rows = max(1, BLOCK // F)
-    while M % rows:
-        rows -= 1
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    block_m = max(1, MATVEC_BLOCK // F)
+    while M % block_m:
+        block_m -= 1
 
-    def block(i: Array, ys: tuple[Array, ...]) -> tuple[Array, ...]:
-        x_i = jax.lax.dynamic_slice(x, (i * rows,), (rows,))[None]
-        blocks = (jax.lax.dynamic_slice(w, (e, i * rows, 0), (1, rows, F))[0] for w in ws)
-        return tuple(y + _dot(x_i, w_i, (1, 0)) for y, w_i in zip(ys, blocks, strict=True))
+    def add_block(i: Array, ys: tuple[Array, ...]) -> tuple[Array, ...]:
+        x_i = jax.lax.dynamic_slice(x, (i * block_m,), (block_m,))[None]
+        blocks = (jax.lax.dynamic_slice(w, (e, i * block_m, 0), (1, block_m, F))[0] for w in ws)
+        return tuple(y + dot_accumulate(x_i, w_i, (1, 0)) for y, w_i in zip(ys, blocks, strict=True))
 
-    ys = jax.lax.fori_loop(0, M // rows, block, tuple(jnp.zeros((1, F), wide) for _ in ws))
+    zeros = tuple(jnp.zeros((1, F), accumulation_dtype(x.dtype)) for _ in ws)
+    ys = jax.lax.fori_loop(0, M // block_m, add_block, zeros)
     return tuple(y[0] for y in ys)
 
 
 @jax.custom_vjp
-def _few_cpu(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array) -> Array:
-    """Decoding: a handful of rows, bound by reading the weights of the experts that they are routed to."""
+def _moe_single_rows_cpu(
+    x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array
+) -> Array:
+    """Decoding: a handful of rows, bound by reading the weights of their experts."""
     N, k = expert_ids.shape
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    acc_dtype = accumulation_dtype(x.dtype)
 
-    def row(r: Array, y: Array) -> Array:
+    def add_row(r: Array, y: Array) -> Array:
         n, e = r // k, expert_ids.reshape(-1)[r]
-        g, u = _vector(x[n], (w_gate, w_up), e)
-        (d,) = _vector((jax.nn.silu(g) * u).astype(x.dtype), (w_down,), e)
-        return y.at[n].add(expert_weights.reshape(-1)[r].astype(wide) * d.astype(x.dtype).astype(wide))
+        gate, up = _matvec(x[n], (w_gate, w_up), e)
+        (y_r,) = _matvec((jax.nn.silu(gate) * up).astype(x.dtype), (w_down,), e)
+        return y.at[n].add(expert_weights.reshape(-1)[r].astype(acc_dtype) * y_r.astype(x.dtype).astype(acc_dtype))
 
-    return jax.lax.fori_loop(0, N * k, row, jnp.zeros(x.shape, wide)).astype(x.dtype)
-
-
-def _few_cpu_bwd(saved: tuple, dy: Array) -> tuple:
-    x, w_gate, w_up, w_down, expert_ids, expert_weights = saved
-    _, back = jax.vjp(lambda *a: _sorted(*a[:4], expert_ids, a[4]), x, w_gate, w_up, w_down, expert_weights)
-    *grads, d_weights = back(dy)
-    return *grads, _no_grad(expert_ids), d_weights
+    return jax.lax.fori_loop(0, N * k, add_row, jnp.zeros(x.shape, acc_dtype)).astype(x.dtype)
 
 
-_few_cpu.defvjp(lambda *args: (_few_cpu(*args), args), _few_cpu_bwd)
+def _moe_single_rows_cpu_fwd(*args: Array) -> tuple[Array, tuple]:
+    return _moe_single_rows_cpu(*args), args
+
+
+def _moe_single_rows_cpu_bwd(residuals: tuple, dy: Array) -> tuple:
+    x, w_gate, w_up, w_down, expert_ids, expert_weights = residuals
+
+    def moe(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_weights: Array) -> Array:
+        return _moe_sorted(x, w_gate, w_up, w_down, expert_ids, expert_weights)
+
+    _, pull_back = jax.vjp(moe, x, w_gate, w_up, w_down, expert_weights)
+    *grads, dexpert_weights = pull_back(dy)
+    return *grads, float0_zeros(expert_ids), dexpert_weights
+
+
+_moe_single_rows_cpu.defvjp(_moe_single_rows_cpu_fwd, _moe_single_rows_cpu_bwd)
 
 
 def moe_mlp(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array) -> Array:
     """See `dantinox.kernels.moe_mlp`; arguments are checked there."""
     args = (x, w_gate, w_up, w_down, expert_ids, expert_weights)
-    if expert_ids.size <= FEW_ROWS:
-        return _by_platform(*args, cpu=_few_cpu, default=_sorted)
-    return _sorted(*args)
+    if expert_ids.size <= MAX_SINGLE_ROWS:
+        return call_for_platform(*args, cpu=_moe_single_rows_cpu, default=_moe_sorted)
+    return _moe_sorted(*args)
 
 
-def _sorted(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array) -> Array:
-    """Sort the N * k routed rows by expert, run the experts, put the rows back and combine."""
+def _moe_sorted(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array) -> Array:
+    """Sorts the N * k routed rows by expert, runs the experts, unsorts their outputs and sums them by token."""
     N, k = expert_ids.shape
-    E = w_gate.shape[0]
-    flat = expert_ids.reshape(-1)
-    order = jnp.argsort(flat, stable=True)  # sorted row -> n * k + j
-    place = jnp.zeros_like(order).at[order].set(jnp.arange(N * k, dtype=order.dtype), unique_indices=True)
-    group_sizes = jnp.sum(flat[:, None] == jnp.arange(E)[None], axis=0, dtype=jnp.int32)
-    rows = _gather(x, order // k, place.reshape(N, k))
-    y = _by_platform(rows, w_gate, w_up, w_down, group_sizes, cpu=_experts_cpu, default=experts)
-    back = _gather(y, place, order[:, None]).reshape(N, k, -1)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.sum(back.astype(wide) * expert_weights.astype(wide)[..., None], axis=1).astype(x.dtype)
+    permutation, inverse_permutation, group_sizes = sort_by_expert(expert_ids, w_gate.shape[0])
+    rows = _gather(x, permutation // k, inverse_permutation.reshape(N, k))
+    y = call_for_platform(rows, w_gate, w_up, w_down, group_sizes, cpu=_experts_cpu, default=ragged_dot_experts)
+    y = _gather(y, inverse_permutation, permutation[:, None]).reshape(N, k, -1)
+    acc_dtype = accumulation_dtype(x.dtype)
+    return jnp.sum(y.astype(acc_dtype) * expert_weights.astype(acc_dtype)[..., None], axis=1).astype(x.dtype)

@@ -60,42 +60,45 @@ def test_branches_in_a_part_count_for_themselves(monkeypatch):
 def test_what_is_taken_is_what_the_kernel_visits(name, skew):
     spec = workloads.get("grouped_matmul", name)
     sizes = workload_types.spread(spec.N, spec.E, skew)
-    tile = block_sizes.product(
+    tile = block_sizes.gmm_block_sizes(
         Device(V6E.platform, V6E.kind),
         spec.N,
         spec.E,
         spec.M,
         spec.F,
-        xs=1,
-        ws=1,
-        wide=1,
+        num_x=1,
+        num_w=1,
+        num_matrices=1,
         transposed=False,
         itemsize=2,
-        plain=True,
+        has_epilogue=False,
     )
-    plan = numpy_interpreter.run(lambda sizes: make_group_metadata(sizes, spec.N, tile.rows), sizes)
+    plan = numpy_interpreter.run(lambda sizes: make_group_metadata(sizes, spec.N, tile.block_m), sizes)
     count = int(plan.count)
     (work,) = gmm_bundles.candidates(spec, "pallas", "grouped_matmul.1", V6E, sizes)
-    across, strips = spec.F // tile.columns, tile.columns // tile.strip
+    across, strips = spec.F // tile.block_n, tile.block_n // tile.block_n_sub
     assert work.steps == across * count
     owner = np.repeat(np.arange(spec.E), sizes)
     chunks, whole, spoils = [], 0, 0
     for group, row, low in zip(plan.group[:count], plan.row[:count], plan.row_start[:count], strict=True):
-        mine = [(owner[at : at + tile.chunk] == group).any() for at in range(row, row + tile.rows, tile.chunk)]
+        mine = [
+            (owner[at : at + tile.block_m_sub] == group).any()
+            for at in range(row, row + tile.block_m, tile.block_m_sub)
+        ]
         if mine[-1] and low <= row and len(mine) > 1:
             whole += 1
         else:
             chunks.append(sum(mine))
             spoils += low > row
     parts = work.parts
-    if tile.chunk < tile.rows:
+    if tile.block_m_sub < tile.block_m:
         all_, rest = parts
         assert (all_.taken, rest.taken) == (across * whole, across * (count - whole))
         parts = rest.inner
     saved, *some, restored = parts
     assert saved == restored and saved.taken == across * spoils
-    assert len(some) == tile.chunks
-    assert sum(part.trips[0] * size for part, size in zip(some, range(tile.chunks, 0, -1))) == across * sum(chunks)
+    assert len(some) == tile.max_chunks
+    assert sum(part.trips[0] * size for part, size in zip(some, range(tile.max_chunks, 0, -1))) == across * sum(chunks)
     assert all(part.trips[1:] == ((part.trips[0] * strips,) if strips > 1 else ()) for part in some)
 
 
@@ -114,15 +117,15 @@ def test_a_peer_runs_a_tile_for_every_group_in_it():
 def test_a_kernel_of_the_mixture_is_known_by_its_name_and_visits_what_a_product_of_its_shape_does():
     spec = workloads.get("moe_mlp", "Qwen3-30B-A3B uniform")
     rows = spec.N * spec.k
-    for name in gmm_bundles.MIXTURE:
+    for name in gmm_bundles.EXPERTS:
         assert tables.product_of("moe_mlp", f"experts_{name}.1") == name
     assert tables.product_of("moe_mlp", "grouped_matmul.1") == ""
-    assert gmm_bundles.mixture(spec, "grouped_matmul.1", V6E, "zipf", keep=True) == []
+    assert gmm_bundles.experts_candidates(spec, "grouped_matmul.1", V6E, "zipf", save_residuals=True) == []
     plain = workloads.get("grouped_matmul", "Qwen3-30B-A3B uniform")
     assert (rows, spec.M, spec.F, spec.E) == (plain.N, plain.M, plain.F, plain.E)
     sizes = workload_types.spread(rows, spec.E, "zipf")
     for name, product in (("up", "grouped_matmul.1"), ("dx", "grouped_matmul_dx.1"), ("dw_up", "grouped_matmul_dw.1")):
-        (ours,) = gmm_bundles.mixture(spec, f"experts_{name}.1", V6E, "zipf", keep=True)
+        (ours,) = gmm_bundles.experts_candidates(spec, f"experts_{name}.1", V6E, "zipf", save_residuals=True)
         (work,) = gmm_bundles.candidates(plain, "pallas", product, V6E, sizes)
         assert [part.taken for part in ours.parts][1:3] == [part.taken for part in work.parts][1:3]
         assert ours.steps == work.steps

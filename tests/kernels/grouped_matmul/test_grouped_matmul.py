@@ -91,18 +91,18 @@ def test_any_sizes_are_the_formula(implementation, shape, cuts, full, seed):
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
 @pytest.mark.parametrize("sizes", [[63, 64, 65, 1], [0, 0, 0, 0], [257, 0, 1, 129], [580, 0, 0, 0]], ids=str)
-def test_what_rows_of_nobody_hold_reaches_nobody(sizes, implementation):
+def test_values_in_unassigned_rows_do_not_reach_any_result(sizes, implementation):
     inputs, aux, dout = cases.draw(row(*sizes, N=580))
-    nobody = (np.arange(580) >= sum(sizes))[:, None]
-    # An empty group's matrix multiplies nothing either, and what comes back for rows of nobody is no gradient.
+    unassigned = (np.arange(580) >= sum(sizes))[:, None]
+    # An empty group's weights multiply nothing either, and the cotangent of unassigned rows must be ignored.
     empty = (np.int32(sizes) == 0)[:, None, None]
     run, results = tolerance.program("grouped_matmul", implementation), []
     for fill in (0, np.nan, np.inf):
         filled = {
-            "x": np.float32(np.where(nobody, fill, inputs["x"])),
+            "x": np.float32(np.where(unassigned, fill, inputs["x"])),
             "w": np.float32(np.where(empty, fill, inputs["w"])),
         }
-        dy = np.float32(np.where(nobody, fill, dout))
+        dy = np.float32(np.where(unassigned, fill, dout))
         results.append(run(filled, aux, dy))
     for poisoned in results[1:]:
         tolerance.same_bits(results[0], poisoned)

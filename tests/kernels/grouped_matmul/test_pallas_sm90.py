@@ -83,7 +83,9 @@ LAUNCHED = {  # name -> (copies that fill a stage, what makes TILES tiles of one
     "dw": (3, lambda static: tgmm.summed(ones(64, 128), ones(64, TILES * COLUMNS), SIZES // 2, static)),
     "up": (
         3,
-        lambda static: experts_kernel.up(ones(128, 64), *[ones(1, 64, 4 * COLUMNS)] * 2, SIZES, static, keep=False),
+        lambda static: experts_kernel.up_proj(
+            ones(128, 64), *[ones(1, 64, 4 * COLUMNS)] * 2, SIZES, static, save_residuals=False
+        ),
     ),
 }
 SIZES = np.array([128], np.int32)
@@ -139,8 +141,8 @@ def test_every_tile_has_its_place_and_a_panel_its_rows():
 
 def test_tiles_that_begin_with_their_group_are_fewer_and_visit_every_row_once():
     rng, N = np.random.default_rng(0), 150
-    aligned = jax.jit(functools.partial(make_group_metadata, N=N, rows=16, align=8))
-    spanning = jax.jit(functools.partial(make_group_metadata, N=N, rows=16))
+    aligned = jax.jit(functools.partial(make_group_metadata, N=N, block_m=16, align=8))
+    spanning = jax.jit(functools.partial(make_group_metadata, N=N, block_m=16))
     for _ in range(100):
         sizes = rng.multinomial(rng.integers(0, N + 1), rng.dirichlet([0.4] * 6))
         metadata = aligned(sizes)

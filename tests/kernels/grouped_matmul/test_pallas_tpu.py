@@ -1,4 +1,4 @@
-"""The Pallas grouped matmul from inside: its visits and tiles, and that each of its forms gives the rows."""
+"""The Pallas grouped matmul from inside: its visits and tiles, and that every compiled form gives the same rows."""
 
 import functools
 import itertools
@@ -15,7 +15,7 @@ from dantinox.kernels.dispatch import Device, target_device
 from dantinox.kernels.ops.grouped_matmul.group_metadata import make_group_metadata
 from dantinox.kernels.ops.grouped_matmul.pallas_cpu import gmm
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu import block_sizes
-from dantinox.kernels.ops.grouped_matmul.pallas_tpu.vmem import contraction, total
+from dantinox.kernels.ops.grouped_matmul.pallas_tpu.vmem import row_sums, split_contraction
 from dantinox.kernels.ops.moe import pallas_cpu
 from tests import numpy_interpreter
 from tests.helpers import tolerance
@@ -24,61 +24,63 @@ from tests.helpers.jaxpr_walk import largest
 SIZES = ([5], [0], [3, 4], [0, 7, 0, 1], [4, 4, 0], [0, 0, 0], [1, 1, 1, 1, 9], [16, 0, 3])
 
 
-@pytest.mark.parametrize("sums", [False, True])
-def test_every_row_is_visited_once_by_its_group(sums):
+@pytest.mark.parametrize("visit_empty_groups", [False, True])
+def test_every_row_is_visited_once_by_its_group(visit_empty_groups):
     for sizes, spare, rows in itertools.product(SIZES, (0, 6), (1, 4, 8)):
         N, E = sum(sizes) + spare, len(sizes)
         if N == 0:
             continue
-        plan = functools.partial(make_group_metadata, N=N, rows=rows, visit_empty_groups=sums)
-        found = numpy_interpreter.run(lambda sizes, plan=plan: plan(sizes), np.int32(sizes))
-        table = np.stack([np.asarray(each)[: int(found.count)] for each in found[1:]], axis=1)
-        assert int(found.count) <= len(found.group) == -(-N // rows) + E
+        make_metadata = functools.partial(make_group_metadata, N=N, block_m=rows, visit_empty_groups=visit_empty_groups)
+        metadata = numpy_interpreter.run(lambda sizes, make=make_metadata: make(sizes), np.int32(sizes))
+        table = np.stack([np.asarray(field)[: int(metadata.count)] for field in metadata[1:]], axis=1)
+        assert int(metadata.count) <= len(metadata.group) == -(-N // rows) + E
         owners = [[] for _ in range(N)]
         for group, row, low, high in table:
             assert 0 <= row < N and row % rows == 0
             for n in range(max(row, low), min(row + rows, high, N)):
                 owners[n].append(group)
         whose = np.repeat(np.arange(E + 1), [*sizes, spare])
-        assert owners == [[] if sums and e == E else [e] for e in whose], (sizes, spare, rows)
+        assert owners == [[] if visit_empty_groups and e == E else [e] for e in whose], (sizes, spare, rows)
         groups = table[:, 0].tolist()
         assert groups == sorted(groups)
-        assert set(groups) == (set(range(E)) if sums else set(whose))
+        assert set(groups) == (set(range(E)) if visit_empty_groups else set(whose))
 
 
-@pytest.mark.parametrize("large_full", [True, False])
+@pytest.mark.parametrize("full_large_tiles", [True, False])
 @pytest.mark.parametrize("sizes", [(8, 4, 1), (8, 2), (6, 5, 4, 3), (3,), (16, 8, 4), (1,)])
-def test_interpreted_every_row_of_a_group_is_in_one_tile(monkeypatch, sizes, large_full):
-    monkeypatch.setattr(gmm, "TURN", 1)
+def test_interpreted_every_row_of_a_group_is_in_one_tile(monkeypatch, sizes, full_large_tiles):
+    monkeypatch.setattr(gmm, "EXTRA_TILE_COST_ROWS", 1)
     N = 17
 
     def rows(start: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array]:
         """How often each row is a tile's own, and how many rows all tiles have."""
 
-        def count(rows, mine, carry):
+        def count(rows, row_mask, carry):
             seen, multiplied = carry
-            mine = jnp.ones(rows.size, bool) if mine is None else mine
-            return seen.at[rows.start + jnp.arange(rows.size)].add(mine.astype(jnp.int32)), multiplied + rows.size
+            row_mask = jnp.ones(rows.size, bool) if row_mask is None else row_mask
+            return seen.at[rows.start + jnp.arange(rows.size)].add(row_mask.astype(jnp.int32)), multiplied + rows.size
 
-        return gmm.walk(N, start, end, sizes, count, (jnp.zeros(N, jnp.int32), 0), large_full=large_full)
+        return gmm.for_each_row_tile(
+            N, start, end, sizes, count, (jnp.zeros(N, jnp.int32), 0), full_large_tiles=full_large_tiles
+        )
 
     for start, end in itertools.combinations_with_replacement(range(N + 1), 2):
         seen, multiplied = numpy_interpreter.run(rows, np.int32(start), np.int32(end))
         assert seen.tolist() == [int(start <= n < end) for n in range(N)], (start, end)
         # One tile at most is not full, and of two sizes the cheaper: never more than the next larger one.
-        largest = sizes[1] if large_full and len(sizes) > 1 else sizes[0]
+        largest = sizes[1] if full_large_tiles and len(sizes) > 1 else sizes[0]
         assert end - start <= multiplied < end - start + largest
 
 
 def test_interpreted_tiles_are_about_as_large_as_groups():
     for N, E in itertools.product((1, 7, 15, 16, 100, 4096, 10**6), (1, 8, 64, 256)):
-        found = gmm.sizes(N, E)
-        assert list(found) == sorted(set(found), reverse=True)
+        sizes = gmm.tile_sizes(N, E)
+        assert list(sizes) == sorted(set(sizes), reverse=True)
         most = N if E == 1 else (N + 1) // 2  # one of all rows would be multiplied for every group
-        assert found[0] == min(most, gmm.LARGEST)
-        assert min(most, gmm.SMALLEST) <= found[-1]
-        if N >= gmm.SMALLEST * E:
-            assert any(size <= N / E < 2 * size or size == gmm.LARGEST for size in found)
+        assert sizes[0] == min(most, gmm.MAX_TILE_ROWS)
+        assert min(most, gmm.MIN_TILE_ROWS) <= sizes[-1]
+        if N >= gmm.MIN_TILE_ROWS * E:
+            assert any(size <= N / E < 2 * size or size == gmm.MAX_TILE_ROWS for size in sizes)
 
 
 def arrays(N: int, M: int, F: int, E: int) -> tuple[jax.Array, jax.Array]:
@@ -95,9 +97,9 @@ def output_and_gradients(x: jax.Array, w: jax.Array, sizes: jax.Array, name: str
 def test_no_tile_size_changes_the_result(monkeypatch, rows):
     (x, w), sizes = arrays(37, 6, 5, 4), jnp.array([9, 0, 13, 8])
     expected = output_and_gradients(x, w, sizes, "reference")
-    monkeypatch.setattr(gmm, "sizes", lambda *_: (rows,))
-    for mine, other in zip(output_and_gradients(x, w, sizes, "pallas"), expected, strict=True):
-        np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(gmm, "tile_sizes", lambda *_: (rows,))
+    for actual, reference_value in zip(output_and_gradients(x, w, sizes, "pallas"), expected, strict=True):
+        np.testing.assert_allclose(actual, reference_value, rtol=1e-5, atol=1e-5)
 
 
 def mixture(name: str, x: jax.Array, w: jax.Array, ids: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
@@ -113,9 +115,11 @@ def test_no_tile_size_changes_the_mixture(monkeypatch, sizes):
     """One expert has no rows, and some rows are of an expert that is not there."""
     (x, w), rng = arrays(37, 6, 5, 4), np.random.default_rng(1)
     args = x, w, jnp.array(rng.choice([0, 2, 3, 4], (37, 2))), jnp.array(rng.random((37, 2)), jnp.float32)
-    monkeypatch.setattr(pallas_cpu, "SIZES", sizes)
-    for mine, other in zip(mixture("pallas", *args), mixture("reference", *args), strict=True):
-        np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-5 * float(jnp.abs(other).max()))
+    monkeypatch.setattr(pallas_cpu, "TILE_SIZES", sizes)
+    for actual, reference_value in zip(mixture("pallas", *args), mixture("reference", *args), strict=True):
+        np.testing.assert_allclose(
+            actual, reference_value, rtol=1e-4, atol=1e-5 * float(jnp.abs(reference_value).max())
+        )
 
 
 def test_one_program_serves_any_sizes():
@@ -127,8 +131,8 @@ def test_one_program_serves_any_sizes():
         return output_and_gradients(x, w, sizes, "pallas")
 
     for sizes in ([5] * 8, [40] + [0] * 7, [0] * 8, [0] * 7 + [39]):
-        mine, expected = run(jnp.array(sizes)), output_and_gradients(x, w, jnp.array(sizes), "reference")
-        for a, b in zip(mine, expected, strict=True):
+        actual, expected = run(jnp.array(sizes)), output_and_gradients(x, w, jnp.array(sizes), "reference")
+        for a, b in zip(actual, expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     assert len(seen) == 1
 
@@ -153,10 +157,10 @@ def test_mapped_over_an_axis_it_is_a_loop(name, shared):
 
         return *mixture(name, *args), jax.grad(lambda x: jnp.sum(jax.checkpoint(recomputed)(x)))(args[0])
 
-    one, all_ = tolerance.quick(run), tolerance.quick(jax.vmap(run, axes))
-    loop = [one(*[a[n] if axis == 0 else a for a, axis in zip(args, axes, strict=True)]) for n in range(2)]
-    for mine, *ones in zip(all_(*args), *loop, strict=True):
-        np.testing.assert_allclose(mine, jnp.stack(ones), rtol=1e-5, atol=1e-5 * float(jnp.abs(mine).max()))
+    single, mapped = tolerance.quick(run), tolerance.quick(jax.vmap(run, axes))
+    loop = [single(*[a[n] if axis == 0 else a for a, axis in zip(args, axes, strict=True)]) for n in range(2)]
+    for actual, *looped in zip(mapped(*args), *loop, strict=True):
+        np.testing.assert_allclose(actual, jnp.stack(looped), rtol=1e-5, atol=1e-5 * float(jnp.abs(actual).max()))
 
 
 def test_many_experts_few_tokens():
@@ -188,33 +192,34 @@ def test_tiles_fit_and_divide():
         ("TPU v5 lite", "TPU v6 lite", "TPU7x"),
         ((8192, 4096, 14336, 8), (8192, 14336, 4096, 8), (65536, 2048, 768, 128), (256, 2048, 768, 128)),
     ):
-        here = Device("tpu", kind)
-        found = block_sizes.product(here, N, E, M, F, xs=1, ws=2, wide=3, transposed=False, itemsize=2)
-        assert found.rows % found.chunk == found.columns % found.strip == 0
-        assert found.part is None or found.chunk % found.height == 0
-        assert M % found.inner == 0 and F % found.columns == 0
-        blocks = found.rows * found.inner + 2 * found.inner * found.columns + 3 * found.rows * found.columns
-        sums = 0 if found.inner == M else 2 * 4 * found.rows * found.columns
-        assert 2 * 2 * blocks + sums < found.vmem <= {"TPU7x": 64}.get(kind, 128) * 2**20
-        # More than the rule only where it saves reading x again: the rest of VMEM is XLA's.
-        assert found.vmem == block_sizes.VMEM_BYTES or (kind != "TPU7x" and N == 8192)
+        device, counts = Device("tpu", kind), {"num_x": 1, "num_w": 2, "num_matrices": 3}
+        sizes = block_sizes.gmm_block_sizes(device, N, E, M, F, **counts, transposed=False, itemsize=2)
+        block_m, block_k, block_n = sizes.block_m, sizes.block_k, sizes.block_n
+        assert block_m % sizes.block_m_sub == block_n % sizes.block_n_sub == 0
+        assert sizes.block_k_sub is None or sizes.block_m_sub % sizes.mxu_m == 0
+        assert M % block_k == 0 and F % block_n == 0
+        blocks = block_m * block_k + 2 * block_k * block_n + 3 * block_m * block_n
+        sums = 0 if block_k == M else 2 * 4 * block_m * block_n
+        assert 2 * 2 * blocks + sums < sizes.vmem_bytes <= {"TPU7x": 64}.get(kind, 128) * 2**20
+        # More than the default only where it saves reading x again: XLA uses the rest of VMEM.
+        assert sizes.vmem_bytes == block_sizes.VMEM_BYTES or (kind != "TPU7x" and N == 8192)
 
 
 CUTS = {
-    "whole": {"part": None},
-    "a tile of products larger than a chunk": {"part": None, "height": 16},
-    "cut": {"inner": 16, "columns": 16, "strip": 16, "width": 8},
-    "strips": {"columns": 24, "strip": 8, "width": 8},
-    "parts": {"part": 8},
-    "a lead": {"part": None, "lead": 8},
-    "cut, parts": {"inner": 16, "columns": 16, "strip": 16, "width": 8, "part": 8},
-    "many sizes": {"chunks": 3},
-    "parts of two matrices": {"part": 16},
+    "whole": {"block_k_sub": None},
+    "a tile of products larger than a chunk": {"block_k_sub": None, "mxu_m": 16},
+    "cut": {"block_k": 16, "block_n": 16, "block_n_sub": 16, "mxu_n": 8},
+    "strips": {"block_n": 24, "block_n_sub": 8, "mxu_n": 8},
+    "parts": {"block_k_sub": 8},
+    "a lead": {"block_k_sub": None, "leading_k": 8},
+    "cut, parts": {"block_k": 16, "block_n": 16, "block_n_sub": 16, "mxu_n": 8, "block_k_sub": 8},
+    "many sizes": {"max_chunks": 3},
+    "parts of two matrices": {"block_k_sub": 16},
 }
 
 
 def test_a_part_of_two_matrices_has_the_end_of_one_and_the_start_of_the_next():
-    spans = lambda *sizes: [[(n, at.start, at.size) for n, at in term] for term in contraction(*sizes)]
+    spans = lambda *sizes: [[(n, at.start, at.size) for n, at in term] for term in split_contraction(*sizes)]
     halves = [(0, 512, 256), (1, 0, 256)]
     assert spans(2, 768, 512) == [[(0, 0, 512)], halves, [(1, 256, 512)]]
     assert spans(1, 768, 512) == [[(0, 0, 512)], [(0, 512, 256)]]
@@ -222,22 +227,22 @@ def test_a_part_of_two_matrices_has_the_end_of_one_and_the_start_of_the_next():
 
 
 @pytest.mark.parametrize("width", [40, 128, 200, 384])
-def test_the_total_of_each_row(width):
+def test_row_sums_are_the_sum_of_each_row(width):
     x = jnp.asarray(np.random.default_rng(0).integers(-9, 9, (16, width)), jnp.float32)
-    np.testing.assert_array_equal(total(x), jnp.sum(x, axis=1)[None])
+    np.testing.assert_array_equal(row_sums(x), jnp.sum(x, axis=1)[None])
 
 
 @pytest.mark.parametrize("sides", CUTS.values(), ids=CUTS)
 def test_the_compiled_form_is_the_formula(monkeypatch, sides):
-    """The body that is compiled for a TPU, with NaN in all memory that nobody wrote."""
-    monkeypatch.setattr(block_sizes, "rows", lambda *_, **__: (32 if "chunks" in sides else 16, 8))
+    """The body that is compiled for a TPU, with NaN in all memory that was never written."""
+    monkeypatch.setattr(block_sizes, "choose_block_m", lambda *_, **__: (32 if "max_chunks" in sides else 16, 8))
 
-    def cut(choose: Callable[..., block_sizes.Tiles], *args: Any, **sizes: Any) -> block_sizes.Tiles:
-        # Only a product of one matrix, without an epilogue, is given a lead.
-        alone = {} if sizes.get("plain") and sizes.get("ws") == 1 else {"lead": None}
-        return choose(*args, **sizes)._replace(**{"height": 8} | sides | alone)
+    def cut(choose: Callable[..., block_sizes.GmmBlockSizes], *args: Any, **sizes: Any) -> block_sizes.GmmBlockSizes:
+        # Only one product without an epilogue multiplies a leading part first.
+        can_lead = not sizes.get("has_epilogue", True) and sizes.get("num_w") == 1
+        return choose(*args, **sizes)._replace(**{"mxu_m": 8} | sides | ({} if can_lead else {"leading_k": None}))
 
-    for name in ("product", "summed"):
+    for name in ("gmm_block_sizes", "tgmm_block_sizes"):
         monkeypatch.setattr(block_sizes, name, functools.partial(cut, getattr(block_sizes, name)))
     (x, w), sizes = arrays(37, 24, 40, 4), jnp.array([9, 0, 13, 8])
     ids, weights = jnp.array(np.random.default_rng(1).integers(0, 3, (37, 2))), jnp.linspace(0, 1, 74).reshape(37, 2)
@@ -247,6 +252,6 @@ def test_the_compiled_form_is_the_formula(monkeypatch, sides):
 
     expected = both("reference", x, w, weights)
     with target_device("tpu", "TPU v6 lite"):
-        mine = numpy_interpreter.run(functools.partial(both, "pallas"), x, w, weights)
-    for a, b in zip(mine, expected, strict=True):
+        actual = numpy_interpreter.run(functools.partial(both, "pallas"), x, w, weights)
+    for a, b in zip(actual, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))

@@ -87,7 +87,7 @@ def test_any_routing_is_the_formula(implementation, shape, skew, seed):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_what_an_idle_expert_holds_reaches_nobody(implementation):
+def test_the_weights_of_an_idle_expert_do_not_reach_any_result(implementation):
     inputs, _, dout = cases.draw(row(65, 16, 24, 4, 1))
     ids = workload_types.route(65, 2, 1, "uniform")  # experts 2 and 3 are idle
     idle, results = np.arange(4)[:, None, None] >= 2, []

@@ -1,4 +1,4 @@
-"""The mixture of experts on Hopper, on a simulated GPU that watches memory: values, gradients, races, what it takes."""
+"""The mixture of experts on Hopper, on a simulated GPU that checks memory: values, gradients, races, limits."""
 
 import functools
 import json
@@ -61,13 +61,13 @@ def test_the_output_and_the_gradients_are_the_formula_and_memory_is_in_order(cas
     inputs, aux, dout = drawn(case)
     run = functools.partial(watched, width)
     keep = ("expert_weights",)
-    mine = tolerance.judge("moe_mlp", "hopper", inputs, dout, dtype, aux=aux, run=run, keep=keep)
+    got = tolerance.judge("moe_mlp", "hopper", inputs, dout, dtype, aux=aux, run=run, keep=keep)
     idle = [e for e in range(case.E) if e not in np.asarray(aux["expert_ids"])]
     for name in ("dw_gate", "dw_up", "dw_down"):
-        assert not np.any(tolerance.exact(mine[name])[idle]), f"{name} of an expert without tokens"
+        assert not np.any(tolerance.exact(got[name])[idle]), f"{name} of an expert without tokens"
 
 
-def test_what_an_idle_expert_holds_reaches_nobody_and_two_runs_agree():
+def test_the_weights_of_an_idle_expert_do_not_reach_any_result_and_two_runs_agree():
     """NaN in an expert without tokens changes no bit."""
     inputs, aux, dout = drawn(row(21, 3, 2))
     inputs = {name: jnp.asarray(x, "bfloat16") for name, x in inputs.items()}
@@ -81,20 +81,20 @@ def test_each_row_finds_its_number_among_those_of_the_visits():
     rng, N, E = np.random.default_rng(0), 700, 5
 
     @jax.jit
-    def found(sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
-        plan = warp_specialized.plan(sizes, N)
-        # Row n of the visits has the number n; what no visit owns is NaN.
-        number = plan.row[:, None] + jnp.arange(warp_specialized.HEIGHT)
-        owned = (plan.row_start[:, None] <= number) & (number < plan.row_end[:, None])
-        owned &= (jnp.arange(len(plan.group)) < plan.count)[:, None]
-        return experts_kernel.of_rows(jnp.where(owned, number + 1.0, jnp.nan), plan, N, E), jnp.sum(sizes)
+    def gather(sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
+        metadata = warp_specialized.plan(sizes, N)
+        # Row n of the visits has the value n + 1; rows of no visit are NaN.
+        number = metadata.row[:, None] + jnp.arange(warp_specialized.HEIGHT)
+        owned = (metadata.row_start[:, None] <= number) & (number < metadata.row_end[:, None])
+        owned &= (jnp.arange(len(metadata.group)) < metadata.count)[:, None]
+        return experts_kernel.gather_row_values(jnp.where(owned, number + 1.0, jnp.nan), metadata, N, E), jnp.sum(sizes)
 
     for _ in range(50):
-        numbers, there = found(rng.multinomial(rng.integers(0, N + 1), rng.dirichlet([0.4] * E)))
-        np.testing.assert_array_equal(numbers, np.where(np.arange(N) < there, np.arange(N) + 1, 0))
+        values, num_assigned = gather(rng.multinomial(rng.integers(0, N + 1), rng.dirichlet([0.4] * E)))
+        np.testing.assert_array_equal(values, np.where(np.arange(N) < num_assigned, np.arange(N) + 1, 0))
 
 
-def test_what_the_kernels_do_not_take_is_named():
+def test_unsupported_dtypes_and_sizes_are_named():
     ids, weights = jnp.zeros((8, 1), jnp.int32), jnp.ones((8, 1))
     for dtype, M, F, said in (
         ("float32", 64, 64, "float32"),
@@ -110,9 +110,9 @@ def test_what_the_kernels_do_not_take_is_named():
 
 def test_as_compiled_it_spills_nothing_and_multiplies_by_wgmma():
     rows = json.loads((Path(__file__).parents[3] / "profiles/aot/h100.json").read_text())["rows"]
-    mine = {key: row for key, row in rows.items() if key.startswith(("moe_mlp", "grouped_matmul")) and "pallas" in key}
-    assert {key.split(" / ")[3] for key in mine} == {"bfloat16", "float16"} and len(mine) >= 30
-    for key, row in mine.items():
+    ours = {key: row for key, row in rows.items() if key.startswith(("moe_mlp", "grouped_matmul")) and "pallas" in key}
+    assert {key.split(" / ")[3] for key in ours} == {"bfloat16", "float16"} and len(ours) >= 30
+    for key, row in ours.items():
         for kernel in row["kernels"]:
             assert kernel["spill_bytes"] == kernel["local"] == kernel["mma"] == 0 and kernel["wgmma"] > 0, key
 
@@ -139,5 +139,5 @@ def test_gradients_are_traced_below_vmap_and_shard_map(around):
         outs = (spec, spec, *[same if checked else spec] * 3)
         run = jax.shard_map(gradients, mesh=mesh, in_specs=(spec, spec), out_specs=outs, check_vma=checked)
         args, lead = (x, ids), ()
-    found = jax.tree.map(lambda x: x.shape, jax.eval_shape(run, *args))
-    assert found == tuple((*lead, *each.shape) for each in (x, x, *experts))
+    shapes = jax.tree.map(lambda x: x.shape, jax.eval_shape(run, *args))
+    assert shapes == tuple((*lead, *each.shape) for each in (x, x, *experts))

@@ -30,14 +30,15 @@ def test_triton_kernels_are_the_formulas():
 
 
 FAULTS = {
-    "permute takes the slot for the token": ("(place // K)", "(place % K)"),
+    "permute takes the slot for the token": ("(routed_row // K)", "(routed_row % K)"),
     "permute forgets the weight": ("s[:, None]).to", "1).to"),
     "one choice k times": ("+ n * K + j, mask=n < TOKENS, other=0).to(tl.int64)\n        value",
                            "+ n * K, mask=n < TOKENS, other=0).to(tl.int64)\n        value"),
     "combine leaves the last columns": ("m[None, :], total.to(out", "m[None, :] % 256, total.to(out"),
-    "shares of the first columns": ("for first in range(0, WIDTH, ACROSS)", "for first in range(0, ACROSS, ACROSS)"),
-    "dx of a row is not added up": ("_combined(drows, place, jnp.ones", "_combined(drows, place * 0, jnp.ones"),
-    "the weights have no gradient": ("return drows, dp, _none", "return drows, 0 * dp, _none"),
+    "router weights' gradients of the first columns": ("in range(0, WIDTH, TILE", "in range(0, TILE_COLUMNS, TILE"),
+    "dx of a row is not added up": (
+        "inverse_permutation, jnp.ones(inverse", "inverse_permutation * 0, jnp.ones(inverse"),
+    "the weights have no gradient": ("return drows, dweights, float0", "return drows, 0 * dweights, float0"),
 }  # fmt: skip
 
 

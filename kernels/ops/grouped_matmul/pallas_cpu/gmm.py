@@ -1,23 +1,24 @@
-"""The grouped products of `pallas_tpu/gmm.py` and `pallas_tpu/tgmm.py` as a CPU interprets them: group after group.
+"""The grouped products of `pallas_tpu/gmm.py` and `pallas_tpu/tgmm.py` in a form that is fast to interpret on a CPU.
 
 Math      y = x w_e, or x w_e^T; dw_e = sum of x_n^T dy_n
-Tiling    grid (groups that have rows); a step walks those in tiles of a few sizes, the large ones first.
+Tiling    grid (non-empty groups); a step processes its group's rows in tiles of a few sizes, large ones first.
 
-              rows      ├──────── group 0 ────────┼─ 1 ─┼──── group 2 ────┤ nobody's
-              step 0    [  large  ][  large  ][ s ]░        ░ what runs over the end is multiplied and not written
+              rows      ├──────── group 0 ────────┼─ 1 ─┼──── group 2 ────┤ unassigned
+              step 0    [  large  ][  large  ][ s ]░        ░ rows past the end are multiplied, but not written
               step 1                            [ s ][s]░
               step 2                                    [  large  ][ s ][s]
               and the first step writes zeros                                     [  large  ]
 
-          Large tiles are a group's own. XLA packs a matrix anew for every tile: one tile more costs as much as `TURN`
-          rows. So what is left of a group is one tile that is not full where small ones would cost more.
+          Large tiles have rows of one group only. XLA packs the weights again for every tile: one more tile costs as
+          much as `EXTRA_TILE_COST_ROWS` rows. So the rest of a group is one partial tile where small tiles would cost
+          more.
 State     y: none. dw: the float32 sum of one group, which stays in cache.
-Traffic   reads x and each matrix once, writes y and each dw once; 2 N K J FLOPs, and those of the rows run over.
-Limits    float32, bfloat16, float16; any N, K, J, E. XLA writes into an array in place on one thread: 16 MB take 5 of
+Traffic   reads x and the weights once, writes y and each dw once; 2 N K J FLOPs, plus those of rows past the end.
+Limits    float32, bfloat16, float16; any N, K, J, E. XLA updates an array in place on one thread: 16 MB take 5 of
           the 25 core-ms in which two cores multiply 4096 x 256 by 256 x 1024.
-Source    as theirs.
+Source    that of the TPU kernels.
 
-Inputs come whole, as prefetched ones do: the interpreter would copy a block in every step.
+Inputs are whole arrays, passed as prefetched ones: the interpreter would copy a block in every step.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,84 +30,93 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dantinox.kernels.cost import Cost
-from dantinox.kernels.ops.grouped_matmul.common import clear, dot
+from dantinox.kernels.ops.grouped_matmul.common import dot_f32, mask_to_zero
 from dantinox.kernels.ops.grouped_matmul.group_metadata import broadcast_row_mask
 
 Array = jax.Array
+Ref = Any
 
-LARGEST, SMALLEST = 512, 16  # rows of a tile
-TURN = 16  # rows that one more tile costs, measured for float32 matrices of 256 x 1024: 8 to 24 are as good, 48 is not
-
-
-def sizes(N: int, E: int) -> tuple[int, ...]:
-    """Rows of the tiles, falling: the largest, about as many as a group has, and a quarter of that."""
-    each = min(LARGEST, max(SMALLEST, 1 << max(0, round(N / E).bit_length() - 1)))
-    return fitting((LARGEST, each, max(SMALLEST, each // 4)), N, E)
+MAX_TILE_ROWS, MIN_TILE_ROWS = 512, 16
+# Measured with float32 weights of 256 x 1024: 8 to 24 rows are as good, 48 is not.
+EXTRA_TILE_COST_ROWS = 16
 
 
-def fitting(sizes: Sequence[int], N: int, E: int) -> tuple[int, ...]:
-    """Tiles of N rows of E groups.
+def tile_sizes(N: int, E: int) -> tuple[int, ...]:
+    """Rows per tile, decreasing: the largest size, about as many as a group has, and a quarter of that."""
+    group = min(MAX_TILE_ROWS, max(MIN_TILE_ROWS, 1 << max(0, round(N / E).bit_length() - 1)))
+    return limit_tile_sizes((MAX_TILE_ROWS, group, max(MIN_TILE_ROWS, group // 4)), N, E)
 
-    None is as large as N where other groups have rows: it would have the same rows whatever the group, and XLA takes
-    what is the same in every turn out of a loop, also out of one that does not turn at all.
+
+def limit_tile_sizes(sizes: Sequence[int], N: int, E: int) -> tuple[int, ...]:
+    """Those of the tile sizes that suit N rows in E groups.
+
+    No tile has all N rows if there are several groups: its rows would not depend on the group, and XLA hoists
+    loop-invariant work out of a loop, even out of one with no iterations.
     """
     most = N if E == 1 else (N + 1) // 2
     return tuple(sorted({min(most, size) for size in sizes}, reverse=True))
 
 
-def product(x: Array, w: Array, group_sizes: Array, *, transposed: bool = False, name: str) -> Array:
-    """y [N, J]: each row times the matrix of its group, rows of nobody zero.
+def interpreted_gmm(x: Array, w: Array, group_sizes: Array, *, transposed: bool = False, name: str) -> Array:
+    """y [N, J]: each row times the weights of its group, zeros in unassigned rows.
 
     Args:
         x: [N, K], sorted by group.
-        w: [E, K, J]; [E, J, K] where `transposed`.
+        w: [E, K, J]; [E, J, K] if `transposed`.
         group_sizes: [E] int32.
+        transposed: see `w`.
+        name: of the kernel.
     """
     (N, K), E, J = x.shape, w.shape[0], w.shape[1 if transposed else 2]
-    tiles = sizes(N, E)
+    sizes = tile_sizes(N, E)
 
-    def kernel(groups: Any, starts: Any, x_ref: Any, w_ref: Any, y_ref: Any) -> None:
-        e = groups[pl.program_id(0)]
-        matrix = w_ref[e]
+    def gmm_kernel(groups_ref: Ref, offsets_ref: Ref, x_ref: Ref, w_ref: Ref, y_ref: Ref) -> None:
+        e = groups_ref[pl.program_id(0)]
+        w_e = w_ref[e]
 
-        def multiply(rows: Any, mine: Array | None, _: None) -> None:
-            put(y_ref, rows, mine, dot(x_ref[rows], matrix, (1, 1 if transposed else 0)))
+        def multiply(rows: Any, row_mask: Array | None, _: None) -> None:
+            store_rows(y_ref, rows, row_mask, dot_f32(x_ref[rows], w_e, (1, 1 if transposed else 0)))
 
-        def nothing(rows: Any, mine: Array | None, _: None) -> None:
-            put(y_ref, rows, mine, jnp.zeros((rows.size, J)))
+        def write_zeros(rows: Any, row_mask: Array | None, _: None) -> None:
+            store_rows(y_ref, rows, row_mask, jnp.zeros((rows.size, J)))
 
-        walk(N, starts[e], starts[e + 1], tiles, multiply)
-        first = pl.program_id(0) == 0
-        walk(N, starts[E], jnp.where(first, N, starts[E]), tiles[:1], nothing)
+        for_each_row_tile(N, offsets_ref[e], offsets_ref[e + 1], sizes, multiply)
+        is_first = pl.program_id(0) == 0
+        for_each_row_tile(N, offsets_ref[E], jnp.where(is_first, N, offsets_ref[E]), sizes[:1], write_zeros)
 
-    groups, steps = busy_first(group_sizes)
-    shape = jax.ShapeDtypeStruct((N, J), x.dtype)
-    return call(kernel, [groups, bounds(group_sizes), x, w], [shape], steps, 2 * N * K * J, name)[0]
+    groups, num_groups = compact_nonempty_groups(group_sizes)
+    y = jax.ShapeDtypeStruct((N, J), x.dtype)
+    operands = [groups, group_offsets(group_sizes), x, w]
+    return call_interpreted(gmm_kernel, operands, [y], num_groups, 2 * N * K * J, name)[0]
 
 
-def summed(x: Array, dy: Array, group_sizes: Array, *, name: str) -> Array:
-    """dw [E, M, F]: the sum of x_n^T dy_n over each group's rows, zero where it has none.
+def interpreted_tgmm(x: Array, dy: Array, group_sizes: Array, *, name: str) -> Array:
+    """dw [E, M, F]: the sum of x_n^T dy_n over each group's rows, zero for an empty group.
 
     Args:
-        x, dy: [N, M], [N, F], sorted by group.
+        x: [N, M], sorted by group.
+        dy: [N, F], sorted by group.
         group_sizes: [E] int32.
+        name: of the kernel.
     """
     (N, M), F, E, dtype = x.shape, dy.shape[1], group_sizes.shape[0], x.dtype
-    tiles = sizes(N, E)
+    sizes = tile_sizes(N, E)
 
-    def kernel(starts: Any, x_ref: Any, dy_ref: Any, dw_ref: Any) -> None:
+    def tgmm_kernel(offsets_ref: Ref, x_ref: Ref, dy_ref: Ref, dw_ref: Ref) -> None:
         e = pl.program_id(0)
 
-        def add(rows: Any, mine: Array | None, dw: Array) -> Array:
-            return dw + dot(own(x_ref, rows, mine), own(dy_ref, rows, mine), (0, 0))
+        def add(rows: Any, row_mask: Array | None, dw: Array) -> Array:
+            x, dy = load_rows_masked(x_ref, rows, row_mask), load_rows_masked(dy_ref, rows, row_mask)
+            return dw + dot_f32(x, dy, (0, 0))
 
-        dw_ref[e] = walk(N, starts[e], starts[e + 1], tiles, add, jnp.zeros((M, F), jnp.float32)).astype(dtype)
+        start, end = offsets_ref[e], offsets_ref[e + 1]
+        dw_ref[e] = for_each_row_tile(N, start, end, sizes, add, jnp.zeros((M, F), jnp.float32)).astype(dtype)
 
-    shape = jax.ShapeDtypeStruct((E, M, F), dtype)
-    return call(kernel, [bounds(group_sizes), x, dy], [shape], E, 2 * N * M * F, name)[0]
+    dw = jax.ShapeDtypeStruct((E, M, F), dtype)
+    return call_interpreted(tgmm_kernel, [group_offsets(group_sizes), x, dy], [dw], E, 2 * N * M * F, name)[0]
 
 
-def walk(
+def for_each_row_tile(
     N: int,
     start: Array,
     end: Array,
@@ -114,89 +124,94 @@ def walk(
     body: Callable[..., Any],
     carry: Any = None,
     *,
-    large_full: bool = True,
+    full_large_tiles: bool = True,
 ) -> Any:
-    """carry = body(rows, mine, carry) over tiles of N rows that cover start <= n < end.
+    """carry = body(rows, row_mask, carry) over tiles that cover start <= n < end of N rows.
 
     Args:
-        sizes: rows of the tiles, falling, none above N.
-        body: gets the rows and which of them are to be covered, a mask; None: all.
-        large_full: large tiles are full, and without a mask; else the last of them may reach past the end.
+        N: number of rows.
+        start, end: the rows to cover.
+        sizes: rows per tile, decreasing, none above N.
+        body: takes a slice of rows and the mask of those to cover; None: all.
+        carry: its first value.
+        full_large_tiles: large tiles are full and need no mask; else the last of them may reach past the end.
     """
     row = start
-    for place, size in enumerate(sizes):
-        last, left = size == sizes[-1], end - row
-        whole = large_full and place == 0 and not last
-        few = 0 if last else size if whole else _few(size, sizes[place + 1])
-        trips = left // size + (left % size > few)
+    for i, size in enumerate(sizes):
+        is_last_size, left = size == sizes[-1], end - row
+        is_full = full_large_tiles and i == 0 and not is_last_size
+        leftover = 0 if is_last_size else size if is_full else _max_leftover(size, sizes[i + 1])
+        trips = left // size + (left % size > leftover)
 
-        def step(i: Array, carry: Any, size: int = size, row: Array = row, whole: bool = whole) -> Any:
+        def tile(i: Array, carry: Any, size: int = size, row: Array = row, is_full: bool = is_full) -> Any:
             first = row + i * size
-            at = jnp.minimum(first, N - size)  # what would reach past the end lies as far back as it must
-            n = at + jnp.arange(size)
-            return body(pl.ds(at, size), None if whole else (first <= n) & (n < end), carry)
+            tile_start = jnp.minimum(first, N - size)  # a tile that would reach past N starts as early as it must
+            n = tile_start + jnp.arange(size)
+            return body(pl.ds(tile_start, size), None if is_full else (first <= n) & (n < end), carry)
 
-        carry = jax.lax.fori_loop(0, trips, step, carry)
+        carry = jax.lax.fori_loop(0, trips, tile, carry)
         row = jnp.minimum(row + trips * size, end)
     return carry
 
 
-def _few(size: int, smaller: int) -> int:
-    """So many rows are cheaper in smaller tiles than in one that is not full."""
-    return min(size - 1, (size + TURN - 1) // (smaller + TURN) * smaller)
+def _max_leftover(size: int, smaller: int) -> int:
+    """The largest remainder that is cheaper to process in smaller tiles than in one partial tile."""
+    return min(size - 1, (size + EXTRA_TILE_COST_ROWS - 1) // (smaller + EXTRA_TILE_COST_ROWS) * smaller)
 
 
-def put(ref: Any, rows: Any, mine: Array | None, value: Array) -> None:
-    """Write rows, all or those that are `mine`."""
+def store_rows(ref: Ref, rows: Any, row_mask: Array | None, value: Array) -> None:
+    """Writes the rows of the mask, or all of them."""
     value = value.astype(ref.dtype)
-    ref[rows] = value if mine is None else jnp.where(broadcast_row_mask(mine, value), value, ref[rows])
+    ref[rows] = value if row_mask is None else jnp.where(broadcast_row_mask(row_mask, value), value, ref[rows])
 
 
-def own(ref: Any, rows: Any, mine: Array | None) -> Array:
-    """Read rows, zero where not `mine`: what is not the group's must not get into a sum, whatever it is."""
+def load_rows_masked(ref: Ref, rows: Any, row_mask: Array | None) -> Array:
+    """The rows, zero outside the mask: rows of other groups must not enter a sum, whatever they hold."""
     value = ref[rows]
-    return value if mine is None else clear(value, broadcast_row_mask(mine, value))
+    return value if row_mask is None else mask_to_zero(value, broadcast_row_mask(row_mask, value))
 
 
-def busy_first(group_sizes: Array) -> tuple[Array, Array]:
-    """The groups that have rows, one at least, and how many: a step copies its matrices, so none is made for others."""
-    busy = group_sizes > 0
-    (groups,) = jnp.nonzero(busy, size=group_sizes.shape[0], fill_value=0)
-    return groups.astype(jnp.int32), jnp.maximum(jnp.sum(busy, dtype=jnp.int32), 1)
+def compact_nonempty_groups(group_sizes: Array) -> tuple[Array, Array]:
+    """The groups that have rows, at least one, and their number: a step copies its weights, so others get no step."""
+    nonempty = group_sizes > 0
+    (groups,) = jnp.nonzero(nonempty, size=group_sizes.shape[0], fill_value=0)
+    return groups.astype(jnp.int32), jnp.maximum(jnp.sum(nonempty, dtype=jnp.int32), 1)
 
 
-def bounds(group_sizes: Array) -> Array:
-    """[E + 1]: the first row of each group, and of what is nobody's."""
+def group_offsets(group_sizes: Array) -> Array:
+    """[E + 1]: the first row of each group, and the first unassigned row."""
     return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(group_sizes.astype(jnp.int32))])
 
 
-def call(
+def call_interpreted(
     kernel: Callable[..., None],
     operands: Sequence[Array],
-    shapes: Sequence[jax.ShapeDtypeStruct],
-    steps: int | Array,
+    out_shapes: Sequence[jax.ShapeDtypeStruct],
+    num_steps: int | Array,
     flops: int,
     name: str,
 ) -> list[Array]:
-    """The arrays that so many steps of the kernel write."""
-    moved = sum(each.size * each.dtype.itemsize for each in (*operands, *shapes))
-    whole = lambda shape: pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
+    """The arrays that `num_steps` steps of the kernel write."""
+    moved = sum(x.size * x.dtype.itemsize for x in (*operands, *out_shapes))
 
-    # JAX's own rule forgets how many steps there are where operands differ along a batch and the steps do not.
+    def whole_array(shape: tuple[int, ...]) -> pl.BlockSpec:
+        return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
+
+    # JAX's own batching rule loses the number of steps if operands are batched and that number is not.
     @jax.custom_batching.sequential_vmap
-    def run(steps: Array, *operands: Array) -> list[Array]:
+    def run(num_steps: Array, *operands: Array) -> list[Array]:
         return pl.pallas_call(
             kernel,
-            out_shape=list(shapes),
+            out_shape=list(out_shapes),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=len(operands),
-                grid=(steps,),
+                grid=(num_steps,),
                 in_specs=[],
-                out_specs=[whole(shape.shape) for shape in shapes],
+                out_specs=[whole_array(out.shape) for out in out_shapes],
             ),
             cost_estimate=Cost(flops, moved).to_pallas(),
             interpret=True,
             name=name,
         )(*operands)
 
-    return run(jnp.int32(steps), *operands)
+    return run(jnp.int32(num_steps), *operands)

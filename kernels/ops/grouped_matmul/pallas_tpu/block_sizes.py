@@ -1,154 +1,179 @@
 """Block sizes of the grouped matmuls on a TPU.
 
-Every step of the grid should have the whole contraction: then a group's matrix is read once, and no sum
-waits in memory. The model counts the bytes that tiles make a kernel move. A CPU's tiles are in `pallas_cpu/gmm.py`.
+Every grid step should cover the whole contraction: then a group's weights are read once and no partial sums stay in
+VMEM. The model counts the bytes that a kernel moves with given blocks. A CPU's tiles are in `pallas_cpu/gmm.py`.
 """
 
 from typing import NamedTuple
 
 from dantinox.kernels.dispatch import Device
 
-VMEM_BYTES = 56 * 2**20  # of the smallest chip's 64
-BLOCK_BYTES = 36 * 2**20  # of them for blocks, each twice; what is left serves sums and the compiler
-UNROLLED = 7 * 2**28  # multiplications that are written out, what is more in a loop: code is read from memory too
+VMEM_BYTES = 56 * 2**20  # of the 64 MiB of the smallest chip
+BLOCK_BYTES = 36 * 2**20  # of these for double-buffered blocks; the rest serves sums and the compiler
+MAX_UNROLLED = 7 * 2**28  # multiplications in straight-line code; more go into a loop, since code is fetched too
 
 
-class Tiles(NamedTuple):
-    """What one step takes.
+class GmmBlockSizes(NamedTuple):
+    """The blocks of one grid step and how the kernel splits them.
 
     Attributes:
-        rows: rows of x, and of these as many at once as `chunk`: what of a tile a group does not touch is skipped.
-        inner: of the contraction; in a sum over rows, columns of x.
-        columns: of the output, and of these as many at once as `strip`.
-        height, width: of the output of one product. Where sums wait, a chunk is a multiple of the height.
-        part: of the contraction of one product; smaller than `inner`, its sums wait in memory.
-        lead: of the contraction, what a stream takes of all its rows before all else, in the first columns: the queue
-            of results is full sooner. These sums wait in memory.
-        chunks: a visit with fewer rows than a tile multiplies so many chunks in one stream at most.
-        vmem: bytes that the kernel may take.
+        block_m: rows of x.
+        block_m_sub: rows per chunk; the kernel skips the chunks of a tile that a group does not touch.
+        block_k: of the contraction; in tgmm, columns of x.
+        block_n: columns of the output.
+        block_n_sub: columns per strip.
+        mxu_m, mxu_n: output of one product. With partial sums, a chunk is a multiple of mxu_m.
+        block_k_sub: of the contraction of one product; if smaller than block_k, its partial sums stay in VMEM.
+        leading_k: of the contraction, what all rows multiply first, in the first columns, so that the result queue
+            fills sooner. These partial sums stay in VMEM.
+        max_chunks: chunks per instruction stream at most, in a visit with fewer rows than a tile.
+        vmem_bytes: VMEM that the kernel may use.
     """
 
-    rows: int
-    chunk: int
-    inner: int
-    columns: int
-    strip: int
-    height: int = 128
-    width: int = 256
-    part: int | None = None
-    lead: int | None = None
-    chunks: int = 1
-    vmem: int = VMEM_BYTES
+    block_m: int
+    block_m_sub: int
+    block_k: int
+    block_n: int
+    block_n_sub: int
+    mxu_m: int = 128
+    mxu_n: int = 256
+    block_k_sub: int | None = None
+    leading_k: int | None = None
+    max_chunks: int = 1
+    vmem_bytes: int = VMEM_BYTES
 
 
-def vmem(here: Device) -> tuple[tuple[int, int], ...]:
-    """(bytes of VMEM that a kernel may take, of them for a product's blocks), the rule and what a large chip has.
+def vmem_limits(device: Device) -> tuple[tuple[int, int], ...]:
+    """(bytes of VMEM for a kernel, bytes of these for blocks): the default, then what a large chip allows.
 
-    Only what needs more takes more: XLA keeps other arrays of a program there.
+    Only kernels that need more get more, because XLA keeps other arrays of a program in VMEM.
     """
-    small = VMEM_BYTES, BLOCK_BYTES
-    return (small, (2 * VMEM_BYTES, 80 * 2**20)) if any(kind in here.kind for kind in ("v5", "v6")) else (small,)
+    default = VMEM_BYTES, BLOCK_BYTES
+    large = 2 * VMEM_BYTES, 80 * 2**20
+    return (default, large) if any(kind in device.kind for kind in ("v5", "v6")) else (default,)
 
 
-def piece(here: Device, inner: int, *, transposed: bool) -> tuple[int, int, int | None]:
-    """(height, width, part) of what libtpu multiplies at once, by its schedules.
+def mxu_tile(device: Device, block_k: int, *, transposed: bool) -> tuple[int, int, int | None]:
+    """(mxu_m, mxu_n, block_k_sub) that libtpu schedules best.
 
-    A product is as wide as the matrix unit. v5e's unit is 128 wide; the results of newer ones are 256 wide, and v6e
-    adds them up in its 64 registers: 128 rows leave half of them free. A matrix that is transposed on its way into the
-    unit takes twice as long to load, which only 256 rows pay for. A contraction that two parts make needs no register
-    to wait in. TPU7x adds up in the unit.
+    A product is as wide as the matrix unit. The v5e unit is 128 wide; newer ones are 256 wide, and v6e accumulates in
+    its 64 registers, of which 128 rows leave half free. Weights that are transposed on their way into the unit take
+    twice as long to load, which only 256 rows amortize. A contraction in two parts needs no register to wait in.
+    TPU7x accumulates in the unit.
     """
-    if "v5" in here.kind:
+    if "v5" in device.kind:
         return 256, 128, None
-    if "v6" not in here.kind:
+    if "v6" not in device.kind:
         return 256, 256, None
-    part = 256 if 256 < inner <= 512 else 512 if 512 < inner <= 1024 else None
-    return 256 if transposed else 128, 256, part
+    block_k_sub = 256 if 256 < block_k <= 512 else 512 if 512 < block_k <= 1024 else None
+    return 256 if transposed else 128, 256, block_k_sub
 
 
-def rows(here: Device, N: int, E: int, *, transposed: bool = False) -> tuple[int, int]:
-    """(rows of a tile, rows of a chunk) for N rows in E groups.
+def choose_block_m(device: Device, N: int, E: int, *, transposed: bool = False) -> tuple[int, int]:
+    """(block_m, block_m_sub) for N rows in E groups.
 
-    A chunk has as few rows as keep the matrix unit busy while it takes a matrix in: 128, but 256 where the unit is
-    fast (TPU7x), or where taking in is slow (v6e, transposed).
+    A chunk has the fewest rows that keep the matrix unit busy while it loads weights: 128, but 256 where the unit is
+    fast (TPU7x) or loading is slow (v6e, transposed).
     """
-    each = max(1, N // E)
-    tile = 512 if each >= 256 else 256 if each >= 128 else 128
-    return tile, min(tile, 128 if "v5" in here.kind or ("v6" in here.kind and not transposed) else 256)
+    rows_per_group = max(1, N // E)
+    block_m = 512 if rows_per_group >= 256 else 256 if rows_per_group >= 128 else 128
+    return block_m, min(block_m, 128 if "v5" in device.kind or ("v6" in device.kind and not transposed) else 256)
 
 
-def product(
-    here: Device,
+def gmm_block_sizes(
+    device: Device,
     N: int,
     E: int,
     K: int,
     J: int,
     *,
-    xs: int,
-    ws: int,
-    wide: int,
+    num_x: int,
+    num_w: int,
+    num_matrices: int,
     transposed: bool,
     itemsize: int,
-    plain: bool = False,
-) -> Tiles:
-    """For [N, K] times [E, K, J]: `xs` and `ws` such operands, `wide` arrays [N, J] read or written.
+    has_epilogue: bool = True,
+) -> GmmBlockSizes:
+    """For [N, K] times [E, K, J].
 
     Args:
-        plain: the sums leave as they are.
+        device: the chip.
+        N, E, K, J: the sizes.
+        num_x, num_w: number of such operands.
+        num_matrices: number of arrays [N, J] read or written.
+        transposed: the weights are [E, J, K].
+        itemsize: bytes per element.
+        has_epilogue: an epilogue transforms the sums before they are written.
     """
-    tile, chunk = rows(here, N, E, transposed=transposed)
-    visits = -(-N // tile) + E - 1
+    block_m, block_m_sub = choose_block_m(device, N, E, transposed=transposed)
+    visits = -(-N // block_m) + E - 1
     best: tuple[float, int, int, int] | None = None
-    limits = vmem(here)
-    for inner in _sides(K, 8192):
-        for columns in _sides(J, 2048 * len(limits)):
-            blocks = xs * tile * inner + ws * inner * columns + wide * tile * columns
-            sums = 4 * ws * (chunk if inner >= K else tile) * columns
-            taken = next((taken for taken, most in limits if 2 * itemsize * blocks + sums <= most), None)
-            if taken is None:
+    limits = vmem_limits(device)
+    for block_k in _block_candidates(K, 8192):
+        for block_n in _block_candidates(J, 2048 * len(limits)):
+            blocks = num_x * block_m * block_k + num_w * block_k * block_n + num_matrices * block_m * block_n
+            sums = 4 * num_w * (block_m_sub if block_k >= K else block_m) * block_n
+            vmem_bytes = next((vmem for vmem, most in limits if 2 * itemsize * blocks + sums <= most), None)
+            if vmem_bytes is None:
                 continue
-            again = visits if inner < K else min(visits, E)  # times that a column of a matrix is read
-            moved = xs * visits * tile * K * -(-J // columns) + ws * again * K * J
-            found = moved, -inner, taken, columns
-            best = min(best or found, found)
-    _, inner, taken, columns = best or (0, -min(K, 512), VMEM_BYTES, min(J, 512))
-    inner = -inner
-    products = ws * tile * min(inner, K)
-    # On a v6e, one step with more than 2048 of a contraction takes minutes to compile from here on.
-    unrolled = 2**29 if "v6" in here.kind and K == inner > 2048 else UNROLLED
-    strips = [side for side in _sides(columns, 2048) if columns % side == 0 and side * products <= unrolled]
-    # A product is 256 wide: of an odd half the unit's other half has nothing to do.
-    strip = max(strips, key=lambda side: (side % 256 == 0 or side == columns, side), default=columns)
-    height, width, part = piece(here, inner, transposed=transposed)
-    # What is nothing but a product may wait in memory while all rows of a tile meet a matrix that is taken in once:
-    # the more rows, the sooner v6e's queue of results is full. No sum of more than two parts is long in registers.
-    if plain and "v6" in here.kind and (transposed or inner <= 1024 or inner < K):
-        height, part = tile, 512 if inner > 512 else None
-    lead = 512 if plain and part is None and "v6" in here.kind and K == inner > 1024 and ws == 1 else None
-    chunks = max(1, tile // chunk - 1) if plain and "v5" not in here.kind else 1
-    if sum(range(1, chunks + 2)) * chunk * inner * strip > 2**31:  # libtpu takes minutes
-        chunks = 1
-    return Tiles(tile, chunk, inner, columns, strip, height, width, part, lead, chunks, taken)
+            weight_reads = visits if block_k < K else min(visits, E)  # per column of the weights
+            moved = num_x * visits * block_m * K * -(-J // block_n) + num_w * weight_reads * K * J
+            candidate = moved, -block_k, vmem_bytes, block_n
+            best = min(best or candidate, candidate)
+    _, negated_k, vmem_bytes, block_n = best or (0, -min(K, 512), VMEM_BYTES, min(J, 512))
+    block_k = -negated_k
+    products = num_w * block_m * min(block_k, K)
+    # On v6e, one step with more than 2048 of the contraction takes minutes to compile from here on.
+    max_unrolled = 2**29 if "v6" in device.kind and K == block_k > 2048 else MAX_UNROLLED
+    strips = [
+        size for size in _block_candidates(block_n, 2048) if block_n % size == 0 and size * products <= max_unrolled
+    ]
+    # A product is 256 wide: an odd number of halves leaves half of the unit idle once.
+    block_n_sub = max(strips, key=lambda size: (size % 256 == 0 or size == block_n, size), default=block_n)
+    mxu_m, mxu_n, block_k_sub = mxu_tile(device, block_k, transposed=transposed)
+    # Partial sums without an epilogue may stay in VMEM while all rows of a tile multiply weights that are loaded once:
+    # the more rows, the sooner v6e's result queue is full. A sum of two parts does not occupy registers for long.
+    if not has_epilogue and "v6" in device.kind and (transposed or block_k <= 1024 or block_k < K):
+        mxu_m, block_k_sub = block_m, 512 if block_k > 512 else None
+    can_lead = not has_epilogue and block_k_sub is None and num_w == 1
+    leading_k = 512 if can_lead and "v6" in device.kind and K == block_k > 1024 else None
+    max_chunks = max(1, block_m // block_m_sub - 1) if not has_epilogue and "v5" not in device.kind else 1
+    if sum(range(1, max_chunks + 2)) * block_m_sub * block_k * block_n_sub > 2**31:  # libtpu takes minutes
+        max_chunks = 1
+    return GmmBlockSizes(
+        block_m,
+        block_m_sub,
+        block_k,
+        block_n,
+        block_n_sub,
+        mxu_m,
+        mxu_n,
+        block_k_sub,
+        leading_k,
+        max_chunks,
+        vmem_bytes,
+    )
 
 
-def summed(here: Device, N: int, E: int, M: int, F: int, *, dys: int, itemsize: int) -> Tiles:
-    """For the sums over rows [N, M]^T [N, F]: [E, M, F], `dys` of them at once."""
-    tile, _ = rows(here, N, E)
+def tgmm_block_sizes(device: Device, N: int, E: int, M: int, F: int, *, num_dy: int, itemsize: int) -> GmmBlockSizes:
+    """For the sums over rows [N, M]^T [N, F]: [E, M, F], `num_dy` of them at once."""
+    block_m, _ = choose_block_m(device, N, E)
     best: tuple[float, int, int] | None = None
-    for inner in _sides(M, 2048):
-        for columns in _sides(F, 2048):
-            blocks = tile * inner + dys * tile * columns + dys * inner * columns
-            if 2 * itemsize * blocks + 4 * dys * inner * columns > BLOCK_BYTES:
+    for block_k in _block_candidates(M, 2048):
+        for block_n in _block_candidates(F, 2048):
+            blocks = block_m * block_k + num_dy * block_m * block_n + num_dy * block_k * block_n
+            if 2 * itemsize * blocks + 4 * num_dy * block_k * block_n > BLOCK_BYTES:
                 continue
-            moved = M * -(-F // columns) + dys * F * -(-M // inner)
-            best = min(best or (moved, inner, columns), (moved, inner, columns))
-    inner, columns = (min(M, 512), min(F, 512)) if best is None else best[1:]
-    # Of x as many columns at once: its transpose needs registers beside the products.
-    return Tiles(tile, tile, inner, columns, columns, height=128, width=piece(here, inner, transposed=False)[1])
+            moved = M * -(-F // block_n) + num_dy * F * -(-M // block_k)
+            best = min(best or (moved, block_k, block_n), (moved, block_k, block_n))
+    block_k, block_n = (min(M, 512), min(F, 512)) if best is None else best[1:]
+    # 128 columns of x at once: its transpose needs registers beside the products.
+    mxu_n = mxu_tile(device, block_k, transposed=False)[1]
+    return GmmBlockSizes(block_m, block_m, block_k, block_n, block_n, mxu_m=128, mxu_n=mxu_n)
 
 
-def _sides(size: int, most: int) -> list[int]:
-    """The whole side where it is at most so long, and multiples of 128 that divide it; 512 where there are none."""
-    found = [size] if size <= most else []
-    found += [side for side in range(128, min(size - 1, most) + 1, 128) if size % side == 0]
-    return found or [512]
+def _block_candidates(size: int, most: int) -> list[int]:
+    """The whole side if it is at most `most`, and the multiples of 128 that divide it; 512 if there are none."""
+    candidates = [size] if size <= most else []
+    candidates += [block for block in range(128, min(size - 1, most) + 1, 128) if size % block == 0]
+    return candidates or [512]

@@ -1,32 +1,34 @@
-"""Grouped matmul on Mosaic TPU: every row times its own group's matrix.
+"""Grouped matmul on Mosaic TPU: every row times the weights of its own group.
 
-Math      sums = x w_e, or x w_e^T with the matrices read as they lie; several of them, or their sum; then an epilogue
-          on the sums while they are on the chip: y = epilogue(sums, what else there is of these rows)
-Tiling    grid (column tiles, visits, steps of the contraction); a visit is a tile of rows for one group, see
-          `group_metadata.py`. The columns are outermost: through one pass over the rows a group's matrix stays where it
-          is.
+Math      sums = x w_e, or x w_e^T with the weights read in their own layout; several products, or their sum; then an
+          epilogue on the sums while they are on the chip: y = epilogue(sums, other arrays of the same rows)
+Tiling    grid (column blocks, visits, steps of the contraction); a visit is a tile of rows for one group, see
+          `group_metadata.py`. The columns are the outermost axis: the weights of a group stay in VMEM during one pass
+          over the rows.
 
-              columns ->    tile 0     tile 1            w_0 ╲
+              columns ->    block 0    block 1           w_0 ╲
               rows  tile 0  ██ 0       ██ 0              w_1  ╲ one of them at a time
                     tile 1  ██ 0 ▒ 1   ██ 0 ▒ 1          w_2   ╲
-                    tile 2  ▒▒ 1       ▒▒ 1         ▒ next group: the tile is visited again, the old rows stay
-                    tile 3  ░░         ░░           ░ nobody's: zeros are written, nothing is multiplied
+                    tile 2  ▒▒ 1       ▒▒ 1         ▒ next group: the tile is visited again, earlier rows are restored
+                    tile 3  ░░         ░░           ░ unassigned: zeros are written, nothing is multiplied
 
-          A visit multiplies the chunks of rows that it has a row of, all of a tile or some of them in one stream of
-          products: a stream takes some 260 bundles to fill the matrix unit and to empty it. A visit writes
-          whole chunks: rows of later groups are written again by their own visit, rows of earlier ones are
-          saved before and put back after. So the stream of products has no mask in it, and registers suffice.
-State     float32 sums of one tile, where the contraction takes several steps; else none at all. Where the products of
-          one step are taken part by part (`Tiles.part`, `Tiles.lead`), their sums wait in memory of their own.
-Traffic   reads x once for each column tile, each busy group's matrix once; with several steps of the contraction, a
-          matrix once a visit. Writes y once. 2 N K J FLOPs; intensity as of a dense matmul where groups have more than
-          some 500 rows, below that the matrices bind.
-Limits    float32, bfloat16, float16; any N, K, J, E. ValueError comes from `dantinox.kernels.grouped_matmul`.
+          A visit multiplies only the chunks of a tile that have rows of its group, several of them in one stream of
+          products, because a stream takes some 260 bundles to fill and drain the matrix unit. A visit writes whole
+          chunks: later visits overwrite the rows of later groups, and rows of earlier groups are saved before and
+          restored after. So the stream of products needs no mask and fits in registers.
+State     float32 sums of one tile, if the contraction takes several steps; else none. If the products of one step are
+          split along the contraction (`block_k_sub`, `leading_k`), their partial sums have scratch of their own.
+Traffic   reads x once per column block and the weights of each non-empty group once; with several steps of the
+          contraction, the weights once per visit. Writes y once. 2 N K J FLOPs; the arithmetic intensity of a dense
+          matmul if groups have more than some 500 rows; below that, reading weights is the bottleneck.
+Limits    float32, bfloat16, float16; any N, K, J, E. `dantinox.kernels.grouped_matmul` raises the ValueErrors.
 Source    Gale et al., MegaBlocks (arXiv:2211.15841); jax's megablox for the grid of (tile, group) pairs.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,92 +39,125 @@ from dantinox.kernels.cost import Cost
 from dantinox.kernels.dispatch import Device
 from dantinox.kernels.ops.grouped_matmul.group_metadata import make_group_metadata
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu import block_sizes
-from dantinox.kernels.ops.grouped_matmul.pallas_tpu.gmm_kernel import Epilogue, Static, Step
-from dantinox.kernels.ops.grouped_matmul.pallas_tpu.vmem import pieces
+from dantinox.kernels.ops.grouped_matmul.pallas_tpu.gmm_kernel import (
+    Epilogue,
+    GmmConfig,
+    GmmInputs,
+    GmmScratch,
+    gmm_kernel,
+)
+from dantinox.kernels.ops.grouped_matmul.pallas_tpu.vmem import split_range
 
 Array = jax.Array
 
 
-def product(
+def gmm(
     xs: Sequence[Array],
     ws: Sequence[Array],
     group_sizes: Array,
-    here: Device,
+    device: Device,
     *,
     transposed: bool = False,
-    add: bool = False,
+    sum_products: bool = False,
     epilogue: Epilogue | None = None,
-    wide: Sequence[Array] = (),
-    thin: Sequence[Array] = (),
-    outs: Sequence[str] = ("wide",),
+    matrices: Sequence[Array] = (),
+    row_vectors: Sequence[Array] = (),
+    out_kinds: Sequence[str] = ("matrix",),
     name: str,
 ) -> list[Array]:
-    """The outputs of `epilogue(*sums, *wide, *thin)`, zeros in rows that are nobody's.
+    """The outputs of `epilogue(*sums, *matrices, *row_vectors)`, with zeros in unassigned rows.
 
     Args:
-        xs: [N, K], as many as matrices, or one for all.
-        ws: [E, K, J], or [E, J, K] where `transposed`.
-        add: the products are summed, and the epilogue gets that; else it gets one after the other.
-        epilogue: gets float32 [rows, J] and the same rows of the other arrays, of thin ones a column that broadcasts;
-            None: the sum itself.
-        wide: [N, J]. thin: [1, N].
-        outs: of each output "wide", [N, J] in x's dtype, or "thin", [1, N] in float32: what the epilogue gives,
-            [rows, J], summed over columns.
+        xs: [N, K], one per weight array, or one for all.
+        ws: [E, K, J]; [E, J, K] if `transposed`.
+        group_sizes: [E] int32.
+        device: the chip to choose block sizes for.
+        transposed: see `ws`.
+        sum_products: pass the sum of the products to the epilogue, not one after the other.
+        epilogue: takes float32 [rows, J], the same rows of the matrices, and of the row vectors a column that
+            broadcasts; None: the output is the sum itself.
+        matrices: [N, J].
+        row_vectors: [1, N].
+        out_kinds: per output "matrix", [N, J] in x's dtype, or "row_sum", [1, N] in float32: the epilogue's
+            [rows, J] summed over columns.
+        name: of the kernel.
     """
     (N, K), E, J = xs[0].shape, ws[0].shape[0], ws[0].shape[1 if transposed else 2]
-    dtype = xs[0].dtype
-    n_wide = len(wide) + sum(kind == "wide" for kind in outs)
-    sizes = {"xs": len(xs), "ws": len(ws), "wide": n_wide, "transposed": transposed, "itemsize": dtype.itemsize}
-    chosen = block_sizes.product(here, N, E, K, J, plain=epilogue is None, **sizes)
-    plan = make_group_metadata(group_sizes, N, chosen.rows)
-    across, steps = -(-J // chosen.columns), -(-K // chosen.inner)
-    # The scalar unit counts the axes that there are, also those of one step.
-    grid, at = (across, plan.count, steps), lambda index: index
-    if across == steps == 1:
-        grid, at = (plan.count,), lambda index: lambda v, *tables: index(0, v, 0, *tables)
-    tables, operands = plan.forward_tables(chosen.rows, chosen.chunk, E), [*xs, *ws, *wide, *thin]
-    counts = tuple(map(len, (xs, ws, wide, thin, outs)))
+    dtype, num_matrix_outs = xs[0].dtype, sum(kind == "matrix" for kind in out_kinds)
+    num_matrices = len(matrices) + num_matrix_outs
+    sizes = block_sizes.gmm_block_sizes(
+        device,
+        N,
+        E,
+        K,
+        J,
+        num_x=len(xs),
+        num_w=len(ws),
+        num_matrices=num_matrices,
+        transposed=transposed,
+        itemsize=dtype.itemsize,
+        has_epilogue=epilogue is not None,
+    )
+    block_m, block_k, block_n = sizes.block_m, sizes.block_k, sizes.block_n
+    metadata = make_group_metadata(group_sizes, N, block_m)
+    column_blocks, k_steps = -(-J // block_n), -(-K // block_k)
+    # The scalar unit spends time on every grid axis, even on one of size 1.
+    grid, index_map = (column_blocks, metadata.count, k_steps), lambda index: index
+    if column_blocks == k_steps == 1:
+        grid, index_map = (metadata.count,), lambda index: lambda v, tables: index(0, v, 0, tables)
+    tables = metadata.forward_tables(block_m, sizes.block_m_sub, E)
 
-    block = pl.BlockSpec
-    x_spec = block((chosen.rows, chosen.inner), at(lambda j, v, k, g, r, *_: (r[v], k)))
+    x_spec = pl.BlockSpec((block_m, block_k), index_map(lambda j, v, k, tables: (tables.tile[v], k)))
     if transposed:
-        w_spec = block((1, chosen.columns, chosen.inner), at(lambda j, v, k, g, *_: (g[v], j, k)))
+        w_spec = pl.BlockSpec((1, block_n, block_k), index_map(lambda j, v, k, tables: (tables.group[v], j, k)))
     else:
-        w_spec = block((1, chosen.inner, chosen.columns), at(lambda j, v, k, g, *_: (g[v], k, j)))
-    wide_out = block((chosen.rows, chosen.columns), at(lambda j, v, k, g, r, *_: (r[v], j)))
-    thin_in = block((1, chosen.rows), at(lambda j, v, k, g, r, *_: (0, r[v])))
-    thin_out = block((1, 1, chosen.rows), at(lambda j, v, k, g, r, *_: (j, 0, r[v])))
-    in_specs = [x_spec] * len(xs) + [w_spec] * len(ws) + [wide_out] * len(wide) + [thin_in] * len(thin)
-
-    n_sums = 0 if steps == 1 else 1 if add else len(ws)
-    waits = []
-    if chosen.lead:
-        waits = [pltpu.VMEM((chosen.rows, min(chosen.width, chosen.strip)), jnp.float32)]
-    elif chosen.part and steps == 1 and (add or len(ws) == 1):
-        sides = itertools.product(pieces(chosen.strip, chosen.width), pieces(chosen.rows, chosen.height))
-        waits = [pltpu.VMEM((height, width), jnp.float32) for (_, width), (_, height) in sides]
-    static = Static(chosen, K, J, transposed, add, epilogue, tuple(outs), counts, len(waits), len(grid))
-    wide_shape, thin_shape = jax.ShapeDtypeStruct((N, J), dtype), jax.ShapeDtypeStruct((across, 1, N), jnp.float32)
-    moved = dtype.itemsize * (sum(x.size for x in xs) + sum(w.size for w in ws) + n_wide * N * J)
-    found = pl.pallas_call(
-        lambda *refs: Step(static, *refs).run(),
-        out_shape=[wide_shape if kind == "wide" else thin_shape for kind in outs],
+        w_spec = pl.BlockSpec((1, block_k, block_n), index_map(lambda j, v, k, tables: (tables.group[v], k, j)))
+    matrix_spec = pl.BlockSpec((block_m, block_n), index_map(lambda j, v, k, tables: (tables.tile[v], j)))
+    row_vector_spec = pl.BlockSpec((1, block_m), index_map(lambda j, v, k, tables: (0, tables.tile[v])))
+    row_sum_spec = pl.BlockSpec((1, 1, block_m), index_map(lambda j, v, k, tables: (j, 0, tables.tile[v])))
+    in_specs = GmmInputs(
+        [x_spec] * len(xs), [w_spec] * len(ws), [matrix_spec] * len(matrices), [row_vector_spec] * len(row_vectors)
+    )
+    out_shapes = {
+        "matrix": jax.ShapeDtypeStruct((N, J), dtype),
+        "row_sum": jax.ShapeDtypeStruct((column_blocks, 1, N), jnp.float32),
+    }
+    out_specs = {"matrix": matrix_spec, "row_sum": row_sum_spec}
+    num_acc = 0 if k_steps == 1 else 1 if sum_products else len(ws)
+    scratch = GmmScratch(
+        acc=[pltpu.VMEM((block_m, block_n), jnp.float32)] * num_acc,
+        saved_rows=[pltpu.VMEM((block_m, block_n), dtype)] * num_matrix_outs,
+        partial_sums=_partial_sums_scratch(sizes, one_result=k_steps == 1 and (sum_products or len(ws) == 1)),
+        lanes=[pltpu.VMEM((block_m, 128), jnp.float32)] * len(row_vectors),
+    )
+    config = GmmConfig(sizes, K, J, transposed, sum_products, epilogue, tuple(out_kinds), len(grid))
+    moved = dtype.itemsize * (sum(x.size for x in xs) + sum(w.size for w in ws) + num_matrices * N * J)
+    (outs,) = pl.pallas_call(
+        functools.partial(gmm_kernel, config=config),
+        out_shape=([out_shapes[kind] for kind in out_kinds],),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(tables),
+            num_scalar_prefetch=1,
             grid=grid,
-            in_specs=in_specs,
-            out_specs=[wide_out if kind == "wide" else thin_out for kind in outs],
-            scratch_shapes=[pltpu.VMEM((chosen.rows, chosen.columns), jnp.float32)] * n_sums
-            + [pltpu.VMEM((chosen.rows, chosen.columns), dtype)] * sum(kind == "wide" for kind in outs)
-            + waits
-            + [pltpu.VMEM((chosen.rows, 128), jnp.float32)] * len(thin),
+            in_specs=(in_specs,),
+            out_specs=([out_specs[kind] for kind in out_kinds],),
+            scratch_shapes=(scratch,),
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary") if len(grid) == 3 else ("arbitrary",),
-            vmem_limit_bytes=chosen.vmem,
-            disable_bounds_checks=True,  # 45 bundles a step; the tables have no block that is not there
+            vmem_limit_bytes=sizes.vmem_bytes,
+            disable_bounds_checks=True,  # they cost 45 bundles per step; the tables only name blocks that exist
         ),
         cost_estimate=Cost(2 * N * K * J * len(ws), moved).to_pallas(),
         name=name,
-    )(*tables, *operands)
-    return [x if kind == "wide" else jnp.sum(x, axis=0) for x, kind in zip(found, outs, strict=True)]
+    )(tables, GmmInputs(list(xs), list(ws), list(matrices), list(row_vectors)))
+    return [x if kind == "matrix" else jnp.sum(x, axis=0) for x, kind in zip(outs, out_kinds, strict=True)]
+
+
+def _partial_sums_scratch(sizes: block_sizes.GmmBlockSizes, *, one_result: bool) -> list[Any]:
+    """The places where sums over a part of the contraction stay until the rest is multiplied."""
+    if sizes.leading_k:
+        return [pltpu.VMEM((sizes.block_m, min(sizes.mxu_n, sizes.block_n_sub)), jnp.float32)]
+    if not (sizes.block_k_sub and one_result):
+        return []
+    ranges = itertools.product(split_range(sizes.block_n_sub, sizes.mxu_n), split_range(sizes.block_m, sizes.mxu_m))
+    return [pltpu.VMEM((height, width), jnp.float32) for (_, width), (_, height) in ranges]

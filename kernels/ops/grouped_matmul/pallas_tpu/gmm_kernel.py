@@ -1,9 +1,9 @@
-"""What one step of the grid of `gmm.py` does: a visit's rows and columns, some or all of the contraction.
+"""One grid step of `gmm.py`: a visit's rows and columns, part or all of the contraction.
 
-run ── all_chunks or some_chunks ── streams ── stream ── products ── piece ── write
-       the whole tile, or as many   each strip  the products without a branch   epilogue, rows of the output
-       chunks as it has rows of                 between them: they are one
-                                                schedule of the matrix unit
+run ── multiply_all_chunks or ── multiply_strips ── multiply_strip ── products ── apply_epilogue ── write_outputs
+       multiply_touched_chunks   each strip         one instruction   several     per output tile   rows of the
+       the whole tile, or only                      stream without    MXU tiles                     outputs
+       chunks that have rows                        branches
 """
 
 import functools
@@ -15,244 +15,296 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from dantinox.kernels.ops.grouped_matmul.common import clear, dot
-from dantinox.kernels.ops.grouped_matmul.group_metadata import TileTask
-from dantinox.kernels.ops.grouped_matmul.pallas_tpu import block_sizes
+from dantinox.kernels.ops.grouped_matmul.common import dot_f32, mask_to_zero
+from dantinox.kernels.ops.grouped_matmul.group_metadata import ForwardTables, TileTask
+from dantinox.kernels.ops.grouped_matmul.pallas_tpu.block_sizes import GmmBlockSizes
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu.vmem import (
-    across,
-    aligned,
-    before,
-    contraction,
-    lanes,
-    loop,
-    pieces,
-    total,
+    ContractionSlice,
+    for_each_row_chunk,
+    hint_multiple_of,
+    index_lt,
+    row_sums,
+    split_contraction,
+    split_range,
+    tile_lanes,
+    to_lanes,
 )
 
 Array = jax.Array
+Ref = Any
 Epilogue = Callable[..., Sequence[Array]]
 
 
-class Static(NamedTuple):
-    """What a kernel is compiled for; the names are those of `gmm.product`.
+class GmmConfig(NamedTuple):
+    """What a kernel is compiled for; the names are those of `gmm.gmm`. `num_grid_axes` is 1 or 3."""
 
-    Attributes:
-        counts: how many of xs, ws, wide, thin, outs there are.
-        waits: how many places there are where sums of a part of the contraction wait.
-        axes: of the grid.
-    """
-
-    tiles: block_sizes.Tiles
+    block_sizes: GmmBlockSizes
     K: int
     J: int
     transposed: bool
-    add: bool
+    sum_products: bool
     epilogue: Epilogue | None
-    outs: tuple[str, ...]
-    counts: tuple[int, ...]
-    waits: int
-    axes: int
+    out_kinds: tuple[str, ...]
+    num_grid_axes: int
 
 
-class Step:
-    """One step. Its refs are tables, inputs, outputs, sums, saved rows, what waits, lanes of `thin`, in this order."""
+class GmmInputs(NamedTuple):
+    """Arrays, their block specs or their references."""
 
-    def __init__(self, static: Static, *refs: Any) -> None:
-        self.static, self.tiles = static, static.tiles
-        tables, rest = refs[:5], list(refs[5:])
-        self.xs, self.ws, self.wide, self.thin, self.outs = ([rest.pop(0) for _ in range(n)] for n in static.counts)
-        self.lanes = [rest.pop() for _ in self.thin]
-        self.waits = rest[len(rest) - static.waits :]
-        rest = rest[: len(rest) - static.waits]
-        self.forward_tables = [ref for ref, kind in zip(self.outs, static.outs, strict=True) if kind == "wide"]
-        self.visit_empty_groups, self.saved = (
-            rest[: len(rest) - len(self.forward_tables)],
-            rest[len(rest) - len(self.forward_tables) :],
-        )
+    xs: Sequence[Any]
+    ws: Sequence[Any]
+    matrices: Sequence[Any]
+    row_vectors: Sequence[Any]
 
-        alone = static.axes == 1
-        self.j, v, self.k = (0, pl.program_id(0), 0) if alone else (pl.program_id(axis) for axis in range(3))
-        self.visit, self.whole = TileTask.read(tables, v, self.tiles.rows), tables[4][v]
-        self.busy = self.visit.row_start < self.visit.row_end
-        self.plain = static.epilogue is None and len(self.ws) == 1
-        # Two halves of a part, of two matrices, are one part: the unit is as busy, and less waits in memory.
-        by_parts = self.tiles.part and (self.waits or (self.visit_empty_groups and self.plain))
-        whole_terms = [[(n, slice(None))] for n in range(len(self.ws))]
-        self.terms = contraction(len(self.ws), self.tiles.inner, self.tiles.part) if by_parts else whole_terms
-        # Never anything but 0, which libtpu cannot know: or it would keep what waits in registers.
-        self.nothing = pl.multiple_of(jnp.minimum(self.whole, 0), 8)
-        # A product alone has registers for it.
-        self.waiting_at = 0 if static.epilogue is None and not static.add else self.nothing
+
+class GmmScratch(NamedTuple):
+    """Shapes or references in VMEM.
+
+    Attributes:
+        acc: float32 sums of one tile, if the contraction takes several steps.
+        saved_rows: for each matrix among the outputs, the rows of earlier groups in this tile.
+        partial_sums: float32 sums of a part of the contraction of one step.
+        lanes: each of the row vectors, with the value of a row in every lane.
+    """
+
+    acc: Sequence[Any]
+    saved_rows: Sequence[Any]
+    partial_sums: Sequence[Any]
+    lanes: Sequence[Any]
+
+
+class OutputTile(NamedTuple):
+    """The output of one product: slices of rows and columns of the block, and where they start."""
+
+    rows: Any
+    columns: Any
+    row_start: Any
+    column_start: Any
+    partial_sums: Ref | None
+
+
+def gmm_kernel(
+    tables: ForwardTables, inputs: GmmInputs, outs: Sequence[Ref], scratch: GmmScratch, *, config: GmmConfig
+) -> None:
+    """See `gmm.py`."""
+    GmmKernelStep(config, tables, inputs, outs, scratch).run()
+
+
+class GmmKernelStep:
+    """One grid step."""
+
+    def __init__(
+        self, config: GmmConfig, tables: ForwardTables, inputs: GmmInputs, outs: Sequence[Ref], scratch: GmmScratch
+    ) -> None:
+        self.config, self.sizes = config, config.block_sizes
+        self.inputs, self.outs, self.scratch = inputs, outs, scratch
+        self.matrix_outs = [ref for ref, kind in zip(outs, config.out_kinds, strict=True) if kind == "matrix"]
+        one_axis = config.num_grid_axes == 1
+        self.j, v, self.k = (0, pl.program_id(0), 0) if one_axis else (pl.program_id(axis) for axis in range(3))
+        self.task, self.covers_tile = TileTask.load(tables, v, self.sizes.block_m), tables.covers_tile[v]
+        self.has_rows = self.task.row_start < self.task.row_end
+        num_w = len(inputs.ws)
+        self.has_no_epilogue = config.epilogue is None and num_w == 1
+        # Halves of a part from two operands make one part: the matrix unit is as busy, and fewer sums stay in VMEM.
+        splits_k = self.sizes.block_k_sub and (scratch.partial_sums or (scratch.acc and self.has_no_epilogue))
+        whole = [[ContractionSlice(n, slice(None))] for n in range(num_w)]
+        self.terms = split_contraction(num_w, self.sizes.block_k, self.sizes.block_k_sub) if splits_k else whole
+        # Always 0, but opaque to the compiler, so that partial sums stay in VMEM instead of registers.
+        self.opaque_zero = pl.multiple_of(jnp.minimum(self.covers_tile, 0), 8)
+        # A single product has enough registers for them.
+        self.partial_sums_start = 0 if config.epilogue is None and not config.sum_products else self.opaque_zero
 
     def run(self) -> None:
-        """All of it."""
-        for found, ref in zip(self.lanes, self.thin, strict=True):
-            for first, n in pieces(self.tiles.rows, 128):
-                found[pl.ds(first, n)] = lanes(ref[:, pl.ds(first, n)])
-        self.last = self.k == -(-self.static.K // self.tiles.inner) - 1
-        if self.visit_empty_groups:
-            pl.when(self.k == 0)(self.zero_sums)
-        # Most visits begin with their tile, and need one branch.
-        if self.tiles.rows > self.tiles.chunk:
-            jax.lax.cond(self.whole == 1, self.all_chunks, self.some_chunks)
+        """Multiplies the rows of this visit and writes the outputs."""
+        sizes = self.sizes
+        for lanes_ref, row_vector_ref in zip(self.scratch.lanes, self.inputs.row_vectors, strict=True):
+            for start, size in split_range(sizes.block_m, 128):
+                lanes_ref[pl.ds(start, size)] = to_lanes(row_vector_ref[:, pl.ds(start, size)])
+        self.is_last_k = self.k == -(-self.config.K // sizes.block_k) - 1
+        if self.scratch.acc:
+            pl.when(self.k == 0)(self.zero_acc)
+        # Most visits cover their tile and need one branch only.
+        if sizes.block_m > sizes.block_m_sub:
+            jax.lax.cond(self.covers_tile == 1, self.multiply_all_chunks, self.multiply_touched_chunks)
         else:
-            self.some_chunks()
+            self.multiply_touched_chunks()
 
-    def zero_sums(self) -> None:
-        def zero(rows: Any, _: Any) -> None:
-            for ref in self.visit_empty_groups:
+    def zero_acc(self) -> None:
+        def zero_rows(rows: Any, _: Any) -> None:
+            for ref in self.scratch.acc:
                 ref[rows] = jnp.zeros_like(ref[rows])
 
-        loop(self.tiles.rows, zero)
+        for_each_row_chunk(self.sizes.block_m, zero_rows)
 
-    # --- which chunks of rows -------------------------------------------------------------------------------------
+    # --- chunks of rows -------------------------------------------------------------------------------------------
 
-    def all_chunks(self) -> None:
-        self.streams(0, self.tiles.rows)
-        self.leave()
+    def multiply_all_chunks(self) -> None:
+        self.multiply_strips(0, self.sizes.block_m)
+        self.write_acc()
 
-    def some_chunks(self) -> None:
-        """Those that this visit has a row of, `Tiles.chunks` in a stream at most; then what it spoilt is mended."""
-        visit, chunk = self.visit, self.tiles.chunk
-        spoils = self.last & ~(self.busy & (visit.row_start <= visit.row))
-        pl.when(spoils)(lambda: loop(self.tiles.rows, self.keep))
-        first = jax.lax.div(jnp.maximum(visit.row_start - visit.row, 0), chunk)
-        stop = jnp.minimum(jax.lax.div(visit.row_end - visit.row + chunk - 1, chunk), self.tiles.rows // chunk)
-        for size in range(self.tiles.chunks, 0, -1):
-            trips = jax.lax.div(jnp.maximum(stop - first, 0), size)
-            at = lambda n, size=size, first=first: (first + n * size) * chunk
-            jax.lax.fori_loop(0, trips, lambda n, _, at=at, size=size: self.streams(at(n), size * chunk), None)
-            first += trips * size
-        self.leave()
-        pl.when(spoils)(lambda: loop(self.tiles.rows, self.put_back))
-        for ref, kind in zip(self.outs, self.static.outs, strict=True):
-            if kind == "thin":
+    def multiply_touched_chunks(self) -> None:
+        """Multiplies the chunks that have rows of this visit, then restores the rows of earlier groups.
 
-                @pl.when(~self.busy & self.last)
-                def _(ref: Any = ref) -> None:
-                    ref[0] = jnp.where(before(visit.row_start - visit.row, ref.shape[1:], 1), ref[0], 0)
+        One instruction stream covers at most `max_chunks` of them.
+        """
+        task, chunk, block_m = self.task, self.sizes.block_m_sub, self.sizes.block_m
+        overwrites = self.is_last_k & ~(self.has_rows & (task.row_start <= task.row))
+        pl.when(overwrites)(lambda: for_each_row_chunk(block_m, self.save_rows))
+        first = jax.lax.div(jnp.maximum(task.row_start - task.row, 0), chunk)
+        end = jnp.minimum(jax.lax.div(task.row_end - task.row + chunk - 1, chunk), block_m // chunk)
+        for num_chunks in range(self.sizes.max_chunks, 0, -1):
+            trips = jax.lax.div(jnp.maximum(end - first, 0), num_chunks)
 
-    def keep(self, rows: Any, _: Any) -> None:
-        for ref, old in zip(self.forward_tables, self.saved, strict=True):
-            old[rows] = ref[rows]
+            def multiply_chunks(n: Array, _: None, num_chunks: int = num_chunks, first: Array = first) -> None:
+                self.multiply_strips((first + n * num_chunks) * chunk, num_chunks * chunk)
 
-    def put_back(self, rows: Any, first: Any) -> None:
-        """Rows after this group's belong to later visits, which write them again. Those before it were there."""
-        earlier = before(self.visit.row_start - self.visit.row - first, (rows.size, 1), 0)
-        for ref, old in zip(self.forward_tables, self.saved, strict=True):
-            ref[rows] = jnp.where(earlier, old[rows], clear(ref[rows], self.busy))
+            jax.lax.fori_loop(0, trips, multiply_chunks, None)
+            first += trips * num_chunks
+        self.write_acc()
+        pl.when(overwrites)(lambda: for_each_row_chunk(block_m, self.restore_rows))
+        for ref, kind in zip(self.outs, self.config.out_kinds, strict=True):
+            if kind == "row_sum":
 
-    def leave(self) -> None:
-        """The sums of a plain product, all of them there, become the output."""
+                @pl.when(~self.has_rows & self.is_last_k)
+                def zero_unassigned_row_sums(ref: Ref = ref) -> None:
+                    ref[0] = jnp.where(index_lt(task.row_start - task.row, ref.shape[1:], 1), ref[0], 0)
 
-        def some(rows: Any, _: Any) -> None:
-            self.outs[0][rows] = self.visit_empty_groups[0][rows].astype(self.outs[0].dtype)
+    def save_rows(self, rows: Any, _: Any) -> None:
+        for ref, saved in zip(self.matrix_outs, self.scratch.saved_rows, strict=True):
+            saved[rows] = ref[rows]
 
-        if self.visit_empty_groups and self.plain:
-            pl.when(self.last)(lambda: loop(self.tiles.rows, some))
+    def restore_rows(self, rows: Any, first: Any) -> None:
+        """Restores the rows of earlier groups. Rows of later groups are written again by their own visits."""
+        is_earlier = index_lt(self.task.row_start - self.task.row - first, (rows.size, 1), 0)
+        for ref, saved in zip(self.matrix_outs, self.scratch.saved_rows, strict=True):
+            ref[rows] = jnp.where(is_earlier, saved[rows], mask_to_zero(ref[rows], self.has_rows))
 
-    # --- the products ---------------------------------------------------------------------------------------------
+    def write_acc(self) -> None:
+        """Writes the complete sums of a product without an epilogue to the output."""
 
-    def streams(self, down: Any, size: int) -> None:
-        """All strips of columns of `size` rows from `down` on."""
-        strip = self.tiles.strip
-        if (strips := self.tiles.columns // strip) == 1:
-            self.stream(down, 0, size)
+        def write_rows(rows: Any, _: Any) -> None:
+            self.outs[0][rows] = self.scratch.acc[0][rows].astype(self.outs[0].dtype)
+
+        if self.scratch.acc and self.has_no_epilogue:
+            pl.when(self.is_last_k)(lambda: for_each_row_chunk(self.sizes.block_m, write_rows))
+
+    # --- products -------------------------------------------------------------------------------------------------
+
+    def multiply_strips(self, row: Any, num_rows: int) -> None:
+        """All strips of columns of `num_rows` rows from `row` on."""
+        strip = self.sizes.block_n_sub
+
+        def multiply_nth_strip(n: Array, _: None) -> None:
+            self.multiply_strip(row, n * strip, num_rows)
+
+        if (strips := self.sizes.block_n // strip) == 1:
+            self.multiply_strip(row, 0, num_rows)
         else:
-            jax.lax.fori_loop(0, strips, lambda n, _: self.stream(down, n * strip, size), None)
+            jax.lax.fori_loop(0, strips, multiply_nth_strip, None)
 
-    def stream(self, down: Any, right: Any, size: int) -> None:
-        """Products with no branch between them: the matrix unit takes some 260 bundles to fill and to empty."""
-        t = self.tiles
-        sides = itertools.product(pieces(t.strip, t.width), pieces(t.rows, t.height))
-        at = []
-        for ((c, width), (r, height)), wait in itertools.zip_longest(sides, self.waits if t.part else []):
-            if r < size:
-                first = aligned(down + r, min(size, t.height)), aligned(right + c, 128)
-                at.append(((pl.ds(first[0], min(height, size)), pl.ds(first[1], width), first), wait))
-        if t.part and self.waits:
-            self.all_parts_but_one(at)
-        if t.lead:
-            self.lead(at, down, size)
-        elif not self.visit_empty_groups:
-            for where, wait in at:
-                self.piece(*where, self.products(*where[:2], wait))
-        elif self.plain:
-            for parts in self.terms:
-                for (rows, columns, _), _ in at:
-                    self.visit_empty_groups[0][rows, columns] += self.term(rows, columns, parts)
+    def multiply_strip(self, row: Any, column: Any, num_rows: int) -> None:
+        """Products without a branch in between: filling and draining the matrix unit takes some 260 bundles."""
+        sizes, partial_sums = self.sizes, self.scratch.partial_sums
+        ranges = itertools.product(split_range(sizes.block_n_sub, sizes.mxu_n), split_range(sizes.block_m, sizes.mxu_m))
+        tiles = []
+        for ((c, width), (r, height)), ref in itertools.zip_longest(ranges, partial_sums if sizes.block_k_sub else []):
+            if r < num_rows:
+                row_start = hint_multiple_of(row + r, min(num_rows, sizes.mxu_m))
+                column_start = hint_multiple_of(column + c, 128)
+                rows, columns = pl.ds(row_start, min(height, num_rows)), pl.ds(column_start, width)
+                tiles.append(OutputTile(rows, columns, row_start, column_start, ref))
+        if sizes.block_k_sub and partial_sums:
+            self.accumulate_partial_sums(tiles)
+        if sizes.leading_k:
+            self.multiply_leading_k_first(tiles, row, num_rows)
+        elif not self.scratch.acc:
+            for tile in tiles:
+                self.apply_epilogue(tile, self.products(tile))
+        elif self.has_no_epilogue:
+            for term in self.terms:
+                for tile in tiles:
+                    self.scratch.acc[0][tile.rows, tile.columns] += self.partial_product(tile, term)
         else:
-            self.into_sums(at)
+            self.accumulate(tiles)
 
-    def all_parts_but_one(self, at: Any) -> None:
-        for n, parts in enumerate(self.terms[:-1]):
-            for (rows, columns, _), wait in at:
-                found = self.term(rows, columns, parts)
-                wait[pl.ds(0, rows.size)] = wait[pl.ds(self.waiting_at, rows.size)] + found if n else found
+    def accumulate_partial_sums(self, tiles: Sequence[OutputTile]) -> None:
+        """Sums all terms but the last of each tile into VMEM."""
+        for n, term in enumerate(self.terms[:-1]):
+            for tile in tiles:
+                value, ref = self.partial_product(tile, term), tile.partial_sums
+                size = tile.rows.size
+                ref[pl.ds(0, size)] = ref[pl.ds(self.partial_sums_start, size)] + value if n else value
 
-    def lead(self, at: Any, down: Any, size: int) -> None:
-        """A part of the contraction of all rows, in the first columns, then all else."""
-        t, (held,), first = self.tiles, self.waits, at[0][0][1]
-        held[pl.ds(0, size)] = self.one(pl.ds(aligned(down, t.chunk), size), first, 0, pl.ds(0, t.lead))
-        ahead = -(-size // t.height)
-        for where, _ in at[ahead:]:
-            self.piece(*where, self.products(*where[:2], None))
-        for r, (where, _) in zip(range(0, size, t.height), at[:ahead], strict=True):
-            rest = self.one(*where[:2], 0, pl.ds(t.lead, t.inner - t.lead))
-            self.piece(*where, [held[pl.ds(self.nothing + r, where[0].size)] + rest])
+    def multiply_leading_k_first(self, tiles: Sequence[OutputTile], row: Any, num_rows: int) -> None:
+        """Multiplies the leading part of the contraction of all rows, in the first columns, then the rest."""
+        sizes, (partial_sums,) = self.sizes, self.scratch.partial_sums
+        all_rows = pl.ds(hint_multiple_of(row, sizes.block_m_sub), num_rows)
+        leading = ContractionSlice(0, pl.ds(0, sizes.leading_k))
+        partial_sums[pl.ds(0, num_rows)] = self.dot_block(all_rows, tiles[0].columns, leading)
+        tiles_in_column = -(-num_rows // sizes.mxu_m)
+        for tile in tiles[tiles_in_column:]:
+            self.apply_epilogue(tile, self.products(tile._replace(partial_sums=None)))
+        rest = ContractionSlice(0, pl.ds(sizes.leading_k, sizes.block_k - sizes.leading_k))
+        for r, tile in zip(range(0, num_rows, sizes.mxu_m), tiles[:tiles_in_column], strict=True):
+            value = self.dot_block(tile.rows, tile.columns, rest)
+            self.apply_epilogue(tile, [partial_sums[pl.ds(self.opaque_zero + r, tile.rows.size)] + value])
 
-    def into_sums(self, at: Any) -> None:
-        for (rows, columns, _), _ in at:
-            for ref, value in zip(self.visit_empty_groups, self.products(rows, columns, None), strict=True):
-                ref[rows, columns] += value
+    def accumulate(self, tiles: Sequence[OutputTile]) -> None:
+        """Adds this step's products to the sums; the last step applies the epilogue."""
+        for tile in tiles:
+            for ref, value in zip(self.scratch.acc, self.products(tile._replace(partial_sums=None)), strict=True):
+                ref[tile.rows, tile.columns] += value
 
-        @pl.when(self.last)
-        def _() -> None:
-            for (rows, columns, first), _ in at:
-                self.piece(rows, columns, first, [ref[rows, columns] for ref in self.visit_empty_groups])
+        @pl.when(self.is_last_k)
+        def apply_epilogues() -> None:
+            for tile in tiles:
+                self.apply_epilogue(tile, [ref[tile.rows, tile.columns] for ref in self.scratch.acc])
 
-    def products(self, rows: Any, columns: Any, wait: Any) -> list[Array]:
-        """One step of the contraction; of what is taken part by part, the last, and what waits of the others."""
-        if wait is not None:
-            return [wait[pl.ds(self.waiting_at, rows.size)] + self.term(rows, columns, self.terms[-1])]
-        found = [self.term(rows, columns, parts) for parts in self.terms]
-        return [functools.reduce(jnp.add, found)] if self.static.add else found
+    def products(self, tile: OutputTile) -> list[Array]:
+        """This step's products; with partial sums, the last term added to them."""
+        if tile.partial_sums is not None:
+            partial_sums = tile.partial_sums[pl.ds(self.partial_sums_start, tile.rows.size)]
+            return [partial_sums + self.partial_product(tile, self.terms[-1])]
+        values = [self.partial_product(tile, term) for term in self.terms]
+        return [functools.reduce(jnp.add, values)] if self.config.sum_products else values
 
-    def term(self, rows: Any, columns: Any, parts: Sequence[tuple[int, Any]]) -> Array:
-        """The products of these rows and columns, of each matrix over a part of a step of the contraction, summed."""
-        return functools.reduce(jnp.add, [self.one(rows, columns, *part) for part in parts])
+    def partial_product(self, tile: OutputTile, term: Sequence[ContractionSlice]) -> Array:
+        """The sum of one term's products."""
+        return functools.reduce(jnp.add, [self.dot_block(tile.rows, tile.columns, part) for part in term])
 
-    def one(self, rows: Any, columns: Any, n: int, part: Any) -> Array:
-        transposed, inner = self.static.transposed, self.tiles.inner
-        x = self.xs[n if len(self.xs) > 1 else 0][rows, part]
-        w = self.ws[n][(0, columns, part) if transposed else (0, part, columns)]
-        if self.static.K % inner:
-            end = self.static.K - self.k * inner - (part.start or 0)
-            x, w = clear(x, before(end, x.shape, 1)), clear(w, before(end, w.shape, 1 if transposed else 0))
-        return dot(x, w, (1, 1 if transposed else 0))
+    def dot_block(self, rows: Any, columns: Any, part: ContractionSlice) -> Array:
+        transposed, block_k, xs = self.config.transposed, self.sizes.block_k, self.inputs.xs
+        x = xs[part.operand if len(xs) > 1 else 0][rows, part.k]
+        w = self.inputs.ws[part.operand][(0, columns, part.k) if transposed else (0, part.k, columns)]
+        if self.config.K % block_k:
+            end = self.config.K - self.k * block_k - (part.k.start or 0)
+            x = mask_to_zero(x, index_lt(end, x.shape, 1))
+            w = mask_to_zero(w, index_lt(end, w.shape, 1 if transposed else 0))
+        return dot_f32(x, w, (1, 1 if transposed else 0))
 
-    # --- what becomes of them -------------------------------------------------------------------------------------
+    # --- outputs --------------------------------------------------------------------------------------------------
 
-    def piece(self, rows: Any, columns: Any, first: tuple[int, int], values: Sequence[Array]) -> None:
-        """The epilogue of these rows and columns, which begin at `first`, and its outputs written."""
-        if self.static.epilogue is not None:
-            values = [*values, *(ref[rows, columns] for ref in self.wide)]
-            if self.past_end:  # what lies there must not get into a sum over columns
-                end = self.static.J - self.j * self.tiles.columns - first[1]
-                values = [clear(value, before(end, value.shape, 1)) for value in values]
-            values = self.static.epilogue(*values, *(across(ref[rows], columns.size) for ref in self.lanes))
-        self.write(rows, columns, first, values)
+    def apply_epilogue(self, tile: OutputTile, values: Sequence[Array]) -> None:
+        """Applies the epilogue to the sums of one tile and writes its outputs."""
+        if self.config.epilogue is not None:
+            values = [*values, *(ref[tile.rows, tile.columns] for ref in self.inputs.matrices)]
+            if self.masks_columns:
+                end = self.config.J - self.j * self.sizes.block_n - tile.column_start
+                values = [mask_to_zero(value, index_lt(end, value.shape, 1)) for value in values]
+            weights = (tile_lanes(ref[tile.rows], tile.columns.size) for ref in self.scratch.lanes)
+            values = self.config.epilogue(*values, *weights)
+        self.write_outputs(tile, values)
 
     @property
-    def past_end(self) -> bool:
-        """Whether some column tile reaches past the last column, and columns are summed."""
-        return self.static.J % self.tiles.columns != 0 and "thin" in self.static.outs
+    def masks_columns(self) -> bool:
+        """Whether a block reaches past the last column, whose padding must not enter a sum over columns."""
+        return self.config.J % self.sizes.block_n != 0 and "row_sum" in self.config.out_kinds
 
-    def write(self, rows: Any, columns: Any, first: tuple[int, int], values: Sequence[Array]) -> None:
-        for ref, kind, value in zip(self.outs, self.static.outs, values, strict=True):
-            at = (rows, columns) if kind == "wide" else (0, slice(None), rows)
-            if kind == "thin":
-                old, value = ref[at], total(value)
-                value = clear(old, jnp.asarray(first[1]) > 0) + value
-                value = jnp.where(self.visit.row_mask(value.shape, 1, first[0]), value, old)
-            ref[at] = value.astype(ref.dtype)
+    def write_outputs(self, tile: OutputTile, values: Sequence[Array]) -> None:
+        for ref, kind, value in zip(self.outs, self.config.out_kinds, values, strict=True):
+            index = (tile.rows, tile.columns) if kind == "matrix" else (0, slice(None), tile.rows)
+            if kind == "row_sum":
+                old, value = ref[index], row_sums(value)
+                value = mask_to_zero(old, jnp.asarray(tile.column_start) > 0) + value
+                value = jnp.where(self.task.row_mask(value.shape, 1, tile.row_start), value, old)
+            ref[index] = value.astype(ref.dtype)

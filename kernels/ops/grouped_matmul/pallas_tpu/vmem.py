@@ -1,9 +1,9 @@
-"""Small operations of the kernels for a TPU: on values in registers, and on where they lie."""
+"""Small operations of the TPU kernels: on values in registers, and on ranges of rows and columns in VMEM."""
 
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,52 +12,65 @@ from jax.experimental import pallas as pl
 Array = jax.Array
 
 
-def before(end: Any, shape: tuple[int, int], axis: int) -> Array:
-    """Which places of the axis come before the end."""
+class ContractionSlice(NamedTuple):
+    """A part of the contraction of one of several products."""
+
+    operand: int
+    k: Any
+
+
+def index_lt(end: Any, shape: tuple[int, int], axis: int) -> Array:
+    """A mask of the given shape: true where the index along the axis is less than `end`."""
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis) < end
 
 
-def lanes(row: Array) -> Array:
-    """[1, n] as [n, 128], the same in each lane. The transpose unit takes whole registers."""
+def to_lanes(row: Array) -> Array:
+    """[1, n] as [n, 128], the same value in every lane. The transpose unit takes whole registers."""
     return jnp.broadcast_to(row, (128, row.shape[1])).T
 
 
-def across(lanes: Array, width: int) -> Array:
-    """[n, 128] that has the same in each lane as [n, width]."""
+def tile_lanes(lanes: Array, width: int) -> Array:
+    """[n, 128] with the same value in every lane as [n, width]."""
     return jnp.concatenate([lanes] * -(-width // 128), axis=1)[:, :width]
 
 
-def total(x: Array) -> Array:
-    """[1, n], the sum of each row of [n, width]: lanes become sublanes first, which the transpose unit does faster."""
+def row_sums(x: Array) -> Array:
+    """[1, n]: the sum of each row of [n, width].
+
+    Lanes become sublanes before the sum, because the transpose unit is faster than a reduction over lanes.
+    """
     if x.shape[1] % 128:
         return jnp.broadcast_to(jnp.sum(x, axis=1, keepdims=True), (x.shape[0], 128)).T[:1]
-    lanes = functools.reduce(jnp.add, [x[:, c : c + size] for c, size in pieces(x.shape[1], 128)])
+    lanes = functools.reduce(jnp.add, [x[:, c : c + size] for c, size in split_range(x.shape[1], 128)])
     return jnp.sum(lanes.T, axis=0, keepdims=True)
 
 
-def pieces(size: int, piece: int) -> list[tuple[int, int]]:
-    """(first, how many) of each piece of a side; the last may be smaller."""
-    return [(first, min(piece, size - first)) for first in range(0, size, piece)]
+def split_range(size: int, step: int) -> list[tuple[int, int]]:
+    """(start, size) of consecutive parts of a range; the last may be smaller."""
+    return [(start, min(step, size - start)) for start in range(0, size, step)]
 
 
-def contraction(matrices: int, inner: int, part: int) -> list[list[tuple[int, Any]]]:
-    """The terms of a sum of products, each `part` of all contractions: (which matrix, where in it) of what it has."""
-    starts = sorted({*range(0, matrices * inner, part), *range(0, matrices * inner, inner)})
-    spans = zip(starts, [*starts[1:], matrices * inner], strict=True)
-    terms = itertools.groupby(spans, lambda span: span[0] // part)
-    return [[(start // inner, pl.ds(start % inner, end - start)) for start, end in term] for _, term in terms]
+def split_contraction(num_operands: int, block_k: int, block_k_sub: int) -> list[list[ContractionSlice]]:
+    """Terms of `block_k_sub` each of the concatenated contractions of several products."""
+    starts = sorted({*range(0, num_operands * block_k, block_k_sub), *range(0, num_operands * block_k, block_k)})
+    ranges = zip(starts, [*starts[1:], num_operands * block_k], strict=True)
+    terms = itertools.groupby(ranges, lambda bounds: bounds[0] // block_k_sub)
+    return [
+        [ContractionSlice(start // block_k, pl.ds(start % block_k, end - start)) for start, end in term]
+        for _, term in terms
+    ]
 
 
-def aligned(first: Any, unit: int) -> Any:
-    """Tells the compiler that a place is a multiple of the unit, where it is one that it cannot see."""
-    return first if isinstance(first, int) or unit % 8 else pl.multiple_of(first, unit)
+def hint_multiple_of(start: Any, multiple: int) -> Any:
+    """`start`, with the hint to the compiler that it is a multiple, where the compiler cannot see that itself."""
+    return start if isinstance(start, int) or multiple % 8 else pl.multiple_of(start, multiple)
 
 
-def loop(rows: int, body: Callable[[Any, Any], None]) -> None:
-    """body(some rows, the first of them), over all: little code for what few steps do."""
-    few = next(few for few in (64, 32, 16, 8, 1) if rows % few == 0)
+def for_each_row_chunk(num_rows: int, body: Callable[[Any, Any], None]) -> None:
+    """body(slice of rows, its first row) over all rows, in a loop: compact code for rarely executed work."""
+    size = next(size for size in (64, 32, 16, 8, 1) if num_rows % size == 0)
 
-    def part(n: Array, _: None) -> None:
-        body(pl.ds(pl.multiple_of(n * few, few), few), n * few)
+    def chunk(n: Array, _: None) -> None:
+        body(pl.ds(pl.multiple_of(n * size, size), size), n * size)
 
-    jax.lax.fori_loop(0, rows // few, part, None)
+    jax.lax.fori_loop(0, num_rows // size, chunk, None)

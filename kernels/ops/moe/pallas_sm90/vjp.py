@@ -1,4 +1,4 @@
-"""The mixture of experts on Hopper: what the kernels take, and the products that its derivative needs."""
+"""The mixture of experts on Hopper: what the kernels support, and the products that its derivative needs."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,35 +11,40 @@ from dantinox.kernels.dispatch import current_device
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import gmm, tgmm
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90.vjp import cores, refusal
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90.warp_specialized import Static
-from dantinox.kernels.ops.moe import vjp
 from dantinox.kernels.ops.moe.pallas_sm90 import kernel as experts_kernel
+from dantinox.kernels.ops.moe.vjp import KernelsBackend, run_experts
 from dantinox.kernels.vma import match_vma
 
 Array = jax.Array
 
 
-class Hopper(NamedTuple):
-    """The products of a mixture, as `vjp.Kernels` wants them."""
+class Sm90ExpertsKernels(NamedTuple):
+    """See `vjp.ExpertsKernels`."""
 
     static: Static
 
-    def up(self, x: Array, w_gate: Array, w_up: Array, sizes: Array, *, keep: bool) -> list[Array]:
-        return [match_vma(each, x) for each in experts_kernel.up(x, w_gate, w_up, sizes, self.static, keep=keep)]
+    def up_proj(self, x: Array, w_gate: Array, w_up: Array, group_sizes: Array, *, save_residuals: bool) -> list[Array]:
+        outs = experts_kernel.up_proj(x, w_gate, w_up, group_sizes, self.static, save_residuals=save_residuals)
+        return [match_vma(out, x) for out in outs]
 
-    def down(self, h: Array, w_down: Array, p: Array, sizes: Array) -> Array:
-        return match_vma(gmm.product([h], [w_down], sizes, self.static, scale=p, name="experts_down"), h)
+    def down_proj(self, h: Array, w_down: Array, router_weights: Array, group_sizes: Array) -> Array:
+        options = {"scale": router_weights, "name": "experts_down"}
+        return match_vma(gmm.product([h], [w_down], group_sizes, self.static, **options), h)
 
-    def back(self, dy: Array, w_down: Array, g: Array, u: Array, p: Array, sizes: Array) -> list[Array]:
-        return [match_vma(each, dy) for each in experts_kernel.back(dy, w_down, g, u, p, sizes, self.static)]
+    def down_proj_bwd(
+        self, dy: Array, w_down: Array, gate: Array, up: Array, router_weights: Array, group_sizes: Array
+    ) -> list[Array]:
+        outs = experts_kernel.down_proj_bwd(dy, w_down, gate, up, router_weights, group_sizes, self.static)
+        return [match_vma(out, dy) for out in outs]
 
-    def dx(self, dg: Array, du: Array, w_gate: Array, w_up: Array, sizes: Array) -> Array:
+    def input_grad(self, dgate: Array, dup: Array, w_gate: Array, w_up: Array, group_sizes: Array) -> Array:
         options = {"transposed": True, "name": "experts_dx"}
-        return match_vma(gmm.product([dg, du], [w_gate, w_up], sizes, self.static, **options), dg)
+        return match_vma(gmm.product([dgate, dup], [w_gate, w_up], group_sizes, self.static, **options), dgate)
 
-    def dw(self, x: Array, dys: Sequence[Array], sizes: Array, name: str) -> list[Array]:
-        # One after the other: x comes from memory again, but products take longer than all that they read does where
-        # M F / (M + F) is above 270 (F of 320 beside M of 2048). A tile of both would read as much from L2.
-        return [match_vma(tgmm.summed(x, dy, sizes, self.static, name=name), x) for dy in dys]
+    def weight_grad(self, x: Array, dys: Sequence[Array], group_sizes: Array, name: str) -> list[Array]:
+        # One kernel per dy: x is read again, but the products take longer than all reads if M F / (M + F) is above 270
+        # (F of 320 with M of 2048). A tile of both would read as much from L2.
+        return [match_vma(tgmm.summed(x, dy, group_sizes, self.static, name=name), x) for dy in dys]
 
 
 def moe_mlp(
@@ -57,12 +62,12 @@ def moe_mlp(
     """See `dantinox.kernels.moe_mlp`, where arguments are checked; the options are those of `grouped_matmul`.
 
     Raises:
-        NotImplementedError: a dtype or size that the kernels do not take.
+        NotImplementedError: the kernels do not support the dtype or a size.
     """
     if (why := refusal(x.dtype, *w_gate.shape[1:], of="w_gate")) is not None:
         raise NotImplementedError(f"moe_mlp: implementation='pallas' cannot run here: {why}")
     if 0 in (*x.shape, *w_gate.shape):
         return jnp.zeros_like(x)
-    given = x, w_gate, w_up, w_down, expert_ids, expert_weights
-    on = vjp.KernelsBackend(Hopper(Static(blocks or cores(current_device().kind), interpret, width)))
-    return vjp.experts(*(match_vma(each, *given) for each in given), on)
+    args = x, w_gate, w_up, w_down, expert_ids, expert_weights
+    static = Static(blocks or cores(current_device().kind), interpret, width)
+    return run_experts(*(match_vma(arg, *args) for arg in args), KernelsBackend(Sm90ExpertsKernels(static)))
