@@ -1,4 +1,4 @@
-"""Give a trained model away: `python -m dantinox.export --run runs/NAME --to DIR`.
+"""Give a trained model away: `python -m dantinox.export --run runs/NAME --out DIR`.
 
 DIR then holds config.json and safetensors as Hugging Face has them for Llama, Mistral or Mixtral, and the tokenizer in
 our own form below DIR/dantinox. `dantinox.load_hf(DIR)` is the way back.
@@ -22,7 +22,7 @@ class Args:
 
     run: str = "nano"
     """The run: runs/NAME or NAME."""
-    to: str | None = None
+    out: str | None = None
     """Folder to write; it must not be there, or be empty."""
     layout: Layout | None = None
     """Names and settings of which model; None: mixtral with experts, mistral with a window, llama else."""
@@ -49,16 +49,16 @@ def export(args: Args) -> None:
     from dantinox.checkpoint.load import find_run, load, read_config
     from dantinox.hf.weights import save_hf
 
-    if args.to is None:
-        raise ValueError("to is missing; give --to a folder")
+    if args.out is None:
+        raise ValueError("out is missing; give --out a folder")
     size = integer("shard_mb", args.shard_mb, 1) * 10**6
     run = find_run(args.run)
     to_hf(read_config(run).model, args.layout)  # before the weights are read
     model, tokenizer = load(run)
-    files = save_hf(model, args.to, args.layout, size)
-    tokenizer.save(Path(args.to) / "dantinox")
+    files = save_hf(model, args.out, args.layout, size)
+    tokenizer.save(Path(args.out) / "dantinox")
     total = sum(file.stat().st_size for file in files)
-    print(f"{args.to}: {args.layout or layout_of(model.config)}, {total:,} bytes in {len(files)} file(s)")
+    print(f"{args.out}: {args.layout or layout_of(model.config)}, {total:,} bytes in {len(files)} file(s)")
 
 
 def program() -> NoReturn:

@@ -38,7 +38,7 @@ class Args:
     """Text to continue; more than one --prompt: all at once; none: the start of a document."""
     prompt_file: str | None = None
     """A file whose text is to be continued, as it stands; -: standard input."""
-    lines: bool = False
+    prompt_per_line: bool = False
     """Each line of --prompt-file is a prompt."""
     max_new_tokens: int | None = None
     """Most tokens to write; the end of the document ends it earlier. None: 256, or what fits in max_context."""
@@ -64,8 +64,8 @@ class Args:
     """Tokens of the prompt read at once; less takes less memory."""
     decode: Decode | None = None
     """Implementation of cached decoding; None: what the run was trained with."""
-    kv_dtype: KVDtype | None = None
-    """What the key/value cache keeps: the model's dtype, or 8 bits a number; None: what the run was trained with."""
+    kv_cache_dtype: KVDtype | None = None
+    """Storage of the KV cache: the model's dtype (auto), or 8 bits per value; None: as trained."""
     verbose: bool = False
     """Say which implementations were chosen, and show tracebacks."""
 
@@ -99,7 +99,7 @@ def write(args: Args) -> None:
     if "" in args.stop:
         raise ValueError("stop is empty; allowed: text")
     prompts = read_prompts(args)
-    chosen = {"decode": args.decode, "kv_dtype": args.kv_dtype}
+    chosen = {"decode": args.decode, "kv_cache_dtype": args.kv_cache_dtype}
     model, tokenizer = load(find_run(args.run), **{name: value for name, value in chosen.items() if value is not None})
     ids = [tokenizer.encode(prompt) if prompt else [tokenizer.eos_id] for prompt in prompts]
     new, cut = room(args.max_new_tokens, model.config, max(map(len, ids)))
@@ -142,8 +142,8 @@ def read_prompts(args: Args) -> list[str]:
         ValueError, OSError: a prompt is empty or no UTF-8 text, the file cannot be read, or flags contradict.
     """
     if args.prompt_file is None:
-        if args.lines:
-            raise ValueError("lines needs prompt_file")
+        if args.prompt_per_line:
+            raise ValueError("prompt_per_line needs prompt_file")
         if "" in args.prompt:
             raise ValueError("prompt is empty; allowed: text, or no prompt for the start of a document")
         return list(args.prompt) or [""]
@@ -158,7 +158,7 @@ def read_prompts(args: Args) -> list[str]:
         raise ValueError(f"{name} is not UTF-8 text: byte {error.start} is {raw[error.start]:#04x}") from None
     if not text:
         raise ValueError(f"{name} is empty; allowed: text to continue")
-    if not args.lines:
+    if not args.prompt_per_line:
         return [text]
     lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
     if "" in lines:

@@ -116,7 +116,7 @@ def train(config: Config, resume: bool = False) -> Path:
     trainer.corpus.tokenizer.save(run)
     with (
         wandb_logger.Tracker(run, config, resume) if config.train.wandb else contextlib.nullcontext() as tracker,
-        contextlib.closing(Checkpoints(run, config.train.keep)) as checkpoints,
+        contextlib.closing(Checkpoints(run, config.train.max_checkpoints)) as checkpoints,
         contextlib.closing(metrics_log.MetricsLog(run, first if resume else None, tracker)) as log,
     ):
         loop = Loop(trainer, run, checkpoints, log, resume_command(config), known)

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from dantinox.config.aliases import current_names
 from dantinox.config.data import DataConfig
 from dantinox.config.model import Attention, Decode, Experts, KVDtype, ModelConfig
 from dantinox.config.optimizer import OptimConfig
@@ -82,7 +83,7 @@ class Config:
         """A copy with flat overrides by field name; every check runs again."""
         owner = {name: section for section, names in _fields().items() for name in names}
         changes: dict[str, dict[str, Any]] = {}
-        for name, value in overrides.items():
+        for name, value in current_names(overrides).items():
             if name not in owner:
                 raise ConfigError(f"unknown setting {name!r}; {suggest(name, owner)}")
             changes.setdefault(owner[name], {})[name] = value
@@ -130,7 +131,10 @@ def numbers(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
     Raises:
         ConfigError: naming the setting, below the name of its `source`.
     """
-    settings = dict(settings)
+    try:
+        settings = current_names(settings)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
     sections = (ModelConfig, DataConfig, OptimConfig)
     floats = {f.name for cls in sections for f in dataclasses.fields(cls) if f.type in (float, float | None)}
     for name, value in settings.items():

@@ -14,7 +14,7 @@ class DataConfig:
     """A text file, a folder, a glob, or stdlib: the Python standard library's own source."""
     tokenizer: Literal["char", "bpe"] = "char"
     """Characters, or byte-level BPE trained on the training split."""
-    bpe_vocab: int = 2048
+    bpe_vocab_size: int = 2048
     """Vocabulary size of the BPE tokenizer."""
     val_fraction: float = 0.1
     """Share of the text held out for validation."""
@@ -23,8 +23,8 @@ class DataConfig:
         check_fields(self)
         require(self.data != "", "data is empty; give a file, a folder, a glob or stdlib")
         require(
-            300 <= self.bpe_vocab <= 1_000_000,
-            f"bpe_vocab is {self.bpe_vocab}; allowed: 300 to 1000000 (256 bytes, one special token, merges)",
+            300 <= self.bpe_vocab_size <= 1_000_000,
+            f"bpe_vocab_size is {self.bpe_vocab_size}; allowed: 300 to 1000000 (256 bytes, one special token, merges)",
         )
         require(
             0 < self.val_fraction < 1,

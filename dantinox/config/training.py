@@ -34,7 +34,7 @@ class TrainConfig:
     """Evaluations without a better validation loss after which training stops early; 0: it never does."""
     save_every: int = 500
     """Steps between checkpoints, the most that a kill can cost; 0: only at the end. The last step is always saved."""
-    keep: int = 3
+    max_checkpoints: int = 3
     """Checkpoints kept, the newest; and the one of the best validation loss."""
     on_nan: Literal["stop", "skip"] = "stop"
     """At a loss or gradient that is not finite: stop before the update, or leave that batch out."""
@@ -51,7 +51,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        positive(self, "steps", "batch_size", "seq_len", "grad_accum", "eval_batches", "keep", "log_every")
+        positive(self, "steps", "batch_size", "seq_len", "grad_accum", "eval_batches", "max_checkpoints", "log_every")
         for name in ("eval_every", "patience", "save_every", "sample_every", "sample_tokens", "seed"):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; allowed: 0 or more")
         require(self.seed < 2**32, f"seed is {self.seed}; allowed: below 2**32")

@@ -96,7 +96,7 @@ def prepare(
     data: str | os.PathLike[str],
     *,
     tokenizer: str = "char",
-    bpe_vocab: int = DEFAULT_VOCAB["bpe"],
+    bpe_vocab_size: int = DEFAULT_VOCAB["bpe"],
     val_fraction: float = 0.1,
     seq_len: int = 0,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -104,7 +104,7 @@ def prepare(
 ) -> Corpus:
     """Tokenizes `data` (see find_documents), or maps what an earlier call made of the same text and options.
 
-    tokenizer: "char" or "bpe" (of bpe_vocab ids), learnt from the training part; existing_tokenizer, if
+    tokenizer: "char" or "bpe" (of bpe_vocab_size ids), learnt from the training part; existing_tokenizer, if
     given, is used instead. val_fraction: share of the text kept for validation, 0..1. seq_len: if given, both
     parts must hold a window of it. cache_dir: default $DANTINOX_CACHE, else ~/.cache/dantinox; runs share it.
     ValueError for bad options and for a corpus too small; FileNotFoundError as find_documents.
@@ -115,7 +115,7 @@ def prepare(
         raise ValueError(f'tokenizer must be "char" or "bpe", got {tokenizer!r}')
     found, skipped = _read(data)
     documents = list({document.digest: document for document in reversed(found)}.values())[::-1]
-    vocab_size = bpe_vocab if tokenizer == "bpe" else DEFAULT_VOCAB["char"]
+    vocab_size = bpe_vocab_size if tokenizer == "bpe" else DEFAULT_VOCAB["char"]
     made_by = existing_tokenizer.fingerprint if existing_tokenizer else [tokenizer, vocab_size]
     folder = _cache_root(cache_dir) / "corpus" / _key(documents, made_by, val_fraction)
     corpus = _load(folder)

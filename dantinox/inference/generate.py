@@ -328,14 +328,14 @@ def context_limit(config: ModelConfig, max_context: int | None = None) -> int | 
     """Most tokens a sequence may have, prompt included: `max_context` or the model's; None where any length goes."""
     if max_context is not None:
         max_context = integer("max_context", max_context, 1)
-        if config.positions == "learned" and max_context > config.max_context:
+        if config.pos_encoding == "learned" and max_context > config.max_context:
             raise ValueError(f"max_context is {max_context}; allowed: up to {config.max_context}")
     return None if what_limits(config) is None else max_context or config.max_context
 
 
 def what_limits(config: ModelConfig) -> str | None:
     """Why a sequence of this model has a longest length; None where every layer has a window."""
-    if config.positions == "learned":
+    if config.pos_encoding == "learned":
         return "its positions are learned"
     full = [layer for layer in range(config.n_layers) if config.layer_window(layer) is None]
     if not full:

@@ -38,8 +38,8 @@ def bucket(size: int, smallest: int, largest: int | None = None) -> int:
 
 def empty(config: ModelConfig, batch: int, slots: Sequence[int]) -> list[KVCache]:
     """Caches that no token has been written to, of so many slots a layer, in the dtype that the config asks for."""
-    dtype = jnp.dtype({"model": config.dtype, "int8": "int8", "fp8": "float8_e4m3fn"}[config.kv_dtype])
-    return [KVCache.zeros(batch, config.kv_heads, C, config.head_dim, dtype) for C in slots]
+    dtype = jnp.dtype({"auto": config.dtype, "int8": "int8", "fp8": "float8_e4m3fn"}[config.kv_cache_dtype])
+    return [KVCache.zeros(batch, config.n_kv_heads, C, config.head_dim, dtype) for C in slots]
 
 
 def append(cache: KVCache, k: Array, v: Array, count: Array) -> KVCache:

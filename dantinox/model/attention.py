@@ -34,13 +34,13 @@ class Attention(nnx.Module):
     """Grouped-query attention with optional window, gate, QK-norm and soft cap."""
 
     def __init__(self, config: ModelConfig, layer: int, key: _Keys, out_std: float) -> None:
-        M, H, K, D = config.dim, config.n_heads, config.kv_heads, config.head_dim
+        M, H, K, D = config.dim, config.n_heads, config.n_kv_heads, config.head_dim
         self.config, self.window = config, config.layer_window(layer)
         self.q = parameter(key(), "MHD", (M, H, D), 0.02)
         self.k = parameter(key(), "MKD", (M, K, D), 0.02)
         self.v = parameter(key(), "MKD", (M, K, D), 0.02)
         self.o = parameter(key(), "HDM", (H, D, M), out_std)
-        gate_width = {"none": 0, "head": 1, "elementwise": D}[config.gate]
+        gate_width = {"none": 0, "head": 1, "elementwise": D}[config.attn_gate]
         self.gate = parameter(key(), "MHD", (M, H, gate_width), 0.02) if gate_width else None
         self.q_scale = constant(1, "D", (D,)) if config.qk_norm else None
         self.k_scale = constant(1, "D", (D,)) if config.qk_norm else None

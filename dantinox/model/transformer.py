@@ -77,11 +77,11 @@ class Transformer(nnx.Module):
         key = _Keys(rngs)
         self.config = config
         self.embedding = parameter(key(), "VM", (config.vocab_size, config.dim), 0.02)
-        learned = config.positions == "learned"
+        learned = config.pos_encoding == "learned"
         self.position = parameter(key(), "TM", (config.max_context, config.dim), 0.02) if learned else None
         self.blocks = nnx.List([Block(config, layer, key) for layer in range(config.n_layers)])
         self.norm = constant(1, "M", (config.dim,))
-        self.head = None if config.tie else parameter(key(), "MV", (config.dim, config.vocab_size), 0.02)
+        self.head = None if config.tie_embeddings else parameter(key(), "MV", (config.dim, config.vocab_size), 0.02)
 
     def __call__(self, tokens: Array) -> Array:
         """Logits [B, T, V] float32 of tokens [B, T] int32, in evaluation mode.
@@ -141,7 +141,7 @@ class Transformer(nnx.Module):
         if self.position is not None:
             # Padding may stand past the last position.
             h = h + self.position[...].astype(dtype)[jnp.minimum(positions, limit - 1)]
-        rope = rotation(self.config, positions) if self.config.positions == "rope" else None
+        rope = rotation(self.config, positions) if self.config.pos_encoding == "rope" else None
         return h, rope
 
     @jax.named_scope("logits")

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dantinox.config import Config, ConfigError, numbers
+from dantinox.config.aliases import ALIASES, original_name, original_names
 from dantinox.config.validation import require, suggest
 from dantinox.config.yaml_loader import read_mapping
 from dantinox.data.corpus import find_files
@@ -116,7 +117,11 @@ class Sweep:
 
     def _random(self, seed: int) -> Iterator[dict[str, Any]]:
         for i in range(100 * self.run_cap):  # few values have few combinations
-            yield {p.name: p.draw(random.Random(f"{seed}/{i}/{p.name}").random()) for p in self.parameters}
+            yield {p.name: p.draw(self._uniform(seed, i, p.name)) for p in self.parameters}
+
+    @staticmethod
+    def _uniform(seed: int, draw: int, name: str) -> float:
+        return random.Random(f"{seed}/{draw}/{original_name(name)}").random()
 
     def _possible(self, name: str, value: Any, drawn: list[dict[str, Any]]) -> None:
         """A value that goes with nothing is a mistake of the file; one that goes with something, a matter of a run."""
@@ -202,7 +207,9 @@ def _parameters(found: Any) -> list[Parameter]:
     parameters = []
     for name, about in found.items():
         require(name not in OURS, f"{name} cannot be a parameter: the sweep decides it")
-        require(name in known, f"unknown parameter {name!r}; {suggest(name, known)}")
+        require(ALIASES.get(name, name) in known, f"unknown parameter {name!r}; {suggest(name, known)}")
+        twin = next((p.name for p in parameters if original_name(p.name) == original_name(name)), None)
+        require(twin is None, f"{twin} and {name} are one parameter; give {ALIASES.get(name, name)} only")
         try:
             parameters.append(Parameter.read(name, about))
         except ConfigError as error:
@@ -240,6 +247,6 @@ def problem(values: Mapping[str, Any]) -> str | None:
 
 def folder_name(values: Mapping[str, Any], varied: Sequence[str], told: Mapping[str, Any]) -> str:
     """What was varied, to be read, and a hash of all that was `told`, to be sure."""
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps(original_names(told), sort_keys=True).encode()).hexdigest()[:8]
     shown = "_".join(f"{name}={values[name]}" for name in varied)
     return f"{re.sub(r'[^A-Za-z0-9_.=+-]', '-', shown)[:100] or 'run'}_{digest}".lstrip(".-")

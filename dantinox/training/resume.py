@@ -30,7 +30,7 @@ def restore(trainer: Trainer, run: Path) -> tuple[TrainState, int, Progress]:
         FileNotFoundError: there is no checkpoint.
         ValueError: none is intact, or the text is not the one that the run was trained on.
     """
-    checkpoints = Checkpoints(run, trainer.config.train.keep)
+    checkpoints = Checkpoints(run, trainer.config.train.max_checkpoints)
     step, about, wrong = checkpoints.newest_intact()
     if about["corpus"] != trainer.corpus.path.name:
         raise ValueError(
@@ -60,14 +60,14 @@ def changes(config: Config, saved: Config) -> str:
         ConfigError: naming each setting that cannot be another: it shapes the weights, the optimizer's state or the
             text.
     """
-    free = {"attn", "moe", "decode", "kv_dtype", "remat", "dropout", "balance_coef", "router_z_coef"}
-    if config.model.positions != "learned":
+    free = {"attn", "moe", "decode", "kv_cache_dtype", "remat", "dropout", "router_aux_loss_coef", "router_z_loss_coef"}
+    if config.model.pos_encoding != "learned":
         free.add("max_context")
     new, old = config.flat(), saved.flat()
     differ = {name: f"{name} {old[name]!r} -> {new[name]!r}" for name in new if new[name] != old[name]}
     fixed = {*vars(config.model), *vars(config.data), "optimizer"} - free
-    if bool(config.optim.ema) != bool(saved.optim.ema):
-        fixed.add("ema")
+    if bool(config.optim.ema_decay) != bool(saved.optim.ema_decay):
+        fixed.add("ema_decay")
     if wrong := [text for name, text in differ.items() if name in fixed]:
         raise ConfigError(f"--resume cannot change {'; '.join(wrong)}")
     # How often things are done, and with what, changes no number.
@@ -76,8 +76,8 @@ def changes(config: Config, saved: Config) -> str:
         "attn",
         "moe",
         "decode",
-        "kv_dtype",
-        "keep",
+        "kv_cache_dtype",
+        "max_checkpoints",
         "save_every",
         "profile_steps",
         "on_nan",

@@ -23,7 +23,7 @@ class TrainState(NamedTuple):
     Attributes:
         params: float32 arrays by dotted path.
         opt_state: optax's state.
-        ema: the running average of params; None where `config.optim.ema` is 0.
+        ema: the running average of params; None where `config.optim.ema_decay` is 0.
     """
 
     params: Params
@@ -73,7 +73,7 @@ def loss_and_parts(
     total = loss
     if losses is not None:
         parts |= {"balance": losses.balance, "router_z": losses.z} | figures(losses, config.model.experts_per_token)
-        total = total + config.model.balance_coef * losses.balance + config.model.router_z_coef * losses.z
+        total = total + config.model.router_aux_loss_coef * losses.balance + config.model.router_z_loss_coef * losses.z
     return total, parts
 
 
@@ -127,7 +127,7 @@ def make_train_step(
             ema = state.ema
             if ema is not None:
                 # The first steps forget faster: the initial weights are no part of the average for long.
-                decay = jnp.minimum(config.optim.ema, (1 + number) / (10 + number))
+                decay = jnp.minimum(config.optim.ema_decay, (1 + number) / (10 + number))
                 ema = optax.incremental_update(params, ema, 1 - decay)
             new = TrainState(params, opt_state, ema)
             new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)

@@ -31,7 +31,7 @@ class Trainer:
         self.corpus = data.prepare(
             c.data.data,
             tokenizer=c.data.tokenizer,
-            bpe_vocab=c.data.bpe_vocab,
+            bpe_vocab_size=c.data.bpe_vocab_size,
             val_fraction=c.data.val_fraction,
             seq_len=c.train.seq_len,
         )
@@ -39,7 +39,9 @@ class Trainer:
         self.skeleton, shapes = state.abstract(c.model)
         self.optimizer = optimizer.optimizer(c.optim, c.train.steps)
         self.learning_rate = optimizer.schedule(c.optim, c.train.steps)
-        self.shapes = TrainState(shapes, jax.eval_shape(self.optimizer.init, shapes), shapes if c.optim.ema else None)
+        self.shapes = TrainState(
+            shapes, jax.eval_shape(self.optimizer.init, shapes), shapes if c.optim.ema_decay else None
+        )
         self.shardings = None if self.mesh is None else state_shardings(c, self.mesh, self.shapes)
         self.step = make_train_step(self.skeleton, c, self.optimizer, self.mesh, self.shardings)
         self.evaluate = make_eval_step(
@@ -62,7 +64,7 @@ class Trainer:
 
         def build() -> TrainState:
             _, params = state.split(Transformer(self.config.model, rngs=nnx.Rngs(self.config.train.seed)))
-            ema = jax.tree.map(jnp.copy, params) if self.config.optim.ema else None
+            ema = jax.tree.map(jnp.copy, params) if self.config.optim.ema_decay else None
             return TrainState(params, self.optimizer.init(params), ema)
 
         return jax.jit(build, out_shardings=self.placed())()

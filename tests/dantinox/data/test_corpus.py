@@ -129,7 +129,7 @@ def test_no_document_of_train_is_in_validation(folder, make):
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 def test_validation_of_one_file_is_its_tail(tmp_path, make, kind):
     text = "".join(f"line {i} é\n" for i in range(500))
-    corpus = make(write(tmp_path / "a.txt", text), tokenizer=kind, bpe_vocab=300, val_fraction=0.2)
+    corpus = make(write(tmp_path / "a.txt", text), tokenizer=kind, bpe_vocab_size=300, val_fraction=0.2)
     [train], [val] = documents_of(corpus, corpus.train), documents_of(corpus, corpus.val)
     assert train + val == text and len(val) == round(0.2 * len(text))
 
@@ -195,7 +195,7 @@ def test_another_text_or_option_is_another_cache(folder, tmp_path, make):
     b = write(tmp_path / "b" / "text.txt", "abce" * 100)
     os.utime(a, (0, 0)), os.utime(b, (0, 0))
     corpora = [make(a), make(b), make(a, val_fraction=0.2), make(a, tokenizer="bpe")]
-    corpora += [make(a, tokenizer="bpe", bpe_vocab=258), make(a, existing_tokenizer=CharTokenizer("é"))]
+    corpora += [make(a, tokenizer="bpe", bpe_vocab_size=258), make(a, existing_tokenizer=CharTokenizer("é"))]
     assert len({corpus.path for corpus in corpora}) == len(corpora)
     assert make(a).tokenizer.decode(make(a).train) == "abcd" * 90
     write(a, "abcf" * 100)
@@ -244,7 +244,7 @@ def test_two_runs_may_build_at_once(folder, make):
 
     def build():
         start.wait()
-        results.append(make(folder, tokenizer="bpe", bpe_vocab=300))
+        results.append(make(folder, tokenizer="bpe", bpe_vocab_size=300))
 
     threads = [threading.Thread(target=build) for _ in range(4)]
     [thread.start() for thread in threads], [thread.join() for thread in threads]

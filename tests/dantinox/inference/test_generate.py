@@ -16,7 +16,7 @@ from dantinox.inference.generate import generate, stream
 from dantinox.model.transformer import Transformer
 
 V = 23
-SMALL = dict(vocab_size=V, dim=16, n_layers=2, n_heads=4, kv_heads=2, max_context=48, expansion=2.0)
+SMALL = dict(vocab_size=V, dim=16, n_layers=2, n_heads=4, n_kv_heads=2, max_context=48, mlp_ratio=2.0)
 
 
 def build(**changes) -> Transformer:
@@ -36,7 +36,7 @@ def windowed() -> Transformer:
 
 @pytest.fixture(scope="module")
 def learned() -> Transformer:
-    return build(positions="learned")
+    return build(pos_encoding="learned")
 
 
 def ids(seed: int, *shape: int) -> np.ndarray:
@@ -78,12 +78,20 @@ def cached_logits(graph, weights, tokens, length, slots):
     [
         dict(n_layers=1),
         dict(window=6),
-        dict(n_layers=1, window=6, rope_scaling="ntk", rope_factor=2.0, kv_heads=1),
-        dict(n_layers=1, rope_scaling="yarn", rope_factor=4.0, kv_heads=4),
-        dict(n_layers=1, positions="learned", window=5),
-        dict(n_layers=1, positions="none", head_dim=5),
-        dict(n_layers=4, layer_pattern="SSSL", window=3, gate="elementwise", qk_norm=True),
-        dict(n_layers=1, window=1, gate="head", attn_softcap=5.0, logit_softcap=10.0, tie=False, mlp="gelu"),
+        dict(n_layers=1, window=6, rope_scaling="ntk", rope_factor=2.0, n_kv_heads=1),
+        dict(n_layers=1, rope_scaling="yarn", rope_factor=4.0, n_kv_heads=4),
+        dict(n_layers=1, pos_encoding="learned", window=5),
+        dict(n_layers=1, pos_encoding="none", head_dim=5),
+        dict(n_layers=4, window_pattern="SSSL", window=3, attn_gate="elementwise", qk_norm=True),
+        dict(
+            n_layers=1,
+            window=1,
+            attn_gate="head",
+            attn_softcap=5.0,
+            logit_softcap=10.0,
+            tie_embeddings=False,
+            mlp="gelu",
+        ),
         dict(n_layers=1, window=6, n_experts=4, experts_per_token=2, shared_expert=True),
         dict(n_layers=1, window=6, dtype="bfloat16"),
     ],
@@ -131,7 +139,7 @@ def test_padding_and_its_amount_do_not_matter(windowed):
 
 
 def test_empty_caches_and_buckets():
-    config = build(n_layers=4, layer_pattern="SSSL", window=6).config
+    config = build(n_layers=4, window_pattern="SSSL", window=6).config
     caches = caching.empty(config, 3, caching.slots(config, 40))
     assert [cache.k.shape for cache in caches] == [(3, 2, 6, 4)] * 3 + [(3, 2, 40, 4)]
     assert all(cache.v.shape == cache.k.shape and cache.length.tolist() == [0, 0, 0] for cache in caches)
@@ -273,7 +281,7 @@ def test_a_text_that_cannot_fit_is_refused_before_it_runs(learned):
     for model, why in (
         (learned, "its positions are learned"),
         (full, "every layer sees all of it"),
-        (build(layer_pattern="SL", window=6), "layer 1 sees all of it"),
+        (build(window_pattern="SL", window=6), "layer 1 sees all of it"),
     ):
         with pytest.raises(ValueError, match=message + why):
             generate(model, PROMPTS, max_new_tokens=40)

@@ -35,11 +35,11 @@ def read(graph, weights, tokens, length, slots, chunk):
     "changes",
     [
         dict(attn="pallas"),
-        dict(window=6, gate="elementwise", attn_softcap=5.0, attn="pallas"),
-        dict(window=11, positions="learned", kv_heads=1),
-        dict(n_layers=4, layer_pattern="SSSL", window=3, qk_norm=True),
+        dict(window=6, attn_gate="elementwise", attn_softcap=5.0, attn="pallas"),
+        dict(window=11, pos_encoding="learned", n_kv_heads=1),
+        dict(n_layers=4, window_pattern="SSSL", window=3, qk_norm=True),
         dict(n_layers=1, window=6, n_experts=4, experts_per_token=2),
-        dict(n_layers=1, window=100, positions="none"),
+        dict(n_layers=1, window=100, pos_encoding="none"),
     ],
     ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()),
 )
@@ -65,12 +65,12 @@ def test_generated_ids_do_not_depend_on_the_chunk():
     assert made[0] == made[1] == made[2]
 
 
-@pytest.mark.parametrize(("kv_dtype", "most"), [("int8", 0.05), ("fp8", 0.2)])
-def test_a_cache_in_eight_bits_is_near(kv_dtype, most):
+@pytest.mark.parametrize(("kv_cache_dtype", "most"), [("int8", 0.05), ("fp8", 0.2)])
+def test_a_cache_in_eight_bits_is_near(kv_cache_dtype, most):
     """Prompt in chunks and steps after it, logits of a standard deviation near 1; and it is a cache in 8 bits."""
     found = {}
-    for kind in ("model", kv_dtype):
-        model = build(layer_pattern="SL", window=6, kv_dtype=kind)
+    for kind in ("auto", kv_cache_dtype):
+        model = build(window_pattern="SL", window=6, kv_cache_dtype=kind)
         slots = caching.slots(model.config, 48)
 
         def program(tokens, length, model=model, slots=slots):
@@ -86,7 +86,7 @@ def test_a_cache_in_eight_bits_is_near(kv_dtype, most):
 
         found[kind], caches = numpy_interpreter.run(program, ids(1, 2, 30), np.array([5, 23], np.int32))
     assert caches[0].k.dtype.itemsize == 1 and caches[1].v_scale.dtype == jnp.float32
-    error = np.abs(found[kv_dtype] - found["model"]).max() / np.std(found["model"])
+    error = np.abs(found[kv_cache_dtype] - found["auto"]).max() / np.std(found["auto"])
     assert 1e-4 < error < most
 
 
@@ -106,7 +106,7 @@ def test_a_short_prompt_costs_the_same_at_any_max_context(monkeypatch):
 
 def test_the_memory_is_a_chunks():
     """Of the temporaries, by XLA's own count: the caches are arguments, which stay where they are."""
-    config = ModelConfig(vocab_size=V, dim=64, n_layers=2, n_heads=4, kv_heads=2, window=32, max_context=2**16)
+    config = ModelConfig(vocab_size=V, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, window=32, max_context=2**16)
     graph, weights = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
     slots = caching.slots(config, 2**14)
     numbers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)

@@ -10,7 +10,7 @@ import pytest
 from dantinox.config import ConfigError, ModelConfig
 from dantinox.model.rope import frequencies, rotate, rotation
 
-CONFIG = ModelConfig(dim=64, n_heads=1, kv_heads=1, head_dim=32, max_context=8192)
+CONFIG = ModelConfig(dim=64, n_heads=1, n_kv_heads=1, head_dim=32, max_context=8192)
 
 
 def scaled(kind: str, factor: float, **changes) -> ModelConfig:

@@ -23,9 +23,9 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
 KILLS, DAMAGES, SAVE_EVERY, MANY = 50, 200, 5, 1_000_000
-FLAGS = f"""--data text.txt --tokenizer char --n-layers 1 --dim 16 --n-heads 2 --kv-heads 1 --window 8 --max-context 32
---seq-len 16 --batch-size 2 --dropout 0.2 --ema 0.9 --warmup 0 --schedule constant --log-every 1 --eval-every 0
---eval-batches 1 --sample-tokens 0 --save-every {SAVE_EVERY} --keep 2""".split()
+FLAGS = f"""--data text.txt --tokenizer char --n-layers 1 --dim 16 --n-heads 2 --n-kv-heads 1 --window 8
+--max-context 32 --seq-len 16 --batch-size 2 --dropout 0.2 --ema-decay 0.9 --warmup-ratio 0 --schedule constant
+--log-every 1 --eval-every 0 --eval-batches 1 --sample-tokens 0 --save-every {SAVE_EVERY} --max-checkpoints 2""".split()
 # Imports take most of a start: one process makes them, and each run is a fork of it from before JAX's own start.
 STARTER = """
 import json, os, sys

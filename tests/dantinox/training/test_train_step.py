@@ -22,7 +22,7 @@ from dantinox.training import optimizer as optim
 from dantinox.training.train_step import TrainState, cross_entropy, loss_and_parts, make_eval_step, make_train_step
 
 ROOT = Path(__file__).parents[3]
-TINY = {"vocab_size": 50, "dim": 32, "n_layers": 2, "n_heads": 4, "kv_heads": 2, "window": 5, "max_context": 16}
+TINY = {"vocab_size": 50, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "window": 5, "max_context": 16}
 RUN = {"seq_len": 16, "batch_size": 8, "steps": 10, "lr": 1e-2}
 
 
@@ -99,18 +99,18 @@ def test_targets_below_zero_are_no_part_of_the_loss():
 
 
 def test_padding_counts_for_nothing_however_it_falls_into_micro_batches():
-    config, skeleton, start, _ = build(n_layers=1, window=None, positions="none", attn="reference")
+    config, skeleton, start, _ = build(n_layers=1, window=None, pos_encoding="none", attn="reference")
     x, y = batch(config)
     y[0, 1:3] = -1
     y[0, 5, 4:] = -7
     whole = losses(skeleton, config)(start.params, x[0], y[0], None)[0]
-    _, _, start, step = build(n_layers=1, window=None, positions="none", attn="reference", grad_accum=4)
+    _, _, start, step = build(n_layers=1, window=None, pos_encoding="none", attn="reference", grad_accum=4)
     _, parts = step(start, *(a.reshape(4, -1, a.shape[-1]) for a in (x, y)), jnp.int32(0))
     assert parts["loss"] == pytest.approx(float(whole), rel=1e-6)
 
 
 def test_the_average_of_the_weights_follows_its_formula():
-    config, _, start, step = build(n_layers=1, window=None, positions="none", attn="reference", ema=0.5)
+    config, _, start, step = build(n_layers=1, window=None, pos_encoding="none", attn="reference", ema_decay=0.5)
     current = TrainState(start.params, start.opt_state, jax.tree.map(jnp.copy, start.params))
     average = {name: np.float64(value) for name, value in start.params.items()}
     for i in range(8):
@@ -126,7 +126,9 @@ def test_every_optimizer_descends_and_decays_matrices_alone(name):
     _, shapes = state.abstract(Config().replace(**TINY | RUN | {"n_layers": 1, "n_experts": 4}).model)
     draw = np.random.default_rng(0)
     goal = {key: jnp.asarray(draw.standard_normal(shape.shape), jnp.float32) for key, shape in shapes.items()}
-    optimizer = optim.optimizer(OptimConfig(optimizer=name, lr=0.02, schedule="constant", warmup=0.0, clip=0.0), 100)
+    optimizer = optim.optimizer(
+        OptimConfig(optimizer=name, lr=0.02, schedule="constant", warmup_ratio=0.0, grad_clip=0.0), 100
+    )
     distance = lambda params: sum(jnp.sum((params[key] - goal[key]) ** 2) for key in goal)
 
     @jax.jit
@@ -151,7 +153,7 @@ def test_every_optimizer_descends_and_decays_matrices_alone(name):
 
 def test_muon_takes_each_matrix_as_the_product_that_it_makes():
     config = Config().replace(
-        **TINY | RUN, n_experts=4, shared_expert=True, gate="elementwise", tie=False, qk_norm=True
+        **TINY | RUN, n_experts=4, shared_expert=True, attn_gate="elementwise", tie_embeddings=False, qk_norm=True
     )
     _, shapes = state.abstract(config.model)
     numbers, letters = optim.contracted(shapes), state.axes(config.model)
@@ -167,7 +169,7 @@ def test_muon_takes_each_matrix_as_the_product_that_it_makes():
 
 
 def test_the_figures_of_the_routers_are_those_of_each_layer():
-    config, skeleton, start, _ = build(n_experts=4, window=None, positions="none", attn="reference", moe="reference")
+    config, skeleton, start, _ = build(n_experts=4, window=None, pos_encoding="none", attn="reference", moe="reference")
     x, y = (a[0] for a in batch(config))
     lopsided = start.params["blocks.1.mlp.router"] * 0
     params = start.params | {"blocks.1.mlp.router": lopsided}  # equal logits: top_k takes experts 0 and 1
@@ -188,11 +190,11 @@ def losses(skeleton, config):
 
 def test_balance_and_z_coefficients_are_applied_to_what_is_minimised_but_not_to_evaluation():
     """Fault 3: the balance coefficient is ignored in the loss, or the validation loss holds the router's losses."""
-    config, skeleton, start, _ = build(n_experts=4, balance_coef=0.0, router_z_coef=0.0)
+    config, skeleton, start, _ = build(n_experts=4, router_aux_loss_coef=0.0, router_z_loss_coef=0.0)
     x, y = (a[0] for a in batch(config))
     bare, parts = losses(skeleton, config)(start.params, x, y, None)
     assert bare == parts["loss"]
-    both = config.replace(balance_coef=0.5, router_z_coef=0.25)
+    both = config.replace(router_aux_loss_coef=0.5, router_z_loss_coef=0.25)
     total, parts = losses(skeleton, both)(start.params, x, y, None)
     assert abs(total - (parts["loss"] + 0.5 * parts["balance"] + 0.25 * parts["router_z"])) < 1e-6
     assert parts["balance"] > 1 and parts["router_z"] > 0
@@ -214,7 +216,7 @@ def test_dropout_is_on_in_training_off_in_evaluation_and_a_function_of_the_step(
 
 def test_weight_decay_leaves_norm_scales_alone():
     _, skeleton, start, _ = build()
-    optimizer = optim.optimizer(OptimConfig(lr=0.1, warmup=0.0, weight_decay=1.0, schedule="constant"), 10)
+    optimizer = optim.optimizer(OptimConfig(lr=0.1, warmup_ratio=0.0, weight_decay=1.0, schedule="constant"), 10)
     zero = jax.tree.map(jnp.zeros_like, start.params)
     updates, _ = optimizer.update(zero, optimizer.init(start.params), start.params)
     moved = {name for name, update in updates.items() if float(jnp.abs(update).max()) > 0}
@@ -223,7 +225,7 @@ def test_weight_decay_leaves_norm_scales_alone():
 
 @pytest.mark.parametrize("kind", ["cosine", "wsd", "constant"])
 def test_schedules(kind):
-    rate = optim.schedule(OptimConfig(lr=1.0, schedule=kind, warmup=0.1, min_lr=0.1), 100)
+    rate = optim.schedule(OptimConfig(lr=1.0, schedule=kind, warmup_ratio=0.1, min_lr_ratio=0.1), 100)
     values = [float(rate(i)) for i in range(100)]
     assert values[0] == pytest.approx(0.1) and values[9] == pytest.approx(1.0)
     assert values[10] == pytest.approx(1.0) and max(values) <= 1.0 + 1e-6
@@ -234,7 +236,7 @@ def test_schedules(kind):
 
 
 def test_clipping_bounds_the_update():
-    config, _, start, step = build(clip=1e-3)
+    config, _, start, step = build(grad_clip=1e-3)
     x, y = batch(config)
     _, parts = step(start, x, y, jnp.int32(0))
     assert parts["grad_norm"] > 1e-3  # what is reported is the norm before clipping
@@ -293,7 +295,7 @@ def test_a_mesh_that_cannot_be_is_named():
 
 
 def test_parameters_survive_being_taken_apart():
-    config, skeleton, start, _ = build(n_experts=4, qk_norm=True, gate="elementwise", tie=False)
+    config, skeleton, start, _ = build(n_experts=4, qk_norm=True, attn_gate="elementwise", tie_embeddings=False)
     model = skeleton.join(start.params)
     tokens = jnp.arange(12).reshape(1, 12)
     direct = Transformer(config.model, rngs=nnx.Rngs(0))(tokens)
