@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: Arguments) -> int:
     """Measure, print, write."""
     malloc.keep_freed_memory()
-    with cli.user_errors(PROG):
+    with cli.one_line_errors(PROG):
         if arguments.rounds < 1:
             raise ValueError(f"--rounds is {arguments.rounds}; allowed: 1 or more")
         base = base_config(arguments.preset)
@@ -188,4 +188,4 @@ def run(arguments: Arguments) -> int:
 
 
 if __name__ == "__main__":
-    cli.console(main)
+    cli.run_main(main)

@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: Arguments) -> int:
     """Measure and print a table."""
     malloc.keep_freed_memory()
-    with cli.user_errors(PROG):
+    with cli.one_line_errors(PROG):
         rows = measure(arguments)
     table = Table(title=f"model on {jax.devices()[0].device_kind}, jax {jax.__version__}")
     table.add_column("what")
@@ -198,4 +198,4 @@ def run(arguments: Arguments) -> int:
 
 
 if __name__ == "__main__":
-    cli.console(main)
+    cli.run_main(main)

@@ -72,8 +72,8 @@ class TracedProgram:
 
 def parse(argv: Sequence[str]) -> Arguments:
     """Settings from the preset, then flags."""
-    with cli.user_errors(PROG):
-        preset = cli.value_of(argv, "--preset")
+    with cli.one_line_errors(PROG):
+        preset = cli.peek_flag(argv, "--preset")
         base = Config.from_preset(preset or "nano", steps=STEPS)
         return cli.parse(
             Arguments,
@@ -218,7 +218,7 @@ def run(arguments: Arguments) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     if arguments.verbose:
         logging.getLogger("kernels").setLevel(logging.INFO)
-    with cli.user_errors(PROG, arguments.verbose):
+    with cli.one_line_errors(PROG, arguments.verbose):
         work, steps, out = workload(arguments), arguments.settings.train.steps, Path(arguments.out)
         path, seconds = capture(work, steps, out)
         result = read(path, work, steps, seconds)
@@ -232,4 +232,4 @@ def run(arguments: Arguments) -> int:
 
 
 if __name__ == "__main__":
-    cli.console(main)
+    cli.run_main(main)

@@ -56,7 +56,7 @@ def load(
     """
     config = read_config(run).replace(**overrides)
     tokenizer = load_tokenizer(run)
-    skeleton, shapes = params.abstract(config.model)
+    model_def, shapes = params.abstract_params(config.model)
     checkpoints = Checkpoints(Path(run), keep=config.train.max_checkpoints)
     if checkpoint == "last":
         step, about, wrong = checkpoints.newest_intact()
@@ -71,4 +71,4 @@ def load(
         raise ValueError(f"{Path(run) / 'tokenizer.json'} is not the tokenizer that the run was trained with")
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for name, x in shapes.items()}
-    return skeleton.join(checkpoints.restore_weights(step, like, averaged=config.optim.ema_decay > 0)), tokenizer
+    return model_def.merge(checkpoints.restore_weights(step, like, averaged=config.optim.ema_decay > 0)), tokenizer

@@ -24,7 +24,7 @@ USER_ERRORS = (
 )
 
 
-def run_first(argv: Sequence[str] | None, flag: str = "--run") -> list[str]:
+def positional_run(argv: Sequence[str] | None, flag: str = "--run") -> list[str]:
     """The arguments (None: those of the process), `flag` before the first one where that is no flag."""
     argv = list(sys.argv[1:] if argv is None else argv)
     return [flag, *argv] if argv and not argv[0].startswith("-") else argv
@@ -38,9 +38,9 @@ def parse(cls: type, argv: Sequence[str] | None, *, default: Any, prog: str, des
     import tyro  # programs that other programs start without flags do without it
 
     try:
-        argv = _current_flags(cls, _switches(cls, sys.argv[1:] if argv is None else argv))
+        argv = _current_flags(cls, _normalize_bool_flags(cls, sys.argv[1:] if argv is None else argv))
     except ConfigError as error:
-        fail(prog, error)
+        exit_with_error(prog, error)
     captured = io.StringIO()
     try:
         with (
@@ -58,17 +58,17 @@ def parse(cls: type, argv: Sequence[str] | None, *, default: Any, prog: str, des
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        fail(prog, _one_line(captured.getvalue()))
+        exit_with_error(prog, _one_line(captured.getvalue()))
 
 
-def fail(prog: str, message: object, code: int = 2) -> NoReturn:
+def exit_with_error(prog: str, message: object, code: int = 2) -> NoReturn:
     """One line on standard error and the exit code: 2 for wrong input, 1 for what came in between."""
     print(f"{prog}: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(code)
 
 
 @contextlib.contextmanager
-def user_errors(prog: str, verbose: bool = False) -> Iterator[None]:
+def one_line_errors(prog: str, verbose: bool = False) -> Iterator[None]:
     """What a user can get wrong becomes one line and exit code 2; with `verbose` the traceback stays.
 
     What else the system refuses, such as room on a disk, is one line too, with exit code 1.
@@ -82,10 +82,10 @@ def user_errors(prog: str, verbose: bool = False) -> Iterator[None]:
         if isinstance(error, OSError) and error.filename is not None:
             text = f"{str(error.filename)[:200]}: {error.strerror}"
         wrong = isinstance(error, USER_ERRORS) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS)
-        fail(prog, text, code=2 if wrong else 1)
+        exit_with_error(prog, text, code=2 if wrong else 1)
 
 
-def console(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
+def run_main(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
     """Run a program's main as `python -m` does, Ctrl-C and a closed pipe included."""
     try:
         raise SystemExit(main(None))
@@ -96,7 +96,7 @@ def console(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
         raise SystemExit(141) from None
 
 
-def value_of(argv: Sequence[str], *flags: str) -> str | None:
+def peek_flag(argv: Sequence[str], *flags: str) -> str | None:
     """The last value that argv gives one of the flags, before the real parse; None where it is not there."""
     found = None
     for i, word in enumerate(argv):
@@ -106,7 +106,7 @@ def value_of(argv: Sequence[str], *flags: str) -> str | None:
     return found
 
 
-def _switches(cls: type, argv: Sequence[str]) -> list[str]:
+def _normalize_bool_flags(cls: type, argv: Sequence[str]) -> list[str]:
     """`--qk-norm=true` and `--qk-norm=false` as `--qk-norm` and `--no-qk-norm`."""
     names = {name.replace("_", "-") for name, hint in _flags(cls).items() if hint is bool}
     names |= {old.replace("_", "-") for old, new in FLAG_ALIASES.items() if new.replace("_", "-") in names}

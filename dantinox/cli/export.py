@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dantinox import cli
-from dantinox.config.validation import integer
+from dantinox.config.validation import check_int
 from dantinox.hf.config import Layout, layout_of, to_hf
 
 PROG = "dantinox-export"
@@ -34,8 +34,8 @@ class Args:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; 0, or SystemExit with 2 for bad input."""
-    args = cli.parse(Args, cli.run_first(argv), default=Args(), prog=PROG, description=Args.__doc__)
-    with cli.user_errors(PROG, args.verbose):
+    args = cli.parse(Args, cli.positional_run(argv), default=Args(), prog=PROG, description=Args.__doc__)
+    with cli.one_line_errors(PROG, args.verbose):
         export(args)
     return 0
 
@@ -51,7 +51,7 @@ def export(args: Args) -> None:
 
     if args.out is None:
         raise ValueError("out is missing; give --out a folder")
-    size = integer("shard_mb", args.shard_mb, 1) * 10**6
+    size = check_int("shard_mb", args.shard_mb, 1) * 10**6
     run = find_run(args.run)
     to_hf(read_config(run).model, args.layout)  # before the weights are read
     model, tokenizer = load(run)
@@ -63,7 +63,7 @@ def export(args: Args) -> None:
 
 def program() -> NoReturn:
     """`main` as a console script."""
-    cli.console(main)
+    cli.run_main(main)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import tyro
 from dantinox import cli
 from dantinox.cli.stream_printer import Screen, heads
 from dantinox.config import Decode, KVDtype, ModelConfig
-from dantinox.config.validation import integer
+from dantinox.config.validation import check_int
 from dantinox.inference import generate
 from dantinox.inference.detokenizer import Text
 from dantinox.inference.sampling import Sampling
@@ -72,7 +72,9 @@ class Args:
 
 def parse(argv: Sequence[str] | None) -> Args:
     """The command line; the run may stand first, without its flag. Exits with 2 where a flag is wrong."""
-    return cli.parse(Args, cli.run_first(argv), default=Args(), prog=PROG, description="Let a trained model write.")
+    return cli.parse(
+        Args, cli.positional_run(argv), default=Args(), prog=PROG, description="Let a trained model write."
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.verbose:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
         logging.getLogger("jax").setLevel(logging.WARNING)
-    with cli.user_errors(PROG, args.verbose):
+    with cli.one_line_errors(PROG, args.verbose):
         write(args)
     return 0
 
@@ -95,7 +97,7 @@ def write(args: Args) -> None:
     from dantinox.checkpoint.load import find_run, load
 
     sampling = Sampling.checked(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
-    count = integer("n", args.n, 1)
+    count = check_int("n", args.n, 1)
     if "" in args.stop:
         raise ValueError("stop is empty; allowed: text")
     prompts = read_prompts(args)
@@ -115,7 +117,7 @@ def write(args: Args) -> None:
     texts = [Text(tokenizer, head, args.stop) for head in heads(prompts, count)]
     screen = Screen(texts, args.stream)
     began, first, early = time.perf_counter(), 0.0, 0
-    chunks = generate.run(model, request, lag=generate.LAG if args.stream else None)
+    chunks = generate.run(model, request, lag=generate.STREAM_LATENCY_S if args.stream else None)
     try:
         for chunk in chunks:
             screen.add(*chunk)
@@ -132,7 +134,7 @@ def write(args: Args) -> None:
     print(line, file=sys.stderr)
     if cut and any(text.tokens == new for text in texts):
         limit = generate.context_limit(model.config)
-        print(f"stopped at max_context {limit}, as {generate.what_limits(model.config)}", file=sys.stderr)
+        print(f"stopped at max_context {limit}, as {generate.why_context_limited(model.config)}", file=sys.stderr)
 
 
 def read_prompts(args: Args) -> list[str]:
@@ -174,7 +176,7 @@ def room(asked: int | None, config: ModelConfig, longest: int) -> tuple[int, boo
     """
     limit = generate.context_limit(config)
     if limit is not None and longest >= limit:
-        why = generate.what_limits(config)
+        why = generate.why_context_limited(config)
         raise ValueError(f"the prompt is {longest} tokens long; allowed: fewer than max_context {limit}, as {why}")
     if asked is not None or limit is None:
         return MAX_NEW_TOKENS if asked is None else asked, False
@@ -183,7 +185,7 @@ def room(asked: int | None, config: ModelConfig, longest: int) -> tuple[int, boo
 
 def program() -> NoReturn:
     """`main` as a console script."""
-    cli.console(main)
+    cli.run_main(main)
 
 
 if __name__ == "__main__":

@@ -48,11 +48,11 @@ class Arguments:
 
 def parse(argv: Sequence[str]) -> Arguments:
     """Settings from the preset, then --config, then flags; a resumed run starts from its own settings instead."""
-    with cli.user_errors(PROG):
-        preset, file = cli.value_of(argv, "--preset"), cli.value_of(argv, "--config")
-        run = cli.value_of(argv, "--run")
+    with cli.one_line_errors(PROG):
+        preset, file = cli.peek_flag(argv, "--preset"), cli.peek_flag(argv, "--config")
+        run = cli.peek_flag(argv, "--run")
         if "--resume" in argv and run and not preset and not file:
-            base = read_config(Path(cli.value_of(argv, "--runs-dir", "--runs_dir") or "runs") / run)
+            base = read_config(Path(cli.peek_flag(argv, "--runs-dir", "--runs_dir") or "runs") / run)
         else:
             base = Config.from_preset(preset or "nano")
             if file is not None:
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in ("kernels", "dantinox"):
             logging.getLogger(name).setLevel(logging.INFO)
     try:
-        with terminable(), cli.user_errors(PROG, arguments.verbose):
+        with terminable(), cli.one_line_errors(PROG, arguments.verbose):
             if arguments.dry_run:
                 dry_run(arguments.settings)
             else:
@@ -155,13 +155,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (NotFinite, OSError) as error:  # what cannot be known beforehand: a full disk, a NaN
         if arguments.verbose:
             raise
-        cli.fail(PROG, error, code=1)
+        cli.exit_with_error(PROG, error, code=1)
     return 0
 
 
 def program() -> NoReturn:
     """`main` as a console script."""
-    cli.console(main)
+    cli.run_main(main)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dantinox import kernels
-from dantinox.config.validation import check_fields, fraction, positive, require
+from dantinox.config.validation import check, check_fields, check_fraction, check_positive
 
 KVDtype = Literal["auto", "int8", "fp8"]
 Attention, Experts, Decode = (
@@ -87,55 +87,55 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        positive(self, "vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "max_context")
-        positive(self, "rope_original_context", "mlp_ratio", "norm_eps", "attn_softcap", "logit_softcap")
-        require(self.rope_theta > 1, f"rope_theta is {self.rope_theta}; allowed: more than 1")
-        fraction(self, "dropout")
-        require(
+        check_positive(self, "vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "max_context")
+        check_positive(self, "rope_original_context", "mlp_ratio", "norm_eps", "attn_softcap", "logit_softcap")
+        check(self.rope_theta > 1, f"rope_theta is {self.rope_theta}; allowed: more than 1")
+        check_fraction(self, "dropout")
+        check(
             self.n_heads % self.n_kv_heads == 0,
             f"n_heads is {self.n_heads} and n_kv_heads is {self.n_kv_heads}; n_heads must be a multiple of n_kv_heads",
         )
         if self.head_dim is None:
-            require(
+            check(
                 self.dim % self.n_heads == 0,
                 f"dim is {self.dim} and n_heads is {self.n_heads}; dim must be a multiple of n_heads, or set head_dim",
             )
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
-        require(
+        check(
             self.pos_encoding != "rope" or self.head_dim % 2 == 0,
             f"head_dim is {self.head_dim}; rotary positions need an even head_dim",
         )
-        require(
+        check(
             self.window is None or self.window >= 1,
             f"window is {self.window}; allowed: 1 or more keys, or None for no window",
         )
-        require(
+        check(
             self.window_pattern != "" and set(self.window_pattern) <= set("SL"),
             f"window_pattern is {self.window_pattern!r}; allowed: the letters S (windowed) and L (full)",
         )
-        require(self.rope_factor >= 1, f"rope_factor is {self.rope_factor}; allowed: 1 or more")
-        require(
+        check(self.rope_factor >= 1, f"rope_factor is {self.rope_factor}; allowed: 1 or more")
+        check(
             self.rope_scaling == "none" or self.pos_encoding == "rope",
             f"rope_scaling is {self.rope_scaling!r} but pos_encoding is {self.pos_encoding!r}; it needs rope",
         )
-        require(self.hidden >= 1, f"mlp_ratio is {self.mlp_ratio}; it leaves no hidden width for dim {self.dim}")
-        require(self.n_experts >= 0, f"n_experts is {self.n_experts}; allowed: 0 (dense) or more")
-        require(
+        check(self.hidden >= 1, f"mlp_ratio is {self.mlp_ratio}; it leaves no hidden width for dim {self.dim}")
+        check(self.n_experts >= 0, f"n_experts is {self.n_experts}; allowed: 0 (dense) or more")
+        check(
             self.experts_per_token >= 1,
             f"experts_per_token is {self.experts_per_token}; allowed: 1 or more",
         )
         if self.n_experts:
-            require(
+            check(
                 self.experts_per_token <= self.n_experts,
                 f"experts_per_token is {self.experts_per_token} but n_experts is {self.n_experts}; "
                 "a token cannot go to more experts than there are",
             )
-            require(
+            check(
                 self.mlp == "swiglu",
                 f"mlp is {self.mlp!r} with n_experts {self.n_experts}; experts are swiglu",
             )
         for name in ("router_aux_loss_coef", "router_z_loss_coef"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; allowed: 0 or more")
+            check(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; allowed: 0 or more")
 
     @property
     def hidden(self) -> int:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dantinox.config.validation import check_fields, fraction, positive, require
+from dantinox.config.validation import check, check_fields, check_fraction, check_positive
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        positive(self, "lr")
-        fraction(self, "warmup_ratio", "beta1", "beta2", "ema_decay")
-        require(0 <= self.min_lr_ratio <= 1, f"min_lr_ratio is {self.min_lr_ratio}; allowed: 0 to 1 (a share of lr)")
-        require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; allowed: 0 or more")
-        require(self.grad_clip >= 0, f"grad_clip is {self.grad_clip}; allowed: 0 (off) or more")
+        check_positive(self, "lr")
+        check_fraction(self, "warmup_ratio", "beta1", "beta2", "ema_decay")
+        check(0 <= self.min_lr_ratio <= 1, f"min_lr_ratio is {self.min_lr_ratio}; allowed: 0 to 1 (a share of lr)")
+        check(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; allowed: 0 or more")
+        check(self.grad_clip >= 0, f"grad_clip is {self.grad_clip}; allowed: 0 (off) or more")

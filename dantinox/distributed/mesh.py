@@ -35,9 +35,9 @@ def parameter_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedShard
     Raises:
         ConfigError: an axis does not divide by the devices along it.
     """
-    _, shapes = params.abstract(config)
+    _, shapes = params.abstract_params(config)
     shardings = {}
-    for name, axes in params.axes(config).items():
+    for name, axes in params.param_axes(config).items():
         spec = [RULES.get(axis) if len(axes) > 1 else None for axis in axes]  # norm scales are whole everywhere
         for axis, over, size in zip(axes, spec, shapes[name].shape, strict=True):
             if over and size % mesh.shape[over]:

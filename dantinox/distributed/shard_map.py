@@ -7,28 +7,28 @@ from collections.abc import Callable, Iterator
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-BATCH = ("data", "fsdp")  # sequences are dealt over all devices
+BATCH = ("data", "fsdp")  # sequences are sharded over all devices
 
 Array = jax.Array
-_laid: contextvars.ContextVar[tuple[Mesh, PartitionSpec] | None] = contextvars.ContextVar("mesh", default=None)
+_active_mesh: contextvars.ContextVar[tuple[Mesh, PartitionSpec] | None] = contextvars.ContextVar("mesh", default=None)
 
 
 @contextlib.contextmanager
-def laid_over(mesh: Mesh | None, *, dealt: bool) -> Iterator[None]:
+def batch_sharded_mesh(mesh: Mesh | None, *, sharded: bool) -> Iterator[None]:
     """Inside, `by_sequence` knows the mesh, and whether each device has sequences of its own or all have the same."""
-    token = _laid.set(None if mesh is None else (mesh, PartitionSpec(BATCH if dealt else None)))
+    token = _active_mesh.set(None if mesh is None else (mesh, PartitionSpec(BATCH if sharded else None)))
     try:
         yield
     finally:
-        _laid.reset(token)
+        _active_mesh.reset(token)
 
 
-def by_sequence(run: Callable[..., Array]) -> Callable[..., Array]:
+def shard_map_over_batch(run: Callable[..., Array]) -> Callable[..., Array]:
     """`run`, of arrays that all begin with the batch axis, done by each device on its own sequences.
 
     XLA cannot cut a kernel written by hand in parts, as it does with its own.
     """
-    if (laid := _laid.get()) is None:
+    if (laid := _active_mesh.get()) is None:
         return run
     mesh, spec = laid
 

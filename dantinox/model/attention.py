@@ -6,7 +6,7 @@ from flax import nnx
 
 from dantinox import kernels
 from dantinox.config import ModelConfig
-from dantinox.distributed.shard_map import by_sequence
+from dantinox.distributed.shard_map import shard_map_over_batch
 from dantinox.model.layers import constant, dense, parameter, rms_norm
 from dantinox.model.rope import rotate
 
@@ -71,7 +71,7 @@ class Attention(nnx.Module):
         gates = () if gate is None else (gate,)
         with jax.named_scope("attend"):
             if past is None:
-                o = by_sequence(self.attend)(q, k, v, *gates)
+                o = shard_map_over_batch(self.attend)(q, k, v, *gates)
             else:
                 keys, values = (jnp.concatenate(both, axis=1) for both in ((past[0], k), (past[1], v)))
                 own = jnp.zeros(x.shape[:2], jnp.int32)

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from dantinox import cli
 from dantinox.config import ConfigError
-from dantinox.config.validation import require
+from dantinox.config.validation import check
 from dantinox.metrics import wandb_logger
 from dantinox.metrics.logger import read_metrics
 from dantinox.sweep import report
@@ -164,14 +164,14 @@ def sweep(args: Args) -> int:
     """
     if args.file is None:
         raise ConfigError("file is missing; give a sweep file, such as sweeps/example.yaml")
-    require(args.seed >= 0, f"seed is {args.seed}; allowed: 0 or more")
+    check(args.seed >= 0, f"seed is {args.seed}; allowed: 0 or more")
     found = read(Path(args.file))
     try:
         runs = found.runs(args.seed)
     except ConfigError as error:
         raise ConfigError(f"{args.file}: {error}") from None
     folder = Path(args.runs_dir) / found.name
-    require(not (folder / "config.yaml").exists(), f"{folder} is a run; give the sweep another name")
+    check(not (folder / "config.yaml").exists(), f"{folder} is a run; give the sweep another name")
     if args.dry_run:
         print(f"{len(runs)} runs in {folder}, each with {fixed(found, runs)}")
         for i, run in enumerate(runs):
@@ -213,14 +213,14 @@ def again(args: Args) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; its exit code, or SystemExit with 2 for bad input."""
-    args = cli.parse(Args, cli.run_first(argv, "--file"), default=Args(), prog=PROG, description=Args.__doc__)
-    with cli.user_errors(PROG, args.verbose):
+    args = cli.parse(Args, cli.positional_run(argv, "--file"), default=Args(), prog=PROG, description=Args.__doc__)
+    with cli.one_line_errors(PROG, args.verbose):
         return sweep(args)
 
 
 def program() -> NoReturn:
     """`main` as a console script."""
-    cli.console(main)
+    cli.run_main(main)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from dantinox.checkpoint.params import Params, Skeleton
+from dantinox.checkpoint.params import ModelDef, Params
 from dantinox.config import Config
-from dantinox.distributed import mesh as sharding
-from dantinox.distributed.shard_map import laid_over
+from dantinox.distributed.mesh import batch_sharding, parameter_shardings, replicated
+from dantinox.distributed.shard_map import batch_sharded_mesh
 from dantinox.model.moe import figures
 
 Array = jax.Array
@@ -53,7 +53,7 @@ def cross_entropy(logits: Array, targets: Array, count: Array | float | None = N
 
 
 def loss_and_parts(
-    skeleton: Skeleton,
+    model_def: ModelDef,
     config: Config,
     params: Params,
     inputs: Array,
@@ -66,7 +66,7 @@ def loss_and_parts(
     Parts of a sparse model: balance and router_z, means over its layers, and of each layer router/KIND.LAYER (see
     `moe.figures`). `count` as in `cross_entropy`.
     """
-    model = skeleton.join(params)
+    model = model_def.merge(params)
     h, losses = model.hidden(inputs, key=key)
     loss = cross_entropy(model.logits(h), targets, count)
     parts = {"loss": loss}
@@ -78,7 +78,7 @@ def loss_and_parts(
 
 
 def make_train_step(
-    skeleton: Skeleton,
+    model_def: ModelDef,
     config: Config,
     optimizer: optax.GradientTransformation,
     mesh: Mesh | None = None,
@@ -97,8 +97,8 @@ def make_train_step(
         params: Params, inputs: Array, targets: Array, key: Array | None, count: Array
     ) -> tuple[dict, Params]:
         def objective(params: Params) -> tuple[Array, dict[str, Array]]:
-            with laid_over(mesh, dealt=True):
-                return loss_and_parts(skeleton, config, params, inputs, targets, key, count)
+            with batch_sharded_mesh(mesh, sharded=True):
+                return loss_and_parts(model_def, config, params, inputs, targets, key, count)
 
         (_, parts), grads = jax.value_and_grad(objective, has_aux=True)(params)
         return parts, grads
@@ -135,7 +135,7 @@ def make_train_step(
 
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
-    batch, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    batch, whole = batch_sharding(mesh), replicated(mesh)
     return jax.jit(
         step,
         donate_argnums=0,
@@ -145,7 +145,7 @@ def make_train_step(
 
 
 def make_eval_step(
-    skeleton: Skeleton, config: Config, mesh: Mesh | None = None, shardings: Params | None = None
+    model_def: ModelDef, config: Config, mesh: Mesh | None = None, shardings: Params | None = None
 ) -> Callable[[Params, Array, Array], Array]:
     """evaluate(params, inputs, targets [B, T]) -> token-mean cross-entropy, dropout off, without auxiliary losses.
 
@@ -153,12 +153,12 @@ def make_eval_step(
     """
 
     def evaluate(params: Params, inputs: Array, targets: Array) -> Array:
-        with laid_over(mesh, dealt=False):
-            return cross_entropy(skeleton.join(params)(inputs), targets)
+        with batch_sharded_mesh(mesh, sharded=False):
+            return cross_entropy(model_def.merge(params)(inputs), targets)
 
     if mesh is None:
         return jax.jit(evaluate)
-    whole = sharding.replicated(mesh)
+    whole = replicated(mesh)
     return jax.jit(evaluate, in_shardings=(shardings, whole, whole), out_shardings=whole)
 
 
@@ -167,8 +167,8 @@ def state_shardings(config: Config, mesh: Mesh, state: TrainState) -> TrainState
 
     What has not the shape of its parameter (Adafactor's factors, counters) is whole on every device.
     """
-    params = sharding.parameter_shardings(config.model, mesh)
-    whole = sharding.replicated(mesh)
+    params = parameter_shardings(config.model, mesh)
+    whole = replicated(mesh)
 
     def like_params(node: Any) -> bool:
         return isinstance(node, dict) and node.keys() == params.keys()

@@ -28,7 +28,7 @@ LAYOUTS = {
 
 
 def arrays(model) -> dict[str, np.ndarray]:
-    return {name: np.asarray(x) for name, x in params.split(model)[1].items()}
+    return {name: np.asarray(x) for name, x in params.split_params(model)[1].items()}
 
 
 def logits(model, tokens) -> np.ndarray:

@@ -11,7 +11,7 @@ from flax import nnx
 from dantinox import kernels
 from dantinox.config import ModelConfig
 from dantinox.inference import generate as generation
-from dantinox.inference import prefill as caching
+from dantinox.inference import prefill
 from dantinox.inference.generate import generate, stream
 from dantinox.model.transformer import Transformer
 
@@ -61,13 +61,13 @@ def cached_logits(graph, weights, tokens, length, slots):
     model = nnx.merge(graph, weights)
     B, T = tokens.shape
     prompt = jnp.where(jnp.arange(8) < length[:, None], tokens[:, :8], V - 1)
-    logits, caches = caching.prefill(model, prompt, length, slots)
+    logits, caches = prefill.prefill(model, prompt, length, slots)
     rows = jnp.arange(B)
     out = jnp.full((B, T + 1, V), jnp.nan).at[rows, length - 1].set(logits)
 
     def step(carry, _):
         caches, at, out = carry
-        logits, caches = caching.step(model, tokens[rows, jnp.minimum(at, T - 1)], caches)
+        logits, caches = prefill.decode_step(model, tokens[rows, jnp.minimum(at, T - 1)], caches)
         return (caches, at + 1, out.at[rows, jnp.minimum(at, T)].set(logits)), None
 
     return jax.lax.scan(step, (caches, length, out), length=T - 1)[0][2][:, :T]
@@ -102,7 +102,7 @@ def test_cached_logits_equal_uncached_ones_past_the_ring(changes):
     model = build(**changes)
     tokens, length = ids(1, 3, 24), np.array([1, 5, 8], np.int32)
     graph, weights = nnx.split(model)
-    got = cached_logits(graph, weights, tokens, length, caching.slots(model.config, 24))
+    got = cached_logits(graph, weights, tokens, length, prefill.layer_cache_slots(model.config, 24))
     want = uncached_logits(graph, weights, tokens)
     tolerance = 0.3 if model.config.dtype == "bfloat16" else 2e-4
     for row, start in enumerate(length):
@@ -120,16 +120,16 @@ def test_append_puts_the_newest_position_in_each_slot(T, slots):
             want[row, :, p % slots] = k[row, p]
     poisoned = np.where((np.arange(T) < length[:, None])[:, :, None, None], k, np.nan)
     empty = kernels.KVCache.zeros(len(length), 2, slots, 3, jnp.float32)
-    cache = caching.append(empty, jnp.asarray(poisoned), jnp.asarray(poisoned * 2), jnp.asarray(length))
+    cache = prefill.append_to_cache(empty, jnp.asarray(poisoned), jnp.asarray(poisoned * 2), jnp.asarray(length))
     np.testing.assert_array_equal(cache.k, want)
     np.testing.assert_array_equal(cache.v, want * 2)
     assert cache.length.tolist() == length.tolist()
 
 
 def test_padding_and_its_amount_do_not_matter(windowed):
-    slots = caching.slots(windowed.config, 64)
+    slots = prefill.layer_cache_slots(windowed.config, 64)
     prompt, length = ids(2, 1, 7), np.array([7], np.int32)
-    read = jax.jit(lambda tokens: caching.prefill(windowed, tokens, length, slots))
+    read = jax.jit(lambda tokens: prefill.prefill(windowed, tokens, length, slots))
     logits, caches = read(np.pad(prompt, ((0, 0), (0, 9))))
     other, other_caches = read(np.pad(prompt, ((0, 0), (0, 9)), constant_values=V - 1))
     jax.tree.map(np.testing.assert_array_equal, (logits, caches), (other, other_caches))
@@ -140,11 +140,11 @@ def test_padding_and_its_amount_do_not_matter(windowed):
 
 def test_empty_caches_and_buckets():
     config = build(n_layers=4, window_pattern="SSSL", window=6).config
-    caches = caching.empty(config, 3, caching.slots(config, 40))
+    caches = prefill.init_caches(config, 3, prefill.layer_cache_slots(config, 40))
     assert [cache.k.shape for cache in caches] == [(3, 2, 6, 4)] * 3 + [(3, 2, 40, 4)]
     assert all(cache.v.shape == cache.k.shape and cache.length.tolist() == [0, 0, 0] for cache in caches)
-    assert [caching.bucket(n, 16, 100) for n in (1, 16, 17, 64, 65, 100)] == [16, 16, 32, 64, 100, 100]
-    assert caching.bucket(3000, 16) == 4096 and caching.bucket(3, 16, 5) == 5
+    assert [prefill.round_up_to_bucket(n, 16, 100) for n in (1, 16, 17, 64, 65, 100)] == [16, 16, 32, 64, 100, 100]
+    assert prefill.round_up_to_bucket(3000, 16) == 4096 and prefill.round_up_to_bucket(3, 16, 5) == 5
 
 
 # --- generation ----------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def test_stop_tokens_end_each_sequence_on_its_own(windowed):
 
 def test_nothing_but_a_new_size_compiles(windowed):
     generate(windowed, PROMPTS[2:3], max_new_tokens=8)
-    programs = generation._read, generation._start_alone, generation._steps
+    programs = generation._prefill_chunk, generation._init_decode_in_place, generation._decode_steps
     before = [program._cache_size() for program in programs]
     for count, prompt, how in (
         (1, PROMPTS[0], dict(temperature=0)),
@@ -251,8 +251,8 @@ def test_500_tokens_compile_each_program_once_and_settings_none():
 
 
 def test_all_samples_come_from_one_reading_of_the_prompt(windowed, monkeypatch):
-    read, starts = generation._read, []
-    monkeypatch.setattr(generation, "_read", lambda *args: (starts.append(int(args[5])), read(*args))[1])
+    read, starts = generation._prefill_chunk, []
+    monkeypatch.setattr(generation, "_prefill_chunk", lambda *args: (starts.append(int(args[5])), read(*args))[1])
     generate(windowed, PROMPTS, max_new_tokens=3, n=3, prefill_chunk=8)
     assert starts == [0, 8]
 

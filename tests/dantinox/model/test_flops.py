@@ -10,7 +10,7 @@ from flax import nnx
 
 import dantinox
 from dantinox.config import ModelConfig
-from dantinox.inference import prefill as caching
+from dantinox.inference import prefill
 from dantinox.kernels.cost import visible_pairs
 from dantinox.model import flops as count
 from tests.helpers.jaxpr_walk import dot_flops, dots
@@ -91,8 +91,8 @@ def test_flops_follow_the_windows_and_the_chosen_experts():
 def test_cache_bytes_are_those_of_the_rings(dtype, kv_cache_dtype):
     model = dataclasses.replace(BASE, window=8, window_pattern="SL", dtype=dtype, kv_cache_dtype=kv_cache_dtype)
     for context in (1, 5, 8, 30):
-        slots = caching.slots(model, context)
-        rings = jax.eval_shape(lambda slots=slots: caching.empty(model, 2, slots))
+        slots = prefill.layer_cache_slots(model, context)
+        rings = jax.eval_shape(lambda slots=slots: prefill.init_caches(model, 2, slots))
         assert [ring.k.shape for ring in rings] == [(2, 2, C, 6) for C in (min(8, context), context, min(8, context))]
         held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves([ring._replace(length=None) for ring in rings]))
         assert count.kv_cache_bytes(model, context, batch=2) == held

@@ -267,7 +267,7 @@ def test_what_a_resumed_run_has_otherwise_is_listed():
         training_resume.changes(new, old)
     assert str(error.value) == (
         "--resume cannot change n_layers 1 -> 2; n_kv_heads 1 -> 2; data 'stdlib' -> 'other'; "
-        "optimizer 'adamw' -> 'lion'; ema 0.9 -> 0.0"
+        "optimizer 'adamw' -> 'lion'; ema_decay 0.9 -> 0.0"
     )
     with pytest.raises(ConfigError) as error:
         training_resume.changes(old.replace(n_layers=6, n_heads=4, n_kv_heads=2), old.replace(n_heads=4))
