@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: Arguments) -> int:
     """Measure, print, write."""
-    malloc.keep_freed_memory()
+    malloc.tune_glibc_malloc()
     with cli.one_line_errors(PROG):
         if arguments.rounds < 1:
             raise ValueError(f"--rounds is {arguments.rounds}; allowed: 1 or more")

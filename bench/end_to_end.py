@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: Arguments) -> int:
     """Measure and print a table."""
-    malloc.keep_freed_memory()
+    malloc.tune_glibc_malloc()
     with cli.one_line_errors(PROG):
         rows = measure(arguments)
     table = Table(title=f"model on {jax.devices()[0].device_kind}, jax {jax.__version__}")

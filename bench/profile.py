@@ -109,7 +109,7 @@ def workload(arguments: Arguments) -> TracedProgram:
 def training(config: Config, name: str) -> TracedProgram:
     """Training steps on the data that the settings name."""
     trainer = Trainer(config)
-    state = trainer.initial()
+    state = trainer.init_state()
     compiled = trainer.step.lower(state, *trainer.batch(0), jnp.int32(0)).compile()
 
     def call(i: int) -> None:
@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: Arguments) -> int:
     """Trace, print the tables and say how to look at the trace."""
-    malloc.keep_freed_memory()
+    malloc.tune_glibc_malloc()
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     if arguments.verbose:
         logging.getLogger("kernels").setLevel(logging.INFO)

@@ -78,7 +78,7 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Judge, time, compile, write, print; 1 where a rung is wrong."""
     arguments = cli.parse(Arguments, argv, default=Arguments(), prog=PROG, description=__doc__.split("\n")[0])
-    malloc.keep_freed_memory()
+    malloc.tune_glibc_malloc()
     with cli.one_line_errors(PROG):
         if not arguments.budget > 0:
             raise ValueError(f"--budget is {arguments.budget}; allowed: seconds above 0")

@@ -42,7 +42,7 @@ class Args:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; 0, or SystemExit with 2 for bad input."""
-    malloc.keep_freed_memory()
+    malloc.tune_glibc_malloc()
     args = cli.parse(
         Args,
         cli.positional_run(argv),

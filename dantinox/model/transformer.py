@@ -11,7 +11,7 @@ from dantinox import kernels
 from dantinox.config import ModelConfig
 from dantinox.model.attention import Attention, Past, _Keys
 from dantinox.model.layers import MLP, constant, dense, dropout, parameter, rms_norm
-from dantinox.model.moe import MoE, RouterLosses, over_layers
+from dantinox.model.moe import MoE, RouterStats, mean_over_layers
 from dantinox.model.rope import rotation
 
 Array = jax.Array
@@ -30,7 +30,7 @@ class Block(nnx.Module):
 
     def __call__(
         self, h: Array, rope: tuple[Array, Array] | None, key: Array | None = None, past: Past | None = None
-    ) -> tuple[Array, RouterLosses | None, tuple[Array, Array]]:
+    ) -> tuple[Array, RouterStats | None, tuple[Array, Array]]:
         """h [B, T, M], after `past` -> (h, router losses, (keys, values) [B, T, K, D])."""
         keys = (None, None) if key is None else jax.random.split(key)
         with jax.named_scope("attention"):
@@ -46,7 +46,7 @@ class Block(nnx.Module):
             h = h + o
         return self.feed_forward(h, None)[0], cache
 
-    def feed_forward(self, h: Array, key: Array | None) -> tuple[Array, RouterLosses | None]:
+    def feed_forward(self, h: Array, key: Array | None) -> tuple[Array, RouterStats | None]:
         """The MLP branch, dense or sparse."""
         losses = None
         with jax.named_scope("moe" if self.config.n_experts else "mlp"):
@@ -92,8 +92,8 @@ class Transformer(nnx.Module):
         """
         return self.logits(self.hidden(tokens)[0])
 
-    def hidden(self, tokens: Array, *, key: Array | None = None) -> tuple[Array, RouterLosses | None]:
-        """(final hidden states [B, T, M], router losses `over_layers`); `key` turns dropout on."""
+    def hidden(self, tokens: Array, *, key: Array | None = None) -> tuple[Array, RouterStats | None]:
+        """(final hidden states [B, T, M], router losses `mean_over_layers`); `key` turns dropout on."""
         h, losses, _ = self.forward(tokens, key=key)
         return h, losses
 
@@ -104,11 +104,11 @@ class Transformer(nnx.Module):
         key: Array | None = None,
         start: int | Array = 0,
         past: Sequence[Past] | None = None,
-    ) -> tuple[Array, RouterLosses | None, list[tuple[Array, Array]]]:
+    ) -> tuple[Array, RouterStats | None, list[tuple[Array, Array]]]:
         """Of tokens [B, T] at positions `start` and on, which see the `past` of each layer too.
 
         Returns:
-            (final hidden states [B, T, M], router losses `over_layers`, per layer (keys, values) [B, T, K, D]).
+            (final hidden states [B, T, M], router losses `mean_over_layers`, per layer (keys, values) [B, T, K, D]).
         """
         tokens = jnp.asarray(tokens)
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -127,7 +127,7 @@ class Transformer(nnx.Module):
                 h, loss, layer_kv = _REMAT[self.config.remat](block)(h, rope, layer_key, past and past[layer])
             losses.append(loss)
             kv.append(layer_kv)
-        every = over_layers(losses) if self.config.n_experts else None
+        every = mean_over_layers(losses) if self.config.n_experts else None
         return rms_norm(h, self.norm, self.config.norm_eps), every, kv
 
     @jax.named_scope("embed")

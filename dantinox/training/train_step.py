@@ -12,7 +12,7 @@ from dantinox.checkpoint.params import ModelDef, Params
 from dantinox.config import Config
 from dantinox.distributed.mesh import batch_sharding, parameter_shardings, replicated
 from dantinox.distributed.shard_map import batch_sharded_mesh
-from dantinox.model.moe import figures
+from dantinox.model.moe import router_metrics
 
 Array = jax.Array
 
@@ -52,7 +52,7 @@ def cross_entropy(logits: Array, targets: Array, count: Array | float | None = N
     return jnp.sum(nats) / jnp.maximum(jnp.sum(counts) if count is None else count, 1)
 
 
-def loss_and_parts(
+def compute_loss(
     model_def: ModelDef,
     config: Config,
     params: Params,
@@ -69,12 +69,14 @@ def loss_and_parts(
     model = model_def.merge(params)
     h, losses = model.hidden(inputs, key=key)
     loss = cross_entropy(model.logits(h), targets, count)
-    parts = {"loss": loss}
+    metrics = {"loss": loss}
     total = loss
     if losses is not None:
-        parts |= {"balance": losses.balance, "router_z": losses.z} | figures(losses, config.model.experts_per_token)
+        metrics |= {"balance": losses.balance, "router_z": losses.z} | router_metrics(
+            losses, config.model.experts_per_token
+        )
         total = total + config.model.router_aux_loss_coef * losses.balance + config.model.router_z_loss_coef * losses.z
-    return total, parts
+    return total, metrics
 
 
 def make_train_step(
@@ -98,16 +100,16 @@ def make_train_step(
     ) -> tuple[dict, Params]:
         def objective(params: Params) -> tuple[Array, dict[str, Array]]:
             with batch_sharded_mesh(mesh, sharded=True):
-                return loss_and_parts(model_def, config, params, inputs, targets, key, count)
+                return compute_loss(model_def, config, params, inputs, targets, key, count)
 
-        (_, parts), grads = jax.value_and_grad(objective, has_aux=True)(params)
-        return parts, grads
+        (_, metrics), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        return metrics, grads
 
     def step(state: TrainState, inputs: Array, targets: Array, number: Array) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(root, number) if config.model.dropout else None
         count = jnp.sum(targets >= 0) / A
         if A == 1:
-            parts, grads = gradients(state.params, inputs[0], targets[0], key, count)
+            metrics, grads = gradients(state.params, inputs[0], targets[0], key, count)
         else:
 
             def add(total: Any, batch: tuple) -> tuple[Any, None]:
@@ -118,10 +120,10 @@ def make_train_step(
             shapes = jax.eval_shape(gradients, state.params, inputs[0], targets[0], key, count)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             summed, _ = jax.lax.scan(add, zeros, (inputs, targets, jnp.arange(A)))
-            parts, grads = jax.tree.map(lambda x: x / A, summed)
+            metrics, grads = jax.tree.map(lambda x: x / A, summed)
         with jax.named_scope("optimizer"):
             grad_norm = optax.global_norm(grads)
-            finite = jnp.isfinite(parts["loss"]) & jnp.isfinite(grad_norm)
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             ema = state.ema
@@ -131,7 +133,7 @@ def make_train_step(
                 ema = optax.incremental_update(params, ema, 1 - decay)
             new = TrainState(params, opt_state, ema)
             new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
-        return new, parts | {"grad_norm": grad_norm, "finite": finite}
+        return new, metrics | {"grad_norm": grad_norm, "finite": finite}
 
     if mesh is None:
         return jax.jit(step, donate_argnums=0)

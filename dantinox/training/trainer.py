@@ -44,7 +44,7 @@ class Trainer:
         )
         self.shardings = None if self.mesh is None else state_shardings(c, self.mesh, self.shapes)
         self.step = make_train_step(self.model_def, c, self.optimizer, self.mesh, self.shardings)
-        self.evaluate = make_eval_step(
+        self.eval_step = make_eval_step(
             self.model_def, c, self.mesh, None if self.shardings is None else self.shardings.params
         )
         self.eval_set = eval_batches(
@@ -54,12 +54,12 @@ class Trainer:
 
     def check_implementations(self) -> None:
         """A named implementation that cannot serve this model is refused before anything is written."""
-        jax.eval_shape(self.evaluate, self.shapes.params, *self.eval_set[0])
+        jax.eval_shape(self.eval_step, self.shapes.params, *self.eval_set[0])
         reason = kernels.implementations("decode_attention").get(self.config.model.decode)
         if reason is not None:
             raise NotImplementedError(f"decode_attention: implementation={self.config.model.decode!r}: {reason}")
 
-    def initial(self) -> TrainState:
+    def init_state(self) -> TrainState:
         """Fresh parameters and optimizer state, laid over the mesh."""
 
         def build() -> TrainState:
@@ -67,17 +67,17 @@ class Trainer:
             ema = jax.tree.map(jnp.copy, params) if self.config.optim.ema_decay else None
             return TrainState(params, self.optimizer.init(params), ema)
 
-        return jax.jit(build, out_shardings=self.placed())()
+        return jax.jit(build, out_shardings=self.device_shardings())()
 
-    def placed(self) -> TrainState:
+    def device_shardings(self) -> TrainState:
         """Where each array of a train state lies, fresh or restored."""
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         return self.shardings or jax.tree.map(lambda _: here, self.shapes)
 
-    def like(self) -> TrainState:
+    def abstract_state(self) -> TrainState:
         """The shapes of a train state and where its arrays lie, to restore one."""
         place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-        return jax.tree.map(place, self.shapes, self.placed())
+        return jax.tree.map(place, self.shapes, self.device_shardings())
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(inputs, targets), each [A, B, T] int32: the batch of a step, cut into micro-batches."""
@@ -87,10 +87,10 @@ class Trainer:
 
     def validation_loss(self, params: Params) -> float:
         """Token-mean cross-entropy over the fixed evaluation set, in nats."""
-        losses = [(self.evaluate(params, x, y), int((y >= 0).sum())) for x, y in self.eval_set]
+        losses = [(self.eval_step(params, x, y), int((y >= 0).sum())) for x, y in self.eval_set]
         return sum(float(loss) * n for loss, n in losses) / sum(n for _, n in losses)
 
-    def sample(self, params: Params, tokens: int) -> str:
+    def sample_text(self, params: Params, tokens: int) -> str:
         """Text that the model writes from the start of a document."""
         model, tokenizer = self.model_def.merge(params), self.corpus.tokenizer
         room = self.config.model.max_context - 1

@@ -115,7 +115,7 @@ def two_steps(config: Config, resume: bool = False) -> str:
     assert np.isfinite(trainer.validation_loss(current.params))
     assert all(bool(jnp.isfinite(x).all()) for x in current.params.values())
     if 0 < config.train.sample_tokens < 200:
-        trainer.sample(current.params, config.train.sample_tokens)
+        trainer.sample_text(current.params, config.train.sample_tokens)
     return "runs/x"
 
 

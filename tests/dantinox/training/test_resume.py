@@ -22,7 +22,7 @@ from dantinox.metrics import logger as metrics_log
 from dantinox.metrics.logger import read_metrics
 from dantinox.training import resume as training_resume
 from dantinox.training import train_step
-from dantinox.training.loop import NotFinite
+from dantinox.training.loop import NonFiniteError
 from dantinox.training.signals import Interrupted
 from dantinox.training.trainer import Trainer
 from tests.helpers.readme_messages import promised
@@ -82,7 +82,7 @@ def weights(path: Path, at: int | None = None) -> str:
     """A hash of every number of a run's state."""
     settings = Config.from_yaml(path / "config.yaml")
     checkpoints = Checkpoints(path)
-    state = checkpoints.restore(at or checkpoints.newest_intact()[0], train.Trainer(settings).like())
+    state = checkpoints.restore(at or checkpoints.latest_valid()[0], train.Trainer(settings).abstract_state())
     return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state))).hexdigest()
 
 
@@ -107,8 +107,8 @@ def test_a_short_run_keeps_the_weights_that_were_trained(whole):
     """Fault 1: checkpoints only every so many steps, none at the end: a short run keeps untrained weights."""
     path = run("short", save_every=500, eval_every=0)
     assert Checkpoints(path).steps() == [12] and weights(path) == weights(whole)
-    kept = Checkpoints(path).restore(12, train.Trainer(Config.from_yaml(path / "config.yaml")).like())
-    start = train.Trainer(Config.from_yaml(path / "config.yaml")).initial()
+    kept = Checkpoints(path).restore(12, train.Trainer(Config.from_yaml(path / "config.yaml")).abstract_state())
+    start = train.Trainer(Config.from_yaml(path / "config.yaml")).init_state()
     assert all((kept.params[name] != start.params[name]).any() for name in start.params)
 
 
@@ -264,19 +264,19 @@ def test_what_a_resumed_run_has_otherwise_is_listed():
     old = Config().replace(**SETTINGS)
     new = old.replace(n_layers=2, n_kv_heads=2, optimizer="lion", ema_decay=0.0, data="other", lr=1.0)
     with pytest.raises(ConfigError) as error:
-        training_resume.changes(new, old)
+        training_resume.diff_settings(new, old)
     assert str(error.value) == (
         "--resume cannot change n_layers 1 -> 2; n_kv_heads 1 -> 2; data 'stdlib' -> 'other'; "
         "optimizer 'adamw' -> 'lion'; ema_decay 0.9 -> 0.0"
     )
     with pytest.raises(ConfigError) as error:
-        training_resume.changes(old.replace(n_layers=6, n_heads=4, n_kv_heads=2), old.replace(n_heads=4))
+        training_resume.diff_settings(old.replace(n_layers=6, n_heads=4, n_kv_heads=2), old.replace(n_heads=4))
     assert promised("another model or text with `--resume`").fullmatch(str(error.value))
     assert (
-        training_resume.changes(old.replace(lr=1.0, batch_size=8, max_checkpoints=9), old)
+        training_resume.diff_settings(old.replace(lr=1.0, batch_size=8, max_checkpoints=9), old)
         == "lr 0.01 -> 1.0; batch_size 4 -> 8"
     )
-    assert training_resume.changes(old, old) == ""
+    assert training_resume.diff_settings(old, old) == ""
 
 
 DENSE = {"n_experts": 0, "grad_accum": 1, "dropout": 0.0}  # compiles faster
@@ -305,7 +305,7 @@ def planted(monkeypatch):
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_and_its_batch_is_kept(planted, capsys):
-    with pytest.raises(NotFinite) as stop:
+    with pytest.raises(NonFiniteError) as stop:
         run("nan", save_every=4, **DENSE)
     path = Path("runs/nan")
     message = str(stop.value)

@@ -19,7 +19,7 @@ from dantinox.config import Config, OptimConfig
 from dantinox.distributed.mesh import make_mesh
 from dantinox.model import moe
 from dantinox.training.optimizer import contracted, make_optimizer, make_schedule
-from dantinox.training.train_step import TrainState, cross_entropy, loss_and_parts, make_eval_step, make_train_step
+from dantinox.training.train_step import TrainState, compute_loss, cross_entropy, make_eval_step, make_train_step
 
 ROOT = Path(__file__).parents[3]
 TINY = {"vocab_size": 50, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "window": 5, "max_context": 16}
@@ -182,12 +182,12 @@ def test_the_figures_of_the_routers_are_those_of_each_layer():
     assert parts["router/dropped.0"] == parts["router/dropped.1"] == 0
     ids = jnp.zeros((8, 4)).at[:, 3].set(5.0)
     served = moe.route(ids, 2)[2]
-    lost = moe.figures(moe.over_layers([served._replace(load=served.load.at[3].set(0))]), 2)
+    lost = moe.router_metrics(moe.mean_over_layers([served._replace(load=served.load.at[3].set(0))]), 2)
     assert lost["router/dropped.0"] == 0.5  # a slot of each token that no expert served would be seen
 
 
 def losses(model_def, config):
-    return jax.jit(lambda *args: loss_and_parts(model_def, config, *args))
+    return jax.jit(lambda *args: compute_loss(model_def, config, *args))
 
 
 def test_balance_and_z_coefficients_are_applied_to_what_is_minimised_but_not_to_evaluation():
