@@ -313,7 +313,7 @@ def test_the_program_writes_what_load_hf_reads(program, capsys):
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
-        (["--run", "mine"], "to is missing"),
+        (["--run", "mine"], "out is missing"),
         (["--run", "none", "--out", "out"], "run runs/none does not exist"),
         (["--run", "gated", "--out", "out"], "the llama layout cannot hold attn_gate 'head'"),
         (["--run", "mine", "--out", "out", "--layout", "llama"], "cannot hold window 6"),
