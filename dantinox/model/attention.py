@@ -7,8 +7,8 @@ from flax import nnx
 from dantinox import kernels
 from dantinox.config import ModelConfig
 from dantinox.distributed.shard_map import shard_map_over_batch
-from dantinox.model.layers import constant, dense, parameter, rms_norm
-from dantinox.model.rope import rotate
+from dantinox.model.layers import dense, filled_parameter, parameter, rms_norm
+from dantinox.model.rope import apply_rope
 
 Array = jax.Array
 Past = tuple[Array, Array, Array]
@@ -42,8 +42,8 @@ class Attention(nnx.Module):
         self.o = parameter(key(), "HDM", (H, D, M), out_std)
         gate_width = {"none": 0, "head": 1, "elementwise": D}[config.attn_gate]
         self.gate = parameter(key(), "MHD", (M, H, gate_width), 0.02) if gate_width else None
-        self.q_scale = constant(1, "D", (D,)) if config.qk_norm else None
-        self.k_scale = constant(1, "D", (D,)) if config.qk_norm else None
+        self.q_scale = filled_parameter(1, "D", (D,)) if config.qk_norm else None
+        self.k_scale = filled_parameter(1, "D", (D,)) if config.qk_norm else None
 
     def project(self, x: Array, rope: tuple[Array, Array] | None) -> tuple[Array, Array, Array, Array | None]:
         """x [B, T, M] -> q [B, T, H, D], k and v [B, T, K, D], gate logits [B, T, H, D or 1] or None."""
@@ -54,7 +54,7 @@ class Attention(nnx.Module):
             q = rms_norm(q, self.q_scale, self.config.norm_eps)
             k = rms_norm(k, self.k_scale, self.config.norm_eps)
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         return q, k, v, gate
 
     @jax.named_scope("out")

@@ -10,9 +10,9 @@ from flax import nnx
 from dantinox import kernels
 from dantinox.config import ModelConfig
 from dantinox.model.attention import Attention, Past, _Keys
-from dantinox.model.layers import MLP, constant, dense, dropout, parameter, rms_norm
+from dantinox.model.layers import MLP, dense, dropout, filled_parameter, parameter, rms_norm
 from dantinox.model.moe import MoE, RouterStats, mean_over_layers
-from dantinox.model.rope import rotation
+from dantinox.model.rope import rope_cos_sin
 
 Array = jax.Array
 
@@ -23,9 +23,9 @@ class Block(nnx.Module):
     def __init__(self, config: ModelConfig, layer: int, key: _Keys) -> None:
         out_std = 0.02 / (2 * config.n_layers) ** 0.5  # keeps the residual stream's variance flat in depth
         self.config = config
-        self.attention_norm = constant(1, "M", (config.dim,))
+        self.attention_norm = filled_parameter(1, "M", (config.dim,))
         self.attention = Attention(config, layer, key, out_std)
-        self.mlp_norm = constant(1, "M", (config.dim,))
+        self.mlp_norm = filled_parameter(1, "M", (config.dim,))
         self.mlp = (MoE if config.n_experts else MLP)(config, key, out_std)
 
     def __call__(
@@ -80,7 +80,7 @@ class Transformer(nnx.Module):
         learned = config.pos_encoding == "learned"
         self.position = parameter(key(), "TM", (config.max_context, config.dim), 0.02) if learned else None
         self.blocks = nnx.List([Block(config, layer, key) for layer in range(config.n_layers)])
-        self.norm = constant(1, "M", (config.dim,))
+        self.norm = filled_parameter(1, "M", (config.dim,))
         self.head = None if config.tie_embeddings else parameter(key(), "MV", (config.dim, config.vocab_size), 0.02)
 
     def __call__(self, tokens: Array) -> Array:
@@ -141,7 +141,7 @@ class Transformer(nnx.Module):
         if self.position is not None:
             # Padding may stand past the last position.
             h = h + self.position[...].astype(dtype)[jnp.minimum(positions, limit - 1)]
-        rope = rotation(self.config, positions) if self.config.pos_encoding == "rope" else None
+        rope = rope_cos_sin(self.config, positions) if self.config.pos_encoding == "rope" else None
         return h, rope
 
     @jax.named_scope("logits")
