@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog=PROG,
         description=__doc__.split("\n")[0],
     )
-    with cli.user_errors(PROG):
+    with cli.one_line_errors(PROG):
         _check(arguments)
         documents = operations(arguments)
         model = _model() if "model" in arguments.op and not arguments.spec else None
@@ -124,4 +124,4 @@ def _model() -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    cli.console(main)
+    cli.run_main(main)

@@ -45,7 +45,7 @@ class Arguments:
 def base_config(preset: str) -> Config:
     """The preset with the vocabulary that its tokenizer would have."""
     config = Config.from_preset(preset)
-    return config.replace(vocab_size=config.data.bpe_vocab) if config.data.tokenizer == "bpe" else config
+    return config.replace(vocab_size=config.data.bpe_vocab_size) if config.data.tokenizer == "bpe" else config
 
 
 def toggles(base: Config) -> dict[str, dict[str, Any]]:
@@ -53,19 +53,21 @@ def toggles(base: Config) -> dict[str, dict[str, Any]]:
     model, train = base.model, base.train
     active = model.experts_per_token + model.shared_expert
     # Experts and a dense layer of as many parameters that a token meets, but for the router's.
-    even = {"n_experts": 0, "expansion": model.expansion * active}
+    even = {"n_experts": 0, "mlp_ratio": model.mlp_ratio * active}
     if not model.n_experts:
-        even = {"n_experts": 8, "expansion": model.expansion / active}
+        even = {"n_experts": 8, "mlp_ratio": model.mlp_ratio / active}
     flips: dict[str, dict[str, Any]] = {
         "base": {},
         "8 experts, as many active" if not model.n_experts else "no experts, as many active": even,
         "8 experts, 2 a token" if not model.n_experts else "no experts": {"n_experts": 0 if model.n_experts else 8},
         "no window" if model.window else "window 64": {"window": None if model.window else 64},
-        "no gate" if model.gate != "none" else "gate": {"gate": "none" if model.gate != "none" else "head"},
-        "gate a channel": {"gate": "elementwise"},
-        "all heads have keys": {"kv_heads": model.n_heads},
-        "one key head": {"kv_heads": 1},
-        "untied" if model.tie else "tied": {"tie": not model.tie},
+        "no gate" if model.attn_gate != "none" else "attn_gate": {
+            "attn_gate": "none" if model.attn_gate != "none" else "head"
+        },
+        "gate a channel": {"attn_gate": "elementwise"},
+        "all heads have keys": {"n_kv_heads": model.n_heads},
+        "one key head": {"n_kv_heads": 1},
+        "untied" if model.tie_embeddings else "tied": {"tie_embeddings": not model.tie_embeddings},
         "recompute blocks" if model.remat != "block" else "keep blocks": {
             "remat": "none" if model.remat == "block" else "block"
         },
@@ -159,8 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: Arguments) -> int:
     """Measure, print, write."""
-    malloc.keep_freed_memory()
-    with cli.user_errors(PROG):
+    malloc.tune_glibc_malloc()
+    with cli.one_line_errors(PROG):
         if arguments.rounds < 1:
             raise ValueError(f"--rounds is {arguments.rounds}; allowed: 1 or more")
         base = base_config(arguments.preset)
@@ -186,4 +188,4 @@ def run(arguments: Arguments) -> int:
 
 
 if __name__ == "__main__":
-    cli.console(main)
+    cli.run_main(main)

@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__.split("\n")[0],
     )
     console = Console(width=max(100, Console().width))
-    with cli.user_errors(PROG):
+    with cli.one_line_errors(PROG):
         device = arguments.device or device_folder(jax.default_backend(), jax.devices()[0].device_kind)
         old, new = committed(arguments.commit, device), latest(Path(arguments.new) / device)
         if not old:
@@ -144,4 +144,4 @@ def _show(op: str, title: str, found: Sequence[Change], console: Console) -> boo
 
 
 if __name__ == "__main__":
-    cli.console(main)
+    cli.run_main(main)

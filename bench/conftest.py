@@ -54,7 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    malloc.keep_freed_memory()
+    malloc.tune_glibc_malloc()
     RUN.update(progress=config.getoption("--progress"), start=time.monotonic())
 
 

@@ -37,11 +37,11 @@ BASE = {
     "dim": 256,
     "n_layers": 6,
     "n_heads": 8,
-    "kv_heads": 2,
+    "n_kv_heads": 2,
     "head_dim": None,
     "window": 64,
-    "gate": "none",
-    "expansion": 4.0,
+    "attn_gate": "none",
+    "mlp_ratio": 4.0,
     "max_context": 256,
     "seq_len": 256,
     "batch_size": 8,
@@ -183,8 +183,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: Arguments) -> int:
     """Measure and print a table."""
-    malloc.keep_freed_memory()
-    with cli.user_errors(PROG):
+    malloc.tune_glibc_malloc()
+    with cli.one_line_errors(PROG):
         rows = measure(arguments)
     table = Table(title=f"model on {jax.devices()[0].device_kind}, jax {jax.__version__}")
     table.add_column("what")
@@ -198,4 +198,4 @@ def run(arguments: Arguments) -> int:
 
 
 if __name__ == "__main__":
-    cli.console(main)
+    cli.run_main(main)

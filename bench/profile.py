@@ -72,8 +72,8 @@ class TracedProgram:
 
 def parse(argv: Sequence[str]) -> Arguments:
     """Settings from the preset, then flags."""
-    with cli.user_errors(PROG):
-        preset = cli.value_of(argv, "--preset")
+    with cli.one_line_errors(PROG):
+        preset = cli.peek_flag(argv, "--preset")
         base = Config.from_preset(preset or "nano", steps=STEPS)
         return cli.parse(
             Arguments,
@@ -109,7 +109,7 @@ def workload(arguments: Arguments) -> TracedProgram:
 def training(config: Config, name: str) -> TracedProgram:
     """Training steps on the data that the settings name."""
     trainer = Trainer(config)
-    state = trainer.initial()
+    state = trainer.init_state()
     compiled = trainer.step.lower(state, *trainer.batch(0), jnp.int32(0)).compile()
 
     def call(i: int) -> None:
@@ -214,11 +214,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: Arguments) -> int:
     """Trace, print the tables and say how to look at the trace."""
-    malloc.keep_freed_memory()
+    malloc.tune_glibc_malloc()
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     if arguments.verbose:
         logging.getLogger("kernels").setLevel(logging.INFO)
-    with cli.user_errors(PROG, arguments.verbose):
+    with cli.one_line_errors(PROG, arguments.verbose):
         work, steps, out = workload(arguments), arguments.settings.train.steps, Path(arguments.out)
         path, seconds = capture(work, steps, out)
         result = read(path, work, steps, seconds)
@@ -232,4 +232,4 @@ def run(arguments: Arguments) -> int:
 
 
 if __name__ == "__main__":
-    cli.console(main)
+    cli.run_main(main)

@@ -17,10 +17,10 @@ def build(kind, sizes):
     shared = {
         "vocab_size": sizes["vocab_size"],
         "hidden_size": sizes["dim"],
-        "intermediate_size": int(sizes["dim"] * sizes["expansion"]),
+        "intermediate_size": int(sizes["dim"] * sizes["mlp_ratio"]),
         "num_hidden_layers": sizes["n_layers"],
         "num_attention_heads": sizes["n_heads"],
-        "num_key_value_heads": sizes["kv_heads"],
+        "num_key_value_heads": sizes["n_kv_heads"],
         "max_position_embeddings": sizes["max_context"],
         "sliding_window": sizes["window"],
         "tie_word_embeddings": True,

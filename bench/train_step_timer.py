@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dantinox.checkpoint import params as state
+from dantinox.checkpoint.params import split_params
 from dantinox.config import Config
 from dantinox.model.transformer import Transformer
-from dantinox.training import optimizer as optim
+from dantinox.training.optimizer import make_optimizer
 from dantinox.training.train_step import TrainState, make_train_step
 
 
@@ -23,11 +23,11 @@ class Stepper:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        skeleton, params = state.split(Transformer(config.model, rngs=nnx.Rngs(0)))
-        optimizer = optim.optimizer(dataclasses.replace(config.optim, lr=1e-12), 1000)
+        model_def, params = split_params(Transformer(config.model, rngs=nnx.Rngs(0)))
+        optimizer = make_optimizer(dataclasses.replace(config.optim, lr=1e-12), 1000)
         self._state = TrainState(params, jax.jit(optimizer.init)(params))
         self._rng, self._number = np.random.default_rng(0), 0
-        self._compiled = make_train_step(skeleton, config, optimizer).lower(self._state, *self._inputs()).compile()
+        self._compiled = make_train_step(model_def, config, optimizer).lower(self._state, *self._inputs()).compile()
         self()
 
     def _inputs(self) -> tuple[np.ndarray, np.ndarray, jax.Array]:

@@ -290,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: Arguments) -> int:
     """Measure, write, print; 1 where a width did not run or makes something else than the others."""
     began = time.monotonic()
-    with cli.user_errors(PROG):
+    with cli.one_line_errors(PROG):
         if arguments.rounds < 1:
             raise ValueError(f"--rounds is {arguments.rounds}; allowed: 1 or more")
         if arguments.tiny:
@@ -362,4 +362,4 @@ def _difference(out: Any, first: Any, rows: int) -> float:
 
 
 if __name__ == "__main__":
-    cli.console(main)
+    cli.run_main(main)

@@ -78,8 +78,8 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Judge, time, compile, write, print; 1 where a rung is wrong."""
     arguments = cli.parse(Arguments, argv, default=Arguments(), prog=PROG, description=__doc__.split("\n")[0])
-    malloc.keep_freed_memory()
-    with cli.user_errors(PROG):
+    malloc.tune_glibc_malloc()
+    with cli.one_line_errors(PROG):
         if not arguments.budget > 0:
             raise ValueError(f"--budget is {arguments.budget}; allowed: seconds above 0")
         compiler = results.ROOT / arguments.compiler
@@ -262,4 +262,4 @@ def held() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cli.console(main)
+    cli.run_main(main)

@@ -41,8 +41,8 @@ def table() -> str:
             hint, text = hints[field.name], texts[field.name]
             if get_origin(hint) is Literal:
                 choices = get_args(hint)
-                if set(kernels.NAMES) <= set(choices):
-                    choices = kernels.NAMES  # a kernel of your own is no part of DantinoX
+                if set(kernels.IMPLEMENTATION_NAMES) <= set(choices):
+                    choices = kernels.IMPLEMENTATION_NAMES  # a kernel of your own is no part of DantinoX
                 text += " `" + "` `".join(choices) + "`"
             flag = "--" + field.name.replace("_", "-")
             rows.append(f"| `{flag}` | {field.default if field.default != '' else '(empty)'} | {text} |")

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog=PROG,
         description=__doc__.split("\n")[0],
     )
-    with cli.user_errors(PROG):
+    with cli.one_line_errors(PROG):
         work = planned(arguments)
         for target in work:
             available(target)
@@ -154,4 +154,4 @@ def finish(
 
 
 if __name__ == "__main__":
-    cli.console(main)
+    cli.run_main(main)

@@ -82,7 +82,7 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Count what the compiled rows of the profiles move."""
     arguments = cli.parse(Arguments, argv, default=Arguments(), prog=PROG, description=__doc__.split("\n")[0])
-    with cli.user_errors(PROG):
+    with cli.one_line_errors(PROG):
         if importlib.util.find_spec("tokamax") is None:
             raise ValueError("tokamax is not installed here; allowed: .venv-aot/bin/python, which `make aot` builds")
         for name in tables.TPUS:
@@ -99,4 +99,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    cli.console(main)
+    cli.run_main(main)

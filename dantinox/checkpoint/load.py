@@ -1,4 +1,4 @@
-"""From a run's folder to its settings, and to a model with its tokenizer."""
+"""Load the settings, or the model and the tokenizer, of a run."""
 
 import logging
 from collections.abc import Iterator
@@ -47,28 +47,28 @@ def load(
 
     Args:
         run: the run's folder, such as runs/nano.
-        checkpoint: "last", the newest intact one; "best", that of the lowest validation loss; or a step.
+        checkpoint: "last" (the latest valid one), "best" (lowest validation loss) or a step.
         overrides: model settings to change by name, such as decode="xla".
 
     Raises:
-        FileNotFoundError: there is no such run, or it has no such checkpoint.
-        ValueError: the checkpoint is damaged; of "last", no intact one is left.
+        FileNotFoundError: the run or the checkpoint does not exist.
+        ValueError: the checkpoint is corrupt, or for "last", all of them are.
     """
     config = read_config(run).replace(**overrides)
     tokenizer = load_tokenizer(run)
-    skeleton, shapes = params.abstract(config.model)
-    checkpoints = Checkpoints(Path(run), keep=config.train.keep)
+    model_def, shapes = params.abstract_params(config.model)
+    checkpoints = Checkpoints(Path(run), keep=config.train.max_checkpoints)
     if checkpoint == "last":
-        step, about, wrong = checkpoints.newest_intact()
+        step, metadata, wrong = checkpoints.latest_valid()
         for error in wrong:
             log.warning("%s; taking step %d", error, step)
     else:
         step = checkpoints.best() if checkpoint == "best" else checkpoint
         if step not in checkpoints.steps():
             raise FileNotFoundError(f"run {run} has no checkpoint {checkpoint!r}; there are {checkpoints.steps()}")
-        about = checkpoints.check(step)
-    if about.get("tokenizer") not in (None, tokenizer.fingerprint):
+        metadata = checkpoints.verify(step)
+    if metadata.get("tokenizer") not in (None, tokenizer.fingerprint):
         raise ValueError(f"{Path(run) / 'tokenizer.json'} is not the tokenizer that the run was trained with")
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for name, x in shapes.items()}
-    return skeleton.join(checkpoints.restore_weights(step, like, averaged=config.optim.ema > 0)), tokenizer
+    return model_def.merge(checkpoints.restore_weights(step, like, averaged=config.optim.ema_decay > 0)), tokenizer

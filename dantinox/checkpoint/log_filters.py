@@ -1,11 +1,11 @@
-"""What Orbax and Tensorstore print about a failed write, which they raise as well; one line of ours says it once."""
+"""Silence duplicate Orbax and TensorStore tracebacks of errors that they also raise."""
 
 import logging
 import sys
 from typing import Any
 
 
-def listen() -> None:
+def install_log_filters() -> None:
     """Let their tracebacks pass unprinted, and nothing else; asked twice, it listens once."""
     logging.getLogger("absl").addFilter(_not_orbax)
     logging.getLogger("asyncio").addFilter(_not_tensorstore)

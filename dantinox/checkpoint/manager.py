@@ -1,4 +1,4 @@
-"""Checkpoints of a run, written whole or not at all and verified before they are loaded."""
+"""Atomic, checksummed checkpoints of a run."""
 
 import errno
 import logging
@@ -12,14 +12,14 @@ from typing import Any
 import jax
 
 from dantinox.checkpoint import log_filters, manifest, params
-from dantinox.checkpoint.manifest import Damaged
+from dantinox.checkpoint.manifest import CorruptCheckpointError
 from dantinox.training.train_step import TrainState
 
 PARTIAL = ".partial-"
 log = logging.getLogger(__name__)
 
 
-class NotSaved(OSError):
+class CheckpointWriteError(OSError):
     """A checkpoint could not be written; those before it are as they were."""
 
 
@@ -35,13 +35,13 @@ class Checkpoints:
         # Orbax takes seconds to import; --help and --dry-run do without it.
         import orbax.checkpoint as ocp
 
-        log_filters.listen()
+        log_filters.install_log_filters()
         self._ocp, self.keep = ocp, keep
-        self.shown = run / "checkpoints"  # in messages, as the user named it
-        self.folder = self.shown.absolute()
+        self.display_path = run / "checkpoints"  # in messages, as the user named it
+        self.folder = self.display_path.absolute()
         self._writer: Any = None
         self._thread: threading.Thread | None = None
-        self._failure: NotSaved | None = None
+        self._failure: CheckpointWriteError | None = None
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, damaged or not, oldest first."""
@@ -51,21 +51,21 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step of the lowest validation loss among those kept; None where none was evaluated."""
-        losses = {step: about["val_loss"] for step, about in self._about().items()}
+        losses = {step: metadata["val_loss"] for step, metadata in self._all_metadata().items()}
         known = {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
         return min(known, key=known.get, default=None)
 
-    def save(self, step: int, current: TrainState, about: dict[str, Any], due: bool = True) -> None:
+    def save(self, step: int, current: TrainState, metadata: dict[str, Any], due: bool = True) -> None:
         """Copy the state and write it in the background; returns before it is on disk (see `wait`).
 
         A step that has its checkpoint already is left alone.
 
         Args:
-            about: kept with it as JSON; `val_loss` is the validation loss of this step, or None.
+            metadata: stored with it as JSON; `val_loss` is the validation loss of this step, or None.
             due: False for one that is kept only while its validation loss is the best.
 
         Raises:
-            NotSaved: there is not room enough, or an earlier save has failed.
+            CheckpointWriteError: there is not room enough, or an earlier save has failed.
         """
         self.wait()
         if step in self.steps():
@@ -84,14 +84,14 @@ class Checkpoints:
         except Exception as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise self._not_saved(step, error) from error
-        about = {"step": step, "val_loss": None, "due": due} | about
-        self._thread = threading.Thread(target=self._finish, args=(step, partial, about), name=f"save {step}")
+        metadata = {"step": step, "val_loss": None, "due": due} | metadata
+        self._thread = threading.Thread(target=self._finish, args=(step, partial, metadata), name=f"save {step}")
         self._thread.start()
 
-    def _finish(self, step: int, partial: Path, about: dict[str, Any]) -> None:
+    def _finish(self, step: int, partial: Path, metadata: dict[str, Any]) -> None:
         try:
             self._writer.wait_until_finished()
-            manifest.write(partial, about)
+            manifest.write(partial, metadata)
             partial.rename(self.folder / str(step))
             _sync(self.folder)
             self._prune()
@@ -99,35 +99,35 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             self._failure = self._not_saved(step, error)
 
-    def _not_saved(self, step: int, error: Exception) -> NotSaved:
+    def _not_saved(self, step: int, error: Exception) -> CheckpointWriteError:
         # Tensorstore's errors are long and begin with its own words; the system's stand last in them.
         text = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         if os.strerror(errno.ENOSPC) in text and not isinstance(error, OSError):
             text = os.strerror(errno.ENOSPC)
         kept = [kept for kept in self.steps() if kept != step]
         intact = f"the checkpoint of step {kept[-1]} is as it was" if kept else "there is no earlier checkpoint"
-        return NotSaved(f"step {step} could not be saved in {self.shown}: {text[:300]}; {intact}")
+        return CheckpointWriteError(f"step {step} could not be saved in {self.display_path}: {text[:300]}; {intact}")
 
     def _prune(self) -> None:
-        about = self._about()
-        stay = set(sorted(step for step, told in about.items() if told["due"])[-self.keep :])
+        metadata = self._all_metadata()
+        stay = set(sorted(step for step, told in metadata.items() if told["due"])[-self.keep :])
         stay |= {self.best()}
-        for step in about.keys() - stay:
+        for step in metadata.keys() - stay:
             shutil.rmtree(self.folder / str(step))
 
-    def tell(self, step: int, about: dict[str, Any]) -> None:
-        """Add to what is known about an intact checkpoint."""
+    def update_metadata(self, step: int, metadata: dict[str, Any]) -> None:
+        """Merge into the metadata of a valid checkpoint."""
         self.wait()
         folder = self.folder / str(step)
-        manifest.write(folder, self.check(step) | about)
+        manifest.write(folder, self.verify(step) | metadata)
 
-    def _about(self) -> dict[int, dict[str, Any]]:
-        """What is known of each checkpoint that has a sound manifest; its other files are not looked at."""
+    def _all_metadata(self) -> dict[int, dict[str, Any]]:
+        """The metadata of each checkpoint with a valid manifest; its other files are not verified."""
         found = {}
         for step in self.steps():
             try:
                 found[step] = manifest.read(self.folder / str(step))["about"]
-            except Damaged:
+            except CorruptCheckpointError:
                 continue
         return found
 
@@ -135,7 +135,7 @@ class Checkpoints:
         """Until the save under way is on disk.
 
         Raises:
-            NotSaved: it could not be written.
+            CheckpointWriteError: it could not be written.
         """
         if self._thread is not None:
             self._thread.join()
@@ -144,44 +144,44 @@ class Checkpoints:
             failure, self._failure = self._failure, None
             raise failure
 
-    def check(self, step: int) -> dict[str, Any]:
-        """What was told about a checkpoint, once all of it is found to be as it was written.
+    def verify(self, step: int) -> dict[str, Any]:
+        """Verify every file of a checkpoint and return its metadata.
 
         Raises:
-            Damaged: it is not; the message is one line.
+            CorruptCheckpointError: it is not; the message is one line.
         """
         try:
-            return manifest.check(self.folder / str(step))
-        except Damaged as error:
-            raise Damaged(f"checkpoint {self.shown / str(step)} is damaged: {error}") from None
+            return manifest.verify(self.folder / str(step))
+        except CorruptCheckpointError as error:
+            raise CorruptCheckpointError(f"checkpoint {self.display_path / str(step)} is damaged: {error}") from None
 
-    def newest_intact(self) -> tuple[int, dict[str, Any], list[Damaged]]:
-        """(step, what was told about it, what is wrong with each newer one).
+    def latest_valid(self) -> tuple[int, dict[str, Any], list[CorruptCheckpointError]]:
+        """The latest checkpoint that verifies: (step, its metadata, the errors of newer ones).
 
         Raises:
             FileNotFoundError: there is no checkpoint.
-            Damaged: none is intact; the message names them all.
+            CorruptCheckpointError: none is intact; the message names them all.
         """
-        wrong: list[Damaged] = []
+        wrong: list[CorruptCheckpointError] = []
         for step in reversed(self.steps()):
             try:
-                return step, self.check(step), wrong
-            except Damaged as error:
+                return step, self.verify(step), wrong
+            except CorruptCheckpointError as error:
                 wrong.append(error)
         if wrong:
-            raise Damaged("; ".join(map(str, wrong)) + "; no other checkpoint is left")
-        raise FileNotFoundError(f"run {self.shown.parent} has no checkpoint yet")
+            raise CorruptCheckpointError("; ".join(map(str, wrong)) + "; no other checkpoint is left")
+        raise FileNotFoundError(f"run {self.display_path.parent} has no checkpoint yet")
 
-    def set_aside(self, step: int) -> Path:
-        """Move a damaged checkpoint out of the way, to damaged/STEP beside checkpoints/, and return where it is."""
-        folder = self.shown.parent / "damaged"
+    def quarantine(self, step: int) -> Path:
+        """Move a corrupt checkpoint to damaged/STEP beside checkpoints/ and return its new path."""
+        folder = self.display_path.parent / "damaged"
         folder.mkdir(exist_ok=True)
         names = (folder / (f"{step}.{number}" if number else str(step)) for number in range(1000))
         kept = next(path for path in names if not path.exists())
         return (self.folder / str(step)).rename(kept)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state at `step`, which must be intact, with the shapes, dtypes and shardings of `like`."""
+        """The state at `step`, which must be valid, with the shapes, dtypes and shardings of `like`."""
         found = self._restore(step, _tree(like))
         leaves, tree = jax.tree.flatten(like.opt_state)
         opt_state = jax.tree.unflatten(tree, [found["opt"][str(i)] for i in range(len(leaves))])
@@ -205,7 +205,7 @@ class Checkpoints:
         """Wait until everything is on disk.
 
         Raises:
-            NotSaved: the last save could not be written.
+            CheckpointWriteError: the last save could not be written.
         """
         try:
             self.wait()
@@ -216,13 +216,13 @@ class Checkpoints:
 
 
 def _tree(current: TrainState) -> dict[str, Any]:
-    """What is stored: the optimizer's own tree of named tuples is rebuilt from the config, only its leaves are kept."""
+    """The stored tree. Only the leaves of the optimizer state: its structure follows from the config."""
     opt = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(current.opt_state))}
     return {"params": current.params, "opt": opt} | ({} if current.ema is None else {"ema": current.ema})
 
 
 def _bytes(current: TrainState) -> int:
-    """Of a checkpoint on disk, and a little more."""
+    """An upper bound of the size of a checkpoint on disk."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(current)) * 21 // 20 + (1 << 18)
 
 

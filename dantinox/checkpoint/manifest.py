@@ -10,14 +10,14 @@ from dantinox.system.atomic_io import open_atomic
 NAME = "manifest.json"
 
 
-class Damaged(ValueError):
+class CorruptCheckpointError(ValueError):
     """A checkpoint is not what was written; the message says what is wrong with it."""
 
 
-def write(folder: Path, about: dict[str, Any]) -> None:
+def write(folder: Path, metadata: dict[str, Any]) -> None:
     """Write the manifest: `about`, and the size and SHA-256 of every file in the folder."""
     files = {name: [path.stat().st_size, _sha256(path)] for name, path in _files(folder).items()}
-    body = {"about": about, "files": files}
+    body = {"about": metadata, "files": files}
     with open_atomic(folder / NAME) as file:
         file.write(json.dumps(body | {"sha256": _own(body)}, indent=1).encode())
 
@@ -26,34 +26,34 @@ def read(folder: Path) -> dict[str, Any]:
     """The manifest's `about` and `files`, themselves unharmed.
 
     Raises:
-        Damaged: there is no manifest, or it is not as it was written.
+        CorruptCheckpointError: there is no manifest, or it is not as it was written.
     """
     try:
         body = json.loads((folder / NAME).read_bytes())
         told = body.pop("sha256")
     except FileNotFoundError:
-        raise Damaged(f"{NAME} is missing") from None
+        raise CorruptCheckpointError(f"{NAME} is missing") from None
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise Damaged(f"{NAME} is not as it was written") from None
+        raise CorruptCheckpointError(f"{NAME} is not as it was written") from None
     if told != _own(body):
-        raise Damaged(f"{NAME} is not as it was written")
+        raise CorruptCheckpointError(f"{NAME} is not as it was written")
     return body
 
 
-def check(folder: Path) -> dict[str, Any]:
+def verify(folder: Path) -> dict[str, Any]:
     """The manifest's `about`, once every file it names has been read and is as it was written.
 
     Raises:
-        Damaged: naming the first file that is not.
+        CorruptCheckpointError: naming the first file that is not.
     """
     body, found = read(folder), _files(folder)
     for name, (size, digest) in body["files"].items():
         if name not in found:
-            raise Damaged(f"{name} is missing")
+            raise CorruptCheckpointError(f"{name} is missing")
         if (now := found[name].stat().st_size) != size:
-            raise Damaged(f"{name} has {now} bytes of {size}")
+            raise CorruptCheckpointError(f"{name} has {now} bytes of {size}")
         if _sha256(found[name]) != digest:
-            raise Damaged(f"{name} is not as it was written (SHA-256)")
+            raise CorruptCheckpointError(f"{name} is not as it was written (SHA-256)")
     return body["about"]
 
 

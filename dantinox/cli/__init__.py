@@ -1,13 +1,13 @@
-"""Command lines: what all programs share; each program has a file of its own."""
+"""Command-line programs, one per file, and what they share (`dantinox.cli.args`)."""
 
-from dantinox.cli.args import USER_ERRORS, console, fail, parse, run_first, user_errors, value_of
+from dantinox.cli.args import USER_ERRORS, exit_with_error, one_line_errors, parse, peek_flag, positional_run, run_main
 
 __all__ = [
     "USER_ERRORS",
-    "console",
-    "fail",
+    "exit_with_error",
+    "one_line_errors",
     "parse",
-    "run_first",
-    "user_errors",
-    "value_of",
+    "peek_flag",
+    "positional_run",
+    "run_main",
 ]

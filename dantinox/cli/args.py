@@ -10,6 +10,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, get_type_hints
 
+from dantinox.config.aliases import FLAG_ALIASES, conflict, current_value
+from dantinox.config.validation import ConfigError
+
 USER_ERRORS = (
     ValueError,
     FileNotFoundError,
@@ -21,7 +24,7 @@ USER_ERRORS = (
 )
 
 
-def run_first(argv: Sequence[str] | None, flag: str = "--run") -> list[str]:
+def positional_run(argv: Sequence[str] | None, flag: str = "--run") -> list[str]:
     """The arguments (None: those of the process), `flag` before the first one where that is no flag."""
     argv = list(sys.argv[1:] if argv is None else argv)
     return [flag, *argv] if argv and not argv[0].startswith("-") else argv
@@ -34,7 +37,10 @@ def parse(cls: type, argv: Sequence[str] | None, *, default: Any, prog: str, des
     """
     import tyro  # programs that other programs start without flags do without it
 
-    argv = _switches(cls, sys.argv[1:] if argv is None else argv)
+    try:
+        argv = _current_flags(cls, _normalize_bool_flags(cls, sys.argv[1:] if argv is None else argv))
+    except ConfigError as error:
+        exit_with_error(prog, error)
     captured = io.StringIO()
     try:
         with (
@@ -52,17 +58,17 @@ def parse(cls: type, argv: Sequence[str] | None, *, default: Any, prog: str, des
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        fail(prog, _one_line(captured.getvalue()))
+        exit_with_error(prog, _one_line(captured.getvalue()))
 
 
-def fail(prog: str, message: object, code: int = 2) -> NoReturn:
+def exit_with_error(prog: str, message: object, code: int = 2) -> NoReturn:
     """One line on standard error and the exit code: 2 for wrong input, 1 for what came in between."""
     print(f"{prog}: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(code)
 
 
 @contextlib.contextmanager
-def user_errors(prog: str, verbose: bool = False) -> Iterator[None]:
+def one_line_errors(prog: str, verbose: bool = False) -> Iterator[None]:
     """What a user can get wrong becomes one line and exit code 2; with `verbose` the traceback stays.
 
     What else the system refuses, such as room on a disk, is one line too, with exit code 1.
@@ -76,10 +82,10 @@ def user_errors(prog: str, verbose: bool = False) -> Iterator[None]:
         if isinstance(error, OSError) and error.filename is not None:
             text = f"{str(error.filename)[:200]}: {error.strerror}"
         wrong = isinstance(error, USER_ERRORS) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS)
-        fail(prog, text, code=2 if wrong else 1)
+        exit_with_error(prog, text, code=2 if wrong else 1)
 
 
-def console(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
+def run_main(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
     """Run a program's main as `python -m` does, Ctrl-C and a closed pipe included."""
     try:
         raise SystemExit(main(None))
@@ -90,7 +96,7 @@ def console(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
         raise SystemExit(141) from None
 
 
-def value_of(argv: Sequence[str], *flags: str) -> str | None:
+def peek_flag(argv: Sequence[str], *flags: str) -> str | None:
     """The last value that argv gives one of the flags, before the real parse; None where it is not there."""
     found = None
     for i, word in enumerate(argv):
@@ -100,9 +106,10 @@ def value_of(argv: Sequence[str], *flags: str) -> str | None:
     return found
 
 
-def _switches(cls: type, argv: Sequence[str]) -> list[str]:
-    """`--tie=True` and `--tie=false`, which programs that write all flags alike give, as `--tie` and `--no-tie`."""
-    names = set(_booleans(cls))
+def _normalize_bool_flags(cls: type, argv: Sequence[str]) -> list[str]:
+    """`--qk-norm=true` and `--qk-norm=false` as `--qk-norm` and `--no-qk-norm`."""
+    names = {name.replace("_", "-") for name, hint in _flags(cls).items() if hint is bool}
+    names |= {old.replace("_", "-") for old, new in FLAG_ALIASES.items() if new.replace("_", "-") in names}
     words = []
     for word in argv:
         flag, _, value = word.partition("=")
@@ -113,13 +120,52 @@ def _switches(cls: type, argv: Sequence[str]) -> list[str]:
     return words
 
 
-def _booleans(cls: type) -> Iterator[str]:
-    """The flags of the fields that are true or false, however deep they lie, without their dashes."""
+def _current_flags(cls: type, argv: Sequence[str]) -> list[str]:
+    """argv with flags and values under their current names.
+
+    Raises:
+        ConfigError: a flag has one value under its name and another under an earlier one.
+    """
+    types = _flags(cls)
+    aliases = {old: new for old, new in FLAG_ALIASES.items() if new in types and old not in types}
+    words: list[str] = []
+    values: dict[str, tuple[str, Any]] = {}  # flag -> the name it was given under, and its value
+    rest = list(reversed(argv))
+    while rest:
+        word = rest.pop()
+        flag, equals, value = word.partition("=")
+        given = flag.removeprefix("--").replace("-", "_")
+        negated = given.startswith("no_") and types.get(aliases.get(given[3:], given[3:])) is bool
+        given = given[3:] if negated else given
+        name = aliases.get(given, given)
+        if not flag.startswith("--") or name not in aliases.values():
+            words.append(word)
+            continue
+        flag = f"--{'no-' if negated else ''}{name.replace('_', '-')}"
+        if types[name] is bool:
+            words.append(f"{flag}{equals}{value}")
+            value = not negated
+        elif equals:
+            value = current_value(name, value)
+            words.append(f"{flag}={value}")
+        else:
+            words.append(flag)
+            value = None
+            if rest and not rest[-1].startswith("--"):
+                value = current_value(name, rest.pop())
+                words.append(value)
+        first, first_value = values.setdefault(name, (given, value))
+        if first != given and first_value != value:
+            raise ConfigError(conflict(first, first_value, given, value, name))
+    return words
+
+
+def _flags(cls: type) -> dict[str, Any]:
+    """The name and the type of every field, those of nested dataclasses included."""
+    flags = {}
     for name, hint in get_type_hints(cls).items():
-        if dataclasses.is_dataclass(hint):
-            yield from _booleans(hint)
-        elif hint is bool:
-            yield name.replace("_", "-")
+        flags |= _flags(hint) if dataclasses.is_dataclass(hint) else {name: hint}
+    return flags
 
 
 @contextlib.contextmanager

@@ -124,7 +124,7 @@ def gigabytes(size: int) -> str:
 
 def program() -> NoReturn:
     """`main` as a console script."""
-    cli.console(main)
+    cli.run_main(main)
 
 
 if __name__ == "__main__":

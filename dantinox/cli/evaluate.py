@@ -42,11 +42,15 @@ class Args:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; 0, or SystemExit with 2 for bad input."""
-    malloc.keep_freed_memory()
+    malloc.tune_glibc_malloc()
     args = cli.parse(
-        Args, cli.run_first(argv), default=Args(), prog=PROG, description=__doc__.splitlines()[0].split(":")[0] + "."
+        Args,
+        cli.positional_run(argv),
+        default=Args(),
+        prog=PROG,
+        description=__doc__.splitlines()[0].split(":")[0] + ".",
     )
-    with cli.user_errors(PROG, args.verbose):
+    with cli.one_line_errors(PROG, args.verbose):
         report(args)
     return 0
 
@@ -81,7 +85,7 @@ def report(args: Args) -> None:
 
 def program() -> NoReturn:
     """`main` as a console script."""
-    cli.console(main)
+    cli.run_main(main)
 
 
 if __name__ == "__main__":

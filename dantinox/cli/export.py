@@ -1,4 +1,4 @@
-"""Give a trained model away: `python -m dantinox.export --run runs/NAME --to DIR`.
+"""Give a trained model away: `python -m dantinox.export --run runs/NAME --out DIR`.
 
 DIR then holds config.json and safetensors as Hugging Face has them for Llama, Mistral or Mixtral, and the tokenizer in
 our own form below DIR/dantinox. `dantinox.load_hf(DIR)` is the way back.
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dantinox import cli
-from dantinox.config.validation import integer
+from dantinox.config.validation import check_int
 from dantinox.hf.config import Layout, layout_of, to_hf
 
 PROG = "dantinox-export"
@@ -22,7 +22,7 @@ class Args:
 
     run: str = "nano"
     """The run: runs/NAME or NAME."""
-    to: str | None = None
+    out: str | None = None
     """Folder to write; it must not be there, or be empty."""
     layout: Layout | None = None
     """Names and settings of which model; None: mixtral with experts, mistral with a window, llama else."""
@@ -34,8 +34,8 @@ class Args:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; 0, or SystemExit with 2 for bad input."""
-    args = cli.parse(Args, cli.run_first(argv), default=Args(), prog=PROG, description=Args.__doc__)
-    with cli.user_errors(PROG, args.verbose):
+    args = cli.parse(Args, cli.positional_run(argv), default=Args(), prog=PROG, description=Args.__doc__)
+    with cli.one_line_errors(PROG, args.verbose):
         export(args)
     return 0
 
@@ -49,21 +49,21 @@ def export(args: Args) -> None:
     from dantinox.checkpoint.load import find_run, load, read_config
     from dantinox.hf.weights import save_hf
 
-    if args.to is None:
-        raise ValueError("to is missing; give --to a folder")
-    size = integer("shard_mb", args.shard_mb, 1) * 10**6
+    if args.out is None:
+        raise ValueError("out is missing; give --out a folder")
+    size = check_int("shard_mb", args.shard_mb, 1) * 10**6
     run = find_run(args.run)
     to_hf(read_config(run).model, args.layout)  # before the weights are read
     model, tokenizer = load(run)
-    files = save_hf(model, args.to, args.layout, size)
-    tokenizer.save(Path(args.to) / "dantinox")
+    files = save_hf(model, args.out, args.layout, size)
+    tokenizer.save(Path(args.out) / "dantinox")
     total = sum(file.stat().st_size for file in files)
-    print(f"{args.to}: {args.layout or layout_of(model.config)}, {total:,} bytes in {len(files)} file(s)")
+    print(f"{args.out}: {args.layout or layout_of(model.config)}, {total:,} bytes in {len(files)} file(s)")
 
 
 def program() -> NoReturn:
     """`main` as a console script."""
-    cli.console(main)
+    cli.run_main(main)
 
 
 if __name__ == "__main__":

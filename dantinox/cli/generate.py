@@ -17,7 +17,7 @@ import tyro
 from dantinox import cli
 from dantinox.cli.stream_printer import Screen, heads
 from dantinox.config import Decode, KVDtype, ModelConfig
-from dantinox.config.validation import integer
+from dantinox.config.validation import check_int
 from dantinox.inference import generate
 from dantinox.inference.detokenizer import Text
 from dantinox.inference.sampling import Sampling
@@ -38,7 +38,7 @@ class Args:
     """Text to continue; more than one --prompt: all at once; none: the start of a document."""
     prompt_file: str | None = None
     """A file whose text is to be continued, as it stands; -: standard input."""
-    lines: bool = False
+    prompt_per_line: bool = False
     """Each line of --prompt-file is a prompt."""
     max_new_tokens: int | None = None
     """Most tokens to write; the end of the document ends it earlier. None: 256, or what fits in max_context."""
@@ -64,15 +64,17 @@ class Args:
     """Tokens of the prompt read at once; less takes less memory."""
     decode: Decode | None = None
     """Implementation of cached decoding; None: what the run was trained with."""
-    kv_dtype: KVDtype | None = None
-    """What the key/value cache keeps: the model's dtype, or 8 bits a number; None: what the run was trained with."""
+    kv_cache_dtype: KVDtype | None = None
+    """Storage of the KV cache: the model's dtype (auto), or 8 bits per value; None: as trained."""
     verbose: bool = False
     """Say which implementations were chosen, and show tracebacks."""
 
 
 def parse(argv: Sequence[str] | None) -> Args:
     """The command line; the run may stand first, without its flag. Exits with 2 where a flag is wrong."""
-    return cli.parse(Args, cli.run_first(argv), default=Args(), prog=PROG, description="Let a trained model write.")
+    return cli.parse(
+        Args, cli.positional_run(argv), default=Args(), prog=PROG, description="Let a trained model write."
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.verbose:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
         logging.getLogger("jax").setLevel(logging.WARNING)
-    with cli.user_errors(PROG, args.verbose):
+    with cli.one_line_errors(PROG, args.verbose):
         write(args)
     return 0
 
@@ -95,11 +97,11 @@ def write(args: Args) -> None:
     from dantinox.checkpoint.load import find_run, load
 
     sampling = Sampling.checked(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
-    count = integer("n", args.n, 1)
+    count = check_int("n", args.n, 1)
     if "" in args.stop:
         raise ValueError("stop is empty; allowed: text")
     prompts = read_prompts(args)
-    chosen = {"decode": args.decode, "kv_dtype": args.kv_dtype}
+    chosen = {"decode": args.decode, "kv_cache_dtype": args.kv_cache_dtype}
     model, tokenizer = load(find_run(args.run), **{name: value for name, value in chosen.items() if value is not None})
     ids = [tokenizer.encode(prompt) if prompt else [tokenizer.eos_id] for prompt in prompts]
     new, cut = room(args.max_new_tokens, model.config, max(map(len, ids)))
@@ -115,7 +117,7 @@ def write(args: Args) -> None:
     texts = [Text(tokenizer, head, args.stop) for head in heads(prompts, count)]
     screen = Screen(texts, args.stream)
     began, first, early = time.perf_counter(), 0.0, 0
-    chunks = generate.run(model, request, lag=generate.LAG if args.stream else None)
+    chunks = generate.run(model, request, lag=generate.STREAM_LATENCY_S if args.stream else None)
     try:
         for chunk in chunks:
             screen.add(*chunk)
@@ -132,7 +134,7 @@ def write(args: Args) -> None:
     print(line, file=sys.stderr)
     if cut and any(text.tokens == new for text in texts):
         limit = generate.context_limit(model.config)
-        print(f"stopped at max_context {limit}, as {generate.what_limits(model.config)}", file=sys.stderr)
+        print(f"stopped at max_context {limit}, as {generate.why_context_limited(model.config)}", file=sys.stderr)
 
 
 def read_prompts(args: Args) -> list[str]:
@@ -142,8 +144,8 @@ def read_prompts(args: Args) -> list[str]:
         ValueError, OSError: a prompt is empty or no UTF-8 text, the file cannot be read, or flags contradict.
     """
     if args.prompt_file is None:
-        if args.lines:
-            raise ValueError("lines needs prompt_file")
+        if args.prompt_per_line:
+            raise ValueError("prompt_per_line needs prompt_file")
         if "" in args.prompt:
             raise ValueError("prompt is empty; allowed: text, or no prompt for the start of a document")
         return list(args.prompt) or [""]
@@ -158,7 +160,7 @@ def read_prompts(args: Args) -> list[str]:
         raise ValueError(f"{name} is not UTF-8 text: byte {error.start} is {raw[error.start]:#04x}") from None
     if not text:
         raise ValueError(f"{name} is empty; allowed: text to continue")
-    if not args.lines:
+    if not args.prompt_per_line:
         return [text]
     lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
     if "" in lines:
@@ -174,7 +176,7 @@ def room(asked: int | None, config: ModelConfig, longest: int) -> tuple[int, boo
     """
     limit = generate.context_limit(config)
     if limit is not None and longest >= limit:
-        why = generate.what_limits(config)
+        why = generate.why_context_limited(config)
         raise ValueError(f"the prompt is {longest} tokens long; allowed: fewer than max_context {limit}, as {why}")
     if asked is not None or limit is None:
         return MAX_NEW_TOKENS if asked is None else asked, False
@@ -183,7 +185,7 @@ def room(asked: int | None, config: ModelConfig, longest: int) -> tuple[int, boo
 
 def program() -> NoReturn:
     """`main` as a console script."""
-    cli.console(main)
+    cli.run_main(main)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ from dantinox.metrics import logger as metrics_log
 from dantinox.metrics import model_summary, wandb_logger
 from dantinox.system import malloc
 from dantinox.system.atomic_io import open_atomic
-from dantinox.training.loop import Loop, NotFinite, Progress
-from dantinox.training.resume import began_anew, changes, restore, resume_command
-from dantinox.training.signals import Interrupted, terminable
+from dantinox.training.loop import Loop, LoopState, NonFiniteError
+from dantinox.training.resume import check_restart_from_scratch, diff_settings, restore, resume_command
+from dantinox.training.signals import Interrupted, sigterm_as_exception
 from dantinox.training.trainer import Trainer
 
 PROG = "dantinox-train"
@@ -48,11 +48,11 @@ class Arguments:
 
 def parse(argv: Sequence[str]) -> Arguments:
     """Settings from the preset, then --config, then flags; a resumed run starts from its own settings instead."""
-    with cli.user_errors(PROG):
-        preset, file = cli.value_of(argv, "--preset"), cli.value_of(argv, "--config")
-        run = cli.value_of(argv, "--run")
+    with cli.one_line_errors(PROG):
+        preset, file = cli.peek_flag(argv, "--preset"), cli.peek_flag(argv, "--config")
+        run = cli.peek_flag(argv, "--run")
         if "--resume" in argv and run and not preset and not file:
-            base = read_config(Path(cli.value_of(argv, "--runs-dir", "--runs_dir") or "runs") / run)
+            base = read_config(Path(cli.peek_flag(argv, "--runs-dir", "--runs_dir") or "runs") / run)
         else:
             base = Config.from_preset(preset or "nano")
             if file is not None:
@@ -85,21 +85,21 @@ def train(config: Config, resume: bool = False) -> Path:
     Raises:
         ConfigError, ValueError, FileNotFoundError: a setting, the data or the run to resume is not fit.
         Interrupted: after Ctrl-C or SIGTERM, once the state is saved.
-        NotFinite: the loss or a gradient is not finite; the state before it is saved.
-        NotSaved: a checkpoint could not be written; those before it are as they were.
+        NonFiniteError: the loss or a gradient is not finite; the state before it is saved.
+        CheckpointWriteError: a checkpoint could not be written; those before it are as they were.
     """
     if config.train.wandb:
-        wandb_logger.check()
+        wandb_logger.require_wandb()
     trainer = Trainer(config)
     config = trainer.config
     folder = Path(config.train.runs_dir) / config.train.run
-    current, first, known = None, 0, Progress()
+    current, first, known = None, 0, LoopState()
     if resume:
-        changed = changes(config, read_config(folder))
+        changed = diff_settings(config, read_config(folder))
         if Checkpoints(folder).steps():
             current, first, known = restore(trainer, folder)
         else:
-            began_anew(folder, config)
+            check_restart_from_scratch(folder, config)
         if changed and first:
             print(f"resumed with {changed}: the steps to come are not those of a run that was never interrupted")
     run = prepare_run(config, resume)
@@ -115,12 +115,12 @@ def train(config: Config, resume: bool = False) -> Path:
             file.write(content.encode())
     trainer.corpus.tokenizer.save(run)
     with (
-        wandb_logger.Tracker(run, config, resume) if config.train.wandb else contextlib.nullcontext() as tracker,
-        contextlib.closing(Checkpoints(run, config.train.keep)) as checkpoints,
+        wandb_logger.WandbLogger(run, config, resume) if config.train.wandb else contextlib.nullcontext() as tracker,
+        contextlib.closing(Checkpoints(run, config.train.max_checkpoints)) as checkpoints,
         contextlib.closing(metrics_log.MetricsLog(run, first if resume else None, tracker)) as log,
     ):
         loop = Loop(trainer, run, checkpoints, log, resume_command(config), known)
-        loop.run(trainer.initial() if current is None else current, first)
+        loop.run(trainer.init_state() if current is None else current, first)
     metrics_log.plot_loss(run, config.train.run, stats.unigram_entropy)
     return run
 
@@ -134,14 +134,14 @@ def dry_run(config: Config) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns the exit code."""
-    malloc.keep_freed_memory()
+    malloc.tune_glibc_malloc()
     arguments = parse(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     if arguments.verbose:
         for name in ("kernels", "dantinox"):
             logging.getLogger(name).setLevel(logging.INFO)
     try:
-        with terminable(), cli.user_errors(PROG, arguments.verbose):
+        with sigterm_as_exception(), cli.one_line_errors(PROG, arguments.verbose):
             if arguments.dry_run:
                 dry_run(arguments.settings)
             else:
@@ -152,16 +152,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stopped.code
     except KeyboardInterrupt:
         return 130
-    except (NotFinite, OSError) as error:  # what cannot be known beforehand: a full disk, a NaN
+    except (NonFiniteError, OSError) as error:  # what cannot be known beforehand: a full disk, a NaN
         if arguments.verbose:
             raise
-        cli.fail(PROG, error, code=1)
+        cli.exit_with_error(PROG, error, code=1)
     return 0
 
 
 def program() -> NoReturn:
     """`main` as a console script."""
-    cli.console(main)
+    cli.run_main(main)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ from typing import Any
 
 import yaml
 
+from dantinox.config.aliases import current_names
 from dantinox.config.data import DataConfig
 from dantinox.config.model import Attention, Decode, Experts, KVDtype, ModelConfig
 from dantinox.config.optimizer import OptimConfig
 from dantinox.config.training import TrainConfig
-from dantinox.config.validation import ConfigError, require, suggest
-from dantinox.config.yaml_loader import read_mapping
+from dantinox.config.validation import ConfigError, check, did_you_mean
+from dantinox.config.yaml_loader import load_yaml_mapping
 
 __all__ = [
     "Attention",
@@ -31,7 +32,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "TrainConfig",
-    "numbers",
+    "coerce_numbers",
     "presets",
 ]
 
@@ -46,7 +47,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        require(
+        check(
             self.train.seq_len <= self.model.max_context,
             f"seq_len is {self.train.seq_len} but max_context is {self.model.max_context}; "
             f"shorten seq_len or raise max_context to {self.train.seq_len}",
@@ -60,7 +61,7 @@ class Config:
             ConfigError: unknown preset, unknown field (with a suggestion), or a value that cannot be.
         """
         if name not in presets():
-            raise ConfigError(f"preset is {name!r}; {suggest(name, presets())}")
+            raise ConfigError(f"preset is {name!r}; {did_you_mean(name, presets())}")
         text = (resources.files("dantinox") / "presets" / f"{name}.yaml").read_text()
         return cls.from_flat(_parse_yaml(text, f"preset {name}")).replace(**overrides)
 
@@ -82,9 +83,9 @@ class Config:
         """A copy with flat overrides by field name; every check runs again."""
         owner = {name: section for section, names in _fields().items() for name in names}
         changes: dict[str, dict[str, Any]] = {}
-        for name, value in overrides.items():
+        for name, value in current_names(overrides).items():
             if name not in owner:
-                raise ConfigError(f"unknown setting {name!r}; {suggest(name, owner)}")
+                raise ConfigError(f"unknown setting {name!r}; {did_you_mean(name, owner)}")
             changes.setdefault(owner[name], {})[name] = value
         loose = self.loose()
         return Config(**{s: dataclasses.replace(getattr(loose, s), **changes.get(s, {})) for s in _fields()})
@@ -121,16 +122,19 @@ def _fields() -> dict[str, list[str]]:
 
 
 def _parse_yaml(text: str, source: str) -> dict[str, Any]:
-    return numbers(read_mapping(text, source), source)
+    return coerce_numbers(load_yaml_mapping(text, source), source)
 
 
-def numbers(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
+def coerce_numbers(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Settings as YAML gives them: what is meant as a number is taken as one, for YAML 1.1 reads 3e-4 as text.
 
     Raises:
         ConfigError: naming the setting, below the name of its `source`.
     """
-    settings = dict(settings)
+    try:
+        settings = current_names(settings)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
     sections = (ModelConfig, DataConfig, OptimConfig)
     floats = {f.name for cls in sections for f in dataclasses.fields(cls) if f.type in (float, float | None)}
     for name, value in settings.items():

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dantinox.config.validation import check_fields, require
+from dantinox.config.validation import check, check_fields
 
 
 @dataclass(frozen=True)
@@ -14,19 +14,19 @@ class DataConfig:
     """A text file, a folder, a glob, or stdlib: the Python standard library's own source."""
     tokenizer: Literal["char", "bpe"] = "char"
     """Characters, or byte-level BPE trained on the training split."""
-    bpe_vocab: int = 2048
+    bpe_vocab_size: int = 2048
     """Vocabulary size of the BPE tokenizer."""
     val_fraction: float = 0.1
     """Share of the text held out for validation."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require(self.data != "", "data is empty; give a file, a folder, a glob or stdlib")
-        require(
-            300 <= self.bpe_vocab <= 1_000_000,
-            f"bpe_vocab is {self.bpe_vocab}; allowed: 300 to 1000000 (256 bytes, one special token, merges)",
+        check(self.data != "", "data is empty; give a file, a folder, a glob or stdlib")
+        check(
+            300 <= self.bpe_vocab_size <= 1_000_000,
+            f"bpe_vocab_size is {self.bpe_vocab_size}; allowed: 300 to 1000000 (256 bytes, one special token, merges)",
         )
-        require(
+        check(
             0 < self.val_fraction < 1,
             f"val_fraction is {self.val_fraction}; allowed: between 0 and 1, exclusive",
         )

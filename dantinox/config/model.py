@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dantinox import kernels
-from dantinox.config.validation import check_fields, fraction, positive, require
+from dantinox.config.validation import check, check_fields, check_fraction, check_positive
 
-KVDtype = Literal["model", "int8", "fp8"]
+KVDtype = Literal["auto", "int8", "fp8"]
 Attention, Experts, Decode = (
     Literal[kernels.implementation_names(op)] for op in ("attention", "moe_mlp", "decode_attention")
 )
@@ -24,7 +24,7 @@ class ModelConfig:
     """Number of blocks L."""
     n_heads: int = 16
     """Query heads H."""
-    kv_heads: int = 4
+    n_kv_heads: int = 4
     """Key/value heads K; H must be a multiple of K (H = multi-head, 1 = multi-query)."""
     head_dim: int | None = None
     """Width D of one head; None: dim // n_heads."""
@@ -32,9 +32,9 @@ class ModelConfig:
     """Longest sequence a layer without a window can attend to."""
     window: int | None = None
     """Keys a query sees in windowed layers, itself included; None: all of them."""
-    layer_pattern: str = "S"
+    window_pattern: str = "S"
     """Tiled over the layers: S = windowed, L = full attention, such as SSSL."""
-    gate: Literal["none", "elementwise", "head"] = "none"
+    attn_gate: Literal["none", "elementwise", "head"] = "none"
     """Sigmoid gate on the attention output, one value an element or one a head."""
     qk_norm: bool = False
     """RMSNorm on queries and keys, per head."""
@@ -42,7 +42,7 @@ class ModelConfig:
     """Attention scores s become softcap * tanh(s / softcap)."""
     logit_softcap: float | None = None
     """The same for the final logits."""
-    positions: Literal["rope", "learned", "none"] = "rope"
+    pos_encoding: Literal["rope", "learned", "none"] = "rope"
     """How position reaches the model."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
@@ -54,7 +54,7 @@ class ModelConfig:
     """Context trained on, for yarn and llama3; None: max_context / rope_factor."""
     mlp: Literal["swiglu", "gelu"] = "swiglu"
     """Feed-forward kind."""
-    expansion: float = 4.0
+    mlp_ratio: float = 4.0
     """Hidden width F of the MLP (of each expert) over dim."""
     n_experts: int = 0
     """Experts E in each MLP; 0: a dense MLP."""
@@ -62,11 +62,11 @@ class ModelConfig:
     """Experts k that each token is sent to."""
     shared_expert: bool = False
     """One more expert that every token passes, unweighted."""
-    balance_coef: float = 0.01
+    router_aux_loss_coef: float = 0.01
     """Weight of the load-balancing loss E * sum_e f_e P_e, averaged over layers."""
-    router_z_coef: float = 0.001
+    router_z_loss_coef: float = 0.001
     """Weight of the router z-loss, mean logsumexp(router logits)^2, averaged over layers."""
-    tie: bool = True
+    tie_embeddings: bool = True
     """Input embedding and output projection are one array."""
     dropout: float = 0.0
     """Dropout rate on both residual branches, in training only."""
@@ -82,69 +82,69 @@ class ModelConfig:
     """Implementation of the mixture of experts."""
     decode: Decode = "auto"
     """Implementation of cached decoding."""
-    kv_dtype: KVDtype = "model"
-    """What the key/value cache keeps: the model's dtype, or 8 bits a number and a scale a vector."""
+    kv_cache_dtype: KVDtype = "auto"
+    """Storage of the KV cache: the model's dtype (auto), or 8 bits per value and one scale per vector."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        positive(self, "vocab_size", "dim", "n_layers", "n_heads", "kv_heads", "head_dim", "max_context")
-        positive(self, "rope_original_context", "expansion", "norm_eps", "attn_softcap", "logit_softcap")
-        require(self.rope_theta > 1, f"rope_theta is {self.rope_theta}; allowed: more than 1")
-        fraction(self, "dropout")
-        require(
-            self.n_heads % self.kv_heads == 0,
-            f"n_heads is {self.n_heads} and kv_heads is {self.kv_heads}; n_heads must be a multiple of kv_heads",
+        check_positive(self, "vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "max_context")
+        check_positive(self, "rope_original_context", "mlp_ratio", "norm_eps", "attn_softcap", "logit_softcap")
+        check(self.rope_theta > 1, f"rope_theta is {self.rope_theta}; allowed: more than 1")
+        check_fraction(self, "dropout")
+        check(
+            self.n_heads % self.n_kv_heads == 0,
+            f"n_heads is {self.n_heads} and n_kv_heads is {self.n_kv_heads}; n_heads must be a multiple of n_kv_heads",
         )
         if self.head_dim is None:
-            require(
+            check(
                 self.dim % self.n_heads == 0,
                 f"dim is {self.dim} and n_heads is {self.n_heads}; dim must be a multiple of n_heads, or set head_dim",
             )
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
-        require(
-            self.positions != "rope" or self.head_dim % 2 == 0,
+        check(
+            self.pos_encoding != "rope" or self.head_dim % 2 == 0,
             f"head_dim is {self.head_dim}; rotary positions need an even head_dim",
         )
-        require(
+        check(
             self.window is None or self.window >= 1,
             f"window is {self.window}; allowed: 1 or more keys, or None for no window",
         )
-        require(
-            self.layer_pattern != "" and set(self.layer_pattern) <= set("SL"),
-            f"layer_pattern is {self.layer_pattern!r}; allowed: the letters S (windowed) and L (full)",
+        check(
+            self.window_pattern != "" and set(self.window_pattern) <= set("SL"),
+            f"window_pattern is {self.window_pattern!r}; allowed: the letters S (windowed) and L (full)",
         )
-        require(self.rope_factor >= 1, f"rope_factor is {self.rope_factor}; allowed: 1 or more")
-        require(
-            self.rope_scaling == "none" or self.positions == "rope",
-            f"rope_scaling is {self.rope_scaling!r} but positions is {self.positions!r}; it needs positions rope",
+        check(self.rope_factor >= 1, f"rope_factor is {self.rope_factor}; allowed: 1 or more")
+        check(
+            self.rope_scaling == "none" or self.pos_encoding == "rope",
+            f"rope_scaling is {self.rope_scaling!r} but pos_encoding is {self.pos_encoding!r}; it needs rope",
         )
-        require(self.hidden >= 1, f"expansion is {self.expansion}; it leaves no hidden width for dim {self.dim}")
-        require(self.n_experts >= 0, f"n_experts is {self.n_experts}; allowed: 0 (dense) or more")
-        require(
+        check(self.hidden >= 1, f"mlp_ratio is {self.mlp_ratio}; it leaves no hidden width for dim {self.dim}")
+        check(self.n_experts >= 0, f"n_experts is {self.n_experts}; allowed: 0 (dense) or more")
+        check(
             self.experts_per_token >= 1,
             f"experts_per_token is {self.experts_per_token}; allowed: 1 or more",
         )
         if self.n_experts:
-            require(
+            check(
                 self.experts_per_token <= self.n_experts,
                 f"experts_per_token is {self.experts_per_token} but n_experts is {self.n_experts}; "
                 "a token cannot go to more experts than there are",
             )
-            require(
+            check(
                 self.mlp == "swiglu",
                 f"mlp is {self.mlp!r} with n_experts {self.n_experts}; experts are swiglu",
             )
-        for name in ("balance_coef", "router_z_coef"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; allowed: 0 or more")
+        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+            check(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; allowed: 0 or more")
 
     @property
     def hidden(self) -> int:
         """Hidden width F of the MLP."""
-        return round(self.dim * self.expansion)
+        return round(self.dim * self.mlp_ratio)
 
     def layer_window(self, layer: int) -> int | None:
         """The window of one layer; None where it sees everything."""
-        return self.window if self.layer_pattern[layer % len(self.layer_pattern)] == "S" else None
+        return self.window if self.window_pattern[layer % len(self.window_pattern)] == "S" else None
 
     def layer_slots(self, layer: int, context: int) -> int:
         """Slots C of one layer's key/value cache for a given context length."""

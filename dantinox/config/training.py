@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dantinox.config.validation import ConfigError, check_fields, positive, require
+from dantinox.config.validation import ConfigError, check, check_fields, check_positive
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class TrainConfig:
     """Evaluations without a better validation loss after which training stops early; 0: it never does."""
     save_every: int = 500
     """Steps between checkpoints, the most that a kill can cost; 0: only at the end. The last step is always saved."""
-    keep: int = 3
+    max_checkpoints: int = 3
     """Checkpoints kept, the newest; and the one of the best validation loss."""
     on_nan: Literal["stop", "skip"] = "stop"
     """At a loss or gradient that is not finite: stop before the update, or leave that batch out."""
@@ -51,17 +51,19 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        positive(self, "steps", "batch_size", "seq_len", "grad_accum", "eval_batches", "keep", "log_every")
+        check_positive(
+            self, "steps", "batch_size", "seq_len", "grad_accum", "eval_batches", "max_checkpoints", "log_every"
+        )
         for name in ("eval_every", "patience", "save_every", "sample_every", "sample_tokens", "seed"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; allowed: 0 or more")
-        require(self.seed < 2**32, f"seed is {self.seed}; allowed: below 2**32")
-        require(
+            check(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; allowed: 0 or more")
+        check(self.seed < 2**32, f"seed is {self.seed}; allowed: below 2**32")
+        check(
             self.run not in ("", ".", "..") and "/" not in self.run and "\\" not in self.run,
             f"run is {self.run!r}; allowed: a plain folder name",
         )
         size = len(self.run.encode())  # file systems allow 255; an older run gets a number behind it
-        require(size <= 200, f"run is a name of {size} bytes; allowed: up to 200")
-        require(
+        check(size <= 200, f"run is a name of {size} bytes; allowed: up to 200")
+        check(
             self.batch_size % self.grad_accum == 0,
             f"batch_size is {self.batch_size} and grad_accum is {self.grad_accum}; "
             "batch_size must be a multiple of grad_accum",
@@ -77,7 +79,7 @@ class TrainConfig:
             if name not in axes or not size.isdigit() or int(size) < 1:
                 raise ConfigError(f"mesh is {self.mesh!r}; allowed: data=N,fsdp=M with N and M at least 1")
             axes[name] = int(size)
-        require(
+        check(
             (self.batch_size // self.grad_accum) % (axes["data"] * axes["fsdp"]) == 0,
             f"mesh is {self.mesh!r} but a micro-batch holds {self.batch_size // self.grad_accum} sequences; "
             "it must be a multiple of the devices",

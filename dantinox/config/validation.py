@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import numpy as np
 
 
-def integer(name: str, value: object, least: int, end: int | None = None, off: str = "") -> int:
+def check_int(name: str, value: object, least: int, end: int | None = None, off: str = "") -> int:
     """`value` as an int, least <= value < end; ValueError otherwise, for booleans and floats too.
 
     `off` says in the message what turns the setting off.
@@ -23,7 +23,7 @@ def integer(name: str, value: object, least: int, end: int | None = None, off: s
     return number
 
 
-def number(name: str, value: object, allowed: str) -> float:
+def check_finite(name: str, value: object, allowed: str) -> float:
     try:
         if isinstance(value, bool | np.bool_ | str):
             raise TypeError
@@ -39,7 +39,7 @@ class ConfigError(ValueError):
     """A setting that cannot be; its message is one line naming the setting, its value and what is allowed."""
 
 
-def require(ok: bool, message: str) -> None:
+def check(ok: bool, message: str) -> None:
     """Raise `ConfigError(message)` unless ok."""
     if not ok:
         raise ConfigError(message)
@@ -51,37 +51,37 @@ def check_fields(config: Any) -> None:
         value = getattr(config, name)
         options = get_args(hint) if get_origin(hint) is Literal else None
         if options is not None:
-            require(value in options, f"{name} is {value!r}; allowed: {', '.join(map(str, options))}")
+            check(value in options, f"{name} is {value!r}; allowed: {', '.join(map(str, options))}")
         elif hint in (int, int | None):
             optional = hint == (int | None)
             fits = (isinstance(value, int) and not isinstance(value, bool)) or (optional and value is None)
-            require(fits, f"{name} is {value!r}; allowed: an integer{' or None' if optional else ''}")
+            check(fits, f"{name} is {value!r}; allowed: an integer{' or None' if optional else ''}")
         elif hint in (float, float | None):
             if isinstance(value, int) and not isinstance(value, bool):
                 object.__setattr__(config, name, float(value))
                 value = float(value)
             fits = (isinstance(value, float) and math.isfinite(value)) or (hint is not float and value is None)
-            require(fits, f"{name} is {value!r}; allowed: a finite number{'' if hint is float else ' or None'}")
+            check(fits, f"{name} is {value!r}; allowed: a finite number{'' if hint is float else ' or None'}")
         elif hint is bool:
-            require(isinstance(value, bool), f"{name} is {value!r}; allowed: true or false")
+            check(isinstance(value, bool), f"{name} is {value!r}; allowed: true or false")
         elif hint is str:
-            require(isinstance(value, str), f"{name} is {value!r}; allowed: text")
+            check(isinstance(value, str), f"{name} is {value!r}; allowed: text")
 
 
-def positive(config: Any, *names: str) -> None:
+def check_positive(config: Any, *names: str) -> None:
     """Each named setting is above zero, or None."""
     for name in names:
         value = getattr(config, name)
-        require(value is None or value > 0, f"{name} is {value}; it must be positive")
+        check(value is None or value > 0, f"{name} is {value}; it must be positive")
 
 
-def fraction(config: Any, *names: str) -> None:
+def check_fraction(config: Any, *names: str) -> None:
     """Each named setting is in [0, 1)."""
     for name in names:
-        require(0 <= getattr(config, name) < 1, f"{name} is {getattr(config, name)}; allowed: 0 <= {name} < 1")
+        check(0 <= getattr(config, name) < 1, f"{name} is {getattr(config, name)}; allowed: 0 <= {name} < 1")
 
 
-def suggest(name: str, known: Any) -> str:
+def did_you_mean(name: str, known: Any) -> str:
     """What the user may have meant by an unknown name."""
     close = difflib.get_close_matches(str(name).replace("-", "_"), list(known), n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"

@@ -21,7 +21,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_mapping(text: str, source: str) -> dict[str, Any]:
+def load_yaml_mapping(text: str, source: str) -> dict[str, Any]:
     """The `name: value` pairs of a YAML text; empty where there are none. No tag makes an object.
 
     Args:

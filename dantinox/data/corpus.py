@@ -92,11 +92,11 @@ def find_documents(spec: str | os.PathLike[str]) -> list[Document]:
     return _read(spec)[0]
 
 
-def prepare(
+def load_corpus(
     data: str | os.PathLike[str],
     *,
     tokenizer: str = "char",
-    bpe_vocab: int = DEFAULT_VOCAB["bpe"],
+    bpe_vocab_size: int = DEFAULT_VOCAB["bpe"],
     val_fraction: float = 0.1,
     seq_len: int = 0,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -104,7 +104,7 @@ def prepare(
 ) -> Corpus:
     """Tokenizes `data` (see find_documents), or maps what an earlier call made of the same text and options.
 
-    tokenizer: "char" or "bpe" (of bpe_vocab ids), learnt from the training part; existing_tokenizer, if
+    tokenizer: "char" or "bpe" (of bpe_vocab_size ids), learnt from the training part; existing_tokenizer, if
     given, is used instead. val_fraction: share of the text kept for validation, 0..1. seq_len: if given, both
     parts must hold a window of it. cache_dir: default $DANTINOX_CACHE, else ~/.cache/dantinox; runs share it.
     ValueError for bad options and for a corpus too small; FileNotFoundError as find_documents.
@@ -115,13 +115,13 @@ def prepare(
         raise ValueError(f'tokenizer must be "char" or "bpe", got {tokenizer!r}')
     found, skipped = _read(data)
     documents = list({document.digest: document for document in reversed(found)}.values())[::-1]
-    vocab_size = bpe_vocab if tokenizer == "bpe" else DEFAULT_VOCAB["char"]
+    vocab_size = bpe_vocab_size if tokenizer == "bpe" else DEFAULT_VOCAB["char"]
     made_by = existing_tokenizer.fingerprint if existing_tokenizer else [tokenizer, vocab_size]
-    folder = _cache_root(cache_dir) / "corpus" / _key(documents, made_by, val_fraction)
+    folder = _cache_root(cache_dir) / "corpus" / _tokenized_key(documents, made_by, val_fraction)
     corpus = _load(folder)
     if corpus is None:
         start = time.perf_counter()
-        train, val = split(documents, val_fraction)
+        train, val = train_val_split(documents, val_fraction)
         learnt = existing_tokenizer or train_tokenizer(tokenizer, (d.text for d in train), vocab_size)
         _build(folder, train, val, learnt)
         corpus = _load(folder)
@@ -129,14 +129,14 @@ def prepare(
             raise OSError(f"the cache in {folder} cannot be read back: is the disk full?")
         log.info("tokenized %s in %.1f s into %s", data, time.perf_counter() - start, folder)
     if seq_len:
-        _need(corpus.train, seq_len, f"the training part of {data}")
-        _need(corpus.val, seq_len, f"the validation part of {data}")
+        _require_length(corpus.train, seq_len, f"the training part of {data}")
+        _require_length(corpus.val, seq_len, f"the validation part of {data}")
     # Not in the cache: the same unique text may come from other files.
     stats = replace(corpus.stats, duplicates=len(found) - len(documents), skipped=skipped)
     return replace(corpus, stats=stats)
 
 
-def split(documents: list[Document], val_fraction: float) -> tuple[list[Document], list[Document]]:
+def train_val_split(documents: list[Document], val_fraction: float) -> tuple[list[Document], list[Document]]:
     """Divides distinct documents into train and validation, by content alone and without overlap.
 
     Whole documents go to validation in the order of their hash, small ones if they suffice, until it has
@@ -169,7 +169,9 @@ def split(documents: list[Document], val_fraction: float) -> tuple[list[Document
     return train, val
 
 
-def batch(tokens: np.ndarray, *, seed: int, step: int, batch_size: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+def get_batch(
+    tokens: np.ndarray, *, seed: int, step: int, batch_size: int, seq_len: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Random windows of `tokens` [N]: inputs and targets, int32 [B,T], the targets one token later.
 
     Documents follow each other in one stream, so windows are never padded and every target counts. Whoever pads
@@ -177,7 +179,7 @@ def batch(tokens: np.ndarray, *, seed: int, step: int, batch_size: int, seq_len:
     A pure function of (seed, step), both >= 0, with no state to save; row b does not depend on batch_size.
     ValueError if N < seq_len + 1.
     """
-    _need(tokens, seq_len, "the data")
+    _require_length(tokens, seq_len, "the data")
     if seed < 0 or step < 0 or batch_size < 1:
         raise ValueError(f"need seed >= 0, step >= 0, batch_size >= 1, got {seed}, {step}, {batch_size}")
     # Raw bits of a counter-based generator: NumPy keeps them the same from version to version.
@@ -191,7 +193,7 @@ def eval_batches(tokens: np.ndarray, *, batch_size: int, seq_len: int, n: int) -
     Each is (inputs, targets), int32 [B,T]. Where `tokens` [N] has too few windows there are fewer batches, at
     least one, which may then have fewer rows. ValueError if N < seq_len + 1.
     """
-    _need(tokens, seq_len, "the validation data")
+    _require_length(tokens, seq_len, "the validation data")
     if n < 1 or batch_size < 1:
         raise ValueError(f"need n >= 1 and batch_size >= 1, got {n} and {batch_size}")
     available = (len(tokens) - 1) // seq_len
@@ -201,7 +203,7 @@ def eval_batches(tokens: np.ndarray, *, batch_size: int, seq_len: int, n: int) -
     return [_windows(tokens, starts[i : i + rows], seq_len) for i in range(0, count, rows)]
 
 
-def _need(tokens: np.ndarray, seq_len: int, what: str) -> None:
+def _require_length(tokens: np.ndarray, seq_len: int, what: str) -> None:
     if seq_len < 1:
         raise ValueError(f"seq_len must be at least 1, got {seq_len}")
     if len(tokens) < seq_len + 1:
@@ -271,7 +273,7 @@ def _cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
     return Path(cache_dir or os.environ.get("DANTINOX_CACHE") or "~/.cache/dantinox").expanduser()
 
 
-def _key(documents: list[Document], made_by: object, val_fraction: float) -> str:
+def _tokenized_key(documents: list[Document], made_by: object, val_fraction: float) -> str:
     digest = hashlib.sha256(json.dumps([CACHE_FORMAT, made_by, val_fraction]).encode())
     for document in documents:
         digest.update(document.digest)

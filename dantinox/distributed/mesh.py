@@ -1,4 +1,4 @@
-"""A device mesh laid over the model from the axes that its parameters carry; the model knows nothing of it."""
+"""Parameter sharding rules, derived from the axis names of each parameter."""
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -7,12 +7,12 @@ from dantinox.checkpoint import params
 from dantinox.config import ConfigError, ModelConfig
 from dantinox.distributed.shard_map import BATCH
 
-# Logical axis -> mesh axis. Every matrix has the model width M exactly once, so fsdp cuts each of them along it.
+# Logical axis -> mesh axis. Every matrix has the model width M exactly once, so fsdp shards every matrix along it.
 RULES = {"M": "fsdp"}
 
 
 def make_mesh(axes: dict[str, int]) -> Mesh | None:
-    """A mesh over the first devices here; None where one device is all that is asked for.
+    """A mesh over the first local devices; None if a single device is requested.
 
     Raises:
         ConfigError: fewer devices than the mesh needs.
@@ -35,10 +35,10 @@ def parameter_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedShard
     Raises:
         ConfigError: an axis does not divide by the devices along it.
     """
-    _, shapes = params.abstract(config)
+    _, shapes = params.abstract_params(config)
     shardings = {}
-    for name, axes in params.axes(config).items():
-        spec = [RULES.get(axis) if len(axes) > 1 else None for axis in axes]  # norm scales are whole everywhere
+    for name, axes in params.param_axes(config).items():
+        spec = [RULES.get(axis) if len(axes) > 1 else None for axis in axes]  # norm scales are replicated
         for axis, over, size in zip(axes, spec, shapes[name].shape, strict=True):
             if over and size % mesh.shape[over]:
                 raise ConfigError(f"axis {axis} of {name} is {size}; it must divide by {over}={mesh.shape[over]}")
@@ -47,10 +47,10 @@ def parameter_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedShard
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of [micro-batches, B, T]."""
+    """Sharding of token arrays [micro-batches, B, T]."""
     return NamedSharding(mesh, PartitionSpec(None, BATCH))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Sharding that keeps the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())

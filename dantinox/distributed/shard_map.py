@@ -1,4 +1,4 @@
-"""What XLA cannot cut in parts by itself, done by each device of a mesh on its own sequences."""
+"""Run hand-written kernels under shard_map, one batch shard per device: XLA cannot partition them."""
 
 import contextlib
 import contextvars
@@ -7,32 +7,33 @@ from collections.abc import Callable, Iterator
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-BATCH = ("data", "fsdp")  # sequences are dealt over all devices
+BATCH = ("data", "fsdp")  # sequences are sharded over all devices
 
 Array = jax.Array
-_laid: contextvars.ContextVar[tuple[Mesh, PartitionSpec] | None] = contextvars.ContextVar("mesh", default=None)
+_active_mesh: contextvars.ContextVar[tuple[Mesh, PartitionSpec] | None] = contextvars.ContextVar("mesh", default=None)
 
 
 @contextlib.contextmanager
-def laid_over(mesh: Mesh | None, *, dealt: bool) -> Iterator[None]:
-    """Inside, `by_sequence` knows the mesh, and whether each device has sequences of its own or all have the same."""
-    token = _laid.set(None if mesh is None else (mesh, PartitionSpec(BATCH if dealt else None)))
+def batch_sharded_mesh(mesh: Mesh | None, *, sharded: bool) -> Iterator[None]:
+    """Within this context `shard_map_over_batch` uses `mesh`, with the batch sharded or replicated."""
+    token = _active_mesh.set(None if mesh is None else (mesh, PartitionSpec(BATCH if sharded else None)))
     try:
         yield
     finally:
-        _laid.reset(token)
+        _active_mesh.reset(token)
 
 
-def by_sequence(run: Callable[..., Array]) -> Callable[..., Array]:
-    """`run`, of arrays that all begin with the batch axis, done by each device on its own sequences.
+def shard_map_over_batch(run: Callable[..., Array]) -> Callable[..., Array]:
+    """Wrap `run` so that each device of the active mesh computes its own batch shard.
 
-    XLA cannot cut a kernel written by hand in parts, as it does with its own.
+    Args:
+        run: a function of arrays that all have a leading batch axis.
     """
-    if (laid := _laid.get()) is None:
+    if (active := _active_mesh.get()) is None:
         return run
-    mesh, spec = laid
+    mesh, spec = active
 
-    def each(*arrays: Array) -> Array:
+    def sharded(*arrays: Array) -> Array:
         return jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
 
-    return each
+    return sharded

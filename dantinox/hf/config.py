@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from dantinox.config import ConfigError, ModelConfig
+from dantinox.config.aliases import current_names
 from dantinox.model.rope import original_context
 
 Layout = Literal["llama", "mistral", "mixtral"]
@@ -13,23 +14,23 @@ _CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "mixtr
 _THETA = {"llama": 1e4, "mistral": 1e4, "mixtral": 1e6}  # where a file names none
 _YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}  # what our yarn and llama3 are made of
 _LLAMA3 = {"low_freq_factor": 1, "high_freq_factor": 4}
-_OWN = ("dropout", "router_z_coef", "dtype", "remat", "kv_dtype")  # change no weight: kept below "dantinox"
+_OWN = ("dropout", "router_z_loss_coef", "dtype", "remat", "kv_cache_dtype")  # change no weight: kept below "dantinox"
 _NAMES = {
     "vocab_size": "vocab_size",
     "dim": "hidden_size",
     "hidden": "intermediate_size",
     "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
+    "n_kv_heads": "num_key_value_heads",
     "head_dim": "head_dim",
     "max_context": "max_position_embeddings",
     "norm_eps": "rms_norm_eps",
-    "tie": "tie_word_embeddings",
+    "tie_embeddings": "tie_word_embeddings",
 }
 _EXPERTS = {
     "n_experts": "num_local_experts",
     "experts_per_token": "num_experts_per_tok",
-    "balance_coef": "router_aux_loss_coef",
+    "router_aux_loss_coef": "router_aux_loss_coef",
 }
 
 
@@ -86,8 +87,8 @@ def to_hf(config: ModelConfig, layout: Layout | None = None) -> dict[str, Any]:
 
 def _refuse(config: ModelConfig, layout: Layout) -> None:
     allowed = {
-        "positions": "rope",
-        "gate": "none",
+        "pos_encoding": "rope",
+        "attn_gate": "none",
         "qk_norm": False,
         "attn_softcap": None,
         "logit_softcap": None,
@@ -97,7 +98,7 @@ def _refuse(config: ModelConfig, layout: Layout) -> None:
     lost = [f"{name} {getattr(config, name)!r}" for name, value in allowed.items() if getattr(config, name) != value]
     windows = {config.layer_window(layer) for layer in range(config.n_layers)}
     if len(windows) > 1:
-        lost.append(f"layer_pattern {config.layer_pattern!r} with window {config.window}")
+        lost.append(f"window_pattern {config.window_pattern!r} with window {config.window}")
     elif layout == "llama" and windows != {None}:
         lost.append(f"window {config.window}")
     if (layout == "mixtral") != bool(config.n_experts):
@@ -131,9 +132,9 @@ def from_hf(held: Mapping[str, Any]) -> ModelConfig:
         value = found.get(ours)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"{names[ours]} is {value!r}; allowed: an integer, 1 or more")
-    found.setdefault("kv_heads", found["n_heads"])
-    found.setdefault("tie", False)
-    found["expansion"] = found.pop("hidden") / found["dim"]
+    found.setdefault("n_kv_heads", found["n_heads"])
+    found.setdefault("tie_embeddings", False)
+    found["mlp_ratio"] = found.pop("hidden") / found["dim"]
     if layout == "mixtral":
         found = {"n_experts": 8} | found
     else:
@@ -142,7 +143,7 @@ def from_hf(held: Mapping[str, Any]) -> ModelConfig:
     kinds = set(held.get("layer_types") or ())
     if window is not None and kinds - {"sliding_attention"}:
         raise ConfigError(f"layer_types holds {', '.join(sorted(map(str, kinds)))}; allowed: one kind for all layers")
-    own = held.get("dantinox") or {}
+    own = current_names(held.get("dantinox") or {})
     own = {name: own[name] for name in _OWN if name in own}
     stored = held.get("dtype") or held.get("torch_dtype")
     own.setdefault("dtype", "bfloat16" if stored == "bfloat16" else "float32")

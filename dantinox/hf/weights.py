@@ -25,9 +25,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dantinox.checkpoint import params as state
+from dantinox.checkpoint.params import abstract_params, split_params
 from dantinox.config import ConfigError, ModelConfig
-from dantinox.config.validation import suggest
+from dantinox.config.aliases import current_names
+from dantinox.config.validation import did_you_mean
 from dantinox.hf.config import Layout, from_hf, to_hf
 from dantinox.model.transformer import Transformer
 
@@ -90,7 +91,7 @@ def rows(config: ModelConfig) -> Iterator[Row]:
                 row = f"{theirs}.block_sparse_moe.experts.{e}.{letter}.weight", f"{ours}.mlp.{name}"
                 yield Row(*row, expert=e, inputs=inputs)
     yield Row("model.norm.weight", "norm")
-    if not config.tie:
+    if not config.tie_embeddings:
         yield Row("lm_head.weight", "head", inputs=M)
 
 
@@ -114,7 +115,7 @@ def save_hf(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(17, "is there already and not empty; nothing was written", str(folder))
-    params = {name: np.asarray(x, np.float32) for name, x in state.split(model)[1].items()}
+    params = {name: np.asarray(x, np.float32) for name, x in split_params(model)[1].items()}
     shards: list[list[Row]] = [[]]
     size, total = 0, 0
     for row in rows(model.config):
@@ -162,21 +163,21 @@ def load_hf(folder: str | Path, **overrides: Any) -> Transformer:
         config = _changed(from_hf(held), overrides)
     except ConfigError as error:
         raise ConfigError(f"{folder / CONFIG}: {error}") from None
-    skeleton, shapes = state.abstract(config)
+    model_def, shapes = abstract_params(config)
     expected = {row.theirs: row for row in rows(config)}
     with _Files(folder) as files:
-        _complete(folder, expected, files.where, config.tie)
+        _complete(folder, expected, files.where, config.tie_embeddings)
         dtype = held.get("dtype") or held.get("torch_dtype")
         allowed = {_DTYPES[dtype]} if dtype in _DTYPES else set(_DTYPES.values())
         params = {name: np.empty(x.shape, np.float32) for name, x in shapes.items()}
         for name, row in expected.items():
             row.take(files.read(name, row.shape(shapes[row.ours].shape), allowed), params[row.ours])
         head = "lm_head.weight"
-        if config.tie and head in files.where:
+        if config.tie_embeddings and head in files.where:
             shape = shapes["embedding"].shape
             if not np.array_equal(files.read(head, shape, allowed), params["embedding"]):
                 raise ValueError(f"{folder}: {head} is not the embedding, but config.json says tie_word_embeddings")
-    return skeleton.join({name: jnp.asarray(x) for name, x in params.items()})
+    return model_def.merge({name: jnp.asarray(x) for name, x in params.items()})
 
 
 class _Files:
@@ -250,9 +251,10 @@ def _complete(folder: Path, expected: Mapping[str, Row], there: Mapping[str, str
 
 def _changed(config: ModelConfig, overrides: Mapping[str, Any]) -> ModelConfig:
     known = [field.name for field in dataclasses.fields(config)]
+    overrides = current_names(overrides)
     for name in overrides:
         if name not in known:
-            raise ConfigError(f"unknown setting {name!r}; {suggest(name, known)}")
+            raise ConfigError(f"unknown setting {name!r}; {did_you_mean(name, known)}")
     return dataclasses.replace(config, **overrides)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from dantinox.config.validation import integer
+from dantinox.config.validation import check_int
 from dantinox.data.tokenizer import Tokenizer
 from dantinox.inference import generate
 from dantinox.inference.detokenizer import Text
@@ -54,7 +54,7 @@ def complete(
         sampling=Sampling.checked(temperature, top_k, top_p, min_p, repetition_penalty),
         seed=seed,
         stop_tokens=(tokenizer.eos_id,),
-        samples=range(integer("n", n, 1)),
+        samples=range(check_int("n", n, 1)),
         prefill_chunk=prefill_chunk,
     )
     texts = [Text(tokenizer, "", stop) for _ in range(len(prompts) * n)]

@@ -18,9 +18,9 @@ import numpy as np
 from flax import nnx
 
 from dantinox.config import ModelConfig
-from dantinox.config.validation import integer
-from dantinox.inference import prefill as caching
-from dantinox.inference.sampling import Sampling, penalized, sample
+from dantinox.config.validation import check_int
+from dantinox.inference import prefill
+from dantinox.inference.sampling import Sampling, apply_repetition_penalty, sample
 from dantinox.kernels import KVCache
 from dantinox.model.transformer import Transformer
 
@@ -29,8 +29,8 @@ Ids = Sequence[int] | np.ndarray
 
 PREFILL_CHUNK = 2048  # tokens of the prompts read at once
 CHUNK = 64  # tokens a sequence between two looks of the host, which is when Ctrl-C is heard
-LAG = 0.05  # seconds that streamed text may lie behind
-FINISHED = -1  # in place of a token id, once a sequence has stopped
+STREAM_LATENCY_S = 0.05  # seconds that streamed text may lie behind
+DONE_TOKEN = -1  # in place of a token id, once a sequence has stopped
 
 
 def generate(
@@ -72,7 +72,7 @@ def generate(
         ValueError: an argument is not allowed, or prompt and new tokens do not fit in max_context.
     """
     sampling = Sampling.checked(temperature, top_k, top_p, min_p, repetition_penalty)
-    samples = range(integer("n", n, 1))
+    samples = range(check_int("n", n, 1))
     request = Request(prompts, max_new_tokens, sampling, seed, stop_tokens, samples, max_context, prefill_chunk)
     chunks = [chunk.ids for chunk in run(model, request)]
     return [[token for ids in row for token in ids] for row in zip(*chunks, strict=True)]
@@ -100,7 +100,7 @@ def stream(
     """
     sampling = Sampling.checked(temperature, top_k, top_p, min_p, repetition_penalty)
     request = Request([prompt], max_new_tokens, sampling, seed, stop_tokens, (sample,), max_context, prefill_chunk)
-    return (token for chunk in run(model, request, lag=LAG) for token in chunk.ids[0])
+    return (token for chunk in run(model, request, lag=STREAM_LATENCY_S) for token in chunk.ids[0])
 
 
 @dataclass(frozen=True)
@@ -143,20 +143,22 @@ def run(model: Transformer, request: Request, lag: float | None = None) -> Itera
     """
     config = model.config
     prompts = _prompts(request.prompts, config.vocab_size)
-    count = integer("max_new_tokens", request.max_new_tokens, 1)
-    seed = integer("seed", request.seed, 0, 2**32)
-    samples = [integer("sample", s, 0, 2**31) for s in request.samples]
+    count = check_int("max_new_tokens", request.max_new_tokens, 1)
+    seed = check_int("seed", request.seed, 0, 2**32)
+    samples = [check_int("sample", s, 0, 2**31) for s in request.samples]
     stops = _stops(request.stop_tokens, config.vocab_size)
     limit = context_limit(config, request.max_context)
     longest = max(map(len, prompts))
     if limit is not None and longest + count > limit:
         raise ValueError(
             f"a prompt of {longest} tokens and max_new_tokens {count} make {longest + count}; "
-            f"allowed: max_context {limit}, as {what_limits(config)}"
+            f"allowed: max_context {limit}, as {why_context_limited(config)}"
         )
-    slots = caching.slots(config, caching.bucket(longest + count, caching.SMALLEST_CONTEXT, limit))
-    chunk = integer("prefill_chunk", request.prefill_chunk, 1)
-    size = caching.bucket(longest, caching.SMALLEST_PROMPT, limit)
+    slots = prefill.layer_cache_slots(
+        config, prefill.round_up_to_bucket(longest + count, prefill.SMALLEST_CONTEXT, limit)
+    )
+    chunk = check_int("prefill_chunk", request.prefill_chunk, 1)
+    size = prefill.round_up_to_bucket(longest, prefill.SMALLEST_PROMPT, limit)
     if size > chunk:
         size = -(-longest // chunk) * chunk
     tokens = np.zeros((len(prompts), size), np.int32)
@@ -172,25 +174,25 @@ def run(model: Transformer, request: Request, lag: float | None = None) -> Itera
 
 def _chunks(model: Transformer, slots: tuple[int, ...], start: tuple, count: int, lag: float | None) -> Iterator[Chunk]:
     graph, weights = nnx.split(model)
-    weights = _narrow(weights, model.config.dtype)
+    weights = _cast_weights(weights, model.config.dtype)
     chunks, lengths, seen, seed, samples, sampling, stops = start
-    reading: caching.Reading | None = None
+    prefilled: prefill.PrefillState | None = None
     for i, tokens in enumerate(chunks):
         at = i * chunks[0].shape[1]
         # A power of two again; what there is not yet is masked.
-        past = caching.bucket(at, 1) if at else 0
-        reading = _read(graph, slots, past, weights, tokens, np.int32(at), lengths, reading)
-    start_all = _start_alone if len(samples) == 1 else _start
-    state = start_all(graph, weights, reading.last, seed, samples, reading.caches, seen)
+        past = prefill.round_up_to_bucket(at, 1) if at else 0
+        prefilled = _prefill_chunk(graph, slots, past, weights, tokens, np.int32(at), lengths, prefilled)
+    start_all = _init_decode_in_place if len(samples) == 1 else _init_decode_jit
+    state = start_all(graph, weights, prefilled.last, seed, samples, prefilled.caches, seen)
     size = CHUNK if lag is None else 1
     while count:
         size = min(size, count)
         began = time.perf_counter()
-        state, new = _steps(graph, weights, state, sampling, stops, np.int32(size))
+        state, new = _decode_steps(graph, weights, state, sampling, stops, np.int32(size))
         ids = np.asarray(new)[:, :size]
-        going = ids[:, -1] != FINISHED
+        going = ids[:, -1] != DONE_TOKEN
         count = count - size if going.any() else 0
-        yield Chunk([row[row != FINISHED].tolist() for row in ids], (~going | (count == 0)).tolist())
+        yield Chunk([row[row != DONE_TOKEN].tolist() for row in ids], (~going | (count == 0)).tolist())
         if lag is not None:
             size = max(1, min(CHUNK, int(size * lag / (time.perf_counter() - began))))
 
@@ -219,7 +221,7 @@ class _State(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=7)
-def _read(
+def _prefill_chunk(
     graph: Any,
     slots: tuple[int, ...],
     past: int,
@@ -227,13 +229,13 @@ def _read(
     tokens: Array,
     start: Array,
     lengths: Array,
-    reading: caching.Reading | None,
-) -> caching.Reading:
+    prefilled: prefill.PrefillState | None,
+) -> prefill.PrefillState:
     """One more chunk of the prompts [B, T]."""
-    return caching.read(nnx.merge(graph, weights), tokens, start, lengths, reading or slots, past)
+    return prefill.prefill_chunk(nnx.merge(graph, weights), tokens, start, lengths, prefilled or slots, past)
 
 
-def _started(
+def _init_decode(
     graph: Any, weights: Any, last: Array, seed: Array, samples: Array, caches: list[KVCache], seen: Array
 ) -> _State:
     """The prompts, read once, for all samples."""
@@ -247,12 +249,13 @@ def _started(
     return _State(caches, logits, jnp.zeros(keys.shape, bool), keys, jnp.int32(0), seen)
 
 
-_start = jax.jit(_started, static_argnums=0)
-_start_alone = jax.jit(_started, static_argnums=0, donate_argnums=5)  # one sample goes on in the caches as they are
+_init_decode_jit = jax.jit(_init_decode, static_argnums=0)
+# A single sample per prompt decodes in the prefill caches themselves.
+_init_decode_in_place = jax.jit(_init_decode, static_argnums=0, donate_argnums=5)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _steps(
+def _decode_steps(
     graph: Any, weights: Any, state: _State, sampling: Sampling, stops: Array, count: Array
 ) -> tuple[_State, Array]:
     """`count` more tokens a row, until all have stopped: (state, ids [R, CHUNK], FINISHED after the end)."""
@@ -266,19 +269,19 @@ def _steps(
     def step(carry: tuple[_State, Array]) -> tuple[_State, Array]:
         state, out = carry
         keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
-        token = sample(penalized(state.logits, state.seen, sampling), sampling, keys)
+        token = sample(apply_repetition_penalty(state.logits, state.seen, sampling), sampling, keys)
         done = state.done | jnp.any(token[:, None] == stops, axis=-1)
-        new = jnp.where(done, FINISHED, token)
+        new = jnp.where(done, DONE_TOKEN, token)
         out = jax.lax.dynamic_update_slice(out, new[:, None], (0, state.step - first))
-        logits, caches = caching.step(model, token, state.caches)
+        logits, caches = prefill.decode_step(model, token, state.caches)
         seen = state.seen.at[jnp.arange(token.size), token].set(True, unique_indices=True)
         return _State(caches, logits, done, state.keys, state.step + 1, seen), out
 
-    out = jnp.full((state.done.size, CHUNK), FINISHED, jnp.int32)
+    out = jnp.full((state.done.size, CHUNK), DONE_TOKEN, jnp.int32)
     return jax.lax.while_loop(going, step, (state, out))
 
 
-def _narrow(weights: Any, dtype: str) -> Any:
+def _cast_weights(weights: Any, dtype: str) -> Any:
     """Matrices in the dtype that every matmul casts them to anyway: once, and not at each token."""
     return weights if dtype == "float32" else _cast(weights, dtype)
 
@@ -321,21 +324,21 @@ def _stops(stop_tokens: Iterable[int], vocab_size: int) -> np.ndarray:
     """int32, padded with FINISHED to a power of two, so that their number hardly ever recompiles."""
     stops = list(stop_tokens) if isinstance(stop_tokens, Iterable) else stop_tokens
     array = np.zeros(0, np.int32) if stops == [] else _ids("stop_tokens", stops, vocab_size)
-    return np.pad(array, (0, caching.bucket(len(array), 16) - len(array)), constant_values=FINISHED)
+    return np.pad(array, (0, prefill.round_up_to_bucket(len(array), 16) - len(array)), constant_values=DONE_TOKEN)
 
 
 def context_limit(config: ModelConfig, max_context: int | None = None) -> int | None:
     """Most tokens a sequence may have, prompt included: `max_context` or the model's; None where any length goes."""
     if max_context is not None:
-        max_context = integer("max_context", max_context, 1)
-        if config.positions == "learned" and max_context > config.max_context:
+        max_context = check_int("max_context", max_context, 1)
+        if config.pos_encoding == "learned" and max_context > config.max_context:
             raise ValueError(f"max_context is {max_context}; allowed: up to {config.max_context}")
-    return None if what_limits(config) is None else max_context or config.max_context
+    return None if why_context_limited(config) is None else max_context or config.max_context
 
 
-def what_limits(config: ModelConfig) -> str | None:
+def why_context_limited(config: ModelConfig) -> str | None:
     """Why a sequence of this model has a longest length; None where every layer has a window."""
-    if config.positions == "learned":
+    if config.pos_encoding == "learned":
         return "its positions are learned"
     full = [layer for layer in range(config.n_layers) if config.layer_window(layer) is None]
     if not full:

@@ -25,24 +25,24 @@ SMALLEST_PROMPT = 16  # tokens; below this a smaller program would save nothing
 SMALLEST_CONTEXT = 64
 
 
-def slots(config: ModelConfig, context: int) -> tuple[int, ...]:
+def layer_cache_slots(config: ModelConfig, context: int) -> tuple[int, ...]:
     """Slots C of each layer's ring, for texts of up to `context` tokens."""
     return tuple(config.layer_slots(layer, context) for layer in range(config.n_layers))
 
 
-def bucket(size: int, smallest: int, largest: int | None = None) -> int:
+def round_up_to_bucket(size: int, smallest: int, largest: int | None = None) -> int:
     """The power of two, from `smallest` to `largest`, that holds `size`: few sizes, few programs."""
     power = max(smallest, 1 << (size - 1).bit_length())
     return power if largest is None else min(power, largest)
 
 
-def empty(config: ModelConfig, batch: int, slots: Sequence[int]) -> list[KVCache]:
+def init_caches(config: ModelConfig, batch: int, slots: Sequence[int]) -> list[KVCache]:
     """Caches that no token has been written to, of so many slots a layer, in the dtype that the config asks for."""
-    dtype = jnp.dtype({"model": config.dtype, "int8": "int8", "fp8": "float8_e4m3fn"}[config.kv_dtype])
-    return [KVCache.zeros(batch, config.kv_heads, C, config.head_dim, dtype) for C in slots]
+    dtype = jnp.dtype({"auto": config.dtype, "int8": "int8", "fp8": "float8_e4m3fn"}[config.kv_cache_dtype])
+    return [KVCache.zeros(batch, config.n_kv_heads, C, config.head_dim, dtype) for C in slots]
 
 
-def append(cache: KVCache, k: Array, v: Array, count: Array) -> KVCache:
+def append_to_cache(cache: KVCache, k: Array, v: Array, count: Array) -> KVCache:
     """Many tokens at once, in place where the cache is donated.
 
     Args:
@@ -70,7 +70,7 @@ def append(cache: KVCache, k: Array, v: Array, count: Array) -> KVCache:
     return KVCache(*rings, written(cache.k_scale, k_scale), written(cache.v_scale, v_scale))
 
 
-def earlier(cache: KVCache, start: Array, count: int, dtype: jnp.dtype) -> Past:
+def gather_past(cache: KVCache, start: Array, count: int, dtype: jnp.dtype) -> Past:
     """The `count` positions before position `start`, oldest first, in `dtype`; count <= C."""
     position = start - count + jnp.arange(count)
     slot = position % cache.k.shape[2]
@@ -83,7 +83,7 @@ def earlier(cache: KVCache, start: Array, count: int, dtype: jnp.dtype) -> Past:
     return k, v, jnp.broadcast_to(position >= 0, (cache.k.shape[0], count))
 
 
-class Reading(NamedTuple):
+class PrefillState(NamedTuple):
     """How far prompts have been read.
 
     Attributes:
@@ -95,9 +95,9 @@ class Reading(NamedTuple):
     caches: list[KVCache]
 
 
-def read(
-    model: Transformer, tokens: Array, start: Array, length: Array, reading: Reading | Sequence[int], past: int
-) -> Reading:
+def prefill_chunk(
+    model: Transformer, tokens: Array, start: Array, length: Array, prefilled: PrefillState | Sequence[int], past: int
+) -> PrefillState:
     """Read one chunk of the prompts: its memory is the caches' and the chunk's, however long they are.
 
     Args:
@@ -111,19 +111,21 @@ def read(
         The reading with this chunk in it.
     """
     B, T = tokens.shape
-    if not isinstance(reading, Reading):
+    if not isinstance(prefilled, PrefillState):
         unread = jnp.zeros((B, model.config.dim), jnp.dtype(model.config.dtype))
-        reading = Reading(unread, empty(model.config, B, reading))
+        prefilled = PrefillState(unread, init_caches(model.config, B, prefilled))
     before = None
     if past:
-        dtype = reading.last.dtype
-        before = [earlier(cache, start, min(past, cache.k.shape[2]), dtype) for cache in reading.caches]
+        dtype = prefilled.last.dtype
+        before = [gather_past(cache, start, min(past, cache.k.shape[2]), dtype) for cache in prefilled.caches]
     h, _, kv = model.forward(tokens, start=start, past=before)
     place = length - 1 - start
     here = jnp.take_along_axis(h, jnp.clip(place, 0, T - 1)[:, None, None], axis=1)[:, 0]
-    last = jnp.where(((place >= 0) & (place < T))[:, None], here, reading.last)
+    last = jnp.where(((place >= 0) & (place < T))[:, None], here, prefilled.last)
     count = jnp.clip(length - start, 0, T)
-    return Reading(last, [append(cache, k, v, count) for (k, v), cache in zip(kv, reading.caches, strict=True)])
+    return PrefillState(
+        last, [append_to_cache(cache, k, v, count) for (k, v), cache in zip(kv, prefilled.caches, strict=True)]
+    )
 
 
 def prefill(model: Transformer, tokens: Array, length: Array, slots: Sequence[int]) -> tuple[Array, list[KVCache]]:
@@ -137,11 +139,11 @@ def prefill(model: Transformer, tokens: Array, length: Array, slots: Sequence[in
     Returns:
         (logits after each row's last real token [B, V] float32, the filled caches).
     """
-    last, caches = read(model, tokens, jnp.int32(0), length, slots, 0)
+    last, caches = prefill_chunk(model, tokens, jnp.int32(0), length, slots, 0)
     return model.logits(last), caches
 
 
-def step(model: Transformer, token: Array, caches: Sequence[KVCache]) -> tuple[Array, list[KVCache]]:
+def decode_step(model: Transformer, token: Array, caches: Sequence[KVCache]) -> tuple[Array, list[KVCache]]:
     """Append one token a row: ids [B] int32 -> (logits [B, V] float32 of the next, the longer caches)."""
     h, rope = model.embed(token[:, None], caches[0].length[:, None])
     longer = []

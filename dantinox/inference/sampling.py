@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dantinox.config.validation import integer, number
+from dantinox.config.validation import check_finite, check_int
 
 Array = jax.Array
 
@@ -50,19 +50,19 @@ class Sampling(NamedTuple):
         repetition_penalty: float = 1.0,
     ) -> "Sampling":
         """Raises ValueError, one line that names the argument, for a value that makes no sense."""
-        temperature = number("temperature", temperature, "a finite number, 0 (greedy) or more")
+        temperature = check_finite("temperature", temperature, "a finite number, 0 (greedy) or more")
         if temperature < 0:
             raise ValueError(f"temperature is {temperature}; allowed: a finite number, 0 (greedy) or more")
-        k = 0 if top_k is None else integer("top_k", top_k, 1, off="None: all tokens")
-        top_p = number("top_p", top_p, "0 < top_p <= 1 (1: off)")
+        k = 0 if top_k is None else check_int("top_k", top_k, 1, off="None: all tokens")
+        top_p = check_finite("top_p", top_p, "0 < top_p <= 1 (1: off)")
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p is {top_p}; allowed: 0 < top_p <= 1 (1: off)")
-        min_p = number("min_p", min_p, "0 <= min_p < 1 (0: off)")
+        min_p = check_finite("min_p", min_p, "0 <= min_p < 1 (0: off)")
         if not 0 <= min_p < 1:
             raise ValueError(f"min_p is {min_p}; allowed: 0 <= min_p < 1 (0: off)")
         most = float(np.finfo(np.float32).max)
         k = min(k, np.iinfo(np.int32).max)  # more than any vocabulary
-        penalty = number("repetition_penalty", repetition_penalty, "a number from 0.01 to 100 (1: off)")
+        penalty = check_finite("repetition_penalty", repetition_penalty, "a number from 0.01 to 100 (1: off)")
         if not 0.01 <= penalty <= 100:
             raise ValueError(f"repetition_penalty is {penalty}; allowed: a number from 0.01 to 100 (1: off)")
         numbers = np.float32([min(temperature, most), top_p, min_p, penalty])
@@ -84,8 +84,8 @@ def sample(logits: Array, sampling: Sampling, keys: Array) -> Array:
     def draw() -> Array:
         # Gumbel noise: its argmax is a draw from the softmax of the tokens that are kept.
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
-        z = scaled(logits, sampling.temperature)
-        return jnp.argmax(jnp.where(kept(z, sampling), z + noise, -jnp.inf), axis=-1)
+        z = scale_logits(logits, sampling.temperature)
+        return jnp.argmax(jnp.where(sampling_mask(z, sampling), z + noise, -jnp.inf), axis=-1)
 
     def greedy() -> Array:
         return jnp.argmax(logits, axis=-1)
@@ -93,27 +93,27 @@ def sample(logits: Array, sampling: Sampling, keys: Array) -> Array:
     return jax.lax.cond(sampling.temperature > 0, draw, greedy).astype(jnp.int32)
 
 
-def penalized(logits: Array, seen: Array, sampling: Sampling) -> Array:
+def apply_repetition_penalty(logits: Array, seen: Array, sampling: Sampling) -> Array:
     """logits [B, V], those of tokens that were `seen`, bool [B, V], made smaller (Keskar et al., 2019)."""
     penalty = sampling.repetition_penalty
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def scaled(logits: Array, temperature: Array) -> Array:
+def scale_logits(logits: Array, temperature: Array) -> Array:
     """logits / temperature [B, V], shifted so that the largest is 0: no temperature can overflow it."""
     shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
     return shifted / jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny)
 
 
-def kept(z: Array, sampling: Sampling) -> Array:
+def sampling_mask(z: Array, sampling: Sampling) -> Array:
     """Which tokens may be drawn, bool [B, V], of scaled logits z [B, V]. Sorts only if it must."""
     V = z.shape[-1]
     cut = ((sampling.top_k > 0) & (sampling.top_k < V)) | (sampling.top_p < 1)
-    best = jax.lax.cond(cut, lambda: _best(z, sampling), lambda: jnp.ones(z.shape, bool))
+    best = jax.lax.cond(cut, lambda: _top_k_top_p_mask(z, sampling), lambda: jnp.ones(z.shape, bool))
     return best & (jnp.exp(z) >= sampling.min_p)
 
 
-def _best(z: Array, sampling: Sampling) -> Array:
+def _top_k_top_p_mask(z: Array, sampling: Sampling) -> Array:
     """The tokens that top-k and then top-p keep: a prefix of the tokens sorted by z."""
     B, V = z.shape
     ids = jnp.broadcast_to(jnp.arange(V, dtype=jnp.int32), (B, V))

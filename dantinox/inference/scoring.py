@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dantinox.config.validation import integer
+from dantinox.config.validation import check_int
 from dantinox.data.corpus import Document
 from dantinox.data.tokenizer import Tokenizer
 from dantinox.inference import generate
@@ -78,13 +78,13 @@ def evaluate(
         ValueError: a size is not allowed, there is no text, or the tokenizer is not the model's.
     """
     limit = generate.context_limit(model.config)
-    context = model.config.max_context if context is None else integer("context", context, 1)
+    context = model.config.max_context if context is None else check_int("context", context, 1)
     if limit is not None and context > limit:
         raise ValueError(
-            f"context is {context}; allowed: 1 to max_context {limit}, as {generate.what_limits(model.config)}"
+            f"context is {context}; allowed: 1 to max_context {limit}, as {generate.why_context_limited(model.config)}"
         )
-    stride = max(1, context // 2) if stride is None else integer("stride", stride, 1, context + 1)
-    rows = integer("batch_size", batch_size, 1)
+    stride = max(1, context // 2) if stride is None else check_int("stride", stride, 1, context + 1)
+    rows = check_int("batch_size", batch_size, 1)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model's vocab_size is {model.config.vocab_size}"

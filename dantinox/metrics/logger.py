@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dantinox.metrics.wandb_logger import Tracker
+from dantinox.metrics.wandb_logger import WandbLogger
 from dantinox.system.atomic_io import open_atomic
 
 
@@ -31,7 +31,7 @@ def matmul_rate(dtype: str, size: int | None = None, repeats: int = 8) -> float:
 class MetricsLog:
     """metrics.jsonl, one JSON object a line, and the same scalars as TensorBoard events, and at W&B."""
 
-    def __init__(self, run: Path, resume_at: int | None = None, tracker: Tracker | None = None) -> None:
+    def __init__(self, run: Path, resume_at: int | None = None, tracker: WandbLogger | None = None) -> None:
         """`resume_at`: keep lines up to this step, drop those that a resumed run will write again; None: a new run."""
         # TensorBoard's writer alone: no TensorFlow.
         from tensorboard.summary.writer.event_file_writer import EventFileWriter

@@ -20,7 +20,7 @@ def describe(config: Config) -> str:
     experts = f"{m.n_experts} experts, {m.experts_per_token} a token" if m.n_experts else "dense"
     rows = {
         "model": f"{m.n_layers} blocks, width {m.dim}, vocabulary {m.vocab_size:,}, {m.dtype}",
-        "attention": f"{m.n_heads} heads over {m.kv_heads} kv heads of {m.head_dim}; {attention}; gate {m.gate}",
+        "attention": f"{m.n_heads} heads over {m.n_kv_heads} kv heads of {m.head_dim}; {attention}; gate {m.attn_gate}",
         "mlp": f"{m.mlp}, hidden {m.hidden}, {experts}",
         "parameters": f"{flops.total_parameters(m):,} total, {flops.active_parameters(m):,} active a token",
         "FLOPs a token": f"{flops.flops_per_token(m, T):,.0f} in training at length {T}",

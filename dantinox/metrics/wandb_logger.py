@@ -15,13 +15,13 @@ from dantinox.config import Config, ConfigError
 ID = "wandb-id"  # in the run's folder: a run that goes on is the same one at W&B
 
 
-def check() -> None:
+def require_wandb() -> None:
     """Raise `ConfigError` where the package is missing, before anything is written."""
     if importlib.util.find_spec("wandb") is None:
         raise ConfigError("wandb is not installed; pip install -c constraints.txt -e '.[wandb]', or leave --wandb out")
 
 
-class Tracker:
+class WandbLogger:
     """One run at W&B: its config and folder, each row of metrics at its step, and samples. A context manager."""
 
     def __init__(self, run: Path, config: Config, resumed: bool) -> None:
@@ -57,7 +57,7 @@ class Tracker:
         """A text that the model wrote."""
         self._run.log({tag: self._wandb.Html(f"<pre>{_escaped(text)}</pre>")}, step=max(step, self._run.step))
 
-    def __enter__(self) -> "Tracker":
+    def __enter__(self) -> "WandbLogger":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -6,9 +6,9 @@ from flax import nnx
 
 from dantinox import kernels
 from dantinox.config import ModelConfig
-from dantinox.distributed.shard_map import by_sequence
-from dantinox.model.layers import constant, dense, parameter, rms_norm
-from dantinox.model.rope import rotate
+from dantinox.distributed.shard_map import shard_map_over_batch
+from dantinox.model.layers import dense, filled_parameter, parameter, rms_norm
+from dantinox.model.rope import apply_rope
 
 Array = jax.Array
 Past = tuple[Array, Array, Array]
@@ -34,16 +34,16 @@ class Attention(nnx.Module):
     """Grouped-query attention with optional window, gate, QK-norm and soft cap."""
 
     def __init__(self, config: ModelConfig, layer: int, key: _Keys, out_std: float) -> None:
-        M, H, K, D = config.dim, config.n_heads, config.kv_heads, config.head_dim
+        M, H, K, D = config.dim, config.n_heads, config.n_kv_heads, config.head_dim
         self.config, self.window = config, config.layer_window(layer)
         self.q = parameter(key(), "MHD", (M, H, D), 0.02)
         self.k = parameter(key(), "MKD", (M, K, D), 0.02)
         self.v = parameter(key(), "MKD", (M, K, D), 0.02)
         self.o = parameter(key(), "HDM", (H, D, M), out_std)
-        gate_width = {"none": 0, "head": 1, "elementwise": D}[config.gate]
+        gate_width = {"none": 0, "head": 1, "elementwise": D}[config.attn_gate]
         self.gate = parameter(key(), "MHD", (M, H, gate_width), 0.02) if gate_width else None
-        self.q_scale = constant(1, "D", (D,)) if config.qk_norm else None
-        self.k_scale = constant(1, "D", (D,)) if config.qk_norm else None
+        self.q_scale = filled_parameter(1, "D", (D,)) if config.qk_norm else None
+        self.k_scale = filled_parameter(1, "D", (D,)) if config.qk_norm else None
 
     def project(self, x: Array, rope: tuple[Array, Array] | None) -> tuple[Array, Array, Array, Array | None]:
         """x [B, T, M] -> q [B, T, H, D], k and v [B, T, K, D], gate logits [B, T, H, D or 1] or None."""
@@ -54,7 +54,7 @@ class Attention(nnx.Module):
             q = rms_norm(q, self.q_scale, self.config.norm_eps)
             k = rms_norm(k, self.k_scale, self.config.norm_eps)
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         return q, k, v, gate
 
     @jax.named_scope("out")
@@ -71,7 +71,7 @@ class Attention(nnx.Module):
         gates = () if gate is None else (gate,)
         with jax.named_scope("attend"):
             if past is None:
-                o = by_sequence(self.attend)(q, k, v, *gates)
+                o = shard_map_over_batch(self.attend)(q, k, v, *gates)
             else:
                 keys, values = (jnp.concatenate(both, axis=1) for both in ((past[0], k), (past[1], v)))
                 own = jnp.zeros(x.shape[:2], jnp.int32)

@@ -46,9 +46,9 @@ def kv_cache_bytes(config: ModelConfig, context: int, batch: int = 1) -> int:
 def _kv_bytes(config: ModelConfig) -> int:
     """One token's keys and values in one layer; of 8 bits each vector has a factor of 4 bytes."""
     vector = config.head_dim * {"float32": 4, "bfloat16": 2}[config.dtype]
-    if config.kv_dtype != "model":
+    if config.kv_cache_dtype != "auto":
         vector = config.head_dim + 4
-    return 2 * config.kv_heads * vector
+    return 2 * config.n_kv_heads * vector
 
 
 def _mlp(config: ModelConfig, experts: int) -> int:
@@ -61,8 +61,8 @@ def _mlp(config: ModelConfig, experts: int) -> int:
 
 def _attention(config: ModelConfig) -> int:
     """Weights of one layer's projections q, k, v, o and gate."""
-    M, H, K, D = config.dim, config.n_heads, config.kv_heads, config.head_dim
-    gate = {"none": 0, "head": H, "elementwise": H * D}[config.gate]
+    M, H, K, D = config.dim, config.n_heads, config.n_kv_heads, config.head_dim
+    gate = {"none": 0, "head": H, "elementwise": H * D}[config.attn_gate]
     return M * (2 * H * D + 2 * K * D + gate)
 
 
@@ -70,7 +70,7 @@ def _fixed(config: ModelConfig) -> int:
     """All parameters but those of the MLPs."""
     M = config.dim
     attention = _attention(config) + (2 * config.head_dim if config.qk_norm else 0)
-    embeddings = config.vocab_size * M * (1 if config.tie else 2)
-    if config.positions == "learned":
+    embeddings = config.vocab_size * M * (1 if config.tie_embeddings else 2)
+    if config.pos_encoding == "learned":
         embeddings += config.max_context * M
     return embeddings + config.n_layers * (attention + 2 * M) + M

@@ -18,7 +18,7 @@ def parameter(key: Array, axes: str, shape: tuple[int, ...], std: float) -> nnx.
     return nnx.Param(jax.random.normal(key, shape, jnp.float32) * std, axes=tuple(axes))
 
 
-def constant(value: float, axes: str, shape: tuple[int, ...]) -> nnx.Param:
+def filled_parameter(value: float, axes: str, shape: tuple[int, ...]) -> nnx.Param:
     """A float32 parameter filled with one value."""
     return nnx.Param(jnp.full(shape, value, jnp.float32), axes=tuple(axes))
 

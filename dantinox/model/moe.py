@@ -15,7 +15,7 @@ from dantinox.model.layers import MLP, dense, parameter
 Array = jax.Array
 
 
-class RouterLosses(NamedTuple):
+class RouterStats(NamedTuple):
     """Unweighted auxiliary losses of a router, float32 scalars, and what it did.
 
     Attributes:
@@ -32,18 +32,18 @@ class RouterLosses(NamedTuple):
     entropy: Array
 
 
-def over_layers(losses: Sequence[RouterLosses]) -> RouterLosses:
+def mean_over_layers(losses: Sequence[RouterStats]) -> RouterStats:
     """Of a model: the mean losses, and the figures of each layer."""
     mean = lambda parts: sum(parts) / len(parts)
     balance, z, load, entropy = zip(*losses)
-    return RouterLosses(mean(balance), mean(z), jnp.stack(load), jnp.stack(entropy))
+    return RouterStats(mean(balance), mean(z), jnp.stack(load), jnp.stack(entropy))
 
 
-def figures(losses: RouterLosses, k: int) -> dict[str, Array]:
+def router_metrics(losses: RouterStats, k: int) -> dict[str, Array]:
     """What the routers of a model did with k experts a token, float32 scalars named router/KIND.LAYER.
 
     load_max, load_min: tokens of the busiest and of the idlest expert over the even share. entropy: see
-    `RouterLosses`. dropped: share of the k slots of all tokens that no expert served.
+    `RouterStats`. dropped: share of the k slots of all tokens that no expert served.
     """
     L, E = losses.load.shape
     kinds = {
@@ -55,7 +55,7 @@ def figures(losses: RouterLosses, k: int) -> dict[str, Array]:
     return {f"router/{kind}.{layer}": values[layer] for kind, values in kinds.items() for layer in range(L)}
 
 
-def route(logits: Array, k: int) -> tuple[Array, Array, RouterLosses]:
+def route(logits: Array, k: int) -> tuple[Array, Array, RouterStats]:
     """Pick k experts a token and renormalise their probabilities.
 
     Args:
@@ -72,7 +72,7 @@ def route(logits: Array, k: int) -> tuple[Array, Array, RouterLosses]:
     share = jnp.sum(ids.reshape(-1)[:, None] == jnp.arange(E), axis=0) / N  # f_e, sums to k
     balance = E * jnp.sum(share * jnp.mean(probabilities, axis=0))
     entropy = -jnp.mean(jnp.sum(probabilities * (logits - log_z), axis=-1)) / math.log(max(2, E))
-    return ids.astype(jnp.int32), weights, RouterLosses(balance, jnp.mean(log_z**2), share, entropy)
+    return ids.astype(jnp.int32), weights, RouterStats(balance, jnp.mean(log_z**2), share, entropy)
 
 
 class MoE(nnx.Module):
@@ -87,7 +87,7 @@ class MoE(nnx.Module):
         self.down = parameter(key(), "EFM", (E, F, M), out_std)
         self.shared = MLP(config, key, out_std) if config.shared_expert else None
 
-    def __call__(self, x: Array) -> tuple[Array, RouterLosses]:
+    def __call__(self, x: Array) -> tuple[Array, RouterStats]:
         tokens = x.reshape(-1, x.shape[-1])
         with jax.named_scope("router"):
             ids, weights, losses = route(dense(tokens, self.router, jnp.float32), self.k)

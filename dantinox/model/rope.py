@@ -44,7 +44,7 @@ def original_context(config: ModelConfig) -> int:
     return config.rope_original_context or max(1, round(config.max_context / config.rope_factor))
 
 
-def rotation(config: ModelConfig, positions: Array) -> tuple[Array, Array]:
+def rope_cos_sin(config: ModelConfig, positions: Array) -> tuple[Array, Array]:
     """(cos, sin), each [..., D / 2] float32, for int32 positions [...]."""
     inverse, magnitude = frequencies(config)
     angle = positions[..., None].astype(jnp.float32) * inverse
@@ -52,7 +52,7 @@ def rotation(config: ModelConfig, positions: Array) -> tuple[Array, Array]:
 
 
 @jax.named_scope("rope")
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
+def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
     """Turn feature i with feature i + D / 2. x [..., T, H, D]; cos and sin [..., T, D / 2]."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]

@@ -10,9 +10,9 @@ from flax import nnx
 from dantinox import kernels
 from dantinox.config import ModelConfig
 from dantinox.model.attention import Attention, Past, _Keys
-from dantinox.model.layers import MLP, constant, dense, dropout, parameter, rms_norm
-from dantinox.model.moe import MoE, RouterLosses, over_layers
-from dantinox.model.rope import rotation
+from dantinox.model.layers import MLP, dense, dropout, filled_parameter, parameter, rms_norm
+from dantinox.model.moe import MoE, RouterStats, mean_over_layers
+from dantinox.model.rope import rope_cos_sin
 
 Array = jax.Array
 
@@ -23,14 +23,14 @@ class Block(nnx.Module):
     def __init__(self, config: ModelConfig, layer: int, key: _Keys) -> None:
         out_std = 0.02 / (2 * config.n_layers) ** 0.5  # keeps the residual stream's variance flat in depth
         self.config = config
-        self.attention_norm = constant(1, "M", (config.dim,))
+        self.attention_norm = filled_parameter(1, "M", (config.dim,))
         self.attention = Attention(config, layer, key, out_std)
-        self.mlp_norm = constant(1, "M", (config.dim,))
+        self.mlp_norm = filled_parameter(1, "M", (config.dim,))
         self.mlp = (MoE if config.n_experts else MLP)(config, key, out_std)
 
     def __call__(
         self, h: Array, rope: tuple[Array, Array] | None, key: Array | None = None, past: Past | None = None
-    ) -> tuple[Array, RouterLosses | None, tuple[Array, Array]]:
+    ) -> tuple[Array, RouterStats | None, tuple[Array, Array]]:
         """h [B, T, M], after `past` -> (h, router losses, (keys, values) [B, T, K, D])."""
         keys = (None, None) if key is None else jax.random.split(key)
         with jax.named_scope("attention"):
@@ -46,7 +46,7 @@ class Block(nnx.Module):
             h = h + o
         return self.feed_forward(h, None)[0], cache
 
-    def feed_forward(self, h: Array, key: Array | None) -> tuple[Array, RouterLosses | None]:
+    def feed_forward(self, h: Array, key: Array | None) -> tuple[Array, RouterStats | None]:
         """The MLP branch, dense or sparse."""
         losses = None
         with jax.named_scope("moe" if self.config.n_experts else "mlp"):
@@ -77,11 +77,11 @@ class Transformer(nnx.Module):
         key = _Keys(rngs)
         self.config = config
         self.embedding = parameter(key(), "VM", (config.vocab_size, config.dim), 0.02)
-        learned = config.positions == "learned"
+        learned = config.pos_encoding == "learned"
         self.position = parameter(key(), "TM", (config.max_context, config.dim), 0.02) if learned else None
         self.blocks = nnx.List([Block(config, layer, key) for layer in range(config.n_layers)])
-        self.norm = constant(1, "M", (config.dim,))
-        self.head = None if config.tie else parameter(key(), "MV", (config.dim, config.vocab_size), 0.02)
+        self.norm = filled_parameter(1, "M", (config.dim,))
+        self.head = None if config.tie_embeddings else parameter(key(), "MV", (config.dim, config.vocab_size), 0.02)
 
     def __call__(self, tokens: Array) -> Array:
         """Logits [B, T, V] float32 of tokens [B, T] int32, in evaluation mode.
@@ -92,8 +92,8 @@ class Transformer(nnx.Module):
         """
         return self.logits(self.hidden(tokens)[0])
 
-    def hidden(self, tokens: Array, *, key: Array | None = None) -> tuple[Array, RouterLosses | None]:
-        """(final hidden states [B, T, M], router losses `over_layers`); `key` turns dropout on."""
+    def hidden(self, tokens: Array, *, key: Array | None = None) -> tuple[Array, RouterStats | None]:
+        """(final hidden states [B, T, M], router losses `mean_over_layers`); `key` turns dropout on."""
         h, losses, _ = self.forward(tokens, key=key)
         return h, losses
 
@@ -104,11 +104,11 @@ class Transformer(nnx.Module):
         key: Array | None = None,
         start: int | Array = 0,
         past: Sequence[Past] | None = None,
-    ) -> tuple[Array, RouterLosses | None, list[tuple[Array, Array]]]:
+    ) -> tuple[Array, RouterStats | None, list[tuple[Array, Array]]]:
         """Of tokens [B, T] at positions `start` and on, which see the `past` of each layer too.
 
         Returns:
-            (final hidden states [B, T, M], router losses `over_layers`, per layer (keys, values) [B, T, K, D]).
+            (final hidden states [B, T, M], router losses `mean_over_layers`, per layer (keys, values) [B, T, K, D]).
         """
         tokens = jnp.asarray(tokens)
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -127,7 +127,7 @@ class Transformer(nnx.Module):
                 h, loss, layer_kv = _REMAT[self.config.remat](block)(h, rope, layer_key, past and past[layer])
             losses.append(loss)
             kv.append(layer_kv)
-        every = over_layers(losses) if self.config.n_experts else None
+        every = mean_over_layers(losses) if self.config.n_experts else None
         return rms_norm(h, self.norm, self.config.norm_eps), every, kv
 
     @jax.named_scope("embed")
@@ -141,7 +141,7 @@ class Transformer(nnx.Module):
         if self.position is not None:
             # Padding may stand past the last position.
             h = h + self.position[...].astype(dtype)[jnp.minimum(positions, limit - 1)]
-        rope = rotation(self.config, positions) if self.config.positions == "rope" else None
+        rope = rope_cos_sin(self.config, positions) if self.config.pos_encoding == "rope" else None
         return h, rope
 
     @jax.named_scope("logits")

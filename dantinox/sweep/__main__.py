@@ -20,7 +20,7 @@ from rich.console import Console
 
 from dantinox import cli
 from dantinox.config import ConfigError
-from dantinox.config.validation import require
+from dantinox.config.validation import check
 from dantinox.metrics import wandb_logger
 from dantinox.metrics.logger import read_metrics
 from dantinox.sweep import report
@@ -58,7 +58,7 @@ class Sweeper:
     wandb: bool = False
     lock: int = -1  # a file handle that whoever works here holds
     console: Console = field(default_factory=lambda: Console(highlight=False, soft_wrap=True))
-    asked: int | None = None  # the signal that ends the sweep
+    received: int | None = None  # the signal that ends the sweep
 
     def all(self) -> list[Outcome]:
         """Train what is not done yet; what became of each run, as far as a signal let it."""
@@ -66,10 +66,10 @@ class Sweeper:
         with self._listening():
             for i, run in enumerate(self.runs):
                 head = f"{i + 1}/{len(self.runs)} {run.name}"
-                if self.asked is None and outcomes[i].state not in ("done", "refused"):
+                if self.received is None and outcomes[i].state not in ("done", "refused"):
                     outcomes[i] = self._one(run, head)
                     report.write(self.sweep, outcomes, self.folder)
-                if self.asked is None or outcomes[i].state == "interrupted":
+                if self.received is None or outcomes[i].state == "interrupted":
                     self.console.print(f"{head}: {outcomes[i].told(self.sweep.metric)}", markup=False)
         report.write(self.sweep, outcomes, self.folder)
         return outcomes
@@ -93,12 +93,12 @@ class Sweeper:
                 env={"WANDB_RUN_GROUP": self.sweep.name} | os.environ | {"PYTHONUNBUFFERED": "1"},
                 pass_fds=(self.lock,),  # whoever kills us leaves a run behind, which still holds the folder
             )
-            if self.asked is not None:  # while it was made
-                self._child.send_signal(self.asked)
+            if self.received is not None:  # while it was made
+                self._child.send_signal(self.received)
             code = self._wait(path, head)
         if code == 0:
             return report.finish(run, self.folder)
-        if self.asked is not None or code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        if self.received is not None or code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
             return Outcome(run, "interrupted")
         if code < 0:
             return Outcome(run, "failed", why=f"killed by {signal.Signals(-code).name}")
@@ -123,7 +123,7 @@ class Sweeper:
         self._child: subprocess.Popen | None = None
 
         def handle(number: int, _: object) -> None:
-            self.asked = number
+            self.received = number
             if self._child is not None and self._child.poll() is None:
                 self._child.send_signal(number)
 
@@ -164,14 +164,14 @@ def sweep(args: Args) -> int:
     """
     if args.file is None:
         raise ConfigError("file is missing; give a sweep file, such as sweeps/example.yaml")
-    require(args.seed >= 0, f"seed is {args.seed}; allowed: 0 or more")
+    check(args.seed >= 0, f"seed is {args.seed}; allowed: 0 or more")
     found = read(Path(args.file))
     try:
         runs = found.runs(args.seed)
     except ConfigError as error:
         raise ConfigError(f"{args.file}: {error}") from None
     folder = Path(args.runs_dir) / found.name
-    require(not (folder / "config.yaml").exists(), f"{folder} is a run; give the sweep another name")
+    check(not (folder / "config.yaml").exists(), f"{folder} is a run; give the sweep another name")
     if args.dry_run:
         print(f"{len(runs)} runs in {folder}, each with {fixed(found, runs)}")
         for i, run in enumerate(runs):
@@ -181,15 +181,15 @@ def sweep(args: Args) -> int:
             print(f"{i + 1}/{len(runs)} {run.name}: {words}{'' if known.state == 'waiting' else told}")
         return 0
     if args.wandb:
-        wandb_logger.check()
+        wandb_logger.require_wandb()
     with locked(folder) as lock:
         sweeper = Sweeper(found, runs, folder, args.wandb, lock)
         outcomes = sweeper.all()
     done = sum(outcome.state == "done" for outcome in outcomes)
     print(f"\n{report.table(found, outcomes)}\n\n{done} of {len(runs)} runs are done; results are in {folder}")
-    if sweeper.asked is not None:
+    if sweeper.received is not None:
         print(f"interrupted; each run is saved. Go on with: {again(args)}")
-        return 128 + sweeper.asked
+        return 128 + sweeper.received
     if any(outcome.state in ("failed", "interrupted") for outcome in outcomes):
         print(f"what has failed goes on from its last checkpoint with: {again(args)}")
     return 0 if done else 1
@@ -213,14 +213,14 @@ def again(args: Args) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; its exit code, or SystemExit with 2 for bad input."""
-    args = cli.parse(Args, cli.run_first(argv, "--file"), default=Args(), prog=PROG, description=Args.__doc__)
-    with cli.user_errors(PROG, args.verbose):
+    args = cli.parse(Args, cli.positional_run(argv, "--file"), default=Args(), prog=PROG, description=Args.__doc__)
+    with cli.one_line_errors(PROG, args.verbose):
         return sweep(args)
 
 
 def program() -> NoReturn:
     """`main` as a console script."""
-    cli.console(main)
+    cli.run_main(main)
 
 
 if __name__ == "__main__":

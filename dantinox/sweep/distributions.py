@@ -8,7 +8,7 @@ from statistics import NormalDist
 from typing import Any
 
 from dantinox.config import ConfigError
-from dantinox.config.validation import require, suggest
+from dantinox.config.validation import check, did_you_mean
 
 DIGITS = 4  # of a drawn number: it stands in the name of a folder
 Quantile = Callable[[float], float]
@@ -36,21 +36,21 @@ class Parameter:
         Raises:
             ConfigError: a key or a number is wrong; the message does not name the parameter.
         """
-        require(isinstance(about, dict), f"is {about!r}; allowed: value, values, or min and max")
+        check(isinstance(about, dict), f"is {about!r}; allowed: value, values, or min and max")
         kind = about["distribution"] if "distribution" in about else _usual(about)
-        require(isinstance(kind, str) and kind in KEYS, f"distribution is {kind!r}; {suggest(kind, KEYS)}")
+        check(isinstance(kind, str) and kind in KEYS, f"distribution is {kind!r}; {did_you_mean(kind, KEYS)}")
         needed, other = KEYS[kind]
         for key in about:
             allowed = {"distribution", *needed, *other}
-            require(key in allowed, f"unknown key {key!r} beside {kind}; {suggest(key, allowed)}")
+            check(key in allowed, f"unknown key {key!r} beside {kind}; {did_you_mean(key, allowed)}")
         for key in needed:
-            require(key in about, f"{key} is missing; distribution {kind} needs it")
+            check(key in about, f"{key} is missing; distribution {kind} needs it")
         if kind in ("constant", "categorical", "categorical_w_probabilities"):
             values = [about["value"]] if kind == "constant" else about["values"]
             return cls._of(name, _listed(values), about.get("probabilities"))
         if kind == "int_uniform":
             low, high = (_number(about, key) for key in ("min", "max"))
-            require(type(low) is int and type(high) is int, f"min is {low} and max is {high}; allowed: integers")
+            check(type(low) is int and type(high) is int, f"min is {low} and max is {high}; allowed: integers")
             _ordered(low, high)
             draw = lambda u: low + int(u * (high - low + 1))
             values = tuple(range(low, high + 1)) if high - low < 10_000 else None
@@ -62,8 +62,8 @@ class Parameter:
         if weights is None:
             weights = [1] * len(values)
         wrong = not isinstance(weights, list) or len(weights) != len(values) or not all(map(_is_number, weights))
-        require(not wrong, f"probabilities are {weights!r}; allowed: a number for each of {len(values)} values")
-        require(min(weights) >= 0 and sum(weights) > 0, f"probabilities are {weights!r}; allowed: 0 or more, not all 0")
+        check(not wrong, f"probabilities are {weights!r}; allowed: a number for each of {len(values)} values")
+        check(min(weights) >= 0 and sum(weights) > 0, f"probabilities are {weights!r}; allowed: 0 or more, not all 0")
         sums = list(accumulate(weights))
 
         def draw(u: float) -> Any:
@@ -74,7 +74,7 @@ class Parameter:
     @classmethod
     def _continuous(cls, name: str, kind: str, about: Mapping[str, Any]) -> "Parameter":
         step = _number(about, "q", 1) if kind.startswith("q_") else None
-        require(step is None or step > 0, f"q is {step}; allowed: more than 0")
+        check(step is None or step > 0, f"q is {step}; allowed: more than 0")
         quantile, ends = _quantile(kind.removeprefix("q_"), about)
 
         def rounded(x: float) -> float:
@@ -90,7 +90,7 @@ def _quantile(kind: str, about: Mapping[str, Any]) -> tuple[Quantile, tuple[floa
     """(inverse of the cumulated distribution, its bounds if it has any)."""
     if kind in ("normal", "log_normal"):
         mu, sigma = _number(about, "mu", 0.0), _number(about, "sigma", 1.0)
-        require(sigma > 0, f"sigma is {sigma}; allowed: more than 0")
+        check(sigma > 0, f"sigma is {sigma}; allowed: more than 0")
         normal = NormalDist(mu, sigma).inv_cdf
         inside = lambda u: normal(min(max(u, 1e-12), 1 - 1e-12))  # a draw can be 0
         return (inside if kind == "normal" else lambda u: math.exp(inside(u))), ()
@@ -98,7 +98,7 @@ def _quantile(kind: str, about: Mapping[str, Any]) -> tuple[Quantile, tuple[floa
     _ordered(low, high)
     if kind == "uniform":
         return lambda u: low + u * (high - low), (low, high)
-    require(low > 0, f"min is {low}; distribution log_uniform_values needs more than 0")
+    check(low > 0, f"min is {low}; distribution log_uniform_values needs more than 0")
     return lambda u: math.exp(math.log(low) + u * (math.log(high) - math.log(low))), (low, high)
 
 
@@ -131,11 +131,11 @@ def _usual(about: Mapping[str, Any]) -> str:
 
 
 def _listed(values: Any) -> tuple[Any, ...]:
-    require(isinstance(values, list) and len(values) > 0, f"values are {values!r}; allowed: a list of one or more")
+    check(isinstance(values, list) and len(values) > 0, f"values are {values!r}; allowed: a list of one or more")
     for value in values:
         plain = value is None or isinstance(value, bool | int | float | str)
-        require(plain, f"value {value!r} is none that a flag can have")
-        require(not isinstance(value, float) or math.isfinite(value), f"value {value} is not finite")
+        check(plain, f"value {value!r} is none that a flag can have")
+        check(not isinstance(value, float) or math.isfinite(value), f"value {value} is not finite")
     return tuple(values)
 
 
@@ -146,9 +146,9 @@ def _is_number(value: Any) -> bool:
 def _number(about: Mapping[str, Any], key: str, default: float | None = None) -> float:
     value = about.get(key, default)
     hint = " (YAML takes 1e-4 for text; 1.0e-4 is a number)" if isinstance(value, str) else ""
-    require(_is_number(value), f"{key} is {value!r}; allowed: a number{hint}")
+    check(_is_number(value), f"{key} is {value!r}; allowed: a number{hint}")
     return value
 
 
 def _ordered(low: float, high: float) -> None:
-    require(low < high, f"min is {low} and max is {high}; allowed: min below max")
+    check(low < high, f"min is {low} and max is {high}; allowed: min below max")

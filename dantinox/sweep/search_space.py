@@ -24,9 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dantinox.config import Config, ConfigError, numbers
-from dantinox.config.validation import require, suggest
-from dantinox.config.yaml_loader import read_mapping
+from dantinox.config import Config, ConfigError, coerce_numbers
+from dantinox.config.aliases import ALIASES, original_name, original_names
+from dantinox.config.validation import check, did_you_mean
+from dantinox.config.yaml_loader import load_yaml_mapping
 from dantinox.data.corpus import find_files
 from dantinox.sweep.distributions import Parameter
 
@@ -116,7 +117,11 @@ class Sweep:
 
     def _random(self, seed: int) -> Iterator[dict[str, Any]]:
         for i in range(100 * self.run_cap):  # few values have few combinations
-            yield {p.name: p.draw(random.Random(f"{seed}/{i}/{p.name}").random()) for p in self.parameters}
+            yield {p.name: p.draw(self._uniform(seed, i, p.name)) for p in self.parameters}
+
+    @staticmethod
+    def _uniform(seed: int, draw: int, name: str) -> float:
+        return random.Random(f"{seed}/{draw}/{original_name(name)}").random()
 
     def _possible(self, name: str, value: Any, drawn: list[dict[str, Any]]) -> None:
         """A value that goes with nothing is a mistake of the file; one that goes with something, a matter of a run."""
@@ -139,7 +144,7 @@ def read(path: Path) -> Sweep:
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text") from None
     try:
-        return _read(read_mapping(text, "the file"), path.stem)
+        return _read(load_yaml_mapping(text, "the file"), path.stem)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -148,40 +153,40 @@ def _read(found: Mapping[str, Any], stem: str) -> Sweep:
     for key in found:
         if key == "early_terminate":
             raise ConfigError("early_terminate is not known here; the parameter patience stops a run early")
-        require(key in KEYS, f"unknown key {key!r}; {suggest(key, KEYS)}")
+        check(key in KEYS, f"unknown key {key!r}; {did_you_mean(key, KEYS)}")
     for key in ("program", "method", "parameters"):
-        require(key in found, f"{key} is missing")
-    require(found["program"] == PROGRAM, f"program is {found['program']!r}; allowed: {PROGRAM}")
+        check(key in found, f"{key} is missing")
+    check(found["program"] == PROGRAM, f"program is {found['program']!r}; allowed: {PROGRAM}")
     name = found.get("name", stem)
-    require(
+    check(
         isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\\" not in name,
         f"name is {name!r}; allowed: a plain folder name",
     )
     method = found["method"]
-    require(method in ("grid", "random"), f"method is {method!r}; allowed: grid, random")
+    check(method in ("grid", "random"), f"method is {method!r}; allowed: grid, random")
     cap = found.get("run_cap")
     whole = isinstance(cap, int) and not isinstance(cap, bool) and 1 <= cap <= MOST
-    require(cap is None or whole, f"run_cap is {cap!r}; allowed: 1 to {MOST}")
-    require(cap is not None or method == "grid", "run_cap is missing; a random sweep has no other end")
+    check(cap is None or whole, f"run_cap is {cap!r}; allowed: 1 to {MOST}")
+    check(cap is not None or method == "grid", "run_cap is missing; a random sweep has no other end")
     _check_command(found.get("command"))
     metric, maximize = _metric(found.get("metric", {"name": "val_loss"}))
     parameters = _parameters(found["parameters"])
     if method == "grid":
         for p in parameters:
-            require(p.values is not None, f"{p.name}: a grid needs value, values, or min and max that are integers")
+            check(p.values is not None, f"{p.name}: a grid needs value, values, or min and max that are integers")
         total = math.prod(len(p.values) for p in parameters)
-        require(cap is not None or total <= MOST, f"the grid has {total:,} runs; allowed: {MOST:,}, or a run_cap")
+        check(cap is not None or total <= MOST, f"the grid has {total:,} runs; allowed: {MOST:,}, or a run_cap")
     return Sweep(name, method, metric, maximize, tuple(parameters), cap)
 
 
 def _metric(found: Any) -> tuple[str, bool]:
-    require(isinstance(found, dict), f"metric is {found!r}; allowed: name and goal")
+    check(isinstance(found, dict), f"metric is {found!r}; allowed: name and goal")
     for key in found:
-        require(key in ("name", "goal"), f"metric: unknown key {key!r}; {suggest(key, ('name', 'goal'))}")
+        check(key in ("name", "goal"), f"metric: unknown key {key!r}; {did_you_mean(key, ('name', 'goal'))}")
     name, goal = found.get("name"), found.get("goal", "minimize")
     known = name in METRICS or (isinstance(name, str) and name.startswith("router/"))
-    require(known, f"metric: name is {name!r}; {suggest(name, METRICS)}")
-    require(goal in ("minimize", "maximize"), f"metric: goal is {goal!r}; allowed: minimize, maximize")
+    check(known, f"metric: name is {name!r}; {did_you_mean(name, METRICS)}")
+    check(goal in ("minimize", "maximize"), f"metric: goal is {goal!r}; allowed: minimize, maximize")
     return name, goal == "maximize"
 
 
@@ -189,20 +194,22 @@ def _check_command(words: Any) -> None:
     """What W&B's agent is to run must be what we run, or the same file would mean two things."""
     if words is None:
         return
-    require(isinstance(words, list) and "dantinox.train" in words, f"command is {words!r}; it must run dantinox.train")
+    check(isinstance(words, list) and "dantinox.train" in words, f"command is {words!r}; it must run dantinox.train")
     after = words[words.index("dantinox.train") + 1 :]
-    require("${args}" in after, "command: ${args} is missing after dantinox.train")
+    check("${args}" in after, "command: ${args} is missing after dantinox.train")
     for word in after:
-        require(word in ("${args}", "--wandb"), f"command: {word!r} belongs below parameters, with a value")
+        check(word in ("${args}", "--wandb"), f"command: {word!r} belongs below parameters, with a value")
 
 
 def _parameters(found: Any) -> list[Parameter]:
-    require(isinstance(found, dict) and len(found) > 0, "parameters are missing; allowed: flags of dantinox.train")
+    check(isinstance(found, dict) and len(found) > 0, "parameters are missing; allowed: flags of dantinox.train")
     known = {*Config().flat(), "preset", "config"} - OURS
     parameters = []
     for name, about in found.items():
-        require(name not in OURS, f"{name} cannot be a parameter: the sweep decides it")
-        require(name in known, f"unknown parameter {name!r}; {suggest(name, known)}")
+        check(name not in OURS, f"{name} cannot be a parameter: the sweep decides it")
+        check(ALIASES.get(name, name) in known, f"unknown parameter {name!r}; {did_you_mean(name, known)}")
+        twin = next((p.name for p in parameters if original_name(p.name) == original_name(name)), None)
+        check(twin is None, f"{twin} and {name} are one parameter; give {ALIASES.get(name, name)} only")
         try:
             parameters.append(Parameter.read(name, about))
         except ConfigError as error:
@@ -219,9 +226,9 @@ def settings(values: Mapping[str, Any]) -> Config:
     flags = dict(values)
     config = _preset(flags.pop("preset", "nano"))
     if (file := flags.pop("config", None)) is not None:
-        require(isinstance(file, str), f"config is {file!r}; allowed: the path of a YAML file")
+        check(isinstance(file, str), f"config is {file!r}; allowed: the path of a YAML file")
         config = Config.from_yaml(file, config)
-    return config.replace(**numbers(flags, "the value"))
+    return config.replace(**coerce_numbers(flags, "the value"))
 
 
 @functools.cache
@@ -240,6 +247,6 @@ def problem(values: Mapping[str, Any]) -> str | None:
 
 def folder_name(values: Mapping[str, Any], varied: Sequence[str], told: Mapping[str, Any]) -> str:
     """What was varied, to be read, and a hash of all that was `told`, to be sure."""
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps(original_names(told), sort_keys=True).encode()).hexdigest()[:8]
     shown = "_".join(f"{name}={values[name]}" for name in varied)
     return f"{re.sub(r'[^A-Za-z0-9_.=+-]', '-', shown)[:100] or 'run'}_{digest}".lstrip(".-")

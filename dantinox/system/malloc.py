@@ -6,7 +6,7 @@ import sys
 _ARENA_MAX, _MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD = -8, -4, -1, -2  # malloc.h of glibc
 
 
-def keep_freed_memory() -> bool:
+def tune_glibc_malloc() -> bool:
     """Let glibc keep freed memory instead of giving it back to the system; True where that was possible.
 
     XLA on CPU allocates the temporary memory of a step anew each time it runs. By default glibc maps and unmaps such

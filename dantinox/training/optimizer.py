@@ -9,12 +9,12 @@ from dantinox.config import OptimConfig
 Tree = dict[str, jax.Array]  # by dotted path, such as blocks.0.attention.q
 
 
-def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """Learning rate of each step: a linear warm-up, then cosine, warm-up-stable-decay or constant."""
-    warmup = min(round(config.warmup * steps), steps - 1)
-    rest, floor = max(1, steps - warmup), config.lr * config.min_lr
+    warmup = min(round(config.warmup_ratio * steps), steps - 1)
+    rest, floor = max(1, steps - warmup), config.lr * config.min_lr_ratio
     if config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(config.lr, rest, alpha=config.min_lr)
+        after = optax.cosine_decay_schedule(config.lr, rest, alpha=config.min_lr_ratio)
     elif config.schedule == "wsd":
         decay = max(1, rest // 5)
         after = optax.join_schedules(
@@ -29,11 +29,11 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([ramp, after], [warmup])
 
 
-def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
     """Clip by global norm, then the rule of `config.optimizer`; vectors (norm scales) are not decayed."""
     return optax.chain(
-        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
-        rule(config, schedule(config, steps)),
+        optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity(),
+        rule(config, make_schedule(config, steps)),
     )
 
 

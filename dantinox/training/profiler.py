@@ -23,7 +23,7 @@ class Tracing:
     def __init__(self, loop: "Loop") -> None:
         self.range, self.folder = loop.trainer.config.train.profile_range(), loop.run_dir / "tensorboard"
         self.step: Callable = loop.trainer.step
-        self.stop, self.saved = loop.stop, loop.say_saved
+        self.stop, self.saved = loop.stop, loop.report_saved
         self.running = False
 
     def __enter__(self) -> "Tracing":
@@ -38,7 +38,7 @@ class Tracing:
         if self.range is None or step > self.range[1]:
             return
         if not hasattr(self.step, "as_text"):
-            with self.stop.leave(lambda: self.saved(step - 1)):
+            with self.stop.interruptible(lambda: self.saved(step - 1)):
                 self.step = self.step.lower(current, *batch, jnp.int32(0)).compile()
         if step >= self.range[0] and not self.running:
             options = jax.profiler.ProfileOptions()

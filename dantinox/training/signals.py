@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: nothing is cut in two, and nothing is waited for that can be done again."""
+"""Graceful shutdown on SIGINT and SIGTERM."""
 
 import contextlib
 import os
@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-PATIENCE = 2.0  # seconds that the main thread has to answer, before what it computes is given up
+PATIENCE = 2.0  # seconds the main thread has to respond before the watcher ends the process
 
 
 class Interrupted(KeyboardInterrupt):
@@ -18,20 +18,20 @@ class Interrupted(KeyboardInterrupt):
         self.code = 128 + number
 
 
-class StopRequest:
-    """Use as a context manager around a loop, which looks at `asked` between its steps.
+class SignalHandler:
+    """A context manager around a loop that checks `received` between steps.
 
-    Python hears a signal between two of its instructions: not while XLA compiles, which may take minutes. So while the
-    loop is in `leave(rescue)`, where all there is to save is known, a signal ends it at once; and where the main
-    thread does not answer, a watching thread calls `rescue` and ends the process. A second signal always interrupts.
+    Python runs signal handlers between two instructions: never while XLA compiles, which may take minutes. Inside
+    `interruptible(on_signal)` a signal therefore ends the work at once. If the main thread does not respond, a watcher
+    thread calls `on_signal` and ends the process. A second signal always interrupts.
     """
 
     def __init__(self) -> None:
-        self.asked: int | None = None
-        self._rescue: Callable[[], None] | None = None
-        self._heard, self._rescuing = threading.Event(), threading.Lock()
+        self.received: int | None = None
+        self._on_signal: Callable[[], None] | None = None
+        self._handled, self._saving = threading.Event(), threading.Lock()
 
-    def __enter__(self) -> "StopRequest":
+    def __enter__(self) -> "SignalHandler":
         # Only the main thread may listen; elsewhere signals stay with whoever owns them.
         self._listening = threading.current_thread() is threading.main_thread()
         if self._listening:
@@ -54,45 +54,45 @@ class StopRequest:
             os.close(self._read)
 
     @contextlib.contextmanager
-    def leave(self, rescue: Callable[[], None]) -> Iterator[None]:
-        """Inside, what is computed may be dropped; `rescue`, called at a signal, saves all there is to save.
+    def interruptible(self, on_signal: Callable[[], None]) -> Iterator[None]:
+        """Within this context a signal abandons the current work, after `on_signal` has saved what needs saving.
 
         Raises:
-            Interrupted: there was a signal.
+            Interrupted: a signal arrived.
         """
-        self._rescue = rescue
+        self._on_signal = on_signal
         try:
-            if self.asked is not None:
-                raise Interrupted(self.asked)
+            if self.received is not None:
+                raise Interrupted(self.received)
             yield
         except Interrupted:
-            with self._rescuing:  # or the watcher is at it, and ends the process
-                rescue()
+            with self._saving:  # or the watcher is at it, and ends the process
+                on_signal()
             raise
         finally:
-            self._rescue = None
+            self._on_signal = None
 
     def _handle(self, number: int, _: object) -> None:
-        self._heard.set()
-        again, self.asked = self.asked is not None, number
-        if again or self._rescue is not None:
+        self._handled.set()
+        again, self.received = self.received is not None, number
+        if again or self._on_signal is not None:
             raise Interrupted(number)
 
     def _watch(self) -> None:
         while word := os.read(self._read, 1):
-            number, rescue = word[0], self._rescue
-            if number not in SIGNALS or rescue is None or self._heard.wait(PATIENCE):
+            number, on_signal = word[0], self._on_signal
+            if number not in SIGNALS or on_signal is None or self._handled.wait(PATIENCE):
                 continue
-            with self._rescuing:
+            with self._saving:
                 try:
-                    rescue()
+                    on_signal()
                 finally:
                     os._exit(128 + number)
 
 
 @contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """Inside, SIGTERM raises `Interrupted` where nothing else listens, as Ctrl-C raises KeyboardInterrupt."""
+def sigterm_as_exception() -> Iterator[None]:
+    """Within this context SIGTERM raises `Interrupted`, as Ctrl-C raises KeyboardInterrupt."""
 
     def handle(number: int, _: object) -> None:
         raise Interrupted(number)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from dantinox.checkpoint.params import Params, Skeleton
+from dantinox.checkpoint.params import ModelDef, Params
 from dantinox.config import Config
-from dantinox.distributed import mesh as sharding
-from dantinox.distributed.shard_map import laid_over
-from dantinox.model.moe import figures
+from dantinox.distributed.mesh import batch_sharding, parameter_shardings, replicated
+from dantinox.distributed.shard_map import batch_sharded_mesh
+from dantinox.model.moe import router_metrics
 
 Array = jax.Array
 
@@ -23,7 +23,7 @@ class TrainState(NamedTuple):
     Attributes:
         params: float32 arrays by dotted path.
         opt_state: optax's state.
-        ema: the running average of params; None where `config.optim.ema` is 0.
+        ema: the running average of params; None where `config.optim.ema_decay` is 0.
     """
 
     params: Params
@@ -52,8 +52,8 @@ def cross_entropy(logits: Array, targets: Array, count: Array | float | None = N
     return jnp.sum(nats) / jnp.maximum(jnp.sum(counts) if count is None else count, 1)
 
 
-def loss_and_parts(
-    skeleton: Skeleton,
+def compute_loss(
+    model_def: ModelDef,
     config: Config,
     params: Params,
     inputs: Array,
@@ -66,19 +66,21 @@ def loss_and_parts(
     Parts of a sparse model: balance and router_z, means over its layers, and of each layer router/KIND.LAYER (see
     `moe.figures`). `count` as in `cross_entropy`.
     """
-    model = skeleton.join(params)
+    model = model_def.merge(params)
     h, losses = model.hidden(inputs, key=key)
     loss = cross_entropy(model.logits(h), targets, count)
-    parts = {"loss": loss}
+    metrics = {"loss": loss}
     total = loss
     if losses is not None:
-        parts |= {"balance": losses.balance, "router_z": losses.z} | figures(losses, config.model.experts_per_token)
-        total = total + config.model.balance_coef * losses.balance + config.model.router_z_coef * losses.z
-    return total, parts
+        metrics |= {"balance": losses.balance, "router_z": losses.z} | router_metrics(
+            losses, config.model.experts_per_token
+        )
+        total = total + config.model.router_aux_loss_coef * losses.balance + config.model.router_z_loss_coef * losses.z
+    return total, metrics
 
 
 def make_train_step(
-    skeleton: Skeleton,
+    model_def: ModelDef,
     config: Config,
     optimizer: optax.GradientTransformation,
     mesh: Mesh | None = None,
@@ -97,17 +99,17 @@ def make_train_step(
         params: Params, inputs: Array, targets: Array, key: Array | None, count: Array
     ) -> tuple[dict, Params]:
         def objective(params: Params) -> tuple[Array, dict[str, Array]]:
-            with laid_over(mesh, dealt=True):
-                return loss_and_parts(skeleton, config, params, inputs, targets, key, count)
+            with batch_sharded_mesh(mesh, sharded=True):
+                return compute_loss(model_def, config, params, inputs, targets, key, count)
 
-        (_, parts), grads = jax.value_and_grad(objective, has_aux=True)(params)
-        return parts, grads
+        (_, metrics), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        return metrics, grads
 
     def step(state: TrainState, inputs: Array, targets: Array, number: Array) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(root, number) if config.model.dropout else None
         count = jnp.sum(targets >= 0) / A
         if A == 1:
-            parts, grads = gradients(state.params, inputs[0], targets[0], key, count)
+            metrics, grads = gradients(state.params, inputs[0], targets[0], key, count)
         else:
 
             def add(total: Any, batch: tuple) -> tuple[Any, None]:
@@ -118,24 +120,24 @@ def make_train_step(
             shapes = jax.eval_shape(gradients, state.params, inputs[0], targets[0], key, count)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             summed, _ = jax.lax.scan(add, zeros, (inputs, targets, jnp.arange(A)))
-            parts, grads = jax.tree.map(lambda x: x / A, summed)
+            metrics, grads = jax.tree.map(lambda x: x / A, summed)
         with jax.named_scope("optimizer"):
             grad_norm = optax.global_norm(grads)
-            finite = jnp.isfinite(parts["loss"]) & jnp.isfinite(grad_norm)
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             ema = state.ema
             if ema is not None:
                 # The first steps forget faster: the initial weights are no part of the average for long.
-                decay = jnp.minimum(config.optim.ema, (1 + number) / (10 + number))
+                decay = jnp.minimum(config.optim.ema_decay, (1 + number) / (10 + number))
                 ema = optax.incremental_update(params, ema, 1 - decay)
             new = TrainState(params, opt_state, ema)
             new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
-        return new, parts | {"grad_norm": grad_norm, "finite": finite}
+        return new, metrics | {"grad_norm": grad_norm, "finite": finite}
 
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
-    batch, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    batch, whole = batch_sharding(mesh), replicated(mesh)
     return jax.jit(
         step,
         donate_argnums=0,
@@ -145,7 +147,7 @@ def make_train_step(
 
 
 def make_eval_step(
-    skeleton: Skeleton, config: Config, mesh: Mesh | None = None, shardings: Params | None = None
+    model_def: ModelDef, config: Config, mesh: Mesh | None = None, shardings: Params | None = None
 ) -> Callable[[Params, Array, Array], Array]:
     """evaluate(params, inputs, targets [B, T]) -> token-mean cross-entropy, dropout off, without auxiliary losses.
 
@@ -153,12 +155,12 @@ def make_eval_step(
     """
 
     def evaluate(params: Params, inputs: Array, targets: Array) -> Array:
-        with laid_over(mesh, dealt=False):
-            return cross_entropy(skeleton.join(params)(inputs), targets)
+        with batch_sharded_mesh(mesh, sharded=False):
+            return cross_entropy(model_def.merge(params)(inputs), targets)
 
     if mesh is None:
         return jax.jit(evaluate)
-    whole = sharding.replicated(mesh)
+    whole = replicated(mesh)
     return jax.jit(evaluate, in_shardings=(shardings, whole, whole), out_shardings=whole)
 
 
@@ -167,8 +169,8 @@ def state_shardings(config: Config, mesh: Mesh, state: TrainState) -> TrainState
 
     What has not the shape of its parameter (Adafactor's factors, counters) is whole on every device.
     """
-    params = sharding.parameter_shardings(config.model, mesh)
-    whole = sharding.replicated(mesh)
+    params = parameter_shardings(config.model, mesh)
+    whole = replicated(mesh)
 
     def like_params(node: Any) -> bool:
         return isinstance(node, dict) and node.keys() == params.keys()

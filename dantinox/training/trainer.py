@@ -8,13 +8,13 @@ import numpy as np
 from flax import nnx
 
 from dantinox import kernels
-from dantinox.checkpoint import params as state
+from dantinox.checkpoint.params import Params, abstract_params, split_params
 from dantinox.config import Config
-from dantinox.data import corpus as data
+from dantinox.data.corpus import Corpus, eval_batches, get_batch, load_corpus
 from dantinox.distributed import mesh
 from dantinox.inference.generate import generate
 from dantinox.model.transformer import Transformer
-from dantinox.training import optimizer
+from dantinox.training.optimizer import make_optimizer, make_schedule
 from dantinox.training.train_step import TrainState, make_eval_step, make_train_step, state_shardings
 
 
@@ -23,74 +23,76 @@ class Trainer:
     """One run: its data, model and step functions. Building it checks everything that can be checked early."""
 
     config: Config
-    corpus: data.Corpus = field(init=False)
+    corpus: Corpus = field(init=False)
 
     def __post_init__(self) -> None:
         c = self.config
         self.mesh = mesh.make_mesh(c.train.mesh_axes())
-        self.corpus = data.prepare(
+        self.corpus = load_corpus(
             c.data.data,
             tokenizer=c.data.tokenizer,
-            bpe_vocab=c.data.bpe_vocab,
+            bpe_vocab_size=c.data.bpe_vocab_size,
             val_fraction=c.data.val_fraction,
             seq_len=c.train.seq_len,
         )
         self.config = c = c.replace(vocab_size=self.corpus.tokenizer.vocab_size)
-        self.skeleton, shapes = state.abstract(c.model)
-        self.optimizer = optimizer.optimizer(c.optim, c.train.steps)
-        self.learning_rate = optimizer.schedule(c.optim, c.train.steps)
-        self.shapes = TrainState(shapes, jax.eval_shape(self.optimizer.init, shapes), shapes if c.optim.ema else None)
-        self.shardings = None if self.mesh is None else state_shardings(c, self.mesh, self.shapes)
-        self.step = make_train_step(self.skeleton, c, self.optimizer, self.mesh, self.shardings)
-        self.evaluate = make_eval_step(
-            self.skeleton, c, self.mesh, None if self.shardings is None else self.shardings.params
+        self.model_def, shapes = abstract_params(c.model)
+        self.optimizer = make_optimizer(c.optim, c.train.steps)
+        self.learning_rate = make_schedule(c.optim, c.train.steps)
+        self.shapes = TrainState(
+            shapes, jax.eval_shape(self.optimizer.init, shapes), shapes if c.optim.ema_decay else None
         )
-        self.eval_set = data.eval_batches(
+        self.shardings = None if self.mesh is None else state_shardings(c, self.mesh, self.shapes)
+        self.step = make_train_step(self.model_def, c, self.optimizer, self.mesh, self.shardings)
+        self.eval_step = make_eval_step(
+            self.model_def, c, self.mesh, None if self.shardings is None else self.shardings.params
+        )
+        self.eval_set = eval_batches(
             self.corpus.val, batch_size=c.train.batch_size, seq_len=c.train.seq_len, n=c.train.eval_batches
         )
         self.check_implementations()
 
     def check_implementations(self) -> None:
         """A named implementation that cannot serve this model is refused before anything is written."""
-        jax.eval_shape(self.evaluate, self.shapes.params, *self.eval_set[0])
+        jax.eval_shape(self.eval_step, self.shapes.params, *self.eval_set[0])
         reason = kernels.implementations("decode_attention").get(self.config.model.decode)
         if reason is not None:
             raise NotImplementedError(f"decode_attention: implementation={self.config.model.decode!r}: {reason}")
 
-    def initial(self) -> TrainState:
+    def init_state(self) -> TrainState:
         """Fresh parameters and optimizer state, laid over the mesh."""
 
         def build() -> TrainState:
-            _, params = state.split(Transformer(self.config.model, rngs=nnx.Rngs(self.config.train.seed)))
-            ema = jax.tree.map(jnp.copy, params) if self.config.optim.ema else None
+            _, params = split_params(Transformer(self.config.model, rngs=nnx.Rngs(self.config.train.seed)))
+            ema = jax.tree.map(jnp.copy, params) if self.config.optim.ema_decay else None
             return TrainState(params, self.optimizer.init(params), ema)
 
-        return jax.jit(build, out_shardings=self.placed())()
+        return jax.jit(build, out_shardings=self.device_shardings())()
 
-    def placed(self) -> TrainState:
+    def device_shardings(self) -> TrainState:
         """Where each array of a train state lies, fresh or restored."""
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         return self.shardings or jax.tree.map(lambda _: here, self.shapes)
 
-    def like(self) -> TrainState:
+    def abstract_state(self) -> TrainState:
         """The shapes of a train state and where its arrays lie, to restore one."""
         place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-        return jax.tree.map(place, self.shapes, self.placed())
+        return jax.tree.map(place, self.shapes, self.device_shardings())
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(inputs, targets), each [A, B, T] int32: the batch of a step, cut into micro-batches."""
         t = self.config.train
-        pair = data.batch(self.corpus.train, seed=t.seed, step=step, batch_size=t.batch_size, seq_len=t.seq_len)
+        pair = get_batch(self.corpus.train, seed=t.seed, step=step, batch_size=t.batch_size, seq_len=t.seq_len)
         return tuple(x.reshape(t.grad_accum, -1, t.seq_len) for x in pair)
 
-    def validation_loss(self, params: state.Params) -> float:
+    def validation_loss(self, params: Params) -> float:
         """Token-mean cross-entropy over the fixed evaluation set, in nats."""
-        losses = [(self.evaluate(params, x, y), int((y >= 0).sum())) for x, y in self.eval_set]
+        losses = [(self.eval_step(params, x, y), int((y >= 0).sum())) for x, y in self.eval_set]
         return sum(float(loss) * n for loss, n in losses) / sum(n for _, n in losses)
 
-    def sample(self, params: state.Params, tokens: int) -> str:
+    def sample_text(self, params: Params, tokens: int) -> str:
         """Text that the model writes from the start of a document."""
-        model, tokenizer = self.skeleton.join(params), self.corpus.tokenizer
+        model, tokenizer = self.model_def.merge(params), self.corpus.tokenizer
         room = self.config.model.max_context - 1
         ids = generate(
             model, [[tokenizer.eos_id]], max_new_tokens=min(tokens, room), temperature=0.8, top_p=0.95, seed=0

@@ -20,7 +20,7 @@ from dantinox.training import profile_report
 from dantinox.training.profile_report import Scope, Span
 from tests.helpers.tensorboard_server import tensorboard
 
-TINY = """--n-layers 2 --dim 32 --n-heads 2 --kv-heads 1 --window 8 --seq-len 16 --max-context 64 --batch-size 4
+TINY = """--n-layers 2 --dim 32 --n-heads 2 --n-kv-heads 1 --window 8 --seq-len 16 --max-context 64 --batch-size 4
 --n-experts 4 --tokenizer char""".split()
 
 

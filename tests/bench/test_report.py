@@ -196,9 +196,9 @@ def test_experts_and_a_dense_layer_of_as_many_active_parameters(preset):
 
 
 def test_toggles_measure_what_they_change():
-    tiny = {"dim": 32, "n_layers": 1, "n_heads": 4, "kv_heads": 2, "vocab_size": 64}
+    tiny = {"dim": 32, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 64}
     base = ablations.base_config("nano").replace(**tiny, batch_size=2, seq_len=16, max_context=16, window=8)
-    flips = {"base": {}, "untied": {"tie": False}}
+    flips = {"base": {}, "untied": {"tie_embeddings": False}}
     rows = ablations.measure(base, flips, rounds=1)
     assert rows["untied"]["parameters"] - rows["base"]["parameters"] == 64 * 32
     assert rows["untied"]["peak_bytes"] > rows["base"]["peak_bytes"] > 0

@@ -44,7 +44,7 @@ def test_program(command, where):
     if "dantinox.train" in command and "--help" not in command:
         command += " --steps 3 --sample-tokens 4 --eval-batches 1" if "--resume" in command else ""
         # With nano's vocabulary the text is read and cut once for all of them.
-        little = f" {SMALL} --n-layers 1 --dim 64 --n-heads 2 --kv-heads 1 --bpe-vocab 1024"
+        little = f" {SMALL} --n-layers 1 --dim 64 --n-heads 2 --n-kv-heads 1 --bpe-vocab-size 1024"
         command += little if "--dry-run" in command else ""
     if "dantinox.sweep" in command and "--dry-run" not in command:
         command += " --dry-run"  # minutes; what it does is tested in test_sweep.py

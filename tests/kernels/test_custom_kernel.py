@@ -88,7 +88,7 @@ def test_it_is_timed(copy):
 def test_a_model_is_trained_with_it(copy):
     (copy / "text.txt").write_text("to be or not to be, that is the question. " * 200)
     tiny = "--data text.txt --tokenizer char --steps 2 --batch-size 2 --seq-len 32 --n-layers 1 --dim 32 --n-heads 2"
-    tiny += " --kv-heads 1 --sample-tokens 4 --eval-batches 1"
+    tiny += " --n-kv-heads 1 --sample-tokens 4 --eval-batches 1"
     losses = {}
     for name, command in (("mine", words("dantinox.train")), ("xla", ["dantinox.train", "--attn", "xla"])):
         run(copy, *command, "--run", name, *tiny.split())

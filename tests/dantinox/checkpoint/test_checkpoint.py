@@ -17,7 +17,7 @@ import pytest
 
 from dantinox.checkpoint import manifest
 from dantinox.checkpoint.manager import Checkpoints
-from dantinox.checkpoint.manifest import Damaged
+from dantinox.checkpoint.manifest import CorruptCheckpointError
 from dantinox.training.train_step import TrainState
 
 ROOT = Path(__file__).parents[3]
@@ -59,7 +59,7 @@ def two(tmp_path_factory):
 
 def test_a_checkpoint_gives_back_every_bit(two):
     checkpoints = Checkpoints(two)
-    assert checkpoints.newest_intact()[::2] == (2, [])
+    assert checkpoints.latest_valid()[::2] == (2, [])
     assert same(checkpoints.restore(2, shapes(state(0))), state(2))
     weights = checkpoints.restore_weights(1, shapes(state(0)).params, averaged=True)
     assert all((weights[name] == value).all() for name, value in state(1).ema.items())
@@ -114,13 +114,15 @@ def test_damage_to_any_file_is_named_and_the_checkpoint_before_serves(kind, two,
         run = shutil.copytree(two, tmp_path / str(i))
         damage(run / "checkpoints" / "2" / name, kind, seed=i)
         checkpoints = Checkpoints(run)
-        step, _, (wrong,) = checkpoints.newest_intact()
+        step, _, (wrong,) = checkpoints.latest_valid()
         assert step == 1
         assert "checkpoints/2 is damaged: " in str(wrong) and str(name) in str(wrong) and "\n" not in str(wrong)
     assert same(checkpoints.restore(1, shapes(state(0))), state(1))
     damage(run / "checkpoints" / "1" / "state" / "_METADATA", kind, seed=i)
-    with pytest.raises(Damaged, match=r"checkpoints/2 is damaged: .*; .*checkpoints/1 is damaged: .* no other"):
-        checkpoints.newest_intact()
+    with pytest.raises(
+        CorruptCheckpointError, match=r"checkpoints/2 is damaged: .*; .*checkpoints/1 is damaged: .* no other"
+    ):
+        checkpoints.latest_valid()
 
 
 def test_a_manifest_that_tells_another_story_is_damaged(two, tmp_path):
@@ -129,7 +131,7 @@ def test_a_manifest_that_tells_another_story_is_damaged(two, tmp_path):
     text = path.read_text()
     assert '"step": 2,' in text
     path.write_text(text.replace('"step": 2,', '"step": 3,'))
-    assert str(Checkpoints(run).newest_intact()[2][0]).endswith("manifest.json is not as it was written")
+    assert str(Checkpoints(run).latest_valid()[2][0]).endswith("manifest.json is not as it was written")
 
 
 def test_a_kill_while_saving_leaves_only_what_is_swept_away(two, tmp_path):
@@ -138,7 +140,7 @@ def test_a_kill_while_saving_leaves_only_what_is_swept_away(two, tmp_path):
     folder = run / "checkpoints"
     (folder / "2").rename(folder / ".partial-2")  # what a kill leaves before the rename
     checkpoints = Checkpoints(run)
-    assert checkpoints.newest_intact()[0] == 1
+    assert checkpoints.latest_valid()[0] == 1
     checkpoints.save(2, state(2), {})
     checkpoints.close()
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
@@ -146,7 +148,7 @@ def test_a_kill_while_saving_leaves_only_what_is_swept_away(two, tmp_path):
 
 def test_no_checkpoint_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
-        Checkpoints(tmp_path).newest_intact()
+        Checkpoints(tmp_path).latest_valid()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -157,7 +159,7 @@ def test_nothing_is_unpickled(two, monkeypatch):
     for name in ("load", "loads", "Unpickler"):
         monkeypatch.setattr(pickle, name, refuse)
     checkpoints = Checkpoints(two)
-    assert same(checkpoints.restore(checkpoints.newest_intact()[0], shapes(state(0))), state(2))
+    assert same(checkpoints.restore(checkpoints.latest_valid()[0], shapes(state(0))), state(2))
 
 
 FULL = """
@@ -177,13 +179,13 @@ FULL = """
         try:
             checkpoints.save(2, large, {})
             checkpoints.wait()
-        except manager.NotSaved as error:
+        except manager.CheckpointWriteError as error:
             print(error)
         else:
             raise AssertionError("there was room")
         assert [path.name for path in (run / "checkpoints").iterdir()] == ["1"]
     checkpoints.close()
-    assert Checkpoints(run).newest_intact()[::2] == (1, [])
+    assert Checkpoints(run).latest_valid()[::2] == (1, [])
     assert same(checkpoints.restore(1, shapes(first)), first)
 """
 

@@ -19,28 +19,28 @@ VALUES = {
     "dim": "8 16 24 32 12 7 0 x",
     "n-layers": "1 1 1 2 3 0 1.5",
     "n-heads": "1 2 4 8 3 0 -1",
-    "kv-heads": "1 2 4 3 0",
+    "n-kv-heads": "1 2 4 3 0",
     "head-dim": "None 1 2 4 6 5 0 -4",
     "max-context": "16 17 32 64 5 0",
     "window": "None 1 2 5 16 1000 0 -3 2.5",
-    "layer-pattern": "S L SL SSSL LS X sl",
-    "gate": "none elementwise head yes",
+    "window-pattern": "S L SL SSSL LS X sl",
+    "attn-gate": "none elementwise head yes",
     "qk-norm": "True False maybe",
     "attn-softcap": "None 1 30 0.01 0 -1 nan",
     "logit-softcap": "None 1 30 0.01 1e-30 0 inf",
-    "positions": "rope rope learned none alibi",
+    "pos-encoding": "rope rope learned none alibi",
     "rope-theta": "10000 100 1.0 0.5 1e-3 1e30 0 -5 nan",
     "rope-scaling": "none none linear ntk yarn llama3 dynamic",
     "rope-factor": "1.0 2 7.5 1000 0.5 0 -2 inf",
     "rope-original-context": "None 1 4 16 1000000 0",
     "mlp": "swiglu swiglu gelu relu",
-    "expansion": "1 2 3.7 0.3 0.01 0 -1",
+    "mlp-ratio": "1 2 3.7 0.3 0.01 0 -1",
     "n-experts": "0 0 1 2 3 8 -1",
     "experts-per-token": "1 2 3 0 9",
     "shared-expert": "True False",
-    "balance-coef": "0 0.01 1 100 -1 nan",
-    "router-z-coef": "0 0.001 1 -1",
-    "tie": "True False",
+    "router-aux-loss-coef": "0 0.01 1 100 -1 nan",
+    "router-z-loss-coef": "0 0.001 1 -1",
+    "tie-embeddings": "True False",
     "dropout": "0 0.1 0.5 0.99 1 -0.1",
     "norm-eps": "1e-6 1e-3 1 1e-30 0",
     "dtype": "float32 bfloat16 float16",
@@ -48,18 +48,18 @@ VALUES = {
     "attn": "auto xla reference triton flash",
     "moe": "auto xla reference triton",
     "decode": "auto xla reference triton",
-    "kv-dtype": "model int8 fp8 int4",
+    "kv-cache-dtype": "auto int8 fp8 int4",
     "tokenizer": "char bpe word",
-    "bpe-vocab": "300 320 299 0",
+    "bpe-vocab-size": "300 320 299 0",
     "val-fraction": "0.1 0.5 0.9 0 1 0.0001",
     "lr": "3e-4 1 1e-10 0 -1 nan",
     "schedule": "cosine wsd constant linear",
-    "warmup": "0 0.05 0.5 0.99 1 -0.1",
-    "min-lr": "0 0.1 1 2 -1",
+    "warmup-ratio": "0 0.05 0.5 0.99 1 -0.1",
+    "min-lr-ratio": "0 0.1 1 2 -1",
     "weight-decay": "0 0.1 10 -1",
     "beta1": "0 0.9 0.999 1 -1",
     "beta2": "0 0.95 0.999 1",
-    "clip": "0 1 1e-6 -1",
+    "grad-clip": "0 1 1e-6 -1",
     "steps": "2 2 3 100 0 x",
     "batch-size": "1 2 3 4 6 0 -2",
     "seq-len": "1 2 8 16 17 33 0",
@@ -69,11 +69,24 @@ VALUES = {
     "eval-every": "0 1 -1",
     "eval-batches": "1 2 0",
     "sample-tokens": "0 1 5 -1",
-    "keep": "1 3 0",
+    "max-checkpoints": "1 3 0",
     "log-every": "1 10 0",
     "profile-steps": "1:1 1:2 2:1 0:1 a:b 3",
 }
-BASE = ["--n-layers", "1", "--dim", "16", "--n-heads", "2", "--kv-heads", "1", "--max-context", "32", "--seq-len", "16"]
+BASE = [
+    "--n-layers",
+    "1",
+    "--dim",
+    "16",
+    "--n-heads",
+    "2",
+    "--n-kv-heads",
+    "1",
+    "--max-context",
+    "32",
+    "--seq-len",
+    "16",
+]
 BASE += ["--batch-size", "2", "--eval-batches", "1", "--steps", "2"]
 
 
@@ -102,7 +115,7 @@ def two_steps(config: Config, resume: bool = False) -> str:
     assert np.isfinite(trainer.validation_loss(current.params))
     assert all(bool(jnp.isfinite(x).all()) for x in current.params.values())
     if 0 < config.train.sample_tokens < 200:
-        trainer.sample(current.params, config.train.sample_tokens)
+        trainer.sample_text(current.params, config.train.sample_tokens)
     return "runs/x"
 
 

@@ -75,7 +75,7 @@ def test_prompts_in_one_batch_give_what_each_gives_alone(say, tmp_path, monkeypa
     want = "".join(f"--- prompt {i} of 3 ---\n{text}" for i, text in enumerate(alone, 1))
     assert say(*[word for prompt in prompts for word in ("--prompt", prompt)], *flags).out == want
     (tmp_path / "prompts.txt").write_bytes("\r\n".join(prompts).encode() + b"\r\n")
-    assert say("--prompt-file", "prompts.txt", "--lines", *flags).out == want
+    assert say("--prompt-file", "prompts.txt", "--prompt-per-line", *flags).out == want
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(prompts[1].encode())))
     assert say("--prompt-file", "-", *flags).out == alone[1]
 
@@ -157,12 +157,12 @@ def test_a_model_that_sees_everything_stops_at_max_context_and_says_so(say, prog
         (["--prompt", ""], "prompt is empty"),
         (["--prompt", "a", "--prompt", ""], "prompt is empty"),
         (["--stop", ""], "stop is empty"),
-        (["--lines"], "lines needs prompt_file"),
+        (["--prompt-per-line"], "prompt_per_line needs prompt_file"),
         (["--prompt-file", "nowhere.txt"], "nowhere.txt: No such file or directory"),
         (["--prompt-file", "."], ".: Is a directory"),
         (["--prompt-file", "empty.txt"], "empty.txt is empty"),
         (["--prompt-file", "latin.txt"], "latin.txt is not UTF-8 text: byte 2 is 0xe9"),
-        (["--prompt-file", "gap.txt", "--lines"], "gap.txt: line 2 is empty"),
+        (["--prompt-file", "gap.txt", "--prompt-per-line"], "gap.txt: line 2 is empty"),
         (["--prompt-file", "gap.txt", "--prompt", "a"], "prompt and prompt_file are both given"),
         (["--tempratur", "1"], "--temperature"),
     ],

@@ -22,7 +22,7 @@ from dantinox.metrics.logger import read_metrics
 from tests.helpers.readme_messages import promised
 from tests.helpers.tensorboard_server import tensorboard
 
-TINY = """--n-layers 1 --dim 32 --n-heads 2 --kv-heads 1 --window 8 --seq-len 16 --max-context 64 --batch-size 4
+TINY = """--n-layers 1 --dim 32 --n-heads 2 --n-kv-heads 1 --window 8 --seq-len 16 --max-context 64 --batch-size 4
 --eval-batches 2 --sample-tokens 8 --log-every 1""".split()
 
 
@@ -144,8 +144,8 @@ def test_dry_run_costs_and_writes_nothing(text, tmp_path):
 WRONG = {
     "--slidng-window 3": r"Unrecognized options: --slidng-window",
     "--windw 3": r"did you mean --window\?",
-    "--n-heads 7": r"n_heads is 7 and kv_heads is \d; n_heads must be a multiple of kv_heads",
-    "--n-heads 4 --kv-heads 3": r"n_heads is 4 and kv_heads is 3; n_heads must be a multiple of kv_heads",
+    "--n-heads 7": r"n_heads is 7 and n_kv_heads is \d; n_heads must be a multiple of n_kv_heads",
+    "--n-heads 4 --n-kv-heads 3": r"n_heads is 4 and n_kv_heads is 3; n_heads must be a multiple of n_kv_heads",
     "--window -3": r"window is -3; allowed: 1 or more",
     "--window 0": r"window is 0; allowed: 1 or more",
     "--n-experts 2 --experts-per-token 3": r"experts_per_token is 3 but n_experts is 2",
@@ -190,16 +190,17 @@ def test_wrong_input_is_one_line_and_exit_2(words, tmp_path, monkeypatch, capsys
 def test_resuming_with_another_model_names_each_difference(finished, text, monkeypatch, capsys):
     monkeypatch.chdir(finished[0])
     with pytest.raises(SystemExit) as stop:
-        train.main(["--run", "whole", "--resume", "--steps", "9", "--n-layers", "2", "--kv-heads", "2"])
+        train.main(["--run", "whole", "--resume", "--steps", "9", "--n-layers", "2", "--n-kv-heads", "2"])
     assert stop.value.code == 2
-    assert "--resume cannot change n_layers 1 -> 2; kv_heads 1 -> 2" in capsys.readouterr().err
+    assert "--resume cannot change n_layers 1 -> 2; n_kv_heads 1 -> 2" in capsys.readouterr().err
 
 
 def test_switches_may_be_written_like_all_other_flags():
     parsed = [
-        train.parse(["--tie=False", "--qk_norm=true", f"--window={w}", "--no-tie"]).settings.model for w in (3, None)
+        train.parse(["--tie-embeddings=False", "--qk_norm=true", f"--window={w}", "--no-tie-embeddings"]).settings.model
+        for w in (3, None)
     ]
-    assert [(m.tie, m.qk_norm, m.window) for m in parsed] == [(False, True, 3), (False, True, None)]
+    assert [(m.tie_embeddings, m.qk_norm, m.window) for m in parsed] == [(False, True, 3), (False, True, None)]
 
 
 def test_help_lists_every_setting(capsys):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dantinox.data import corpus as data
-from dantinox.data.corpus import Document, batch, eval_batches, find_documents, prepare, split
+from dantinox.data.corpus import Document, eval_batches, find_documents, get_batch, load_corpus, train_val_split
 from dantinox.data.tokenizer import CharTokenizer, train_tokenizer
 
 TOKENS = np.arange(1000, dtype=np.uint16)
@@ -37,7 +37,7 @@ def folder(tmp_path):
 @pytest.fixture
 def make(tmp_path):
     """prepare() with a cache of the test's own."""
-    return lambda spec, **options: prepare(spec, cache_dir=tmp_path / "cache", **options)
+    return lambda spec, **options: load_corpus(spec, cache_dir=tmp_path / "cache", **options)
 
 
 def documents_of(corpus, tokens) -> list[str]:
@@ -129,7 +129,7 @@ def test_no_document_of_train_is_in_validation(folder, make):
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 def test_validation_of_one_file_is_its_tail(tmp_path, make, kind):
     text = "".join(f"line {i} é\n" for i in range(500))
-    corpus = make(write(tmp_path / "a.txt", text), tokenizer=kind, bpe_vocab=300, val_fraction=0.2)
+    corpus = make(write(tmp_path / "a.txt", text), tokenizer=kind, bpe_vocab_size=300, val_fraction=0.2)
     [train], [val] = documents_of(corpus, corpus.train), documents_of(corpus, corpus.val)
     assert train + val == text and len(val) == round(0.2 * len(text))
 
@@ -144,7 +144,7 @@ def test_tokenizer_is_learnt_from_train_alone(tmp_path, make):
 def test_one_large_document_does_not_become_the_validation():
     small = [Document(f"{i}", f"{i:04}" * 25) for i in range(100)]
     large = Document("large", "x" * 900)
-    assert all(d.name != "large" for d in split([*small, large], 0.1)[1])
+    assert all(d.name != "large" for d in train_val_split([*small, large], 0.1)[1])
 
 
 @settings(deadline=None)
@@ -153,16 +153,16 @@ def test_split_divides_any_documents(texts, fraction):
     documents = [Document(str(i), text) for i, text in enumerate(texts)]
     if sum(map(len, texts)) < 2:
         with pytest.raises(ValueError, match="at least 2 are needed"):
-            split(documents, fraction)
+            train_val_split(documents, fraction)
         return
-    train, val = split(documents, fraction)
+    train, val = train_val_split(documents, fraction)
     assert train and val
     cut = {d.name for d in train} & {d.name for d in val}
     assert len(cut) <= 1
     pieces = [d.text for d in train if d.name in cut] + [d.text for d in val if d.name in cut]
     assert not cut or "".join(pieces) == documents[int(cut.pop())].text
     assert sum(d.size for d in train + val) == sum(d.size for d in documents)
-    assert split(documents, fraction) == (train, val)
+    assert train_val_split(documents, fraction) == (train, val)
 
 
 def test_bad_options_and_too_little_text_raise(folder, tmp_path, make):
@@ -195,7 +195,7 @@ def test_another_text_or_option_is_another_cache(folder, tmp_path, make):
     b = write(tmp_path / "b" / "text.txt", "abce" * 100)
     os.utime(a, (0, 0)), os.utime(b, (0, 0))
     corpora = [make(a), make(b), make(a, val_fraction=0.2), make(a, tokenizer="bpe")]
-    corpora += [make(a, tokenizer="bpe", bpe_vocab=258), make(a, existing_tokenizer=CharTokenizer("é"))]
+    corpora += [make(a, tokenizer="bpe", bpe_vocab_size=258), make(a, existing_tokenizer=CharTokenizer("é"))]
     assert len({corpus.path for corpus in corpora}) == len(corpora)
     assert make(a).tokenizer.decode(make(a).train) == "abcd" * 90
     write(a, "abcf" * 100)
@@ -244,7 +244,7 @@ def test_two_runs_may_build_at_once(folder, make):
 
     def build():
         start.wait()
-        results.append(make(folder, tokenizer="bpe", bpe_vocab=300))
+        results.append(make(folder, tokenizer="bpe", bpe_vocab_size=300))
 
     threads = [threading.Thread(target=build) for _ in range(4)]
     [thread.start() for thread in threads], [thread.join() for thread in threads]
@@ -255,7 +255,7 @@ def test_two_runs_may_build_at_once(folder, make):
 
 def test_cache_folder_comes_from_the_environment(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("DANTINOX_CACHE", str(tmp_path / "elsewhere"))
-    assert (tmp_path / "elsewhere") in prepare(folder).path.parents
+    assert (tmp_path / "elsewhere") in load_corpus(folder).path.parents
 
 
 def test_existing_tokenizer_is_used(folder, make):
@@ -293,25 +293,25 @@ def test_stats_are_what_they_say(tmp_path, make):
 @settings(deadline=None)
 @given(st.integers(0, 2**63), st.integers(0, 2**40), st.integers(1, 9), st.integers(1, 999))
 def test_batch_is_a_pure_function_of_seed_and_step(seed, step, size, seq_len):
-    inputs, targets = batch(TOKENS, seed=seed, step=step, batch_size=size, seq_len=seq_len)
+    inputs, targets = get_batch(TOKENS, seed=seed, step=step, batch_size=size, seq_len=seq_len)
     assert inputs.shape == targets.shape == (size, seq_len) and inputs.dtype == targets.dtype == np.int32
     assert np.array_equal(targets, inputs + 1)  # the tokens count up, so the next one is one more
     np.random.random()
-    again, _ = batch(TOKENS, seed=seed, step=step, batch_size=size + 3, seq_len=seq_len)
+    again, _ = get_batch(TOKENS, seed=seed, step=step, batch_size=size + 3, seq_len=seq_len)
     assert np.array_equal(again[:size], inputs)
 
 
 def test_batches_differ_by_step_and_seed_and_reach_every_start():
     def starts(seed, step):
-        return tuple(batch(TOKENS, seed=seed, step=step, batch_size=64, seq_len=8)[0][:, 0])
+        return tuple(get_batch(TOKENS, seed=seed, step=step, batch_size=64, seq_len=8)[0][:, 0])
 
     assert len({starts(seed, step) for seed in range(8) for step in range(8)}) == 64
-    seen = batch(TOKENS[:20], seed=0, step=0, batch_size=1000, seq_len=8)[0][:, 0]
+    seen = get_batch(TOKENS[:20], seed=0, step=0, batch_size=1000, seq_len=8)[0][:, 0]
     assert set(seen) == set(range(12))
 
 
 def test_batches_are_the_same_on_every_machine():
-    assert batch(TOKENS, seed=1, step=2, batch_size=4, seq_len=1)[0][:, 0].tolist() == [64, 610, 468, 65]
+    assert get_batch(TOKENS, seed=1, step=2, batch_size=4, seq_len=1)[0][:, 0].tolist() == [64, 610, 468, 65]
 
 
 @settings(deadline=None)
@@ -337,7 +337,7 @@ def test_eval_batches_cover_evenly_without_overlap(length, batch_size, seq_len, 
 def test_bad_batches_raise():
     for bad in ({"seq_len": 1000}, {"seq_len": 0}, {"step": -1}, {"seed": -1}, {"batch_size": 0}):
         with pytest.raises(ValueError):
-            batch(TOKENS, **{"seed": 0, "step": 0, "batch_size": 2, "seq_len": 8, **bad})
+            get_batch(TOKENS, **{"seed": 0, "step": 0, "batch_size": 2, "seq_len": 8, **bad})
     for bad in ({"seq_len": 1000}, {"seq_len": 0}, {"n": 0}, {"batch_size": 0}):
         with pytest.raises(ValueError):
             eval_batches(TOKENS, **{"batch_size": 2, "seq_len": 8, "n": 2, **bad})

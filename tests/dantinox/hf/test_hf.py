@@ -19,14 +19,16 @@ from dantinox.hf.weights import CONFIG, INDEX, WEIGHTS, load_hf, save_hf
 from tests.dantinox.inference.test_generate import V, build
 
 LAYOUTS = {
-    "llama": dict(kv_heads=1, rope_scaling="llama3", rope_factor=4.0, rope_original_context=12, tie=False),
-    "mistral": dict(window=5, head_dim=6, expansion=2.625, rope_theta=500.0, norm_eps=1e-5, dropout=0.1),
-    "mixtral": dict(window=7, n_experts=4, experts_per_token=3, tie=False, balance_coef=0.02, dtype="bfloat16"),
+    "llama": dict(n_kv_heads=1, rope_scaling="llama3", rope_factor=4.0, rope_original_context=12, tie_embeddings=False),
+    "mistral": dict(window=5, head_dim=6, mlp_ratio=2.625, rope_theta=500.0, norm_eps=1e-5, dropout=0.1),
+    "mixtral": dict(
+        window=7, n_experts=4, experts_per_token=3, tie_embeddings=False, router_aux_loss_coef=0.02, dtype="bfloat16"
+    ),
 }
 
 
 def arrays(model) -> dict[str, np.ndarray]:
-    return {name: np.asarray(x) for name, x in params.split(model)[1].items()}
+    return {name: np.asarray(x) for name, x in params.split_params(model)[1].items()}
 
 
 def logits(model, tokens) -> np.ndarray:
@@ -60,15 +62,15 @@ def test_a_stretched_base_is_written_as_the_base_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "layout", "lost"),
     [
-        (dict(gate="head"), None, "llama layout cannot hold gate 'head'"),
-        (dict(qk_norm=True, gate="elementwise"), None, "gate 'elementwise', qk_norm True"),
+        (dict(attn_gate="head"), None, "llama layout cannot hold attn_gate 'head'"),
+        (dict(qk_norm=True, attn_gate="elementwise"), None, "attn_gate 'elementwise', qk_norm True"),
         (dict(attn_softcap=5.0, window=4), None, "mistral layout cannot hold attn_softcap 5.0"),
         (dict(logit_softcap=5.0), None, "logit_softcap 5.0"),
-        (dict(positions="learned"), None, "positions 'learned'"),
-        (dict(positions="none"), None, "positions 'none'"),
+        (dict(pos_encoding="learned"), None, "pos_encoding 'learned'"),
+        (dict(pos_encoding="none"), None, "pos_encoding 'none'"),
         (dict(mlp="gelu"), None, "mlp 'gelu'"),
         (dict(n_experts=2, shared_expert=True), None, "mixtral layout cannot hold shared_expert True"),
-        (dict(window=4, layer_pattern="SL"), None, "layer_pattern 'SL' with window 4"),
+        (dict(window=4, window_pattern="SL"), None, "window_pattern 'SL' with window 4"),
         (dict(window=4), "llama", "llama layout cannot hold window 4"),
         (dict(n_experts=2), "mistral", "mistral layout cannot hold n_experts 2"),
         (dict(), "mixtral", "mixtral layout cannot hold n_experts 0"),
@@ -96,7 +98,7 @@ def test_nothing_is_overwritten(tmp_path):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("written")
-    model = build(n_layers=1, tie=False)
+    model = build(n_layers=1, tie_embeddings=False)
     save_hf(model, folder / "whole")
     save_hf(model, folder / "sharded", shard_bytes=4000)
     return folder
@@ -161,7 +163,7 @@ DAMAGE = {
     "family": ("whole", reconfigured(model_type="gpt2"), "model_type is 'gpt2'; allowed: llama, mistral, mixtral"),
     "no width": ("whole", reconfigured(hidden_size="gone"), "hidden_size is None; allowed: an integer"),
     "text": ("whole", reconfigured(hidden_size="16"), "hidden_size is '16'; allowed: an integer"),
-    "heads": ("whole", reconfigured(num_key_value_heads=3), "n_heads must be a multiple of kv_heads"),
+    "heads": ("whole", reconfigured(num_key_value_heads=3), "n_heads must be a multiple of n_kv_heads"),
     "bias": ("whole", reconfigured(attention_bias=True), "attention_bias is True, for which our models have no place"),
     "gelu": ("whole", reconfigured(hidden_act="gelu"), "hidden_act is 'gelu'"),
     "dynamic": ("whole", reconfigured(rope_scaling={"type": "dynamic", "factor": 2.0}), "rope_scaling is of type 'dyn"),
@@ -211,8 +213,8 @@ def test_half_precision_and_old_spellings_are_read(written, tmp_path):
 def test_defaults_of_a_config_that_says_little():
     small = dict(vocab_size=9, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2)
     config = from_hf(small | dict(model_type="mixtral", max_position_embeddings=64, sliding_window=3))
-    assert (config.kv_heads, config.head_dim, config.hidden, config.n_experts) == (2, 4, 12, 8)
-    assert (config.tie, config.window, config.rope_theta, config.rope_scaling) == (False, 3, 1e6, "none")
+    assert (config.n_kv_heads, config.head_dim, config.hidden, config.n_experts) == (2, 4, 12, 8)
+    assert (config.tie_embeddings, config.window, config.rope_theta, config.rope_scaling) == (False, 3, 1e6, "none")
     assert from_hf(small | dict(model_type="llama", max_position_embeddings=64, sliding_window=3)).window is None
 
 
@@ -286,7 +288,7 @@ def program(monkeypatch, tmp_path):
     tokenizer = CharTokenizer("é€")
     models = {
         "mine": build(n_layers=1, window=6, vocab_size=tokenizer.vocab_size),
-        "gated": build(n_layers=1, gate="head", vocab_size=tokenizer.vocab_size),
+        "gated": build(n_layers=1, attn_gate="head", vocab_size=tokenizer.vocab_size),
     }
 
     def read_config(run):
@@ -302,7 +304,7 @@ def program(monkeypatch, tmp_path):
 
 def test_the_program_writes_what_load_hf_reads(program, capsys):
     run, models = program
-    assert run("mine", "--to", "out/deep") == 0
+    assert run("mine", "--out", "out/deep") == 0
     assert capsys.readouterr().out.startswith("out/deep: mistral, ")
     assert arrays(load_hf("out/deep")).keys() == arrays(models["mine"]).keys()
     assert load_tokenizer("out/deep/dantinox").encode("é€").tolist() == [257, 258]
@@ -311,13 +313,13 @@ def test_the_program_writes_what_load_hf_reads(program, capsys):
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
-        (["--run", "mine"], "to is missing"),
-        (["--run", "none", "--to", "out"], "run runs/none does not exist"),
-        (["--run", "gated", "--to", "out"], "the llama layout cannot hold gate 'head'"),
-        (["--run", "mine", "--to", "out", "--layout", "llama"], "cannot hold window 6"),
-        (["--run", "mine", "--to", "out", "--layout", "gpt2"], "gpt2"),
-        (["--run", "mine", "--to", "out", "--shard-mb", "0"], "shard_mb is 0"),
-        (["--run", "mine", "--to", "full"], "full: is there already and not empty"),
+        (["--run", "mine"], "out is missing"),
+        (["--run", "none", "--out", "out"], "run runs/none does not exist"),
+        (["--run", "gated", "--out", "out"], "the llama layout cannot hold attn_gate 'head'"),
+        (["--run", "mine", "--out", "out", "--layout", "llama"], "cannot hold window 6"),
+        (["--run", "mine", "--out", "out", "--layout", "gpt2"], "gpt2"),
+        (["--run", "mine", "--out", "out", "--shard-mb", "0"], "shard_mb is 0"),
+        (["--run", "mine", "--out", "full"], "full: is there already and not empty"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_2(program, capsys, tmp_path, flags, word):

@@ -11,12 +11,12 @@ from flax import nnx
 from dantinox import kernels
 from dantinox.config import ModelConfig
 from dantinox.inference import generate as generation
-from dantinox.inference import prefill as caching
+from dantinox.inference import prefill
 from dantinox.inference.generate import generate, stream
 from dantinox.model.transformer import Transformer
 
 V = 23
-SMALL = dict(vocab_size=V, dim=16, n_layers=2, n_heads=4, kv_heads=2, max_context=48, expansion=2.0)
+SMALL = dict(vocab_size=V, dim=16, n_layers=2, n_heads=4, n_kv_heads=2, max_context=48, mlp_ratio=2.0)
 
 
 def build(**changes) -> Transformer:
@@ -36,7 +36,7 @@ def windowed() -> Transformer:
 
 @pytest.fixture(scope="module")
 def learned() -> Transformer:
-    return build(positions="learned")
+    return build(pos_encoding="learned")
 
 
 def ids(seed: int, *shape: int) -> np.ndarray:
@@ -61,13 +61,13 @@ def cached_logits(graph, weights, tokens, length, slots):
     model = nnx.merge(graph, weights)
     B, T = tokens.shape
     prompt = jnp.where(jnp.arange(8) < length[:, None], tokens[:, :8], V - 1)
-    logits, caches = caching.prefill(model, prompt, length, slots)
+    logits, caches = prefill.prefill(model, prompt, length, slots)
     rows = jnp.arange(B)
     out = jnp.full((B, T + 1, V), jnp.nan).at[rows, length - 1].set(logits)
 
     def step(carry, _):
         caches, at, out = carry
-        logits, caches = caching.step(model, tokens[rows, jnp.minimum(at, T - 1)], caches)
+        logits, caches = prefill.decode_step(model, tokens[rows, jnp.minimum(at, T - 1)], caches)
         return (caches, at + 1, out.at[rows, jnp.minimum(at, T)].set(logits)), None
 
     return jax.lax.scan(step, (caches, length, out), length=T - 1)[0][2][:, :T]
@@ -78,12 +78,20 @@ def cached_logits(graph, weights, tokens, length, slots):
     [
         dict(n_layers=1),
         dict(window=6),
-        dict(n_layers=1, window=6, rope_scaling="ntk", rope_factor=2.0, kv_heads=1),
-        dict(n_layers=1, rope_scaling="yarn", rope_factor=4.0, kv_heads=4),
-        dict(n_layers=1, positions="learned", window=5),
-        dict(n_layers=1, positions="none", head_dim=5),
-        dict(n_layers=4, layer_pattern="SSSL", window=3, gate="elementwise", qk_norm=True),
-        dict(n_layers=1, window=1, gate="head", attn_softcap=5.0, logit_softcap=10.0, tie=False, mlp="gelu"),
+        dict(n_layers=1, window=6, rope_scaling="ntk", rope_factor=2.0, n_kv_heads=1),
+        dict(n_layers=1, rope_scaling="yarn", rope_factor=4.0, n_kv_heads=4),
+        dict(n_layers=1, pos_encoding="learned", window=5),
+        dict(n_layers=1, pos_encoding="none", head_dim=5),
+        dict(n_layers=4, window_pattern="SSSL", window=3, attn_gate="elementwise", qk_norm=True),
+        dict(
+            n_layers=1,
+            window=1,
+            attn_gate="head",
+            attn_softcap=5.0,
+            logit_softcap=10.0,
+            tie_embeddings=False,
+            mlp="gelu",
+        ),
         dict(n_layers=1, window=6, n_experts=4, experts_per_token=2, shared_expert=True),
         dict(n_layers=1, window=6, dtype="bfloat16"),
     ],
@@ -94,7 +102,7 @@ def test_cached_logits_equal_uncached_ones_past_the_ring(changes):
     model = build(**changes)
     tokens, length = ids(1, 3, 24), np.array([1, 5, 8], np.int32)
     graph, weights = nnx.split(model)
-    got = cached_logits(graph, weights, tokens, length, caching.slots(model.config, 24))
+    got = cached_logits(graph, weights, tokens, length, prefill.layer_cache_slots(model.config, 24))
     want = uncached_logits(graph, weights, tokens)
     tolerance = 0.3 if model.config.dtype == "bfloat16" else 2e-4
     for row, start in enumerate(length):
@@ -112,16 +120,16 @@ def test_append_puts_the_newest_position_in_each_slot(T, slots):
             want[row, :, p % slots] = k[row, p]
     poisoned = np.where((np.arange(T) < length[:, None])[:, :, None, None], k, np.nan)
     empty = kernels.KVCache.zeros(len(length), 2, slots, 3, jnp.float32)
-    cache = caching.append(empty, jnp.asarray(poisoned), jnp.asarray(poisoned * 2), jnp.asarray(length))
+    cache = prefill.append_to_cache(empty, jnp.asarray(poisoned), jnp.asarray(poisoned * 2), jnp.asarray(length))
     np.testing.assert_array_equal(cache.k, want)
     np.testing.assert_array_equal(cache.v, want * 2)
     assert cache.length.tolist() == length.tolist()
 
 
 def test_padding_and_its_amount_do_not_matter(windowed):
-    slots = caching.slots(windowed.config, 64)
+    slots = prefill.layer_cache_slots(windowed.config, 64)
     prompt, length = ids(2, 1, 7), np.array([7], np.int32)
-    read = jax.jit(lambda tokens: caching.prefill(windowed, tokens, length, slots))
+    read = jax.jit(lambda tokens: prefill.prefill(windowed, tokens, length, slots))
     logits, caches = read(np.pad(prompt, ((0, 0), (0, 9))))
     other, other_caches = read(np.pad(prompt, ((0, 0), (0, 9)), constant_values=V - 1))
     jax.tree.map(np.testing.assert_array_equal, (logits, caches), (other, other_caches))
@@ -131,12 +139,12 @@ def test_padding_and_its_amount_do_not_matter(windowed):
 
 
 def test_empty_caches_and_buckets():
-    config = build(n_layers=4, layer_pattern="SSSL", window=6).config
-    caches = caching.empty(config, 3, caching.slots(config, 40))
+    config = build(n_layers=4, window_pattern="SSSL", window=6).config
+    caches = prefill.init_caches(config, 3, prefill.layer_cache_slots(config, 40))
     assert [cache.k.shape for cache in caches] == [(3, 2, 6, 4)] * 3 + [(3, 2, 40, 4)]
     assert all(cache.v.shape == cache.k.shape and cache.length.tolist() == [0, 0, 0] for cache in caches)
-    assert [caching.bucket(n, 16, 100) for n in (1, 16, 17, 64, 65, 100)] == [16, 16, 32, 64, 100, 100]
-    assert caching.bucket(3000, 16) == 4096 and caching.bucket(3, 16, 5) == 5
+    assert [prefill.round_up_to_bucket(n, 16, 100) for n in (1, 16, 17, 64, 65, 100)] == [16, 16, 32, 64, 100, 100]
+    assert prefill.round_up_to_bucket(3000, 16) == 4096 and prefill.round_up_to_bucket(3, 16, 5) == 5
 
 
 # --- generation ----------------------------------------------------------------------------------
@@ -212,7 +220,7 @@ def test_stop_tokens_end_each_sequence_on_its_own(windowed):
 
 def test_nothing_but_a_new_size_compiles(windowed):
     generate(windowed, PROMPTS[2:3], max_new_tokens=8)
-    programs = generation._read, generation._start_alone, generation._steps
+    programs = generation._prefill_chunk, generation._init_decode_in_place, generation._decode_steps
     before = [program._cache_size() for program in programs]
     for count, prompt, how in (
         (1, PROMPTS[0], dict(temperature=0)),
@@ -243,8 +251,8 @@ def test_500_tokens_compile_each_program_once_and_settings_none():
 
 
 def test_all_samples_come_from_one_reading_of_the_prompt(windowed, monkeypatch):
-    read, starts = generation._read, []
-    monkeypatch.setattr(generation, "_read", lambda *args: (starts.append(int(args[5])), read(*args))[1])
+    read, starts = generation._prefill_chunk, []
+    monkeypatch.setattr(generation, "_prefill_chunk", lambda *args: (starts.append(int(args[5])), read(*args))[1])
     generate(windowed, PROMPTS, max_new_tokens=3, n=3, prefill_chunk=8)
     assert starts == [0, 8]
 
@@ -273,7 +281,7 @@ def test_a_text_that_cannot_fit_is_refused_before_it_runs(learned):
     for model, why in (
         (learned, "its positions are learned"),
         (full, "every layer sees all of it"),
-        (build(layer_pattern="SL", window=6), "layer 1 sees all of it"),
+        (build(window_pattern="SL", window=6), "layer 1 sees all of it"),
     ):
         with pytest.raises(ValueError, match=message + why):
             generate(model, PROMPTS, max_new_tokens=40)

@@ -8,7 +8,7 @@ from flax import nnx
 
 from dantinox.config import ModelConfig
 from dantinox.inference import generate as generation
-from dantinox.inference import prefill as caching
+from dantinox.inference import prefill
 from dantinox.inference.generate import generate
 from dantinox.model.transformer import Transformer
 from tests import numpy_interpreter
@@ -21,12 +21,12 @@ def read(graph, weights, tokens, length, slots, chunk):
     """(logits [B, V] after each prompt, the caches), `chunk` tokens at a time, in NumPy."""
 
     def program(weights, tokens, length):
-        model, reading = nnx.merge(graph, weights), slots
+        model, prefilled = nnx.merge(graph, weights), slots
         for start in range(0, tokens.shape[1], chunk):
             piece = jnp.pad(tokens, ((0, 0), (0, chunk)))[:, start : start + chunk]
-            past = caching.bucket(start, 1) if start else 0
-            reading = caching.read(model, piece, jnp.int32(start), length, reading, past)
-        return model.logits(reading.last), reading.caches
+            past = prefill.round_up_to_bucket(start, 1) if start else 0
+            prefilled = prefill.prefill_chunk(model, piece, jnp.int32(start), length, prefilled, past)
+        return model.logits(prefilled.last), prefilled.caches
 
     return numpy_interpreter.run(program, weights, tokens, length)
 
@@ -35,11 +35,11 @@ def read(graph, weights, tokens, length, slots, chunk):
     "changes",
     [
         dict(attn="pallas"),
-        dict(window=6, gate="elementwise", attn_softcap=5.0, attn="pallas"),
-        dict(window=11, positions="learned", kv_heads=1),
-        dict(n_layers=4, layer_pattern="SSSL", window=3, qk_norm=True),
+        dict(window=6, attn_gate="elementwise", attn_softcap=5.0, attn="pallas"),
+        dict(window=11, pos_encoding="learned", n_kv_heads=1),
+        dict(n_layers=4, window_pattern="SSSL", window=3, qk_norm=True),
         dict(n_layers=1, window=6, n_experts=4, experts_per_token=2),
-        dict(n_layers=1, window=100, positions="none"),
+        dict(n_layers=1, window=100, pos_encoding="none"),
     ],
     ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()),
 )
@@ -48,7 +48,7 @@ def test_chunks_leave_what_one_pass_leaves(changes):
     model = build(**changes)
     tokens, length = ids(1, 4, T), np.array([1, CHUNK, 5 * CHUNK, T], np.int32)
     graph, weights = nnx.split(model)
-    slots = caching.slots(model.config, 48)
+    slots = prefill.layer_cache_slots(model.config, 48)
     whole, caches = read(graph, weights, tokens, length, slots, T)
     pieces, in_pieces = read(graph, weights, tokens, length, slots, CHUNK)
     assert np.std(whole) > 0.1
@@ -65,40 +65,40 @@ def test_generated_ids_do_not_depend_on_the_chunk():
     assert made[0] == made[1] == made[2]
 
 
-@pytest.mark.parametrize(("kv_dtype", "most"), [("int8", 0.05), ("fp8", 0.2)])
-def test_a_cache_in_eight_bits_is_near(kv_dtype, most):
+@pytest.mark.parametrize(("kv_cache_dtype", "most"), [("int8", 0.05), ("fp8", 0.2)])
+def test_a_cache_in_eight_bits_is_near(kv_cache_dtype, most):
     """Prompt in chunks and steps after it, logits of a standard deviation near 1; and it is a cache in 8 bits."""
     found = {}
-    for kind in ("model", kv_dtype):
-        model = build(layer_pattern="SL", window=6, kv_dtype=kind)
-        slots = caching.slots(model.config, 48)
+    for kind in ("auto", kv_cache_dtype):
+        model = build(window_pattern="SL", window=6, kv_cache_dtype=kind)
+        slots = prefill.layer_cache_slots(model.config, 48)
 
         def program(tokens, length, model=model, slots=slots):
-            reading = slots
+            prefilled = slots
             for start in (0, 12):
                 piece = tokens[:, start : start + 12]
-                reading = caching.read(model, piece, jnp.int32(start), length, reading, start)
-            logits, caches = [], reading.caches
+                prefilled = prefill.prefill_chunk(model, piece, jnp.int32(start), length, prefilled, start)
+            logits, caches = [], prefilled.caches
             for t in range(7):
-                more, caches = caching.step(model, tokens[:, t], caches)
+                more, caches = prefill.decode_step(model, tokens[:, t], caches)
                 logits.append(more)
             return jnp.stack(logits), caches
 
         found[kind], caches = numpy_interpreter.run(program, ids(1, 2, 30), np.array([5, 23], np.int32))
     assert caches[0].k.dtype.itemsize == 1 and caches[1].v_scale.dtype == jnp.float32
-    error = np.abs(found[kv_dtype] - found["model"]).max() / np.std(found["model"])
+    error = np.abs(found[kv_cache_dtype] - found["auto"]).max() / np.std(found["auto"])
     assert 1e-4 < error < most
 
 
 def test_a_short_prompt_costs_the_same_at_any_max_context(monkeypatch):
     """Fault 12: a prompt is padded to the longest context: seconds to the first token."""
-    seen, read = [], generation._read
+    seen, read = [], generation._prefill_chunk
 
     def spy(graph, slots, past, weights, tokens, *rest):
         seen.append((tokens.shape, slots, past))
         return read(graph, slots, past, weights, tokens, *rest)
 
-    monkeypatch.setattr(generation, "_read", spy)
+    monkeypatch.setattr(generation, "_prefill_chunk", spy)
     for max_context in (64, 4096):
         generate(build(n_layers=1, max_context=max_context), [ids(1, 8)], max_new_tokens=4)
     assert seen == [((1, 16), (64,), 0)] * 2
@@ -106,19 +106,19 @@ def test_a_short_prompt_costs_the_same_at_any_max_context(monkeypatch):
 
 def test_the_memory_is_a_chunks():
     """Of the temporaries, by XLA's own count: the caches are arguments, which stay where they are."""
-    config = ModelConfig(vocab_size=V, dim=64, n_layers=2, n_heads=4, kv_heads=2, window=32, max_context=2**16)
+    config = ModelConfig(vocab_size=V, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, window=32, max_context=2**16)
     graph, weights = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
-    slots = caching.slots(config, 2**14)
+    slots = prefill.layer_cache_slots(config, 2**14)
     numbers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
 
     def temporaries(T: int, past: int) -> int:
-        program = generation._read
-        reading = None
+        program = generation._prefill_chunk
+        prefilled = None
         if past:
-            reading = jax.eval_shape(
-                lambda: caching.Reading(jnp.zeros((1, config.dim)), caching.empty(config, 1, slots))
+            prefilled = jax.eval_shape(
+                lambda: prefill.PrefillState(jnp.zeros((1, config.dim)), prefill.init_caches(config, 1, slots))
             )
-        lowered = program.lower(graph, slots, past, weights, numbers(1, T), numbers(), numbers(1), reading)
+        lowered = program.lower(graph, slots, past, weights, numbers(1, T), numbers(), numbers(1), prefilled)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     later = [temporaries(256, past) for past in (512, 2**13)]
@@ -129,9 +129,9 @@ def test_the_memory_is_a_chunks():
 def test_one_sample_goes_on_in_the_caches_that_were_filled():
     model = build(n_layers=1)
     graph, weights = nnx.split(model)
-    caches = caching.empty(model.config, 1, (48,))
+    caches = prefill.init_caches(model.config, 1, (48,))
     arguments = jnp.zeros((1, 16)), jnp.uint32(0), jnp.zeros(1, jnp.int32), caches, jnp.zeros((1, V), bool)
-    compiled = generation._start_alone.lower(graph, weights, *arguments).compile()
+    compiled = generation._init_decode_in_place.lower(graph, weights, *arguments).compile()
     assert compiled.memory_analysis().alias_size_in_bytes >= 2 * caches[0].k.nbytes
 
 

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dantinox.inference.sampling import Sampling, kept, sample, scaled
+from dantinox.inference.sampling import Sampling, sample, sampling_mask, scale_logits
 
 V = 11
 # Most of the time of these tests is LLVM's, and they run everything once.
 quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 draw = quickly(sample)
-keep = quickly(lambda logits, sampling: kept(scaled(logits, sampling.temperature), sampling))
+keep = quickly(lambda logits, sampling: sampling_mask(scale_logits(logits, sampling.temperature), sampling))
 
 
 def oracle(logits, temperature, top_k, top_p, min_p):

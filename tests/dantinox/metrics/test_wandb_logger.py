@@ -16,7 +16,7 @@ from dantinox.metrics.logger import read_metrics
 from dantinox.sweep import search_space as sweep_file
 
 ROOT = Path(__file__).parents[3]
-TINY = """--n-layers 1 --dim 16 --n-heads 2 --kv-heads 1 --window 8 --seq-len 16 --max-context 32 --batch-size 4
+TINY = """--n-layers 1 --dim 16 --n-heads 2 --n-kv-heads 1 --window 8 --seq-len 16 --max-context 32 --batch-size 4
 --eval-batches 2 --sample-tokens 8 --log-every 1 --steps 6 --eval-every 3 --save-every 4 --data text.txt""".split()
 INSTALLED = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="the extra wandb is not installed")
 

@@ -10,20 +10,20 @@ from flax import nnx
 
 import dantinox
 from dantinox.config import ModelConfig
-from dantinox.inference import prefill as caching
+from dantinox.inference import prefill
 from dantinox.kernels.cost import visible_pairs
 from dantinox.model import flops as count
 from tests.helpers.jaxpr_walk import dot_flops, dots
 
-BASE = ModelConfig(vocab_size=37, dim=24, n_layers=3, n_heads=4, kv_heads=2, max_context=50, expansion=2.5)
+BASE = ModelConfig(vocab_size=37, dim=24, n_layers=3, n_heads=4, n_kv_heads=2, max_context=50, mlp_ratio=2.5)
 CONFIGS = {
     "dense": {},
-    "untied gelu": {"tie": False, "mlp": "gelu"},
+    "untied gelu": {"tie_embeddings": False, "mlp": "gelu"},
     "experts": {"n_experts": 5, "experts_per_token": 2},
     "shared expert": {"n_experts": 4, "experts_per_token": 4, "shared_expert": True},
-    "head gate, qk norm": {"gate": "head", "qk_norm": True},
-    "elementwise gate, learned": {"gate": "elementwise", "positions": "learned", "kv_heads": 1},
-    "wide heads": {"head_dim": 10, "window": 7, "layer_pattern": "SL"},
+    "head gate, qk norm": {"attn_gate": "head", "qk_norm": True},
+    "elementwise gate, learned": {"attn_gate": "elementwise", "pos_encoding": "learned", "n_kv_heads": 1},
+    "wide heads": {"head_dim": 10, "window": 7, "window_pattern": "SL"},
 }
 
 
@@ -77,7 +77,7 @@ def test_flops_follow_the_windows_and_the_chosen_experts():
     T, more = 40, lambda **changes: dataclasses.replace(BASE, **changes)
     flops = lambda **changes: count.flops_per_token(more(**changes), T, training=False)
     pair = 4 * 4 * 6
-    mixed = {"window": 5, "layer_pattern": "SSL"}
+    mixed = {"window": 5, "window_pattern": "SSL"}
     saved = 2 * pair * (visible_pairs(T, T) - visible_pairs(T, T, window=5)) / T
     assert flops() - flops(**mixed) == pytest.approx(saved)
     # Four times the experts: only the router grows.
@@ -86,13 +86,13 @@ def test_flops_follow_the_windows_and_the_chosen_experts():
     assert two - one == 3 * 2 * 3 * 24 * 60
 
 
-@pytest.mark.parametrize("kv_dtype", ["model", "int8", "fp8"])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8", "fp8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_cache_bytes_are_those_of_the_rings(dtype, kv_dtype):
-    model = dataclasses.replace(BASE, window=8, layer_pattern="SL", dtype=dtype, kv_dtype=kv_dtype)
+def test_cache_bytes_are_those_of_the_rings(dtype, kv_cache_dtype):
+    model = dataclasses.replace(BASE, window=8, window_pattern="SL", dtype=dtype, kv_cache_dtype=kv_cache_dtype)
     for context in (1, 5, 8, 30):
-        slots = caching.slots(model, context)
-        rings = jax.eval_shape(lambda slots=slots: caching.empty(model, 2, slots))
+        slots = prefill.layer_cache_slots(model, context)
+        rings = jax.eval_shape(lambda slots=slots: prefill.init_caches(model, 2, slots))
         assert [ring.k.shape for ring in rings] == [(2, 2, C, 6) for C in (min(8, context), context, min(8, context))]
         held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves([ring._replace(length=None) for ring in rings]))
         assert count.kv_cache_bytes(model, context, batch=2) == held

@@ -13,7 +13,7 @@ from dantinox.model.moe import MoE, route
 
 
 def config(**changes) -> ModelConfig:
-    sizes = {"vocab_size": 23, "dim": 16, "n_layers": 2, "n_heads": 4, "kv_heads": 2, "expansion": 2.0}
+    sizes = {"vocab_size": 23, "dim": 16, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "mlp_ratio": 2.0}
     return ModelConfig(**(sizes | {"max_context": 64, "moe": "xla", "attn": "xla"} | changes))
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from dantinox.config import ConfigError, ModelConfig
-from dantinox.model.rope import frequencies, rotate, rotation
+from dantinox.model.rope import apply_rope, frequencies, rope_cos_sin
 
-CONFIG = ModelConfig(dim=64, n_heads=1, kv_heads=1, head_dim=32, max_context=8192)
+CONFIG = ModelConfig(dim=64, n_heads=1, n_kv_heads=1, head_dim=32, max_context=8192)
 
 
 def scaled(kind: str, factor: float, **changes) -> ModelConfig:
@@ -18,8 +18,8 @@ def scaled(kind: str, factor: float, **changes) -> ModelConfig:
 
 
 def turned(x: np.ndarray, positions: np.ndarray, config: ModelConfig = CONFIG) -> np.ndarray:
-    cos, sin = rotation(config, jnp.asarray(positions, jnp.int32)[None])
-    return np.asarray(rotate(jnp.asarray(x, jnp.float32), cos, sin))
+    cos, sin = rope_cos_sin(config, jnp.asarray(positions, jnp.int32)[None])
+    return np.asarray(apply_rope(jnp.asarray(x, jnp.float32), cos, sin))
 
 
 def test_rotation_is_a_complex_product():

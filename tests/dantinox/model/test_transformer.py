@@ -19,9 +19,9 @@ SMALL = ModelConfig(
     dim=16,
     n_layers=2,
     n_heads=4,
-    kv_heads=2,
+    n_kv_heads=2,
     max_context=64,
-    expansion=2.0,
+    mlp_ratio=2.0,
     attn="xla",
     moe="xla",
 )
@@ -75,14 +75,14 @@ def loss_of(model: dantinox.Transformer):
 TOGGLES = {
     "plain": {},
     "window": {"window": 5},
-    "pattern": {"window": 3, "layer_pattern": "SSSL", "n_layers": 4},
-    "head gate": {"gate": "head"},
-    "elementwise gate": {"gate": "elementwise"},
+    "pattern": {"window": 3, "window_pattern": "SSSL", "n_layers": 4},
+    "head gate": {"attn_gate": "head"},
+    "elementwise gate": {"attn_gate": "elementwise"},
     "qk norm": {"qk_norm": True},
     "attention cap": {"attn_softcap": 1.0},
     "logit cap": {"logit_softcap": 0.01},
-    "learned": {"positions": "learned"},
-    "no positions": {"positions": "none"},
+    "learned": {"pos_encoding": "learned"},
+    "no positions": {"pos_encoding": "none"},
     "ntk": {"rope_scaling": "ntk", "rope_factor": 4.0},
     "linear": {"rope_scaling": "linear", "rope_factor": 4.0},
     "llama3": {"rope_scaling": "llama3", "rope_factor": 4.0},
@@ -90,8 +90,8 @@ TOGGLES = {
     "gelu": {"mlp": "gelu"},
     "experts": {"n_experts": 4},
     "shared expert": {"n_experts": 4, "shared_expert": True},
-    "untied": {"tie": False},
-    "multi-query": {"kv_heads": 1},
+    "untied": {"tie_embeddings": False},
+    "multi-query": {"n_kv_heads": 1},
     "bfloat16": {"dtype": "bfloat16"},
 }
 
@@ -116,7 +116,7 @@ def test_no_token_sees_a_later_one(name):
 )
 def test_a_window_limits_how_far_back_a_token_is_felt(W, L, pattern, reach):
     """Through L windowed layers the first token reaches L (W - 1) tokens on, exactly; one full layer lifts that."""
-    run, tokens = forward(sharpen(build(window=W, n_layers=L, layer_pattern=pattern))), text(B=1)
+    run, tokens = forward(sharpen(build(window=W, n_layers=L, window_pattern=pattern))), text(B=1)
     moved = jnp.any(run(tokens) != run(tokens.at[0, 0].set((tokens[0, 0] + 1) % 23)), axis=-1)[0]
     felt = int(np.flatnonzero(moved).max())
     assert felt == reach if reach is not None else felt > 6
@@ -130,13 +130,13 @@ def test_a_toggle_changes_the_output(name):
 def test_a_pattern_without_windows_is_full_attention():
     run = lambda **changes: forward(sharpen(build(**changes)))(text())
     full = run()
-    np.testing.assert_array_equal(full, run(window=3, layer_pattern="L"))
+    np.testing.assert_array_equal(full, run(window=3, window_pattern="L"))
     np.testing.assert_allclose(full, run(window=64), rtol=1e-5, atol=1e-5)
-    assert np.any(full != run(window=3, layer_pattern="SL"))
+    assert np.any(full != run(window=3, window_pattern="SL"))
 
 
 def test_a_gate_of_zero_lets_half_through():
-    model, plain = sharpen(build(gate="head")), sharpen(build())
+    model, plain = sharpen(build(attn_gate="head")), sharpen(build())
     for block, other in zip(model.blocks, plain.blocks, strict=True):
         block.attention_norm[...] = other.attention_norm[...] = jnp.ones(16)
         for name in ("q", "k", "v", "o"):
@@ -156,7 +156,7 @@ def test_positions_none_is_blind_to_order_and_the_others_are_not():
     swapped = tokens.at[0, :8].set(tokens[0, :8][::-1])
     for positions in ("none", "rope", "learned"):
         # One layer: with more, a causal mask alone tells order.
-        run = forward(sharpen(build(positions=positions, n_layers=1)))
+        run = forward(sharpen(build(pos_encoding=positions, n_layers=1)))
         same = np.allclose(run(tokens)[0, -1], run(swapped)[0, -1], atol=1e-5)
         assert same == (positions == "none"), positions
 
@@ -169,7 +169,7 @@ def test_caps_bound_what_they_cap():
 
 
 def test_tied_weights_are_one_array():
-    tied, untied = build(n_layers=1), build(n_layers=1, tie=False)
+    tied, untied = build(n_layers=1), build(n_layers=1, tie_embeddings=False)
     count = lambda model: sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
     assert count(untied) - count(tied) == 23 * 16
     assert tied.head is None
@@ -207,7 +207,7 @@ def trained(remat: str, changes: tuple) -> tuple[tuple, int]:
 
 
 @pytest.mark.parametrize("remat", ["block", "dots"])
-@pytest.mark.parametrize("changes", [{"window": 4, "gate": "head"}, {"n_experts": 4}], ids=["dense", "experts"])
+@pytest.mark.parametrize("changes", [{"window": 4, "attn_gate": "head"}, {"n_experts": 4}], ids=["dense", "experts"])
 def test_remat_changes_what_is_kept_and_nothing_else(changes, remat):
     """Fault 5: gradient checkpointing is a flag without effect. Here the gradient holds remat equations."""
     (plain, marks), (remade, more) = (trained(kind, tuple(changes.items())) for kind in ("none", remat))
@@ -229,11 +229,11 @@ def test_remat_keeps_less():
 NARROW = {
     "dense": ({}, 32),
     "experts": ({"n_experts": 4, "shared_expert": True}, 32),
-    "windowed": ({"window": 8, "gate": "elementwise", "qk_norm": True, "attn_softcap": 5.0}, 128),
+    "windowed": ({"window": 8, "attn_gate": "elementwise", "qk_norm": True, "attn_softcap": 5.0}, 128),
     "long": ({}, 1200),
     "long, a window that hardly limits": ({"window": 1000}, 1200),
-    "gelu, untied": ({"mlp": "gelu", "tie": False, "logit_softcap": 5.0, "gate": "head"}, 32),
-    "learned": ({"positions": "learned", "remat": "dots"}, 32),
+    "gelu, untied": ({"mlp": "gelu", "tie_embeddings": False, "logit_softcap": 5.0, "attn_gate": "head"}, 32),
+    "learned": ({"pos_encoding": "learned", "remat": "dots"}, 32),
 }
 
 
@@ -258,7 +258,9 @@ def test_bfloat16_reaches_every_matrix_product(name, backward):
 
 
 def test_initial_weights_have_the_planned_spread():
-    model = build(dim=128, n_layers=8, vocab_size=500, gate="elementwise", tie=False, expansion=4.0, qk_norm=True)
+    model = build(
+        dim=128, n_layers=8, vocab_size=500, attn_gate="elementwise", tie_embeddings=False, mlp_ratio=4.0, qk_norm=True
+    )
     for path, w in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         w, name = np.asarray(w[...]), path[-1]
         if w.ndim == 1:
@@ -279,7 +281,11 @@ def test_weights_depend_on_the_seed_alone():
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"n_experts": 4, "shared_expert": True}, {"positions": "learned", "tie": False, "gate": "head"}],
+    [
+        {},
+        {"n_experts": 4, "shared_expert": True},
+        {"pos_encoding": "learned", "tie_embeddings": False, "attn_gate": "head"},
+    ],
 )
 def test_every_parameter_names_its_axes(changes):
     sizes = {"V": 23, "M": 16, "H": 4, "K": 2, "D": 4, "F": 32, "E": 4, "T": 64}
@@ -312,7 +318,7 @@ def test_ids_out_of_range_are_refused(bad):
 
 
 def test_learned_positions_end_at_max_context():
-    model = build(positions="learned")
+    model = build(pos_encoding="learned")
     assert model(text(T=64)).shape == (2, 64, 23)
     with pytest.raises(ValueError, match=r"65.*max_context 64"):
         model(text(T=65))

@@ -28,12 +28,12 @@ def made(tmp_path, text=None, **changes):
 
 def test_a_grid_is_the_product_in_the_files_order(tmp_path):
     sweep = made(
-        tmp_path, parameters={"kv_heads": {"values": [1, 4]}, "dim": {"value": 64}, "window": {"min": 4, "max": 6}}
+        tmp_path, parameters={"n_kv_heads": {"values": [1, 4]}, "dim": {"value": 64}, "window": {"min": 4, "max": 6}}
     )
     assert [tuple(run.values.values()) for run in sweep.runs()] == [(k, 64, w) for k in (1, 4) for w in (4, 5, 6)]
-    assert sweep.name == "plain" and sweep.varied == ["kv_heads", "window"] and not sweep.maximize
+    assert sweep.name == "plain" and sweep.varied == ["n_kv_heads", "window"] and not sweep.maximize
     run = sweep.runs()[0]
-    assert run.flags() == ["--kv-heads=1", "--dim=64", "--window=4"] and run.name.startswith("kv_heads=1_window=4_")
+    assert run.flags() == ["--n-kv-heads=1", "--dim=64", "--window=4"] and run.name.startswith("n_kv_heads=1_window=4_")
     assert len({run.name for run in sweep.runs()}) == 6
 
 
@@ -53,7 +53,7 @@ def test_a_run_is_known_by_its_settings_however_the_file_grows(tmp_path):
 RANDOM = {
     "lr": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2},
     "window": {"values": [8, 16, None], "probabilities": [0, 1, 3]},
-    "warmup": {"min": 0.0, "max": 0.5},
+    "warmup_ratio": {"min": 0.0, "max": 0.5},
     "batch_size": {"distribution": "q_uniform", "min": 8, "max": 64, "q": 8},
 }
 
@@ -69,7 +69,7 @@ def test_draws_depend_on_seed_number_and_name_alone(tmp_path):
         assert 1e-4 <= run.values["lr"] <= 1e-2 and run.values["window"] in (16, None)
         assert run.values["batch_size"] % 8 == 0 and isinstance(run.values["batch_size"], int)
     # The same on every machine and in every version.
-    assert few[0].values == {"lr": 0.0006279, "window": None, "warmup": 0.1673, "batch_size": 16}
+    assert few[0].values == {"lr": 0.0006279, "window": None, "warmup_ratio": 0.1673, "batch_size": 16}
 
 
 def test_few_combinations_are_not_drawn_for_ever(tmp_path):
@@ -105,10 +105,10 @@ def test_probabilities_are_kept():
 
 
 def test_settings_that_do_not_go_together_are_a_row_and_no_mistake(tmp_path):
-    heads = {"n_heads": {"values": [2, 4]}, "kv_heads": {"values": [1, 4]}, "preset": {"value": "nano"}}
+    heads = {"n_heads": {"values": [2, 4]}, "n_kv_heads": {"values": [1, 4]}, "preset": {"value": "nano"}}
     runs = made(tmp_path, parameters=heads).runs()
     assert [run.refused is None for run in runs] == [True, False, True, True]
-    assert runs[1].refused == "n_heads is 2 and kv_heads is 4; n_heads must be a multiple of kv_heads"
+    assert runs[1].refused == "n_heads is 2 and n_kv_heads is 4; n_heads must be a multiple of n_kv_heads"
 
 
 def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path):
@@ -117,7 +117,7 @@ def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path):
 
 
 WORDS = ("value", "values", "min", "max", "distribution", "q", "mu", "sigma", "probabilities", "name", "goal")
-SETTINGS = ("window", "lr", "tie", "mlp", "preset", "steps", "run", "data", "config", "kv_heads")
+SETTINGS = ("window", "lr", "tie_embeddings", "mlp", "preset", "steps", "run", "data", "config", "n_kv_heads")
 WRONG = {
     "a key": ({"metod": "grid"}, r"unknown key 'metod'; did you mean 'method'\?"),
     "no parameters": ({"parameters": {}}, "parameters are missing; allowed: flags of dantinox.train"),
@@ -175,8 +175,8 @@ WRONG = {
         r"lr: min is '1e-4'; allowed: a number \(YAML takes 1e-4 for text; 1.0e-4 is a number\)",
     ),
     "a bound": (
-        {"method": "random", "run_cap": 2, "parameters": {"warmup": {"min": 0.1, "max": 1.5}}},
-        "warmup: warmup is 1.5; allowed: 0 <= warmup < 1",
+        {"method": "random", "run_cap": 2, "parameters": {"warmup_ratio": {"min": 0.1, "max": 1.5}}},
+        "warmup_ratio: warmup_ratio is 1.5; allowed: 0 <= warmup_ratio < 1",
     ),
     "bounds that are crossed": (
         {"method": "random", "run_cap": 2, "parameters": {"lr": {"min": 0.2, "max": 0.1}}},
@@ -184,8 +184,8 @@ WRONG = {
     ),
     "too many": ({"parameters": {"seed": {"min": 0, "max": 9999}, "window": {"values": [1, 2]}}}, "has 20,000 runs"),
     "together": (
-        {"parameters": {"n_heads": {"value": 4}, "kv_heads": {"value": 3}}},
-        "n_heads: n_heads is 4 and kv_heads is 3; n_heads must be a multiple of kv_heads",
+        {"parameters": {"n_heads": {"value": 4}, "n_kv_heads": {"value": 3}}},
+        "n_heads: n_heads is 4 and n_kv_heads is 3; n_heads must be a multiple of n_kv_heads",
     ),
 }
 

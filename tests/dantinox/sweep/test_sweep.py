@@ -22,8 +22,8 @@ from dantinox.sweep.search_space import read
 from tests.helpers.readme_messages import promised
 
 TINY = {
-    "n_layers": 1, "dim": 16, "n_heads": 2, "kv_heads": 1, "window": 8, "seq_len": 16, "max_context": 32,
-    "batch_size": 4, "eval_batches": 1, "sample_tokens": 0, "tokenizer": "char", "data": "text.txt", "clip": 0.0,
+    "n_layers": 1, "dim": 16, "n_heads": 2, "n_kv_heads": 1, "window": 8, "seq_len": 16, "max_context": 32,
+    "batch_size": 4, "eval_batches": 1, "sample_tokens": 0, "tokenizer": "char", "data": "text.txt", "grad_clip": 0.0,
     "log_every": 1,
 }  # fmt: skip
 
@@ -57,7 +57,7 @@ def run(*words, cwd, code=0):
 @pytest.fixture(scope="module")
 def finished(place):
     """A run that ends well, one with a NaN, and one of settings that do not go together."""
-    heads = {"n_heads": {"values": [2, 4]}, "kv_heads": {"values": [1, 4]}}
+    heads = {"n_heads": {"values": [2, 4]}, "n_kv_heads": {"values": [1, 4]}}
     write(place, "heads", {**heads, "lr": {"values": [0.01, 1e30]}, "steps": {"value": 6}}, run_cap=3)
     return place / "runs" / "heads", run("heads.yaml", cwd=place)[0]
 
@@ -66,14 +66,14 @@ def test_a_run_that_fails_is_a_row_and_not_the_end(finished):
     folder, out = finished
     with (folder / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    states = {(row["n_heads"], row["kv_heads"], row["lr"]): row["state"] for row in rows}
+    states = {(row["n_heads"], row["n_kv_heads"], row["lr"]): row["state"] for row in rows}
     assert states == {
         ("2", "1", "0.01"): "done",
         ("2", "1", "1e+30"): "failed",
         ("2", "4", "0.01"): "refused",
     }
     why = {row["state"]: row["why"] for row in rows}
-    assert why["refused"] == "n_heads is 2 and kv_heads is 4; n_heads must be a multiple of kv_heads"
+    assert why["refused"] == "n_heads is 2 and n_kv_heads is 4; n_heads must be a multiple of n_kv_heads"
     assert re.match(r"step \d is not finite \(loss [\d.]+, grad_norm nan\): its update was not made", why["failed"])
     done = [row for row in rows if row["state"] == "done"]
     assert rows[:1] == done
@@ -85,7 +85,9 @@ def test_a_run_that_fails_is_a_row_and_not_the_end(finished):
     table = (folder / "results.md").read_text()
     assert table in out and "1 of 3 runs are done; results are in runs/heads" in out
     head, _, *lines = table.splitlines()
-    assert re.sub(r" +", " ", head).startswith("| n_heads | kv_heads | lr | val_loss | loss | tokens/s | parameters |")
+    assert re.sub(r" +", " ", head).startswith(
+        "| n_heads | n_kv_heads | lr | val_loss | loss | tokens/s | parameters |"
+    )
     assert [f"{float(row['val_loss']):.4f}" in line for row, line in zip(done, lines)] == [True]
 
 
@@ -105,7 +107,7 @@ def test_what_is_done_is_not_done_again_and_what_failed_goes_on(finished, place)
     same = [path for path, time in before.items() if path.stat().st_mtime_ns == time]
     assert len(same) == 1 and not any("lr=1e" in str(path) for path in same)
     listed, _ = run("heads.yaml", "--dry-run", cwd=place)
-    assert listed.count("(done)") == listed.count("(refused: n_heads is 2 and kv_heads is 4") == 1
+    assert listed.count("(done)") == listed.count("(refused: n_heads is 2 and n_kv_heads is 4") == 1
 
 
 def test_ctrl_c_leaves_a_sweep_that_goes_on_where_it_was(place):

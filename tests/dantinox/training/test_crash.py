@@ -14,7 +14,7 @@ import jax
 import pytest
 
 from dantinox.checkpoint.manager import Checkpoints
-from dantinox.checkpoint.manifest import Damaged
+from dantinox.checkpoint.manifest import CorruptCheckpointError
 from dantinox.config import Config
 from dantinox.metrics.logger import read_metrics
 from dantinox.training.trainer import Trainer
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
 KILLS, DAMAGES, SAVE_EVERY, MANY = 50, 200, 5, 1_000_000
-FLAGS = f"""--data text.txt --tokenizer char --n-layers 1 --dim 16 --n-heads 2 --kv-heads 1 --window 8 --max-context 32
---seq-len 16 --batch-size 2 --dropout 0.2 --ema 0.9 --warmup 0 --schedule constant --log-every 1 --eval-every 0
---eval-batches 1 --sample-tokens 0 --save-every {SAVE_EVERY} --keep 2""".split()
+FLAGS = f"""--data text.txt --tokenizer char --n-layers 1 --dim 16 --n-heads 2 --n-kv-heads 1 --window 8
+--max-context 32 --seq-len 16 --batch-size 2 --dropout 0.2 --ema-decay 0.9 --warmup-ratio 0 --schedule constant
+--log-every 1 --eval-every 0 --eval-batches 1 --sample-tokens 0 --save-every {SAVE_EVERY} --max-checkpoints 2""".split()
 # Imports take most of a start: one process makes them, and each run is a fork of it from before JAX's own start.
 STARTER = """
 import json, os, sys
@@ -113,7 +113,7 @@ def test_kills_at_random_moments_cost_no_more_than_the_steps_between_saves(folde
         stepped, saving = kill(programs, run, draw)
         among, unfinished = among + stepped, unfinished + saving
         if Checkpoints(run).steps():
-            step, _, wrong = Checkpoints(run).newest_intact()
+            step, _, wrong = Checkpoints(run).latest_valid()
             assert wrong == []
             lost.append(reported(run) - step)
         else:
@@ -139,7 +139,7 @@ def rows(run: Path) -> list[dict]:
 
 
 def states(run: Path, *steps: int) -> list:
-    like = Trainer(Config.from_yaml(run / "config.yaml")).like()
+    like = Trainer(Config.from_yaml(run / "config.yaml")).abstract_state()
     return [Checkpoints(run).restore(step, like) for step in steps]
 
 
@@ -170,7 +170,7 @@ def test_damage_to_the_newest_checkpoint_is_named_and_never_trained_on(folder, p
     programs.start(*FLAGS, "--run", run.name, "--steps", 2 * SAVE_EVERY)
     assert programs.status() == 0, Path("out.txt").read_text()[-3000:]
     older, newer = SAVE_EVERY, 2 * SAVE_EVERY
-    like = Trainer(Config.from_yaml(run / "config.yaml")).like()
+    like = Trainer(Config.from_yaml(run / "config.yaml")).abstract_state()
     truth = dict(zip((older, newer), states(run, older, newer)))
     restored, refused, kinds = 0, 0, []
     for number in range(DAMAGES):
@@ -180,10 +180,10 @@ def test_damage_to_the_newest_checkpoint_is_named_and_never_trained_on(folder, p
         kinds.append(hurt(copy / "checkpoints" / str(newer), draw))
         checkpoints = Checkpoints(copy)
         try:
-            step, _, wrong = checkpoints.newest_intact()
+            step, _, wrong = checkpoints.latest_valid()
             assert equal(checkpoints.restore(step, like), truth[step])
             told, restored = str(wrong[0]), restored + 1
-        except Damaged as error:
+        except CorruptCheckpointError as error:
             assert alone
             told, refused = str(error), refused + 1
         assert f"checkpoints/{newer} is damaged: " in told and "\n" not in told

@@ -22,16 +22,16 @@ from dantinox.metrics import logger as metrics_log
 from dantinox.metrics.logger import read_metrics
 from dantinox.training import resume as training_resume
 from dantinox.training import train_step
-from dantinox.training.loop import NotFinite
+from dantinox.training.loop import NonFiniteError
 from dantinox.training.signals import Interrupted
 from dantinox.training.trainer import Trainer
 from tests.helpers.readme_messages import promised
 
 TIMES = ("tokens_per_s", "mfu")
 # All that carries state from step to step: dropout, accumulation, an average, experts, a schedule.
-SETTINGS = """n_layers=1 dim=16 n_heads=2 kv_heads=1 window=8 max_context=32 n_experts=4 expansion=1.0 dropout=0.2
-seq_len=16 batch_size=4 grad_accum=2 ema=0.9 steps=12 lr=0.01 log_every=1 eval_every=4 eval_batches=2 save_every=5
-keep=2 sample_tokens=0""".split()
+SETTINGS = """n_layers=1 dim=16 n_heads=2 n_kv_heads=1 window=8 max_context=32 n_experts=4 mlp_ratio=1.0 dropout=0.2
+seq_len=16 batch_size=4 grad_accum=2 ema_decay=0.9 steps=12 lr=0.01 log_every=1 eval_every=4 eval_batches=2 save_every=5
+max_checkpoints=2 sample_tokens=0""".split()
 SETTINGS = {name: json.loads(value) for name, value in (word.split("=") for word in SETTINGS)}
 
 
@@ -82,7 +82,7 @@ def weights(path: Path, at: int | None = None) -> str:
     """A hash of every number of a run's state."""
     settings = Config.from_yaml(path / "config.yaml")
     checkpoints = Checkpoints(path)
-    state = checkpoints.restore(at or checkpoints.newest_intact()[0], train.Trainer(settings).like())
+    state = checkpoints.restore(at or checkpoints.latest_valid()[0], train.Trainer(settings).abstract_state())
     return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state))).hexdigest()
 
 
@@ -107,8 +107,8 @@ def test_a_short_run_keeps_the_weights_that_were_trained(whole):
     """Fault 1: checkpoints only every so many steps, none at the end: a short run keeps untrained weights."""
     path = run("short", save_every=500, eval_every=0)
     assert Checkpoints(path).steps() == [12] and weights(path) == weights(whole)
-    kept = Checkpoints(path).restore(12, train.Trainer(Config.from_yaml(path / "config.yaml")).like())
-    start = train.Trainer(Config.from_yaml(path / "config.yaml")).initial()
+    kept = Checkpoints(path).restore(12, train.Trainer(Config.from_yaml(path / "config.yaml")).abstract_state())
+    start = train.Trainer(Config.from_yaml(path / "config.yaml")).init_state()
     assert all((kept.params[name] != start.params[name]).any() for name in start.params)
 
 
@@ -184,6 +184,20 @@ def test_a_run_killed_before_it_saved_begins_anew_and_nothing_else_does(whole, m
     assert (path / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_with_earlier_setting_names_resumes(here, monkeypatch):
+    fixture = Path(__file__).parents[1] / "config" / "earlier_names.yaml"
+    settings = Config.from_yaml(fixture)
+    expected = train.train(settings.replace(run="today"))
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        at_step(patch, 4, lambda: signal.raise_signal(signal.SIGINT))
+        train.train(settings)
+    path = Path("runs") / settings.train.run
+    shutil.copy(fixture, path / "config.yaml")
+    assert train.main(["--run", settings.train.run, "--resume"]) == 0
+    assert rows(path) == rows(expected) and weights(path) == weights(expected)
+    assert "n_kv_heads: 1" in (path / "config.yaml").read_text()
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, monkeypatch, capsys):
     path = killed("damaged", monkeypatch, at=12)
     assert Checkpoints(path).steps()[-2:] == [8, 10]
@@ -248,20 +262,21 @@ def test_another_text_is_not_taken_for_the_one_trained_on(whole):
 
 def test_what_a_resumed_run_has_otherwise_is_listed():
     old = Config().replace(**SETTINGS)
-    new = old.replace(n_layers=2, kv_heads=2, optimizer="lion", ema=0.0, data="other", lr=1.0)
+    new = old.replace(n_layers=2, n_kv_heads=2, optimizer="lion", ema_decay=0.0, data="other", lr=1.0)
     with pytest.raises(ConfigError) as error:
-        training_resume.changes(new, old)
+        training_resume.diff_settings(new, old)
     assert str(error.value) == (
-        "--resume cannot change n_layers 1 -> 2; kv_heads 1 -> 2; data 'stdlib' -> 'other'; "
-        "optimizer 'adamw' -> 'lion'; ema 0.9 -> 0.0"
+        "--resume cannot change n_layers 1 -> 2; n_kv_heads 1 -> 2; data 'stdlib' -> 'other'; "
+        "optimizer 'adamw' -> 'lion'; ema_decay 0.9 -> 0.0"
     )
     with pytest.raises(ConfigError) as error:
-        training_resume.changes(old.replace(n_layers=6, n_heads=4, kv_heads=2), old.replace(n_heads=4))
+        training_resume.diff_settings(old.replace(n_layers=6, n_heads=4, n_kv_heads=2), old.replace(n_heads=4))
     assert promised("another model or text with `--resume`").fullmatch(str(error.value))
     assert (
-        training_resume.changes(old.replace(lr=1.0, batch_size=8, keep=9), old) == "lr 0.01 -> 1.0; batch_size 4 -> 8"
+        training_resume.diff_settings(old.replace(lr=1.0, batch_size=8, max_checkpoints=9), old)
+        == "lr 0.01 -> 1.0; batch_size 4 -> 8"
     )
-    assert training_resume.changes(old, old) == ""
+    assert training_resume.diff_settings(old, old) == ""
 
 
 DENSE = {"n_experts": 0, "grad_accum": 1, "dropout": 0.0}  # compiles faster
@@ -290,7 +305,7 @@ def planted(monkeypatch):
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_and_its_batch_is_kept(planted, capsys):
-    with pytest.raises(NotFinite) as stop:
+    with pytest.raises(NonFiniteError) as stop:
         run("nan", save_every=4, **DENSE)
     path = Path("runs/nan")
     message = str(stop.value)
@@ -303,7 +318,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_its_batch_is_kept(pla
     assert (dump["inputs"] == inputs).all() and (dump["targets"] == targets).all() and dump["step"] == 6
     assert np.isfinite(dump["loss"]) and np.isnan(dump["grad_norm"])
     before = weights(path, 5)
-    run("nan", resume=True, save_every=1, on_nan="skip", keep=99, **DENSE)
+    run("nan", resume=True, save_every=1, on_nan="skip", max_checkpoints=99, **DENSE)
     assert weights(path, 6) == before != weights(path, 7)
     assert [(row["step"], row["grad_norm"], row["skipped"]) for row in rows(path) if "skipped" in row] == [(6, None, 1)]
     assert np.isfinite(rows(path)[-1]["val_loss"]) and "going on without it" in capsys.readouterr().out
@@ -328,11 +343,11 @@ def resume(name: str) -> str:
 def test_training_stops_when_the_validation_loss_does_and_the_best_stays(monkeypatch, capsys):
     losses = iter([3.0, 2.0, 2.5, float("nan"), 1.0, 1.5])
     monkeypatch.setattr(Trainer, "validation_loss", lambda self, params: next(losses))
-    path = run("early", patience=2, eval_every=2, save_every=0, keep=1)
+    path = run("early", patience=2, eval_every=2, save_every=0, max_checkpoints=1)
     assert [row["step"] for row in rows(path)] == list(range(1, 9))
     assert Checkpoints(path).steps() == [4, 8] and Checkpoints(path).best() == 4
     out = capsys.readouterr().out
     assert "stopped early at step 8: 2 evaluations without a validation loss below 2.0000, that of step 4" in out
     assert promised("no better validation loss, with `--patience 5`").search(out)
-    run("early", resume=True, patience=3, eval_every=2, save_every=0, keep=1)
+    run("early", resume=True, patience=3, eval_every=2, save_every=0, max_checkpoints=1)
     assert [row["step"] for row in rows(path)] == list(range(1, 13)) and Checkpoints(path).best() == 10

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dantinox.training.signals import Interrupted, StopRequest
+from dantinox.training.signals import Interrupted, SignalHandler
 
 FOLDER = Path(__file__).parents[3] / "dantinox" / "training"
 BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -18,15 +18,15 @@ BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @BOTH
 def test_a_signal_waits_for_the_step_and_ends_what_may_be_dropped(number):
     saved = []
-    with StopRequest() as stop:
-        assert stop.asked is None
+    with SignalHandler() as stop:
+        assert stop.received is None
         signal.raise_signal(number)
-        assert stop.asked == number and saved == []  # a step goes on
-        with pytest.raises(Interrupted) as error, stop.leave(lambda: saved.append("before")):
+        assert stop.received == number and saved == []  # a step goes on
+        with pytest.raises(Interrupted) as error, stop.interruptible(lambda: saved.append("before")):
             saved.append("this was not to be done")
         assert error.value.code == 128 + number
-    with StopRequest() as stop:
-        with pytest.raises(Interrupted), stop.leave(lambda: saved.append("inside")):
+    with SignalHandler() as stop:
+        with pytest.raises(Interrupted), stop.interruptible(lambda: saved.append("inside")):
             signal.raise_signal(number)
             saved.append("neither was this")
         with pytest.raises(Interrupted):  # who asks twice does not want to wait
@@ -36,7 +36,7 @@ def test_a_signal_waits_for_the_step_and_ends_what_may_be_dropped(number):
 
 def test_handlers_are_given_back():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(ZeroDivisionError), StopRequest():
+    with pytest.raises(ZeroDivisionError), SignalHandler():
         raise ZeroDivisionError
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     with pytest.raises(KeyboardInterrupt) as error:
@@ -47,9 +47,9 @@ def test_handlers_are_given_back():
 DEAF = """
     import hashlib, sys
     sys.path.insert(0, sys.argv[1])
-    from signals import StopRequest
+    from signals import SignalHandler
 
-    with StopRequest() as stop, stop.leave(lambda: print("saved", flush=True)):
+    with SignalHandler() as stop, stop.interruptible(lambda: print("saved", flush=True)):
         print("ready", flush=True)
         hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # Python hears nothing until it returns, as in a compilation
 """

@@ -14,23 +14,23 @@ import pytest
 from flax import nnx
 
 from dantinox import ConfigError, Transformer
-from dantinox.checkpoint import params as state
+from dantinox.checkpoint.params import abstract_params, param_axes, split_params
 from dantinox.config import Config, OptimConfig
-from dantinox.distributed import mesh as sharding
+from dantinox.distributed.mesh import make_mesh
 from dantinox.model import moe
-from dantinox.training import optimizer as optim
-from dantinox.training.train_step import TrainState, cross_entropy, loss_and_parts, make_eval_step, make_train_step
+from dantinox.training.optimizer import contracted, make_optimizer, make_schedule
+from dantinox.training.train_step import TrainState, compute_loss, cross_entropy, make_eval_step, make_train_step
 
 ROOT = Path(__file__).parents[3]
-TINY = {"vocab_size": 50, "dim": 32, "n_layers": 2, "n_heads": 4, "kv_heads": 2, "window": 5, "max_context": 16}
+TINY = {"vocab_size": 50, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "window": 5, "max_context": 16}
 RUN = {"seq_len": 16, "batch_size": 8, "steps": 10, "lr": 1e-2}
 
 
 def build(**settings):
     config = Config().replace(**{**TINY, **RUN, **settings})
-    skeleton, params = state.split(Transformer(config.model, rngs=nnx.Rngs(0)))
-    optimizer = optim.optimizer(config.optim, config.train.steps)
-    return config, skeleton, TrainState(params, optimizer.init(params)), make_train_step(skeleton, config, optimizer)
+    model_def, params = split_params(Transformer(config.model, rngs=nnx.Rngs(0)))
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    return config, model_def, TrainState(params, optimizer.init(params)), make_train_step(model_def, config, optimizer)
 
 
 def batch(config, seed=0):
@@ -99,18 +99,18 @@ def test_targets_below_zero_are_no_part_of_the_loss():
 
 
 def test_padding_counts_for_nothing_however_it_falls_into_micro_batches():
-    config, skeleton, start, _ = build(n_layers=1, window=None, positions="none", attn="reference")
+    config, model_def, start, _ = build(n_layers=1, window=None, pos_encoding="none", attn="reference")
     x, y = batch(config)
     y[0, 1:3] = -1
     y[0, 5, 4:] = -7
-    whole = losses(skeleton, config)(start.params, x[0], y[0], None)[0]
-    _, _, start, step = build(n_layers=1, window=None, positions="none", attn="reference", grad_accum=4)
+    whole = losses(model_def, config)(start.params, x[0], y[0], None)[0]
+    _, _, start, step = build(n_layers=1, window=None, pos_encoding="none", attn="reference", grad_accum=4)
     _, parts = step(start, *(a.reshape(4, -1, a.shape[-1]) for a in (x, y)), jnp.int32(0))
     assert parts["loss"] == pytest.approx(float(whole), rel=1e-6)
 
 
 def test_the_average_of_the_weights_follows_its_formula():
-    config, _, start, step = build(n_layers=1, window=None, positions="none", attn="reference", ema=0.5)
+    config, _, start, step = build(n_layers=1, window=None, pos_encoding="none", attn="reference", ema_decay=0.5)
     current = TrainState(start.params, start.opt_state, jax.tree.map(jnp.copy, start.params))
     average = {name: np.float64(value) for name, value in start.params.items()}
     for i in range(8):
@@ -123,10 +123,12 @@ def test_the_average_of_the_weights_follows_its_formula():
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon"])
 def test_every_optimizer_descends_and_decays_matrices_alone(name):
-    _, shapes = state.abstract(Config().replace(**TINY | RUN | {"n_layers": 1, "n_experts": 4}).model)
+    _, shapes = abstract_params(Config().replace(**TINY | RUN | {"n_layers": 1, "n_experts": 4}).model)
     draw = np.random.default_rng(0)
     goal = {key: jnp.asarray(draw.standard_normal(shape.shape), jnp.float32) for key, shape in shapes.items()}
-    optimizer = optim.optimizer(OptimConfig(optimizer=name, lr=0.02, schedule="constant", warmup=0.0, clip=0.0), 100)
+    optimizer = make_optimizer(
+        OptimConfig(optimizer=name, lr=0.02, schedule="constant", warmup_ratio=0.0, grad_clip=0.0), 100
+    )
     distance = lambda params: sum(jnp.sum((params[key] - goal[key]) ** 2) for key in goal)
 
     @jax.jit
@@ -151,10 +153,10 @@ def test_every_optimizer_descends_and_decays_matrices_alone(name):
 
 def test_muon_takes_each_matrix_as_the_product_that_it_makes():
     config = Config().replace(
-        **TINY | RUN, n_experts=4, shared_expert=True, gate="elementwise", tie=False, qk_norm=True
+        **TINY | RUN, n_experts=4, shared_expert=True, attn_gate="elementwise", tie_embeddings=False, qk_norm=True
     )
-    _, shapes = state.abstract(config.model)
-    numbers, letters = optim.contracted(shapes), state.axes(config.model)
+    _, shapes = abstract_params(config.model)
+    numbers, letters = contracted(shapes), param_axes(config.model)
     assert numbers.keys() == letters.keys()
     for name, axes in letters.items():
         if numbers[name] is None:
@@ -167,74 +169,76 @@ def test_muon_takes_each_matrix_as_the_product_that_it_makes():
 
 
 def test_the_figures_of_the_routers_are_those_of_each_layer():
-    config, skeleton, start, _ = build(n_experts=4, window=None, positions="none", attn="reference", moe="reference")
+    config, model_def, start, _ = build(
+        n_experts=4, window=None, pos_encoding="none", attn="reference", moe="reference"
+    )
     x, y = (a[0] for a in batch(config))
     lopsided = start.params["blocks.1.mlp.router"] * 0
     params = start.params | {"blocks.1.mlp.router": lopsided}  # equal logits: top_k takes experts 0 and 1
-    _, parts = losses(skeleton, config)(params, x, y, None)
+    _, parts = losses(model_def, config)(params, x, y, None)
     assert 1 < parts["router/load_max.0"] < 2 and 0 < parts["router/load_min.0"] < 1
     assert (parts["router/load_max.1"], parts["router/load_min.1"]) == (2, 0)
     assert parts["router/entropy.0"] < 1 and parts["router/entropy.1"] == pytest.approx(1, abs=1e-5)
     assert parts["router/dropped.0"] == parts["router/dropped.1"] == 0
     ids = jnp.zeros((8, 4)).at[:, 3].set(5.0)
     served = moe.route(ids, 2)[2]
-    lost = moe.figures(moe.over_layers([served._replace(load=served.load.at[3].set(0))]), 2)
+    lost = moe.router_metrics(moe.mean_over_layers([served._replace(load=served.load.at[3].set(0))]), 2)
     assert lost["router/dropped.0"] == 0.5  # a slot of each token that no expert served would be seen
 
 
-def losses(skeleton, config):
-    return jax.jit(lambda *args: loss_and_parts(skeleton, config, *args))
+def losses(model_def, config):
+    return jax.jit(lambda *args: compute_loss(model_def, config, *args))
 
 
 def test_balance_and_z_coefficients_are_applied_to_what_is_minimised_but_not_to_evaluation():
     """Fault 3: the balance coefficient is ignored in the loss, or the validation loss holds the router's losses."""
-    config, skeleton, start, _ = build(n_experts=4, balance_coef=0.0, router_z_coef=0.0)
+    config, model_def, start, _ = build(n_experts=4, router_aux_loss_coef=0.0, router_z_loss_coef=0.0)
     x, y = (a[0] for a in batch(config))
-    bare, parts = losses(skeleton, config)(start.params, x, y, None)
+    bare, parts = losses(model_def, config)(start.params, x, y, None)
     assert bare == parts["loss"]
-    both = config.replace(balance_coef=0.5, router_z_coef=0.25)
-    total, parts = losses(skeleton, both)(start.params, x, y, None)
+    both = config.replace(router_aux_loss_coef=0.5, router_z_loss_coef=0.25)
+    total, parts = losses(model_def, both)(start.params, x, y, None)
     assert abs(total - (parts["loss"] + 0.5 * parts["balance"] + 0.25 * parts["router_z"])) < 1e-6
     assert parts["balance"] > 1 and parts["router_z"] > 0
-    assert abs(make_eval_step(skeleton, both)(start.params, x, y) - parts["loss"]) < 1e-6
+    assert abs(make_eval_step(model_def, both)(start.params, x, y) - parts["loss"]) < 1e-6
 
 
 def test_dropout_is_on_in_training_off_in_evaluation_and_a_function_of_the_step():
     """Fault 4: dropout stays on in validation."""
-    config, skeleton, start, _ = build(dropout=0.5)
+    config, model_def, start, _ = build(dropout=0.5)
     x, y = (a[0] for a in batch(config))
-    evaluate = make_eval_step(skeleton, config)
+    evaluate = make_eval_step(model_def, config)
     assert evaluate(start.params, x, y) == evaluate(start.params, x, y)
-    still = losses(skeleton, config)(start.params, x, y, None)[0]
+    still = losses(model_def, config)(start.params, x, y, None)[0]
     keys = [jax.random.key(0), jax.random.key(1), jax.random.key(0)]
-    first, second, again = (losses(skeleton, config)(start.params, x, y, key)[0] for key in keys)
+    first, second, again = (losses(model_def, config)(start.params, x, y, key)[0] for key in keys)
     assert first == again != second
     assert abs(evaluate(start.params, x, y) - still) < 1e-6 and first != still
 
 
 def test_weight_decay_leaves_norm_scales_alone():
-    _, skeleton, start, _ = build()
-    optimizer = optim.optimizer(OptimConfig(lr=0.1, warmup=0.0, weight_decay=1.0, schedule="constant"), 10)
+    _, model_def, start, _ = build()
+    optimizer = make_optimizer(OptimConfig(lr=0.1, warmup_ratio=0.0, weight_decay=1.0, schedule="constant"), 10)
     zero = jax.tree.map(jnp.zeros_like, start.params)
     updates, _ = optimizer.update(zero, optimizer.init(start.params), start.params)
     moved = {name for name, update in updates.items() if float(jnp.abs(update).max()) > 0}
-    assert moved == {name for name in skeleton.names if "norm" not in name}
+    assert moved == {name for name in model_def.names if "norm" not in name}
 
 
 @pytest.mark.parametrize("kind", ["cosine", "wsd", "constant"])
 def test_schedules(kind):
-    rate = optim.schedule(OptimConfig(lr=1.0, schedule=kind, warmup=0.1, min_lr=0.1), 100)
+    rate = make_schedule(OptimConfig(lr=1.0, schedule=kind, warmup_ratio=0.1, min_lr_ratio=0.1), 100)
     values = [float(rate(i)) for i in range(100)]
     assert values[0] == pytest.approx(0.1) and values[9] == pytest.approx(1.0)
     assert values[10] == pytest.approx(1.0) and max(values) <= 1.0 + 1e-6
     assert values[99] == pytest.approx({"cosine": 0.1, "wsd": 0.15, "constant": 1.0}[kind], abs=0.06)
     if kind == "wsd":
         assert values[80] == pytest.approx(1.0)
-    assert all(float(optim.schedule(OptimConfig(), n)(0)) > 0 for n in (1, 2, 3, 19, 21))
+    assert all(float(make_schedule(OptimConfig(), n)(0)) > 0 for n in (1, 2, 3, 19, 21))
 
 
 def test_clipping_bounds_the_update():
-    config, _, start, step = build(clip=1e-3)
+    config, _, start, step = build(grad_clip=1e-3)
     x, y = batch(config)
     _, parts = step(start, x, y, jnp.int32(0))
     assert parts["grad_norm"] > 1e-3  # what is reported is the norm before clipping
@@ -250,13 +254,13 @@ MESH = """
     from dantinox.training.train_step import state_shardings
     losses = {}
     for mesh in ("", "data=8", "fsdp=8", "data=2,fsdp=4"):
-        config, skeleton, current, step = build(mesh=mesh, grad_accum=1, n_experts=EXPERTS, attn="ATTN")
-        laid = sharding.make_mesh(config.train.mesh_axes())
+        config, model_def, current, step = build(mesh=mesh, grad_accum=1, n_experts=EXPERTS, attn="ATTN")
+        laid = make_mesh(config.train.mesh_axes())
         if laid is not None:
-            optimizer = optim.optimizer(config.optim, config.train.steps)
+            optimizer = make_optimizer(config.optim, config.train.steps)
             shards = state_shardings(config, laid, current)
             current = jax.device_put(current, shards)
-            step = make_train_step(skeleton, config, optimizer, laid, shards)
+            step = make_train_step(model_def, config, optimizer, laid, shards)
         losses[mesh] = []
         for i in range(4):
             current, parts = step(current, *batch(config, seed=i), jnp.int32(i))
@@ -284,7 +288,7 @@ def test_a_mesh_of_eight_devices_gives_the_losses_of_one(experts, attn):
 
 def test_a_mesh_that_cannot_be_is_named():
     with pytest.raises(ConfigError, match="needs 4096 devices"):
-        sharding.make_mesh({"data": 64, "fsdp": 64})
+        make_mesh({"data": 64, "fsdp": 64})
     for mesh in ("data", "data=0", "model=2", "data=x"):
         with pytest.raises(ConfigError, match="allowed: data=N,fsdp=M"):
             Config().replace(mesh=mesh)
@@ -293,10 +297,10 @@ def test_a_mesh_that_cannot_be_is_named():
 
 
 def test_parameters_survive_being_taken_apart():
-    config, skeleton, start, _ = build(n_experts=4, qk_norm=True, gate="elementwise", tie=False)
-    model = skeleton.join(start.params)
+    config, model_def, start, _ = build(n_experts=4, qk_norm=True, attn_gate="elementwise", tie_embeddings=False)
+    model = model_def.merge(start.params)
     tokens = jnp.arange(12).reshape(1, 12)
     direct = Transformer(config.model, rngs=nnx.Rngs(0))(tokens)
     assert (model(tokens) == direct).all()
-    assert state.split(model)[1].keys() == start.params.keys() == set(state.axes(config.model))
-    assert hash(skeleton) == hash(state.abstract(config.model)[0])
+    assert split_params(model)[1].keys() == start.params.keys() == set(param_axes(config.model))
+    assert hash(model_def) == hash(abstract_params(config.model)[0])

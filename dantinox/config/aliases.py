@@ -1,0 +1,74 @@
+"""Earlier names of settings and flags, accepted on the command line, in YAML files and by `Config.replace`.
+
+This table is the only place that knows them. Help texts and the README do not list them.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dantinox.config.validation import ConfigError
+
+ALIASES = {
+    "kv_heads": "n_kv_heads",
+    "layer_pattern": "window_pattern",
+    "gate": "attn_gate",
+    "positions": "pos_encoding",
+    "expansion": "mlp_ratio",
+    "balance_coef": "router_aux_loss_coef",
+    "router_z_coef": "router_z_loss_coef",
+    "tie": "tie_embeddings",
+    "kv_dtype": "kv_cache_dtype",
+    "bpe_vocab": "bpe_vocab_size",
+    "warmup": "warmup_ratio",
+    "min_lr": "min_lr_ratio",
+    "clip": "grad_clip",
+    "ema": "ema_decay",
+    "keep": "max_checkpoints",
+}
+"""Earlier name -> name, of settings."""
+FLAG_ALIASES = ALIASES | {"lines": "prompt_per_line", "to": "out"}
+"""Earlier name -> name, of flags: those of the settings, and those of single programs."""
+VALUE_ALIASES = {("kv_cache_dtype", "model"): "auto"}
+"""(name, earlier value) -> value."""
+
+
+def current_value(name: str, value: Any) -> Any:
+    """The value under which a setting is known today."""
+    return VALUE_ALIASES.get((name, value), value) if isinstance(value, str) else value
+
+
+def current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with earlier names and values replaced by today's.
+
+    Raises:
+        ConfigError: a setting has one value under its name and another under an earlier one.
+    """
+    result: dict[str, Any] = {}
+    given_as: dict[str, str] = {}
+    for given, value in settings.items():
+        name = ALIASES.get(given, given)
+        value = current_value(name, value)
+        if name in result and result[name] != value:
+            first = given_as[name]
+            raise ConfigError(conflict(first, settings[first], given, settings[given], name))
+        result[name], given_as[name] = value, given
+    return result
+
+
+def conflict(first: str, first_value: Any, second: str, second_value: Any, name: str) -> str:
+    """The message for one setting given twice, under two names."""
+    return f"{first} is {first_value!r} but {second} is {second_value!r}, and both set {name}; give {name} only"
+
+
+def original_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings under their earliest names and values, for hashes that must not change with a name."""
+    values = {(name, new): old for (name, old), new in VALUE_ALIASES.items()}
+    return {
+        original_name(name): values.get((name, value), value) if isinstance(value, str) else value
+        for name, value in settings.items()
+    }
+
+
+def original_name(name: str) -> str:
+    """The earliest name of a setting."""
+    return next((old for old, current in ALIASES.items() if current == name), name)
