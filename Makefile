@@ -91,10 +91,11 @@ tensorboard: ## look at loss curves, samples and traces (LOGDIR=runs)
 gpu: ## measure everything on this GPU, into profiles/; works without network too
 	@python=$$(sh scripts/gpu_python.sh) && $$python -m bench.gpu --out profiles $(ARGS)
 
-lint: ## check style
+lint: ## check style and types
 	@$(SETUP) dev
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
+	@.venv/bin/pyrefly check --python-interpreter-path $(PY) --summary=none
 
 format: ## mend style
 	@$(SETUP) dev

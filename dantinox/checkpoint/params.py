@@ -1,7 +1,7 @@
 """Split a model into its definition and named parameters, and merge them again."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 from flax import nnx
@@ -36,7 +36,8 @@ def split_params(model: Transformer) -> tuple[ModelDef, Params]:
 
 def abstract_params(config: ModelConfig) -> tuple[ModelDef, dict[str, jax.ShapeDtypeStruct]]:
     """`split_params` of a model of this config, with shapes instead of arrays; nothing is computed."""
-    return split_params(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    definition, shapes = split_params(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    return definition, cast("dict[str, jax.ShapeDtypeStruct]", shapes)
 
 
 def param_axes(config: ModelConfig) -> dict[str, tuple[str, ...]]:

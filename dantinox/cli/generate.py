@@ -153,8 +153,8 @@ def read_prompts(args: Args) -> list[str]:
         raise ValueError("prompt and prompt_file are both given; allowed: one of them")
     piped = args.prompt_file == "-"
     name = "standard input" if piped else args.prompt_file
+    raw = sys.stdin.buffer.read() if piped else Path(args.prompt_file).read_bytes()
     try:
-        raw = sys.stdin.buffer.read() if piped else Path(args.prompt_file).read_bytes()
         text = raw.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text: byte {error.start} is {raw[error.start]:#04x}") from None

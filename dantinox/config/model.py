@@ -7,8 +7,10 @@ from dantinox import kernels
 from dantinox.config.validation import check, check_fields, check_fraction, check_positive
 
 KVDtype = Literal["auto", "int8", "fp8"]
+# Not static: a line in an operation's table adds a name.
 Attention, Experts, Decode = (
-    Literal[kernels.implementation_names(op)] for op in ("attention", "moe_mlp", "decode_attention")
+    Literal[kernels.implementation_names(op)]  # pyrefly: ignore[invalid-literal]
+    for op in ("attention", "moe_mlp", "decode_attention")
 )
 
 

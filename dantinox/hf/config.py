@@ -63,6 +63,8 @@ def to_hf(config: ModelConfig, layout: Layout | None = None) -> dict[str, Any]:
             scaling = {"rope_type": "yarn", "factor": factor} | original | _YARN
         case "llama3":
             scaling = {"rope_type": "llama3", "factor": factor} | original | _LLAMA3
+        case _:
+            pass
     held = {
         "architectures": [_CLASSES[layout]],
         "model_type": layout,

@@ -182,6 +182,7 @@ def _chunks(model: Transformer, slots: tuple[int, ...], start: tuple, count: int
         # A power of two again; what there is not yet is masked.
         past = prefill.round_up_to_bucket(at, 1) if at else 0
         prefilled = _prefill_chunk(graph, slots, past, weights, tokens, np.int32(at), lengths, prefilled)
+    assert prefilled is not None, "a prompt has at least one chunk"
     start_all = _init_decode_in_place if len(samples) == 1 else _init_decode_jit
     state = start_all(graph, weights, prefilled.last, seed, samples, prefilled.caches, seen)
     size = CHUNK if lag is None else 1

@@ -76,8 +76,9 @@ def gather_past(cache: KVCache, start: Array, count: int, dtype: jnp.dtype) -> P
     slot = position % cache.k.shape[2]
 
     def read(ring: Array, scale: Array | None) -> Array:
-        ring, scale = (x if x is None else jnp.take(x, slot, axis=2) for x in (ring, scale))
-        return dequantize(ring, scale, dtype).swapaxes(1, 2)
+        values = jnp.take(ring, slot, axis=2)
+        scale = None if scale is None else jnp.take(scale, slot, axis=2)
+        return dequantize(values, scale, dtype).swapaxes(1, 2)
 
     k, v = read(cache.k, cache.k_scale), read(cache.v, cache.v_scale)
     return k, v, jnp.broadcast_to(position >= 0, (cache.k.shape[0], count))

@@ -65,7 +65,7 @@ class Sampling(NamedTuple):
         penalty = check_finite("repetition_penalty", repetition_penalty, "a number from 0.01 to 100 (1: off)")
         if not 0.01 <= penalty <= 100:
             raise ValueError(f"repetition_penalty is {penalty}; allowed: a number from 0.01 to 100 (1: off)")
-        numbers = np.float32([min(temperature, most), top_p, min_p, penalty])
+        numbers = np.array([min(temperature, most), top_p, min_p, penalty], np.float32)
         return cls(numbers[0], np.int32(k), *numbers[1:])
 
 

@@ -1,6 +1,5 @@
 """What a configuration costs before it runs: parameters, FLOPs, compiled memory, cache."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,7 +30,7 @@ def describe(config: Config) -> str:
     return "\n".join(f"{name:14} {text}" for name, text in rows.items())
 
 
-def compiled_memory(step: Callable[..., Any], state: Any, config: Config) -> str:
+def compiled_memory(step: Any, state: Any, config: Config) -> str:
     """Compile one training step from shapes alone and say what it needs in memory."""
     micro = config.train.batch_size // config.train.grad_accum
     tokens = jax.ShapeDtypeStruct((config.train.grad_accum, micro, config.train.seq_len), jnp.int32)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rich.console import Console
 
@@ -109,7 +109,8 @@ class Sweeper:
 
     def _wait(self, path: Path, head: str) -> int:
         """Until the run ends, with a line on a terminal that says how far it is."""
-        status = self.console.status(head) if self.console.is_terminal else contextlib.nullcontext()
+        assert self._child is not None
+        status: Any = self.console.status(head) if self.console.is_terminal else contextlib.nullcontext()
         with status:
             while True:
                 try:

@@ -1,7 +1,6 @@
 """The profiler around training steps."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ class Tracing:
 
     def __init__(self, loop: "Loop") -> None:
         self.range, self.folder = loop.trainer.config.train.profile_range(), loop.run_dir / "tensorboard"
-        self.step: Callable = loop.trainer.step
+        self.step: Any = loop.trainer.step
         self.stop, self.saved = loop.stop, loop.report_saved
         self.running = False
 

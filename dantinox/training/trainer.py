@@ -83,7 +83,8 @@ class Trainer:
         """(inputs, targets), each [A, B, T] int32: the batch of a step, cut into micro-batches."""
         t = self.config.train
         pair = get_batch(self.corpus.train, seed=t.seed, step=step, batch_size=t.batch_size, seq_len=t.seq_len)
-        return tuple(x.reshape(t.grad_accum, -1, t.seq_len) for x in pair)
+        inputs, targets = (x.reshape(t.grad_accum, -1, t.seq_len) for x in pair)
+        return inputs, targets
 
     def validation_loss(self, params: Params) -> float:
         """Token-mean cross-entropy over the fixed evaluation set, in nats."""

@@ -88,7 +88,7 @@ class Attention(Workload):
         n = max(self.S, self.T)
         cuts = np.sort(rng.integers(0, n, (self.B, 3)), axis=1)
         # In no order: rising ids would let a comparison with < pass for one with ==.
-        ids = np.int32([2, 0, 3, 1])[np.sum(np.arange(n)[None, :, None] >= cuts[:, None], axis=-1)]
+        ids = np.array([2, 0, 3, 1], np.int32)[np.sum(np.arange(n)[None, :, None] >= cuts[:, None], axis=-1)]
         if self.segments == "packed":
             return {"segment_ids": ids}
         q_ids, kv_ids = ids[:, n - self.T :], ids[:, n - self.S :].copy()

@@ -5,7 +5,7 @@ expert's products, so that a tile's hidden rows are used while they are in cache
 one. Other devices use `lax.ragged_dot`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,9 +72,7 @@ class _Residuals(NamedTuple):
     group_sizes: Array
 
 
-def _loop_experts_bwd(
-    row_tiles: RowTiles, residuals: _Residuals, dy: Array
-) -> tuple[Array, tuple[Array, Array, Array]]:
+def _loop_experts_bwd(row_tiles: RowTiles, residuals: _Residuals, dy: Array) -> tuple[Array, tuple[Array, ...]]:
     """dx and (dw_gate, dw_up, dw_down); dy and dx are padded."""
     x, gate, up, w_gate, w_up, w_down, group_sizes = residuals
     starts, ends = group_bounds(group_sizes)
@@ -149,7 +147,7 @@ def _gather_fwd(x: Array, index: Array, inverse: Array) -> tuple[Array, tuple]:
 
 def _gather_bwd(residuals: tuple, dy: Array) -> tuple:
     index, inverse = residuals
-    dx = sum(dy[inverse[:, j]].astype(accumulation_dtype(dy.dtype)) for j in range(inverse.shape[1]))
+    dx: Any = sum(dy[inverse[:, j]].astype(accumulation_dtype(dy.dtype)) for j in range(inverse.shape[1]))
     return dx.astype(dy.dtype), float0_zeros(index), float0_zeros(inverse)
 
 

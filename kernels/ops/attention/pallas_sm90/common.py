@@ -210,7 +210,7 @@ def apply_mask(
         all_visible.append(distance + (queries - 1) < config.window)
     if q_axis == 0 and not config.causal and config.S % keys:
         # Past the last key, k and v are zeros and p = 2^-lse: if finite, it adds nothing. dk and dv never store it.
-        ps = [jnp.minimum(p, 1.0) for p in ps]
+        ps = tuple(jnp.minimum(p, 1.0) for p in ps)
     if load_ids is not None:
         all_visible.append(one_segment)
     if not all_visible:

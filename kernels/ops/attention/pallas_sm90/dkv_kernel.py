@@ -51,15 +51,15 @@ class DkvScratch(NamedTuple):
     kv_smem: Ref  # k and v, in the end dk and dv
     q_do_smem: Ref  # per stage
     lse_delta_smem: Ref  # per stage
-    q_ids_smem: Ref | None  # per stage
-    operand_smem: Ref | None
-    p_smem: Ref | None
-    wg_ids_smem: Ref | None  # per warpgroup its own number
+    q_ids_smem: Ref  # per stage; or None
+    operand_smem: Ref  # or None
+    p_smem: Ref  # or None
+    wg_ids_smem: Ref  # per warpgroup its own number; or None
     kv_full: Ref
     q_do_full: Ref  # per stage two: q with lse, do with delta
     q_do_empty: Ref
-    p_full: Ref | None
-    p_empty: Ref | None
+    p_full: Ref  # or None
+    p_empty: Ref  # or None
 
 
 def splits_dk_dv(D: int) -> bool:
@@ -195,7 +195,7 @@ class DkvKernel:
         else:
             self.fused_dk_dv()
 
-    def operand_smem(self) -> Ref | None:
+    def operand_smem(self) -> Ref:
         return None if self.smem.operand_smem is None else self.smem.operand_smem.at[self.wg]
 
     def load_vector(self, slot: Array, part: int) -> Array:

@@ -50,9 +50,9 @@ class DqScratch(NamedTuple):
     do_smem: Ref
     k_smem: Ref  # per stage, as all that follow up to the operand
     v_smem: Ref
-    kv_ids_smem: Ref | None
-    operand_smem: Ref | None
-    address_smem: Ref | None  # per warpgroup its own number, then zeros
+    kv_ids_smem: Ref  # or None
+    operand_smem: Ref  # or None
+    address_smem: Ref  # per warpgroup its own number, then zeros; or None
     q_do_full: Ref
     k_full: Ref
     k_empty: Ref

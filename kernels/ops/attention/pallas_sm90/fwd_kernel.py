@@ -70,12 +70,12 @@ class FwdOutputs(NamedTuple):
 class FwdScratch(NamedTuple):
     """Shared memory and barriers of a thread block."""
 
-    gate_full: Ref | None  # per warpgroup
-    kv_ids_smem: Ref | None  # per stage
+    gate_full: Ref  # per warpgroup; or None
+    kv_ids_smem: Ref  # per stage; or None
     k_empty: Ref
     k_full: Ref
     k_smem: Ref
-    lse_smem: Ref | None
+    lse_smem: Ref  # or None
     q_full: Ref  # per warpgroup
     q_smem: Ref  # per warpgroup; in the end the output
     schedule_barrier: Ref  # per warpgroup: its turn to start a q k^T or p v
@@ -349,7 +349,8 @@ class ForwardKernel:
             plgpu.wgmma(acc_ref, p, v)
             meanwhile()
 
-        return pl.run_state(multiply)(plgpu.ACC.init(acc))
+        total: Any = pl.run_state(multiply)(plgpu.ACC.init(acc))
+        return total
 
     def epilogue(self, wg: Array, acc: Array, m: Array, l: Array) -> None:
         """Normalizes, gates and stores the output of a warpgroup."""

@@ -391,4 +391,5 @@ class SplitKernel(NamedTuple):
             acc = acc + jnp.dot(p, v[...], preferred_element_type=jnp.float32)
             plgpu.commit_smem()
             return acc
-        return pl.run_state(lambda acc: plgpu.wgmma(acc, p, v))(plgpu.ACC.init(acc))
+        total: Any = pl.run_state(lambda acc: plgpu.wgmma(acc, p, v))(plgpu.ACC.init(acc))
+        return total

@@ -327,7 +327,7 @@ def _pallas_decode(
     outputs = {"o": (jax.ShapeDtypeStruct(q.shape, q.dtype), sequence_spec(K, G, D))}
     aliases = {}
     ring_buffers = {"k": cache.k, "v": cache.v}
-    scales = {"k_scale": cache.k_scale, "v_scale": cache.v_scale} if eight_bits else {}
+    scales: dict[str, Any] = {"k_scale": cache.k_scale, "v_scale": cache.v_scale} if eight_bits else {}
     if config.interpret:
         prefetched |= ring_buffers | scales
     else:
