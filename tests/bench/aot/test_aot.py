@@ -156,7 +156,7 @@ def executed(per_pair, **change):
         (row(), row(spill_bytes=8), "spill bytes 0 -> 8"),
         (
             row(),
-            row(registers=136, forward_tables=1),
+            row(registers=136, blocks=1),
             "2 blocks an SM (128 registers) -> 1 blocks an SM (136 registers)",
         ),
         (row(), row(wgmma=0), "wgmma is gone"),
@@ -179,7 +179,7 @@ def test_each_way_to_get_worse_is_found(old, new, says):
     [
         (row(), row()),
         (row(), row(temp=1050)),
-        (row(), row(registers=64, forward_tables=4)),
+        (row(), row(registers=64, blocks=4)),
         (row(), row(registers=130)),  # no step of occupancy
         (row(status="failed"), row()),
         (row(TPU_KERNEL), row(TPU_KERNEL, mxu_share=0.9, spills=0, fills=0)),
