@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 MARK = "!! "  # begins each line of a log that says what failed
 PR_SET_PDEATHSIG = 1
+TEST_SECONDS = 75.0  # of one test, after which it is given up
 DEBUGGER_SECONDS = 20.0
 GRACE_SECONDS = 2.0
 # Before it attaches: symbols of the host's libraries would take longer than there is.
@@ -100,13 +101,15 @@ def stop(process: subprocess.Popen) -> None:
 
 def session_members(session: int) -> list[int]:
     """Process ids of a session, from /proc; empty where there is no /proc."""
-    members = []
+    return [pid for pid, state, _, its_session in processes() if its_session == session and state != "Z"]
+
+
+def processes() -> Iterator[tuple[int, str, int, int]]:
+    """(process id, state, parent, session) of every process, from /proc; none where there is no /proc."""
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, IndexError, ValueError):
-            state, _, _, its_session = path.read_text().rpartition(") ")[2].split()[:4]
-            if int(its_session) == session and state != "Z":
-                members.append(int(path.parent.name))
-    return members
+        with contextlib.suppress(OSError, ValueError):  # it may have ended meanwhile
+            state, parent, _, session = path.read_text().rpartition(") ")[2].split()[:4]
+            yield int(path.parent.name), state, int(parent), int(session)
 
 
 def uses_gpu(pid: int) -> bool:

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from bench.gpu.process import MARK, attach_debugger, debugger, prepare_child
+from bench.gpu.process import DEBUGGER_SECONDS, MARK, TEST_SECONDS, attach_debugger, debugger, prepare_child
 
-REPORT_AFTER = 50.0  # seconds; the time limit of a test must be DEBUGGER_SECONDS longer
+REPORT_AFTER = TEST_SECONDS - DEBUGGER_SECONDS - 5.0  # seconds
 LINES = 8  # of an assertion's message
 
 

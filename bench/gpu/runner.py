@@ -1,5 +1,6 @@
 """Runs parts until a deadline, and keeps what each gave, whatever became of the others."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -201,21 +202,11 @@ def write_results(done: Sequence[Result], out: Path, archive_path: Path) -> None
 
 
 def _stop_children() -> None:
-    """Stop every child of this process."""
-    for child in _children(os.getpid()):
-        try:
-            os.killpg(child, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            continue
-
-
-def _children(pid: int) -> Iterator[int]:
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            if int(path.read_text().rpartition(") ")[2].split()[1]) == pid:
-                yield int(path.parent.name)
-        except (OSError, ValueError, IndexError):
-            continue
+    """Stop every child of this process, each a session of its own."""
+    for child, _, parent, _ in process.processes():
+        if parent == os.getpid():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(child, signal.SIGKILL)
 
 
 def installed(name: str) -> bool:
