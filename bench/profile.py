@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import runner
-from dantinox import cli, kernels
+from dantinox import cli
 from dantinox.cli.train import Trainer
-from dantinox.config import Config, presets
+from dantinox.config import Config, Implementation, presets
 from dantinox.kernels import workloads
 from dantinox.kernels.workloads.types import Decode, Workload
 from dantinox.system import malloc
@@ -33,7 +33,6 @@ from dantinox.training import profile_report
 
 PROG = "bench.profile"
 STEPS, WARM_UP = 5, 2
-Implementation = Literal[kernels.implementation_names(*kernels.OPERATIONS)]
 
 
 @dataclass(frozen=True)
@@ -217,7 +216,7 @@ def run(arguments: Arguments) -> int:
     malloc.tune_glibc_malloc()
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     if arguments.verbose:
-        logging.getLogger("kernels").setLevel(logging.INFO)
+        logging.getLogger("dantinox.kernels").setLevel(logging.INFO)
     with cli.one_line_errors(PROG, arguments.verbose):
         work, steps, out = workload(arguments), arguments.settings.train.steps, Path(arguments.out)
         path, seconds = capture(work, steps, out)

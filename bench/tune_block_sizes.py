@@ -296,7 +296,7 @@ def run(arguments: Arguments) -> int:
         if arguments.tiny:
             # A simulated GPU waits for its barriers in threads, one for each core that JAX believes to have.
             os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))
-        elif why := dispatch.unsupported_reason("grouped_matmul", "pallas") or (
+        elif why := dispatch.pallas_unsupported_device("grouped_matmul") or (
             not dispatch.on_gpu() and "this is no GPU"
         ):
             raise ValueError(f"{why}; --tiny rehearses it, interpreted")

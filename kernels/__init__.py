@@ -10,16 +10,14 @@
 `implementation="auto"` chooses; any other name runs that implementation or raises `NotImplementedError`.
 """
 
-from collections.abc import Callable
-
-from dantinox.kernels.dispatch import IMPLEMENTATION_NAMES, OPERATIONS, Choice, target_device
-from dantinox.kernels.ops.attention.api import _table as _attention
+from dantinox.kernels.dispatch import IMPLEMENTATION_NAMES, OPERATIONS, Operation
+from dantinox.kernels.ops.attention.api import OPERATION as _ATTENTION
 from dantinox.kernels.ops.attention.api import attention
+from dantinox.kernels.ops.decode_attention.api import OPERATION as _DECODE_ATTENTION
 from dantinox.kernels.ops.decode_attention.api import KVCache, decode_attention
-from dantinox.kernels.ops.decode_attention.api import _table as _decode
-from dantinox.kernels.ops.grouped_matmul.api import _table as _grouped
+from dantinox.kernels.ops.grouped_matmul.api import OPERATION as _GROUPED_MATMUL
 from dantinox.kernels.ops.grouped_matmul.api import grouped_matmul
-from dantinox.kernels.ops.moe.api import _table as _moe
+from dantinox.kernels.ops.moe.api import OPERATION as _MOE_MLP
 from dantinox.kernels.ops.moe.api import moe_mlp
 
 __all__ = [
@@ -34,26 +32,24 @@ __all__ = [
     "moe_mlp",
 ]
 
-_TABLES: dict[str, Callable[[], dict[str, Choice]]] = {
-    "attention": _attention,
-    "grouped_matmul": _grouped,
-    "moe_mlp": _moe,
-    "decode_attention": _decode,
-}
+_REGISTRY = {operation.name: operation for operation in (_ATTENTION, _GROUPED_MATMUL, _MOE_MLP, _DECODE_ATTENTION)}
+
+
+def _get_operation(op: str) -> Operation:
+    if op not in _REGISTRY:
+        raise ValueError(f"op is {op!r}; allowed: {', '.join(_REGISTRY)}")
+    return _REGISTRY[op]
 
 
 def implementations(op: str) -> dict[str, str | None]:
-    """Each implementation of `op`: None where it can run on this device, else the reason it cannot.
+    """Return why the current device cannot run each implementation of an operation, or None if it can.
 
     Raises:
         ValueError: `op` is not one of the operations.
     """
-    if op not in _TABLES:
-        raise ValueError(f"op is {op!r}; allowed: {', '.join(_TABLES)}")
-    return {name: choice if isinstance(choice, str) else None for name, choice in _TABLES[op]().items()}
+    return _get_operation(op).unsupported_reasons()
 
 
 def implementation_names(*ops: str) -> tuple[str, ...]:
-    """What `implementation` may be in any of these operations; asks no device, so that no backend is started."""
-    with target_device("cpu", ""):
-        return tuple(dict.fromkeys(["auto", *(name for op in ops for name in _TABLES[op]())]))
+    """Return the allowed values of `implementation` in any of these operations; starts no JAX backend."""
+    return tuple(dict.fromkeys(name for op in ops for name in _get_operation(op).names()))

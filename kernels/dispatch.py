@@ -1,29 +1,24 @@
-"""Which implementation serves, and why each other one cannot.
+"""Which implementation serves a call, and why each other one cannot.
 
-An operation hands `choose` the table of what it has for this call: a function, or the reason why there is none. A name
-that the caller gave is obeyed or refused; only "auto" chooses, in the order of `PREFERENCE`.
+Every operation has an `Operation`: its implementations, each with its function and the reasons that can rule it out. A
+caller who names an implementation gets it or an error with the reason; only "auto" chooses, in the order of
+`PREFERENCE`.
 """
 
 import contextlib
-import contextvars
+import dataclasses
 import functools
+import importlib
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 
-log = logging.getLogger("kernels")
+log = logging.getLogger("dantinox.kernels")
 
-IMPLEMENTATION_NAMES = (
-    "auto",
-    "reference",
-    "xla",
-    "pallas",
-    "triton",
-)  # what every operation has; its own table may hold more
+IMPLEMENTATION_NAMES = ("auto", "reference", "xla", "pallas", "triton")  # of every operation; one may have more
 PREFERENCE = ("pallas", "triton", "xla", "reference")
 OPERATIONS = ("attention", "grouped_matmul", "moe_mlp", "decode_attention")
 SM90_DEVICE_KINDS = (
@@ -32,99 +27,177 @@ SM90_DEVICE_KINDS = (
     "GH200",
     "H800",
     "H20",
-)  # what kinds of device with compute capability 9.0 are called
-
-NO_REASONS: Mapping[str, str] = MappingProxyType({})
-Choice = Callable[..., Any] | str  # an implementation, or the reason it is unavailable
+)  # what JAX's device kinds of compute capability 9.0 contain
 
 
 class Device(NamedTuple):
-    """What a call is compiled for: `platform` cpu, gpu or tpu, and what JAX calls the device."""
+    """The device that a call is compiled for.
+
+    Attributes:
+        platform: cpu, gpu or tpu.
+        kind: JAX's name of the device, such as "TPU v6 lite".
+    """
 
     platform: str
     kind: str
 
 
-_target_device: contextvars.ContextVar[Device | None] = contextvars.ContextVar("device", default=None)
+# A user context is part of jit's cache key: a function traced for one device is traced again for another.
+_target_device = jax.make_user_context(default_value=None)
 
 
 def current_device() -> Device:
-    """The announced device, or else JAX's default one."""
-    return _target_device.get() or Device(jax.default_backend(), jax.devices()[0].device_kind)
+    """Return the target device, or else JAX's default one."""
+    return _target_device.value or Device(jax.default_backend(), jax.devices()[0].device_kind)
 
 
 def on_gpu() -> bool:
-    """Whether that device is a GPU."""
+    """Return whether the current device is a GPU."""
     return current_device().platform == "gpu"
 
 
 @contextlib.contextmanager
 def target_device(platform: str, kind: str) -> Iterator[None]:
-    """Inside, implementations are chosen for a device that need not be here; "cuda" is another name for "gpu"."""
-    token = _target_device.set(Device("gpu" if platform == "cuda" else platform, kind))
-    try:
-        yield
-    finally:
-        _target_device.reset(token)
-
-
-def select_implementation(
-    op: str, implementation: str, table: Mapping[str, Choice], not_auto: Mapping[str, str] = NO_REASONS
-) -> Callable[..., Any]:
-    """The function that serves this call.
+    """Choose implementations for a device that this machine need not have.
 
     Args:
-        not_auto: names that "auto" takes only where nothing else runs, each with the reason.
-
-    Raises:
-        ValueError: `implementation` is no implementation's name.
-        NotImplementedError: the named implementation cannot serve this call; the message says why.
+        platform: cpu, gpu (or cuda) or tpu.
+        kind: JAX's name of the device, such as "NVIDIA H100 80GB HBM3".
     """
-    if implementation not in ("auto", *table):
-        raise ValueError(f"implementation is {implementation!r}; allowed: {', '.join(('auto', *table))}")
-    if implementation != "auto":
-        choice = table[implementation]
-        if isinstance(choice, str):
-            raise NotImplementedError(f"{op}: implementation={implementation!r} cannot run here: {choice}")
-        return choice
-    for name in sorted(PREFERENCE, key=lambda name: name in not_auto):
-        choice = table[name]
-        if not isinstance(choice, str):
-            better = PREFERENCE[: PREFERENCE.index(name)]
-            why = {each: not_auto[each] if callable(table[each]) else table[each] for each in better}
-            _log_choice(
-                op, name, current_device().platform, "".join(f"; not {each}: {said}" for each, said in why.items())
+    with _target_device(Device("gpu" if platform == "cuda" else platform, kind)):
+        yield
+
+
+def never(*_: Any) -> None:
+    """Rule nothing out: the default of the checks of an `Implementation`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One implementation of an operation.
+
+    Attributes:
+        name: the value of `implementation` that selects it.
+        function: takes the operation's arguments after their checks. It imports its backend when it is called, so that
+            a backend's modules load only where they serve.
+        unsupported_device: returns why the current device cannot run it, or None.
+        unsupported_inputs: returns why it does not take these inputs, or None; its arguments are those that the
+            operation passes to `Operation.select`.
+        not_auto: returns why "auto" does not take it although it can run, or None; same arguments.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    unsupported_device: Callable[[], str | None] = never
+    unsupported_inputs: Callable[..., str | None] = never
+    not_auto: Callable[..., str | None] = never
+
+    @classmethod
+    def missing(cls, name: str, reason: str) -> "Implementation":
+        """Return an implementation that does not exist yet, so that asking for it gives the reason."""
+
+        def unreachable(*_: Any, **__: Any) -> Any:
+            raise NotImplementedError(reason)
+
+        return cls(name, unreachable, unsupported_device=lambda: reason)
+
+
+def lazy(path: str) -> Callable[..., Any]:
+    """Return a function that imports and calls the function at "package.module:function"."""
+    module, _, function = path.partition(":")
+
+    def call(*args: Any, **options: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(*args, **options)
+
+    return call
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """An operation and its implementations.
+
+    Attributes:
+        name: one of `OPERATIONS`.
+        implementations: in the order in which messages list them.
+    """
+
+    name: str
+    implementations: tuple[Implementation, ...]
+
+    def names(self) -> tuple[str, ...]:
+        """Return the allowed values of `implementation`."""
+        return ("auto", *(each.name for each in self.implementations))
+
+    def unsupported_reasons(self) -> dict[str, str | None]:
+        """Return, by implementation, why the current device cannot run it, or None."""
+        return {each.name: each.unsupported_device() for each in self.implementations}
+
+    def select(self, implementation: str, *inputs: Any) -> Callable[..., Any]:
+        """Return the function that serves a call.
+
+        Args:
+            implementation: "auto" or the name of an implementation.
+            inputs: what the implementations' checks need to know of the call.
+
+        Raises:
+            ValueError: no implementation has this name.
+            NotImplementedError: the named implementation cannot serve this call; the message says why.
+        """
+        if implementation not in self.names():
+            raise ValueError(f"implementation is {implementation!r}; allowed: {', '.join(self.names())}")
+        if implementation == "auto":
+            return self._select_automatically(*inputs)
+        (chosen,) = (each for each in self.implementations if each.name == implementation)
+        reason = chosen.unsupported_device() or chosen.unsupported_inputs(*inputs)
+        if reason:
+            raise NotImplementedError(f"{self.name}: implementation={implementation!r} cannot run here: {reason}")
+        return chosen.function
+
+    def _select_automatically(self, *inputs: Any) -> Callable[..., Any]:
+        by_name = {each.name: each for each in self.implementations}
+        skipped: dict[str, str] = {}
+        for name in PREFERENCE:
+            candidate = by_name[name]
+            reason = (
+                candidate.unsupported_device() or candidate.unsupported_inputs(*inputs) or candidate.not_auto(*inputs)
             )
-            return choice
-    raise NotImplementedError(f"{op}: no implementation can run here")
+            if reason is None:
+                _log_choice(self.name, name, current_device().platform, tuple(skipped.items()))
+                return candidate.function
+            skipped[name] = reason
+        raise NotImplementedError(f"{self.name}: no implementation can run here")
 
 
-def unsupported_reason(op: str, name: str) -> str | None:
-    """Why this device cannot run the named implementation, whatever the shapes; None where it can."""
-    if name in ("reference", "xla"):
+def pallas_unsupported_device(op: str) -> str | None:
+    """Return why the current device has no Pallas kernel of an operation, or None."""
+    platform, kind = current_device()
+    if platform in ("cpu", "tpu"):
         return None
-    if name == "pallas" and current_device().platform in ("cpu", "tpu"):
+    if platform != "gpu":
+        return f"{op} has no Pallas kernel for {platform} yet"
+    if any(name in kind for name in SM90_DEVICE_KINDS):
         return None
-    if name == "pallas" and on_gpu():
-        if any(chip in current_device().kind for chip in SM90_DEVICE_KINDS):
-            return None
-        kind = current_device().kind
-        return (
-            f"its Pallas GPU kernel requires Hopper (sm_90) and this device is {kind!r}; implementation='xla' runs here"
-        )
-    if name == "pallas":
-        return f"{op} has no Pallas kernel for {current_device().platform} yet"
-    if name == "triton" and op == "moe_mlp":
-        if not on_gpu() or any(name in current_device().kind for name in ("AMD", "Instinct")):
-            return f"its Triton kernels are for NVIDIA GPUs and this is {current_device().kind!r}"
-        if importlib.util.find_spec("jax_triton") is None:
-            return "jax-triton is not installed: EXTRAS=triton brings it"
-        return None
-    if name == "triton":
-        return f"{op} has no Triton kernel yet"
-    raise ValueError(f"implementation is {name!r}; allowed: {', '.join(IMPLEMENTATION_NAMES[1:])}")
+    return f"its Pallas GPU kernel requires Hopper (sm_90) and this device is {kind!r}; implementation='xla' runs here"
+
+
+def triton_unsupported_device() -> str | None:
+    """Return why the current device cannot run a Triton kernel, or None."""
+    platform, kind = current_device()
+    if platform != "gpu" or any(vendor in kind for vendor in ("AMD", "Instinct")):
+        return f"its Triton kernels are for NVIDIA GPUs and this is {kind!r}"
+    if importlib.util.find_spec("jax_triton") is None:
+        return "jax-triton is not installed: EXTRAS=triton brings it"
+    return None
+
+
+def float32_accumulation_unsupported(dtype: Any) -> str | None:
+    """Return why a kernel that accumulates in float32 does not take a dtype, or None."""
+    if dtype == "float64":
+        return "float64 is not supported: the kernel accumulates in float32"
+    return None
 
 
 @functools.cache
-def _log_choice(op: str, name: str, platform: str, instead: str) -> None:
-    log.info("%s: auto chose %s on %s%s", op, name, platform, instead)
+def _log_choice(op: str, name: str, platform: str, skipped: tuple[tuple[str, str], ...]) -> None:
+    reasons = "".join(f"; not {other}: {reason}" for other, reason in skipped)
+    log.info("%s: auto chose %s on %s%s", op, name, platform, reasons)

@@ -39,10 +39,8 @@ def table() -> str:
         rows = [f"| {title} | default | |", "|---|---|---|"]
         for field in dataclasses.fields(section):
             hint, text = hints[field.name], texts[field.name]
-            if get_origin(hint) is Literal:
-                choices = get_args(hint)
-                if set(kernels.IMPLEMENTATION_NAMES) <= set(choices):
-                    choices = kernels.IMPLEMENTATION_NAMES  # a kernel of your own is no part of DantinoX
+            choices = kernels.IMPLEMENTATION_NAMES if hint == config.Implementation else get_args(hint)
+            if get_origin(hint) is Literal or hint == config.Implementation:
                 text += " `" + "` `".join(choices) + "`"
             flag = "--" + field.name.replace("_", "-")
             rows.append(f"| `{flag}` | {field.default if field.default != '' else '(empty)'} | {text} |")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from dantinox import cli
-from dantinox.config import Attention, Experts
+from dantinox.config import Implementation
 from dantinox.data.corpus import find_documents
 from dantinox.inference.scoring import evaluate
 from dantinox.system import malloc
@@ -30,9 +30,9 @@ class Args:
     """Tokens that a window moves on; fewer give each token more context and take longer. None: half of context."""
     batch_size: int = 8
     """Windows read at once."""
-    attn: Attention | None = None
+    attn: Implementation | None = None
     """Implementation of attention; None: what the run was trained with."""
-    moe: Experts | None = None
+    moe: Implementation | None = None
     """Implementation of the mixture of experts; None: what the run was trained with."""
     json: bool = False
     """Print one line of JSON instead of a table."""

@@ -16,7 +16,7 @@ import tyro
 
 from dantinox import cli
 from dantinox.cli.stream_printer import Screen, heads
-from dantinox.config import Decode, KVDtype, ModelConfig
+from dantinox.config import Implementation, KVDtype, ModelConfig
 from dantinox.config.validation import check_int
 from dantinox.inference import generate
 from dantinox.inference.detokenizer import Text
@@ -62,7 +62,7 @@ class Args:
     """Print the text as it is written; of several texts the first, and the next when that is done."""
     prefill_chunk: int = generate.PREFILL_CHUNK
     """Tokens of the prompt read at once; less takes less memory."""
-    decode: Decode | None = None
+    decode: Implementation | None = None
     """Implementation of cached decoding; None: what the run was trained with."""
     kv_cache_dtype: KVDtype | None = None
     """Storage of the KV cache: the model's dtype (auto), or 8 bits per value; None: as trained."""

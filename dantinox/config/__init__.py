@@ -15,19 +15,17 @@ import yaml
 
 from dantinox.config.aliases import current_names
 from dantinox.config.data import DataConfig
-from dantinox.config.model import Attention, Decode, Experts, KVDtype, ModelConfig
+from dantinox.config.model import Implementation, KVDtype, ModelConfig
 from dantinox.config.optimizer import OptimConfig
 from dantinox.config.training import TrainConfig
 from dantinox.config.validation import ConfigError, check, did_you_mean
 from dantinox.config.yaml_loader import load_yaml_mapping
 
 __all__ = [
-    "Attention",
     "Config",
     "ConfigError",
     "DataConfig",
-    "Decode",
-    "Experts",
+    "Implementation",
     "KVDtype",
     "ModelConfig",
     "OptimConfig",

@@ -7,11 +7,7 @@ from dantinox import kernels
 from dantinox.config.validation import check, check_fields, check_fraction, check_positive
 
 KVDtype = Literal["auto", "int8", "fp8"]
-# Not static: a line in an operation's table adds a name.
-Attention, Experts, Decode = (
-    Literal[kernels.implementation_names(op)]  # pyrefly: ignore[invalid-literal]
-    for op in ("attention", "moe_mlp", "decode_attention")
-)
+Implementation = Literal["auto", "reference", "xla", "pallas", "triton"] | str  # or the name of a kernel of your own
 
 
 @dataclass(frozen=True)
@@ -78,17 +74,20 @@ class ModelConfig:
     """Dtype of every matmul; parameters stay float32."""
     remat: Literal["none", "block", "dots"] = "none"
     """What the backward pass recomputes: nothing, whole blocks, or all but the matmuls."""
-    attn: Attention = "auto"
+    attn: Implementation = "auto"
     """Implementation of attention."""
-    moe: Experts = "auto"
+    moe: Implementation = "auto"
     """Implementation of the mixture of experts."""
-    decode: Decode = "auto"
+    decode: Implementation = "auto"
     """Implementation of cached decoding."""
     kv_cache_dtype: KVDtype = "auto"
     """Storage of the KV cache: the model's dtype (auto), or 8 bits per value and one scale per vector."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for name, op in (("attn", "attention"), ("moe", "moe_mlp"), ("decode", "decode_attention")):
+            value, allowed = getattr(self, name), kernels.implementation_names(op)
+            check(value in allowed, f"{name} is {value!r}; allowed: {', '.join(allowed)}")
         check_positive(self, "vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "max_context")
         check_positive(self, "rope_original_context", "mlp_ratio", "norm_eps", "attn_softcap", "logit_softcap")
         check(self.rope_theta > 1, f"rope_theta is {self.rope_theta}; allowed: more than 1")

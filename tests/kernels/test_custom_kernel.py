@@ -32,7 +32,10 @@ def copy(tmp_path_factory):
             shutil.copy(source, folder / name)
     (folder / "kernels" / "ops" / "attention" / "mine.py").write_text(FILE)
     table = folder / "kernels" / "ops" / "attention" / "api.py"
-    text, below = table.read_text(), '        "triton": missing("attention", "triton"),\n'
+    text, below = (
+        table.read_text(),
+        '        dispatch.Implementation.missing("triton", "attention has no Triton kernel yet"),\n',
+    )
     assert text.count(below) == 1 and LINE.count("\n") == 1
     table.write_text(text.replace(below, below + LINE))
     return folder

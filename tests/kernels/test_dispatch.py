@@ -1,6 +1,6 @@
 """What cannot be is refused: a `ValueError` names the argument, a `NotImplementedError` the implementation."""
 
-import importlib
+import dataclasses
 import re
 
 import jax
@@ -10,10 +10,7 @@ import pytest
 
 from dantinox import kernels
 from dantinox.kernels import dispatch
-
-operation = importlib.import_module(
-    "dantinox.kernels.ops.attention.api"
-)  # `dantinox.kernels.attention` is the function
+from dantinox.kernels.ops.attention import api
 
 Q = jnp.ones((1, 4, 4, 8))
 KV = jnp.ones((1, 4, 2, 8))
@@ -180,10 +177,13 @@ def test_auto_always_runs_and_the_table_names_every_implementation(op):
 
 
 def test_one_line_in_the_table_is_an_implementation(monkeypatch):
-    mine = lambda q, k, v, **options: jnp.full_like(q, options["window"])
-    table = operation._table()
-    monkeypatch.setattr(operation, "_table", lambda: table | {"mine": mine})
-    monkeypatch.setitem(kernels._TABLES, "attention", operation._table)
+    def mine(q, k, v, **options):
+        return jnp.full_like(q, options["window"])
+
+    entry = dispatch.Implementation("mine", mine)
+    operation = dataclasses.replace(api.OPERATION, implementations=(*api.OPERATION.implementations, entry))
+    monkeypatch.setattr(api, "OPERATION", operation)
+    monkeypatch.setitem(kernels._REGISTRY, "attention", operation)
     np.testing.assert_array_equal(kernels.attention(Q, KV, KV, window=3, implementation="mine"), jnp.full_like(Q, 3))
     assert kernels.implementations("attention") == kernels.implementations("attention") | {"mine": None}
     assert (
@@ -202,7 +202,7 @@ def test_one_line_in_the_table_is_an_implementation(monkeypatch):
 def test_auto_says_why_it_did_not_choose_what_it_prefers(D, why, caplog):
     dispatch._log_choice.cache_clear()
     x = jnp.ones((1, 4, 1, D), jnp.bfloat16)
-    with caplog.at_level("INFO", "kernels"), dispatch.target_device("cuda", "NVIDIA H100"):
+    with caplog.at_level("INFO", "dantinox.kernels"), dispatch.target_device("cuda", "NVIDIA H100"):
         jax.eval_shape(kernels.attention, x, x, x)
     (said,) = caplog.messages
     assert said.startswith("attention: auto chose xla on gpu; not pallas: ") and why in said
@@ -220,3 +220,33 @@ def test_an_announced_device_is_what_implementations_are_chosen_for():
             assert dispatch.current_device().platform == "tpu"
         assert "requires Hopper (sm_90)" in kernels.implementations("moe_mlp")["pallas"]
     assert dispatch.current_device() == (jax.default_backend(), jax.devices()[0].device_kind)
+
+
+def test_a_function_traced_for_one_device_is_traced_again_for_another():
+    x = jnp.ones((1, 128, 1, 128), jnp.bfloat16)
+    attend = jax.jit(lambda x: kernels.attention(x, x, x, implementation="pallas"))
+    transformations = {
+        "jit": attend,
+        "grad": jax.jit(jax.grad(lambda x: attend(x).astype(jnp.float32).sum())),
+        "remat": jax.jit(jax.grad(lambda x: jax.checkpoint(attend)(x).astype(jnp.float32).sum())),
+        "scan": jax.jit(lambda x: jax.lax.scan(lambda x, _: (attend(x), None), x, length=2)[0]),
+        "vmap": jax.jit(lambda x: jax.vmap(attend)(x[None])),
+    }
+    for name, f in transformations.items():
+        here = str(f.trace(x).jaxpr)
+        with dispatch.target_device("tpu", "TPU v6 lite"):
+            tpu = str(f.trace(x).jaxpr)
+        with dispatch.target_device("gpu", "NVIDIA H100"):
+            gpu = str(f.trace(x).jaxpr)
+        assert len({here, tpu, gpu}) == 3, name
+        assert "interpret=True" in here and "interpret=True" not in tpu and "wgmma" in gpu, name
+        assert str(f.trace(x).jaxpr) == here, name
+
+
+def test_a_lazy_implementation_is_imported_when_it_is_called():
+    missing = dispatch.lazy("dantinox.no_such_module:attention")
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        missing(Q, KV, KV)
+    naive = dispatch.lazy("dantinox.kernels.tutorial.step1_naive:attention")
+    options = {"gate": None, "causal": True, "window": None, "scale": 1.0, "softcap": None, "segment_ids": None}
+    np.testing.assert_allclose(naive(Q, KV, KV, **options), jnp.ones_like(Q), rtol=1e-6)

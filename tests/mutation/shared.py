@@ -21,8 +21,10 @@ MUTANTS: list[Mutant] = [
     *planted(
         "dispatch",
         "refusals",
-        ("silent fallback", "choice = table[implementation]",
-         'choice = table[implementation] if callable(table[implementation]) else table["xla"]', "says_why_not"),
+        ("silent fallback", "if reason: raise", "if reason: return self.implementations[1].function; raise", "says_why_not"),
+        ("the target device is ignored", "_target_device = jax.make_user_context(default_value=None)",
+         "import types; _target_device = type('Context', (), {'value': None, '__call__': lambda self, device: "
+         "contextlib.ExitStack()})()", "traced_again"),
     ),
     *planted(
         "cost",

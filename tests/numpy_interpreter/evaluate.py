@@ -21,8 +21,8 @@ def trace(f: Callable[..., Any], *args: Any) -> Callable[..., Any]:
     Raises:
         NotImplementedError: naming a primitive that has no rule here.
     """
-    # Under jit, what f makes by itself is part of the program too. A function of its own: f's is kept for one device.
-    jaxpr, shape = jax.make_jaxpr(jax.jit(lambda *args: f(*args)), return_shape=True)(*args)
+    # Under jit, the constants that f makes are part of the program too.
+    jaxpr, shape = jax.make_jaxpr(jax.jit(f), return_shape=True)(*args)
     program, tree = Program(jaxpr), jax.tree.structure(shape)
 
     def evaluate(*args: Any) -> Any:

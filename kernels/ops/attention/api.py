@@ -1,13 +1,12 @@
 """Sliding-window, gated, grouped-query attention."""
 
-import importlib
-from collections.abc import Callable
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from dantinox.kernels import validation
-from dantinox.kernels.dispatch import on_gpu, select_implementation, unsupported_reason
+from dantinox.kernels import dispatch, validation
 from dantinox.kernels.ops.attention import xla
 from dantinox.kernels.ops.attention.pallas_tpu import block_sizes, vjp
 
@@ -70,18 +69,10 @@ def attention(
     if window is not None:
         window = min(int(window), max(S, 1))  # a longer window shows no more keys
 
-    table = _table()
-    if not isinstance(table["pallas"], str) and (reason := _unsupported_inputs(q.dtype, D)) is not None:
-        table["pallas"] = reason
-    not_auto = {}
-    if on_gpu():
-        not_auto["pallas"] = "Hopper's kernels have not run on a GPU yet; name them"
-    elif block_sizes.xla_is_faster(B, T, S, H, window):
-        not_auto["pallas"] = "interpreted, it is slow at these sizes"
-    implementation_fn = select_implementation("attention", implementation, table, not_auto)
+    run = OPERATION.select(implementation, q, k, window)
     if 0 in (B, T, H, D):
         return q
-    return implementation_fn(
+    return run(
         q,
         k,
         v,
@@ -92,33 +83,6 @@ def attention(
         softcap=softcap,
         segment_ids=segment_ids,
     )
-
-
-def _table() -> dict:
-    def reference(*args, **kwargs):
-        from dantinox.reference import attention as specification
-
-        return specification(*args, **kwargs)
-
-    return {
-        "reference": reference,
-        "xla": xla.attention,
-        "pallas": unsupported_reason("attention", "pallas")
-        or (_attention_of("pallas_sm90.vjp") if on_gpu() else vjp.attention),
-        "triton": unsupported_reason("attention", "triton"),
-    }
-
-
-def _unsupported_inputs(dtype: jnp.dtype, D: int) -> str | None:
-    """Why this device's Pallas kernel does not support these arrays, or None."""
-    if on_gpu():
-        return importlib.import_module("dantinox.kernels.ops.attention.pallas_sm90.vjp").unsupported_inputs(dtype, D)
-    return "q has dtype float64 and it adds up in float32" if dtype == jnp.float64 else None
-
-
-def _attention_of(module: str) -> Callable[..., Array]:
-    """`attention` of a module beside this one, so that one line of the table can add a kernel."""
-    return importlib.import_module(f"dantinox.kernels.ops.attention.{module}").attention
 
 
 def _check_segment_ids(
@@ -138,3 +102,49 @@ def _check_segment_ids(
         validation.check_shape(f"segment_ids {name}", ids, (B, length))
         validation.check_integer(f"segment_ids {name}", ids)
     return q_ids, kv_ids
+
+
+def _reference(*args: Any, **options: Any) -> Array:
+    from dantinox.reference import attention as specification
+
+    return specification(*args, **options)
+
+
+def _pallas(*args: Any, **options: Any) -> Array:
+    if dispatch.on_gpu():
+        from dantinox.kernels.ops.attention.pallas_sm90 import vjp as sm90
+
+        return sm90.attention(*args, **options)
+    return vjp.attention(*args, **options)
+
+
+def _pallas_unsupported_inputs(q: Array, k: Array, window: int | None) -> str | None:
+    if dispatch.on_gpu():
+        from dantinox.kernels.ops.attention.pallas_sm90 import vjp as sm90
+
+        return sm90.unsupported_inputs(q.dtype, q.shape[-1])
+    return dispatch.float32_accumulation_unsupported(q.dtype)
+
+
+def _pallas_not_auto(q: Array, k: Array, window: int | None) -> str | None:
+    if dispatch.on_gpu():
+        return "the Hopper kernels have not run on a GPU yet; pass implementation='pallas' to use them"
+    B, T, H, _ = q.shape
+    return "interpreted, it is slow at these sizes" if block_sizes.xla_is_faster(B, T, k.shape[1], H, window) else None
+
+
+OPERATION = dispatch.Operation(
+    "attention",
+    (
+        dispatch.Implementation("reference", _reference),
+        dispatch.Implementation("xla", xla.attention),
+        dispatch.Implementation(
+            "pallas",
+            _pallas,
+            unsupported_device=functools.partial(dispatch.pallas_unsupported_device, "attention"),
+            unsupported_inputs=_pallas_unsupported_inputs,
+            not_auto=_pallas_not_auto,
+        ),
+        dispatch.Implementation.missing("triton", "attention has no Triton kernel yet"),
+    ),
+)

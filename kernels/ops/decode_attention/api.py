@@ -1,13 +1,12 @@
 """One decode step: write the new token into the KV cache and attend to the visible tokens, in place."""
 
-import importlib
-from types import ModuleType
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from dantinox.kernels import validation
-from dantinox.kernels.dispatch import on_gpu, select_implementation, unsupported_reason
+from dantinox.kernels import dispatch, validation
 from dantinox.kernels.ops.decode_attention import xla
 from dantinox.kernels.ops.decode_attention.kv_cache import QMAX, KVCache
 from dantinox.kernels.ops.decode_attention.pallas_tpu import block_sizes, kernel
@@ -76,15 +75,7 @@ def decode_attention(
     validation.check_scalars(scale=scale, softcap=softcap)
 
     cache = KVCache(cache_k, cache_v, length, *scales)
-    table = _table()
-    if not isinstance(table["pallas"], str) and (reason := _pallas_unsupported_reason(q, cache)):
-        table["pallas"] = reason
-    not_auto = {}
-    if on_gpu():
-        not_auto["pallas"] = "Hopper's kernel has not run on a GPU yet; name it"
-    elif block_sizes.xla_is_faster(C):
-        not_auto["pallas"] = "interpreted, it is slow at these sizes"
-    run = select_implementation("decode_attention", implementation, table, not_auto)
+    run = OPERATION.select(implementation, q, cache)
     return run(q, k, v, cache, gate=gate, window=window, scale=D**-0.5 if scale is None else scale, softcap=softcap)
 
 
@@ -111,27 +102,46 @@ def _check_scales(cache: KVCache, k: Array, v: Array) -> tuple[Array | None, Arr
     return scales[0], scales[1]
 
 
-def _table() -> dict:
-    def reference(*args, **kwargs):
-        from dantinox.reference import decode_attention as specification
+def _reference(*args: Any, **options: Any) -> tuple[Array, KVCache]:
+    from dantinox.reference import decode_attention as specification
 
-        return specification(*args, **kwargs)
-
-    return {
-        "reference": reference,
-        "xla": xla.decode_attention,
-        "pallas": unsupported_reason("decode_attention", "pallas")
-        or (_sm90_kernel() if on_gpu() else kernel).decode_attention,
-        "triton": unsupported_reason("decode_attention", "triton"),
-    }
+    return specification(*args, **options)
 
 
-def _sm90_kernel() -> ModuleType:
-    return importlib.import_module("dantinox.kernels.ops.decode_attention.pallas_sm90.kernel")
+def _pallas(*args: Any, **options: Any) -> tuple[Array, KVCache]:
+    if dispatch.on_gpu():
+        from dantinox.kernels.ops.decode_attention.pallas_sm90 import kernel as sm90
+
+        return sm90.decode_attention(*args, **options)
+    return kernel.decode_attention(*args, **options)
 
 
-def _pallas_unsupported_reason(q: Array, cache: KVCache) -> str | None:
-    """Returns why this device's Pallas kernel does not support these arrays, or None if it does."""
-    if on_gpu():
-        return _sm90_kernel().unsupported_reason(q, cache)
-    return "q has dtype float64 and it adds up in float32" if q.dtype == jnp.float64 else None
+def _pallas_unsupported_inputs(q: Array, cache: KVCache) -> str | None:
+    if dispatch.on_gpu():
+        from dantinox.kernels.ops.decode_attention.pallas_sm90 import kernel as sm90
+
+        return sm90.unsupported_reason(q, cache)
+    return dispatch.float32_accumulation_unsupported(q.dtype)
+
+
+def _pallas_not_auto(q: Array, cache: KVCache) -> str | None:
+    if dispatch.on_gpu():
+        return "the Hopper kernel has not run on a GPU yet; pass implementation='pallas' to use it"
+    return "interpreted, it is slow at these sizes" if block_sizes.xla_is_faster(cache.k.shape[2]) else None
+
+
+OPERATION = dispatch.Operation(
+    "decode_attention",
+    (
+        dispatch.Implementation("reference", _reference),
+        dispatch.Implementation("xla", xla.decode_attention),
+        dispatch.Implementation(
+            "pallas",
+            _pallas,
+            unsupported_device=functools.partial(dispatch.pallas_unsupported_device, "decode_attention"),
+            unsupported_inputs=_pallas_unsupported_inputs,
+            not_auto=_pallas_not_auto,
+        ),
+        dispatch.Implementation.missing("triton", "decode_attention has no Triton kernel yet"),
+    ),
+)

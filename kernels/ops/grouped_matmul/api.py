@@ -1,13 +1,12 @@
 """The public grouped matmul: argument checks and the choice of an implementation."""
 
-import importlib
-from types import ModuleType
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from dantinox.kernels import validation
-from dantinox.kernels.dispatch import current_device, on_gpu, select_implementation, unsupported_reason
+from dantinox.kernels import dispatch, validation
 from dantinox.kernels.ops.grouped_matmul import pallas, xla
 
 Array = jax.Array
@@ -36,44 +35,57 @@ def grouped_matmul(x: Array, w: Array, group_sizes: Array, *, implementation: st
     E, _, F = w.shape
     validation.check_shape("w", w, (E, x.shape[1], F))
     validation.check_shape("group_sizes", group_sizes, (E,))
-    table = _table(x.dtype)
-    if callable(table["pallas"]) and on_gpu():
-        table["pallas"] = _sm90().refusal(x.dtype, *w.shape[1:]) or table["pallas"]
-    run = select_implementation("grouped_matmul", implementation, table, not_auto_reasons())
+    run = OPERATION.select(implementation, x, w)
     if 0 in (*x.shape, *w.shape):
         return jnp.zeros((x.shape[0], F), x.dtype)
     return run(x, w, group_sizes.astype(jnp.int32))
 
 
-def _sm90() -> ModuleType:
-    """Imported on use, because nothing else imports Mosaic GPU."""
-    return importlib.import_module("dantinox.kernels.ops.grouped_matmul.pallas_sm90.vjp")
+def _reference(*args: Any) -> Array:
+    from dantinox.reference import grouped_matmul as specification
+
+    return specification(*args)
 
 
-def not_auto_reasons() -> dict[str, str]:
-    """Implementations that "auto" skips although they could run, and why.
+def _pallas(*args: Any) -> Array:
+    if dispatch.on_gpu():
+        from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import vjp as sm90
+
+        return sm90.grouped_matmul(*args)
+    return pallas.grouped_matmul(*args)
+
+
+def _pallas_unsupported_inputs(x: Array, w: Array) -> str | None:
+    if dispatch.on_gpu():
+        from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import vjp as sm90
+
+        return sm90.refusal(x.dtype, *w.shape[1:])
+    return dispatch.float32_accumulation_unsupported(x.dtype)
+
+
+def pallas_not_auto(*_: Any) -> str:
+    """Return why "auto" does not take the Pallas kernels of grouped matmul and of the mixture of experts.
 
     Interpreted, grouped matmul takes 0.75 to 1.0 times as long as `xla.py` and the mixture of experts 0.9 to 1.1 times,
-    1.2 for a single token; a mixture with its gradients compiles in 1.2 s instead of 0.7. Neither has run on a TPU yet,
-    nor Triton on a GPU.
+    1.2 for a single token; a mixture with its gradients compiles in 1.2 s instead of 0.7.
     """
-    interpreted = current_device().platform == "cpu"
-    pallas = "interpreted, it takes longer to compile" if interpreted else "it has not run here yet; name it"
-    return {"pallas": pallas, "triton": "it has not run on a GPU yet; name it"}
+    if dispatch.current_device().platform == "cpu":
+        return "interpreted, it takes longer to compile"
+    return "it has not run on this hardware yet; pass implementation='pallas' to use it"
 
 
-def _table(dtype: jnp.dtype | None = None) -> dict:
-    def reference(*args):
-        from dantinox.reference import grouped_matmul as specification
-
-        return specification(*args)
-
-    pallas_entry = unsupported_reason("grouped_matmul", "pallas") or (_sm90() if on_gpu() else pallas).grouped_matmul
-    if dtype == jnp.float64 and not isinstance(pallas_entry, str):
-        pallas_entry = "x has dtype float64 and it adds up in float32"
-    return {
-        "reference": reference,
-        "xla": xla.grouped_matmul,
-        "pallas": pallas_entry,
-        "triton": unsupported_reason("grouped_matmul", "triton"),
-    }
+OPERATION = dispatch.Operation(
+    "grouped_matmul",
+    (
+        dispatch.Implementation("reference", _reference),
+        dispatch.Implementation("xla", xla.grouped_matmul),
+        dispatch.Implementation(
+            "pallas",
+            _pallas,
+            unsupported_device=functools.partial(dispatch.pallas_unsupported_device, "grouped_matmul"),
+            unsupported_inputs=_pallas_unsupported_inputs,
+            not_auto=pallas_not_auto,
+        ),
+        dispatch.Implementation.missing("triton", "grouped_matmul has no Triton kernel yet"),
+    ),
+)

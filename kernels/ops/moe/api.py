@@ -1,14 +1,13 @@
 """The public mixture of experts: argument checks and the choice of an implementation."""
 
-import importlib
-from types import ModuleType
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from dantinox.kernels import validation
-from dantinox.kernels.dispatch import on_gpu, select_implementation, unsupported_reason
-from dantinox.kernels.ops.grouped_matmul.api import not_auto_reasons
+from dantinox.kernels import dispatch, validation
+from dantinox.kernels.ops.grouped_matmul.api import pallas_not_auto
 from dantinox.kernels.ops.moe import pallas, xla
 
 Array = jax.Array
@@ -60,37 +59,58 @@ def moe_mlp(
         raise ValueError(f"w_gate has shape {w_gate.shape}; allowed: 1 expert or more")
     if k < 1:
         raise ValueError(f"expert_ids has shape {expert_ids.shape}; allowed: 1 expert per token or more")
-    table = _table(x.dtype)
-    if callable(table["pallas"]) and on_gpu():
-        table["pallas"] = _sm90().refusal(x.dtype, M, F, of="w_gate") or table["pallas"]
-    run = select_implementation("moe_mlp", implementation, table, not_auto_reasons())
+    run = OPERATION.select(implementation, x, w_gate)
     if 0 in (N, M, F):
         return jnp.zeros_like(x)
     return run(x, w_gate, w_up, w_down, expert_ids, expert_weights)
 
 
-def _sm90() -> ModuleType:
-    """Imported on use, because nothing else imports Mosaic GPU."""
-    return importlib.import_module("dantinox.kernels.ops.moe.pallas_sm90.vjp")
+def _reference(*args: Any) -> Array:
+    from dantinox.reference import moe_mlp as specification
+
+    return specification(*args)
 
 
-def _table(dtype: jnp.dtype | None = None) -> dict:
-    def reference(*args):
-        from dantinox.reference import moe_mlp as specification
+def _pallas(*args: Any) -> Array:
+    if dispatch.on_gpu():
+        from dantinox.kernels.ops.moe.pallas_sm90 import vjp as sm90
 
-        return specification(*args)
+        return sm90.moe_mlp(*args)
+    return pallas.moe_mlp(*args)
 
-    def run_triton(*args):
-        from dantinox.kernels.ops.moe import triton
 
-        return triton.moe_mlp(*args)
+def _triton(*args: Any) -> Array:
+    from dantinox.kernels.ops.moe import triton
 
-    pallas_entry = unsupported_reason("moe_mlp", "pallas") or (_sm90() if on_gpu() else pallas).moe_mlp
-    if dtype == jnp.float64 and not isinstance(pallas_entry, str):
-        pallas_entry = "x has dtype float64 and it adds up in float32"
-    return {
-        "reference": reference,
-        "xla": xla.moe_mlp,
-        "pallas": pallas_entry,
-        "triton": unsupported_reason("moe_mlp", "triton") or run_triton,
-    }
+    return triton.moe_mlp(*args)
+
+
+def _pallas_unsupported_inputs(x: Array, w_gate: Array) -> str | None:
+    if dispatch.on_gpu():
+        from dantinox.kernels.ops.moe.pallas_sm90 import vjp as sm90
+
+        return sm90.refusal(x.dtype, *w_gate.shape[1:], of="w_gate")
+    return dispatch.float32_accumulation_unsupported(x.dtype)
+
+
+def _triton_not_auto(*_: Any) -> str:
+    return "it has not run on a GPU yet; pass implementation='triton' to use it"
+
+
+OPERATION = dispatch.Operation(
+    "moe_mlp",
+    (
+        dispatch.Implementation("reference", _reference),
+        dispatch.Implementation("xla", xla.moe_mlp),
+        dispatch.Implementation(
+            "pallas",
+            _pallas,
+            unsupported_device=functools.partial(dispatch.pallas_unsupported_device, "moe_mlp"),
+            unsupported_inputs=_pallas_unsupported_inputs,
+            not_auto=pallas_not_auto,
+        ),
+        dispatch.Implementation(
+            "triton", _triton, unsupported_device=dispatch.triton_unsupported_device, not_auto=_triton_not_auto
+        ),
+    ),
+)
