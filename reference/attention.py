@@ -1,13 +1,14 @@
-"""Attention as the formula says: all scores, one mask, one softmax."""
+"""The specification of attention: all scores, one mask, one softmax."""
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
 
 Array = jax.Array
 
 
-def visible(T: int, S: int, *, causal: bool, window: int | None) -> Array:
-    """Which keys each query may see: [T, S] bool. Bottom-right aligned: query t sits at key S - T + t."""
+def visible(T: int, S: int, *, causal: bool, window: int | None) -> Bool[Array, "T S"]:
+    """Return which keys each query attends to, aligned bottom-right: query t is at position S - T + t of the keys."""
     distance = (jnp.arange(T)[:, None] + S - T) - jnp.arange(S)[None, :]
     mask = jnp.ones((T, S), bool)
     if causal:
@@ -18,18 +19,18 @@ def visible(T: int, S: int, *, causal: bool, window: int | None) -> Array:
 
 
 def attention(
-    q: Array,
-    k: Array,
-    v: Array,
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
     *,
-    gate: Array | None = None,
+    gate: Float[Array, "B T H #D"] | None = None,
     causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    segment_ids: tuple[Array, Array] | None = None,
-) -> Array:
-    """o = sigmoid(gate) * softmax(softcap * tanh(scale * q k^T / softcap) + mask) v.
+    segment_ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
+) -> Float[Array, "B T H D"]:
+    """Compute o = sigmoid(gate) * softmax(softcap * tanh(scale * q k^T / softcap) + mask) v.
 
     Args:
         q: queries [B, T, H, D].
@@ -51,15 +52,15 @@ def attention(
         mask = mask & (q_ids[:, :, None] == kv_ids[:, None, :])
     mask = mask[:, None, None]  # [B, 1, 1, T, S]
 
-    # A key that nobody sees is cleared first: what it holds, NaN included, must reach nobody (0 * NaN is NaN).
-    seen = jnp.any(mask, axis=(1, 2, 3))[:, :, None, None]  # [B or 1, S, 1, 1]
-    k, v = jnp.where(seen, k, 0), jnp.where(seen, v, 0)
+    # Keys that no query attends to may hold NaN, and 0 * NaN is NaN: zero them.
+    attended = jnp.any(mask, axis=(1, 2, 3))[:, :, None, None]  # [B or 1, S, 1, 1]
+    k, v = jnp.where(attended, k, 0), jnp.where(attended, v, 0)
     scores = jnp.einsum("BTKGD,BSKD->BKGTS", q.reshape(B, T, K, H // K, D), k) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask, scores, -jnp.inf)
-    top = jnp.max(scores, axis=-1, keepdims=True, initial=jnp.finfo(scores.dtype).min)
-    weights = jnp.where(mask, jnp.exp(scores - jax.lax.stop_gradient(top)), 0)
+    row_max = jnp.max(scores, axis=-1, keepdims=True, initial=jnp.finfo(scores.dtype).min)
+    weights = jnp.where(mask, jnp.exp(scores - jax.lax.stop_gradient(row_max)), 0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights / jnp.where(total == 0, 1, total)
     o = jnp.einsum("BKGTS,BSKD->BTKGD", weights, v).reshape(B, T, H, D)

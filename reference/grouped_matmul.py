@@ -1,13 +1,16 @@
-"""Grouped matmul as the formula says: every row times its own group's matrix."""
+"""The specification of grouped matmul: every row times the matrix of its group."""
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
 Array = jax.Array
 
 
-def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
-    """y[n] = x[n] @ w[e] where row n belongs to group e; rows past the last group are zero.
+def grouped_matmul(
+    x: Float[Array, "N M"], w: Float[Array, "E M F"], group_sizes: Int[Array, "E"]
+) -> Float[Array, "N F"]:
+    """Compute y[n] = x[n] @ w[e] for row n of group e; rows past the last group are zero.
 
     Args:
         x: [N, M], rows sorted by group.
@@ -21,7 +24,7 @@ def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
     row = jnp.arange(x.shape[0])
     y = jnp.zeros((x.shape[0], w.shape[2]), x.dtype)
     for e in range(w.shape[0]):
-        mine = ((row >= ends[e] - group_sizes[e]) & (row < ends[e]))[:, None]
-        # Rows of other groups are zeroed before the product too, so that what they hold cannot reach w's gradient.
-        y = jnp.where(mine, jnp.where(mine, x, 0) @ w[e], y)
+        in_group = ((row >= ends[e] - group_sizes[e]) & (row < ends[e]))[:, None]
+        # Rows of other groups are zeroed before the product, so that a NaN in them does not reach w's gradient.
+        y = jnp.where(in_group, jnp.where(in_group, x, 0) @ w[e], y)
     return y

@@ -1,13 +1,23 @@
-"""Mixture of experts as the formula says: every expert on every token, weighted by the router."""
+"""The specification of the mixture of experts: every expert on every token, weighted by the router."""
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
 Array = jax.Array
 
 
-def moe_mlp(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array) -> Array:
-    """y[n] = sum_j expert_weights[n, j] * (silu(x[n] w_gate[e]) * (x[n] w_up[e])) w_down[e], e = expert_ids[n, j].
+def moe_mlp(
+    x: Float[Array, "N M"],
+    w_gate: Float[Array, "E M F"],
+    w_up: Float[Array, "E M F"],
+    w_down: Float[Array, "E F M"],
+    expert_ids: Int[Array, "N k"],
+    expert_weights: Float[Array, "N k"],
+) -> Float[Array, "N M"]:
+    """Compute y[n] = sum_j expert_weights[n, j] * (silu(x[n] w_gate[e]) * (x[n] w_up[e])) w_down[e].
+
+    e is expert_ids[n, j].
 
     Args:
         x: tokens [N, M].
@@ -19,7 +29,7 @@ def moe_mlp(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Arr
     """
     y = jnp.zeros_like(x)
     for e in range(w_gate.shape[0]):
-        share = jnp.sum(jnp.where(expert_ids == e, expert_weights, 0), axis=1, keepdims=True)  # [N, 1]
+        router_weight = jnp.sum(jnp.where(expert_ids == e, expert_weights, 0), axis=1, keepdims=True)  # [N, 1]
         hidden = jax.nn.silu(x @ w_gate[e]) * (x @ w_up[e])
-        y = y + share.astype(x.dtype) * (hidden @ w_down[e])
+        y = y + router_weight.astype(x.dtype) * (hidden @ w_down[e])
     return y

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
 from dantinox.kernels import dispatch, validation
 from dantinox.kernels.ops.attention import xla
@@ -14,18 +15,18 @@ Array = jax.Array
 
 
 def attention(
-    q: Array,
-    k: Array,
-    v: Array,
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
     *,
-    gate: Array | None = None,
+    gate: Float[Array, "B T H #D"] | None = None,
     causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    segment_ids: tuple[Array, Array] | Array | None = None,
+    segment_ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | Int[Array, "B T"] | None = None,
     implementation: str = "auto",
-) -> Array:
+) -> Float[Array, "B T H D"]:
     """Computes o = sigmoid(gate) * softmax(cap(scale * q k^T) + mask) v, differentiable in q, k, v and gate.
 
     Args:

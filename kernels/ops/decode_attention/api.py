@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from dantinox.kernels import dispatch, validation
 from dantinox.kernels.ops.decode_attention import xla
@@ -17,17 +18,17 @@ __all__ = ["KVCache", "decode_attention"]
 
 
 def decode_attention(
-    q: Array,
-    k: Array,
-    v: Array,
+    q: Float[Array, "B H D"],
+    k: Float[Array, "B K D"],
+    v: Float[Array, "B K D"],
     cache: KVCache,
     *,
-    gate: Array | None = None,
+    gate: Float[Array, "B H #D"] | None = None,
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     implementation: str = "auto",
-) -> tuple[Array, KVCache]:
+) -> tuple[Float[Array, "B H D"], KVCache]:
     """Append one token per sequence at slot length % C, then attend to the last min(length + 1, C, window) tokens.
 
     Under `jit` with the cache donated, no implementation copies the cache.

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float32, Int, Shaped
 
 Array = jax.Array
 QMAX = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
@@ -25,11 +26,11 @@ class KVCache(NamedTuple):
             None.
     """
 
-    k: Array
-    v: Array
-    length: Array
-    k_scale: Array | None = None
-    v_scale: Array | None = None
+    k: Shaped[Array, "B K C D"]
+    v: Shaped[Array, "B K C D"]
+    length: Int[Array, "B"]
+    k_scale: Float32[Array, "B K C"] | None = None
+    v_scale: Float32[Array, "B K C"] | None = None
 
     @classmethod
     def zeros(cls, batch: int, kv_heads: int, slots: int, head_dim: int, dtype: jnp.dtype) -> "KVCache":

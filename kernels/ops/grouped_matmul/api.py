@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
 from dantinox.kernels import dispatch, validation
 from dantinox.kernels.ops.grouped_matmul import pallas, xla
@@ -12,8 +13,14 @@ from dantinox.kernels.ops.grouped_matmul import pallas, xla
 Array = jax.Array
 
 
-def grouped_matmul(x: Array, w: Array, group_sizes: Array, *, implementation: str = "auto") -> Array:
-    """y[n] = x[n] @ w[e] where row n belongs to group e; differentiable in x and w.
+def grouped_matmul(
+    x: Float[Array, "N M"],
+    w: Float[Array, "E M F"],
+    group_sizes: Int[Array, "E"],
+    *,
+    implementation: str = "auto",
+) -> Float[Array, "N F"]:
+    """Compute y[n] = x[n] @ w[e] for row n of group e; differentiable in x and w.
 
     Args:
         x: [N, M], rows sorted by group.

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
 from dantinox.kernels import dispatch, validation
 from dantinox.kernels.ops.grouped_matmul.api import pallas_not_auto
@@ -14,18 +15,19 @@ Array = jax.Array
 
 
 def moe_mlp(
-    x: Array,
-    w_gate: Array,
-    w_up: Array,
-    w_down: Array,
-    expert_ids: Array,
-    expert_weights: Array,
+    x: Float[Array, "N M"],
+    w_gate: Float[Array, "E M F"],
+    w_up: Float[Array, "E M F"],
+    w_down: Float[Array, "E F M"],
+    expert_ids: Int[Array, "N k"],
+    expert_weights: Float[Array, "N k"],
     *,
     implementation: str = "auto",
-) -> Array:
-    """y[n] = sum_j expert_weights[n, j] * (silu(x[n] w_gate[e]) * (x[n] w_up[e])) w_down[e], e = expert_ids[n, j].
+) -> Float[Array, "N M"]:
+    """Compute y[n] = sum_j expert_weights[n, j] * (silu(x[n] w_gate[e]) * (x[n] w_up[e])) w_down[e].
 
-    Dropless; the cost grows with the N * k routed rows, not with E. Differentiable in all but the ids.
+    e is expert_ids[n, j]. Dropless; the cost grows with the N * k routed rows, not with E. Differentiable in all but
+    the ids.
 
     Args:
         x: tokens [N, M].
