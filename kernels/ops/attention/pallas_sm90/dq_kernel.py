@@ -18,6 +18,7 @@ from dantinox.kernels.ops.attention.pallas_sm90.common import (
     PRODUCER_REGISTERS,
     ROW_LAYOUT,
     WARPGROUP_ROWS,
+    BwdBlockSizes,
     BwdInputs,
     Ref,
     SegmentRange,
@@ -68,116 +69,7 @@ def dq(inputs: BwdInputs, config: Sm90AttentionConfig) -> Array:
 
     def dq_kernel(*refs: Ref) -> None:
         gmem, (dq_gmem,), smem = split_refs(refs, BwdInputs, DqOutput, DqScratch)
-        batch, head, wg = lax.axis_index("b"), lax.axis_index("h"), lax.axis_index("wg")
-        # The last queries see the most keys: their blocks start first.
-        block_start = (pl.cdiv(T, BLOCK_ROWS) - 1 - lax.axis_index("tile")) * BLOCK_ROWS
-        q_start = block_start + wg * WARPGROUP_ROWS
-        rows = pl.ds(q_start, WARPGROUP_ROWS)
-        # v has one stage, and the compiler would keep its address in registers too, needlessly where a mask is long.
-        has_long_mask = config.window is not None or config.softcap is not None or has_segments
-        reload_v_address = smem.address_smem is not None and has_long_mask
-
-        def segment_range() -> SegmentRange:
-            """Loaded where it is used: values that are live for a whole step fill the registers."""
-            return SegmentRange.load(gmem.segment_ranges, batch, lax.div(block_start, jnp.int32(BLOCK_ROWS)))
-
-        def kv_blocks() -> tuple[Array, Array]:
-            first, steps = visible_kv_blocks(block_start, config, sizes.block_kv)
-            if has_segments:
-                first, steps = segment_range().clamp(first, steps)
-            # A block that sees nothing runs one step, all of it masked: the compiler enters a loop that may not run at
-            # all through another branch, and then writes the zeros of new accumulators in every step.
-            return first, jnp.maximum(steps, 1)
-
-        def load_rows(ref: Ref, *index: Array) -> Array:
-            return plgpu.load(ref.at[(*index, rows)], layout=ROW_LAYOUT, optimized=False)
-
-        @pl.when(wg < COMPUTE_WARPGROUPS)
-        def consumer() -> None:
-            plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
-            plgpu.copy_gmem_to_smem(gmem.q.at[batch, rows, head], smem.q_smem.at[wg], smem.q_do_full.at[wg])
-            plgpu.copy_gmem_to_smem(gmem.do.at[batch, rows, head], smem.do_smem.at[wg], smem.q_do_full.at[wg])
-            first, steps = kv_blocks()
-            shape = (WARPGROUP_ROWS, sizes.block_kv)
-            lse, delta = load_rows(gmem.lse, batch, head), load_rows(gmem.delta, batch, head)
-            if smem.address_smem is not None:
-                smem.address_smem[wg] = wg
-                smem.address_smem[COMPUTE_WARPGROUPS + wg] = jnp.int32(0)
-            plgpu.barrier_wait(smem.q_do_full.at[wg])
-
-            def accumulate(dq_acc: Ref) -> Array:
-                def kv_block_step(i: Array, _: None) -> None:
-                    k_slot, v_slot = lax.rem(i, jnp.int32(sizes.k_stages)), lax.rem(i, jnp.int32(sizes.v_stages))
-                    # Loaded in every step: the compiler keeps the addresses of all operands in registers otherwise.
-                    own = wg if smem.address_smem is None else smem.address_smem[wg]
-
-                    # Each accumulator is made where its product starts: a wait in between makes the compiler zero it.
-                    def compute_s(s_acc: Ref) -> Array:
-                        plgpu.wgmma(s_acc, smem.q_smem.at[own], smem.k_smem.at[k_slot].T)
-                        plgpu.barrier_wait(smem.v_full.at[v_slot])
-                        return pl.run_scoped(functools.partial(compute_ds, s_acc), plgpu.ACC(shape))
-
-                    def compute_ds(s_acc: Ref, dp_acc: Ref) -> Array:
-                        v_address = smem.address_smem[COMPUTE_WARPGROUPS + wg] if reload_v_address else v_slot
-                        plgpu.wgmma(dp_acc, smem.do_smem.at[own], smem.v_smem.at[v_address].T)
-                        s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                        p, slope = softmax_weights(s, per_row(lse, sizes.block_kv), config)
-                        p = p if slope is None else p * slope
-                        one_segment = segment_range().is_interior(first + i) if has_segments else None
-                        (p,) = apply_mask(
-                            p,
-                            q_start=q_start,
-                            kv_start=(first + i) * sizes.block_kv,
-                            config=config,
-                            q_axis=0,
-                            load_ids=load_ids if has_segments else None,
-                            one_segment=one_segment,
-                        )
-                        dp = dp_acc[...]
-                        plgpu.barrier_arrive(smem.v_empty.at[v_slot])
-                        return p * (dp - per_row(delta, sizes.block_kv))
-
-                    def load_ids() -> tuple[Array, Array]:
-                        q_ids = load_rows(gmem.q_ids, batch)
-                        return q_ids, plgpu.load(smem.kv_ids_smem.at[k_slot], layout=COL_LAYOUT)
-
-                    plgpu.barrier_wait(smem.k_full.at[k_slot])
-                    ds = pl.run_scoped(compute_s, plgpu.ACC(shape)).astype(dtype)
-                    operand_smem = None if smem.operand_smem is None else smem.operand_smem.at[wg]
-                    wgmma_accumulate(dq_acc, ds, smem.k_smem.at[k_slot], operand_smem)
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(smem.k_empty.at[k_slot])
-
-                lax.fori_loop(0, steps, kv_block_step, None)
-                return dq_acc[...]
-
-            dq = pl.run_scoped(accumulate, plgpu.ACC((WARPGROUP_ROWS, D)))
-            smem.q_smem.at[wg][...] = (dq * config.scale).astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(smem.q_smem.at[wg], dq_gmem.at[batch, rows, head])
-            plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(wg == COMPUTE_WARPGROUPS)
-        def producer() -> None:
-            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-            first, steps = kv_blocks()
-            kv_head = lax.div(head, jnp.int32(config.G))
-
-            @pl.loop(0, steps)
-            def load_kv_block(i: Array) -> None:
-                keys = pl.ds((first + i) * sizes.block_kv, sizes.block_kv)
-                slot = lax.rem(i, jnp.int32(sizes.k_stages))
-                wait_when(i >= sizes.k_stages, smem.k_empty, slot)
-                plgpu.copy_gmem_to_smem(gmem.k.at[batch, keys, kv_head], smem.k_smem.at[slot], smem.k_full.at[slot])
-                if has_segments:
-                    to = smem.kv_ids_smem.at[slot]
-                    plgpu.copy_gmem_to_smem(gmem.kv_ids.at[batch, keys], to, smem.k_full.at[slot])
-                slot = lax.rem(i, jnp.int32(sizes.v_stages))
-                wait_when(i >= sizes.v_stages, smem.v_empty, slot)
-                plgpu.copy_gmem_to_smem(gmem.v.at[batch, keys, kv_head], smem.v_smem.at[slot], smem.v_full.at[slot])
-
-            drain_pipeline(steps, sizes.k_stages, lambda slot: smem.k_empty.at[slot])
-            drain_pipeline(steps, sizes.v_stages, lambda slot: smem.v_empty.at[slot])
+        DqKernel(gmem, dq_gmem, smem, config, sizes).run()
 
     scratch = DqScratch(
         q_smem=wgmma_smem((COMPUTE_WARPGROUPS, WARPGROUP_ROWS, D), dtype),
@@ -205,3 +97,150 @@ def dq(inputs: BwdInputs, config: Sm90AttentionConfig) -> Array:
         interpret=config.interpret or False,
         kernel_name="attention_dq",
     )(*inputs)
+
+
+class DqKernel:
+    """One block of queries: two warpgroups that compute (consumers) and one that loads (producer)."""
+
+    def __init__(
+        self, gmem: BwdInputs, dq_gmem: Ref, smem: DqScratch, config: Sm90AttentionConfig, sizes: BwdBlockSizes
+    ):
+        self.gmem, self.dq_gmem, self.smem, self.config, self.sizes = gmem, dq_gmem, smem, config, sizes
+        _, self.T, _, self.D = gmem.q.shape
+        self.dtype, self.has_segments = gmem.q.dtype, gmem.q_ids is not None
+        self.shape = (WARPGROUP_ROWS, sizes.block_kv)  # of the scores
+        # v has one stage, and the compiler would keep its address in registers too, needlessly where a mask is long.
+        has_long_mask = config.window is not None or config.softcap is not None or self.has_segments
+        self.reloads_v_address = smem.address_smem is not None and has_long_mask
+
+    def run(self) -> None:
+        """Runs the role of this warpgroup."""
+        self.batch, self.head, self.wg = lax.axis_index("b"), lax.axis_index("h"), lax.axis_index("wg")
+        # The last queries see the most keys: their blocks start first.
+        self.block_start = (pl.cdiv(self.T, BLOCK_ROWS) - 1 - lax.axis_index("tile")) * BLOCK_ROWS
+        self.q_start = self.block_start + self.wg * WARPGROUP_ROWS
+        self.rows = pl.ds(self.q_start, WARPGROUP_ROWS)
+        pl.when(self.wg < COMPUTE_WARPGROUPS)(self.consumer)
+        pl.when(self.wg == COMPUTE_WARPGROUPS)(self.producer)
+
+    def segment_range(self) -> SegmentRange:
+        """Loaded where it is used: values that are live for a whole step fill the registers."""
+        block = lax.div(self.block_start, jnp.int32(BLOCK_ROWS))
+        return SegmentRange.load(self.gmem.segment_ranges, self.batch, block)
+
+    def kv_blocks(self) -> tuple[Array, Array]:
+        """Returns the first key block and the number of steps, at least one.
+
+        A block that sees nothing runs one step, all of it masked: the compiler enters a loop that may not run at all
+        through another branch, and then writes the zeros of new accumulators in every step.
+        """
+        first, steps = visible_kv_blocks(self.block_start, self.config, self.sizes.block_kv)
+        if self.has_segments:
+            first, steps = self.segment_range().clamp(first, steps)
+        return first, jnp.maximum(steps, 1)
+
+    # The warpgroup that loads.
+
+    def producer(self) -> None:
+        gmem, smem, sizes, batch = self.gmem, self.smem, self.sizes, self.batch
+        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+        first, steps = self.kv_blocks()
+        kv_head = lax.div(self.head, jnp.int32(self.config.G))
+
+        @pl.loop(0, steps)
+        def load_kv_block(i: Array) -> None:
+            keys = pl.ds((first + i) * sizes.block_kv, sizes.block_kv)
+            slot = lax.rem(i, jnp.int32(sizes.k_stages))
+            wait_when(i >= sizes.k_stages, smem.k_empty, slot)
+            plgpu.copy_gmem_to_smem(gmem.k.at[batch, keys, kv_head], smem.k_smem.at[slot], smem.k_full.at[slot])
+            if self.has_segments:
+                to = smem.kv_ids_smem.at[slot]
+                plgpu.copy_gmem_to_smem(gmem.kv_ids.at[batch, keys], to, smem.k_full.at[slot])
+            slot = lax.rem(i, jnp.int32(sizes.v_stages))
+            wait_when(i >= sizes.v_stages, smem.v_empty, slot)
+            plgpu.copy_gmem_to_smem(gmem.v.at[batch, keys, kv_head], smem.v_smem.at[slot], smem.v_full.at[slot])
+
+        drain_pipeline(steps, sizes.k_stages, lambda slot: smem.k_empty.at[slot])
+        drain_pipeline(steps, sizes.v_stages, lambda slot: smem.v_empty.at[slot])
+
+    # The two warpgroups that compute.
+
+    def consumer(self) -> None:
+        gmem, smem, batch, wg = self.gmem, self.smem, self.batch, self.wg
+        plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+        plgpu.copy_gmem_to_smem(gmem.q.at[batch, self.rows, self.head], smem.q_smem.at[wg], smem.q_do_full.at[wg])
+        plgpu.copy_gmem_to_smem(gmem.do.at[batch, self.rows, self.head], smem.do_smem.at[wg], smem.q_do_full.at[wg])
+        first, steps = self.kv_blocks()
+        lse, delta = self.load_rows(gmem.lse, batch, self.head), self.load_rows(gmem.delta, batch, self.head)
+        if smem.address_smem is not None:
+            smem.address_smem[wg] = wg
+            smem.address_smem[COMPUTE_WARPGROUPS + wg] = jnp.int32(0)
+        plgpu.barrier_wait(smem.q_do_full.at[wg])
+
+        def accumulate(dq_acc: Ref) -> Array:
+            def kv_block_step(i: Array, _: None) -> None:
+                self.kv_block_step(dq_acc, i, first, lse, delta)
+
+            lax.fori_loop(0, steps, kv_block_step, None)
+            return dq_acc[...]
+
+        dq = pl.run_scoped(accumulate, plgpu.ACC((WARPGROUP_ROWS, self.D)))
+        smem.q_smem.at[wg][...] = (dq * self.config.scale).astype(self.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(smem.q_smem.at[wg], self.dq_gmem.at[batch, self.rows, self.head])
+        plgpu.wait_smem_to_gmem(0)
+
+    def load_rows(self, ref: Ref, *index: Array) -> Array:
+        """Loads one value per query of this warpgroup."""
+        return plgpu.load(ref.at[(*index, self.rows)], layout=ROW_LAYOUT, optimized=False)
+
+    def load_ids(self, slot: Array) -> tuple[Array, Array]:
+        """Loads the segment ids of the queries and of the keys in a stage."""
+        q_ids = self.load_rows(self.gmem.q_ids, self.batch)
+        return q_ids, plgpu.load(self.smem.kv_ids_smem.at[slot], layout=COL_LAYOUT)
+
+    def kv_block_step(self, dq_acc: Ref, i: Array, first: Array, lse: Array, delta: Array) -> None:
+        """Adds the product of ds and k of one key block."""
+        smem, sizes, wg = self.smem, self.sizes, self.wg
+        k_slot, v_slot = lax.rem(i, jnp.int32(sizes.k_stages)), lax.rem(i, jnp.int32(sizes.v_stages))
+        # Loaded in every step: the compiler keeps the addresses of all operands in registers otherwise.
+        own = wg if smem.address_smem is None else smem.address_smem[wg]
+
+        # Each accumulator is made where its product starts: a wait in between makes the compiler zero it.
+        def compute_s(s_acc: Ref) -> Array:
+            plgpu.wgmma(s_acc, smem.q_smem.at[own], smem.k_smem.at[k_slot].T)
+            plgpu.barrier_wait(smem.v_full.at[v_slot])
+            return pl.run_scoped(functools.partial(compute_ds, s_acc), plgpu.ACC(self.shape))
+
+        def compute_ds(s_acc: Ref, dp_acc: Ref) -> Array:
+            v_address = smem.address_smem[COMPUTE_WARPGROUPS + wg] if self.reloads_v_address else v_slot
+            plgpu.wgmma(dp_acc, smem.do_smem.at[own], smem.v_smem.at[v_address].T)
+            s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+            p = self.visible_weights(s, k_slot, first, i, lse)
+            dp = dp_acc[...]
+            plgpu.barrier_arrive(smem.v_empty.at[v_slot])
+            return p * (dp - per_row(delta, sizes.block_kv))
+
+        plgpu.barrier_wait(smem.k_full.at[k_slot])
+        ds = pl.run_scoped(compute_s, plgpu.ACC(self.shape)).astype(self.dtype)
+        operand_smem = None if smem.operand_smem is None else smem.operand_smem.at[wg]
+        wgmma_accumulate(dq_acc, ds, smem.k_smem.at[k_slot], operand_smem)
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(smem.k_empty.at[k_slot])
+
+    def visible_weights(self, s: Array, slot: Array, first: Array, i: Array, lse: Array) -> Array:
+        """Returns p of the visible pairs, times the slope of the soft cap."""
+        config, block_kv = self.config, self.sizes.block_kv
+        p, slope = softmax_weights(s, per_row(lse, block_kv), config)
+        p = p if slope is None else p * slope
+        one_segment = self.segment_range().is_interior(first + i) if self.has_segments else None
+        (p,) = apply_mask(
+            p,
+            q_start=self.q_start,
+            kv_start=(first + i) * block_kv,
+            config=config,
+            q_axis=0,
+            load_ids=functools.partial(self.load_ids, slot) if self.has_segments else None,
+            one_segment=one_segment,
+        )
+        return p
