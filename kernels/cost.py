@@ -1,10 +1,9 @@
-"""What an operation must compute and must move, whatever the implementation.
+"""The least work of each operation: FLOPs, bytes and exponentials that every implementation needs.
 
-FLOPs count a multiply and an add as two, for the matrix products only; exponentials are counted apart. Bytes count
-every array that must be read once and every result written once: an intermediate that a kernel can keep on the chip
-(scores, the experts' hidden rows) is free, and so is a key behind every window or an expert without rows. These are
-lower bounds: an implementation that moves more has a lower fraction of the roofline. (Keys that only segments hide are
-charged: few are, and which they are is known on the device alone.)
+A multiply and an add are two FLOPs; only matrix products count. Every input that is needed is read once and every
+result is written once. Intermediates that a kernel can keep on the chip (scores, the experts' hidden rows) cost no
+bytes, nor do keys behind every window and experts without rows. An implementation that moves more bytes reaches a lower
+fraction of the roofline. Keys that only segment ids mask count as read: they are few, and only the device knows them.
 
 Backward passes count what the field counts, so that figures compare: five products a visible pair in attention (scores
 recomputed, dV, dP, dQ, dK), two in a matmul.
@@ -19,7 +18,7 @@ __all__ = ["Cost", "attention", "decode_attention", "grouped_matmul", "moe_mlp",
 
 
 class Cost(NamedTuple):
-    """FLOPs of the products, bytes to and from memory, transcendental functions."""
+    """FLOPs of the matrix products, bytes to and from memory, transcendental functions."""
 
     flops: int
     bytes: int
@@ -29,20 +28,20 @@ class Cost(NamedTuple):
         return Cost(*(a + b for a, b in zip(self, other, strict=True)))
 
     def scaled(self, fraction: float) -> "Cost":
-        """What a kernel costs that does this fraction of the work."""
+        """Return the cost of this fraction of the work."""
         return Cost(*(round(fraction * each) for each in self))
 
     @property
     def intensity(self) -> float:
-        """FLOPs a byte."""
+        """FLOPs per byte."""
         return self.flops / max(self.bytes, 1)
 
     def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """The roofline: no machine with these two ceilings takes less."""
+        """Return the least seconds on a machine with these two ceilings (the roofline)."""
         return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
 
     def to_pallas(self) -> pl.CostEstimate:
-        """For `pallas_call(cost_estimate=)`, so that profiles show utilisation."""
+        """Return the estimate for `pallas_call(cost_estimate=)`, from which profiles compute utilization."""
         return pl.CostEstimate(flops=self.flops, bytes_accessed=self.bytes, transcendentals=self.transcendentals)
 
 
@@ -54,28 +53,28 @@ def visible_pairs(
     window: int | None = None,
     segment_ids: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> int:
-    """(query, key) pairs that are not masked; query t sits at key S - T + t.
+    """Count the (query, key) pairs that are not masked; query t is at position S - T + t of the keys.
 
-    With `segment_ids` (q_ids [B, T], kv_ids [B, S], host arrays) the sum over the B sequences, else of one sequence.
+    Args:
+        segment_ids: (q_ids [B, T], kv_ids [B, S]), host arrays: the sum over the B sequences. None: of one sequence.
     """
     if segment_ids is not None:
         return sum(_segment_pairs(q, kv, causal, window) for q, kv in zip(*map(np.asarray, segment_ids), strict=True))
     if not causal:
         return T * S
-    # Query at position p = S - T + t sees min(p + 1, window) keys, none where p < 0.
-    first = max(0, S - T)
-    seen = lambda n: _triangle(n, S if window is None else min(window, S))  # by the queries at positions < n
-    return seen(S) - seen(first) if T else 0
+    # The query at position p = S - T + t attends to min(p + 1, window) keys, to none if p < 0.
+    width = S if window is None else min(window, S)
+    return _triangle(S, width) - _triangle(max(0, S - T), width) if T else 0
 
 
 def _triangle(n: int, w: int) -> int:
-    """sum of min(p + 1, w) over 0 <= p < n."""
+    """Return the sum of min(p + 1, w) over 0 <= p < n."""
     ramp = min(n, w)
     return ramp * (ramp + 1) // 2 + (n - ramp) * w
 
 
 def _segment_pairs(q_ids: np.ndarray, kv_ids: np.ndarray, causal: bool, window: int | None) -> int:
-    """Pairs of one sequence, by the sorted positions of each segment."""
+    """Count the pairs of one sequence from the sorted positions of each segment."""
     T, S = len(q_ids), len(kv_ids)
     total = 0
     for segment in np.unique(q_ids):
@@ -90,7 +89,7 @@ def _segment_pairs(q_ids: np.ndarray, kv_ids: np.ndarray, causal: bool, window: 
 
 
 def num_visible_keys(T: int, S: int, window: int | None) -> int:
-    """Keys that at least one of the T queries sees: with a window those behind the first query's are never read."""
+    """Count the keys that at least one query attends to: none before the first query's window."""
     if T == 0:
         return 0
     return S if window is None else min(S, T + window - 1)
@@ -111,7 +110,7 @@ def attention(
     itemsize: int = 2,
     backward: bool = False,
 ) -> Cost:
-    """One pass of `dantinox.kernels.attention`: the forward one, or with `backward` the backward one alone.
+    """Return the cost of the forward pass of `dantinox.kernels.attention`, or of its backward pass.
 
     Args:
         gate: none, head ([B, T, H, 1]) or elementwise ([B, T, H, D]).
@@ -133,29 +132,34 @@ def attention(
 def grouped_matmul(
     *, N: int, M: int, F: int, group_sizes: np.ndarray, itemsize: int = 2, backward: bool = False
 ) -> Cost:
-    """`dantinox.kernels.grouped_matmul`; with `backward` dx and dw together. Only rows of a group and groups with rows
-    count."""
+    """Return the cost of `dantinox.kernels.grouped_matmul`, or of its backward pass (dx and dw).
+
+    Only rows that belong to a group and groups that have rows count.
+    """
     sizes = np.asarray(group_sizes)
-    E, rows, busy = len(sizes), int(sizes.sum()), int(np.count_nonzero(sizes))
+    E, rows, active = len(sizes), int(sizes.sum()), int(np.count_nonzero(sizes))
     if not backward:
-        return Cost(2 * rows * M * F, itemsize * (rows * M + busy * M * F + N * F))
-    # Read x, dy and the busy matrices; write dx, and dw of every group (zeros where there are no rows).
-    return Cost(4 * rows * M * F, itemsize * (rows * (M + F) + busy * M * F + N * M + E * M * F))
+        return Cost(2 * rows * M * F, itemsize * (rows * M + active * M * F + N * F))
+    # Read x, dy and the matrices of active groups; write dx, and dw of every group (zeros without rows).
+    return Cost(4 * rows * M * F, itemsize * (rows * (M + F) + active * M * F + N * M + E * M * F))
 
 
-def moe_mlp(*, N: int, M: int, F: int, E: int, k: int, busy: int, itemsize: int = 2, backward: bool = False) -> Cost:
-    """`dantinox.kernels.moe_mlp`: three products a routed row forward, six backward (hidden rows are kept, or nothing
-    is).
+def moe_mlp(
+    *, N: int, M: int, F: int, E: int, k: int, num_active_experts: int, itemsize: int = 2, backward: bool = False
+) -> Cost:
+    """Return the cost of `dantinox.kernels.moe_mlp`, or of its backward pass.
+
+    A routed row takes three products forward and six backward. Ids and expert weights have 4 bytes.
 
     Args:
-        busy: experts with at least one row. Ids count 4 bytes, expert weights 4.
+        num_active_experts: experts with at least one row.
     """
     rows = N * k
     weights = 3 * M * F
-    if not backward:  # read x, the busy experts, ids and weights; write y
-        return Cost(6 * rows * M * F, itemsize * (2 * N * M + busy * weights) + 8 * rows, rows * F)
-    # Read x, dy, the busy experts, ids and weights; write dx, every expert's gradients and the weights' gradient.
-    return Cost(12 * rows * M * F, itemsize * (3 * N * M + (busy + E) * weights) + 12 * rows, rows * F)
+    if not backward:  # read x, the active experts, ids and weights; write y
+        return Cost(6 * rows * M * F, itemsize * (2 * N * M + num_active_experts * weights) + 8 * rows, rows * F)
+    # Read x, dy, the active experts, ids and weights; write dx, every expert's gradients and the weights' gradient.
+    return Cost(12 * rows * M * F, itemsize * (3 * N * M + (num_active_experts + E) * weights) + 12 * rows, rows * F)
 
 
 def decode_attention(
@@ -170,9 +174,11 @@ def decode_attention(
     itemsize: int = 2,
     kv_itemsize: float | None = None,
 ) -> Cost:
-    """One step of `dantinox.kernels.decode_attention` for sequences that hold `lengths` tokens before it.
+    """Return the cost of one `dantinox.kernels.decode_attention` step.
 
-    `kv_itemsize`: bytes a number of the rings takes, its part of a scale included; None: itemsize.
+    Args:
+        lengths: tokens in the cache of each sequence before the step [B].
+        kv_itemsize: bytes per element of the cache, its share of a scale included; None: itemsize.
     """
     lengths = np.asarray(lengths).astype(np.int64)
     B = len(lengths)

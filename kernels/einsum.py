@@ -1,9 +1,9 @@
-"""A two-operand einsum whose gradient stays in the compute dtype and never asks for a transposed copy.
+"""A two-operand einsum whose gradient stays in the compute dtype and needs no transposed copy.
 
-Plain autodiff of a bfloat16 matmul with a float32 result multiplies the float32 cotangent, at a fraction of the
-speed; and it writes a weight gradient as (dy^T x)^T, which XLA on CPU answers with transposed copies of the activations
-(measured there: a third of a training step). Here the cotangent is narrowed first and each gradient is one contraction
-in its final layout.
+Autodiff of a bfloat16 matmul with a float32 result multiplies the float32 cotangent, at a fraction of the speed. It
+writes a weight gradient as (dy^T x)^T, for which XLA on CPU makes transposed copies of the activations (a third of a
+training step there). This einsum casts the cotangent to the compute dtype first and computes each gradient as one
+contraction in its final layout.
 """
 
 import functools
@@ -16,10 +16,10 @@ Array = jax.Array
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def einsum(spec: str, a: Array, b: Array, out_dtype: jnp.dtype | None = None) -> Array:
-    """jnp.einsum(spec, a, b) with b cast to a's dtype, accumulated in float32 or wider.
+    """Compute jnp.einsum(spec, a, b) with b cast to a's dtype, accumulated in float32 or wider.
 
     Args:
-        spec: such as "NM,MF->NF"; each letter stands in exactly two of the three terms, or in all three.
+        spec: such as "NM,MF->NF"; each letter is in exactly two of the three terms, or in all three.
         a: sets the compute dtype. b: any floating dtype, such as a float32 parameter; its gradient keeps that dtype.
         out_dtype: dtype of the result; None: a's.
     """
@@ -28,12 +28,14 @@ def einsum(spec: str, a: Array, b: Array, out_dtype: jnp.dtype | None = None) ->
     return z.astype(out_dtype or a.dtype)
 
 
-def _forward(spec: str, a: Array, b: Array, out_dtype: jnp.dtype | None) -> tuple[Array, tuple[Array, Array]]:
+def _einsum_fwd(spec: str, a: Array, b: Array, out_dtype: jnp.dtype | None) -> tuple[Array, tuple[Array, Array]]:
     return einsum(spec, a, b, out_dtype), (a, b)
 
 
-def _backward(spec: str, out_dtype: jnp.dtype | None, saved: tuple[Array, Array], dz: Array) -> tuple[Array, Array]:
-    a, b = saved
+def _einsum_bwd(
+    spec: str, out_dtype: jnp.dtype | None, residuals: tuple[Array, Array], dz: Array
+) -> tuple[Array, Array]:
+    a, b = residuals
     terms, z = spec.split("->")
     x, y = terms.split(",")
     wide = jnp.promote_types(a.dtype, jnp.float32)
@@ -50,11 +52,11 @@ def _backward(spec: str, out_dtype: jnp.dtype | None, saved: tuple[Array, Array]
             spec, left, right = f"{z},{other_term}->{out}", narrow, other
         else:
             spec, left, right = f"{other_term},{z}->{out}", other, narrow
-        found = jnp.einsum(spec, left, right, preferred_element_type=wide)
-        return found.sum(axis=[out.index(c) for c in summed]) if summed else found
+        grad = jnp.einsum(spec, left, right, preferred_element_type=wide)
+        return grad.sum(axis=[out.index(c) for c in summed]) if summed else grad
 
     da = gradient(b.astype(a.dtype), y, x).astype(a.dtype)
     return da, gradient(a, x, y).astype(b.dtype)
 
 
-einsum.defvjp(_forward, _backward)
+einsum.defvjp(_einsum_fwd, _einsum_bwd)

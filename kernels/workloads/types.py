@@ -166,9 +166,11 @@ class MoE(Workload):
 
     def cost(self, backward: bool = False) -> cost.Cost:
         """FLOPs and bytes of one pass."""
-        busy = len(np.unique(self.integer_inputs()["expert_ids"]))
+        num_active_experts = len(np.unique(self.integer_inputs()["expert_ids"]))
         names = ("N", "M", "F", "E", "k", "itemsize")
-        return cost.moe_mlp(**{n: getattr(self, n) for n in names}, busy=busy, backward=backward)
+        return cost.moe_mlp(
+            **{n: getattr(self, n) for n in names}, num_active_experts=num_active_experts, backward=backward
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

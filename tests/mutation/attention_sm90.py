@@ -59,7 +59,7 @@ MUTANTS: list[Mutant] = [
     *planted(
         "ops/attention/pallas_sm90/dq_kernel",
         "hopper_backward",
-        ("dq without scale", "(dq * config.scale)", "(dq * 1.0)", PLAIN),
+        ("dq without scale", "(dq * self.config.scale)", "(dq * 1.0)", PLAIN),
         ("dq without delta", "p * (dp - per_row(delta", "p * (dp - 0 * per_row(delta", PLAIN),
     ),
     *planted(

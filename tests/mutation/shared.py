@@ -7,7 +7,7 @@ MUTANTS: list[Mutant] = [
     *planted(
         "einsum",
         "attention",
-        ("mean over grouped heads", "found.sum(axis=", "found.mean(axis=", f"{RULE} and 129 and float32"),
+        ("mean over grouped heads", "grad.sum(axis=", "grad.mean(axis=", f"{RULE} and 129 and float32"),
     ),
     *planted(
         "validation",
@@ -15,7 +15,7 @@ MUTANTS: list[Mutant] = [
         ("a window of 0 passes", "numbers.Integral) or value < 1", "numbers.Integral) or value < 0", "attention"),
         ("a window without causal passes", "    if not causal:", "    if False:", "attention"),
         ("3 heads on 2 pass", "K < 1 or H % K", "K < 1", "attention"),
-        ("mixed dtypes pass", "if x.dtype != given[first].dtype:", "if False:", "attention"),
+        ("mixed dtypes pass", "if x.dtype != present[first].dtype:", "if False:", "attention"),
         ("negative caps pass", " and softcap > 0", "", "attention"),
     ),
     *planted(
@@ -32,7 +32,7 @@ MUTANTS: list[Mutant] = [
         ("triangle without its diagonal", "ramp * (ramp + 1) // 2", "ramp * (ramp - 1) // 2", "pairs"),
         ("keys behind the window are read", "min(S, T + window - 1)", "min(S, T + window)", "seen_keys"),
         ("segments' window one too wide", 'window, side="right"', 'window, side="left"', "segments"),
-        ("idle groups are read", "rows * M + busy * M * F + N * F", "rows * M + E * M * F + N * F", "grouped"),
+        ("idle groups are read", "rows * M + active * M * F + N * F", "rows * M + E * M * F + N * F", "grouped"),
         ("a full ring is read", "C if window is None else min(C, window)).sum()", "C).sum()", "decoding"),
     ),
     *planted(
