@@ -6,6 +6,8 @@ What is imported from here is loaded when it is first used, so that `import dant
 import importlib
 from typing import TYPE_CHECKING
 
+from dantinox.version import __version__
+
 if TYPE_CHECKING:
     from dantinox.checkpoint.load import load
     from dantinox.config import Config, ConfigError, ModelConfig
@@ -19,6 +21,7 @@ __all__ = [
     "ConfigError",
     "ModelConfig",
     "Transformer",
+    "__version__",
     "complete",
     "generate",
     "load",
