@@ -13,7 +13,7 @@ SETUP  := sh scripts/setup.sh
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train sweep generate test test-long test-crash test-mutants bench bench-compare ablations toggles ladder aot aot-check profile \
-        tensorboard gpu lint format doctor clean
+        tensorboard gpu docs docs-serve test-newest lint format doctor clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -43,6 +43,11 @@ test: ## is it right? The tests, without the slow ones
 test-long: ## every test, the slow ones too
 	@$(SETUP) dev
 	@FULL_XLA=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal -m "" --hypothesis-profile=long $(ARGS)
+
+test-newest: ## the fast tests on the newest releases of all dependencies, in an environment of its own
+	@rm -rf .venv-newest
+	@VENV=.venv-newest ACCEL=cpu CONSTRAINTS=/dev/null $(SETUP) dev
+	@.venv-newest/bin/python -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
 
 test-crash: ## what does a run survive? 50 kills, 200 damaged checkpoints (about ten minutes)
 	@$(SETUP) dev
@@ -91,10 +96,20 @@ tensorboard: ## look at loss curves, samples and traces (LOGDIR=runs)
 gpu: ## measure everything on this GPU, into profiles/; works without network too
 	@python=$$(sh scripts/gpu_python.sh) && $$python -m bench.gpu --out profiles $(ARGS)
 
-lint: ## check style and types
+docs: ## build the documentation into build/docs (warnings are errors)
+	@$(SETUP) dev docs
+	@$(PY) docs/pictures.py docs/_static
+	@$(PY) -m sphinx -q -W --keep-going -b html docs build/docs $(ARGS)
+	@echo "build/docs/index.html"
+
+docs-serve: docs ## serve the documentation at http://localhost:8000
+	@$(PY) -m http.server --directory build/docs 8000
+
+lint: ## check style, spelling and types
 	@$(SETUP) dev
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
+	@$(PY) -m codespell_lib
 	@.venv/bin/pyrefly check --python-interpreter-path $(PY) --summary=none
 
 format: ## mend style

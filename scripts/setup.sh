@@ -7,11 +7,13 @@
 #   ACCEL=cpu|cuda|tpu   overrules what was detected
 #   PYTHON=...           the Python to build with: 3.12, 3.13 or 3.14
 #   VENV=.venv           where to build
+#   CONSTRAINTS=FILE     the versions to install (constraints.txt); /dev/null: the newest that pyproject.toml allows
 set -eu
 unset CDPATH
 cd -- "$(dirname -- "$0")/.."
 
 venv=${VENV:-.venv}
+constraints=${CONSTRAINTS:-constraints.txt}
 stamp=$venv/.dantinox     # written last: this environment is complete, for this key and these extras
 marker=$venv/.installing  # there while an install runs: found later, that install was cut short
 
@@ -22,7 +24,7 @@ has_word() { case " $1 " in *" $2 "*) ;; *) return 1 ;; esac; }
 
 # --- what is wanted: the key, and the extras with the accelerator's ---
 
-key="$(cat pyproject.toml constraints.txt | cksum) $PWD"
+key="$(cat pyproject.toml "$constraints" | cksum) $PWD"
 probe="$(command -v nvidia-smi || :) $(echo /dev/nvidia[0-9]*)" # nvidia-smi itself is too slow for every call
 
 read_stamp() {
@@ -168,7 +170,7 @@ install() { # install EXTRAS
     else
         set -- "$venv/bin/python" -m pip install -qq --no-compile --disable-pip-version-check --no-input
     fi
-    "$@" -c constraints.txt -e "$package" || die "the install failed; the lines above say why. The next call starts it again."
+    "$@" -c "$constraints" -e "$package" || die "the install failed; the lines above say why. The next call starts it again."
 }
 
 warm_up() { # the imports that every program needs: proves that they work, and compiles their bytecode and no more
