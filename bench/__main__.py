@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from bench import console_table, html_report, results
+from bench.report import console_table, html_report, results
 from dantinox import cli
 from dantinox.kernels import workloads
 
@@ -100,7 +100,7 @@ def operations(arguments: Arguments) -> dict[str, dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw.json"
         command = [sys.executable, "-c", PYTEST, "-s", "-p", "no:terminal", "-p", "no:cacheprovider"]
-        command += [str(results.ROOT / "bench" / f"bench_{op}.py") for op in ops]
+        command += [str(results.ROOT / "bench" / "operations" / f"bench_{op}.py") for op in ops]
         command += ["--progress", f"--benchmark-json={raw}", "--benchmark-quiet", "-m", ""]
         command += [f"--budget={arguments.budget}", f"--seconds={arguments.seconds}"]
         command += [f"--spec={name}" for name in arguments.spec]

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench import results
-from bench.console_table import size
-from bench.train_step_timer import Stepper
+from bench.model.train_step_timer import Stepper
+from bench.report import results
+from bench.report.console_table import size
 from dantinox import cli, kernels
 from dantinox.config import Config
 from dantinox.model import flops
@@ -130,7 +130,7 @@ def plot(rows: Mapping[str, Mapping[str, Any]], title: str) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    from bench.plots import svg
+    from bench.report.plots import svg
 
     names, base = list(rows), next(iter(rows.values()))
     figure = Figure(figsize=(11, 0.32 * len(names) + 1.4), layout="constrained")

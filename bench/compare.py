@@ -15,7 +15,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from bench.results import ROOT, device_folder
+from bench.report.results import ROOT, device_folder
 from dantinox import cli, kernels
 
 PROG = "bench.compare"

@@ -21,7 +21,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from bench.train_step_timer import Stepper
+from bench.model.train_step_timer import Stepper
 from dantinox import cli
 from dantinox.config import Config
 from dantinox.inference import generate
@@ -94,7 +94,7 @@ class Peer:
     """The torch process: it trains one step each time it is asked."""
 
     def __init__(self, python: str) -> None:
-        script = Path(__file__).with_name("torch_baseline.py")
+        script = Path(__file__).parent / "model" / "torch_baseline.py"
         self._process = subprocess.Popen(
             [python, str(script), json.dumps(BASE | MOE)],
             stdin=subprocess.PIPE,

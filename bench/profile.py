@@ -22,7 +22,7 @@ import jaxlib
 from rich.console import Console
 from rich.table import Table
 
-from bench import runner
+from bench.operations import runner
 from dantinox import cli, kernels
 from dantinox.cli.train import Trainer
 from dantinox.config import Config, presets

@@ -25,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from rich.console import Console
 from rich.table import Table
 
-from bench.timer import clock
+from bench.operations.timer import clock
 from dantinox import cli
 from dantinox.kernels import dispatch, workloads
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import block_sizes, gmm, tgmm, vjp

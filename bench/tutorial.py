@@ -20,12 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from bench import baselines, hardware, results, runner
-from bench.aot import tpu_schedule, worker_pool
+from bench.aot import hardware, worker_pool
 from bench.aot.cases import Case
-from bench.console_table import duration, size
-from bench.roofline import Ceilings
-from bench.timer import clock
+from bench.aot.tpu import vliw_schedule
+from bench.operations import baselines, runner
+from bench.operations.roofline import Ceilings
+from bench.operations.timer import clock
+from bench.report import results
+from bench.report.console_table import duration, size
 from dantinox import cli
 from dantinox.kernels import tutorial, workloads
 from dantinox.kernels.tutorial import common, step4_tile_skipping
@@ -183,9 +185,9 @@ def compiled(compiler: Path) -> dict[str, Row]:
                 rows[name] = {"not_compiled": answer["reason"]}
                 continue
             (kernel,) = answer["kernels"]
-            text = tpu_schedule.final(worker_pool.kept(Path(folder), TARGET, case), kernel["name"])
+            text = vliw_schedule.final(worker_pool.kept(Path(folder), TARGET, case), kernel["name"])
             rows[name] = {key: kernel[key] for key in ("bundles", "spills", "fills", "mxu_share", "vmem_bytes")}
-            rows[name]["bundles_of_all_steps"] = executed(name, kernel["bundles"], tpu_schedule.branches(text))
+            rows[name]["bundles_of_all_steps"] = executed(name, kernel["bundles"], vliw_schedule.branches(text))
     return rows
 
 

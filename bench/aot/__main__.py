@@ -14,10 +14,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import hardware
 from bench.aot import cases as aot_cases
-from bench.aot import gpu, profile, readme_tables, report, tpu, worker_pool
+from bench.aot import hardware, profile, worker_pool
 from bench.aot.cases import Case
+from bench.aot.gpu import compiler as gpu_compiler
+from bench.aot.report import console_table, readme_tables
+from bench.aot.tpu import compiler as tpu_compiler
 from dantinox import cli
 
 PROG = "bench.aot"
@@ -108,9 +110,10 @@ def available(target: hardware.Target) -> None:
         ValueError: it is not; the message says how to get it.
     """
     cuda = isinstance(target, hardware.Gpu)
-    missing = [name for name in (gpu if cuda else tpu).MODULES if importlib.util.find_spec(name) is None]
+    modules = gpu_compiler.MODULES if cuda else tpu_compiler.MODULES
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if cuda and not missing:
-        missing = [path.name for path in (gpu.PTXAS, gpu.CUOBJDUMP) if not path.exists()]
+        missing = [path.name for path in (gpu_compiler.PTXAS, gpu_compiler.CUOBJDUMP) if not path.exists()]
     if missing:
         raise ValueError(
             f"{target.name} needs {' and '.join(missing)}, which this Python does not have; "
@@ -143,7 +146,7 @@ def finish(
                 not arguments.check
             ):  # after each one, and read anew: a run of an hour may be interrupted, or not be alone
                 profile.save(file, profile.merged(profile.load(file), target.name, worker.versions, kept))
-    report.show(target, rows, console)
+    console_table.show(target, rows, console)
     if not arguments.check:
         return []
     if committed is None:

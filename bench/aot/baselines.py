@@ -15,7 +15,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from bench import hardware
+from bench.aot import hardware
 from dantinox.kernels import workloads
 
 Call = Callable[[dict[str, jax.Array], dict[str, Any]], Any]

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from bench import hardware
+from bench.aot import hardware
 from dantinox import kernels
 from dantinox.kernels import workloads
 

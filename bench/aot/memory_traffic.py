@@ -17,10 +17,11 @@ from unittest import mock
 import jax
 from jax.experimental import pallas as pl
 
-from bench import hardware
-from bench.aot import baselines, block_transfers, profile, programs, readme_tables, tables
+from bench.aot import baselines, hardware, profile, programs
 from bench.aot.cases import Case
-from bench.aot.tables import PRODUCTS, product_of, spreads
+from bench.aot.report import readme_tables
+from bench.aot.tpu import block_transfers, products
+from bench.aot.tpu.products import PRODUCTS, product_of, spreads
 from dantinox import cli
 from dantinox.kernels import dispatch, workloads
 
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with cli.one_line_errors(PROG):
         if importlib.util.find_spec("tokamax") is None:
             raise ValueError("tokamax is not installed here; allowed: .venv-aot/bin/python, which `make aot` builds")
-        for name in tables.TPUS:
+        for name in products.TPUS:
             file = profile.path(arguments.out, name)
             if (held := profile.load(file)) is None:
                 continue

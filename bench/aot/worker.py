@@ -2,8 +2,8 @@
 
     python -m bench.aot.worker h100 DUMPS
 
-The parent sets the environment (`gpu.environment`, `tpu.environment`). What compilers print goes to a file in DUMPS:
-some of it is a result, and none of it may reach the user.
+The parent sets the environment (`gpu.compiler.environment`, `tpu.compiler.environment`). Whatever the compilers print
+goes to a file in DUMPS: some of it is a result, and none of it may reach the user.
 """
 
 import contextlib
@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import hardware
-from bench.aot import gpu, tpu
+from bench.aot import hardware
 from bench.aot.cases import Case
+from bench.aot.gpu import compiler as gpu_compiler
+from bench.aot.tpu import compiler as tpu_compiler
 
 
 def main(argv: list[str]) -> None:
@@ -29,7 +30,8 @@ def main(argv: list[str]) -> None:
     log = os.open(dumps.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    compile_ = gpu.compiler(target) if isinstance(target, hardware.Gpu) else tpu.compiler(target)
+    make_compiler = gpu_compiler.make_compiler if isinstance(target, hardware.Gpu) else tpu_compiler.make_compiler
+    compile_ = make_compiler(target)
     answers.write(json.dumps({"versions": versions(target)}) + "\n")
     triton_dumped = False
     for line in sys.stdin:
@@ -51,7 +53,7 @@ def versions(target: hardware.Target) -> dict[str, str]:
     import jax
     import jaxlib
 
-    compiler = gpu.version() if isinstance(target, hardware.Gpu) else tpu.version()
+    compiler = gpu_compiler.version() if isinstance(target, hardware.Gpu) else tpu_compiler.version()
     return {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "compiler": compiler}
 
 
@@ -59,7 +61,8 @@ def answer(target: hardware.Target, compile_: Callable[..., Any], dumps: Path, c
     """One row of a profile, with the seconds that the compile took."""
     import jax
 
-    from bench.aot import attention_bundles, gmm_bundles, memory_traffic, programs
+    from bench.aot import memory_traffic, programs
+    from bench.aot.tpu import attention_bundles, gmm_bundles
     from dantinox.kernels import dispatch
 
     for path in dumps.iterdir():
@@ -72,7 +75,9 @@ def answer(target: hardware.Target, compile_: Callable[..., Any], dumps: Path, c
             compiled = compile_(program.function, program.shapes, program.donate)
             seconds = time.perf_counter() - start
         printed = (dumps / "printed.txt").read_text(errors="replace")
-        kernels, totals = gpu.read(target, dumps, printed) if isinstance(target, hardware.Gpu) else tpu.read(dumps)
+        kernels, totals = (
+            gpu_compiler.read(target, dumps, printed) if isinstance(target, hardware.Gpu) else tpu_compiler.read(dumps)
+        )
         memory = compiled.memory_analysis()
         row = {
             "status": "compiled",

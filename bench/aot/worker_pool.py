@@ -12,9 +12,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from bench import hardware
-from bench.aot import gpu, tpu
+from bench.aot import hardware
 from bench.aot.cases import Case
+from bench.aot.gpu import compiler as gpu_compiler
+from bench.aot.tpu import compiler as tpu_compiler
 
 START_SECONDS = 180  # importing jax and tokamax and loading a compiler, on a busy machine
 
@@ -96,7 +97,10 @@ class Worker:
         dumps = self._folder / "dumps"
         shutil.rmtree(dumps, ignore_errors=True)
         (dumps / "triton").mkdir(parents=True)
-        own = gpu.environment(dumps) if isinstance(self._target, hardware.Gpu) else tpu.environment(self._target, dumps)
+        if isinstance(self._target, hardware.Gpu):
+            variables = gpu_compiler.environment(dumps)
+        else:
+            variables = tpu_compiler.environment(self._target, dumps)
         self._lines = lines = queue.Queue()
         process = subprocess.Popen(
             [self._python, "-m", "bench.aot.worker", self._target.name, str(dumps)],
@@ -104,7 +108,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env={**os.environ, **own, "PYTHONUNBUFFERED": "1", "JAX_ENABLE_COMPILATION_CACHE": "false"},
+            env={**os.environ, **variables, "PYTHONUNBUFFERED": "1", "JAX_ENABLE_COMPILATION_CACHE": "false"},
             cwd=Path(__file__).resolve().parents[2],
             start_new_session=True,  # Ctrl-C is the parent's to handle
         )

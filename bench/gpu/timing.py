@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import record, results, runner
-from bench.roofline import Ceilings
-from bench.timer import clock
+from bench.operations import record, runner
+from bench.operations.roofline import Ceilings
+from bench.operations.timer import clock
+from bench.report import results
 
 
 @dataclass(frozen=True)

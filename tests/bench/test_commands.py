@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import results
 from bench.__main__ import main as bench_command
+from bench.report import results
 
 ROOT = Path(__file__).parents[2]
 

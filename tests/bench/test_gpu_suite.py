@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import baselines
 from bench.gpu import __main__ as program
 from bench.gpu import archive, parts, process, runner, smoke
 from bench.gpu.runner import Part
+from bench.operations import baselines
 from dantinox import kernels
 from dantinox.kernels import workloads
 from tests.helpers import absent

@@ -9,7 +9,8 @@ import json
 import pytest
 from rich.console import Console
 
-from bench import ablations, compare, console_table, html_report, plots, results
+from bench import ablations, compare
+from bench.report import console_table, html_report, plots, results
 from dantinox.model import flops
 
 

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench import accuracy, baselines
-from bench import runner as harness
-from bench.roofline import Ceilings
-from bench.timer import WallClock
+from bench.operations import accuracy, baselines
+from bench.operations import runner as harness
+from bench.operations.roofline import Ceilings
+from bench.operations.timer import WallClock
 from dantinox.kernels import workloads
 
 KIND = {"suites": ("bench",), "devices": ("small",)}

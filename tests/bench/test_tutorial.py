@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bench import tutorial
-from bench.aot import tpu_schedule
+from bench.aot.tpu import vliw_schedule
 from dantinox.kernels.tutorial import RUNGS
 
 FINAL = """\
@@ -24,8 +24,8 @@ FINAL = """\
 
 
 def test_the_parts_of_a_body_that_may_be_jumped_over_are_found():
-    assert tpu_schedule.branches(FINAL) == [0x10 - 0xB, 0x31 - 0x12]
-    assert tpu_schedule.branches("     0   :  { %s1 = smov 0 }\n") == []
+    assert vliw_schedule.branches(FINAL) == [0x10 - 0xB, 0x31 - 0x12]
+    assert vliw_schedule.branches("     0   :  { %s1 = smov 0 }\n") == []
 
 
 def test_steps_pairs_and_fetches_are_those_of_the_grid():

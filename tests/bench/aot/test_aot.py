@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from bench import hardware
 from bench.aot import __main__ as program
-from bench.aot import baselines, gpu, profile, ptx, worker_pool
+from bench.aot import baselines, hardware, profile, worker_pool
 from bench.aot import cases as aot_cases
 from bench.aot.cases import Case
+from bench.aot.gpu import compiler as gpu_compiler
+from bench.aot.gpu import ptx
 from dantinox.kernels import workloads
 
 ROOT = Path(__file__).parents[3]
@@ -248,7 +249,7 @@ def test_target_figures():
     assert hardware.get("a100").arch == "sm_80"
     assert hardware.get("v5e").seconds(197e12, 0, "bfloat16") == 1
     assert hardware.get("v5e").seconds(0, 819e9, "bfloat16") == 1
-    config = gpu.target_config(hardware.get("h100"))
+    config = gpu_compiler.target_config(hardware.get("h100"))
     assert config.count("{") == config.count("}")
     assert "core_count: 132" in config
     assert "/" not in config.replace("//", "")

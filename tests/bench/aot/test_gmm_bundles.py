@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from bench import hardware
-from bench.aot import gmm_bundles, tables, tpu_schedule
-from bench.aot.tpu_schedule import Part
+from bench.aot import hardware
+from bench.aot.tpu import gmm_bundles, products, vliw_schedule
+from bench.aot.tpu.vliw_schedule import Part
 from dantinox.kernels import workloads
 from dantinox.kernels.dispatch import Device
 from dantinox.kernels.ops.grouped_matmul.group_metadata import make_group_metadata
@@ -29,7 +29,7 @@ def schedule(monkeypatch):
         Part(40, 60, True),
         Part(89, 94, False),
     ]
-    monkeypatch.setattr(tpu_schedule, "parts", lambda text: (100, parts))
+    monkeypatch.setattr(vliw_schedule, "parts", lambda text: (100, parts))
     monkeypatch.setattr(gmm_bundles, "LARGE", 10)
 
 
@@ -48,7 +48,7 @@ def test_a_schedule_of_another_form_is_not_counted(schedule):
 
 def test_branches_in_a_part_count_for_themselves(monkeypatch):
     parts = [Part(5, 95, True), Part(8, 88, False), Part(10, 60, False), Part(20, 30, False), Part(35, 55, False)]
-    monkeypatch.setattr(tpu_schedule, "parts", lambda text: (100, [*parts, Part(40, 50, True)]))
+    monkeypatch.setattr(vliw_schedule, "parts", lambda text: (100, [*parts, Part(40, 50, True)]))
     monkeypatch.setattr(gmm_bundles, "LARGE", 10)
     inner = gmm_bundles.Part(3), gmm_bundles.Part(2, (8,))
     work = gmm_bundles.Work(7, [gmm_bundles.Part(4, inner=inner)])
@@ -118,8 +118,8 @@ def test_a_kernel_of_the_mixture_is_known_by_its_name_and_visits_what_a_product_
     spec = workloads.get("moe_mlp", "Qwen3-30B-A3B uniform")
     rows = spec.N * spec.k
     for name in gmm_bundles.EXPERTS:
-        assert tables.product_of("moe_mlp", f"experts_{name}.1") == name
-    assert tables.product_of("moe_mlp", "grouped_matmul.1") == ""
+        assert products.product_of("moe_mlp", f"experts_{name}.1") == name
+    assert products.product_of("moe_mlp", "grouped_matmul.1") == ""
     assert gmm_bundles.experts_candidates(spec, "grouped_matmul.1", V6E, "zipf", save_residuals=True) == []
     plain = workloads.get("grouped_matmul", "Qwen3-30B-A3B uniform")
     assert (rows, spec.M, spec.F, spec.E) == (plain.N, plain.M, plain.F, plain.E)

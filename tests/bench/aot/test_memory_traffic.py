@@ -11,10 +11,10 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from bench import hardware
-from bench.aot import block_transfers, memory_traffic, profile
-from bench.aot import tables as summary
+from bench.aot import hardware, memory_traffic, profile
 from bench.aot.cases import Case
+from bench.aot.tpu import block_transfers
+from bench.aot.tpu import products as summary
 from dantinox import kernels
 from dantinox.kernels import workloads
 from dantinox.kernels.dispatch import target_device

@@ -2,7 +2,8 @@
 
 import pytest
 
-from bench.aot import readme_tables, sass
+from bench.aot.gpu import sass
+from bench.aot.report import readme_tables
 
 
 def code(*lines: str) -> str:

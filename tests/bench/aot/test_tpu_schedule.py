@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import hardware
-from bench.aot import attention_bundles, profile, readme_tables, tpu_schedule, worker_pool
+from bench.aot import hardware, profile, worker_pool
 from bench.aot.cases import Case
+from bench.aot.report import readme_tables
+from bench.aot.tpu import attention_bundles, vliw_schedule
 from dantinox.kernels import workloads
 from dantinox.kernels.ops.attention.pallas_tpu import common
 
@@ -52,52 +53,52 @@ FINAL = """\
 
 
 def test_utilisation_table():
-    found = tpu_schedule.utilisation(UTILISATION)
-    assert found == tpu_schedule.Schedule(bundles=4, mxu=3, mxu_slots=8, spills=1, fills=3)
+    found = vliw_schedule.utilisation(UTILISATION)
+    assert found == vliw_schedule.Schedule(bundles=4, mxu=3, mxu_slots=8, spills=1, fills=3)
     assert found.mxu_share == 3 / 8
     older = UTILISATION.replace("MATPUSH, MATMUL", "MXU, OTHER")
-    assert tpu_schedule.utilisation(older).mxu == 3  # the first column now
+    assert vliw_schedule.utilisation(older).mxu == 3  # the first column now
     with pytest.raises(ValueError, match="another form"):
-        tpu_schedule.utilisation("nothing of the kind")
+        vliw_schedule.utilisation("nothing of the kind")
     with pytest.raises(ValueError, match="other lengths"):
-        tpu_schedule.utilisation(UTILISATION + "0 0\n")
+        vliw_schedule.utilisation(UTILISATION + "0 0\n")
 
 
 def test_schedule_head_and_file_names():
     head = "Schedule analysis:\n\ttotal scheduled bundles:    615\n\tempty scheduled bundles:    13\n"
-    assert tpu_schedule.empty_bundles(head) == 13
-    assert tpu_schedule.empty_bundles("") is None
+    assert vliw_schedule.empty_bundles(head) == 13
+    assert vliw_schedule.empty_bundles("") is None
     name = "1795354836-splash_mha_fwd.1-70-final_hlo-static-per-bundle-utilization.txt"
-    assert tpu_schedule.kernel_of(name) == ("utilisation", "splash_mha_fwd.1")
-    assert tpu_schedule.kernel_of("17-a-b-71-schedule-analysis_final_bundles.txt") == ("schedule", "a-b")
-    assert tpu_schedule.kernel_of("17-TLP-70-final_hlo-static-per-bundle-utilization.txt") is None
-    assert tpu_schedule.kernel_of("17-<late-x>-70-final_hlo-static-per-bundle-utilization.txt") is None
-    assert tpu_schedule.kernel_of("17-a-72-final_bundles.txt") is None
+    assert vliw_schedule.kernel_of(name) == ("utilisation", "splash_mha_fwd.1")
+    assert vliw_schedule.kernel_of("17-a-b-71-schedule-analysis_final_bundles.txt") == ("schedule", "a-b")
+    assert vliw_schedule.kernel_of("17-TLP-70-final_hlo-static-per-bundle-utilization.txt") is None
+    assert vliw_schedule.kernel_of("17-<late-x>-70-final_hlo-static-per-bundle-utilization.txt") is None
+    assert vliw_schedule.kernel_of("17-a-72-final_bundles.txt") is None
 
 
 def test_vmem_report_and_custom_calls():
-    assert tpu_schedule.vmem(VMEM) == {"splash.1": 983040, "copy": 4096}
-    assert tpu_schedule.vmem("<html></html>") == {}
+    assert vliw_schedule.vmem(VMEM) == {"splash.1": 983040, "copy": 4096}
+    assert vliw_schedule.vmem("<html></html>") == {}
     hlo = (
         '  %splash.1 = (f32[8]) custom-call(%q), custom_call_target="tpu_custom_call"\n'
         '  ROOT %other = f32[8] custom-call(%q), custom_call_target="Sharding"\n'
     )
-    assert tpu_schedule.custom_calls(hlo) == {"splash.1"}
+    assert vliw_schedule.custom_calls(hlo) == {"splash.1"}
 
 
 def test_parts_of_a_kernel_and_what_its_steps_execute():
-    assert tpu_schedule.parts(FINAL) == (
+    assert vliw_schedule.parts(FINAL) == (
         0x15,
         [
-            tpu_schedule.Part(0x1, 0x13, True),
-            tpu_schedule.Part(0x3, 0x10, False),
-            tpu_schedule.Part(0x4, 0x6, False),
-            tpu_schedule.Part(0x8, 0xD, False),
-            tpu_schedule.Part(0x9, 0xC, True),
+            vliw_schedule.Part(0x1, 0x13, True),
+            vliw_schedule.Part(0x3, 0x10, False),
+            vliw_schedule.Part(0x4, 0x6, False),
+            vliw_schedule.Part(0x8, 0xD, False),
+            vliw_schedule.Part(0x9, 0xC, True),
         ],
     )
-    assert tpu_schedule.branches(FINAL) == [2, 5]
-    assert (tpu_schedule.first_operand(FINAL), tpu_schedule.first_operand("")) == (36, None)
+    assert vliw_schedule.branches(FINAL) == [2, 5]
+    assert (vliw_schedule.first_operand(FINAL), vliw_schedule.first_operand("")) == (36, None)
     work = attention_bundles.Work(steps=10, taken=(2, 4), interior=(), masked=(1,), tile=(8, 8), trips=3)
     # 3 outside of the grid's loop; 18 in it, 7 of them in the two parts, 3 of these in a loop that runs three times.
     always, second = 18 - 7, 5 + 2 * 3

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import hardware
+from bench.aot import hardware
 from bench.aot.cases import Case
 from dantinox.kernels import workloads
 

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.aot import baselines, tables, tpu_schedule
+from bench.aot import baselines
 from bench.aot.cases import Case
-from bench.hardware import Target
+from bench.aot.hardware import Target
+from bench.aot.tpu import products, vliw_schedule
 from dantinox.kernels import workloads
 from dantinox.kernels.dispatch import Device
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu import block_sizes
@@ -47,9 +48,9 @@ def add(row: Row, case: Case, target: Target, dumps: Path) -> None:
         return
     spec = workloads.get(case.op, case.spec)
     for kernel in row["kernels"]:
-        text = tpu_schedule.final(dumps, kernel["name"])
+        text = vliw_schedule.final(dumps, kernel["name"])
         found = {}
-        for skew in tables.SKEWS:
+        for skew in products.SKEWS:
             if isinstance(spec, workloads.MoE):
                 works = experts_candidates(spec, kernel["name"], target, skew, save_residuals=case.direction == "both")
             else:
@@ -64,7 +65,7 @@ def add(row: Row, case: Case, target: Target, dumps: Path) -> None:
 
 def executed(text: str, work: Work) -> int | None:
     """Bundles of a kernel's final schedule that are executed; None where its parts are others than the work's."""
-    total, found = tpu_schedule.parts(text)
+    total, found = vliw_schedule.parts(text)
     size = lambda part: part.stop - part.start
     grid = max((part for part in found if part.loop), key=size, default=None)
     if grid is None:
@@ -83,7 +84,7 @@ def executed(text: str, work: Work) -> int | None:
     return None if None in of_parts else count + sum(of_parts)
 
 
-def _executed(part: tpu_schedule.Part, how: Part, found: list[tpu_schedule.Part]) -> int | None:
+def _executed(part: vliw_schedule.Part, how: Part, found: list[vliw_schedule.Part]) -> int | None:
     """Bundles of one part over all steps; None where its form is another."""
     size = lambda each: each.stop - each.start
     within = [each for each in found if each != part and each.inside(part)]
@@ -105,7 +106,7 @@ def candidates(
     spec: workloads.GroupedMatmul, implementation: str, kernel: str, target: Target, sizes: Any
 ) -> list[Work]:
     """What a kernel may do, by its name: one of them has the parts of its schedule."""
-    product = tables.product_of("grouped_matmul", kernel)
+    product = products.product_of("grouped_matmul", kernel)
     K, J = (spec.F, spec.M) if product == "dx" else (spec.M, spec.F)
     if implementation == "pallas":
         return _ours(product, Device(target.platform, target.kind), spec, K, J, sizes, Operands())
@@ -151,7 +152,7 @@ def experts_candidates(
     spec: workloads.MoE, kernel: str, target: Target, skew: str, *, save_residuals: bool
 ) -> list[Work]:
     """What a kernel of our mixture of experts may do; `save_residuals`: up_proj writes gate and up too."""
-    if not (part := tables.product_of(spec.op, kernel)):
+    if not (part := products.product_of(spec.op, kernel)):
         return []
     rows = spec.N * spec.k
     K, J = (spec.M, spec.F) if part in ("up", "dh", "dw_up") else (spec.F, spec.M)
@@ -228,5 +229,5 @@ def _spans(sizes: Any) -> list[tuple[int, int]]:
     return [(int(end - size), int(end)) for end, size in zip(ends, sizes, strict=True) if size]
 
 
-def _outermost(parts: list[tpu_schedule.Part]) -> list[tpu_schedule.Part]:
+def _outermost(parts: list[vliw_schedule.Part]) -> list[vliw_schedule.Part]:
     return [part for part in parts if not any(other != part and part.inside(other) for other in parts)]

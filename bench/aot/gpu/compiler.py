@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.aot import ptx, sass
-from bench.hardware import Gpu
+from bench.aot.gpu import ptx, sass
+from bench.aot.hardware import Gpu
 
 SITE = Path(sysconfig.get_paths()["platlib"])
 PTXAS = SITE / "nvidia/cu13/bin/ptxas"  # the one in Triton's wheel is too old for Mosaic's PTX
@@ -63,7 +63,7 @@ device_description_str: "{target.kind}"
 """
 
 
-def compiler(target: Gpu) -> Callable[[Any, tuple, tuple[int, ...]], Any]:
+def make_compiler(target: Gpu) -> Callable[[Any, tuple, tuple[int, ...]], Any]:
     """compile(function, shapes, donate) for the target."""
     import jax
     from jax.experimental import topologies

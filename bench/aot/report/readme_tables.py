@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import hardware
-from bench.aot import attention_bundles, baselines, gmm_bundles, profile, tables
-from bench.aot.tables import TPUS
+from bench.aot import baselines, hardware, profile
+from bench.aot.tpu import attention_bundles, gmm_bundles, products
+from bench.aot.tpu.products import TPUS
 from dantinox.kernels import workloads
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import block_sizes, gmm, tgmm
 
@@ -115,7 +115,7 @@ def kernel_of(
 ) -> tuple[Row, Row]:
     """(row, its only kernel that computes the product); empty where there is none."""
     row = held.get(f"{spec.op} / {spec.name} / {implementation} / bfloat16 / {program}", {})
-    found = [each for each in row.get("kernels", []) if tables.product_of(spec.op, each["name"]) == product_]
+    found = [each for each in row.get("kernels", []) if products.product_of(spec.op, each["name"]) == product_]
     return row, found[0] if len(found) == 1 else {}
 
 
@@ -147,7 +147,7 @@ def _moved(held: Mapping[str, Mapping[str, Row]], op: str, names: Sequence[str],
                 for product_, program in products.items():
                     _, kernel = kernel_of(held[target], spec, name, product_, program)
                     counts = kernel.get("moved", {}).items()
-                    floors = {skew: tables.floor(each, product_) for skew, each in tables.spreads(spec).items()}
+                    floors = {skew: products.floor(each, product_) for skew, each in products.spreads(spec).items()}
                     cells.append(" / ".join(f"{count / floors[how]:.2f}" for how, count in counts))
                 if any(cells):
                     lines.append(_line([target, spec.name, name, *cells]))

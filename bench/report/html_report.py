@@ -4,8 +4,8 @@ import html
 from collections.abc import Mapping
 from typing import Any
 
-from bench import console_table, plots
-from bench.results import by_contest, fastest
+from bench.report import console_table, plots
+from bench.report.results import by_contest, fastest
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.aot import tpu_schedule
-from bench.hardware import Tpu
+from bench.aot.hardware import Tpu
+from bench.aot.tpu import vliw_schedule
 
 MODULES = ("libtpu",)
 _ACCELERATOR = {"v5e": "v5litepod-1", "v6e": "v6e-1", "tpu7x": "tpu7x-2"}
@@ -33,7 +33,7 @@ def environment(target: Tpu, dumps: Path) -> dict[str, str]:
     }
 
 
-def compiler(target: Tpu) -> Callable[[Any, tuple, tuple[int, ...]], Any]:
+def make_compiler(target: Tpu) -> Callable[[Any, tuple, tuple[int, ...]], Any]:
     """compile(function, shapes, donate) for the target."""
     import jax
     from jax.experimental import topologies
@@ -61,20 +61,20 @@ def read(dumps: Path) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """(the kernels written by hand, totals over all kernels) of the program that was compiled into `dumps`."""
     by_hand: set[str] = set()
     for path in dumps.glob("*-TLP-hlo.txt"):
-        by_hand |= tpu_schedule.custom_calls(path.read_text())
+        by_hand |= vliw_schedule.custom_calls(path.read_text())
     memory: dict[str, int] = {}
     for path in sorted(dumps.glob("*vmem_report.html")):
-        memory |= tpu_schedule.vmem(path.read_text())
+        memory |= vliw_schedule.vmem(path.read_text())
 
-    schedules: dict[str, tpu_schedule.Schedule] = {}
+    schedules: dict[str, vliw_schedule.Schedule] = {}
     empty: dict[str, int | None] = {}
     for path in sorted(dumps.iterdir()):
-        match tpu_schedule.kernel_of(path.name):
+        match vliw_schedule.kernel_of(path.name):
             case ("utilisation", name):
-                schedules[name] = tpu_schedule.utilisation(path.read_text())
+                schedules[name] = vliw_schedule.utilisation(path.read_text())
             case ("schedule", name):
                 with path.open() as file:
-                    empty[name] = tpu_schedule.empty_bundles(file.read(2000))
+                    empty[name] = vliw_schedule.empty_bundles(file.read(2000))
 
     kernels = [
         {

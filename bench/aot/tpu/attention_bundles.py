@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from bench.aot import tpu_schedule
 from bench.aot.cases import Case
-from bench.hardware import Target
+from bench.aot.hardware import Target
+from bench.aot.tpu import vliw_schedule
 from dantinox.kernels import cost, workloads
 from dantinox.kernels.dispatch import Device
 from dantinox.kernels.ops.attention.pallas_tpu import block_sizes, common
@@ -61,7 +61,7 @@ def add(row: Row, case: Case, target: Target, dumps: Path) -> None:
     pairs = spec.B * spec.H * cost.visible_pairs(spec.T, spec.S, causal=spec.causal, window=spec.window)
     sums: dict[str, int] = {}
     for kernel in row["kernels"]:
-        text = tpu_schedule.final(dumps, kernel["name"])
+        text = vliw_schedule.final(dumps, kernel["name"])
         work = of_kernel(spec, case, target, kernel["name"], text)
         if work is None:
             return
@@ -88,9 +88,9 @@ def count(text: str, work: Work) -> Row:
 
     Where the schedule has another form than the work, every bundle counts in every step: `upper_bound` says so.
     """
-    total, parts = tpu_schedule.parts(text)
+    total, parts = vliw_schedule.parts(text)
     size = lambda part: part.stop - part.start
-    grid = max((part for part in parts if part.loop), key=size, default=tpu_schedule.Part(0, total, True))
+    grid = max((part for part in parts if part.loop), key=size, default=vliw_schedule.Part(0, total, True))
     inner = [part for part in parts if part != grid and part.inside(grid)]
     loops = [part for part in inner if part.loop]
     body = max((part for part in inner if not part.loop), key=size, default=grid)
@@ -119,7 +119,7 @@ def of_kernel(spec: workloads.Attention, case: Case, target: Target, kernel: str
     if direction_of(kernel) == "forward":
         return forward(config.block_schedule(), config, heads)
     plans = [config.block_schedule(span) for span in common.kv_spans(config)]
-    steps = tpu_schedule.first_operand(text)  # which span it is: the kernels of all have one name
+    steps = vliw_schedule.first_operand(text)  # which span it is: the kernels of all have one name
     return next((backward(each, config, heads) for each in plans if len(each) == steps), None)
 
 

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from bench import runner
-from bench.console_table import duration
-from bench.roofline import Ceilings
-from bench.timer import clock
+from bench.operations import runner
+from bench.operations.roofline import Ceilings
+from bench.operations.timer import clock
+from bench.report.console_table import duration
 
 
 class Entry(NamedTuple):

@@ -11,7 +11,7 @@ from statistics import median
 import jax
 import jax.numpy as jnp
 
-from bench.timer import Call, Clock
+from bench.operations.timer import Call, Clock
 
 
 @dataclass

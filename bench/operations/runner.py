@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench import accuracy, baselines
-from bench.roofline import Ceilings
-from bench.timer import clock
+from bench.operations import accuracy, baselines
+from bench.operations.roofline import Ceilings
+from bench.operations.timer import clock
 from dantinox import kernels
 from dantinox.kernels import workloads
 from dantinox.kernels.cost import Cost

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.results import by_contest, fastest
+from bench.report.results import by_contest, fastest
 
 SCALES = ((1, "s"), (1e-3, "ms"), (1e-6, "µs"))
 

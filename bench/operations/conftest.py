@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from bench import record, runner
-from bench.record import Entry
-from bench.roofline import Ceilings
-from bench.timer import clock
+from bench.operations import record, runner
+from bench.operations.record import Entry
+from bench.operations.roofline import Ceilings
+from bench.operations.timer import clock
 from dantinox.kernels import workloads
 from dantinox.system import malloc
 

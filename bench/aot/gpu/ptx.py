@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from bench.hardware import Gpu
+from bench.aot.hardware import Gpu
 
 _FUNCTION = re.compile(r"Compiling entry function '([^']+)'")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
