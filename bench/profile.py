@@ -84,7 +84,7 @@ def parse(argv: Sequence[str]) -> Arguments:
         )
 
 
-def workload(arguments: Arguments) -> TracedProgram:
+def build_program(arguments: Arguments) -> TracedProgram:
     """What the arguments ask for, compiled.
 
     Raises:
@@ -102,8 +102,8 @@ def workload(arguments: Arguments) -> TracedProgram:
     allowed = sorted({row.op for row in workloads.ROWS})
     if arguments.op not in allowed:
         raise ValueError(f"op is {arguments.op!r}; allowed: {', '.join(allowed)}")
-    spec = workloads.get(arguments.op, arguments.spec or "")
-    return operation(spec, arguments.implementation, arguments.backward)
+    workload = workloads.get(arguments.op, arguments.spec or "")
+    return operation(workload, arguments.implementation, arguments.backward)
 
 
 def training(config: Config, name: str) -> TracedProgram:
@@ -120,13 +120,13 @@ def training(config: Config, name: str) -> TracedProgram:
     return TracedProgram(f"training {name}", call, compiled.as_text())
 
 
-def operation(spec: Workload, implementation: str, backward: bool) -> TracedProgram:
+def operation(workload: Workload, implementation: str, backward: bool) -> TracedProgram:
     """One operation at one row's sizes, in the row's first dtype; a decoding cache is donated and handed on."""
-    if backward and isinstance(spec, Decode):
+    if backward and isinstance(workload, Decode):
         raise ValueError("decode_attention has no backward pass; leave --backward out")
-    inputs, state, dout = runner.arguments(spec)
-    aux = {name: jax.tree.map(jnp.asarray, value) for name, value in spec.integer_inputs().items()}
-    forward = jax.named_scope(spec.op)(runner.ours(spec, implementation))
+    inputs, state, dout = runner.arguments(workload)
+    aux = {name: jax.tree.map(jnp.asarray, value) for name, value in workload.integer_inputs().items()}
+    forward = jax.named_scope(workload.op)(runner.ours(workload, implementation))
     program = jax.jit(runner.program(forward, backward), donate_argnums=1)
     compiled = program.lower(inputs, state, aux, dout).compile()
 
@@ -136,7 +136,7 @@ def operation(spec: Workload, implementation: str, backward: bool) -> TracedProg
         jax.block_until_ready((results, state))
 
     passes = "forward and backward" if backward else "forward"
-    return TracedProgram(f"{spec.op} {spec.name!r} {implementation}, {passes}", call, compiled.as_text())
+    return TracedProgram(f"{workload.op} {workload.name!r} {implementation}, {passes}", call, compiled.as_text())
 
 
 def capture(work: TracedProgram, steps: int, out: Path) -> tuple[Path, float]:
@@ -219,7 +219,7 @@ def run(arguments: Arguments) -> int:
     if arguments.verbose:
         logging.getLogger("kernels").setLevel(logging.INFO)
     with cli.one_line_errors(PROG, arguments.verbose):
-        work, steps, out = workload(arguments), arguments.settings.train.steps, Path(arguments.out)
+        work, steps, out = build_program(arguments), arguments.settings.train.steps, Path(arguments.out)
         path, seconds = capture(work, steps, out)
         result = read(path, work, steps, seconds)
         summary = Path(arguments.json) if arguments.json else path.with_name("top.json")

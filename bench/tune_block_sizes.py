@@ -136,12 +136,12 @@ class Kernel:
 
 def kernel(kind: str, op: str, name: str) -> Kernel:
     """That of a row of kernels/workloads/."""
-    spec = workloads.get(op, name)
+    workload = workloads.get(op, name)
     if op == "moe_mlp":
-        counts = np.bincount(spec.integer_inputs()["expert_ids"].reshape(-1), minlength=spec.E)
-        return Kernel(kind, name, spec.N * spec.k, spec.M, spec.F, tuple(map(int, counts)))
-    K, J = (spec.F, spec.M) if kind == "dx" else (spec.M, spec.F)
-    return Kernel(kind, name, spec.N, K, J, tuple(map(int, spec.integer_inputs()["group_sizes"])))
+        counts = np.bincount(workload.integer_inputs()["expert_ids"].reshape(-1), minlength=workload.E)
+        return Kernel(kind, name, workload.N * workload.k, workload.M, workload.F, tuple(map(int, counts)))
+    K, J = (workload.F, workload.M) if kind == "dx" else (workload.M, workload.F)
+    return Kernel(kind, name, workload.N, K, J, tuple(map(int, workload.integer_inputs()["group_sizes"])))
 
 
 def tiny() -> list[Kernel]:

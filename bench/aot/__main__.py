@@ -18,7 +18,7 @@ from bench.aot import cases as aot_cases
 from bench.aot import hardware, profile, worker_pool
 from bench.aot.cases import Case
 from bench.aot.gpu import compiler as gpu_compiler
-from bench.aot.report import console_table, readme_tables
+from bench.aot.report import console_table, readme
 from bench.aot.tpu import compiler as tpu_compiler
 from dantinox import cli
 
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for worker in workers:  # also ends what a thread still waits for
                     worker.close()
         if not arguments.check:
-            readme_tables.write(arguments.out)
+            readme.write(arguments.out)
     for line in worse:
         print(f"{PROG}: worse: {line}", file=sys.stderr)
     return 1 if worse else 0

@@ -38,13 +38,13 @@ class Peer:
         return (*self.dtypes, *self.also.get(op, ()))
 
 
-def _refuse(spec: Any, **limits: bool) -> None:
+def _refuse(workload: Any, **limits: bool) -> None:
     """Raise with the names of the row's features that a peer does not have; keywords are feature=has it."""
     wanted = {
-        "gate": getattr(spec, "gate", "none") != "none",
-        "segments": getattr(spec, "segments", None) is not None,
-        "softcap": getattr(spec, "softcap", None) is not None,
-        "window": getattr(spec, "window", None) is not None,
+        "gate": getattr(workload, "gate", "none") != "none",
+        "segments": getattr(workload, "segments", None) is not None,
+        "softcap": getattr(workload, "softcap", None) is not None,
+        "window": getattr(workload, "window", None) is not None,
     }
     lacks = [name for name, there in wanted.items() if there and not limits.get(name, False)]
     if lacks:
@@ -59,70 +59,72 @@ def _divides(what: str, size: int, block: int) -> None:
 # --- attention ---
 
 
-def _jax_mgpu_attention(spec: workloads.Attention) -> Call:
-    _refuse(spec)
+def _jax_mgpu_attention(workload: workloads.Attention) -> Call:
+    _refuse(workload)
     from jax.experimental.pallas.ops.gpu import attention_mgpu
 
     block_q = 64
-    block_kv = 64 if spec.D >= 256 else 128
-    _divides("T", spec.T, 2 * block_q)
-    _divides("S", spec.S, block_kv)
-    _divides("D", spec.D, 64)
+    block_kv = 64 if workload.D >= 256 else 128
+    _divides("T", workload.T, 2 * block_q)
+    _divides("S", workload.S, block_kv)
+    _divides("D", workload.D, 64)
     config = attention_mgpu.TuningConfig(
         block_q=block_q,
         block_kv=block_kv,
         max_concurrent_steps=2,
-        causal=spec.causal,
+        causal=workload.causal,
         block_q_dkv=64,
         block_kv_dkv=64,
         block_q_dq=64,
         block_kv_dq=64,
     )
     # It has no scale of its own: neither 1 / sqrt(D) nor any other, so the queries bring it.
-    scale = spec.D**-0.5 if spec.scale is None else spec.scale
+    scale = workload.D**-0.5 if workload.scale is None else workload.scale
     return lambda i, aux: attention_mgpu.attention(i["q"] * jnp.asarray(scale, i["q"].dtype), i["k"], i["v"], config)
 
 
-def _tokamax_attention(spec: workloads.Attention) -> Call:
-    _refuse(spec, window=True, softcap=True)
+def _tokamax_attention(workload: workloads.Attention) -> Call:
+    _refuse(workload, window=True, softcap=True)
     import tokamax
 
-    return _dot_product(spec, tokamax.dot_product_attention, logits_soft_cap=spec.softcap, implementation="mosaic")
+    return _dot_product(
+        workload, tokamax.dot_product_attention, logits_soft_cap=workload.softcap, implementation="mosaic"
+    )
 
 
-def _jax_nn_attention(spec: workloads.Attention) -> Call:
-    _refuse(spec, window=True)
-    return _dot_product(spec, jax.nn.dot_product_attention, implementation="xla")
+def _jax_nn_attention(workload: workloads.Attention) -> Call:
+    _refuse(workload, window=True)
+    return _dot_product(workload, jax.nn.dot_product_attention, implementation="xla")
 
 
-def _dot_product(spec: workloads.Attention, attend: Callable[..., Any], **options: Any) -> Call:
+def _dot_product(workload: workloads.Attention, attend: Callable[..., Any], **options: Any) -> Call:
     """A function of the signature of `jax.nn.dot_product_attention`."""
-    window = None if spec.window is None else (spec.window - 1, 0)
-    options |= {"is_causal": spec.causal, "local_window_size": window, "scale": spec.scale}
+    window = None if workload.window is None else (workload.window - 1, 0)
+    options |= {"is_causal": workload.causal, "local_window_size": window, "scale": workload.scale}
     return lambda i, aux: attend(i["q"], i["k"], i["v"], **options)
 
 
-def _splash_512(spec: workloads.Attention) -> Call:
-    if spec.window is None:
+def _splash_512(workload: workloads.Attention) -> Call:
+    if workload.window is None:
         raise NotImplementedError("blocks of 1024 take fewer bundles without a window")
-    return _splash(spec, 512)
+    return _splash(workload, 512)
 
 
-def _splash_fused(spec: workloads.Attention) -> Call:
+def _splash_fused(workload: workloads.Attention) -> Call:
     """dq, dk and dv in one kernel, which leaves a part of dq for each block of keys; XLA adds them up."""
-    return _splash(spec, 1024 if spec.window is None else 512, fused=True)
+    return _splash(workload, 1024 if workload.window is None else 512, fused=True)
 
 
-def _splash(spec: workloads.Attention, block: int = 1024, fused: bool = False) -> Call:
-    _refuse(spec, window=True, softcap=True, segments=True)
+def _splash(workload: workloads.Attention, block: int = 1024, fused: bool = False) -> Call:
+    _refuse(workload, window=True, softcap=True, segments=True)
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    q_block, kv_block, compute = min(block, spec.T), min(block, spec.S), min(512, spec.S)
-    _divides("T", spec.T, q_block)
-    _divides("S", spec.S, kv_block)
-    _divides("T", spec.T, 128)
-    _divides("S", spec.S, 128)
+    q_block, kv_block, compute = min(block, workload.T), min(block, workload.S), min(512, workload.S)
+    _divides("T", workload.T, q_block)
+    _divides("S", workload.S, kv_block)
+    _divides("T", workload.T, 128)
+    _divides("S", workload.S, 128)
     blocks = kernel.BlockSizes(
         block_q=q_block,
         block_kv=kv_block,
@@ -134,15 +136,15 @@ def _splash(spec: workloads.Attention, block: int = 1024, fused: bool = False) -
         block_kv_dq=None if fused else kv_block,
         use_fused_bwd_kernel=fused,
     )
-    shape, offset = (spec.T, spec.S), spec.S - spec.T
-    if spec.window is not None:
-        one = masks.LocalMask(shape, (spec.window - 1, 0), offset)
-    elif spec.causal:
+    shape, offset = (workload.T, workload.S), workload.S - workload.T
+    if workload.window is not None:
+        one = masks.LocalMask(shape, (workload.window - 1, 0), offset)
+    elif workload.causal:
         one = masks.CausalMask(shape, offset)
     else:
         one = masks.FullMask(shape)
-    G = spec.H // spec.K
-    scale = spec.D**-0.5 if spec.scale is None else spec.scale
+    G = workload.H // workload.K
+    scale = workload.D**-0.5 if workload.scale is None else workload.scale
 
     def call(i: dict[str, jax.Array], aux: dict[str, Any]) -> jax.Array:
         run = kernel.make_splash_mqa(
@@ -150,10 +152,10 @@ def _splash(spec: workloads.Attention, block: int = 1024, fused: bool = False) -
             block_sizes=blocks,
             head_shards=1,
             q_seq_shards=1,
-            attn_logits_soft_cap=spec.softcap,
+            attn_logits_soft_cap=workload.softcap,
         )
         q = (i["q"] * scale).astype(i["q"].dtype)
-        q = q.reshape(spec.B, spec.T, spec.K, G, spec.D).transpose(0, 2, 3, 1, 4)
+        q = q.reshape(workload.B, workload.T, workload.K, G, workload.D).transpose(0, 2, 3, 1, 4)
         k, v = (i[name].transpose(0, 2, 1, 3) for name in "kv")
         ids = aux.get("segment_ids")
         if ids is None:
@@ -162,7 +164,7 @@ def _splash(spec: workloads.Attention, block: int = 1024, fused: bool = False) -
             pair = ids if isinstance(ids, tuple) else (ids, ids)
             with_ids = lambda q, k, v, a, b: run(q, k, v, kernel.SegmentIds(a, b))
             o = jax.vmap(jax.vmap(with_ids, (0, 0, 0, None, None)))(q, k, v, *pair)
-        return o.transpose(0, 3, 1, 2, 4).reshape(spec.out_shape())
+        return o.transpose(0, 3, 1, 2, 4).reshape(workload.out_shape())
 
     return call
 
@@ -176,11 +178,11 @@ RAGGED_TILE = (128, 128, 64, 4)  # of jax's kernels: rows, columns, of the contr
 GROUPED_TILES = {"tokamax_512": (512, 2048, 1024), "megablox": (512, 1024, 1024)}  # on a TPU: rows, of M, of F at most
 
 
-def _jax_mgpu_ragged_dot(spec: workloads.GroupedMatmul) -> Call:
-    _divides("M", spec.M, 128)
-    _divides("F", spec.F, 128)
-    if spec.E > 32:
-        raise NotImplementedError(f"it unrolls a loop over the groups, and {spec.E} are too many")
+def _jax_mgpu_ragged_dot(workload: workloads.GroupedMatmul) -> Call:
+    _divides("M", workload.M, 128)
+    _divides("F", workload.F, 128)
+    if workload.E > 32:
+        raise NotImplementedError(f"it unrolls a loop over the groups, and {workload.E} are too many")
     from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu, transposed_ragged_dot_mgpu
 
     tiles = dict(zip(("block_m", "block_n", "block_k", "max_concurrent_steps"), RAGGED_TILE), grid_block_n=8)
@@ -206,17 +208,17 @@ def _jax_mgpu_ragged_dot(spec: workloads.GroupedMatmul) -> Call:
     return lambda i, aux: product(i["x"], i["w"], aux["group_sizes"])
 
 
-def _tokamax_ragged_dot(spec: workloads.GroupedMatmul) -> Call:
+def _tokamax_ragged_dot(workload: workloads.GroupedMatmul) -> Call:
     import tokamax
 
     return lambda i, aux: tokamax.ragged_dot(i["x"], i["w"], aux["group_sizes"], implementation="mosaic")
 
 
-def _tokamax_tiles(spec: workloads.GroupedMatmul) -> Call:
+def _tokamax_tiles(workload: workloads.GroupedMatmul) -> Call:
     """Its TPU kernels at large tiles: its autotuner needs the TPU, and its heuristics take small ones."""
     from tokamax._src.ops.ragged_dot import pallas_mosaic_tpu_kernel as kernel
 
-    rows, M, F = grouped_tile(spec, "tokamax_512")
+    rows, M, F = grouped_tile(workload, "tokamax_512")
     for name, tile in (("N", rows == 512), ("M", M), ("F", F)):
         if not tile:
             raise NotImplementedError(f"{name} does not divide into its tiles")
@@ -235,23 +237,23 @@ def _tokamax_tiles(spec: workloads.GroupedMatmul) -> Call:
     return lambda i, aux: product(i["x"], i["w"], aux["group_sizes"])
 
 
-def _lax_ragged_dot(spec: workloads.GroupedMatmul) -> Call:
+def _lax_ragged_dot(workload: workloads.GroupedMatmul) -> Call:
     return lambda i, aux: jax.lax.ragged_dot(i["x"], i["w"], aux["group_sizes"])
 
 
-def _megablox(spec: workloads.GroupedMatmul) -> Call:
+def _megablox(workload: workloads.GroupedMatmul) -> Call:
     from jax.experimental.pallas.ops.tpu.megablox import ops
 
-    tiling = grouped_tile(spec, "megablox")
-    for name, size, tile in zip("NMF", (spec.N, spec.M, spec.F), tiling):
+    tiling = grouped_tile(workload, "megablox")
+    for name, size, tile in zip("NMF", (workload.N, workload.M, workload.F), tiling):
         if not tile:
             raise NotImplementedError(f"{name} is {size}, no multiple of 128")
     return lambda i, aux: ops.gmm(i["x"], i["w"], aux["group_sizes"], i["x"].dtype, tiling)
 
 
-def grouped_tile(spec: workloads.GroupedMatmul, implementation: str) -> tuple[int, int, int]:
+def grouped_tile(workload: workloads.GroupedMatmul, implementation: str) -> tuple[int, int, int]:
     """(rows, of M, of F) of a tile of one of `GROUPED_TILES`; 0 where nothing divides the size."""
-    rows, M, F = map(_tile, (spec.N, spec.M, spec.F), GROUPED_TILES[implementation])
+    rows, M, F = map(_tile, (workload.N, workload.M, workload.F), GROUPED_TILES[implementation])
     return rows, M, F
 
 
@@ -263,19 +265,19 @@ def _tile(size: int, most: int) -> int:
 # --- decoding ---
 
 
-def _jax_decode(spec: workloads.Decode) -> Call:
-    _refuse(spec, window=True)
-    if spec.kv_dtype is not None:
+def _jax_decode(workload: workloads.Decode) -> Call:
+    _refuse(workload, window=True)
+    if workload.kv_dtype is not None:
         raise NotImplementedError("no rings in 8 bits")
     from jax.experimental.pallas.ops.gpu import decode_attention
 
     def call(i: dict[str, jax.Array], aux: dict[str, Any]) -> jax.Array:
         # It attends to a plain cache and appends nothing: the ring is taken as full up to its length.
         cache = aux["cache"]
-        stop = jnp.minimum(cache.length + 1, spec.C)
-        start = None if spec.window is None else jnp.maximum(stop - spec.window, 0)
+        stop = jnp.minimum(cache.length + 1, workload.C)
+        start = None if workload.window is None else jnp.maximum(stop - workload.window, 0)
         k, v = (x.swapaxes(1, 2) for x in (cache.k, cache.v))
-        return decode_attention.gqa(i["q"], k, v, start_idx=start, kv_seq_len=stop, sm_scale=spec.scale)
+        return decode_attention.gqa(i["q"], k, v, start_idx=start, kv_seq_len=stop, sm_scale=workload.scale)
 
     return call
 

@@ -38,19 +38,19 @@ class Case:
 
     def program(self) -> tuple:
         """What the compiler sees of it: rows that differ only in the values of their arrays are one program."""
-        spec = workloads.get(self.op, self.spec)
-        sizes = dataclasses.asdict(spec)
+        workload = workloads.get(self.op, self.spec)
+        sizes = dataclasses.asdict(workload)
         for name in ("name", "suites", "devices", "dtypes", "sweep", "skew", "sizes", "lengths"):
             sizes.pop(name, None)
-        batch = len(getattr(spec, "lengths", ()))
+        batch = len(getattr(workload, "lengths", ()))
         return (self.op, self.implementation, self.dtype, self.direction, batch, tuple(sorted(sizes.items(), key=str)))
 
     def roofline_seconds(self, target: hardware.Target) -> float:
         """No implementation takes less."""
-        spec = workloads.get(self.op, self.spec)
-        work = spec.cost()
+        workload = workloads.get(self.op, self.spec)
+        work = workload.cost()
         if self.direction == "both":
-            work = work + spec.cost(backward=True)
+            work = work + workload.cost(backward=True)
         return target.seconds(work.flops, work.bytes, self.dtype)
 
 

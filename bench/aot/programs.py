@@ -30,19 +30,19 @@ def build(case: Case) -> Program:
     Raises:
         NotImplementedError: the implementation does not take this row; the message says why.
     """
-    spec = workloads.get(case.op, case.spec)
+    workload = workloads.get(case.op, case.spec)
     if case.implementation in baselines.PEERS:
         peer = baselines.PEERS[case.implementation]
         if case.dtype not in (taken := peer.takes(case.op)):
             raise NotImplementedError(f"no {case.dtype}, only {' and '.join(taken)}")
-        call = peer.build[case.op](spec)
+        call = peer.build[case.op](workload)
     else:
-        call = _ours(spec, case.implementation)
+        call = _ours(workload, case.implementation)
     if case.op == "decode_attention":
-        return _decode(spec, case.dtype, call)
+        return _decode(workload, case.dtype, call)
 
-    names, aux = list(spec.shapes()), _flat(spec.integer_inputs())
-    shapes = [(shape, jnp.dtype(case.dtype)) for shape in spec.shapes().values()]
+    names, aux = list(workload.shapes()), _flat(workload.integer_inputs())
+    shapes = [(shape, jnp.dtype(case.dtype)) for shape in workload.shapes().values()]
     shapes += [(ids.shape, ids.dtype) for ids in aux.values()]
 
     def forward(*arrays: jax.Array) -> jax.Array:
@@ -56,27 +56,27 @@ def build(case: Case) -> Program:
         out, pull = jax.vjp(lambda *inputs: forward(*inputs, *ids), *arrays[: len(names)])
         return out, *pull(cotangent.astype(out.dtype))
 
-    return Program(both, ((spec.out_shape(), jnp.dtype(case.dtype)), *shapes))
+    return Program(both, ((workload.out_shape(), jnp.dtype(case.dtype)), *shapes))
 
 
-def _ours(spec: workloads.Workload, implementation: str) -> Callable[..., Any]:
-    operation = getattr(kernels, spec.op)
+def _ours(workload: workloads.Workload, implementation: str) -> Callable[..., Any]:
+    operation = getattr(kernels, workload.op)
     if implementation in tutorial.RUNGS:
         run = tutorial.rung(implementation)
-        return lambda inputs, aux: run(**inputs, **aux, **spec.options())
+        return lambda inputs, aux: run(**inputs, **aux, **workload.options())
 
     def call(inputs: dict[str, jax.Array], aux: dict[str, Any]) -> Any:
-        return operation(**inputs, **aux, **spec.options(), implementation=implementation)
+        return operation(**inputs, **aux, **workload.options(), implementation=implementation)
 
     return call
 
 
-def _decode(spec: workloads.Decode, dtype: str, call: Callable[..., Any]) -> Program:
+def _decode(workload: workloads.Decode, dtype: str, call: Callable[..., Any]) -> Program:
     """One step, with the cache donated as generation does: an implementation that copies it shows in the temp bytes."""
-    names = list(spec.shapes())
-    shapes = [(shape, jnp.dtype(dtype)) for shape in spec.shapes().values()]
+    names = list(workload.shapes())
+    shapes = [(shape, jnp.dtype(dtype)) for shape in workload.shapes().values()]
     first = len(names)
-    rings = spec.cache(dtype) | {"length": ((spec.B,), "int32")}
+    rings = workload.cache(dtype) | {"length": ((workload.B,), "int32")}
     shapes += [(shape, jnp.dtype(kept)) for shape, kept in rings.values()]
 
     def step(*arrays: jax.Array) -> Any:

@@ -140,20 +140,20 @@ def run(arguments: Arguments) -> int:
     return 1 if wrong or differing else 0
 
 
-def kernel(spec: Workload, tiny: bool) -> Forward:
+def kernel(workload: Workload, tiny: bool) -> Forward:
     """The Hopper kernel of a row, compiled, or in the interpreter."""
     interpret = plgpu.InterpretGPUParams() if tiny else None
-    options = spec.options()
-    if isinstance(spec, Attention | Decode):
-        options["scale"] = spec.D**-0.5 if spec.scale is None else spec.scale
+    options = workload.options()
+    if isinstance(workload, Attention | Decode):
+        options["scale"] = workload.D**-0.5 if workload.scale is None else workload.scale
 
     def forward(inputs: Tree, state: Tree, aux: Tree) -> tuple[jax.Array, Tree]:
-        if isinstance(spec, Attention):
+        if isinstance(workload, Attention):
             ids = aux.get("segment_ids")
             ids = ids if ids is None or isinstance(ids, tuple) else (ids, ids)
             given = {"gate": None} | inputs
             return attention_sm90.attention(**given, **options, segment_ids=ids, interpret=interpret), state
-        if isinstance(spec, Decode):
+        if isinstance(workload, Decode):
             cache = kernels.KVCache(**state, **aux)
             given = {"gate": None} | inputs
             num_splits = 2 if tiny else SPLITS
@@ -161,24 +161,24 @@ def kernel(spec: Workload, tiny: bool) -> Forward:
                 **given, cache=cache, **options, num_splits=num_splits, interpret=interpret
             )
             return o, {"k": cache.k, "v": cache.v}
-        operation = experts_vjp.moe_mlp if isinstance(spec, MoE) else vjp.grouped_matmul
+        operation = experts_vjp.moe_mlp if isinstance(workload, MoE) else vjp.grouped_matmul
         return operation(**inputs, **aux, interpret=interpret, blocks=2 if tiny else 0), state
 
     return forward
 
 
 @functools.cache
-def program(spec: Workload, backward: bool, tiny: bool) -> Callable[..., tuple[Tree, Tree]]:
+def program(workload: Workload, backward: bool, tiny: bool) -> Callable[..., tuple[Tree, Tree]]:
     """Jitted (inputs, state, aux, cotangent) -> (output and gradients by name, state)."""
-    return jax.jit(runner.program(kernel(spec, tiny), backward))
+    return jax.jit(runner.program(kernel(workload, tiny), backward))
 
 
-def compare(spec: Workload, backward: bool, tiny: bool) -> list[str]:
+def compare(workload: Workload, backward: bool, tiny: bool) -> list[str]:
     """Where the kernel is wrong, an entry per array; empty where it is right."""
-    inputs, state, dout = runner.arguments(spec)
-    aux = jax.tree.map(jnp.asarray, spec.integer_inputs())
-    actual, rings = program(spec, backward, tiny)(inputs, state, aux, dout)
-    reference = jax.jit(runner.program(runner.ours(spec, "reference"), backward))
+    inputs, state, dout = runner.arguments(workload)
+    aux = jax.tree.map(jnp.asarray, workload.integer_inputs())
+    actual, rings = program(workload, backward, tiny)(inputs, state, aux, dout)
+    reference = jax.jit(runner.program(runner.ours(workload, "reference"), backward))
     plain, expected_rings = reference(inputs, state, aux, dout)
     wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
     with jax.default_matmul_precision("highest"):
@@ -186,7 +186,7 @@ def compare(spec: Workload, backward: bool, tiny: bool) -> list[str]:
     wrong = []
     for name, value in exact.items():
         truth = np.asarray(value, np.float64)
-        ulp = float(jnp.finfo(spec.dtypes[0]).eps) * max(1.0, float(np.abs(truth).max(initial=0)))
+        ulp = float(jnp.finfo(workload.dtypes[0]).eps) * max(1.0, float(np.abs(truth).max(initial=0)))
         allowed = 2 * float(np.abs(np.asarray(plain[name], np.float64) - truth).max(initial=0)) + ulp
         found = np.asarray(actual[name], np.float64)
         if not np.abs(found - truth).max(initial=0) <= allowed:  # NaN is wrong
@@ -198,12 +198,12 @@ def compare(spec: Workload, backward: bool, tiny: bool) -> list[str]:
     return wrong
 
 
-def repeat(spec: Workload, backward: bool, tiny: bool, repeats: int) -> list[str]:
+def repeat(workload: Workload, backward: bool, tiny: bool, repeats: int) -> list[str]:
     """Run one compiled program again and again; which arrays changed a bit."""
-    spec = dataclasses.replace(spec, dtypes=("bfloat16",))
-    inputs, state, dout = runner.arguments(spec)
-    aux = jax.tree.map(jnp.asarray, spec.integer_inputs())
-    run_once = program(spec, backward, tiny)
+    workload = dataclasses.replace(workload, dtypes=("bfloat16",))
+    inputs, state, dout = runner.arguments(workload)
+    aux = jax.tree.map(jnp.asarray, workload.integer_inputs())
+    run_once = program(workload, backward, tiny)
     first = jax.block_until_ready(run_once(inputs, state, aux, dout))
     named = lambda results: results[0] | {f"cache.{name}": ring for name, ring in results[1].items()}
     changed: dict[str, list[int]] = {}

@@ -29,16 +29,16 @@ class Part:
         cut: cuts a result of the whole call (by name: o, dq, ...) down to the part.
     """
 
-    def __init__(self, spec: Workload, inputs: Tree, aux: Tree) -> None:
-        ones = np.ones(spec.out_shape(), np.float32)
+    def __init__(self, workload: Workload, inputs: Tree, aux: Tree) -> None:
+        ones = np.ones(workload.out_shape(), np.float32)
         self.mask, self.inputs, self.aux, self.cut = ones, inputs, aux, lambda name, x: x
-        if isinstance(spec, Attention) and spec.B * spec.H * spec.T * spec.S > SCORES:
-            self._one_head(spec, inputs, aux)
-        elif isinstance(spec, GroupedMatmul | MoE) and spec.N > ROWS:
-            self._some_rows(spec, inputs, aux)
+        if isinstance(workload, Attention) and workload.B * workload.H * workload.T * workload.S > SCORES:
+            self._one_head(workload, inputs, aux)
+        elif isinstance(workload, GroupedMatmul | MoE) and workload.N > ROWS:
+            self._some_rows(workload, inputs, aux)
 
-    def _one_head(self, spec: Attention, inputs: Tree, aux: Tree) -> None:
-        G = spec.H // spec.K
+    def _one_head(self, workload: Attention, inputs: Tree, aux: Tree) -> None:
+        G = workload.H // workload.K
         heads = {"q": G, "gate": G, "o": G, "k": 1, "v": 1}
         self.cut = lambda name, x: x[:1, :, : heads[name.removeprefix("d")]]
         self.mask = np.zeros_like(self.mask)
@@ -46,14 +46,14 @@ class Part:
         self.inputs = {name: self.cut(name, x) for name, x in inputs.items()}
         self.aux = jax.tree.map(lambda ids: ids[:1], aux)
 
-    def _some_rows(self, spec: GroupedMatmul | MoE, inputs: Tree, aux: Tree) -> None:
-        rows = np.sort(np.random.default_rng(0).choice(spec.N, ROWS, replace=False))
+    def _some_rows(self, workload: GroupedMatmul | MoE, inputs: Tree, aux: Tree) -> None:
+        rows = np.sort(np.random.default_rng(0).choice(workload.N, ROWS, replace=False))
         of_rows = {"x", "o", "dx", "expert_weights", "dexpert_weights"}
         self.cut = lambda name, x: x[rows] if name in of_rows else x
         self.mask = np.zeros_like(self.mask)
         self.mask[rows] = 1
         self.inputs = {name: self.cut(name, x) for name, x in inputs.items()}
-        if isinstance(spec, MoE):
+        if isinstance(workload, MoE):
             self.aux = {"expert_ids": aux["expert_ids"][rows]}
         else:  # as many of the rows as each group has of them; they are still sorted by group
             ends = np.concatenate([[0], np.cumsum(aux["group_sizes"])])
@@ -70,13 +70,13 @@ class Part:
         return float(np.max(errors))  # NaN where one is
 
 
-def by_row(spec: GroupedMatmul | MoE) -> Callable[[Tree, Tree, Tree], tuple[jax.Array, Tree]]:
+def by_row(workload: GroupedMatmul | MoE) -> Callable[[Tree, Tree, Tree], tuple[jax.Array, Tree]]:
     """Each row with matrices of its own, gathered: the reference asks every expert, and hundreds compile too long."""
 
     def grouped(inputs: Tree, state: Tree, aux: Tree) -> tuple[jax.Array, Tree]:
         ends = jnp.cumsum(aux["group_sizes"])
         row = jnp.arange(inputs["x"].shape[0])
-        group = jnp.minimum(jnp.searchsorted(ends, row, side="right"), spec.E - 1)
+        group = jnp.minimum(jnp.searchsorted(ends, row, side="right"), workload.E - 1)
         y = jnp.einsum("nm,nmf->nf", inputs["x"], inputs["w"][group])
         return jnp.where((row < ends[-1])[:, None], y, 0), state
 
@@ -86,7 +86,7 @@ def by_row(spec: GroupedMatmul | MoE) -> Callable[[Tree, Tree, Tree], tuple[jax.
         out = jnp.einsum("nkf,nkfm->nkm", jax.nn.silu(gate) * up, inputs["w_down"][ids])
         return jnp.einsum("nkm,nk->nm", out, inputs["expert_weights"]), state
 
-    return grouped if isinstance(spec, GroupedMatmul) else experts
+    return grouped if isinstance(workload, GroupedMatmul) else experts
 
 
 def truth(part: Part, program: Callable[..., tuple[Tree, Tree]], state: Tree, dout: jax.Array) -> Tree:

@@ -19,26 +19,26 @@ Forward = Callable[[Tree, Tree, Tree], tuple[jax.Array, Tree]]  # (inputs, state
 Choice = Forward | str
 
 
-def peers(spec: Workload) -> dict[str, Choice]:
+def peers(workload: Workload) -> dict[str, Choice]:
     """The peers of a row's operation."""
-    if isinstance(spec, Attention):
+    if isinstance(workload, Attention):
         return {
-            "jax.nn xla": _jax_nn(spec, "xla"),
-            "jax.nn cudnn": _jax_nn(spec, "cudnn"),
-            "splash": _splash(spec),
-            "tokamax": _tokamax_attention(spec),
+            "jax.nn xla": _jax_nn(workload, "xla"),
+            "jax.nn cudnn": _jax_nn(workload, "cudnn"),
+            "splash": _splash(workload),
+            "tokamax": _tokamax_attention(workload),
         }
-    if isinstance(spec, GroupedMatmul):
+    if isinstance(workload, GroupedMatmul):
         return {
-            "one dense matmul": _dense(spec),
-            "lax.ragged_dot": _ragged_dot(spec),
-            "megablox": _megablox(spec),
-            "tokamax": _tokamax_ragged_dot(spec),
+            "one dense matmul": _dense(workload),
+            "lax.ragged_dot": _ragged_dot(workload),
+            "megablox": _megablox(workload),
+            "tokamax": _tokamax_ragged_dot(workload),
         }
-    if isinstance(spec, MoE):
-        return {"lax.ragged_dot": _ragged_moe(spec)}
-    if isinstance(spec, Decode):
-        return {"jax.nn xla": _jax_nn_decode(spec)}
+    if isinstance(workload, MoE):
+        return {"lax.ragged_dot": _ragged_moe(workload)}
+    if isinstance(workload, Decode):
+        return {"jax.nn xla": _jax_nn_decode(workload)}
     return {}
 
 
@@ -56,25 +56,25 @@ def _on(*platforms: str) -> bool:
 # --- attention ---
 
 
-def _jax_nn(spec: Attention, implementation: str) -> Choice:
+def _jax_nn(workload: Attention, implementation: str) -> Choice:
     if implementation == "cudnn":
         if not _on("gpu"):
             return "cuDNN needs an NVIDIA GPU"
-        if spec.D > 256:
+        if workload.D > 256:
             return "cuDNN takes heads of at most 256"
-    if spec.softcap is not None or spec.segments is not None:
+    if workload.softcap is not None or workload.segments is not None:
         return "no soft cap and no segment ids"
-    if spec.causal and spec.T != spec.S:
+    if workload.causal and workload.T != workload.S:
         return "aligns causal masks at the start"
 
     def forward(inputs: Tree, state: Tree, aux: Tree) -> tuple[jax.Array, Tree]:
-        window = None if spec.window is None else (spec.window - 1, 0)
+        window = None if workload.window is None else (workload.window - 1, 0)
         o = jax.nn.dot_product_attention(
             inputs["q"],
             inputs["k"],
             inputs["v"],
-            scale=spec.scale,
-            is_causal=spec.causal,
+            scale=workload.scale,
+            is_causal=workload.causal,
             local_window_size=window,
             implementation=implementation,
         )
@@ -83,37 +83,37 @@ def _jax_nn(spec: Attention, implementation: str) -> Choice:
     return forward
 
 
-def _splash(spec: Attention) -> Choice:
+def _splash(workload: Attention) -> Choice:
     if not _on("cpu", "tpu"):
         return "splash runs on TPUs, and interpreted on a CPU"
-    if spec.T != spec.S or spec.S % 128:
+    if workload.T != workload.S or workload.S % 128:
         return "needs T = S, a multiple of 128"
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
     # Measured: on a CPU 256-tiles are the best with a window; on a TPU its own advice is 2048 with 512 inside.
-    block = min(spec.S, 256 if spec.window else 512) if _on("cpu") else min(spec.S, 2048)
+    block = min(workload.S, 256 if workload.window else 512) if _on("cpu") else min(workload.S, 2048)
     inner = min(block, 512)
     names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
     sizes = splash_attention_kernel.BlockSizes(
         **dict.fromkeys(names, block), block_kv_compute=inner, block_kv_dkv_compute=inner
     )
-    shape = (spec.T, spec.S)
-    if not spec.causal:
+    shape = (workload.T, workload.S)
+    if not workload.causal:
         one = splash_attention_mask.FullMask(shape)
-    elif spec.window is None:
+    elif workload.window is None:
         one = splash_attention_mask.CausalMask(shape)
     else:
-        one = splash_attention_mask.LocalMask(shape, (spec.window - 1, 0), 0)
-    mask = splash_attention_mask.MultiHeadMask([one] * spec.H)
+        one = splash_attention_mask.LocalMask(shape, (workload.window - 1, 0), 0)
+    mask = splash_attention_mask.MultiHeadMask([one] * workload.H)
 
     def forward(inputs: Tree, state: Tree, aux: Tree) -> tuple[jax.Array, Tree]:
         kernel = splash_attention_kernel.make_splash_mha_single_device(
-            mask, block_sizes=sizes, attn_logits_soft_cap=spec.softcap, interpret=_on("cpu")
+            mask, block_sizes=sizes, attn_logits_soft_cap=workload.softcap, interpret=_on("cpu")
         )
-        scale = spec.D**-0.5 if spec.scale is None else spec.scale
+        scale = workload.D**-0.5 if workload.scale is None else workload.scale
         heads_first = [inputs[name].swapaxes(1, 2) for name in "qkv"]
         heads_first[0] = heads_first[0] * scale
-        if spec.segments is None:
+        if workload.segments is None:
             o = jax.vmap(kernel)(*heads_first)
         else:
             ids = aux["segment_ids"]
@@ -125,12 +125,12 @@ def _splash(spec: Attention) -> Choice:
     return forward
 
 
-def _tokamax_attention(spec: Attention) -> Choice:
+def _tokamax_attention(workload: Attention) -> Choice:
     if not importlib.util.find_spec("tokamax"):
         return "tokamax is not installed (make setup EXTRAS=peers)"
-    if spec.segments is not None:
+    if workload.segments is not None:
         return "no segment ids"
-    if spec.causal and spec.T != spec.S:
+    if workload.causal and workload.T != workload.S:
         return "aligns causal masks at the start"
 
     def forward(inputs: Tree, state: Tree, aux: Tree) -> tuple[jax.Array, Tree]:
@@ -140,10 +140,10 @@ def _tokamax_attention(spec: Attention) -> Choice:
             inputs["q"],
             inputs["k"],
             inputs["v"],
-            scale=spec.scale,
-            is_causal=spec.causal,
-            local_window_size=None if spec.window is None else (spec.window - 1, 0),
-            logits_soft_cap=spec.softcap,
+            scale=workload.scale,
+            is_causal=workload.causal,
+            local_window_size=None if workload.window is None else (workload.window - 1, 0),
+            logits_soft_cap=workload.softcap,
         )
         return _gated(o, inputs), state
 
@@ -153,26 +153,26 @@ def _tokamax_attention(spec: Attention) -> Choice:
 # --- grouped matmul and experts ---
 
 
-def _dense(spec: GroupedMatmul) -> Choice:
+def _dense(workload: GroupedMatmul) -> Choice:
     return lambda inputs, state, aux: (inputs["x"] @ inputs["w"][0], state)
 
 
-def _ragged_dot(spec: GroupedMatmul) -> Choice:
+def _ragged_dot(workload: GroupedMatmul) -> Choice:
     return lambda inputs, state, aux: (jax.lax.ragged_dot(inputs["x"], inputs["w"], aux["group_sizes"]), state)
 
 
-def _megablox(spec: GroupedMatmul) -> Choice:
+def _megablox(workload: GroupedMatmul) -> Choice:
     if not _on("cpu", "tpu"):
         return "megablox runs on TPUs, and interpreted on a CPU"
-    if spec.N % 128 or spec.M % 128 or spec.F % 128:
+    if workload.N % 128 or workload.M % 128 or workload.F % 128:
         return "needs N, M and F to be multiples of 128"
-    if _on("cpu") and spec.sweep:
+    if _on("cpu") and workload.sweep:
         return "interpreted, it is left out of the sweeps"
-    if not _on("cpu") and spec.M > 8192:
+    if not _on("cpu") and workload.M > 8192:
         return "its tiles would not fit"
     from jax.experimental.pallas.ops.tpu.megablox import ops
 
-    tiling = (512, min(spec.M, 1024), min(spec.F, 1024))
+    tiling = (512, min(workload.M, 1024), min(workload.F, 1024))
 
     def forward(inputs: Tree, state: Tree, aux: Tree) -> tuple[jax.Array, Tree]:
         x, w, sizes = inputs["x"], inputs["w"], aux["group_sizes"]
@@ -181,7 +181,7 @@ def _megablox(spec: GroupedMatmul) -> Choice:
     return forward
 
 
-def _tokamax_ragged_dot(spec: GroupedMatmul) -> Choice:
+def _tokamax_ragged_dot(workload: GroupedMatmul) -> Choice:
     if not importlib.util.find_spec("tokamax"):
         return "tokamax is not installed (make setup EXTRAS=peers)"
 
@@ -193,19 +193,19 @@ def _tokamax_ragged_dot(spec: GroupedMatmul) -> Choice:
     return forward
 
 
-def _ragged_moe(spec: MoE) -> Choice:
+def _ragged_moe(workload: MoE) -> Choice:
     """What a user of plain JAX writes: sort, gather, three ragged_dots, weight, sum the k rows of a token."""
 
     def forward(inputs: Tree, state: Tree, aux: Tree) -> tuple[jax.Array, Tree]:
         x, ids = inputs["x"], aux["expert_ids"]
         order = jnp.argsort(ids.reshape(-1), stable=True)
-        sizes = jnp.bincount(ids.reshape(-1), length=spec.E).astype(jnp.int32)
-        rows = x[order // spec.k]
+        sizes = jnp.bincount(ids.reshape(-1), length=workload.E).astype(jnp.int32)
+        rows = x[order // workload.k]
         hidden = jax.nn.silu(jax.lax.ragged_dot(rows, inputs["w_gate"], sizes))
         hidden = hidden * jax.lax.ragged_dot(rows, inputs["w_up"], sizes)
         out = jax.lax.ragged_dot(hidden, inputs["w_down"], sizes)[jnp.argsort(order)]
         weights = inputs["expert_weights"].astype(x.dtype)
-        return jnp.einsum("nkm,nk->nm", out.reshape(spec.N, spec.k, spec.M), weights), state
+        return jnp.einsum("nkm,nk->nm", out.reshape(workload.N, workload.k, workload.M), weights), state
 
     return forward
 
@@ -213,23 +213,23 @@ def _ragged_moe(spec: MoE) -> Choice:
 # --- decoding ---
 
 
-def _jax_nn_decode(spec: Decode) -> Choice:
-    if spec.softcap is not None:
+def _jax_nn_decode(workload: Decode) -> Choice:
+    if workload.softcap is not None:
         return "no soft cap"
-    if spec.kv_dtype is not None:
+    if workload.kv_dtype is not None:
         return "no rings in 8 bits"
-    if spec.window is not None or max(spec.lengths) >= spec.C:
+    if workload.window is not None or max(workload.lengths) >= workload.C:
         return "no ring: only sequences that have not filled the cache"
 
     def forward(inputs: Tree, state: Tree, aux: Tree) -> tuple[jax.Array, Tree]:
-        rows, length = np.arange(spec.B), aux["length"]
+        rows, length = np.arange(workload.B), aux["length"]
         keys = state["k"].at[rows, :, length].set(inputs["k"])
         values = state["v"].at[rows, :, length].set(inputs["v"])
         o = jax.nn.dot_product_attention(
             inputs["q"][:, None],
             keys.swapaxes(1, 2),
             values.swapaxes(1, 2),
-            scale=spec.scale,
+            scale=workload.scale,
             key_value_seq_lengths=length + 1,
             implementation="xla",
         )

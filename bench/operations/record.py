@@ -40,13 +40,13 @@ def line(held: runner.Outcome) -> dict[str, Any]:
         else {"seconds": median(r.seconds) if r.seconds else None, "turns": len(r.seconds), "error": r.error}
         for name, r in held.results.items()
     }
-    spec, cost = held.contest.spec, held.contest.cost()
+    workload, cost = held.contest.spec, held.contest.cost()
     return {
-        "op": spec.op,
-        "spec": spec.name,
+        "op": workload.op,
+        "spec": workload.name,
         "direction": held.contest.direction,
-        "sizes": spec.label(),
-        "dtype": spec.dtypes[0],
+        "sizes": workload.label(),
+        "dtype": workload.dtypes[0],
         "flops": cost.flops,
         "ceilings": {"flops_per_second": held.flops_per_second, "bytes_per_second": held.bytes_per_second},
         "results": results,
@@ -55,18 +55,18 @@ def line(held: runner.Outcome) -> dict[str, Any]:
 
 def names_of(entry: Entry) -> dict[str, str]:
     """What an entry is called."""
-    spec, direction = entry.contest.spec, entry.contest.direction
-    return {"op": spec.op, "spec": spec.name, "direction": direction, "implementation": entry.implementation}
+    workload, direction = entry.contest.spec, entry.contest.direction
+    return {"op": workload.op, "spec": workload.name, "direction": direction, "implementation": entry.implementation}
 
 
 def facts_of(entry: Entry, held: runner.Outcome) -> dict[str, Any]:
     """What the report needs beside the times."""
-    spec, result = entry.contest.spec, held.results[entry.implementation]
+    workload, result = entry.contest.spec, held.results[entry.implementation]
     cost = entry.contest.cost()
     return names_of(entry) | {
-        "sizes": spec.label(),
-        "dtype": spec.dtypes[0],
-        "sweep": {axis: runner.position(spec, axis) for axis in spec.sweep},
+        "sizes": workload.label(),
+        "dtype": workload.dtypes[0],
+        "sweep": {axis: runner.position(workload, axis) for axis in workload.sweep},
         "flops": cost.flops,
         "bytes": cost.bytes,
         "roofline_seconds": cost.seconds(held.flops_per_second, held.bytes_per_second),

@@ -56,9 +56,9 @@ class Contest:
         return cost + self.spec.cost(backward=True) if self.backward else cost
 
 
-def position(spec: Workload, axis: str) -> float:
+def position(workload: Workload, axis: str) -> float:
     """Where a row stands on the axis of a sweep: a size, the window, or the slots of a cache."""
-    value = spec.window if axis == "W" else getattr(spec, axis)
+    value = workload.window if axis == "W" else getattr(workload, axis)
     return float(value)
 
 
@@ -99,24 +99,24 @@ def contests(op: str, machine: str | None = None, every: bool = False) -> list[C
     return found
 
 
-def contestants(spec: Workload) -> dict[str, baselines.Choice]:
+def contestants(workload: Workload) -> dict[str, baselines.Choice]:
     """Name -> how to call it, or why it cannot take part: our implementations first, then the peers."""
     mine: dict[str, baselines.Choice] = {}
-    for name, why in kernels.implementations(spec.op).items():
-        mine[name] = ours(spec, name) if why is None else why
-    if too_long := _reference_takes(spec):
+    for name, why in kernels.implementations(workload.op).items():
+        mine[name] = ours(workload, name) if why is None else why
+    if too_long := _reference_takes(workload):
         mine["reference"] = too_long
-    elif spec.sweep and spec.devices == ("cpu",) and not isinstance(spec, Decode):
+    elif workload.sweep and workload.devices == ("cpu",) and not isinstance(workload, Decode):
         mine["reference"] = "left out of the sweeps on a CPU, where it would take most of the time"
-    return mine | baselines.peers(spec)
+    return mine | baselines.peers(workload)
 
 
-def ours(spec: Workload, implementation: str) -> baselines.Forward:
+def ours(workload: Workload, implementation: str) -> baselines.Forward:
     """How one of our implementations is called on a row's arguments; decoding's state is the cache."""
-    operation, options = getattr(kernels, spec.op), spec.options()
+    operation, options = getattr(kernels, workload.op), workload.options()
 
     def forward(inputs: Tree, state: Tree, aux: Tree) -> tuple[jax.Array, Tree]:
-        if not isinstance(spec, Decode):
+        if not isinstance(workload, Decode):
             return operation(**inputs, **aux, **options, implementation=implementation), state
         o, cache = operation(**inputs, cache=kernels.KVCache(**state, **aux), **options, implementation=implementation)
         return o, {name: getattr(cache, name) for name in state}
@@ -124,9 +124,9 @@ def ours(spec: Workload, implementation: str) -> baselines.Forward:
     return forward
 
 
-def _reference_takes(spec: Workload) -> str | None:
+def _reference_takes(workload: Workload) -> str | None:
     """Why the reference is left out: it would take too long or too much memory."""
-    s = spec
+    s = workload
     if isinstance(s, workloads.Attention):
         flops, floats = 4 * s.B * s.H * s.T * s.S * s.D, 3 * s.B * s.H * s.T * s.S
     elif isinstance(s, workloads.MoE):
@@ -183,12 +183,12 @@ class Runner:
         return results
 
 
-def arguments(spec: Workload, seed: int = 0) -> tuple[Tree, Tree, jax.Array]:
+def arguments(workload: Workload, seed: int = 0) -> tuple[Tree, Tree, jax.Array]:
     """(inputs, state, cotangent) in the row's first dtype, random, at sizes that keep every product near 1."""
-    dtype = spec.dtypes[0]
+    dtype = workload.dtypes[0]
     rng = np.random.default_rng(seed)
     inputs: Tree = {}
-    for name, shape in spec.shapes().items():
+    for name, shape in workload.shapes().items():
         scale = shape[-2] ** -0.5 if name.startswith("w") else 1.0
         if name == "expert_weights":  # they stay float32 beside narrow experts, and sum to 1: so a router gives them
             weights = rng.random(shape, np.float32)
@@ -196,11 +196,11 @@ def arguments(spec: Workload, seed: int = 0) -> tuple[Tree, Tree, jax.Array]:
         else:
             inputs[name] = _normal(rng, shape, dtype, scale)
     state = {}
-    if isinstance(spec, Decode):
+    if isinstance(workload, Decode):
         for name in ("k", "v"):
-            numbers, factors = quantize(_normal(rng, spec.cache_shape(), dtype), spec.kv_dtype or dtype)
+            numbers, factors = quantize(_normal(rng, workload.cache_shape(), dtype), workload.kv_dtype or dtype)
             state |= {name: numbers} if factors is None else {name: numbers, f"{name}_scale": factors}
-    return inputs, state, _normal(rng, spec.out_shape(), dtype)
+    return inputs, state, _normal(rng, workload.out_shape(), dtype)
 
 
 def _normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, scale: float = 1.0) -> jax.Array:
@@ -215,9 +215,9 @@ def _on_device(key: jax.Array, shape: tuple[int, ...], dtype: str, scale: float)
     return (jax.random.normal(key, shape, dtype) * scale).astype(dtype)
 
 
-def sets_needed(spec: Workload) -> int:
+def sets_needed(workload: Workload) -> int:
     """Sets of arguments to go round: enough to be twice the cache, at most 8."""
-    return max(1, min(8, math.ceil(2 * cache_bytes() / max(spec.cost().bytes, 1))))
+    return max(1, min(8, math.ceil(2 * cache_bytes() / max(workload.cost().bytes, 1))))
 
 
 @functools.cache
@@ -248,14 +248,14 @@ def hold(
         guests: what takes part beside the contestants, by name.
     """
     begin = time.monotonic()
-    spec, results, runners = contest.spec, {}, {}
-    sets = [arguments(spec, seed) for seed in range(sets_needed(spec))]
-    part = accuracy.Part(spec, sets[0][0], spec.integer_inputs())
+    workload, results, runners = contest.spec, {}, {}
+    sets = [arguments(workload, seed) for seed in range(sets_needed(workload))]
+    part = accuracy.Part(workload, sets[0][0], workload.integer_inputs())
     masked = (sets[0][2] * part.mask).astype(sets[0][2].dtype)
-    exact = accuracy.by_row(spec) if getattr(spec, "E", 0) > accuracy.MANY else ours(spec, "reference")
+    exact = accuracy.by_row(workload) if getattr(workload, "E", 0) > accuracy.MANY else ours(workload, "reference")
     truth = accuracy.truth(part, program(exact, contest.backward), sets[0][1], masked)
     first: dict[str, float] = {}
-    chosen = {name: f for name, f in (contestants(spec) | dict(guests)).items() if not only or name in only}
+    chosen = {name: f for name, f in (contestants(workload) | dict(guests)).items() if not only or name in only}
     # On a machine with an accelerator the processor has cores to spare, and compiling is most of the time there.
     with ThreadPoolExecutor(1 if jax.default_backend() == "cpu" else 4) as threads:
         compiled = {

@@ -50,8 +50,10 @@ def show(op: str, document: Mapping[str, Any], console: Console) -> None:
     """Print one operation's rows, each with its implementations below; the fastest is green."""
     console.print(f"\n[bold]{op}[/]  {head(document)}", highlight=False)
     console.print(_grid([list(COLUMNS)], style="dim"))
-    for (spec, direction), rows in by_contest(document["rows"]).items():
-        console.print(f"[bold]{spec}[/], {direction}  [dim]{rows[0]['dtype']} {rows[0]['sizes']}[/]", highlight=False)
+    for (workload, direction), rows in by_contest(document["rows"]).items():
+        console.print(
+            f"[bold]{workload}[/], {direction}  [dim]{rows[0]['dtype']} {rows[0]['sizes']}[/]", highlight=False
+        )
         best = fastest(rows)
         console.print(_grid([_cells(row, best) for row in rows]))
     reasons: dict[tuple[str, str], int] = {}

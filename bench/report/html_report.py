@@ -65,9 +65,9 @@ def _operation(op: str, document: Mapping[str, Any]) -> str:
     )
 
 
-def _contest(spec: str, direction: str, rows: list[Mapping[str, Any]]) -> str:
+def _contest(workload: str, direction: str, rows: list[Mapping[str, Any]]) -> str:
     best = fastest(rows)
-    title = f"<b>{html.escape(spec)}</b>, {direction} "
+    title = f"<b>{html.escape(workload)}</b>, {direction} "
     sizes = f'<span class="note">{html.escape(rows[0]["dtype"])} {html.escape(rows[0]["sizes"])}</span>'
     lines = [f'<tr class="row"><td colspan="{len(HEADS)}">{title}{sizes}</td></tr>']
     for row in rows:

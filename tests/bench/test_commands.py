@@ -76,7 +76,12 @@ def test_a_run_that_has_no_time_left_says_so_and_writes_what_it_has(tmp_path):
 
 def test_rows_measured_before_stay_in_the_file_of_the_day(tmp_path):
     head = {"date": "2026-01-01", "device": "cpu", "platform": "cpu", "timer": "t", "versions": {"jax": "1"}}
-    row = lambda spec, seconds: {"spec": spec, "direction": "forward", "implementation": "xla", "seconds": seconds}
+    row = lambda workload, seconds: {
+        "spec": workload,
+        "direction": "forward",
+        "implementation": "xla",
+        "seconds": seconds,
+    }
     write = lambda head, *rows: results.write({"attention": head | {"rows": [*rows], "refused": []}}, tmp_path)
     write(head, row("a", 1), row("b", 1))
     (path,) = write(head, row("b", 2))

@@ -72,7 +72,7 @@ def test_a_contestant_that_fails_does_not_take_the_others_along(monkeypatch, sma
     def broken(inputs, state, aux):
         raise TypeError("no such tile")
 
-    monkeypatch.setattr(baselines, "peers", lambda spec: {"broken": broken})
+    monkeypatch.setattr(baselines, "peers", lambda workload: {"broken": broken})
     held = harness.hold(harness.Contest(ROWS["grouped_matmul"]), small_ceilings, budget=0.01, only=("xla", "broken"))
     assert held.results["broken"].refused == "TypeError: no such tile"
     assert held.results["xla"].seconds
@@ -80,7 +80,7 @@ def test_a_contestant_that_fails_does_not_take_the_others_along(monkeypatch, sma
 
 def test_a_wrong_result_shows_in_the_error(monkeypatch, small_ceilings):
     wrong = lambda inputs, state, aux: (inputs["x"] @ inputs["w"][0], state)
-    monkeypatch.setattr(baselines, "peers", lambda spec: {"wrong": wrong})
+    monkeypatch.setattr(baselines, "peers", lambda workload: {"wrong": wrong})
     held = harness.hold(harness.Contest(ROWS["grouped_matmul"]), small_ceilings, budget=0.01, only=("wrong",))
     assert held.results["wrong"].error > 0.1
 
@@ -89,13 +89,13 @@ def test_a_wrong_result_shows_in_the_error(monkeypatch, small_ceilings):
 def test_the_part_that_is_judged_is_the_whole_with_a_cleared_cotangent(op, monkeypatch):
     """The gradients of the part equal those of the whole call, so judging the part is judging the implementation."""
     monkeypatch.setattr(accuracy, "SCORES", 0)
-    spec = ROWS[op]
-    inputs, state, dout = harness.arguments(spec)
-    part = accuracy.Part(spec, inputs, spec.integer_inputs())
+    workload = ROWS[op]
+    inputs, state, dout = harness.arguments(workload)
+    part = accuracy.Part(workload, inputs, workload.integer_inputs())
     masked = dout * part.mask
     assert 0 < np.count_nonzero(part.mask) < part.mask.size
-    program = harness.program(harness.ours(spec, "reference"), backward=True)
-    whole, _ = jax.jit(program)(inputs, state, spec.integer_inputs(), masked)
+    program = harness.program(harness.ours(workload, "reference"), backward=True)
+    whole, _ = jax.jit(program)(inputs, state, workload.integer_inputs(), masked)
     truth = accuracy.truth(part, program, state, masked)
     assert truth["o"].size < whole["o"].size
     assert part.error(whole, truth) < 1e-6
@@ -105,19 +105,19 @@ def test_the_part_that_is_judged_is_the_whole_with_a_cleared_cotangent(op, monke
 
 @pytest.mark.parametrize("op", ["grouped_matmul", "moe_mlp"])
 def test_rows_with_matrices_of_their_own_are_the_reference(op):
-    spec = ROWS[op]
-    inputs, state, dout = harness.arguments(spec)
+    workload = ROWS[op]
+    inputs, state, dout = harness.arguments(workload)
     one, two = (
-        harness.program(forward, backward=True)(inputs, state, spec.integer_inputs(), dout)[0]
-        for forward in (harness.ours(spec, "reference"), accuracy.by_row(spec))
+        harness.program(forward, backward=True)(inputs, state, workload.integer_inputs(), dout)[0]
+        for forward in (harness.ours(workload, "reference"), accuracy.by_row(workload))
     )
     for name in one:
         np.testing.assert_allclose(one[name], two[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 def test_decoding_can_be_called_again_and_again_on_a_donated_cache():
-    spec = ROWS["decode_attention"]
-    runner = harness.Runner(harness.Contest(spec), harness.ours(spec, "xla"), [harness.arguments(spec)])
+    workload = ROWS["decode_attention"]
+    runner = harness.Runner(harness.Contest(workload), harness.ours(workload, "xla"), [harness.arguments(workload)])
     first, again = (np.asarray(runner(i)["o"]) for i in range(2))
     np.testing.assert_array_equal(first, again)  # the same slot is written each time
 
@@ -139,5 +139,5 @@ def test_every_bench_row_of_this_machine_knows_its_contestants():
 
 
 def test_a_reference_that_would_take_forever_is_left_out():
-    spec = workloads.get("attention", "16k d128 full")
-    assert "GB" in harness.contestants(spec)["reference"]
+    workload = workloads.get("attention", "16k d128 full")
+    assert "GB" in harness.contestants(workload)["reference"]

@@ -1,4 +1,4 @@
-"""Compiles for a TPU on a machine that has none, and reads the schedule that libtpu made."""
+"""Compile for a TPU on a machine without one, and read the schedule that libtpu made."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +12,9 @@ _ACCELERATOR = {"v5e": "v5litepod-1", "v6e": "v6e-1", "tpu7x": "tpu7x-2"}
 
 
 def environment(target: Tpu, dumps: Path) -> dict[str, str]:
-    """What the worker's process needs before it imports jax.
+    """The environment variables that the worker's process needs before it imports jax.
 
-    Only the tables of the final schedule are dumped: all of libtpu's passes are 280 MB for one attention.
+    libtpu dumps only the tables of the final schedule: all of its passes take 280 MB for one attention program.
     """
     flags = (
         f"--xla_jf_dump_to={dumps}",
@@ -24,8 +24,8 @@ def environment(target: Tpu, dumps: Path) -> dict[str, str]:
     )
     return {
         "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # libtpu locks the TPU, and there is none to be locked
+        "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # libtpu would lock a TPU that does not exist
         "TPU_ACCELERATOR_TYPE": _ACCELERATOR[target.name],
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -34,7 +34,7 @@ def environment(target: Tpu, dumps: Path) -> dict[str, str]:
 
 
 def make_compiler(target: Tpu) -> Callable[[Any, tuple, tuple[int, ...]], Any]:
-    """compile(function, shapes, donate) for the target."""
+    """Return compile(function, shapes, donate) for the target."""
     import jax
     from jax.experimental import topologies
 
@@ -58,13 +58,13 @@ def version() -> str:
 
 
 def read(dumps: Path) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """(the kernels written by hand, totals over all kernels) of the program that was compiled into `dumps`."""
+    """Read the hand-written kernels, and totals over all kernels, of the program that was compiled into `dumps`."""
     by_hand: set[str] = set()
     for path in dumps.glob("*-TLP-hlo.txt"):
         by_hand |= vliw_schedule.custom_calls(path.read_text())
     memory: dict[str, int] = {}
     for path in sorted(dumps.glob("*vmem_report.html")):
-        memory |= vliw_schedule.vmem(path.read_text())
+        memory |= vliw_schedule.vmem_bytes(path.read_text())
 
     schedules: dict[str, vliw_schedule.Schedule] = {}
     empty: dict[str, int | None] = {}
@@ -79,20 +79,18 @@ def read(dumps: Path) -> tuple[list[dict[str, Any]], dict[str, int]]:
     kernels = [
         {
             "name": name,
-            "bundles": each.bundles,
+            "bundles": schedule.bundles,
             "empty": empty.get(name),
-            "mxu": each.mxu,
-            "mxu_slots": each.mxu_slots,
-            "mxu_share": round(each.mxu_share, 4),
-            "spills": each.spills,
-            "fills": each.fills,
+            "mxu": schedule.mxu,
+            "mxu_slots": schedule.mxu_slots,
+            "mxu_share": round(schedule.mxu_share, 4),
+            "spills": schedule.spills,
+            "fills": schedule.fills,
             "vmem_bytes": memory.get(name),
         }
-        for name, each in sorted(schedules.items())
+        for name, schedule in sorted(schedules.items())
     ]
-    count = lambda what: sum(kernel[what] or 0 for kernel in kernels)
-    totals = {
-        "kernels": len(kernels),
-        **{what: count(what) for what in ("bundles", "empty", "mxu", "mxu_slots", "spills", "fills")},
-    }
+    totals = {"kernels": len(kernels)}
+    for name in ("bundles", "empty", "mxu", "mxu_slots", "spills", "fills"):
+        totals[name] = sum(kernel[name] or 0 for kernel in kernels)
     return [kernel for kernel in kernels if kernel["name"] in by_hand], totals

@@ -1,54 +1,76 @@
-"""What the tables of the AOT profiles share: targets, products of the grouped kernels, the bytes they must move."""
+"""The products that grouped kernels compute on TPUs: their names, and the bytes that each must move."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 TPUS = ("v6e", "v5e", "tpu7x")
-# Of each operation its kernels, by a word of their names, the first that fits; what each must move: arrays as wide as
-# M, arrays as wide as F, matrices of busy groups, matrices of all groups, float32 numbers a row.
+
+
+class Product(NamedTuple):
+    """One product of an operation.
+
+    Attributes:
+        kernel_words: words in a kernel's name that tell it; the first product with a match counts.
+        arrays_of_M, arrays_of_F: operands and results that are as wide as M, as F.
+        matrices_with_rows, all_matrices: matrices of the groups that have rows, of all groups.
+        float32_per_row: float32 numbers per row.
+    """
+
+    kernel_words: tuple[str, ...]
+    arrays_of_M: int = 0
+    arrays_of_F: int = 0
+    matrices_with_rows: int = 0
+    all_matrices: int = 0
+    float32_per_row: int = 0
+
+
 PRODUCTS = {
     "grouped_matmul": {
-        "dw": (("_dw", "tgmm"), (1, 1, 0, 1, 0)),
-        "dx": (("_dx", "transpose"), (1, 1, 1, 0, 0)),
-        "y": (("",), (1, 1, 1, 0, 0)),
+        "dw": Product(("_dw", "tgmm"), 1, 1, 0, 1),
+        "dx": Product(("_dx", "transpose"), 1, 1, 1),
+        "y": Product(("",), 1, 1, 1),
     },
     "moe_mlp": {
-        "up": (("experts_up",), (1, 1, 2, 0, 0)),
-        "down": (("experts_down",), (1, 1, 1, 0, 1)),
-        "dh": (("experts_dh",), (1, 5, 1, 0, 2)),
-        "dx": (("experts_dx",), (1, 2, 2, 0, 0)),
-        "dw_up": (("experts_dw_up",), (1, 2, 0, 2, 0)),
-        "dw_down": (("experts_dw_down",), (1, 1, 0, 1, 0)),
+        "up": Product(("experts_up",), 1, 1, 2),
+        "down": Product(("experts_down",), 1, 1, 1, 0, 1),
+        "dh": Product(("experts_dh",), 1, 5, 1, 0, 2),
+        "dx": Product(("experts_dx",), 1, 2, 2),
+        "dw_up": Product(("experts_dw_up",), 1, 2, 0, 2),
+        "dw_down": Product(("experts_dw_down",), 1, 1, 0, 1),
     },
-    "decode_attention": {"o": (("",), ())},
+    "decode_attention": {"o": Product(("",))},
 }
 SKEWS = ("uniform", "zipf")
 
 
-def spreads(spec: Any) -> dict[str, Any]:
-    """The row with its rows spread over groups evenly and by Zipf's law; of decoding as it is."""
-    if spec.op == "decode_attention":
-        return {"lengths": spec}
-    return {skew: dataclasses.replace(spec, skew=skew) for skew in SKEWS}
+def with_skews(workload: Any) -> dict[str, Any]:
+    """The workload with its rows spread over groups evenly and by Zipf's law; a decoding workload as it is."""
+    if workload.op == "decode_attention":
+        return {"lengths": workload}
+    return {skew: dataclasses.replace(workload, skew=skew) for skew in SKEWS}
 
 
 def product_of(op: str, kernel: str) -> str:
-    """Which product of an operation a kernel computes, by its name."""
-    return next((name for name, (words, _) in PRODUCTS[op].items() if any(word in kernel for word in words)), "")
+    """Name the product of an operation that a kernel computes, or "" for none."""
+    products = PRODUCTS[op].items()
+    return next((name for name, product in products if any(word in kernel for word in product.kernel_words)), "")
 
 
-def floor(spec: Any, product: str) -> int:
-    """Bytes that a kernel must move: each operand and result once, of the matrices those of groups with rows.
+def min_bytes(workload: Any, product: str) -> int:
+    """Count the bytes that a kernel must move: each operand and result once, only the matrices of groups with rows.
 
-    Of a mixture's `up` without a backward pass, for which it keeps g and u.
+    The count of a mixture's `up` is that of inference; before a backward pass it also writes gate and up.
     """
-    if spec.op == "decode_attention":
-        return spec.cost().bytes
-    N, sizes = spec.N, spec.integer_inputs().get("group_sizes")
+    if workload.op == "decode_attention":
+        return workload.cost().bytes
+    N, sizes = workload.N, workload.integer_inputs().get("group_sizes")
     if sizes is None:
-        N, sizes = spec.N * spec.k, np.bincount(spec.integer_inputs()["expert_ids"].ravel(), minlength=spec.E)
-    of_M, of_F, busy, every, thin = PRODUCTS[spec.op][product][1]
-    matrices = busy * int(np.count_nonzero(sizes)) + every * spec.E
-    return spec.itemsize * (N * (of_M * spec.M + of_F * spec.F) + matrices * spec.M * spec.F) + 4 * thin * N
+        N = workload.N * workload.k
+        sizes = np.bincount(workload.integer_inputs()["expert_ids"].ravel(), minlength=workload.E)
+    counts = PRODUCTS[workload.op][product]
+    num_matrices = counts.matrices_with_rows * int(np.count_nonzero(sizes)) + counts.all_matrices * workload.E
+    elements = N * (counts.arrays_of_M * workload.M + counts.arrays_of_F * workload.F)
+    elements += num_matrices * workload.M * workload.F
+    return workload.itemsize * elements + 4 * counts.float32_per_row * N

@@ -1,4 +1,4 @@
-"""Reads what libtpu dumps: VLIW bundles, slots used of each unit, VMEM."""
+"""Read what libtpu dumps: VLIW bundles, slots that each unit uses, VMEM."""
 
 import json
 import re
@@ -16,36 +16,36 @@ _EMPTY = re.compile(r"empty scheduled bundles:\s+(\d+)")
 
 @dataclass(frozen=True)
 class Schedule:
-    """One kernel's static schedule: a bundle is issued a cycle, loops count once."""
+    """One kernel's static schedule; a core issues one bundle per cycle. A loop counts once."""
 
     bundles: int
     mxu: int
     mxu_slots: int
-    """How many the bundles had: a bundle has several where the core has several units."""
+    """Slots of all bundles; a bundle has several where the core has several units."""
     spills: int
     fills: int
 
     @property
     def mxu_share(self) -> float:
-        """Slots used over slots there."""
+        """Fraction of the slots that are used."""
         return self.mxu / self.mxu_slots if self.mxu_slots else 0.0
 
 
 def utilisation(text: str) -> Schedule:
-    """Sums of the per-bundle table: a row a bundle, a column a unit.
+    """Sum the per-bundle table, which has a row per bundle and a column per unit.
 
     Raises:
-        ValueError: the text is not such a table.
+        ValueError: the text is not a table in this format.
     """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     heads = [i for i, line in enumerate(lines) if line.startswith("==")]
     if len(heads) != 2 or heads[1] != heads[0] + 3:
-        raise ValueError("libtpu's utilisation table has another form than this reader knows")
+        raise ValueError("libtpu's utilisation table has an unknown format")
     names = [name.strip() for name in lines[heads[0] + 1].split(",")]
     capacity = dict(zip(names, map(int, lines[heads[0] + 2].split())))
     rows = [list(map(int, line.split())) for line in lines[heads[1] + 1 :]]
     if any(len(row) != len(names) for row in rows):
-        raise ValueError(f"libtpu's utilisation table has rows of other lengths than its {len(names)} names")
+        raise ValueError(f"libtpu's utilisation table has rows with more or fewer than its {len(names)} columns")
     sums = dict(zip(names, map(sum, zip(*rows)))) if rows else {}
     # Newer generations list the two halves of the unit: pushing weights is not multiplying.
     unit = "MATMUL" if "MATMUL" in names else "MXU"
@@ -54,95 +54,105 @@ def utilisation(text: str) -> Schedule:
 
 
 def empty_bundles(text: str) -> int | None:
-    """Bundles without an instruction, from the head of the schedule analysis."""
-    found = _EMPTY.search(text[:2000])  # further down the file repeats the kernel's whole payload
-    return int(found[1]) if found else None
+    """Read the number of bundles without an instruction from the head of the schedule analysis."""
+    count = _EMPTY.search(text[:2000])  # further down, the file repeats the kernel's payload
+    return int(count[1]) if count else None
 
 
-def final(dumps: Path, kernel: str) -> str:
-    """The final bundles of a kernel, as text."""
+def read_final_bundles(dumps: Path, kernel: str) -> str:
+    """Read the final bundles of a kernel, as text."""
     (path,) = [path for path in dumps.glob(f"*-{kernel}-*-final_bundles.txt") if "schedule" not in path.name]
     return path.read_text()
 
 
-class Part(NamedTuple):
-    """Bundles from start to before stop that a jump leaves out, or, a loop, that it goes back over."""
+class Region(NamedTuple):
+    """Bundles from `start` to before `stop` that a jump skips or, if `loop`, repeats."""
 
     start: int
     stop: int
     loop: bool
 
-    def inside(self, other: "Part") -> bool:
-        """Whether all of it is in the other."""
+    def size(self) -> int:
+        """Number of bundles."""
+        return self.stop - self.start
+
+    def inside(self, other: "Region") -> bool:
+        """Whether the other region contains this one."""
         return other.start <= self.start and self.stop <= other.stop
 
 
-def parts(text: str) -> tuple[int, list[Part]]:
-    """(all bundles, the parts in order) of one kernel's final bundles."""
-    where: dict[str, int] = {}  # regions
+def regions(text: str) -> tuple[int, list[Region]]:
+    """Find the regions of one kernel.
+
+    Args:
+        text: its final bundles.
+
+    Returns:
+        The number of all bundles, and the regions in order.
+    """
+    addresses: dict[str, int] = {}  # libtpu's region -> its first bundle
     jumps: list[tuple[int, str]] = []
     address = -1
     for line in text.splitlines():
-        if not (found := _BUNDLE.match(line)):
+        if not (bundle := _BUNDLE.match(line)):
             continue
-        address = int(found[1], 16)
-        for empty, region in _REGION.findall(line):
-            if empty or region not in where:
-                where[region] = address
-        jumps += [(address, region) for region in _JUMP.findall(line)]
-    spans = [(source, where[region]) for source, region in jumps if region in where]
-    found = [Part(a + 1, b, False) if a < b else Part(b, a + 1, True) for a, b in spans]
-    return address + 1, sorted(found)
+        address = int(bundle[1], 16)
+        for empty, label in _REGION.findall(line):
+            if empty or label not in addresses:
+                addresses[label] = address
+        jumps += [(address, label) for label in _JUMP.findall(line)]
+    spans = [(source, addresses[label]) for source, label in jumps if label in addresses]
+    return address + 1, sorted(Region(a + 1, b, False) if a < b else Region(b, a + 1, True) for a, b in spans)
 
 
-def branches(text: str) -> list[int]:
-    """Bundles of each part of a kernel's body that a step may jump over, in order: what each `pl.when` became.
+def branch_sizes(text: str) -> list[int]:
+    """Count the bundles of each part of a kernel's body that a step may skip, in order: one entry per `pl.when`.
 
-    The longest part that can be jumped over is the body itself; what lies outside copies blocks in and out.
+    The longest region that can be skipped is the body itself; the code around it copies blocks in and out.
 
     Args:
         text: the final bundles of one kernel.
     """
-    found = [part for part in parts(text)[1] if not part.loop]
-    body = max(found, key=lambda part: part.stop - part.start, default=Part(0, 0, False))
-    return [stop - start for start, stop, _ in found if body.start < start and stop <= body.stop]
+    branches = [region for region in regions(text)[1] if not region.loop]
+    body = max(branches, key=Region.size, default=Region(0, 0, False))
+    return [branch.size() for branch in branches if body.start < branch.start and branch.stop <= body.stop]
 
 
-def first_operand(text: str) -> int | None:
-    """Length of the first of the tables that a kernel has in scalar memory."""
-    found = re.search(r"shape: s32\[(\d+)\], index: 0\b", text)
-    return int(found[1]) if found else None
+def first_table_length(text: str) -> int | None:
+    """Length of the first table that a kernel has in scalar memory; None without one."""
+    shape = re.search(r"shape: s32\[(\d+)\], index: 0\b", text)
+    return int(shape[1]) if shape else None
 
 
 def kernel_of(filename: str) -> tuple[str, str] | None:
     """("utilisation" or "schedule", kernel) of a dump file; None for other files and for the program's own frame."""
     for kind, pattern in (("utilisation", _UTILISATION), ("schedule", _SCHEDULE)):
-        found = pattern.match(filename)
-        if found and found[1] != "TLP" and not found[1].startswith("<"):
-            return kind, found[1]
+        match = pattern.match(filename)
+        if match and match[1] != "TLP" and not match[1].startswith("<"):
+            return kind, match[1]
     return None
 
 
-def vmem(report: str) -> dict[str, int]:
-    """Kernel -> bytes of VMEM, from the data inside libtpu's report page."""
+def vmem_bytes(report: str) -> dict[str, int]:
+    """Read the bytes of VMEM of each kernel from the data inside libtpu's report page."""
     start = re.search(r"DATA\s*=\s*(?=\{)", report)
     if not start:
         return {}
     data, _ = json.JSONDecoder().raw_decode(report, start.end())
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
 
     def walk(node: object) -> None:
         if isinstance(node, dict):
             for name, value in node.items():
                 if isinstance(value, dict) and isinstance(value.get("total_size"), int):
-                    found[name] = value["total_size"]
+                    sizes[name] = value["total_size"]
                 walk(value)
 
     walk(data)
-    return found
+    return sizes
 
 
 def custom_calls(hlo: str) -> set[str]:
-    """Names of the instructions that are kernels written by hand."""
+    """Find the instructions of an HLO module that call hand-written kernels."""
     pattern = r'(?m)^\s*(?:ROOT )?%?([\w.-]+) = .*custom_call_target="tpu_custom_call"'
     return set(re.findall(pattern, hlo))

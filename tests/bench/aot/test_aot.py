@@ -223,7 +223,7 @@ def test_every_row_is_planned_with_every_implementation():
         assert len({case.key for case in cases}) == len(cases)
         for op in aot_cases.OPERATIONS:
             planned = {case.spec for case in cases if case.op == op and case.implementation == "xla"}
-            assert planned == {spec.name for spec in workloads.select(op, "aot", target.machine)}
+            assert planned == {workload.name for workload in workloads.select(op, "aot", target.machine)}
         assert all(case.roofline_seconds(target) > 0 for case in cases[:20])
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from bench.aot.gpu import sass
-from bench.aot.report import readme_tables
+from bench.aot.report import sm90_tables
 
 
 def code(*lines: str) -> str:
@@ -74,7 +74,7 @@ def test_a_kernel_without_a_loop_around_wgmma_has_no_steady_state():
 )
 def test_a_part_is_known_by_its_name_or_its_products(name, products, exponentials, part):
     at = {"multiply_adds": products * 64 * 64 * 128, "exponential": exponentials}
-    assert readme_tables._part({"name": name, "steady": at}, 128) == part
+    assert sm90_tables.attention_kernel_kind({"name": name, "steady": at}, 128) == part
 
 
 LOOP = """
