@@ -1,16 +1,16 @@
-"""The accelerators that DantinoX is measured against: the figures by which a kernel is judged.
+"""The accelerators that kernels are compiled for, with the peak rates and sizes that bound them.
 
-Peak rates are dense (no structured sparsity) and from the vendors' own documents:
+Peak rates are dense (no structured sparsity) and come from the vendors' documents:
 
     a100    NVIDIA A100 datasheet (80 GB SXM) and "CUDA C++ Programming Guide", compute capabilities, 8.0
     h100    NVIDIA H100 datasheet (80 GB SXM) and the same tables, 9.0
-    b200    NVIDIA Blackwell HGX B200 datasheet (a GPU's eighth of it) and the same tables, 10.0
-    v5e     cloud.google.com/tpu/docs/v5e: 197 TFLOP/s, 819 GB/s, 16 GB a chip; one core of four 128 x 128 MXUs
-    v6e     cloud.google.com/tpu/docs/v6e: 918 TFLOP/s, 1640 GB/s, 32 GB a chip; one core of two 256 x 256 MXUs
-    tpu7x   cloud.google.com/tpu/docs/tpu7x: 2307 TFLOP/s bf16, 7380 GB/s, 192 GB a chip. A chip shows JAX two devices,
-            and a kernel runs on one: the figures here are half a chip's
+    b200    NVIDIA Blackwell HGX B200 datasheet (one of its eight GPUs) and the same tables, 10.0
+    v5e     cloud.google.com/tpu/docs/v5e: 197 TFLOP/s, 819 GB/s, 16 GB per chip; one core with four 128 x 128 MXUs
+    v6e     cloud.google.com/tpu/docs/v6e: 918 TFLOP/s, 1640 GB/s, 32 GB per chip; one core with two 256 x 256 MXUs
+    tpu7x   cloud.google.com/tpu/docs/tpu7x: 2307 TFLOP/s bf16, 7380 GB/s, 192 GB per chip. JAX sees a chip as two
+            devices, and a kernel runs on one of them: the figures below are half of a chip's
 
-VMEM and the number of MXU slots are what libtpu says in its dumps.
+VMEM sizes and numbers of MXU slots are those in libtpu's dumps.
 """
 
 from dataclasses import dataclass, field
@@ -26,49 +26,49 @@ class Target:
 
     name: str
     kind: str
-    """What JAX calls the device."""
+    """JAX's name of the device."""
     platform: str
     """cuda or tpu."""
     flops: dict[str, float] = field(hash=False)
-    """Peak FLOP/s of a matrix product by dtype of its operands."""
+    """Peak FLOP/s of a matmul by the dtype of its operands."""
     bytes_per_second: float
     memory_bytes: int
 
     @property
     def machine(self) -> str:
-        """The rows of `dantinox.kernels.workloads` that are meant for it."""
+        """The device of `dantinox.kernels.workloads` whose workloads are meant for it."""
         return "h100" if self.platform == "cuda" else "tpu"
 
     def seconds(self, flops: float, bytes_moved: float, dtype: str) -> float:
-        """The roofline: no program with this work takes less."""
+        """The roofline: a lower bound on the time of any program that does this work."""
         return max(flops / self.flops[dtype], bytes_moved / self.bytes_per_second)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu(Target):
-    """An NVIDIA GPU: what an SM has, and what a block may take of it."""
+    """An NVIDIA GPU: the resources of an SM, and the most that a block may use."""
 
     platform: str = "cuda"
     capability: tuple[int, int]
-    cores: int
+    num_sms: int
     clock_ghz: float
     l2_bytes: int
-    smem_per_core: int
+    smem_per_sm: int
     smem_per_block: int
-    registers_per_core: int = 65536
-    threads_per_core: int = 2048
-    blocks_per_core: int = 32
+    registers_per_sm: int = 65536
+    threads_per_sm: int = 2048
+    blocks_per_sm: int = 32
 
     @property
     def arch(self) -> str:
-        """What ptxas calls it; the a-variants have wgmma and tcgen05."""
+        """ptxas's name of the architecture; the a-variants have wgmma and tcgen05."""
         major, minor = self.capability
         return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tpu(Target):
-    """A TensorCore: its topology for a compile, its VMEM and its matrix units."""
+    """A TPU core: the topology to compile for, its VMEM and its matrix units."""
 
     platform: str = "tpu"
     topology: str
@@ -86,10 +86,10 @@ TARGETS: dict[str, Target] = {
             flops={"bfloat16": 989.4e12, "float16": 989.4e12, "float32": 66.9e12},
             bytes_per_second=3.352e12,
             memory_bytes=80 * GIB,
-            cores=132,
+            num_sms=132,
             clock_ghz=1.98,
             l2_bytes=50 * MIB,
-            smem_per_core=228 * KIB,
+            smem_per_sm=228 * KIB,
             smem_per_block=227 * KIB,
         ),
         Gpu(
@@ -99,10 +99,10 @@ TARGETS: dict[str, Target] = {
             flops={"bfloat16": 2250e12, "float16": 2250e12, "float32": 75e12},
             bytes_per_second=7.7e12,
             memory_bytes=180 * GIB,
-            cores=148,
+            num_sms=148,
             clock_ghz=1.965,
             l2_bytes=126 * MIB,
-            smem_per_core=228 * KIB,
+            smem_per_sm=228 * KIB,
             smem_per_block=227 * KIB,
         ),
         Gpu(
@@ -112,10 +112,10 @@ TARGETS: dict[str, Target] = {
             flops={"bfloat16": 312e12, "float16": 312e12, "float32": 19.5e12},
             bytes_per_second=2.039e12,
             memory_bytes=80 * GIB,
-            cores=108,
+            num_sms=108,
             clock_ghz=1.41,
             l2_bytes=40 * MIB,
-            smem_per_core=164 * KIB,
+            smem_per_sm=164 * KIB,
             smem_per_block=163 * KIB,
         ),
         Tpu(
@@ -153,10 +153,10 @@ TARGETS: dict[str, Target] = {
 
 
 def get(name: str) -> Target:
-    """The target of that name.
+    """Return the target with a name.
 
     Raises:
-        ValueError: there is none; the message lists the names.
+        ValueError: there is no such target; the message lists the names.
     """
     if name not in TARGETS:
         raise ValueError(f"target is {name!r}; allowed: {', '.join(TARGETS)}")

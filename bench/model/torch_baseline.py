@@ -1,8 +1,7 @@
-"""Mistral and Mixtral of Hugging Face transformers, trained a step at a time on request; run by `bench.end_to_end
---peer`.
+"""Train Mistral and Mixtral of Hugging Face transformers one step per request; `bench.end_to_end --peer` runs this.
 
-Needs only torch and transformers. Reads "dense" or "moe" from standard input, answers with the seconds of one step
-(forward, backward, clipping, AdamW).
+The program needs only torch and transformers. It reads "dense" or "moe" from standard input and answers with the
+seconds of one step (forward, backward, clipping, AdamW).
 """
 
 import json

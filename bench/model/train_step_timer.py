@@ -1,4 +1,4 @@
-"""A training step to time: the model's own, on random tokens."""
+"""Time the model's own training step on random tokens."""
 
 import dataclasses
 import time
@@ -15,10 +15,11 @@ from dantinox.training.optimizer import make_optimizer
 from dantinox.training.train_step import TrainState, make_train_step
 
 
-class Stepper:
-    """One config's training step, compiled and run once; each call runs one more and returns its seconds.
+class TrainStepTimer:
+    """A compiled training step of one config; each call runs one step and returns its seconds.
 
-    Its parameters all but stay: how much experts have to do must not depend on where random tokens lead their router.
+    The learning rate is so small that the parameters hardly change: the experts' work must not depend on how training
+    on random tokens changes their router.
     """
 
     def __init__(self, config: Config) -> None:
@@ -46,12 +47,12 @@ class Stepper:
 
     @property
     def tokens(self) -> int:
-        """Tokens a step."""
+        """Tokens per step."""
         return self.config.train.batch_size * self.config.train.seq_len
 
     @property
     def peak_bytes(self) -> int:
-        """Most bytes that live at once, as compiled: arguments, results and temporaries, a donated array once."""
+        """Peak memory of the compiled step: arguments, results and temporaries, with donated arrays counted once."""
         memory = self._compiled.memory_analysis()
-        whole = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-        return int(whole - memory.alias_size_in_bytes)
+        total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        return int(total - memory.alias_size_in_bytes)

@@ -1,13 +1,14 @@
-"""How `bench_*.py` become benchmarks: pytest-benchmark keeps the statistics, `bench.runner` takes the times.
+"""Turn `bench_*.py` into benchmarks: pytest-benchmark keeps the statistics, `bench.operations.runner` takes the times.
 
-pytest-benchmark runs one test after the other, but implementations must take turns, and on a GPU the time is the
-device's own. So the first test of a contest holds all of it, and every test hands its own times to pytest-benchmark by
-a clock that replays them.
+pytest-benchmark runs one test after the other, but the candidates of a case must take turns, and on a GPU the time is
+the device's own. So the first test of a case runs all of it, and every test hands its own times to pytest-benchmark
+through a timer that replays them.
 """
 
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -20,14 +21,14 @@ from dantinox.kernels import workloads
 from dantinox.system import malloc
 
 
-class Replay:
-    """A timer that tells the recorded durations: each pair of calls is one start and one end."""
+class ReplayTimer:
+    """A timer that replays recorded durations: each pair of calls is a start and an end."""
 
     def __init__(self) -> None:
         self.now, self.running, self.durations = 0.0, False, iter(())
 
     def load(self, seconds: list[float]) -> None:
-        """What the next pairs of calls will show."""
+        """Set the durations of the next pairs of calls."""
         self.durations, self.running = iter(seconds), False
 
     def __call__(self) -> float:
@@ -37,85 +38,114 @@ class Replay:
         return self.now
 
 
-TIMER = Replay()
-RUN: dict[str, Any] = {"held": None, "refused": [], "ceilings": None, "progress": False}
+@dataclass
+class Run:
+    """State of the pytest run.
+
+    Attributes:
+        result: the newest result of a case.
+        skipped: names and reasons of the entries without times.
+        ceilings: the ceilings of the roofline.
+        progress: whether to print a line per case.
+        start: `time.monotonic` at the start.
+    """
+
+    result: runner.CaseResult | None = None
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    ceilings: Ceilings | None = None
+    progress: bool = False
+    start: float = 0.0
+
+
+TIMER = ReplayTimer()
+RUN = Run()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench", "DantinoX benchmarks")
-    group.addoption("--spec", action="append", default=[], help="rows by name; default: all of this machine")
+    group.addoption("--spec", action="append", default=[], help="workloads by name; default: all of this device")
     group.addoption("--implementation", action="append", default=[], help="implementations by name; default: all")
-    group.addoption("--machine", default=None, choices=workloads.DEVICES, help="whose rows; default: this device's")
-    group.addoption("--budget", type=float, default=1.0, help="seconds of timing for each row and direction")
-    group.addoption("--seconds", type=float, default=0, help="start no further row after so many seconds; 0: no limit")
-    group.addoption("--progress", action="store_true", help="one line a contest instead of pytest's own report")
-    group.addoption("--lines", default=None, help="file to append each contest to, as soon as it was held")
+    group.addoption("--machine", default=None, choices=workloads.DEVICES, help="whose workloads; default: this one's")
+    group.addoption("--budget", type=float, default=1.0, help="seconds of timing per workload and direction")
+    group.addoption("--seconds", type=float, default=0, help="start no further case after this time; 0: no limit")
+    group.addoption("--progress", action="store_true", help="print a line per case instead of pytest's own report")
+    group.addoption("--lines", default=None, help="file to which each finished case is appended, as a line of JSON")
     group.addoption("--direction", default=None, choices=("forward", "forward+backward"), help="default: both")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     malloc.tune_glibc_malloc()
-    RUN.update(progress=config.getoption("--progress"), start=time.monotonic())
+    RUN.progress, RUN.start = config.getoption("--progress"), time.monotonic()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "entry" not in metafunc.fixturenames:
         return
     option, op = metafunc.config.getoption, metafunc.module.OP
-    chosen = bool(option("--spec") or option("--direction"))
-    contests = runner.contests(op, option("--machine"), every=chosen)
+    selective = bool(option("--spec") or option("--direction"))
+    cases = runner.benchmark_cases(op, option("--machine"), all_directions=selective)
     if names := option("--spec"):
-        contests = [c for c in contests if c.spec.name in names]
+        cases = [case for case in cases if case.workload.name in names]
     if direction := option("--direction"):
-        contests = [c for c in contests if c.direction == direction]
+        cases = [case for case in cases if case.direction == direction]
     only = option("--implementation")
-    entries = [Entry(c, name) for c in contests for name in runner.contestants(c.spec) if not only or name in only]
-    marks = lambda entry: pytest.mark.benchmark(group=str(entry.contest), timer=TIMER)
-    metafunc.parametrize("entry", [pytest.param(e, id=str(e), marks=marks(e)) for e in entries])
+    entries = [
+        Entry(case, name) for case in cases for name in runner.candidates(case.workload) if not only or name in only
+    ]
+    params = [
+        pytest.param(entry, id=str(entry), marks=pytest.mark.benchmark(group=str(entry.case), timer=TIMER))
+        for entry in entries
+    ]
+    metafunc.parametrize("entry", params)
 
 
 @pytest.fixture(scope="session")
 def ceilings() -> Ceilings:
-    RUN["ceilings"] = Ceilings(clock())
-    return RUN["ceilings"]
+    RUN.ceilings = Ceilings(clock())
+    return RUN.ceilings
 
 
 @pytest.fixture
 def replay(benchmark: Any, ceilings: Ceilings, request: pytest.FixtureRequest) -> Iterator[Callable[[Entry], None]]:
-    """Hands the times of one entry to pytest-benchmark, with everything else that the report shows."""
+    """A function that hands the times of an entry to pytest-benchmark, with the facts that the report shows."""
     option = request.config.getoption
 
-    def run(entry: Entry) -> None:
-        held = RUN["held"]
-        if held is None or held.contest != entry.contest:
-            limit = option("--seconds")
-            if limit and held and time.monotonic() - RUN["start"] > limit:
-                RUN["refused"].append(record.names_of(entry) | {"why": "no time was left"})
-                pytest.skip("no time left")
-            only = tuple(option("--implementation"))
-            RUN["held"] = held = runner.hold(entry.contest, ceilings, budget=option("--budget"), only=only)
-            if RUN["progress"]:
-                print(record.progress(held), flush=True)
-            if path := option("--lines"):
-                with open(path, "a") as file:
-                    file.write(json.dumps(record.line(held)) + "\n")
-        result = held.results[entry.implementation]
-        if result.refused is not None:
-            RUN["refused"].append(record.names_of(entry) | {"why": result.refused})
-            pytest.skip(result.refused)
-        benchmark.extra_info.update(record.facts_of(entry, held))
-        TIMER.load(result.seconds)
-        benchmark.pedantic(lambda: None, rounds=len(result.seconds), iterations=1)
+    def skip(entry: Entry, reason: str, message: str) -> None:
+        RUN.skipped.append(record.entry_names(entry) | {"why": reason})
+        pytest.skip(message)
 
-    yield run
+    def run_case(entry: Entry) -> runner.CaseResult:
+        only = tuple(option("--implementation"))
+        result = runner.run_case(entry.case, ceilings, budget=option("--budget"), only=only)
+        if RUN.progress:
+            print(record.progress_line(result), flush=True)
+        if path := option("--lines"):
+            with open(path, "a") as file:
+                file.write(json.dumps(record.json_line(result)) + "\n")
+        return result
+
+    def replay_entry(entry: Entry) -> None:
+        if RUN.result is None or RUN.result.case != entry.case:
+            limit = option("--seconds")
+            if limit and RUN.result and time.monotonic() - RUN.start > limit:
+                skip(entry, "no time was left", "no time left")
+            RUN.result = run_case(entry)
+        candidate = RUN.result.results[entry.candidate]
+        if candidate.skip_reason is not None:
+            skip(entry, candidate.skip_reason, candidate.skip_reason)
+        benchmark.extra_info.update(record.entry_facts(entry, RUN.result))
+        TIMER.load(candidate.seconds)
+        benchmark.pedantic(lambda: None, rounds=len(candidate.seconds), iterations=1)
+
+    yield replay_entry
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Without pytest's own report a failure must still be seen."""
-    if report.failed and RUN["progress"]:
+    """Print failures, which pytest's own report would show."""
+    if report.failed and RUN.progress:
         print(report.longreprtext, flush=True)
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict[str, Any]) -> None:
-    """What belongs to the whole run."""
-    output_json["bench"] = record.run_facts(RUN["ceilings"], RUN["refused"])
+    """Add the facts about the run as a whole."""
+    output_json["bench"] = record.run_facts(RUN.ceilings, RUN.skipped)

@@ -1,7 +1,7 @@
-"""The two ceilings of the roofline, as this machine reaches them: a large matmul and a large copy.
+"""Measure the two ceilings of the roofline on this machine: the rates of a large matmul and of a large copy.
 
-They are sampled between the rows that they judge, not once: a shared machine drifts, and a fraction of the roofline is
-only fair against what the machine could do in that minute.
+They are sampled between the turns of every case, not once: a shared machine drifts, and a fraction of the roofline is
+only fair against what the machine could do in the same minute.
 """
 
 import functools
@@ -16,14 +16,14 @@ from bench.operations.timer import Call, Clock
 
 @dataclass
 class Ceilings:
-    """Samples of FLOP/s (by dtype) and of bytes/s, newest last."""
+    """Samples of FLOP/s by dtype and of bytes/s, the newest last."""
 
     clock: Clock
     flops: dict[str, list[float]] = field(default_factory=dict)
     bytes: list[float] = field(default_factory=list)
 
     def sample(self, dtype: str) -> tuple[float, float]:
-        """(FLOP/s in `dtype`, bytes/s) now; each the better of two tries."""
+        """Measure (FLOP/s in `dtype`, bytes/s), each the better of two tries."""
         flops, product = _matmul(dtype)
         self.flops.setdefault(dtype, []).append(flops / min(self.clock.sample(product, 2)))
         moved, copy = _copy()
@@ -47,7 +47,7 @@ def _matmul(dtype: str) -> tuple[int, Call]:
 
 @functools.cache
 def _copy() -> tuple[int, Call]:
-    # Well past any cache; an addition, because XLA may forward a plain copy.
+    # Far larger than any cache; an addition, because XLA may elide a plain copy.
     count = 2**24 if jax.default_backend() == "cpu" else 2**28
     array = jax.random.normal(jax.random.key(2), (count,))
     copy = jax.jit(lambda x: x + 1).lower(array).compile()

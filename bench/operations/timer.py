@@ -1,7 +1,7 @@
-"""How long a compiled program takes: the device's own time on a GPU, wall clock elsewhere.
+"""Time compiled programs: by the device's own clock on a GPU, by wall clock elsewhere.
 
-On a GPU, CUPTI reports how long each kernel ran, and a sample is the sum over the kernels of one call: what dispatch
-and Python add is not in it. Elsewhere a sample is wall clock around calls that are waited for.
+On a GPU, CUPTI reports the time of each kernel, and a sample is the sum over the kernels of one call, without dispatch
+and Python. Elsewhere, a sample is wall clock around calls and the wait for their results.
 """
 
 import atexit
@@ -12,27 +12,40 @@ from typing import Any, Protocol
 
 import jax
 
-Call = Callable[[int], Any]  # runs a program that is compiled and warm, on its i-th set of arguments
+Call = Callable[[int], Any]  # runs a compiled and warm program on its i-th set of arguments
 
 
 class Clock(Protocol):
-    """`name` says what is measured."""
+    """A source of times.
+
+    Attributes:
+        name: what it measures.
+    """
 
     name: str
 
     def sample(self, call: Call, calls: int, only: str = "") -> list[float]:
-        """Seconds a call, `calls` times; where kernels can be told apart, of those alone whose name holds `only`."""
+        """Time a program.
+
+        Args:
+            call: the program.
+            calls: how many times to call it.
+            only: if the clock can tell kernels apart, only those with this word in their name count.
+
+        Returns:
+            Seconds of each call.
+        """
         ...
 
 
 class WallClock:
-    """Wall clock around each call, waited for. Programs shorter than `SHORT` are timed several calls at once."""
+    """Wall clock around each call and the wait for it; a sample of a program shorter than `SHORT` is several calls."""
 
     name = "wall clock"
     SHORT = 1e-3
 
     def sample(self, call: Call, calls: int, only: str = "") -> list[float]:
-        """See `Clock`; `only` cannot be told apart."""
+        """See `Clock`; `only` has no effect."""
         first = self._time(call, 0, 1)
         inner = max(1, min(200, int(self.SHORT / max(first, 1e-7))))
         if inner == 1:
@@ -49,7 +62,7 @@ class WallClock:
 
 
 class KernelClock:
-    """The sum of the times of the kernels that a call starts, as the GPU reports them.
+    """The sum of the times that the GPU reports for the kernels of a call.
 
     CUPTI stays attached for the life of the process: attaching is slow, and so are the first launches after it.
     """
@@ -78,26 +91,34 @@ class KernelClock:
         return per_call([kernel for kernel in kernels if only in kernel[0]], calls)
 
     def _detach(self) -> None:
-        """At the end of the process."""
+        """Detach CUPTI at the end of the process."""
         self._cupti._cupti_init()
         self._cupti._cupti_get_timings(True)
 
 
 def per_call(kernels: Sequence[tuple[str, float]], calls: int) -> list[float]:
-    """Seconds of each call, from (kernel name, milliseconds) in the order of execution.
+    """Sum the times of kernels by call.
+
+    Args:
+        kernels: (name, milliseconds) in the order of execution.
+        calls: the number of calls.
+
+    Returns:
+        Seconds of each call.
 
     Raises:
         ValueError: the kernels cannot be split into `calls` equal calls.
     """
     if not kernels or len(kernels) % calls:
         raise ValueError(f"{len(kernels)} kernels were seen in {calls} calls")
-    each = len(kernels) // calls
-    return [sum(ms for _, ms in kernels[i : i + each]) / 1e3 for i in range(0, len(kernels), each)]
+    kernels_per_call = len(kernels) // calls
+    starts = range(0, len(kernels), kernels_per_call)
+    return [sum(ms for _, ms in kernels[start : start + kernels_per_call]) / 1e3 for start in starts]
 
 
 @functools.cache
 def clock() -> Clock:
-    """The best clock of this device: the GPU's own where it works, else wall clock."""
+    """Return the best clock of this device: the GPU's own if it works, else wall clock."""
     if jax.default_backend() != "gpu":
         return WallClock()
     x = jax.numpy.ones((128, 128))

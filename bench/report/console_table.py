@@ -1,24 +1,21 @@
-"""The report in the terminal: a table an operation, the implementations of a row side by side."""
-
-from collections.abc import Mapping
-from typing import Any
+"""The report in the terminal: a table per operation, with the implementations of a workload below each other."""
 
 from rich.console import Console
 from rich.table import Table
 
-from bench.report.results import by_contest, fastest
+from bench.report.results import Document, Row, by_case, fastest
 
 SCALES = ((1, "s"), (1e-3, "ms"), (1e-6, "µs"))
 
 
 def duration(seconds: float) -> str:
-    """With the unit that leaves one to three digits before the point."""
+    """Format seconds with the unit that leaves one to three digits before the point."""
     scale, unit = next((s for s in SCALES if seconds >= s[0]), SCALES[-1])
     return f"{seconds / scale:.3g} {unit}"
 
 
 def size(count: float) -> str:
-    """Bytes with a binary unit."""
+    """Format bytes with a binary unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
             return f"{count:.3g} {unit}" if count < 1000 else f"{count:.0f} {unit}"
@@ -26,8 +23,8 @@ def size(count: float) -> str:
     raise AssertionError
 
 
-def head(document: Mapping[str, Any]) -> str:
-    """One line: where, when, with which clock and against which ceilings."""
+def head(document: Document) -> str:
+    """Format device, date, versions, timer and ceilings in one line."""
     ceilings = ", ".join(f"{name} {value:.3g}" for name, value in document["ceilings"].items())
     versions = ", ".join(f"{name} {value}" for name, value in document["versions"].items())
     return f"{document['device']} · {document['date']} · {versions} · {document['timer']} · ceilings: {ceilings}"
@@ -46,22 +43,21 @@ COLUMNS = {  # name: width
 }
 
 
-def show(op: str, document: Mapping[str, Any], console: Console) -> None:
-    """Print one operation's rows, each with its implementations below; the fastest is green."""
+def show(op: str, document: Document, console: Console) -> None:
+    """Print the rows of one operation, grouped by workload; the fastest implementation is green."""
     console.print(f"\n[bold]{op}[/]  {head(document)}", highlight=False)
     console.print(_grid([list(COLUMNS)], style="dim"))
-    for (workload, direction), rows in by_contest(document["rows"]).items():
-        console.print(
-            f"[bold]{workload}[/], {direction}  [dim]{rows[0]['dtype']} {rows[0]['sizes']}[/]", highlight=False
-        )
+    for (workload, direction), rows in by_case(document["rows"]).items():
+        sizes = f"{rows[0]['dtype']} {rows[0]['sizes']}"
+        console.print(f"[bold]{workload}[/], {direction}  [dim]{sizes}[/]", highlight=False)
         best = fastest(rows)
         console.print(_grid([_cells(row, best) for row in rows]))
     reasons: dict[tuple[str, str], int] = {}
-    for refused in document["refused"]:
-        key = (refused["implementation"], refused["why"])
+    for skipped in document["refused"]:
+        key = (skipped["implementation"], skipped["why"])
         reasons[key] = reasons.get(key, 0) + 1
     for (implementation, why), count in reasons.items():
-        console.print(f"  {implementation} is not in {count} of these: {why}", style="dim", highlight=False)
+        console.print(f"  {implementation} is missing in {count} of these: {why}", style="dim", highlight=False)
 
 
 def _grid(rows: list[list[str]], style: str = "") -> Table:
@@ -74,7 +70,7 @@ def _grid(rows: list[list[str]], style: str = "") -> Table:
     return grid
 
 
-def _cells(row: Mapping[str, Any], best: float) -> list[str]:
+def _cells(row: Row, best: float) -> list[str]:
     mark, end = ("[green]", "[/]") if row["seconds"] == best else ("", "")
     return [
         f"  {mark}{row['implementation']}{end}",

@@ -1,11 +1,10 @@
-"""The report as one HTML page that needs nothing else: no script, no font, no picture from anywhere."""
+"""The report as one self-contained HTML page: no script, font or picture from elsewhere."""
 
 import html
 from collections.abc import Mapping
-from typing import Any
 
 from bench.report import console_table, plots
-from bench.report.results import by_contest, fastest
+from bench.report.results import Document, Row, by_case, fastest
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
@@ -27,8 +26,13 @@ tr.best td { font-weight: 600; }
 HEADS = ("implementation", "median", "spread", "of best", "GFLOP/s", "GB/s", "of the roofline", "temp", "error")
 
 
-def render(documents: Mapping[str, Mapping[str, Any]], model: Mapping[str, Mapping[str, float]] | None = None) -> str:
-    """The page of all operations' documents (see `bench.results`), and of `bench.end_to_end` where it was run."""
+def render(documents: Mapping[str, Document], model: Mapping[str, Mapping[str, float]] | None = None) -> str:
+    """Render the page.
+
+    Args:
+        documents: the results by operation.
+        model: the rows of `bench.end_to_end`, or None.
+    """
     ops = list(documents)
     links = "".join(f'<a href="#{op}">{op}</a>' for op in [*ops, *(["model"] if model else [])])
     note = console_table.head(documents[ops[0]]) if ops else ""
@@ -38,16 +42,17 @@ def render(documents: Mapping[str, Mapping[str, Any]], model: Mapping[str, Mappi
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{STYLE}</style></head><body><h1>DantinoX bench</h1>"
         f'<p class="note">{html.escape(note)}</p><nav>{links}</nav>{body}'
-        "<h2>How to read it</h2><p>Implementations of a row take turns; the time is the median over the turns and the "
-        "spread half the interquartile range. GFLOP/s and GB/s count what the operation must do and move, not what an "
-        "implementation did. The roofline is the least time that the matmul and copy rates allow which this machine "
-        "reached between the turns. Temp is what the compiled program allocates beside arguments and results. The "
-        "error is the largest difference from the float32 reference over the largest value, gradients included.</p>"
+        "<h2>How to read it</h2><p>The implementations of a workload take turns. The time is the median over the "
+        "turns, the spread half the interquartile range. GFLOP/s and GB/s count what the operation must do and move, "
+        "not what an implementation did. The roofline is the least time that the rates of a matmul and of a copy "
+        "allow, measured between the turns. Temp is what the compiled program allocates beside arguments and results. "
+        "The error is the largest difference from the float32 reference over the largest value, gradients included."
+        "</p>"
         "</body></html>\n"
     )
 
 
-def _operation(op: str, document: Mapping[str, Any]) -> str:
+def _operation(op: str, document: Document) -> str:
     rows = document["rows"]
     directions = list(dict.fromkeys(row["direction"] for row in rows))
     axes = list(dict.fromkeys(axis for row in rows for axis in row["sweep"]))
@@ -55,7 +60,7 @@ def _operation(op: str, document: Mapping[str, Any]) -> str:
     pictures += [plots.roofline(rows, document["ceilings"], direction) for direction in directions]
     shown = "".join(f"<div>{picture}</div>" for picture in pictures if picture)
     heads = "".join(f"<th>{name}</th>" for name in HEADS)
-    lines = "".join(_contest(*key, group) for key, group in by_contest(rows).items())
+    lines = "".join(_case(*key, group) for key, group in by_case(rows).items())
     reasons = dict.fromkeys(f"{r['implementation']}: {r['why']}" for r in document["refused"])
     refused = "".join(f"<li>{html.escape(reason)}</li>" for reason in reasons)
     return (
@@ -65,7 +70,7 @@ def _operation(op: str, document: Mapping[str, Any]) -> str:
     )
 
 
-def _contest(workload: str, direction: str, rows: list[Mapping[str, Any]]) -> str:
+def _case(workload: str, direction: str, rows: list[Row]) -> str:
     best = fastest(rows)
     title = f"<b>{html.escape(workload)}</b>, {direction} "
     sizes = f'<span class="note">{html.escape(rows[0]["dtype"])} {html.escape(rows[0]["sizes"])}</span>'
@@ -93,7 +98,7 @@ def _contest(workload: str, direction: str, rows: list[Mapping[str, Any]]) -> st
 def _model(rows: Mapping[str, Mapping[str, float]]) -> str:
     lines = "".join(
         f"<tr><td>{html.escape(name)}</td><td>"
-        + ", ".join(f"{html.escape(what)} {value:.3g}" for what, value in row.items())
+        + ", ".join(f"{html.escape(quantity)} {value:.3g}" for quantity, value in row.items())
         + "</td></tr>"
         for name, row in rows.items()
     )

@@ -1,25 +1,71 @@
-"""What a bench run leaves behind: one small JSON file an operation, under profiles/<device>/."""
+"""The results of a benchmark run: one small JSON file per operation, under profiles/<device>/."""
 
 import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
-Row = dict[str, Any]
+
+
+class Row(TypedDict):
+    """Result of one implementation on one workload in one direction.
+
+    `seconds` is the median over the turns and `spread` the interquartile range over it. FLOP/s and bytes/s count what
+    `dantinox.kernels.cost` says must be done and moved. `roofline` is the least time that the measured ceilings allow
+    over the median.
+    """
+
+    spec: str
+    sizes: str
+    dtype: str
+    direction: str
+    implementation: str
+    sweep: dict[str, float]
+    seconds: float
+    spread: float
+    turns: int
+    flops_per_second: float
+    bytes_per_second: float
+    intensity: float
+    roofline: float
+    temp_bytes: int
+    error: float | None
+
+
+class SkippedRow(TypedDict):
+    """An implementation that has no times for a workload, and why."""
+
+    spec: str
+    direction: str
+    implementation: str
+    why: str
+
+
+class Document(TypedDict):
+    """All results of one operation."""
+
+    date: str
+    device: str
+    platform: str
+    timer: str
+    versions: dict[str, str]
+    ceilings: dict[str, float]
+    rows: list[Row]
+    refused: list[SkippedRow]
 
 
 def device_folder(platform: str, device: str) -> str:
-    """The name of a device's folder in profiles/: "cpu" for any CPU, else the device's own name."""
+    """Name a device's folder in profiles/: "cpu" for any CPU, else the device's own name."""
     return "cpu" if platform == "cpu" else re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
-def from_pytest(raw: Mapping[str, Any], date: datetime.date | None = None) -> dict[str, dict[str, Any]]:
-    """What is kept of a `--benchmark-json` file: operation -> the document that `write` saves."""
+def from_pytest(raw: Mapping[str, Any], date: datetime.date | None = None) -> dict[str, Document]:
+    """Convert the content of a `--benchmark-json` file; see `documents`."""
     return documents(raw["bench"], [(bench["extra_info"], bench["stats"]["data"]) for bench in raw["benchmarks"]], date)
 
 
@@ -27,15 +73,16 @@ def documents(
     run: Mapping[str, Any],
     measured: Sequence[tuple[Mapping[str, Any], Sequence[float]]],
     date: datetime.date | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Operation -> the document that `write` saves.
+) -> dict[str, Document]:
+    """Make the document of each operation.
 
     Args:
-        run: what belongs to all rows: device, platform, timer, jax, ceilings, and the rows that were refused.
-        measured: facts about each row (`bench.record.facts_of`) and its times in seconds.
+        run: facts about the run (`bench.operations.record.run_facts`).
+        measured: facts about each entry (`bench.operations.record.entry_facts`) and its times in seconds.
+        date: the day of the run (default: today).
 
-    Times are medians in seconds with the interquartile range; FLOP/s and bytes/s count what `dantinox.kernels.cost`
-    says must be done and moved; `roofline` is the least time that the measured ceilings allow over the median.
+    Returns:
+        The documents by operation, for `write`.
     """
     head = {
         "date": str(date or datetime.date.today()),
@@ -43,67 +90,77 @@ def documents(
         "platform": run["platform"],
         "timer": run["timer"],
         "versions": {"jax": run["jax"]},
-        "ceilings": {name: _short(value) for name, value in run["ceilings"].items()},
+        "ceilings": {name: _round(value) for name, value in run["ceilings"].items()},
     }
-    found: dict[str, dict[str, Any]] = {}
+    by_op: dict[str, Document] = {}
+
+    def document(op: str) -> Document:
+        return by_op.setdefault(op, head | {"rows": [], "refused": []})
+
     for facts, seconds in measured:
-        row = _row(facts, seconds)
-        found.setdefault(row.pop("op"), head | {"rows": [], "refused": []})["rows"].append(row)
-    for refused in run["refused"]:
-        op = refused["op"]
-        kept = {name: value for name, value in refused.items() if name != "op"}
-        found.setdefault(op, head | {"rows": [], "refused": []})["refused"].append(kept)
-    return found
+        document(facts["op"])["rows"].append(_row(facts, seconds))
+    for skipped in run["refused"]:
+        document(skipped["op"])["refused"].append({name: skipped[name] for name in skipped if name != "op"})
+    return by_op
 
 
 def _row(facts: Mapping[str, Any], seconds: Sequence[float]) -> Row:
     low, middle, high = np.percentile(seconds, [25, 50, 75])
-    names = ("op", "spec", "sizes", "dtype", "direction", "implementation", "sweep")
+    names = ("spec", "sizes", "dtype", "direction", "implementation", "sweep")
     return {name: facts[name] for name in names} | {
-        "seconds": _short(middle),
-        "spread": _short((high - low) / middle),
+        "seconds": _round(middle),
+        "spread": _round((high - low) / middle),
         "turns": len(seconds),
-        "flops_per_second": _short(facts["flops"] / middle),
-        "bytes_per_second": _short(facts["bytes"] / middle),
-        "intensity": _short(facts["flops"] / facts["bytes"]),
-        "roofline": _short(facts["roofline_seconds"] / middle),
+        "flops_per_second": _round(facts["flops"] / middle),
+        "bytes_per_second": _round(facts["bytes"] / middle),
+        "intensity": _round(facts["flops"] / facts["bytes"]),
+        "roofline": _round(facts["roofline_seconds"] / middle),
         "temp_bytes": facts["temp_bytes"],
-        "error": None if facts["error"] is None else _short(facts["error"]),
+        "error": None if facts["error"] is None else _round(facts["error"]),
     }
 
 
-def _short(value: float) -> float:
+def _round(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def write(documents: Mapping[str, Mapping[str, Any]], profiles: Path) -> list[Path]:
-    """Save each operation's document as profiles/<device>/<date>-<op>.json; returns the paths.
+def write(documents: Mapping[str, Document], profiles: Path) -> list[Path]:
+    """Save each operation's document as profiles/<device>/<date>-<op>.json.
 
-    What a file of that name has of the same versions and timer and was not measured anew stays in it.
+    If the file exists and has the same versions and timer, its rows that were not measured again stay.
+
+    Returns:
+        The paths of the files.
     """
     paths = []
     for op, document in documents.items():
         folder = profiles / device_folder(document["platform"], document["device"])
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{document['date']}-{op}.json"
-        path.write_text(dumps(_merged(path, document)))
+        path.write_text(dumps(_merge(path, document)))
         paths.append(path)
     return paths
 
 
-def _merged(path: Path, document: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The document, after the rows of the file that it does not have."""
-    before = json.loads(path.read_text()) if path.exists() else {}
-    if any(before.get(name) != document[name] for name in ("device", "versions", "timer")):
+def _row_key(row: Row | SkippedRow) -> tuple[str, str, str]:
+    return row["spec"], row["direction"], row["implementation"]
+
+
+def _merge(path: Path, document: Document) -> Document:
+    """Add the rows of an existing file that the document does not have."""
+    existing = json.loads(path.read_text()) if path.exists() else {}
+    if any(existing.get(name) != document[name] for name in ("device", "versions", "timer")):
         return document
-    key = lambda row: (row["spec"], row["direction"], row["implementation"])
-    new = {key(row) for name in ("rows", "refused") for row in document[name]}
-    kept = {name: [row for row in before[name] if key(row) not in new] for name in ("rows", "refused")}
-    return {**document, **{name: kept[name] + document[name] for name in kept}}
+    measured = {_row_key(row) for name in ("rows", "refused") for row in document[name]}
+    merged = {
+        name: [row for row in existing[name] if _row_key(row) not in measured] + document[name]
+        for name in ("rows", "refused")
+    }
+    return {**document, **merged}
 
 
-def dumps(document: Mapping[str, Any]) -> str:
-    """JSON with one row a line: small, and a diff shows which row moved."""
+def dumps(document: Document) -> str:
+    """Format a document as JSON with one row per line, so that a diff shows which row changed."""
     head = {name: value for name, value in document.items() if name not in ("rows", "refused")}
     lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
     for name in ("rows", "refused"):
@@ -112,8 +169,8 @@ def dumps(document: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def by_contest(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    """(spec, direction) -> its rows, in order."""
+def by_case(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Group rows by (workload, direction), in order."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["spec"], row["direction"]), []).append(row)
@@ -121,5 +178,6 @@ def by_contest(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
 
 
 def fastest(rows: Sequence[Row]) -> float:
-    """Seconds of the fastest implementation; a yardstick computes something else, has no error, and does not count."""
-    return min(row["seconds"] for row in ([row for row in rows if row["error"] is not None] or rows))
+    """Seconds of the fastest implementation; rows without an error compute something else and do not count."""
+    comparable = [row for row in rows if row["error"] is not None]
+    return min(row["seconds"] for row in comparable or rows)

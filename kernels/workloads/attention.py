@@ -83,7 +83,7 @@ MODEL_ATTENTION = (
         for S in (2048, 4096, 8192, 32768)
     ),
     *(_square(f"H100 W={W}", 16384, H=16, K=4, D=128, window=W, sweep=("W",), **H100) for W in (128, 512, 4096)),
-    _square("ladder", 2048, H=8, K=2, D=64, window=256, suites=("ladder",), devices=("cpu",), dtypes=BOTH),
+    _square("tutorial", 2048, H=8, K=2, D=64, window=256, suites=("tutorial",), devices=("cpu",), dtypes=BOTH),
     # Compiled only: the features, at the smallest size that still has every kind of tile.
     *(_square(f"aot d{D} causal", 1024, H=4, K=2, D=D, **AOT) for D in (64, 128, 256)),
     *(_square(f"aot d{D} window, gate", 1024, H=4, K=2, D=D, window=256, gate="head", **AOT) for D in (64, 128, 256)),

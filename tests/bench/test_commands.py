@@ -29,7 +29,7 @@ def run(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
         (("bench.ablations", "--preset", "nope"), "nano"),
         (("bench.compare", "--device", "abacus"), "'abacus'"),
         (("bench.tutorial", "--budget", "0"), "--budget is 0.0; allowed: seconds above 0"),
-        (("bench.tutorial", "--compiler", "no/such/python"), "no/such/python is not there; `make ladder` builds it"),
+        (("bench.tutorial", "--compiler", "no/such/python"), "python does not exist; `make tutorial` builds it"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -45,7 +45,7 @@ def test_without_what_it_needs_it_says_so_in_a_line(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         bench_command(["--op", "moe_mlp"])
     assert capsys.readouterr().err.splitlines() == [
-        "bench: error: pytest-benchmark is not installed here; allowed: `make bench`, which installs it"
+        "bench: error: pytest-benchmark is not installed; `make bench` installs it"
     ]
 
 

@@ -308,8 +308,8 @@ def test_every_row_is_valid(row):
 @pytest.mark.parametrize("op", OPS)
 def test_every_use_has_rows(op):
     for purpose in workloads.SUITES:
-        # Only attention has shapes so long that they wait for the long run, and a ladder.
-        assert workloads.select(op, purpose) or (purpose in ("long", "ladder") and op != "attention"), purpose
+        # Only attention has shapes so long that they wait for the long run, and a tutorial.
+        assert workloads.select(op, purpose) or (purpose in ("long", "tutorial") and op != "attention"), purpose
     for purpose, machine in (("parity", "small"), ("bench", "cpu"), ("bench", "h100"), ("aot", "h100"), ("aot", "tpu")):
         chosen = workloads.select(op, purpose, machine)
         assert chosen and all(purpose in row.suites and machine in row.devices for row in chosen)

@@ -1,4 +1,4 @@
-"""Compiles for an NVIDIA GPU on a machine that has none, and reads registers, spills, SMEM and SASS."""
+"""Compile for an NVIDIA GPU on a machine without one, and read registers, spills, shared memory and SASS."""
 
 import os
 import re
@@ -12,20 +12,20 @@ from bench.aot.gpu import ptx, sass
 from bench.aot.hardware import Gpu
 
 SITE = Path(sysconfig.get_paths()["platlib"])
-PTXAS = SITE / "nvidia/cu13/bin/ptxas"  # the one in Triton's wheel is too old for Mosaic's PTX
+PTXAS = SITE / "nvidia/cu13/bin/ptxas"  # Triton's own is too old for Mosaic's PTX
 CUOBJDUMP = SITE / "triton/backends/nvidia/bin/cuobjdump"
 NVDISASM = CUOBJDUMP.with_name("nvdisasm")
 MODULES = ("jax_cuda13_plugin",)
 
 
 def environment(dumps: Path) -> dict[str, str]:
-    """What the worker's process needs before it imports jax; `dumps` must exist.
+    """The environment variables that the worker's process needs before it imports jax; `dumps` must exist.
 
     Mosaic GPU prints its PTX instead of writing files: with MOSAIC_GPU_DUMP_TO it would also write 80 MB of compiler
-    passes a kernel, and take twice as long. XLA's own kernels are dumped as PTX alone for the same reason.
+    passes per kernel and take twice as long. XLA dumps only the PTX of its own kernels for the same reason.
     """
     return {
-        "JAX_PLATFORMS": "cpu",  # the plugin compiles; asked for a device it would print a traceback
+        "JAX_PLATFORMS": "cpu",  # the plugin only compiles; JAX asking it for a device would print a traceback
         "CUDA_VISIBLE_DEVICES": "",
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "XLA_FLAGS": f"--xla_dump_to={dumps} --xla_dump_hlo_as_text --xla_dump_emitter_re=ptx",
@@ -37,7 +37,7 @@ def environment(dumps: Path) -> dict[str, str]:
 
 
 def target_config(target: Gpu) -> str:
-    """The target as XLA describes one: a GpuTargetConfigProto in text form."""
+    """Describe the target to XLA: a GpuTargetConfigProto in text form."""
     major, minor = target.capability
     extension = "feature_extension: ACCELERATED_FEATURES" if target.arch.endswith("a") else ""
     return f"""
@@ -46,12 +46,12 @@ gpu_device_info {{
   device_vendor: "NVIDIA Corporation"
   platform_version: "Compute Capability {major}.{minor}"
   cuda_compute_capability {{ major: {major} minor: {minor} {extension} }}
-  core_count: {target.cores} fpus_per_core: 128 clock_rate_ghz: {target.clock_ghz}
-  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: {target.threads_per_core}
+  core_count: {target.num_sms} fpus_per_core: 128 clock_rate_ghz: {target.clock_ghz}
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: {target.threads_per_sm}
   thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  registers_per_core_limit: {target.registers_per_core} registers_per_block_limit: 65536
-  shared_memory_per_core: {target.smem_per_core} shared_memory_per_block: 49152
+  registers_per_core_limit: {target.registers_per_sm} registers_per_block_limit: 65536
+  shared_memory_per_core: {target.smem_per_sm} shared_memory_per_block: 49152
   shared_memory_per_block_optin: {target.smem_per_block}
   l2_cache_size: {target.l2_bytes} device_memory_size: {target.memory_bytes} device_address_bits: 64
   memory_bandwidth: {int(target.bytes_per_second)}
@@ -64,34 +64,40 @@ device_description_str: "{target.kind}"
 
 
 def make_compiler(target: Gpu) -> Callable[[Any, tuple, tuple[int, ...]], Any]:
-    """compile(function, shapes, donate) for the target."""
+    """Return compile(function, shapes, donate) for the target."""
     import jax
     from jax.experimental import topologies
 
     topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target_config(target))
     mesh = topologies.make_mesh(topology, (1,), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    # Pallas asks the abstract mesh which GPU a kernel is for, tokamax the default device.
-    device = jax.sharding.AbstractDevice(target.kind, target.cores, "cuda")
+    # Pallas reads the GPU that a kernel is for from the abstract mesh, tokamax from the default device.
+    device = jax.sharding.AbstractDevice(target.kind, target.num_sms, "cuda")
     abstract = mesh.abstract_mesh.update(abstract_device=device)
 
-    def compile_(function: Any, shapes: tuple, donate: tuple[int, ...]) -> Any:
+    def compile_function(function: Any, shapes: tuple, donate: tuple[int, ...]) -> Any:
         arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in shapes]
         with jax.sharding.use_abstract_mesh(abstract), jax.default_device(topology.devices[0]):
             return jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
 
-    return compile_
+    return compile_function
 
 
 def version() -> str:
     """The assembler's version."""
-    said = subprocess.run([str(PTXAS), "--version"], capture_output=True, text=True, check=False).stdout
-    found = re.search(r"V(\d+\.\d+\.\d+)", said)
-    return f"ptxas {found[1]}" if found else "ptxas ?"
+    output = subprocess.run([str(PTXAS), "--version"], capture_output=True, text=True, check=False).stdout
+    number = re.search(r"V(\d+\.\d+\.\d+)", output)
+    return f"ptxas {number[1]}" if number else "ptxas ?"
 
 
 def read(target: Gpu, dumps: Path, printed: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """(the kernels written by hand, totals over all kernels) of the program that was compiled into `dumps`."""
+    """Read the hand-written kernels, and totals over all kernels, of the program that was compiled into `dumps`.
+
+    Args:
+        target: the GPU.
+        dumps: folder of the dumps.
+        printed: what the compiler printed.
+    """
     mosaic = ptx.split_modules(printed)
     smem = ptx.match_smem(mosaic, ptx.mosaic_smem(printed))
     launches: dict[str, tuple[int | None, int]] = {}
@@ -99,37 +105,43 @@ def read(target: Gpu, dumps: Path, printed: str) -> tuple[list[dict[str, Any]], 
         launches |= ptx.thunks(path.read_text())
     for path in sorted(dumps.rglob("*.compile_info")):
         launches |= ptx.triton_smem(path.read_text())
-    by_hand = _custom_kernels(dumps)
+    triton_kernels = _pallas_triton_kernels(dumps)
 
     kernels = []
     for module, size in zip(mosaic, smem):
         kernels += [{**kernel, "hand": True} for kernel in _assemble(target, module, dumps, {}, size, True)]
     for path in sorted(dumps.rglob("*.ptx")):
         module = path.read_text()
-        hand = path.is_relative_to(dumps / "triton") or not by_hand.isdisjoint(ptx.entry_threads(module))
+        hand = path.is_relative_to(dumps / "triton") or not triton_kernels.isdisjoint(ptx.entry_threads(module))
         kernels += [{**k, "hand": hand} for k in _assemble(target, module, dumps, launches, None, hand)]
 
-    count = lambda what: sum(kernel[what] for kernel in kernels)
-    totals = {"kernels": len(kernels), **{what: count(what) for what in ("spill_bytes", "wgmma", "tcgen05", "mma")}}
+    totals = {"kernels": len(kernels)}
+    for name in ("spill_bytes", "wgmma", "tcgen05", "mma"):
+        totals[name] = sum(kernel[name] for kernel in kernels)
     chosen = [{k: v for k, v in kernel.items() if k != "hand"} for kernel in kernels if kernel["hand"]]
     return sorted(chosen, key=lambda kernel: (kernel["name"], str(kernel))), totals
 
 
-def _custom_kernels(dumps: Path) -> set[str]:
-    """Names that XLA gives to the kernels of Pallas's Triton lowering."""
+def _pallas_triton_kernels(dumps: Path) -> set[str]:
+    """Find the names that XLA gives to the kernels of Pallas's Triton lowering."""
     names = set()
     for path in dumps.glob("*after_optimizations.txt"):
         calls = re.findall(r'%?([\w.-]+) = .*custom_call_target="__gpu\$xla\.gpu\.triton"(.*)', path.read_text())
         for name, rest in calls:
-            given = re.search(r'name = "(\w+)"', rest)
-            names |= {re.sub(r"\W", "_", name), *([given[1]] if given else [])}
+            kernel_name = re.search(r'name = "(\w+)"', rest)
+            names |= {re.sub(r"\W", "_", name), *([kernel_name[1]] if kernel_name else [])}
     return names
 
 
 def _assemble(
-    target: Gpu, module: str, dumps: Path, launches: dict[str, tuple[int | None, int]], smem: int | None, by_hand: bool
+    target: Gpu,
+    module: str,
+    dumps: Path,
+    launches: dict[str, tuple[int | None, int]],
+    smem: int | None,
+    hand_written: bool,
 ) -> list[dict[str, Any]]:
-    """The figures of each entry function of one PTX module."""
+    """Assemble one PTX module and read the figures of each entry function."""
     source, cubin = dumps / "kernel.ptxas-input", dumps / "kernel.cubin"
     source.write_text(module)
     command = [str(PTXAS), f"-arch={target.arch}", "-v", "-lineinfo", str(source), "-o", str(cubin)]
@@ -138,10 +150,10 @@ def _assemble(
         raise ValueError(f"ptxas: {(done.stderr.strip().splitlines() or ['failed'])[0]}")
     counts: dict[str, dict[str, int]] = {}
     code: dict[str, list[sass.Instruction]] = {}
-    if by_hand or "mma" in module:  # disassembling XLA's many small fusions takes longer than compiling them
+    if hand_written or "mma" in module:  # disassembling XLA's many small fusions would take longer than compiling them
         dumped = subprocess.run([CUOBJDUMP, "--dump-sass", cubin], capture_output=True, text=True, check=False).stdout
-        counts, code = ptx.sass_counts(dumped), sass.functions(dumped) if by_hand else {}
-    if by_hand:  # beside the other dumps, which --keep keeps: bench.aot.locate reads it
+        counts, code = ptx.sass_counts(dumped), sass.functions(dumped) if hand_written else {}
+    if hand_written:  # bench.aot.locate reads it from the folder that --keep names
         with_lines = subprocess.run([NVDISASM, "-g", "-c", cubin], capture_output=True, text=True, check=False).stdout
         for name in code:
             (dumps / f"{name}.sass").write_text(with_lines)
@@ -149,9 +161,9 @@ def _assemble(
     for name, usage in ptx.ptxas_usage(done.stderr + done.stdout).items():
         launch_threads, launch_smem = launches.get(name, (None, 0))
         threads = launch_threads or ptx.entry_threads(module).get(name)
-        # Mosaic declares one byte of static memory to get at the dynamic part.
+        # Mosaic declares one byte of static memory in order to address the dynamic part.
         size = smem if smem is not None else max(launch_smem, usage.static_smem)
-        steady = sass.steady(code.get(name, []))
+        steady = sass.steady_state(code.get(name, []))
         kernels.append(
             {
                 "name": name,
@@ -159,7 +171,7 @@ def _assemble(
                 "spill_bytes": usage.spill_bytes,
                 "smem_bytes": size,
                 "threads": threads,
-                "blocks": ptx.blocks_per_core(target, usage.registers, threads, size) if threads else None,
+                "blocks": ptx.blocks_per_sm(target, usage.registers, threads, size) if threads else None,
                 "occupancy": round(ptx.occupancy(target, usage.registers, threads, size), 4) if threads else None,
                 **{kind: counts.get(name, {}).get(kind, 0) for kind in ("wgmma", "tcgen05", "mma", "local")},
                 **({"steady": steady} if steady else {}),

@@ -1,8 +1,8 @@
-"""The steady state of a kernel in its machine code: what the loop issues for a tile that needs no mask.
+"""Find the steady state of a kernel in its machine code: what its loop issues for a tile that needs no mask.
 
-A kernel has several loops around its matrix instructions: the first and last tiles mask, the others do not, and a loop
-may mask behind a branch. The steady state is the cheapest way through one of them: of the innermost loops, each by the
-way through it that multiplies most and issues least, the one that issues least for a multiplication.
+A kernel has several loops around its matrix instructions: the first and last tiles are masked, the others are not, and
+a loop may mask behind a branch. Through each innermost loop we take the path that multiplies most and issues fewest
+instructions; the steady state is the path with the fewest instructions per multiplication.
 """
 
 import re
@@ -14,7 +14,7 @@ from typing import Any
 _LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
 _PRODUCT = re.compile(r"[HIQB]GMMA\.(?:SP\.)?(\d+)x(\d+)x(\d+)")
-KINDS = {  # the first that fits
+KINDS = {  # the first match counts
     "wgmma": re.compile(r"[HIQB]GMMA"),
     "exponential": re.compile(r"MUFU"),
     "float": re.compile(r"(F(?!2|ENCE|LO)|H(?:ADD|MUL|FMA|MNMX|SET)|F2F)"),
@@ -33,115 +33,120 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """Where a jump goes; None for every other instruction, and for a jump to what a register holds."""
-        found = _TARGET.search(self.operands) if self.name.split(".")[0] == "BRA" else None
-        return int(found[1], 16) if found else None
+        """Address that a jump goes to; None for other instructions and for indirect jumps."""
+        match = _TARGET.search(self.operands) if self.name.split(".")[0] == "BRA" else None
+        return int(match[1], 16) if match else None
 
     @property
     def ends(self) -> bool:
-        """What follows it in memory does not follow it in time."""
+        """Whether the next instruction in memory never runs after it."""
         return not self.predicate and self.name.split(".")[0] in ("BRA", "EXIT", "RET")
 
     @property
     def products(self) -> int:
-        """Multiply-adds of a matrix instruction."""
-        found = _PRODUCT.match(self.name)
-        return int(found[1]) * int(found[2]) * int(found[3]) if found else 0
+        """Multiply-adds of a matrix instruction; 0 for others."""
+        shape = _PRODUCT.match(self.name)
+        return int(shape[1]) * int(shape[2]) * int(shape[3]) if shape else 0
 
 
 def functions(text: str) -> dict[str, list[Instruction]]:
-    """Function -> its instructions, from `cuobjdump --dump-sass`."""
-    found = {}
+    """Read the instructions of each function from `cuobjdump --dump-sass`."""
+    code = {}
     for block in re.split(r"(?m)^\s*Function : ", text)[1:]:
         name, _, body = block.partition("\n")
         lines = (_LINE.match(line) for line in body.splitlines())
-        found[name.strip()] = [Instruction(int(m[1], 16), (m[2] or "").strip(), m[3], m[4].strip()) for m in lines if m]
-    return found
+        code[name.strip()] = [Instruction(int(m[1], 16), (m[2] or "").strip(), m[3], m[4].strip()) for m in lines if m]
+    return code
 
 
-def steady(code: list[Instruction]) -> dict[str, Any] | None:
-    """The steady state of one function; None where no loop multiplies by wgmma.
+def steady_state(code: list[Instruction]) -> dict[str, Any] | None:
+    """Find the steady state of one function; None if no loop multiplies with wgmma.
 
     Returns:
-        {"instructions": issued by a warp for one tile, "multiply_adds": of a warpgroup, and a count for each of KINDS;
-        "shape": of a matrix instruction, and "transposed": which of its operands are}.
+        "instructions" that a warp issues per tile, "multiply_adds" of a warpgroup, a count for each of `KINDS`, the
+        "shape" of a matrix instruction, and which of its operands are "transposed".
     """
-    ways = [_through(code, *loop) for loop in _innermost(code)]
-    ways = [way for way in ways if any(each.products for each in way)]
-    if not ways:
+    paths = [_best_path(code, *loop) for loop in _innermost_loops(code)]
+    paths = [path for path in paths if any(instruction.products for instruction in path)]
+    if not paths:
         return None
-    best = min(ways, key=lambda way: (len(way) / sum(each.products for each in way), len(way)))
-    kinds = Counter(_kind(each.name) for each in best)
+    best = min(paths, key=lambda path: (len(path) / sum(each.products for each in path), len(path)))
+    counts = Counter(_kind(instruction.name) for instruction in best)
     return {
         "instructions": len(best),
-        "multiply_adds": sum(each.products for each in best),
-        **{kind: kinds[kind] for kind in KINDS},
-        **_matrices(best),
+        "multiply_adds": sum(instruction.products for instruction in best),
+        **{kind: counts[kind] for kind in KINDS},
+        **_matrix_operands(best),
     }
 
 
-def _matrices(way: list[Instruction]) -> dict[str, str]:
-    one = next(each for each in way if each.products)
-    shape = "x".join(_PRODUCT.match(one.name).groups())
-    return {"shape": shape, "transposed": "".join(re.findall(r"\.tnsp(\w)", one.operands))}
+def _matrix_operands(path: list[Instruction]) -> dict[str, str]:
+    first = next(instruction for instruction in path if instruction.products)
+    shape = "x".join(_PRODUCT.match(first.name).groups())
+    return {"shape": shape, "transposed": "".join(re.findall(r"\.tnsp(\w)", first.operands))}
 
 
 def _kind(name: str) -> str:
     return next((kind for kind, pattern in KINDS.items() if pattern.match(name)), "other")
 
 
-def _innermost(code: list[Instruction]) -> Iterator[tuple[int, int]]:
-    """(first, last) instruction of each loop with a product and no smaller such loop in it.
+def _innermost_loops(code: list[Instruction]) -> Iterator[tuple[int, int]]:
+    """Yield (first, last) instruction of each loop that has a product and contains no smaller such loop.
 
-    A jump back is a loop's where its target is passed on every way to it: barriers wait out of line, and jump back too.
+    A backward jump closes a loop only if every path to it passes its target: a barrier waits out of line and jumps
+    back as well.
     """
-    index = {each.address: i for i, each in enumerate(code)}
-    back = [(index[each.target], i) for i, each in enumerate(code) if each.target in index and index[each.target] <= i]
-    loops = [(a, b) for a, b in back if any(each.products for each in code[a : b + 1])]
-    loops = [(a, b) for a, b in loops if not _reaches(code, index, b, without=a)]
-    for a, b in loops:
-        if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops):
-            yield a, b
+    index = {instruction.address: i for i, instruction in enumerate(code)}
+    targets = [(index.get(instruction.target), i) for i, instruction in enumerate(code)]
+    backward = [(target, i) for target, i in targets if target is not None and target <= i]
+    loops = [(first, last) for first, last in backward if any(each.products for each in code[first : last + 1])]
+    loops = [(first, last) for first, last in loops if not _reaches(code, index, last, without=first)]
+    for first, last in loops:
+        if not any((a, b) != (first, last) and first <= a and b <= last for a, b in loops):
+            yield first, last
 
 
 def _reaches(code: list[Instruction], index: dict[int, int], goal: int, without: int) -> bool:
-    """Whether there is a way from the start to an instruction that does not pass another."""
-    todo, seen = [0], {without}
-    while todo:
-        if (i := todo.pop()) in seen or i >= len(code):
+    """Whether a path from the start reaches an instruction without passing another one."""
+    pending, visited = [0], {without}
+    while pending:
+        if (i := pending.pop()) in visited or i >= len(code):
             continue
         if i == goal:
             return True
-        seen.add(i)
-        todo += _next(code, index, i)
+        visited.add(i)
+        pending += _successors(code, index, i)
     return False
 
 
-def _next(code: list[Instruction], index: dict[int, int], i: int) -> list[int]:
-    """Where control may go from an instruction."""
+def _successors(code: list[Instruction], index: dict[int, int], i: int) -> list[int]:
     following = [] if code[i].ends else [i + 1]
     return following + ([index[code[i].target]] if code[i].target in index else [])
 
 
-def _through(code: list[Instruction], first: int, last: int) -> list[Instruction]:
-    """The way through a loop, forward jumps only, that multiplies most, then has most exponentials, then issues least.
+def _best_path(code: list[Instruction], first: int, last: int) -> list[Instruction]:
+    """Find the path through a loop, by forward jumps only, with most products, most exponentials, fewest instructions.
 
-    Exponentials, because where two warpgroups divide the work, one of them makes the weights.
+    The criteria count in this order. Exponentials, because if two warpgroups divide the work, only one of them computes
+    the weights.
     """
     index = {code[i].address: i for i in range(first, last + 1)}
-    worth = lambda each: (-each.products, -(_kind(each.name) == "exponential"), 1)
-    best: dict[int, tuple[tuple[int, ...], int | None]] = {first: (worth(code[first]), None)}
-    for i in range(first, last + 1):  # jumps go forward: all that lead here were seen
+
+    def cost(instruction: Instruction) -> tuple[int, int, int]:
+        return -instruction.products, -(_kind(instruction.name) == "exponential"), 1
+
+    best: dict[int, tuple[tuple[int, ...], int | None]] = {first: (cost(code[first]), None)}  # (cost, predecessor)
+    for i in range(first, last + 1):  # jumps go forward, so all predecessors of i come before it
         if i not in best:
             continue
-        for j in _next(code, index, i):
+        for j in _successors(code, index, i):
             if first < j <= last and j > i:
-                cost = tuple(map(sum, zip(best[i][0], worth(code[j])))), i
-                best[j] = min(best.get(j, cost), cost, key=lambda each: each[0])
+                candidate = tuple(map(sum, zip(best[i][0], cost(code[j])))), i
+                best[j] = min(best.get(j, candidate), candidate, key=lambda entry: entry[0])
     if last not in best:
         return []
-    way, at = [], last
-    while at is not None:
-        way.append(code[at])
-        at = best[at][1]
-    return way[::-1]
+    path, position = [], last
+    while position is not None:
+        path.append(code[position])
+        position = best[position][1]
+    return path[::-1]

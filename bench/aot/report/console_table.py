@@ -1,7 +1,7 @@
-"""The table of one target: a line a program, and a line more for each kernel written by hand.
+"""The table of one target in the terminal: a line per program and a line per hand-written kernel.
 
-On a GPU, the instructions that a kernel's steady state issues for a tile. On a TPU, of attention also: MXU slots for
-1024 x 1024 scores, and bundles executed for 1000 visible pairs.
+For a GPU, "per tile" is the number of instructions that a kernel's steady state issues per tile. For attention on a
+TPU, "MXU/Mi" is MXU slots per 1024 x 1024 scores, and "per 1000 pairs" bundles executed per 1000 visible pairs.
 """
 
 from collections.abc import Mapping
@@ -16,37 +16,37 @@ from dantinox.kernels import workloads
 
 Row = dict[str, Any]
 
-GPU_COLUMNS = ("regs", "spill B", "SMEM KiB", "blocks/SM", "occupancy", "wgmma", "tcgen05", "mma", "a tile")
+GPU_COLUMNS = ("regs", "spill B", "SMEM KiB", "blocks/SM", "occupancy", "wgmma", "tcgen05", "mma", "per tile")
 TPU_COLUMNS = ("bundles", "empty", "MXU slots", "MXU share", "VMEM KiB", "spills", "fills", "MXU/Mi", "per 1000 pairs")
 
 
 def show(target: hardware.Target, rows: Mapping[Case, Row], console: Console) -> None:
-    """Print the rows of a target, grouped by operation and row."""
+    """Print the rows of a target, grouped by operation and workload."""
     gpu = isinstance(target, hardware.Gpu)
     for op in dict.fromkeys(case.op for case in rows):
         table = Table(title=f"{op} compiled for {target.name} ({target.kind})", title_justify="left")
         table.add_column("program", overflow="fold")
         for name in ("s", "roofline ms", "args MiB", "temp MiB", *(GPU_COLUMNS if gpu else TPU_COLUMNS)):
             table.add_column(name, justify="right")
-        mine = [case for case in rows if case.op == op]
-        for name in dict.fromkeys(case.spec for case in mine):
+        cases = [case for case in rows if case.op == op]
+        for name in dict.fromkeys(case.spec for case in cases):
             table.add_section()
             table.add_row(f"[bold]{name}[/bold]  {workloads.get(op, name).label()}")
             refused: set[tuple[str, str]] = set()
-            for case in (case for case in mine if case.spec == name):
+            for case in (case for case in cases if case.spec == name):
                 row = rows[case]
                 if row["status"] != "refused":
-                    _add(table, case, row, gpu)
+                    _add_row(table, case, row, gpu)
                 elif (case.implementation, row["reason"]) not in refused:  # once for all dtypes and directions
                     refused.add((case.implementation, row["reason"]))
-                    table.add_row(f"[dim]  {case.implementation}: refused: {_plain(row['reason'])}[/dim]")
+                    table.add_row(f"[dim]  {case.implementation}: refused: {_escape(row['reason'])}[/dim]")
         console.print(table)
 
 
-def _add(table: Table, case: Case, row: Row, gpu: bool) -> None:
+def _add_row(table: Table, case: Case, row: Row, gpu: bool) -> None:
     title = f"  {case.implementation} {case.dtype} {case.direction}"
     if row["status"] != "compiled":
-        table.add_row(f"[red]{title}: {row['status']}: {_plain(row['reason'])}[/red]")
+        table.add_row(f"[red]{title}: {row['status']}: {_escape(row['reason'])}[/red]")
         return
     seconds = row.get("seconds")
     table.add_row(
@@ -58,11 +58,12 @@ def _add(table: Table, case: Case, row: Row, gpu: bool) -> None:
         *(_gpu_totals(row["totals"]) if gpu else _tpu_totals(row["totals"])),
     )
     for kernel in row["kernels"]:
-        table.add_row(f"    {_plain(kernel['name'])}", "", "", "", "", *(_gpu(kernel) if gpu else _tpu(kernel)))
+        cells = _gpu_cells(kernel) if gpu else _tpu_cells(kernel)
+        table.add_row(f"    {_escape(kernel['name'])}", "", "", "", "", *cells)
 
 
-def _plain(text: str) -> str:
-    """Text in which rich sees no markup."""
+def _escape(text: str) -> str:
+    """Escape rich's markup."""
     return text.replace("[", r"\[")
 
 
@@ -75,14 +76,13 @@ def _tpu_totals(t: Row) -> list[str]:
     return [str(t["bundles"]), str(t["empty"]), str(t["mxu"]), share, "", str(t["spills"]), str(t["fills"]), "", ""]
 
 
-def _gpu(k: Row) -> list[str]:
-    fits = lambda value, form: "?" if value is None else form.format(value)
+def _gpu_cells(k: Row) -> list[str]:
     return [
         str(k["registers"]),
         str(k["spill_bytes"]),
         f"{k['smem_bytes'] / 1024:.1f}",
-        fits(k["blocks"], "{}"),
-        fits(k["occupancy"], "{:.0%}"),
+        "?" if k["blocks"] is None else str(k["blocks"]),
+        "?" if k["occupancy"] is None else f"{k['occupancy']:.0%}",
         str(k["wgmma"]),
         str(k["tcgen05"]),
         str(k["mma"]),
@@ -90,7 +90,7 @@ def _gpu(k: Row) -> list[str]:
     ]
 
 
-def _tpu(k: Row) -> list[str]:
+def _tpu_cells(k: Row) -> list[str]:
     return [
         str(k["bundles"]),
         "?" if k["empty"] is None else str(k["empty"]),

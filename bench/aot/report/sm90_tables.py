@@ -142,7 +142,7 @@ def _gmm_tile(workload: workloads.GroupedMatmul, product: str, implementation: s
         return baselines.RAGGED_TILE
     if implementation == "tokamax":
         return baselines.TOKAMAX_RAGGED_TILES.get(kernel["smem_bytes"] // 1024, ("?", "?"))
-    cores = hardware.get(TARGET).cores
+    cores = hardware.get(TARGET).num_sms
     N, E, M, F = workload.N, workload.E, workload.M, workload.F
     if product == "dw":
         tile = block_sizes.choose_tgmm_tile(N, E, M, F, cores, widths=tgmm.WIDTHS)

@@ -129,7 +129,7 @@ def test_thunk_sequence():
 )
 def test_blocks_an_sm(target, registers, threads, smem, blocks):
     gpu_target = hardware.get(target)
-    assert ptx.blocks_per_core(gpu_target, registers, threads, smem) == blocks
+    assert ptx.blocks_per_sm(gpu_target, registers, threads, smem) == blocks
     assert ptx.occupancy(gpu_target, registers, threads, smem) == blocks * threads / 2048
 
 
@@ -158,7 +158,7 @@ def executed(per_pair, **change):
         (
             row(),
             row(registers=136, blocks=1),
-            "2 blocks an SM (128 registers) -> 1 blocks an SM (136 registers)",
+            "2 blocks per SM (128 registers) -> 1 blocks per SM (136 registers)",
         ),
         (row(), row(wgmma=0), "wgmma is gone"),
         (row(TPU_KERNEL), row(TPU_KERNEL, mxu_share=0.49), "MXU share 50.0% -> 49.0%"),
@@ -213,7 +213,7 @@ def test_a_profile_is_one_text_and_keeps_what_was_not_compiled_again(tmp_path):
     assert list(profile.merged(first, "h100", {"jax": "2"}, {"a": row()})["rows"]) == ["a"]
     assert profile.load(tmp_path / "none.json") is None
     file.write_text("[]")
-    with pytest.raises(ValueError, match="no profile"):
+    with pytest.raises(ValueError, match="not a profile"):
         profile.load(file)
 
 
@@ -238,9 +238,9 @@ def test_rows_that_differ_in_values_only_are_one_program():
 def test_peers_say_what_they_lack():
     gated = workloads.get("attention", "aot d128 window, gate")
     with pytest.raises(NotImplementedError, match="no gate and no window"):
-        baselines.PEERS["jax_mgpu"].build["attention"](gated)
+        baselines.BASELINES["jax_mgpu"].build["attention"](gated)
     with pytest.raises(NotImplementedError, match="N is 1000"):
-        baselines.PEERS["megablox"].build["grouped_matmul"](workloads.get("grouped_matmul", "aot odd sizes"))
+        baselines.BASELINES["megablox"].build["grouped_matmul"](workloads.get("grouped_matmul", "aot odd sizes"))
 
 
 def test_target_figures():
@@ -321,7 +321,7 @@ def test_a_worker_that_crashes_or_hangs_costs_one_row(monkeypatch, tmp_path):
         folder = worker._folder
         assert folder.exists()
     assert not folder.exists()
-    with pytest.raises(worker_pool.Ended):
+    with pytest.raises(worker_pool.WorkerClosedError):
         worker.ask(case("three"))
 
 
