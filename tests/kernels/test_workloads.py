@@ -265,8 +265,8 @@ def test_one_array_of_segment_ids_is_for_both():
 
 def test_some_segments_have_keys_and_no_query():
     q_ids, kv_ids = workloads.Attention(T=30, S=30, segments="unmatched", **ANYWHERE).integer_inputs()["segment_ids"]
-    nobody = ~np.isin(kv_ids, q_ids)
-    assert nobody[:, 10:15].all() and not nobody[:, 15:].any()
+    unmatched = ~np.isin(kv_ids, q_ids)
+    assert unmatched[:, 10:15].all() and not unmatched[:, 15:].any()
 
 
 def test_an_unknown_skew_is_refused():
