@@ -68,15 +68,15 @@ def changes(old: Document, new: Document) -> list[Change]:
         return row["spec"], row["direction"], row["dtype"], row["implementation"]
 
     old_rows = {key(row): row for row in old["rows"]}
-    found = []
+    compared = []
     for row in new["rows"]:
         old_row = old_rows.get(key(row))
         if old_row is None or old_row["sizes"] != row["sizes"]:
             continue
         ratio = old_row["roofline"] / row["roofline"] if wall else row["seconds"] / old_row["seconds"]
         allowed = TOLERANCE + (old_row["spread"] + row["spread"]) / 2
-        found.append(Change(f"{row['spec']}, {row['direction']}", row["implementation"], ratio, allowed))
-    return found
+        compared.append(Change(f"{row['spec']}, {row['direction']}", row["implementation"], ratio, allowed))
+    return compared
 
 
 def latest(folder: Path) -> dict[str, Path]:

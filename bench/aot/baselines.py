@@ -180,8 +180,11 @@ def _splash(workload: workloads.Attention, block: int = 1024, fused: bool = Fals
             o = jax.vmap(jax.vmap(run))(q, k, v)
         else:
             pair = ids if isinstance(ids, tuple) else (ids, ids)
-            with_ids = lambda q, k, v, a, b: run(q, k, v, kernel.SegmentIds(a, b))
-            o = jax.vmap(jax.vmap(with_ids, (0, 0, 0, None, None)))(q, k, v, *pair)
+
+            def run_with_ids(q: Any, k: Any, v: Any, q_ids: Any, kv_ids: Any) -> Any:
+                return run(q, k, v, kernel.SegmentIds(q_ids, kv_ids))
+
+            o = jax.vmap(jax.vmap(run_with_ids, (0, 0, 0, None, None)))(q, k, v, *pair)
         return o.transpose(0, 3, 1, 2, 4).reshape(workload.out_shape())
 
     return call

@@ -48,7 +48,10 @@ def merged(before: Profile | None, target: str, versions: dict[str, str], rows: 
 
 def dump(profile: Profile) -> str:
     """Format a profile as the text of its file."""
-    compact = lambda value: json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+    def compact(value: Any) -> str:
+        return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
     rows = [f"  {compact(key)}: {compact(row)}" for key, row in sorted(profile["rows"].items())]
     return (
         f'{{\n "target": {compact(profile["target"])},\n "versions": {compact(profile["versions"])},\n'
@@ -68,10 +71,10 @@ def save(file: Path, profile: Profile) -> None:
 
 def regressions(committed: dict[str, Row], new: dict[str, Row]) -> list[str]:
     """Return a line for each way in which a row that both profiles have got worse."""
-    found = []
+    lines = []
     for key in sorted(new.keys() & committed.keys()):
-        found += [f"{key}: {line}" for line in _row_regressions(committed[key], new[key])]
-    return found
+        lines += [f"{key}: {line}" for line in _row_regressions(committed[key], new[key])]
+    return lines
 
 
 def _row_regressions(old: Row, new: Row) -> list[str]:
@@ -79,43 +82,43 @@ def _row_regressions(old: Row, new: Row) -> list[str]:
         return []
     if new["status"] != "compiled":
         return [f"compiled before, now {new['status']}: {new.get('reason', '')}"]
-    found = []
+    lines = []
     if new["temp_bytes"] > old["temp_bytes"] * TEMP_GROWTH:
-        found.append(f"temp bytes {old['temp_bytes']:,} -> {new['temp_bytes']:,}")
-    found += _spill_regressions("", old["totals"], new["totals"])
+        lines.append(f"temp bytes {old['temp_bytes']:,} -> {new['temp_bytes']:,}")
+    lines += _spill_regressions("", old["totals"], new["totals"])
     before, after = (row.get("bundles_per_pair", {}) for row in (old, new))
     for direction in sorted(before.keys() & after.keys()):
         if after[direction] > before[direction] * BUNDLE_GROWTH:
-            found.append(f"{direction}: bundles per pair {before[direction]:g} -> {after[direction]:g}")
+            lines.append(f"{direction}: bundles per pair {before[direction]:g} -> {after[direction]:g}")
     old_kernels = _number_kernels(old["kernels"])
     for name, kernel in _number_kernels(new["kernels"]).items():
         if name in old_kernels:
-            found += _kernel_regressions(name, old_kernels[name], kernel)
-    return found
+            lines += _kernel_regressions(name, old_kernels[name], kernel)
+    return lines
 
 
 def _kernel_regressions(name: str, old: Row, new: Row) -> list[str]:
-    found = _spill_regressions(f"{name}: ", old, new)
+    lines = _spill_regressions(f"{name}: ", old, new)
     if (old.get("blocks") or 0) > (new.get("blocks") or 0):
         before, after = (f"{k['blocks']} blocks per SM ({k['registers']} registers)" for k in (old, new))
-        found.append(f"{name}: {before} -> {after}")
+        lines.append(f"{name}: {before} -> {after}")
     before, after = (kernel.get("steady", {}).get("instructions", 0) for kernel in (old, new))
     if before and after > before * STEADY_GROWTH:
-        found.append(f"{name}: {before} -> {after} instructions per tile")
+        lines.append(f"{name}: {before} -> {after} instructions per tile")
     before, after = (kernel.get("moved", {}) for kernel in (old, new))
     for skew in sorted(before.keys() & after.keys()):
         if after[skew] > before[skew] * BYTES_MOVED_GROWTH:
-            found.append(f"{name}: {before[skew]:,} -> {after[skew]:,} bytes moved, {skew}")
+            lines.append(f"{name}: {before[skew]:,} -> {after[skew]:,} bytes moved, {skew}")
     for unit in ("wgmma", "tcgen05"):
         if old.get(unit) and not new.get(unit):
-            found.append(f"{name}: {unit} is gone")
+            lines.append(f"{name}: {unit} is gone")
     # If the executed bundles are known, neither a longer program nor a lower share of fewer slots is worse.
     if not ("bundles_per_pair" in old and "bundles_per_pair" in new):
         if new.get("bundles", 0) > old.get("bundles", math.inf) * BUNDLE_GROWTH:
-            found.append(f"{name}: bundles {old['bundles']} -> {new['bundles']}")
+            lines.append(f"{name}: bundles {old['bundles']} -> {new['bundles']}")
         if old.get("mxu_share", 0) - new.get("mxu_share", 0) > MXU_LOSS:
-            found.append(f"{name}: MXU share {old['mxu_share']:.1%} -> {new['mxu_share']:.1%}")
-    return found
+            lines.append(f"{name}: MXU share {old['mxu_share']:.1%} -> {new['mxu_share']:.1%}")
+    return lines
 
 
 def _spill_regressions(prefix: str, old: Row, new: Row) -> list[str]:

@@ -163,12 +163,12 @@ def last_line(log: str) -> str:
 
 
 def outcomes(log: str) -> dict[str, int]:
-    """Count what `pytest -v` has reported so far: "of" tests (0 where it did not finish collecting), by outcome."""
+    """Count the outcomes that `pytest -v` has reported so far; "of" is the number of tests, or 0 while it collects."""
     selected = re.search(r"/ (\d+) selected|collected (\d+) items?$|workers? \[(\d+) items?\]", log, re.M)
-    there = next((int(n) for n in selected.groups() if n), 0) if selected else 0
-    outcome = r"(PASSED|FAILED|SKIPPED|ERROR)"  # before the test's name where several processes share them
-    found = re.findall(rf"(?m)^(?:\[gw\d+\] \[.*?\] {outcome} |\S+::.* {outcome}\b)", log)
-    return {"of": there} | Counter((one or other).lower() for one, other in found)
+    num_tests = next((int(n) for n in selected.groups() if n), 0) if selected else 0
+    outcome = r"(PASSED|FAILED|SKIPPED|ERROR)"  # pytest-xdist prints it before the test's name
+    reported = re.findall(rf"(?m)^(?:\[gw\d+\] \[.*?\] {outcome} |\S+::.* {outcome}\b)", log)
+    return {"of": num_tests} | Counter((before or after).lower() for before, after in reported)
 
 
 def describe(result: Result) -> str:

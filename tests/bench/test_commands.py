@@ -85,6 +85,9 @@ def test_rows_measured_before_stay_in_the_file_of_the_day(tmp_path):
     write = lambda head, *rows: results.write({"attention": head | {"rows": [*rows], "refused": []}}, tmp_path)
     write(head, row("a", 1), row("b", 1))
     (path,) = write(head, row("b", 2))
-    assert [(each["spec"], each["seconds"]) for each in json.loads(path.read_text())["rows"]] == [("a", 1), ("b", 2)]
+    assert [(measured["spec"], measured["seconds"]) for measured in json.loads(path.read_text())["rows"]] == [
+        ("a", 1),
+        ("b", 2),
+    ]
     write(head | {"versions": {"jax": "2"}}, row("c", 3))
-    assert [each["spec"] for each in json.loads(path.read_text())["rows"]] == ["c"]
+    assert [measured["spec"] for measured in json.loads(path.read_text())["rows"]] == ["c"]

@@ -245,13 +245,13 @@ def test_the_archive_is_rewritten_after_every_part(tmp_path):
 
 def test_parts_of_one_group_run_beside_each_other_and_are_reported_in_order(tmp_path):
     # Each waits for the other.
-    code = "import pathlib, time\npathlib.Path('{mine}').touch()\n"
+    code = "import pathlib, time\npathlib.Path('{own}').touch()\n"
     code += "while not pathlib.Path('{other}').exists(): time.sleep(.01)"
     (tmp_path / "out").mkdir()
-    one, two = tmp_path / "one", tmp_path / "two"
+    first, second = tmp_path / "one", tmp_path / "two"
     chosen = [
-        sleeper("first", code.format(mine=one, other=two), group="pair"),
-        sleeper("second", code.format(mine=two, other=one), group="pair"),
+        sleeper("first", code.format(own=first, other=second), group="pair"),
+        sleeper("second", code.format(own=second, other=first), group="pair"),
     ]
     done = runner.perform(chosen, tmp_path / "out", time.monotonic() + 60, tmp_path / "a.tar.gz")
     assert [part["part"] for part in done] == ["first", "second"]
@@ -361,7 +361,7 @@ def test_many_failing_lines_are_cut_and_counted():
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (("--minutes", "0"), "--minutes is 0.0; allowed: more than 0.1"),
         (("--only", "nope"), "--only 'nope' names no part; allowed: environment"),
@@ -370,7 +370,7 @@ def test_many_failing_lines_are_cut_and_counted():
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_wrong_input_is_one_line(flags, said, tmp_path):
+def test_wrong_input_is_one_line(flags, message, tmp_path):
     done = run(*(("--out", str(tmp_path)) if "--out" not in flags else ()), "--tiny", *flags)
-    assert done.returncode == 2 and said in done.stderr
+    assert done.returncode == 2 and message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not done.stdout

@@ -149,8 +149,8 @@ def test_on_wall_clock_the_roofline_fraction_is_compared(document):
 def test_on_a_device_clock_times_are_compared(document):
     old, new = (copy.deepcopy(document) | {"timer": "kernel time"} for _ in range(2))
     new["rows"][0]["seconds"] *= 1.2
-    found = verdicts(old, new)
-    assert found.pop(("S=256, forward", "reference")) == "slower" and set(found.values()) == {"same"}
+    by_entry = verdicts(old, new)
+    assert by_entry.pop(("S=256, forward", "reference")) == "slower" and set(by_entry.values()) == {"same"}
 
 
 def test_a_change_inside_the_spread_is_none(document):
@@ -191,10 +191,10 @@ def test_every_ablation_changes_the_config_and_is_a_config():
 def test_experts_and_a_dense_layer_of_as_many_active_parameters(preset):
     base = ablations.base_config(preset)
     (change,) = (change for name, change in ablations.make_variants(base).items() if "as many active" in name)
-    with_experts, other = base.model, base.replace(**change).model
-    assert bool(with_experts.n_experts) != bool(other.n_experts)
-    router = with_experts.n_layers * with_experts.dim * (with_experts.n_experts - other.n_experts)
-    assert flops.active_parameters(with_experts) - flops.active_parameters(other) == router
+    base_model, changed_model = base.model, base.replace(**change).model
+    assert bool(base_model.n_experts) != bool(changed_model.n_experts)
+    router = base_model.n_layers * base_model.dim * (base_model.n_experts - changed_model.n_experts)
+    assert flops.active_parameters(base_model) - flops.active_parameters(changed_model) == router
 
 
 def test_ablations_measure_what_they_change():

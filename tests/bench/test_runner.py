@@ -64,7 +64,7 @@ def test_implementations_take_turns(monkeypatch, small_ceilings):
     turns = runner.MIN_TURNS + 2  # they are quick
     rounds = [timer.order[i : i + 3] for i in range(0, len(timer.order), 3)]
     assert len(rounds) == turns and len(set(map(id, rounds[0]))) == 3
-    assert all(each == rounds[0] for each in rounds)
+    assert all(order == rounds[0] for order in rounds)
     assert all(len(result.seconds) == turns for result in outcome.results.values())
 
 
@@ -97,12 +97,12 @@ def test_the_part_that_is_judged_is_the_whole_with_a_cleared_cotangent(op, monke
     masked = dout * sample.mask
     assert 0 < np.count_nonzero(sample.mask) < sample.mask.size
     program = runner.build_program(runner.implementation_function(workload, "reference"), backward=True)
-    whole, _ = jax.jit(program)(inputs, state, workload.integer_inputs(), masked)
+    full, _ = jax.jit(program)(inputs, state, workload.integer_inputs(), masked)
     expected = accuracy.float32_reference(sample, program, state, masked)
-    assert expected["o"].size < whole["o"].size
-    assert sample.error(whole, expected) < 1e-6
-    whole["o"] = whole["o"].at[(0,) * whole["o"].ndim].set(jnp.nan) if op == "attention" else whole["o"] * jnp.nan
-    assert np.isnan(sample.error(whole, expected))
+    assert expected["o"].size < full["o"].size
+    assert sample.error(full, expected) < 1e-6
+    full["o"] = full["o"].at[(0,) * full["o"].ndim].set(jnp.nan) if op == "attention" else full["o"] * jnp.nan
+    assert np.isnan(sample.error(full, expected))
 
 
 @pytest.mark.parametrize("op", ["grouped_matmul", "moe_mlp"])

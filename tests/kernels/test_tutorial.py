@@ -62,7 +62,7 @@ def exact(case: workloads.Attention, dtype: str, wide: bool) -> dict[str, np.nda
         return {"o": np.asarray(jax.jit(lambda x: reference.attention(**x, **case.options()))(inputs))}
 
 
-def judge(step: str, case: workloads.Attention, dtype: str, tiles: bool = True) -> jax.Array:
+def assert_within_tolerance(step: str, case: workloads.Attention, dtype: str, tiles: bool = True) -> jax.Array:
     inputs = {name: jnp.asarray(x, dtype) for name, x in cases.draw(case)[0].items()}
     result = forward(step, case, tiles)(inputs)
     assert result["o"].dtype == dtype and result["o"].shape == case.out_shape()
@@ -74,7 +74,7 @@ def judge(step: str, case: workloads.Attention, dtype: str, tiles: bool = True) 
 @pytest.mark.parametrize("name", RULE_CASES)
 def test_every_step_keeps_the_rule(step, name):
     case = CASES[name]
-    o = judge(step, case, "float32")
+    o = assert_within_tolerance(step, case, "float32")
     if case.T > case.S:
         assert not np.any(o[:, : case.T - case.S]), "a query that sees no key"
 
@@ -82,19 +82,19 @@ def test_every_step_keeps_the_rule(step, name):
 @pytest.mark.parametrize("step", tutorial.STEPS)
 @pytest.mark.parametrize("name", FEW)
 def test_every_step_keeps_the_rule_in_bfloat16(step, name):
-    judge(step, CASES[name], "bfloat16")
+    assert_within_tolerance(step, CASES[name], "bfloat16")
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("one per head", "float32"), ("elementwise", "bfloat16")])
 def test_the_gate_keeps_the_rule(name, dtype):
-    judge("packed_gqa_gate", GATED[name], dtype)
+    assert_within_tolerance("packed_gqa_gate", GATED[name], dtype)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("step", tutorial.STEPS)
 def test_the_default_tiles_keep_the_rule(step, dtype):
-    judge(step, row(600, 700, H=4, K=2, D=32, window=256), dtype, tiles=False)
+    assert_within_tolerance(step, row(600, 700, H=4, K=2, D=32, window=256), dtype, tiles=False)
 
 
 @pytest.mark.parametrize("step", tutorial.STEPS)

@@ -52,7 +52,7 @@ def _int_or_zero(match: re.Match[str] | None) -> int:
 
 def entry_threads(ptx: str) -> dict[str, int | None]:
     """Read the threads per block of each entry function from its directive; None without one."""
-    found: dict[str, int | None] = {}
+    threads_by_entry: dict[str, int | None] = {}
     entries = list(_ENTRY.finditer(ptx))
     for entry, following in zip(entries, [*entries[1:], None]):
         head = ptx[entry.end() : following.start() if following else None].split("{", 1)[0]
@@ -60,8 +60,8 @@ def entry_threads(ptx: str) -> dict[str, int | None]:
         threads = 1
         for size in directive[1].split(",") if directive else ():
             threads *= int(size)
-        found[entry[1]] = threads if directive else None
-    return found
+        threads_by_entry[entry[1]] = threads if directive else None
+    return threads_by_entry
 
 
 def split_modules(text: str) -> list[str]:

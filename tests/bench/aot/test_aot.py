@@ -72,15 +72,15 @@ def module(name: str, barriers: int, threads: str = ".maxntid 384, 1, 1") -> str
 
 
 def test_ptxas_output():
-    found = ptx.ptxas_usage(PTXAS)
-    assert found == {"dkv_mosaic_gpu_kernel": ptx.Usage(168, 176, 1), "fusion_3": ptx.Usage(40, 0, 8192)}
+    usage = ptx.ptxas_usage(PTXAS)
+    assert usage == {"dkv_mosaic_gpu_kernel": ptx.Usage(168, 176, 1), "fusion_3": ptx.Usage(40, 0, 8192)}
     assert ptx.ptxas_usage("ptxas fatal : unresolved") == {}
 
 
 def test_sass_is_counted_by_kind_and_function():
-    found = ptx.sass_counts(SASS)
-    assert found["fwd_kernel"] == {"wgmma": 2, "tcgen05": 0, "mma": 0, "local": 2}
-    assert found["gemm"] == {"wgmma": 0, "tcgen05": 1, "mma": 2, "local": 0}
+    counts = ptx.sass_counts(SASS)
+    assert counts["fwd_kernel"] == {"wgmma": 2, "tcgen05": 0, "mma": 0, "local": 2}
+    assert counts["gemm"] == {"wgmma": 0, "tcgen05": 1, "mma": 2, "local": 0}
 
 
 def test_resources_find_their_kernel_although_the_orders_differ():
@@ -168,10 +168,10 @@ def executed(per_pair, **change):
     ],
 )
 def test_each_way_to_get_worse_is_found(old, new, says):
-    found = profile.regressions({"a": old}, {"a": new})
-    assert found
-    assert any(says in line for line in found), found
-    assert all(line.startswith("a: ") for line in found)
+    lines = profile.regressions({"a": old}, {"a": new})
+    assert lines
+    assert any(says in line for line in lines), lines
+    assert all(line.startswith("a: ") for line in lines)
     assert not profile.regressions({"a": new}, {"a": old}), "and the way back is none"
 
 
@@ -339,12 +339,12 @@ def test_committed_profiles_hold_no_path_and_no_time():
     files = sorted((ROOT / "profiles/aot").glob("*.json"))
     for file in files:
         text = file.read_text()
-        held = json.loads(text)
-        assert held["target"] == file.stem
-        assert profile.dump(held) == text
+        document = json.loads(text)
+        assert document["target"] == file.stem
+        assert profile.dump(document) == text
         assert "/tmp" not in text
         assert "site-packages" not in text
-        assert not any("seconds" in found for found in held["rows"].values())
+        assert not any("seconds" in row for row in document["rows"].values())
 
 
 @pytest.mark.slow
@@ -358,7 +358,7 @@ def test_a_row_compiles_for_a_machine_that_is_not_there(tmp_path, target):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / f"{target}.json").read_text())["rows"]
-    assert {found["status"] for found in rows.values()} == {"compiled"}
-    assert all(found["totals"]["kernels"] > 0 for found in rows.values())
+    assert {row["status"] for row in rows.values()} == {"compiled"}
+    assert all(row["totals"]["kernels"] > 0 for row in rows.values())
     again = subprocess.run([*command, "--check"], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert again.returncode == 0, again.stderr

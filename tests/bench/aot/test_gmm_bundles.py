@@ -20,7 +20,7 @@ V6E = hardware.get("v6e")
 def schedule(monkeypatch):
     """100 bundles: a grid's loop of 90, in it a body of 80 with a part of 10, and one of 50 whose loop of 40 has a loop
     of 20 in it; behind the body 5 that copy blocks out."""
-    parts = [
+    regions = [
         Region(5, 95, True),
         Region(8, 88, False),
         Region(10, 20, False),
@@ -29,14 +29,14 @@ def schedule(monkeypatch):
         Region(40, 60, True),
         Region(89, 94, False),
     ]
-    monkeypatch.setattr(vliw_schedule, "regions", lambda text: (100, parts))
+    monkeypatch.setattr(vliw_schedule, "regions", lambda text: (100, regions))
     monkeypatch.setattr(gmm_bundles, "LARGE", 10)
 
 
 def test_each_part_counts_as_often_as_it_is_taken(schedule):
-    work = gmm_bundles.KernelSteps(7, [gmm_bundles.Branch(3), gmm_bundles.Branch(4, trips=(16, 32))])
+    steps = gmm_bundles.KernelSteps(7, [gmm_bundles.Branch(3), gmm_bundles.Branch(4, trips=(16, 32))])
     # Behind the grid's loop, before it; what is in every step; the first part; the second without its loops; the loops.
-    assert gmm_bundles.count_bundles("", work) == 10 + 7 * (90 - 60) + 3 * 10 + 4 * 10 + 16 * 20 + 32 * 20
+    assert gmm_bundles.count_bundles("", steps) == 10 + 7 * (90 - 60) + 3 * 10 + 4 * 10 + 16 * 20 + 32 * 20
 
 
 def test_a_schedule_of_another_form_is_not_counted(schedule):
@@ -50,18 +50,18 @@ def test_a_schedule_of_another_form_is_not_counted(schedule):
 
 
 def test_branches_in_a_part_count_for_themselves(monkeypatch):
-    parts = [
+    regions = [
         Region(5, 95, True),
         Region(8, 88, False),
         Region(10, 60, False),
         Region(20, 30, False),
         Region(35, 55, False),
     ]
-    monkeypatch.setattr(vliw_schedule, "regions", lambda text: (100, [*parts, Region(40, 50, True)]))
+    monkeypatch.setattr(vliw_schedule, "regions", lambda text: (100, [*regions, Region(40, 50, True)]))
     monkeypatch.setattr(gmm_bundles, "LARGE", 10)
     inner = gmm_bundles.Branch(3), gmm_bundles.Branch(2, (8,))
-    work = gmm_bundles.KernelSteps(7, [gmm_bundles.Branch(4, inner=inner)])
-    assert gmm_bundles.count_bundles("", work) == 10 + 7 * (90 - 50) + 4 * (50 - 30) + 3 * 10 + 2 * 10 + 8 * 10
+    steps = gmm_bundles.KernelSteps(7, [gmm_bundles.Branch(4, inner=inner)])
+    assert gmm_bundles.count_bundles("", steps) == 10 + 7 * (90 - 50) + 4 * (50 - 30) + 3 * 10 + 2 * 10 + 8 * 10
 
 
 @pytest.mark.parametrize("skew", ["uniform", "zipf", "one", "empty"])
@@ -82,33 +82,37 @@ def test_what_is_taken_is_what_the_kernel_visits(name, skew):
         itemsize=2,
         has_epilogue=False,
     )
-    plan = numpy_interpreter.run(lambda sizes: make_group_metadata(sizes, workload.N, tile.block_m), sizes)
-    count = int(plan.count)
+    metadata = numpy_interpreter.run(lambda sizes: make_group_metadata(sizes, workload.N, tile.block_m), sizes)
+    count = int(metadata.count)
     (work,) = gmm_bundles.gmm_candidates(workload, "pallas", "grouped_matmul.1", V6E, sizes)
     across, strips = workload.F // tile.block_n, tile.block_n // tile.block_n_sub
     assert work.steps == across * count
     owner = np.repeat(np.arange(workload.E), sizes)
-    chunks, whole, spoils = [], 0, 0
-    for group, row, low in zip(plan.group[:count], plan.row[:count], plan.row_start[:count], strict=True):
-        mine = [
-            (owner[at : at + tile.block_m_sub] == group).any()
-            for at in range(row, row + tile.block_m, tile.block_m_sub)
+    chunk_counts, num_full, overwrites = [], 0, 0
+    for group, row, row_start in zip(
+        metadata.group[:count], metadata.row[:count], metadata.row_start[:count], strict=True
+    ):
+        has_rows = [
+            (owner[start : start + tile.block_m_sub] == group).any()
+            for start in range(row, row + tile.block_m, tile.block_m_sub)
         ]
-        if mine[-1] and low <= row and len(mine) > 1:
-            whole += 1
+        if has_rows[-1] and row_start <= row and len(has_rows) > 1:
+            num_full += 1
         else:
-            chunks.append(sum(mine))
-            spoils += low > row
+            chunk_counts.append(sum(has_rows))
+            overwrites += row_start > row
     parts = work.branches
     if tile.block_m_sub < tile.block_m:
-        all_, rest = parts
-        assert (all_.taken, rest.taken) == (across * whole, across * (count - whole))
-        parts = rest.inner
-    saved, *some, restored = parts
-    assert saved == restored and saved.taken == across * spoils
-    assert len(some) == tile.max_chunks
-    assert sum(part.trips[0] * size for part, size in zip(some, range(tile.max_chunks, 0, -1))) == across * sum(chunks)
-    assert all(part.trips[1:] == ((part.trips[0] * strips,) if strips > 1 else ()) for part in some)
+        full, partial = parts
+        assert (full.taken, partial.taken) == (across * num_full, across * (count - num_full))
+        parts = partial.inner
+    saved, *branches_by_size, restored = parts
+    assert saved == restored and saved.taken == across * overwrites
+    assert len(branches_by_size) == tile.max_chunks
+    assert sum(
+        part.trips[0] * size for part, size in zip(branches_by_size, range(tile.max_chunks, 0, -1))
+    ) == across * sum(chunk_counts)
+    assert all(part.trips[1:] == ((part.trips[0] * strips,) if strips > 1 else ()) for part in branches_by_size)
 
 
 def test_a_peer_runs_a_tile_for_every_group_in_it():

@@ -118,11 +118,11 @@ def test_grouped_products_counted_by_hand(sizes, tiles, visits):
     E, N, busy = len(sizes), 128 * tiles, np.count_nonzero(sizes)
     ours = lambda x, w, sizes: kernels.grouped_matmul(x, w, sizes, implementation="pallas")
     with target_device(V6E.platform, V6E.kind):
-        found = counted(ours, (N, M), (E, M, F), np.int32(sizes), dtype=jnp.bfloat16)
-    assert found == [2 * (N * M + busy * M * F + N * F)]
+        counts = counted(ours, (N, M), (E, M, F), np.int32(sizes), dtype=jnp.bfloat16)
+    assert counts == [2 * (N * M + busy * M * F + N * F)]
     two_steps = lambda x, w, sizes: ops.gmm(x, w, sizes, jnp.bfloat16, (128, 128, 128))
-    found = counted(two_steps, (N, M), (E, M, F), np.int32(sizes), dtype=jnp.bfloat16)
-    assert found == [2 * (visits * 128 * M + visits * M * F + N * F)]
+    counts = counted(two_steps, (N, M), (E, M, F), np.int32(sizes), dtype=jnp.bfloat16)
+    assert counts == [2 * (visits * 128 * M + visits * M * F + N * F)]
 
 
 def simulated(monkeypatch, f, *args) -> int:
@@ -181,8 +181,8 @@ def test_a_simulated_pipeline_moves_as_many(monkeypatch, workload):
         run = step
         arrays += [np.zeros(shape, dtype) for shape, dtype in workload.cache("float32").values()]
     with target_device(V6E.platform, V6E.kind):
-        found = counted(run, *(x.shape for x in arrays), values)
-        assert found and sum(found) == simulated(monkeypatch, run, *arrays, values)
+        counts = counted(run, *(x.shape for x in arrays), values)
+        assert counts and sum(counts) == simulated(monkeypatch, run, *arrays, values)
 
 
 def test_the_least_is_each_array_once():

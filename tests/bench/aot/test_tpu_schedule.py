@@ -53,9 +53,9 @@ FINAL = """\
 
 
 def test_utilisation_table():
-    found = vliw_schedule.utilisation(UTILISATION)
-    assert found == vliw_schedule.Schedule(bundles=4, mxu=3, mxu_slots=8, spills=1, fills=3)
-    assert found.mxu_share == 3 / 8
+    schedule = vliw_schedule.utilisation(UTILISATION)
+    assert schedule == vliw_schedule.Schedule(bundles=4, mxu=3, mxu_slots=8, spills=1, fills=3)
+    assert schedule.mxu_share == 3 / 8
     older = UTILISATION.replace("MATPUSH, MATMUL", "MXU, OTHER")
     assert vliw_schedule.utilisation(older).mxu == 3  # the first column now
     with pytest.raises(ValueError, match="unknown format"):
@@ -99,15 +99,17 @@ def test_parts_of_a_kernel_and_what_its_steps_execute():
     )
     assert vliw_schedule.branch_sizes(FINAL) == [2, 5]
     assert (vliw_schedule.first_table_length(FINAL), vliw_schedule.first_table_length("")) == (36, None)
-    work = attention_bundles.KernelSteps(steps=10, taken=(2, 4), interior=(), masked=(1,), tile=(8, 8), trips=3)
+    steps = attention_bundles.KernelSteps(steps=10, taken=(2, 4), interior=(), masked=(1,), tile=(8, 8), trips=3)
     # 3 outside of the grid's loop; 18 in it, 7 of them in the two parts, 3 of these in a loop that runs three times.
     always, second = 18 - 7, 5 + 2 * 3
-    assert attention_bundles.count_bundles(FINAL, work) == {
+    assert attention_bundles.count_bundles(FINAL, steps) == {
         "executed": 3 + 10 * always + 2 * 2 + 4 * second,
         "tile_bundles": [always, always + second],
     }
-    other = attention_bundles.KernelSteps(steps=10, taken=(2, 4, 1), interior=(), masked=(1,), tile=(8, 8), trips=3)
-    bound = attention_bundles.count_bundles(FINAL, other)
+    other_form = attention_bundles.KernelSteps(
+        steps=10, taken=(2, 4, 1), interior=(), masked=(1,), tile=(8, 8), trips=3
+    )
+    bound = attention_bundles.count_bundles(FINAL, other_form)
     assert bound == {"executed": 3 + 10 * (18 + 6), "tile_bundles": [24, 24], "upper_bound": True}
 
 
@@ -117,44 +119,44 @@ def test_steps_of_splash_are_those_of_its_mask(name, block):
     masks = pytest.importorskip("jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask")
     workload = workloads.get("attention", f"aot tpu d128 4k {name}")
     shape = (workload.T, workload.S)
-    one = masks.LocalMask(shape, (workload.window - 1, 0), 0) if workload.window else masks.CausalMask(shape, 0)
-    mask, shards = masks.MultiHeadMask([one] * 4), {"head_shards": 1, "q_seq_shards": 1}
+    head_mask = masks.LocalMask(shape, (workload.window - 1, 0), 0) if workload.window else masks.CausalMask(shape, 0)
+    mask, shards = masks.MultiHeadMask([head_mask] * 4), {"head_shards": 1, "q_seq_shards": 1}
     for kernel, process in (("splash_mqa_dq", info.process_mask), ("splash_mqa_dkv", info.process_mask_dkv)):
-        found, _ = process(mask, (block, block), **shards)
-        work = attention_bundles.splash(workload, kernel, "splash" if block == 1024 else "splash_512")
-        assert work.steps == 8 * found.data_next.size
-        assert work.taken[1] == 8 * np.count_nonzero(found.block_mask)
-        assert work.taken[0] == work.taken[2] == (2 if "dkv" in kernel else 8) * (workload.S // block)
+        mask_info, _ = process(mask, (block, block), **shards)
+        steps = attention_bundles.splash(workload, kernel, "splash" if block == 1024 else "splash_512")
+        assert steps.steps == 8 * mask_info.data_next.size
+        assert steps.taken[1] == 8 * np.count_nonzero(mask_info.block_mask)
+        assert steps.taken[0] == steps.taken[2] == (2 if "dkv" in kernel else 8) * (workload.S // block)
 
 
 def test_the_grid_of_a_fused_backward_pass_has_every_block():
     workload = workloads.get("attention", "aot tpu d128 4k window 1024")
-    work = attention_bundles.splash(workload, "splash_mqa_dkv", "splash_fused")
-    assert (work.steps, work.taken, work.tile) == (8 * 8 * 8, (2 * 8, 8 * (8 + 7 + 6), 2 * 8), (512, 512))
+    steps = attention_bundles.splash(workload, "splash_mqa_dkv", "splash_fused")
+    assert (steps.steps, steps.taken, steps.tile) == (8 * 8 * 8, (2 * 8, 8 * (8 + 7 + 6), 2 * 8), (512, 512))
     causal = workloads.get("attention", "aot tpu d128 4k causal")
     assert attention_bundles.splash(causal, "splash_mqa_dkv", "splash_fused").tile == (1024, 1024)
 
 
 def test_steps_of_tokamax_and_of_ours_are_those_of_the_visible_tiles():
     workload = workloads.get("attention", "aot tpu d128 4k causal")
-    run, all_ = 8 * 32 * 33 // 2, 8 * 32 * 32
-    assert attention_bundles.tokamax(workload, "splash_mha_fwd").taken == (8 * 32, run - 8 * 32, 8 * 32, 8 * 32)
-    assert attention_bundles.tokamax(workload, "splash_mha_fwd").steps == run
+    visible, all_blocks = 8 * 32 * 33 // 2, 8 * 32 * 32
+    assert attention_bundles.tokamax(workload, "splash_mha_fwd").taken == (8 * 32, visible - 8 * 32, 8 * 32, 8 * 32)
+    assert attention_bundles.tokamax(workload, "splash_mha_fwd").steps == visible
     dkv = attention_bundles.tokamax(workload, "splash_mha_dkv")
-    assert (dkv.steps, dkv.taken) == (all_, (2 * 32, run - 8 * 32, 8 * 32, 2 * 32))
+    assert (dkv.steps, dkv.taken) == (all_blocks, (2 * 32, visible - 8 * 32, 8 * 32, 2 * 32))
 
     config, heads = attention_bundles.pallas_config(workload, V6E)
     n = workload.T // config.block_sizes.block_q
     assert heads == 2 and config.block_sizes.block_q == config.block_sizes.block_kv
-    work = attention_bundles.pallas_forward(config.block_schedule(), config, heads)
+    kernel = attention_bundles.pallas_forward(config.block_schedule(), config, heads)
     steps = 2 * n * (n + 1) // 2
-    assert (work.steps, work.taken) == (steps, (2 * n, steps, 2 * n, steps, steps, 2 * n))
+    assert (kernel.steps, kernel.taken) == (steps, (2 * n, steps, 2 * n, steps, steps, 2 * n))
     assert (
-        work.trips * config.block_sizes.block_q_compute * config.block_sizes.block_kv_compute
-        == work.tile[0] * work.tile[1]
+        kernel.trips * config.block_sizes.block_q_compute * config.block_sizes.block_kv_compute
+        == kernel.tile[0] * kernel.tile[1]
     )
-    work = attention_bundles.pallas_backward(config.block_schedule(), config, heads)
-    assert work.taken == (2, 2 * n, steps, 2 * n, steps, steps, steps, steps, 2 * n, 2)
+    kernel = attention_bundles.pallas_backward(config.block_schedule(), config, heads)
+    assert kernel.taken == (2, 2 * n, steps, 2 * n, steps, steps, steps, steps, 2 * n, 2)
 
 
 def test_the_kernel_of_a_span_is_known_by_its_steps():
@@ -163,11 +165,11 @@ def test_the_kernel_of_a_span_is_known_by_its_steps():
     config, heads = attention_bundles.pallas_config(workload, V6E)
     lengths = [len(config.block_schedule(span)) for span in common.kv_spans(config)]
     assert len(lengths) == len(set(lengths)) > 1
-    found = [
+    kernels = [
         attention_bundles.kernel_steps(workload, case, V6E, "t_backward.1", f"[shape: s32[{n}], index: 0]")
         for n in lengths
     ]
-    assert [work.steps for work in found] == [heads * n for n in lengths]
+    assert [kernel.steps for kernel in kernels] == [heads * n for n in lengths]
     assert attention_bundles.kernel_steps(workload, case, V6E, "t_backward.1", "[shape: s32[1], index: 0]") is None
     assert (
         attention_bundles.kernel_steps(
@@ -185,17 +187,17 @@ def test_a_compiled_row_gets_its_bundles(tmp_path):
     row = {"kernels": [dict(kernel)]}
     attention_bundles.add(row, case, V6E, tmp_path)
     config, _ = attention_bundles.pallas_config(workload, V6E)
-    (found,) = row["kernels"]
+    (counted,) = row["kernels"]
     pairs = 8 * 4096 * 4097 // 2
-    assert found["upper_bound"] and found["steps"] == 2 * len(config.block_schedule())
-    assert row["bundles_per_pair"] == {"forward": round(found["executed"] / pairs, 6)}
-    assert found["mxu_per_1024x1024"] == round(
+    assert counted["upper_bound"] and counted["steps"] == 2 * len(config.block_schedule())
+    assert row["bundles_per_pair"] == {"forward": round(counted["executed"] / pairs, 6)}
+    assert counted["mxu_per_1024x1024"] == round(
         100 * 2**20 / (4 * config.block_sizes.block_q * config.block_sizes.block_kv)
     )
-    for other in (hardware.get("h100"), None):  # a GPU, and a row with segments
+    for target in (hardware.get("h100"), None):  # a GPU, and a row with segments
         row = {"kernels": [dict(kernel)]}
-        odd = Case("attention", "aot odd lengths", "pallas", "bfloat16", "forward")
-        attention_bundles.add(row, case if other else odd, other or V6E, tmp_path)
+        with_segments = Case("attention", "aot odd lengths", "pallas", "bfloat16", "forward")
+        attention_bundles.add(row, case if target else with_segments, target or V6E, tmp_path)
         assert row == {"kernels": [kernel]}
 
 
@@ -213,15 +215,15 @@ def test_a_cell_has_the_better_block_the_spills_or_a_reason():
         kernels = [{"name": "fwd", "spills": spills, "tile": [512, 512]} | kernel]
         return {"status": "compiled", "kernels": kernels, "bundles_per_pair": {"forward": value}}
 
-    held = {
+    rows = {
         "attention / x / splash / bfloat16 / forward": row(0.004, 7, tile=[1024, 1024]),
         "attention / x / splash_512 / bfloat16 / forward": row(0.003, 5),
         "attention / x / pallas / bfloat16 / forward": row(0.002, 0, upper_bound=True),
         "attention / x / tokamax / bfloat16 / forward": {"status": "refused", "reason": "no window"},
     }
-    cells = [tpu_tables.bundles_cell(held, "x", names, "forward") for names in tpu_tables.COLUMNS.values()]
+    cells = [tpu_tables.bundles_cell(rows, "x", names, "forward") for names in tpu_tables.COLUMNS.values()]
     assert cells == ["≤ 2.00 (0)", "3.00 (5, 512)", "refused"]
-    assert tpu_tables.bundles_cell(held, "x", ("pallas",), "backward") == ""
+    assert tpu_tables.bundles_cell(rows, "x", ("pallas",), "backward") == ""
 
 
 @pytest.mark.skipif(not PYTHON.exists(), reason="needs the aot extra: make aot")
@@ -232,9 +234,9 @@ def test_our_attention_compiles_for_a_tpu_without_spills():
     assert row["status"] == "compiled", row["reason"]
     assert [attention_bundles.direction_of(kernel["name"]) for kernel in row["kernels"]] == ["forward", "backward"]
     assert not any(kernel["spills"] or kernel["fills"] or "upper_bound" in kernel for kernel in row["kernels"])
-    held = profile.load(profile.path(ROOT / "profiles/aot", "v6e"))
-    if held["versions"] == worker.versions:
-        before = held["rows"][case.key]["bundles_per_pair"]
+    committed = profile.load(profile.path(ROOT / "profiles/aot", "v6e"))
+    if committed["versions"] == worker.versions:
+        before = committed["rows"][case.key]["bundles_per_pair"]
         assert all(row["bundles_per_pair"][way] <= before[way] * profile.BUNDLE_GROWTH for way in before)
 
 
