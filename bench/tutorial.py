@@ -138,7 +138,7 @@ def time_steps(budget: float) -> dict[str, Row]:
         rows[name] = {key: float(f"{value:.4g}") for key, value in figures.items()}
         rows[name]["error"] = float(f"{result.error:.2g}")
         if name in tutorial.STEPS:
-            rows[name] |= visited(name)
+            rows[name] |= count_visited(name)
     return rows
 
 
@@ -167,7 +167,7 @@ def step_grid(name: str) -> StepGrid:
     return StepGrid(mapping.grid, q_block, kv_block)
 
 
-def visited(name: str) -> Row:
+def count_visited(name: str) -> Row:
     """Count the grid steps, the pairs in the tiles of all of them, and the bytes of k and v fetched in bfloat16."""
     grid, q_block, kv_block = step_grid(name)
     pairs = math.prod(grid) * math.prod(q_block[:-1]) * math.prod(kv_block[:-1])

@@ -150,7 +150,7 @@ def compile_cases(
             if not arguments.check:
                 # After every program, and from the file as it is now: the run may be interrupted, and another one may
                 # write to the same file.
-                profile.save(file, profile.merged(profile.load(file), target.name, worker.versions, written))
+                profile.save(file, profile.merge(profile.load(file), target.name, worker.versions, written))
     console_table.show(target, rows, console)
     if not arguments.check:
         return []

@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if row["status"] == "compiled":
                     add(row, Case(*key.split(" / ")), hardware.get(name))
             # Load it again: another process may have compiled rows meanwhile.
-            profile.save(file, profile.merged(profile.load(file), name, document["versions"], document["rows"]))
+            profile.save(file, profile.merge(profile.load(file), name, document["versions"], document["rows"]))
         readme.write(arguments.out)
     return 0
 

@@ -40,7 +40,7 @@ def load(file: Path) -> Profile | None:
     return profile
 
 
-def merged(before: Profile | None, target: str, versions: dict[str, str], rows: dict[str, Row]) -> Profile:
+def merge(before: Profile | None, target: str, versions: dict[str, str], rows: dict[str, Row]) -> Profile:
     """Replace rows of a profile by new rows with the same key; drop rows of other compiler versions."""
     old = before["rows"] if before and before.get("versions") == versions else {}
     return {"target": target, "versions": versions, "rows": old | rows}

@@ -75,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{part.name}: {' '.join(part.command)}")
         return 0
     runner.clear(out, chosen)
-    done = runner.perform(chosen, out, start + arguments.minutes * 60, archive, lambda line: print(line, flush=True))
-    for line in runner.verdict(done, tiny):
+    done = runner.run_parts(chosen, out, start + arguments.minutes * 60, archive, lambda line: print(line, flush=True))
+    for line in runner.summarize_run(done, tiny):
         print(line)
     print(f"archive: {archive}")
     return 0 if all(part["result"] == "done" for part in done) else 1

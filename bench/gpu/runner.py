@@ -26,7 +26,7 @@ SHOWN = 12  # failing lines that are printed at the end of a part
 WIDTH = 220  # characters of a printed line
 AT_ONCE = min(4, os.cpu_count() or 1)  # parts of one group that run concurrently
 Result = dict[str, Any]
-Say = Callable[[str], None]
+PrintLine = Callable[[str], None]
 
 
 class Part(NamedTuple):
@@ -47,31 +47,33 @@ class Part(NamedTuple):
     env: Mapping[str, str] = MappingProxyType({})
 
 
-def perform(parts: Sequence[Part], out: Path, deadline: float, archive_path: Path, say: Say = print) -> list[Result]:
+def run_parts(
+    parts: Sequence[Part], out: Path, deadline: float, archive_path: Path, print_line: PrintLine = print
+) -> list[Result]:
     """Run the parts, and write summary.json and the archive after each one.
 
     Args:
         out: folder of logs and results.
         deadline: of `time.monotonic`.
         archive_path: the archive; summary.json is written beside it.
-        say: prints a line.
+        print_line: called with each line of progress.
 
     Returns:
         The result of each part, in order.
     """
     total = deadline - time.monotonic()
-    done: dict[str, Result] = {}
+    results: dict[str, Result] = {}
 
     def limit(part: Part) -> float:
         return min(deadline - time.monotonic() - MARGIN, part.share * total)
 
     def finish(part: Part, result: Result) -> None:
-        done[part.name] = result
-        in_order = [done[other.name] for other in parts if other.name in done]
+        results[part.name] = result
+        in_order = [results[other.name] for other in parts if other.name in results]
         write_results(in_order, out, archive_path)
-        say(f"{part.name}: {describe(result)}")
+        print_line(f"{part.name}: {describe(result)}")
         for line in result.get("failing", ()):
-            say(f"  {line}")
+            print_line(f"  {line}")
 
     for _, members in groupby(parts, key=lambda part: part.group or part.name):
         waiting = list(members)
@@ -87,7 +89,7 @@ def perform(parts: Sequence[Part], out: Path, deadline: float, archive_path: Pat
                     future.cancel()
                 _stop_children()
                 raise
-    return [done[part.name] for part in parts]
+    return [results[part.name] for part in parts]
 
 
 def _run_within(part: Part, out: Path, limit: Callable[[Part], float]) -> Result:
@@ -109,7 +111,7 @@ def run_part(part: Part, out: Path, limit: float) -> Result:
     if ended.code != 0:
         result["failing"] = failing_lines(text, pytest="pytest" in part.command)
     if "pytest" in part.command:
-        result["tests"] = outcomes(text)
+        result["tests"] = count_outcomes(text)
     if (lines := out / f"{part.name}.jsonl").exists():
         result["cases"] = len(lines.read_text().splitlines())
     return result
@@ -162,7 +164,7 @@ def last_line(log: str) -> str:
     return lines[-1][:WIDTH] if lines else "no output"
 
 
-def outcomes(log: str) -> dict[str, int]:
+def count_outcomes(log: str) -> dict[str, int]:
     """Count the outcomes that `pytest -v` has reported so far; "of" is the number of tests, or 0 while it collects."""
     selected = re.search(r"/ (\d+) selected|collected (\d+) items?$|workers? \[(\d+) items?\]", log, re.M)
     num_tests = next((int(n) for n in selected.groups() if n), 0) if selected else 0
@@ -183,13 +185,13 @@ def describe(result: Result) -> str:
     return ", ".join([*words, f"{result.get('seconds', 0)} s"])
 
 
-def verdict(done: Sequence[Result], tiny: bool) -> list[str]:
+def summarize_run(results: Sequence[Result], tiny: bool) -> list[str]:
     """Summarize the run in a few lines."""
 
     def names(*words: str) -> list[str]:
-        return [part["part"] for part in done if part["result"].startswith(words)]
+        return [part["part"] for part in results if part["result"].startswith(words)]
 
-    lines = [f"{len(names('done'))} of {len(done)} parts done"]
+    lines = [f"{len(names('done'))} of {len(results)} parts done"]
     titles = {("failed", "crashed"): "failed", ("cut",): "cut short", ("no time",): "no time left for"}
     for words, title in titles.items():
         lines += [f"{title}: {', '.join(names(*words))}"] if names(*words) else []
@@ -198,12 +200,12 @@ def verdict(done: Sequence[Result], tiny: bool) -> list[str]:
     return lines
 
 
-def write_results(done: Sequence[Result], out: Path, archive_path: Path) -> None:
+def write_results(results: Sequence[Result], out: Path, archive_path: Path) -> None:
     """Write summary.json into `out` and beside the archive, then the archive."""
-    text = json.dumps(list(done), indent=1) + "\n"
+    text = json.dumps(list(results), indent=1) + "\n"
     (out / "summary.json").write_text(text)
     if left_out := archive.write(archive_path, out):
-        text = json.dumps([*done, {"part": "archive", "result": "done", "left out": left_out}], indent=1) + "\n"
+        text = json.dumps([*results, {"part": "archive", "result": "done", "left out": left_out}], indent=1) + "\n"
     (archive_path.parent / "summary.json").write_text(text)
 
 

@@ -30,7 +30,7 @@ def test_the_parts_of_a_body_that_may_be_jumped_over_are_found():
 
 def test_steps_pairs_and_fetches_are_those_of_the_grid():
     S, tile = 2048, 256
-    counts = [tutorial.visited(name) for name in STEPS]
+    counts = [tutorial.count_visited(name) for name in STEPS]
     assert [row["steps"] for row in counts] == [8, 8 * 8, 8 * 8 * 8, 8 * 15, 2 * 30]
     assert [row["pairs"] for row in counts] == [8 * S * S] * 3 + [8 * 15 * tile**2] * 2
     # k and v in bfloat16: once per key head, then per query tile of a query head, then only where the tile changes.

@@ -202,15 +202,15 @@ def test_kernels_of_one_name_are_compared_one_by_one():
 
 def test_a_profile_is_one_text_and_keeps_what_was_not_compiled_again(tmp_path):
     versions = {"jax": "1"}
-    first = profile.merged(None, "h100", versions, {"b": row(), "a": row()})
+    first = profile.merge(None, "h100", versions, {"b": row(), "a": row()})
     file = profile.path(tmp_path / "new", "h100")
     profile.save(file, first)
     assert profile.load(file) == json.loads(file.read_text()) == first
-    assert file.read_text() == profile.dump(profile.merged(None, "h100", versions, {"a": row(), "b": row()}))
-    second = profile.merged(profile.load(file), "h100", versions, {"a": row(temp=5)})
+    assert file.read_text() == profile.dump(profile.merge(None, "h100", versions, {"a": row(), "b": row()}))
+    second = profile.merge(profile.load(file), "h100", versions, {"a": row(temp=5)})
     assert second["rows"]["a"]["temp_bytes"] == 5
     assert second["rows"]["b"] == row()
-    assert list(profile.merged(first, "h100", {"jax": "2"}, {"a": row()})["rows"]) == ["a"]
+    assert list(profile.merge(first, "h100", {"jax": "2"}, {"a": row()})["rows"]) == ["a"]
     assert profile.load(tmp_path / "none.json") is None
     file.write_text("[]")
     with pytest.raises(ValueError, match="not a profile"):
