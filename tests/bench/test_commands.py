@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import results
 from bench.__main__ import main as bench_command
+from bench.report import results
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +29,7 @@ def run(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
         (("bench.ablations", "--preset", "nope"), "nano"),
         (("bench.compare", "--device", "abacus"), "'abacus'"),
         (("bench.tutorial", "--budget", "0"), "--budget is 0.0; allowed: seconds above 0"),
-        (("bench.tutorial", "--compiler", "no/such/python"), "no/such/python is not there; `make ladder` builds it"),
+        (("bench.tutorial", "--compiler", "no/such/python"), "python does not exist; `make tutorial` builds it"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -45,7 +45,7 @@ def test_without_what_it_needs_it_says_so_in_a_line(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         bench_command(["--op", "moe_mlp"])
     assert capsys.readouterr().err.splitlines() == [
-        "bench: error: pytest-benchmark is not installed here; allowed: `make bench`, which installs it"
+        "bench: error: pytest-benchmark is not installed; `make bench` installs it"
     ]
 
 
@@ -76,10 +76,18 @@ def test_a_run_that_has_no_time_left_says_so_and_writes_what_it_has(tmp_path):
 
 def test_rows_measured_before_stay_in_the_file_of_the_day(tmp_path):
     head = {"date": "2026-01-01", "device": "cpu", "platform": "cpu", "timer": "t", "versions": {"jax": "1"}}
-    row = lambda spec, seconds: {"spec": spec, "direction": "forward", "implementation": "xla", "seconds": seconds}
+    row = lambda workload, seconds: {
+        "spec": workload,
+        "direction": "forward",
+        "implementation": "xla",
+        "seconds": seconds,
+    }
     write = lambda head, *rows: results.write({"attention": head | {"rows": [*rows], "refused": []}}, tmp_path)
     write(head, row("a", 1), row("b", 1))
     (path,) = write(head, row("b", 2))
-    assert [(each["spec"], each["seconds"]) for each in json.loads(path.read_text())["rows"]] == [("a", 1), ("b", 2)]
+    assert [(measured["spec"], measured["seconds"]) for measured in json.loads(path.read_text())["rows"]] == [
+        ("a", 1),
+        ("b", 2),
+    ]
     write(head | {"versions": {"jax": "2"}}, row("c", 3))
-    assert [each["spec"] for each in json.loads(path.read_text())["rows"]] == ["c"]
+    assert [measured["spec"] for measured in json.loads(path.read_text())["rows"]] == ["c"]

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import baselines
 from bench.gpu import __main__ as program
 from bench.gpu import archive, parts, process, runner, smoke
 from bench.gpu.runner import Part
+from bench.operations import baselines
 from dantinox import kernels
 from dantinox.kernels import workloads
 from tests.helpers import absent
@@ -192,7 +192,7 @@ def test_the_grouped_rows_are_timed_beside_implementations_that_exist(tmp_path):
         row = workloads.get(op, spec)
         assert row in workloads.select(op, "bench", "h100")
         taken = json.loads(commands[name][-1])["implementation"]
-        known = {*kernels.implementation_names(op), *baselines.peers(row)}
+        known = {*kernels.implementation_names(op), *(baseline.name for baseline in baselines.for_workload(row))}
         assert taken[0] == "pallas" and set(taken) & known >= {"pallas"}
         assert op == "decode_attention" or ("lax.ragged_dot" in taken) == (row.E <= 8)
 
@@ -216,27 +216,27 @@ def test_a_part_that_hangs_or_fails_loses_only_itself_and_the_deadline_holds(tmp
     ]
     start = time.monotonic()
     printed: list[str] = []
-    done = runner.perform(chosen, tmp_path, start + 6, tmp_path / "a.tar.gz", printed.append)
+    done = runner.run_parts(chosen, tmp_path, start + 6, tmp_path / "a.tar.gz", printed.append)
     assert time.monotonic() - start < 15
     results = {part["part"]: part["result"] for part in done}
     assert results["good"] == "done" and "no such kernel" in results["broken"]
     assert "cut short after" in results["stuck"] and results["late"] == "no time left"
     assert "  no such kernel" in printed
-    assert runner.verdict(done, tiny=True)[:-1] == [
+    assert runner.summarize_run(done, tiny=True)[:-1] == [
         "1 of 4 parts done",
         "failed: broken",
         "cut short: stuck",
         "no time left for: late",
     ]
-    assert "rehearsal" in runner.verdict(done, tiny=True)[-1]
-    assert "rehearsal" not in str(runner.verdict(done, tiny=False))
+    assert "rehearsal" in runner.summarize_run(done, tiny=True)[-1]
+    assert "rehearsal" not in str(runner.summarize_run(done, tiny=False))
     assert json.loads((tmp_path / "summary.json").read_text()) == done
     assert members(tmp_path / "a.tar.gz")["good.log"] == b"fine\n"
 
 
 def test_the_archive_is_rewritten_after_every_part(tmp_path):
     look = f"import tarfile; print(tarfile.open({str(tmp_path / 'a.tar.gz')!r}).getnames())"
-    done = runner.perform(
+    done = runner.run_parts(
         [sleeper("one", "print(1)"), sleeper("two", look)], tmp_path, time.monotonic() + 60, tmp_path / "a.tar.gz"
     )
     assert [part["result"] for part in done] == ["done", "done"]
@@ -245,15 +245,15 @@ def test_the_archive_is_rewritten_after_every_part(tmp_path):
 
 def test_parts_of_one_group_run_beside_each_other_and_are_reported_in_order(tmp_path):
     # Each waits for the other.
-    code = "import pathlib, time\npathlib.Path('{mine}').touch()\n"
+    code = "import pathlib, time\npathlib.Path('{own}').touch()\n"
     code += "while not pathlib.Path('{other}').exists(): time.sleep(.01)"
     (tmp_path / "out").mkdir()
-    one, two = tmp_path / "one", tmp_path / "two"
+    first, second = tmp_path / "one", tmp_path / "two"
     chosen = [
-        sleeper("first", code.format(mine=one, other=two), group="pair"),
-        sleeper("second", code.format(mine=two, other=one), group="pair"),
+        sleeper("first", code.format(own=first, other=second), group="pair"),
+        sleeper("second", code.format(own=second, other=first), group="pair"),
     ]
-    done = runner.perform(chosen, tmp_path / "out", time.monotonic() + 60, tmp_path / "a.tar.gz")
+    done = runner.run_parts(chosen, tmp_path / "out", time.monotonic() + 60, tmp_path / "a.tar.gz")
     assert [part["part"] for part in done] == ["first", "second"]
     assert [part["result"] for part in done] == ["done", "done"]
 
@@ -268,7 +268,7 @@ def test_a_large_raw_trace_is_left_out_and_named(tmp_path, monkeypatch):
 
 
 def test_a_crash_is_named_by_its_signal(tmp_path):
-    (result,) = runner.perform(
+    (result,) = runner.run_parts(
         [sleeper("crash", "import os; os.abort()")], tmp_path, time.monotonic() + 60, tmp_path / "a.tar.gz"
     )
     assert result["result"].startswith("crashed with SIGABRT")
@@ -288,7 +288,7 @@ def test_before_a_hung_process_is_killed_the_debugger_is_asked(tmp_path, monkeyp
     monkeypatch.setenv("PATH", f"{program_path.parent}:{os.environ['PATH']}")
     monkeypatch.setattr(runner, "MARGIN", 0.5)
     code = "from bench.gpu import process; process.prepare_child(); import time; time.sleep(60)"
-    (result,) = runner.perform([sleeper("hang", code)], tmp_path, time.monotonic() + 5, tmp_path / "a.tar.gz")
+    (result,) = runner.run_parts([sleeper("hang", code)], tmp_path, time.monotonic() + 5, tmp_path / "a.tar.gz")
     log = (tmp_path / "hang.log").read_text()
     assert "most recent call first" in log, "Python's stacks"
     assert "info cuda warps" in log and "info cuda kernels" in log and "x/6i $pc" in log
@@ -348,7 +348,7 @@ def test_ctrl_c_stops_the_parts_and_keeps_the_archive(tmp_path):
     ids=["collecting", "one process", "several processes"],
 )
 def test_a_log_cut_short_still_tells_how_many_tests_ended(log, counts):
-    assert runner.outcomes(log) == counts
+    assert runner.count_outcomes(log) == counts
     line = runner.describe({"result": "cut short after 9 s", "tests": counts, "seconds": 9})
     assert (f"of {counts['of']}" if counts["of"] else "no test ended of an unknown number") in line
 
@@ -361,7 +361,7 @@ def test_many_failing_lines_are_cut_and_counted():
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (("--minutes", "0"), "--minutes is 0.0; allowed: more than 0.1"),
         (("--only", "nope"), "--only 'nope' names no part; allowed: environment"),
@@ -370,7 +370,7 @@ def test_many_failing_lines_are_cut_and_counted():
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_wrong_input_is_one_line(flags, said, tmp_path):
+def test_wrong_input_is_one_line(flags, message, tmp_path):
     done = run(*(("--out", str(tmp_path)) if "--out" not in flags else ()), "--tiny", *flags)
-    assert done.returncode == 2 and said in done.stderr
+    assert done.returncode == 2 and message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not done.stdout

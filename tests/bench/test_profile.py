@@ -211,13 +211,13 @@ def test_kernels_of_a_gpu():
 
 
 def test_operations_of_a_gpu_come_from_its_plane_and_know_their_part():
-    found, names = profile_report.spans(GPU), profile_report.op_names(HLO)
-    assert [span.op for span in found] == ["custom-call.3", "loop_add_fusion_2", "custom-call.3", "copy.1"]
-    assert profile_report.busy_ms(found) == 13.0
+    spans, names = profile_report.spans(GPU), profile_report.op_names(HLO)
+    assert [span.op for span in spans] == ["custom-call.3", "loop_add_fusion_2", "custom-call.3", "copy.1"]
+    assert profile_report.busy_ms(spans) == 13.0
     assert profile_report.scope(names["copy_4"]) == Scope("embed", False)  # inside a loop that has a name
-    parts = {row.name: row.self_ms for row in profile_report.by_scope(found, names)}
+    parts = {row.name: row.self_ms for row in profile_report.by_scope(spans, names)}
     assert parts == {"block/attention/attend": 11.0, "optimizer": 1.0, profile_report.NO_SCOPE: 1.0}
-    assert [row.part for row in profile_report.operations(found, names)] == [
+    assert [row.part for row in profile_report.operations(spans, names)] == [
         "block1/attention/attend",
         profile_report.NO_SCOPE,
         "optimizer",

@@ -9,7 +9,8 @@ import json
 import pytest
 from rich.console import Console
 
-from bench import ablations, compare, console_table, html_report, plots, results
+from bench import ablations, compare
+from bench.report import console_table, html_report, plots, results
 from dantinox.model import flops
 
 
@@ -91,14 +92,14 @@ class References(html.parser.HTMLParser):
 
 def test_the_page_is_self_contained_and_shows_every_row(document):
     text = html_report.render({"attention": document}, {"train dense": {"tokens/s": 3000.0}})
-    seen = References()
-    seen.feed(text)
-    assert all(link.startswith("#") for link in seen.links), seen.links
-    assert "script" not in seen.tags and "img" not in seen.tags and "@import" not in text
-    shown = " ".join(seen.text)
+    page = References()
+    page.feed(text)
+    assert all(link.startswith("#") for link in page.links), page.links
+    assert "script" not in page.tags and "img" not in page.tags and "@import" not in text
+    shown = " ".join(page.text)
     for words in ("S=1024", "reference", "B=1 S=256 <&>", "no <kernel>", "train dense", "±1%", "wall clock"):
         assert words in shown, words
-    assert seen.tags.count("svg") >= 2  # the sweep and the roofline
+    assert page.tags.count("svg") >= 2  # the sweep and the roofline
 
 
 def test_plots_are_the_same_text_each_time_and_need_two_points(document):
@@ -148,8 +149,8 @@ def test_on_wall_clock_the_roofline_fraction_is_compared(document):
 def test_on_a_device_clock_times_are_compared(document):
     old, new = (copy.deepcopy(document) | {"timer": "kernel time"} for _ in range(2))
     new["rows"][0]["seconds"] *= 1.2
-    found = verdicts(old, new)
-    assert found.pop(("S=256, forward", "reference")) == "slower" and set(found.values()) == {"same"}
+    by_entry = verdicts(old, new)
+    assert by_entry.pop(("S=256, forward", "reference")) == "slower" and set(by_entry.values()) == {"same"}
 
 
 def test_a_change_inside_the_spread_is_none(document):
@@ -166,7 +167,8 @@ def test_rows_that_were_not_there_or_changed_sizes_are_not_compared(document):
 
 
 def test_the_newest_file_of_each_operation_is_taken(tmp_path):
-    for name in ("2026-01-02-attention", "2025-12-31-attention", "2026-01-01-moe_mlp", "2026-01-03-toggles"):
+    operations = ("2026-01-02-attention", "2025-12-31-attention", "2026-01-01-moe_mlp")
+    for name in (*operations, "2026-01-03-toggles", "2026-01-03-ablations"):
         (tmp_path / f"{name}.json").touch()
     assert {op: path.name[:10] for op, path in compare.latest(tmp_path).items()} == {
         "attention": "2026-01-02",
@@ -174,32 +176,32 @@ def test_the_newest_file_of_each_operation_is_taken(tmp_path):
     }
 
 
-# --- toggles ---
+# --- ablations ---
 
 
-def test_every_toggle_changes_the_config_and_is_a_config():
+def test_every_ablation_changes_the_config_and_is_a_config():
     for preset in ("nano", "nano-moe", "dante"):
         base = ablations.base_config(preset)
-        for name, flip in ablations.toggles(base).items():
-            changed = base.replace(**flip)
+        for name, change in ablations.make_variants(base).items():
+            changed = base.replace(**change)
             assert (changed == base) == (name == "base"), name
 
 
 @pytest.mark.parametrize("preset", ["nano", "nano-moe", "dante"])
 def test_experts_and_a_dense_layer_of_as_many_active_parameters(preset):
     base = ablations.base_config(preset)
-    (flip,) = (flip for name, flip in ablations.toggles(base).items() if "as many active" in name)
-    one, other = base.model, base.replace(**flip).model
-    assert bool(one.n_experts) != bool(other.n_experts)
-    router = one.n_layers * one.dim * (one.n_experts - other.n_experts)
-    assert flops.active_parameters(one) - flops.active_parameters(other) == router
+    (change,) = (change for name, change in ablations.make_variants(base).items() if "as many active" in name)
+    base_model, changed_model = base.model, base.replace(**change).model
+    assert bool(base_model.n_experts) != bool(changed_model.n_experts)
+    router = base_model.n_layers * base_model.dim * (base_model.n_experts - changed_model.n_experts)
+    assert flops.active_parameters(base_model) - flops.active_parameters(changed_model) == router
 
 
-def test_toggles_measure_what_they_change():
+def test_ablations_measure_what_they_change():
     tiny = {"dim": 32, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 64}
     base = ablations.base_config("nano").replace(**tiny, batch_size=2, seq_len=16, max_context=16, window=8)
-    flips = {"base": {}, "untied": {"tie_embeddings": False}}
-    rows = ablations.measure(base, flips, rounds=1)
+    changes = {"base": {}, "untied": {"tie_embeddings": False}}
+    rows = ablations.measure(base, changes, rounds=1)
     assert rows["untied"]["parameters"] - rows["base"]["parameters"] == 64 * 32
     assert rows["untied"]["peak_bytes"] > rows["base"]["peak_bytes"] > 0
     assert rows["base"]["tokens_per_second"] > 0

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from bench import timer
+from bench.operations import timer
 
 
 def test_wall_clock_times_each_call():

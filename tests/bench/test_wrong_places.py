@@ -23,24 +23,24 @@ def second_warpgroup() -> np.ndarray:
 
 
 def test_the_rows_of_a_wrong_warpgroup_are_named():
-    said = describe(second_warpgroup(), RIGHT, 0.03, row_axis=1)
-    assert said.startswith("error 3 (allowed 0.03), 131072 of 262144 wrong, 0 NaN, worst at (0, 77, 1, 5): ")
-    assert said.endswith("; rows 64-127 of each 128: 100%, others 0; columns: 50% everywhere")
+    text = describe(second_warpgroup(), RIGHT, 0.03, row_axis=1)
+    assert text.startswith("error 3 (allowed 0.03), 131072 of 262144 wrong, 0 NaN, worst at (0, 77, 1, 5): ")
+    assert text.endswith("; rows 64-127 of each 128: 100%, others 0; columns: 50% everywhere")
 
 
 def test_wrong_columns_of_one_head_are_named():
     actual = RIGHT.copy()
     actual[:, :, 2, 64:96] = 9
-    said = describe(actual, RIGHT, 0.03)
-    assert said.endswith("; rows: 6% everywhere; columns 64-127: 12%, others 0; axis 2: only at 2 (of 0-3)")
+    text = describe(actual, RIGHT, 0.03)
+    assert text.endswith("; rows: 6% everywhere; columns 64-127: 12%, others 0; axis 2: only at 2 (of 0-3)")
 
 
 def test_nan_is_wrong_and_the_worst():
     actual = RIGHT.copy()
     actual[1, 200, 3, 7], actual[0, 0, 0, 0] = np.nan, 50
-    said = describe(actual, RIGHT, 0.03, row_axis=1)
-    assert said.startswith("error nan (allowed 0.03), 2 of 262144 wrong, 1 NaN, worst at (1, 200, 3, 7): nan, not ")
-    assert said.endswith(
+    text = describe(actual, RIGHT, 0.03, row_axis=1)
+    assert text.startswith("error nan (allowed 0.03), 2 of 262144 wrong, 1 NaN, worst at (1, 200, 3, 7): nan, not ")
+    assert text.endswith(
         "; rows: only at 0, 200 (of 0-255); columns: only at 0, 7 (of 0-127); axis 2: only at 0, 3 (of 0-3)"
     )
 
@@ -50,7 +50,7 @@ def test_a_bound_that_is_no_number_allows_nothing():
 
 
 @pytest.mark.parametrize(
-    ("share", "said"),
+    ("share", "text"),
     [
         (np.repeat([1.0, 0.5, 0.0, 0.0], 64), "rows 0-63: 100%, 64-127: 50%, others 0"),
         (np.repeat([0.0, 0.97, 0.85, 1.0], 64), "rows 64-255: 85% to 100%, others 0"),
@@ -60,10 +60,10 @@ def test_a_bound_that_is_no_number_allows_nothing():
         (np.linspace(1, 0, 640), "rows 0-127: 85% to 95%, 128-255: 65% to 75%, 256-383: 45% to 55%, others 5% to 35%"),
     ],
 )
-def test_blocks_of_rows_that_are_alike_are_said_together(share, said):
+def test_blocks_of_rows_that_are_alike_are_said_together(share, text):
     actual = np.zeros((len(share), 100))
     actual[np.arange(100) < np.round(100 * share)[:, None]] = 1
-    assert f"; {said}" in describe(actual, np.zeros_like(actual), 0.1)
+    assert f"; {text}" in describe(actual, np.zeros_like(actual), 0.1)
 
 
 def test_arrays_of_any_rank_are_described():
@@ -82,8 +82,8 @@ def test_bits_are_told_apart_where_numbers_are_not():
     other = right.copy()
     other[65, 0] = -0.0
     other.view(np.uint16)[66, 1] += 1
-    said = different_bits(other, right)
-    assert said.startswith("2 of 210 places differ, first at (65, 0): -0.0, not 0.0; rows: only at 65, 66 (of 0-69);")
+    text = different_bits(other, right)
+    assert text.startswith("2 of 210 places differ, first at (65, 0): -0.0, not 0.0; rows: only at 65, 66 (of 0-69);")
     assert different_bits(right.astype(np.float32), right) == "float32[70, 3], not float16[70, 3]"
 
 
@@ -111,19 +111,19 @@ def test_every_wrong_array_of_a_case_is_named_and_no_right_one():
 def test_an_error_at_the_bound_is_right_and_one_beyond_it_is_wrong(beyond):
     """Twice that of plain jnp and an ulp, of 1 where no number is larger."""
     truth, plain = {"o": np.zeros((3, 2))}, {"o": np.full((3, 2), 2.0**-10)}
-    mine = {"o": np.full((3, 2), 2.0**-9 + 2.0**-23 + beyond * 2.0**-30)}
+    actual = {"o": np.full((3, 2), 2.0**-9 + 2.0**-23 + beyond * 2.0**-30)}
     if not beyond:
-        tolerance.check(mine, plain, truth, jnp.float32)
+        tolerance.check(actual, plain, truth, jnp.float32)
         return
     with pytest.raises(AssertionError, match="6 of 6 wrong"):
-        tolerance.check(mine, plain, truth, jnp.float32)
+        tolerance.check(actual, plain, truth, jnp.float32)
 
 
 def test_a_missing_array_and_an_oracle_without_numbers_are_named_beside_the_wrong():
     truth = {"o": np.full((2, 2), np.inf), "dq": np.zeros((2, 2)), "dk": np.zeros((2, 2))}
-    mine = {"o": np.zeros((2, 2)), "dk": np.ones((2, 2))}
+    actual = {"o": np.zeros((2, 2)), "dk": np.ones((2, 2))}
     with pytest.raises(AssertionError) as raised:
-        tolerance.check(mine, truth | {"o": np.zeros((2, 2))}, truth, jnp.float32)
+        tolerance.check(actual, truth | {"o": np.zeros((2, 2))}, truth, jnp.float32)
     o, dq, dk = str(raised.value).splitlines()
     assert (o, dq) == ("o: the oracle itself is not finite", "dq: missing") and dk.startswith("dk: error 1 ")
 

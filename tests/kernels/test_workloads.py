@@ -96,14 +96,14 @@ def test_attention_costs_what_its_pairs_and_arrays_do(sizes, heads, B, D, causal
     )  # fmt: skip
     ids = row.integer_inputs().get("segment_ids")
     ids = (ids, ids) if segments == "packed" else ids
-    one = pairs_of(T, S, causal, window)
-    pairs = [one if ids is None else pairs_of(T, S, causal, window, ids[0][b], ids[1][b]) for b in range(B)]
-    products = sum(1 for mask in pairs for _ in np.argwhere(mask) for _ in range(H))
+    mask = pairs_of(T, S, causal, window)
+    pairs = [mask if ids is None else pairs_of(T, S, causal, window, ids[0][b], ids[1][b]) for b in range(B)]
+    products = sum(1 for pair_mask in pairs for _ in np.argwhere(pair_mask) for _ in range(H))
     # Which keys the documents hide is not known before the kernel runs: the window's keys are read.
-    read = one.any(axis=0).sum() if causal else S
+    visible_keys = mask.any(axis=0).sum() if causal else S
     narrow, wide = (4 if dtypes[0] == "float32" else 2), 4
     q = B * T * H * D * narrow
-    k = B * int(read) * K * D * narrow
+    k = B * int(visible_keys) * K * D * narrow
     dk = B * S * K * D * narrow
     g = gate_size(gate, B * T * H, D) * narrow
     integers = 0 if ids is None else sum(x.size * 4 for x in ids)
@@ -254,19 +254,19 @@ def test_segment_ids_lie_at_their_positions(T, S):
 
 def test_one_array_of_segment_ids_is_for_both():
     row = workloads.Attention(T=20, S=20, B=2, segments="packed", **ANYWHERE)
-    (q_ids, kv_ids), one = (
+    (q_ids, kv_ids), packed = (
         workloads.Attention(T=20, S=20, B=2, segments="separate", **ANYWHERE).integer_inputs()["segment_ids"],
         row.integer_inputs(),
     )
-    np.testing.assert_array_equal(one["segment_ids"], q_ids)
-    np.testing.assert_array_equal(one["segment_ids"], kv_ids)
+    np.testing.assert_array_equal(packed["segment_ids"], q_ids)
+    np.testing.assert_array_equal(packed["segment_ids"], kv_ids)
     assert row.cost() == workloads.Attention(T=20, S=20, B=2, segments="separate", **ANYWHERE).cost()
 
 
 def test_some_segments_have_keys_and_no_query():
     q_ids, kv_ids = workloads.Attention(T=30, S=30, segments="unmatched", **ANYWHERE).integer_inputs()["segment_ids"]
-    nobody = ~np.isin(kv_ids, q_ids)
-    assert nobody[:, 10:15].all() and not nobody[:, 15:].any()
+    unmatched = ~np.isin(kv_ids, q_ids)
+    assert unmatched[:, 10:15].all() and not unmatched[:, 15:].any()
 
 
 def test_an_unknown_skew_is_refused():
@@ -308,8 +308,8 @@ def test_every_row_is_valid(row):
 @pytest.mark.parametrize("op", OPS)
 def test_every_use_has_rows(op):
     for purpose in workloads.SUITES:
-        # Only attention has shapes so long that they wait for the long run, and a ladder.
-        assert workloads.select(op, purpose) or (purpose in ("long", "ladder") and op != "attention"), purpose
+        # Only attention has shapes so long that they wait for the long run, and a tutorial.
+        assert workloads.select(op, purpose) or (purpose in ("long", "tutorial") and op != "attention"), purpose
     for purpose, machine in (("parity", "small"), ("bench", "cpu"), ("bench", "h100"), ("aot", "h100"), ("aot", "tpu")):
         chosen = workloads.select(op, purpose, machine)
         assert chosen and all(purpose in row.suites and machine in row.devices for row in chosen)

@@ -39,7 +39,7 @@ MUTANTS: list[Mutant] = [
         "workloads/types",
         "specs",
         ("queries are the first positions", "ids[:, n - self.T :]", "ids[:, : self.T]", "segment"),
-        ("routes with the smallest share", "np.argsort(-score, axis=1)", "np.argsort(score, axis=1)", "route"),
+        ("routes with the smallest share", "np.argsort(-scores, axis=1)", "np.argsort(scores, axis=1)", "route"),
         ("routes without chance", "1e-30)) + noise", "1e-30))", "route"),
     ),
 ]  # fmt: skip

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from bench import hardware
 from bench.aot import __main__ as program
-from bench.aot import baselines, gpu, profile, ptx, worker_pool
+from bench.aot import baselines, hardware, profile, worker_pool
 from bench.aot import cases as aot_cases
 from bench.aot.cases import Case
+from bench.aot.gpu import compiler as gpu_compiler
+from bench.aot.gpu import ptx
 from dantinox.kernels import workloads
 
 ROOT = Path(__file__).parents[3]
@@ -71,15 +72,15 @@ def module(name: str, barriers: int, threads: str = ".maxntid 384, 1, 1") -> str
 
 
 def test_ptxas_output():
-    found = ptx.ptxas_usage(PTXAS)
-    assert found == {"dkv_mosaic_gpu_kernel": ptx.Usage(168, 176, 1), "fusion_3": ptx.Usage(40, 0, 8192)}
+    usage = ptx.ptxas_usage(PTXAS)
+    assert usage == {"dkv_mosaic_gpu_kernel": ptx.Usage(168, 176, 1), "fusion_3": ptx.Usage(40, 0, 8192)}
     assert ptx.ptxas_usage("ptxas fatal : unresolved") == {}
 
 
 def test_sass_is_counted_by_kind_and_function():
-    found = ptx.sass_counts(SASS)
-    assert found["fwd_kernel"] == {"wgmma": 2, "tcgen05": 0, "mma": 0, "local": 2}
-    assert found["gemm"] == {"wgmma": 0, "tcgen05": 1, "mma": 2, "local": 0}
+    counts = ptx.sass_counts(SASS)
+    assert counts["fwd_kernel"] == {"wgmma": 2, "tcgen05": 0, "mma": 0, "local": 2}
+    assert counts["gemm"] == {"wgmma": 0, "tcgen05": 1, "mma": 2, "local": 0}
 
 
 def test_resources_find_their_kernel_although_the_orders_differ():
@@ -128,7 +129,7 @@ def test_thunk_sequence():
 )
 def test_blocks_an_sm(target, registers, threads, smem, blocks):
     gpu_target = hardware.get(target)
-    assert ptx.blocks_per_core(gpu_target, registers, threads, smem) == blocks
+    assert ptx.blocks_per_sm(gpu_target, registers, threads, smem) == blocks
     assert ptx.occupancy(gpu_target, registers, threads, smem) == blocks * threads / 2048
 
 
@@ -157,7 +158,7 @@ def executed(per_pair, **change):
         (
             row(),
             row(registers=136, blocks=1),
-            "2 blocks an SM (128 registers) -> 1 blocks an SM (136 registers)",
+            "2 blocks per SM (128 registers) -> 1 blocks per SM (136 registers)",
         ),
         (row(), row(wgmma=0), "wgmma is gone"),
         (row(TPU_KERNEL), row(TPU_KERNEL, mxu_share=0.49), "MXU share 50.0% -> 49.0%"),
@@ -167,10 +168,10 @@ def executed(per_pair, **change):
     ],
 )
 def test_each_way_to_get_worse_is_found(old, new, says):
-    found = profile.regressions({"a": old}, {"a": new})
-    assert found
-    assert any(says in line for line in found), found
-    assert all(line.startswith("a: ") for line in found)
+    lines = profile.regressions({"a": old}, {"a": new})
+    assert lines
+    assert any(says in line for line in lines), lines
+    assert all(line.startswith("a: ") for line in lines)
     assert not profile.regressions({"a": new}, {"a": old}), "and the way back is none"
 
 
@@ -201,18 +202,18 @@ def test_kernels_of_one_name_are_compared_one_by_one():
 
 def test_a_profile_is_one_text_and_keeps_what_was_not_compiled_again(tmp_path):
     versions = {"jax": "1"}
-    first = profile.merged(None, "h100", versions, {"b": row(), "a": row()})
+    first = profile.merge(None, "h100", versions, {"b": row(), "a": row()})
     file = profile.path(tmp_path / "new", "h100")
     profile.save(file, first)
     assert profile.load(file) == json.loads(file.read_text()) == first
-    assert file.read_text() == profile.dump(profile.merged(None, "h100", versions, {"a": row(), "b": row()}))
-    second = profile.merged(profile.load(file), "h100", versions, {"a": row(temp=5)})
+    assert file.read_text() == profile.dump(profile.merge(None, "h100", versions, {"a": row(), "b": row()}))
+    second = profile.merge(profile.load(file), "h100", versions, {"a": row(temp=5)})
     assert second["rows"]["a"]["temp_bytes"] == 5
     assert second["rows"]["b"] == row()
-    assert list(profile.merged(first, "h100", {"jax": "2"}, {"a": row()})["rows"]) == ["a"]
+    assert list(profile.merge(first, "h100", {"jax": "2"}, {"a": row()})["rows"]) == ["a"]
     assert profile.load(tmp_path / "none.json") is None
     file.write_text("[]")
-    with pytest.raises(ValueError, match="no profile"):
+    with pytest.raises(ValueError, match="not a profile"):
         profile.load(file)
 
 
@@ -222,7 +223,7 @@ def test_every_row_is_planned_with_every_implementation():
         assert len({case.key for case in cases}) == len(cases)
         for op in aot_cases.OPERATIONS:
             planned = {case.spec for case in cases if case.op == op and case.implementation == "xla"}
-            assert planned == {spec.name for spec in workloads.select(op, "aot", target.machine)}
+            assert planned == {workload.name for workload in workloads.select(op, "aot", target.machine)}
         assert all(case.roofline_seconds(target) > 0 for case in cases[:20])
 
 
@@ -237,9 +238,9 @@ def test_rows_that_differ_in_values_only_are_one_program():
 def test_peers_say_what_they_lack():
     gated = workloads.get("attention", "aot d128 window, gate")
     with pytest.raises(NotImplementedError, match="no gate and no window"):
-        baselines.PEERS["jax_mgpu"].build["attention"](gated)
+        baselines.BASELINES["jax_mgpu"].build["attention"](gated)
     with pytest.raises(NotImplementedError, match="N is 1000"):
-        baselines.PEERS["megablox"].build["grouped_matmul"](workloads.get("grouped_matmul", "aot odd sizes"))
+        baselines.BASELINES["megablox"].build["grouped_matmul"](workloads.get("grouped_matmul", "aot odd sizes"))
 
 
 def test_target_figures():
@@ -248,7 +249,7 @@ def test_target_figures():
     assert hardware.get("a100").arch == "sm_80"
     assert hardware.get("v5e").seconds(197e12, 0, "bfloat16") == 1
     assert hardware.get("v5e").seconds(0, 819e9, "bfloat16") == 1
-    config = gpu.target_config(hardware.get("h100"))
+    config = gpu_compiler.target_config(hardware.get("h100"))
     assert config.count("{") == config.count("}")
     assert "core_count: 132" in config
     assert "/" not in config.replace("//", "")
@@ -320,7 +321,7 @@ def test_a_worker_that_crashes_or_hangs_costs_one_row(monkeypatch, tmp_path):
         folder = worker._folder
         assert folder.exists()
     assert not folder.exists()
-    with pytest.raises(worker_pool.Ended):
+    with pytest.raises(worker_pool.WorkerClosedError):
         worker.ask(case("three"))
 
 
@@ -338,12 +339,12 @@ def test_committed_profiles_hold_no_path_and_no_time():
     files = sorted((ROOT / "profiles/aot").glob("*.json"))
     for file in files:
         text = file.read_text()
-        held = json.loads(text)
-        assert held["target"] == file.stem
-        assert profile.dump(held) == text
+        document = json.loads(text)
+        assert document["target"] == file.stem
+        assert profile.dump(document) == text
         assert "/tmp" not in text
         assert "site-packages" not in text
-        assert not any("seconds" in found for found in held["rows"].values())
+        assert not any("seconds" in row for row in document["rows"].values())
 
 
 @pytest.mark.slow
@@ -357,7 +358,7 @@ def test_a_row_compiles_for_a_machine_that_is_not_there(tmp_path, target):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / f"{target}.json").read_text())["rows"]
-    assert {found["status"] for found in rows.values()} == {"compiled"}
-    assert all(found["totals"]["kernels"] > 0 for found in rows.values())
+    assert {row["status"] for row in rows.values()} == {"compiled"}
+    assert all(row["totals"]["kernels"] > 0 for row in rows.values())
     again = subprocess.run([*command, "--check"], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert again.returncode == 0, again.stderr
