@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from dantinox.kernels import validation
 from dantinox.kernels.dispatch import on_gpu, select_implementation, unsupported_reason
-from dantinox.kernels.ops.decode_attention import xla
+from dantinox.kernels.ops.decode_attention import pallas, xla
 from dantinox.kernels.ops.decode_attention.kv_cache import QMAX, KVCache
-from dantinox.kernels.ops.decode_attention.pallas_tpu import block_sizes, kernel
+from dantinox.kernels.ops.decode_attention.pallas_cpu import kernel as cpu_kernel
 
 Array = jax.Array
 
@@ -82,7 +82,7 @@ def decode_attention(
     not_auto = {}
     if on_gpu():
         not_auto["pallas"] = "Hopper's kernel has not run on a GPU yet; name it"
-    elif block_sizes.xla_is_faster(C):
+    elif cpu_kernel.xla_is_faster(C):
         not_auto["pallas"] = "interpreted, it is slow at these sizes"
     run = select_implementation("decode_attention", implementation, table, not_auto)
     return run(q, k, v, cache, gate=gate, window=window, scale=D**-0.5 if scale is None else scale, softcap=softcap)
@@ -121,7 +121,7 @@ def _table() -> dict:
         "reference": reference,
         "xla": xla.decode_attention,
         "pallas": unsupported_reason("decode_attention", "pallas")
-        or (_sm90_kernel() if on_gpu() else kernel).decode_attention,
+        or (_sm90_kernel() if on_gpu() else pallas).decode_attention,
         "triton": unsupported_reason("decode_attention", "triton"),
     }
 
