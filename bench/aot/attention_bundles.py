@@ -18,14 +18,15 @@ from bench.aot.cases import Case
 from bench.hardware import Target
 from dantinox.kernels import cost, workloads
 from dantinox.kernels.dispatch import Device
-from dantinox.kernels.ops.attention.pallas_tpu import block_sizes, common
-from dantinox.kernels.ops.attention.pallas_tpu.block_schedule import (
+from dantinox.kernels.ops.attention.block_schedule import (
     FIRST_KV_BLOCK,
     LAST_KV_BLOCK,
     NEEDS_MASK,
     BlockSchedule,
     make_block_schedule,
 )
+from dantinox.kernels.ops.attention.common import AttentionConfig
+from dantinox.kernels.ops.attention.pallas_tpu import block_sizes, common
 
 SPLASH = ("splash", "splash_512", "splash_fused")
 TOKAMAX = 128  # what its heuristics take on every TPU
@@ -123,13 +124,12 @@ def of_kernel(spec: workloads.Attention, case: Case, target: Target, kernel: str
     return next((backward(each, config, heads) for each in plans if len(each) == steps), None)
 
 
-def ours(spec: workloads.Attention, target: Target) -> tuple[common.AttentionKernelConfig, int]:
-    """(what `dantinox.kernels.ops.attention.pallas_tpu.vjp` knows when it is traced for the target, entries of the
+def ours(spec: workloads.Attention, target: Target) -> tuple[AttentionConfig[block_sizes.TpuBlockSizes], int]:
+    """(what `dantinox.kernels.ops.attention.pallas` knows when it is traced for the target, entries of the
     grid's first axis)."""
-    heads, G = spec.B * spec.K, spec.H // spec.K
+    G = spec.H // spec.K
     sizes = block_sizes.heuristic_block_sizes(
         Device(target.platform, target.kind),
-        heads=heads,
         G=G,
         T=spec.T,
         S=spec.S,
@@ -138,18 +138,18 @@ def ours(spec: workloads.Attention, target: Target) -> tuple[common.AttentionKer
         window=spec.window,
         itemsize=spec.itemsize,
     )
-    config = common.AttentionKernelConfig(spec.T, spec.S, G, spec.causal, spec.window, 1.0, spec.softcap, sizes, False)
-    return config, heads // sizes.kv_heads
+    config = AttentionConfig(spec.T, spec.S, G, spec.causal, spec.window, 1.0, spec.softcap, sizes)
+    return config, spec.B * spec.K
 
 
-def forward(schedule: BlockSchedule, config: common.AttentionKernelConfig, heads: int) -> Work:
+def forward(schedule: BlockSchedule, config: AttentionConfig[block_sizes.TpuBlockSizes], heads: int) -> Work:
     """Of our forward kernel: start, scores, mask, softmax, product, end."""
     steps, first, masked, last = _flags(schedule, heads)
     taken = (first, steps, masked, steps, steps, last)
     return replace(_ours(config), steps=steps, taken=taken, interior=(1, 3, 4), masked=(1, 2, 3, 4))
 
 
-def backward(schedule: BlockSchedule, config: common.AttentionKernelConfig, heads: int) -> Work:
+def backward(schedule: BlockSchedule, config: AttentionConfig[block_sizes.TpuBlockSizes], heads: int) -> Work:
     """Of our backward kernel, for one span of keys."""
     steps, first, masked, last = _flags(schedule, heads)
     taken = (heads, first, steps, masked, steps, steps, steps, steps, last, heads)
@@ -163,9 +163,9 @@ def _flags(schedule: BlockSchedule, heads: int) -> tuple[int, int, int, int]:
     )
 
 
-def _ours(config: common.AttentionKernelConfig) -> Work:
+def _ours(config: AttentionConfig[block_sizes.TpuBlockSizes]) -> Work:
     num_q_subtiles, num_kv_subtiles = config.num_subtiles
-    tile = (config.block_sizes.kv_heads * config.G * config.block_sizes.block_q, config.block_sizes.block_kv)
+    tile = (config.G * config.block_sizes.block_q, config.block_sizes.block_kv)
     return Work(0, (), (), (), tile, trips=num_q_subtiles * num_kv_subtiles)
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from dantinox.kernels import validation
 from dantinox.kernels.dispatch import on_gpu, select_implementation, unsupported_reason
-from dantinox.kernels.ops.attention import xla
-from dantinox.kernels.ops.attention.pallas_tpu import block_sizes, vjp
+from dantinox.kernels.ops.attention import pallas, xla
+from dantinox.kernels.ops.attention.pallas_cpu import block_sizes as cpu_block_sizes
 
 Array = jax.Array
 
@@ -76,7 +76,7 @@ def attention(
     not_auto = {}
     if on_gpu():
         not_auto["pallas"] = "Hopper's kernels have not run on a GPU yet; name them"
-    elif block_sizes.xla_is_faster(B, T, S, H, window):
+    elif cpu_block_sizes.xla_is_faster(B, T, S, H, window):
         not_auto["pallas"] = "interpreted, it is slow at these sizes"
     implementation_fn = select_implementation("attention", implementation, table, not_auto)
     if 0 in (B, T, H, D):
@@ -104,7 +104,7 @@ def _table() -> dict:
         "reference": reference,
         "xla": xla.attention,
         "pallas": unsupported_reason("attention", "pallas")
-        or (_attention_of("pallas_sm90.vjp") if on_gpu() else vjp.attention),
+        or (_attention_of("pallas_sm90.vjp") if on_gpu() else pallas.attention),
         "triton": unsupported_reason("attention", "triton"),
     }
 
