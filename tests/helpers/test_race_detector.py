@@ -15,7 +15,7 @@ from dantinox import kernels
 from dantinox.kernels import workloads
 from dantinox.kernels.dispatch import target_device
 from dantinox.kernels.ops.attention.pallas_tpu import block_sizes
-from dantinox.kernels.ops.attention.pallas_tpu.common import AttentionBlockSizes
+from dantinox.kernels.ops.attention.pallas_tpu.block_sizes import TpuBlockSizes
 from tests.helpers import cases, race_detector, tolerance
 
 X = np.arange(16 * 128, dtype=np.float32).reshape(16, 128)
@@ -253,23 +253,23 @@ row = cases.attention
 TILED = {  # two heads, for the two cores
     "a piece half a head, cap, segments, fewer queries": (
         row(12, 28, D=4, softcap=1.5, gate="head", segments="separate"),
-        AttentionBlockSizes(kv_heads=1, block_q=16, block_kv=8, block_q_compute=8, block_kv_compute=4, kv_span=16),
+        TpuBlockSizes(block_q=16, block_kv=8, block_q_compute=8, block_kv_compute=4, kv_span=16),
     ),
     "a piece a head, window, gate": (
         row(24, 24, H=4, window=5, gate="elementwise"),
-        AttentionBlockSizes(kv_heads=1, block_q=8, block_kv=16, block_q_compute=8, block_kv_compute=8, kv_span=16),
+        TpuBlockSizes(block_q=8, block_kv=16, block_q_compute=8, block_kv_compute=8, kv_span=16),
     ),
     "a piece two heads, segments, fewer queries": (
         row(12, 20, H=8, D=4, segments="separate"),
-        AttentionBlockSizes(kv_heads=1, block_q=4, block_kv=8, block_q_compute=8, block_kv_compute=4, kv_span=8),
+        TpuBlockSizes(block_q=4, block_kv=8, block_q_compute=8, block_kv_compute=4, kv_span=8),
     ),
     "segments, more queries, one span": (
         row(20, 12, D=4, segments="unmatched", causal=False),
-        AttentionBlockSizes(kv_heads=1, block_q=8, block_kv=4, block_q_compute=8, block_kv_compute=4, kv_span=64),
+        TpuBlockSizes(block_q=8, block_kv=4, block_q_compute=8, block_kv_compute=4, kv_span=64),
     ),
     "more queries, window": (
         row(21, 9, H=4, window=3, softcap=2.0),
-        AttentionBlockSizes(kv_heads=1, block_q=8, block_kv=4, block_q_compute=16, block_kv_compute=4, kv_span=8),
+        TpuBlockSizes(block_q=8, block_kv=4, block_q_compute=16, block_kv_compute=4, kv_span=8),
     ),
 }
 

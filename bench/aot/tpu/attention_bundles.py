@@ -19,14 +19,15 @@ from bench.aot.tpu import vliw_schedule
 from bench.aot.tpu.vliw_schedule import Region
 from dantinox.kernels import cost, workloads
 from dantinox.kernels.dispatch import Device
-from dantinox.kernels.ops.attention.pallas_tpu import block_sizes, common
-from dantinox.kernels.ops.attention.pallas_tpu.block_schedule import (
+from dantinox.kernels.ops.attention.block_schedule import (
     FIRST_KV_BLOCK,
     LAST_KV_BLOCK,
     NEEDS_MASK,
     BlockSchedule,
     make_block_schedule,
 )
+from dantinox.kernels.ops.attention.common import AttentionConfig
+from dantinox.kernels.ops.attention.pallas_tpu import block_sizes, common
 
 SPLASH = ("splash", "splash_512", "splash_fused")
 TOKAMAX_BLOCK = 128  # tokamax's heuristics take it on every TPU
@@ -150,12 +151,13 @@ def kernel_steps(
     return next((pallas_backward(each, config, grid_heads) for each in schedules if len(each) == length), None)
 
 
-def pallas_config(workload: workloads.Attention, target: Target) -> tuple[common.AttentionKernelConfig, int]:
+def pallas_config(
+    workload: workloads.Attention, target: Target
+) -> tuple[AttentionConfig[block_sizes.TpuBlockSizes], int]:
     """The configuration of our kernels when they are traced for the target, and the size of the grid's first axis."""
-    heads, G = workload.B * workload.K, workload.H // workload.K
+    G = workload.H // workload.K
     sizes = block_sizes.heuristic_block_sizes(
         Device(target.platform, target.kind),
-        heads=heads,
         G=G,
         T=workload.T,
         S=workload.S,
@@ -164,20 +166,22 @@ def pallas_config(workload: workloads.Attention, target: Target) -> tuple[common
         window=workload.window,
         itemsize=workload.itemsize,
     )
-    config = common.AttentionKernelConfig(
-        workload.T, workload.S, G, workload.causal, workload.window, 1.0, workload.softcap, sizes, False
-    )
-    return config, heads // sizes.kv_heads
+    config = AttentionConfig(workload.T, workload.S, G, workload.causal, workload.window, 1.0, workload.softcap, sizes)
+    return config, workload.B * workload.K
 
 
-def pallas_forward(schedule: BlockSchedule, config: common.AttentionKernelConfig, grid_heads: int) -> KernelSteps:
+def pallas_forward(
+    schedule: BlockSchedule, config: AttentionConfig[block_sizes.TpuBlockSizes], grid_heads: int
+) -> KernelSteps:
     """Steps of our forward kernel: init, scores, mask, softmax, product, epilogue."""
     steps, first, masked, last = _count_flags(schedule, grid_heads)
     taken = (first, steps, masked, steps, steps, last)
     return replace(_pallas_steps(config), steps=steps, taken=taken, interior=(1, 3, 4), masked=(1, 2, 3, 4))
 
 
-def pallas_backward(schedule: BlockSchedule, config: common.AttentionKernelConfig, grid_heads: int) -> KernelSteps:
+def pallas_backward(
+    schedule: BlockSchedule, config: AttentionConfig[block_sizes.TpuBlockSizes], grid_heads: int
+) -> KernelSteps:
     """Steps of our backward kernel, for one span of keys."""
     steps, first, masked, last = _count_flags(schedule, grid_heads)
     taken = (grid_heads, first, steps, masked, steps, steps, steps, steps, last, grid_heads)
@@ -192,9 +196,9 @@ def _count_flags(schedule: BlockSchedule, grid_heads: int) -> tuple[int, int, in
     return grid_heads * len(schedule), first, masked, last
 
 
-def _pallas_steps(config: common.AttentionKernelConfig) -> KernelSteps:
+def _pallas_steps(config: AttentionConfig[block_sizes.TpuBlockSizes]) -> KernelSteps:
     num_q_subtiles, num_kv_subtiles = config.num_subtiles
-    tile = (config.block_sizes.kv_heads * config.G * config.block_sizes.block_q, config.block_sizes.block_kv)
+    tile = (config.G * config.block_sizes.block_q, config.block_sizes.block_kv)
     return KernelSteps(0, (), (), (), tile, trips=num_q_subtiles * num_kv_subtiles)
 
 

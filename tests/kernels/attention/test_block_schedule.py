@@ -5,13 +5,14 @@ import itertools
 import numpy as np
 import pytest
 
-from dantinox.kernels.ops.attention.pallas_tpu.block_schedule import (
+from dantinox.kernels.ops.attention.block_schedule import (
     FIRST_KV_BLOCK,
     FIRST_USE_OF_KV,
     LAST_KV_BLOCK,
     NEEDS_MASK,
     make_block_schedule,
 )
+from dantinox.kernels.ops.attention.pallas_cpu.common import merge_kv_blocks
 
 LENGTHS = (1, 2, 5, 8, 13)
 WINDOWS = ((False, None), *((True, window) for window in (None, 1, 2, 4, 7, 100)))
@@ -53,7 +54,7 @@ def test_steps_of_several_blocks_cover_every_visible_pair_once(causal, window):
         blocks_per_step = int(np.bincount(single.q).max())
         if blocks_per_step == 1:
             continue
-        schedule = make_block_schedule(T, S, bq, bk, causal=causal, window=window, kv_blocks_per_step=blocks_per_step)
+        schedule = merge_kv_blocks(single, -(-S // bk), blocks_per_step)
         assert schedule.q.tolist() == list(range(-(-T // bq)))
         assert set(schedule.flags & (FIRST_KV_BLOCK | LAST_KV_BLOCK | NEEDS_MASK)) == {
             FIRST_KV_BLOCK | LAST_KV_BLOCK | NEEDS_MASK

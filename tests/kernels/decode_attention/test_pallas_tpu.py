@@ -13,8 +13,8 @@ import pytest
 from dantinox import kernels
 from dantinox.kernels import workloads
 from dantinox.kernels.dispatch import target_device
+from dantinox.kernels.ops.decode_attention.block_table import make_block_table
 from dantinox.kernels.ops.decode_attention.pallas_tpu import block_sizes
-from dantinox.kernels.ops.decode_attention.pallas_tpu.block_table import make_block_table
 from tests import numpy_interpreter
 from tests.helpers import cases, race_detector, tolerance
 from tests.kernels.decode_attention.test_decode_attention import draw

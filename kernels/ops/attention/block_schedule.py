@@ -45,7 +45,6 @@ def make_block_schedule(
     causal: bool,
     window: int | None,
     kv_block_range: tuple[int, int] | None = None,
-    kv_blocks_per_step: int = 1,
 ) -> BlockSchedule:
     """Lists the visible blocks of `block_q` queries by `block_kv` keys.
 
@@ -57,8 +56,6 @@ def make_block_schedule(
         causal: whether a query sees no later key.
         window: keys that a query sees, or None.
         kv_block_range: restricts the schedule to these key blocks; query blocks that see none of them are absent.
-        kv_blocks_per_step: above 1, one step processes this many key blocks, from `kv` on. It must cover all key
-            blocks that any query block sees.
 
     Returns:
         The schedule.
@@ -75,13 +72,8 @@ def make_block_schedule(
             kv_blocks = [j for j in kv_blocks if kv_block_range[0] <= j < kv_block_range[1]]
         elif not kv_blocks:
             kv_blocks = [0]
-        if kv_blocks_per_step > 1:
-            assert len(kv_blocks) <= kv_blocks_per_step, (
-                f"a query block sees {len(kv_blocks)} key blocks, a step takes {kv_blocks_per_step}"
-            )
-            kv_blocks = [max(0, min(kv_blocks[0], -(-S // block_kv) - kv_blocks_per_step))]
         for j in kv_blocks:
-            fully_visible = (j + 1) * block_kv <= S and kv_end >= kv_start and kv_blocks_per_step == 1
+            fully_visible = (j + 1) * block_kv <= S and kv_end >= kv_start
             if causal:
                 fully_visible &= q_start >= (j + 1) * block_kv - 1
             if window is not None:
