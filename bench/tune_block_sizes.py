@@ -29,8 +29,8 @@ from bench.timer import clock
 from dantinox import cli
 from dantinox.kernels import dispatch, workloads
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import block_sizes, gmm, tgmm, vjp
-from dantinox.kernels.ops.grouped_matmul.pallas_sm90.warp_specialized import Static
-from dantinox.kernels.ops.moe.pallas_sm90 import kernel as experts_kernel
+from dantinox.kernels.ops.grouped_matmul.pallas_sm90.warp_specialized import Sm90GmmConfig
+from dantinox.kernels.ops.moe.pallas_sm90 import down_proj_bwd, up_proj
 
 PROG = "bench.tune_block_sizes"
 Row = dict[str, Any]
@@ -50,11 +50,11 @@ ROWS = (
 )
 L2_RATES = range(24, 66, 2)  # bytes per clock and core, of which the fit takes the best
 WIDTHS = {
-    "y": gmm.WIDTHS,
-    "dx": gmm.WIDTHS,
-    "dw": tgmm.WIDTHS,
-    "up": experts_kernel.SM90_BLOCK_N,
-    "dh": experts_kernel.SM90_BLOCK_N,
+    "y": gmm.TILE_WIDTHS,
+    "dx": gmm.TILE_WIDTHS,
+    "dw": tgmm.TILE_WIDTHS,
+    "up": up_proj.TILE_WIDTHS,
+    "dh": down_proj_bwd.TILE_WIDTHS,
 }
 
 
@@ -87,7 +87,7 @@ class Kernel:
 
     @property
     def matrices(self) -> int:
-        return experts_kernel.NUM_UP_WEIGHTS if self.kind == "up" else 1
+        return up_proj.NUM_UP_WEIGHTS if self.kind == "up" else 1
 
     @property
     def flops(self) -> int:
@@ -111,17 +111,17 @@ class Kernel:
             return wide(N, K), matrix, wide(N, J), wide(N, J), ((N,), "float32")
         return wide(N, K), matrix
 
-    def run(self, static: Static) -> Callable[..., Any]:
+    def run(self, config: Sm90GmmConfig) -> Callable[..., Any]:
         """(group sizes, *arrays) -> what the kernel makes."""
 
         def call(sizes: jax.Array, *given: jax.Array) -> Any:
             if self.kind == "dw":
-                return tgmm.summed(*given, sizes, static)
+                return tgmm.tgmm(*given, sizes, config)
             if self.kind == "up":
-                return experts_kernel.up_proj(*given, sizes, static, save_residuals=True)
+                return up_proj.up_proj(*given, sizes, config, save_residuals=True)
             if self.kind == "dh":
-                return experts_kernel.down_proj_bwd(*given, sizes, static)
-            return gmm.product([given[0]], [given[1]], sizes, static, transposed=self.kind == "dx")
+                return down_proj_bwd.down_proj_bwd(*given, sizes, config)
+            return gmm.gmm([given[0]], [given[1]], sizes, config, transposed=self.kind == "dx")
 
         return call
 
@@ -129,9 +129,9 @@ class Kernel:
         """The width that the model takes, of all matrices together."""
         N, K, J, E, widths = self.N, self.K, self.J, len(self.sizes), WIDTHS[self.kind]
         if self.kind == "dw":
-            return block_sizes.choose_tgmm_tile(N, E, K, J, cores, widths=widths).columns
-        tile = block_sizes.hopper(N, E, K, J, cores, widths=widths, matrices=self.matrices)
-        return tile.columns * self.matrices
+            return block_sizes.tgmm_block_sizes(N, E, K, J, cores, widths=widths).block_n
+        sizes = block_sizes.gmm_block_sizes(N, E, K, J, cores, widths=widths, num_weights=self.matrices)
+        return sizes.block_n * self.matrices
 
 
 def kernel(kind: str, op: str, name: str) -> Kernel:
@@ -155,7 +155,7 @@ def measure(of: Kernel, cores: int, interpret: Any, rounds: int, write: Callable
     widths = WIDTHS[of.kind]
 
     def compiled(width: int) -> Any:
-        return jax.jit(of.run(Static(cores, interpret, width))).lower(sizes, *arrays).compile()
+        return jax.jit(of.run(Sm90GmmConfig(cores, interpret, width))).lower(sizes, *arrays).compile()
 
     with ThreadPoolExecutor(1 if interpret else 4) as threads:
         pending = {width: threads.submit(compiled, width) for width in widths}
@@ -196,10 +196,15 @@ def measure(of: Kernel, cores: int, interpret: Any, rounds: int, write: Callable
 def terms(of: Kernel, width: int, cores: int, l2: float = block_sizes.L2_BYTES) -> tuple[float, float, float]:
     """The model's clocks: without its two constants, and how many times it adds each of them."""
     model = functools.partial(
-        block_sizes.estimate_cycles, of.work(), block_sizes.tile_of(width, of.matrices), of.matrices, cores, l2=l2
+        block_sizes.estimate_cycles,
+        of.work(),
+        block_sizes.block_sizes_of_width(width, of.matrices),
+        of.matrices,
+        cores,
+        l2_bytes=l2,
     )
-    bare = model(start=0, column=0)
-    return bare, model(start=1, column=0) - bare, model(start=0, column=1) - bare
+    bare = model(tile_overhead=0, store_per_column=0)
+    return bare, model(tile_overhead=1, store_per_column=0) - bare, model(tile_overhead=0, store_per_column=1) - bare
 
 
 def fit(rows: Sequence[Row], cores: int) -> dict[str, float] | None:
@@ -301,7 +306,7 @@ def run(arguments: Arguments) -> int:
         ):
             raise ValueError(f"{why}; --tiny rehearses it, interpreted")
         interpret = plgpu.InterpretGPUParams() if arguments.tiny else None
-        cores = 2 if arguments.tiny else vjp.cores(dispatch.current_device().kind)
+        cores = 2 if arguments.tiny else vjp.num_sms(dispatch.current_device().kind)
         console, rows = Console(width=140), []
         write = functools.partial(_append, arguments.lines)
         for of in tiny() if arguments.tiny else [kernel(*row) for row in ROWS]:

@@ -238,10 +238,10 @@ def _tile(spec: workloads.GroupedMatmul, product_: str, implementation: str, ker
         return baselines.TOKAMAX_RAGGED_TILES.get(kernel["smem_bytes"] // 1024, ("?", "?"))
     cores = hardware.get(HOPPER).cores
     if product_ == "dw":
-        tile = block_sizes.choose_tgmm_tile(spec.N, spec.E, spec.M, spec.F, cores, widths=tgmm.WIDTHS)
+        tile = block_sizes.tgmm_block_sizes(spec.N, spec.E, spec.M, spec.F, cores, widths=tgmm.TILE_WIDTHS)
     else:
-        tile = block_sizes.hopper(spec.N, spec.E, spec.M, spec.F, cores, widths=gmm.WIDTHS)
-    return block_sizes.HEIGHT, tile.columns, block_sizes.INNER, tile.stages
+        tile = block_sizes.gmm_block_sizes(spec.N, spec.E, spec.M, spec.F, cores, widths=gmm.TILE_WIDTHS)
+    return block_sizes.BLOCK_M, tile.block_n, block_sizes.BLOCK_K, tile.stages
 
 
 def steady(held: Mapping[str, Row]) -> str:

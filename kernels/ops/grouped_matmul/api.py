@@ -38,7 +38,7 @@ def grouped_matmul(x: Array, w: Array, group_sizes: Array, *, implementation: st
     validation.check_shape("group_sizes", group_sizes, (E,))
     table = _table(x.dtype)
     if callable(table["pallas"]) and on_gpu():
-        table["pallas"] = _sm90().refusal(x.dtype, *w.shape[1:]) or table["pallas"]
+        table["pallas"] = _sm90().unsupported_inputs(x.dtype, *w.shape[1:]) or table["pallas"]
     run = select_implementation("grouped_matmul", implementation, table, not_auto_reasons())
     if 0 in (*x.shape, *w.shape):
         return jnp.zeros((x.shape[0], F), x.dtype)

@@ -62,7 +62,7 @@ def moe_mlp(
         raise ValueError(f"expert_ids has shape {expert_ids.shape}; allowed: 1 expert per token or more")
     table = _table(x.dtype)
     if callable(table["pallas"]) and on_gpu():
-        table["pallas"] = _sm90().refusal(x.dtype, M, F, of="w_gate") or table["pallas"]
+        table["pallas"] = _sm90().unsupported_inputs(x.dtype, M, F, weight="w_gate") or table["pallas"]
     run = select_implementation("moe_mlp", implementation, table, not_auto_reasons())
     if 0 in (N, M, F):
         return jnp.zeros_like(x)
