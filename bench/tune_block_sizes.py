@@ -29,8 +29,8 @@ from bench.operations.timer import clock
 from dantinox import cli
 from dantinox.kernels import dispatch, workloads
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import block_sizes, gmm, tgmm, vjp
-from dantinox.kernels.ops.grouped_matmul.pallas_sm90.warp_specialized import Static
-from dantinox.kernels.ops.moe.pallas_sm90 import kernel as experts_kernel
+from dantinox.kernels.ops.grouped_matmul.pallas_sm90.warp_specialized import Sm90GmmConfig
+from dantinox.kernels.ops.moe.pallas_sm90 import down_proj_bwd, up_proj
 
 PROG = "bench.tune_block_sizes"
 Row = dict[str, Any]
@@ -50,11 +50,11 @@ KERNELS = (
 )
 L2_RATES = range(24, 66, 2)  # bytes per cycle and SM that the fit tries
 WIDTHS = {
-    "y": gmm.WIDTHS,
-    "dx": gmm.WIDTHS,
-    "dw": tgmm.WIDTHS,
-    "up": experts_kernel.SM90_BLOCK_N,
-    "dh": experts_kernel.SM90_BLOCK_N,
+    "y": gmm.TILE_WIDTHS,
+    "dx": gmm.TILE_WIDTHS,
+    "dw": tgmm.TILE_WIDTHS,
+    "up": up_proj.TILE_WIDTHS,
+    "dh": down_proj_bwd.TILE_WIDTHS,
 }
 
 
@@ -96,7 +96,7 @@ class GroupedKernel:
     @property
     def matrices(self) -> int:
         """Number of weight matrices per group."""
-        return experts_kernel.NUM_UP_WEIGHTS if self.kind == "up" else 1
+        return up_proj.NUM_UP_WEIGHTS if self.kind == "up" else 1
 
     @property
     def flops(self) -> int:
@@ -121,17 +121,17 @@ class GroupedKernel:
             return x, matrix, dy, dy, ((N,), "float32")
         return x, matrix
 
-    def run(self, static: Static) -> Callable[..., Any]:
+    def run(self, config: Sm90GmmConfig) -> Callable[..., Any]:
         """Return a function (group sizes, *arrays) -> results of the kernel."""
 
         def call(sizes: jax.Array, *arrays: jax.Array) -> Any:
             if self.kind == "dw":
-                return tgmm.summed(*arrays, sizes, static)
+                return tgmm.tgmm(*arrays, sizes, config)
             if self.kind == "up":
-                return experts_kernel.up_proj(*arrays, sizes, static, save_residuals=True)
+                return up_proj.up_proj(*arrays, sizes, config, save_residuals=True)
             if self.kind == "dh":
-                return experts_kernel.down_proj_bwd(*arrays, sizes, static)
-            return gmm.product([arrays[0]], [arrays[1]], sizes, static, transposed=self.kind == "dx")
+                return down_proj_bwd.down_proj_bwd(*arrays, sizes, config)
+            return gmm.gmm([arrays[0]], [arrays[1]], sizes, config, transposed=self.kind == "dx")
 
         return call
 
@@ -139,9 +139,9 @@ class GroupedKernel:
         """The width that the cost model chooses, of all matrices together."""
         N, K, J, E, widths = self.N, self.K, self.J, len(self.sizes), WIDTHS[self.kind]
         if self.kind == "dw":
-            return block_sizes.choose_tgmm_tile(N, E, K, J, num_sms, widths=widths).columns
-        tile = block_sizes.hopper(N, E, K, J, num_sms, widths=widths, matrices=self.matrices)
-        return tile.columns * self.matrices
+            return block_sizes.tgmm_block_sizes(N, E, K, J, num_sms, widths=widths).block_n
+        tile = block_sizes.gmm_block_sizes(N, E, K, J, num_sms, widths=widths, num_weights=self.matrices)
+        return tile.block_n * self.matrices
 
 
 def kernel_of(kind: str, op: str, name: str) -> GroupedKernel:
@@ -178,7 +178,7 @@ def measure(
     widths = WIDTHS[kernel.kind]
 
     def compiled(width: int) -> Any:
-        return jax.jit(kernel.run(Static(num_sms, interpret, width))).lower(sizes, *arrays).compile()
+        return jax.jit(kernel.run(Sm90GmmConfig(num_sms, interpret, width))).lower(sizes, *arrays).compile()
 
     with ThreadPoolExecutor(1 if interpret else 4) as threads:
         pending = {width: threads.submit(compiled, width) for width in widths}
@@ -226,10 +226,10 @@ def model_terms(
     kernel: GroupedKernel, width: int, num_sms: int, l2: float = block_sizes.L2_BYTES
 ) -> tuple[float, float, float]:
     """The cost model's cycles without its two constants, and how many times it adds each constant."""
-    tile = block_sizes.tile_of(width, kernel.matrices)
-    model = functools.partial(block_sizes.estimate_cycles, kernel.work(), tile, kernel.matrices, num_sms, l2=l2)
-    bare = model(start=0, column=0)
-    return bare, model(start=1, column=0) - bare, model(start=0, column=1) - bare
+    tile = block_sizes.block_sizes_of_width(width, kernel.matrices)
+    model = functools.partial(block_sizes.estimate_cycles, kernel.work(), tile, kernel.matrices, num_sms, l2_bytes=l2)
+    bare = model(tile_overhead=0, store_per_column=0)
+    return bare, model(tile_overhead=1, store_per_column=0) - bare, model(tile_overhead=0, store_per_column=1) - bare
 
 
 def fit(rows: Sequence[Row], num_sms: int) -> dict[str, float] | None:
@@ -337,7 +337,7 @@ def run(arguments: Arguments) -> int:
         ):
             raise ValueError(f"{reason}; --tiny rehearses it, interpreted")
         interpret = plgpu.InterpretGPUParams() if arguments.tiny else None
-        num_sms = 2 if arguments.tiny else vjp.cores(dispatch.current_device().kind)
+        num_sms = 2 if arguments.tiny else vjp.num_sms(dispatch.current_device().kind)
         console, rows = Console(width=140), []
         write = functools.partial(_append, arguments.lines)
         for kernel in tiny_kernels() if arguments.tiny else [kernel_of(*row) for row in KERNELS]:
@@ -372,7 +372,7 @@ def _arrays(shapes: Shapes) -> list[jax.Array]:
     return [_normal(jax.random.key(i), *shape) for i, shape in enumerate(shapes)]
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@functools.partial(jax.jit, config_argnums=(1, 2))
 def _normal(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
     scale = shape[-2] ** -0.5 if len(shape) == 3 else 1.0
     return (jax.random.normal(key, shape, dtype) * scale).astype(dtype)

@@ -14,7 +14,7 @@ from rich.console import Console
 from bench import tune_block_sizes as sweep
 from dantinox.kernels import workloads
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import block_sizes
-from dantinox.kernels.ops.grouped_matmul.pallas_sm90.warp_specialized import Static
+from dantinox.kernels.ops.grouped_matmul.pallas_sm90.warp_specialized import Sm90GmmConfig
 
 NUM_SMS = 132
 
@@ -28,7 +28,7 @@ def test_a_row_is_a_kernel_that_traces_and_counts_what_the_table_of_shapes_count
     sizes = jax.ShapeDtypeStruct((len(kernel.sizes),), jnp.int32)
     width = kernel.chosen_width(NUM_SMS)
     assert width in sweep.WIDTHS[kernel.kind]
-    out = jax.tree.leaves(jax.eval_shape(kernel.run(Static(NUM_SMS, None, width)), sizes, *arrays))
+    out = jax.tree.leaves(jax.eval_shape(kernel.run(Sm90GmmConfig(NUM_SMS, None, width)), sizes, *arrays))
     assert out[0].shape == ((len(kernel.sizes), kernel.K, kernel.J) if kernel.kind == "dw" else (kernel.N, kernel.J))
 
 
@@ -38,10 +38,16 @@ def made_up(ghz: float, start: float, column: float, l2: float = block_sizes.L2_
     for names in sweep.KERNELS:
         kernel = sweep.kernel_of(*names)
         for width in sweep.WIDTHS[kernel.kind]:
-            tile = block_sizes.tile_of(width, kernel.matrices)
+            tile = block_sizes.block_sizes_of_width(width, kernel.matrices)
             seconds = (
                 block_sizes.estimate_cycles(
-                    kernel.work(), tile, kernel.matrices, NUM_SMS, start=start, column=column, l2=l2
+                    kernel.work(),
+                    tile,
+                    kernel.matrices,
+                    NUM_SMS,
+                    tile_overhead=start,
+                    store_per_column=column,
+                    l2_bytes=l2,
                 )
                 / ghz
                 / 1e9
@@ -92,10 +98,10 @@ def test_the_width_that_is_fastest_with_these_constants_is_the_one_that_is_chose
 
 def test_a_width_that_fails_and_a_row_that_fails_take_nothing_with_them(tmp_path, monkeypatch):
     class Broken(sweep.GroupedKernel):
-        def run(self, static: Static):
-            if static.width == 128:
+        def run(self, config: Sm90GmmConfig):
+            if config.width == 128:
                 raise RuntimeError("no such tile\nand more")
-            return lambda sizes, x, w: x @ w[0] + (static.width == 64)
+            return lambda sizes, x, w: x @ w[0] + (config.width == 64)
 
         def shapes(self):
             if self.kind == "dw":

@@ -142,10 +142,10 @@ def _gmm_tile(workload: workloads.GroupedMatmul, product: str, implementation: s
         return baselines.RAGGED_TILE
     if implementation == "tokamax":
         return baselines.TOKAMAX_RAGGED_TILES.get(kernel["smem_bytes"] // 1024, ("?", "?"))
-    cores = hardware.get(TARGET).num_sms
+    num_sms = hardware.get(TARGET).num_sms
     N, E, M, F = workload.N, workload.E, workload.M, workload.F
     if product == "dw":
-        tile = block_sizes.choose_tgmm_tile(N, E, M, F, cores, widths=tgmm.WIDTHS)
+        tile = block_sizes.tgmm_block_sizes(N, E, M, F, num_sms, widths=tgmm.TILE_WIDTHS)
     else:
-        tile = block_sizes.hopper(N, E, M, F, cores, widths=gmm.WIDTHS)
-    return block_sizes.HEIGHT, tile.columns, block_sizes.INNER, tile.stages
+        tile = block_sizes.gmm_block_sizes(N, E, M, F, num_sms, widths=gmm.TILE_WIDTHS)
+    return block_sizes.BLOCK_M, tile.block_n, block_sizes.BLOCK_K, tile.stages

@@ -15,8 +15,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dantinox import kernels
 from dantinox.kernels import dispatch, workloads
 from dantinox.kernels.ops.grouped_matmul.group_metadata import make_group_metadata
-from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import gmm, tgmm, vjp, warp_specialized
-from dantinox.kernels.ops.moe.pallas_sm90 import kernel as experts_kernel
+from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import gmm, tgmm, tile_scheduler, vjp
+from dantinox.kernels.ops.grouped_matmul.pallas_sm90.warp_specialized import Sm90GmmConfig
+from dantinox.kernels.ops.moe.pallas_sm90.up_proj import up_proj
 from tests.helpers import cases, race_detector, tolerance
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -79,13 +80,11 @@ def test_unassigned_rows_and_unused_matrices_change_no_bit(sizes):
 
 COLUMNS, TILES = 256, 8
 LAUNCHED = {  # name -> (copies that fill a stage, what makes TILES tiles of one filling each)
-    "y": (2, lambda static: gmm.product([ones(128, 64)], [ones(1, 64, TILES * COLUMNS)], SIZES, static)),
-    "dw": (3, lambda static: tgmm.summed(ones(64, 128), ones(64, TILES * COLUMNS), SIZES // 2, static)),
+    "y": (2, lambda config: gmm.gmm([ones(128, 64)], [ones(1, 64, TILES * COLUMNS)], SIZES, config)),
+    "dw": (3, lambda config: tgmm.tgmm(ones(64, 128), ones(64, TILES * COLUMNS), SIZES // 2, config)),
     "up": (
         3,
-        lambda static: experts_kernel.up_proj(
-            ones(128, 64), *[ones(1, 64, 4 * COLUMNS)] * 2, SIZES, static, save_residuals=False
-        ),
+        lambda config: up_proj(ones(128, 64), *[ones(1, 64, 4 * COLUMNS)] * 2, SIZES, config, save_residuals=False),
     ),
 }
 SIZES = np.array([128], np.int32)
@@ -113,9 +112,7 @@ def test_the_next_tile_is_loaded_while_this_one_is_written(name, monkeypatch):
 
     monkeypatch.setattr(race_detector.gpu_interpreter, "copy_gmem_to_smem", count)
     monkeypatch.setattr(race_detector.gpu_interpreter, "copy_smem_to_gmem", hold)
-    jax.block_until_ready(
-        jax.jit(run, static_argnums=0)(warp_specialized.Static(1, plgpu.InterpretGPUParams(), COLUMNS))
-    )
+    jax.block_until_ready(jax.jit(run, static_argnums=0)(Sm90GmmConfig(1, plgpu.InterpretGPUParams(), COLUMNS)))
     assert in_time[0], "the first tile is written, and nothing more is loaded"
     assert next(loaded) == TILES * copies + 1
 
@@ -123,18 +120,18 @@ def test_the_next_tile_is_loaded_while_this_one_is_written(name, monkeypatch):
 @pytest.mark.parametrize("name", LAUNCHED)
 def test_a_stage_is_released_when_its_products_are_done(name):
     """The simulated GPU multiplies synchronously, so this reads the jaxpr: one step is in flight, no more."""
-    text = str(jax.make_jaxpr(LAUNCHED[name][1], static_argnums=0)(warp_specialized.Static(1, None, COLUMNS)))
+    text = str(jax.make_jaxpr(LAUNCHED[name][1], static_argnums=0)(Sm90GmmConfig(1, None, COLUMNS)))
     assert sorted(map(int, re.findall(r"wgmma_wait\[n=(\d)\]", text))) == [0, text.count("wgmma_ref")]
     assert text.count("wgmma_ref") == (2 if name == "up" else 1)
 
 
 def test_every_tile_has_its_place_and_a_panel_its_rows():
-    snake_order = jax.jit(warp_specialized.snake_order, static_argnums=2)
+    snake_order = jax.jit(tile_scheduler.snake_order, static_argnums=2)
     for down, across in itertools.product((1, 2, 15, 16, 17, 40), (1, 3)):
         n = jnp.arange(down * across)
         tiles = np.stack(snake_order(n, down, across), axis=1)
         assert sorted(map(tuple, tiles)) == list(itertools.product(range(down), range(across)))
-        panels = tiles[:, 0] // warp_specialized.PANEL
+        panels = tiles[:, 0] // tile_scheduler.PANEL_ROW_TILES
         assert (np.diff(panels) >= 0).all()
         assert (np.abs(np.diff(tiles[:, 1])) <= 1).all(), "neighbouring columns follow each other"
 
@@ -191,9 +188,9 @@ def test_pallas_serves_hopper_when_named_and_other_gpus_report_what_runs(op):
         assert "'xla' runs here" in kernels.implementations(op)["pallas"]
 
 
-def test_cores_are_those_of_the_chip():
+def test_num_sms_are_those_of_the_chip():
     kinds = {H100: 132, "NVIDIA H200": 132, "NVIDIA H20": 78, "NVIDIA H100 PCIe": 114, "NVIDIA GH200 480GB": 132}
-    assert {kind: vjp.cores(kind) for kind in kinds} == kinds
+    assert {kind: vjp.num_sms(kind) for kind in kinds} == kinds
 
 
 @pytest.mark.parametrize("around", ["vmap", "shard_map", "shard_map without checks"])

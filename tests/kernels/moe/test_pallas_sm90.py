@@ -13,9 +13,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dantinox import kernels
 from dantinox.kernels import dispatch, workloads
-from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import warp_specialized
-from dantinox.kernels.ops.moe.pallas_sm90 import kernel as experts_kernel
+from dantinox.kernels.ops.grouped_matmul.pallas_sm90.block_sizes import BLOCK_M
+from dantinox.kernels.ops.grouped_matmul.pallas_sm90.tile_scheduler import tma_group_metadata
 from dantinox.kernels.ops.moe.pallas_sm90 import vjp as experts_vjp
+from dantinox.kernels.ops.moe.pallas_sm90.down_proj_bwd import gather_row_values
 from tests.helpers import cases, race_detector, tolerance
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -82,12 +83,12 @@ def test_each_row_finds_its_number_among_those_of_the_visits():
 
     @jax.jit
     def gather(sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
-        metadata = warp_specialized.plan(sizes, N)
+        metadata = tma_group_metadata(sizes, N)
         # Row n of the visits has the value n + 1; rows of no visit are NaN.
-        number = metadata.row[:, None] + jnp.arange(warp_specialized.HEIGHT)
+        number = metadata.row[:, None] + jnp.arange(BLOCK_M)
         owned = (metadata.row_start[:, None] <= number) & (number < metadata.row_end[:, None])
         owned &= (jnp.arange(len(metadata.group)) < metadata.count)[:, None]
-        return experts_kernel.gather_row_values(jnp.where(owned, number + 1.0, jnp.nan), metadata, N, E), jnp.sum(sizes)
+        return gather_row_values(jnp.where(owned, number + 1.0, jnp.nan), metadata, N, E), jnp.sum(sizes)
 
     for _ in range(50):
         values, num_assigned = gather(rng.multinomial(rng.integers(0, N + 1), rng.dirichlet([0.4] * E)))
