@@ -78,7 +78,7 @@ def parse(argv: Sequence[str]) -> Arguments:
         return cli.parse(
             Arguments,
             argv,
-            default=Arguments(base.loose(), preset=preset),
+            default=Arguments(base, preset=preset),
             prog=PROG,
             description=f"Trace training steps, or one operation. Presets: {', '.join(presets())} (default: nano).",
         )

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, get_type_hints
 
-from dantinox.config.aliases import FLAG_ALIASES, conflict, current_value
+from dantinox.config.aliases import FLAG_ALIASES, conflict_message, current_value
 from dantinox.config.validation import ConfigError
 
 USER_ERRORS = (
@@ -156,7 +156,7 @@ def _current_flags(cls: type, argv: Sequence[str]) -> list[str]:
                 words.append(value)
         first, first_value = values.setdefault(name, (given, value))
         if first != given and first_value != value:
-            raise ConfigError(conflict(first, first_value, given, value, name))
+            raise ConfigError(conflict_message(first, first_value, given, value, name))
     return words
 
 

@@ -60,7 +60,7 @@ def parse(argv: Sequence[str]) -> Arguments:
         return cli.parse(
             Arguments,
             argv,
-            default=Arguments(base.loose(), preset=preset, config=file),
+            default=Arguments(base, preset=preset, config=file),
             prog=PROG,
             description=f"Train a DantinoX model. Presets: {', '.join(presets())} (default: nano).",
         )
@@ -107,8 +107,8 @@ def train(config: Config, resume: bool = False) -> Path:
     print(text)
     stats = trainer.corpus.stats
     print(
-        f"{'data':14} {config.data.data}: {len(trainer.corpus.train):,} tokens to train on, "
-        f"{len(trainer.corpus.val):,} held out; unigram entropy {stats.unigram_entropy:.3f} nats a token"
+        f"{'data':15} {config.data.data}: {len(trainer.corpus.train):,} training tokens, "
+        f"{len(trainer.corpus.val):,} validation tokens; unigram entropy {stats.unigram_entropy:.3f} nats per token"
     )
     for name, content in (("summary.txt", text + "\n"), ("config.yaml", config.to_yaml())):
         with open_atomic(run / name) as file:

@@ -22,7 +22,7 @@ _NAMES = {
     "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads",
     "n_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
+    "resolved_head_dim": "head_dim",
     "max_context": "max_position_embeddings",
     "norm_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
@@ -51,7 +51,7 @@ def to_hf(config: ModelConfig, layout: Layout | None = None) -> dict[str, Any]:
     if layout not in get_args(Layout):
         raise ConfigError(f"layout is {layout!r}; allowed: {', '.join(get_args(Layout))}")
     _refuse(config, layout)
-    D, factor = config.head_dim, config.rope_factor
+    D, factor = config.resolved_head_dim, config.rope_factor
     theta, scaling = config.rope_theta, None
     original = {"original_max_position_embeddings": original_context(config)}
     match config.rope_scaling:
@@ -137,6 +137,7 @@ def from_hf(held: Mapping[str, Any]) -> ModelConfig:
     found.setdefault("n_kv_heads", found["n_heads"])
     found.setdefault("tie_embeddings", False)
     found["mlp_ratio"] = found.pop("hidden") / found["dim"]
+    found["head_dim"] = found.pop("resolved_head_dim", None)
     if layout == "mixtral":
         found = {"n_experts": 8} | found
     else:
@@ -149,7 +150,7 @@ def from_hf(held: Mapping[str, Any]) -> ModelConfig:
     own = {name: own[name] for name in _OWN if name in own}
     stored = held.get("dtype") or held.get("torch_dtype")
     own.setdefault("dtype", "bfloat16" if stored == "bfloat16" else "float32")
-    return ModelConfig(**found, window=window, **_rope(held, layout), **own)
+    return ModelConfig(**found, window=window, **_rope(held, layout), **own).without_default_head_dim()
 
 
 def _rope(held: Mapping[str, Any], layout: Layout) -> dict[str, Any]:

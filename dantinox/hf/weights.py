@@ -70,7 +70,7 @@ class Row(NamedTuple):
 
 def rows(config: ModelConfig) -> Iterator[Row]:
     """Every tensor of a model, in the order it is run through."""
-    M, F, H, D = config.dim, config.hidden, config.n_heads, config.head_dim
+    M, F, H, D = config.dim, config.hidden, config.n_heads, config.resolved_head_dim
     yield Row("model.embed_tokens.weight", "embedding")
     for i in range(config.n_layers):
         theirs, ours = f"model.layers.{i}", f"blocks.{i}"

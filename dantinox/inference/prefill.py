@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from dantinox.config import ModelConfig
 from dantinox.kernels import KVCache
 from dantinox.kernels.ops.decode_attention.kv_cache import dequantize, quantize
-from dantinox.model.attention import Past
+from dantinox.model.attention import PastKeyValues
 from dantinox.model.layers import rms_norm
 from dantinox.model.transformer import Transformer
 
@@ -39,7 +39,7 @@ def round_up_to_bucket(size: int, smallest: int, largest: int | None = None) -> 
 def init_caches(config: ModelConfig, batch: int, slots: Sequence[int]) -> list[KVCache]:
     """Caches that no token has been written to, of so many slots a layer, in the dtype that the config asks for."""
     dtype = jnp.dtype({"auto": config.dtype, "int8": "int8", "fp8": "float8_e4m3fn"}[config.kv_cache_dtype])
-    return [KVCache.zeros(batch, config.n_kv_heads, C, config.head_dim, dtype) for C in slots]
+    return [KVCache.zeros(batch, config.n_kv_heads, C, config.resolved_head_dim, dtype) for C in slots]
 
 
 def append_to_cache(cache: KVCache, k: Array, v: Array, count: Array) -> KVCache:
@@ -70,7 +70,7 @@ def append_to_cache(cache: KVCache, k: Array, v: Array, count: Array) -> KVCache
     return KVCache(*rings, written(cache.k_scale, k_scale), written(cache.v_scale, v_scale))
 
 
-def gather_past(cache: KVCache, start: Array, count: int, dtype: jnp.dtype) -> Past:
+def gather_past(cache: KVCache, start: Array, count: int, dtype: jnp.dtype) -> PastKeyValues:
     """The `count` positions before position `start`, oldest first, in `dtype`; count <= C."""
     position = start - count + jnp.arange(count)
     slot = position % cache.k.shape[2]
@@ -150,6 +150,6 @@ def decode_step(model: Transformer, token: Array, caches: Sequence[KVCache]) -> 
     longer = []
     for layer, (block, cache) in enumerate(zip(model.blocks, caches, strict=True)):
         with jax.named_scope(f"block{layer}"):
-            h, cache = block.step(h, rope, cache)
+            h, cache = block.decode_step(h, rope, cache)
         longer.append(cache)
-    return model.logits(rms_norm(h, model.norm, model.config.norm_eps))[:, 0], longer
+    return model.logits(rms_norm(h, model.final_norm, model.config.norm_eps))[:, 0], longer

@@ -59,7 +59,7 @@ def test_a_run_writes_everything_it_promises(finished):
     assert [row["step"] for row in rows if "val_loss" in row] == [3, 6]
     assert sorted(int(p.name) for p in (path / "checkpoints").iterdir()) == [4, 6]  # the last step is always saved
     assert (path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert "active a token" in (path / "summary.txt").read_text()
+    assert "active per token" in (path / "summary.txt").read_text()
     settings = yaml.safe_load((path / "config.yaml").read_text())
     assert settings["dim"] == 32 and settings["vocab_size"] > 200
     assert Config.from_yaml(path / "config.yaml").flat() == settings
@@ -136,7 +136,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(text, tmp_path):
 
 def test_dry_run_costs_and_writes_nothing(text, tmp_path):
     done = run(*TINY, "--data", text, "--dry-run", cwd=tmp_path, check=0)
-    for word in ("parameters", "active a token", "FLOPs a token", "MiB a device at the peak", "KV cache"):
+    for word in ("parameters", "active per token", "FLOPs per token", "MiB per device at the peak", "KV cache"):
         assert word in done.stdout
     assert os.listdir(tmp_path) == []
 

@@ -213,7 +213,7 @@ def test_half_precision_and_old_spellings_are_read(written, tmp_path):
 def test_defaults_of_a_config_that_says_little():
     small = dict(vocab_size=9, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2)
     config = from_hf(small | dict(model_type="mixtral", max_position_embeddings=64, sliding_window=3))
-    assert (config.n_kv_heads, config.head_dim, config.hidden, config.n_experts) == (2, 4, 12, 8)
+    assert (config.n_kv_heads, config.resolved_head_dim, config.hidden, config.n_experts) == (2, 4, 12, 8)
     assert (config.tie_embeddings, config.window, config.rope_theta, config.rope_scaling) == (False, 3, 1e6, "none")
     assert from_hf(small | dict(model_type="llama", max_position_embeddings=64, sliding_window=3)).window is None
 

@@ -224,11 +224,11 @@ def test_whatever_stands_in_a_file_it_is_right_or_one_line(keys, parameters):
 
 TEXTS = {
     "a: [": "the file: not YAML, line ",
-    "- a": "the file: it must hold `name: value` lines",
+    "- a": "the file: expected `name: value` lines",
     "": "program is missing",
-    "method: grid\nmethod: random": "the file: line 2: 'method' is there twice",
+    "method: grid\nmethod: random": "the file: line 2: 'method' occurs twice",
     "? [1, 2]\n: 3": "the file: ",
-    "1: 2": "the file: 1 is no name",
+    "1: 2": "the file: 1 is not a valid name",
     "a: !!python/object/apply:os.getcwd []": "the file: not YAML, line 1",
     "a: 2020-13-45": "the file: not YAML",
     "a: &a [*a]": "unknown key 'a'",
