@@ -70,9 +70,9 @@ class Loop:
         with SignalHandler() as self.stop, ProgressLine(t.steps, first) as self.line, Tracing(self) as tracing:
             self.last_log_time, self.last_log_step = time.perf_counter(), first
             if first >= t.steps:
-                self.line.say(f"step {first} is reached already: --steps is {t.steps}")
+                self.line.print_line(f"step {first} is reached already: --steps is {t.steps}")
             elif self.stopped_early(first):
-                self.line.say(f"stopped early at step {first} already: --patience is {t.patience}")
+                self.line.print_line(f"stopped early at step {first} already: --patience is {t.patience}")
             if self.progress.pending is not None:  # what an interrupted run still owes its last step
                 with self.stop.interruptible(lambda: self.report_saved(first)):
                     self.run_periodic_tasks(first, current, self.progress.pending)
@@ -128,7 +128,7 @@ class Loop:
             with self.stop.interruptible(lambda: self.save_on_interrupt(step, current)):
                 row["val_loss"] = self.trainer.validation_loss(current.weights)
             better = self.update_best(step, row["val_loss"])
-            self.line.say(f"step {step}: validation loss {row['val_loss']:.4f}{' (best)' if better else ''}")
+            self.line.print_line(f"step {step}: validation loss {row['val_loss']:.4f}{' (best)' if better else ''}")
         if row is not None:
             self.log.write(row)
         self.progress.pending = None
@@ -139,10 +139,10 @@ class Loop:
         if (self.is_due(step, t.sample_every) or last) and t.sample_tokens:
             with self.stop.interruptible(lambda: self.save_on_interrupt(step, current)):
                 text = self.trainer.sample_text(current.weights, t.sample_tokens)
-            self.line.say(f"--- sample at step {step} ---\n{text}\n---")
+            self.line.print_line(f"--- sample at step {step} ---\n{text}\n---")
             self.log.text("sample", text, step)
         if last and step < t.steps:
-            self.line.say(
+            self.line.print_line(
                 f"stopped early at step {step}: {self.progress.stale} evaluations without a validation loss below "
                 f"{self.progress.best_loss:.4f}, that of step {self.progress.best_step}"
             )
@@ -190,9 +190,9 @@ class Loop:
     def report_saved(self, step: int) -> None:
         """How to go on after a signal."""
         if step:
-            self.line.say(f"interrupted; step {step} is saved. Go on with: {self.resume}")
+            self.line.print_line(f"interrupted; step {step} is saved. Go on with: {self.resume}")
         else:
-            self.line.say("interrupted before the first step; there is nothing to save")
+            self.line.print_line("interrupted before the first step; there is nothing to save")
 
     def not_finite(self, step: int, current: TrainState, batch: tuple, metrics: dict[str, jax.Array]) -> None:
         """Write the batch of a step that was not made to a file, and stop or let it pass, as `on_nan` says.
@@ -208,7 +208,7 @@ class Loop:
         figures = ", ".join(f"{name} {value:g}" for name, value in told.items())
         what = f"step {step} is not finite ({figures}): its update was not made, and its batch is in {path}"
         if t.on_nan == "skip" and self.progress.skipped + 1 < SKIPS:
-            self.line.say(f"{what}; going on without it")
+            self.line.print_line(f"{what}; going on without it")
             return
         before = "nothing was trained yet"
         if step > 1:

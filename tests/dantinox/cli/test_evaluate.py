@@ -58,7 +58,9 @@ def test_every_token_is_scored_once_with_the_context_that_is_stated(model, log_p
 
 def test_a_longer_context_than_the_model_has_is_for_windowed_ones(model):
     documents = [Document("", TEXTS[0])]
-    with pytest.raises(ValueError, match=r"^context is 81; allowed: 1 to max_context 80, as every layer sees all"):
+    with pytest.raises(
+        ValueError, match=r"^context is 81; allowed: 1 to max_context 80 \(every layer has full attention\)"
+    ):
         scoring.evaluate(model, TOKENIZER, documents, context=81)
     windowed = build(n_layers=1, vocab_size=TOKENIZER.vocab_size, window=4)
     assert scoring.evaluate(windowed, TOKENIZER, documents, context=1000).tokens == 14

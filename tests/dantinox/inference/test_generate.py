@@ -277,11 +277,11 @@ def test_a_repetition_penalty_is_that_of_the_paper(windowed):
 def test_a_text_that_cannot_fit_is_refused_before_it_runs(learned):
     """Fault 17: writing stops at the longest context without a word."""
     full = build(n_layers=1)
-    message = r"prompt of 14 tokens and max_new_tokens 40 make 54; allowed: max_context 48, as "
+    message = r"prompt of 14 tokens and max_new_tokens 40 make 54; allowed: max_context 48 "
     for model, why in (
-        (learned, "its positions are learned"),
-        (full, "every layer sees all of it"),
-        (build(window_pattern="SL", window=6), "layer 1 sees all of it"),
+        (learned, "(the model has learned positions)"),
+        (full, "(every layer has full attention)"),
+        (build(window_pattern="SL", window=6), "(layer 1 has full attention)"),
     ):
         with pytest.raises(ValueError, match=message + why):
             generate(model, PROMPTS, max_new_tokens=40)
