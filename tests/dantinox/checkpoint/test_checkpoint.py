@@ -152,7 +152,7 @@ def test_a_manifest_that_tells_another_story_is_damaged(two, tmp_path):
     text = path.read_text()
     assert '"step": 2,' in text
     path.write_text(text.replace('"step": 2,', '"step": 3,'))
-    assert str(Checkpoints(run).latest_valid()[2][0]).endswith("manifest.json is not as it was written")
+    assert str(Checkpoints(run).latest_valid()[2][0]).endswith("manifest.json was modified")
 
 
 def test_a_kill_while_saving_leaves_only_what_is_swept_away(two, tmp_path):
@@ -196,7 +196,7 @@ FULL = """
     checkpoints.wait()
     for foreseen in (True, False, False, False, False):  # which write fails first, and how late, differs
         if not foreseen:
-            manager._bytes = lambda current: 0
+            manager._max_bytes = lambda state: 0
         try:
             checkpoints.save(2, large, {})
             checkpoints.wait()
@@ -225,7 +225,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(tmp_path):
     assert len(lines) == 5
     for line in lines:
         assert line.startswith("step 2 could not be saved in ") and "No space left on device" in line
-        assert line.endswith("; the checkpoint of step 1 is as it was")
+        assert line.endswith("; the checkpoint of step 1 is intact")
     assert ["MB needed" in line for line in lines] == [True, False, False, False, False]
 
 
@@ -243,4 +243,4 @@ def test_only_noise_is_kept_quiet(two, monkeypatch, capsys):
         sys.unraisablehook(each)
     assert heard == others
     Checkpoints(two)
-    assert sys.unraisablehook.before == heard.append
+    assert sys.unraisablehook.previous_hook == heard.append

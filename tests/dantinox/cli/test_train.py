@@ -128,7 +128,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(text, tmp_path):
     assert time.monotonic() - asked < 5
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    step = int(re.search(r"step (\d+) is saved. Go on with: python -m dantinox.train --run stopped --resume", out)[1])
+    step = int(re.search(r"step (\d+) is saved. Resume with: python -m dantinox.train --run stopped --resume", out)[1])
     assert [p.name for p in (tmp_path / "runs" / "stopped" / "checkpoints").iterdir()] == [str(step)]
     run("--run", "stopped", "--resume", "--steps", step + 2, cwd=tmp_path, check=0)
     assert [row["step"] for row in read_metrics(metrics)] == list(range(1, step + 3))

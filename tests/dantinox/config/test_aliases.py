@@ -125,9 +125,9 @@ def test_settings_of_an_earlier_run_are_read():
 
 def test_sweeps_know_earlier_runs_by_their_folders():
     """The folder of a run is a hash of its settings: it must not change with the name of one."""
-    run = search_space.Run.of({"preset": "nano", "kv_heads": 1}, ["kv_heads"])
+    run = search_space.Run.from_values({"preset": "nano", "kv_heads": 1}, ["kv_heads"])
     assert run.name == "kv_heads=1_9bf9653c" and run.flags() == ["--preset=nano", "--kv-heads=1"]
-    today = search_space.Run.of({"preset": "nano", "n_kv_heads": 1}, ["n_kv_heads"])
+    today = search_space.Run.from_values({"preset": "nano", "n_kv_heads": 1}, ["n_kv_heads"])
     assert today.name == f"n_{run.name}"
     assert original_names({"n_kv_heads": 1, "kv_cache_dtype": "auto"}) == {"kv_heads": 1, "kv_dtype": "model"}
 
@@ -137,4 +137,4 @@ def test_sweep_parameter_under_two_names_is_refused(tmp_path):
     parameters = "{kv_heads: {value: 1}, n_kv_heads: {values: [1, 2]}}"
     path.write_text(f"program: dantinox/train.py\nmethod: grid\nparameters: {parameters}\n")
     with pytest.raises(ConfigError, match="kv_heads and n_kv_heads are one parameter; give n_kv_heads only"):
-        search_space.read(path)
+        search_space.load_sweep(path)

@@ -89,7 +89,7 @@ def test_config_metrics_samples_and_the_folder_reach_wandb(here):
     config = {item.key: json.loads(item.value_json) for item in begun.config.update}
     assert (config["dim"], config["window"], config["folder"]) == (16, 8, "runs/logged")
     assert begun.display_name == "logged" and begun.project == "dantinox"
-    assert (run / wandb_logger.ID).read_text().strip() == begun.run_id
+    assert (run / wandb_logger.ID_FILE).read_text().strip() == begun.run_id
     html = list(run.glob("wandb/offline-run-*/files/media/html/*.html"))
     assert len(html) == 1 and "<pre>" in html[0].read_text()
     # Two more steps: the same run at W&B, and no step twice.
