@@ -157,14 +157,14 @@ def capture(work: TracedProgram, steps: int, out: Path) -> tuple[Path, float]:
 def read(path: Path, work: TracedProgram, steps: int, seconds: float) -> dict[str, Any]:
     """The tables of a trace, to which the parts of the model are added as a plane of its own."""
     data = jax.profiler.ProfileData.from_file(str(path))
-    names, found = profile_report.op_names(work.hlo), profile_report.spans(data)
+    names, found = profile_report.op_names(work.hlo), profile_report.collect_spans(data)
     with path.open("ab") as file:
         file.write(profile_report.scopes_plane(found, names))
     tracks = len({span.track for span in found}) or 1
     tables = {
-        "operations": profile_report.operations(found, names),
-        "parts": profile_report.by_scope(found, names),
-        "kernels": profile_report.device_kernels(data),
+        "operations": profile_report.time_by_operation(found, names),
+        "parts": profile_report.time_by_scope(found, names),
+        "kernels": profile_report.time_by_kernel(data),
     }
     device = jax.devices()[0]
     return {

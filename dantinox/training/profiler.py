@@ -56,6 +56,6 @@ class StepTracer:
         self.running = False
         jax.profiler.stop_trace()
         path = max(self.folder.glob("plugins/profile/*/*.xplane.pb"), key=lambda path: path.stat().st_mtime)
-        spans = profile_report.spans(jax.profiler.ProfileData.from_file(str(path)))
+        spans = profile_report.collect_spans(jax.profiler.ProfileData.from_file(str(path)))
         with path.open("ab") as file:
             file.write(profile_report.scopes_plane(spans, profile_report.op_names(self.step.as_text())))

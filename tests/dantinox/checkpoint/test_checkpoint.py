@@ -232,7 +232,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(tmp_path):
 def test_only_noise_is_kept_quiet(two, monkeypatch, capsys):
     Checkpoints(two)
     heard = []
-    monkeypatch.setattr(sys.unraisablehook, "before", heard.append)
+    monkeypatch.setattr(sys.unraisablehook, "previous_hook", heard.append)
 
     def told(error, of):
         return types.SimpleNamespace(exc_value=error, object=of)

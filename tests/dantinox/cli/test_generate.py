@@ -185,7 +185,7 @@ def test_ctrl_c_keeps_the_text_so_far(program, capsys, monkeypatch):
         yield generate.Chunk([[ord("b") + 1, 0xE2 + 1]], [False])  # and the first byte of a character
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "run", interrupted)
+    monkeypatch.setattr(generate, "generate_chunks", interrupted)
     with pytest.raises(KeyboardInterrupt):
         program(["--prompt", ">"])
     assert capsys.readouterr().out == ">ab\ufffd\n"

@@ -182,7 +182,7 @@ def test_bad_options_and_too_little_text_raise(folder, tmp_path, make):
 
 def test_second_call_maps_the_same_files(folder, make, monkeypatch):
     first = make(folder)
-    monkeypatch.setattr(data, "_build", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(data, "_write_cache", lambda *_: pytest.fail("built again"))
     second = make(folder)
     assert second.path == first.path and second.stats == first.stats and second.tokenizer == first.tokenizer
     assert isinstance(second.train, np.memmap) and not second.train.flags.writeable
