@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("implementations", implementations()),
         ("packages", [(name, version(name) or "missing") for name in PACKAGES]),
         ("extras", extras()),
-        ("runs", runs(Path("runs"))),
+        ("runs", runs_folder(Path("runs"))),
     ):
         print(title)
         for name, text in rows:
@@ -100,7 +100,7 @@ def extras() -> Iterator[Row]:
         yield name, ", ".join(installed) or "not installed"
 
 
-def runs(folder: Path) -> Iterator[Row]:
+def runs_folder(folder: Path) -> Iterator[Row]:
     """Yield whether the folder of runs is writable."""
     parent = folder if folder.exists() else folder.absolute().parent
     try:

@@ -10,14 +10,13 @@ from typing import NoReturn
 from dantinox import cli
 from dantinox.config import Attention, Experts
 from dantinox.data.corpus import find_documents
-from dantinox.inference.scoring import evaluate
 from dantinox.system import malloc
 
 PROG = "dantinox-evaluate"
 
 
 @dataclass(frozen=True)
-class Args:
+class Arguments:
     """Score a text with a trained model."""
 
     run: str = "nano"
@@ -43,19 +42,19 @@ class Args:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code; invalid input exits with 2."""
     malloc.tune_glibc_malloc()
-    args = cli.parse(
-        Args,
+    arguments = cli.parse(
+        Arguments,
         cli.positional_run(argv),
-        default=Args(),
+        default=Arguments(),
         prog=PROG,
         description=__doc__.splitlines()[0].split(":")[0] + ".",
     )
-    with cli.one_line_errors(PROG, args.verbose):
-        report(args)
+    with cli.one_line_errors(PROG, arguments.verbose):
+        report(arguments)
     return 0
 
 
-def report(args: Args) -> None:
+def report(arguments: Arguments) -> None:
     """Load the run, score the data and print the result.
 
     Raises:
@@ -63,19 +62,21 @@ def report(args: Args) -> None:
     """
     from dantinox.checkpoint.load import find_run, load
 
-    if args.data is None:
+    if arguments.data is None:
         raise ValueError("data is missing; give --data a text file, a folder, a glob or stdlib")
-    overrides = {name: value for name in ("attn", "moe") if (value := getattr(args, name)) is not None}
-    model, tokenizer = load(find_run(args.run), **overrides)
-    documents = find_documents(args.data)
+    overrides = {name: value for name in ("attn", "moe") if (value := getattr(arguments, name)) is not None}
+    model, tokenizer = load(find_run(arguments.run), **overrides)
+    documents = find_documents(arguments.data)
     start = time.perf_counter()
-    score = evaluate(model, tokenizer, documents, context=args.context, stride=args.stride, batch_size=args.batch_size)
+    score = score_documents(
+        model, tokenizer, documents, context=arguments.context, stride=arguments.stride, batch_size=arguments.batch_size
+    )
     seconds = time.perf_counter() - start
     numbers = {name: getattr(score, name) for name in ("loss", "perplexity", "bits_per_byte")}
-    if args.json:
-        print(json.dumps({"run": str(find_run(args.run)), "data": args.data} | score._asdict() | numbers))
+    if arguments.json:
+        print(json.dumps({"run": str(find_run(arguments.run)), "data": arguments.data} | score._asdict() | numbers))
     else:
-        print(f"{'data':14} {args.data}: {score.documents:,} documents, {score.bytes:,} bytes")
+        print(f"{'data':14} {arguments.data}: {score.documents:,} documents, {score.bytes:,} bytes")
         print(f"{'tokens':14} {score.tokens:,}, context {score.context}, stride {score.stride}")
         print(f"{'loss':14} {score.loss:.4f} nats per token")
         print(f"{'perplexity':14} {score.perplexity:.4f}")

@@ -17,7 +17,7 @@ PROG = "dantinox-export"
 
 
 @dataclass(frozen=True)
-class Args:
+class Arguments:
     """Export a trained model in a Hugging Face layout."""
 
     run: str = "nano"
@@ -34,13 +34,15 @@ class Args:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code; invalid input exits with 2."""
-    args = cli.parse(Args, cli.positional_run(argv), default=Args(), prog=PROG, description=Args.__doc__)
-    with cli.one_line_errors(PROG, args.verbose):
-        export(args)
+    arguments = cli.parse(
+        Arguments, cli.positional_run(argv), default=Arguments(), prog=PROG, description=Arguments.__doc__
+    )
+    with cli.one_line_errors(PROG, arguments.verbose):
+        export(arguments)
     return 0
 
 
-def export(args: Args) -> None:
+def export(arguments: Arguments) -> None:
     """Load the run, write the folder and print its contents.
 
     Raises:
@@ -49,16 +51,16 @@ def export(args: Args) -> None:
     from dantinox.checkpoint.load import find_run, load, read_config
     from dantinox.hf.weights import save_hf
 
-    if args.out is None:
+    if arguments.out is None:
         raise ValueError("out is missing; give --out a folder")
-    size = check_int("shard_mb", args.shard_mb, 1) * 10**6
-    run = find_run(args.run)
-    to_hf(read_config(run).model, args.layout)  # before the weights are read
+    size = check_int("shard_mb", arguments.shard_mb, 1) * 10**6
+    run = find_run(arguments.run)
+    to_hf(read_config(run).model, arguments.layout)  # before the weights are read
     model, tokenizer = load(run)
-    files = save_hf(model, args.out, args.layout, size)
-    tokenizer.save(Path(args.out) / "dantinox")
+    files = save_hf(model, arguments.out, arguments.layout, size)
+    tokenizer.save(Path(arguments.out) / "dantinox")
     total = sum(file.stat().st_size for file in files)
-    print(f"{args.out}: {args.layout or layout_of(model.config)}, {total:,} bytes in {len(files)} file(s)")
+    print(f"{arguments.out}: {arguments.layout or layout_of(model.config)}, {total:,} bytes in {len(files)} file(s)")
 
 
 def program() -> NoReturn:

@@ -29,7 +29,7 @@ Texts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 
 
 @dataclass(frozen=True)
-class Args:
+class Arguments:
     """Generate text from a trained model."""
 
     run: str = "nano"
@@ -70,25 +70,29 @@ class Args:
     """Log the chosen implementations and show tracebacks."""
 
 
-def parse(argv: Sequence[str] | None) -> Args:
+def parse(argv: Sequence[str] | None) -> Arguments:
     """Parse the command line; the first argument may be the run. Exits with 2 if a flag is invalid."""
     return cli.parse(
-        Args, cli.positional_run(argv), default=Args(), prog=PROG, description="Generate text from a trained model."
+        Arguments,
+        cli.positional_run(argv),
+        default=Arguments(),
+        prog=PROG,
+        description="Generate text from a trained model.",
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code; invalid input exits with 2. An interrupt prints the text so far."""
-    args = parse(argv)
-    if args.verbose:
+    arguments = parse(argv)
+    if arguments.verbose:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
         logging.getLogger("jax").setLevel(logging.WARNING)
-    with cli.one_line_errors(PROG, args.verbose):
-        generate_text(args)
+    with cli.one_line_errors(PROG, arguments.verbose):
+        generate_text(arguments)
     return 0
 
 
-def generate_text(args: Args) -> None:
+def generate_text(arguments: Arguments) -> None:
     """Load the run and print the prompts and their continuations.
 
     Raises:
@@ -96,30 +100,32 @@ def generate_text(args: Args) -> None:
     """
     from dantinox.checkpoint.load import find_run, load
 
-    sampling = Sampling.create(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
-    count = check_int("n", args.n, 1)
-    if "" in args.stop:
+    sampling = Sampling.create(
+        arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p, arguments.repetition_penalty
+    )
+    count = check_int("n", arguments.n, 1)
+    if "" in arguments.stop:
         raise ValueError("stop is ''; allowed: text that is not empty")
-    prompts = read_prompts(args)
-    overrides = {"decode": args.decode, "kv_cache_dtype": args.kv_cache_dtype}
+    prompts = read_prompts(arguments)
+    overrides = {"decode": arguments.decode, "kv_cache_dtype": arguments.kv_cache_dtype}
     model, tokenizer = load(
-        find_run(args.run), **{name: value for name, value in overrides.items() if value is not None}
+        find_run(arguments.run), **{name: value for name, value in overrides.items() if value is not None}
     )
     ids = [tokenizer.encode(prompt) if prompt else [tokenizer.eos_id] for prompt in prompts]
-    max_new_tokens, is_capped = new_token_limit(args.max_new_tokens, model.config, max(map(len, ids)))
+    max_new_tokens, is_capped = new_token_limit(arguments.max_new_tokens, model.config, max(map(len, ids)))
     request = generate.Request(
         prompts=ids,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
-        seed=args.seed,
+        seed=arguments.seed,
         stop_tokens=(tokenizer.eos_id,),
         samples=range(count),
-        prefill_chunk=args.prefill_chunk,
+        prefill_chunk=arguments.prefill_chunk,
     )
-    texts = [IncrementalDetokenizer(tokenizer, header, args.stop) for header in prompt_headers(prompts, count)]
-    printer = StreamPrinter(texts, args.stream)
+    texts = [IncrementalDetokenizer(tokenizer, header, arguments.stop) for header in prompt_headers(prompts, count)]
+    printer = StreamPrinter(texts, arguments.stream)
     start, first_seconds, first_tokens = time.perf_counter(), 0.0, 0
-    chunks = generate.generate_chunks(model, request, latency=generate.STREAM_LATENCY_S if args.stream else None)
+    chunks = generate.generate_chunks(model, request, latency=generate.STREAM_LATENCY_S if arguments.stream else None)
     try:
         for chunk in chunks:
             printer.add(*chunk)
@@ -140,30 +146,30 @@ def generate_text(args: Args) -> None:
         print(f"stopped at max_context {limit}: {generate.why_context_limited(model.config)}", file=sys.stderr)
 
 
-def read_prompts(args: Args) -> list[str]:
+def read_prompts(arguments: Arguments) -> list[str]:
     """Return the texts to continue; one empty text if none was given.
 
     Raises:
         ValueError, OSError: a prompt is empty or not UTF-8, the file cannot be read, or flags conflict.
     """
-    if args.prompt_file is None:
-        if args.prompt_per_line:
+    if arguments.prompt_file is None:
+        if arguments.prompt_per_line:
             raise ValueError("prompt_per_line needs prompt_file")
-        if "" in args.prompt:
+        if "" in arguments.prompt:
             raise ValueError("prompt is ''; allowed: text that is not empty, or no prompt to start a document")
-        return list(args.prompt) or [""]
-    if args.prompt:
+        return list(arguments.prompt) or [""]
+    if arguments.prompt:
         raise ValueError("prompt and prompt_file are both given; allowed: one of them")
-    from_stdin = args.prompt_file == "-"
-    name = "standard input" if from_stdin else args.prompt_file
-    raw = sys.stdin.buffer.read() if from_stdin else Path(args.prompt_file).read_bytes()
+    from_stdin = arguments.prompt_file == "-"
+    name = "standard input" if from_stdin else arguments.prompt_file
+    raw = sys.stdin.buffer.read() if from_stdin else Path(arguments.prompt_file).read_bytes()
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text: byte {error.start} is {raw[error.start]:#04x}") from None
     if not text:
         raise ValueError(f"{name} is empty; allowed: text to continue")
-    if not args.prompt_per_line:
+    if not arguments.prompt_per_line:
         return [text]
     lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
     if "" in lines:

@@ -22,7 +22,7 @@ from dantinox.metrics import model_summary, wandb_logger
 from dantinox.system import malloc
 from dantinox.system.atomic_io import open_atomic
 from dantinox.training.loop import Loop, LoopState, NonFiniteError
-from dantinox.training.resume import check_restart_from_scratch, diff_settings, restore, resume_command
+from dantinox.training.resume import check_restart_from_scratch, diff_settings, restore_run, resume_command
 from dantinox.training.signals import Interrupted, sigterm_as_exception
 from dantinox.training.trainer import Trainer
 
@@ -97,7 +97,7 @@ def train(config: Config, resume: bool = False) -> Path:
     if resume:
         changed = diff_settings(config, read_config(folder))
         if Checkpoints(folder).steps():
-            state, start_step, progress = restore(trainer, folder)
+            state, start_step, progress = restore_run(trainer, folder)
         else:
             check_restart_from_scratch(folder, config)
         if changed and start_step:

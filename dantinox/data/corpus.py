@@ -206,7 +206,7 @@ def get_batch(
         raise ValueError(f"seed, step, batch_size are {seed}, {step}, {batch_size}; allowed: at least 0, 0, 1")
     # NumPy guarantees that the raw bits of a counter-based generator are the same in every version.
     bits = np.random.Philox(key=np.array([seed, step], np.uint64)).random_raw(batch_size)
-    return _windows(tokens, (bits % np.uint64(len(tokens) - seq_len)).astype(np.int64), seq_len)
+    return _gather_windows(tokens, (bits % np.uint64(len(tokens) - seq_len)).astype(np.int64), seq_len)
 
 
 def eval_batches(tokens: np.ndarray, *, batch_size: int, seq_len: int, n: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -225,7 +225,7 @@ def eval_batches(tokens: np.ndarray, *, batch_size: int, seq_len: int, n: int) -
     rows = min(batch_size, available)
     count = min(n, available // rows) * rows
     starts = np.arange(count) * ((len(tokens) - 1) // count)
-    return [_windows(tokens, starts[i : i + rows], seq_len) for i in range(0, count, rows)]
+    return [_gather_windows(tokens, starts[i : i + rows], seq_len) for i in range(0, count, rows)]
 
 
 def _require_length(tokens: np.ndarray, seq_len: int, subject: str) -> None:
@@ -238,7 +238,7 @@ def _require_length(tokens: np.ndarray, seq_len: int, subject: str) -> None:
         )
 
 
-def _windows(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+def _gather_windows(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
     windows = np.asarray(tokens[starts[:, None] + np.arange(seq_len + 1)]).astype(np.int32)
     return windows[:, :-1], windows[:, 1:]
 

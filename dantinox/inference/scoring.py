@@ -58,7 +58,7 @@ class Score(NamedTuple):
         return self.nats / math.log(2) / self.bytes
 
 
-def evaluate(
+def score_documents(
     model: Transformer,
     tokenizer: Tokenizer,
     documents: Sequence[Document],
@@ -100,7 +100,7 @@ def evaluate(
     width = min(context, 1 << (longest - 1).bit_length())
     graph, weights = nnx.split(model)
     nats, tokens = 0.0, 0
-    for batch in batched((pair for text in texts for pair in _windows(text, context, stride, width)), rows):
+    for batch in batched((pair for text in texts for pair in _scoring_windows(text, context, stride, width)), rows):
         padding = (np.zeros(width, np.int32), np.full(width, _IGNORED_TARGET, np.int32))
         inputs, targets = (np.stack(x) for x in zip(*batch, *[padding] * (rows - len(batch)), strict=True))
         scored = targets != _IGNORED_TARGET
@@ -112,7 +112,9 @@ def evaluate(
 _IGNORED_TARGET = -1
 
 
-def _windows(text: np.ndarray, context: int, stride: int, width: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _scoring_windows(
+    text: np.ndarray, context: int, stride: int, width: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (inputs, targets), int32 [width], that score each token of text[1:] once."""
     num_scored = 0
     for start in range(0, len(text), stride):

@@ -61,11 +61,11 @@ class MetricsLog:
         if self._tracker is not None:
             self._tracker.write(row)
 
-    def text(self, tag: str, text: str, step: int) -> None:
+    def write_text(self, tag: str, text: str, step: int) -> None:
         """Write a text, which TensorBoard shows on its text page."""
         self._add_event(step, [_text(tag, text)])
         if self._tracker is not None:
-            self._tracker.text(tag, text, step)
+            self._tracker.write_text(tag, text, step)
 
     def _purge_events(self, step: int) -> None:
         """Make TensorBoard discard the events of an interrupted run from this step on."""

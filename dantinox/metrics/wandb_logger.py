@@ -58,7 +58,7 @@ class WandbLogger:
         if row["step"] >= self._run.step:
             self._run.log({name: math.nan if value is None else value for name, value in row.items()}, step=row["step"])
 
-    def text(self, tag: str, text: str, step: int) -> None:
+    def write_text(self, tag: str, text: str, step: int) -> None:
         """Log a generated text."""
         self._run.log({tag: self._wandb.Html(f"<pre>{_escaped(text)}</pre>")}, step=max(step, self._run.step))
 

@@ -31,7 +31,7 @@ PROG = "dantinox-sweep"
 
 
 @dataclass(frozen=True)
-class Args:
+class Arguments:
     """Train the runs of a sweep file."""
 
     file: str | None = None
@@ -157,7 +157,7 @@ def lock_folder(folder: Path) -> Iterator[int]:
         os.close(handle)
 
 
-def run_sweep(args: Args) -> int:
+def run_sweep(arguments: Arguments) -> int:
     """Load the sweep file and train its runs.
 
     Returns:
@@ -166,17 +166,17 @@ def run_sweep(args: Args) -> int:
     Raises:
         ValueError, OSError: the file or a flag is invalid, and nothing was trained; the message is one line.
     """
-    if args.file is None:
+    if arguments.file is None:
         raise ConfigError("file is missing; give a sweep file, such as sweeps/example.yaml")
-    check(args.seed >= 0, f"seed is {args.seed}; allowed: 0 or more")
-    sweep = load_sweep(Path(args.file))
+    check(arguments.seed >= 0, f"seed is {arguments.seed}; allowed: 0 or more")
+    sweep = load_sweep(Path(arguments.file))
     try:
-        runs = sweep.runs(args.seed)
+        runs = sweep.runs(arguments.seed)
     except ConfigError as error:
-        raise ConfigError(f"{args.file}: {error}") from None
-    folder = Path(args.runs_dir) / sweep.name
+        raise ConfigError(f"{arguments.file}: {error}") from None
+    folder = Path(arguments.runs_dir) / sweep.name
     check(not (folder / "config.yaml").exists(), f"{folder} is a run; give the sweep another name")
-    if args.dry_run:
+    if arguments.dry_run:
         print(f"{len(runs)} runs in {folder}, each with {common_flags(sweep, runs)}")
         for i, run in enumerate(runs):
             outcome = report.load_outcome(run, folder)
@@ -184,18 +184,18 @@ def run_sweep(args: Args) -> int:
             state = f" ({outcome.state}{outcome.reason and ': '}{outcome.reason})"
             print(f"{i + 1}/{len(runs)} {run.name}: {flags}{'' if outcome.state == 'waiting' else state}")
         return 0
-    if args.wandb:
+    if arguments.wandb:
         wandb_logger.require_wandb()
     with lock_folder(folder) as lock:
-        sweeper = Sweeper(sweep, runs, folder, args.wandb, lock)
+        sweeper = Sweeper(sweep, runs, folder, arguments.wandb, lock)
         outcomes = sweeper.train_runs()
     done = sum(outcome.state == "done" for outcome in outcomes)
     print(f"\n{report.results_table(sweep, outcomes)}\n\n{done} of {len(runs)} runs are done; results are in {folder}")
     if sweeper.received is not None:
-        print(f"interrupted; each run is saved. Resume with: {resume_command(args)}")
+        print(f"interrupted; each run is saved. Resume with: {sweep_resume_command(arguments)}")
         return 128 + sweeper.received
     if any(outcome.state in ("failed", "interrupted") for outcome in outcomes):
-        print(f"resume failed runs from their last checkpoint with: {resume_command(args)}")
+        print(f"resume failed runs from their last checkpoint with: {sweep_resume_command(arguments)}")
     return 0 if done else 1
 
 
@@ -205,21 +205,23 @@ def common_flags(sweep: Sweep, runs: Sequence[Run]) -> str:
     return shlex.join(runs[0].flags(names)) if names else "the settings of nano"
 
 
-def resume_command(args: Args) -> str:
+def sweep_resume_command(arguments: Arguments) -> str:
     """Return the command that resumes a sweep."""
-    words = ["python", "-m", "dantinox.sweep", args.file]
-    if args.runs_dir != Args.runs_dir:
-        words += ["--runs-dir", args.runs_dir]
-    if args.seed:
-        words += ["--seed", str(args.seed)]
-    return shlex.join([*words, *(["--wandb"] if args.wandb else [])])
+    words = ["python", "-m", "dantinox.sweep", arguments.file]
+    if arguments.runs_dir != Arguments.runs_dir:
+        words += ["--runs-dir", arguments.runs_dir]
+    if arguments.seed:
+        words += ["--seed", str(arguments.seed)]
+    return shlex.join([*words, *(["--wandb"] if arguments.wandb else [])])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code; invalid input exits with 2."""
-    args = cli.parse(Args, cli.positional_run(argv, "--file"), default=Args(), prog=PROG, description=Args.__doc__)
-    with cli.one_line_errors(PROG, args.verbose):
-        return run_sweep(args)
+    arguments = cli.parse(
+        Arguments, cli.positional_run(argv, "--file"), default=Arguments(), prog=PROG, description=Arguments.__doc__
+    )
+    with cli.one_line_errors(PROG, arguments.verbose):
+        return run_sweep(arguments)
 
 
 def program() -> NoReturn:

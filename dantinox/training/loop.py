@@ -142,7 +142,7 @@ class Loop:
             with self.signals.interruptible(lambda: self.save_on_interrupt(step, state)):
                 text = self.trainer.sample_text(state.weights, t.sample_tokens)
             self.line.print_line(f"--- sample at step {step} ---\n{text}\n---")
-            self.log.text("sample", text, step)
+            self.log.write_text("sample", text, step)
         if stop_early and step < t.steps:
             self.line.print_line(
                 f"stopped early at step {step}: {self.progress.stale} evaluations without improvement over "

@@ -23,7 +23,7 @@ def check_restart_from_scratch(run: Path, config: Config) -> None:
     print(f"run {run} has no checkpoint yet; starting from scratch")
 
 
-def restore(trainer: Trainer, run: Path) -> tuple[TrainState, int, LoopState]:
+def restore_run(trainer: Trainer, run: Path) -> tuple[TrainState, int, LoopState]:
     """Restore a run from its latest valid checkpoint and quarantine newer, corrupt ones.
 
     Returns:

@@ -103,13 +103,13 @@ def test_earlier_names_are_not_in_the_help(capsys):
 
 
 def test_flags_of_single_programs_have_their_earlier_names(capsys):
-    assert generate.parse(["nano", "--prompt-file", "-", "--lines", "--kv-dtype", "model"]) == generate.Args(
+    assert generate.parse(["nano", "--prompt-file", "-", "--lines", "--kv-dtype", "model"]) == generate.Arguments(
         run="nano", prompt_file="-", prompt_per_line=True, kv_cache_dtype="auto"
     )
     with pytest.raises(SystemExit) as stop:
         export.main(["--run", "none", "--to", "folder"])
     assert stop.value.code == 2 and "run runs/none does not exist" in capsys.readouterr().err
-    fields = {field.name for args in (generate.Args, export.Args) for field in dataclasses.fields(args)}
+    fields = {field.name for args in (generate.Arguments, export.Arguments) for field in dataclasses.fields(args)}
     assert {new for old, new in FLAG_ALIASES.items() if old not in ALIASES} <= fields
 
 
