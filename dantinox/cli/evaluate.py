@@ -10,6 +10,7 @@ from typing import NoReturn
 from dantinox import cli
 from dantinox.config import Attention, Experts
 from dantinox.data.corpus import find_documents
+from dantinox.inference.scoring import score_documents
 from dantinox.system import malloc
 
 PROG = "dantinox-evaluate"
