@@ -103,7 +103,7 @@ def test_an_older_run_of_the_same_name_is_kept(tmp_path, monkeypatch, capsys):
     for number in range(3):
         folder = train.prepare_run(Config().replace(run="x"), resume=False)
         (folder / "metrics.jsonl").write_text(str(number))
-    assert "is now runs/x.1" in capsys.readouterr().out
+    assert "renamed it to runs/x.1" in capsys.readouterr().out
     held = {path.name: (path / "metrics.jsonl").read_text() for path in Path("runs").iterdir()}
     assert held == {"x.1": "0", "x.2": "1", "x": "2"}
     assert train.prepare_run(Config().replace(run="x"), resume=True) == folder and len(os.listdir("runs")) == 3

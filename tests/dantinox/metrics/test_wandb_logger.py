@@ -37,7 +37,7 @@ def test_without_the_package_it_is_one_line_before_anything_is_written(here, mon
     with pytest.raises(SystemExit) as stop:
         train.main([*TINY, "--wandb"])
     assert stop.value.code == 2
-    line = "wandb is not installed; pip install -c constraints.txt -e '.[wandb]', or leave --wandb out"
+    line = "wandb is not installed; run pip install -c constraints.txt -e '.[wandb]', or omit --wandb"
     assert capsys.readouterr().err == f"dantinox-train: error: {line}\n"
     assert os.listdir() == ["text.txt"]
 
