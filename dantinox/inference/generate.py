@@ -321,10 +321,10 @@ def _check_ids(name: str, ids: Any, vocab_size: int) -> np.ndarray:
     if array.size == 0:
         raise ValueError(f"{name} is empty; allowed: at least one token id")
     if not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{name} holds {array.dtype} values; allowed: integers")
+        raise ValueError(f"{name} contains {array.dtype} values; allowed: integers")
     bad = (array < 0) | (array >= vocab_size)
     if bad.any():
-        raise ValueError(f"{name} holds id {array[bad][0]}; allowed: 0 to {vocab_size - 1}")
+        raise ValueError(f"{name} contains id {array[bad][0]}; allowed: 0 to {vocab_size - 1}")
     return array.astype(np.int32)
 
 

@@ -58,7 +58,7 @@ def from_replace(settings: dict) -> Config:
 
 
 def from_sweep(settings: dict) -> Config:
-    return search_space.settings({"preset": "nano"} | settings)
+    return search_space.resolve_settings({"preset": "nano"} | settings)
 
 
 ENTRY_POINTS = (from_flags, from_separate_flags, from_yaml, from_preset, from_replace, from_sweep)

@@ -110,12 +110,12 @@ def test_the_agent_of_wandb_starts_the_runs_that_we_do(monkeypatch):
     found = utils.load_sweep_config("sweeps/example.yaml")
     words = utils.create_sweep_command(found["command"])
     assert words[2:-1] == ["-m", "dantinox.train", "--wandb"] and words[-1] == "${args}"
-    for run in sweep_file.read(ROOT / "sweeps" / "example.yaml").runs():
+    for run in sweep_file.load_sweep(ROOT / "sweeps" / "example.yaml").runs():
         given = {name: {"value": value} for name, value in run.values.items()}
         flags = utils.create_sweep_command_args({"args": given})["args"]
         asked = train.parse([*words[4:-1], *flags]).settings
-        assert asked == sweep_file.settings(run.values).replace(wandb=True)
-        assert train.parse(run.flags()).settings == sweep_file.settings(run.values)
+        assert asked == sweep_file.resolve_settings(run.values).replace(wandb=True)
+        assert train.parse(run.flags()).settings == sweep_file.resolve_settings(run.values)
 
 
 def compare(run: Path) -> None:
