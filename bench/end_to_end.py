@@ -79,12 +79,12 @@ def make_decode_timer(config: Config, prompt: int, new: int) -> Callable[[], tup
     """
     model = Transformer(config.model, rngs=nnx.Rngs(0))
     ids = np.random.default_rng(1).integers(0, config.model.vocab_size, prompt).tolist()
-    sampling = Sampling.checked(temperature=0.0)
+    sampling = Sampling.create(temperature=0.0)
 
     def time_generation(tokens: int) -> float:
         request = Request([ids], tokens, sampling, 0, (), (0,), None)
         start = time.perf_counter()
-        for _ in generate.run(model, request):
+        for _ in generate.generate_chunks(model, request):
             pass
         return time.perf_counter() - start
 

@@ -83,7 +83,7 @@ def parse(argv: Sequence[str]) -> Arguments:
         return cli.parse(
             Arguments,
             argv,
-            default=Arguments(base.loose(), preset=preset),
+            default=Arguments(base, preset=preset),
             prog=PROG,
             description=f"Trace training steps, or one operation. Presets: {', '.join(presets())} (default: nano).",
         )
@@ -166,14 +166,14 @@ def capture(program: TracedProgram, steps: int, out: Path) -> tuple[Path, float]
 def analyze(path: Path, program: TracedProgram, steps: int, seconds: float) -> dict[str, Any]:
     """Read the tables of a trace, and add the parts of the model to its file as a plane."""
     data = jax.profiler.ProfileData.from_file(str(path))
-    names, spans = profile_report.op_names(program.hlo), profile_report.spans(data)
+    names, spans = profile_report.op_names(program.hlo), profile_report.collect_spans(data)
     with path.open("ab") as file:
         file.write(profile_report.scopes_plane(spans, names))
     num_tracks = len({span.track for span in spans}) or 1
     tables = {
-        "operations": profile_report.operations(spans, names),
-        "parts": profile_report.by_scope(spans, names),
-        "kernels": profile_report.device_kernels(data),
+        "operations": profile_report.time_by_operation(spans, names),
+        "parts": profile_report.time_by_scope(spans, names),
+        "kernels": profile_report.time_by_kernel(data),
     }
     device = jax.devices()[0]
     return {

@@ -1,4 +1,4 @@
-"""One progress line on a terminal; a plain line now and then where output goes to a file."""
+"""A progress bar on a terminal, or a plain line every few seconds if the output is a file."""
 
 import time
 
@@ -7,11 +7,12 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 
 class ProgressLine:
-    """step | loss | lr | tokens/s | MFU | ETA. Use as a context manager.
+    """Context manager that shows step | loss | lr | tokens/s | MFU | ETA.
 
     Args:
-        total: the last step. done: the step that training starts from.
-        quiet_seconds: seconds between lines where the output is no terminal.
+        total: the last step.
+        done: the step that training starts from.
+        quiet_seconds: seconds between lines if the output is not a terminal.
     """
 
     def __init__(self, total: int, done: int = 0, quiet_seconds: float = 10.0) -> None:
@@ -38,9 +39,9 @@ class ProgressLine:
             self._bar.stop()
 
     def update(self, step: int, row: dict[str, float]) -> None:
-        """Show the row of metrics of a step."""
+        """Show the metrics of a step."""
         now = time.perf_counter()
-        if step == self._first + 1:  # the first step is mostly compilation: time starts after it
+        if step == self._first + 1:  # the first step is mostly compilation, so the ETA excludes it
             self._start, self._first = now, step
         eta = (self.total - step) * (now - self._start) / max(1, step - self._first)
         line = (
@@ -54,6 +55,6 @@ class ProgressLine:
             self.console.print(line)
             self._last = now
 
-    def say(self, text: str) -> None:
-        """A line above the bar."""
+    def print_line(self, text: str) -> None:
+        """Print a line above the bar."""
         self.console.print(text, markup=False)

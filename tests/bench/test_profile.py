@@ -204,20 +204,20 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 
 
 def test_kernels_of_a_gpu():
-    first, copy, add = profile_report.device_kernels(GPU)
+    first, copy, add = profile_report.time_by_kernel(GPU)
     assert (first.name, first.count, first.total_ms, first.self_ms) == ("attention_forward", 2, 12.0, 11.0)
     assert (copy.name, copy.count, copy.total_ms, copy.self_ms) == ("MemcpyD2D", 1, 2.0, 1.0)  # beside the kernel
     assert (add.name, add.share) == ("loop_add_fusion_2", pytest.approx(1 / 13))
 
 
 def test_operations_of_a_gpu_come_from_its_plane_and_know_their_part():
-    spans, names = profile_report.spans(GPU), profile_report.op_names(HLO)
+    spans, names = profile_report.collect_spans(GPU), profile_report.op_names(HLO)
     assert [span.op for span in spans] == ["custom-call.3", "loop_add_fusion_2", "custom-call.3", "copy.1"]
     assert profile_report.busy_ms(spans) == 13.0
-    assert profile_report.scope(names["copy_4"]) == Scope("embed", False)  # inside a loop that has a name
-    parts = {row.name: row.self_ms for row in profile_report.by_scope(spans, names)}
+    assert profile_report.parse_scope(names["copy_4"]) == Scope("embed", False)  # inside a loop that has a name
+    parts = {row.name: row.self_ms for row in profile_report.time_by_scope(spans, names)}
     assert parts == {"block/attention/attend": 11.0, "optimizer": 1.0, profile_report.NO_SCOPE: 1.0}
-    assert [row.part for row in profile_report.operations(spans, names)] == [
+    assert [row.part for row in profile_report.time_by_operation(spans, names)] == [
         "block1/attention/attend",
         profile_report.NO_SCOPE,
         "optimizer",
@@ -227,9 +227,9 @@ def test_operations_of_a_gpu_come_from_its_plane_and_know_their_part():
 def test_operations_of_a_tpu_are_those_of_its_xla_line():
     ops = Line("XLA Ops", [Event("%fusion.1 = f32[8] fusion(%x)", 0, 2e6, {"tf_op": "jit(f)/norm/mul:"})])
     data = Data([Plane("/device:TPU:0", [Line("Steps", [Event("0", 0, 9e6)]), ops])])
-    (span,) = profile_report.spans(data)
+    (span,) = profile_report.collect_spans(data)
     assert span.op == "fusion.1" and profile_report.scope_of(span, {}) == Scope("norm", False)
-    assert profile_report.device_kernels(data) == []
+    assert profile_report.time_by_kernel(data) == []
 
 
 def test_an_operation_of_a_cpu_lasts_until_other_threads_are_done():
@@ -240,7 +240,9 @@ def test_an_operation_of_a_cpu_lasts_until_other_threads_are_done():
     ]
     rows = {
         row.name: row
-        for row in profile_report.operations(profile_report.spans(Data([Plane("/host:CPU", threads)])), {})
+        for row in profile_report.time_by_operation(
+            profile_report.collect_spans(Data([Plane("/host:CPU", threads)])), {}
+        )
     }
     assert rows.keys() == {"dot.1", "add.2"}  # what a loop runs is there already
     assert (rows["dot.1"].total_ms, rows["dot.1"].self_ms) == (4.0, 3.0)
@@ -249,9 +251,9 @@ def test_an_operation_of_a_cpu_lasts_until_other_threads_are_done():
 
 def test_a_trace_of_nothing():
     assert (
-        profile_report.spans(Data([]))
-        == profile_report.device_kernels(Data([]))
-        == profile_report.operations([], {})
+        profile_report.collect_spans(Data([]))
+        == profile_report.time_by_kernel(Data([]))
+        == profile_report.time_by_operation([], {})
         == []
     )
     assert profile_report.busy_ms([]) == 0
@@ -272,7 +274,7 @@ STACKS = {
 
 @pytest.mark.parametrize("stack", STACKS)
 def test_scope_of_a_name_stack(stack):
-    assert profile_report.scope(stack) == STACKS[stack]
+    assert profile_report.parse_scope(stack) == STACKS[stack]
 
 
 def test_names_of_a_program_compiled_here():
@@ -281,7 +283,7 @@ def test_names_of_a_program_compiled_here():
             return jnp.sum(jnp.dot(x, x))
 
     names = profile_report.op_names(jax.jit(jax.grad(f)).lower(jnp.ones((64, 64))).compile().as_text())
-    assert Scope("square", True) in {profile_report.scope(name) for name in names.values()}
+    assert Scope("square", True) in {profile_report.parse_scope(name) for name in names.values()}
 
 
 def test_the_plane_of_parts_draws_what_runs_at_once_on_two_lines():

@@ -1,5 +1,6 @@
 """Checkpoints: what is kept, what damage is named, and what a full disk or a kill leaves behind."""
 
+import dataclasses
 import pickle
 import random
 import shutil
@@ -15,9 +16,10 @@ import numpy as np
 import optax
 import pytest
 
-from dantinox.checkpoint import manifest
+from dantinox.checkpoint import manifest, params
 from dantinox.checkpoint.manager import Checkpoints
 from dantinox.checkpoint.manifest import CorruptCheckpointError
+from dantinox.config import ModelConfig
 from dantinox.training.train_step import TrainState
 
 ROOT = Path(__file__).parents[3]
@@ -63,6 +65,25 @@ def test_a_checkpoint_gives_back_every_bit(two):
     assert same(checkpoints.restore(2, shapes(state(0))), state(2))
     weights = checkpoints.restore_weights(1, shapes(state(0)).params, averaged=True)
     assert all((weights[name] == value).all() for name, value in state(1).ema.items())
+
+
+def test_stored_parameter_names_are_the_earliest_ones():
+    """Attributes of the modules may be renamed; a checkpoint written before must keep its tree."""
+    config = ModelConfig(n_layers=1, n_experts=2, shared_expert=True, qk_norm=True, attn_gate="head")
+    config = dataclasses.replace(config, tie_embeddings=False, pos_encoding="learned")
+    attention = [f"blocks.0.attention.{name}" for name in ("gate", "k", "k_scale", "o", "q", "q_scale", "v")]
+    mlp = [
+        f"blocks.0.mlp.{name}" for name in ("down", "gate", "router", "shared.down", "shared.gate", "shared.up", "up")
+    ]
+    names = [*attention, "blocks.0.attention_norm", *mlp, "blocks.0.mlp_norm", "embedding", "head", "norm", "position"]
+    model_def, shapes = params.abstract_params(config)
+    assert sorted(shapes) == sorted(params.param_axes(config)) == sorted(names)
+    model = model_def.merge({name: np.full(x.shape, names.index(name)) for name, x in shapes.items()})
+    for value, name in ((model.token_embedding, "embedding"), (model.lm_head, "head"), (model.final_norm, "norm")):
+        assert (value[...] == names.index(name)).all()
+    assert (model.pos_embedding[...] == names.index("position")).all()
+    q_norm, k_norm = model.blocks[0].attention.q_norm, model.blocks[0].attention.k_norm
+    assert (q_norm[...] == names.index(attention[5])).all() and (k_norm[...] == names.index(attention[2])).all()
 
 
 def test_the_newest_and_the_best_stay(tmp_path):
@@ -131,7 +152,7 @@ def test_a_manifest_that_tells_another_story_is_damaged(two, tmp_path):
     text = path.read_text()
     assert '"step": 2,' in text
     path.write_text(text.replace('"step": 2,', '"step": 3,'))
-    assert str(Checkpoints(run).latest_valid()[2][0]).endswith("manifest.json is not as it was written")
+    assert str(Checkpoints(run).latest_valid()[2][0]).endswith("manifest.json was modified")
 
 
 def test_a_kill_while_saving_leaves_only_what_is_swept_away(two, tmp_path):
@@ -175,7 +196,7 @@ FULL = """
     checkpoints.wait()
     for foreseen in (True, False, False, False, False):  # which write fails first, and how late, differs
         if not foreseen:
-            manager._bytes = lambda current: 0
+            manager._max_bytes = lambda state: 0
         try:
             checkpoints.save(2, large, {})
             checkpoints.wait()
@@ -204,14 +225,14 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(tmp_path):
     assert len(lines) == 5
     for line in lines:
         assert line.startswith("step 2 could not be saved in ") and "No space left on device" in line
-        assert line.endswith("; the checkpoint of step 1 is as it was")
+        assert line.endswith("; the checkpoint of step 1 is intact")
     assert ["MB needed" in line for line in lines] == [True, False, False, False, False]
 
 
 def test_only_noise_is_kept_quiet(two, monkeypatch, capsys):
     Checkpoints(two)
     heard = []
-    monkeypatch.setattr(sys.unraisablehook, "before", heard.append)
+    monkeypatch.setattr(sys.unraisablehook, "previous_hook", heard.append)
 
     def told(error, of):
         return types.SimpleNamespace(exc_value=error, object=of)
@@ -222,4 +243,4 @@ def test_only_noise_is_kept_quiet(two, monkeypatch, capsys):
         sys.unraisablehook(each)
     assert heard == others
     Checkpoints(two)
-    assert sys.unraisablehook.before == heard.append
+    assert sys.unraisablehook.previous_hook == heard.append

@@ -48,7 +48,7 @@ def test_every_token_is_scored_once_with_the_context_that_is_stated(model, log_p
             nats -= log_p(ids[first:i])[ids[i]]
             tokens += 1
     documents = [Document("", text) for text in TEXTS]
-    score = scoring.evaluate(model, TOKENIZER, documents, context=context, stride=stride, batch_size=5)
+    score = scoring.score_documents(model, TOKENIZER, documents, context=context, stride=stride, batch_size=5)
     assert (score.documents, score.tokens, score.bytes) == (3, tokens, sum(len(t.encode()) for t in TEXTS))
     assert score.nats == pytest.approx(nats, rel=1e-5)
     assert score.loss == pytest.approx(nats / tokens, rel=1e-5)
@@ -58,10 +58,12 @@ def test_every_token_is_scored_once_with_the_context_that_is_stated(model, log_p
 
 def test_a_longer_context_than_the_model_has_is_for_windowed_ones(model):
     documents = [Document("", TEXTS[0])]
-    with pytest.raises(ValueError, match=r"^context is 81; allowed: 1 to max_context 80, as every layer sees all"):
-        scoring.evaluate(model, TOKENIZER, documents, context=81)
+    with pytest.raises(
+        ValueError, match=r"^context is 81; allowed: 1 to max_context 80 \(every layer has full attention\)"
+    ):
+        scoring.score_documents(model, TOKENIZER, documents, context=81)
     windowed = build(n_layers=1, vocab_size=TOKENIZER.vocab_size, window=4)
-    assert scoring.evaluate(windowed, TOKENIZER, documents, context=1000).tokens == 14
+    assert scoring.score_documents(windowed, TOKENIZER, documents, context=1000).tokens == 14
 
 
 @pytest.fixture

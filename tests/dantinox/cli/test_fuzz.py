@@ -12,6 +12,7 @@ import pytest
 
 from dantinox.cli import train
 from dantinox.config import Config
+from dantinox.training.train_step import TrainState
 
 COUNT, GROUPS = 1000, 20
 # One layer and small widths, most of them fit for each other; each setting is given now and then.
@@ -106,7 +107,7 @@ def two_steps(config: Config, resume: bool = False) -> str:
     rng = np.random.default_rng(config.train.seed)
     draw = lambda x: jnp.asarray((x.ndim == 1) + 0.02 * rng.normal(size=x.shape), x.dtype)  # compiles nothing
     params = jax.tree.map(draw, trainer.shapes.params)
-    current = train.TrainState(params, trainer.optimizer.init(params))
+    current = TrainState(params, trainer.optimizer.init(params))
     if trainer.shardings is not None:
         current = jax.device_put(current, trainer.shardings)
     for step in range(min(2, config.train.steps)):

@@ -9,10 +9,10 @@ import sys
 import pytest
 
 import dantinox
-from dantinox.cli.stream_printer import Screen, heads
+from dantinox.cli.stream_printer import StreamPrinter, prompt_headers
 from dantinox.data.tokenizer import BPETokenizer, CharTokenizer
 from dantinox.inference import generate
-from dantinox.inference.detokenizer import Text
+from dantinox.inference.detokenizer import IncrementalDetokenizer
 from tests.dantinox.inference.test_generate import build
 
 
@@ -64,7 +64,7 @@ def test_streamed_text_is_the_whole_text(say, program):
     assert say("--run", "runs/mine", *flags, "--stream", "--decode", "reference").out == whole.out
     assert program.asked == [("runs/mine", {}), ("runs/mine", {"decode": "reference"})]
     assert whole.out.startswith("--- sample 1 of 2 ---\nné ") and "\n--- sample 2 of 2 ---\nné " in whole.out
-    assert re.match(r"\d+ tokens in \d+\.\d\d s, \d+ tokens/s, compilation included", whole.err)
+    assert re.match(r"\d+ tokens in \d+\.\d\d s, \d+ tokens/s, including compilation", whole.err)
 
 
 def test_prompts_in_one_batch_give_what_each_gives_alone(say, tmp_path, monkeypatch):
@@ -107,7 +107,7 @@ def test_texts_in_and_texts_out_are_what_the_program_writes(say, models):
     cut = dantinox.complete(models["windowed"], CharTokenizer("é€"), prompts, stop=["not there", stop], **how)
     assert cut == [text.split(stop)[0] for text in texts]
     for bad, message in (
-        ({"stop": [""]}, "stop holds an empty text"),
+        ({"stop": [""]}, "stop contains ''; allowed: texts"),
         ({"stop": "x"}, "stop is 'x'; allowed: a list of texts"),
         ({"prompts": "x"}, "prompts is 'x'; allowed: a list of texts"),
         ({"prompts": []}, "prompts are empty; allowed: at least one prompt"),
@@ -127,12 +127,12 @@ def test_a_model_that_sees_everything_stops_at_max_context_and_says_so(say, prog
     """Fault 17: writing stops at the longest context without a word."""
     out = say("--run", "full", "--prompt", "abc", "--temperature", 0)
     assert out.err.startswith("45 tokens in ") and len(out.out) > 10
-    assert out.err.endswith("\nstopped at max_context 48, as every layer sees all of it\n")
+    assert out.err.endswith("\nstopped at max_context 48: every layer has full attention\n")
     short = say("--run", "full", "--prompt", "abc", "--max-new-tokens", 5)
     assert "stopped" not in short.err
     for words, message in (
         (["--max-new-tokens", "46"], "a prompt of 3 tokens and max_new_tokens 46 make 49; allowed: max_context 48"),
-        (["--prompt", "a" * 48], "the prompt is 48 tokens long; allowed: fewer than max_context 48, as every layer"),
+        (["--prompt", "a" * 48], "the prompt is 48 tokens long; allowed: fewer than max_context 48 (every layer"),
     ):
         with pytest.raises(SystemExit):
             program(["--run", "full", "--prompt", "abc", *words])
@@ -154,9 +154,9 @@ def test_a_model_that_sees_everything_stops_at_max_context_and_says_so(say, prog
         (["--max-new-tokens", "0"], "max_new_tokens is 0"),
         (["--max-new-tokens", "many"], "many"),
         (["--prompt", "\udcff"], "surrogate"),
-        (["--prompt", ""], "prompt is empty"),
-        (["--prompt", "a", "--prompt", ""], "prompt is empty"),
-        (["--stop", ""], "stop is empty"),
+        (["--prompt", ""], "prompt is ''"),
+        (["--prompt", "a", "--prompt", ""], "prompt is ''"),
+        (["--stop", ""], "stop is ''"),
         (["--prompt-per-line"], "prompt_per_line needs prompt_file"),
         (["--prompt-file", "nowhere.txt"], "nowhere.txt: No such file or directory"),
         (["--prompt-file", "."], ".: Is a directory"),
@@ -185,7 +185,7 @@ def test_ctrl_c_keeps_the_text_so_far(program, capsys, monkeypatch):
         yield generate.Chunk([[ord("b") + 1, 0xE2 + 1]], [False])  # and the first byte of a character
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "run", interrupted)
+    monkeypatch.setattr(generate, "generate_chunks", interrupted)
     with pytest.raises(KeyboardInterrupt):
         program(["--prompt", ">"])
     assert capsys.readouterr().out == ">ab\ufffd\n"
@@ -202,11 +202,11 @@ def test_only_whole_characters_are_streamed():
         (CharTokenizer(""), [98, left + 1, middle + 1, right + 1, 99]),
         (BPETokenizer(merges), [98, 257, right + 1, 99]),
     ):
-        text = Text(tokenizer, "")
+        text = IncrementalDetokenizer(tokenizer, "")
         shown = []
         for token in ids:
             text.add([token])
-            shown.append(text.take())
+            shown.append(text.pop_ready())
         assert shown == ["a", *[""] * (len(ids) - 3), "€", "b"]
 
 
@@ -222,27 +222,27 @@ def test_only_whole_characters_are_streamed():
 )
 def test_a_stop_string_may_lie_over_tokens(stops, shown, done):
     for pieces in (list("abcdefg"), ["abc", "defg"], ["abcdefg"]):
-        text, seen = Text(CharTokenizer(""), "", stops), ""
+        text, seen = IncrementalDetokenizer(CharTokenizer(""), "", stops), ""
         for piece in pieces:
             text.add([ord(char) + 1 for char in piece])
-            seen += text.take()
+            seen += text.pop_ready()
         assert (seen.removesuffix("\n") == shown.removesuffix("\n")) and text.done == done
         text.add([], done=True)
-        assert seen + text.take() == (shown.removesuffix("\n") if done else "abcdefg") + "\n"
+        assert seen + text.pop_ready() == (shown.removesuffix("\n") if done else "abcdefg") + "\n"
 
 
 def test_several_streams_are_shown_one_after_the_other(capsys):
     tokenizer = CharTokenizer("")
-    texts = [Text(tokenizer, head, ["!"]) for head in heads(["p", "q"], 1)]
-    screen = Screen(texts, stream=True)
+    texts = [IncrementalDetokenizer(tokenizer, header, ["!"]) for header in prompt_headers(["p", "q"], 1)]
+    printer = StreamPrinter(texts, stream=True)
     ids = lambda *words: [[ord(char) + 1 for char in word] for word in words]
     shown = []
     for words, done in ((("a", "x"), (False, False)), (("b", "y"), (False, True)), (("c!", ""), (False, True))):
-        screen.add(ids(*words), done)
+        printer.add(ids(*words), done)
         shown.append(capsys.readouterr().out)
     assert shown == ["--- prompt 1 of 2 ---\npa", "b", "c\n--- prompt 2 of 2 ---\nqxy\n"]
-    assert screen.done and [text.tokens for text in texts] == [4, 2]
-    screen.end()
+    assert printer.done and [text.num_tokens for text in texts] == [4, 2]
+    printer.finish()
     assert capsys.readouterr().out == ""
 
 

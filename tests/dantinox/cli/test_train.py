@@ -59,7 +59,7 @@ def test_a_run_writes_everything_it_promises(finished):
     assert [row["step"] for row in rows if "val_loss" in row] == [3, 6]
     assert sorted(int(p.name) for p in (path / "checkpoints").iterdir()) == [4, 6]  # the last step is always saved
     assert (path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert "active a token" in (path / "summary.txt").read_text()
+    assert "active per token" in (path / "summary.txt").read_text()
     settings = yaml.safe_load((path / "config.yaml").read_text())
     assert settings["dim"] == 32 and settings["vocab_size"] > 200
     assert Config.from_yaml(path / "config.yaml").flat() == settings
@@ -103,7 +103,7 @@ def test_an_older_run_of_the_same_name_is_kept(tmp_path, monkeypatch, capsys):
     for number in range(3):
         folder = train.prepare_run(Config().replace(run="x"), resume=False)
         (folder / "metrics.jsonl").write_text(str(number))
-    assert "is now runs/x.1" in capsys.readouterr().out
+    assert "renamed it to runs/x.1" in capsys.readouterr().out
     held = {path.name: (path / "metrics.jsonl").read_text() for path in Path("runs").iterdir()}
     assert held == {"x.1": "0", "x.2": "1", "x": "2"}
     assert train.prepare_run(Config().replace(run="x"), resume=True) == folder and len(os.listdir("runs")) == 3
@@ -128,7 +128,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(text, tmp_path):
     assert time.monotonic() - asked < 5
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    step = int(re.search(r"step (\d+) is saved. Go on with: python -m dantinox.train --run stopped --resume", out)[1])
+    step = int(re.search(r"step (\d+) is saved. Resume with: python -m dantinox.train --run stopped --resume", out)[1])
     assert [p.name for p in (tmp_path / "runs" / "stopped" / "checkpoints").iterdir()] == [str(step)]
     run("--run", "stopped", "--resume", "--steps", step + 2, cwd=tmp_path, check=0)
     assert [row["step"] for row in read_metrics(metrics)] == list(range(1, step + 3))
@@ -136,7 +136,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(text, tmp_path):
 
 def test_dry_run_costs_and_writes_nothing(text, tmp_path):
     done = run(*TINY, "--data", text, "--dry-run", cwd=tmp_path, check=0)
-    for word in ("parameters", "active a token", "FLOPs a token", "MiB a device at the peak", "KV cache"):
+    for word in ("parameters", "active per token", "FLOPs per token", "MiB per device at the peak", "KV cache"):
         assert word in done.stdout
     assert os.listdir(tmp_path) == []
 

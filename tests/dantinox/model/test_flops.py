@@ -65,7 +65,7 @@ def forward_flops(config: ModelConfig, T: int, backward: bool = False) -> int:
 def test_flops_are_those_of_the_jaxpr(name):
     T, full = 20, dataclasses.replace(config(name), attn="reference")
     # The reference computes all T * T pairs of which a causal query sees (T + 1) / 2 on average.
-    hidden = 4 * full.n_heads * full.head_dim * full.n_layers * (T * T - visible_pairs(T, T))
+    hidden = 4 * full.n_heads * full.resolved_head_dim * full.n_layers * (T * T - visible_pairs(T, T))
     forward = forward_flops(full, T)
     per_token = count.flops_per_token(full, T, training=False)
     assert per_token * T == forward - hidden

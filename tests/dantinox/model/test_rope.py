@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dantinox.config import ConfigError, ModelConfig
-from dantinox.model.rope import apply_rope, frequencies, rope_cos_sin
+from dantinox.model.rope import apply_rope, rope_cos_sin, rope_frequencies
 
 CONFIG = ModelConfig(dim=64, n_heads=1, n_kv_heads=1, head_dim=32, max_context=8192)
 
@@ -42,19 +42,19 @@ def test_scores_depend_on_the_distance_alone(kind):
 
 
 def test_a_factor_of_one_stretches_nothing():
-    plain, _ = frequencies(CONFIG)
+    plain, _ = rope_frequencies(CONFIG)
     for kind in ("linear", "ntk", "yarn", "llama3"):
-        inverse, magnitude = frequencies(scaled(kind, 1.0))
+        inverse, magnitude = rope_frequencies(scaled(kind, 1.0))
         np.testing.assert_allclose(inverse, plain, rtol=1e-6)
         assert magnitude == 1
 
 
 def test_ntk_stretches_the_base():
     """theta' = theta * factor^(D / (D - 2)): the fastest pair stays, the slowest turns `factor` times slower."""
-    inverse, magnitude = frequencies(scaled("ntk", 4.0))
+    inverse, magnitude = rope_frequencies(scaled("ntk", 4.0))
     base = 10000.0 * 4.0 ** (32 / 30)
     np.testing.assert_allclose(inverse, [base ** (-2 * i / 32) for i in range(16)], rtol=1e-6)
-    plain, _ = frequencies(CONFIG)
+    plain, _ = rope_frequencies(CONFIG)
     assert magnitude == 1 and inverse[0] == plain[0]
     assert inverse[-1] == pytest.approx(plain[-1] / 4, rel=1e-6)
 
@@ -63,7 +63,7 @@ def test_ntk_stretches_the_base():
 def test_yarn_slows_the_pairs_that_turn_little(original):
     """A ramp over the pair's index between those that turn 32 times and once over the original context."""
     factor, context, D = 4.0, original or 8192 // 4, 32
-    inverse, magnitude = frequencies(scaled("yarn", factor, rope_original_context=original))
+    inverse, magnitude = rope_frequencies(scaled("yarn", factor, rope_original_context=original))
     turns = [context * 10000.0 ** (-2 * i / D) / (2 * math.pi) for i in range(D // 2)]
     low = max(i for i in range(D // 2) if turns[i] >= 32)  # the last that turns so often
     high = min(i for i in range(D // 2) if turns[i] <= 1)
@@ -77,7 +77,7 @@ def test_yarn_slows_the_pairs_that_turn_little(original):
 def test_llama3_slows_the_pairs_that_turn_less_than_four_times():
     """By wavelengths, as Llama 3.1 was published: past the context / 1, short of the context / 4, and between."""
     factor, context = 8.0, 2048
-    inverse, magnitude = frequencies(scaled("llama3", factor, rope_original_context=context))
+    inverse, magnitude = rope_frequencies(scaled("llama3", factor, rope_original_context=context))
     kinds = set()
     for i, got in enumerate(inverse):
         theta = 10000.0 ** (-2 * i / 32)
@@ -91,8 +91,8 @@ def test_llama3_slows_the_pairs_that_turn_less_than_four_times():
 
 
 def test_linear_slows_every_pair():
-    inverse, magnitude = frequencies(scaled("linear", 4.0))
-    np.testing.assert_allclose(inverse, frequencies(CONFIG)[0] / 4, rtol=1e-6)
+    inverse, magnitude = rope_frequencies(scaled("linear", 4.0))
+    np.testing.assert_allclose(inverse, rope_frequencies(CONFIG)[0] / 4, rtol=1e-6)
     assert magnitude == 1
 
 

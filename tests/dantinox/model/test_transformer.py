@@ -29,8 +29,6 @@ SMALL = ModelConfig(
 
 def small(**changes) -> ModelConfig:
     """A tiny config with the given changes."""
-    if changes.keys() & {"dim", "n_heads"}:
-        changes.setdefault("head_dim", None)
     return dataclasses.replace(SMALL, **changes)
 
 
@@ -144,7 +142,7 @@ def test_a_gate_of_zero_lets_half_through():
         for name in ("gate", "up", "down"):
             getattr(block.mlp, name)[...] = getattr(other.mlp, name)[...]
         block.attention.gate[...] = jnp.zeros_like(block.attention.gate[...])
-    model.embedding[...] = plain.embedding[...]
+    model.token_embedding[...] = plain.token_embedding[...]
     for block in plain.blocks:
         block.attention.o[...] = block.attention.o[...] / 2
     # Gate logits of zero halve the attention branch.
@@ -163,7 +161,7 @@ def test_positions_none_is_blind_to_order_and_the_others_are_not():
 
 def test_caps_bound_what_they_cap():
     model = build(logit_softcap=0.05, n_layers=1)
-    model.embedding[...] = model.embedding[...] * 100
+    model.token_embedding[...] = model.token_embedding[...] * 100
     logits = forward(model)(text())
     assert 0.04 < float(jnp.max(jnp.abs(logits))) <= 0.05 * (1 + 1e-6)
 
@@ -172,15 +170,15 @@ def test_tied_weights_are_one_array():
     tied, untied = build(n_layers=1), build(n_layers=1, tie_embeddings=False)
     count = lambda model: sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
     assert count(untied) - count(tied) == 23 * 16
-    assert tied.head is None
+    assert tied.lm_head is None
     loss, state = loss_of(tied)
     # A token that is never read still gets a gradient, through the logits.
     tokens = text() % 10
-    gradient = jax.jit(jax.grad(loss))(state, tokens)["embedding"][...]
+    gradient = jax.jit(jax.grad(loss))(state, tokens)["token_embedding"][...]
     assert np.all(np.any(np.asarray(gradient)[10:] != 0, axis=1))
     # The one array is both: a row that is never read moves its own logit only.
     before = forward(tied)(tokens)
-    tied.embedding[...] = tied.embedding[...].at[20].mul(3.0)
+    tied.token_embedding[...] = tied.token_embedding[...].at[20].mul(3.0)
     after = forward(tied)(tokens)
     np.testing.assert_allclose(after[..., 20], 3 * before[..., 20], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(np.delete(after, 20, -1), np.delete(before, 20, -1))
@@ -313,7 +311,7 @@ def test_ids_out_of_range_are_refused(bad):
     """Fault 15: ids out of range give NaN, or another token's logits where XLA clamps."""
     tokens = np.array([[1, bad, 2]], np.int32)
     for given in (tokens, jnp.asarray(tokens)):
-        with pytest.raises(ValueError, match=rf"^tokens hold id {bad}; allowed: 0 to 22$"):
+        with pytest.raises(ValueError, match=rf"^tokens contain id {bad}; allowed: 0 to 22$"):
             build(n_layers=1)(given)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dantinox.config import ConfigError
 from dantinox.sweep import search_space as sweep_file
 from dantinox.sweep.distributions import KEYS, Parameter
-from dantinox.sweep.search_space import read, settings
+from dantinox.sweep.search_space import load_sweep, resolve_settings
 
 ROOT = Path(__file__).parents[3]
 PLAIN = {"program": "dantinox/train.py", "method": "grid", "parameters": {"window": {"values": [8, None]}}}
@@ -23,7 +23,7 @@ PLAIN = {"program": "dantinox/train.py", "method": "grid", "parameters": {"windo
 def made(tmp_path, text=None, **changes):
     path = tmp_path / "plain.yaml"
     path.write_text(text if text is not None else yaml.safe_dump(PLAIN | changes, sort_keys=False))
-    return read(path)
+    return load_sweep(path)
 
 
 def test_a_grid_is_the_product_in_the_files_order(tmp_path):
@@ -91,14 +91,14 @@ def test_few_combinations_are_not_drawn_for_ever(tmp_path):
 )
 def test_a_distribution_has_its_quantiles(about, quantile):
     keys, expected = quantile
-    parameter = Parameter.read("x", {"distribution": about} | keys)
+    parameter = Parameter.parse("x", {"distribution": about} | keys)
     for u in (0.001, 0.25, 0.3333, 0.5, 0.77, 0.999):
         assert parameter.draw(u) == pytest.approx(expected(u), rel=1e-3), u
     assert math.isfinite(parameter.draw(0.0)) and math.isfinite(parameter.draw(math.nextafter(1.0, 0.0)))
 
 
 def test_probabilities_are_kept():
-    parameter = Parameter.read("x", {"values": ["a", "b", "c"], "probabilities": [1, 0, 3]})
+    parameter = Parameter.parse("x", {"values": ["a", "b", "c"], "probabilities": [1, 0, 3]})
     draw, source = [], random.Random(0)
     draw = [parameter.draw(source.random()) for _ in range(4000)]
     assert draw.count("b") == 0 and abs(draw.count("a") / 4000 - 0.25) < 0.03
@@ -113,7 +113,7 @@ def test_settings_that_do_not_go_together_are_a_row_and_no_mistake(tmp_path):
 
 def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path):
     sweep = made(tmp_path, text=json.dumps(PLAIN | {"parameters": {"lr": {"values": ["1e-3", 0.1]}}}))
-    assert [settings(run.values).optim.lr for run in sweep.runs()] == [0.001, 0.1]
+    assert [resolve_settings(run.values).optim.lr for run in sweep.runs()] == [0.001, 0.1]
 
 
 WORDS = ("value", "values", "min", "max", "distribution", "q", "mu", "sigma", "probabilities", "name", "goal")
@@ -124,12 +124,12 @@ WRONG = {
     "a list": ({"parameters": [1]}, "parameters are missing"),
     "another program": ({"program": "train.py"}, "program is 'train.py'; allowed: dantinox/train.py"),
     "bayes": ({"method": "bayes"}, "method is 'bayes'; allowed: grid, random"),
-    "no end": ({"method": "random"}, "run_cap is missing; a random sweep has no other end"),
+    "no end": ({"method": "random"}, "run_cap is missing; a random sweep needs it"),
     "no run": ({"run_cap": 0}, "run_cap is 0; allowed: 1 to 10000"),
     "a name": ({"name": "a/b"}, "name is 'a/b'; allowed: a plain folder name"),
     "hyperband": (
         {"early_terminate": {"type": "hyperband"}},
-        "early_terminate is not known here; the parameter patience",
+        "early_terminate is not supported; use the parameter patience",
     ),
     "a metric": ({"metric": {"name": "val_los"}}, r"metric: name is 'val_los'; did you mean 'val_loss'\?"),
     "a goal": ({"metric": {"name": "loss", "goal": "min"}}, "metric: goal is 'min'; allowed: minimize, maximize"),
@@ -141,12 +141,12 @@ WRONG = {
     ),
     "no flags": ({"command": ["-m", "dantinox.train"]}, r"command: \$\{args\} is missing"),
     "a flag": ({"parameters": {"windw": {"value": 8}}}, r"unknown parameter 'windw'; did you mean 'window'\?"),
-    "the run": ({"parameters": {"run": {"value": "x"}}}, "run cannot be a parameter: the sweep decides it"),
+    "the run": ({"parameters": {"run": {"value": "x"}}}, "run cannot be a parameter; the sweep sets it"),
     "a value": ({"parameters": {"window": {"values": [8, -3]}}}, "window: window is -3; allowed: 1 or more keys"),
     "a choice": ({"parameters": {"mlp": {"value": "relu"}}}, "mlp: mlp is 'relu'; allowed: swiglu, gelu"),
     "text for a number": ({"parameters": {"steps": {"value": "many"}}}, "steps: steps is 'many'; allowed: an integer"),
     "a fraction of a step": ({"parameters": {"steps": {"values": [1.5]}}}, "steps: steps is 1.5; allowed: an integer"),
-    "a list in a list": ({"parameters": {"window": {"values": [[8]]}}}, r"window: value \[8\] is none that a flag can"),
+    "a list in a list": ({"parameters": {"window": {"values": [[8]]}}}, r"window: value is \[8\]; allowed: null"),
     "no values": (
         {"parameters": {"window": {"values": []}}},
         r"window: values are \[\]; allowed: a list of one or more",
@@ -172,7 +172,7 @@ WRONG = {
     ),
     "text for a bound": (
         {"method": "random", "run_cap": 2, "parameters": {"lr": {"min": "1e-4", "max": 1.0}}},
-        r"lr: min is '1e-4'; allowed: a number \(YAML takes 1e-4 for text; 1.0e-4 is a number\)",
+        r"lr: min is '1e-4'; allowed: a number \(YAML reads 1e-4 as text; write 1.0e-4\)",
     ),
     "a bound": (
         {"method": "random", "run_cap": 2, "parameters": {"warmup_ratio": {"min": 0.1, "max": 1.5}}},
@@ -217,18 +217,18 @@ ANYTHING = st.recursive(
 def test_whatever_stands_in_a_file_it_is_right_or_one_line(keys, parameters):
     found = PLAIN | keys | ({"parameters": parameters} if parameters else {})
     try:
-        sweep_file._read(found, "x").runs()
+        sweep_file._parse_sweep(found, "x").runs()
     except ConfigError as error:
         assert str(error) and "\n" not in str(error)
 
 
 TEXTS = {
     "a: [": "the file: not YAML, line ",
-    "- a": "the file: it must hold `name: value` lines",
+    "- a": "the file: expected `name: value` lines",
     "": "program is missing",
-    "method: grid\nmethod: random": "the file: line 2: 'method' is there twice",
+    "method: grid\nmethod: random": "the file: line 2: 'method' occurs twice",
     "? [1, 2]\n: 3": "the file: ",
-    "1: 2": "the file: 1 is no name",
+    "1: 2": "the file: 1 is not a valid name",
     "a: !!python/object/apply:os.getcwd []": "the file: not YAML, line 1",
     "a: 2020-13-45": "the file: not YAML",
     "a: &a [*a]": "unknown key 'a'",
@@ -244,7 +244,7 @@ def test_a_text_that_is_no_mapping_is_one_line(text, tmp_path):
 
 
 def test_the_file_that_comes_with_it_is_right_and_wandb_accepts_it():
-    sweep = read(ROOT / "sweeps" / "example.yaml")
+    sweep = load_sweep(ROOT / "sweeps" / "example.yaml")
     assert len(sweep.runs()) == 12 and all(run.refused is None for run in sweep.runs())
     judged = getattr(pytest.importorskip("sweeps"), "schema_violations_from_proposed_config", None) or pytest.skip(
         "needs W&B's sweeps"

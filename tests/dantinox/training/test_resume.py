@@ -120,7 +120,7 @@ def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(number, who
         at_step(patch, 7, lambda: signal.raise_signal(number))
         run(name)
     assert stop.value.code == 128 + number
-    told = f"interrupted; step 6 is saved. Go on with: python -m dantinox.train --run {name} --resume"
+    told = f"interrupted; step 6 is saved. Resume with: python -m dantinox.train --run {name} --resume"
     assert f"{told}\n" in capsys.readouterr().out and promised("Ctrl-C or SIGTERM").fullmatch(told)
     assert signal.getsignal(signal.SIGINT) is before
     path = run(name, resume=True)
@@ -179,7 +179,7 @@ def test_a_run_killed_before_it_saved_begins_anew_and_nothing_else_does(whole, m
     assert rows(path) == rows(whole) and weights(path) == weights(whole)
     shutil.rmtree(path / "checkpoints")
     before = (path / "metrics.jsonl").read_bytes()
-    with pytest.raises(FileNotFoundError, match="run runs/young has no checkpoint, though it came to step 12"):
+    with pytest.raises(FileNotFoundError, match="run runs/young has no checkpoint, although it reached step 12"):
         run("young", resume=True)
     assert (path / "metrics.jsonl").read_bytes() == before
 
@@ -206,7 +206,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, monkeyp
     capsys.readouterr()
     run("damaged", resume=True)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "is damaged" in line]
-    assert line.endswith("; going on from step 8") and file.name in line and "bytes of" in line
+    assert line.endswith("; resuming from step 8") and file.name in line and "bytes of" in line
     assert promised("a checkpoint is damaged").fullmatch(line)
     assert (path / "damaged" / "10" / "manifest.json").is_file()  # nothing is thrown away
     assert rows(path) == rows(whole) and weights(path) == weights(whole)
@@ -222,20 +222,20 @@ def test_without_an_intact_checkpoint_the_run_says_so(monkeypatch, capsys):
         train.main(["--run", "ruined", "--resume"])
     assert stop.value.code == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "manifest.json is missing; no other checkpoint is left" in err
+    assert err.count("\n") == 1 and "manifest.json is missing; there is no other checkpoint" in err
     assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
 
 
 def test_a_full_disk_ends_the_run_with_a_line_that_says_what_is_left(whole, monkeypatch, capsys):
-    room = manager._bytes
-    monkeypatch.setattr(manager, "_bytes", lambda state: room(state) if train_steps(state) < 10 else 1 << 60)
+    room = manager._max_bytes
+    monkeypatch.setattr(manager, "_max_bytes", lambda state: room(state) if train_steps(state) < 10 else 1 << 60)
     Path("full.yaml").write_text(Config().replace(run="full", data="text.txt", **SETTINGS).to_yaml())
     with pytest.raises(SystemExit) as stop:
         train.main(["--config", "full.yaml"])
     assert stop.value.code == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "step 10 could not be saved" in err and "No space left on device" in err
-    assert err.endswith("the checkpoint of step 8 is as it was\n")
+    assert err.endswith("the checkpoint of step 8 is intact\n")
     assert promised("the disk is full").search(err)
     monkeypatch.undo()
     path = run("full", resume=True)
@@ -311,7 +311,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_its_batch_is_kept(pla
     message = str(stop.value)
     assert promised("a loss or gradient is not finite").fullmatch(message)
     assert message.startswith("step 6 is not finite (loss ") and "grad_norm nan" in message
-    assert message.endswith("step 5 is saved. Go on without that batch: " + resume("nan") + " --on-nan skip")
+    assert message.endswith("step 5 is saved. Skip the batch with: " + resume("nan") + " --on-nan skip")
     assert [row["step"] for row in rows(path)] == [1, 2, 3, 4, 5]
     dump = np.load(path / "nan-6.npz", allow_pickle=False)
     inputs, targets = planted(train.Trainer(Config.from_yaml(path / "config.yaml")), 5)
@@ -321,7 +321,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_its_batch_is_kept(pla
     run("nan", resume=True, save_every=1, on_nan="skip", max_checkpoints=99, **DENSE)
     assert weights(path, 6) == before != weights(path, 7)
     assert [(row["step"], row["grad_norm"], row["skipped"]) for row in rows(path) if "skipped" in row] == [(6, None, 1)]
-    assert np.isfinite(rows(path)[-1]["val_loss"]) and "going on without it" in capsys.readouterr().out
+    assert np.isfinite(rows(path)[-1]["val_loss"]) and "; skipped the batch" in capsys.readouterr().out
 
 
 def test_five_hundred_steps_compile_each_program_once(caplog):
@@ -347,7 +347,7 @@ def test_training_stops_when_the_validation_loss_does_and_the_best_stays(monkeyp
     assert [row["step"] for row in rows(path)] == list(range(1, 9))
     assert Checkpoints(path).steps() == [4, 8] and Checkpoints(path).best() == 4
     out = capsys.readouterr().out
-    assert "stopped early at step 8: 2 evaluations without a validation loss below 2.0000, that of step 4" in out
+    assert "stopped early at step 8: 2 evaluations without improvement over validation loss 2.0000 of step 4" in out
     assert promised("no better validation loss, with `--patience 5`").search(out)
     run("early", resume=True, patience=3, eval_every=2, save_every=0, max_checkpoints=1)
     assert [row["step"] for row in rows(path)] == list(range(1, 13)) and Checkpoints(path).best() == 10

@@ -18,7 +18,7 @@ from dantinox.checkpoint.params import abstract_params, param_axes, split_params
 from dantinox.config import Config, OptimConfig
 from dantinox.distributed.mesh import make_mesh
 from dantinox.model import moe
-from dantinox.training.optimizer import contracted, make_optimizer, make_schedule
+from dantinox.training.optimizer import make_optimizer, make_schedule, muon_dimension_numbers
 from dantinox.training.train_step import TrainState, compute_loss, cross_entropy, make_eval_step, make_train_step
 
 ROOT = Path(__file__).parents[3]
@@ -156,7 +156,7 @@ def test_muon_takes_each_matrix_as_the_product_that_it_makes():
         **TINY | RUN, n_experts=4, shared_expert=True, attn_gate="elementwise", tie_embeddings=False, qk_norm=True
     )
     _, shapes = abstract_params(config.model)
-    numbers, letters = contracted(shapes), param_axes(config.model)
+    numbers, letters = muon_dimension_numbers(shapes), param_axes(config.model)
     assert numbers.keys() == letters.keys()
     for name, axes in letters.items():
         if numbers[name] is None:
