@@ -83,7 +83,7 @@ MUTANTS: list[Mutant] = [
     *planted(
         "ops/attention/pallas_cpu/common",
         "flash",
-        ("the blocks of a step are all the first", "self.kv_block + n]", "self.kv_block]", "subtiles"),
+        ("the blocks of a step are all the first", "self.kv_block + n]", "self.kv_block]", "subtiles and three"),
     ),
     *planted(
         "ops/attention/pallas_cpu/common",

@@ -56,7 +56,7 @@ MUTANTS: list[Mutant] = [
     *planted(
         "ops/decode_attention/pallas_cpu/kernel",
         "decode_eight_bits",
-        ("scales of unused slots count", "jnp.where(mask(1, size), v_scale, 0)", "v_scale", "unused_slots"),
+        ("scales of unused slots count", "jnp.where(slot_mask(1, size), v_scale, 0)", "v_scale", "unused_slots"),
         ("the new token is not quantized", "quantize_token(k, v, cache)", "quantize_token(k, v, KVCache(k, v, None))", "output"),
     ),
     *planted(
@@ -85,9 +85,9 @@ MUTANTS: list[Mutant] = [
     *planted(
         "ops/decode_attention/pallas_cpu/kernel",
         "decode_pallas",
-        ("values of unused slots count", "v = jnp.where(mask(size, 1), v, 0)", "pass", "formula"),
-        ("a batched step is not masked", "s = jnp.where(mask(1, size), s, MASK_VALUE)",
-         "s = s if config.batched else jnp.where(mask(1, size), s, MASK_VALUE)", "formula"),
+        ("values of unused slots count", "v = jnp.where(slot_mask(size, 1), v, 0)", "pass", "formula"),
+        ("a batched step is not masked", "s = jnp.where(slot_mask(1, size), s, MASK_VALUE)",
+         "s = s if config.batched else jnp.where(slot_mask(1, size), s, MASK_VALUE)", "formula"),
         ("unused slots of a batched step count", "jnp.all(jnp.isfinite(pv))", "True", "formula"),
         ("a batched step mixes up the sequences", "jnp.repeat(per_sequence", "jnp.tile(per_sequence", "formula"),
         ("a batched step writes nothing", "[[0], [0], [1]]", "[[0], [0], [2]]", "formula"),

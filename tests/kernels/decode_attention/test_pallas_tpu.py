@@ -1,4 +1,4 @@
-"""The Pallas decode kernel: the blocks that it visits, and its form for TPUs, simulated."""
+"""The Pallas decode kernels of TPUs, simulated, and of CPUs, and the blocks that both visit."""
 
 import functools
 import itertools

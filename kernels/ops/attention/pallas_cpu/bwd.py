@@ -27,12 +27,12 @@ from dantinox.kernels.cost import Cost
 from dantinox.kernels.ops.attention.common import NN, NT, QKVGradients, SegmentTables, dot_per_head
 from dantinox.kernels.ops.attention.pallas_cpu.common import (
     BlockStep,
-    Config,
+    CpuAttentionConfig,
     Ref,
+    block_scratch,
     call_over_blocks,
     kv_block_spec,
     q_block_spec,
-    scratch,
 )
 
 Array = jax.Array
@@ -104,7 +104,7 @@ def attention_bwd(
     inv_l: Array,
     delta: Array,
     segments: SegmentTables | None,
-    config: Config,
+    config: CpuAttentionConfig,
     *,
     cost: Cost,
 ) -> QKVGradients:
@@ -136,7 +136,7 @@ def attention_bwd(
         BwdInputs(q, do, m, inv_l, delta, k, v, k_transposed, segments),
         gradients,
         QKVGradients(q_block_spec(config, gradients.dq), dkv_spec, dkv_spec),
-        [scratch(config, *q.shape[2:])],
+        [block_scratch(config, *q.shape[2:])],
         name="attention_backward",
         cost=cost,
     )

@@ -9,7 +9,7 @@ leading axis, those of one head have none.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ from dantinox.kernels.ops.attention.pallas_cpu.block_sizes import CpuBlockSizes
 
 Array = jax.Array
 Ref = Any
-Config = AttentionConfig[CpuBlockSizes]
+CpuAttentionConfig = AttentionConfig[CpuBlockSizes]
 
 
 class BlockStep:
@@ -50,7 +50,7 @@ class BlockStep:
         num_kv_blocks: key blocks that the step processes as one, from `kv_block` on.
     """
 
-    def __init__(self, config: Config, schedule: BlockSchedule, num_kv_blocks: int = 1) -> None:
+    def __init__(self, config: CpuAttentionConfig, schedule: BlockSchedule, num_kv_blocks: int = 1) -> None:
         self.config, self.num_kv_blocks = config, num_kv_blocks
         head_step, step = pl.program_id(0), pl.program_id(1)
         kv_heads = config.block_sizes.kv_heads
@@ -93,29 +93,33 @@ def merge_kv_blocks(schedule: BlockSchedule, num_kv_blocks: int, kv_blocks_per_s
     return BlockSchedule(schedule.q[first], kv, np.full_like(kv, FIRST_KV_BLOCK | LAST_KV_BLOCK | NEEDS_MASK))
 
 
-def q_block_spec(config: Config, x: jax.ShapeDtypeStruct) -> pl.BlockSpec:
+def q_block_spec(config: CpuAttentionConfig, x: jax.ShapeDtypeStruct) -> pl.BlockSpec:
     """Spec of a block of an output [heads, query blocks, n, rows]."""
-    return pl.BlockSpec((*_head_axis(config), None, *x.shape[2:]), lambda g, n, schedule, *_: (g, schedule.q[n], 0, 0))
+    block_shape = (_head_axis(config), None, *x.shape[2:])
+    return pl.BlockSpec(block_shape, lambda g, n, schedule, *_: (g, schedule.q[n], 0, 0))
 
 
-def kv_block_spec(config: Config, x: jax.ShapeDtypeStruct) -> pl.BlockSpec:
+def kv_block_spec(config: CpuAttentionConfig, x: jax.ShapeDtypeStruct) -> pl.BlockSpec:
     """Spec of a block of an output [heads, key blocks, n, keys]."""
-    return pl.BlockSpec((*_head_axis(config), None, *x.shape[2:]), lambda g, n, schedule, *_: (g, schedule.kv[n], 0, 0))
+    block_shape = (_head_axis(config), None, *x.shape[2:])
+    return pl.BlockSpec(block_shape, lambda g, n, schedule, *_: (g, schedule.kv[n], 0, 0))
 
 
-def scratch(config: Config, *shape: int) -> Any:
-    """Scratch memory of a block, float32."""
-    return pltpu.VMEM((*(heads for heads in _head_axis(config) if heads is not None), *shape), jnp.float32)
+def block_scratch(config: CpuAttentionConfig, *shape: int) -> Any:
+    """Scratch memory of a block, float32; the shape is without the axis of heads."""
+    heads = _head_axis(config)
+    return pltpu.VMEM(shape if heads is None else (heads, *shape), jnp.float32)
 
 
-def _head_axis(config: Config) -> tuple[int | None]:
+def _head_axis(config: CpuAttentionConfig) -> int | None:
+    """Heads per block; None if there is one, and no axis."""
     kv_heads = config.block_sizes.kv_heads
-    return (None if kv_heads == 1 else kv_heads,)
+    return None if kv_heads == 1 else kv_heads
 
 
-def call_over_blocks[Inputs: NamedTuple, Outputs: NamedTuple](
+def call_over_blocks[Inputs, Outputs](
     kernel: Callable[..., None],
-    config: Config,
+    config: CpuAttentionConfig,
     schedule: BlockSchedule,
     inputs: Inputs,
     outputs: Outputs,
@@ -132,9 +136,9 @@ def call_over_blocks[Inputs: NamedTuple, Outputs: NamedTuple](
         kernel: takes a `BlockStep`, and references in the structure of the arguments below.
         config: what is known when the kernel is traced.
         schedule: the steps.
-        inputs: arrays [heads, blocks, ...].
-        outputs: their shapes and dtypes.
-        out_specs: their block specs.
+        inputs: a NamedTuple of arrays [heads, blocks, ...].
+        outputs: a NamedTuple of shapes and dtypes.
+        out_specs: the block specs of the outputs.
         scratch_shapes: memory that the steps share.
         num_kv_blocks: key blocks per step.
         name: of the kernel.

@@ -26,12 +26,12 @@ from dantinox.kernels.cost import Cost
 from dantinox.kernels.ops.attention.common import M_INIT, NN, ForwardResult, SegmentTables, dot_per_head
 from dantinox.kernels.ops.attention.pallas_cpu.common import (
     BlockStep,
-    Config,
+    CpuAttentionConfig,
     Ref,
+    block_scratch,
     call_over_blocks,
     merge_kv_blocks,
     q_block_spec,
-    scratch,
 )
 
 Array = jax.Array
@@ -87,7 +87,7 @@ def attention_fwd(
     v: Array,
     gate: Array | None,
     segments: SegmentTables | None,
-    config: Config,
+    config: CpuAttentionConfig,
     *,
     residuals: bool,
     cost: Cost,
@@ -120,7 +120,7 @@ def attention_fwd(
         FwdInputs(q, k, v, gate, segments),
         outputs,
         jax.tree.map(functools.partial(q_block_spec, config), outputs),
-        [scratch(config, 1, rows), scratch(config, 1, rows), scratch(config, D, rows)],
+        [block_scratch(config, 1, rows), block_scratch(config, 1, rows), block_scratch(config, D, rows)],
         num_kv_blocks=kv_blocks_per_step,
         name="attention_forward",
         cost=cost,

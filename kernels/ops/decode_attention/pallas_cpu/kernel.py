@@ -113,7 +113,7 @@ def decode_attention(
 
     def attend_by_blocks() -> Array:
         q_heads, gate_heads = group_heads(q, K), None if gate is None else group_heads(gate, K)
-        o = _call(q_heads, k, v, gate_heads, new_cache, table, config, call_cost)
+        o = _pallas_attend(q_heads, k, v, gate_heads, new_cache, table, config, call_cost)
         return o.reshape(B, H, D)
 
     def attend_batched() -> Array:
@@ -126,7 +126,7 @@ def decode_attention(
         merged_q, merged_k, merged_v = (merge_batch(x) for x in (q_heads, k, v))
         merged_gate = None if gate_heads is None else merge_batch(gate_heads)
         batched = config._replace(batched=True)
-        o = _call(merged_q, merged_k, merged_v, merged_gate, merged_cache, one_step, batched, call_cost)
+        o = _pallas_attend(merged_q, merged_k, merged_v, merged_gate, merged_cache, one_step, batched, call_cost)
         return o.reshape(B, H, D)
 
     # If the cache has another dtype, converting it would copy all of it.
@@ -144,6 +144,7 @@ def _decode_kernel(
     o_ref: Ref,
     softmax: OnlineSoftmax,
 ) -> None:
+    """One grid step: references to the prefetched table and cache, the inputs, the output and the softmax's state."""
     step = pl.program_id(0)
     b, block = table.sequence[step], table.block[step]
     if config.batched:  # per head: the sequences differ in length
@@ -164,17 +165,17 @@ def _decode_kernel(
     # A partial last block begins earlier; the mask hides the slots that it repeats.
     start = jnp.minimum(first, config.C - size)
 
-    def mask(*shape: int) -> Array:
+    def slot_mask(*shape: int) -> Array:
         return cached_token_mask(shape, start, first, slot=slot, num_visible=num_visible, C=config.C)
 
     q, slots = token.q[0], (b, slice(None), pl.ds(start, size))
     k_scale, v_scale = (None if scale is None else scale[slots][:, None] for scale in (cache.k_scale, cache.v_scale))
     s = attention_scores(q, cache.k[slots], scale=config.scale, softcap=config.softcap, k_scale=k_scale)
     v = cache.v[slots]
-    s = jnp.where(mask(1, size), s, MASK_VALUE)  # the cache already holds the new token, too
+    s = jnp.where(slot_mask(1, size), s, MASK_VALUE)  # the cache already holds the new token, too
     if not config.batched:
-        v = jnp.where(mask(size, 1), v, 0)  # 0 * NaN is NaN
-        v_scale = None if v_scale is None else jnp.where(mask(1, size), v_scale, 0)
+        v = jnp.where(slot_mask(size, 1), v, 0)  # 0 * NaN is NaN
+        v_scale = None if v_scale is None else jnp.where(slot_mask(1, size), v_scale, 0)
 
     def weigh(p: Array) -> Array:
         if not config.batched:
@@ -182,7 +183,7 @@ def _decode_kernel(
         # A masked copy of the values costs as much as everything else, so it is made only if an empty slot is NaN.
         p = p.astype(q.dtype)
         pv = dot_heads(p, v, 0)
-        masked_pv = lambda: dot_heads(p, jnp.where(mask(size, 1), v, 0), 0)
+        masked_pv = lambda: dot_heads(p, jnp.where(slot_mask(size, 1), v, 0), 0)
         return jax.lax.cond(jnp.all(jnp.isfinite(pv)), lambda: pv, masked_pv)
 
     softmax.add_slots(slice(None), s, weigh)
@@ -192,7 +193,7 @@ def _decode_kernel(
         o_ref[0] = softmax.output(token.gate).astype(o_ref.dtype)
 
 
-def _call(
+def _pallas_attend(
     q: Array,
     k: Array,
     v: Array,

@@ -152,7 +152,7 @@ def _decode_kernel(
     tiles: KVCache,
     softmax: OnlineSoftmax,
 ) -> None:
-    """One grid step: references to the prefetched table, the inputs, the outputs and the state of the softmax."""
+    """One grid step: references to the prefetched table, the inputs, the outputs and the softmax's state."""
     step = pl.program_id(0)
     b, block = table.sequence[step], table.block[step]
     slot, num_visible = table.slot[b], table.num_visible[b]
@@ -167,7 +167,7 @@ def _decode_kernel(
     def attend(head: Array, masked: bool) -> None:
         """Attends from one head to the block; masked slots may hold NaN."""
 
-        def mask(*shape: int) -> Array:
+        def slot_mask(*shape: int) -> Array:
             return cached_token_mask(shape, block_start, block_start, slot=slot, num_visible=num_visible, C=config.C)
 
         def load_scale(scale: Ref | None) -> Array | None:
@@ -178,9 +178,9 @@ def _decode_kernel(
         s = attention_scores(q, cache.k[0, head], scale=config.scale, softcap=config.softcap, k_scale=k_scale)
         v = cache.v[0, head]
         if masked:
-            s = jnp.where(mask(1, size), s, MASK_VALUE)
-            v = jnp.where(mask(size, 1), v, 0)  # 0 * NaN is NaN
-            v_scale = None if v_scale is None else jnp.where(mask(1, size), v_scale, 0)
+            s = jnp.where(slot_mask(1, size), s, MASK_VALUE)
+            v = jnp.where(slot_mask(size, 1), v, 0)  # 0 * NaN is NaN
+            v_scale = None if v_scale is None else jnp.where(slot_mask(1, size), v_scale, 0)
         softmax.add_slots(head, s, lambda p: weigh_values(p, v, v_scale, q.dtype))
 
     # Fully visible blocks need no mask.
