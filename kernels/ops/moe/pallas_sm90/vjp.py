@@ -1,4 +1,4 @@
-"""The mixture of experts on Hopper: what the kernels support, and the products that its derivative needs."""
+"""The mixture of experts on Hopper: its kernels behind the protocol of `moe/vjp.py`, and the supported inputs."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
