@@ -60,7 +60,7 @@ def moe_mlp(
     blocks: int = 0,
     width: int | None = None,
 ) -> Array:
-    """See `dantinox.kernels.moe_mlp`, where arguments are checked; the options are those of `grouped_matmul`.
+    """See `dantinox.kernels.moe_mlp`, which checks the arguments; the options are those of `grouped_matmul`.
 
     Raises:
         NotImplementedError: the kernels do not support the dtype or a size.
