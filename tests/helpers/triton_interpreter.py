@@ -111,7 +111,7 @@ def main() -> int:
             inverse_permutation = np.argsort(permutation).astype(np.int32).reshape(N, k)
             rows, wide = x[permutation // k], np.float32
             y = rng.standard_normal((N * k, M)).astype(dtype)
-            moved, back = kernels.grid_of(N * k, M), kernels.grid_of(N, M)
+            moved, back = kernels.launch_grid(N * k, M), kernels.launch_grid(N, M)
             ends = {"WIDTH": M, "K": k}
             gathered = y[inverse_permutation].astype(wide)
             found = {}

@@ -1,4 +1,4 @@
-"""The mixture of experts on Hopper: what the kernels support, and the products that its derivative needs."""
+"""The mixture of experts on Hopper: its kernels behind the protocol of `moe/vjp.py`, and the supported inputs."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -60,7 +60,7 @@ def moe_mlp(
     blocks: int = 0,
     width: int | None = None,
 ) -> Array:
-    """See `dantinox.kernels.moe_mlp`, where arguments are checked; the options are those of `grouped_matmul`.
+    """See `dantinox.kernels.moe_mlp`, which checks the arguments; the options are those of `grouped_matmul`.
 
     Raises:
         NotImplementedError: the kernels do not support the dtype or a size.
