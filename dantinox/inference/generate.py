@@ -173,30 +173,52 @@ def generate_chunks(model: Transformer, request: Request, latency: float | None 
         seen[row, prompt] = True
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     chunks = np.split(tokens, range(chunk, size, chunk), axis=1)
-    start = (chunks, lengths, seen, np.uint32(seed), np.array(samples, np.int32), request.sampling, stop_ids)
-    return _decode_chunks(model, slots, start, count, latency)
+    inputs = _Inputs(chunks, lengths, seen, np.uint32(seed), np.array(samples, np.int32), request.sampling, stop_ids)
+    return _decode_chunks(model, slots, inputs, count, latency)
+
+
+class _Inputs(NamedTuple):
+    """Validated inputs of a request for B prompts.
+
+    Attributes:
+        chunks: token ids of the prompts in prefill chunks, each [B, T] int32, padded with zeros.
+        lengths: number of tokens per prompt, [B] int32.
+        seen: which tokens occur in each prompt, bool [B, V].
+        seed: seed of all draws, uint32.
+        samples: sample numbers of each prompt, int32.
+        sampling: the sampling settings.
+        stop_ids: ids that end a sequence, int32.
+    """
+
+    chunks: list[np.ndarray]
+    lengths: np.ndarray
+    seen: np.ndarray
+    seed: np.uint32
+    samples: np.ndarray
+    sampling: Sampling
+    stop_ids: np.ndarray
 
 
 def _decode_chunks(
-    model: Transformer, slots: tuple[int, ...], start: tuple, count: int, latency: float | None
+    model: Transformer, slots: tuple[int, ...], inputs: _Inputs, count: int, latency: float | None
 ) -> Iterator[Chunk]:
+    """Prefill the prompts, then decode up to `count` tokens per sequence."""
     graph, weights = nnx.split(model)
     weights = _cast_weights(weights, model.config.dtype)
-    chunks, lengths, seen, seed, samples, sampling, stop_ids = start
     prefilled: prefill.PrefillState | None = None
-    for i, tokens in enumerate(chunks):
-        start = i * chunks[0].shape[1]
+    for i, tokens in enumerate(inputs.chunks):
+        start = i * inputs.chunks[0].shape[1]
         # Rounded up to a power of two too; positions before the prompt are masked.
         past = prefill.round_up_to_bucket(start, 1) if start else 0
-        prefilled = _prefill_chunk(graph, slots, past, weights, tokens, np.int32(start), lengths, prefilled)
+        prefilled = _prefill_chunk(graph, slots, past, weights, tokens, np.int32(start), inputs.lengths, prefilled)
     assert prefilled is not None, "a prompt has at least one chunk"
-    start_all = _init_decode_in_place if len(samples) == 1 else _init_decode_jit
-    state = start_all(graph, weights, prefilled.last, seed, samples, prefilled.caches, seen)
+    init_decode = _init_decode_in_place if len(inputs.samples) == 1 else _init_decode_jit
+    state = init_decode(graph, weights, prefilled.last, inputs.seed, inputs.samples, prefilled.caches, inputs.seen)
     size = CHUNK if latency is None else 1
     while count:
         size = min(size, count)
         chunk_start = time.perf_counter()
-        state, new = _decode_steps(graph, weights, state, sampling, stop_ids, np.int32(size))
+        state, new = _decode_steps(graph, weights, state, inputs.sampling, inputs.stop_ids, np.int32(size))
         ids = np.asarray(new)[:, :size]
         running = ids[:, -1] != DONE_TOKEN
         count = count - size if running.any() else 0
