@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dantinox.checkpoint.params import split_params
+from dantinox.checkpoint.train_state import TrainState
 from dantinox.config import Config
+from dantinox.model.params import split_params
 from dantinox.model.transformer import Transformer
 from dantinox.training.optimizer import make_optimizer
-from dantinox.training.train_step import TrainState, make_train_step
+from dantinox.training.train_step import make_train_step
 
 
 class TrainStepTimer:

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import jax
 
-from dantinox.checkpoint import params
 from dantinox.checkpoint.manager import Checkpoints
 from dantinox.config import Config
 from dantinox.data.tokenizer import Tokenizer, load_tokenizer
+from dantinox.model import params
 from dantinox.model.transformer import Transformer
 
 log = logging.getLogger(__name__)

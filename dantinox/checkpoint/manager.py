@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 
-from dantinox.checkpoint import log_filters, manifest, params
+from dantinox.checkpoint import log_filters, manifest
 from dantinox.checkpoint.manifest import CorruptCheckpointError
-from dantinox.training.train_step import TrainState
+from dantinox.checkpoint.train_state import TrainState
+from dantinox.model import params
 
 PARTIAL = ".partial-"
 log = logging.getLogger(__name__)

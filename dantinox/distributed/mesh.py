@@ -1,10 +1,11 @@
 """Parameter sharding rules, derived from the axis names of each parameter."""
 
+from collections.abc import Mapping, Sequence
+
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dantinox.checkpoint import params
-from dantinox.config import ConfigError, ModelConfig
+from dantinox.config import ConfigError
 from dantinox.distributed.shard_map import BATCH
 
 # Logical axis -> mesh axis. Every matrix has the model width M exactly once, so fsdp shards every matrix along it.
@@ -28,17 +29,23 @@ def make_mesh(axes: dict[str, int]) -> Mesh | None:
     return jax.make_mesh((axes["data"], axes["fsdp"]), ("data", "fsdp"), auto, devices=available[:needed])
 
 
-def parameter_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
+def parameter_shardings(
+    axes_by_name: Mapping[str, Sequence[str]], params: Mapping[str, jax.Array], mesh: Mesh
+) -> dict[str, NamedSharding]:
     """Return the sharding of each parameter, by name.
+
+    Args:
+        axes_by_name: the axis letters of each parameter.
+        params: the parameters, or their shapes.
+        mesh: from `make_mesh`.
 
     Raises:
         ConfigError: the size of an axis is not a multiple of the devices along it.
     """
-    _, shapes = params.abstract_params(config)
     shardings = {}
-    for name, axes in params.param_axes(config).items():
+    for name, axes in axes_by_name.items():
         spec = [RULES.get(axis) if len(axes) > 1 else None for axis in axes]  # norm scales are replicated
-        for axis, mesh_axis, size in zip(axes, spec, shapes[name].shape, strict=True):
+        for axis, mesh_axis, size in zip(axes, spec, params[name].shape, strict=True):
             if mesh_axis and size % mesh.shape[mesh_axis]:
                 raise ConfigError(
                     f"axis {axis} of {name} is {size}; allowed: a multiple of {mesh_axis}={mesh.shape[mesh_axis]}"

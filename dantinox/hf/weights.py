@@ -25,11 +25,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dantinox.checkpoint.params import abstract_params, split_params
 from dantinox.config import ConfigError, ModelConfig
 from dantinox.config.aliases import current_names
 from dantinox.config.validation import did_you_mean
 from dantinox.hf.config import Layout, from_hf, to_hf
+from dantinox.model.params import abstract_params, split_params
 from dantinox.model.transformer import Transformer
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from dantinox.checkpoint.manager import Checkpoints
-from dantinox.cli.progress_bar import ProgressLine
+from dantinox.checkpoint.train_state import TrainState
 from dantinox.metrics import logger as metrics_log
+from dantinox.metrics.progress_bar import ProgressLine
 from dantinox.model import flops
 from dantinox.system.atomic_io import open_atomic
 from dantinox.training.profiler import StepTracer
 from dantinox.training.signals import Interrupted, SignalHandler
-from dantinox.training.train_step import TrainState
 from dantinox.training.trainer import Trainer
 
 Row = dict[str, Any]

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from dantinox.checkpoint.train_state import TrainState
 from dantinox.training import profile_report
-from dantinox.training.train_step import TrainState
 
 if TYPE_CHECKING:
     from dantinox.training.loop import Loop

@@ -4,10 +4,10 @@ import shlex
 from pathlib import Path
 
 from dantinox.checkpoint.manager import Checkpoints
+from dantinox.checkpoint.train_state import TrainState
 from dantinox.config import Config, ConfigError, TrainConfig
 from dantinox.metrics import logger as metrics_log
 from dantinox.training.loop import LoopState
-from dantinox.training.train_step import TrainState
 from dantinox.training.trainer import Trainer
 
 

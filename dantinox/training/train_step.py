@@ -1,39 +1,21 @@
 """One training step and one evaluation step as pure jitted functions of named arrays."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from dantinox.checkpoint.params import ModelDef, Params
+from dantinox.checkpoint.train_state import TrainState
 from dantinox.config import Config
 from dantinox.distributed.mesh import batch_sharding, parameter_shardings, replicated
 from dantinox.distributed.shard_map import batch_sharded_mesh
 from dantinox.model.moe import router_metrics
+from dantinox.model.params import ModelDef, Params, param_axes
 
 Array = jax.Array
-
-
-class TrainState(NamedTuple):
-    """Everything that a training step updates.
-
-    Attributes:
-        params: float32 arrays by name.
-        opt_state: state of the optimizer.
-        ema: moving average of params; None if `config.optim.ema_decay` is 0.
-    """
-
-    params: Params
-    opt_state: Any
-    ema: Params | None = None
-
-    @property
-    def weights(self) -> Params:
-        """The parameters to evaluate, sample and load: the average if there is one."""
-        return self.params if self.ema is None else self.ema
 
 
 @jax.named_scope("loss")
@@ -185,7 +167,7 @@ def state_shardings(config: Config, mesh: Mesh, state: TrainState) -> TrainState
 
     Arrays of another shape (Adafactor's factors, counters) are replicated.
     """
-    params = parameter_shardings(config.model, mesh)
+    params = parameter_shardings(param_axes(config.model), state.params, mesh)
     replicated_sharding = replicated(mesh)
 
     def has_param_names(node: Any) -> bool:

@@ -8,14 +8,15 @@ import numpy as np
 from flax import nnx
 
 from dantinox import kernels
-from dantinox.checkpoint.params import Params, abstract_params, split_params
+from dantinox.checkpoint.train_state import TrainState
 from dantinox.config import Config
 from dantinox.data.corpus import Corpus, eval_batches, get_batch, load_corpus
 from dantinox.distributed import mesh
 from dantinox.inference.generate import generate
+from dantinox.model.params import Params, abstract_params, split_params
 from dantinox.model.transformer import Transformer
 from dantinox.training.optimizer import make_optimizer, make_schedule
-from dantinox.training.train_step import TrainState, make_eval_step, make_train_step, state_shardings
+from dantinox.training.train_step import make_eval_step, make_train_step, state_shardings
 
 
 @dataclass

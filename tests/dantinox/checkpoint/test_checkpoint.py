@@ -16,11 +16,12 @@ import numpy as np
 import optax
 import pytest
 
-from dantinox.checkpoint import manifest, params
+from dantinox.checkpoint import manifest
 from dantinox.checkpoint.manager import Checkpoints
 from dantinox.checkpoint.manifest import CorruptCheckpointError
+from dantinox.checkpoint.train_state import TrainState
 from dantinox.config import ModelConfig
-from dantinox.training.train_step import TrainState
+from dantinox.model import params
 
 ROOT = Path(__file__).parents[3]
 NEW_NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dantinox.checkpoint.train_state import TrainState
 from dantinox.cli import train
 from dantinox.config import Config
-from dantinox.training.train_step import TrainState
 
 COUNT, GROUPS = 1000, 20
 # One layer and small widths, most of them fit for each other; each setting is given now and then.

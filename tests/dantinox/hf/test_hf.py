@@ -11,11 +11,11 @@ import safetensors.numpy as safetensors
 from flax import nnx
 
 import dantinox
-from dantinox.checkpoint import params
 from dantinox.cli import export
 from dantinox.data.tokenizer import CharTokenizer, load_tokenizer
 from dantinox.hf.config import from_hf
 from dantinox.hf.weights import CONFIG, INDEX, WEIGHTS, load_hf, save_hf
+from dantinox.model import params
 from tests.dantinox.inference.test_generate import V, build
 
 LAYOUTS = {

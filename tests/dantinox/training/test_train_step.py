@@ -14,12 +14,13 @@ import pytest
 from flax import nnx
 
 from dantinox import ConfigError, Transformer
-from dantinox.checkpoint.params import abstract_params, param_axes, split_params
+from dantinox.checkpoint.train_state import TrainState
 from dantinox.config import Config, OptimConfig
 from dantinox.distributed.mesh import make_mesh
 from dantinox.model import moe
+from dantinox.model.params import abstract_params, param_axes, split_params
 from dantinox.training.optimizer import make_optimizer, make_schedule, muon_dimension_numbers
-from dantinox.training.train_step import TrainState, compute_loss, cross_entropy, make_eval_step, make_train_step
+from dantinox.training.train_step import compute_loss, cross_entropy, make_eval_step, make_train_step
 
 ROOT = Path(__file__).parents[3]
 TINY = {"vocab_size": 50, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "window": 5, "max_context": 16}
