@@ -14,8 +14,8 @@ PACKAGES = ("reference", "kernels", "dantinox", "bench")
 LINKS = ("kernels", "reference")  # folders at the top that `dantinox` holds as links
 # numpy: shapes, and the float0 zeros that JAX asks for as gradients of integers. triton: kernels written in it.
 ALLOWED = {
-    "reference": {"jax", "dantinox.reference"},
-    "kernels": {"jax", "numpy", "dantinox.kernels", "jax_triton", "triton"},
+    "reference": {"jax", "jaxtyping", "dantinox.reference"},
+    "kernels": {"jax", "jaxtyping", "numpy", "dantinox.kernels", "jax_triton", "triton"},
 }
 BACKENDS = {"xla", "pallas_tpu", "pallas_cpu", "pallas_sm90", "triton"}
 
@@ -76,7 +76,7 @@ def imported(package: str) -> list[Import]:
 def test_the_lower_layers_import_jax_and_themselves(package):
     allowed = ALLOWED[package] | set(sys.stdlib_module_names)
     serves_reference = lambda i: (
-        package == "kernels" and i.package == "dantinox.reference" and "reference" in i.functions
+        package == "kernels" and i.package == "dantinox.reference" and "_reference" in i.functions
     )
     assert [i for i in imported(package) if i.package not in allowed and not serves_reference(i)] == []
 
@@ -123,6 +123,20 @@ def test_no_module_imports_itself_in_a_circle(package):
     }
     while leaves := {module for module, to in arrows.items() if not to & arrows.keys()}:
         arrows = {module: to for module, to in arrows.items() if module not in leaves}
+    assert arrows == {}
+
+
+def test_the_folders_of_dantinox_import_one_another_in_one_direction():
+    folder = lambda module: module.split(".")[1]
+    folders = {path.name for path in (ROOT / "dantinox").iterdir() if path.is_dir() and path.name not in LINKS}
+    arrows = {name: set() for name in folders if name != "__pycache__"}
+    for i in imported("dantinox"):
+        importer = Path(i.file).parts[1]
+        if importer in arrows and i.package == "dantinox" and "." in i.module and folder(i.module) in arrows:
+            arrows[importer].add(folder(i.module))
+    arrows = {name: to - {name} for name, to in arrows.items()}
+    while leaves := {name for name, to in arrows.items() if not to & arrows.keys()}:
+        arrows = {name: to for name, to in arrows.items() if name not in leaves}
     assert arrows == {}
 
 
