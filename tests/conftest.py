@@ -41,7 +41,7 @@ if settings is not None:
     settings.register_profile("explore", deadline=None, max_examples=1000)
     # Of the random shapes of the four operations, 300 with "repeat", this makes 10^4.
     settings.register_profile("long", settings.get_profile("repeat"), max_examples=1334)
-    # With -k "any_small_shape and pallas", 10^4 shapes of one implementation of attention.
+    # With -k "random_shapes_match_python_loops and pallas", 10^4 shapes of one implementation of attention.
     settings.register_profile("thorough", settings.get_profile("repeat"), max_examples=6667)
     settings.load_profile("repeat")
 

@@ -42,7 +42,7 @@ def small_ceilings(monkeypatch):
 
 @pytest.mark.parametrize("op", ROWS)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_a_contest_judges_and_times_what_can_run_and_says_why_the_rest_cannot(op, backward, small_ceilings):
+def test_run_case_times_candidates_and_reports_unsupported_ones(op, backward, small_ceilings):
     if op == "decode_attention" and backward:
         pytest.skip("decoding has no gradient")
     only = ("reference", "xla", "triton", "lax.ragged_dot", "jax.nn xla")
@@ -56,7 +56,7 @@ def test_a_contest_judges_and_times_what_can_run_and_says_why_the_rest_cannot(op
     assert "Triton kernel" in held.results["triton"].refused
 
 
-def test_implementations_take_turns(monkeypatch, small_ceilings):
+def test_implementations_are_timed_alternately(monkeypatch, small_ceilings):
     timer = CountingClock()
     monkeypatch.setattr(harness, "clock", lambda: timer)
     only = ("reference", "xla", "jax.nn xla")
@@ -68,7 +68,7 @@ def test_implementations_take_turns(monkeypatch, small_ceilings):
     assert all(len(result.seconds) == turns for result in held.results.values())
 
 
-def test_a_contestant_that_fails_does_not_take_the_others_along(monkeypatch, small_ceilings):
+def test_failed_candidate_does_not_affect_the_others(monkeypatch, small_ceilings):
     def broken(inputs, state, aux):
         raise TypeError("no such tile")
 
@@ -78,7 +78,7 @@ def test_a_contestant_that_fails_does_not_take_the_others_along(monkeypatch, sma
     assert held.results["xla"].seconds
 
 
-def test_a_wrong_result_shows_in_the_error(monkeypatch, small_ceilings):
+def test_wrong_result_has_a_large_error(monkeypatch, small_ceilings):
     wrong = lambda inputs, state, aux: (inputs["x"] @ inputs["w"][0], state)
     monkeypatch.setattr(baselines, "peers", lambda spec: {"wrong": wrong})
     held = harness.hold(harness.Contest(ROWS["grouped_matmul"]), small_ceilings, budget=0.01, only=("wrong",))
@@ -86,7 +86,7 @@ def test_a_wrong_result_shows_in_the_error(monkeypatch, small_ceilings):
 
 
 @pytest.mark.parametrize("op", ["attention", "grouped_matmul", "moe_mlp"])
-def test_the_part_that_is_judged_is_the_whole_with_a_cleared_cotangent(op, monkeypatch):
+def test_checked_subset_equals_the_full_result(op, monkeypatch):
     """The gradients of the part equal those of the whole call, so judging the part is judging the implementation."""
     monkeypatch.setattr(accuracy, "SCORES", 0)
     spec = ROWS[op]
@@ -104,7 +104,7 @@ def test_the_part_that_is_judged_is_the_whole_with_a_cleared_cotangent(op, monke
 
 
 @pytest.mark.parametrize("op", ["grouped_matmul", "moe_mlp"])
-def test_rows_with_matrices_of_their_own_are_the_reference(op):
+def test_per_row_computation_matches_reference(op):
     spec = ROWS[op]
     inputs, state, dout = harness.arguments(spec)
     one, two = (
@@ -115,14 +115,14 @@ def test_rows_with_matrices_of_their_own_are_the_reference(op):
         np.testing.assert_allclose(one[name], two[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-def test_decoding_can_be_called_again_and_again_on_a_donated_cache():
+def test_decode_step_can_be_repeated_on_a_donated_cache():
     spec = ROWS["decode_attention"]
     runner = harness.Runner(harness.Contest(spec), harness.ours(spec, "xla"), [harness.arguments(spec)])
     first, again = (np.asarray(runner(i)["o"]) for i in range(2))
     np.testing.assert_array_equal(first, again)  # the same slot is written each time
 
 
-def test_small_rows_get_several_sets_of_arguments_and_none_is_zero():
+def test_small_rows_get_several_nonzero_argument_sets():
     assert harness.sets_needed(ROWS["attention"]) == 8
     big = workloads.get("grouped_matmul", "128 groups")
     assert harness.sets_needed(big) == 1
@@ -132,12 +132,12 @@ def test_small_rows_get_several_sets_of_arguments_and_none_is_zero():
         assert not np.array_equal(one[name], two[name])
 
 
-def test_every_bench_row_of_this_machine_knows_its_contestants():
+def test_every_bench_row_of_this_device_has_candidates():
     for op in ROWS:
         for contest in harness.contests(op, "cpu"):
             assert list(harness.contestants(contest.spec))[:4] == ["reference", "xla", "pallas", "triton"]
 
 
-def test_a_reference_that_would_take_forever_is_left_out():
+def test_slow_reference_is_skipped():
     spec = workloads.get("attention", "16k d128 full")
     assert "GB" in harness.contestants(spec)["reference"]

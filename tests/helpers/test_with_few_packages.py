@@ -13,10 +13,10 @@ FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/kernels/
 PYTEST = "import sys, jax, pytest; jax.default_backend = lambda: 'gpu'; sys.exit(pytest.main(sys.argv[1:]))"
 COLLECT = ("--collect-only", "-q", "-p", "no:cacheprovider")
 FIRST = {  # a size of the case that each test begins with
-    "test_attention_at_tensor_core_sizes_keeps_the_rule": "T=2048",
-    "test_grouped_matmul_at_tensor_core_sizes_keeps_the_rule": "N=8192",
-    "test_experts_at_tensor_core_sizes_keeps_the_rule": "N=4096",
-    "test_three_steps_keep_the_rule_and_write_one_slot_of_each_ring": "C=4096",
+    "test_attention_matches_reference_at_tensor_core_sizes": "T=2048",
+    "test_grouped_matmul_matches_reference_at_tensor_core_sizes": "N=8192",
+    "test_mixture_of_experts_matches_reference_at_tensor_core_sizes": "N=4096",
+    "test_three_decode_steps_match_reference_at_tensor_core_sizes": "C=4096",
 }
 
 
@@ -27,7 +27,7 @@ def started(folder: Path, code: str, *arguments: str) -> subprocess.CompletedPro
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def test_the_tests_of_tensor_cores_are_collected_large_cases_first_and_bfloat16_before_float16(tmp_path):
+def test_tensor_core_tests_order_large_and_bfloat16_cases_first(tmp_path):
     done = started(tmp_path, PYTEST, *COLLECT, *FILES)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     lines = [line.split("::", 1) for line in done.stdout.splitlines() if "::" in line]
@@ -43,12 +43,12 @@ def test_the_tests_of_tensor_cores_are_collected_large_cases_first_and_bfloat16_
         assert any(name.endswith("-output alone]") for name in names) == (size != "C=4096"), names
 
 
-def test_tests_of_random_sizes_are_not(tmp_path):
+def test_random_shape_tests_need_hypothesis(tmp_path):
     """The same command fails where a file needs one of the packages: they are absent indeed."""
     done = started(tmp_path, PYTEST, *COLLECT, "tests/kernels/moe/test_moe.py")
     assert done.returncode == 2 and "No module named 'hypothesis'" in done.stdout, done.stdout[-3000:]
 
 
-def test_an_absent_package_has_no_spec_and_others_have(tmp_path):
+def test_find_spec_returns_none_for_absent_packages_only(tmp_path):
     code = f"from importlib.util import find_spec; print([n for n in {[*absent.FEW, 'numpy', 'jax']} if find_spec(n)])"
     assert started(tmp_path, code).stdout.strip() == "['numpy', 'jax']"

@@ -24,7 +24,7 @@ def query(S: int) -> jax.ShapeDtypeStruct:
 
 @pytest.mark.parametrize("segments", [False, True])
 @pytest.mark.parametrize("backward", [False, True])
-def test_a_window_builds_no_scores_of_all_pairs(backward, segments):
+def test_window_does_not_materialize_full_scores(backward, segments):
     """Fault 11: scores and masks of all S x S pairs are built, whatever the window."""
     S, W = 2048, 64
     ids = jnp.zeros((1, S), jnp.int32) if segments else None
@@ -34,7 +34,7 @@ def test_a_window_builds_no_scores_of_all_pairs(backward, segments):
     assert dots(jaxpr), "the walk saw no matrix product at all"
 
 
-def test_the_walk_would_see_them():
+def test_jaxpr_walk_detects_full_scores():
     S = 512
     f = lambda q: kernels.attention(q, q, q, window=64, implementation="reference")
     assert largest(jax.make_jaxpr(jax.jit(f))(query(S))) >= S * S
@@ -46,7 +46,7 @@ def test_the_walk_would_see_them():
     [({"window": 64}, 1024), pytest.param({}, 2048, marks=pytest.mark.slow)],
     ids=["window", "chunked"],
 )
-def test_memory_grows_with_the_sequence_not_its_square(options, S, backward):
+def test_memory_grows_linearly_with_sequence_length(options, S, backward):
     """Fault 11: scores and masks of all S x S pairs are built, whatever the window."""
     f = lambda q: attention(q, **options)
     program = jax.jit(gradient(f) if backward else f)
@@ -55,7 +55,7 @@ def test_memory_grows_with_the_sequence_not_its_square(options, S, backward):
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_long_full_attention_builds_no_scores_of_all_pairs(backward):
+def test_long_full_attention_does_not_materialize_full_scores(backward):
     S = 4096
     jaxpr = jax.make_jaxpr(gradient(attention) if backward else attention)(query(S))
     assert largest(jaxpr) < S * S // 4
@@ -68,7 +68,7 @@ def experts(N: int, E: int, k: int, M: int = 32, F: int = 48) -> tuple[list, jax
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_no_expert_meets_every_token(backward):
+def test_intermediates_do_not_grow_with_the_number_of_experts(backward):
     """Fault 10: every expert runs on every token. Here nothing of N x E x F is built: only weights grow with E."""
 
     def build(E: int) -> int:
@@ -86,7 +86,7 @@ def test_no_expert_meets_every_token(backward):
 
 
 @pytest.mark.parametrize("op", ["grouped_matmul", "moe_mlp"])
-def test_the_products_of_a_tile_do_not_know_how_many_experts_there_are(op):
+def test_tile_matmul_shapes_do_not_depend_on_the_number_of_experts(op):
     """Each product inside the loops is one tile times one expert's matrix: there is no E in its shape."""
 
     def shapes(E: int) -> list:

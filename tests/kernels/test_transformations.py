@@ -43,7 +43,7 @@ def close(found: Any, expected: Any) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), tuple(found), tuple(expected))
 
 
-def test_mapped_over_an_axis_it_is_a_loop():
+def test_vmap_equals_a_loop():
     many = three()
     one = tolerance.quick(output_and_gradients)
     loop = [one(*x) for x in zip(*many, strict=True)]
@@ -55,14 +55,14 @@ def test_mapped_over_an_axis_it_is_a_loop():
     close([tolerance.quick(some)(jnp.moveaxis(q, 0, 2), gate)], [jnp.stack(loop, axis=1)])
 
 
-def test_recomputed_it_is_the_same():
+def test_remat_does_not_change_gradients():
     inputs = narrow_values(0)
     loss = lambda f: lambda *x: jnp.sum(f(*x) ** 2) / 2
     again = tolerance.quick(jax.grad(loss(jax.checkpoint(turned)), argnums=(0, 1, 2, 3)))(*inputs)
     close(again, tolerance.quick(output_and_gradients)(*inputs)[1:])
 
 
-def test_descends_inside_a_loop():
+def test_gradient_descent_inside_a_loop():
     """Three steps of gradient descent on the keys in one lax.scan."""
     q, k, v, gate = narrow_values(0)
     slope = jax.grad(lambda k: jnp.sum(turned(q, k, v, gate) ** 2))
@@ -113,7 +113,7 @@ SHARDED = """
         pytest.param('P(None, None, "heads")', marks=pytest.mark.slow),
     ],
 )
-def test_a_shard_of_sequences_and_heads_on_each_device(where):
+def test_shard_map_over_sequences_and_heads_equals_one_device(where):
     code = textwrap.dedent(SHARDED).replace("WHERE", f"[{where}]").replace("CHECK", "False")
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}

@@ -72,7 +72,7 @@ def judge(rung: str, case: workloads.Attention, dtype: str, tiles: bool = True) 
 
 @pytest.mark.parametrize("rung", tutorial.RUNGS)
 @pytest.mark.parametrize("name", RULE_CASES)
-def test_every_rung_keeps_the_rule(rung, name):
+def test_each_step_matches_reference(rung, name):
     case = CASES[name]
     o = judge(rung, case, "float32")
     if case.T > case.S:
@@ -81,24 +81,24 @@ def test_every_rung_keeps_the_rule(rung, name):
 
 @pytest.mark.parametrize("rung", tutorial.RUNGS)
 @pytest.mark.parametrize("name", FEW)
-def test_every_rung_keeps_the_rule_in_bfloat16(rung, name):
+def test_each_step_matches_reference_in_bfloat16(rung, name):
     judge(rung, CASES[name], "bfloat16")
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("one per head", "float32"), ("elementwise", "bfloat16")])
-def test_the_gate_keeps_the_rule(name, dtype):
+def test_gated_step_matches_reference(name, dtype):
     judge("packed_gqa_gate", GATED[name], dtype)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rung", tutorial.RUNGS)
-def test_the_default_tiles_keep_the_rule(rung, dtype):
+def test_default_block_sizes_match_reference(rung, dtype):
     judge(rung, row(600, 700, H=4, K=2, D=32, window=256), dtype, tiles=False)
 
 
 @pytest.mark.parametrize("rung", tutorial.RUNGS)
-def test_unseen_keys_do_not_affect_the_output_and_two_runs_are_bit_equal(rung):
+def test_masked_keys_do_not_affect_output(rung):
     case = row(7, 100, window=30)  # no query sees the first 64 keys, and the last tile reaches past the last key
     inputs = {name: np.float32(x) for name, x in cases.draw(case)[0].items()}
     run, clean = forward(rung, case), None
@@ -111,7 +111,7 @@ def test_unseen_keys_do_not_affect_the_output_and_two_runs_are_bit_equal(rung):
 
 @pytest.mark.parametrize("window", [None, 1, 5, 16, 17, 40, 1000])
 @pytest.mark.parametrize(("T", "S"), [(1, 1), (50, 50), (20, 70), (70, 20), (33, 64)])
-def test_visible_tiles_are_those_with_a_visible_pair(T, S, window):
+def test_visible_tiles_have_a_visible_pair(T, S, window):
     for causal in (True, False) if window is None else (True,):
         visible = np.asarray(reference.visible(T, S, causal=causal, window=window))
         tiles = step4_tile_skipping.visible_tiles(common.Mask(T, S, causal, window), 16, 32)
@@ -142,7 +142,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("rung", tutorial.RUNGS)
-def test_error_messages_name_the_bad_argument(rung):
+def test_invalid_argument_raises_with_its_name(rung):
     run = tutorial.rung(rung)
     for message, bad in WRONG.items():
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -160,14 +160,14 @@ def test_error_messages_name_the_bad_argument(rung):
     np.testing.assert_array_equal(run(Q, nothing, nothing), jnp.zeros_like(Q))
 
 
-def test_error_messages_name_a_bad_gate():
+def test_invalid_gate_raises_with_its_name():
     for bad in (Q[:, :, :1], Q[..., :2], Q.astype(jnp.float16)):
         with pytest.raises(ValueError, match="gate has"):
             step5_packed_gqa_gate.attention(Q, KV, KV, gate=bad)
 
 
 @pytest.mark.parametrize("rung", tutorial.RUNGS)
-def test_rungs_are_short_and_their_docstrings_have_six_parts(rung):
+def test_steps_are_short_and_docstrings_have_six_parts(rung):
     text = next(FOLDER.glob(f"step?_{rung}.py")).read_text()
     assert len(text.splitlines()) < 120
     parts = re.findall(r"^(Math|Tiling|State|Traffic|Limits|Source) {2,}\S", text, re.M)
@@ -175,7 +175,7 @@ def test_rungs_are_short_and_their_docstrings_have_six_parts(rung):
     assert "keys ->" in text and ("░" in text) == (rung in ("tile_skipping", "packed_gqa_gate"))
 
 
-def test_the_guide_covers_every_rung_in_order():
+def test_readme_covers_every_step_in_order():
     guide = (FOLDER / "README.md").read_text()
     positions = [guide.index(f"## {number}. `step{number}_{rung}.py`") for number, rung in enumerate(tutorial.RUNGS, 1)]
     assert positions == sorted(positions)

@@ -5,7 +5,7 @@ from tests.mutation.mutant import Mutant, planted
 FORMULA = "residuals"  # of the forward kernel, at head dims of 64, 128 and 256
 WINDOWED, CAPPED, BLIND = (f"{FORMULA} and {D} and bfloat16" for D in ("True-70", "head-2", "200-65"))
 TURNS = f"slow and {FORMULA} and 600-1000 and bfloat16"  # more key tiles than a ring has stages
-GRADIENTS = "test_gradients"
+GRADIENTS = "test_gradients_match_reference_in_interpret_mode"
 PLAIN, WIDE = f"{GRADIENTS} and T200-S70", f"{GRADIENTS} and D256"
 FREE = "in_use = kv_block - start >= stages\n            wait_when(in_use, smem.k_empty, slot)\n            full"
 MUTANTS: list[Mutant] = [

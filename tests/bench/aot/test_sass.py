@@ -31,7 +31,7 @@ MASKED_AND_NOT = code(
 )
 
 
-def test_the_cheapest_way_through_a_loop_is_found():
+def test_cheapest_path_through_a_loop_is_found():
     (instructions,) = sass.functions(MASKED_AND_NOT).values()
     assert len(instructions) == 16
     assert sorted(sass._innermost(instructions)) == [(1, 4), (5, 11)]
@@ -51,7 +51,7 @@ def test_the_cheapest_way_through_a_loop_is_found():
     assert [hex(each.address) for each in way] == ["0x50", "0x60", "0x70", "0xa0", "0xb0"]
 
 
-def test_a_kernel_without_a_loop_around_wgmma_has_no_steady_state():
+def test_kernel_without_wgmma_loop_has_no_steady_state():
     straight = code("HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24", "EXIT")
     other = code("HMMA.16816.F32.BF16 R4, R8, R12, R4", "@P1 BRA 0x00", "EXIT")
     for text in (straight, other):
@@ -71,7 +71,7 @@ def test_a_kernel_without_a_loop_around_wgmma_has_no_steady_state():
         ("anonymous_mosaic_gpu_kernel", 9, 0, None),
     ],
 )
-def test_a_part_is_known_by_its_name_or_its_products(name, products, exponentials, part):
+def test_part_is_identified_by_name_or_wgmma_count(name, products, exponentials, part):
     at = {"multiply_adds": products * 64 * 64 * 128, "exponential": exponentials}
     assert readme_tables._part({"name": name, "steady": at}, 128) == part
 
@@ -98,7 +98,7 @@ LOOP = """
 """
 
 
-def test_the_loop_is_counted_the_shortest_way_round():
+def test_loop_is_counted_along_its_shortest_path():
     """Wait, two branches, past the mask, two products, a step on, and back; with what the tensor cores are given."""
     found = {name: sass.steady(code) for name, code in sass.functions(LOOP).items()}
     assert found["no_loop"] is None

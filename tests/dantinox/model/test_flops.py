@@ -37,7 +37,7 @@ def shapes(config: ModelConfig) -> nnx.State:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_parameters_are_the_models_leaves(name):
+def test_parameter_count_matches_the_model(name):
     leaves = nnx.to_flat_state(shapes(config(name)))
     total = active = 0
     for _, leaf in leaves:
@@ -62,7 +62,7 @@ def forward_flops(config: ModelConfig, T: int, backward: bool = False) -> int:
 
 
 @pytest.mark.parametrize("name", ["dense", "untied gelu", "head gate, qk norm", "elementwise gate, learned"])
-def test_flops_are_those_of_the_jaxpr(name):
+def test_flops_match_the_jaxpr(name):
     T, full = 20, dataclasses.replace(config(name), attn="reference")
     # The reference computes all T * T pairs of which a causal query sees (T + 1) / 2 on average.
     hidden = 4 * full.n_heads * full.head_dim * full.n_layers * (T * T - visible_pairs(T, T))
@@ -73,7 +73,7 @@ def test_flops_are_those_of_the_jaxpr(name):
     assert count.flops_per_token(full, T) * T == 3 * (forward - hidden)
 
 
-def test_flops_follow_the_windows_and_the_chosen_experts():
+def test_flops_depend_on_windows_and_active_experts():
     T, more = 40, lambda **changes: dataclasses.replace(BASE, **changes)
     flops = lambda **changes: count.flops_per_token(more(**changes), T, training=False)
     pair = 4 * 4 * 6
@@ -88,7 +88,7 @@ def test_flops_follow_the_windows_and_the_chosen_experts():
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8", "fp8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_cache_bytes_are_those_of_the_rings(dtype, kv_cache_dtype):
+def test_cache_bytes_match_the_kv_caches(dtype, kv_cache_dtype):
     model = dataclasses.replace(BASE, window=8, window_pattern="SL", dtype=dtype, kv_cache_dtype=kv_cache_dtype)
     for context in (1, 5, 8, 30):
         slots = prefill.layer_cache_slots(model, context)

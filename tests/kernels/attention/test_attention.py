@@ -73,7 +73,7 @@ TINY = {
 
 
 @pytest.mark.parametrize("case", TINY.values(), ids=TINY)
-def test_the_reference_is_the_formula(case):
+def test_reference_matches_python_loops(case):
     inputs, aux, dout = cases.draw(case)
     with jax.enable_x64(True):
         result = tolerance.program("attention", "reference", cases.options(case))(inputs, aux, dout)
@@ -84,7 +84,7 @@ def test_the_reference_is_the_formula(case):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("case", "dtype"), cases.judged("attention"))
-def test_every_implementation_keeps_the_rule(case, dtype, implementation):
+def test_implementation_matches_reference(case, dtype, implementation):
     inputs, aux, dout = cases.draw(case)
     small = case.T * case.S < 2**18
     options = cases.options(case)
@@ -122,7 +122,7 @@ def is_the_formula(case: workloads.Attention, *runs: Callable[..., Any], seed: i
     scale=st.none() | st.floats(-1, 1),
     seed=st.integers(0, 99),
 )
-def test_any_small_shape_is_the_formula(
+def test_random_shapes_match_python_loops(
     implementation, sizes, heads, B, D, gate, segments, causal, window, softcap, scale, seed
 ):
     (T, S), (H, K) = sizes, heads
@@ -147,7 +147,7 @@ CHUNKED = {
     "case",
     [pytest.param(case, id=name, marks=pytest.mark.slow if "," in name else ()) for name, case in CHUNKED.items()],
 )
-def test_chunked_scores_are_the_formula(case, monkeypatch):
+def test_chunked_scores_match_python_loops(case, monkeypatch):
     """The chunked path for long sequences, on short ones that `loops` can check: five chunks of two one-row blocks."""
     monkeypatch.setattr(xla, "MAX_DENSE_SCORES", 0)
     monkeypatch.setattr(xla, "CHUNK_BLOCK_Q", 1)
@@ -177,7 +177,7 @@ def poisoned() -> list[Any]:
 
 @pytest.mark.parametrize("compared", ["output", "gradients"])
 @pytest.mark.parametrize(("name", "implementation"), poisoned())
-def test_masked_keys_do_not_affect_outputs(name, implementation, compared):
+def test_masked_keys_do_not_affect_output(name, implementation, compared):
     case = POISONED[name]
     inputs, aux, dout = cases.draw(case)
     distance = np.arange(case.T)[:, None] + case.S - case.T - np.arange(case.S)

@@ -47,7 +47,7 @@ def test_schedule_lists_the_visible_blocks(causal, window, kv_block_range):
 
 
 @pytest.mark.parametrize(("causal", "window"), WINDOWS)
-def test_steps_of_several_blocks_cover_every_visible_pair_once(causal, window):
+def test_multi_block_steps_cover_every_visible_pair_once(causal, window):
     for T, S, bq, bk in itertools.product(LENGTHS, LENGTHS, (1, 4, 8), (1, 2, 4)):
         single = make_block_schedule(T, S, bq, bk, causal=causal, window=window)
         blocks_per_step = int(np.bincount(single.q).max())
@@ -64,7 +64,7 @@ def test_steps_of_several_blocks_cover_every_visible_pair_once(causal, window):
         )
 
 
-def test_schedule_grows_linearly_with_the_sequence():
+def test_schedule_grows_linearly_with_sequence_length():
     for S in (1024, 4096, 16384):
         assert len(make_block_schedule(S, S, 128, 256, causal=True, window=512)) <= S // 128 * 4
     # Query blocks that see no key cost one block, not a row of blocks.

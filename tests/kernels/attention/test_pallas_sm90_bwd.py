@@ -141,13 +141,13 @@ LONG = [
 
 
 @pytest.mark.parametrize("case", [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in LONG)], ids=str)
-def test_gradients(case: Case):
+def test_gradients_match_reference_in_interpret_mode(case: Case):
     judge(case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("D", [64, 128, 256])
-def test_unattended_keys_and_blind_queries_get_zero_gradients(D):
+def test_unattended_keys_and_queries_without_keys_get_zero_gradients(D):
     """Keys before every window, queries before every key, and both where the other side has none of their segment."""
     inputs, do, _ = arrays(case := Case(64, 200, D=D, window=8))
     grads = gradients(case, inputs, do, None)
@@ -223,14 +223,14 @@ def compiled() -> dict[workloads.Attention, dict[str, Any]]:
     }
 
 
-def test_compiled_kernels_do_not_spill_and_every_product_is_a_wgmma():
+def test_compiled_kernels_use_wgmma_without_spills():
     for row, kernels_of_row in compiled().items():
         assert kernels_of_row.keys() == {"forward", "dq", "dkv"}, row.name
         for kernel in kernels_of_row.values():
             assert kernel["spill_bytes"] == kernel["local"] == kernel["mma"] == 0 < kernel["wgmma"], (row.name, kernel)
 
 
-def test_compiled_interior_blocks_cost_no_more_with_a_window_or_segments():
+def test_compiled_interior_blocks_have_no_mask_overhead():
     """Compares the instructions of the causal loops with those of the same head dim without window or segments."""
     by_row = compiled()
     for name in ("dq", "dkv"):

@@ -48,7 +48,7 @@ def use_block_sizes(monkeypatch):
     return lambda sizes: monkeypatch.setattr(block_sizes, "heuristic_block_sizes", lambda *_, **__: sizes)
 
 
-def test_tokens_outside_the_window_do_not_change_a_bit(use_block_sizes):
+def test_tokens_outside_window_do_not_affect_output(use_block_sizes):
     use_block_sizes(SMALL_BLOCKS)
     inputs, *_ = draw_f32(WINDOWED)
     run = tolerance.quick(lambda inputs: attention(**inputs, window=9))
@@ -116,7 +116,7 @@ def span_parameters() -> list[Any]:
 
 
 @pytest.mark.parametrize(("name", "dtype"), span_parameters())
-def test_gradients_summed_span_by_span_keep_the_rule(name, dtype, use_block_sizes):
+def test_gradients_summed_over_kv_spans_match_reference(name, dtype, use_block_sizes):
     case, sizes = SPAN_CASES[name]
     assert -(-case.S // sizes.block_kv) * sizes.block_kv > sizes.kv_span, "one span"
     use_block_sizes(sizes)
@@ -127,7 +127,7 @@ def test_gradients_summed_span_by_span_keep_the_rule(name, dtype, use_block_size
     "name",
     [pytest.param(name, marks=() if name == "three blocks per step" else pytest.mark.slow) for name in SUBTILE_CASES],
 )
-def test_subtiles_keep_the_rule(name, use_block_sizes):
+def test_subtile_layouts_match_reference(name, use_block_sizes):
     case, sizes = SUBTILE_CASES[name]
     use_block_sizes(sizes)
     judge_uncached(name, case, "float32")
@@ -149,7 +149,7 @@ def test_subtiles_keep_the_rule(name, use_block_sizes):
     together=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_any_small_shape_in_any_block_sizes_is_the_formula(
+def test_random_shapes_and_block_sizes_match_python_loops(
     sizes, heads, B, gate, segments, causal, window, softcap, q, k, span, together, seed
 ):
     (T, S), (H, K) = sizes, heads
@@ -184,7 +184,7 @@ FEW = ((80, "bfloat16"), (192, "float16"))
 @pytest.mark.parametrize(
     ("D", "dtype"), [pytest.param(*w, marks=() if w in FEW else pytest.mark.slow) for w in HEAD_DIMS]
 )
-def test_every_head_dim_keeps_the_rule(D, dtype):
+def test_each_head_dim_matches_reference(D, dtype):
     case = row(33, 33, H=2, K=1, D=D, window=20, gate="head")
     inputs, _, dout = cases.draw(case)
     tolerance.judge("attention", "pallas", inputs, dout, dtype, options=cases.options(case))
@@ -194,7 +194,7 @@ def test_every_head_dim_keeps_the_rule(D, dtype):
 
 
 @pytest.mark.parametrize("gate", ["none", "head", "elementwise"])
-def test_residuals_are_the_inputs_the_output_and_row_statistics(gate):
+def test_residuals_are_inputs_output_and_row_statistics(gate):
     case = row(64, 64, B=2, H=4, D=16, gate=gate)
     inputs, *_ = draw_f32(case)
     _, pull = jax.eval_shape(lambda inputs: jax.vjp(lambda x: attention(**x), inputs), inputs)
@@ -214,7 +214,7 @@ def query(S: int) -> jax.ShapeDtypeStruct:
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("window", [64, None])
-def test_no_scores_of_all_pairs_are_built(window, backward):
+def test_full_score_matrix_is_not_materialized(window, backward):
     S = 2048
     for segments in (None, jnp.zeros((1, S), jnp.int32)):
         jaxpr = jax.make_jaxpr(self_attention(window, backward, segment_ids=segments))(query(S))
@@ -224,7 +224,7 @@ def test_no_scores_of_all_pairs_are_built(window, backward):
 
 @pytest.mark.parametrize("backward", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("window", [64, None])
-def test_memory_grows_with_the_sequence_not_its_square(window, backward):
+def test_memory_grows_linearly_with_sequence_length(window, backward):
     program = tolerance.quick(self_attention(window, backward))
     one, two = (program.lower(query(S)).compile().memory_analysis().temp_size_in_bytes for S in (1024, 2048))
     assert 0 < two <= 2.3 * one, f"{one} bytes at 1024, {two} at 2048"

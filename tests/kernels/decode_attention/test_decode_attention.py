@@ -103,7 +103,7 @@ def any_lengths(implementation: str, case: workloads.Decode) -> StepFunction:
 
 
 @NAMED
-def test_the_reference_is_the_formula(case):
+def test_reference_matches_python_loops(case):
     with jax.enable_x64(True):
         step = draw(case, "float64")
         o, _ = run("reference", case, step, "float64")
@@ -112,7 +112,7 @@ def test_the_reference_is_the_formula(case):
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
 @pytest.mark.parametrize("case", [*WORKLOADS, LARGE_BATCH], ids=lambda case: case.name or "large batch")
-def test_the_token_goes_into_its_slot_and_nothing_else_moves(case, implementation):
+def test_new_token_is_stored_in_its_slot_only(case, implementation):
     step = draw(case, fill=np.nan)
     _, cache = run(implementation, case, step, "float32")
     np.testing.assert_array_equal(cache.length, np.array(case.lengths) + 1)
@@ -126,7 +126,7 @@ def test_the_token_goes_into_its_slot_and_nothing_else_moves(case, implementatio
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("case", "dtype"), cases.judged("decode_attention"))
-def test_every_implementation_keeps_the_rule(case, dtype, implementation):
+def test_implementation_matches_reference(case, dtype, implementation):
     step = draw(case, dtype)
     o, reference = (run(name, case, step, dtype)[0] for name in (implementation, "reference"))
     assert o.dtype == jnp.dtype(dtype) and o.shape == step.o.shape
@@ -140,7 +140,7 @@ def test_every_implementation_keeps_the_rule(case, dtype, implementation):
     lengths=st.lists(st.integers(0, 40), min_size=10, max_size=10),
     seed=st.integers(0, 99),
 )
-def test_any_cache_is_the_formula(implementation, shape, lengths, seed):
+def test_random_caches_match_python_loops(implementation, shape, lengths, seed):
     H, K = shape.choice([(1, 1), (2, 1), (3, 3), (4, 2), (6, 2)]).tolist()
     pick = lambda *values: values[shape.integers(len(values))]
     lengths = lengths[: shape.integers(1, 11)]
@@ -168,7 +168,7 @@ def test_any_cache_is_the_formula(implementation, shape, lengths, seed):
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
 @pytest.mark.parametrize("name", ["grouped", "window", "multi-query, head gate, cap", "129 slots"])
-def test_unused_slots_do_not_change_the_output(name, implementation):
+def test_unused_slots_do_not_affect_output(name, implementation):
     case = find(name)
     outputs = [
         {"o": run(implementation, case, draw(case, fill=fill), "float32")[0]} for fill in (0, np.nan, np.inf, -np.inf)
@@ -178,7 +178,7 @@ def test_unused_slots_do_not_change_the_output(name, implementation):
 
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
-def test_tokens_outside_the_window_do_not_change_the_output(implementation):
+def test_tokens_outside_window_do_not_affect_output(implementation):
     """Old tokens that are still in the ring buffer are masked like unused slots."""
     case, outputs = find("window"), []
     for fill in (0, np.nan):
@@ -199,7 +199,7 @@ def test_two_runs_are_bit_equal(implementation):
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
 @pytest.mark.parametrize("window", [None, 3])
-def test_step_by_step_equals_attention_over_all_tokens(window, implementation):
+def test_decode_steps_equal_attention_over_all_tokens(window, implementation):
     """Starts from an empty cache, fills it and wraps around twice."""
     case, T = row(0, 0, window=window), 19
     rng = np.random.default_rng(0)
@@ -213,7 +213,7 @@ def test_step_by_step_equals_attention_over_all_tokens(window, implementation):
 
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
-def test_a_donated_cache_is_written_in_place(implementation):
+def test_donated_cache_is_updated_in_place(implementation):
     case = row(0, 0, C=1024, K=2, D=32)
     cache = kernels.KVCache.zeros(2, case.K, case.C, case.D, jnp.float32)
     inputs = {name: jnp.ones(shape) for name, shape in case.shapes().items()}
@@ -224,7 +224,7 @@ def test_a_donated_cache_is_written_in_place(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_bfloat16_cache_serves_float32_queries(implementation):
+def test_bfloat16_cache_supports_float32_queries(implementation):
     """The returned cache keeps its own dtype."""
     case = find("grouped")
     step = draw(case, "bfloat16")

@@ -82,7 +82,7 @@ NAMED = pytest.mark.parametrize(
 
 @NAMED
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=slow)])
-def test_the_step_is_the_formula_and_the_token_goes_into_its_slot(case, num_splits, dtype):
+def test_output_matches_python_loops_and_token_is_stored(case, num_splits, dtype):
     """Unused slots hold NaN."""
     step = draw(case, dtype, fill=np.nan)
     o, new_cache = run(case, num_splits, step, dtype)
@@ -99,7 +99,7 @@ def test_the_step_is_the_formula_and_the_token_goes_into_its_slot(case, num_spli
         np.testing.assert_array_equal(tolerance.exact(ring_buffer), expected)
 
 
-def test_invisible_slots_change_no_bit_and_two_runs_are_bit_equal():
+def test_invisible_slots_do_not_affect_output():
     """Fills unused slots, tokens outside the window and uninitialised memory with zeros and with NaN."""
     case, num_splits = CASES[1]
     outputs = []
@@ -114,7 +114,7 @@ def test_invisible_slots_change_no_bit_and_two_runs_are_bit_equal():
 
 
 @slow
-def test_the_number_of_splits_changes_no_more_than_rounding():
+def test_number_of_splits_changes_only_rounding():
     case = kv_cache(520, 100, 519, 2000, D=128, window=400)
     step = draw(case)
     outputs = [tolerance.exact(run(case, num_splits, step, "float16")[0]) for num_splits in (1, 2, 5)]
@@ -128,7 +128,7 @@ def visible_blocks(length: int, C: int, max_visible: int) -> list[int]:
 
 
 @pytest.mark.parametrize("C", [8, 64, 72, 200, 256])
-def test_the_splits_divide_the_visible_blocks_evenly(C):
+def test_splits_divide_visible_blocks_evenly(C):
     lengths, num_blocks = np.arange(2 * C + 2, dtype=np.int32), -(-C // splits.BLOCK_KV)
 
     @jax.jit
@@ -169,7 +169,7 @@ def chosen_num_splits(row: workloads.Decode) -> int:
     return splits.choose_num_splits(row.B, row.K, num_blocks, splits.RESIDENT_BLOCKS[row.D])
 
 
-def test_the_chosen_splits_fill_the_sms():
+def test_chosen_splits_fill_the_sms():
     for B, K, num_blocks in itertools.product((1, 2, 20, 150), (1, 2, 8), (1, 2, 9, 128, 512)):
         assert 1 <= splits.choose_num_splits(B, K, num_blocks, 264) <= max(1, num_blocks // 2)
     for row in workloads.select("decode_attention", "bench", "h100"):
@@ -178,7 +178,7 @@ def test_the_chosen_splits_fill_the_sms():
             assert simulated_time(row, chosen_num_splits(row)) <= 1.12 * best, row.name
 
 
-def test_a_split_without_visible_tokens_does_not_count():
+def test_split_without_visible_tokens_has_no_weight():
     o = jnp.stack([jnp.full((2, 3), 4.0), jnp.full((2, 3), jnp.nan), jnp.full((2, 3), 1.0)])
     lse = jnp.stack([jnp.full(2, 5.0), jnp.full(2, -jnp.inf), jnp.full(2, 6.0)])
     np.testing.assert_allclose(splits.combine_splits(o, lse), np.full((2, 3), 2.0), rtol=1e-6)
@@ -198,7 +198,7 @@ def traffic_ratio(row: workloads.Decode) -> float:
     return row.K * (kv_bytes + split_bytes + other_bytes) / row.cost().bytes
 
 
-def test_a_step_moves_little_more_than_the_minimum():
+def test_step_traffic_is_close_to_the_minimum():
     ratios = {row.name: traffic_ratio(row) for row in workloads.select("decode_attention", "bench", "h100")}
     short = ratios.pop("nearly empty, B=8")  # has the splits of a full cache; their outputs stay in L2
     assert short < 1.6 and ratios and all(1 <= ratio < 1.03 for ratio in ratios.values()), (short, ratios)
@@ -227,7 +227,7 @@ def test_unsupported_inputs_raise_with_the_reason():
         kernels.decode_attention(q, k, k, cache, **options)  # auto takes another implementation for the last one
 
 
-def test_pallas_serves_hopper_and_other_gpus_report_what_runs(monkeypatch):
+def test_pallas_gpu_requires_hopper(monkeypatch):
     cache = kernels.KVCache.zeros(1, 1, 16, 64, jnp.bfloat16)
     x = jnp.ones((1, 1, 64), jnp.bfloat16)
     calls = []
@@ -242,13 +242,13 @@ def test_pallas_serves_hopper_and_other_gpus_report_what_runs(monkeypatch):
         assert "'xla' runs here" in kernels.implementations("decode_attention")["pallas"]
 
 
-def test_an_empty_batch():
+def test_empty_batch_returns_empty_output():
     q, cache = jnp.ones((0, 2, 64), jnp.bfloat16), kernels.KVCache.zeros(0, 2, 16, 64, jnp.bfloat16)
     o, new_cache = kernel.decode_attention(q, q, q, cache, gate=None, window=None, scale=1.0, softcap=None)
     assert o.shape == q.shape and new_cache.k.shape == cache.k.shape
 
 
-def test_the_compiled_kernel_spills_nothing_uses_wgmma_and_copies_no_cache():
+def test_compiled_kernel_uses_wgmma_without_spills_or_cache_copy():
     """Reads the committed profile of ptxas for sm_90a."""
     rows = json.loads(PROFILE.read_text())["rows"]
     decode_rows = {

@@ -27,7 +27,7 @@ def row(*lengths: int, **sizes) -> workloads.Decode:
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 4, 8])
-def test_the_block_table_lists_the_blocks_that_hold_visible_tokens(block_size):
+def test_block_table_lists_blocks_with_visible_tokens(block_size):
     for C, max_visible in itertools.product((1, 8, 10, 13), (1, 2, 5, 13)):
         max_visible, lengths = min(max_visible, C), np.arange(3 * C + 2)
         make_table = functools.partial(make_block_table, C=C, max_visible=max_visible, block_size=block_size)
@@ -59,7 +59,7 @@ def run_with_race_detection(operation: Callable[..., Any], *args: Any) -> Any:
 
 @pytest.mark.parametrize("run", [numpy_interpreter.run, pytest.param(run_with_race_detection, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", TILED)
-def test_a_tpu_appends_and_attends_in_one_kernel(name, run, monkeypatch):
+def test_tpu_kernel_appends_and_attends(name, run, monkeypatch):
     """The kernel writes the memory tile of the new token and nothing else of the cache."""
     case = TILED[name]
     monkeypatch.setattr(block_sizes, "choose_block_size", lambda *_: 16)
@@ -82,7 +82,7 @@ def test_a_tpu_appends_and_attends_in_one_kernel(name, run, monkeypatch):
 
 @pytest.mark.parametrize("min_filled", [0, 0.5])
 @pytest.mark.parametrize(("C", "window"), [(600, None), (1100, 300), (1537, 513)])
-def test_several_blocks_are_the_formula(C, window, min_filled):
+def test_several_blocks_match_python_loops(C, window, min_filled):
     """Block by block, and batched if every ring buffer is at least half full."""
     lengths = (int(min_filled * C) - 1, C - 2, C - 1, 3 * C + 7) if min_filled else (0, C // 2 - 2, C - 1, 3 * C + 7)
     case = row(*lengths, C=C, window=window, gate="head", D=8)

@@ -148,7 +148,7 @@ def faults(
 
 
 @pytest.mark.parametrize(("case", "num_splits", "dtype"), NAMED)
-def test_three_steps_keep_the_rule_and_write_one_slot_of_each_ring(case, num_splits, dtype, monkeypatch):
+def test_three_decode_steps_match_reference_at_tensor_core_sizes(case, num_splits, dtype, monkeypatch):
     rng, dtype = np.random.default_rng(0), jnp.dtype(dtype)
     expected = {"k": random_ring_buffer(rng, case, dtype), "v": random_ring_buffer(rng, case, dtype)}
     expected["length"] = np.int32(case.lengths)

@@ -39,7 +39,7 @@ def loops_gradients(x: np.ndarray, w: np.ndarray, sizes: list[int], dy: np.ndarr
 
 
 @pytest.mark.parametrize("sizes", [[2, 3, 1], [0, 6, 0], [0, 0, 0], [1, 0, 2], [6, 0, 0]], ids=str)
-def test_the_reference_is_the_formula(sizes):
+def test_reference_matches_python_loops(sizes):
     inputs, aux, dout = cases.draw(row(*sizes, N=6, M=3, F=2))
     with jax.enable_x64(True):
         run = tolerance.program("grouped_matmul", "reference")
@@ -51,7 +51,7 @@ def test_the_reference_is_the_formula(sizes):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("case", "dtype"), cases.judged("grouped_matmul"))
-def test_every_implementation_keeps_the_rule(case, dtype, implementation):
+def test_implementation_matches_reference(case, dtype, implementation):
     inputs, aux, dout = cases.draw(case)
     sizes = aux["group_sizes"]
     got = tolerance.judge("grouped_matmul", implementation, inputs, dout, dtype, aux=aux)
@@ -71,7 +71,7 @@ EDGES = [63, 64, 65, 127, 128, 129, 191, 255, 256, 257, 330]
     full=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_any_sizes_are_the_formula(implementation, shape, cuts, full, seed):
+def test_random_group_sizes_match_python_loops(implementation, shape, cuts, full, seed):
     N = int(shape.choice([shape.integers(1, 41), shape.choice(EDGES)]))
     widths, cuts = shape.integers(1, 6, 2), cuts[: shape.integers(1, 8)]
     ends = np.sort(np.round(np.array(cuts) * N)).astype(int)
@@ -91,7 +91,7 @@ def test_any_sizes_are_the_formula(implementation, shape, cuts, full, seed):
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
 @pytest.mark.parametrize("sizes", [[63, 64, 65, 1], [0, 0, 0, 0], [257, 0, 1, 129], [580, 0, 0, 0]], ids=str)
-def test_values_in_unassigned_rows_do_not_reach_any_result(sizes, implementation):
+def test_unassigned_rows_do_not_affect_results(sizes, implementation):
     inputs, aux, dout = cases.draw(row(*sizes, N=580))
     unassigned = (np.arange(580) >= sum(sizes))[:, None]
     # An empty group's weights multiply nothing either, and the cotangent of unassigned rows must be ignored.
@@ -122,7 +122,7 @@ def test_two_runs_are_bit_equal(implementation):
     [row(0, 0, N=0, M=3, F=2), row(N=4, M=3, F=2), row(4, N=4, M=0, F=2)],
     ids=["no rows", "no groups", "no width"],
 )
-def test_nothing_to_multiply_gives_zeros(case, implementation):
+def test_empty_inputs_give_zeros(case, implementation):
     inputs, aux, dout = cases.draw(case)
     narrow = {name: np.float32(x) for name, x in inputs.items()}
     got = tolerance.program("grouped_matmul", implementation)(narrow, aux, np.float32(dout))

@@ -54,7 +54,7 @@ CASES = [
     ids=lambda x: f"{x.sizes}-{x.N}-{x.M}-{x.F}" if isinstance(x, workloads.GroupedMatmul) else x,
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=slow)])
-def test_the_output_and_the_gradients_are_the_formula_and_memory_is_in_order(case, width, dtype):
+def test_output_and_gradients_match_without_races(case, width, dtype):
     inputs, aux, dout = cases.draw(case)
     aux = {name: jnp.asarray(x) for name, x in aux.items()}
     run = functools.partial(watched, width)
@@ -64,7 +64,7 @@ def test_the_output_and_the_gradients_are_the_formula_and_memory_is_in_order(cas
 
 
 @pytest.mark.parametrize("sizes", [(50, 0, 21), pytest.param((3, 0, 127), marks=slow)])
-def test_unassigned_rows_and_unused_matrices_change_no_bit(sizes):
+def test_unassigned_rows_and_unused_matrices_do_not_affect_results(sizes):
     """Fills rows past the sum and matrices without rows with NaN."""
     case = row(*sizes, N=sum(sizes) + 9)
     inputs, aux, dout = cases.draw(case)
@@ -96,7 +96,7 @@ def ones(*shape: int) -> jax.Array:
 
 
 @pytest.mark.parametrize("name", LAUNCHED)
-def test_the_next_tile_is_loaded_while_this_one_is_written(name, monkeypatch):
+def test_next_tile_is_loaded_while_previous_one_is_stored(name, monkeypatch):
     """Blocks the first store until the producer has refilled the 4 stages, except for those not yet released."""
     copies, run = LAUNCHED[name]
     loaded, enough, in_time = itertools.count(1), threading.Event(), []
@@ -121,14 +121,14 @@ def test_the_next_tile_is_loaded_while_this_one_is_written(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", LAUNCHED)
-def test_a_stage_is_released_when_its_products_are_done(name):
+def test_stage_is_released_after_its_wgmmas(name):
     """The simulated GPU multiplies synchronously, so this reads the jaxpr: one step is in flight, no more."""
     text = str(jax.make_jaxpr(LAUNCHED[name][1], static_argnums=0)(warp_specialized.Static(1, None, COLUMNS)))
     assert sorted(map(int, re.findall(r"wgmma_wait\[n=(\d)\]", text))) == [0, text.count("wgmma_ref")]
     assert text.count("wgmma_ref") == (2 if name == "up" else 1)
 
 
-def test_every_tile_has_its_place_and_a_panel_its_rows():
+def test_snake_order_visits_each_tile_once_panel_by_panel():
     snake_order = jax.jit(warp_specialized.snake_order, static_argnums=2)
     for down, across in itertools.product((1, 2, 15, 16, 17, 40), (1, 3)):
         n = jnp.arange(down * across)
@@ -139,7 +139,7 @@ def test_every_tile_has_its_place_and_a_panel_its_rows():
         assert (np.abs(np.diff(tiles[:, 1])) <= 1).all(), "neighbouring columns follow each other"
 
 
-def test_tiles_that_begin_with_their_group_are_fewer_and_visit_every_row_once():
+def test_aligned_tiles_are_fewer_and_visit_each_row_once():
     rng, N = np.random.default_rng(0), 150
     aligned = jax.jit(functools.partial(make_group_metadata, N=N, block_m=16, align=8))
     spanning = jax.jit(functools.partial(make_group_metadata, N=N, block_m=16))
@@ -181,7 +181,7 @@ OPERANDS = {
 
 
 @pytest.mark.parametrize("op", OPERANDS)
-def test_pallas_serves_hopper_when_named_and_other_gpus_report_what_runs(op):
+def test_pallas_gpu_requires_hopper(op):
     names = lambda **how: str(jax.make_jaxpr(functools.partial(getattr(kernels, op), **how))(*OPERANDS[op]))
     with dispatch.target_device("cuda", H100):
         assert kernels.implementations(op)["pallas"] is None
@@ -191,13 +191,13 @@ def test_pallas_serves_hopper_when_named_and_other_gpus_report_what_runs(op):
         assert "'xla' runs here" in kernels.implementations(op)["pallas"]
 
 
-def test_cores_are_those_of_the_chip():
+def test_number_of_sms_follows_the_device_kind():
     kinds = {H100: 132, "NVIDIA H200": 132, "NVIDIA H20": 78, "NVIDIA H100 PCIe": 114, "NVIDIA GH200 480GB": 132}
     assert {kind: vjp.cores(kind) for kind in kinds} == kinds
 
 
 @pytest.mark.parametrize("around", ["vmap", "shard_map", "shard_map without checks"])
-def test_gradients_are_traced_below_vmap_and_shard_map(around):
+def test_gradients_trace_under_vmap_and_shard_map(around):
     x, w = jnp.ones((2, 40, 64), jnp.bfloat16), jnp.ones((3, 64, 128), jnp.bfloat16)
     sizes = jnp.array([[8, 9, 10], [1, 2, 3]], jnp.int32)
 

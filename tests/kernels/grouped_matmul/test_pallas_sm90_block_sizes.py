@@ -31,7 +31,7 @@ def wanted(sizes: np.ndarray, J: int, columns: int) -> float:
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 @pytest.mark.parametrize("skew", ["uniform", "zipf", "empty"])
-def test_the_chosen_width_wastes_no_more_than_one_width_for_all(row, skew):
+def test_chosen_tile_width_wastes_no_more_than_a_fixed_one(row, skew):
     sizes = np.asarray(workloads.GroupedMatmul(**(vars(row) | {"skew": skew})).integer_inputs()["group_sizes"])
     for K, J in ((row.M, row.F), (row.F, row.M)):
         chosen = block_sizes.hopper(row.N, row.E, K, J, CORES, widths=WIDTHS).columns
@@ -41,7 +41,7 @@ def test_the_chosen_width_wastes_no_more_than_one_width_for_all(row, skew):
             assert chosen == 256 and share[256] >= max(share.values()) - 0.05, "little is left for narrow tiles"
 
 
-def test_what_narrow_tiles_gain_where_there_is_little_to_do():
+def test_narrow_tiles_win_for_small_problems():
     row = workloads.get("grouped_matmul", "aot odd sizes")
     sizes = np.asarray(row.integer_inputs()["group_sizes"])
     assert block_sizes.hopper(row.N, row.E, row.M, row.F, CORES, widths=WIDTHS) == (64, 8)
@@ -52,7 +52,7 @@ def test_what_narrow_tiles_gain_where_there_is_little_to_do():
     assert wanted(even, 14336, 128) / wanted(even, 14336, 256) == pytest.approx(8 / 7)
 
 
-def test_a_width_fits_what_it_is_for():
+def test_chosen_tile_fits_shared_memory():
     fits = 227 * 1024 - 2048  # of an SM's shared memory, less what barriers and row sums take
     for widths, matrices in ((WIDTHS, 1), ((256, 128), 1), ((256, 128), 2)):
         for N, E, K, J in ((1, 1, 64, 64), (8192, 8, 4096, 14336), (256, 128, 2048, 768), (300, 5, 640, 384)):
@@ -65,7 +65,7 @@ def test_a_width_fits_what_it_is_for():
     assert block_sizes.choose_tgmm_tile(1000, 5, 384, 640, CORES, widths=(256, 128)).columns == 128
 
 
-def test_the_model_counts_rounds_of_the_slowest_core():
+def test_cycle_estimate_counts_rounds_of_the_slowest_sm():
     def taken(visits: float, J: int, units: float = 2) -> float:
         return block_sizes.estimate_cycles(
             block_sizes.TileWork(visits, units, 4, 4096, J), block_sizes.tile_of(256), 1, CORES

@@ -113,7 +113,7 @@ def judged(
 
 
 @pytest.mark.parametrize(("case", "width", "dtype", "wanted"), cases(GROUPS, LARGE_GROUPS))
-def test_grouped_matmul_at_tensor_core_sizes_keeps_the_rule(case, width, dtype, wanted):
+def test_grouped_matmul_matches_reference_at_tensor_core_sizes(case, width, dtype, wanted):
     mine, aux = judged(case, width, dtype, wanted)
     sizes = np.asarray(aux["group_sizes"])
     assert not np.any(tolerance.exact(mine["o"])[sizes.sum() :]), "rows past the sum are zeros"
@@ -122,7 +122,7 @@ def test_grouped_matmul_at_tensor_core_sizes_keeps_the_rule(case, width, dtype, 
 
 
 @pytest.mark.parametrize(("case", "width", "dtype", "wanted"), cases(EXPERTS, LARGE_EXPERTS))
-def test_experts_at_tensor_core_sizes_keeps_the_rule(case, width, dtype, wanted):
+def test_mixture_of_experts_matches_reference_at_tensor_core_sizes(case, width, dtype, wanted):
     mine, aux = judged(case, width, dtype, wanted)
     idle = [e for e in range(case.E) if e not in np.asarray(aux["expert_ids"])]
     for name in ("dw_gate", "dw_up", "dw_down") if wanted == "gradients" else ():
@@ -134,7 +134,7 @@ def test_experts_at_tensor_core_sizes_keeps_the_rule(case, width, dtype, wanted)
     [groups(50, 0, 21, N=80), pytest.param(groups(500, 0, 1311, 77, N=2000, M=256, F=512), marks=waits)],
     ids=lambda case: case.label(),
 )
-def test_what_is_nobodys_reaches_nobody_and_two_runs_agree_at_tensor_core_sizes(case):
+def test_unassigned_rows_do_not_affect_results_at_tensor_core_sizes(case):
     """NaN in rows past the sum and in matrices without rows changes no bit."""
     inputs, aux, dout = drawn(case)
     inputs, dout = {name: jnp.asarray(x, "bfloat16") for name, x in inputs.items()}, jnp.asarray(dout, "bfloat16")

@@ -43,7 +43,7 @@ def slopes(inputs, aux, dout, gradients, tolerance):
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_the_reference_is_the_formula(k):
+def test_reference_matches_python_loops(k):
     inputs, aux, dout = cases.draw(row(5, 4, 3, 3, k))
     with jax.enable_x64(True):
         got = rule.program("moe_mlp", "reference")(inputs, aux, dout)
@@ -53,7 +53,7 @@ def test_the_reference_is_the_formula(k):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("case", "dtype"), cases.judged("moe_mlp"))
-def test_every_implementation_keeps_the_rule(case, dtype, implementation):
+def test_implementation_matches_reference(case, dtype, implementation):
     inputs, aux, dout = cases.draw(case)
     # Matrices of the size that keeps features near 1, as in a network; otherwise bfloat16 compares noise with noise.
     for name, width in (("w_gate", case.M), ("w_up", case.M), ("w_down", case.F)):
@@ -72,7 +72,7 @@ def test_every_implementation_keeps_the_rule(case, dtype, implementation):
     skew=st.sampled_from(workload_types.SKEWS),
     seed=st.integers(0, 99),
 )
-def test_any_routing_is_the_formula(implementation, shape, skew, seed):
+def test_random_routings_match_python_loops(implementation, shape, skew, seed):
     N = int(shape.choice([shape.integers(1, 21), shape.choice([31, 33, 64, 65, 70])]))
     E = int(shape.integers(1, 8))
     k = int(shape.integers(1, min(E, 4) + 1))
@@ -87,7 +87,7 @@ def test_any_routing_is_the_formula(implementation, shape, skew, seed):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_the_weights_of_an_idle_expert_do_not_reach_any_result(implementation):
+def test_idle_expert_weights_do_not_affect_results(implementation):
     inputs, _, dout = cases.draw(row(65, 16, 24, 4, 1))
     ids = workload_types.route(65, 2, 1, "uniform")  # experts 2 and 3 are idle
     idle, results = np.arange(4)[:, None, None] >= 2, []
@@ -99,7 +99,7 @@ def test_the_weights_of_an_idle_expert_do_not_reach_any_result(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_token_meets_no_other_token(implementation):
+def test_tokens_do_not_affect_each_other(implementation):
     """Dropless: what one token gets does not depend on how many others chose its expert, NaN ones included."""
     inputs, aux, dout = cases.draw(row(65, 16, 24, 4, 1))
     narrow = {name: np.float32(x) for name, x in inputs.items()}
@@ -121,7 +121,7 @@ def test_two_runs_are_bit_equal(implementation):
 
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
-def test_no_tokens_give_no_rows(implementation):
+def test_zero_tokens_give_empty_output(implementation):
     inputs, aux, dout = cases.draw(row(0, 4, 3, 2, 1))
     narrow = {name: np.float32(x) for name, x in inputs.items()}
     got = rule.program("moe_mlp", implementation)(narrow, aux, np.float32(dout))

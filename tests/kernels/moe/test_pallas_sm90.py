@@ -57,7 +57,7 @@ CASES = [
     ids=lambda x: f"{x.N}-{x.E}-{x.k}-{x.M}-{x.F}-{x.skew}" if isinstance(x, workloads.MoE) else x,
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=slow)])
-def test_the_output_and_the_gradients_are_the_formula_and_memory_is_in_order(case, width, dtype):
+def test_output_and_gradients_match_without_races(case, width, dtype):
     inputs, aux, dout = drawn(case)
     run = functools.partial(watched, width)
     keep = ("expert_weights",)
@@ -67,7 +67,7 @@ def test_the_output_and_the_gradients_are_the_formula_and_memory_is_in_order(cas
         assert not np.any(tolerance.exact(got[name])[idle]), f"{name} of an expert without tokens"
 
 
-def test_the_weights_of_an_idle_expert_do_not_reach_any_result_and_two_runs_agree():
+def test_idle_expert_weights_do_not_affect_results():
     """NaN in an expert without tokens changes no bit."""
     inputs, aux, dout = drawn(row(21, 3, 2))
     inputs = {name: jnp.asarray(x, "bfloat16") for name, x in inputs.items()}
@@ -77,7 +77,7 @@ def test_the_weights_of_an_idle_expert_do_not_reach_any_result_and_two_runs_agre
     tolerance.same_bits(run(inputs, {"expert_ids": ids[0]}, ids[1]), run(poisoned, {"expert_ids": ids[0]}, ids[1]))
 
 
-def test_each_row_finds_its_number_among_those_of_the_visits():
+def test_gather_row_values_restores_row_order():
     rng, N, E = np.random.default_rng(0), 700, 5
 
     @jax.jit
@@ -94,7 +94,7 @@ def test_each_row_finds_its_number_among_those_of_the_visits():
         np.testing.assert_array_equal(values, np.where(np.arange(N) < num_assigned, np.arange(N) + 1, 0))
 
 
-def test_unsupported_dtypes_and_sizes_are_named():
+def test_unsupported_inputs_raise_with_the_reason():
     ids, weights = jnp.zeros((8, 1), jnp.int32), jnp.ones((8, 1))
     for dtype, M, F, said in (
         ("float32", 64, 64, "float32"),
@@ -108,7 +108,7 @@ def test_unsupported_dtypes_and_sizes_are_named():
             kernels.moe_mlp(x, up, up, down, ids, weights, implementation="pallas")
 
 
-def test_as_compiled_it_spills_nothing_and_multiplies_by_wgmma():
+def test_compiled_kernels_use_wgmma_without_spills():
     rows = json.loads((Path(__file__).parents[3] / "profiles/aot/h100.json").read_text())["rows"]
     ours = {key: row for key, row in rows.items() if key.startswith(("moe_mlp", "grouped_matmul")) and "pallas" in key}
     assert {key.split(" / ")[3] for key in ours} == {"bfloat16", "float16"} and len(ours) >= 30
@@ -123,7 +123,7 @@ def given(N: int = 8, M: int = 64, F: int = 128, E: int = 2, k: int = 2) -> tupl
 
 
 @pytest.mark.parametrize("around", ["vmap", "shard_map", "shard_map without checks"])
-def test_gradients_are_traced_below_vmap_and_shard_map(around):
+def test_gradients_trace_under_vmap_and_shard_map(around):
     x, *experts, ids, weights = given()
 
     def gradients(x: jax.Array, ids: jax.Array) -> tuple[jax.Array, ...]:
