@@ -251,15 +251,15 @@ row = cases.attention
 
 
 TILED = {  # two heads, for the two cores
-    "a piece half a head, cap, segments, fewer queries": (
+    "subtile of half a head, cap, segments, fewer queries": (
         row(12, 28, D=4, softcap=1.5, gate="head", segments="separate"),
         AttentionBlockSizes(kv_heads=1, block_q=16, block_kv=8, block_q_compute=8, block_kv_compute=4, kv_span=16),
     ),
-    "a piece a head, window, gate": (
+    "subtile of one head, window, gate": (
         row(24, 24, H=4, window=5, gate="elementwise"),
         AttentionBlockSizes(kv_heads=1, block_q=8, block_kv=16, block_q_compute=8, block_kv_compute=8, kv_span=16),
     ),
-    "a piece two heads, segments, fewer queries": (
+    "subtile of two heads, segments, fewer queries": (
         row(12, 20, H=8, D=4, segments="separate"),
         AttentionBlockSizes(kv_heads=1, block_q=4, block_kv=8, block_q_compute=8, block_kv_compute=4, kv_span=8),
     ),

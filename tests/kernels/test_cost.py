@@ -22,8 +22,8 @@ def query(S: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, S, 1, 16), jnp.float32)
 
 
-@pytest.mark.parametrize("segments", [False, True])
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("segments", [False, True], ids=["no segments", "segments"])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_window_does_not_materialize_full_scores(backward, segments):
     """Fault 11: scores and masks of all S x S pairs are built, whatever the window."""
     S, W = 2048, 64
@@ -40,7 +40,7 @@ def test_jaxpr_walk_detects_full_scores():
     assert largest(jax.make_jaxpr(jax.jit(f))(query(S))) >= S * S
 
 
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize(
     ("options", "S"),
     [({"window": 64}, 1024), pytest.param({}, 2048, marks=pytest.mark.slow)],
@@ -54,7 +54,7 @@ def test_memory_grows_linearly_with_sequence_length(options, S, backward):
     assert 0 < two <= 2.3 * one, f"{one} bytes at {S}, {two} at {2 * S}"
 
 
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_long_full_attention_does_not_materialize_full_scores(backward):
     S = 4096
     jaxpr = jax.make_jaxpr(gradient(attention) if backward else attention)(query(S))
@@ -67,7 +67,7 @@ def experts(N: int, E: int, k: int, M: int = 32, F: int = 48) -> tuple[list, jax
     return [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes], jax.ShapeDtypeStruct((N, k), jnp.int32)
 
 
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_intermediates_do_not_grow_with_the_number_of_experts(backward):
     """Fault 10: every expert runs on every token. Here nothing of N x E x F is built: only weights grow with E."""
 

@@ -198,7 +198,7 @@ def test_table_entry_registers_an_implementation(monkeypatch):
         kernels.moe_mlp(**MOE_GOOD, implementation="mine")
 
 
-@pytest.mark.parametrize(("D", "why"), [(64, "have not run on a GPU"), (96, "head dim 96")])
+@pytest.mark.parametrize(("D", "why"), [(64, "have not run on a GPU"), (96, "head dim 96")], ids=["D=64", "D=96"])
 def test_auto_logs_why_preferred_implementation_is_skipped(D, why, caplog):
     dispatch._log_choice.cache_clear()
     x = jnp.ones((1, 4, 1, D), jnp.bfloat16)

@@ -109,8 +109,11 @@ def test_masked_keys_do_not_affect_output(rung):
         tolerance.same_bits(clean, run(inputs))
 
 
-@pytest.mark.parametrize("window", [None, 1, 5, 16, 17, 40, 1000])
-@pytest.mark.parametrize(("T", "S"), [(1, 1), (50, 50), (20, 70), (70, 20), (33, 64)])
+@pytest.mark.parametrize("window", [None, 1, 5, 16, 17, 40, 1000], ids="window={}".format)
+@pytest.mark.parametrize(
+    ("T", "S"),
+    [pytest.param(T, S, id=f"T={T} S={S}") for T, S in ((1, 1), (50, 50), (20, 70), (70, 20), (33, 64))],
+)
 def test_visible_tiles_have_a_visible_pair(T, S, window):
     for causal in (True, False) if window is None else (True,):
         visible = np.asarray(reference.visible(T, S, causal=causal, window=window))

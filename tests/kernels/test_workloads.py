@@ -49,7 +49,7 @@ def test_visible_pairs_of_segments_match_a_count_of_the_mask(data, T, S, window)
     assert cost.visible_pairs(T, S, causal=causal, window=window, segment_ids=(q_ids, kv_ids)) == expected
 
 
-@pytest.mark.parametrize("window", [None, 1, 2, 7, 40, 41, 100])
+@pytest.mark.parametrize("window", [None, 1, 2, 7, 40, 41, 100], ids="window={}".format)
 def test_visible_pairs_of_longer_sequences_match_the_mask(window):
     for T, S in ((40, 40), (40, 7), (7, 40), (1, 40)):
         expected = pairs_of(T, S, True, window)
@@ -207,7 +207,7 @@ def test_spread_assigns_all_rows(N, E, skew):
         assert E == 1 or N < E or (sizes == 0).sum() == (E + 1) // 2
 
 
-@pytest.mark.parametrize("E", [2, 8, 31])
+@pytest.mark.parametrize("E", [2, 8, 31], ids="E={}".format)
 def test_zipf_sizes_follow_one_over_rank_in_random_order(E):
     sizes = workload_types.spread(1_000_000, E, "zipf")
     expected = 1 / np.arange(1, E + 1)
@@ -239,7 +239,7 @@ def test_route_follows_the_expert_distribution(skew):
     assert (skew == "one") == np.array_equal(ids, other)
 
 
-@pytest.mark.parametrize(("T", "S"), [(9, 30), (30, 30), (30, 9)])
+@pytest.mark.parametrize(("T", "S"), [(9, 30), (30, 30), (30, 9)], ids=["T < S", "T = S", "T > S"])
 def test_segment_ids_are_aligned_to_the_last_positions(T, S):
     """Queries are the last T positions, keys the last S; documents follow one another in no order of their ids."""
     row = workloads.Attention(T=T, S=S, B=3, segments="separate", **ANYWHERE)
@@ -324,6 +324,7 @@ def test_every_suite_has_workloads(op):
         (("attention", "speed"), "suite is 'speed'; allowed: parity, long, bench, aot, tune"),
         (("attention", "bench", "moon"), "device is 'moon'; allowed: small, cpu, h100, tpu"),
     ],
+    ids=["op", "suite", "device"],
 )
 def test_unknown_suite_op_or_device_raises(arguments, message):
     with pytest.raises(ValueError, match=message):

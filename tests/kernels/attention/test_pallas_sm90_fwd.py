@@ -87,31 +87,39 @@ def truth(case: workloads.Attention, dtype: str) -> tuple[np.ndarray, np.ndarray
     return o * gate, o, lse
 
 
-FORWARD = [
+FORWARD = {
     # Two query blocks per head, the second with few rows; both edges of a window in one block, and in two.
-    row(129, 200, window=70, gate="elementwise"),
-    row(65, 127, D=128, K=2, causal=False, gate="head", softcap=2.0),
-    row(200, 65, D=256, gate="elementwise"),  # the first queries see no key
-    pytest.param(row(64, 129, segments="unmatched", window=100, gate="head", B=2), marks=slow),
-    pytest.param(row(1, 200, D=128, gate="elementwise"), marks=slow),
-    pytest.param(row(1, 1, gate="elementwise"), marks=slow),
-    pytest.param(row(129, 1, D=128, gate="head"), marks=slow),
-    pytest.param(row(127, 64, causal=False), marks=slow),
-    pytest.param(row(200, 200, D=128, window=1, softcap=1.0), marks=slow),
-    pytest.param(row(127, 200, D=128, window=1000, segments="separate"), marks=slow),
-    pytest.param(row(200, 129, D=256, window=64, scale=-0.05, gate="elementwise"), marks=slow),
-    pytest.param(row(129, 129, D=256, causal=False, segments="packed", softcap=3.0), marks=slow),
-    pytest.param(row(65, 65, scale=0.0, H=4, K=2, B=2), marks=slow),
-    pytest.param(row(600, 600, window=300, gate="elementwise"), marks=slow),
-    pytest.param(row(600, 1000, D=128, H=1, gate="elementwise"), marks=slow),
-    pytest.param(row(200, 700, D=256, H=1, window=400, gate="elementwise"), marks=slow),
+    "window, gate": row(129, 200, window=70, gate="elementwise"),
+    "full, softcap, head gate": row(65, 127, D=128, K=2, causal=False, gate="head", softcap=2.0),
+    "queries without keys": row(200, 65, D=256, gate="elementwise"),  # the first queries see no key
+}
+FORWARD_SLOW = {
+    "unmatched, window": row(64, 129, segments="unmatched", window=100, gate="head", B=2),
+    "one query": row(1, 200, D=128, gate="elementwise"),
+    "one query, one key": row(1, 1, gate="elementwise"),
+    "one key": row(129, 1, D=128, gate="head"),
+    "full, more queries": row(127, 64, causal=False),
+    "window of one, softcap": row(200, 200, D=128, window=1, softcap=1.0),
+    "separate, window past S": row(127, 200, D=128, window=1000, segments="separate"),
+    "negative scale, window": row(200, 129, D=256, window=64, scale=-0.05, gate="elementwise"),
+    "packed, full, softcap": row(129, 129, D=256, causal=False, segments="packed", softcap=3.0),
+    "zero scale": row(65, 65, scale=0.0, H=4, K=2, B=2),
+    "long window": row(600, 600, window=300, gate="elementwise"),
+    "more blocks than stages": row(600, 1000, D=128, H=1, gate="elementwise"),
+    "long window, D=256": row(200, 700, D=256, H=1, window=400, gate="elementwise"),
     # Documents longer than a block: some blocks are skipped, some need no mask.
-    pytest.param(row(600, 600, segments="packed", gate="elementwise"), marks=slow),
-    pytest.param(row(500, 500, D=256, H=1, segments="packed", causal=False), marks=slow),
-]
+    "packed": row(600, 600, segments="packed", gate="elementwise"),
+    "packed, full, D=256": row(500, 500, D=256, H=1, segments="packed", causal=False),
+}
 
 
-@pytest.mark.parametrize("case", FORWARD, ids=lambda case: "-".join(f"{x}" for x in case.__dict__.values() if x))
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(pytest.param(case, id=name) for name, case in FORWARD.items()),
+        *(pytest.param(case, id=name, marks=slow) for name, case in FORWARD_SLOW.items()),
+    ],
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=slow)])
 def test_output_and_residuals_match_float64_without_races(case, dtype):
     out = forward(case, dtype)
@@ -152,7 +160,7 @@ def test_gradients_match_reference_in_interpret_mode(case):
     assert not races()
 
 
-@pytest.mark.parametrize("gate", [None, 1, 16])
+@pytest.mark.parametrize("gate", [None, 1, 16], ids=["no gate", "head gate", "elementwise gate"])
 def test_bwd_preprocess_matches_autodiff(gate):
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
@@ -202,10 +210,14 @@ def test_blocks_of_other_segments_are_not_loaded():
 
 
 LENGTHS = (1, 64, 65, 130, 200)
-WINDOWS = ((False, None), *((True, window) for window in (None, 1, 63, 64, 100, 1000)))
+WINDOWS = {
+    "full": (False, None),
+    "causal": (True, None),
+    **{f"window={window}": (True, window) for window in (1, 63, 64, 100, 1000)},
+}
 
 
-@pytest.mark.parametrize(("causal", "window"), WINDOWS)
+@pytest.mark.parametrize(("causal", "window"), WINDOWS.values(), ids=WINDOWS)
 def test_kv_range_covers_visible_blocks_and_its_interior_is_unmasked(causal, window):
     for q, k in ((64, 128), (128, 64), (16, 32)):
         q_starts = np.arange(0, 256, q, dtype=np.int32)
@@ -251,7 +263,7 @@ def test_pallas_gpu_requires_hopper():
         assert "'xla' runs here" in kernels.implementations("attention")["pallas"]
 
 
-@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("segments", [False, True], ids=["no segments", "segments"])
 @pytest.mark.parametrize("around", ["vmap", "shard_map", "shard_map without checks"])
 def test_gradients_trace_under_vmap_and_shard_map(around, segments):
     q, k, ids = (jnp.ones(shape, jnp.bfloat16) for shape in ((2, 1, 64, 4, 64), (2, 1, 64, 2, 64), (2, 1, 64)))

@@ -182,7 +182,8 @@ FEW = ((80, "bfloat16"), (192, "float16"))
 
 
 @pytest.mark.parametrize(
-    ("D", "dtype"), [pytest.param(*w, marks=() if w in FEW else pytest.mark.slow) for w in HEAD_DIMS]
+    ("D", "dtype"),
+    [pytest.param(*w, id=f"D={w[0]}-{w[1]}", marks=() if w in FEW else pytest.mark.slow) for w in HEAD_DIMS],
 )
 def test_each_head_dim_matches_reference(D, dtype):
     case = row(33, 33, H=2, K=1, D=D, window=20, gate="head")
@@ -212,8 +213,8 @@ def query(S: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, S, 1, 16), jnp.float32)
 
 
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("window", [64, None])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("window", [64, None], ids=["window", "causal"])
 def test_full_score_matrix_is_not_materialized(window, backward):
     S = 2048
     for segments in (None, jnp.zeros((1, S), jnp.int32)):
@@ -222,8 +223,10 @@ def test_full_score_matrix_is_not_materialized(window, backward):
         assert any(e.primitive.name == "pallas_call" for e in equations(jaxpr))
 
 
-@pytest.mark.parametrize("backward", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("window", [64, None])
+@pytest.mark.parametrize(
+    "backward", [pytest.param(False, id="forward", marks=pytest.mark.slow), pytest.param(True, id="backward")]
+)
+@pytest.mark.parametrize("window", [64, None], ids=["window", "causal"])
 def test_memory_grows_linearly_with_sequence_length(window, backward):
     program = tolerance.quick(self_attention(window, backward))
     one, two = (program.lower(query(S)).compile().memory_analysis().temp_size_in_bytes for S in (1024, 2048))
@@ -240,7 +243,7 @@ COST_CASES = {
 
 @pytest.mark.parametrize(
     ("name", "spans"),
-    [(name, n) for name in COST_CASES for n in (1, 3)],
+    [pytest.param(name, n, id=f"{name}-spans={n}") for name in COST_CASES for n in (1, 3)],
 )
 def test_cost_estimates_match_the_cost_model(name, spans, use_block_sizes):
     case = COST_CASES[name]

@@ -85,7 +85,7 @@ def test_attention_matches_reference_at_tensor_core_sizes(case, dtype, wanted):
             assert not np.any(got[output][:, : case.T - case.S]), f"{output}: a query that sees no key"
 
 
-@pytest.mark.parametrize("D", [pytest.param(D, marks=slow_off_gpu) for D in (64, 128, 256)])
+@pytest.mark.parametrize("D", [pytest.param(D, id=f"D={D}", marks=slow_off_gpu) for D in (64, 128, 256)])
 def test_masked_keys_do_not_affect_output_at_tensor_core_sizes(D):
     case = row(65, 300, D=D, window=100, segments="unmatched", gate="head")
     inputs, aux, dout = cases.draw(case)

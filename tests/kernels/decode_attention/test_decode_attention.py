@@ -198,7 +198,7 @@ def test_two_runs_are_bit_equal(implementation):
 
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
-@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("window", [None, 3], ids=["no window", "window"])
 def test_decode_steps_equal_attention_over_all_tokens(window, implementation):
     """Starts from an empty cache, fills it and wraps around twice."""
     case, T = row(0, 0, window=window), 19

@@ -110,7 +110,11 @@ def test_unused_slots_do_not_affect_output(name, implementation, dtype):
 
 
 @pytest.mark.parametrize(
-    "run_on_tpu", [numpy_interpreter.run, pytest.param(run_with_race_detection, marks=pytest.mark.slow)]
+    "run_on_tpu",
+    [
+        pytest.param(numpy_interpreter.run, id="numpy"),
+        pytest.param(run_with_race_detection, id="race detector", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
 def test_tpu_kernel_appends_values_and_scales(dtype, run_on_tpu, monkeypatch):

@@ -76,7 +76,7 @@ CASES = [
     ),
 ]
 NAMED = pytest.mark.parametrize(
-    ("case", "num_splits"), CASES, ids=lambda x: x if isinstance(x, int) else f"{x.C}-{x.D}"
+    ("case", "num_splits"), CASES, ids=lambda x: f"splits={x}" if isinstance(x, int) else f"C={x.C} D={x.D}"
 )
 
 
@@ -127,7 +127,7 @@ def visible_blocks(length: int, C: int, max_visible: int) -> list[int]:
     return list(dict.fromkeys(p % C // splits.BLOCK_KV for p in range(max(0, length + 1 - max_visible), length + 1)))
 
 
-@pytest.mark.parametrize("C", [8, 64, 72, 200, 256])
+@pytest.mark.parametrize("C", [8, 64, 72, 200, 256], ids="C={}".format)
 def test_splits_divide_visible_blocks_evenly(C):
     lengths, num_blocks = np.arange(2 * C + 2, dtype=np.int32), -(-C // splits.BLOCK_KV)
 

@@ -26,7 +26,7 @@ def row(*lengths: int, **sizes) -> workloads.Decode:
     return cases.row(workloads.Decode, lengths=lengths, **sizes)
 
 
-@pytest.mark.parametrize("block_size", [1, 3, 4, 8])
+@pytest.mark.parametrize("block_size", [1, 3, 4, 8], ids="block_size={}".format)
 def test_block_table_lists_blocks_with_visible_tokens(block_size):
     for C, max_visible in itertools.product((1, 8, 10, 13), (1, 2, 5, 13)):
         max_visible, lengths = min(max_visible, C), np.arange(3 * C + 2)
@@ -57,7 +57,13 @@ def run_with_race_detection(operation: Callable[..., Any], *args: Any) -> Any:
     return findings.result
 
 
-@pytest.mark.parametrize("run", [numpy_interpreter.run, pytest.param(run_with_race_detection, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param(numpy_interpreter.run, id="numpy"),
+        pytest.param(run_with_race_detection, id="race detector", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", TILED)
 def test_tpu_kernel_appends_and_attends(name, run, monkeypatch):
     """The kernel writes the memory tile of the new token and nothing else of the cache."""
@@ -80,8 +86,12 @@ def test_tpu_kernel_appends_and_attends(name, run, monkeypatch):
         np.testing.assert_array_equal(ring_buffer, expected)
 
 
-@pytest.mark.parametrize("min_filled", [0, 0.5])
-@pytest.mark.parametrize(("C", "window"), [(600, None), (1100, 300), (1537, 513)])
+@pytest.mark.parametrize("min_filled", [0, 0.5], ids=["any length", "half full"])
+@pytest.mark.parametrize(
+    ("C", "window"),
+    [(600, None), (1100, 300), (1537, 513)],
+    ids=["C=600", "C=1100 window=300", "C=1537 window=513"],
+)
 def test_several_blocks_match_python_loops(C, window, min_filled):
     """Block by block, and batched if every ring buffer is at least half full."""
     lengths = (int(min_filled * C) - 1, C - 2, C - 1, 3 * C + 7) if min_filled else (0, C // 2 - 2, C - 1, 3 * C + 7)

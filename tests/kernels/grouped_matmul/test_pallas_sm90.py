@@ -51,7 +51,7 @@ CASES = [
 @pytest.mark.parametrize(
     ("case", "width"),
     CASES,
-    ids=lambda x: f"{x.sizes}-{x.N}-{x.M}-{x.F}" if isinstance(x, workloads.GroupedMatmul) else x,
+    ids=lambda x: x.label() if isinstance(x, workloads.GroupedMatmul) else f"width={x or 'auto'}",
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=slow)])
 def test_output_and_gradients_match_without_races(case, width, dtype):
@@ -63,7 +63,7 @@ def test_output_and_gradients_match_without_races(case, width, dtype):
     assert not np.any(tolerance.exact(outputs["dw"])[np.array(case.sizes) == 0]), "a group without rows has no gradient"
 
 
-@pytest.mark.parametrize("sizes", [(50, 0, 21), pytest.param((3, 0, 127), marks=slow)])
+@pytest.mark.parametrize("sizes", [(50, 0, 21), pytest.param((3, 0, 127), marks=slow)], ids=str)
 def test_unassigned_rows_and_unused_matrices_do_not_affect_results(sizes):
     """Fills rows past the sum and matrices without rows with NaN."""
     case = row(*sizes, N=sum(sizes) + 9)

@@ -24,7 +24,7 @@ from tests.helpers.jaxpr_walk import largest
 SIZES = ([5], [0], [3, 4], [0, 7, 0, 1], [4, 4, 0], [0, 0, 0], [1, 1, 1, 1, 9], [16, 0, 3])
 
 
-@pytest.mark.parametrize("visit_empty_groups", [False, True])
+@pytest.mark.parametrize("visit_empty_groups", [False, True], ids=["skip empty groups", "visit empty groups"])
 def test_each_row_is_visited_once_by_its_group(visit_empty_groups):
     for sizes, spare, rows in itertools.product(SIZES, (0, 6), (1, 4, 8)):
         N, E = sum(sizes) + spare, len(sizes)
@@ -46,8 +46,8 @@ def test_each_row_is_visited_once_by_its_group(visit_empty_groups):
         assert set(groups) == (set(range(E)) if visit_empty_groups else set(whose))
 
 
-@pytest.mark.parametrize("full_large_tiles", [True, False])
-@pytest.mark.parametrize("sizes", [(8, 4, 1), (8, 2), (6, 5, 4, 3), (3,), (16, 8, 4), (1,)])
+@pytest.mark.parametrize("full_large_tiles", [True, False], ids=["full large tiles", "partial large tiles"])
+@pytest.mark.parametrize("sizes", [(8, 4, 1), (8, 2), (6, 5, 4, 3), (3,), (16, 8, 4), (1,)], ids=str)
 def test_cpu_tiles_cover_each_row_of_a_group_once(monkeypatch, sizes, full_large_tiles):
     monkeypatch.setattr(gmm, "EXTRA_TILE_COST_ROWS", 1)
     N = 17
@@ -93,7 +93,7 @@ def output_and_gradients(x: jax.Array, w: jax.Array, sizes: jax.Array, name: str
     return y, *pull(jnp.cos(y))
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8, 37])
+@pytest.mark.parametrize("rows", [1, 3, 8, 37], ids="rows={}".format)
 def test_cpu_tile_size_does_not_change_grouped_matmul(monkeypatch, rows):
     (x, w), sizes = arrays(37, 6, 5, 4), jnp.array([9, 0, 13, 8])
     expected = output_and_gradients(x, w, sizes, "reference")
@@ -110,7 +110,7 @@ def mixture(name: str, x: jax.Array, w: jax.Array, ids: jax.Array, weights: jax.
     return y, *pull(jnp.cos(y))
 
 
-@pytest.mark.parametrize("sizes", [(1,), (3,), (64,), (64, 20), (8, 1), (32, 8, 3)])
+@pytest.mark.parametrize("sizes", [(1,), (3,), (64,), (64, 20), (8, 1), (32, 8, 3)], ids=str)
 def test_cpu_tile_sizes_do_not_change_moe_mlp(monkeypatch, sizes):
     """One expert has no rows, and some rows are of an expert that is not there."""
     (x, w), rng = arrays(37, 6, 5, 4), np.random.default_rng(1)
@@ -206,15 +206,15 @@ def test_block_sizes_fit_vmem_and_divide_shapes():
 
 
 CUTS = {
-    "whole": {"block_k_sub": None},
-    "a tile of products larger than a chunk": {"block_k_sub": None, "mxu_m": 16},
-    "cut": {"block_k": 16, "block_n": 16, "block_n_sub": 16, "mxu_n": 8},
+    "full contraction": {"block_k_sub": None},
+    "mxu tile larger than a chunk": {"block_k_sub": None, "mxu_m": 16},
+    "split k and n": {"block_k": 16, "block_n": 16, "block_n_sub": 16, "mxu_n": 8},
     "strips": {"block_n": 24, "block_n_sub": 8, "mxu_n": 8},
-    "parts": {"block_k_sub": 8},
-    "a lead": {"block_k_sub": None, "leading_k": 8},
-    "cut, parts": {"block_k": 16, "block_n": 16, "block_n_sub": 16, "mxu_n": 8, "block_k_sub": 8},
-    "many sizes": {"max_chunks": 3},
-    "parts of two matrices": {"block_k_sub": 16},
+    "k slices": {"block_k_sub": 8},
+    "leading k": {"block_k_sub": None, "leading_k": 8},
+    "split k and n, k slices": {"block_k": 16, "block_n": 16, "block_n_sub": 16, "mxu_n": 8, "block_k_sub": 8},
+    "few chunk sizes": {"max_chunks": 3},
+    "slices of two matrices": {"block_k_sub": 16},
 }
 
 
@@ -226,7 +226,7 @@ def test_contraction_slice_spans_two_matrices():
     assert spans(2, 512, 512) == [[(0, 0, 512)], [(1, 0, 512)]]
 
 
-@pytest.mark.parametrize("width", [40, 128, 200, 384])
+@pytest.mark.parametrize("width", [40, 128, 200, 384], ids="width={}".format)
 def test_row_sums_equal_jnp_sum(width):
     x = jnp.asarray(np.random.default_rng(0).integers(-9, 9, (16, width)), jnp.float32)
     np.testing.assert_array_equal(row_sums(x), jnp.sum(x, axis=1)[None])

@@ -42,7 +42,7 @@ def slopes(inputs, aux, dout, gradients, tolerance):
         assert along == pytest.approx(by_hand, rel=tolerance, abs=tolerance), name
 
 
-@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("k", [1, 2, 3], ids="k={}".format)
 def test_reference_matches_python_loops(k):
     inputs, aux, dout = cases.draw(row(5, 4, 3, 3, k))
     with jax.enable_x64(True):

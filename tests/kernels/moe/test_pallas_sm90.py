@@ -54,7 +54,7 @@ CASES = [
 @pytest.mark.parametrize(
     ("case", "width"),
     CASES,
-    ids=lambda x: f"{x.N}-{x.E}-{x.k}-{x.M}-{x.F}-{x.skew}" if isinstance(x, workloads.MoE) else x,
+    ids=lambda x: x.label() if isinstance(x, workloads.MoE) else f"width={x or 'auto'}",
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=slow)])
 def test_output_and_gradients_match_without_races(case, width, dtype):
