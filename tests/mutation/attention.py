@@ -1,4 +1,4 @@
-"""Faults planted in the attention kernels."""
+"""Mutants of the attention kernels."""
 
 from tests.mutation.mutant import Mutant, mutants_of
 
@@ -18,6 +18,7 @@ HEAD_DIMS = (
 )
 BLOCK_SIZES = "test_random_shapes_and_block_sizes_match_python_loops"
 RACES = "test_attention_with_several_blocks_subtiles_and_spans[subtile of half a head, cap, segments, fewer queries]"
+
 MUTANTS: list[Mutant] = [
     *mutants_of(
         "ops/attention/xla",
@@ -33,7 +34,7 @@ MUTANTS: list[Mutant] = [
          f"{MATCHES}[7 of 129, window-float32-xla]"),
         ("band forgets S - T", "* block + S - T - num_past_blocks * block", "* block - num_past_blocks * block",
          (f"{MATCHES}[unmatched, banded-float32-xla]", LOOPS)),
-        ("keys before the first are seen", "((k_pos >= 0) & (k_pos < S))", "(k_pos < S)",
+        ("keys before the first are visible", "((k_pos >= 0) & (k_pos < S))", "(k_pos < S)",
          f"{MATCHES}[127 grouped, gate, window-float32-xla]"),
         ("chunk stops a key early", "start + chunk_T + S - T)) if", "start + chunk_T + S - T - 1)) if", CHUNKED),
         ("chunk forgets its start", "* block + start + S - T", "* block + S - T", CHUNKED),
@@ -44,14 +45,14 @@ MUTANTS: list[Mutant] = [
         ("band segments by order", "(q_ids[..., None] == ", "(q_ids[..., None] >= ",
          f"{MATCHES}[packed, window-float32-xla]"),
         (
-            "unseen values are not cleared",
+            "masked values are not zeroed",
             "k, v = (jnp.where(attended[..., None], x, 0) for x in (k, v))",
             "k = jnp.where(attended[..., None], k, 0)",
             (f"{MASKED_KEYS}[one block, window-xla-output]", f"{MASKED_KEYS}[one block, window-xla-gradients]"),
         ),
-        ("band's unseen keys are not cleared", "None if q_ids is None and T == S else", "None if q_ids is None else",
+        ("masked keys of a band are not zeroed", "None if q_ids is None and T == S else", "None if q_ids is None else",
          (f"{MASKED_KEYS}[banded, window-xla-output]", f"{MASKED_KEYS}[banded, window-xla-gradients]")),
-        ("segments' unseen keys are not cleared", "all_attended = q_ids is None and window", "all_attended = window",
+        ("masked keys of segments are not zeroed", "all_attended = q_ids is None and window", "all_attended = window",
          (f"{MASKED_KEYS}[full, segments-xla-output]", f"{MASKED_KEYS}[full, segments-xla-gradients]")),
         ("scale dropped", "q, k, acc_dtype) * self.scale", "q, k, acc_dtype)", f"{MATCHES}[7-float32-xla]"),
         ("cap does not restore the size", "self.softcap * jnp.tanh(", "jnp.tanh(",
@@ -69,22 +70,22 @@ MUTANTS: list[Mutant] = [
     *mutants_of(
         "ops/attention/api",
         "attention",
-        ("given scale ignored", "scale=D**-0.5 if scale is None else scale", "scale=D**-0.5",
+        ("scale argument ignored", "scale=D**-0.5 if scale is None else scale", "scale=D**-0.5",
          "test_reference_matches_python_loops[full, scale]"),
-        ("long windows one short", "min(int(window), max(S, 1))", "min(int(window), max(S - 1, 1))", LOOPS),
+        ("long windows one key short", "min(int(window), max(S, 1))", "min(int(window), max(S - 1, 1))", LOOPS),
     ),
     *mutants_of(
         "ops/attention/pallas_tpu/block_schedule",
         "attention_block_schedule",
-        ("window a tile short", "q_start - window + 1)", "q_start - window + 2)", SCHEDULE),
+        ("window a block short", "q_start - window + 1)", "q_start - window + 2)", SCHEDULE),
         ("edge of the window unmasked", "q_last - j * block_kv < window", "q_last - j * block_kv <= window", SCHEDULE),
         ("diagonal unmasked", "q_start >= (j + 1) * block_kv - 1", "q_start >= j * block_kv", SCHEDULE),
         ("padded keys unmasked", "fully_visible = (j + 1) * block_kv <= S and kv_end", "fully_visible = kv_end",
          SCHEDULE),
-        ("no tile for queries without keys", "kv_blocks = [0]", "kv_blocks = []", SCHEDULE),
-        ("keys met are fresh again", "FIRST_USE_OF_KV * (j not in visited)",
+        ("no block for queries without keys", "kv_blocks = [0]", "kv_blocks = []", SCHEDULE),
+        ("a visited block counts as first use again", "FIRST_USE_OF_KV * (j not in visited)",
          "FIRST_USE_OF_KV * (j == kv_blocks[0])", SCHEDULE),
-        ("the blocks of a step run past the keys", "min(kv_blocks[0], -(-S // block_kv) - kv_blocks_per_step)",
+        ("the blocks of a step end past the keys", "min(kv_blocks[0], -(-S // block_kv) - kv_blocks_per_step)",
          "kv_blocks[0]", "test_multi_block_steps_cover_every_visible_pair_once"),
     ),
     *mutants_of(
@@ -98,7 +99,7 @@ MUTANTS: list[Mutant] = [
     *mutants_of(
         "ops/attention/pallas_tpu/refs",
         "attention_tpu",
-        ("the blocks of a step are all the first", "self.block * self.num_subtiles + n,", "self.block * self.num_subtiles,",
+        ("every block of a step is the first", "self.block * self.num_subtiles + n,", "self.block * self.num_subtiles,",
          "test_subtile_layouts_match_reference[three blocks per step]"),
     ),
     *mutants_of(
@@ -106,7 +107,7 @@ MUTANTS: list[Mutant] = [
         "attention",
         ("cap does not restore the size", "* (softcap * score_scale)", "* score_scale",
          f"{MATCHES}[full, cap-float32-pallas]"),
-        ("padded keys are seen", "key < config.S - self.kv_block * sizes.block_kv - c * sizes.block_kv_compute",
+        ("padded keys are visible", "key < config.S - self.kv_block * sizes.block_kv - c * sizes.block_kv_compute",
          "key < sizes.block_kv",
          f"{MATCHES}[full, cap-float32-pallas]"),
         ("segments by order", "q_ids_ref.load(r) == self", "q_ids_ref.load(r) >= self",
@@ -116,7 +117,7 @@ MUTANTS: list[Mutant] = [
         "ops/attention/pallas_tpu/common",
         "race_detector",
         ("mixed segments unmasked", " | (overlap == PARTIAL_OVERLAP)", "", RACES),
-        ("only the first pieces are masked", "fori_loop(0, num_q_subtiles * num_kv_subtiles, ", "fori_loop(0, num_q_subtiles, ", RACES),
+        ("only the first subtiles are masked", "fori_loop(0, num_q_subtiles * num_kv_subtiles, ", "fori_loop(0, num_q_subtiles, ", RACES),
     ),
     *mutants_of(
         "ops/attention/pallas_tpu/fwd",
@@ -128,7 +129,7 @@ MUTANTS: list[Mutant] = [
         "ops/attention/pallas_tpu/fwd",
         "attention",
         ("no key gives NaN", "jnp.where(sees_no_key, 1.0, l)", "l", f"{MATCHES}[129 on 7, window-float32-pallas]"),
-        ("shares of one", "jnp.where(sees_no_key, 0.0, 1 / safe_l)", "jnp.where(sees_no_key, 0.0, 1.0)",
+        ("probabilities not normalized", "jnp.where(sees_no_key, 0.0, 1 / safe_l)", "jnp.where(sees_no_key, 0.0, 1.0)",
          f"{MATCHES}[full, cap-float32-pallas]"),
     ),
     *mutants_of(
@@ -142,43 +143,43 @@ MUTANTS: list[Mutant] = [
     *mutants_of(
         "ops/attention/pallas_tpu/bwd",
         "attention",
-        ("cap's slope", "ds = ds * (1 - jnp.minimum(t * t, 1))", "pass", f"{MATCHES}[full, cap-float32-pallas]"),
-        ("sums of keys start over", "block.is_first_use_of_kv if config", "block.is_first_kv_block if config",
+        ("derivative of the cap dropped", "ds = ds * (1 - jnp.minimum(t * t, 1))", "pass", f"{MATCHES}[full, cap-float32-pallas]"),
+        ("dk and dv sums restart", "block.is_first_use_of_kv if config", "block.is_first_kv_block if config",
          (f"{MATCHES}[unmatched, banded-float32-pallas]", f"{MATCHES}[banded 600-float32-pallas]")),
     ),
     *mutants_of(
         "ops/attention/pallas_tpu/bwd",
         "race_detector",
         ("dk without scale, compiled", "(dk_ref, dk_acc_ref, config.scale)", "(dk_ref, dk_acc_ref, 1)", RACES),
-        ("a span's keys share a sum", "else (block.kv_block - first_kv_block,)", "else (block.kv_block * 0,)", RACES),
-        ("sums are never cleared", "else block.step == 0)", "else block.step < 0)", RACES),
+        ("all keys of a span share a sum", "else (block.kv_block - first_kv_block,)", "else (block.kv_block * 0,)", RACES),
+        ("sums are never zeroed", "else block.step == 0)", "else block.step < 0)", RACES),
     ),
     *mutants_of(
         "ops/attention/pallas_tpu/vjp",
         "attention_tpu",
-        ("slope of the gate", "(sigmoid_gate * (1 - sigmoid_gate))", "sigmoid_gate", HEAD_DIMS),
-        ("garbage behind the last token", "for axis in range(x.ndim)]) if padding",
+        ("wrong derivative of the gate", "(sigmoid_gate * (1 - sigmoid_gate))", "sigmoid_gate", HEAD_DIMS),
+        ("NaN past the last token", "for axis in range(x.ndim)]) if padding",
          "for axis in range(x.ndim)], constant_values=jnp.nan) if padding", HEAD_DIMS),
     ),
     *mutants_of(
         "ops/attention/segment_ids",
         "attention",
-        ("a key too many cut off", "num_attended := T + window - 1", "num_attended := T + window - 2",
+        ("one key too many cut off", "num_attended := T + window - 1", "num_attended := T + window - 2",
          f"{MATCHES}[7 of 129, window-float32-pallas]"),
-        ("unseen values are not cleared", "k, v = jnp.where(attended, k, 0), jnp.where(attended, v, 0)",
+        ("masked values are not zeroed", "k, v = jnp.where(attended, k, 0), jnp.where(attended, v, 0)",
          "k = jnp.where(attended, k, 0)",
          (f"{MASKED_KEYS}[full, segments-pallas-output]", f"{MASKED_KEYS}[full, segments-pallas-gradients]")),
     ),
     *mutants_of(
         "ops/attention/segment_ids",
         "race_detector",
-        ("mixed segments pass for one", "(low == other_high) & (other_low == high)", "low == other_low", RACES),
-        ("some shared ids pass for none", "(low > other_high) |", "(low != other_low) |", RACES),
+        ("mixed segments count as one", "(low == other_high) & (other_low == high)", "low == other_low", RACES),
+        ("overlapping segments count as disjoint", "(low > other_high) |", "(low != other_low) |", RACES),
     ),
     *mutants_of(
         "ops/attention/segment_ids",
         "attention_segment_ids",
-        ("a span ends a tile early", "jnp.where(disjoint, 0, j + 1)", "jnp.where(disjoint, 0, j)", BLOCK_SIZES),
-        ("a mixed tile passes for one segment's", "same_segment | (j < left", "same_segment | (j <= left", BLOCK_SIZES),
+        ("a key range ends a block early", "jnp.where(disjoint, 0, j + 1)", "jnp.where(disjoint, 0, j)", BLOCK_SIZES),
+        ("a mixed block counts as one segment", "same_segment | (j < left", "same_segment | (j <= left", BLOCK_SIZES),
     ),
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Faults planted in Hopper's attention, which the tests run interpreted."""
+"""Mutants of the Hopper attention kernels, which the tests run in interpret mode."""
 
 from tests.mutation.mutant import Mutant, mutants_of
 
@@ -17,6 +17,7 @@ GRADIENTS_D256 = (
 )
 VISITED = "test_blocks_outside_the_visible_range_are_not_visited"
 FREE = "in_use = kv_block - start >= stages\n            wait_when(in_use, smem.k_empty, slot)\n            full"
+
 MUTANTS: list[Mutant] = [
     *mutants_of(
         "ops/attention/pallas_sm90/fwd_kernel",
@@ -25,22 +26,22 @@ MUTANTS: list[Mutant] = [
          WINDOW),
         ("a query does not see itself", "per_column(column, rows) <= per_row(last, columns)",
          "per_column(column, rows) < per_row(last, columns)", NO_KEYS),
-        ("padded keys are seen", "visible = key < config.S", "visible = key <= config.S", SOFTCAP),
+        ("padded keys are visible", "visible = key < config.S", "visible = key <= config.S", SOFTCAP),
         ("top-left alignment", "(q_start + config.S - config.T - kv_block", "(q_start - kv_block", WINDOW),
-        ("the first tiles need no mask", "carry = lax.fori_loop(own.start, own.interior_start, step(block.end, masked=True)",
+        ("the first blocks are not masked", "carry = lax.fori_loop(own.start, own.interior_start, step(block.end, masked=True)",
          "carry = lax.fori_loop(own.start, own.interior_start, step(block.end, masked=False)", WINDOW),
-        ("the last tiles need no mask", "carry = lax.fori_loop(own.interior_end, own.end, step(block.end, masked=True)",
+        ("the last blocks are not masked", "carry = lax.fori_loop(own.interior_end, own.end, step(block.end, masked=True)",
          "carry = lax.fori_loop(own.interior_end, own.end, step(block.end, masked=False)", NO_KEYS),
         ("sum without decay", "l = l * decay +", "l = l +", WINDOW),
         ("output without decay", "acc = acc * per_row(decay, acc.shape[1])", "acc = acc + 0 * per_row(decay, acc.shape[1])", WINDOW),
         ("gate without sigmoid", "o * jax.nn.sigmoid(gate.astype(jnp.float32))", "o * gate.astype(jnp.float32)", WINDOW),
         ("a head's gate dropped", "acc = acc * per_row(sigmoid_gate, D)", "pass", SOFTCAP),
         ("cap does not restore the size", "config.softcap * LOG2E\n        elif", "LOG2E\n        elif", SOFTCAP),
-        ("log-sum-exp without the largest", "m + jnp.log2(", "jnp.log2(", WINDOW),
+        ("log-sum-exp without the maximum", "m + jnp.log2(", "jnp.log2(", WINDOW),
         ("no key gives NaN", "jnp.where(sees_no_key, 0.0, 1.0 / jnp.where(sees_no_key, 1.0, l))", "1.0 / l", NO_KEYS),
         ("every head reads the first keys", "kv_head = lax.div(self.head, jnp.int32(self.config.G))",
          "kv_head = self.head * 0", SOFTCAP),
-        ("both warpgroups write one tile",
+        ("both warpgroups write the same rows",
          "rows = pl.ds(self.q_start + wg * self.sizes.block_q, self.sizes.block_q)\n        return ref.at[self.batch, rows",
          "rows = pl.ds(self.q_start, self.sizes.block_q)\n        return ref.at[self.batch, rows", WINDOW),
         ("values are not waited for", "plgpu.barrier_wait(smem.v_full.at[slot])\n        plgpu.barrier_wait(smem.schedule_barrier.at[wg])\n        acc",
@@ -50,7 +51,7 @@ MUTANTS: list[Mutant] = [
     *mutants_of(
         "ops/attention/pallas_sm90/common",
         "attention_sm90_fwd",
-        ("window a key short", "q_start + offset - config.window + 1)", "q_start + offset - config.window + 2)", KV_RANGE),
+        ("window one key short", "q_start + offset - config.window + 1)", "q_start + offset - config.window + 2)", KV_RANGE),
         ("edge of the window unmasked", "q_end + offset - config.window + block_kv - 1)", "q_end + offset - config.window)",
          KV_RANGE),
         ("diagonal unmasked", "block_of(q_start + offset + 1)", "block_of(q_start + offset + block_kv)", KV_RANGE),
@@ -59,9 +60,9 @@ MUTANTS: list[Mutant] = [
     *mutants_of(
         "ops/attention/pallas_sm90/vjp",
         "attention_sm90_fwd",
-        ("slope of the gate", "dgate * (sigmoid_gate * (1 - sigmoid_gate))", "dgate * sigmoid_gate", PREPROCESS),
-        ("delta of the gated cotangent", "gate.dtype), _delta(do_ungated", "gate.dtype), _delta(do_f32", PREPROCESS),
-        ("a head's gate gets one element's gradient", "dgate = jnp.sum(dgate, axis=-1, keepdims=True)",
+        ("wrong derivative of the gate", "dgate * (sigmoid_gate * (1 - sigmoid_gate))", "dgate * sigmoid_gate", PREPROCESS),
+        ("delta from the gated cotangent", "gate.dtype), _delta(do_ungated", "gate.dtype), _delta(do_f32", PREPROCESS),
+        ("a head gate gets the gradient of one element", "dgate = jnp.sum(dgate, axis=-1, keepdims=True)",
          "dgate = dgate[..., :1]", PREPROCESS),
         ("the gate does not reach the kernel", "do_ungated = do_f32 * sigmoid_gate", "do_ungated = do_f32", PREPROCESS),
     ),
@@ -74,16 +75,16 @@ MUTANTS: list[Mutant] = [
     *mutants_of(
         "ops/attention/pallas_sm90/common",
         "attention_sm90_bwd",
-        ("slope of the cap", "1.0 - t * t", "1.0 - t", GRADIENTS_SOFTCAP),
+        ("wrong derivative of the cap", "1.0 - t * t", "1.0 - t", GRADIENTS_SOFTCAP),
         ("window one too wide", "[offset < config.window + n", "[offset <= config.window + n", GRADIENTS_WINDOW),
         ("a key does not see its own query", "[offset >= n for n", "[offset > n for n", GRADIENTS),
-        ("queries that follow count as earlier", "range(0, -columns, -8)", "range(0, columns, 8)", GRADIENTS),
-        ("all keys of a tile count as its first eight", "range(0, columns, 8) if", "[0] * (columns // 8) if", GRADIENTS),
-        ("the diagonal needs no mask", "all_visible.append(distance >= keys - 1)", "all_visible.append(distance >= 0)", GRADIENTS),
+        ("later queries count as earlier", "range(0, -columns, -8)", "range(0, columns, 8)", GRADIENTS),
+        ("all keys of a block count as its first eight", "range(0, columns, 8) if", "[0] * (columns // 8) if", GRADIENTS),
+        ("the diagonal is not masked", "all_visible.append(distance >= keys - 1)", "all_visible.append(distance >= 0)", GRADIENTS),
         ("segments by order", "per_row(row_ids, columns) == per_column", "per_row(row_ids, columns) >= per_column", GRADIENTS_D256),
-        ("mixed tiles pass for one segment's", "(block < self.interior_end)", "(block <= self.interior_end)", GRADIENTS_D256),
-        ("a key tile too few", "(offset - config.window + 1), 0)", "(offset - config.window + 2), 0)", VISITED),
-        ("a query tile too few", "(config.window - 1 - offset)", "(config.window - 2 - offset)", VISITED),
+        ("mixed blocks count as one segment", "(block < self.interior_end)", "(block <= self.interior_end)", GRADIENTS_D256),
+        ("one key block too few", "(offset - config.window + 1), 0)", "(offset - config.window + 2), 0)", VISITED),
+        ("one query block too few", "(config.window - 1 - offset)", "(config.window - 2 - offset)", VISITED),
     ),
     *mutants_of(
         "ops/attention/pallas_sm90/dkv_kernel",
@@ -92,8 +93,8 @@ MUTANTS: list[Mutant] = [
         ("dk without delta", "p_slope * (dp - per_column", "p_slope * (dp - 0 * per_column", GRADIENTS),
         ("the first head of a group twice", "+ lax.rem(i, jnp.int32(self.config.G))", "", GRADIENTS),
         ("a stage is filled while in use", "wait_when(i >= sizes.q_stages", "wait_when(i > sizes.q_stages", GRADIENTS),
-        ("p is taken before it is given", "plgpu.barrier_wait(smem.p_full)", "pass", GRADIENTS_D256),
-        ("wide: dk without delta", "dp = product[...] - per_column(", "dp = product[...] - 0 * per_column(", GRADIENTS_D256),
-        ("wide: dv takes dk's scale", "jnp.where(owns_dv, 1.0, self.config.scale)", "self.config.scale", GRADIENTS_D256),
+        ("p is read before it is written", "plgpu.barrier_wait(smem.p_full)", "pass", GRADIENTS_D256),
+        ("D=256: dk without delta", "dp = product[...] - per_column(", "dp = product[...] - 0 * per_column(", GRADIENTS_D256),
+        ("D=256: dv takes dk's scale", "jnp.where(owns_dv, 1.0, self.config.scale)", "self.config.scale", GRADIENTS_D256),
     ),
 ]  # fmt: skip

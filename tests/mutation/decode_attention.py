@@ -16,6 +16,7 @@ SM90_OUTPUT = (
     "test_output_matches_python_loops_and_token_is_stored[bfloat16-C=136 D=64-splits=1]",
     "test_output_matches_python_loops_and_token_is_stored[bfloat16-C=200 D=128-splits=2]",
 )
+
 MUTANTS: list[Mutant] = [
     *mutants_of(
         "ops/decode_attention/kv_cache",

@@ -1,10 +1,11 @@
-"""Faults planted in what all operations share: checks, dispatch, cost, the table of shapes."""
+"""Mutants of the modules that all operations share: validation, dispatch, cost, workloads."""
 
 from tests.mutation.mutant import Mutant, mutants_of
 
 MATCHES = "test_implementation_matches_reference"
 BAD_ARGUMENT = "test_invalid_attention_argument_raises_with_its_name"
 ROUTE = "test_route_follows_the_expert_distribution"
+
 MUTANTS: list[Mutant] = [
     *mutants_of(
         "einsum",
@@ -35,13 +36,13 @@ MUTANTS: list[Mutant] = [
         "workloads",
         ("triangle without its diagonal", "ramp * (ramp + 1) // 2", "ramp * (ramp - 1) // 2",
          "test_visible_pairs_match_a_count_of_the_mask"),
-        ("keys behind the window are read", "min(S, T + window - 1)", "min(S, T + window)",
+        ("keys before the window are read", "min(S, T + window - 1)", "min(S, T + window)",
          "test_num_visible_keys_counts_keys_with_a_query"),
         ("segments' window one too wide", 'window, side="right"', 'window, side="left"',
          "test_visible_pairs_of_segments_match_a_count_of_the_mask"),
         ("idle groups are read", "rows * M + busy * M * F + N * F", "rows * M + E * M * F + N * F",
          "test_grouped_matmul_cost_matches_its_rows_and_arrays"),
-        ("a full ring is read", "C if window is None else min(C, window)).sum()", "C).sum()",
+        ("a full ring buffer is read", "C if window is None else min(C, window)).sum()", "C).sum()",
          "test_decode_attention_cost_matches_its_slots_and_arrays"),
     ),
     *mutants_of(
@@ -49,7 +50,7 @@ MUTANTS: list[Mutant] = [
         "workloads",
         ("queries are the first positions", "ids[:, n - self.T :]", "ids[:, : self.T]",
          "test_segment_ids_are_aligned_to_the_last_positions"),
-        ("routes with the smallest share", "np.argsort(-score, axis=1)", "np.argsort(score, axis=1)", ROUTE),
-        ("routes without chance", "1e-30)) + noise", "1e-30))", ROUTE),
+        ("tokens are routed to the least likely experts", "np.argsort(-score, axis=1)", "np.argsort(score, axis=1)", ROUTE),
+        ("tokens are routed without noise", "1e-30)) + noise", "1e-30))", ROUTE),
     ),
 ]  # fmt: skip
