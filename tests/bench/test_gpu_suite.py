@@ -17,7 +17,7 @@ from bench.gpu import archive, parts, process, runner, smoke
 from bench.gpu.runner import Part
 from dantinox import kernels
 from dantinox.kernels import workloads
-from tests.helpers import absent
+from tests.helpers import absent_packages
 
 ROOT = Path(__file__).parents[2]
 # Runs in each Python process: faults planted in modules when they are imported.
@@ -67,7 +67,7 @@ PLANTED = {
 def environment(folder: Path, planted: dict[str, tuple[str, str]]) -> dict[str, str]:
     """An environment in which every Python starts with these faults, and without what a borrowed machine may lack."""
     folder.mkdir(exist_ok=True)
-    variables = absent.environment(folder, *absent.FEW)
+    variables = absent_packages.environment_without(folder, *absent_packages.OPTIONAL_PACKAGES)
     with (folder / "sitecustomize.py").open("a") as file:
         file.write(PLANT.format(planted=planted))
     return variables | {"JAX_PLATFORMS": "cpu"}

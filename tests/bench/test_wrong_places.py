@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bench.wrong_places import describe, different_bits
-from tests.helpers import absent, tolerance
+from tests.helpers import absent_packages, tolerance
 
 RIGHT = np.random.default_rng(0).standard_normal((2, 256, 4, 128))
 
@@ -89,7 +89,10 @@ def test_different_bits_of_equal_values_are_reported():
 
 def test_module_imports_only_numpy(tmp_path):
     code = "import bench.wrong_places, sys; print('numpy' in sys.modules, 'jax' in sys.modules)"
-    environment, root = absent.environment(tmp_path, *absent.FEW, "jax", "rich"), Path(__file__).parents[2]
+    environment, root = (
+        absent_packages.environment_without(tmp_path, *absent_packages.OPTIONAL_PACKAGES, "jax", "rich"),
+        Path(__file__).parents[2],
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "True False", done.stderr
 
@@ -97,10 +100,10 @@ def test_module_imports_only_numpy(tmp_path):
 def test_only_wrong_arrays_are_reported():
     truth = {"o": RIGHT, "dq": RIGHT, "dk": RIGHT, "dv": RIGHT}
     rounded = {name: jnp.asarray(x, jnp.bfloat16) for name, x in truth.items()}
-    tolerance.check(rounded, rounded, truth, jnp.bfloat16)
+    tolerance.assert_within_bound(rounded, rounded, truth, jnp.bfloat16)
     bad = rounded | {"dv": rounded["dv"].at[0, 130:140].set(jnp.nan), "dq": jnp.asarray(second_warpgroup())}
     with pytest.raises(AssertionError) as raised:
-        tolerance.check(bad, rounded, truth, jnp.bfloat16)
+        tolerance.assert_within_bound(bad, rounded, truth, jnp.bfloat16)
     dq, dv = str(raised.value).splitlines()
     assert dq.startswith("dq: error 3 (allowed 0.0") and "; rows 64-127 of each 128: 100%, others 0;" in dq
     assert dv.startswith("dv: error nan (allowed 0.0") and ", 5120 NaN, worst at (0, 130, 0, 0): nan, not " in dv
@@ -113,25 +116,27 @@ def test_error_at_the_bound_passes_and_beyond_it_fails(beyond):
     truth, plain = {"o": np.zeros((3, 2))}, {"o": np.full((3, 2), 2.0**-10)}
     mine = {"o": np.full((3, 2), 2.0**-9 + 2.0**-23 + beyond * 2.0**-30)}
     if not beyond:
-        tolerance.check(mine, plain, truth, jnp.float32)
+        tolerance.assert_within_bound(mine, plain, truth, jnp.float32)
         return
     with pytest.raises(AssertionError, match="6 of 6 wrong"):
-        tolerance.check(mine, plain, truth, jnp.float32)
+        tolerance.assert_within_bound(mine, plain, truth, jnp.float32)
 
 
 def test_missing_array_and_non_finite_reference_are_reported():
     truth = {"o": np.full((2, 2), np.inf), "dq": np.zeros((2, 2)), "dk": np.zeros((2, 2))}
     mine = {"o": np.zeros((2, 2)), "dk": np.ones((2, 2))}
     with pytest.raises(AssertionError) as raised:
-        tolerance.check(mine, truth | {"o": np.zeros((2, 2))}, truth, jnp.float32)
+        tolerance.assert_within_bound(mine, truth | {"o": np.zeros((2, 2))}, truth, jnp.float32)
     o, dq, dk = str(raised.value).splitlines()
     assert (o, dq) == ("o: the oracle itself is not finite", "dq: missing") and dk.startswith("dk: error 1 ")
 
 
 def test_arrays_with_different_bits_are_reported():
     a = {"o": np.zeros(3, np.float32), "dq": np.ones(3, np.float32), "dk": np.ones(3, np.float32)}
-    tolerance.same_bits(a, {name: x.copy() for name, x in a.items()})
+    tolerance.assert_bit_equal(a, {name: x.copy() for name, x in a.items()})
     with pytest.raises(AssertionError) as raised:
-        tolerance.same_bits(a, a | {"o": np.array([0, -0.0, 0], np.float32), "dk": np.full(3, np.nan, np.float32)})
+        tolerance.assert_bit_equal(
+            a, a | {"o": np.array([0, -0.0, 0], np.float32), "dk": np.full(3, np.nan, np.float32)}
+        )
     o, dk = str(raised.value).splitlines()
     assert o.startswith("o: 1 of 3 places differ, first at (1,): 0.0, not -0.0") and dk == "dk: not finite"

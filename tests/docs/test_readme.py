@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.readme_messages import table
+from tests.helpers.readme_messages import documented_messages
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -88,8 +88,8 @@ def test_settings_table_is_current():
 
 def test_every_promised_message_is_compared_with_the_real_one():
     tests = [path.read_text() for path in (ROOT / "tests" / "dantinox").rglob("test_*.py")]
-    compared = {name for text in tests for name in re.findall(r'promised\("(.*?)"\)', text)}
-    assert compared == set(table())
+    compared = {name for text in tests for name in re.findall(r'message_pattern\("(.*?)"\)', text)}
+    assert compared == set(documented_messages())
 
 
 def test_each_common_fault_names_existing_tests():

@@ -162,7 +162,7 @@ def test_race_in_first_of_two_kernels_is_detected():
 
 def test_uninitialized_tpu_memory_is_detected():
     found = race_detector.on_tpu(functools.partial(tpu_sum, clear=False), X)
-    assert found.uninitialised and not found.races and np.isnan(found.result).any()
+    assert found.uninitialized and not found.races and np.isnan(found.result).any()
 
 
 def test_out_of_bounds_tpu_read_is_detected_and_next_run_works():
@@ -195,7 +195,7 @@ def test_wgmma_operand_reads_are_checked():
 
 def test_uninitialized_gpu_memory_is_detected():
     found = race_detector.on_gpu(functools.partial(gpu_hand_over, write=False), X)
-    assert found.uninitialised and not found.races
+    assert found.uninitialized and not found.races
 
 
 def test_function_without_kernel_raises():
@@ -229,13 +229,13 @@ def both_passes(row: workloads.Workload, implementation: str) -> tuple:
     return run, inputs, aux, dout
 
 
-def checked() -> list[Any]:
+def checked_parameters() -> list[Any]:
     """(op, row) parameters; one row of an operation in every run."""
     found = [(op, row, pytest.mark.slow if n else ()) for op in OPS for n, row in enumerate(small(op))]
     return [pytest.param(op, row, id=f"{op}: {row.name}", marks=marks) for op, row, marks in found]
 
 
-@pytest.mark.parametrize(("op", "row"), checked())
+@pytest.mark.parametrize(("op", "row"), checked_parameters())
 def test_pallas_tpu_kernels_have_no_race_or_invalid_read(op, row):
     """The kernels for TPUs, as they would be compiled there."""
     with target_device(*V6E):
@@ -289,12 +289,14 @@ def test_attention_with_several_blocks_subtiles_and_spans(name, monkeypatch):
     mine = {"o": o} | {f"d{name}": gradient for name, gradient in gradients.items()}
     inputs, aux, dout = cases.draw(case)
     options = cases.options(case)
-    tolerance.judge("attention", "pallas", inputs, dout, "float32", aux=aux, options=options, run=lambda *_: mine)
+    tolerance.assert_matches_reference(
+        "attention", "pallas", inputs, dout, "float32", aux=aux, options=options, run=lambda *_: mine
+    )
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_checked_programs_run_with_xla(op):
     """The check above calls each operation rightly: so it does not fail first on the day there is a kernel."""
     run, *arguments = both_passes(small(op)[0], "xla")
-    program = tolerance.quick(run)
+    program = tolerance.jit_fast_compile(run)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(program(*arguments)))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from dantinox import kernels
-from tests.helpers.jaxpr_walk import dots, largest
+from tests.helpers.jaxpr_walk import largest_intermediate, matmuls
 
 
 def attention(q: jax.Array, **options) -> jax.Array:
@@ -30,14 +30,14 @@ def test_window_does_not_materialize_full_scores(backward, segments):
     ids = jnp.zeros((1, S), jnp.int32) if segments else None
     f = lambda q: attention(q, window=W, segment_ids=ids)
     jaxpr = jax.make_jaxpr(gradient(f) if backward else f)(query(S))
-    assert largest(jaxpr) < S * S // 4
-    assert dots(jaxpr), "the walk saw no matrix product at all"
+    assert largest_intermediate(jaxpr) < S * S // 4
+    assert matmuls(jaxpr), "the walk saw no matrix product at all"
 
 
 def test_jaxpr_walk_detects_full_scores():
     S = 512
     f = lambda q: kernels.attention(q, q, q, window=64, implementation="reference")
-    assert largest(jax.make_jaxpr(jax.jit(f))(query(S))) >= S * S
+    assert largest_intermediate(jax.make_jaxpr(jax.jit(f))(query(S))) >= S * S
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -58,7 +58,7 @@ def test_memory_grows_linearly_with_sequence_length(options, S, backward):
 def test_long_full_attention_does_not_materialize_full_scores(backward):
     S = 4096
     jaxpr = jax.make_jaxpr(gradient(attention) if backward else attention)(query(S))
-    assert largest(jaxpr) < S * S // 4
+    assert largest_intermediate(jaxpr) < S * S // 4
 
 
 def experts(N: int, E: int, k: int, M: int = 32, F: int = 48) -> tuple[list, jax.ShapeDtypeStruct]:
@@ -77,7 +77,7 @@ def test_intermediates_do_not_grow_with_the_number_of_experts(backward):
             x, gate, up, down, ids, weights, implementation="xla"
         )
         g = jax.grad(lambda *a: jnp.sum(f(*a) ** 2), argnums=(0, 1, 2, 3, 4)) if backward else f
-        return largest(jax.make_jaxpr(g)(x, gate, up, down, weights, ids))
+        return largest_intermediate(jax.make_jaxpr(g)(x, gate, up, down, weights, ids))
 
     N, M, F = 256, 32, 48
     assert build(64) < N * 64 * F // 4
@@ -100,7 +100,7 @@ def test_tile_matmul_shapes_do_not_depend_on_the_number_of_experts(op):
             sizes = jax.ShapeDtypeStruct((E,), jnp.int32)
             f = lambda x, w, sizes: kernels.grouped_matmul(x, w, sizes, implementation="xla")
             jaxpr = jax.make_jaxpr(f)(x, gate, sizes)
-        return [[v.aval.shape for v in e.invars] for e in dots(jaxpr) if e.primitive.name == "dot_general"]
+        return [[v.aval.shape for v in e.invars] for e in matmuls(jaxpr) if e.primitive.name == "dot_general"]
 
     if jax.default_backend() == "cpu":
         assert shapes(4) and shapes(4) == shapes(32)

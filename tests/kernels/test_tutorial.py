@@ -50,7 +50,7 @@ RULE_CASES = [pytest.param(name, marks=pytest.mark.slow if name in LONG else ())
 def forward(rung: str, case: workloads.Attention, tiles: bool = True) -> Any:
     run, options = tutorial.rung(rung), {"causal": case.causal, "window": case.window, "scale": case.scale}
     options |= SMALL_TILES.get(rung, {}) if tiles else {}
-    return tolerance.quick(lambda inputs: {"o": run(**inputs, **options)})
+    return tolerance.jit_fast_compile(lambda inputs: {"o": run(**inputs, **options)})
 
 
 @functools.cache
@@ -58,15 +58,15 @@ def exact(case: workloads.Attention, dtype: str, wide: bool) -> dict[str, np.nda
     """The reference in the dtype or, with `wide`, in float64 on the same rounded arguments."""
     inputs = {name: jnp.asarray(x, dtype) for name, x in cases.draw(case)[0].items()}
     with jax.enable_x64(wide):
-        inputs = {name: jnp.asarray(tolerance.exact(x)) for name, x in inputs.items()} if wide else inputs
+        inputs = {name: jnp.asarray(tolerance.to_float64(x)) for name, x in inputs.items()} if wide else inputs
         return {"o": np.asarray(jax.jit(lambda x: reference.attention(**x, **case.options()))(inputs))}
 
 
-def judge(rung: str, case: workloads.Attention, dtype: str, tiles: bool = True) -> jax.Array:
+def assert_matches_reference(rung: str, case: workloads.Attention, dtype: str, tiles: bool = True) -> jax.Array:
     inputs = {name: jnp.asarray(x, dtype) for name, x in cases.draw(case)[0].items()}
     result = forward(rung, case, tiles)(inputs)
     assert result["o"].dtype == dtype and result["o"].shape == case.out_shape()
-    tolerance.check(result, exact(case, dtype, False), exact(case, dtype, True), dtype)
+    tolerance.assert_within_bound(result, exact(case, dtype, False), exact(case, dtype, True), dtype)
     return result["o"]
 
 
@@ -74,7 +74,7 @@ def judge(rung: str, case: workloads.Attention, dtype: str, tiles: bool = True) 
 @pytest.mark.parametrize("name", RULE_CASES)
 def test_each_step_matches_reference(rung, name):
     case = CASES[name]
-    o = judge(rung, case, "float32")
+    o = assert_matches_reference(rung, case, "float32")
     if case.T > case.S:
         assert not np.any(o[:, : case.T - case.S]), "a query that sees no key"
 
@@ -82,19 +82,19 @@ def test_each_step_matches_reference(rung, name):
 @pytest.mark.parametrize("rung", tutorial.RUNGS)
 @pytest.mark.parametrize("name", FEW)
 def test_each_step_matches_reference_in_bfloat16(rung, name):
-    judge(rung, CASES[name], "bfloat16")
+    assert_matches_reference(rung, CASES[name], "bfloat16")
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("one per head", "float32"), ("elementwise", "bfloat16")])
 def test_gated_step_matches_reference(name, dtype):
-    judge("packed_gqa_gate", GATED[name], dtype)
+    assert_matches_reference("packed_gqa_gate", GATED[name], dtype)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rung", tutorial.RUNGS)
 def test_default_block_sizes_match_reference(rung, dtype):
-    judge(rung, row(600, 700, H=4, K=2, D=32, window=256), dtype, tiles=False)
+    assert_matches_reference(rung, row(600, 700, H=4, K=2, D=32, window=256), dtype, tiles=False)
 
 
 @pytest.mark.parametrize("rung", tutorial.RUNGS)
@@ -106,7 +106,7 @@ def test_masked_keys_do_not_affect_output(rung):
         for name in "kv":
             inputs[name][:, :64] = fill
         clean = clean or run(inputs)
-        tolerance.same_bits(clean, run(inputs))
+        tolerance.assert_bit_equal(clean, run(inputs))
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 16, 17, 40, 1000], ids="window={}".format)

@@ -31,7 +31,7 @@ MUTANTS: list[Mutant] = [
         ("band sees the next key", "mask = ((distance >= 0)", "mask = ((distance >= -1)",
          f"{MATCHES}[127 grouped, gate, window-float32-xla]"),
         ("top-left alignment", "_visible_mask(jnp.arange(T) + S - T,", "_visible_mask(jnp.arange(T),",
-         f"{MATCHES}[7 of 129, window-float32-xla]"),
+         f"{MATCHES}[129 on 7, window-float32-xla]"),
         ("band forgets S - T", "* block + S - T - num_past_blocks * block", "* block - num_past_blocks * block",
          (f"{MATCHES}[unmatched, banded-float32-xla]", LOOPS)),
         ("keys before the first are visible", "((k_pos >= 0) & (k_pos < S))", "(k_pos < S)",

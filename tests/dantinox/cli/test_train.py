@@ -19,7 +19,7 @@ import dantinox
 from dantinox.cli import train
 from dantinox.config import Config
 from dantinox.metrics.logger import read_metrics
-from tests.helpers.readme_messages import promised
+from tests.helpers.readme_messages import message_pattern
 from tests.helpers.tensorboard_server import tensorboard
 
 TINY = """--n-layers 1 --dim 32 --n-heads 2 --n-kv-heads 1 --window 8 --seq-len 16 --max-context 64 --batch-size 4
@@ -183,7 +183,7 @@ def test_invalid_input_prints_one_line_and_exits_2(words, tmp_path, monkeypatch,
     assert stop.value.code == 2
     assert captured.err.count("\n") == 1 and captured.err.startswith("dantinox-train: error: ")
     assert re.search(WRONG[words], captured.err), captured.err
-    assert words != "--windw 3" or promised("a wrong flag").fullmatch(captured.err.strip())
+    assert words != "--windw 3" or message_pattern("a wrong flag").fullmatch(captured.err.strip())
     assert os.listdir() == ["wrong.yaml"]  # nothing is left behind
 
 

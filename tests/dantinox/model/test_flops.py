@@ -13,7 +13,7 @@ from dantinox.config import ModelConfig
 from dantinox.inference import prefill
 from dantinox.kernels.cost import visible_pairs
 from dantinox.model import flops as count
-from tests.helpers.jaxpr_walk import dot_flops, dots
+from tests.helpers.jaxpr_walk import dot_flops, matmuls
 
 BASE = ModelConfig(vocab_size=37, dim=24, n_layers=3, n_heads=4, n_kv_heads=2, max_context=50, mlp_ratio=2.5)
 CONFIGS = {
@@ -58,7 +58,7 @@ def forward_flops(config: ModelConfig, T: int, backward: bool = False) -> int:
     tokens = jax.ShapeDtypeStruct((1, T), jnp.int32)
     run = lambda state, tokens: jnp.sum(nnx.merge(graph, state)(tokens) ** 2)
     jaxpr = jax.make_jaxpr(jax.grad(run) if backward else run)(state, tokens)
-    return sum(dot_flops(e) for e in dots(jaxpr))
+    return sum(dot_flops(e) for e in matmuls(jaxpr))
 
 
 @pytest.mark.parametrize("name", ["dense", "untied gelu", "head gate, qk norm", "elementwise gate, learned"])

@@ -12,7 +12,7 @@ from flax import nnx
 import dantinox
 from dantinox.config import ModelConfig
 from tests import numpy_interpreter
-from tests.helpers.jaxpr_walk import dots, equations
+from tests.helpers.jaxpr_walk import equations, matmuls
 
 SMALL = ModelConfig(
     vocab_size=23,
@@ -246,7 +246,7 @@ def test_every_matmul_runs_in_bfloat16(name, backward):
     assert {x.dtype for x in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype("float32")}
     loss, state = loss_of(model)
     jaxpr = jax.make_jaxpr(jax.grad(loss) if backward else loss)(state, text(1, T + 1))
-    products = dots(jaxpr)
+    products = matmuls(jaxpr)
     assert len(products) >= SMALL.n_layers * 8
     wide = [e for e in products if any(v.aval.dtype != jnp.bfloat16 for v in e.invars[:2])]
     shown = sorted({" x ".join(str(v.aval) for v in e.invars[:2]) for e in wide})

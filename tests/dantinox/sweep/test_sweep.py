@@ -19,7 +19,7 @@ from dantinox.sweep import __main__ as sweep
 from dantinox.sweep import report
 from dantinox.sweep.report import Outcome
 from dantinox.sweep.search_space import read
-from tests.helpers.readme_messages import promised
+from tests.helpers.readme_messages import message_pattern
 
 TINY = {
     "n_layers": 1, "dim": 16, "n_heads": 2, "n_kv_heads": 1, "window": 8, "seq_len": 16, "max_context": 32,
@@ -127,7 +127,9 @@ def test_sweep_interrupted_by_ctrl_c_resumes(place):
     out, err = process.communicate(timeout=120)
     assert time.monotonic() - asked < 15 and process.returncode == 130 and "Traceback" not in err
     assert out.endswith("interrupted; each run is saved. Go on with: python -m dantinox.sweep long.yaml\n")
-    assert promised("Ctrl-C in a sweep").fullmatch(out.splitlines()[-1].replace("long.yaml", "sweeps/example.yaml"))
+    assert message_pattern("Ctrl-C in a sweep").fullmatch(
+        out.splitlines()[-1].replace("long.yaml", "sweeps/example.yaml")
+    )
     (begun,) = [path for path in folder.iterdir() if path.is_dir()]
     (step,) = [int(path.name) for path in (begun / "checkpoints").iterdir()]
     assert step >= 5 and f"interrupted; step {step} is saved" in (folder / f"{begun.name}.log").read_text()

@@ -25,7 +25,7 @@ from dantinox.training import train_step
 from dantinox.training.loop import NonFiniteError
 from dantinox.training.signals import Interrupted
 from dantinox.training.trainer import Trainer
-from tests.helpers.readme_messages import promised
+from tests.helpers.readme_messages import message_pattern
 
 TIMES = ("tokens_per_s", "mfu")
 # All that carries state from step to step: dropout, accumulation, an average, experts, a schedule.
@@ -121,7 +121,7 @@ def test_run_resumed_after_a_signal_equals_uninterrupted_run(number, whole, monk
         run(name)
     assert stop.value.code == 128 + number
     told = f"interrupted; step 6 is saved. Go on with: python -m dantinox.train --run {name} --resume"
-    assert f"{told}\n" in capsys.readouterr().out and promised("Ctrl-C or SIGTERM").fullmatch(told)
+    assert f"{told}\n" in capsys.readouterr().out and message_pattern("Ctrl-C or SIGTERM").fullmatch(told)
     assert signal.getsignal(signal.SIGINT) is before
     path = run(name, resume=True)
     assert rows(path) == rows(whole) and weights(path) == weights(whole)
@@ -175,7 +175,7 @@ def test_only_runs_without_checkpoints_restart_from_scratch(whole, monkeypatch, 
     path = killed("young", monkeypatch, at=3)
     assert Checkpoints(path).steps() == [] and len(rows(path)) == 2
     run("young", resume=True)
-    assert promised("killed before its first checkpoint").search(capsys.readouterr().out)
+    assert message_pattern("killed before its first checkpoint").search(capsys.readouterr().out)
     assert rows(path) == rows(whole) and weights(path) == weights(whole)
     shutil.rmtree(path / "checkpoints")
     before = (path / "metrics.jsonl").read_bytes()
@@ -207,7 +207,7 @@ def test_corrupt_checkpoint_is_reported_and_previous_one_is_used(whole, monkeypa
     run("damaged", resume=True)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "is damaged" in line]
     assert line.endswith("; going on from step 8") and file.name in line and "bytes of" in line
-    assert promised("a checkpoint is damaged").fullmatch(line)
+    assert message_pattern("a checkpoint is damaged").fullmatch(line)
     assert (path / "damaged" / "10" / "manifest.json").is_file()  # nothing is thrown away
     assert rows(path) == rows(whole) and weights(path) == weights(whole)
 
@@ -236,7 +236,7 @@ def test_full_disk_ends_the_run_with_one_line(whole, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "step 10 could not be saved" in err and "No space left on device" in err
     assert err.endswith("the checkpoint of step 8 is as it was\n")
-    assert promised("the disk is full").search(err)
+    assert message_pattern("the disk is full").search(err)
     monkeypatch.undo()
     path = run("full", resume=True)
     assert rows(path) == rows(whole) and weights(path) == weights(whole)
@@ -271,7 +271,7 @@ def test_resume_lists_changed_settings():
     )
     with pytest.raises(ConfigError) as error:
         training_resume.diff_settings(old.replace(n_layers=6, n_heads=4, n_kv_heads=2), old.replace(n_heads=4))
-    assert promised("another model or text with `--resume`").fullmatch(str(error.value))
+    assert message_pattern("another model or text with `--resume`").fullmatch(str(error.value))
     assert (
         training_resume.diff_settings(old.replace(lr=1.0, batch_size=8, max_checkpoints=9), old)
         == "lr 0.01 -> 1.0; batch_size 4 -> 8"
@@ -309,7 +309,7 @@ def test_non_finite_gradient_skips_the_update_and_saves_the_batch(planted, capsy
         run("nan", save_every=4, **DENSE)
     path = Path("runs/nan")
     message = str(stop.value)
-    assert promised("a loss or gradient is not finite").fullmatch(message)
+    assert message_pattern("a loss or gradient is not finite").fullmatch(message)
     assert message.startswith("step 6 is not finite (loss ") and "grad_norm nan" in message
     assert message.endswith("step 5 is saved. Go on without that batch: " + resume("nan") + " --on-nan skip")
     assert [row["step"] for row in rows(path)] == [1, 2, 3, 4, 5]
@@ -348,6 +348,6 @@ def test_early_stopping_keeps_the_best_checkpoint(monkeypatch, capsys):
     assert Checkpoints(path).steps() == [4, 8] and Checkpoints(path).best() == 4
     out = capsys.readouterr().out
     assert "stopped early at step 8: 2 evaluations without a validation loss below 2.0000, that of step 4" in out
-    assert promised("no better validation loss, with `--patience 5`").search(out)
+    assert message_pattern("no better validation loss, with `--patience 5`").search(out)
     run("early", resume=True, patience=3, eval_every=2, save_every=0, max_checkpoints=1)
     assert [row["step"] for row in rows(path)] == list(range(1, 13)) and Checkpoints(path).best() == 10

@@ -88,11 +88,11 @@ def kernel_config(case: Case, params: Any = CHECKED) -> Sm90AttentionConfig:
 
 def gradients(case: Case, inputs: dict[str, jax.Array], do: jax.Array, ids: Any) -> dict[str, Any]:
     """Runs the two backward kernels; fails if they race."""
-    lse, delta = tolerance.quick(functools.partial(residuals, case))(inputs, do, ids)
+    lse, delta = tolerance.jit_fast_compile(functools.partial(residuals, case))(inputs, do, ids)
     run = jax.jit(
-        lambda *args: bwd.backward(*args, kernel_config(case)), compiler_options=tolerance.HURRY
+        lambda *args: bwd.backward(*args, kernel_config(case)), compiler_options=tolerance.FAST_COMPILE_OPTIONS
     )  # a function of its own, so that no program of another run is taken from a cache
-    with race_detector._every(race_detector.gpu_interpreter, "GPURaceDetectionState") as detectors:
+    with race_detector.collect_detectors(race_detector.gpu_interpreter, "GPURaceDetectionState") as detectors:
         try:
             grads = jax.block_until_ready(run(*inputs.values(), do, lse, delta, ids))
         finally:
@@ -107,15 +107,15 @@ def expected(case: Case, inputs: dict[str, jax.Array], do: jax.Array, ids: Any) 
     return {name: outputs[name] for name in ("dq", "dk", "dv")}
 
 
-def judge(case: Case) -> dict[str, Any]:
+def assert_gradients_match_reference(case: Case) -> dict[str, Any]:
     inputs, do, ids = arrays(case)
     grads, plain = gradients(case, inputs, do, ids), expected(case, inputs, do, ids)
     with jax.enable_x64(True):
-        exact = {name: jnp.asarray(tolerance.exact(x)) for name, x in inputs.items()}
-        oracle = expected(case, exact, jnp.asarray(tolerance.exact(do)), ids)
+        exact = {name: jnp.asarray(tolerance.to_float64(x)) for name, x in inputs.items()}
+        oracle = expected(case, exact, jnp.asarray(tolerance.to_float64(do)), ids)
     for name, x in grads.items():
         assert x.dtype == plain[name].dtype and x.shape == plain[name].shape, name
-    tolerance.check(grads, plain, oracle, case.dtype)
+    tolerance.assert_within_bound(grads, plain, oracle, case.dtype)
     return grads
 
 
@@ -148,7 +148,7 @@ LONG = [
     ],
 )
 def test_gradients_match_reference_in_interpret_mode(case: Case):
-    judge(case)
+    assert_gradients_match_reference(case)
 
 
 @pytest.mark.slow
@@ -172,7 +172,7 @@ def test_unattended_keys_and_queries_without_keys_get_zero_gradients(D):
 def test_two_runs_are_bit_equal(D):
     case = Case(200, 200, D=D, G=2, window=90)
     inputs, do, _ = arrays(case)
-    tolerance.same_bits(*(gradients(case, inputs, do, None) for _ in range(2)))
+    tolerance.assert_bit_equal(*(gradients(case, inputs, do, None) for _ in range(2)))
 
 
 @pytest.mark.parametrize(

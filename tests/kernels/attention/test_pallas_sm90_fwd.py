@@ -43,7 +43,7 @@ def arrays(case: workloads.Attention, dtype: Any) -> tuple[dict[str, Any], dict[
     return inputs, {"segment_ids": None if ids is None else tuple(map(jnp.asarray, ids))}
 
 
-def races() -> bool:
+def races_detected() -> bool:
     races_found = interpreter.get_races().races_found
     interpreter.reset_gpu_interpret_mode_state()
     return races_found
@@ -62,14 +62,14 @@ def forward(case: workloads.Attention, dtype: str) -> FwdOutputs:
     run = functools.partial(vjp.padded_forward, config=kernel_config(case), residuals=True)
     out = jax.jit(run)(inputs["q"], inputs["k"], inputs["v"], inputs["gate"], aux["segment_ids"])
     out = jax.tree.map(np.asarray, out)
-    assert not races()
+    assert not races_detected()
     return out
 
 
-def truth(case: workloads.Attention, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def forward_float64(case: workloads.Attention, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns (o, o without the gate, log2-sum-exp) in float64."""
     inputs, aux = arrays(case, dtype)
-    q, k, v = (tolerance.exact(inputs[name]) for name in "qkv")
+    q, k, v = (tolerance.to_float64(inputs[name]) for name in "qkv")
     G = case.H // case.K
     s = np.einsum("BTKGD,BSKD->BKGTS", q.reshape(case.B, case.T, case.K, G, case.D), k) * options(case)["scale"]
     if case.softcap is not None:
@@ -83,7 +83,7 @@ def truth(case: workloads.Attention, dtype: str) -> tuple[np.ndarray, np.ndarray
     o = np.einsum("BKGTS,BSKD->BTKGD", weights / np.where(total == 0, 1, total)[..., None], v)
     o = o.reshape(case.out_shape())
     lse = np.where(total == 0, np.inf, np.log2(np.where(total == 0, 1, total))).reshape(case.B, case.H, case.T)
-    gate = 1.0 if inputs["gate"] is None else 1 / (1 + np.exp(-tolerance.exact(inputs["gate"])))
+    gate = 1.0 if inputs["gate"] is None else 1 / (1 + np.exp(-tolerance.to_float64(inputs["gate"])))
     return o * gate, o, lse
 
 
@@ -124,12 +124,12 @@ FORWARD_SLOW = {
 def test_output_and_residuals_match_float64_without_races(case, dtype):
     out = forward(case, dtype)
     inputs, aux = arrays(case, dtype)
-    plain = kernels_reference(case, inputs, aux)
-    o, o_ungated, lse = truth(case, dtype)
-    tolerance.check({"o": out.o}, {"o": plain}, {"o": o}, dtype)
+    plain = forward_reference(case, inputs, aux)
+    o, o_ungated, lse = forward_float64(case, dtype)
+    tolerance.assert_within_bound({"o": out.o}, {"o": plain}, {"o": o}, dtype)
     if out.o_ungated is not None:
-        bare = kernels_reference(case, inputs | {"gate": None}, aux)
-        tolerance.check({"o": out.o_ungated}, {"o": bare}, {"o": o_ungated}, dtype)
+        bare = forward_reference(case, inputs | {"gate": None}, aux)
+        tolerance.assert_within_bound({"o": out.o_ungated}, {"o": bare}, {"o": o_ungated}, dtype)
     assert (np.isposinf(out.lse) == np.isposinf(lse)).all()
     np.testing.assert_allclose(out.lse, lse, atol=2e-4, rtol=1e-5)
     assert out.o.shape == case.out_shape() and out.o.dtype == inputs["q"].dtype
@@ -137,7 +137,7 @@ def test_output_and_residuals_match_float64_without_races(case, dtype):
     assert not out.o[sees_no_key].any(), "a query that sees no key gives zeros"
 
 
-def kernels_reference(case: workloads.Attention, inputs: dict[str, Any], aux: dict[str, Any]) -> jax.Array:
+def forward_reference(case: workloads.Attention, inputs: dict[str, Any], aux: dict[str, Any]) -> jax.Array:
     from dantinox.reference import attention
 
     return attention(**inputs, **aux, **options(case))
@@ -156,8 +156,10 @@ def test_gradients_match_reference_in_interpret_mode(case):
         o, pull = jax.vjp(call, inputs)
         return {"o": o} | {f"d{name}": gradient for name, gradient in pull(dout)[0].items()}
 
-    tolerance.judge("attention", "hopper", inputs, dout, jnp.bfloat16, options=cases.options(case), run=run)
-    assert not races()
+    tolerance.assert_matches_reference(
+        "attention", "hopper", inputs, dout, jnp.bfloat16, options=cases.options(case), run=run
+    )
+    assert not races_detected()
 
 
 @pytest.mark.parametrize("gate", [None, 1, 16], ids=["no gate", "head gate", "elementwise gate"])
@@ -189,8 +191,8 @@ def test_masked_keys_do_not_affect_output():
     hidden = (ids | (jnp.arange(200) < 200 - 65 - 40 + 1))[None, :, None, None]
     assert hidden.sum() == 96 + 4
     poisoned = inputs | {name: jnp.where(hidden, jnp.nan, inputs[name]) for name in "kv"}
-    tolerance.same_bits({"o": once}, {"o": again})
-    tolerance.same_bits({"o": once}, {"o": run(poisoned)})
+    tolerance.assert_bit_equal({"o": once}, {"o": again})
+    tolerance.assert_bit_equal({"o": once}, {"o": run(poisoned)})
 
 
 @slow
@@ -204,7 +206,7 @@ def test_blocks_of_other_segments_are_not_loaded():
         run = functools.partial(vjp.attention, **options(case), segment_ids=(ids, ids), interpret=RACES)
         with mock.patch.object(gpu_callbacks, "copy_gmem_to_smem", wraps=gpu_callbacks.copy_gmem_to_smem) as ran:
             jax.block_until_ready(jax.jit(run)(**inputs))
-        assert not races()
+        assert not races_detected()
         copies.append(ran.call_count)
     assert copies[1] == 4 * copies[0], copies
 

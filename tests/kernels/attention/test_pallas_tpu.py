@@ -17,8 +17,8 @@ from dantinox.kernels import cost, workloads
 from dantinox.kernels.ops.attention.pallas_tpu import block_sizes
 from dantinox.kernels.ops.attention.pallas_tpu.common import AttentionBlockSizes
 from tests.helpers import cases, random_shapes, tolerance
-from tests.helpers.jaxpr_walk import equations, largest
-from tests.kernels.attention.test_attention import is_the_formula
+from tests.helpers.jaxpr_walk import equations, largest_intermediate
+from tests.kernels.attention.test_attention import assert_matches_loops
 
 ROOT = Path(__file__).parents[3]
 row = cases.attention
@@ -51,7 +51,7 @@ def use_block_sizes(monkeypatch):
 def test_tokens_outside_window_do_not_affect_output(use_block_sizes):
     use_block_sizes(SMALL_BLOCKS)
     inputs, *_ = draw_f32(WINDOWED)
-    run = tolerance.quick(lambda inputs: attention(**inputs, window=9))
+    run = tolerance.jit_fast_compile(lambda inputs: attention(**inputs, window=9))
     before = np.asarray(run(inputs))
     for t in (1, 15, 16, 23, 39):
         after = np.asarray(run({name: np.where(np.arange(40)[:, None, None] == t, 7, x) for name, x in inputs.items()}))
@@ -64,7 +64,7 @@ def test_tokens_outside_window_do_not_affect_output(use_block_sizes):
 def test_sequences_and_heads_do_not_mix(use_block_sizes):
     use_block_sizes(SMALL_BLOCKS._replace(kv_heads=2))
     inputs, *_ = draw_f32(WINDOWED)
-    run = tolerance.quick(lambda inputs: attention(**inputs, window=9))
+    run = tolerance.jit_fast_compile(lambda inputs: attention(**inputs, window=9))
     o = run(inputs)
     np.testing.assert_array_equal(run({name: x[::-1] for name, x in inputs.items()}), o[::-1])
     swapped = run({name: x[:, :, ::-1] for name, x in inputs.items()})  # key heads, and queries within their group
@@ -98,11 +98,11 @@ SUBTILE_CASES = {
 }
 
 
-def judge_uncached(name: str, case: workloads.Attention, dtype: str) -> None:
+def assert_matches_reference_uncached(name: str, case: workloads.Attention, dtype: str) -> None:
     inputs, aux, dout = cases.draw(case)
     options = cases.options(case)
     run = tolerance.program.__wrapped__("attention", "pallas", options)  # the cache's key has no block sizes
-    tolerance.judge("attention", "pallas", inputs, dout, dtype, aux=aux, options=options, run=run)
+    tolerance.assert_matches_reference("attention", "pallas", inputs, dout, dtype, aux=aux, options=options, run=run)
 
 
 def span_parameters() -> list[Any]:
@@ -120,7 +120,7 @@ def test_gradients_summed_over_kv_spans_match_reference(name, dtype, use_block_s
     case, sizes = SPAN_CASES[name]
     assert -(-case.S // sizes.block_kv) * sizes.block_kv > sizes.kv_span, "one span"
     use_block_sizes(sizes)
-    judge_uncached(name, case, dtype)
+    assert_matches_reference_uncached(name, case, dtype)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_gradients_summed_over_kv_spans_match_reference(name, dtype, use_block_s
 def test_subtile_layouts_match_reference(name, use_block_sizes):
     case, sizes = SUBTILE_CASES[name]
     use_block_sizes(sizes)
-    judge_uncached(name, case, "float32")
+    assert_matches_reference_uncached(name, case, "float32")
 
 
 @random_shapes.examples(15)
@@ -170,8 +170,8 @@ def test_random_shapes_and_block_sizes_match_python_loops(
     with mock.patch.object(block_sizes, "heuristic_block_sizes", fixed_block_sizes):
         # The key of the program cache has no block sizes.
         compiled = tolerance.program.__wrapped__("attention", "pallas", cases.options(case))
-        is_the_formula(case, *tolerance.forms("pallas", compiled).values(), seed=seed)
-    random_shapes.forget()
+        assert_matches_loops(case, *tolerance.kernel_variants("pallas", compiled).values(), seed=seed)
+    random_shapes.clear_programs()
 
 
 # Head dims of real models.
@@ -188,7 +188,7 @@ FEW = ((80, "bfloat16"), (192, "float16"))
 def test_each_head_dim_matches_reference(D, dtype):
     case = row(33, 33, H=2, K=1, D=D, window=20, gate="head")
     inputs, _, dout = cases.draw(case)
-    tolerance.judge("attention", "pallas", inputs, dout, dtype, options=cases.options(case))
+    tolerance.assert_matches_reference("attention", "pallas", inputs, dout, dtype, options=cases.options(case))
 
 
 # Residuals, memory and cost.
@@ -219,7 +219,7 @@ def test_full_score_matrix_is_not_materialized(window, backward):
     S = 2048
     for segments in (None, jnp.zeros((1, S), jnp.int32)):
         jaxpr = jax.make_jaxpr(self_attention(window, backward, segment_ids=segments))(query(S))
-        assert largest(jaxpr) < S * S // 8
+        assert largest_intermediate(jaxpr) < S * S // 8
         assert any(e.primitive.name == "pallas_call" for e in equations(jaxpr))
 
 
@@ -228,7 +228,7 @@ def test_full_score_matrix_is_not_materialized(window, backward):
 )
 @pytest.mark.parametrize("window", [64, None], ids=["window", "causal"])
 def test_memory_grows_linearly_with_sequence_length(window, backward):
-    program = tolerance.quick(self_attention(window, backward))
+    program = tolerance.jit_fast_compile(self_attention(window, backward))
     one, two = (program.lower(query(S)).compile().memory_analysis().temp_size_in_bytes for S in (1024, 2048))
     assert 0 < two <= 2.3 * one, f"{one} bytes at 1024, {two} at 2048"
 

@@ -23,7 +23,7 @@ V6E = ("tpu", "TPU v6 lite")
 
 
 def row(*lengths: int, **sizes) -> workloads.Decode:
-    return cases.row(workloads.Decode, lengths=lengths, **sizes)
+    return cases.make_workload(workloads.Decode, lengths=lengths, **sizes)
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 4, 8], ids="block_size={}".format)
@@ -78,7 +78,7 @@ def test_tpu_kernel_appends_and_attends(name, run, monkeypatch):
     with target_device(*V6E):
         o, new_cache = run(operation, inputs, cache)
     reference, _ = kernels.decode_attention(**inputs, cache=cache, **case.options(), implementation="reference")
-    tolerance.check({"o": o}, {"o": reference}, {"o": step.o}, "float32")
+    tolerance.assert_within_bound({"o": o}, {"o": reference}, {"o": step.o}, "float32")
     for ring_buffer, old, new in ((new_cache.k, step.cache_k, "k"), (new_cache.v, step.cache_v, "v")):
         expected = old.copy()
         for b, length in enumerate(case.lengths):
@@ -105,8 +105,8 @@ def test_several_blocks_match_python_loops(C, window, min_filled):
         inputs = {key: jnp.float32(x) for key, x in step.inputs.items()}
         cache = kernels.KVCache(jnp.float32(step.cache_k), jnp.float32(step.cache_v), **case.integer_inputs())
         outputs.append({"o": pallas(inputs, cache)[0]})
-    tolerance.check(outputs[1], {"o": run("reference")(inputs, cache)[0]}, {"o": step.o}, "float32")
-    tolerance.same_bits(*outputs)
+    tolerance.assert_within_bound(outputs[1], {"o": run("reference")(inputs, cache)[0]}, {"o": step.o}, "float32")
+    tolerance.assert_bit_equal(*outputs)
 
 
 @pytest.mark.parametrize("name", ["xla", "pallas"])
@@ -125,7 +125,7 @@ def test_vmap_equals_a_loop(name, mapped):
         o, cache = kernels.decode_attention(x["q"], x["k"], x["v"], cache, window=9, implementation=name)
         return o, cache.k, cache.v, cache.length
 
-    run_once = tolerance.quick(run)
+    run_once = tolerance.jit_fast_compile(run)
     loop = [run_once({key: value[n] if key == mapped else value for key, value in x.items()}) for n in range(2)]
-    for batched, *unbatched in zip(tolerance.quick(jax.vmap(run, (axes,)))(x), *loop, strict=True):
+    for batched, *unbatched in zip(tolerance.jit_fast_compile(jax.vmap(run, (axes,)))(x), *loop, strict=True):
         np.testing.assert_allclose(batched, jnp.stack(unbatched), rtol=1e-5, atol=1e-5)

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from dantinox.kernels import workloads
 from tests.helpers import cases, random_shapes, tolerance
 
-IMPLEMENTATIONS = tolerance.runnable("grouped_matmul")
+IMPLEMENTATIONS = tolerance.runnable_implementations("grouped_matmul")
 
 
 def row(*sizes: int, N: int, M: int = 24, F: int = 40) -> workloads.GroupedMatmul:
-    return cases.row(workloads.GroupedMatmul, N=N, M=M, F=F, E=len(sizes), sizes=sizes)
+    return cases.make_workload(workloads.GroupedMatmul, N=N, M=M, F=F, E=len(sizes), sizes=sizes)
 
 
 def loops(x: np.ndarray, w: np.ndarray, sizes: list[int]) -> np.ndarray:
@@ -50,14 +50,14 @@ def test_reference_matches_python_loops(sizes):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("case", "dtype"), cases.judged("grouped_matmul"))
+@pytest.mark.parametrize(("case", "dtype"), cases.workload_parameters("grouped_matmul"))
 def test_implementation_matches_reference(case, dtype, implementation):
     inputs, aux, dout = cases.draw(case)
     sizes = aux["group_sizes"]
-    got = tolerance.judge("grouped_matmul", implementation, inputs, dout, dtype, aux=aux)
+    got = tolerance.assert_matches_reference("grouped_matmul", implementation, inputs, dout, dtype, aux=aux)
     for name in ("o", "dx"):
-        assert not np.any(tolerance.exact(got[name])[sum(sizes) :]), f"{name}: rows past the sum of the sizes"
-    assert not np.any(tolerance.exact(got["dw"])[sizes == 0]), "dw of an empty group"
+        assert not np.any(tolerance.to_float64(got[name])[sum(sizes) :]), f"{name}: rows past the sum of the sizes"
+    assert not np.any(tolerance.to_float64(got["dw"])[sizes == 0]), "dw of an empty group"
 
 
 EDGES = [63, 64, 65, 127, 128, 129, 191, 255, 256, 257, 330]
@@ -82,11 +82,13 @@ def test_random_group_sizes_match_python_loops(implementation, shape, cuts, full
     narrow = {name: np.float32(x) for name, x in inputs.items()}
     dx, dw = loops_gradients(**inputs, sizes=sizes, dy=dout)
     expected = {"o": loops(**inputs, sizes=sizes), "dx": dx, "dw": dw}
-    for form, run in tolerance.forms(implementation, tolerance.program("grouped_matmul", implementation)).items():
+    for form, run in tolerance.kernel_variants(
+        implementation, tolerance.program("grouped_matmul", implementation)
+    ).items():
         got = run(narrow, aux, np.float32(dout))
         for name, value in expected.items():
             np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-4, err_msg=f"{form}: {name}")
-    random_shapes.forget()
+    random_shapes.clear_programs()
 
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
@@ -105,7 +107,7 @@ def test_unassigned_rows_do_not_affect_results(sizes, implementation):
         dy = np.float32(np.where(unassigned, fill, dout))
         results.append(run(filled, aux, dy))
     for poisoned in results[1:]:
-        tolerance.same_bits(results[0], poisoned)
+        tolerance.assert_bit_equal(results[0], poisoned)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -113,7 +115,7 @@ def test_two_runs_are_bit_equal(implementation):
     inputs, aux, dout = cases.draw(row(63, 257, 0, 129, N=580))
     run = tolerance.program("grouped_matmul", implementation)
     arguments = {name: np.float32(x) for name, x in inputs.items()}, aux, np.float32(dout)
-    tolerance.same_bits(run(*arguments), run(*arguments))
+    tolerance.assert_bit_equal(run(*arguments), run(*arguments))
 
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])

@@ -24,11 +24,11 @@ slow = pytest.mark.slow
 
 
 def row(*sizes: int, N: int = 0, M: int = 64, F: int = 64) -> workloads.GroupedMatmul:
-    return cases.row(workloads.GroupedMatmul, N=N or sum(sizes), M=M, F=F, E=len(sizes), sizes=sizes)
+    return cases.make_workload(workloads.GroupedMatmul, N=N or sum(sizes), M=M, F=F, E=len(sizes), sizes=sizes)
 
 
-both = functools.partial(race_detector.by_two_blocks, vjp.grouped_matmul)
-watched = functools.partial(race_detector.watched_blocks, vjp.grouped_matmul)
+run_on_two_blocks = functools.partial(race_detector.run_on_two_blocks, vjp.grouped_matmul)
+run_two_blocks_checked = functools.partial(race_detector.run_two_blocks_checked, vjp.grouped_matmul)
 
 
 CASES = [
@@ -57,10 +57,12 @@ CASES = [
 def test_output_and_gradients_match_without_races(case, width, dtype):
     inputs, aux, dout = cases.draw(case)
     aux = {name: jnp.asarray(x) for name, x in aux.items()}
-    run = functools.partial(watched, width)
-    outputs = tolerance.judge("grouped_matmul", "hopper", inputs, dout, dtype, aux=aux, run=run)
-    assert not np.any(tolerance.exact(outputs["o"])[sum(case.sizes) :]), "rows past the sum are zeros"
-    assert not np.any(tolerance.exact(outputs["dw"])[np.array(case.sizes) == 0]), "a group without rows has no gradient"
+    run = functools.partial(run_two_blocks_checked, width)
+    outputs = tolerance.assert_matches_reference("grouped_matmul", "hopper", inputs, dout, dtype, aux=aux, run=run)
+    assert not np.any(tolerance.to_float64(outputs["o"])[sum(case.sizes) :]), "rows past the sum are zeros"
+    assert not np.any(tolerance.to_float64(outputs["dw"])[np.array(case.sizes) == 0]), (
+        "a group without rows has no gradient"
+    )
 
 
 @pytest.mark.parametrize("sizes", [(50, 0, 21), pytest.param((3, 0, 127), marks=slow)], ids=str)
@@ -72,9 +74,9 @@ def test_unassigned_rows_and_unused_matrices_do_not_affect_results(sizes):
     dout, sizes = jnp.asarray(dout, "bfloat16"), jnp.asarray(aux["group_sizes"])
     unassigned = (jnp.arange(case.N) >= sum(case.sizes))[:, None]
     poisoned = {"x": jnp.where(unassigned, jnp.nan, inputs["x"]), "w": inputs["w"].at[1].set(jnp.nan)}
-    run = jax.jit(functools.partial(both, interpret=plgpu.InterpretGPUParams()))
+    run = jax.jit(functools.partial(run_on_two_blocks, interpret=plgpu.InterpretGPUParams()))
     once = run(inputs, {"group_sizes": sizes}, dout)
-    tolerance.same_bits(once, run(poisoned, {"group_sizes": sizes}, jnp.where(unassigned, jnp.nan, dout)))
+    tolerance.assert_bit_equal(once, run(poisoned, {"group_sizes": sizes}, jnp.where(unassigned, jnp.nan, dout)))
 
 
 COLUMNS, TILES = 256, 8

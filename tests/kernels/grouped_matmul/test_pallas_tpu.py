@@ -19,7 +19,7 @@ from dantinox.kernels.ops.grouped_matmul.pallas_tpu.vmem import row_sums, split_
 from dantinox.kernels.ops.moe import pallas_cpu
 from tests import numpy_interpreter
 from tests.helpers import tolerance
-from tests.helpers.jaxpr_walk import largest
+from tests.helpers.jaxpr_walk import largest_intermediate
 
 SIZES = ([5], [0], [3, 4], [0, 7, 0, 1], [4, 4, 0], [0, 0, 0], [1, 1, 1, 1, 9], [16, 0, 3])
 
@@ -157,7 +157,7 @@ def test_vmap_equals_a_loop(name, shared):
 
         return *mixture(name, *args), jax.grad(lambda x: jnp.sum(jax.checkpoint(recomputed)(x)))(args[0])
 
-    single, mapped = tolerance.quick(run), tolerance.quick(jax.vmap(run, axes))
+    single, mapped = tolerance.jit_fast_compile(run), tolerance.jit_fast_compile(jax.vmap(run, axes))
     loop = [single(*[a[n] if axis == 0 else a for a, axis in zip(args, axes, strict=True)]) for n in range(2)]
     for actual, *looped in zip(mapped(*args), *loop, strict=True):
         np.testing.assert_allclose(actual, jnp.stack(looped), rtol=1e-5, atol=1e-5 * float(jnp.abs(actual).max()))
@@ -175,7 +175,7 @@ def test_expert_matrices_are_not_expanded_per_row():
     """No array has rows times groups elements, forward or backward."""
     (x, w), sizes = arrays(64, 8, 16, 32), jnp.full((32,), 2)
     jaxpr = jax.make_jaxpr(lambda x, w: output_and_gradients(x, w, sizes, "pallas"))(x, w)
-    assert largest(jaxpr.jaxpr) <= max(w.size, 64 * 33)
+    assert largest_intermediate(jaxpr.jaxpr) <= max(w.size, 64 * 33)
 
 
 def test_float64_raises_with_its_name():
