@@ -59,6 +59,7 @@ def test_nan_bound_allows_nothing():
         (np.repeat([1, 0, 1, 1, 0, 1, 0, 1, 0, 1, 1.0], 64), "rows 0-63, 128-255, 320-383, 448-511 and 1 more: 100%"),
         (np.linspace(1, 0, 640), "rows 0-127: 85% to 95%, 128-255: 65% to 75%, 256-383: 45% to 55%, others 5% to 35%"),
     ],
+    ids=["two blocks", "range", "partial block", "last block", "many blocks", "gradual"],
 )
 def test_equal_row_blocks_are_reported_together(share, said):
     actual = np.zeros((len(share), 100))
@@ -110,7 +111,7 @@ def test_only_wrong_arrays_are_reported():
     assert all("; plain jnp 0.0" in line and ", ulp 0.03" in line for line in (dq, dv))
 
 
-@pytest.mark.parametrize("beyond", [False, True])
+@pytest.mark.parametrize("beyond", [False, True], ids=["at the bound", "beyond the bound"])
 def test_error_at_the_bound_passes_and_beyond_it_fails(beyond):
     """Twice that of plain jnp and an ulp, of 1 where no number is larger."""
     truth, plain = {"o": np.zeros((3, 2))}, {"o": np.full((3, 2), 2.0**-10)}

@@ -186,6 +186,15 @@ def test_each_kind_of_regression_is_reported(old, new, says):
         # A longer program with a lower share, and no slower.
         (executed(0.003, bundles=9), executed(0.003, bundles=99, mxu_share=0.1)),
     ],
+    ids=[
+        "equal",
+        "temp bytes",
+        "fewer registers",
+        "more registers",
+        "failed before",
+        "better schedule",
+        "more bundles",
+    ],
 )
 def test_no_regression_is_reported_without_one(old, new):
     assert profile.regressions({"a": old, "gone": row()}, {"a": new, "added": row()}) == []
