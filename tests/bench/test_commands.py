@@ -1,4 +1,4 @@
-"""The bench programs as a user calls them."""
+"""The bench programs on the command line."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""`python3 -m bench.gpu`: what it starts with, what a wrong, a hung and a crashed kernel leave behind."""
+"""`python3 -m bench.gpu`: its parts, and its report after wrong, hung and crashed kernels."""
 
 import json
 import os

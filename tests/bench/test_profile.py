@@ -1,4 +1,4 @@
-"""The profiler as its user meets it: tables, a trace that TensorBoard shows with the model's own names, wrong input."""
+"""The profiler: tables, a trace that TensorBoard shows with the scopes of the model, and invalid input."""
 
 import json
 import os

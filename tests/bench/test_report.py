@@ -1,4 +1,4 @@
-"""What a bench run leaves: documents, the page, the table, and the comparison of two of them."""
+"""Benchmark results: JSON documents, the HTML page, the console table, and the comparison of two documents."""
 
 import copy
 import datetime

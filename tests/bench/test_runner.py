@@ -1,4 +1,4 @@
-"""The harness: every implementation of a row is run, judged and timed, in turns, on random arguments."""
+"""The benchmark runner: every implementation of a workload is run, checked and timed, alternately, on random inputs."""
 
 import jax
 import jax.numpy as jnp

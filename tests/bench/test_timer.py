@@ -1,4 +1,4 @@
-"""The clocks: what a sample is, and how kernel times become calls."""
+"""The timers: what one sample is, and how kernel times are summed per call."""
 
 import time
 

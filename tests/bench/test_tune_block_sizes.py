@@ -1,4 +1,4 @@
-"""The sweep over the tiles of Hopper's grouped kernels: what it asks for, what it makes of times, what it survives."""
+"""The sweep over tile widths of the Hopper grouped kernels: cases, fitted constants, and failures."""
 
 import io
 import json

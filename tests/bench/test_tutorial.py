@@ -1,4 +1,4 @@
-"""The ladder's program: what it counts, and the tables that it writes."""
+"""The tutorial program: what it counts, and the tables that it writes."""
 
 import json
 

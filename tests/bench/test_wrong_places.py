@@ -1,4 +1,4 @@
-"""What is said of a wrong result: how much of it is wrong, and where."""
+"""The description of a wrong result: how much of it is wrong, and where."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""README holds no command that does not work, no stale table and no picture that is not there."""
+"""README: its commands work, its tables are current, and its pictures and folders exist."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""The simulated devices find planted faults, and none in the Pallas kernels."""
+"""The simulated devices detect planted faults, and none in the Pallas kernels."""
 
 import functools
 from typing import Any

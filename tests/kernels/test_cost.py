@@ -1,4 +1,4 @@
-"""What is built on the way: no S x S with a window, memory linear in S, no expert that nobody asked for."""
+"""Sizes of intermediates: no S x S scores with a window, memory linear in S, no N x E x F activations."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""A kernel of one's own: the file and the line that the ladder's README shows, in a copy of DantinoX."""
+"""A custom kernel: the file and the line that the README of the tutorial shows, in a copy of DantinoX."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What cannot be is refused: a `ValueError` names the argument, a `NotImplementedError` the implementation."""
+"""Dispatch and validation: `ValueError` names the argument, `NotImplementedError` the implementation."""
 
 import importlib
 import re

@@ -1,4 +1,4 @@
-"""The Pallas attention under JAX's transformations: mapped, recomputed, in a loop, over the devices of a mesh."""
+"""The Pallas attention under vmap, remat, scan and shard_map."""
 
 import os
 import subprocess

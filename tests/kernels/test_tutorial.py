@@ -1,4 +1,4 @@
-"""The rungs of kernels/tutorial: forward accuracy by the rule, their documentation, and the errors they raise."""
+"""The steps of kernels/tutorial: accuracy of the forward pass, documentation, and error messages."""
 
 import functools
 import re

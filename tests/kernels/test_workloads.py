@@ -1,4 +1,4 @@
-"""The table of shapes, its arrays, and its costs against counts made pair by pair and array by array."""
+"""The workloads, their arrays, and their costs against counts of pairs and arrays."""
 
 import math
 

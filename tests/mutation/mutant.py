@@ -1,4 +1,4 @@
-"""What a mutant is, and the test files that may notice it."""
+"""One mutant, and the test files that should notice it."""
 
 import ast
 import re

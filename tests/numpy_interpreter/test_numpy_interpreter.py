@@ -1,4 +1,4 @@
-"""The NumPy evaluator itself: what XLA gives, and the faults of a kernel that XLA would forgive."""
+"""The NumPy evaluator: XLA's results, and kernel faults that XLA would not report."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""scripts/gpu_python.sh: which Python measures a GPU, with and without a network."""
+"""scripts/gpu_python.sh: the Python that it chooses on a GPU machine, with and without a network."""
 
 import os
 import shutil

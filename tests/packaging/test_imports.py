@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source: imports inside functions count like those at the top."""
+"""Import rules between packages, read from the source, including imports inside functions."""
 
 import ast
 import subprocess

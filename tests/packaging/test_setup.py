@@ -1,4 +1,4 @@
-"""scripts/setup.sh, driven with fake Pythons on a PATH of our own: nothing is downloaded or installed."""
+"""scripts/setup.sh, run with fake Pythons on a PATH of the test: nothing is downloaded or installed."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The wheel: what is in it, and that it lives beside Hugging Face's `kernels`."""
+"""The wheel: its contents, and that it coexists with Hugging Face's `kernels`."""
 
 import importlib.util
 import itertools

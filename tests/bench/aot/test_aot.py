@@ -1,4 +1,4 @@
-"""The compile report: its readers on texts as the tools print them, its arithmetic, its comparison, its errors."""
+"""The compile report: parsers of tool output, arithmetic, comparison with a profile, and error messages."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Bundles that a grouped matmul executes: parts of a schedule times how often they are taken, and what is visited."""
+"""Bundles that a grouped matmul executes: the parts of a schedule times the number of times each is taken."""
 
 import numpy as np
 import pytest

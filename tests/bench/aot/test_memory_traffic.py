@@ -1,4 +1,4 @@
-"""Bytes that kernels move: counted by hand, by a simulated pipeline, and written into the profiles."""
+"""Bytes that kernels move, against counts by hand, a simulated pipeline and the committed profiles."""
 
 import functools
 import json

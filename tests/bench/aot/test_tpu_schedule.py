@@ -1,4 +1,4 @@
-"""What a TPU executes: readers of libtpu's texts, the steps of each attention kernel, and the tables made of them."""
+"""TPU schedules: parsers of libtpu's output, the steps of each attention kernel, and the tables made from them."""
 
 from pathlib import Path
 

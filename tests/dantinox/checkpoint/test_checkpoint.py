@@ -1,4 +1,4 @@
-"""Checkpoints: what is kept, what damage is named, and what a full disk or a kill leaves behind."""
+"""Checkpoints: which are kept, which damage is reported, and what a full disk or a kill leaves behind."""
 
 import pickle
 import random

@@ -1,4 +1,4 @@
-"""`python -m dantinox.doctor`: a report that always comes out whole."""
+"""`python -m dantinox.doctor`: the report is complete on any machine."""
 
 import os
 import subprocess

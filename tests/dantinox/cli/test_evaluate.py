@@ -1,4 +1,4 @@
-"""Scoring a text: every token once, as an oracle that knows no windows says; and what its user meets."""
+"""Scoring a text: each token once, compared with an oracle without windows; the program and its error messages."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Random settings: each either trains two finite steps or is refused in one line with exit code 2."""
+"""Random settings: each either trains two finite steps or exits with one line and status 2."""
 
 import collections
 import contextlib

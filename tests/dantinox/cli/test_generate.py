@@ -1,4 +1,4 @@
-"""The writing program as its user meets it: prompts in, text out, wrong input, Ctrl-C."""
+"""The generation program: prompts, streamed text, invalid input, Ctrl-C."""
 
 import importlib
 import io

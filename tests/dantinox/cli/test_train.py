@@ -1,4 +1,4 @@
-"""The training program as its user meets it: files it writes, resuming, wrong input, Ctrl-C."""
+"""The training program: the files it writes, resuming, invalid input, Ctrl-C."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Corpora are found, split without leakage, cached under what they are, and cut into reproducible batches."""
+"""Corpora: reading, splits without leakage, caches with content keys, and reproducible batches."""
 
 import logging
 import math

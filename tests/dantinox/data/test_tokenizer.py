@@ -1,4 +1,4 @@
-"""Both tokenizers return any text exactly, and say clearly what they cannot take."""
+"""Both tokenizers round-trip any text exactly and reject what they cannot encode."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Weights out and in: bit for bit, whole or not at all, and the logits that transformers computes from them."""
+"""Hugging Face weights: bit-exact saving and loading, and logits equal to those of transformers."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Cached decoding equals the plain forward pass, and generation keeps its promises."""
+"""Cached decoding equals the plain forward pass; sampling options, batches and limits of generation."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""A prompt read in chunks: what comes out is what one pass gives, and what it takes is what a chunk takes."""
+"""Chunked prefill: the results of a single pass, in the memory of one chunk."""
 
 import jax
 import jax.numpy as jnp

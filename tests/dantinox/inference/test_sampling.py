@@ -1,4 +1,4 @@
-"""Sampling against an oracle in numpy, and the promises that the settings make."""
+"""Sampling against a NumPy oracle, and the guarantees of its settings."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""--wandb: what reaches W&B is what metrics.jsonl says. Offline: nothing leaves this machine."""
+"""--wandb, offline: W&B receives what metrics.jsonl contains."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""The counts against the model's own leaves and the matrix products of its jaxpr."""
+"""Parameter and FLOP counts against the model's own arrays and the matrix products of its jaxpr."""
 
 import dataclasses
 import math

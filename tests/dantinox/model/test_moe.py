@@ -1,4 +1,4 @@
-"""The router and its losses, and the sparse block beside a dense one."""
+"""The router and its losses, and the sparse block compared with a dense one."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Rotary positions against numpy: complex rotation, relative positions, each way to stretch them from its formula."""
+"""Rotary positions against NumPy: complex rotation, relative positions, and each scaling from its formula."""
 
 import dataclasses
 import math

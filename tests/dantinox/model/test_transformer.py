@@ -1,4 +1,4 @@
-"""The model: what each toggle changes, what no toggle may change, and the dtype of every matrix product."""
+"""The model: what each setting changes, what no setting may change, and the dtype of every matrix product."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Sweep files: what they may say, which runs they make, and that each mistake is one line before anything trains."""
+"""Sweep files: which are valid, which runs they make, and one line per error before anything trains."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""A sweep as its user meets it: rows that fail, what is done is not done again, Ctrl-C, wrong input."""
+"""The sweep program: failed runs, finished runs, Ctrl-C, invalid input."""
 
 import csv
 import fcntl

@@ -1,4 +1,4 @@
-"""What a run survives: kills at any moment, damage to its newest checkpoint. Slow; `make test-crash` runs it."""
+"""Crash tests: kills at random moments, and damage to the newest checkpoint. Slow; `make test-crash` runs it."""
 
 import json
 import os

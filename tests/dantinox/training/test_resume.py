@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed, damaged or not finite, and go on: what comes out is what an undisturbed run gives."""
+"""Runs that are interrupted, killed, damaged or not finite: resumed runs equal uninterrupted ones."""
 
 import copy
 import hashlib

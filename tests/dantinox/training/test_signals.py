@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: heard at once where nothing can be lost, after the step where something can."""
+"""SIGINT and SIGTERM: handled at once if nothing is lost, otherwise after the step."""
 
 import signal
 import subprocess

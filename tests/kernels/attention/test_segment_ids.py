@@ -1,4 +1,4 @@
-"""Which blocks share a segment, compared with the ids themselves."""
+"""Which blocks share a segment, compared with the segment ids themselves."""
 
 import itertools
 

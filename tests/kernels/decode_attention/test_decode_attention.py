@@ -1,4 +1,4 @@
-"""Decode attention: every implementation against Python loops over the tokens so far, and against the rule."""
+"""Decode attention: the reference against Python loops, every implementation against the reference."""
 
 import dataclasses
 import functools

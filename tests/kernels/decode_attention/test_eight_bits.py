@@ -1,4 +1,4 @@
-"""Decode attention with an 8-bit KV cache: what a slot stores, and the output computed from it."""
+"""Decode attention with an 8-bit KV cache: quantization, and the output computed from it."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Decode attention on Hopper at tensor core shapes, three steps in a row: outputs by the rule, caches bit by bit.
+"""Decode attention on Hopper at tensor core shapes, three steps in a row: outputs, and caches bit by bit.
 
 Calls the public function and donates the cache from step to step. On a GPU this tests the compiled kernel, large
 caches before small ones and bfloat16 before float16; elsewhere small caches only, on a simulated GPU that detects
@@ -143,7 +143,7 @@ def faults(
     cache: Cache,
     expected_cache: dict,
 ):
-    """One line if the output breaks the rule, and one per array of the cache that has a wrong bit."""
+    """One line if the output exceeds the error bound, and one per array of the cache that has a wrong bit."""
     wrong = tolerance.bound_violations({"o": o}, {"o": reference_o}, {"o": exact_o}, dtype)
     for name, expected in expected_cache.items():
         axis = SLOT_AXIS if expected.ndim > 1 else None

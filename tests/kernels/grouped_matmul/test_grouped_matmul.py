@@ -1,4 +1,4 @@
-"""Grouped matmul: the reference against python loops, every implementation against the reference."""
+"""Grouped matmul: the reference against Python loops, every implementation against the reference."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""The width of Hopper's tiles: how much of what the cores can multiply is wanted, counted tile by tile."""
+"""The tile width of the Hopper grouped matmul: the useful fraction of its tensor core time, counted tile by tile."""
 
 import numpy as np
 import pytest

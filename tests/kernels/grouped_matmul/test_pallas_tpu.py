@@ -1,4 +1,4 @@
-"""The Pallas grouped matmul from inside: its visits and tiles, and that every compiled form gives the same rows."""
+"""The Pallas grouped matmul: its visits and tiles, and each form of the kernel against the reference."""
 
 import functools
 import itertools

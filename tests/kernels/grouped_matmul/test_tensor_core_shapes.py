@@ -94,7 +94,7 @@ def draw_scaled(case: workloads.Workload) -> cases.DrawnArrays:
 
 @functools.lru_cache(maxsize=1)
 def expected(case: workloads.Workload, dtype: str) -> tuple[tolerance.Arguments, tolerance.Arrays, tolerance.Arrays]:
-    """(the arguments, what plain jnp makes of them, what the reference does)."""
+    """Returns (the arguments, the results of plain jnp, those of the reference)."""
     inputs, aux, dout = draw_scaled(case)
     given = tolerance.round_inputs(inputs, dout, dtype, aux=aux, keep_float32=("expert_weights",))
     return given, *tolerance.expected_outputs(case.op, given)
@@ -103,7 +103,7 @@ def expected(case: workloads.Workload, dtype: str) -> tuple[tolerance.Arguments,
 def run_and_compare(
     case: workloads.Workload, width: int | None, dtype: str, wanted: str
 ) -> tuple[tolerance.Arrays, tolerance.Arrays]:
-    """(what the kernels compute, by the rule; the integer arguments)."""
+    """Returns (the results of the kernels, compared with the reference; the integer inputs)."""
     (inputs, aux, dout), plain, oracle = expected(case, dtype)
     mine = program(case.op, width)(inputs, aux, dout if wanted == "gradients" else None)
     tolerance.assert_outputs_match(mine, plain, oracle if wanted == "gradients" else {"o": oracle["o"]}, dtype)

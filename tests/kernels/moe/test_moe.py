@@ -1,4 +1,4 @@
-"""The mixture of experts: the reference against python loops, every implementation against the reference."""
+"""The mixture of experts: the reference against Python loops, every implementation against the reference."""
 
 import math
 

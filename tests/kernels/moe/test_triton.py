@@ -1,4 +1,4 @@
-"""The Triton kernels, on Triton's interpreter: in the environment that has Triton, where `make aot` has built it."""
+"""The Triton kernels in Triton's interpreter, in the environment with Triton that `make aot` builds."""
 
 import os
 import subprocess
