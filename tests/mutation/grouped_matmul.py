@@ -166,12 +166,12 @@ MUTANTS: list[Mutant] = [
         "moe",
         ("router weight gradients in sorted order", "drouter_weights[inverse_permutation]",
          "drouter_weights.reshape(inverse_permutation.shape)",
-         f"{MATCHES}[top 2, zipf-float32-xla]"),
+         f"{MATCHES}[top 2, zipf-float32-pallas]"),
     ),
     *mutants_of(
         "ops/moe/routing",
         "moe",
         ("only the first choice of a token counts", "return functools.reduce(jnp.add, per_choice)", "return next(per_choice)",
-         f"{MATCHES}[top 2, zipf-float32-xla]"),
+         f"{MATCHES}[top 2, zipf-float32-pallas]"),
     ),
 ]  # fmt: skip
