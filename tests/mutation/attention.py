@@ -16,7 +16,7 @@ HEAD_DIMS = (
     "test_each_head_dim_matches_reference[D=80-bfloat16]",
     "test_each_head_dim_matches_reference[D=192-float16]",
 )
-BLOCK_SIZES = "test_random_shapes_and_block_sizes_match_python_loops"
+KV_BLOCK_RANGES = "test_kv_block_ranges_cover_segments_and_mark_full_blocks"
 RACES = "test_attention_with_several_blocks_subtiles_and_spans[subtile of half a head, cap, segments, fewer queries]"
 
 MUTANTS: list[Mutant] = [
@@ -180,7 +180,7 @@ MUTANTS: list[Mutant] = [
     *mutants_of(
         "ops/attention/segment_ids",
         "attention_segment_ids",
-        ("a key range ends a block early", "jnp.where(disjoint, 0, j + 1)", "jnp.where(disjoint, 0, j)", BLOCK_SIZES),
-        ("a mixed block counts as one segment", "same_segment | (j < left", "same_segment | (j <= left", BLOCK_SIZES),
+        ("a key range ends a block early", "jnp.where(disjoint, 0, j + 1)", "jnp.where(disjoint, 0, j)", KV_BLOCK_RANGES),
+        ("a mixed block counts as one segment", "same_segment | (j < left", "same_segment | (j <= left", KV_BLOCK_RANGES),
     ),
 ]  # fmt: skip

@@ -13,8 +13,8 @@ SUITES = {
         "kernels/attention/test_attention",
     ),
     "attention_segment_ids": (
-        "kernels/attention/test_pallas_tpu",
         "kernels/attention/test_segment_ids",
+        "kernels/attention/test_pallas_tpu",
         "kernels/attention/test_attention",
     ),
     "attention_sm90_bwd": ("kernels/attention/test_pallas_sm90_bwd",),
