@@ -35,7 +35,7 @@ PARITY = {  # part -> (test file, flags of pytest, share of the time)
     "parity-decode": ("decode_attention/test_tensor_core_shapes.py", (), 0.1),
     "parity-experts": ("grouped_matmul/test_tensor_core_shapes.py", ("-k", "experts"), 0.12),
 }
-OTHER_PARITY = ("-k", "keeps_the_rule", *(f"--ignore=tests/kernels/{file}" for file, _, _ in PARITY.values()))
+OTHER_PARITY = ("-k", "matches_reference", *(f"--ignore=tests/kernels/{file}" for file, _, _ in PARITY.values()))
 TINY_WORKLOADS = {
     "attention": "nano",
     "grouped_matmul": "E=8",

@@ -1,4 +1,4 @@
-"""The benchmark runner: every candidate of a case is compiled, checked and timed, in turns, on random arguments."""
+"""The benchmark runner: every implementation of a workload is run, checked and timed, alternately, on random inputs."""
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ def small_ceilings(monkeypatch):
 
 @pytest.mark.parametrize("op", ROWS)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_a_contest_judges_and_times_what_can_run_and_says_why_the_rest_cannot(op, backward, small_ceilings):
+def test_run_case_times_candidates_and_reports_unsupported_ones(op, backward, small_ceilings):
     if op == "decode_attention" and backward:
         pytest.skip("decoding has no gradient")
     only = ("reference", "xla", "triton", "lax.ragged_dot", "jax.nn xla")
@@ -56,7 +56,7 @@ def test_a_contest_judges_and_times_what_can_run_and_says_why_the_rest_cannot(op
     assert "Triton kernel" in outcome.results["triton"].skip_reason
 
 
-def test_implementations_take_turns(monkeypatch, small_ceilings):
+def test_implementations_are_timed_alternately(monkeypatch, small_ceilings):
     timer = CountingClock()
     monkeypatch.setattr(runner, "clock", lambda: timer)
     only = ("reference", "xla", "jax.nn xla")
@@ -68,7 +68,7 @@ def test_implementations_take_turns(monkeypatch, small_ceilings):
     assert all(len(result.seconds) == turns for result in outcome.results.values())
 
 
-def test_a_contestant_that_fails_does_not_take_the_others_along(monkeypatch, small_ceilings):
+def test_failed_candidate_does_not_affect_the_others(monkeypatch, small_ceilings):
     def broken(inputs, state, aux):
         raise TypeError("no such tile")
 
@@ -79,7 +79,7 @@ def test_a_contestant_that_fails_does_not_take_the_others_along(monkeypatch, sma
     assert outcome.results["xla"].seconds
 
 
-def test_a_wrong_result_shows_in_the_error(monkeypatch, small_ceilings):
+def test_wrong_result_has_a_large_error(monkeypatch, small_ceilings):
     wrong = lambda inputs, state, aux: (inputs["x"] @ inputs["w"][0], state)
     monkeypatch.setattr(baselines, "for_workload", lambda workload: [Candidate("wrong", wrong)])
     case = runner.BenchmarkCase(ROWS["grouped_matmul"])
@@ -88,7 +88,7 @@ def test_a_wrong_result_shows_in_the_error(monkeypatch, small_ceilings):
 
 
 @pytest.mark.parametrize("op", ["attention", "grouped_matmul", "moe_mlp"])
-def test_the_part_that_is_judged_is_the_whole_with_a_cleared_cotangent(op, monkeypatch):
+def test_checked_subset_equals_the_full_result(op, monkeypatch):
     """The gradients of the part equal those of the whole call, so judging the part is judging the implementation."""
     monkeypatch.setattr(accuracy, "MAX_SCORES", 0)
     workload = ROWS[op]
@@ -106,7 +106,7 @@ def test_the_part_that_is_judged_is_the_whole_with_a_cleared_cotangent(op, monke
 
 
 @pytest.mark.parametrize("op", ["grouped_matmul", "moe_mlp"])
-def test_rows_with_matrices_of_their_own_are_the_reference(op):
+def test_per_row_computation_matches_reference(op):
     workload = ROWS[op]
     inputs, state, dout = runner.random_arguments(workload)
     first, second = (
@@ -117,7 +117,7 @@ def test_rows_with_matrices_of_their_own_are_the_reference(op):
         np.testing.assert_allclose(first[name], second[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-def test_decoding_can_be_called_again_and_again_on_a_donated_cache():
+def test_decode_step_can_be_repeated_on_a_donated_cache():
     workload = ROWS["decode_attention"]
     function = runner.implementation_function(workload, "xla")
     compiled = runner.CompiledCandidate(runner.BenchmarkCase(workload), function, [runner.random_arguments(workload)])
@@ -125,7 +125,7 @@ def test_decoding_can_be_called_again_and_again_on_a_donated_cache():
     np.testing.assert_array_equal(first, again)  # the same slot is written each time
 
 
-def test_small_rows_get_several_sets_of_arguments_and_none_is_zero():
+def test_small_rows_get_several_nonzero_argument_sets():
     assert runner.num_argument_sets(ROWS["attention"]) == 8
     big = workloads.get("grouped_matmul", "128 groups")
     assert runner.num_argument_sets(big) == 1
@@ -135,12 +135,12 @@ def test_small_rows_get_several_sets_of_arguments_and_none_is_zero():
         assert not np.array_equal(first[name], second[name])
 
 
-def test_every_bench_row_of_this_machine_knows_its_contestants():
+def test_every_bench_row_of_this_device_has_candidates():
     for op in ROWS:
         for case in runner.benchmark_cases(op, "cpu"):
             assert list(runner.candidates(case.workload))[:4] == ["reference", "xla", "pallas", "triton"]
 
 
-def test_a_reference_that_would_take_forever_is_left_out():
+def test_slow_reference_is_skipped():
     workload = workloads.get("attention", "16k d128 full")
     assert "GB" in runner.candidates(workload)["reference"].unsupported_reason

@@ -1,4 +1,4 @@
-"""The sweep over the block widths of Hopper's grouped kernels: its kernels, its fit, and its failures."""
+"""The sweep over tile widths of the Hopper grouped kernels: cases, fitted constants, and failures."""
 
 import io
 import json
@@ -20,7 +20,7 @@ NUM_SMS = 132
 
 
 @pytest.mark.parametrize("row", sweep.KERNELS, ids=" ".join)
-def test_a_row_is_a_kernel_that_traces_and_counts_what_the_table_of_shapes_counts(row):
+def test_row_traces_a_kernel_with_the_flops_of_its_workload(row):
     kernel = sweep.kernel_of(*row)
     cost = workloads.get(*row[1:]).cost(backward=False)
     assert kernel.flops * {"up": 1.5, "dh": 3}.get(kernel.kind, 1) == cost.flops
@@ -64,7 +64,7 @@ def made_up(ghz: float, start: float, column: float, l2: float = block_sizes.L2_
     return rows
 
 
-def test_the_constants_are_found_again_and_printed():
+def test_fit_recovers_and_prints_the_constants():
     rows = made_up(1.6, 900, 3, l2=44)
     constants = sweep.fit(rows, NUM_SMS)
     assert constants["L2_BYTES"] == 44
@@ -88,7 +88,7 @@ def test_the_constants_are_found_again_and_printed():
     )
 
 
-def test_the_width_that_is_fastest_with_these_constants_is_the_one_that_is_chosen():
+def test_chosen_width_is_near_the_fastest():
     rows = made_up(1.755, block_sizes.TILE_OVERHEAD_CYCLES, block_sizes.STORE_CYCLES_PER_COLUMN)
     for key in {(row["kernel"], row["row"]) for row in rows}:
         widths = [row for row in rows if (row["kernel"], row["row"]) == key]
@@ -96,7 +96,7 @@ def test_the_width_that_is_fastest_with_these_constants_is_the_one_that_is_chose
         assert chosen <= block_sizes.MIN_SPEEDUP * min(row["seconds"] for row in widths)
 
 
-def test_a_width_that_fails_and_a_row_that_fails_take_nothing_with_them(tmp_path, monkeypatch):
+def test_failed_width_or_row_does_not_affect_the_others(tmp_path, monkeypatch):
     class Broken(sweep.GroupedKernel):
         def run(self, config: Sm90GmmConfig):
             if config.width == 128:
@@ -122,14 +122,14 @@ def test_a_width_that_fails_and_a_row_that_fails_take_nothing_with_them(tmp_path
     assert by_width[64]["difference"] > 1e-2, "another result is seen"
 
 
-def test_where_there_is_no_gpu_it_says_so_in_a_line():
+def test_missing_gpu_prints_one_line():
     command = [sys.executable, "-m", "bench.tune_block_sizes"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=100)
     assert done.returncode == 2 and "--tiny rehearses it" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.slow
-def test_the_rehearsal_runs_every_kernel_at_every_width(tmp_path):
+def test_rehearsal_runs_every_kernel_at_every_width(tmp_path):
     command = [
         sys.executable,
         "-m",

@@ -1,4 +1,4 @@
-"""The tutorial's program: what it counts, and the tables that it writes."""
+"""The tutorial program: what it counts, and the tables that it writes."""
 
 import json
 
@@ -23,12 +23,12 @@ FINAL = """\
 """
 
 
-def test_the_parts_of_a_body_that_may_be_jumped_over_are_found():
+def test_conditional_parts_of_a_kernel_body_are_found():
     assert vliw_schedule.branch_sizes(FINAL) == [0x10 - 0xB, 0x31 - 0x12]
     assert vliw_schedule.branch_sizes("     0   :  { %s1 = smov 0 }\n") == []
 
 
-def test_steps_pairs_and_fetches_are_those_of_the_grid():
+def test_steps_pairs_and_fetches_match_the_grid():
     S, tile = 2048, 256
     counts = [tutorial.count_visited(name) for name in STEPS]
     assert [row["steps"] for row in counts] == [8, 8 * 8, 8 * 8 * 8, 8 * 15, 2 * 30]
@@ -39,7 +39,7 @@ def test_steps_pairs_and_fetches_are_those_of_the_grid():
     assert tutorial.num_visible_pairs() == 8 * sum(min(t + 1, 256) for t in range(S))
 
 
-def test_bundles_of_a_branch_count_in_the_steps_that_take_it():
+def test_branch_bundles_count_only_in_steps_that_take_it():
     assert tutorial.executed_bundles("naive", 100, []) == 8 * 100
     assert tutorial.executed_bundles("online_softmax", 100, [10, 20]) == 512 * 70 + 64 * 10 + 64 * 20
     # 8 query tiles per head: the first sees one tile, the others two; with a window of one tile all are masked.
@@ -47,7 +47,7 @@ def test_bundles_of_a_branch_count_in_the_steps_that_take_it():
     assert tutorial.executed_bundles("tile_skipping", 100, [10]) is None
 
 
-def test_a_table_is_written_between_its_marks():
+def test_table_is_written_between_its_markers():
     text = "before\n" + tutorial.MARKS[0] + "old\n" + tutorial.MARKS[1] + "\nafter\n"
     document = tutorial.load_committed()
     new = tutorial.update_readme(text, document, short=True)
@@ -60,7 +60,7 @@ def test_a_table_is_written_between_its_marks():
 
 
 @pytest.mark.slow
-def test_a_run_judges_times_and_writes(tmp_path, capsys):
+def test_run_checks_times_and_writes_each_step(tmp_path, capsys):
     assert tutorial.main(["--no-compile", "--budget", "0.1", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "cpu" / tutorial.FILE).read_text())["rows"]
     assert [*rows] == [*STEPS, *tutorial.BASELINES]

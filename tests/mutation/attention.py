@@ -1,187 +1,218 @@
-"""Faults planted in the attention kernels."""
+"""Mutants of the attention kernels."""
 
-from tests.mutation.mutant import Mutant, planted
+from tests.mutation.mutant import Mutant, mutants_of
 
-RULE = "keeps_the_rule"
-FLASH = f"{RULE} and pallas and float32"
-TPU = "several_tiles"  # what only the simulated TPU runs
+MATCHES = "test_implementation_matches_reference"
+MASKED_KEYS = "test_masked_keys_do_not_affect_output"
+LOOPS = "test_random_shapes_match_python_loops[xla]"
+CHUNKED = "test_chunked_scores_match_python_loops"
+SCHEDULE = "test_schedule_lists_the_visible_blocks"
+WINDOW = "test_tokens_outside_window_do_not_affect_output"
+SPANS = (
+    "test_gradients_summed_over_kv_spans_match_reference[window, gate-float32]",
+    "test_gradients_summed_over_kv_spans_match_reference[cap, fewer queries-float32]",
+)
+HEAD_DIMS = (
+    "test_each_head_dim_matches_reference[D=80-bfloat16]",
+    "test_each_head_dim_matches_reference[D=192-float16]",
+)
+KV_BLOCK_RANGES = "test_kv_block_ranges_cover_segments_and_mark_full_blocks"
+RACES = "test_attention_with_several_blocks_subtiles_and_spans[subtile of half a head, cap, segments, fewer queries]"
+
 MUTANTS: list[Mutant] = [
-    *planted(
+    *mutants_of(
         "ops/attention/xla",
         "attention",
-        ("a query sees the next key", "mask &= distance >= 0", "mask &= distance >= -1", f"{RULE} and 7 and float32"),
-        ("window one too wide", "mask &= distance < window", "mask &= distance <= window", f"{RULE} and 129 and on"),
-        ("band one too wide", "(distance < window))[None]", "(distance <= window))[None]", f"{RULE} and 127"),
-        ("band sees the next key", "mask = ((distance >= 0)", "mask = ((distance >= -1)", f"{RULE} and 127"),
-        ("top-left alignment", "_visible_mask(jnp.arange(T) + S - T,", "_visible_mask(jnp.arange(T),", f"{RULE} and 129 and of"),
-        ("band forgets S - T", "* block + S - T - num_past_blocks * block", "* block - num_past_blocks * block", "banded or any_small"),
-        ("keys before the first are seen", "((k_pos >= 0) & (k_pos < S))", "(k_pos < S)", f"{RULE} and 127"),
-        ("chunk stops a key early", "start + chunk_T + S - T)) if", "start + chunk_T + S - T - 1)) if", "chunked and formula"),
-        ("chunk forgets its start", "* block + start + S - T", "* block + S - T", "chunked"),
+        ("a query sees the next key", "mask &= distance >= 0", "mask &= distance >= -1", f"{MATCHES}[7-float32-xla]"),
+        ("window one too wide", "mask &= distance < window", "mask &= distance <= window",
+         f"{MATCHES}[129 on 7, window-float32-xla]"),
+        ("band one too wide", "(distance < window))[None]", "(distance <= window))[None]",
+         f"{MATCHES}[127 grouped, gate, window-float32-xla]"),
+        ("band sees the next key", "mask = ((distance >= 0)", "mask = ((distance >= -1)",
+         f"{MATCHES}[127 grouped, gate, window-float32-xla]"),
+        ("top-left alignment", "_visible_mask(jnp.arange(T) + S - T,", "_visible_mask(jnp.arange(T),",
+         f"{MATCHES}[129 on 7, window-float32-xla]"),
+        ("band forgets S - T", "* block + S - T - num_past_blocks * block", "* block - num_past_blocks * block",
+         (f"{MATCHES}[unmatched, banded-float32-xla]", LOOPS)),
+        ("keys before the first are visible", "((k_pos >= 0) & (k_pos < S))", "(k_pos < S)",
+         f"{MATCHES}[127 grouped, gate, window-float32-xla]"),
+        ("chunk stops a key early", "start + chunk_T + S - T)) if", "start + chunk_T + S - T - 1)) if", CHUNKED),
+        ("chunk forgets its start", "* block + start + S - T", "* block + S - T", CHUNKED),
         ("first chunk's segments for all", "jnp.pad(q_ids[:, start : start + chunk_T]",
-         "jnp.pad(q_ids[:, :chunk_T]", "chunked"),
-        ("segments by order", "q_ids[:, :, None] == kv_ids", "q_ids[:, :, None] >= kv_ids", f"{RULE} and packed"),
-        ("band segments by order", "(q_ids[..., None] == ", "(q_ids[..., None] >= ", f"{RULE} and packed"),
+         "jnp.pad(q_ids[:, :chunk_T]", f"{CHUNKED}[segments]"),
+        ("segments by order", "q_ids[:, :, None] == kv_ids", "q_ids[:, :, None] >= kv_ids",
+         f"{MATCHES}[packed-float32-xla]"),
+        ("band segments by order", "(q_ids[..., None] == ", "(q_ids[..., None] >= ",
+         f"{MATCHES}[packed, window-float32-xla]"),
         (
-            "unseen values are not cleared",
+            "masked values are not zeroed",
             "k, v = (jnp.where(attended[..., None], x, 0) for x in (k, v))",
             "k = jnp.where(attended[..., None], k, 0)",
-            "masked_keys and block",
+            (f"{MASKED_KEYS}[one block, window-xla-output]", f"{MASKED_KEYS}[one block, window-xla-gradients]"),
         ),
-        ("band's unseen keys are not cleared", "None if q_ids is None and T == S else", "None if q_ids is None else",
-         "masked_keys and banded"),
-        ("segments' unseen keys are not cleared", "all_attended = q_ids is None and window", "all_attended = window",
-         "masked_keys and full"),
-        ("scale dropped", "q, k, acc_dtype) * self.scale", "q, k, acc_dtype)", f"{RULE} and 7 and float32"),
-        ("cap does not restore the size", "self.softcap * jnp.tanh(", "jnp.tanh(", f"{RULE} and cap and float32"),
-        ("gate dropped", "o = o * jax.nn.sigmoid(gate.astype(o.dtype))", "pass", f"{RULE} and 129 and window"),
-        ("no key gives NaN", "jnp.where(l == 0, 1, l)", "l", f"{RULE} and 129 and on"),
+        ("masked keys of a band are not zeroed", "None if q_ids is None and T == S else", "None if q_ids is None else",
+         (f"{MASKED_KEYS}[banded, window-xla-output]", f"{MASKED_KEYS}[banded, window-xla-gradients]")),
+        ("masked keys of segments are not zeroed", "all_attended = q_ids is None and window", "all_attended = window",
+         (f"{MASKED_KEYS}[full, segments-xla-output]", f"{MASKED_KEYS}[full, segments-xla-gradients]")),
+        ("scale dropped", "q, k, acc_dtype) * self.scale", "q, k, acc_dtype)", f"{MATCHES}[7-float32-xla]"),
+        ("cap does not restore the size", "self.softcap * jnp.tanh(", "jnp.tanh(",
+         f"{MATCHES}[129 multi-query, head gate, cap-float32-xla]"),
+        ("gate dropped", "o = o * jax.nn.sigmoid(gate.astype(o.dtype))", "pass",
+         f"{MATCHES}[7 of 129, window-float32-xla]"),
+        ("no key gives NaN", "jnp.where(l == 0, 1, l)", "l", f"{MATCHES}[129 on 7, window-float32-xla]"),
         (
             "heads grouped the wrong way",
             "q.reshape(B, T, K, H // K, D).transpose(0, 2, 3, 1, 4)",
             "q.reshape(B, T, H // K, K, D).transpose(0, 3, 2, 1, 4)",
-            f"{RULE} and 127",
+            f"{MATCHES}[127 grouped, gate, window-float32-xla]",
         ),
     ),
-    *planted(
+    *mutants_of(
         "ops/attention/api",
         "attention",
-        ("given scale ignored", "scale=D**-0.5 if scale is None else scale", "scale=D**-0.5", "the_formula and full"),
-        ("long windows one short", "min(int(window), max(S, 1))", "min(int(window), max(S - 1, 1))", "any_small"),
+        ("scale argument ignored", "scale=D**-0.5 if scale is None else scale", "scale=D**-0.5",
+         "test_reference_matches_python_loops[full, scale]"),
+        ("long windows one key short", "min(int(window), max(S, 1))", "min(int(window), max(S - 1, 1))",
+         "test_random_shapes_match_python_loops[pallas]"),
     ),
-    *planted(
+    *mutants_of(
         "ops/attention/block_schedule",
-        "plan",
-        ("window a tile short", "q_start - window + 1)", "q_start - window + 2)", "schedule_lists"),
-        ("edge of the window unmasked", "q_last - j * block_kv < window", "q_last - j * block_kv <= window", "schedule_lists"),
-        ("diagonal unmasked", "q_start >= (j + 1) * block_kv - 1", "q_start >= j * block_kv", "schedule_lists"),
+        "attention_block_schedule",
+        ("window a block short", "q_start - window + 1)", "q_start - window + 2)", SCHEDULE),
+        ("edge of the window unmasked", "q_last - j * block_kv < window", "q_last - j * block_kv <= window", SCHEDULE),
+        ("diagonal unmasked", "q_start >= (j + 1) * block_kv - 1", "q_start >= j * block_kv", SCHEDULE),
         ("padded keys unmasked", "fully_visible = (j + 1) * block_kv <= S and kv_end", "fully_visible = kv_end",
-         "schedule_lists"),
-        ("no tile for queries without keys", "kv_blocks = [0]", "kv_blocks = []", "schedule_lists"),
-        ("keys met are fresh again", "FIRST_USE_OF_KV * (j not in visited)",
-         "FIRST_USE_OF_KV * (j == kv_blocks[0])", "schedule_lists"),
+         SCHEDULE),
+        ("no block for queries without keys", "kv_blocks = [0]", "kv_blocks = []", SCHEDULE),
+        ("a visited block counts as first use again", "FIRST_USE_OF_KV * (j not in visited)",
+         "FIRST_USE_OF_KV * (j == kv_blocks[0])", SCHEDULE),
     ),
-    *planted(
+    *mutants_of(
         "ops/attention/common",
-        "flash",
-        ("a query sees the next key", "return distance >= 0", "return distance >= -1", "outside_the_window"),
-        ("window one too wide", "astype(jnp.uint32) < config", "astype(jnp.uint32) <= config", "outside_the_window"),
+        "attention_tpu",
+        ("a query sees the next key", "return distance >= 0", "return distance >= -1", WINDOW),
+        ("window one too wide", "astype(jnp.uint32) < config", "astype(jnp.uint32) <= config", WINDOW),
     ),
-    *planted(
+    *mutants_of(
         "ops/attention/common",
         "attention",
-        ("cap does not restore the size", "* (config.softcap * unit)", "* unit", f"{FLASH} and full"),
-        ("padded keys are seen", "key < config.S - kv_block * sizes.block_kv - c * keys", "key < sizes.block_kv",
-         f"{FLASH} and full"),
+        ("cap does not restore the size", "* (config.softcap * unit)", "* unit",
+         f"{MATCHES}[full, cap-float32-pallas]"),
+        ("padded keys are visible", "key < config.S - kv_block * sizes.block_kv - c * keys", "key < sizes.block_kv",
+         f"{MATCHES}[full, cap-float32-pallas]"),
     ),
-    *planted(
+    *mutants_of(
         "ops/attention/pallas_cpu/common",
-        "plan",
-        ("the blocks of a step run past the keys", "np.minimum(schedule.kv[first], num_kv_blocks - kv_blocks_per_step)",
-         "schedule.kv[first]", "several_blocks"),
+        "attention_block_schedule",
+        ("the blocks of a step end past the keys", "np.minimum(schedule.kv[first], num_kv_blocks - kv_blocks_per_step)",
+         "schedule.kv[first]", "test_multi_block_steps_cover_every_visible_pair_once"),
     ),
-    *planted(
+    *mutants_of(
         "ops/attention/pallas_cpu/common",
-        "flash",
-        ("the blocks of a step are all the first", "self.kv_block + n]", "self.kv_block]", "subtiles and three"),
+        "attention_tpu",
+        ("every block of a step is the first", "self.kv_block + n]", "self.kv_block]", "test_subtile_layouts_match_reference[three blocks per step]"),
     ),
-    *planted(
+    *mutants_of(
         "ops/attention/pallas_cpu/common",
         "attention",
-        ("segments by order", "self.load_q(segments.q_ids) == self", "self.load_q(segments.q_ids) >= self", f"{FLASH} and packed"),
+        ("segments by order", "self.load_q(segments.q_ids) == self", "self.load_q(segments.q_ids) >= self",
+         (f"{MATCHES}[packed-float32-pallas]", f"{MATCHES}[packed, window-float32-pallas]")),
     ),
-    *planted(
+    *mutants_of(
         "ops/attention/pallas_cpu/fwd",
-        "flash",
-        ("sum without decay", "decay * l_ref[...]", "l_ref[...]", "span_by_span"),
-        ("output without decay", "decay * acc_ref[...]", "acc_ref[...]", "span_by_span"),
-        ("gate dropped", "o = o * jax.nn.sigmoid(step.load_q(inputs.gate).astype(jnp.float32))", "pass", "every_head_dim"),
+        "attention_tpu",
+        ("sum without decay", "decay * l_ref[...]", "l_ref[...]", SPANS),
+        ("output without decay", "decay * acc_ref[...]", "acc_ref[...]", SPANS),
+        ("gate dropped", "o = o * jax.nn.sigmoid(step.load_q(inputs.gate).astype(jnp.float32))", "pass", HEAD_DIMS),
     ),
-    *planted(
+    *mutants_of(
         "ops/attention/pallas_cpu/fwd",
         "attention",
-        ("no key gives NaN", "jnp.where(sees_no_key, 1.0, l)", "l", f"{FLASH} and 129 and window"),
-        ("shares of one", "jnp.where(sees_no_key, 0.0, 1 / safe_l)", "jnp.where(sees_no_key, 0.0, 1.0)",
-         f"{FLASH} and full"),
+        ("no key gives NaN", "jnp.where(sees_no_key, 1.0, l)", "l", f"{MATCHES}[129 on 7, window-float32-pallas]"),
+        ("probabilities not normalized", "jnp.where(sees_no_key, 0.0, 1 / safe_l)", "jnp.where(sees_no_key, 0.0, 1.0)",
+         f"{MATCHES}[full, cap-float32-pallas]"),
     ),
-    *planted(
+    *mutants_of(
         "ops/attention/pallas_cpu/bwd",
-        "flash",
-        ("delta added", "- step.load_q(inputs.delta)", "+ step.load_q(inputs.delta)", "every_head_dim"),
-        ("dk without scale", "(dk * config.scale).astype", "dk.astype", "every_head_dim"),
-        ("dq without scale", "(dq_acc_ref[...] * config.scale)", "dq_acc_ref[...]", "every_head_dim"),
+        "attention_tpu",
+        ("delta added", "- step.load_q(inputs.delta)", "+ step.load_q(inputs.delta)", HEAD_DIMS),
+        ("dk without scale", "(dk * config.scale).astype", "dk.astype", HEAD_DIMS),
+        ("dq without scale", "(dq_acc_ref[...] * config.scale)", "dq_acc_ref[...]", HEAD_DIMS),
     ),
-    *planted(
+    *mutants_of(
         "ops/attention/pallas_cpu/bwd",
         "attention",
-        ("cap's slope", "ds = ds * (1 - jnp.minimum(t * t, 1))", "pass", f"{FLASH} and full"),
-        ("sums of keys start over", "pl.when(step.is_first_use_of_kv)", "pl.when(step.is_first_kv_block)",
-         f"{FLASH} and banded"),
+        ("derivative of the cap dropped", "ds = ds * (1 - jnp.minimum(t * t, 1))", "pass", f"{MATCHES}[full, cap-float32-pallas]"),
+        ("dk and dv sums restart", "pl.when(step.is_first_use_of_kv)", "pl.when(step.is_first_kv_block)",
+         (f"{MATCHES}[unmatched, banded-float32-pallas]", f"{MATCHES}[banded 600-float32-pallas]")),
     ),
-    *planted(
+    *mutants_of(
         "ops/attention/pallas_tpu/common",
-        "flash",
+        "attention_tpu",
         ("sums over keys forget the decay", "decay_ref.load(r) * acc_ref.load(r)", "acc_ref.load(r)",
-         "span_by_span"),
+         SPANS),
     ),
-    *planted(
+    *mutants_of(
         "ops/attention/pallas_tpu/common",
-        "sanitizer",
-        ("mixed segments unmasked", " | (overlap == PARTIAL_OVERLAP)", "", TPU),
-        ("segments by order", "q_ids == jnp.broadcast_to", "q_ids >= jnp.broadcast_to", TPU),
-        ("only the first pieces are masked", "fori_loop(0, num_q_subtiles * num_kv_subtiles, ", "fori_loop(0, num_q_subtiles, ", TPU),
+        "race_detector",
+        ("mixed segments unmasked", " | (overlap == PARTIAL_OVERLAP)", "", RACES),
+        ("segments by order", "q_ids == jnp.broadcast_to", "q_ids >= jnp.broadcast_to", RACES),
+        ("only the first subtiles are masked", "fori_loop(0, num_q_subtiles * num_kv_subtiles, ", "fori_loop(0, num_q_subtiles, ", RACES),
     ),
-    *planted(
+    *mutants_of(
         "ops/attention/pallas_tpu/fwd",
-        "flash",
-        ("sum without decay", "l_ref.store(decay * l_ref.load(r), r)", "l_ref.store(l_ref.load(r), r)", "span_by_span"),
-        ("gate dropped", "o = o * jax.nn.sigmoid(gate_ref.load(r).astype(jnp.float32))", "pass", "span_by_span"),
-        ("no key gives NaN", "jnp.where(sees_no_key, 1.0, l)", "l", "any_small"),
-        ("shares of one", "jnp.where(sees_no_key, 0.0, 1 / safe_l)", "jnp.where(sees_no_key, 0.0, 1.0)", "span_by_span"),
+        "attention_tpu",
+        ("sum without decay", "l_ref.store(decay * l_ref.load(r), r)", "l_ref.store(l_ref.load(r), r)", SPANS),
+        ("gate dropped", "o = o * jax.nn.sigmoid(gate_ref.load(r).astype(jnp.float32))", "pass", SPANS),
+        ("no key gives NaN", "jnp.where(sees_no_key, 1.0, l)", "l",
+         "test_random_shapes_and_block_sizes_match_python_loops"),
+        ("probabilities not normalized", "jnp.where(sees_no_key, 0.0, 1 / safe_l)", "jnp.where(sees_no_key, 0.0, 1.0)", SPANS),
     ),
-    *planted(
+    *mutants_of(
         "ops/attention/pallas_tpu/bwd",
-        "flash",
-        ("delta added", "- delta_ref.load(r)", "+ delta_ref.load(r)", "span_by_span"),
-        ("dq without scale", "dq_acc_ref.load(r) * config.scale", "dq_acc_ref.load(r)", "span_by_span"),
-        ("cap's slope", "ds = ds * (1 - jnp.minimum(t * t, 1))", "pass", "span_by_span"),
-        ("dq of the last span only", "q_start:q_end].add(dq_span)", "q_start:q_end].set(dq_span)", "span_by_span"),
+        "attention_tpu",
+        ("delta added", "- delta_ref.load(r)", "+ delta_ref.load(r)", SPANS),
+        ("dq without scale", "dq_acc_ref.load(r) * config.scale", "dq_acc_ref.load(r)", SPANS),
+        ("derivative of the cap dropped", "ds = ds * (1 - jnp.minimum(t * t, 1))", "pass", SPANS),
+        ("dq of the last span only", "q_start:q_end].add(dq_span)", "q_start:q_end].set(dq_span)", SPANS),
     ),
-    *planted(
+    *mutants_of(
         "ops/attention/pallas_tpu/bwd",
-        "sanitizer",
-        ("dk without scale, compiled", "(dk_ref, dk_acc_ref, config.scale)", "(dk_ref, dk_acc_ref, 1)", TPU),
-        ("a span's keys share a sum", "span_block = block.kv_block - first_kv_block", "span_block = block.kv_block * 0", TPU),
-        ("sums are never cleared", "pl.when(block.step == 0)", "pl.when(block.step < 0)", TPU),
+        "race_detector",
+        ("dk without scale, compiled", "(dk_ref, dk_acc_ref, config.scale)", "(dk_ref, dk_acc_ref, 1)", RACES),
+        ("all keys of a span share a sum", "span_block = block.kv_block - first_kv_block", "span_block = block.kv_block * 0", RACES),
+        ("sums are never zeroed", "pl.when(block.step == 0)", "pl.when(block.step < 0)", RACES),
     ),
-    *planted(
+    *mutants_of(
         "ops/attention/pallas",
-        "flash",
-        ("slope of the gate", "(sigmoid_gate * (1 - sigmoid_gate))", "sigmoid_gate", "every_head_dim"),
+        "attention_tpu",
+        ("wrong derivative of the gate", "(sigmoid_gate * (1 - sigmoid_gate))", "sigmoid_gate", HEAD_DIMS),
     ),
-    *planted(
+    *mutants_of(
         "ops/attention/packing",
-        "flash",
-        ("garbage behind the last token", "for axis in range(x.ndim)]) if padding",
-         "for axis in range(x.ndim)], constant_values=jnp.nan) if padding", "every_head_dim"),
+        "attention_tpu",
+        ("NaN past the last token", "for axis in range(x.ndim)]) if padding",
+         "for axis in range(x.ndim)], constant_values=jnp.nan) if padding", HEAD_DIMS),
     ),
-    *planted(
+    *mutants_of(
         "ops/attention/segment_ids",
         "attention",
-        ("a key too many cut off", "num_attended := T + window - 1", "num_attended := T + window - 2", f"{FLASH} and 7 and of"),
-        ("unseen values are not cleared", "k, v = jnp.where(attended, k, 0), jnp.where(attended, v, 0)",
-         "k = jnp.where(attended, k, 0)", "masked_keys and full and pallas"),
+        ("one key too many cut off", "num_attended := T + window - 1", "num_attended := T + window - 2",
+         f"{MATCHES}[7 of 129, window-float32-pallas]"),
+        ("masked values are not zeroed", "k, v = jnp.where(attended, k, 0), jnp.where(attended, v, 0)",
+         "k = jnp.where(attended, k, 0)",
+         (f"{MASKED_KEYS}[full, segments-pallas-output]", f"{MASKED_KEYS}[full, segments-pallas-gradients]")),
     ),
-    *planted(
+    *mutants_of(
         "ops/attention/segment_ids",
-        "sanitizer",
-        ("mixed segments pass for one", "(low == other_high) & (other_low == high)", "low == other_low", TPU),
-        ("some shared ids pass for none", "(low > other_high) |", "(low != other_low) |", TPU),
+        "race_detector",
+        ("mixed segments count as one", "(low == other_high) & (other_low == high)", "low == other_low", RACES),
+        ("overlapping segments count as disjoint", "(low > other_high) |", "(low != other_low) |", RACES),
     ),
-    *planted(
+    *mutants_of(
         "ops/attention/segment_ids",
-        "segments",
-        ("a span ends a tile early", "jnp.where(disjoint, 0, j + 1)", "jnp.where(disjoint, 0, j)", "segment or any_block_sizes"),
-        ("a mixed tile passes for one segment's", "same_segment | (j < left", "same_segment | (j <= left", "segment or any_block_sizes"),
+        "attention_segment_ids",
+        ("a key range ends a block early", "jnp.where(disjoint, 0, j + 1)", "jnp.where(disjoint, 0, j)", KV_BLOCK_RANGES),
+        ("a mixed block counts as one segment", "same_segment | (j < left", "same_segment | (j <= left", KV_BLOCK_RANGES),
     ),
 ]  # fmt: skip

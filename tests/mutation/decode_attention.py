@@ -1,131 +1,158 @@
 """Mutants of the decode attention kernels."""
 
-from tests.mutation.mutant import Mutant, planted
+from tests.mutation.mutant import Mutant, mutants_of
 
-RULE = "keeps_the_rule"
+MATCHES = "test_implementation_matches_reference"
+SLOT = "test_new_token_is_stored_in_its_slot_only"
+UNUSED_SLOTS = "test_unused_slots_do_not_affect_output"
+DEQUANTIZED = "test_output_matches_dequantized_cache"
+QUANTIZE = "test_quantize_rounds_to_nearest"
+BLOCK_TABLE = "test_block_table_lists_blocks_with_visible_tokens"
+SEVERAL_BLOCKS = "test_several_blocks_match_python_loops"
+APPENDS = "test_tpu_kernel_appends_and_attends"
+SPLITS = "test_splits_divide_visible_blocks_evenly"
+EMPTY_SPLIT = "test_split_without_visible_tokens_has_no_weight"
+SM90_OUTPUT = (
+    "test_output_matches_python_loops_and_token_is_stored[bfloat16-C=136 D=64-splits=1]",
+    "test_output_matches_python_loops_and_token_is_stored[bfloat16-C=200 D=128-splits=2]",
+)
+
 MUTANTS: list[Mutant] = [
-    *planted(
+    *mutants_of(
         "ops/decode_attention/kv_cache",
-        "decode",
+        "decode_attention",
         ("ring buffer does not wrap", "slot = cache.length % cache.k.shape[2]",
-         "slot = jnp.minimum(cache.length, cache.k.shape[2] - 1)", "into_its_slot"),
-        ("scatter is a slot off", ":, slot].set(", ":, slot - 1].set(", "any_cache or into_its_slot"),
-        ("new value not stored", "KVCache(k, v, cache", "KVCache(k, cache.v, cache", "into_its_slot"),
-        ("length not incremented", "v, cache.length + 1,", "v, cache.length,", "into_its_slot"),
+         "slot = jnp.minimum(cache.length, cache.k.shape[2] - 1)", SLOT),
+        ("scatter is a slot off", ":, slot].set(", ":, slot - 1].set(",
+         (f"{SLOT}[large batch-xla]", "test_random_caches_match_python_loops")),
+        ("new value not stored", "KVCache(k, v, cache", "KVCache(k, cache.v, cache", SLOT),
+        ("length not incremented", "v, cache.length + 1,", "v, cache.length,", SLOT),
     ),
-    *planted(
+    *mutants_of(
         "ops/decode_attention/xla",
-        "decode",
-        ("ages shifted by one", "(cache.length[:, None] - jnp", "(cache.length[:, None] + 1 - jnp", RULE),
+        "decode_attention",
+        ("ages shifted by one", "(cache.length[:, None] - jnp", "(cache.length[:, None] + 1 - jnp",
+         f"{MATCHES}[grouped-float32-xla]"),
         ("window dropped", "max_visible = C if window is None else min(C, window)", "max_visible = C",
-         f"{RULE} and window and float32"),
-        ("window one too wide", "min(C, window)", "min(C, window + 1)", f"{RULE} and window and float32"),
-        ("new token unseen", "(cache.length[:, None] + 1, max_visible)", "(cache.length[:, None], max_visible)", RULE),
-        ("unused slots count", "(visible[:, :, None], scores, -jnp.inf)", "(visible[:, :, None], scores, 0.0)", RULE),
-        ("scale dropped", "scores = scores * scale", "pass", RULE),
-        ("cap does not restore the size", "softcap * jnp.tanh(", "jnp.tanh(", f"{RULE} and cap and float32"),
-        ("gate dropped", "o = o * jax.nn.sigmoid(gate.astype(jnp.float32))", "pass", f"{RULE} and gate and float32"),
+         f"{MATCHES}[window-float32-xla]"),
+        ("window one too wide", "min(C, window)", "min(C, window + 1)", f"{MATCHES}[window-float32-xla]"),
+        ("new token unseen", "(cache.length[:, None] + 1, max_visible)", "(cache.length[:, None], max_visible)",
+         f"{MATCHES}[grouped-float32-xla]"),
+        ("unused slots count", "(visible[:, :, None], scores, -jnp.inf)", "(visible[:, :, None], scores, 0.0)",
+         f"{MATCHES}[grouped-float32-xla]"),
+        ("scale dropped", "scores = scores * scale", "pass", f"{MATCHES}[grouped-float32-xla]"),
+        ("cap does not restore the size", "softcap * jnp.tanh(", "jnp.tanh(",
+         f"{MATCHES}[multi-query, head gate, cap-float32-xla]"),
+        ("gate dropped", "o = o * jax.nn.sigmoid(gate.astype(jnp.float32))", "pass",
+         (f"{MATCHES}[multi-head, elementwise gate-float32-xla]", f"{MATCHES}[multi-query, head gate, cap-float32-xla]")),
         ("unused values not zeroed", "jnp.where(visible[..., None], new_cache.v, 0).astype", "new_cache.v.astype",
-         "unused_slots"),
+         f"{UNUSED_SLOTS}[grouped-xla]"),
     ),
-    *planted(
+    *mutants_of(
         "ops/decode_attention/xla",
-        "decode_eight_bits",
-        ("scales of the keys dropped", "scores = scores * new_cache.k_scale[:, :, None]", "pass", "output"),
-        ("scales of unused slots count", "jnp.where(visible, new_cache.v_scale, 0)", "new_cache.v_scale", "unused_slots"),
+        "decode_attention_eight_bits",
+        ("scales of the keys dropped", "scores = scores * new_cache.k_scale[:, :, None]", "pass",
+         f"{DEQUANTIZED}[grouped-xla-int8]"),
+        ("scales of unused slots count", "jnp.where(visible, new_cache.v_scale, 0)", "new_cache.v_scale",
+         f"{UNUSED_SLOTS}[grouped-xla-int8]"),
     ),
-    *planted(
+    *mutants_of(
         "ops/decode_attention/kv_cache",
-        "decode_eight_bits",
+        "decode_attention_eight_bits",
         ("scales are not stored", "length + 1, k_scale, v_scale)", "length + 1, cache.k_scale, cache.v_scale)",
-         "into_its_slot"),
+         f"{SLOT}[xla-int8]"),
     ),
-    *planted(
+    *mutants_of(
         "ops/decode_attention/kv_cache",
-        "decode_eight_bits",
-        ("the largest value is missed", "axis=-1) / qmax", "axis=-1) / (qmax + 1)", "nearest"),
-        ("truncated instead of rounded", "jnp.round(scaled)", "jnp.trunc(scaled)", "nearest"),
-        ("a vector of zeros becomes NaN", "jnp.where(scale == 0, 1, scale)", "scale", "nearest"),
+        "decode_attention_eight_bits",
+        ("the largest value is missed", "axis=-1) / qmax", "axis=-1) / (qmax + 1)", QUANTIZE),
+        ("truncated instead of rounded", "jnp.round(scaled)", "jnp.trunc(scaled)", QUANTIZE),
+        ("a vector of zeros becomes NaN", "jnp.where(scale == 0, 1, scale)", "scale", QUANTIZE),
     ),
-    *planted(
+    *mutants_of(
         "ops/decode_attention/common",
-        "decode_eight_bits",
-        ("scales of the keys dropped", "(scale if k_scale is None else k_scale * scale)", "scale", "output"),
-        ("scales of the values dropped", "p if v_scale is None else p * v_scale", "p", "output"),
+        "decode_attention_eight_bits",
+        ("scales of the keys dropped", "(scale if k_scale is None else k_scale * scale)", "scale",
+         f"{DEQUANTIZED}[grouped-xla-int8]"),
+        ("scales of the values dropped", "p if v_scale is None else p * v_scale", "p",
+         f"{DEQUANTIZED}[grouped-xla-int8]"),
     ),
-    *planted(
+    *mutants_of(
         "ops/decode_attention/pallas_cpu/kernel",
-        "decode_eight_bits",
-        ("scales of unused slots count", "jnp.where(slot_mask(1, size), v_scale, 0)", "v_scale", "unused_slots"),
-        ("the new token is not quantized", "quantize_token(k, v, cache)", "quantize_token(k, v, KVCache(k, v, None))", "output"),
+        "decode_attention_eight_bits",
+        ("scales of unused slots count", "jnp.where(slot_mask(1, size), v_scale, 0)", "v_scale",
+         f"{UNUSED_SLOTS}[grouped-xla-int8]"),
+        ("the new token is not quantized", "quantize_token(k, v, cache)", "quantize_token(k, v, KVCache(k, v, None))",
+         f"{DEQUANTIZED}[grouped-xla-int8]"),
     ),
-    *planted(
+    *mutants_of(
         "ops/decode_attention/pallas_tpu/kernel",
-        "decode_eight_bits",
-        ("the tile is written without the new scale", "jnp.where(lane == slot, new", "jnp.where(lane < 0, new", "appends"),
+        "decode_attention_eight_bits",
+        ("the tile is written without the new scale", "jnp.where(lane == slot, new", "jnp.where(lane < 0, new",
+         "test_tpu_kernel_appends_values_and_scales[int8-numpy]"),
     ),
-    *planted(
+    *mutants_of(
         "ops/decode_attention/block_table",
-        "decode_pallas",
+        "decode_attention_tpu",
         ("the query sees a token too many", "minimum(length + 1, max_visible), length",
-         "minimum(length + 2, max_visible), length", "block_table"),
-        ("a wrapped ring buffer misses a block", "num_blocks - first + last + 1)", "num_blocks - first + last)", "block_table"),
-        ("steps do not wrap", "(ends - visited)[sequence]) % num_blocks", "(ends - visited)[sequence])", "block_table"),
-        ("too few steps if the ring buffer ends inside a block", " + (C % block_size > 0)", "", "block_table"),
+         "minimum(length + 2, max_visible), length", BLOCK_TABLE),
+        ("a wrapped ring buffer misses a block", "num_blocks - first + last + 1)", "num_blocks - first + last)", BLOCK_TABLE),
+        ("steps do not wrap", "(ends - visited)[sequence]) % num_blocks", "(ends - visited)[sequence])", BLOCK_TABLE),
+        ("too few steps if the ring buffer ends inside a block", " + (C % block_size > 0)", "", BLOCK_TABLE),
     ),
-    *planted(
+    *mutants_of(
         "ops/decode_attention/common",
-        "decode_pallas",
-        ("the query does not see the new token", "v[0].astype(jnp.float32), self", "0 * v[0].astype(jnp.float32), self", "formula"),
-        ("the query sees the replaced token", "where(slots < slot, slot - slots,", "where(slots <= slot, slot - slots,", "formula"),
-        ("the sum forgets the decay", "decay * self.l[head] +", "self.l[head] +", "formula"),
-        ("the output forgets the decay", "decay * self.acc[head] +", "self.acc[head] +", "formula"),
-        ("a partial block counts twice", " & (slots >= first)", "", "formula"),
+        "decode_attention_tpu",
+        ("the query does not see the new token", "v[0].astype(jnp.float32), self", "0 * v[0].astype(jnp.float32), self", SEVERAL_BLOCKS),
+        ("the query sees the replaced token", "where(slots < slot, slot - slots,", "where(slots <= slot, slot - slots,", SEVERAL_BLOCKS),
+        ("the sum forgets the decay", "decay * self.l[head] +", "self.l[head] +", SEVERAL_BLOCKS),
+        ("the output forgets the decay", "decay * self.acc[head] +", "self.acc[head] +", SEVERAL_BLOCKS),
+        ("a partial block counts twice", " & (slots >= first)", "", SEVERAL_BLOCKS),
     ),
-    *planted(
+    *mutants_of(
         "ops/decode_attention/pallas_cpu/kernel",
-        "decode_pallas",
-        ("values of unused slots count", "v = jnp.where(slot_mask(size, 1), v, 0)", "pass", "formula"),
+        "decode_attention_tpu",
+        ("values of unused slots count", "v = jnp.where(slot_mask(size, 1), v, 0)", "pass", SEVERAL_BLOCKS),
         ("a batched step is not masked", "s = jnp.where(slot_mask(1, size), s, MASK_VALUE)",
-         "s = s if config.batched else jnp.where(slot_mask(1, size), s, MASK_VALUE)", "formula"),
-        ("unused slots of a batched step count", "jnp.all(jnp.isfinite(pv))", "True", "formula"),
-        ("a batched step mixes up the sequences", "jnp.repeat(per_sequence", "jnp.tile(per_sequence", "formula"),
-        ("a batched step writes nothing", "[[0], [0], [1]]", "[[0], [0], [2]]", "formula"),
+         "s = s if config.batched else jnp.where(slot_mask(1, size), s, MASK_VALUE)", SEVERAL_BLOCKS),
+        ("unused slots of a batched step count", "jnp.all(jnp.isfinite(pv))", "True", SEVERAL_BLOCKS),
+        ("a batched step mixes up the sequences", "jnp.repeat(per_sequence", "jnp.tile(per_sequence", SEVERAL_BLOCKS),
+        ("a batched step writes nothing", "[[0], [0], [1]]", "[[0], [0], [2]]", SEVERAL_BLOCKS),
     ),
-    *planted(
+    *mutants_of(
         "ops/decode_attention/pallas_tpu/kernel",
-        "decode_pallas",
-        ("partly visible blocks are not masked", " | (oldest % size == 0)", " | True", "appends"),
-        ("the tile is written without the new token", "jnp.where(row == slot, new", "jnp.where(row < 0, new", "appends"),
+        "decode_attention_tpu",
+        ("partly visible blocks are not masked", " | (oldest % size == 0)", " | True", APPENDS),
+        ("the tile is written without the new token", "jnp.where(row == slot, new", "jnp.where(row < 0, new", APPENDS),
     ),
-    *planted(
+    *mutants_of(
         "ops/decode_attention/pallas_sm90/splits",
-        "decode_hopper",
-        ("the query sees a token too many", "lax.min(length + 1, jnp", "lax.min(length + 2, jnp", "divide"),
-        ("a wrapped ring buffer misses a block", "num_blocks - first + last + 1)", "num_blocks - first + last)", "divide"),
-        ("the last split stops early", "split_start(split + 1))", "split_start(split + 1) - (split > 0))", "divide"),
+        "decode_attention_sm90",
+        ("the query sees a token too many", "lax.min(length + 1, jnp", "lax.min(length + 2, jnp", SPLITS),
+        ("a wrapped ring buffer misses a block", "num_blocks - first + last + 1)", "num_blocks - first + last)", SPLITS),
+        ("the last split stops early", "split_start(split + 1))", "split_start(split + 1) - (split > 0))", SPLITS),
         ("all splits have the same weight", "weight = jnp.exp2(lse - jnp.max(lse, axis=0))", "weight = 1 + 0 * lse",
-         "does_not_count"),
-        ("the output of an empty split is used", "jnp.where(weight > 0, o, 0)", "o", "does_not_count"),
+         EMPTY_SPLIT),
+        ("the output of an empty split is used", "jnp.where(weight > 0, o, 0)", "o", EMPTY_SPLIT),
     ),
-    *planted(
+    *mutants_of(
         "ops/decode_attention/pallas_sm90/kernel",
-        "decode_hopper",
+        "decode_attention_sm90",
         ("an empty split has a weight", "refs.lse_smem[...] = fill_rows(-jnp.inf)", "refs.lse_smem[...] = fill_rows(0.0)",
-         "formula"),
+         SM90_OUTPUT),
         ("the query does not see the new token",
-         "pl.when(has_new_token)(lambda: self.insert_new_token(self.keys, k_stage, first_slot))", "pass", "formula"),
-        ("the new token is not stored", "pl.when(has_new_token)(self.store_new_token)", "pass", "formula"),
+         "pl.when(has_new_token)(lambda: self.insert_new_token(self.keys, k_stage, first_slot))", "pass", SM90_OUTPUT),
+        ("the new token is not stored", "pl.when(has_new_token)(self.store_new_token)", "pass", SM90_OUTPUT),
         ("values of unused slots count", "x = jnp.where(self.visible_slots(x.shape, 0, first_slot), x, 0)", "pass",
-         "formula"),
+         SM90_OUTPUT),
         ("keys of unused slots count", "jnp.where(self.visible_slots(s.shape, 1, first_slot), s, -jnp.inf)", "s",
-         "formula"),
-        ("a window's oldest block is not masked", " | (i == 0)", "", "formula"),
-        ("slots past the end of the ring buffer count", " & (slots < self.config.C)", "", "formula"),
-        ("the sum forgets the decay", "l = l * decay +", "l = l +", "formula"),
-        ("the output forgets the decay", "acc = acc * broadcast_rows(decay, acc.shape)", "pass", "formula"),
-        ("a split's weight forgets its maximum", "m + jnp.log2(l)", "jnp.log2(l)", "formula"),
-        ("cap does not restore the size", "config.softcap * LOG2E", "LOG2E", "formula"),
-        ("gate dropped", "o = o * jax.nn.sigmoid(gate.astype(jnp.float32))", "pass", "formula"),
+         SM90_OUTPUT),
+        ("a window's oldest block is not masked", " | (i == 0)", "", SM90_OUTPUT),
+        ("slots past the end of the ring buffer count", " & (slots < self.config.C)", "", SM90_OUTPUT),
+        ("the sum forgets the decay", "l = l * decay +", "l = l +", SM90_OUTPUT),
+        ("the output forgets the decay", "acc = acc * broadcast_rows(decay, acc.shape)", "pass", SM90_OUTPUT),
+        ("a split's weight forgets its maximum", "m + jnp.log2(l)", "jnp.log2(l)", SM90_OUTPUT),
+        ("cap does not restore the size", "config.softcap * LOG2E", "LOG2E", SM90_OUTPUT),
+        ("gate dropped", "o = o * jax.nn.sigmoid(gate.astype(jnp.float32))", "pass", SM90_OUTPUT),
     ),
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Bundles that a grouped matmul executes: parts of a schedule times how often they are taken, and what is visited."""
+"""Bundles that a grouped matmul executes: the parts of a schedule times the number of times each is taken."""
 
 import numpy as np
 import pytest
@@ -33,13 +33,13 @@ def schedule(monkeypatch):
     monkeypatch.setattr(gmm_bundles, "LARGE", 10)
 
 
-def test_each_part_counts_as_often_as_it_is_taken(schedule):
+def test_each_part_is_counted_as_often_as_it_is_taken(schedule):
     steps = gmm_bundles.KernelSteps(7, [gmm_bundles.Branch(3), gmm_bundles.Branch(4, trips=(16, 32))])
     # Behind the grid's loop, before it; what is in every step; the first part; the second without its loops; the loops.
     assert gmm_bundles.count_bundles("", steps) == 10 + 7 * (90 - 60) + 3 * 10 + 4 * 10 + 16 * 20 + 32 * 20
 
 
-def test_a_schedule_of_another_form_is_not_counted(schedule):
+def test_schedule_of_unknown_form_is_not_counted(schedule):
     assert gmm_bundles.count_bundles("", gmm_bundles.KernelSteps(7, [gmm_bundles.Branch(3)])) is None
     assert (
         gmm_bundles.count_bundles("", gmm_bundles.KernelSteps(7, [gmm_bundles.Branch(3), gmm_bundles.Branch(4, (16,))]))
@@ -49,7 +49,7 @@ def test_a_schedule_of_another_form_is_not_counted(schedule):
     assert gmm_bundles.count_bundles("", of_large) == 10 + 7 * (90 - 50) + 4 * 10 + 16 * 20 + 32 * 20
 
 
-def test_branches_in_a_part_count_for_themselves(monkeypatch):
+def test_branches_inside_a_part_are_counted_separately(monkeypatch):
     regions = [
         Region(5, 95, True),
         Region(8, 88, False),
@@ -66,7 +66,7 @@ def test_branches_in_a_part_count_for_themselves(monkeypatch):
 
 @pytest.mark.parametrize("skew", ["uniform", "zipf", "one", "empty"])
 @pytest.mark.parametrize("name", ["Qwen3-30B-A3B uniform", "dante-moe", "aot odd sizes"])
-def test_what_is_taken_is_what_the_kernel_visits(name, skew):
+def test_taken_parts_match_the_visited_tiles(name, skew):
     workload = workloads.get("grouped_matmul", name)
     sizes = workload_types.spread(workload.N, workload.E, skew)
     tile = block_sizes.gmm_block_sizes(
@@ -115,7 +115,7 @@ def test_what_is_taken_is_what_the_kernel_visits(name, skew):
     assert all(part.trips[1:] == ((part.trips[0] * strips,) if strips > 1 else ()) for part in branches_by_size)
 
 
-def test_a_peer_runs_a_tile_for_every_group_in_it():
+def test_baseline_runs_a_tile_for_each_group_in_it():
     workload = workloads.get("grouped_matmul", "Qwen3-30B-A3B uniform")
     even, odd = np.full(128, 512), np.r_[513, np.full(126, 512), 511]
     for kernel in ("pallas_tpu_ragged_dot_gmm.1", "pallas_tpu_ragged_dot_gmm_transpose_rhs.1"):
@@ -127,7 +127,7 @@ def test_a_peer_runs_a_tile_for_every_group_in_it():
     assert gmm_bundles.gmm_candidates(workload, "lax", "gmm.1", V6E, even) == []
 
 
-def test_a_kernel_of_the_mixture_is_known_by_its_name_and_visits_what_a_product_of_its_shape_does():
+def test_moe_kernel_visits_match_grouped_matmul_of_its_shape():
     workload = workloads.get("moe_mlp", "Qwen3-30B-A3B uniform")
     rows = workload.N * workload.k
     for name in gmm_bundles.EXPERTS:

@@ -1,4 +1,4 @@
-"""Bytes that kernels move: counted by hand, by a simulated pipeline, and written into the profiles."""
+"""Bytes that kernels move, against counts by hand, a simulated pipeline and the committed profiles."""
 
 import functools
 import json
@@ -61,7 +61,7 @@ def copied(x, grid: tuple[int, ...], block, index, out=None, tables=(), body=Non
     )(*tables, x)
 
 
-def test_a_block_counts_where_it_is_another_one():
+def test_block_is_counted_when_its_index_changes():
     columns_outside = lambda x: copied(x, (2, 3), (4, 8), lambda j, i: (i, j))
     assert counted(columns_outside, (12, 16)) == [2 * 4 * 12 * 16]  # all of it, read and written
     whole_rows = lambda x: copied(x, (3, 2), (4, 16), lambda i, j: (i, 0))
@@ -72,12 +72,12 @@ def test_a_block_counts_where_it_is_another_one():
     assert counted(one_result, (12, 16)) == [4 * 12 * 16 + 4 * 4 * 16]
 
 
-def test_of_a_block_that_hangs_over_the_end_counts_what_lies_inside():
+def test_partial_block_counts_only_bytes_inside_the_array():
     rows = lambda x: copied(x, (3,), (4, 3), lambda i: (i, 0))
     assert counted(rows, (10, 3), dtype=jnp.bfloat16) == [2 * 2 * 10 * 3]
 
 
-def test_tables_and_the_size_of_the_grid_are_evaluated():
+def test_index_tables_and_grid_size_are_evaluated():
     def run(x, order):
         last = jnp.max(order)  # how many steps: known only by the values
         step = lambda i, order: (order[i], 0)
@@ -89,7 +89,7 @@ def test_tables_and_the_size_of_the_grid_are_evaluated():
         counted(run, (12, 8), order, known=False)
 
 
-def test_a_kernel_in_a_branch_counts_where_the_branch_is_known():
+def test_kernel_in_a_branch_counts_when_the_branch_is_known():
     few, many = (lambda x, rows=rows: copied(x, (8 // rows,), (rows, 8), lambda i: (0, 0)) for rows in (4, 8))
     run = lambda x, n: jax.lax.cond(n > 0, many, few, x)
     assert [counted(run, (8, 8), np.array(n, np.int32)) for n in (0, 1)] == [[2 * 4 * 4 * 8], [2 * 4 * 8 * 8]]
@@ -97,7 +97,7 @@ def test_a_kernel_in_a_branch_counts_where_the_branch_is_known():
         counted(run, (8, 8), np.array(1, np.int32), known=False)
 
 
-def test_a_kernel_that_copies_by_itself_is_not_counted():
+def test_kernel_with_manual_copies_is_not_counted():
     def body(x_ref, o_ref):
         pltpu.sync_copy(x_ref, o_ref)
 
@@ -111,7 +111,7 @@ M, F = 256, 128
 @pytest.mark.parametrize(
     ("sizes", "tiles", "visits"), [((256,), 2, 2), ((0, 256, 0), 2, 2), ((100, 156), 2, 3), ((10, 0, 50, 196), 2, 4)]
 )
-def test_grouped_products_counted_by_hand(sizes, tiles, visits):
+def test_grouped_matmul_traffic_matches_a_count_by_hand(sizes, tiles, visits):
     """Tiles of 128 rows. Where groups share one, it stays on the chip unless the contraction takes several steps."""
     from jax.experimental.pallas.ops.tpu.megablox import ops
 
@@ -157,7 +157,7 @@ def cases():
 
 
 @pytest.mark.parametrize("workload", cases())
-def test_a_simulated_pipeline_moves_as_many(monkeypatch, workload):
+def test_traffic_matches_a_simulated_pipeline(monkeypatch, workload):
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal(shape).astype(np.float32) for shape in workload.shapes().values()]
     (values,) = workload.integer_inputs().values()
@@ -185,7 +185,7 @@ def test_a_simulated_pipeline_moves_as_many(monkeypatch, workload):
         assert counts and sum(counts) == simulated(monkeypatch, run, *arrays, values)
 
 
-def test_the_least_is_each_array_once():
+def test_minimum_traffic_is_each_array_once():
     for workload in workloads.select("grouped_matmul", "aot", "tpu"):
         y, dx, dw = (products.min_bytes(workload, product) for product in ("y", "dx", "dw"))
         dy_again = workload.itemsize * workload.N * workload.F  # two kernels read it
@@ -199,7 +199,7 @@ def test_the_least_is_each_array_once():
 
 
 @pytest.mark.parametrize("target", products.TPUS)
-def test_the_profiles_have_what_every_kernel_moves(target):
+def test_profiles_contain_the_traffic_of_every_kernel(target):
     rows = profile.load(profile.path(ROOT / "profiles/aot", target))["rows"]
     seen = set()
     for key, row in rows.items():
@@ -217,7 +217,7 @@ def test_the_profiles_have_what_every_kernel_moves(target):
 
 
 @pytest.mark.parametrize("op", products.PRODUCTS)
-def test_the_profile_has_what_the_kernels_of_today_move(op):
+def test_profile_traffic_matches_the_current_kernels(op):
     name = {"grouped_matmul": "Mixtral-8x7B uniform", "moe_mlp": "aot top 2 of 8", "decode_attention": "aot ring"}[op]
     case = Case(op, name, "pallas", "bfloat16", "forward" if op == "decode_attention" else "both")
     row = profile.load(profile.path(ROOT / "profiles/aot", V6E.name))["rows"][case.key]

@@ -32,7 +32,7 @@ MASKED_AND_NOT = code(
 )
 
 
-def test_the_cheapest_way_through_a_loop_is_found():
+def test_cheapest_path_through_a_loop_is_found():
     (instructions,) = sass.functions(MASKED_AND_NOT).values()
     assert len(instructions) == 16
     assert sorted(sass._innermost_loops(instructions)) == [(1, 4), (5, 11)]
@@ -52,7 +52,7 @@ def test_the_cheapest_way_through_a_loop_is_found():
     assert [hex(instruction.address) for instruction in path] == ["0x50", "0x60", "0x70", "0xa0", "0xb0"]
 
 
-def test_a_kernel_without_a_loop_around_wgmma_has_no_steady_state():
+def test_kernel_without_wgmma_loop_has_no_steady_state():
     straight = code("HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24", "EXIT")
     other = code("HMMA.16816.F32.BF16 R4, R8, R12, R4", "@P1 BRA 0x00", "EXIT")
     for text in (straight, other):
@@ -72,7 +72,7 @@ def test_a_kernel_without_a_loop_around_wgmma_has_no_steady_state():
         ("anonymous_mosaic_gpu_kernel", 9, 0, None),
     ],
 )
-def test_a_part_is_known_by_its_name_or_its_products(name, products, exponentials, part):
+def test_part_is_identified_by_name_or_wgmma_count(name, products, exponentials, part):
     steady = {"multiply_adds": products * 64 * 64 * 128, "exponential": exponentials}
     assert sm90_tables.attention_kernel_kind({"name": name, "steady": steady}, 128) == part
 
@@ -99,7 +99,7 @@ LOOP = """
 """
 
 
-def test_the_loop_is_counted_the_shortest_way_round():
+def test_loop_is_counted_along_its_shortest_path():
     """Wait, two branches, past the mask, two products, a step on, and back; with what the tensor cores are given."""
     by_name = {name: sass.steady_state(code) for name, code in sass.functions(LOOP).items()}
     assert by_name["no_loop"] is None

@@ -1,4 +1,4 @@
-"""What a TPU executes: readers of libtpu's texts, the steps of each attention kernel, and the tables made of them."""
+"""TPU schedules: parsers of libtpu's output, the steps of each attention kernel, and the tables made from them."""
 
 from pathlib import Path
 
@@ -52,7 +52,7 @@ FINAL = """\
 """
 
 
-def test_utilisation_table():
+def test_utilization_table_is_parsed():
     schedule = vliw_schedule.utilisation(UTILISATION)
     assert schedule == vliw_schedule.Schedule(bundles=4, mxu=3, mxu_slots=8, spills=1, fills=3)
     assert schedule.mxu_share == 3 / 8
@@ -64,7 +64,7 @@ def test_utilisation_table():
         vliw_schedule.utilisation(UTILISATION + "0 0\n")
 
 
-def test_schedule_head_and_file_names():
+def test_schedule_header_and_file_names_are_parsed():
     head = "Schedule analysis:\n\ttotal scheduled bundles:    615\n\tempty scheduled bundles:    13\n"
     assert vliw_schedule.empty_bundles(head) == 13
     assert vliw_schedule.empty_bundles("") is None
@@ -76,7 +76,7 @@ def test_schedule_head_and_file_names():
     assert vliw_schedule.kernel_of("17-a-72-final_bundles.txt") is None
 
 
-def test_vmem_report_and_custom_calls():
+def test_vmem_report_and_custom_calls_are_parsed():
     assert vliw_schedule.vmem_bytes(VMEM) == {"splash.1": 983040, "copy": 4096}
     assert vliw_schedule.vmem_bytes("<html></html>") == {}
     hlo = (
@@ -86,7 +86,7 @@ def test_vmem_report_and_custom_calls():
     assert vliw_schedule.custom_calls(hlo) == {"splash.1"}
 
 
-def test_parts_of_a_kernel_and_what_its_steps_execute():
+def test_kernel_parts_and_executed_bundles_are_counted():
     assert vliw_schedule.regions(FINAL) == (
         0x15,
         [
@@ -114,7 +114,7 @@ def test_parts_of_a_kernel_and_what_its_steps_execute():
 
 
 @pytest.mark.parametrize(("name", "block"), [("causal", 1024), ("window 1024", 1024), ("window 1024", 512)])
-def test_steps_of_splash_are_those_of_its_mask(name, block):
+def test_splash_steps_match_its_mask(name, block):
     info = pytest.importorskip("jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info")
     masks = pytest.importorskip("jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask")
     workload = workloads.get("attention", f"aot tpu d128 4k {name}")
@@ -129,7 +129,7 @@ def test_steps_of_splash_are_those_of_its_mask(name, block):
         assert steps.taken[0] == steps.taken[2] == (2 if "dkv" in kernel else 8) * (workload.S // block)
 
 
-def test_the_grid_of_a_fused_backward_pass_has_every_block():
+def test_fused_backward_grid_has_every_block():
     workload = workloads.get("attention", "aot tpu d128 4k window 1024")
     steps = attention_bundles.splash(workload, "splash_mqa_dkv", "splash_fused")
     assert (steps.steps, steps.taken, steps.tile) == (8 * 8 * 8, (2 * 8, 8 * (8 + 7 + 6), 2 * 8), (512, 512))
@@ -137,7 +137,7 @@ def test_the_grid_of_a_fused_backward_pass_has_every_block():
     assert attention_bundles.splash(causal, "splash_mqa_dkv", "splash_fused").tile == (1024, 1024)
 
 
-def test_steps_of_tokamax_and_of_ours_are_those_of_the_visible_tiles():
+def test_tokamax_and_dantinox_steps_match_the_visible_blocks():
     workload = workloads.get("attention", "aot tpu d128 4k causal")
     visible, all_blocks = 8 * 32 * 33 // 2, 8 * 32 * 32
     assert attention_bundles.tokamax(workload, "splash_mha_fwd").taken == (8 * 32, visible - 8 * 32, 8 * 32, 8 * 32)
@@ -159,7 +159,7 @@ def test_steps_of_tokamax_and_of_ours_are_those_of_the_visible_tiles():
     assert kernel.taken == (2, 2 * n, steps, 2 * n, steps, steps, steps, steps, 2 * n, 2)
 
 
-def test_the_kernel_of_a_span_is_known_by_its_steps():
+def test_kernel_of_a_span_is_identified_by_its_steps():
     workload = workloads.get("attention", "aot tpu d256 32k causal")
     case = Case("attention", workload.name, "pallas", "bfloat16", "both")
     config, heads = attention_bundles.pallas_config(workload, V6E)
@@ -179,7 +179,7 @@ def test_the_kernel_of_a_span_is_known_by_its_steps():
     )
 
 
-def test_a_compiled_row_gets_its_bundles(tmp_path):
+def test_compiled_row_gets_its_bundles(tmp_path):
     (tmp_path / "17-attention_forward.1-02-final_bundles.txt").write_text(FINAL)
     workload = workloads.get("attention", "aot tpu d128 4k causal")
     case = Case("attention", workload.name, "pallas", "bfloat16", "forward")
@@ -201,7 +201,7 @@ def test_a_compiled_row_gets_its_bundles(tmp_path):
         assert row == {"kernels": [kernel]}
 
 
-def test_tables_are_those_of_the_committed_profiles():
+def test_tables_match_the_committed_profiles():
     folder = ROOT / "profiles/aot"
     text = (folder / readme.FILE).read_text()
     assert tpu_tables.update(text, tpu_tables.load(folder)) == text, "`make aot` writes it anew"
@@ -210,7 +210,7 @@ def test_tables_are_those_of_the_committed_profiles():
         tpu_tables.update("nothing", {})
 
 
-def test_a_cell_has_the_better_block_the_spills_or_a_reason():
+def test_table_cell_shows_best_block_spills_or_reason():
     def row(value, spills, **kernel):
         kernels = [{"name": "fwd", "spills": spills, "tile": [512, 512]} | kernel]
         return {"status": "compiled", "kernels": kernels, "bundles_per_pair": {"forward": value}}
@@ -227,7 +227,7 @@ def test_a_cell_has_the_better_block_the_spills_or_a_reason():
 
 
 @pytest.mark.skipif(not PYTHON.exists(), reason="needs the aot extra: make aot")
-def test_our_attention_compiles_for_a_tpu_without_spills():
+def test_tpu_attention_compiles_without_spills():
     case = Case("attention", "aot d128 causal", "pallas", "bfloat16", "both")
     with worker_pool.Worker(V6E, 240, python=str(PYTHON)) as worker:
         row = worker.ask(case)
@@ -240,7 +240,7 @@ def test_our_attention_compiles_for_a_tpu_without_spills():
         assert all(row["bundles_per_pair"][way] <= before[way] * profile.BUNDLE_GROWTH for way in before)
 
 
-def test_the_mixtures_kernels_have_a_line_each():
+def test_each_moe_kernel_has_a_line():
     kernel = {"mxu_share": 0.5, "bundles": 700, "spills": 3}
     kernels = [
         kernel | {"name": "experts_dw_up.1"},

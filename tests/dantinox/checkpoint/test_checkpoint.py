@@ -1,4 +1,4 @@
-"""Checkpoints: what is kept, what damage is named, and what a full disk or a kill leaves behind."""
+"""Checkpoints: which are kept, which damage is reported, and what a full disk or a kill leaves behind."""
 
 import dataclasses
 import pickle
@@ -60,7 +60,7 @@ def two(tmp_path_factory):
     return run
 
 
-def test_a_checkpoint_gives_back_every_bit(two):
+def test_checkpoint_round_trip_is_bit_exact(two):
     checkpoints = Checkpoints(two)
     assert checkpoints.latest_valid()[::2] == (2, [])
     assert same(checkpoints.restore(2, shapes(state(0))), state(2))
@@ -87,7 +87,7 @@ def test_stored_parameter_names_are_the_earliest_ones():
     assert (q_norm[...] == names.index(attention[5])).all() and (k_norm[...] == names.index(attention[2])).all()
 
 
-def test_the_newest_and_the_best_stay(tmp_path):
+def test_newest_and_best_checkpoints_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     losses = {1: (3.0, True), 2: (1.0, False), 3: (2.0, True), 4: (None, True), 5: (float("nan"), True)}
     for step, (loss, due) in losses.items():
@@ -102,7 +102,7 @@ def test_the_newest_and_the_best_stay(tmp_path):
     assert checkpoints.steps() == [5, 6, 7] and checkpoints.best() == 6
 
 
-def test_saving_goes_on_behind_the_back(tmp_path, monkeypatch):
+def test_saving_is_asynchronous(tmp_path, monkeypatch):
     """Of a state whose memory is given away in the meantime, as training steps do."""
     checkpoints, current = Checkpoints(tmp_path), state(1)
     step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)
@@ -128,7 +128,7 @@ def damage(path: Path, kind: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["flipped", "shorter", "missing"])
-def test_damage_to_any_file_is_named_and_the_checkpoint_before_serves(kind, two, tmp_path):
+def test_corrupt_file_is_reported_and_previous_checkpoint_is_used(kind, two, tmp_path):
     names = [path.relative_to(two / "checkpoints" / "2") for path in (two / "checkpoints" / "2").rglob("*")]
     names = [name for name in names if (two / "checkpoints" / "2" / name).is_file()]
     assert len(names) > 8
@@ -147,7 +147,7 @@ def test_damage_to_any_file_is_named_and_the_checkpoint_before_serves(kind, two,
         checkpoints.latest_valid()
 
 
-def test_a_manifest_that_tells_another_story_is_damaged(two, tmp_path):
+def test_inconsistent_manifest_is_reported_as_corrupt(two, tmp_path):
     run = shutil.copytree(two, tmp_path / "run")
     path = run / "checkpoints" / "2" / "manifest.json"
     text = path.read_text()
@@ -156,7 +156,7 @@ def test_a_manifest_that_tells_another_story_is_damaged(two, tmp_path):
     assert str(Checkpoints(run).latest_valid()[2][0]).endswith("manifest.json was modified")
 
 
-def test_a_kill_while_saving_leaves_only_what_is_swept_away(two, tmp_path):
+def test_kill_while_saving_leaves_only_removable_files(two, tmp_path):
     """Fault 7: files are half written."""
     run = shutil.copytree(two, tmp_path / "run")
     folder = run / "checkpoints"
@@ -168,13 +168,13 @@ def test_a_kill_while_saving_leaves_only_what_is_swept_away(two, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
 
 
-def test_no_checkpoint_is_said(tmp_path):
+def test_missing_checkpoint_raises_with_a_message(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
         Checkpoints(tmp_path).latest_valid()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_is_unpickled(two, monkeypatch):
+def test_restore_never_unpickles(two, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a file of a run was unpickled")
 
@@ -212,7 +212,7 @@ FULL = """
 """
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_intact(tmp_path):
+def test_full_disk_leaves_the_previous_checkpoint_intact(tmp_path):
     mount = f"mount -t tmpfs -o size=8m none {tmp_path}"
     if shutil.which("unshare") is None or subprocess.run([*NEW_NAMESPACE, "sh", "-c", mount]).returncode:
         pytest.skip("this system lets no user mount a small disk")
@@ -230,7 +230,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(tmp_path):
     assert ["MB needed" in line for line in lines] == [True, False, False, False, False]
 
 
-def test_only_noise_is_kept_quiet(two, monkeypatch, capsys):
+def test_log_filters_drop_only_noise(two, monkeypatch, capsys):
     Checkpoints(two)
     heard = []
     monkeypatch.setattr(sys.unraisablehook, "previous_hook", heard.append)

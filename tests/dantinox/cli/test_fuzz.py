@@ -1,4 +1,4 @@
-"""Random settings: each either trains two finite steps or is refused in one line with exit code 2."""
+"""Random settings: each either trains two finite steps or exits with one line and status 2."""
 
 import collections
 import contextlib
@@ -147,7 +147,7 @@ def text(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group", range(GROUPS))
-def test_settings_train_or_are_refused(group, text, monkeypatch):
+def test_random_settings_train_or_raise_one_line(group, text, monkeypatch):
     monkeypatch.setattr(train, "train", two_steps)
     found = collections.Counter()
     with disable_optimizations():
@@ -168,7 +168,7 @@ def disable_optimizations():
         jax.config.update("jax_disable_most_optimizations", False)
 
 
-def test_no_value_of_a_setting_is_a_traceback(text, monkeypatch):
+def test_random_setting_values_print_no_traceback(text, monkeypatch):
     """One setting at a time, and nothing compiled: what the settings alone can tell."""
     monkeypatch.setattr(train, "train", lambda config, resume: "runs/x")
     found = collections.Counter()

@@ -86,7 +86,7 @@ def test_earlier_name_sets_the_setting(earlier, entry_point):
 
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS)
 @pytest.mark.parametrize("earlier", ALIASES)
-def test_two_values_under_two_names_are_one_clear_line(earlier, entry_point, capsys):
+def test_two_values_under_two_names_raise_one_line(earlier, entry_point, capsys):
     name, (first, second) = ALIASES[earlier], VALUES[earlier]
     with pytest.raises((ConfigError, SystemExit)) as error:
         entry_point({earlier: first, name: second})
@@ -123,7 +123,7 @@ def test_settings_of_an_earlier_run_are_read():
     assert not any(f"\n{name}:" in config.to_yaml() for name in ALIASES)
 
 
-def test_sweeps_know_earlier_runs_by_their_folders():
+def test_sweeps_find_earlier_runs_by_their_folders():
     """The folder of a run is a hash of its settings: it must not change with the name of one."""
     run = search_space.Run.from_values({"preset": "nano", "kv_heads": 1}, ["kv_heads"])
     assert run.name == "kv_heads=1_9bf9653c" and run.flags() == ["--preset=nano", "--kv-heads=1"]
@@ -132,7 +132,7 @@ def test_sweeps_know_earlier_runs_by_their_folders():
     assert original_names({"n_kv_heads": 1, "kv_cache_dtype": "auto"}) == {"kv_heads": 1, "kv_dtype": "model"}
 
 
-def test_sweep_parameter_under_two_names_is_refused(tmp_path):
+def test_sweep_parameter_under_two_names_raises(tmp_path):
     path = tmp_path / "sweep.yaml"
     parameters = "{kv_heads: {value: 1}, n_kv_heads: {values: [1, 2]}}"
     path.write_text(f"program: dantinox/train.py\nmethod: grid\nparameters: {parameters}\n")

@@ -1,4 +1,4 @@
-"""Weights out and in: bit for bit, whole or not at all, and the logits that transformers computes from them."""
+"""Hugging Face weights: bit-exact saving and loading, and logits equal to those of transformers."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def logits(model, tokens) -> np.ndarray:
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 4000])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_is_written_comes_back_bit_for_bit(layout, shard_bytes, tmp_path):
+def test_saved_model_loads_bit_for_bit(layout, shard_bytes, tmp_path):
     model = build(**LAYOUTS[layout])
     files = save_hf(model, tmp_path / "out", shard_bytes=shard_bytes)
     assert json.loads((tmp_path / "out" / CONFIG).read_text())["model_type"] == layout
@@ -51,7 +51,7 @@ def test_what_is_written_comes_back_bit_for_bit(layout, shard_bytes, tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_a_stretched_base_is_written_as_the_base_it_is(tmp_path):
+def test_ntk_scaled_base_is_saved_as_rope_theta(tmp_path):
     model, tokens = build(n_layers=1, rope_scaling="ntk", rope_factor=4.0), np.arange(12)[None] % V
     save_hf(model, tmp_path / "out")
     again = load_hf(tmp_path / "out")
@@ -77,13 +77,13 @@ def test_a_stretched_base_is_written_as_the_base_it_is(tmp_path):
         (dict(), "gpt2", "layout is 'gpt2'; allowed: llama, mistral, mixtral"),
     ],
 )
-def test_what_a_layout_cannot_hold_is_refused_by_name(changes, layout, lost, tmp_path):
+def test_feature_missing_in_the_layout_raises_with_its_name(changes, layout, lost, tmp_path):
     with pytest.raises(dantinox.ConfigError, match=lost) as error:
         save_hf(build(**changes), tmp_path / "out", layout)
     assert "\n" not in str(error.value) and os.listdir(tmp_path) == []
 
 
-def test_nothing_is_overwritten(tmp_path):
+def test_save_does_not_overwrite_files(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
     for place in (tmp_path / "mine", tmp_path / "mine" / "thesis.txt"):
@@ -187,7 +187,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damage_is_named_in_one_line(name, written, tmp_path):
+def test_damaged_folder_raises_one_line(name, written, tmp_path):
     source, damage, message = DAMAGE[name]
     shutil.copytree(written / source, tmp_path / "here")
     damage(tmp_path / "here")
@@ -196,7 +196,7 @@ def test_damage_is_named_in_one_line(name, written, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_half_precision_and_old_spellings_are_read(written, tmp_path):
+def test_half_precision_and_older_key_names_load(written, tmp_path):
     shutil.copytree(written / "whole", tmp_path / "here")
     want, bfloat16 = arrays(load_hf(written / "whole")), jax.numpy.bfloat16
 
@@ -214,7 +214,7 @@ def test_half_precision_and_old_spellings_are_read(written, tmp_path):
         load_hf(tmp_path / "here", atn="xla")
 
 
-def test_defaults_of_a_config_that_says_little():
+def test_minimal_config_gets_the_defaults():
     small = dict(vocab_size=9, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2)
     config = from_hf(small | dict(model_type="mixtral", max_position_embeddings=64, sliding_window=3))
     assert (config.n_kv_heads, config.resolved_head_dim, config.hidden, config.n_experts) == (2, 4, 12, 8)
@@ -255,7 +255,7 @@ THEIRS["experts, window"][1].update(sliding_window=9, tie_word_embeddings=True, 
 
 
 @pytest.mark.parametrize("name", THEIRS)
-def test_logits_are_those_of_transformers(name, tmp_path):
+def test_logits_match_transformers(name, tmp_path):
     """There and back: what transformers writes and we read, what we write and transformers reads."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     family, changes = THEIRS[name]
@@ -306,7 +306,7 @@ def program(monkeypatch, tmp_path):
     return lambda *words: export.main(list(words)), models
 
 
-def test_the_program_writes_what_load_hf_reads(program, capsys):
+def test_export_program_writes_a_folder_that_load_hf_reads(program, capsys):
     run, models = program
     assert run("mine", "--out", "out/deep") == 0
     assert capsys.readouterr().out.startswith("out/deep: mistral, ")
@@ -326,7 +326,7 @@ def test_the_program_writes_what_load_hf_reads(program, capsys):
         (["--run", "mine", "--out", "full"], "full: exists and is not empty"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_2(program, capsys, tmp_path, flags, word):
+def test_invalid_input_prints_one_line_and_exits_2(program, capsys, tmp_path, flags, word):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("")
     with pytest.raises(SystemExit) as stop:

@@ -1,4 +1,4 @@
-"""--wandb: what reaches W&B is what metrics.jsonl says. Offline: nothing leaves this machine."""
+"""--wandb, offline: W&B receives what metrics.jsonl contains."""
 
 import importlib.util
 import json
@@ -31,7 +31,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_without_the_package_it_is_one_line_before_anything_is_written(here, monkeypatch, capsys):
+def test_missing_wandb_prints_one_line_before_writing(here, monkeypatch, capsys):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else find(name, *a))
     with pytest.raises(SystemExit) as stop:
@@ -79,7 +79,7 @@ def history(run: Path) -> list[dict]:
 
 
 @INSTALLED
-def test_config_metrics_samples_and_the_folder_reach_wandb(here):
+def test_config_metrics_samples_and_folder_are_logged_to_wandb(here):
     words = [sys.executable, "-m", "dantinox.train", *TINY, "--wandb=True", "--run", "logged"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -102,7 +102,7 @@ def test_config_metrics_samples_and_the_folder_reach_wandb(here):
 
 
 @INSTALLED
-def test_the_agent_of_wandb_starts_the_runs_that_we_do(monkeypatch):
+def test_wandb_agent_starts_the_same_runs(monkeypatch):
     """The sweep file through W&B's own reader, and each run through what its agent makes of `command`."""
     from wandb.sdk.launch.sweeps import utils
 

@@ -1,4 +1,4 @@
-"""A sweep as its user meets it: rows that fail, what is done is not done again, Ctrl-C, wrong input."""
+"""The sweep program: failed runs, finished runs, Ctrl-C, invalid input."""
 
 import csv
 import fcntl
@@ -19,7 +19,7 @@ from dantinox.sweep import __main__ as sweep
 from dantinox.sweep import report
 from dantinox.sweep.report import Outcome
 from dantinox.sweep.search_space import load_sweep
-from tests.helpers.readme_messages import promised
+from tests.helpers.readme_messages import message_pattern
 
 TINY = {
     "n_layers": 1, "dim": 16, "n_heads": 2, "n_kv_heads": 1, "window": 8, "seq_len": 16, "max_context": 32,
@@ -62,7 +62,7 @@ def finished(place):
     return place / "runs" / "heads", run("heads.yaml", cwd=place)[0]
 
 
-def test_a_run_that_fails_is_a_row_and_not_the_end(finished):
+def test_failed_run_is_a_row_and_the_sweep_continues(finished):
     folder, out = finished
     with (folder / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -98,7 +98,7 @@ def dantinox_leaves(model):
     return jax.tree.leaves(nnx.state(model))
 
 
-def test_what_is_done_is_not_done_again_and_what_failed_goes_on(finished, place):
+def test_finished_runs_are_skipped_and_failed_runs_resume(finished, place):
     folder, _ = finished
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/metrics.jsonl")}
     out, _ = run("heads.yaml", cwd=place)
@@ -110,7 +110,7 @@ def test_what_is_done_is_not_done_again_and_what_failed_goes_on(finished, place)
     assert listed.count("(done)") == listed.count("(refused: n_heads is 2 and n_kv_heads is 4") == 1
 
 
-def test_ctrl_c_leaves_a_sweep_that_goes_on_where_it_was(place):
+def test_sweep_interrupted_by_ctrl_c_resumes(place):
     fixed = {name: {"value": value} for name, value in (("steps", 100_000), ("eval_every", 0), ("save_every", 0))}
     write(place, "long", {"lr": {"values": [0.01, 0.02]}, **fixed})
     process, folder = start("long.yaml", cwd=place), place / "runs" / "long"
@@ -127,7 +127,9 @@ def test_ctrl_c_leaves_a_sweep_that_goes_on_where_it_was(place):
     out, err = process.communicate(timeout=120)
     assert time.monotonic() - asked < 15 and process.returncode == 130 and "Traceback" not in err
     assert out.endswith("interrupted; each run is saved. Resume with: python -m dantinox.sweep long.yaml\n")
-    assert promised("Ctrl-C in a sweep").fullmatch(out.splitlines()[-1].replace("long.yaml", "sweeps/example.yaml"))
+    assert message_pattern("Ctrl-C in a sweep").fullmatch(
+        out.splitlines()[-1].replace("long.yaml", "sweeps/example.yaml")
+    )
     (begun,) = [path for path in folder.iterdir() if path.is_dir()]
     (step,) = [int(path.name) for path in (begun / "checkpoints").iterdir()]
     assert step >= 5 and f"interrupted; step {step} is saved" in (folder / f"{begun.name}.log").read_text()
@@ -155,7 +157,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("words", WRONG)
-def test_wrong_input_is_one_line_and_exit_2(words, tmp_path, monkeypatch, capsys):
+def test_invalid_input_prints_one_line_and_exits_2(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("Nel mezzo")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe")
@@ -173,7 +175,7 @@ def test_wrong_input_is_one_line_and_exit_2(words, tmp_path, monkeypatch, capsys
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_dry_run_lists_the_runs_and_writes_nothing(tmp_path, monkeypatch, capsys):
+def test_dry_run_lists_runs_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("Nel mezzo")
     write(tmp_path, "good", {"window": {"values": [8, None]}})
@@ -184,7 +186,7 @@ def test_a_dry_run_lists_the_runs_and_writes_nothing(tmp_path, monkeypatch, caps
     assert sorted(os.listdir()) == ["good.yaml", "text.txt"]
 
 
-def test_a_run_left_behind_holds_the_folder(tmp_path):
+def test_orphaned_run_locks_the_sweep_folder(tmp_path):
     with sweep.lock_folder(tmp_path / "here") as handle:
         child = subprocess.Popen(["sleep", "60"], pass_fds=(handle,))
     try:
@@ -200,7 +202,7 @@ def test_a_run_left_behind_holds_the_folder(tmp_path):
         assert fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB) is None
 
 
-def test_the_table_ranks_by_the_goal_and_a_result_of_other_settings_does_not_count(tmp_path, monkeypatch):
+def test_table_ranks_by_goal_and_ignores_stale_results(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("Nel mezzo")
     write(tmp_path, "s", {"window": {"values": [8, 4, 2]}}, metric={"name": "mfu", "goal": "maximize"})

@@ -20,8 +20,8 @@ from dantinox.kernels.ops.attention.pallas_cpu.block_sizes import CpuBlockSizes
 from dantinox.kernels.ops.attention.pallas_tpu import block_sizes as tpu_block_sizes
 from dantinox.kernels.ops.attention.pallas_tpu.block_sizes import TpuBlockSizes
 from tests.helpers import cases, random_shapes, tolerance
-from tests.helpers.jaxpr_walk import equations, largest
-from tests.kernels.attention.test_attention import is_the_formula
+from tests.helpers.jaxpr_walk import equations, largest_intermediate
+from tests.kernels.attention.test_attention import assert_matches_loops
 
 ROOT = Path(__file__).parents[3]
 row = cases.attention
@@ -54,10 +54,10 @@ def use_block_sizes(monkeypatch):
     return use
 
 
-def test_tokens_outside_the_window_do_not_change_a_bit(use_block_sizes):
+def test_tokens_outside_window_do_not_affect_output(use_block_sizes):
     use_block_sizes(SMALL_BLOCKS)
     inputs, *_ = draw_f32(WINDOWED)
-    run = tolerance.quick(lambda inputs: attention(**inputs, window=9))
+    run = tolerance.jit_fast_compile(lambda inputs: attention(**inputs, window=9))
     before = np.asarray(run(inputs))
     for t in (1, 15, 16, 23, 39):
         after = np.asarray(run({name: np.where(np.arange(40)[:, None, None] == t, 7, x) for name, x in inputs.items()}))
@@ -70,7 +70,7 @@ def test_tokens_outside_the_window_do_not_change_a_bit(use_block_sizes):
 def test_sequences_and_heads_do_not_mix(use_block_sizes):
     use_block_sizes(SMALL_BLOCKS._replace(kv_heads=2))
     inputs, *_ = draw_f32(WINDOWED)
-    run = tolerance.quick(lambda inputs: attention(**inputs, window=9))
+    run = tolerance.jit_fast_compile(lambda inputs: attention(**inputs, window=9))
     o = run(inputs)
     np.testing.assert_array_equal(run({name: x[::-1] for name, x in inputs.items()}), o[::-1])
     swapped = run({name: x[:, :, ::-1] for name, x in inputs.items()})  # key heads, and queries within their group
@@ -104,14 +104,16 @@ MERGED_BLOCKS_CASES = {
 }
 
 
-def judge_uncached(case: workloads.Attention, dtype: str, *devices: str) -> None:
+def assert_matches_reference_uncached(case: workloads.Attention, dtype: str, *devices: str) -> None:
     """Applies the rule to the forms for these devices, evaluated in NumPy; without any, to the jitted program."""
     inputs, aux, dout = cases.draw(case)
     options = cases.options(case)
     run = tolerance.program.__wrapped__("attention", "pallas", options)  # the cache's key has no block sizes
-    forms = tolerance.forms("pallas", run)
+    forms = tolerance.kernel_variants("pallas", run)
     for form in [forms[f"pallas for a {device}"] for device in devices] or [run]:
-        tolerance.judge("attention", "pallas", inputs, dout, dtype, aux=aux, options=options, run=form)
+        tolerance.assert_matches_reference(
+            "attention", "pallas", inputs, dout, dtype, aux=aux, options=options, run=form
+        )
 
 
 def span_parameters() -> list[Any]:
@@ -125,13 +127,13 @@ def span_parameters() -> list[Any]:
 
 
 @pytest.mark.parametrize(("name", "dtype"), span_parameters())
-def test_gradients_summed_span_by_span_keep_the_rule(name, dtype, use_block_sizes):
+def test_gradients_summed_over_kv_spans_match_reference(name, dtype, use_block_sizes):
     case, kv_heads, sizes = SPAN_CASES[name]
     assert -(-case.S // sizes.block_kv) * sizes.block_kv > sizes.kv_span, "one span"
     use_block_sizes(sizes)
     use_block_sizes(CpuBlockSizes(kv_heads, sizes.block_q, sizes.block_kv))
-    judge_uncached(case, dtype, "TPU")
-    judge_uncached(case, dtype)
+    assert_matches_reference_uncached(case, dtype, "TPU")
+    assert_matches_reference_uncached(case, dtype)
 
 
 @pytest.mark.parametrize(
@@ -141,17 +143,17 @@ def test_gradients_summed_span_by_span_keep_the_rule(name, dtype, use_block_size
         for name in (*SUBTILE_CASES, *MERGED_BLOCKS_CASES)
     ],
 )
-def test_subtiles_keep_the_rule(name, use_block_sizes):
+def test_subtile_layouts_match_reference(name, use_block_sizes):
     """Several subtiles per block are a TPU's, several blocks per step a CPU's."""
     if name in MERGED_BLOCKS_CASES:
         case, sizes = MERGED_BLOCKS_CASES[name]
         use_block_sizes(sizes)
-        judge_uncached(case, "float32")
+        assert_matches_reference_uncached(case, "float32")
     else:
         case, kv_heads, sizes = SUBTILE_CASES[name]
         use_block_sizes(sizes)
         use_block_sizes(CpuBlockSizes(kv_heads, sizes.block_q, sizes.block_kv))
-        judge_uncached(case, "float32", "TPU", "CPU")
+        assert_matches_reference_uncached(case, "float32", "TPU", "CPU")
 
 
 @random_shapes.examples(15)
@@ -170,7 +172,7 @@ def test_subtiles_keep_the_rule(name, use_block_sizes):
     together=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_any_small_shape_in_any_block_sizes_is_the_formula(
+def test_random_shapes_and_block_sizes_match_python_loops(
     sizes, heads, B, gate, segments, causal, window, softcap, q, k, span, together, seed
 ):
     (T, S), (H, K) = sizes, heads
@@ -184,8 +186,8 @@ def test_any_small_shape_in_any_block_sizes_is_the_formula(
     ):
         # The key of the program cache has no block sizes.
         compiled = tolerance.program.__wrapped__("attention", "pallas", cases.options(case))
-        is_the_formula(case, *tolerance.forms("pallas", compiled).values(), seed=seed)
-    random_shapes.forget()
+        assert_matches_loops(case, *tolerance.kernel_variants("pallas", compiled).values(), seed=seed)
+    random_shapes.clear_programs()
 
 
 # Head dims of real models.
@@ -196,19 +198,20 @@ FEW = ((80, "bfloat16"), (192, "float16"))
 
 
 @pytest.mark.parametrize(
-    ("D", "dtype"), [pytest.param(*w, marks=() if w in FEW else pytest.mark.slow) for w in HEAD_DIMS]
+    ("D", "dtype"),
+    [pytest.param(*w, id=f"D={w[0]}-{w[1]}", marks=() if w in FEW else pytest.mark.slow) for w in HEAD_DIMS],
 )
-def test_every_head_dim_keeps_the_rule(D, dtype):
+def test_each_head_dim_matches_reference(D, dtype):
     case = row(33, 33, H=2, K=1, D=D, window=20, gate="head")
     inputs, _, dout = cases.draw(case)
-    tolerance.judge("attention", "pallas", inputs, dout, dtype, options=cases.options(case))
+    tolerance.assert_matches_reference("attention", "pallas", inputs, dout, dtype, options=cases.options(case))
 
 
 # Residuals, memory and cost.
 
 
 @pytest.mark.parametrize("gate", ["none", "head", "elementwise"])
-def test_residuals_are_the_inputs_the_output_and_row_statistics(gate):
+def test_residuals_are_inputs_output_and_row_statistics(gate):
     case = row(64, 64, B=2, H=4, D=16, gate=gate)
     inputs, *_ = draw_f32(case)
     _, pull = jax.eval_shape(lambda inputs: jax.vjp(lambda x: attention(**x), inputs), inputs)
@@ -226,20 +229,22 @@ def query(S: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, S, 1, 16), jnp.float32)
 
 
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("window", [64, None])
-def test_no_scores_of_all_pairs_are_built(window, backward):
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("window", [64, None], ids=["window", "causal"])
+def test_full_score_matrix_is_not_materialized(window, backward):
     S = 2048
     for segments in (None, jnp.zeros((1, S), jnp.int32)):
         jaxpr = jax.make_jaxpr(self_attention(window, backward, segment_ids=segments))(query(S))
-        assert largest(jaxpr) < S * S // 8
+        assert largest_intermediate(jaxpr) < S * S // 8
         assert any(e.primitive.name == "pallas_call" for e in equations(jaxpr))
 
 
-@pytest.mark.parametrize("backward", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("window", [64, None])
-def test_memory_grows_with_the_sequence_not_its_square(window, backward):
-    program = tolerance.quick(self_attention(window, backward))
+@pytest.mark.parametrize(
+    "backward", [pytest.param(False, id="forward", marks=pytest.mark.slow), pytest.param(True, id="backward")]
+)
+@pytest.mark.parametrize("window", [64, None], ids=["window", "causal"])
+def test_memory_grows_linearly_with_sequence_length(window, backward):
+    program = tolerance.jit_fast_compile(self_attention(window, backward))
     one, two = (program.lower(query(S)).compile().memory_analysis().temp_size_in_bytes for S in (1024, 2048))
     assert 0 < two <= 2.3 * one, f"{one} bytes at 1024, {two} at 2048"
 

@@ -1,4 +1,4 @@
-"""The width of Hopper's tiles: how much of what the cores can multiply is wanted, counted tile by tile."""
+"""The tile width of the Hopper grouped matmul: the useful fraction of its tensor core time, counted tile by tile."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def wanted(sizes: np.ndarray, J: int, columns: int) -> float:
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 @pytest.mark.parametrize("skew", ["uniform", "zipf", "empty"])
-def test_the_chosen_width_wastes_no_more_than_one_width_for_all(row, skew):
+def test_chosen_tile_width_wastes_no_more_than_a_fixed_one(row, skew):
     sizes = np.asarray(workloads.GroupedMatmul(**(vars(row) | {"skew": skew})).integer_inputs()["group_sizes"])
     for K, J in ((row.M, row.F), (row.F, row.M)):
         chosen = block_sizes.gmm_block_sizes(row.N, row.E, K, J, NUM_SMS, widths=TILE_WIDTHS).block_n
@@ -42,7 +42,7 @@ def test_the_chosen_width_wastes_no_more_than_one_width_for_all(row, skew):
             assert chosen == 256 and share[256] >= max(share.values()) - 0.05, "little is left for narrow tiles"
 
 
-def test_what_narrow_tiles_gain_where_there_is_little_to_do():
+def test_narrow_tiles_win_for_small_problems():
     row = workloads.get("grouped_matmul", "aot odd sizes")
     sizes = np.asarray(row.integer_inputs()["group_sizes"])
     assert block_sizes.gmm_block_sizes(row.N, row.E, row.M, row.F, NUM_SMS, widths=TILE_WIDTHS) == (64, 8)
@@ -53,7 +53,7 @@ def test_what_narrow_tiles_gain_where_there_is_little_to_do():
     assert wanted(even, 14336, 128) / wanted(even, 14336, 256) == pytest.approx(8 / 7)
 
 
-def test_a_width_fits_what_it_is_for():
+def test_chosen_tile_fits_shared_memory():
     fits = 227 * 1024 - 2048  # of an SM's shared memory, less what barriers and row sums take
     for widths, num_weights in ((TILE_WIDTHS, 1), ((256, 128), 1), ((256, 128), 2)):
         for N, E, K, J in ((1, 1, 64, 64), (8192, 8, 4096, 14336), (256, 128, 2048, 768), (300, 5, 640, 384)):
@@ -66,7 +66,7 @@ def test_a_width_fits_what_it_is_for():
     assert block_sizes.tgmm_block_sizes(1000, 5, 384, 640, NUM_SMS, widths=(256, 128)).block_n == 128
 
 
-def test_the_model_counts_rounds_of_the_slowest_core():
+def test_cycle_estimate_counts_rounds_of_the_slowest_sm():
     def taken(visits: float, J: int, units: float = 2) -> float:
         return block_sizes.estimate_cycles(
             block_sizes.TileWork(visits, units, 4, 4096, J), block_sizes.block_sizes_of_width(256), 1, NUM_SMS

@@ -1,4 +1,4 @@
-"""The NumPy evaluator itself: what XLA gives, and the faults of a kernel that XLA would forgive."""
+"""The NumPy evaluator: XLA's results, and kernel faults that XLA would not report."""
 
 import functools
 
@@ -48,7 +48,7 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
-def test_a_program_gives_what_xla_gives(program):
+def test_result_equals_xla(program):
     mine, expected = numpy_interpreter.run(program, X, I), jax.jit(program)(X, I)
     assert jax.tree.structure(mine) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(expected), strict=True):
@@ -57,7 +57,7 @@ def test_a_program_gives_what_xla_gives(program):
         np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=near, atol=near)
 
 
-def test_what_has_no_rule_is_named():
+def test_unsupported_primitive_raises_with_its_name():
     with pytest.raises(NotImplementedError, match="erf_inv"):
         numpy_interpreter.run(lax.erf_inv, X)
 
@@ -83,7 +83,7 @@ def double(x_ref, o_ref):
     o_ref[...] = 2 * x_ref[...]
 
 
-def test_a_last_block_hangs_over_the_end():
+def test_partial_last_block_is_padded_with_nan():
     np.testing.assert_array_equal(numpy_interpreter.run(functools.partial(rows_of, kernel=double), ROWS), 2 * ROWS)
 
     def total(x_ref, o_ref):
@@ -93,7 +93,7 @@ def test_a_last_block_hangs_over_the_end():
     assert np.isfinite(found[:8]).all() and np.isnan(found[8:]).all()
 
 
-def test_memory_that_nobody_wrote_is_nan():
+def test_uninitialized_memory_is_nan():
     def half(x_ref, o_ref):
         o_ref[:2] = x_ref[:2]
 
@@ -110,7 +110,7 @@ def test_memory_that_nobody_wrote_is_nan():
     np.testing.assert_array_equal(found[4:], ROWS[:4])
 
 
-def test_a_block_that_the_grid_comes_back_to_is_empty_but_where_it_is_interpreted():
+def test_revisited_output_block_is_cleared_except_in_interpret_mode():
     def add(x_ref, o_ref):
         o_ref[...] = jnp.where(pl.program_id(0) < 2, 0, o_ref[...]) + x_ref[...]
 
@@ -124,7 +124,7 @@ def test_a_block_that_the_grid_comes_back_to_is_empty_but_where_it_is_interprete
 
 
 @pytest.mark.parametrize("first", [-1, 2])
-def test_no_access_outside_a_block_is_forgiven(first):
+def test_out_of_bounds_access_raises(first):
     def shifted(x_ref, o_ref):
         o_ref[...] = jnp.concatenate([x_ref[pl.ds(pl.program_id(0) * 0 + first, 3)], x_ref[:1]])
 
@@ -132,7 +132,7 @@ def test_no_access_outside_a_block_is_forgiven(first):
         numpy_interpreter.run(functools.partial(rows_of, kernel=shifted), ROWS[:8])
 
 
-def test_a_block_is_loaded_before_the_one_before_it_is_written_back():
+def test_block_is_loaded_before_previous_one_is_written_back():
     """In place, a step must not need what the step just before it wrote."""
 
     def follow(x_ref, o_ref):
