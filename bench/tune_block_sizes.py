@@ -372,7 +372,7 @@ def _arrays(shapes: Shapes) -> list[jax.Array]:
     return [_normal(jax.random.key(i), *shape) for i, shape in enumerate(shapes)]
 
 
-@functools.partial(jax.jit, config_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _normal(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
     scale = shape[-2] ** -0.5 if len(shape) == 3 else 1.0
     return (jax.random.normal(key, shape, dtype) * scale).astype(dtype)
