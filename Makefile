@@ -12,7 +12,7 @@ PY     := .venv/bin/python
 SETUP  := sh scripts/setup.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sweep generate test test-long test-crash test-mutants bench bench-compare ablations toggles ladder aot aot-check profile \
+.PHONY: help setup train sweep generate test test-long test-crash test-mutants bench bench-compare ablations toggles tutorial ladder aot aot-check profile \
         tensorboard gpu docs docs-serve test-newest lint format doctor clean
 
 help: ## show this list
@@ -65,16 +65,18 @@ bench-compare: ## did it get slower? The newest measurement against the last com
 	@$(SETUP) dev
 	@$(PY) -m bench.compare $(if $(BENCH),--op $(BENCH)) $(ARGS)
 
-ablations: ## what does each feature cost? Flips them one by one
+ablations: ## what does each feature cost? Changes them one by one
 	@$(SETUP) dev
 	@$(PY) -m bench.ablations $(ARGS)
 
 toggles: ablations # the old name
 
-ladder: ## learn by climbing: five attention kernels, an idea each, timed here and compiled for TPU v6e
+tutorial: ## five attention kernels, one idea each: checked, timed here, compiled for TPU v6e
 	@$(SETUP) dev
 	@VENV=.venv-aot ACCEL=cpu $(SETUP) aot triton peers
 	@$(PY) -m bench.tutorial $(ARGS)
+
+ladder: tutorial # the old name
 
 # The compile-only plugins would print CUDA and TPU errors in every other program: they get an environment of their own.
 aot: ## what did the compiler make of it? Compiles for GPUs and TPUs, without one

@@ -1,4 +1,4 @@
-"""Is it fast? `python -m bench`: every operation and the whole model, as a table, JSON files and one HTML page."""
+"""Time every operation and the model (`python -m bench`): a table, JSON files and one HTML page."""
 
 import importlib.util
 import json
@@ -13,46 +13,46 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from bench import console_table, html_report, results
+from bench.report import console_table, html_report, results
 from dantinox import cli
 from dantinox.kernels import workloads
 
 PROG = "bench"
-# Ctrl-C ends it without a word: this process says what there is to say.
-QUIET = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
-PYTEST = QUIET + "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
-Part = Literal["attention", "grouped_matmul", "moe_mlp", "decode_attention", "model"]
-PARTS: tuple[Part, ...] = ("attention", "grouped_matmul", "moe_mlp", "decode_attention", "model")
+# On Ctrl-C the child ends silently, because this process prints the message.
+SILENT_ON_CTRL_C = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+PYTEST = SILENT_ON_CTRL_C + "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+Subject = Literal["attention", "grouped_matmul", "moe_mlp", "decode_attention", "model"]
+SUBJECTS: tuple[Subject, ...] = ("attention", "grouped_matmul", "moe_mlp", "decode_attention", "model")
 
 
 @dataclass(frozen=True)
 class Arguments:
     """What to measure."""
 
-    op: tuple[Part, ...] = PARTS
-    """Operations, and the whole model."""
+    op: tuple[Subject, ...] = SUBJECTS
+    """Operations, and "model" for the model as a whole."""
     spec: tuple[str, ...] = ()
-    """Rows by name; none: all of this machine's."""
+    """Workloads by name (default: all of this device)."""
     implementation: tuple[str, ...] = ()
-    """Implementations by name, peers too; none: all."""
+    """Implementations and baselines by name (default: all)."""
     direction: Literal["both", "forward", "forward+backward"] = "both"
-    """Which passes."""
+    """Directions to time."""
     machine: Literal["auto", "cpu", "h100", "tpu"] = "auto"
-    """Whose rows; auto: this device's."""
+    """Whose workloads to time; auto: those of this device."""
     budget: float = 0.3
-    """Seconds of timing for each row and direction; compiling comes on top."""
+    """Seconds of timing per workload and direction; compiling comes on top."""
     seconds: float = 0.0
-    """Start no further row after so many seconds; 0: no limit."""
+    """Start no further workload after this many seconds (0: no limit)."""
     out: str = "profiles"
     """Folder for <device>/<date>-<op>.json."""
     html: str = "runs/bench/report.html"
-    """Where the page goes."""
+    """Path of the HTML page."""
     lines: str | None = None
-    """Append each row here as soon as it was measured, a JSON object a line; None: nowhere."""
+    """File to which each finished workload is appended, one JSON object per line."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, write."""
+    """Measure, print and write."""
     arguments = cli.parse(
         Arguments,
         argv,
@@ -61,10 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__.split("\n")[0],
     )
     with cli.one_line_errors(PROG):
-        _check(arguments)
-        documents = operations(arguments)
-        model = _model() if "model" in arguments.op and not arguments.spec else None
-        console = Console(width=max(100, Console().width))  # a row is one line, in a pipe too
+        _check_names(arguments)
+        documents = time_operations(arguments)
+        model = _time_model() if "model" in arguments.op and not arguments.spec else None
+        console = Console(width=max(100, Console().width))  # one line per row, in a pipe too
         for op, document in documents.items():
             console_table.show(op, document, console)
         paths = results.write(documents, Path(arguments.out))
@@ -75,11 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check(arguments: Arguments) -> None:
-    """Names that no row has would measure nothing."""
+def _check_names(arguments: Arguments) -> None:
+    """Raise ValueError for arguments that are out of range and for names that no workload has."""
     ops = [op for op in arguments.op if op != "model"]
     if not arguments.op:
-        raise ValueError(f"--op is empty; allowed: {', '.join(PARTS)}")
+        raise ValueError(f"--op is empty; allowed: {', '.join(SUBJECTS)}")
     if not arguments.seconds >= 0:
         raise ValueError(f"--seconds is {arguments.seconds}; allowed: 0 or more")
     if not arguments.budget > 0:
@@ -87,20 +87,25 @@ def _check(arguments: Arguments) -> None:
     known = {row.name for op in ops for row in workloads.select(op, "bench")}
     for name in arguments.spec:
         if name not in known:
-            raise ValueError(f"--spec {name!r} is no row of {', '.join(ops)}; allowed: {', '.join(sorted(known))}")
+            allowed = ", ".join(sorted(known))
+            raise ValueError(f"--spec {name!r} is not a workload of {', '.join(ops)}; allowed: {allowed}")
 
 
-def operations(arguments: Arguments) -> dict[str, dict[str, Any]]:
-    """Run the chosen bench files in one pytest process; operation -> document."""
-    ops = [op for op in PARTS if op in arguments.op and op != "model"]
+def time_operations(arguments: Arguments) -> dict[str, dict[str, Any]]:
+    """Run the bench files of the chosen operations in one pytest process.
+
+    Returns:
+        The document of each operation.
+    """
+    ops = [op for op in SUBJECTS if op in arguments.op and op != "model"]
     if not ops:
         return {}
     if importlib.util.find_spec("pytest_benchmark") is None:
-        raise ValueError("pytest-benchmark is not installed here; allowed: `make bench`, which installs it")
+        raise ValueError("pytest-benchmark is not installed; `make bench` installs it")
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw.json"
         command = [sys.executable, "-c", PYTEST, "-s", "-p", "no:terminal", "-p", "no:cacheprovider"]
-        command += [str(results.ROOT / "bench" / f"bench_{op}.py") for op in ops]
+        command += [str(results.ROOT / "bench" / "operations" / f"bench_{op}.py") for op in ops]
         command += ["--progress", f"--benchmark-json={raw}", "--benchmark-quiet", "-m", ""]
         command += [f"--budget={arguments.budget}", f"--seconds={arguments.seconds}"]
         command += [f"--spec={name}" for name in arguments.spec]
@@ -108,16 +113,16 @@ def operations(arguments: Arguments) -> dict[str, dict[str, Any]]:
         command += [] if arguments.direction == "both" else [f"--direction={arguments.direction}"]
         command += [] if arguments.lines is None else [f"--lines={Path(arguments.lines).absolute()}"]
         command += [] if arguments.machine == "auto" else [f"--machine={arguments.machine}"]
-        # A pytest around this one would turn pytest-benchmark off.
+        # An outer pytest's variables would turn pytest-benchmark off.
         env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
         code = subprocess.run(command, cwd=results.ROOT, env=env).returncode
         if not raw.exists() or not raw.stat().st_size:
-            chosen = "--spec, --implementation and --direction"
-            raise ValueError(f"nothing was measured (pytest ended with {code}); no row fits {chosen} together")
+            flags = "--spec, --implementation and --direction"
+            raise ValueError(f"nothing was measured (pytest ended with {code}): no workload fits {flags} together")
         return results.from_pytest(json.loads(raw.read_text()))
 
 
-def _model() -> dict[str, dict[str, float]]:
+def _time_model() -> dict[str, dict[str, float]]:
     from bench import end_to_end
 
     return end_to_end.measure(end_to_end.Arguments(rounds=2))

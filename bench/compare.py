@@ -6,20 +6,21 @@ roofline is compared: both of its terms were taken in the same minute. A change 
 
 import json
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from rich.console import Console
 from rich.table import Table
 
-from bench.results import ROOT, device_folder
+from bench.report.results import ROOT, Document, Row, device_folder
 from dantinox import cli, kernels
 
 PROG = "bench.compare"
 TOLERANCE = 0.05
+OTHER_FILES = ("ablations", "toggles")  # what else is in a device's folder; the second name is the old one
 
 
 @dataclass(frozen=True)
@@ -27,17 +28,24 @@ class Arguments:
     """What to compare."""
 
     op: tuple[str, ...] = ()
-    """Operations; none: all that were measured."""
+    """Operations (default: all that were measured)."""
     device: str | None = None
-    """A folder of profiles/; default: this device's."""
+    """A folder of profiles/ (default: this device's)."""
     new: str = "profiles"
-    """Where the new measurements lie: <device>/<date>-<op>.json."""
+    """Folder of the new measurements, <device>/<date>-<op>.json."""
     commit: str = "HEAD"
-    """The commit that holds the old ones."""
+    """The commit of the old measurements."""
 
 
 class Change(NamedTuple):
-    """One implementation of one row, before and now; `ratio` is the time now over the time before."""
+    """One implementation of one row in two measurements.
+
+    Attributes:
+        row: workload and direction.
+        implementation: its name.
+        ratio: new time over old time.
+        allowed: the relative change that does not count.
+    """
 
     row: str
     implementation: str
@@ -46,41 +54,44 @@ class Change(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """slower, faster or same."""
+        """Whether the implementation got "slower", "faster" or stayed the "same"."""
         if self.ratio > 1 + self.allowed:
             return "slower"
         return "faster" if self.ratio < 1 / (1 + self.allowed) else "same"
 
 
-def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
-    """Every implementation that both documents measured."""
+def changes(old: Document, new: Document) -> list[Change]:
+    """Compare every implementation that both documents measured at the same sizes."""
     wall = "wall" in old["timer"] or "wall" in new["timer"]
-    key = lambda row: (row["spec"], row["direction"], row["dtype"], row["implementation"])
-    before = {key(row): row for row in old["rows"]}
-    found = []
+
+    def key(row: Row) -> tuple[str, ...]:
+        return row["spec"], row["direction"], row["dtype"], row["implementation"]
+
+    old_rows = {key(row): row for row in old["rows"]}
+    compared = []
     for row in new["rows"]:
-        was = before.get(key(row))
-        if was is None or was["sizes"] != row["sizes"]:
+        old_row = old_rows.get(key(row))
+        if old_row is None or old_row["sizes"] != row["sizes"]:
             continue
-        ratio = was["roofline"] / row["roofline"] if wall else row["seconds"] / was["seconds"]
-        allowed = TOLERANCE + (was["spread"] + row["spread"]) / 2
-        found.append(Change(f"{row['spec']}, {row['direction']}", row["implementation"], ratio, allowed))
-    return found
+        ratio = old_row["roofline"] / row["roofline"] if wall else row["seconds"] / old_row["seconds"]
+        allowed = TOLERANCE + (old_row["spread"] + row["spread"]) / 2
+        compared.append(Change(f"{row['spec']}, {row['direction']}", row["implementation"], ratio, allowed))
+    return compared
 
 
 def latest(folder: Path) -> dict[str, Path]:
-    """operation -> its newest file in a device's folder; dates sort as text."""
-    found: dict[str, Path] = {}
+    """Find the newest file of each operation in a device's folder."""
+    newest: dict[str, Path] = {}
     for path in sorted(folder.glob("????-??-??-*.json")):
-        found[path.stem[11:]] = path
-    return {op: path for op, path in found.items() if op != "toggles"}
+        newest[path.stem[11:]] = path  # dates sort as text
+    return {op: path for op, path in newest.items() if op not in OTHER_FILES}
 
 
-def committed(commit: str, device: str) -> dict[str, tuple[str, dict[str, Any]]]:
-    """operation -> (file name, document) of the newest committed file of a device."""
-    listed = _git("ls-tree", "--name-only", commit, f"profiles/{device}/")
-    names = sorted(Path(line).name for line in listed.splitlines() if line[-5:] == ".json")
-    newest = {name[11:-5]: name for name in names if name[:4].isdigit() and not name.endswith("-toggles.json")}
+def committed(commit: str, device: str) -> dict[str, tuple[str, Document]]:
+    """Read (file name, document) of the newest committed file of each operation of a device."""
+    listing = _git("ls-tree", "--name-only", commit, f"profiles/{device}/")
+    names = sorted(Path(line).name for line in listing.splitlines() if line[-5:] == ".json")
+    newest = {name[11:-5]: name for name in names if name[:4].isdigit() and name[11:-5] not in OTHER_FILES}
     return {op: (name, json.loads(_git("show", f"{commit}:profiles/{device}/{name}"))) for op, name in newest.items()}
 
 
@@ -92,7 +103,7 @@ def _git(*arguments: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print what changed; exit code 1 where one of ours got slower."""
+    """Print what changed; exit with 1 if one of our implementations got slower."""
     arguments = cli.parse(
         Arguments,
         argv,
@@ -110,37 +121,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         both = sorted(set(old) & set(new))
         for op in ops:
             if op not in both:
-                raise ValueError(f"--op {op!r} was not measured on both sides; allowed: {', '.join(both) or 'none'}")
-        worse, compared = False, 0
+                raise ValueError(f"--op {op!r} is not in both measurements; allowed: {', '.join(both) or 'none'}")
+        regressed, compared = False, 0
         for op in ops:
             name, before = old[op]
             now = json.loads(new[op].read_text())
             if now == before:
-                console.print(f"{op}: {new[op]} is the committed measurement itself; `make bench` makes a new one")
+                console.print(f"{op}: {new[op]} is the committed measurement; `make bench` makes a new one")
                 continue
-            found = changes(before, now)
-            compared += len(found)
-            worse |= _show(op, f"{name} ({arguments.commit}) -> {new[op].name}", found, console)
+            compared_rows = changes(before, now)
+            compared += len(compared_rows)
+            regressed |= _show(op, f"{name} ({arguments.commit}) -> {new[op].name}", compared_rows, console)
         if not compared:
             raise ValueError("nothing new to compare; `make bench` measures")
-    return 1 if worse else 0
+    return 1 if regressed else 0
 
 
-def _show(op: str, title: str, found: Sequence[Change], console: Console) -> bool:
-    """Print the changes that count; whether one of our own implementations got slower."""
+def _show(op: str, title: str, compared: Sequence[Change], console: Console) -> bool:
+    """Print the changes that count; return whether one of our own implementations got slower."""
     table = Table(title=f"{op}: {title}", title_justify="left")
     for column in ("row", "implementation", "time, new / old", "allowed", ""):
         table.add_column(column, justify="right" if "o" in column[:1] or column == "allowed" else "left")
-    told = [change for change in found if change.verdict != "same"]
-    for change in sorted(told, key=lambda change: -change.ratio):
+    shown = [change for change in compared if change.verdict != "same"]
+    for change in sorted(shown, key=lambda change: -change.ratio):
         figures = f"{change.ratio:.2f}", f"±{change.allowed:.0%}"
         style = {"slower": "red", "faster": "green"}[change.verdict]
         table.add_row(change.row, change.implementation, *figures, change.verdict, style=style)
-    if told:
+    if shown:
         console.print(table)
-    console.print(f"{op}: {len(found)} compared, {len(told)} changed beyond their spread", highlight=False)
+    console.print(f"{op}: {len(compared)} compared, {len(shown)} changed beyond their spread", highlight=False)
     ours = set(kernels.implementation_names(op)) - {"reference"}
-    return any(change.verdict == "slower" and change.implementation in ours for change in found)
+    return any(change.verdict == "slower" and change.implementation in ours for change in compared)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Training, decoding and first-token speed of a whole model: `python -m bench.end_to_end`.
+"""Measure training, decoding and first-token speed of a model: `python -m bench.end_to_end`.
 
 One small model (width 256, 6 blocks, 8 heads over 2, SwiGLU x4, window 64, sequence 256, batch 8, vocabulary 97), dense
-and with 8 experts of which 2 a token. The limit is what the machine's own matmul rate allows: rate / (6 x active
-parameters) tokens/s. The rate and all rows are measured alternately in one process, because machines drift; with
---peer PYTHON (an interpreter that has torch and transformers) Mistral and Mixtral of the same sizes take their
-turns too, in a process of their own that works only when asked.
+and with 8 experts, 2 per token. The limit is what the machine's own matmul rate allows: rate / (6 x active parameters)
+tokens per second. The rate and all rows are measured alternately in one process, because machines drift. With
+--peer PYTHON (an interpreter that has torch and transformers), Mistral and Mixtral of the same sizes take their turns
+too, in a process of their own that works only on request.
 """
 
 import json
@@ -21,7 +21,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from bench.train_step_timer import Stepper
+from bench.model.train_step_timer import TrainStepTimer
 from dantinox import cli
 from dantinox.config import Config
 from dantinox.inference import generate
@@ -54,9 +54,9 @@ class Arguments:
     """What to measure."""
 
     rounds: int = 8
-    """Alternating rounds; each row is the median over them."""
+    """Alternating rounds; the result is their median."""
     peer: str | None = None
-    """A Python with torch and transformers, to measure them beside."""
+    """A Python with torch and transformers, to measure their models as well."""
     attn: str = "auto"
     """Implementation of attention."""
     moe: str = "auto"
@@ -66,35 +66,41 @@ class Arguments:
     out: str | None = None
     """Write the numbers to this JSON file."""
     tiny: bool = False
-    """A small model: a rehearsal."""
+    """Use a small model: a rehearsal."""
 
 
-def decoder(config: Config, prompt: int, new: int) -> Callable[[], tuple[float, float]]:
-    """A function that decodes greedily and returns (seconds to the first token, seconds a token after it)."""
+def make_decode_timer(config: Config, prompt: int, new: int) -> Callable[[], tuple[float, float]]:
+    """Return a function that decodes greedily and returns (seconds to the first token, seconds per token after it).
+
+    Args:
+        config: the model.
+        prompt: tokens of the prompt.
+        new: tokens to decode after the first.
+    """
     model = Transformer(config.model, rngs=nnx.Rngs(0))
     ids = np.random.default_rng(1).integers(0, config.model.vocab_size, prompt).tolist()
-    sampling = Sampling.checked(temperature=0.0)
+    sampling = Sampling.create(temperature=0.0)
 
-    def timed(tokens: int) -> float:
+    def time_generation(tokens: int) -> float:
         request = Request([ids], tokens, sampling, 0, (), (0,), None)
         start = time.perf_counter()
-        for _ in generate.run(model, request):
+        for _ in generate.generate_chunks(model, request):
             pass
         return time.perf_counter() - start
 
-    def one() -> tuple[float, float]:
-        first = timed(1)
-        return first, (timed(1 + new) - first) / new
+    def time_decoding() -> tuple[float, float]:
+        first = time_generation(1)
+        return first, (time_generation(1 + new) - first) / new
 
-    one()
-    return one
+    time_decoding()
+    return time_decoding
 
 
-class Peer:
-    """The torch process: it trains one step each time it is asked."""
+class TorchBaseline:
+    """The process of `model/torch_baseline.py`; it trains one step per request."""
 
     def __init__(self, python: str) -> None:
-        script = Path(__file__).with_name("torch_baseline.py")
+        script = Path(__file__).parent / "model" / "torch_baseline.py"
         self._process = subprocess.Popen(
             [python, str(script), json.dumps(BASE | MOE)],
             stdin=subprocess.PIPE,
@@ -109,7 +115,7 @@ class Peer:
         self._process.stdin.write(kind + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
-        time.sleep(0.3)  # its threads spin for a while, which must not fall on the next row
+        time.sleep(0.3)  # its threads spin for a while, which must not slow the next measurement
         if not answer:
             raise ValueError("peer: the torch process ended; it needs torch and transformers")
         return float(answer)
@@ -119,53 +125,53 @@ class Peer:
 
 
 def measure(arguments: Arguments) -> dict[str, dict[str, float]]:
-    """All rows, each a median over the rounds with its spread (the interquartile range over the median)."""
+    """Measure all rows: medians over the rounds, with the spread (interquartile range over median)."""
     implementations = {name: getattr(arguments, name) for name in ("attn", "moe", "decode")}
     sizes = BASE | ({"dim": 32, "n_layers": 1, "batch_size": 2, "seq_len": 32} if arguments.tiny else {})
     base = Config().replace(**sizes, **implementations)
     configs = {"dense": base, "moe": base.replace(**MOE)}
-    trainers = {kind: Stepper(config) for kind, config in configs.items()}
+    train_timers = {kind: TrainStepTimer(config) for kind, config in configs.items()}
     long = base.replace(max_context=4096)
-    decoders = {
-        "dense, context 256": decoder(configs["dense"], 128, 127),
-        "moe, context 256": decoder(configs["moe"], 128, 127),
-        **({} if arguments.tiny else {"dense, position 4000": decoder(long, 3968, 127)}),
-        "dense, first token of 8 at context 4096": decoder(long.replace(window=None), 8, 8),
+    decode_timers = {
+        "dense, context 256": make_decode_timer(configs["dense"], 128, 127),
+        "moe, context 256": make_decode_timer(configs["moe"], 128, 127),
+        **({} if arguments.tiny else {"dense, position 4000": make_decode_timer(long, 3968, 127)}),
+        "dense, first token of 8 at context 4096": make_decode_timer(long.replace(window=None), 8, 8),
     }
-    peer = Peer(arguments.peer) if arguments.peer else None
+    baseline = TorchBaseline(arguments.peer) if arguments.peer else None
     samples: dict[str, list[float]] = {}
 
-    def note(name: str, value: float) -> None:
+    def record(name: str, value: float) -> None:
         samples.setdefault(name, []).append(value)
 
     for _ in range(arguments.rounds):
-        for kind in trainers:
-            note("rate", matmul_rate("float32", repeats=4))
-            note(f"train {kind}", trainers[kind]())
-            if peer:
-                note(f"peer {kind}", peer.step(kind))
-        for name, one in decoders.items():
-            first, each = one()
-            note(f"first {name}", first)
-            note(f"decode {name}", each)
-    if peer:
-        peer.close()
+        for kind in train_timers:
+            record("rate", matmul_rate("float32", repeats=4))
+            record(f"train {kind}", train_timers[kind]())
+            if baseline:
+                record(f"peer {kind}", baseline.step(kind))
+        for name, time_decoding in decode_timers.items():
+            first, per_token = time_decoding()
+            record(f"first {name}", first)
+            record(f"decode {name}", per_token)
+    if baseline:
+        baseline.close()
 
     rate = median(samples["rate"])
     tokens = base.train.batch_size * base.train.seq_len
     rows: dict[str, dict[str, float]] = {"matmul": {"GFLOP/s": rate / 1e9, "spread": _spread(samples["rate"])}}
     for name, values in samples.items():
-        spread, what = _spread(values), name.split(maxsplit=1)
-        if what[0] in ("train", "peer"):
-            limit = rate / (6 * flops.active_parameters(configs[what[1]].model))
+        spread, (kind, *rest) = _spread(values), name.split(maxsplit=1)
+        if kind in ("train", "peer"):
+            limit = rate / (6 * flops.active_parameters(configs[rest[0]].model))
             speed = tokens / median(values)
             rows[name] = {"tokens/s": speed, "fraction of limit": speed / limit, "spread": spread}
-        elif what[0] == "decode" and "first" not in name:
+        elif kind == "decode" and "first" not in name:
             rows[name] = {"ms/token": median(values) * 1e3, "spread": spread}
-        elif what[0] == "first" and "first token" in name:
+        elif kind == "first" and "first token" in name:
             rows[name] = {"ms": median(values) * 1e3, "spread": spread}
     for kind in configs:
-        if peer:
+        if baseline:
             ratios = [p / t for p, t in zip(samples[f"peer {kind}"], samples[f"train {kind}"], strict=True)]
             rows[f"train {kind}"]["times the peer"] = median(ratios)
     return rows
@@ -187,7 +193,7 @@ def run(arguments: Arguments) -> int:
     with cli.one_line_errors(PROG):
         rows = measure(arguments)
     table = Table(title=f"model on {jax.devices()[0].device_kind}, jax {jax.__version__}")
-    table.add_column("what")
+    table.add_column("row")
     table.add_column("measured", justify="right")
     for name, row in rows.items():
         table.add_row(name, ", ".join(f"{key} {value:.3g}" for key, value in row.items()))

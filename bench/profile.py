@@ -1,7 +1,7 @@
-"""Where the time goes: `python -m bench.profile` traces training steps, or with --op one operation.
+"""Show where the time goes: `python -m bench.profile` traces training steps, or one operation with --op.
 
-Two calls that compile and warm up come first and are not traced. The trace lies in --out for TensorBoard; the tables
-printed here are kept beside it in top.json.
+Two warm-up calls come first and are not traced. The trace is written to --out for TensorBoard, and the printed tables
+to top.json beside it.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import jaxlib
 from rich.console import Console
 from rich.table import Table
 
-from bench import runner
+from bench.operations import runner
 from dantinox import cli
 from dantinox.cli.train import Trainer
 from dantinox.config import Config, Implementation, presets
@@ -37,32 +37,38 @@ STEPS, WARM_UP = 5, 2
 
 @dataclass(frozen=True)
 class Arguments:
-    """What to trace. The settings of training are flags too, --attn and --moe among them; --steps counts the calls."""
+    """What to trace. All settings of training are flags, such as --attn and --moe; --steps is the number of calls."""
 
     settings: Config
     preset: str | None = None
-    """Settings of the training to trace; flags are laid over them."""
+    """Settings of the training to trace; flags override them."""
     op: str | None = None
-    """Trace this operation alone, at the sizes of --spec."""
+    """Trace only this operation, at the sizes of --spec."""
     spec: str | None = None
-    """A row of the operation in kernels/workloads/."""
+    """A workload of the operation in kernels/workloads/."""
     implementation: Implementation = "auto"
     """Implementation of --op."""
     backward: bool = False
-    """The gradients of --op too."""
+    """Run the gradients of --op as well."""
     out: str = "runs/profile"
     """Folder of the traces."""
     json: str | None = None
-    """Where to write the tables; None: top.json beside the trace."""
+    """Where to write the tables (default: top.json beside the trace)."""
     top: int = 20
-    """Operations to show."""
+    """Number of operations to show."""
     verbose: bool = False
-    """Say which implementations were chosen, and show tracebacks."""
+    """Log which implementations were chosen, and show tracebacks."""
 
 
 @dataclass(frozen=True)
 class TracedProgram:
-    """Something to trace: `call(i)` runs it once and waits for it; `hlo` is the compiled program's text."""
+    """A program to trace.
+
+    Attributes:
+        name: its name in the tables.
+        call: `call(i)` runs it once and waits for its results.
+        hlo: the text of the compiled program.
+    """
 
     name: str
     call: Callable[[int], Any]
@@ -70,24 +76,24 @@ class TracedProgram:
 
 
 def parse(argv: Sequence[str]) -> Arguments:
-    """Settings from the preset, then flags."""
+    """Parse the command line: the settings of the preset, overridden by flags."""
     with cli.one_line_errors(PROG):
         preset = cli.peek_flag(argv, "--preset")
         base = Config.from_preset(preset or "nano", steps=STEPS)
         return cli.parse(
             Arguments,
             argv,
-            default=Arguments(base.loose(), preset=preset),
+            default=Arguments(base, preset=preset),
             prog=PROG,
             description=f"Trace training steps, or one operation. Presets: {', '.join(presets())} (default: nano).",
         )
 
 
-def workload(arguments: Arguments) -> TracedProgram:
-    """What the arguments ask for, compiled.
+def build_program(arguments: Arguments) -> TracedProgram:
+    """Compile the program that the arguments ask for.
 
     Raises:
-        ValueError: there is no such operation or row, or the flags do not go together.
+        ValueError: there is no such operation or workload, or the flags do not go together.
     """
     if arguments.top < 1:
         raise ValueError(f"top is {arguments.top}; allowed: 1 or more")
@@ -95,18 +101,18 @@ def workload(arguments: Arguments) -> TracedProgram:
         for name in ("spec", "backward"):
             if getattr(arguments, name):
                 raise ValueError(f"--{name} is about one operation; add --op")
-        return training(arguments.settings, arguments.preset or "nano")
+        return build_training(arguments.settings, arguments.preset or "nano")
     if arguments.preset is not None:
         raise ValueError("--preset is about training and --op about one operation; give one of them")
     allowed = sorted({row.op for row in workloads.ROWS})
     if arguments.op not in allowed:
         raise ValueError(f"op is {arguments.op!r}; allowed: {', '.join(allowed)}")
-    spec = workloads.get(arguments.op, arguments.spec or "")
-    return operation(spec, arguments.implementation, arguments.backward)
+    workload = workloads.get(arguments.op, arguments.spec or "")
+    return build_operation(workload, arguments.implementation, arguments.backward)
 
 
-def training(config: Config, name: str) -> TracedProgram:
-    """Training steps on the data that the settings name."""
+def build_training(config: Config, name: str) -> TracedProgram:
+    """Compile training steps on the data of the settings."""
     trainer = Trainer(config)
     state = trainer.init_state()
     compiled = trainer.step.lower(state, *trainer.batch(0), jnp.int32(0)).compile()
@@ -119,15 +125,15 @@ def training(config: Config, name: str) -> TracedProgram:
     return TracedProgram(f"training {name}", call, compiled.as_text())
 
 
-def operation(spec: Workload, implementation: str, backward: bool) -> TracedProgram:
-    """One operation at one row's sizes, in the row's first dtype; a decoding cache is donated and handed on."""
-    if backward and isinstance(spec, Decode):
+def build_operation(workload: Workload, implementation: str, backward: bool) -> TracedProgram:
+    """Compile one operation at the sizes of a workload, in its first dtype; a decoding cache is donated."""
+    if backward and isinstance(workload, Decode):
         raise ValueError("decode_attention has no backward pass; leave --backward out")
-    inputs, state, dout = runner.arguments(spec)
-    aux = {name: jax.tree.map(jnp.asarray, value) for name, value in spec.integer_inputs().items()}
-    forward = jax.named_scope(spec.op)(runner.ours(spec, implementation))
-    program = jax.jit(runner.program(forward, backward), donate_argnums=1)
-    compiled = program.lower(inputs, state, aux, dout).compile()
+    inputs, state, dout = runner.random_arguments(workload)
+    aux = {name: jax.tree.map(jnp.asarray, value) for name, value in workload.integer_inputs().items()}
+    forward = jax.named_scope(workload.op)(runner.implementation_function(workload, implementation))
+    jitted = jax.jit(runner.build_program(forward, backward), donate_argnums=1)
+    compiled = jitted.lower(inputs, state, aux, dout).compile()
 
     def call(i: int) -> None:
         nonlocal state
@@ -135,39 +141,43 @@ def operation(spec: Workload, implementation: str, backward: bool) -> TracedProg
         jax.block_until_ready((results, state))
 
     passes = "forward and backward" if backward else "forward"
-    return TracedProgram(f"{spec.op} {spec.name!r} {implementation}, {passes}", call, compiled.as_text())
+    return TracedProgram(f"{workload.op} {workload.name!r} {implementation}, {passes}", call, compiled.as_text())
 
 
-def capture(work: TracedProgram, steps: int, out: Path) -> tuple[Path, float]:
-    """(the trace file, seconds that the traced calls took). Each call is a step of its own in the trace."""
+def capture(program: TracedProgram, steps: int, out: Path) -> tuple[Path, float]:
+    """Trace a program; each call is a step of its own in the trace.
+
+    Returns:
+        The trace file, and the seconds that the traced calls took.
+    """
     for i in range(WARM_UP):
-        work.call(i)
+        program.call(i)
     options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0  # one event for each Python call would bury, and slow down, what is looked for
+    options.python_tracer_level = 0  # an event per Python call would hide and slow down the operations
     with jax.profiler.trace(str(out), profiler_options=options):
         start = time.perf_counter()
         for i in range(steps):
             with jax.profiler.StepTraceAnnotation("train", step_num=i):
-                work.call(WARM_UP + i)
+                program.call(WARM_UP + i)
         seconds = time.perf_counter() - start
     return max(out.glob("plugins/profile/*/*.xplane.pb"), key=lambda path: path.stat().st_mtime), seconds
 
 
-def read(path: Path, work: TracedProgram, steps: int, seconds: float) -> dict[str, Any]:
-    """The tables of a trace, to which the parts of the model are added as a plane of its own."""
+def analyze(path: Path, program: TracedProgram, steps: int, seconds: float) -> dict[str, Any]:
+    """Read the tables of a trace, and add the parts of the model to its file as a plane."""
     data = jax.profiler.ProfileData.from_file(str(path))
-    names, found = profile_report.op_names(work.hlo), profile_report.spans(data)
+    names, spans = profile_report.op_names(program.hlo), profile_report.collect_spans(data)
     with path.open("ab") as file:
-        file.write(profile_report.scopes_plane(found, names))
-    tracks = len({span.track for span in found}) or 1
+        file.write(profile_report.scopes_plane(spans, names))
+    num_tracks = len({span.track for span in spans}) or 1
     tables = {
-        "operations": profile_report.operations(found, names),
-        "parts": profile_report.by_scope(found, names),
-        "kernels": profile_report.device_kernels(data),
+        "operations": profile_report.time_by_operation(spans, names),
+        "parts": profile_report.time_by_scope(spans, names),
+        "kernels": profile_report.time_by_kernel(data),
     }
     device = jax.devices()[0]
     return {
-        "what": work.name,
+        "what": program.name,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": device.device_kind,
         "platform": device.platform,
@@ -175,12 +185,12 @@ def read(path: Path, work: TracedProgram, steps: int, seconds: float) -> dict[st
         "jaxlib": jaxlib.__version__,
         "steps": steps,
         "step_ms": seconds / steps * 1e3,
-        "busy_share": profile_report.busy_ms(found) / (seconds * 1e3 * tracks),
+        "busy_share": profile_report.busy_ms(spans) / (seconds * 1e3 * num_tracks),
     } | {name: [dataclasses.asdict(row) for row in rows] for name, rows in tables.items()}
 
 
 def show(result: dict[str, Any], top: int) -> None:
-    """Print the tables: kernels where a GPU ran them, else XLA's operations; then the parts of the model."""
+    """Print the tables: a GPU's kernels or else XLA's operations, then the parts of the model."""
     console, steps = Console(), result["steps"]
     console.print(
         f"{result['what']} on {result['device']}, jax {result['jax']}: {steps} steps of {result['step_ms']:.1f} ms, "
@@ -189,7 +199,7 @@ def show(result: dict[str, Any], top: int) -> None:
         soft_wrap=True,
     )
     kind = "kernels" if result["kernels"] else "operations"
-    table = Table(title=f"top {kind}; ms a step")
+    table = Table(title=f"top {kind}; ms per step")
     for column in (kind[:-1], "part", "calls", "total ms", "self ms", "share"):
         table.add_column(column, justify="left" if column in (kind[:-1], "part") else "right", overflow="fold")
     for row in result[kind][:top]:
@@ -197,7 +207,7 @@ def show(result: dict[str, Any], top: int) -> None:
         part = row["part"] + (" (backward)" if row["backward_ms"] else "")
         table.add_row(row["name"], part, f"{row['count'] / steps:g}", *times, f"{row['share']:.1%}")
     console.print(table)
-    table = Table(title="parts, all blocks together; ms a step")
+    table = Table(title="parts, all blocks together; ms per step")
     for column in ("part", "ms", "of it backward", "share"):
         table.add_column(column, justify="left" if column == "part" else "right")
     for row in result["parts"]:
@@ -212,15 +222,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: Arguments) -> int:
-    """Trace, print the tables and say how to look at the trace."""
+    """Trace, print the tables, and print how to view the trace."""
     malloc.tune_glibc_malloc()
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     if arguments.verbose:
         logging.getLogger("dantinox.kernels").setLevel(logging.INFO)
     with cli.one_line_errors(PROG, arguments.verbose):
-        work, steps, out = workload(arguments), arguments.settings.train.steps, Path(arguments.out)
-        path, seconds = capture(work, steps, out)
-        result = read(path, work, steps, seconds)
+        program, steps, out = build_program(arguments), arguments.settings.train.steps, Path(arguments.out)
+        path, seconds = capture(program, steps, out)
+        result = analyze(path, program, steps, seconds)
         summary = Path(arguments.json) if arguments.json else path.with_name("top.json")
         summary.parent.mkdir(parents=True, exist_ok=True)
         summary.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,9 +1,9 @@
-"""Where an array is wrong: in how many places, in which the most, and in which blocks of rows and columns they lie.
+"""Describe where an array is wrong: how many elements, the worst one, and the blocks of rows and columns they are in.
 
     error 1.2 (allowed 0.03), 4096 of 65536 wrong, 0 NaN, worst at (0, 77, 1, 5): 1.9, not 0.7;
     rows 64-127 of each 128: 100%, others 0; columns: 50% everywhere; axis 2: only at 1 (of 0-3)
 
-A warpgroup, a tile or a head that computes nonsense shows as blocks of its own. This module needs NumPy alone.
+A warpgroup, a tile or a head with wrong results shows as blocks of its own. This module needs only NumPy.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,22 +11,22 @@ from typing import Any
 
 import numpy as np
 
-BLOCK = 64  # rows of a warpgroup's product; tiles of every kernel are multiples of it, or it of them
-SPREAD = 0.2  # shares no further apart than this are one level
-# How many are named at most: indices of an axis, levels, ranges of a level, blocks of a period.
+BLOCK = 64  # rows of a warpgroup's product; the tile sizes of every kernel divide it or are multiples of it
+SPREAD = 0.2  # blocks whose wrong shares differ by no more than this are one level
+# The most that are listed: indices of an axis, levels, ranges of a level, blocks of a period.
 FEW, LEVELS, RANGES, PERIOD = 4, 3, 4, 8
 
 
 def describe(actual: Any, expected: Any, allowed: float, row_axis: int | None = None) -> str:
-    """Where `actual` is further than `allowed` from `expected`; NaN is wrong.
+    """Describe where `actual` differs from `expected` by more than `allowed`; NaN is wrong.
 
     Args:
-        actual, expected: arrays of one shape, of anything that NumPy takes to float64.
-        allowed: the largest error that is right.
-        row_axis: the axis of rows; None: the longest but for the last, which is that of columns.
+        actual, expected: arrays of one shape that NumPy can convert to float64.
+        allowed: the largest error that counts as right.
+        row_axis: the axis of rows; None: the longest axis but the last, which is that of columns.
 
     Returns:
-        One line: the error, counts, the worst place, and the share that is wrong in blocks of 64 rows and columns.
+        One line: the error, counts, the worst element, and the wrong share of blocks of 64 rows and columns.
     """
     x, y = (np.asarray(a).astype(np.float64) for a in (actual, expected))
     if x.shape != y.shape:
@@ -38,55 +38,61 @@ def describe(actual: Any, expected: Any, allowed: float, row_axis: int | None = 
     text += f", {np.sum(np.isnan(x))} NaN"
     if not wrong.any():
         return text
-    at = np.unravel_index(np.argmax(error), x.shape)  # of the first NaN, where there is one
-    return "; ".join([f"{text}, worst at {_place(at)}: {x[at]:.4g}, not {y[at]:.4g}", *_where(wrong, row_axis)])
+    worst = np.unravel_index(np.argmax(error), x.shape)  # the first NaN, if there is one
+    text += f", worst at {_index(worst)}: {x[worst]:.4g}, not {y[worst]:.4g}"
+    return "; ".join([text, *_where(wrong, row_axis)])
 
 
 def different_bits(actual: Any, expected: Any, row_axis: int | None = None) -> str:
-    """Where the bits of two arrays differ, as `describe` says it; "" where they are the same arrays."""
+    """Describe where the bits of two arrays differ, in the form of `describe`; "" if they are equal."""
     x, y = np.asarray(actual), np.asarray(expected)
     if (x.dtype, x.shape) != (y.dtype, y.shape):
         return f"{x.dtype}{list(x.shape)}, not {y.dtype}{list(y.shape)}"
-    bits = lambda a: np.ascontiguousarray(a).reshape(-1).view(np.uint8).reshape(*a.shape, -1)
-    wrong = (bits(x) != bits(y)).any(axis=-1)
+    x_bytes, y_bytes = (np.ascontiguousarray(a).reshape(-1).view(np.uint8).reshape(*a.shape, -1) for a in (x, y))
+    wrong = (x_bytes != y_bytes).any(axis=-1)
     if not wrong.any():
         return ""
-    at = np.unravel_index(np.argmax(wrong), x.shape)
-    first = f"{np.sum(wrong)} of {x.size} places differ, first at {_place(at)}: {x[at]}, not {y[at]}"
-    return "; ".join([first, *_where(wrong, row_axis)])
+    first = np.unravel_index(np.argmax(wrong), x.shape)
+    text = f"{np.sum(wrong)} of {x.size} places differ, first at {_index(first)}: {x[first]}, not {y[first]}"
+    return "; ".join([text, *_where(wrong, row_axis)])
 
 
-def _place(at: Sequence[Any]) -> tuple[int, ...]:
-    return tuple(map(int, at))
+def _index(index: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(map(int, index))
 
 
 def _where(wrong: np.ndarray, row_axis: int | None) -> Iterator[str]:
-    """A phrase each for rows, columns, and other axes of which only some indices are wrong."""
+    """Yield a phrase for the rows, for the columns, and for each other axis with only some wrong indices."""
     axes = range(wrong.ndim)
     if row_axis is None and wrong.ndim > 1:
         row_axis = int(np.argmax(wrong.shape[:-1]))
     for axis, name in ((row_axis, "rows"), (wrong.ndim - 1, "columns")):
         if axis is not None and axis >= 0 and wrong.shape[axis] > 1:
-            each = wrong.mean(axis=tuple(a for a in axes if a != axis))
-            few = np.count_nonzero(each) <= FEW < len(each)
-            yield f"{name}: {_only(each)}" if few else _blocks(each, name)
+            shares = wrong.mean(axis=tuple(a for a in axes if a != axis))
+            few = np.count_nonzero(shares) <= FEW < len(shares)
+            yield f"{name}: {_few_indices(shares)}" if few else _blocks(shares, name)
     for axis in axes[:-1]:
-        each = wrong.any(axis=tuple(a for a in axes if a != axis))
-        if axis != row_axis and not each.all():
-            yield f"axis {axis}: {_only(each)}"
+        has_wrong = wrong.any(axis=tuple(a for a in axes if a != axis))
+        if axis != row_axis and not has_wrong.all():
+            yield f"axis {axis}: {_few_indices(has_wrong)}"
 
 
-def _only(each: np.ndarray) -> str:
-    """The indices at which something is wrong."""
-    hit = np.flatnonzero(each)
-    more = f" and {len(hit) - FEW} more" if len(hit) > FEW else ""
-    return f"only at {', '.join(map(str, hit[:FEW]))}{more} (of 0-{len(each) - 1})"
+def _few_indices(shares: np.ndarray) -> str:
+    """List the indices with a wrong element."""
+    indices = np.flatnonzero(shares)
+    more = f" and {len(indices) - FEW} more" if len(indices) > FEW else ""
+    return f"only at {', '.join(map(str, indices[:FEW]))}{more} (of 0-{len(shares) - 1})"
 
 
-def _blocks(each: np.ndarray, name: str) -> str:
-    """The shares of each row, or column, as those of levels of blocks."""
-    starts = np.arange(0, len(each), BLOCK)
-    shares = np.add.reduceat(each, starts) / np.diff([*starts, len(each)])
+def _blocks(line_shares: np.ndarray, name: str) -> str:
+    """Group blocks of rows or columns with similar wrong shares into levels, and describe each level.
+
+    Args:
+        line_shares: the wrong share of each row or column.
+        name: "rows" or "columns".
+    """
+    starts = np.arange(0, len(line_shares), BLOCK)
+    shares = np.add.reduceat(line_shares, starts) / np.diff([*starts, len(line_shares)])
     order, levels = np.argsort(-shares, kind="stable"), []
     for block in order:
         largest = shares[levels[-1][0]] if levels else 2.0
@@ -97,12 +103,12 @@ def _blocks(each: np.ndarray, name: str) -> str:
     if not named:
         return f"{name}: {_share(shares)} everywhere"
     members = [np.isin(np.arange(len(shares)), level) for level in named]
-    parts = [f"{_ranges(member, len(each))}: {_share(shares[member])}" for member in members]
+    parts = [f"{_ranges(member, len(line_shares))}: {_share(shares[member])}" for member in members]
     return f"{name} {', '.join(parts)}, others {_share(shares[others])}"
 
 
 def _ranges(member: np.ndarray, length: int) -> str:
-    """Blocks by the rows in them: "64-127 of each 128" where they recur, else one range after the other."""
+    """List blocks by their rows: "64-127 of each 128" if they recur, else as ranges."""
     blocks = np.arange(len(member))
     for period in range(2, min(PERIOD, len(member) // 2) + 1):
         if (member == member[blocks % period]).all():
@@ -113,7 +119,7 @@ def _ranges(member: np.ndarray, length: int) -> str:
 
 
 def _share(shares: np.ndarray) -> str:
-    """The least and the most of some shares, in percent."""
+    """Format the smallest and the largest of some shares, in percent."""
 
     def percent(share: float) -> str:
         if share in (0, 1):

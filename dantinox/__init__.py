@@ -1,6 +1,6 @@
-"""DantinoX: a nano Transformer language model, and the laboratory in which its Pallas kernels are made.
+"""DantinoX: a nano Transformer language model, and a laboratory for its Pallas kernels.
 
-What is imported from here is loaded when it is first used, so that `import dantinox.kernels` loads no model.
+Public names are imported on first use, so `import dantinox.kernels` does not import the model.
 """
 
 import importlib
@@ -29,7 +29,7 @@ __all__ = [
     "save_hf",
     "stream",
 ]
-_HOMES = {
+_MODULES = {
     "Config": "dantinox.config",
     "ConfigError": "dantinox.config",
     "ModelConfig": "dantinox.config",
@@ -44,9 +44,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    value = getattr(importlib.import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 

@@ -1,4 +1,4 @@
-"""Print the table of all settings, read from the source of their classes, as README holds it."""
+"""Print the tables of all settings for README.md, read from the source of their classes."""
 
 import ast
 import dataclasses
@@ -20,20 +20,20 @@ SECTIONS = {
 }
 
 
-def docstrings() -> dict[str, str]:
-    """Field name -> the string below it."""
-    found = {}
+def field_docstrings() -> dict[str, str]:
+    """Map the name of each field to the string below it."""
+    texts = {}
     for section in SECTIONS.values():
         (definition,) = ast.parse(inspect.getsource(section)).body
         for field, text in pairwise(definition.body):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                found[field.target.id] = " ".join(text.value.value.split())
-    return found
+                texts[field.target.id] = " ".join(text.value.value.split())
+    return texts
 
 
 def table() -> str:
-    """Markdown, a table a section."""
-    texts, parts = docstrings(), []
+    """Format the settings as Markdown, with a table per section."""
+    texts, tables = field_docstrings(), []
     for title, section in SECTIONS.items():
         hints = get_type_hints(section)
         rows = [f"| {title} | default | |", "|---|---|---|"]
@@ -44,8 +44,8 @@ def table() -> str:
                 text += " `" + "` `".join(choices) + "`"
             flag = "--" + field.name.replace("_", "-")
             rows.append(f"| `{flag}` | {field.default if field.default != '' else '(empty)'} | {text} |")
-        parts.append("\n".join(rows))
-    return "\n\n".join(parts)
+        tables.append("\n".join(rows))
+    return "\n\n".join(tables)
 
 
 if __name__ == "__main__":

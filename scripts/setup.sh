@@ -1,10 +1,10 @@
 #!/bin/sh
 # Make the environment ready: find a Python, create .venv, install DantinoX with the extras asked for.
-# Returns at once when everything is there already.
+# Returns at once if everything is installed already.
 #
 #   scripts/setup.sh [extra...]     the extras of pyproject.toml; an NVIDIA GPU adds `cuda` by itself
 #
-#   ACCEL=cpu|cuda|tpu   overrules what was detected
+#   ACCEL=cpu|cuda|tpu   overrides the detected accelerator
 #   PYTHON=...           the Python to build with: 3.12, 3.13 or 3.14
 #   VENV=.venv           where to build
 #   CONSTRAINTS=FILE     the versions to install (constraints.txt); /dev/null: the newest that pyproject.toml allows
@@ -14,15 +14,15 @@ cd -- "$(dirname -- "$0")/.."
 
 venv=${VENV:-.venv}
 constraints=${CONSTRAINTS:-constraints.txt}
-stamp=$venv/.dantinox     # written last: this environment is complete, for this key and these extras
-marker=$venv/.installing  # there while an install runs: found later, that install was cut short
+stamp=$venv/.dantinox     # written last: the environment is complete, with this key and these extras
+marker=$venv/.installing  # exists during an install: if it exists later, that install was interrupted
 
 say() { printf '%s\n' "$*" >&2; }
 die() { say "setup: $*"; exit 1; }
 have() { command -v "$1" >/dev/null 2>&1; }
 has_word() { case " $1 " in *" $2 "*) ;; *) return 1 ;; esac; }
 
-# --- what is wanted: the key, and the extras with the accelerator's ---
+# --- the key of the environment, and the extras including the accelerator's ---
 
 key="$(cat pyproject.toml "$constraints" | cksum) $PWD"
 probe="$(command -v nvidia-smi || :) $(echo /dev/nvidia[0-9]*)" # nvidia-smi itself is too slow for every call
@@ -58,7 +58,7 @@ set_wanted() {
     done
 }
 
-# --- Python: one that really runs, not a shim that only says so ---
+# --- a Python that runs, not a shim that only prints a version ---
 
 check='
 import os, sys
@@ -68,7 +68,7 @@ print("fits" if fits else "misfit", "venv" if venv else "bare", "%d.%d.%d" % sys
 '
 about() { "$1" -IS -c "$check" 2>/dev/null </dev/null; }
 
-fits() { # fits PYTHON: sets $version, or notes in $seen why not
+fits() { # fits PYTHON: sets $version, or adds the reason to $seen
     answer=$(about "$1") || return 1
     version=${answer#* * }
     version=${version%% *}
@@ -121,10 +121,10 @@ END
 
 # --- the environment ---
 
-venv_runs() { # the environment's Python runs, and is the one PYTHON names
-    mine=$(about "$venv/bin/python") || return 1
-    case $mine in "fits "*) ;; *) return 1 ;; esac
-    [ -z "${PYTHON:-}" ] || [ "$mine" = "$(about "$PYTHON")" ]
+venv_runs() { # the environment's Python runs, and is the one that PYTHON names
+    venv_python=$(about "$venv/bin/python") || return 1
+    case $venv_python in "fits "*) ;; *) return 1 ;; esac
+    [ -z "${PYTHON:-}" ] || [ "$venv_python" = "$(about "$PYTHON")" ]
 }
 
 is_ready() { # is_ready EXTRA...
@@ -173,7 +173,7 @@ install() { # install EXTRAS
     "$@" -c "$constraints" -e "$package" || die "the install failed; the lines above say why. The next call starts it again."
 }
 
-warm_up() { # the imports that every program needs: proves that they work, and compiles their bytecode and no more
+warm_up() { # checks the imports that every program needs, and compiles their bytecode only
     PYTHONDONTWRITEBYTECODE='' "$venv/bin/python" -c 'import flax.nnx, jax.experimental.pallas, optax, orbax.checkpoint, rich, tokenizers, tyro, yaml' ||
         die "installed, but an import fails; the lines above say which"
 }

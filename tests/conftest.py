@@ -1,10 +1,11 @@
-"""Settings that every test needs before JAX starts."""
+"""Settings that every test needs before JAX starts, and readable ids for parameters."""
 
 import os
 import shutil
 import signal
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,9 +42,26 @@ if settings is not None:
     settings.register_profile("explore", deadline=None, max_examples=1000)
     # Of the random shapes of the four operations, 300 with "repeat", this makes 10^4.
     settings.register_profile("long", settings.get_profile("repeat"), max_examples=1334)
-    # With -k "any_small_shape and pallas", 10^4 shapes of one implementation of attention.
+    # With -k "random_shapes_match_python_loops and pallas", 10^4 shapes of one implementation of attention.
     settings.register_profile("thorough", settings.get_profile("repeat"), max_examples=6667)
     settings.load_profile("repeat")
+
+
+def pytest_make_parametrize_id(config: pytest.Config, val: Any, argname: str) -> str | None:
+    """Make a readable id for a value that pytest itself would call `gate0`, `True` or `2`."""
+    if isinstance(val, signal.Signals):
+        return val.name
+    if val is None or isinstance(val, bool | int | float):
+        return f"{argname}={val}"
+    if isinstance(val, dict) and val:
+        text = ", ".join(f"{name}={value}" for name, value in val.items())
+    elif isinstance(val, list | tuple) and val and all(isinstance(item, str) for item in val):
+        text = " ".join(val)
+    elif isinstance(val, dict | list | tuple | range):
+        text = str(val)
+    else:
+        return None
+    return text.encode("unicode_escape").decode("ascii") if len(text) <= 80 else None
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,14 +1,14 @@
-"""What did the compiler make of it? Kernels compiled for accelerators that are not there.
+"""Compile kernels for accelerators without having them, and read what the compilers made of them.
 
-__main__    the command line
-cases       which programs: rows of `dantinox.kernels.workloads` x implementations x directions
-programs    a function and abstract arguments for each; `baselines` has the public kernels
-worker_pool the parent's side of the worker processes
-worker      a process that compiles for one target and reads what the compiler wrote
-gpu, tpu    how to compile for the one and the other
-ptx, tpu_schedule    parsers of what ptxas, cuobjdump and libtpu print
-attention_bundles    how often a TPU runs each part of an attention kernel; `gmm_bundles` of a grouped matmul
-profile     profiles/aot/<target>.json: written, read, compared
-report      the table
-readme_tables    the table in profiles/aot/README.md
+__main__      the command line
+cases         which programs: workloads x implementations x directions
+programs      a function and abstract arguments for each case; `baselines` has the public kernels
+hardware      the accelerators: peak rates, memory, units
+worker_pool   the parent's side of the worker processes
+worker        a process that compiles for one target and reads what the compiler wrote
+gpu/          compiles for NVIDIA GPUs; reads ptxas (`ptx`) and machine code (`sass`)
+tpu/          compiles for TPUs; reads libtpu's schedules; counts executed bundles and bytes moved
+profile       profiles/aot/<target>.json: read, written, compared
+report/       the table in the terminal, and those of profiles/aot/README.md
+memory_traffic, locate    programs of their own: bytes moved, and where a kernel hangs
 """

@@ -1,17 +1,17 @@
-"""Which programs are compiled: rows of `dantinox.kernels.workloads`, implementations, directions."""
+"""The programs that are compiled: workloads x implementations x dtypes x directions."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from bench import hardware
+from bench.aot import hardware
 from dantinox import kernels
 from dantinox.kernels import workloads
 
 OPERATIONS = ("attention", "grouped_matmul", "moe_mlp", "decode_attention")
 DIRECTIONS = ("forward", "both")  # both: forward and backward, by jax.vjp
 
-# What CI compiles: one of each kind of program, in a minute. (op, spec, implementations, direction)
+# (op, workload, implementations, direction) of what CI compiles: one of each kind of program, in a minute
 SHORT = (
     ("attention", "aot d128 causal", ("pallas", "jax_mgpu", "splash"), "forward"),
     ("grouped_matmul", "aot E=8 uniform", ("pallas", "xla"), "forward"),
@@ -33,24 +33,24 @@ class Case:
 
     @property
     def key(self) -> str:
-        """Its name in a profile."""
+        """The program's key in a profile."""
         return f"{self.op} / {self.spec} / {self.implementation} / {self.dtype} / {self.direction}"
 
     def program(self) -> tuple:
-        """What the compiler sees of it: rows that differ only in the values of their arrays are one program."""
-        spec = workloads.get(self.op, self.spec)
-        sizes = dataclasses.asdict(spec)
+        """What the compiler sees: workloads that differ only in the values of their arrays are one program."""
+        workload = workloads.get(self.op, self.spec)
+        sizes = dataclasses.asdict(workload)
         for name in ("name", "suites", "devices", "dtypes", "sweep", "skew", "sizes", "lengths"):
             sizes.pop(name, None)
-        batch = len(getattr(spec, "lengths", ()))
+        batch = len(getattr(workload, "lengths", ()))
         return (self.op, self.implementation, self.dtype, self.direction, batch, tuple(sorted(sizes.items(), key=str)))
 
     def roofline_seconds(self, target: hardware.Target) -> float:
-        """No implementation takes less."""
-        spec = workloads.get(self.op, self.spec)
-        work = spec.cost()
+        """Lower bound on the time of any implementation."""
+        workload = workloads.get(self.op, self.spec)
+        work = workload.cost()
         if self.direction == "both":
-            work = work + spec.cost(backward=True)
+            work = work + workload.cost(backward=True)
         return target.seconds(work.flops, work.bytes, self.dtype)
 
 
@@ -62,65 +62,72 @@ def cases(
     implementations: Sequence[str] = (),
     short: bool = False,
 ) -> list[Case]:
-    """The programs for a target, those of the smallest rows first; empty filters mean all.
+    """List the programs for a target, those of the smallest workloads first.
+
+    Args:
+        target: the accelerator.
+        ops, names, implementations: what to take, by name; empty: all.
+        short: only the programs of `SHORT`.
 
     Raises:
-        ValueError: a filter holds a name that nothing has.
+        ValueError: a name is unknown.
     """
-    from bench.aot import baselines  # it imports jax, which the check of a command line need not
+    from bench.aot import baselines  # it imports jax, which checking a command line must not
 
     known_specs = {row.name for op in OPERATIONS for m in ("h100", "tpu") for row in workloads.select(op, "aot", m)}
-    for what, given, known in (
+    for argument, given, known in (
         ("op", ops, OPERATIONS),
         ("spec", names, sorted(known_specs)),
         (
             "implementation",
             implementations,
-            (*dict.fromkeys(n for op in OPERATIONS for n in ours(op)), *baselines.PEERS),
+            (*dict.fromkeys(n for op in OPERATIONS for n in compiled_implementations(op)), *baselines.BASELINES),
         ),
     ):
         for name in given:
             if name not in known:
-                raise ValueError(f"{what} is {name!r}; allowed: {', '.join(known)}")
-    taken = lambda op: {name: peer.takes(op) for name, peer in baselines.PEERS.items()}
-    found = [
-        case for op in ops or OPERATIONS for case in _of_op(op, target, baselines.names(op, target.name), taken(op))
-    ]
+                raise ValueError(f"{argument} is {name!r}; allowed: {', '.join(known)}")
+    chosen: list[Case] = []
+    for op in ops or OPERATIONS:
+        dtypes = {name: baselines.BASELINES[name].dtypes_of(op) for name in baselines.names(op, target.name)}
+        chosen += _cases_of(op, target, dtypes)
     if short:
-        found = [c for c in found if any(_in_short(c, row) for row in SHORT)]
-    found = [
+        chosen = [case for case in chosen if any(_in_short(case, row) for row in SHORT)]
+    chosen = [
         case
-        for case in found
+        for case in chosen
         if (not names or case.spec in names) and (not implementations or case.implementation in implementations)
     ]
-    # The features at small sizes come first: a run that is cut short has seen every kernel.
-    return sorted(found, key=lambda case: not case.spec.startswith("aot "))
+    # Small sizes with every feature come first: a run that is cut short has compiled every kernel.
+    return sorted(chosen, key=lambda case: not case.spec.startswith("aot "))
 
 
-def ours(op: str) -> tuple[str, ...]:
-    """The implementations of an operation that are compiled: all in its table but the specification."""
+def compiled_implementations(op: str) -> tuple[str, ...]:
+    """List our implementations of an operation but the reference, which is not compiled."""
     return tuple(name for name in kernels.implementation_names(op) if name not in ("auto", "reference"))
 
 
-def _of_op(
-    op: str, target: hardware.Target, peer_names: Sequence[str], accepted: Mapping[str, Sequence[str]]
-) -> Iterator[Case]:
-    """All programs of an operation; `accepted` has the dtypes that a peer takes."""
+def _cases_of(op: str, target: hardware.Target, baseline_dtypes: Mapping[str, Sequence[str]]) -> Iterator[Case]:
+    """Yield all programs of an operation.
+
+    Args:
+        baseline_dtypes: the public kernels of the operation on this target, and the dtypes that each supports.
+    """
     directions = DIRECTIONS[:1] if op == "decode_attention" else DIRECTIONS
     for row in workloads.select(op, "aot", target.machine):
-        for implementation in (*ours(op), *peer_names):
+        for implementation in (*compiled_implementations(op), *baseline_dtypes):
             dtypes = [dtype for dtype in row.dtypes if dtype in target.flops]
-            # Another dtype of the same width shows nothing new, except in a kernel whose every instruction is chosen.
-            if implementation == "xla" or implementation in peer_names:
-                dtypes = _first(dtypes, accepted.get(implementation, dtypes))
+            # Another dtype of the same width only matters in our own kernels.
+            if implementation == "xla" or implementation in baseline_dtypes:
+                dtypes = _first_supported(dtypes, baseline_dtypes.get(implementation, dtypes))
             for dtype in dtypes:
                 for direction in directions:
                     yield Case(op, row.name, implementation, dtype, direction)
 
 
-def _first(dtypes: Sequence[str], accepted: Sequence[str]) -> list[str]:
-    """The first dtype that is accepted; where none is, the first, to be refused with a reason."""
-    return [*(dtype for dtype in dtypes if dtype in accepted), *dtypes][:1]
+def _first_supported(dtypes: Sequence[str], supported: Sequence[str]) -> list[str]:
+    """The first dtype that is supported; the first of all if none is, to be refused with a reason."""
+    return [*(dtype for dtype in dtypes if dtype in supported), *dtypes][:1]
 
 
 def _in_short(case: Case, row: tuple[str, str, tuple[str, ...], str]) -> bool:
@@ -128,5 +135,5 @@ def _in_short(case: Case, row: tuple[str, str, tuple[str, ...], str]) -> bool:
     return (
         (case.op, case.spec, case.direction) == (op, name, direction)
         and case.implementation in implementations
-        and (case.dtype == "bfloat16" or case.implementation not in ours(op))
+        and (case.dtype == "bfloat16" or case.implementation not in compiled_implementations(op))
     )

@@ -1,10 +1,10 @@
-"""Where does a kernel hang? Maps the program counters of a cuda-gdb log to machine code and source lines.
+"""Find where a kernel hangs: map the program counters of a cuda-gdb log to machine code and source lines.
 
     make aot ARGS="--target h100 --op attention --keep runs/aot"    writes a listing of each kernel, NAME.sass
     .venv-aot/bin/python -m bench.aot.locate LOG runs/aot/h100/ROW
 
 The log is that of a part of `python3 -m bench.gpu` that hung. A warp that waits for a barrier spins around a
-SYNCS...TRYWAIT; its operand is the barrier's place in shared memory, and SYNCS.EXCH at the kernel's start lists all
+SYNCS...TRYWAIT, whose operand is the barrier's address in shared memory. The SYNCS.EXCH at the kernel's start list all
 barriers in their order.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 PROG = "bench.aot.locate"
-CONTEXT = 3  # source lines before the instruction that are shown
+CONTEXT = 3  # source lines to show before that of the instruction
 _NAMED = re.compile(r"0x([0-9a-f]+) <([\w$.]+)\+(\d+)>")
 _COUNTER = re.compile(r"\b0x([0-9a-f]{8,16})\b")
 _FUNCTION = re.compile(r"^\.text\.([\w$.]+):|^\s*Function : (\S+)")
@@ -25,89 +25,90 @@ _LABEL = re.compile(r"^(\.L_\w+):")
 _CODE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 
 
-class Place(NamedTuple):
+class Instruction(NamedTuple):
     """One instruction of a listing.
 
     Attributes:
         offset: bytes from the kernel's start.
-        code: the instruction.
-        source: the lines of Python that it and the instructions before it come from, nearest first.
-        label: what jumps to it name it, or "".
+        text: the instruction.
+        source: the Python lines of it and of the instructions before it, nearest first.
+        label: the label that jumps to it use, or "".
     """
 
     offset: int
-    code: str
+    text: str
     source: tuple[str, ...]
     label: str = ""
 
 
-def listing(text: str) -> dict[str, list[Place]]:
-    """Kernel -> its instructions, from `nvdisasm -g -c`."""
-    kernels: dict[str, list[Place]] = {}
-    places: list[Place] = []
+def parse_listing(text: str) -> dict[str, list[Instruction]]:
+    """Read the instructions of each kernel from the output of `nvdisasm -g -c`."""
+    kernels: dict[str, list[Instruction]] = {}
+    code: list[Instruction] = []
     source: tuple[str, ...] = ()
     label = ""
     for line in text.splitlines():
-        if found := _FUNCTION.match(line):
-            places = kernels.setdefault(found[1] or found[2], [])
+        if match := _FUNCTION.match(line):
+            code = kernels.setdefault(match[1] or match[2], [])
             source = ()
-        elif found := _SOURCE.search(line):
-            here = f"{'/'.join(Path(found[1]).parts[-3:])}:{found[2]}"
-            source = (here, *[each for each in source if each != here])[: CONTEXT + 1]
-        elif found := _LABEL.match(line):
-            label = found[1]
-        elif found := _CODE.match(line):
-            places.append(Place(int(found[1], 16), " ".join(found[2].split()), source, label))
+        elif match := _SOURCE.search(line):
+            line_name = f"{'/'.join(Path(match[1]).parts[-3:])}:{match[2]}"
+            source = (line_name, *[other for other in source if other != line_name])[: CONTEXT + 1]
+        elif match := _LABEL.match(line):
+            label = match[1]
+        elif match := _CODE.match(line):
+            code.append(Instruction(int(match[1], 16), " ".join(match[2].split()), source, label))
             label = ""
-    return {name: places for name, places in kernels.items() if places}
+    return {name: code for name, code in kernels.items() if code}
 
 
-def counters(log: str) -> Iterator[tuple[str, int]]:
-    """(kernel, offset) of every program counter in a log, each once.
+def program_counters(log: str) -> Iterator[tuple[str, int]]:
+    """Yield (kernel, offset) of every distinct program counter in a log.
 
-    cuda-gdb prints the kernel's name beside some counters only; those within the same kernel follow from its start.
+    cuda-gdb prints the kernel's name with some counters only; the kernel of the others follows from its start address.
     """
     starts = {name: int(pc, 16) - int(offset) for pc, name, offset in _NAMED.findall(log)}
-    seen = set()
+    visited = set()
     for text in _COUNTER.findall(log):
         pc = int(text, 16)
         below = {name: start for name, start in starts.items() if 0 <= pc - start < 2**20}
-        if below and pc not in seen:
-            seen.add(pc)
+        if below and pc not in visited:
+            visited.add(pc)
             name = max(below, key=below.__getitem__)
             yield name, pc - below[name]
 
 
-def describe(name: str, offset: int, places: Sequence[Place]) -> list[str]:
-    """What is at an offset, and the barrier wait that it belongs to, if any."""
-    at = bisect.bisect_right([place.offset for place in places], offset) - 1
-    if at < 0:
+def describe(name: str, offset: int, code: Sequence[Instruction]) -> list[str]:
+    """Describe the instruction at an offset, and the barrier wait that it belongs to, if any."""
+    position = bisect.bisect_right([instruction.offset for instruction in code], offset) - 1
+    if position < 0:
         return [f"{name}+{offset:#x}: before the first instruction"]
-    lines = [f"{name}+{offset:#x}: {places[at].code}"]
-    if (wait := _wait_around(places, at)) is not None:
-        at = wait
-        lines.append(f"  waits: {places[at].code}")
-    return [*lines, f"  source: {', after '.join(places[at].source) or 'unknown'}"]
+    lines = [f"{name}+{offset:#x}: {code[position].text}"]
+    if (wait := _wait_around(code, position)) is not None:
+        position = wait
+        lines.append(f"  waits: {code[position].text}")
+    return [*lines, f"  source: {', after '.join(code[position].source) or 'unknown'}"]
 
 
-def _wait_around(places: Sequence[Place], at: int) -> int | None:
-    """The barrier wait that an instruction is part of.
+def _wait_around(code: Sequence[Instruction], position: int) -> int | None:
+    """Find the barrier wait that an instruction is part of.
 
-    A wait tries once in line; where that fails, a jump leads out of line, to a loop that sleeps and tries again.
+    A wait tries once in line; if that fails, it jumps to a loop out of line that sleeps and tries again.
     """
-    spin = next((i for i in range(at, max(-1, at - 8), -1) if places[i].label), None)
+    spin = next((i for i in range(position, max(-1, position - 8), -1) if code[i].label), None)
     if spin is not None:
-        jumps = [i for i, place in enumerate(places) if f"({places[spin].label})" in place.code and i + 1 < spin]
-        for i in jumps:
-            if before := [j for j in range(max(0, i - 12), i) if "TRYWAIT" in places[j].code]:
+        target = f"({code[spin].label})"
+        for i in (i for i in range(spin - 1) if target in code[i].text):
+            if before := [j for j in range(max(0, i - 12), i) if "TRYWAIT" in code[j].text]:
                 return before[-1]
-    near = [i for i in range(max(0, at - 4), min(len(places), at + 5)) if "TRYWAIT" in places[i].code]
-    return min(near, key=lambda i: abs(i - at), default=None)
+    near = [i for i in range(max(0, position - 4), min(len(code), position + 5)) if "TRYWAIT" in code[i].text]
+    return min(near, key=lambda i: abs(i - position), default=None)
 
 
-def barriers(places: Sequence[Place]) -> list[str]:
-    """The barriers that a kernel initialises: their places in shared memory."""
-    return [found[1] for place in places if (found := re.search(r"SYNCS\.EXCH\S* \S+ (\[[^\]]+\])", place.code))]
+def barriers(code: Sequence[Instruction]) -> list[str]:
+    """The addresses in shared memory of the barriers that a kernel initialises."""
+    exchanges = (re.search(r"SYNCS\.EXCH\S* \S+ (\[[^\]]+\])", instruction.text) for instruction in code)
+    return [match[1] for match in exchanges if match]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,21 +121,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROG}: error: give LOG and the FOLDER of listings", file=sys.stderr)
         return 2
     log, folder = Path(arguments[0]), Path(arguments[1])
-    kernels: dict[str, list[Place]] = {}
+    kernels: dict[str, list[Instruction]] = {}
     for path in sorted(folder.rglob("*.sass")):
-        kernels |= listing(path.read_text())
+        kernels |= parse_listing(path.read_text())
     if not kernels or not log.is_file():
-        what = (
-            f"{log} is no file" if not log.is_file() else f"{folder} holds no .sass file; `make aot` with --keep does"
-        )
-        print(f"{PROG}: error: {what}", file=sys.stderr)
+        reason = f"{folder} holds no .sass file; `make aot` with --keep writes them"
+        if not log.is_file():
+            reason = f"{log} is not a file"
+        print(f"{PROG}: error: {reason}", file=sys.stderr)
         return 2
-    found: dict[str, list[int]] = {}
-    for name, offset in counters(log.read_text(errors="replace")):
-        found.setdefault(name, []).append(offset)
-    if not found:
+    offsets_by_kernel: dict[str, list[int]] = {}
+    for name, offset in program_counters(log.read_text(errors="replace")):
+        offsets_by_kernel.setdefault(name, []).append(offset)
+    if not offsets_by_kernel:
         print("no program counter of a kernel in this log")
-    for name, offsets in found.items():
+    for name, offsets in offsets_by_kernel.items():
         if name not in kernels:
             print(f"{name}: no listing in {folder}")
             continue

@@ -1,9 +1,9 @@
-"""Bytes that the kernels of a row move on a TPU, against the minimum, without compiling anything.
+"""Count the bytes that kernels move on a TPU, against the minimum, without compiling anything.
 
-    python -m bench.aot.memory_traffic [--out FOLDER]       adds them to the rows in a folder's profiles; new tables too
+    python -m bench.aot.memory_traffic [--out FOLDER]       adds them to the profiles in a folder; rewrites the tables
 
-The program of a row is traced for the target and its kernels are counted by `block_transfers`; peers must be installed,
-as `make aot` does. Not in it: XLA's operations around a kernel, such as the pass that transposes x for tokamax's dw.
+Each program is traced for the target, and `block_transfers` counts its kernels. The public kernels must be installed,
+as `make aot` does. XLA's operations around a kernel do not count, such as the transposition of x for tokamax's dw.
 """
 
 import contextlib
@@ -17,10 +17,11 @@ from unittest import mock
 import jax
 from jax.experimental import pallas as pl
 
-from bench import hardware
-from bench.aot import baselines, block_transfers, profile, programs, readme_tables, tables
+from bench.aot import baselines, hardware, profile, programs
 from bench.aot.cases import Case
-from bench.aot.tables import PRODUCTS, product_of, spreads
+from bench.aot.report import readme
+from bench.aot.tpu import block_transfers, products
+from bench.aot.tpu.products import PRODUCTS, product_of, with_skews
 from dantinox import cli
 from dantinox.kernels import dispatch, workloads
 
@@ -30,33 +31,39 @@ Row = dict[str, Any]
 
 
 def add(row: Row, case: Case, target: hardware.Target) -> None:
-    """Writes `moved` into the kernels of a compiled row: bytes, by how rows are spread over groups."""
+    """Add `moved`, bytes by the skew of the rows over groups, to the kernels of a compiled row.
+
+    Args:
+        row: a row of a profile; it is changed.
+        case: the program of the row.
+        target: the accelerator that it was compiled for.
+    """
     if target.platform != "tpu" or case.op not in PRODUCTS or case.implementation not in IMPLEMENTATIONS:
         return
-    found = of_case(case, target)
+    moved = bytes_moved(case, target)
     for kernel in row["kernels"]:
         kernel.pop("moved", None)
-        if counts := found.get(product_of(case.op, kernel["name"])):
+        if counts := moved.get(product_of(case.op, kernel["name"])):
             kernel["moved"] = counts
 
 
-def of_case(case: Case, target: hardware.Target) -> dict[str, dict[str, int]]:
-    """Product -> how rows are spread -> bytes moved by its kernel, if its transfers can be counted."""
-    with dispatch.target_device(target.platform, target.kind), _plain_calls(case.implementation):
+def bytes_moved(case: Case, target: hardware.Target) -> dict[str, dict[str, int]]:
+    """Count the bytes that the kernels of a program move: product -> skew -> bytes, where they can be counted."""
+    with dispatch.target_device(target.platform, target.kind), _plain_pallas_call(case.implementation):
         program = programs.build(case)
         jaxpr = jax.make_jaxpr(program.function)(*(jax.ShapeDtypeStruct(*shape) for shape in program.shapes))
-    found: dict[str, dict[str, int]] = {}
-    for name, spec in spreads(workloads.get(case.op, case.spec)).items():
-        (values,) = spec.integer_inputs().values()  # a program's last argument
-        for call in block_transfers.calls(jaxpr, {len(program.shapes) - 1: values}):
-            if (count := block_transfers.moved(call)) is not None:
-                found.setdefault(product_of(case.op, call.name), {})[name] = count
-    return found
+    counts: dict[str, dict[str, int]] = {}
+    for skew, workload in with_skews(workloads.get(case.op, case.spec)).items():
+        (values,) = workload.integer_inputs().values()  # a program's last argument
+        for call in block_transfers.kernel_calls(jaxpr, {len(program.shapes) - 1: values}):
+            if (count := block_transfers.bytes_moved(call)) is not None:
+                counts.setdefault(product_of(case.op, call.name), {})[skew] = count
+    return counts
 
 
 @contextlib.contextmanager
-def _plain_calls(implementation: str) -> Iterator[None]:
-    """tokamax's kernels copy blocks within one grid step, by the same rule: give them an ordinary grid instead."""
+def _plain_pallas_call(implementation: str) -> Iterator[None]:
+    """Give tokamax's kernels an ordinary grid: theirs copy blocks within one step, by the same rule."""
     if not implementation.startswith("tokamax"):
         yield
         return
@@ -76,25 +83,25 @@ class Arguments:
     """Where the profiles are."""
 
     out: Path = Path("profiles/aot")
-    """Their folder."""
+    """Folder of the profiles."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Count what the compiled rows of the profiles move."""
+    """Count the bytes that the compiled rows of the profiles move."""
     arguments = cli.parse(Arguments, argv, default=Arguments(), prog=PROG, description=__doc__.split("\n")[0])
     with cli.one_line_errors(PROG):
         if importlib.util.find_spec("tokamax") is None:
-            raise ValueError("tokamax is not installed here; allowed: .venv-aot/bin/python, which `make aot` builds")
-        for name in tables.TPUS:
+            raise ValueError("tokamax is not installed; use .venv-aot/bin/python, which `make aot` builds")
+        for name in products.TPUS:
             file = profile.path(arguments.out, name)
-            if (held := profile.load(file)) is None:
+            if (document := profile.load(file)) is None:
                 continue
-            for key, row in held["rows"].items():
+            for key, row in document["rows"].items():
                 if row["status"] == "compiled":
                     add(row, Case(*key.split(" / ")), hardware.get(name))
             # Load it again: another process may have compiled rows meanwhile.
-            profile.save(file, profile.merged(profile.load(file), name, held["versions"], held["rows"]))
-        readme_tables.write(arguments.out)
+            profile.save(file, profile.merge(profile.load(file), name, document["versions"], document["rows"]))
+        readme.write(arguments.out)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A row, an implementation and a direction become one function of arrays and the shapes to compile it at."""
+"""Build the program of a case: a function of arrays, and the shapes to compile it at."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,13 @@ Shape = tuple[tuple[int, ...], Any]
 
 @dataclass(frozen=True)
 class Program:
-    """`function(*arguments)`, all of them arrays of the shapes and dtypes given."""
+    """A function to compile.
+
+    Attributes:
+        function: takes arrays only.
+        shapes: (shape, dtype) of each argument.
+        donate: positions of the arguments that are donated.
+    """
 
     function: Callable[..., Any]
     shapes: tuple[Shape, ...]
@@ -25,78 +31,79 @@ class Program:
 
 
 def build(case: Case) -> Program:
-    """The program of a case.
+    """Build the program of a case.
 
     Raises:
-        NotImplementedError: the implementation does not take this row; the message says why.
+        NotImplementedError: the implementation does not support this workload; the message says why.
     """
-    spec = workloads.get(case.op, case.spec)
-    if case.implementation in baselines.PEERS:
-        peer = baselines.PEERS[case.implementation]
-        if case.dtype not in (taken := peer.takes(case.op)):
-            raise NotImplementedError(f"no {case.dtype}, only {' and '.join(taken)}")
-        call = peer.build[case.op](spec)
+    workload = workloads.get(case.op, case.spec)
+    if case.implementation in baselines.BASELINES:
+        baseline = baselines.BASELINES[case.implementation]
+        if case.dtype not in (supported := baseline.dtypes_of(case.op)):
+            raise NotImplementedError(f"no {case.dtype}, only {' and '.join(supported)}")
+        call = baseline.build[case.op](workload)
     else:
-        call = _ours(spec, case.implementation)
+        call = _implementation(workload, case.implementation)
     if case.op == "decode_attention":
-        return _decode(spec, case.dtype, call)
+        return _decode_program(workload, case.dtype, call)
 
-    names, aux = list(spec.shapes()), _flat(spec.integer_inputs())
-    shapes = [(shape, jnp.dtype(case.dtype)) for shape in spec.shapes().values()]
+    names, aux = list(workload.shapes()), _flatten_pairs(workload.integer_inputs())
+    shapes = [(shape, jnp.dtype(case.dtype)) for shape in workload.shapes().values()]
     shapes += [(ids.shape, ids.dtype) for ids in aux.values()]
 
     def forward(*arrays: jax.Array) -> jax.Array:
-        return call(dict(zip(names, arrays)), _nested(dict(zip(aux, arrays[len(names) :]))))
+        return call(dict(zip(names, arrays)), _restore_pairs(dict(zip(aux, arrays[len(names) :]))))
 
     if case.direction == "forward":
         return Program(forward, tuple(shapes))
 
-    def both(cotangent: jax.Array, *arrays: jax.Array) -> tuple[Any, ...]:
+    def forward_and_backward(cotangent: jax.Array, *arrays: jax.Array) -> tuple[Any, ...]:
         ids = arrays[len(names) :]
-        out, pull = jax.vjp(lambda *inputs: forward(*inputs, *ids), *arrays[: len(names)])
-        return out, *pull(cotangent.astype(out.dtype))
+        out, vjp = jax.vjp(lambda *inputs: forward(*inputs, *ids), *arrays[: len(names)])
+        return out, *vjp(cotangent.astype(out.dtype))
 
-    return Program(both, ((spec.out_shape(), jnp.dtype(case.dtype)), *shapes))
+    return Program(forward_and_backward, ((workload.out_shape(), jnp.dtype(case.dtype)), *shapes))
 
 
-def _ours(spec: workloads.Workload, implementation: str) -> Callable[..., Any]:
-    operation = getattr(kernels, spec.op)
-    if implementation in tutorial.RUNGS:
-        run = tutorial.rung(implementation)
-        return lambda inputs, aux: run(**inputs, **aux, **spec.options())
+def _implementation(workload: workloads.Workload, implementation: str) -> Callable[..., Any]:
+    operation = getattr(kernels, workload.op)
+    if implementation in tutorial.STEPS:
+        attention = tutorial.load_step(implementation)
+        return lambda inputs, aux: attention(**inputs, **aux, **workload.options())
 
     def call(inputs: dict[str, jax.Array], aux: dict[str, Any]) -> Any:
-        return operation(**inputs, **aux, **spec.options(), implementation=implementation)
+        return operation(**inputs, **aux, **workload.options(), implementation=implementation)
 
     return call
 
 
-def _decode(spec: workloads.Decode, dtype: str, call: Callable[..., Any]) -> Program:
-    """One step, with the cache donated as generation does: an implementation that copies it shows in the temp bytes."""
-    names = list(spec.shapes())
-    shapes = [(shape, jnp.dtype(dtype)) for shape in spec.shapes().values()]
+def _decode_program(workload: workloads.Decode, dtype: str, call: Callable[..., Any]) -> Program:
+    """Build one decoding step that donates the cache, as generation does: a copy of it would show in the temp bytes."""
+    names = list(workload.shapes())
+    shapes = [(shape, jnp.dtype(dtype)) for shape in workload.shapes().values()]
     first = len(names)
-    rings = spec.cache(dtype) | {"length": ((spec.B,), "int32")}
-    shapes += [(shape, jnp.dtype(kept)) for shape, kept in rings.values()]
+    cache_shapes = workload.cache(dtype) | {"length": ((workload.B,), "int32")}
+    shapes += [(shape, jnp.dtype(name)) for shape, name in cache_shapes.values()]
 
     def step(*arrays: jax.Array) -> Any:
-        cache = kernels.KVCache(**dict(zip(rings, arrays[first:])))
+        cache = kernels.KVCache(**dict(zip(cache_shapes, arrays[first:])))
         return call(dict(zip(names, arrays)), {"cache": cache})
 
     return Program(step, tuple(shapes), donate=tuple(range(first, len(shapes))))
 
 
-def _flat(aux: dict[str, Any]) -> dict[str, Any]:
-    """Pairs of arrays under names of their own, because a program takes arrays."""
+def _flatten_pairs(aux: dict[str, Any]) -> dict[str, Any]:
+    """Give each array of a pair a name of its own, because a program takes arrays only."""
     flat: dict[str, Any] = {}
     for name, value in aux.items():
         flat |= {f"{name}.{i}": v for i, v in enumerate(value)} if isinstance(value, tuple) else {name: value}
     return flat
 
 
-def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+def _restore_pairs(flat: dict[str, Any]) -> dict[str, Any]:
+    """Undo `_flatten_pairs`."""
     aux: dict[str, Any] = {}
     for name, value in flat.items():
-        whole, dot, _ = name.partition(".")
-        aux[whole] = (*aux.get(whole, ()), value) if dot else value
+        stem, dot, _ = name.partition(".")
+        aux[stem] = (*aux.get(stem, ()), value) if dot else value
     return aux

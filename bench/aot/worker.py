@@ -1,9 +1,9 @@
-"""A process that compiles for one target: a case a line on standard input, an answer a line on standard output.
+"""A process that compiles for one target. It reads one case per line and writes one answer per line.
 
     python -m bench.aot.worker h100 DUMPS
 
-The parent sets the environment (`gpu.environment`, `tpu.environment`). What compilers print goes to a file in DUMPS:
-some of it is a result, and none of it may reach the user.
+The parent sets the environment (`gpu.compiler.environment`, `tpu.compiler.environment`). Whatever the compilers print
+goes to a file in DUMPS: some of it is a result, and none of it may reach the user.
 """
 
 import contextlib
@@ -17,49 +17,52 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import hardware
-from bench.aot import gpu, tpu
+from bench.aot import hardware
 from bench.aot.cases import Case
+from bench.aot.gpu import compiler as gpu_compiler
+from bench.aot.tpu import compiler as tpu_compiler
 
 
 def main(argv: list[str]) -> None:
-    """Answer until standard input ends."""
+    """Answer requests until standard input ends."""
     target, dumps = hardware.get(argv[0]), Path(argv[1])
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     log = os.open(dumps.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    compile_ = gpu.compiler(target) if isinstance(target, hardware.Gpu) else tpu.compiler(target)
+    make_compiler = gpu_compiler.make_compiler if isinstance(target, hardware.Gpu) else tpu_compiler.make_compiler
+    compile_ = make_compiler(target)
     answers.write(json.dumps({"versions": versions(target)}) + "\n")
     triton_dumped = False
     for line in sys.stdin:
         request = json.loads(line)
         case = Case(**request["case"])
         if case.implementation == "triton" and triton_dumped:
-            # jax-triton dumps a kernel once in a process, and this row may share one with an earlier row.
+            # jax-triton dumps a kernel once per process, and this row may share one with an earlier row.
             answers.write(json.dumps({"status": "again"}) + "\n")
             continue
         row = answer(target, compile_, dumps, case)
         triton_dumped |= any((dumps / "triton").rglob("*.ptx"))
         if request.get("keep"):
             shutil.copytree(dumps, request["keep"], dirs_exist_ok=True)
-        answers.write(json.dumps(row) + "\n")  # last: whoever reads it may look at what was kept
+        answers.write(json.dumps(row) + "\n")  # last: the reader may look into the folder of `keep`
 
 
 def versions(target: hardware.Target) -> dict[str, str]:
-    """Whatever a result depends on."""
+    """The versions that a result depends on."""
     import jax
     import jaxlib
 
-    compiler = gpu.version() if isinstance(target, hardware.Gpu) else tpu.version()
+    compiler = gpu_compiler.version() if isinstance(target, hardware.Gpu) else tpu_compiler.version()
     return {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "compiler": compiler}
 
 
 def answer(target: hardware.Target, compile_: Callable[..., Any], dumps: Path, case: Case) -> dict[str, Any]:
-    """One row of a profile, with the seconds that the compile took."""
+    """Compile a case; return its row of the profile, with the seconds that the compile took."""
     import jax
 
-    from bench.aot import attention_bundles, gmm_bundles, memory_traffic, programs
+    from bench.aot import memory_traffic, programs
+    from bench.aot.tpu import attention_bundles, gmm_bundles
     from dantinox.kernels import dispatch
 
     for path in dumps.iterdir():
@@ -67,12 +70,14 @@ def answer(target: hardware.Target, compile_: Callable[..., Any], dumps: Path, c
     (dumps / "triton").mkdir()  # a missing folder fails a compile
     start = time.perf_counter()
     try:
-        with _printed(dumps / "printed.txt"), dispatch.target_device(target.platform, target.kind):
+        with _stdout_to(dumps / "printed.txt"), dispatch.target_device(target.platform, target.kind):
             program = programs.build(case)
             compiled = compile_(program.function, program.shapes, program.donate)
             seconds = time.perf_counter() - start
         printed = (dumps / "printed.txt").read_text(errors="replace")
-        kernels, totals = gpu.read(target, dumps, printed) if isinstance(target, hardware.Gpu) else tpu.read(dumps)
+        kernels, totals = (
+            gpu_compiler.read(target, dumps, printed) if isinstance(target, hardware.Gpu) else tpu_compiler.read(dumps)
+        )
         memory = compiled.memory_analysis()
         row = {
             "status": "compiled",
@@ -87,7 +92,7 @@ def answer(target: hardware.Target, compile_: Callable[..., Any], dumps: Path, c
         memory_traffic.add(row, case, target)
     except NotImplementedError as error:
         return {"status": "refused", "reason": _reason(error)}
-    except Exception as error:  # a compiler may raise anything, and the next row must still be compiled
+    except Exception as error:  # a compiler may raise anything, and the next case must still be compiled
         return {"status": "failed", "reason": _reason(error), "seconds": time.perf_counter() - start}
     finally:
         jax.clear_caches()
@@ -95,8 +100,8 @@ def answer(target: hardware.Target, compile_: Callable[..., Any], dumps: Path, c
 
 
 @contextlib.contextmanager
-def _printed(path: Path) -> Iterator[None]:
-    """Standard output, that of C++ too, goes to the file."""
+def _stdout_to(path: Path) -> Iterator[None]:
+    """Redirect standard output to a file, that of C++ included."""
     before = os.dup(1)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
@@ -110,7 +115,7 @@ def _printed(path: Path) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """The error's first line, without what differs from run to run."""
+    """The error's first line, without addresses and paths, which differ from run to run."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")

@@ -1,4 +1,4 @@
-"""The parent's side of a worker: asks, waits, and starts another one when it crashed or took too long."""
+"""The parent's side of a worker: ask, wait, and restart the process if it crashed or took too long."""
 
 import json
 import os
@@ -12,24 +12,32 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from bench import hardware
-from bench.aot import gpu, tpu
+from bench.aot import hardware
 from bench.aot.cases import Case
+from bench.aot.gpu import compiler as gpu_compiler
+from bench.aot.tpu import compiler as tpu_compiler
 
 START_SECONDS = 180  # importing jax and tokamax and loading a compiler, on a busy machine
 
 
-def kept(folder: Path, target: hardware.Target, case: Case) -> Path:
-    """Where a worker that keeps its dumps in `folder` puts those of a case."""
+def dumps_folder(folder: Path, target: hardware.Target, case: Case) -> Path:
+    """The folder below `folder` to which a worker copies the dumps of a case."""
     return folder / target.name / re.sub(r"\W+", "-", case.key)
 
 
-class Ended(Exception):
-    """The run was interrupted: there is nothing more to ask."""
+class WorkerClosedError(Exception):
+    """The worker was closed, so it answers nothing more."""
 
 
 class Worker:
-    """One worker process for one target, started when it is first asked; `python` is one that has the compiler."""
+    """A worker process for one target, started by the first request.
+
+    Args:
+        target: the accelerator.
+        timeout: seconds after which a compile is given up.
+        keep: folder to which the compilers' dumps are copied, or None.
+        python: an interpreter that has the compiler.
+    """
 
     def __init__(
         self, target: hardware.Target, timeout: float, keep: Path | None = None, python: str = sys.executable
@@ -48,39 +56,39 @@ class Worker:
         self.close()
 
     def close(self) -> None:
-        """End the process for good; `ask` raises `Ended`, also where another thread waits in it."""
+        """End the process for good. `ask` raises `WorkerClosedError`, also where another thread waits in it."""
         self._closed = True
         self.stop()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def ask(self, case: Case) -> dict[str, Any]:
-        """The row of a case; a crash and a timeout are rows too.
+        """Return the row of a case; a crash or a timeout is a row too.
 
         Raises:
-            Ended: the worker was closed, by another thread perhaps.
+            WorkerClosedError: the worker was closed, perhaps by another thread.
             ValueError: the compiler does not start.
         """
         if self._closed:
-            raise Ended
+            raise WorkerClosedError
         if self._process is None:
             self._start()
             first = self._answer(START_SECONDS)
             if "versions" not in first:
                 log = self._folder / "log.txt"
-                said = log.read_text(errors="replace").split("\n") if log.exists() else []
-                last = next((line.strip() for line in reversed(said) if line.strip()), first["reason"])
+                lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+                last = next((line.strip() for line in reversed(lines) if line.strip()), first["reason"])
                 raise ValueError(f"the compiler for {self._target.name} does not start: {last[:300]}")
             self.versions = first["versions"]
         request: dict[str, Any] = {"case": vars(case)}
         if self._keep:
-            request["keep"] = str(kept(self._keep, self._target, case).resolve())
+            request["keep"] = str(dumps_folder(self._keep, self._target, case).resolve())
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # it died since the last answer; waiting for this one says how
+            pass  # it died since the last answer; waiting for the next one tells how
         row = self._answer(self._timeout)
-        if row["status"] == "again":  # it wants a fresh process
+        if row["status"] == "again":  # it needs a fresh process
             self.stop()
             return self.ask(case)
         return row
@@ -96,7 +104,10 @@ class Worker:
         dumps = self._folder / "dumps"
         shutil.rmtree(dumps, ignore_errors=True)
         (dumps / "triton").mkdir(parents=True)
-        own = gpu.environment(dumps) if isinstance(self._target, hardware.Gpu) else tpu.environment(self._target, dumps)
+        if isinstance(self._target, hardware.Gpu):
+            variables = gpu_compiler.environment(dumps)
+        else:
+            variables = tpu_compiler.environment(self._target, dumps)
         self._lines = lines = queue.Queue()
         process = subprocess.Popen(
             [self._python, "-m", "bench.aot.worker", self._target.name, str(dumps)],
@@ -104,31 +115,31 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env={**os.environ, **own, "PYTHONUNBUFFERED": "1", "JAX_ENABLE_COMPILATION_CACHE": "false"},
+            env={**os.environ, **variables, "PYTHONUNBUFFERED": "1", "JAX_ENABLE_COMPILATION_CACHE": "false"},
             cwd=Path(__file__).resolve().parents[2],
-            start_new_session=True,  # Ctrl-C is the parent's to handle
+            start_new_session=True,  # the parent handles Ctrl-C
         )
 
-        def listen() -> None:
+        def forward_lines() -> None:
             for line in process.stdout:
                 lines.put(line)
             lines.put(None)
 
-        threading.Thread(target=listen, daemon=True).start()
+        threading.Thread(target=forward_lines, daemon=True).start()
         self._process = process
-        if self._closed:  # while it started: `close` may have seen no process to end
+        if self._closed:  # meanwhile: `close` may have found no process to end
             self.stop()
-            raise Ended
+            raise WorkerClosedError
 
     def _answer(self, seconds: float) -> dict[str, Any]:
-        """The next line; a process that gives none is ended, and the next `ask` starts another."""
+        """Return the next answer. A process that gives none is ended, and the next `ask` starts another."""
         try:
             line = self._lines.get(timeout=seconds)
         except queue.Empty:
             self.stop()
             return {"status": "failed", "reason": f"took more than {seconds:g} s"}
         if self._closed:
-            raise Ended
+            raise WorkerClosedError
         if line is None:
             code = self._process.wait() if self._process else "?"
             self.stop()

@@ -1,7 +1,7 @@
-"""Measure everything worth knowing about this GPU within a time limit: `python3 -m bench.gpu`.
+"""Check and measure everything on this GPU within a time limit: `python3 -m bench.gpu`.
 
-Only the standard library is imported here: whatever else is missing or broken, this program starts, and writes what its
-parts could do.
+Only the standard library is imported here: whatever else is missing or broken, this program starts, and writes the
+results of the parts that work.
 """
 
 import argparse
@@ -35,13 +35,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags, checked."""
+    """Parse and check the flags."""
     parser = _Parser(prog=PROG, description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="profiles", help="folder of the results (default: %(default)s)")
     parser.add_argument(
         "--archive", metavar="FILE", help="one .tar.gz of all results, rewritten after every part (default: in --out)"
     )
-    parser.add_argument("--minutes", type=float, default=8.5, help="the program ends before (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=8.5, help="time limit of the program (default: %(default)s)")
     parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="parts by name, or the start of names")
     parser.add_argument(
         "--tiny",
@@ -57,7 +57,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all parts; 1 where one failed, its reason in summary.json."""
+    """Run all parts; return 1 if one failed. The reason is in summary.json."""
     start = time.monotonic()
     arguments = parse(argv)
     try:
@@ -75,18 +75,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{part.name}: {' '.join(part.command)}")
         return 0
     runner.clear(out, chosen)
-    done = runner.perform(chosen, out, start + arguments.minutes * 60, archive, lambda line: print(line, flush=True))
-    for line in runner.verdict(done, tiny):
+    done = runner.run_parts(chosen, out, start + arguments.minutes * 60, archive, lambda line: print(line, flush=True))
+    for line in runner.summarize_run(done, tiny):
         print(line)
     print(f"archive: {archive}")
     return 0 if all(part["result"] == "done" for part in done) else 1
 
 
 def choose(suite: Sequence[runner.Part], only: Sequence[str]) -> list[runner.Part]:
-    """The parts named in `only`, or where a name is no part's, those that begin with it; all where it is empty.
+    """Select parts by name.
+
+    Args:
+        suite: all parts.
+        only: names, or the start of names that no part has in full; empty: all parts.
 
     Raises:
-        ValueError: no part's name begins so.
+        ValueError: no part's name begins with one of them.
     """
     for name in only:
         if not any(part.name.startswith(name) for part in suite):
@@ -97,16 +101,16 @@ def choose(suite: Sequence[runner.Part], only: Sequence[str]) -> list[runner.Par
 
 
 def has_no_gpu() -> bool:
-    """Whether JAX runs on a CPU here; asked of another process, for this one must not hold the GPU's memory.
+    """Whether JAX runs on a CPU here. Another process finds out, because this one must not hold the GPU's memory.
 
     Raises:
-        ValueError: JAX finds no device at all.
+        ValueError: JAX finds no device.
     """
     code = "import jax; print(jax.default_backend())"
     try:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     except subprocess.TimeoutExpired:
-        return False  # a GPU that does not answer: the first part will say so
+        return False  # a GPU that does not respond; the first part will report it
     if done.returncode:
         raise ValueError(f"JAX finds no device: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     return done.stdout.strip() == "cpu"

@@ -1,10 +1,10 @@
-"""One archive of everything that was written, small enough to be carried away."""
+"""Pack all results into one archive of limited size."""
 
 import os
 import tarfile
 from pathlib import Path
 
-LIMIT_BYTES = 15 * 2**20  # of the archive: a file of 16 MiB may be the largest that can be brought back
+LIMIT_BYTES = 15 * 2**20  # size of the archive: the limit for downloads may be 16 MiB
 RAW_TRACES = (".xplane.pb", ".trace.json.gz")
 
 
@@ -15,7 +15,7 @@ def write(archive: Path, folder: Path) -> list[str]:
 
     Args:
         archive: path of the .tar.gz file.
-        folder: what to pack; an archive inside it is left out.
+        folder: the folder to pack; an archive inside it is left out.
 
     Returns:
         The files that did not fit, as paths below `folder`.

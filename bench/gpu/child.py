@@ -1,7 +1,7 @@
 """Run one program of `bench` without its command line: `python -m bench.gpu.child MODULE JSON`.
 
 The module has a dataclass `Arguments` and a function `run(Arguments) -> int`. Command lines need tyro, which the
-machine may not have; this needs nothing.
+machine may lack; this program needs only the standard library.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from bench.gpu.process import prepare_child
 
 
 def main(argv: Sequence[str]) -> int:
-    """Build the module's arguments from JSON and run it; returns its exit status."""
+    """Build the module's arguments from JSON, run it and return its exit status."""
     prepare_child()
     name, text = argv
     values = json.loads(text)

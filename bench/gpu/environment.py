@@ -1,4 +1,4 @@
-"""Device, driver and versions: written before anything is measured, so that every result can be placed."""
+"""Write device, driver and versions before anything is measured."""
 
 import importlib.metadata
 import json
@@ -30,18 +30,18 @@ class Arguments:
 
 
 def run(arguments: Arguments) -> int:
-    """Write the file twice: what the system says, then what JAX adds, which may hang where the driver does."""
+    """Write the file twice: without JAX, then with JAX's devices, because JAX may hang if the driver does."""
     path = Path(arguments.out)
-    found = system()
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    found |= jax_devices()
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{found['device']}, driver {found['nvidia-smi'].get('driver_version', 'none')}, jax {found['jax']}")
+    facts = system()
+    path.write_text(json.dumps(facts, indent=1) + "\n")
+    facts |= jax_devices()
+    path.write_text(json.dumps(facts, indent=1) + "\n")
+    print(f"{facts['device']}, driver {facts['nvidia-smi'].get('driver_version', 'none')}, jax {facts['jax']}")
     return 0
 
 
 def system() -> dict[str, Any]:
-    """What can be known without JAX: GPU, driver, assembler, debugger, packages, processor."""
+    """Describe the system without JAX: GPU, driver, assembler, debugger, packages, processor."""
     return {
         "nvidia-smi": _nvidia_smi(),
         "ptxas": _version(_ptxas(), r"V(\d+[\d.]*)"),
@@ -55,7 +55,7 @@ def system() -> dict[str, Any]:
 
 
 def jax_devices() -> dict[str, Any]:
-    """What JAX sees."""
+    """Describe JAX's devices."""
     import jax
 
     device = jax.devices()[0]
@@ -70,14 +70,16 @@ def jax_devices() -> dict[str, Any]:
 
 
 def _nvidia_smi() -> dict[str, str]:
-    said = _output(["nvidia-smi", f"--query-gpu={GPU_FIELDS}", "--format=csv,noheader"])
-    values = [value.strip() for value in said.splitlines()[0].split(",")] if said else []
+    output = _output(["nvidia-smi", f"--query-gpu={GPU_FIELDS}", "--format=csv,noheader"])
+    values = [value.strip() for value in output.splitlines()[0].split(",")] if output else []
     names = GPU_FIELDS.split(",")
-    return dict(zip(names, values, strict=True)) if len(values) == len(names) else {"said": said} if said else {}
+    if len(values) == len(names):
+        return dict(zip(names, values, strict=True))
+    return {"output": output} if output else {}
 
 
 def _ptxas() -> str | None:
-    """The assembler that XLA finds first: the one of its own package, else the one on PATH."""
+    """Find the assembler that XLA uses: that of its own package, else the one on PATH."""
     try:
         from nvidia import cu13
 
@@ -92,8 +94,8 @@ def _ptxas() -> str | None:
 def _version(program: str | None, pattern: str) -> str | None:
     if program is None:
         return None
-    found = re.search(pattern, _output([program, "--version"]))
-    return f"{found[1] if found else '?'} ({program})"
+    match = re.search(pattern, _output([program, "--version"]))
+    return f"{match[1] if match else '?'} ({program})"
 
 
 def _output(command: list[str]) -> str:

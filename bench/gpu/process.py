@@ -1,4 +1,4 @@
-"""One part as a child process: it dies with its parent, and before it is killed it says where it hangs."""
+"""Run one part as a child process that dies with its parent and, before it is killed, reports where it hangs."""
 
 import contextlib
 import ctypes
@@ -13,14 +13,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-MARK = "!! "  # begins each line of a log that says what failed
+MARK = "!! "  # prefix of the lines of a log that say what failed
 PR_SET_PDEATHSIG = 1
-TEST_SECONDS = 75.0  # of one test, after which it is given up
+TEST_SECONDS = 75.0  # time limit of one test
 DEBUGGER_SECONDS = 20.0
 GRACE_SECONDS = 2.0
-# Before it attaches: symbols of the host's libraries would take longer than there is.
+# Set before it attaches: loading the symbols of the host's libraries would take too long.
 DEBUGGER_SETTINGS = ("set auto-solib-add off", "set debuginfod enabled off", "set pagination off", "set width 0")
-# What cuda-gdb is asked: kernels on the device, warps with their program counters, threads that share one.
+# Commands for cuda-gdb: kernels on the device, warps with their program counters, threads that share one.
 DEBUGGER_COMMANDS = (
     "info cuda kernels",
     "info cuda warps",
@@ -34,7 +34,7 @@ class Ended(NamedTuple):
     """How a process ended.
 
     Attributes:
-        code: exit status; negative for a signal; None where the time limit cut it.
+        code: exit status; negative for a signal; None if the time limit ended it.
         seconds: wall time.
     """
 
@@ -54,7 +54,7 @@ def die_with_parent() -> None:
 
 
 def prepare_child() -> None:
-    """What every child does first: die with its parent, and print its Python stacks on SIGUSR1."""
+    """Make a child die with its parent and print its Python stacks on SIGUSR1; every child calls this first."""
     die_with_parent()
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
@@ -64,11 +64,13 @@ def run(command: Sequence[str], log: Path, limit: float, cwd: Path, env: dict[st
     """Run a command with a time limit; its output, and a report on where it hangs, go to the log.
 
     Args:
+        command: the program and its arguments.
+        log: file to append to.
         limit: seconds after which the process and all its children are stopped.
     """
     start = time.monotonic()
     with log.open("ab") as file:
-        # A session of its own: stopping the part stops its children too.
+        # In a session of its own, so that stopping the part stops its children too.
         process = subprocess.Popen(
             command,
             cwd=cwd,
@@ -89,7 +91,7 @@ def run(command: Sequence[str], log: Path, limit: float, cwd: Path, env: dict[st
 
 
 def stop(process: subprocess.Popen) -> None:
-    """Stop a session: politely, then by force."""
+    """Stop a session with SIGTERM, then with SIGKILL."""
     for kill in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, kill)  # children may outlive their leader
@@ -100,12 +102,12 @@ def stop(process: subprocess.Popen) -> None:
 
 
 def session_members(session: int) -> list[int]:
-    """Process ids of a session, from /proc; empty where there is no /proc."""
-    return [pid for pid, state, _, its_session in processes() if its_session == session and state != "Z"]
+    """Process ids of a session, from /proc; empty without /proc."""
+    return [pid for pid, state, _, process_session in processes() if process_session == session and state != "Z"]
 
 
 def processes() -> Iterator[tuple[int, str, int, int]]:
-    """(process id, state, parent, session) of every process, from /proc; none where there is no /proc."""
+    """Yield (process id, state, parent, session) of every process, from /proc; nothing without /proc."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError):  # it may have ended meanwhile
             state, parent, _, session = path.read_text().rpartition(") ")[2].split()[:4]
@@ -130,7 +132,7 @@ def debugger() -> str | None:
 
 
 def describe_hang(session: int, log: int) -> None:
-    """Write where the processes of a session are: Python stacks, then kernels, warps and program counters.
+    """Write where the processes of a session hang: Python stacks, then kernels, warps and program counters.
 
     Args:
         session: id of the session's first process.
@@ -147,7 +149,7 @@ def describe_hang(session: int, log: int) -> None:
 
 
 def installs_stack_dump(pid: int) -> bool:
-    """Whether a process handles SIGUSR1; where it does not, the signal would end it."""
+    """Whether a process handles SIGUSR1; otherwise the signal would end it."""
     with contextlib.suppress(OSError, StopIteration, ValueError, IndexError):
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         caught = next(line for line in lines if line.startswith("SigCgt:"))
@@ -156,10 +158,10 @@ def installs_stack_dump(pid: int) -> bool:
 
 
 def attach_debugger(pid: int, log: int) -> None:
-    """Write what cuda-gdb says of a running process; bounded in time."""
+    """Write cuda-gdb's output about a running process, within a time limit."""
     program = debugger()
     if program is None:
-        os.write(log, b"\nno cuda-gdb here: no kernels, warps or program counters of the hung process\n")
+        os.write(log, b"\ncuda-gdb is not installed: no kernels, warps or program counters of the hung process\n")
         return
     command = [program, "-batch", "-nx"]
     for line in DEBUGGER_SETTINGS:

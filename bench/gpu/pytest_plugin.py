@@ -1,6 +1,6 @@
-"""A pytest plugin for tests on a GPU: failures are printed at once, and a hung test says where before it is ended.
+"""A pytest plugin for tests on a GPU: print failures at once, and report where a test hangs before it is ended.
 
-`python -m pytest -p bench.gpu.pytest_plugin`; pytest-timeout, where installed, ends the test.
+`python -m pytest -p bench.gpu.pytest_plugin`. pytest-timeout ends the test, if it is installed.
 """
 
 import os
@@ -13,7 +13,7 @@ import pytest
 from bench.gpu.process import DEBUGGER_SECONDS, MARK, TEST_SECONDS, attach_debugger, debugger, prepare_child
 
 REPORT_AFTER = TEST_SECONDS - DEBUGGER_SECONDS - 5.0  # seconds
-LINES = 8  # of an assertion's message
+LINES = 8  # lines of an assertion's message that are printed
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -22,7 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Arm a timer around each test."""
+    """Start a timer for each test that reports where it hangs."""
 
     def report() -> None:
         sys.__stderr__.write(f"\n{MARK}{item.nodeid}: hangs\n")

@@ -1,4 +1,4 @@
-"""Runs parts until a deadline, and keeps what each gave, whatever became of the others."""
+"""Run the parts until a deadline, and keep the results of each part even if others fail."""
 
 import contextlib
 import importlib.util
@@ -20,22 +20,24 @@ from bench.gpu import archive, process
 from bench.gpu.process import MARK
 
 ROOT = Path(__file__).parents[2]
-MARGIN = 5.0  # seconds kept back for writing and stopping
+MARGIN = 5.0  # seconds reserved for writing and stopping
 DEBUGGER_NOISE = ("[", "warning:", "Using host", "To ", "add-auto", "set auto", "line to", "For more", "info ", '"')
-SHOWN = 12  # such lines that are printed at the end of a part
+SHOWN = 12  # failing lines that are printed at the end of a part
 WIDTH = 220  # characters of a printed line
-AT_ONCE = min(4, os.cpu_count() or 1)  # parts of one group that run beside each other
+AT_ONCE = min(4, os.cpu_count() or 1)  # parts of one group that run concurrently
 Result = dict[str, Any]
-Say = Callable[[str], None]
+PrintLine = Callable[[str], None]
 
 
 class Part(NamedTuple):
     """One command.
 
     Attributes:
-        share: the largest fraction of the whole time that it may take.
-        group: neighbours with the same non-empty group run beside each other; nothing in them is timed.
-        env: what is added to the environment.
+        name: its name in the results.
+        command: the program and its arguments.
+        share: the largest fraction of the total time that it may take.
+        group: neighbours with the same non-empty group run concurrently; nothing in them is timed.
+        env: additional environment variables.
     """
 
     name: str
@@ -45,30 +47,33 @@ class Part(NamedTuple):
     env: Mapping[str, str] = MappingProxyType({})
 
 
-def perform(parts: Sequence[Part], out: Path, deadline: float, archive_path: Path, say: Say = print) -> list[Result]:
-    """Run the parts; after each one write summary.json and the archive.
+def run_parts(
+    parts: Sequence[Part], out: Path, deadline: float, archive_path: Path, print_line: PrintLine = print
+) -> list[Result]:
+    """Run the parts, and write summary.json and the archive after each one.
 
     Args:
         out: folder of logs and results.
         deadline: of `time.monotonic`.
-        archive_path: the archive; summary.json lies beside it.
+        archive_path: the archive; summary.json is written beside it.
+        print_line: called with each line of progress.
 
     Returns:
-        What became of each part, in order.
+        The result of each part, in order.
     """
-    whole = deadline - time.monotonic()
-    done: dict[str, Result] = {}
+    total = deadline - time.monotonic()
+    results: dict[str, Result] = {}
 
     def limit(part: Part) -> float:
-        return min(deadline - time.monotonic() - MARGIN, part.share * whole)
+        return min(deadline - time.monotonic() - MARGIN, part.share * total)
 
     def finish(part: Part, result: Result) -> None:
-        done[part.name] = result
-        in_order = [done[each.name] for each in parts if each.name in done]
+        results[part.name] = result
+        in_order = [results[other.name] for other in parts if other.name in results]
         write_results(in_order, out, archive_path)
-        say(f"{part.name}: {describe(result)}")
+        print_line(f"{part.name}: {describe(result)}")
         for line in result.get("failing", ()):
-            say(f"  {line}")
+            print_line(f"  {line}")
 
     for _, members in groupby(parts, key=lambda part: part.group or part.name):
         waiting = list(members)
@@ -84,7 +89,7 @@ def perform(parts: Sequence[Part], out: Path, deadline: float, archive_path: Pat
                     future.cancel()
                 _stop_children()
                 raise
-    return [done[part.name] for part in parts]
+    return [results[part.name] for part in parts]
 
 
 def _run_within(part: Part, out: Path, limit: Callable[[Part], float]) -> Result:
@@ -96,7 +101,7 @@ def run_part(part: Part, out: Path, limit: float) -> Result:
     """Run one part with a time limit; its output goes to <part>.log."""
     log = out / f"{part.name}.log"
     log.write_text("")
-    # Processes that run beside each other share the GPU's memory.
+    # Concurrent processes share the GPU's memory.
     shares = bool(part.group) or "-n" in part.command
     env = os.environ | {"PYTHONUNBUFFERED": "1"} | ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if shares else {})
     env |= part.env
@@ -106,7 +111,7 @@ def run_part(part: Part, out: Path, limit: float) -> Result:
     if ended.code != 0:
         result["failing"] = failing_lines(text, pytest="pytest" in part.command)
     if "pytest" in part.command:
-        result["tests"] = outcomes(text)
+        result["tests"] = count_outcomes(text)
     if (lines := out / f"{part.name}.jsonl").exists():
         result["cases"] = len(lines.read_text().splitlines())
     return result
@@ -118,13 +123,13 @@ def _result(code: int | None, limit: float, log: str) -> str:
     if code == 0:
         return "done"
     if code < 0:
-        name = signal.Signals(-code).name if -code in [each.value for each in signal.Signals] else str(-code)
+        name = signal.Signals(-code).name if -code in list(signal.Signals) else str(-code)
         return f"crashed with {name}: {last_line(log)}"
     return f"failed with exit code {code}: {last_line(log)}"
 
 
 def failing_lines(log: str, *, pytest: bool = False) -> list[str]:
-    """The lines of a log that say what failed, else its last lines."""
+    """Extract the lines of a log that say what failed, or its last lines."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     marked = [line.removeprefix(MARK) for line in lines if line.startswith(MARK)]
     marked += list(hang_lines(lines))
@@ -136,8 +141,8 @@ def failing_lines(log: str, *, pytest: bool = False) -> list[str]:
 
 
 def hang_lines(lines: Sequence[str]) -> Iterator[str]:
-    """Of a process that was stopped: the innermost line of this repository in each thread, and what cuda-gdb said."""
-    seen: set[str] = set()
+    """Extract where a stopped process hung: the innermost line of this repository per thread, and cuda-gdb's output."""
+    yielded: set[str] = set()
     in_stack = in_debugger = False
     for line in lines:
         in_debugger |= line.startswith("== cuda-gdb")
@@ -148,8 +153,8 @@ def hang_lines(lines: Sequence[str]) -> Iterator[str]:
             in_stack = True
         elif in_stack and str(ROOT) in line and f"{ROOT}/.venv" not in line:
             in_stack = False
-            if line not in seen:
-                seen.add(line)
+            if line not in yielded:
+                yielded.add(line)
                 yield "hangs at " + line.replace(f"{ROOT}/", "")
 
 
@@ -159,17 +164,17 @@ def last_line(log: str) -> str:
     return lines[-1][:WIDTH] if lines else "no output"
 
 
-def outcomes(log: str) -> dict[str, int]:
-    """Count what `pytest -v` has reported so far: "of" tests (0 where it did not finish collecting), by outcome."""
+def count_outcomes(log: str) -> dict[str, int]:
+    """Count the outcomes that `pytest -v` has reported so far; "of" is the number of tests, or 0 while it collects."""
     selected = re.search(r"/ (\d+) selected|collected (\d+) items?$|workers? \[(\d+) items?\]", log, re.M)
-    there = next((int(n) for n in selected.groups() if n), 0) if selected else 0
-    outcome = r"(PASSED|FAILED|SKIPPED|ERROR)"  # before the test's name where several processes share them
-    found = re.findall(rf"(?m)^(?:\[gw\d+\] \[.*?\] {outcome} |\S+::.* {outcome}\b)", log)
-    return {"of": there} | Counter((one or other).lower() for one, other in found)
+    num_tests = next((int(n) for n in selected.groups() if n), 0) if selected else 0
+    outcome = r"(PASSED|FAILED|SKIPPED|ERROR)"  # pytest-xdist prints it before the test's name
+    reported = re.findall(rf"(?m)^(?:\[gw\d+\] \[.*?\] {outcome} |\S+::.* {outcome}\b)", log)
+    return {"of": num_tests} | Counter((before or after).lower() for before, after in reported)
 
 
 def describe(result: Result) -> str:
-    """One part's result in a line: how it ended, and how many tests and cases there are."""
+    """Format one part's result in a line: how it ended, and how many tests and cases it ran."""
     words = [result["result"]]
     if "tests" in result:
         counts = dict(result["tests"])
@@ -180,10 +185,13 @@ def describe(result: Result) -> str:
     return ", ".join([*words, f"{result.get('seconds', 0)} s"])
 
 
-def verdict(done: Sequence[Result], tiny: bool) -> list[str]:
-    """The whole run in a few lines."""
-    names = lambda *words: [part["part"] for part in done if part["result"].startswith(words)]
-    lines = [f"{len(names('done'))} of {len(done)} parts done"]
+def summarize_run(results: Sequence[Result], tiny: bool) -> list[str]:
+    """Summarize the run in a few lines."""
+
+    def names(*words: str) -> list[str]:
+        return [part["part"] for part in results if part["result"].startswith(words)]
+
+    lines = [f"{len(names('done'))} of {len(results)} parts done"]
     titles = {("failed", "crashed"): "failed", ("cut",): "cut short", ("no time",): "no time left for"}
     for words, title in titles.items():
         lines += [f"{title}: {', '.join(names(*words))}"] if names(*words) else []
@@ -192,12 +200,12 @@ def verdict(done: Sequence[Result], tiny: bool) -> list[str]:
     return lines
 
 
-def write_results(done: Sequence[Result], out: Path, archive_path: Path) -> None:
+def write_results(results: Sequence[Result], out: Path, archive_path: Path) -> None:
     """Write summary.json into `out` and beside the archive, then the archive."""
-    text = json.dumps(list(done), indent=1) + "\n"
+    text = json.dumps(list(results), indent=1) + "\n"
     (out / "summary.json").write_text(text)
     if left_out := archive.write(archive_path, out):
-        text = json.dumps([*done, {"part": "archive", "result": "done", "left out": left_out}], indent=1) + "\n"
+        text = json.dumps([*results, {"part": "archive", "result": "done", "left out": left_out}], indent=1) + "\n"
     (archive_path.parent / "summary.json").write_text(text)
 
 
@@ -215,7 +223,7 @@ def installed(name: str) -> bool:
 
 
 def clear(out: Path, parts: Sequence[Part]) -> None:
-    """Remove what an earlier run of these parts left: some files are appended to."""
+    """Remove the files of an earlier run of these parts, because some files are appended to."""
     for part in parts:
         for suffix in (".jsonl", ".log", ".json", ".html"):
             (out / f"{part.name}{suffix}").unlink(missing_ok=True)

@@ -1,1 +1,1 @@
-"""Checkpoints of a run, and the way back to a model."""
+"""Checkpoints of a run, and loading a model from one."""

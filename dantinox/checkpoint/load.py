@@ -7,43 +7,43 @@ from typing import Any, Literal
 
 import jax
 
-from dantinox.checkpoint import params
 from dantinox.checkpoint.manager import Checkpoints
 from dantinox.config import Config
 from dantinox.data.tokenizer import Tokenizer, load_tokenizer
+from dantinox.model import params
 from dantinox.model.transformer import Transformer
 
 log = logging.getLogger(__name__)
 
 
 def find_run(run: str) -> Path:
-    """The folder of a run given as a path or as a bare name."""
+    """Return the folder of a run given as a path or a name."""
     path = Path(run)
     return path if path.is_dir() or len(path.parts) != 1 else Path("runs") / run
 
 
 def read_config(run: str | Path) -> Config:
-    """The resolved settings of a run.
+    """Return the settings of a run.
 
     Raises:
-        FileNotFoundError: there is no such run.
+        FileNotFoundError: the run does not exist.
     """
     run = Path(run)
     if not (run / "config.yaml").is_file():
-        siblings = sorted(_runs(run.parent))
-        known = f"runs in {run.parent}: {', '.join(siblings)}" if siblings else f"no runs in {run.parent}"
-        raise FileNotFoundError(f"run {run} does not exist (it has no config.yaml); {known}")
+        names = sorted(_run_names(run.parent))
+        listing = f"runs in {run.parent}: {', '.join(names)}" if names else f"no runs in {run.parent}"
+        raise FileNotFoundError(f"run {run} does not exist (it has no config.yaml); {listing}")
     return Config.from_yaml(run / "config.yaml")
 
 
-def _runs(folder: Path) -> Iterator[str]:
+def _run_names(folder: Path) -> Iterator[str]:
     return (path.parent.name for path in folder.glob("*/config.yaml") if path.is_file())
 
 
 def load(
     run: str | Path, *, checkpoint: int | Literal["last", "best"] = "last", **overrides: Any
 ) -> tuple[Transformer, Tokenizer]:
-    """(model, tokenizer) of a run; the running average of its weights where it keeps one.
+    """Return (model, tokenizer) of a run, with the moving average of the weights if it has one.
 
     Args:
         run: the run's folder, such as runs/nano.
@@ -59,16 +59,20 @@ def load(
     model_def, shapes = params.abstract_params(config.model)
     checkpoints = Checkpoints(Path(run), keep=config.train.max_checkpoints)
     if checkpoint == "last":
-        step, metadata, wrong = checkpoints.latest_valid()
-        for error in wrong:
-            log.warning("%s; taking step %d", error, step)
+        step, metadata, errors = checkpoints.latest_valid()
+        for error in errors:
+            log.warning("%s; using step %d", error, step)
     else:
         step = checkpoints.best() if checkpoint == "best" else checkpoint
         if step not in checkpoints.steps():
-            raise FileNotFoundError(f"run {run} has no checkpoint {checkpoint!r}; there are {checkpoints.steps()}")
+            raise FileNotFoundError(f"run {run} has no checkpoint {checkpoint!r}; it has {checkpoints.steps()}")
         metadata = checkpoints.verify(step)
     if metadata.get("tokenizer") not in (None, tokenizer.fingerprint):
         raise ValueError(f"{Path(run) / 'tokenizer.json'} is not the tokenizer that the run was trained with")
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for name, x in shapes.items()}
-    return model_def.merge(checkpoints.restore_weights(step, like, averaged=config.optim.ema_decay > 0)), tokenizer
+    single_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract_params = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=single_device) for name, x in shapes.items()
+    }
+    return model_def.merge(
+        checkpoints.restore_weights(step, abstract_params, averaged=config.optim.ema_decay > 0)
+    ), tokenizer

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def install_log_filters() -> None:
-    """Let their tracebacks pass unprinted, and nothing else; asked twice, it listens once."""
+    """Install the log filters. Calling it again has no effect."""
     logging.getLogger("absl").addFilter(_not_orbax)
     logging.getLogger("asyncio").addFilter(_not_tensorstore)
     if not isinstance(sys.unraisablehook, _Unraisable):
@@ -14,22 +14,24 @@ def install_log_filters() -> None:
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
-    """Orbax logs the traceback of what fails in the background, three times over."""
+    """Filter the tracebacks that Orbax logs, up to three times, for a failure in the background."""
     return not (record.exc_info and "orbax" in record.pathname)
 
 
 def _not_tensorstore(record: logging.LogRecord) -> bool:
-    """Of many writes that fail together Orbax awaits the first; asyncio logs each of the others when it is freed."""
+    """Filter what asyncio logs for failed writes that Orbax does not await: it awaits only the first of several."""
     return "OCDBT" not in record.getMessage()
 
 
 class _Unraisable:
-    """Writes that fail after the first find its event loop closed, in threads where nobody can catch that."""
+    """Ignore the errors of writes that fail in a thread after the event loop was closed by the first failure."""
 
-    def __init__(self, before: Any) -> None:
-        self.before = before
+    def __init__(self, previous_hook: Any) -> None:
+        self.previous_hook = previous_hook
 
-    def __call__(self, told: Any) -> None:
-        late = isinstance(told.exc_value, RuntimeError) and str(told.exc_value) == "Event loop is closed"
-        if not (late and told.object is None):  # Python names the object, Tensorstore has none
-            self.before(told)
+    def __call__(self, unraisable: Any) -> None:
+        is_closed_loop = (
+            isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"
+        )
+        if not (is_closed_loop and unraisable.object is None):  # errors of Python itself have an object
+            self.previous_hook(unraisable)

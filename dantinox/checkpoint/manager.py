@@ -11,61 +11,64 @@ from typing import Any
 
 import jax
 
-from dantinox.checkpoint import log_filters, manifest, params
+from dantinox.checkpoint import log_filters, manifest
 from dantinox.checkpoint.manifest import CorruptCheckpointError
-from dantinox.training.train_step import TrainState
+from dantinox.checkpoint.train_state import TrainState
+from dantinox.model import params
 
 PARTIAL = ".partial-"
 log = logging.getLogger(__name__)
 
 
 class CheckpointWriteError(OSError):
-    """A checkpoint could not be written; those before it are as they were."""
+    """A checkpoint could not be written; earlier ones are intact."""
 
 
 class Checkpoints:
-    """The checkpoints of one run folder, by step: checkpoints/STEP holds Orbax's state/ and manifest.json.
+    """The checkpoints of one run: the folder checkpoints/STEP contains Orbax's state/ and manifest.json.
 
-    A checkpoint is written beside the others, its checksums last, and gets its name in one rename. Only then are
-    older ones deleted: `keep` of those that were due stay, and the one of the best validation loss. Nothing in them is
-    ever unpickled: arrays are raw bytes, the rest is JSON.
+    A checkpoint is written to a temporary folder, its checksums last, and then renamed. Afterwards older ones are
+    deleted, except the newest `keep` of those that were due and the one with the best validation loss. Loading never
+    unpickles: arrays are raw bytes, everything else is JSON.
     """
 
     def __init__(self, run: Path, keep: int = 3) -> None:
-        # Orbax takes seconds to import; --help and --dry-run do without it.
+        # Importing Orbax takes seconds; --help and --dry-run do not need it.
         import orbax.checkpoint as ocp
 
         log_filters.install_log_filters()
         self._ocp, self.keep = ocp, keep
-        self.display_path = run / "checkpoints"  # in messages, as the user named it
+        self.display_path = run / "checkpoints"  # for messages, as given by the user
         self.folder = self.display_path.absolute()
         self._writer: Any = None
         self._thread: threading.Thread | None = None
         self._failure: CheckpointWriteError | None = None
 
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, damaged or not, oldest first."""
+        """Return the steps of all checkpoints, also corrupt ones, oldest first."""
         if not self.folder.is_dir():
             return []
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
 
     def best(self) -> int | None:
-        """The step of the lowest validation loss among those kept; None where none was evaluated."""
+        """Return the step with the lowest validation loss; None if no checkpoint has one."""
         losses = {step: metadata["val_loss"] for step, metadata in self._all_metadata().items()}
-        known = {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
-        return min(known, key=known.get, default=None)
+        finite_losses = {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
+        return min(finite_losses, key=finite_losses.get, default=None)
 
-    def save(self, step: int, current: TrainState, metadata: dict[str, Any], due: bool = True) -> None:
-        """Copy the state and write it in the background; returns before it is on disk (see `wait`).
+    def save(self, step: int, state: TrainState, metadata: dict[str, Any], due: bool = True) -> None:
+        """Copy the state and write it in the background; `wait` blocks until it is on disk.
 
-        A step that has its checkpoint already is left alone.
+        An existing checkpoint of this step is not overwritten.
 
         Args:
-            metadata: stored with it as JSON; `val_loss` is the validation loss of this step, or None.
-            due: False for one that is kept only while its validation loss is the best.
+            step: the step.
+            state: the train state.
+            metadata: stored as JSON; `val_loss` is the validation loss of this step, or None.
+            due: False to keep the checkpoint only as long as its validation loss is the best.
 
         Raises:
-            CheckpointWriteError: there is not room enough, or an earlier save has failed.
+            CheckpointWriteError: the disk is too full, or the previous save failed.
         """
         self.wait()
         if step in self.steps():
@@ -74,65 +77,67 @@ class Checkpoints:
             self._writer = self._ocp.AsyncCheckpointer(self._ocp.PyTreeCheckpointHandler())
         partial = self.folder / f"{PARTIAL}{step}"
         try:
-            for old in self.folder.glob(f"{PARTIAL}*"):  # of a run that was killed
+            for old in self.folder.glob(f"{PARTIAL}*"):  # from a killed run
                 shutil.rmtree(old)
             partial.mkdir(parents=True)
-            needed, free = _bytes(current), shutil.disk_usage(self.folder).free
+            needed, free = _max_bytes(state), shutil.disk_usage(self.folder).free
             if free < needed:
-                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {_mb(needed)} needed, {_mb(free)} free")
-            self._writer.save(partial / "state", args=self._ocp.args.PyTreeSave(_tree(current)))
+                raise OSError(
+                    errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {_format_mb(needed)} needed, {_format_mb(free)} free"
+                )
+            self._writer.save(partial / "state", args=self._ocp.args.PyTreeSave(_tree(state)))
         except Exception as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise self._not_saved(step, error) from error
+            raise self._write_error(step, error) from error
         metadata = {"step": step, "val_loss": None, "due": due} | metadata
-        self._thread = threading.Thread(target=self._finish, args=(step, partial, metadata), name=f"save {step}")
+        self._thread = threading.Thread(target=self._finish_save, args=(step, partial, metadata), name=f"save {step}")
         self._thread.start()
 
-    def _finish(self, step: int, partial: Path, metadata: dict[str, Any]) -> None:
+    def _finish_save(self, step: int, partial: Path, metadata: dict[str, Any]) -> None:
         try:
             self._writer.wait_until_finished()
-            manifest.write(partial, metadata)
+            manifest.write_manifest(partial, metadata)
             partial.rename(self.folder / str(step))
-            _sync(self.folder)
+            _fsync_folder(self.folder)
             self._prune()
         except Exception as error:
             shutil.rmtree(partial, ignore_errors=True)
-            self._failure = self._not_saved(step, error)
+            self._failure = self._write_error(step, error)
 
-    def _not_saved(self, step: int, error: Exception) -> CheckpointWriteError:
-        # Tensorstore's errors are long and begin with its own words; the system's stand last in them.
+    def _write_error(self, step: int, error: Exception) -> CheckpointWriteError:
+        # The errors of TensorStore are long; the message of the system is at their end.
         text = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         if os.strerror(errno.ENOSPC) in text and not isinstance(error, OSError):
             text = os.strerror(errno.ENOSPC)
-        kept = [kept for kept in self.steps() if kept != step]
-        intact = f"the checkpoint of step {kept[-1]} is as it was" if kept else "there is no earlier checkpoint"
-        return CheckpointWriteError(f"step {step} could not be saved in {self.display_path}: {text[:300]}; {intact}")
+        others = [other for other in self.steps() if other != step]
+        status = f"the checkpoint of step {others[-1]} is intact" if others else "there is no earlier checkpoint"
+        return CheckpointWriteError(f"step {step} could not be saved in {self.display_path}: {text[:300]}; {status}")
 
     def _prune(self) -> None:
         metadata = self._all_metadata()
-        stay = set(sorted(step for step, told in metadata.items() if told["due"])[-self.keep :])
-        stay |= {self.best()}
-        for step in metadata.keys() - stay:
+        retained = set(sorted(step for step, entry in metadata.items() if entry["due"])[-self.keep :])
+        retained |= {self.best()}
+        for step in metadata.keys() - retained:
             shutil.rmtree(self.folder / str(step))
 
     def update_metadata(self, step: int, metadata: dict[str, Any]) -> None:
-        """Merge into the metadata of a valid checkpoint."""
+        """Update the metadata of a valid checkpoint."""
         self.wait()
         folder = self.folder / str(step)
-        manifest.write(folder, self.verify(step) | metadata)
+        manifest.write_manifest(folder, self.verify(step) | metadata)
 
     def _all_metadata(self) -> dict[int, dict[str, Any]]:
-        """The metadata of each checkpoint with a valid manifest; its other files are not verified."""
-        found = {}
+        """Return the metadata of each checkpoint with a valid manifest; other files are not verified."""
+        metadata = {}
         for step in self.steps():
             try:
-                found[step] = manifest.read(self.folder / str(step))["about"]
+                metadata[step] = manifest.read_manifest(self.folder / str(step))["about"]
             except CorruptCheckpointError:
                 continue
-        return found
+        return metadata
 
     def wait(self) -> None:
-        """Until the save under way is on disk.
+        """Wait until the current save is on disk.
 
         Raises:
             CheckpointWriteError: it could not be written.
@@ -148,28 +153,28 @@ class Checkpoints:
         """Verify every file of a checkpoint and return its metadata.
 
         Raises:
-            CorruptCheckpointError: it is not; the message is one line.
+            CorruptCheckpointError: a file differs from the one that was written; the message is one line.
         """
         try:
-            return manifest.verify(self.folder / str(step))
+            return manifest.verify_files(self.folder / str(step))
         except CorruptCheckpointError as error:
             raise CorruptCheckpointError(f"checkpoint {self.display_path / str(step)} is damaged: {error}") from None
 
     def latest_valid(self) -> tuple[int, dict[str, Any], list[CorruptCheckpointError]]:
-        """The latest checkpoint that verifies: (step, its metadata, the errors of newer ones).
+        """Return the latest valid checkpoint as (step, metadata, errors of newer ones).
 
         Raises:
             FileNotFoundError: there is no checkpoint.
-            CorruptCheckpointError: none is intact; the message names them all.
+            CorruptCheckpointError: all are corrupt; the message names each.
         """
-        wrong: list[CorruptCheckpointError] = []
+        errors: list[CorruptCheckpointError] = []
         for step in reversed(self.steps()):
             try:
-                return step, self.verify(step), wrong
+                return step, self.verify(step), errors
             except CorruptCheckpointError as error:
-                wrong.append(error)
-        if wrong:
-            raise CorruptCheckpointError("; ".join(map(str, wrong)) + "; no other checkpoint is left")
+                errors.append(error)
+        if errors:
+            raise CorruptCheckpointError("; ".join(map(str, errors)) + "; there is no other checkpoint")
         raise FileNotFoundError(f"run {self.display_path.parent} has no checkpoint yet")
 
     def quarantine(self, step: int) -> Path:
@@ -177,32 +182,32 @@ class Checkpoints:
         folder = self.display_path.parent / "damaged"
         folder.mkdir(exist_ok=True)
         names = (folder / (f"{step}.{number}" if number else str(step)) for number in range(1000))
-        kept = next(path for path in names if not path.exists())
-        return (self.folder / str(step)).rename(kept)
+        target = next(path for path in names if not path.exists())
+        return (self.folder / str(step)).rename(target)
 
-    def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state at `step`, which must be valid, with the shapes, dtypes and shardings of `like`."""
-        found = self._restore(step, _tree(like))
-        leaves, tree = jax.tree.flatten(like.opt_state)
-        opt_state = jax.tree.unflatten(tree, [found["opt"][str(i)] for i in range(len(leaves))])
-        return TrainState(found["params"], opt_state, found.get("ema"))
+    def restore(self, step: int, abstract_state: TrainState) -> TrainState:
+        """Restore the state of a valid checkpoint with the shapes, dtypes and shardings of `abstract_state`."""
+        tree = self._restore(step, _tree(abstract_state))
+        leaves, structure = jax.tree.flatten(abstract_state.opt_state)
+        opt_state = jax.tree.unflatten(structure, [tree["opt"][str(i)] for i in range(len(leaves))])
+        return TrainState(tree["params"], opt_state, tree.get("ema"))
 
-    def restore_weights(self, step: int, like: params.Params, averaged: bool) -> params.Params:
-        """The parameters at `step`, or their running average, and nothing else of it."""
+    def restore_weights(self, step: int, abstract_params: params.Params, averaged: bool) -> params.Params:
+        """Restore only the parameters of a valid checkpoint, or their moving average."""
         name = "ema" if averaged else "params"
-        return self._restore(step, {name: like})[name]
+        return self._restore(step, {name: abstract_params})[name]
 
-    def _restore(self, step: int, like: Any) -> Any:
+    def _restore(self, step: int, abstract_tree: Any) -> Any:
         ocp = self._ocp
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            arguments = ocp.checkpoint_utils.construct_restore_args(like)
+            arguments = ocp.checkpoint_utils.construct_restore_args(abstract_tree)
             return reader.restore(
                 self.folder / str(step) / "state",
-                args=ocp.args.PyTreeRestore(item=like, restore_args=arguments, partial_restore=True),
+                args=ocp.args.PyTreeRestore(item=abstract_tree, restore_args=arguments, partial_restore=True),
             )
 
     def close(self) -> None:
-        """Wait until everything is on disk.
+        """Wait until all saves are on disk.
 
         Raises:
             CheckpointWriteError: the last save could not be written.
@@ -215,22 +220,22 @@ class Checkpoints:
                 self._writer = None
 
 
-def _tree(current: TrainState) -> dict[str, Any]:
-    """The stored tree. Only the leaves of the optimizer state: its structure follows from the config."""
-    opt = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(current.opt_state))}
-    return {"params": current.params, "opt": opt} | ({} if current.ema is None else {"ema": current.ema})
+def _tree(state: TrainState) -> dict[str, Any]:
+    """Return the stored tree. It has the leaves of the optimizer state, whose structure follows from the config."""
+    opt = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state.opt_state))}
+    return {"params": state.params, "opt": opt} | ({} if state.ema is None else {"ema": state.ema})
 
 
-def _bytes(current: TrainState) -> int:
-    """An upper bound of the size of a checkpoint on disk."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(current)) * 21 // 20 + (1 << 18)
+def _max_bytes(state: TrainState) -> int:
+    """Return an upper bound of the size of a checkpoint on disk."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(state)) * 21 // 20 + (1 << 18)
 
 
-def _mb(size: int) -> str:
+def _format_mb(size: int) -> str:
     return f"{size / 1e6:.1f} MB"
 
 
-def _sync(folder: Path) -> None:
+def _fsync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""What a checkpoint's folder must hold, byte for byte: Orbax restores flipped bits without a word."""
+"""Checksums of the files of a checkpoint: Orbax does not detect bit flips."""
 
 import hashlib
 import json
@@ -11,55 +11,55 @@ NAME = "manifest.json"
 
 
 class CorruptCheckpointError(ValueError):
-    """A checkpoint is not what was written; the message says what is wrong with it."""
+    """A checkpoint differs from what was written; the message names the file and the difference."""
 
 
-def write(folder: Path, metadata: dict[str, Any]) -> None:
+def write_manifest(folder: Path, metadata: dict[str, Any]) -> None:
     """Write the manifest: `about`, and the size and SHA-256 of every file in the folder."""
     files = {name: [path.stat().st_size, _sha256(path)] for name, path in _files(folder).items()}
     body = {"about": metadata, "files": files}
     with open_atomic(folder / NAME) as file:
-        file.write(json.dumps(body | {"sha256": _own(body)}, indent=1).encode())
+        file.write(json.dumps(body | {"sha256": _digest(body)}, indent=1).encode())
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """The manifest's `about` and `files`, themselves unharmed.
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return `about` and `files` of a valid manifest.
 
     Raises:
-        CorruptCheckpointError: there is no manifest, or it is not as it was written.
+        CorruptCheckpointError: the manifest is missing or was modified.
     """
     try:
         body = json.loads((folder / NAME).read_bytes())
-        told = body.pop("sha256")
+        stored_digest = body.pop("sha256")
     except FileNotFoundError:
         raise CorruptCheckpointError(f"{NAME} is missing") from None
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise CorruptCheckpointError(f"{NAME} is not as it was written") from None
-    if told != _own(body):
-        raise CorruptCheckpointError(f"{NAME} is not as it was written")
+        raise CorruptCheckpointError(f"{NAME} was modified") from None
+    if stored_digest != _digest(body):
+        raise CorruptCheckpointError(f"{NAME} was modified")
     return body
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """The manifest's `about`, once every file it names has been read and is as it was written.
+def verify_files(folder: Path) -> dict[str, Any]:
+    """Verify every file of a manifest and return its `about`.
 
     Raises:
-        CorruptCheckpointError: naming the first file that is not.
+        CorruptCheckpointError: a file is missing or was modified; the message names the first.
     """
-    body, found = read(folder), _files(folder)
+    body, files = read_manifest(folder), _files(folder)
     for name, (size, digest) in body["files"].items():
-        if name not in found:
+        if name not in files:
             raise CorruptCheckpointError(f"{name} is missing")
-        if (now := found[name].stat().st_size) != size:
-            raise CorruptCheckpointError(f"{name} has {now} bytes of {size}")
-        if _sha256(found[name]) != digest:
-            raise CorruptCheckpointError(f"{name} is not as it was written (SHA-256)")
+        if (actual_size := files[name].stat().st_size) != size:
+            raise CorruptCheckpointError(f"{name} has {actual_size} bytes of {size}")
+        if _sha256(files[name]) != digest:
+            raise CorruptCheckpointError(f"{name} was modified (SHA-256 differs)")
     return body["about"]
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {name: path for name, path in found.items() if name != NAME}
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: path for name, path in files.items() if name != NAME}
 
 
 def _sha256(path: Path) -> str:
@@ -67,5 +67,5 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _own(body: dict[str, Any]) -> str:
+def _digest(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

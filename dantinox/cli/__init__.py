@@ -1,4 +1,4 @@
-"""Command-line programs, one per file, and what they share (`dantinox.cli.args`)."""
+"""Command-line programs, one per file, and their shared helpers (`dantinox.cli.args`)."""
 
 from dantinox.cli.args import USER_ERRORS, exit_with_error, one_line_errors, parse, peek_flag, positional_run, run_main
 

@@ -1,4 +1,4 @@
-"""Command lines from dataclasses: flags, help and one-line errors, the same for every program."""
+"""Command lines from dataclasses: flags, help texts and one-line errors of all programs."""
 
 import contextlib
 import dataclasses
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, get_type_hints
 
-from dantinox.config.aliases import FLAG_ALIASES, conflict, current_value
+from dantinox.config.aliases import FLAG_ALIASES, conflict_message, current_value
 from dantinox.config.validation import ConfigError
 
 USER_ERRORS = (
@@ -25,17 +25,24 @@ USER_ERRORS = (
 
 
 def positional_run(argv: Sequence[str] | None, flag: str = "--run") -> list[str]:
-    """The arguments (None: those of the process), `flag` before the first one where that is no flag."""
+    """Return argv (None: that of the process) with `flag` inserted if the first argument is positional."""
     argv = list(sys.argv[1:] if argv is None else argv)
     return [flag, *argv] if argv and not argv[0].startswith("-") else argv
 
 
 def parse(cls: type, argv: Sequence[str] | None, *, default: Any, prog: str, description: str) -> Any:
-    """An instance of the dataclass `cls` from flags named after its fields, however deep they lie; None: sys.argv's.
+    """Parse flags, named after the fields of the dataclass `cls` and of nested ones, into an instance.
 
-    Bad flags and bad values end the program with one line and exit code 2; --help prints the help and exits with 0.
+    Invalid flags and values end the program with one line and exit code 2; --help prints the help and exits with 0.
+
+    Args:
+        cls: a dataclass.
+        argv: the arguments; None: those of the process.
+        default: instance with the default values.
+        prog: name of the program.
+        description: first lines of the help.
     """
-    import tyro  # programs that other programs start without flags do without it
+    import tyro  # a slow import
 
     try:
         argv = _current_flags(cls, _normalize_bool_flags(cls, sys.argv[1:] if argv is None else argv))
@@ -62,16 +69,16 @@ def parse(cls: type, argv: Sequence[str] | None, *, default: Any, prog: str, des
 
 
 def exit_with_error(prog: str, message: object, code: int = 2) -> NoReturn:
-    """One line on standard error and the exit code: 2 for wrong input, 1 for what came in between."""
+    """Print one line to standard error and exit: 2 for invalid input, 1 for a runtime failure."""
     print(f"{prog}: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(code)
 
 
 @contextlib.contextmanager
 def one_line_errors(prog: str, verbose: bool = False) -> Iterator[None]:
-    """What a user can get wrong becomes one line and exit code 2; with `verbose` the traceback stays.
+    """Turn user errors into one line and exit code 2, other errors of the system into one line and exit code 1.
 
-    What else the system refuses, such as room on a disk, is one line too, with exit code 1.
+    With `verbose` the traceback is shown instead.
     """
     try:
         yield
@@ -81,12 +88,12 @@ def one_line_errors(prog: str, verbose: bool = False) -> Iterator[None]:
         text = str(error)
         if isinstance(error, OSError) and error.filename is not None:
             text = f"{str(error.filename)[:200]}: {error.strerror}"
-        wrong = isinstance(error, USER_ERRORS) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS)
-        exit_with_error(prog, text, code=2 if wrong else 1)
+        is_user_error = isinstance(error, USER_ERRORS) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS)
+        exit_with_error(prog, text, code=2 if is_user_error else 1)
 
 
 def run_main(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
-    """Run a program's main as `python -m` does, Ctrl-C and a closed pipe included."""
+    """Run `main` and exit with its code, 130 after Ctrl-C and 141 after a closed pipe."""
     try:
         raise SystemExit(main(None))
     except KeyboardInterrupt:
@@ -97,18 +104,18 @@ def run_main(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
 
 
 def peek_flag(argv: Sequence[str], *flags: str) -> str | None:
-    """The last value that argv gives one of the flags, before the real parse; None where it is not there."""
-    found = None
+    """Return the last value of one of the flags without parsing argv; None if there is none."""
+    flag_value = None
     for i, word in enumerate(argv):
         name, equals, value = word.partition("=")
         if name in flags:
-            found = value if equals else (argv[i + 1] if i + 1 < len(argv) else None)
-    return found
+            flag_value = value if equals else (argv[i + 1] if i + 1 < len(argv) else None)
+    return flag_value
 
 
 def _normalize_bool_flags(cls: type, argv: Sequence[str]) -> list[str]:
-    """`--qk-norm=true` and `--qk-norm=false` as `--qk-norm` and `--no-qk-norm`."""
-    names = {name.replace("_", "-") for name, hint in _flags(cls).items() if hint is bool}
+    """Replace `--qk-norm=true` and `--qk-norm=false` by `--qk-norm` and `--no-qk-norm`."""
+    names = {name.replace("_", "-") for name, hint in _field_types(cls).items() if hint is bool}
     names |= {old.replace("_", "-") for old, new in FLAG_ALIASES.items() if new.replace("_", "-") in names}
     words = []
     for word in argv:
@@ -121,23 +128,23 @@ def _normalize_bool_flags(cls: type, argv: Sequence[str]) -> list[str]:
 
 
 def _current_flags(cls: type, argv: Sequence[str]) -> list[str]:
-    """argv with flags and values under their current names.
+    """Return argv with flags and values under their current names.
 
     Raises:
         ConfigError: a flag has one value under its name and another under an earlier one.
     """
-    types = _flags(cls)
+    types = _field_types(cls)
     aliases = {old: new for old, new in FLAG_ALIASES.items() if new in types and old not in types}
     words: list[str] = []
-    values: dict[str, tuple[str, Any]] = {}  # flag -> the name it was given under, and its value
+    values: dict[str, tuple[str, Any]] = {}  # flag -> (its name in argv, its value)
     rest = list(reversed(argv))
     while rest:
         word = rest.pop()
         flag, equals, value = word.partition("=")
-        given = flag.removeprefix("--").replace("-", "_")
-        negated = given.startswith("no_") and types.get(aliases.get(given[3:], given[3:])) is bool
-        given = given[3:] if negated else given
-        name = aliases.get(given, given)
+        argv_name = flag.removeprefix("--").replace("-", "_")
+        negated = argv_name.startswith("no_") and types.get(aliases.get(argv_name[3:], argv_name[3:])) is bool
+        argv_name = argv_name[3:] if negated else argv_name
+        name = aliases.get(argv_name, argv_name)
         if not flag.startswith("--") or name not in aliases.values():
             words.append(word)
             continue
@@ -154,23 +161,23 @@ def _current_flags(cls: type, argv: Sequence[str]) -> list[str]:
             if rest and not rest[-1].startswith("--"):
                 value = current_value(name, rest.pop())
                 words.append(value)
-        first, first_value = values.setdefault(name, (given, value))
-        if first != given and first_value != value:
-            raise ConfigError(conflict(first, first_value, given, value, name))
+        first, first_value = values.setdefault(name, (argv_name, value))
+        if first != argv_name and first_value != value:
+            raise ConfigError(conflict_message(first, first_value, argv_name, value, name))
     return words
 
 
-def _flags(cls: type) -> dict[str, Any]:
-    """The name and the type of every field, those of nested dataclasses included."""
+def _field_types(cls: type) -> dict[str, Any]:
+    """Return the name and type of every field, including those of nested dataclasses."""
     flags = {}
     for name, hint in get_type_hints(cls).items():
-        flags |= _flags(hint) if dataclasses.is_dataclass(hint) else {name: hint}
+        flags |= _field_types(hint) if dataclasses.is_dataclass(hint) else {name: hint}
     return flags
 
 
 @contextlib.contextmanager
 def _columns(width: int | None) -> Iterator[None]:
-    """Messages are wrapped to the terminal's width; a wide one keeps them in one piece."""
+    """Set the width that messages are wrapped to; None: that of the terminal."""
     before = os.environ.get("COLUMNS")
     if width is not None:
         os.environ["COLUMNS"] = str(width)
@@ -184,22 +191,22 @@ def _columns(width: int | None) -> Iterator[None]:
 
 
 def _one_line(panel: str) -> str:
-    """The message inside a framed panel of several lines."""
+    """Extract the message from a framed panel of several lines."""
     lines = [line.strip(" │╭╮╰╯─\t") for line in panel.splitlines()]
     body = [line for line in lines if line and not re.fullmatch(r"[-─]+", line)]
     message = next((line for line in body[1:] if line), "wrong arguments")
     message = re.sub(r"^Error parsing [\w.]+: ", "", message)
     flags = [line.split()[0].rstrip(",") for line in body if line.startswith("--")]
-    if unknown := re.match(r"Unrecognized options: (-.*)", message):  # their values are no options
+    if unknown := re.match(r"Unrecognized options: (-.*)", message):  # without their values
         words = [word.partition("=")[0] for word in unknown[1].rstrip(".").split(", ") if word.startswith("-")]
         message = f"Unrecognized options: {', '.join(words)}"
     if message.startswith("Unrecognized options") and flags:
         message += f"; did you mean {flags[0]}?"
-    got = next(
+    type_line = next(
         (line for line in body if line.startswith("- <class 'int'>") or line.startswith("- <class 'float'>")),
         None,
     )
-    if got and "could be instantiated" in message:
+    if type_line and "could be instantiated" in message:
         message = re.sub(
             r": no type matching (.*) could be instantiated from (.*?)\.?$", r": \2 is not one of \1", message
         )

@@ -1,4 +1,4 @@
-"""What does this machine offer, and does the installation work? `python -m dantinox.doctor`."""
+"""Report devices, implementations and packages of this machine: `python -m dantinox.doctor`."""
 
 import importlib.metadata
 import logging
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-# A plugin for a device that is not here complains at length when JAX starts; what matters of it is said below.
+# A plugin without its device logs long errors when JAX starts; `devices` reports what matters.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 logging.getLogger("jax").setLevel(logging.CRITICAL)
 
@@ -34,11 +34,11 @@ Row = tuple[str, str]
 
 @dataclass(frozen=True)
 class Arguments:
-    """There are no flags."""
+    """No flags."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report; 0 whatever it says, for it is a report and not a test."""
+    """Print the report and return 0."""
     cli.parse(Arguments, argv, default=Arguments(), prog="dantinox-doctor", description=__doc__)
     for title, rows in (
         ("machine", machine()),
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("implementations", implementations()),
         ("packages", [(name, version(name) or "missing") for name in PACKAGES]),
         ("extras", extras()),
-        ("runs", runs(Path("runs"))),
+        ("runs", runs_folder(Path("runs"))),
     ):
         print(title)
         for name, text in rows:
@@ -55,34 +55,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def machine() -> Iterator[Row]:
-    """Python, the system and its memory."""
+    """Yield Python, the system and its memory."""
     yield "Python", f"{platform.python_version()} ({sys.executable})"
     yield "system", f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"
     try:
         yield "memory", gigabytes(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     except (AttributeError, ValueError, OSError):
-        yield "memory", "this system does not tell"
+        yield "memory", "not reported by this system"
 
 
 def devices() -> Iterator[Row]:
-    """JAX's backend and its devices, or why there are none."""
-    asked = os.environ.get("JAX_PLATFORMS")
+    """Yield JAX's backend and its devices, or the error."""
+    platforms = os.environ.get("JAX_PLATFORMS")
     try:
-        found = jax.devices()
+        available = jax.devices()
     except RuntimeError as error:
-        yield "backend", f"none{f' (JAX_PLATFORMS={asked})' if asked else ''}: {str(error).partition('\n')[0]}"
+        yield "backend", f"none{f' (JAX_PLATFORMS={platforms})' if platforms else ''}: {str(error).partition('\n')[0]}"
         return
-    yield "backend", jax.default_backend() + (f" (JAX_PLATFORMS={asked})" if asked else "")
-    for device in found:
+    yield "backend", jax.default_backend() + (f" (JAX_PLATFORMS={platforms})" if platforms else "")
+    for device in available:
         try:
             memory = (device.memory_stats() or {}).get("bytes_limit")
-        except Exception:  # not every backend knows
+        except Exception:  # not supported by every backend
             memory = None
         yield str(device), device.device_kind + (f", {gigabytes(memory)} for JAX" if memory else "")
 
 
 def implementations() -> Iterator[Row]:
-    """For each operation what can run here, and the reason for what cannot; auto takes the first that can."""
+    """Yield each implementation of each operation, and why it cannot run; auto takes the first that can."""
     for op in OPERATIONS:
         try:
             table = kernels.implementations(op)
@@ -94,14 +94,14 @@ def implementations() -> Iterator[Row]:
 
 
 def extras() -> Iterator[Row]:
-    """The optional installs: `pip install -e '.[NAME]'`, or EXTRAS=NAME for make."""
+    """Yield the optional dependencies: `pip install -e '.[NAME]'`, or EXTRAS=NAME for make."""
     for name, packages in EXTRAS.items():
-        here = [f"{package} {version(package)}" for package in packages if version(package)]
-        yield name, ", ".join(here) or "not installed"
+        installed = [f"{package} {version(package)}" for package in packages if version(package)]
+        yield name, ", ".join(installed) or "not installed"
 
 
-def runs(folder: Path) -> Iterator[Row]:
-    """Can a run be written here?"""
+def runs_folder(folder: Path) -> Iterator[Row]:
+    """Yield whether the folder of runs is writable."""
     parent = folder if folder.exists() else folder.absolute().parent
     try:
         with tempfile.TemporaryFile(dir=parent):
@@ -111,7 +111,7 @@ def runs(folder: Path) -> Iterator[Row]:
 
 
 def version(package: str) -> str | None:
-    """Installed version of a distribution; None where there is none."""
+    """Return the installed version of a distribution; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -119,11 +119,12 @@ def version(package: str) -> str | None:
 
 
 def gigabytes(size: int) -> str:
+    """Format a number of bytes."""
     return f"{size / 2**30:.1f} GiB"
 
 
 def program() -> NoReturn:
-    """`main` as a console script."""
+    """Run `main` as a console script."""
     cli.run_main(main)
 
 

@@ -1,4 +1,4 @@
-"""How well a trained model predicts a text: `python -m dantinox.evaluate --run runs/NAME --data FILE`."""
+"""Score a text with a trained model: `python -m dantinox.evaluate --run runs/NAME --data FILE`."""
 
 import json
 import sys
@@ -10,30 +10,30 @@ from typing import NoReturn
 from dantinox import cli
 from dantinox.config import Implementation
 from dantinox.data.corpus import find_documents
-from dantinox.inference.scoring import evaluate
+from dantinox.inference.scoring import score_documents
 from dantinox.system import malloc
 
 PROG = "dantinox-evaluate"
 
 
 @dataclass(frozen=True)
-class Args:
-    """How well a trained model predicts a text."""
+class Arguments:
+    """Score a text with a trained model."""
 
     run: str = "nano"
     """The run: runs/NAME or NAME."""
     data: str | None = None
-    """A text file, a folder, a glob, or stdlib: the Python standard library's own source."""
+    """A text file, a folder, a glob, or stdlib (the source of the Python standard library)."""
     context: int | None = None
-    """Tokens read at once; None: the model's max_context."""
+    """Tokens per window; None: max_context of the model."""
     stride: int | None = None
-    """Tokens that a window moves on; fewer give each token more context and take longer. None: half of context."""
+    """Tokens between the starts of two windows; fewer give more context and take longer. None: half of context."""
     batch_size: int = 8
-    """Windows read at once."""
+    """Windows per batch."""
     attn: Implementation | None = None
-    """Implementation of attention; None: what the run was trained with."""
+    """Implementation of attention; None: that of the run."""
     moe: Implementation | None = None
-    """Implementation of the mixture of experts; None: what the run was trained with."""
+    """Implementation of the mixture of experts; None: that of the run."""
     json: bool = False
     """Print one line of JSON instead of a table."""
     verbose: bool = False
@@ -41,50 +41,52 @@ class Args:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; 0, or SystemExit with 2 for bad input."""
+    """Run the program and return its exit code; invalid input exits with 2."""
     malloc.tune_glibc_malloc()
-    args = cli.parse(
-        Args,
+    arguments = cli.parse(
+        Arguments,
         cli.positional_run(argv),
-        default=Args(),
+        default=Arguments(),
         prog=PROG,
         description=__doc__.splitlines()[0].split(":")[0] + ".",
     )
-    with cli.one_line_errors(PROG, args.verbose):
-        report(args)
+    with cli.one_line_errors(PROG, arguments.verbose):
+        report(arguments)
     return 0
 
 
-def report(args: Args) -> None:
-    """Load the run, score the data, print what came out.
+def report(arguments: Arguments) -> None:
+    """Load the run, score the data and print the result.
 
     Raises:
-        ValueError, NotImplementedError, OSError: bad input; the message is one line.
+        ValueError, NotImplementedError, OSError: the input is invalid; the message is one line.
     """
     from dantinox.checkpoint.load import find_run, load
 
-    if args.data is None:
+    if arguments.data is None:
         raise ValueError("data is missing; give --data a text file, a folder, a glob or stdlib")
-    chosen = {name: value for name in ("attn", "moe") if (value := getattr(args, name)) is not None}
-    model, tokenizer = load(find_run(args.run), **chosen)
-    documents = find_documents(args.data)
-    began = time.perf_counter()
-    score = evaluate(model, tokenizer, documents, context=args.context, stride=args.stride, batch_size=args.batch_size)
-    seconds = time.perf_counter() - began
+    overrides = {name: value for name in ("attn", "moe") if (value := getattr(arguments, name)) is not None}
+    model, tokenizer = load(find_run(arguments.run), **overrides)
+    documents = find_documents(arguments.data)
+    start = time.perf_counter()
+    score = score_documents(
+        model, tokenizer, documents, context=arguments.context, stride=arguments.stride, batch_size=arguments.batch_size
+    )
+    seconds = time.perf_counter() - start
     numbers = {name: getattr(score, name) for name in ("loss", "perplexity", "bits_per_byte")}
-    if args.json:
-        print(json.dumps({"run": str(find_run(args.run)), "data": args.data} | score._asdict() | numbers))
+    if arguments.json:
+        print(json.dumps({"run": str(find_run(arguments.run)), "data": arguments.data} | score._asdict() | numbers))
     else:
-        print(f"{'data':14} {args.data}: {score.documents:,} documents, {score.bytes:,} bytes")
-        print(f"{'tokens':14} {score.tokens:,}, each scored once; context {score.context}, stride {score.stride}")
-        print(f"{'loss':14} {score.loss:.4f} nats a token")
+        print(f"{'data':14} {arguments.data}: {score.documents:,} documents, {score.bytes:,} bytes")
+        print(f"{'tokens':14} {score.tokens:,}, context {score.context}, stride {score.stride}")
+        print(f"{'loss':14} {score.loss:.4f} nats per token")
         print(f"{'perplexity':14} {score.perplexity:.4f}")
         print(f"{'bits per byte':14} {score.bits_per_byte:.4f}")
-    print(f"{seconds:.2f} s, {score.tokens / seconds:.0f} tokens/s, compilation included", file=sys.stderr)
+    print(f"{seconds:.2f} s, {score.tokens / seconds:.0f} tokens/s, including compilation", file=sys.stderr)
 
 
 def program() -> NoReturn:
-    """`main` as a console script."""
+    """Run `main` as a console script."""
     cli.run_main(main)
 
 

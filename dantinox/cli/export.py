@@ -1,7 +1,7 @@
-"""Give a trained model away: `python -m dantinox.export --run runs/NAME --out DIR`.
+"""Export a trained model: `python -m dantinox.export --run runs/NAME --out DIR`.
 
-DIR then holds config.json and safetensors as Hugging Face has them for Llama, Mistral or Mixtral, and the tokenizer in
-our own form below DIR/dantinox. `dantinox.load_hf(DIR)` is the way back.
+The program writes config.json and safetensors to DIR in the Hugging Face layout of Llama, Mistral or Mixtral, and the
+tokenizer, in the format of DantinoX, to DIR/dantinox. `dantinox.load_hf(DIR)` loads them.
 """
 
 from collections.abc import Sequence
@@ -17,52 +17,54 @@ PROG = "dantinox-export"
 
 
 @dataclass(frozen=True)
-class Args:
-    """Give a trained model away, as Hugging Face has it."""
+class Arguments:
+    """Export a trained model in a Hugging Face layout."""
 
     run: str = "nano"
     """The run: runs/NAME or NAME."""
     out: str | None = None
-    """Folder to write; it must not be there, or be empty."""
+    """Folder to write; it must not exist, or be empty."""
     layout: Layout | None = None
-    """Names and settings of which model; None: mixtral with experts, mistral with a window, llama else."""
+    """Layout to write; None: mixtral with experts, mistral with a window, llama otherwise."""
     shard_mb: int = 5000
-    """Most megabytes a file of weights."""
+    """Maximum size of a file of weights, in megabytes."""
     verbose: bool = False
     """Show tracebacks."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; 0, or SystemExit with 2 for bad input."""
-    args = cli.parse(Args, cli.positional_run(argv), default=Args(), prog=PROG, description=Args.__doc__)
-    with cli.one_line_errors(PROG, args.verbose):
-        export(args)
+    """Run the program and return its exit code; invalid input exits with 2."""
+    arguments = cli.parse(
+        Arguments, cli.positional_run(argv), default=Arguments(), prog=PROG, description=Arguments.__doc__
+    )
+    with cli.one_line_errors(PROG, arguments.verbose):
+        export(arguments)
     return 0
 
 
-def export(args: Args) -> None:
-    """Load the run, write the folder, say what it holds.
+def export(arguments: Arguments) -> None:
+    """Load the run, write the folder and print its contents.
 
     Raises:
-        ValueError, OSError: bad input; the message is one line, and nothing has been written.
+        ValueError, OSError: the input is invalid; the message is one line, and nothing was written.
     """
     from dantinox.checkpoint.load import find_run, load, read_config
     from dantinox.hf.weights import save_hf
 
-    if args.out is None:
+    if arguments.out is None:
         raise ValueError("out is missing; give --out a folder")
-    size = check_int("shard_mb", args.shard_mb, 1) * 10**6
-    run = find_run(args.run)
-    to_hf(read_config(run).model, args.layout)  # before the weights are read
+    size = check_int("shard_mb", arguments.shard_mb, 1) * 10**6
+    run = find_run(arguments.run)
+    to_hf(read_config(run).model, arguments.layout)  # before the weights are read
     model, tokenizer = load(run)
-    files = save_hf(model, args.out, args.layout, size)
-    tokenizer.save(Path(args.out) / "dantinox")
+    files = save_hf(model, arguments.out, arguments.layout, size)
+    tokenizer.save(Path(arguments.out) / "dantinox")
     total = sum(file.stat().st_size for file in files)
-    print(f"{args.out}: {args.layout or layout_of(model.config)}, {total:,} bytes in {len(files)} file(s)")
+    print(f"{arguments.out}: {arguments.layout or layout_of(model.config)}, {total:,} bytes in {len(files)} file(s)")
 
 
 def program() -> NoReturn:
-    """`main` as a console script."""
+    """Run `main` as a console script."""
     cli.run_main(main)
 
 

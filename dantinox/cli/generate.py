@@ -1,7 +1,7 @@
-"""Let a trained model write: `python -m dantinox.generate --run runs/NAME --prompt "..."`.
+"""Generate text from a trained model: `python -m dantinox.generate --run runs/NAME --prompt "..."`.
 
-The text goes to stdout and nothing else does; the speed goes to stderr. The function of the same name,
-`dantinox.generate(model, prompts, ...)`, lives in `dantinox.inference.generate`.
+Only the text is written to stdout; the speed is written to stderr. The function
+`dantinox.generate(model, prompts, ...)` is defined in `dantinox.inference.generate`.
 """
 
 import logging
@@ -15,11 +15,11 @@ from typing import Annotated, NoReturn
 import tyro
 
 from dantinox import cli
-from dantinox.cli.stream_printer import Screen, heads
+from dantinox.cli.stream_printer import StreamPrinter, prompt_headers
 from dantinox.config import Implementation, KVDtype, ModelConfig
 from dantinox.config.validation import check_int
 from dantinox.inference import generate
-from dantinox.inference.detokenizer import Text
+from dantinox.inference.detokenizer import IncrementalDetokenizer
 from dantinox.inference.sampling import Sampling
 
 PROG = "dantinox-generate"
@@ -29,138 +29,147 @@ Texts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 
 
 @dataclass(frozen=True)
-class Args:
-    """Let a trained model write."""
+class Arguments:
+    """Generate text from a trained model."""
 
     run: str = "nano"
     """The run: runs/NAME or NAME."""
     prompt: Texts = ()
-    """Text to continue; more than one --prompt: all at once; none: the start of a document."""
+    """Text to continue; several --prompt are one batch. Without any, start a document."""
     prompt_file: str | None = None
-    """A file whose text is to be continued, as it stands; -: standard input."""
+    """File with the text to continue; -: standard input."""
     prompt_per_line: bool = False
-    """Each line of --prompt-file is a prompt."""
+    """Take each line of --prompt-file as a prompt."""
     max_new_tokens: int | None = None
-    """Most tokens to write; the end of the document ends it earlier. None: 256, or what fits in max_context."""
+    """Maximum number of new tokens; a text may end earlier. None: 256, or what fits in max_context."""
     stop: Texts = ()
-    """Text that ends the writing and is not shown; may be given more than once."""
+    """String that ends a text and is not shown; may be repeated."""
     temperature: float = 0.8
-    """Divides the logits; 0: always the likeliest token."""
+    """Divisor of the logits; 0: greedy."""
     top_k: int | None = None
-    """Draw from the k likeliest tokens."""
+    """Sample from the k likeliest tokens."""
     top_p: float = 1.0
-    """Draw from the likeliest tokens that hold this much probability; 1: off."""
+    """Sample from the likeliest tokens with this total probability; 1: off."""
     min_p: float = 0.0
-    """Draw from tokens at least this likely, relative to the likeliest; 0: off."""
+    """Sample from tokens at least this likely, relative to the likeliest; 0: off."""
     repetition_penalty: float = 1.0
-    """Above 1: tokens of the prompt and of the text so far become less likely."""
+    """Above 1: make tokens of the prompt and of the text so far less likely."""
     seed: int = 0
     """Seed of all draws."""
     n: int = 1
-    """Samples of each prompt, which is read once."""
+    """Samples per prompt, which is prefilled once."""
     stream: bool = False
-    """Print the text as it is written; of several texts the first, and the next when that is done."""
+    """Print the text while it is generated; several texts are printed in order."""
     prefill_chunk: int = generate.PREFILL_CHUNK
-    """Tokens of the prompt read at once; less takes less memory."""
+    """Tokens per prompt and prefill step; fewer take less memory."""
     decode: Implementation | None = None
-    """Implementation of cached decoding; None: what the run was trained with."""
+    """Implementation of cached decoding; None: that of the run."""
     kv_cache_dtype: KVDtype | None = None
-    """Storage of the KV cache: the model's dtype (auto), or 8 bits per value; None: as trained."""
+    """Storage of the KV cache: the model's dtype (auto), or 8 bits per value; None: that of the run."""
     verbose: bool = False
-    """Say which implementations were chosen, and show tracebacks."""
+    """Log the chosen implementations and show tracebacks."""
 
 
-def parse(argv: Sequence[str] | None) -> Args:
-    """The command line; the run may stand first, without its flag. Exits with 2 where a flag is wrong."""
+def parse(argv: Sequence[str] | None) -> Arguments:
+    """Parse the command line; the first argument may be the run. Exits with 2 if a flag is invalid."""
     return cli.parse(
-        Args, cli.positional_run(argv), default=Args(), prog=PROG, description="Let a trained model write."
+        Arguments,
+        cli.positional_run(argv),
+        default=Arguments(),
+        prog=PROG,
+        description="Generate text from a trained model.",
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; 0, or SystemExit with 2 for bad input. When interrupted the text so far is printed."""
-    args = parse(argv)
-    if args.verbose:
+    """Run the program and return its exit code; invalid input exits with 2. An interrupt prints the text so far."""
+    arguments = parse(argv)
+    if arguments.verbose:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
         logging.getLogger("jax").setLevel(logging.WARNING)
-    with cli.one_line_errors(PROG, args.verbose):
-        write(args)
+    with cli.one_line_errors(PROG, arguments.verbose):
+        generate_text(arguments)
     return 0
 
 
-def write(args: Args) -> None:
-    """Load the run and print prompt and continuation.
+def generate_text(arguments: Arguments) -> None:
+    """Load the run and print the prompts and their continuations.
 
     Raises:
-        ValueError, NotImplementedError, OSError: bad input; the message is one line.
+        ValueError, NotImplementedError, OSError: the input is invalid; the message is one line.
     """
     from dantinox.checkpoint.load import find_run, load
 
-    sampling = Sampling.checked(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
-    count = check_int("n", args.n, 1)
-    if "" in args.stop:
-        raise ValueError("stop is empty; allowed: text")
-    prompts = read_prompts(args)
-    chosen = {"decode": args.decode, "kv_cache_dtype": args.kv_cache_dtype}
-    model, tokenizer = load(find_run(args.run), **{name: value for name, value in chosen.items() if value is not None})
+    sampling = Sampling.create(
+        arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p, arguments.repetition_penalty
+    )
+    count = check_int("n", arguments.n, 1)
+    if "" in arguments.stop:
+        raise ValueError("stop is ''; allowed: text that is not empty")
+    prompts = read_prompts(arguments)
+    overrides = {"decode": arguments.decode, "kv_cache_dtype": arguments.kv_cache_dtype}
+    model, tokenizer = load(
+        find_run(arguments.run), **{name: value for name, value in overrides.items() if value is not None}
+    )
     ids = [tokenizer.encode(prompt) if prompt else [tokenizer.eos_id] for prompt in prompts]
-    new, cut = room(args.max_new_tokens, model.config, max(map(len, ids)))
+    max_new_tokens, is_capped = new_token_limit(arguments.max_new_tokens, model.config, max(map(len, ids)))
     request = generate.Request(
         prompts=ids,
-        max_new_tokens=new,
+        max_new_tokens=max_new_tokens,
         sampling=sampling,
-        seed=args.seed,
+        seed=arguments.seed,
         stop_tokens=(tokenizer.eos_id,),
         samples=range(count),
-        prefill_chunk=args.prefill_chunk,
+        prefill_chunk=arguments.prefill_chunk,
     )
-    texts = [Text(tokenizer, head, args.stop) for head in heads(prompts, count)]
-    screen = Screen(texts, args.stream)
-    began, first, early = time.perf_counter(), 0.0, 0
-    chunks = generate.run(model, request, lag=generate.STREAM_LATENCY_S if args.stream else None)
+    texts = [IncrementalDetokenizer(tokenizer, header, arguments.stop) for header in prompt_headers(prompts, count)]
+    printer = StreamPrinter(texts, arguments.stream)
+    start, first_seconds, first_tokens = time.perf_counter(), 0.0, 0
+    chunks = generate.generate_chunks(model, request, latency=generate.STREAM_LATENCY_S if arguments.stream else None)
     try:
         for chunk in chunks:
-            screen.add(*chunk)
-            if not first:
-                first, early = time.perf_counter() - began, sum(text.tokens for text in texts)
-            if screen.done:
+            printer.add(*chunk)
+            if not first_seconds:
+                first_seconds, first_tokens = time.perf_counter() - start, sum(text.num_tokens for text in texts)
+            if printer.done:
                 break
     finally:
-        screen.end()
-    seconds, tokens = time.perf_counter() - began, sum(text.tokens for text in texts)
-    line = f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} tokens/s, compilation included"
-    if tokens > early:
-        line += f"; {(tokens - early) / (seconds - first):.0f} tokens/s after the first {early} in {first:.2f} s"
+        printer.finish()
+    seconds, tokens = time.perf_counter() - start, sum(text.num_tokens for text in texts)
+    line = f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} tokens/s, including compilation"
+    if tokens > first_tokens:
+        rate = (tokens - first_tokens) / (seconds - first_seconds)
+        line += f"; {rate:.0f} tokens/s after the first {first_tokens} in {first_seconds:.2f} s"
     print(line, file=sys.stderr)
-    if cut and any(text.tokens == new for text in texts):
+    if is_capped and any(text.num_tokens == max_new_tokens for text in texts):
         limit = generate.context_limit(model.config)
-        print(f"stopped at max_context {limit}, as {generate.why_context_limited(model.config)}", file=sys.stderr)
+        print(f"stopped at max_context {limit}: {generate.why_context_limited(model.config)}", file=sys.stderr)
 
 
-def read_prompts(args: Args) -> list[str]:
-    """The texts to continue; one empty one where none was given.
+def read_prompts(arguments: Arguments) -> list[str]:
+    """Return the texts to continue; one empty text if none was given.
 
     Raises:
-        ValueError, OSError: a prompt is empty or no UTF-8 text, the file cannot be read, or flags contradict.
+        ValueError, OSError: a prompt is empty or not UTF-8, the file cannot be read, or flags conflict.
     """
-    if args.prompt_file is None:
-        if args.prompt_per_line:
+    if arguments.prompt_file is None:
+        if arguments.prompt_per_line:
             raise ValueError("prompt_per_line needs prompt_file")
-        if "" in args.prompt:
-            raise ValueError("prompt is empty; allowed: text, or no prompt for the start of a document")
-        return list(args.prompt) or [""]
-    if args.prompt:
+        if "" in arguments.prompt:
+            raise ValueError("prompt is ''; allowed: text that is not empty, or no prompt to start a document")
+        return list(arguments.prompt) or [""]
+    if arguments.prompt:
         raise ValueError("prompt and prompt_file are both given; allowed: one of them")
-    piped = args.prompt_file == "-"
-    name = "standard input" if piped else args.prompt_file
-    raw = sys.stdin.buffer.read() if piped else Path(args.prompt_file).read_bytes()
+    from_stdin = arguments.prompt_file == "-"
+    name = "standard input" if from_stdin else arguments.prompt_file
+    raw = sys.stdin.buffer.read() if from_stdin else Path(arguments.prompt_file).read_bytes()
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text: byte {error.start} is {raw[error.start]:#04x}") from None
     if not text:
         raise ValueError(f"{name} is empty; allowed: text to continue")
-    if not args.prompt_per_line:
+    if not arguments.prompt_per_line:
         return [text]
     lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
     if "" in lines:
@@ -168,23 +177,23 @@ def read_prompts(args: Args) -> list[str]:
     return lines
 
 
-def room(asked: int | None, config: ModelConfig, longest: int) -> tuple[int, bool]:
-    """(most new tokens after a prompt of `longest`, whether it is the context that ends them).
+def new_token_limit(requested: int | None, config: ModelConfig, longest: int) -> tuple[int, bool]:
+    """Return (maximum number of new tokens after a prompt of `longest` tokens, whether max_context determines it).
 
     Raises:
-        ValueError: the prompt alone fills the context.
+        ValueError: the prompt fills max_context.
     """
     limit = generate.context_limit(config)
     if limit is not None and longest >= limit:
-        why = generate.why_context_limited(config)
-        raise ValueError(f"the prompt is {longest} tokens long; allowed: fewer than max_context {limit}, as {why}")
-    if asked is not None or limit is None:
-        return MAX_NEW_TOKENS if asked is None else asked, False
+        reason = generate.why_context_limited(config)
+        raise ValueError(f"the prompt is {longest} tokens long; allowed: fewer than max_context {limit} ({reason})")
+    if requested is not None or limit is None:
+        return MAX_NEW_TOKENS if requested is None else requested, False
     return min(MAX_NEW_TOKENS, limit - longest), limit - longest < MAX_NEW_TOKENS
 
 
 def program() -> NoReturn:
-    """`main` as a console script."""
+    """Run `main` as a console script."""
     cli.run_main(main)
 
 

@@ -1,7 +1,7 @@
 """Train a model on text: `python -m dantinox.train`.
 
-Everything a run writes lies in runs/NAME: config.yaml, tokenizer.json, metrics.jsonl, tensorboard/, checkpoints/,
-summary.txt, loss.png. Batches are a pure function of (seed, step), so a run is resumed from its step number alone.
+A run writes its files to runs/NAME: config.yaml, tokenizer.json, metrics.jsonl, tensorboard/, checkpoints/,
+summary.txt, loss.png. Batches are a pure function of (seed, step), so a resumed run needs only its step number.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from dantinox.metrics import model_summary, wandb_logger
 from dantinox.system import malloc
 from dantinox.system.atomic_io import open_atomic
 from dantinox.training.loop import Loop, LoopState, NonFiniteError
-from dantinox.training.resume import check_restart_from_scratch, diff_settings, restore, resume_command
+from dantinox.training.resume import check_restart_from_scratch, diff_settings, restore_run, resume_command
 from dantinox.training.signals import Interrupted, sigterm_as_exception
 from dantinox.training.trainer import Trainer
 
@@ -31,23 +31,23 @@ PROG = "dantinox-train"
 
 @dataclass(frozen=True)
 class Arguments:
-    """Flags beyond the settings."""
+    """The settings and other flags."""
 
     settings: Config
     preset: str | None = None
-    """Settings to start from; --config and flags are laid over them."""
+    """Preset to start from; --config and flags override it."""
     config: str | None = None
-    """A YAML file of `name: value` lines, laid over the preset."""
+    """A YAML file of `name: value` lines, which override the preset."""
     resume: bool = False
-    """Go on from the newest checkpoint of --run, with the settings of that run; where it has none yet, begin anew."""
+    """Resume --run from its newest checkpoint with its settings; without a checkpoint, start from scratch."""
     dry_run: bool = False
-    """Say what the configuration costs (parameters, FLOPs, compiled memory, cache) and stop."""
+    """Print the cost of the configuration (parameters, FLOPs, compiled memory, KV cache) without training."""
     verbose: bool = False
-    """Say which implementations were chosen, and show tracebacks."""
+    """Log the chosen implementations and show tracebacks."""
 
 
 def parse(argv: Sequence[str]) -> Arguments:
-    """Settings from the preset, then --config, then flags; a resumed run starts from its own settings instead."""
+    """Parse the command line: flags override --config, which overrides the preset or the settings of a resumed run."""
     with cli.one_line_errors(PROG):
         preset, file = cli.peek_flag(argv, "--preset"), cli.peek_flag(argv, "--config")
         run = cli.peek_flag(argv, "--run")
@@ -60,55 +60,55 @@ def parse(argv: Sequence[str]) -> Arguments:
         return cli.parse(
             Arguments,
             argv,
-            default=Arguments(base.loose(), preset=preset, config=file),
+            default=Arguments(base, preset=preset, config=file),
             prog=PROG,
             description=f"Train a DantinoX model. Presets: {', '.join(presets())} (default: nano).",
         )
 
 
 def prepare_run(config: Config, resume: bool) -> Path:
-    """The run's folder. An older run of that name is kept beside it as NAME.1, NAME.2, ..."""
+    """Create the folder of the run; an older run of that name is renamed to NAME.1, NAME.2, ..."""
     run = Path(config.train.runs_dir) / config.train.run
     if run.exists() and not resume:
         number = 1
-        while (kept := run.with_name(f"{run.name}.{number}")).exists():
+        while (backup := run.with_name(f"{run.name}.{number}")).exists():
             number += 1
-        run.rename(kept)
-        print(f"{run} was there already; it is now {kept}")
+        run.rename(backup)
+        print(f"{run} already exists; renamed it to {backup}")
     run.mkdir(parents=True, exist_ok=True)
     return run
 
 
 def train(config: Config, resume: bool = False) -> Path:
-    """Run the training that `config` describes and return its folder.
+    """Train with the settings `config` and return the folder of the run.
 
     Raises:
-        ConfigError, ValueError, FileNotFoundError: a setting, the data or the run to resume is not fit.
+        ConfigError, ValueError, FileNotFoundError: a setting, the data or the run to resume is invalid.
         Interrupted: after Ctrl-C or SIGTERM, once the state is saved.
         NonFiniteError: the loss or a gradient is not finite; the state before it is saved.
-        CheckpointWriteError: a checkpoint could not be written; those before it are as they were.
+        CheckpointWriteError: a checkpoint could not be written; earlier ones are intact.
     """
     if config.train.wandb:
         wandb_logger.require_wandb()
     trainer = Trainer(config)
     config = trainer.config
     folder = Path(config.train.runs_dir) / config.train.run
-    current, first, known = None, 0, LoopState()
+    state, start_step, progress = None, 0, LoopState()
     if resume:
         changed = diff_settings(config, read_config(folder))
         if Checkpoints(folder).steps():
-            current, first, known = restore(trainer, folder)
+            state, start_step, progress = restore_run(trainer, folder)
         else:
             check_restart_from_scratch(folder, config)
-        if changed and first:
-            print(f"resumed with {changed}: the steps to come are not those of a run that was never interrupted")
+        if changed and start_step:
+            print(f"resumed with {changed}: later steps differ from those of an uninterrupted run")
     run = prepare_run(config, resume)
     text = model_summary.describe(config)
     print(text)
     stats = trainer.corpus.stats
     print(
-        f"{'data':14} {config.data.data}: {len(trainer.corpus.train):,} tokens to train on, "
-        f"{len(trainer.corpus.val):,} held out; unigram entropy {stats.unigram_entropy:.3f} nats a token"
+        f"{'data':15} {config.data.data}: {len(trainer.corpus.train):,} training tokens, "
+        f"{len(trainer.corpus.val):,} validation tokens; unigram entropy {stats.unigram_entropy:.3f} nats per token"
     )
     for name, content in (("summary.txt", text + "\n"), ("config.yaml", config.to_yaml())):
         with open_atomic(run / name) as file:
@@ -117,23 +117,23 @@ def train(config: Config, resume: bool = False) -> Path:
     with (
         wandb_logger.WandbLogger(run, config, resume) if config.train.wandb else contextlib.nullcontext() as tracker,
         contextlib.closing(Checkpoints(run, config.train.max_checkpoints)) as checkpoints,
-        contextlib.closing(metrics_log.MetricsLog(run, first if resume else None, tracker)) as log,
+        contextlib.closing(metrics_log.MetricsLog(run, start_step if resume else None, tracker)) as log,
     ):
-        loop = Loop(trainer, run, checkpoints, log, resume_command(config), known)
-        loop.run(trainer.init_state() if current is None else current, first)
+        loop = Loop(trainer, run, checkpoints, log, resume_command(config), progress)
+        loop.run(trainer.init_state() if state is None else state, start_step)
     metrics_log.plot_loss(run, config.train.run, stats.unigram_entropy)
     return run
 
 
 def dry_run(config: Config) -> None:
-    """Print what the configuration costs; nothing is trained or written to runs/."""
+    """Print the cost of the configuration; nothing is trained or written to runs/."""
     trainer = Trainer(config)
     print(model_summary.describe(trainer.config))
     print(model_summary.compiled_memory(trainer.step, trainer.shapes, trainer.config))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; returns the exit code."""
+    """Run the program and return its exit code."""
     malloc.tune_glibc_malloc()
     arguments = parse(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
@@ -146,13 +146,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 dry_run(arguments.settings)
             else:
                 run = train(arguments.settings, arguments.resume)
-                write = shlex.join(["python", "-m", "dantinox.generate", "--run", str(run), "--prompt", "def "])
-                print(f"\nsaved {run}. Let it write: {write}")
-    except Interrupted as stopped:
-        return stopped.code
+                command = shlex.join(["python", "-m", "dantinox.generate", "--run", str(run), "--prompt", "def "])
+                print(f"\nsaved {run}. Generate text with: {command}")
+    except Interrupted as interruption:
+        return interruption.code
     except KeyboardInterrupt:
         return 130
-    except (NonFiniteError, OSError) as error:  # what cannot be known beforehand: a full disk, a NaN
+    except (NonFiniteError, OSError) as error:  # runtime failures: a full disk, a NaN
         if arguments.verbose:
             raise
         cli.exit_with_error(PROG, error, code=1)
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def program() -> NoReturn:
-    """`main` as a console script."""
+    """Run `main` as a console script."""
     cli.run_main(main)
 
 

@@ -1,7 +1,8 @@
-"""Every toggle of DantinoX in one frozen dataclass tree, checked when it is built.
+"""All settings of DantinoX as one tree of frozen dataclasses, validated on construction.
 
-`Config.model` is the network, `Config.data` the text, `Config.optim` the optimizer, `Config.train` the run. Field names
-are unique over the tree, so flags, YAML files and overrides are flat: `--window 64`, `window: 64`, `window=64`.
+`Config.model` holds the settings of the network, `Config.data` of the text, `Config.optim` of the optimizer,
+`Config.train` of the run. Field names are unique over the tree, so flags, YAML files and overrides are flat:
+`--window 64`, `window: 64`, `window=64`.
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run is made of."""
+    """All settings of a run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -53,10 +54,10 @@ class Config:
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "Config":
-        """The named preset with flat overrides by field name.
+        """Return the named preset with flat overrides by field name.
 
         Raises:
-            ConfigError: unknown preset, unknown field (with a suggestion), or a value that cannot be.
+            ConfigError: unknown preset, unknown field (with a suggestion), or an invalid value.
         """
         if name not in presets():
             raise ConfigError(f"preset is {name!r}; {did_you_mean(name, presets())}")
@@ -65,7 +66,11 @@ class Config:
 
     @classmethod
     def from_yaml(cls, path: str | Path, base: "Config | None" = None) -> "Config":
-        """The settings of a YAML file laid over `base` (default: the defaults). Unknown keys raise `ConfigError`."""
+        """Return `base` (by default the defaults) with the settings of a YAML file.
+
+        Raises:
+            ConfigError: the file cannot be read, or a key or value is invalid.
+        """
         try:
             text = Path(path).read_text()
         except (OSError, UnicodeDecodeError) as error:
@@ -74,49 +79,54 @@ class Config:
 
     @classmethod
     def from_flat(cls, settings: Mapping[str, Any]) -> "Config":
-        """The defaults with flat settings laid over them."""
+        """Return the defaults with flat settings applied."""
         return cls().replace(**settings)
 
     def replace(self, **overrides: Any) -> "Config":
-        """A copy with flat overrides by field name; every check runs again."""
+        """Return a copy with flat overrides by field name, validated like a new one.
+
+        A head_dim that equals dim // n_heads follows a new dim or n_heads.
+        """
         owner = {name: section for section, names in _fields().items() for name in names}
         changes: dict[str, dict[str, Any]] = {}
         for name, value in current_names(overrides).items():
             if name not in owner:
                 raise ConfigError(f"unknown setting {name!r}; {did_you_mean(name, owner)}")
-            changes.setdefault(owner[name], {})[name] = value
-        loose = self.loose()
-        return Config(**{s: dataclasses.replace(getattr(loose, s), **changes.get(s, {})) for s in _fields()})
-
-    def loose(self) -> "Config":
-        """A copy to build others from: a head_dim that was derived is None again, to follow a new dim or n_heads."""
-        copied = dataclasses.replace(self, model=dataclasses.replace(self.model))
-        if self.model.head_dim is not None and self.model.head_dim * self.model.n_heads == self.model.dim:
-            object.__setattr__(copied.model, "head_dim", None)
-        return copied
+            is_int = isinstance(value, int) and not isinstance(value, bool)
+            changes.setdefault(owner[name], {})[name] = float(value) if is_int and name in _float_fields() else value
+        current = dataclasses.replace(self, model=self.model.without_default_head_dim())
+        sections = {s: dataclasses.replace(getattr(current, s), **changes.get(s, {})) for s in _fields()}
+        return Config(**sections | {"model": sections["model"].without_default_head_dim()})
 
     def flat(self) -> dict[str, Any]:
-        """Every setting by its field name."""
-        return {name: getattr(getattr(self, s), name) for s, names in _fields().items() for name in names}
+        """Return every setting by its field name; head_dim is never None."""
+        settings = {name: getattr(getattr(self, s), name) for s, names in _fields().items() for name in names}
+        return settings | {"head_dim": self.model.resolved_head_dim}
 
     def to_yaml(self) -> str:
-        """The flat settings as YAML, a comment above each section; `from_yaml` reads it back."""
-        parts = []
+        """Return the flat settings as YAML with a comment above each section; `from_yaml` reads it back."""
+        settings, parts = self.flat(), []
         for section, names in _fields().items():
-            values = {name: getattr(getattr(self, section), name) for name in names}
+            values = {name: settings[name] for name in names}
             parts.append(f"# {section}\n" + yaml.safe_dump(values, sort_keys=False))
         return "\n".join(parts)
 
 
 def presets() -> list[str]:
-    """Names of the presets that come with DantinoX."""
+    """Return the names of the presets that come with DantinoX."""
     folder = resources.files("dantinox") / "presets"
     return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
 
 
 def _fields() -> dict[str, list[str]]:
+    """Return the field names of each section."""
     sections = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "train": TrainConfig}
     return {name: [f.name for f in dataclasses.fields(cls)] for name, cls in sections.items()}
+
+
+def _float_fields() -> set[str]:
+    sections = (ModelConfig, DataConfig, OptimConfig)
+    return {f.name for cls in sections for f in dataclasses.fields(cls) if f.type in (float, float | None)}
 
 
 def _parse_yaml(text: str, source: str) -> dict[str, Any]:
@@ -124,17 +134,16 @@ def _parse_yaml(text: str, source: str) -> dict[str, Any]:
 
 
 def coerce_numbers(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Settings as YAML gives them: what is meant as a number is taken as one, for YAML 1.1 reads 3e-4 as text.
+    """Convert strings in number fields to numbers: YAML 1.1 reads 3e-4 as text.
 
     Raises:
-        ConfigError: naming the setting, below the name of its `source`.
+        ConfigError: a string is not a number; the message names the `source` and the setting.
     """
     try:
         settings = current_names(settings)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
-    sections = (ModelConfig, DataConfig, OptimConfig)
-    floats = {f.name for cls in sections for f in dataclasses.fields(cls) if f.type in (float, float | None)}
+    floats = _float_fields()
     for name, value in settings.items():
         if name in floats and isinstance(value, str):
             try:

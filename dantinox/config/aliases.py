@@ -1,6 +1,6 @@
 """Earlier names of settings and flags, accepted on the command line, in YAML files and by `Config.replace`.
 
-This table is the only place that knows them. Help texts and the README do not list them.
+Only this table lists them; help texts and the README do not.
 """
 
 from collections.abc import Mapping
@@ -27,41 +27,41 @@ ALIASES = {
 }
 """Earlier name -> name, of settings."""
 FLAG_ALIASES = ALIASES | {"lines": "prompt_per_line", "to": "out"}
-"""Earlier name -> name, of flags: those of the settings, and those of single programs."""
+"""Earlier name -> name, of flags: those of the settings and those of single programs."""
 VALUE_ALIASES = {("kv_cache_dtype", "model"): "auto"}
 """(name, earlier value) -> value."""
 
 
 def current_value(name: str, value: Any) -> Any:
-    """The value under which a setting is known today."""
+    """Return the current value of a setting that may have an earlier one."""
     return VALUE_ALIASES.get((name, value), value) if isinstance(value, str) else value
 
 
 def current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with earlier names and values replaced by today's.
+    """Return the settings with earlier names and values replaced by the current ones.
 
     Raises:
         ConfigError: a setting has one value under its name and another under an earlier one.
     """
     result: dict[str, Any] = {}
-    given_as: dict[str, str] = {}
-    for given, value in settings.items():
-        name = ALIASES.get(given, given)
+    sources: dict[str, str] = {}  # name -> the name in `settings`
+    for source, value in settings.items():
+        name = ALIASES.get(source, source)
         value = current_value(name, value)
         if name in result and result[name] != value:
-            first = given_as[name]
-            raise ConfigError(conflict(first, settings[first], given, settings[given], name))
-        result[name], given_as[name] = value, given
+            first = sources[name]
+            raise ConfigError(conflict_message(first, settings[first], source, settings[source], name))
+        result[name], sources[name] = value, source
     return result
 
 
-def conflict(first: str, first_value: Any, second: str, second_value: Any, name: str) -> str:
-    """The message for one setting given twice, under two names."""
+def conflict_message(first: str, first_value: Any, second: str, second_value: Any, name: str) -> str:
+    """Return the message for a setting that is given twice, under two names."""
     return f"{first} is {first_value!r} but {second} is {second_value!r}, and both set {name}; give {name} only"
 
 
 def original_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings under their earliest names and values, for hashes that must not change with a name."""
+    """Return the settings under their earliest names and values, for hashes that must not change with a rename."""
     values = {(name, new): old for (name, old), new in VALUE_ALIASES.items()}
     return {
         original_name(name): values.get((name, value), value) if isinstance(value, str) else value
@@ -70,5 +70,5 @@ def original_names(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def original_name(name: str) -> str:
-    """The earliest name of a setting."""
+    """Return the earliest name of a setting."""
     return next((old for old, current in ALIASES.items() if current == name), name)

@@ -1,4 +1,4 @@
-"""The settings of the text that is trained on."""
+"""Settings of the training text."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,16 +8,16 @@ from dantinox.config.validation import check, check_fields
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The text."""
+    """Settings of the training text."""
 
     data: str = "stdlib"
-    """A text file, a folder, a glob, or stdlib: the Python standard library's own source."""
+    """A text file, a folder, a glob, or stdlib (the source of the Python standard library)."""
     tokenizer: Literal["char", "bpe"] = "char"
     """Characters, or byte-level BPE trained on the training split."""
     bpe_vocab_size: int = 2048
     """Vocabulary size of the BPE tokenizer."""
     val_fraction: float = 0.1
-    """Share of the text held out for validation."""
+    """Fraction of the text held out for validation."""
 
     def __post_init__(self) -> None:
         check_fields(self)

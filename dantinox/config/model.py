@@ -1,6 +1,6 @@
-"""The settings of the network."""
+"""Settings of the network."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from dantinox import kernels
@@ -12,7 +12,7 @@ Implementation = Literal["auto", "reference", "xla", "pallas", "triton"] | str  
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network."""
+    """Settings of the network."""
 
     vocab_size: int = 256
     """Number of token ids; training sets it from the tokenizer."""
@@ -23,57 +23,57 @@ class ModelConfig:
     n_heads: int = 16
     """Query heads H."""
     n_kv_heads: int = 4
-    """Key/value heads K; H must be a multiple of K (H = multi-head, 1 = multi-query)."""
+    """Key/value heads K; H must be a multiple of K (K = H: multi-head, K = 1: multi-query)."""
     head_dim: int | None = None
     """Width D of one head; None: dim // n_heads."""
     max_context: int = 512
-    """Longest sequence a layer without a window can attend to."""
+    """Longest sequence, in tokens, of layers without a window."""
     window: int | None = None
-    """Keys a query sees in windowed layers, itself included; None: all of them."""
+    """Keys per query in windowed layers, its own included; None: no window."""
     window_pattern: str = "S"
-    """Tiled over the layers: S = windowed, L = full attention, such as SSSL."""
+    """Repeated over the layers: S = windowed, L = full attention; for example SSSL."""
     attn_gate: Literal["none", "elementwise", "head"] = "none"
-    """Sigmoid gate on the attention output, one value an element or one a head."""
+    """Sigmoid gate on the attention output, one value per element or one per head."""
     qk_norm: bool = False
     """RMSNorm on queries and keys, per head."""
     attn_softcap: float | None = None
-    """Attention scores s become softcap * tanh(s / softcap)."""
+    """Replace attention scores s by softcap * tanh(s / softcap)."""
     logit_softcap: float | None = None
     """The same for the final logits."""
     pos_encoding: Literal["rope", "learned", "none"] = "rope"
-    """How position reaches the model."""
+    """Position encoding."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
     rope_scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
-    """How rotary frequencies are stretched to contexts longer than trained on."""
+    """Scaling of rotary frequencies to contexts longer than the one trained on."""
     rope_factor: float = 1.0
-    """Stretch factor of rope_scaling: new context over trained context."""
+    """Factor of rope_scaling: new context over trained context."""
     rope_original_context: int | None = None
     """Context trained on, for yarn and llama3; None: max_context / rope_factor."""
     mlp: Literal["swiglu", "gelu"] = "swiglu"
-    """Feed-forward kind."""
+    """Kind of feed-forward network."""
     mlp_ratio: float = 4.0
-    """Hidden width F of the MLP (of each expert) over dim."""
+    """Hidden width F of the MLP (or of each expert) over dim."""
     n_experts: int = 0
-    """Experts E in each MLP; 0: a dense MLP."""
+    """Experts E per MLP; 0: dense MLPs."""
     experts_per_token: int = 2
-    """Experts k that each token is sent to."""
+    """Experts k per token."""
     shared_expert: bool = False
-    """One more expert that every token passes, unweighted."""
+    """Add an unweighted expert that processes every token."""
     router_aux_loss_coef: float = 0.01
     """Weight of the load-balancing loss E * sum_e f_e P_e, averaged over layers."""
     router_z_loss_coef: float = 0.001
     """Weight of the router z-loss, mean logsumexp(router logits)^2, averaged over layers."""
     tie_embeddings: bool = True
-    """Input embedding and output projection are one array."""
+    """Share one array between the input embedding and the output projection."""
     dropout: float = 0.0
     """Dropout rate on both residual branches, in training only."""
     norm_eps: float = 1e-6
     """Epsilon of every RMSNorm."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of every matmul; parameters stay float32."""
+    """Dtype of all matmuls; parameters are float32."""
     remat: Literal["none", "block", "dots"] = "none"
-    """What the backward pass recomputes: nothing, whole blocks, or all but the matmuls."""
+    """Recomputation in the backward pass: none, whole blocks, or everything except matmuls (dots)."""
     attn: Implementation = "auto"
     """Implementation of attention."""
     moe: Implementation = "auto"
@@ -101,10 +101,9 @@ class ModelConfig:
                 self.dim % self.n_heads == 0,
                 f"dim is {self.dim} and n_heads is {self.n_heads}; dim must be a multiple of n_heads, or set head_dim",
             )
-            object.__setattr__(self, "head_dim", self.dim // self.n_heads)
         check(
-            self.pos_encoding != "rope" or self.head_dim % 2 == 0,
-            f"head_dim is {self.head_dim}; rotary positions need an even head_dim",
+            self.pos_encoding != "rope" or self.resolved_head_dim % 2 == 0,
+            f"head_dim is {self.resolved_head_dim}; rotary positions need an even head_dim",
         )
         check(
             self.window is None or self.window >= 1,
@@ -129,7 +128,7 @@ class ModelConfig:
             check(
                 self.experts_per_token <= self.n_experts,
                 f"experts_per_token is {self.experts_per_token} but n_experts is {self.n_experts}; "
-                "a token cannot go to more experts than there are",
+                "experts_per_token must not exceed n_experts",
             )
             check(
                 self.mlp == "swiglu",
@@ -139,15 +138,26 @@ class ModelConfig:
             check(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; allowed: 0 or more")
 
     @property
+    def resolved_head_dim(self) -> int:
+        """Width D of one head: head_dim, or dim // n_heads."""
+        return self.dim // self.n_heads if self.head_dim is None else self.head_dim
+
+    def without_default_head_dim(self) -> "ModelConfig":
+        """Return the settings with head_dim None if it equals dim // n_heads, so that it follows a new dim."""
+        if self.head_dim is None or self.head_dim * self.n_heads != self.dim:
+            return self
+        return replace(self, head_dim=None)
+
+    @property
     def hidden(self) -> int:
         """Hidden width F of the MLP."""
         return round(self.dim * self.mlp_ratio)
 
     def layer_window(self, layer: int) -> int | None:
-        """The window of one layer; None where it sees everything."""
+        """Return the window of one layer; None if it has full attention."""
         return self.window if self.window_pattern[layer % len(self.window_pattern)] == "S" else None
 
     def layer_slots(self, layer: int, context: int) -> int:
-        """Slots C of one layer's key/value cache for a given context length."""
+        """Return the slots C of one layer's key/value cache for a context length."""
         window = self.layer_window(layer)
         return context if window is None else min(window, context)

@@ -1,4 +1,4 @@
-"""The settings of a training run."""
+"""Settings of a training run."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,46 +8,46 @@ from dantinox.config.validation import ConfigError, check, check_fields, check_p
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The run."""
+    """Settings of a training run."""
 
     run: str = "nano"
-    """Name of the run; everything it writes goes to runs/NAME."""
+    """Name of the run, which writes its files to runs/NAME."""
     runs_dir: str = "runs"
-    """Folder that holds the runs."""
+    """Folder of the runs."""
     steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 32
-    """Sequences a step, over all accumulation steps and devices."""
+    """Sequences per step, over all micro-batches and devices."""
     seq_len: int = 256
-    """Tokens a sequence."""
+    """Tokens per sequence."""
     grad_accum: int = 1
-    """Micro-batches that one step is split into."""
+    """Micro-batches per step."""
     seed: int = 0
-    """Seed of initial weights, data order and dropout."""
+    """Seed of the initial weights, the data order and dropout."""
     mesh: str = ""
-    """Devices as data=N,fsdp=M; empty: one device."""
+    """Device mesh as data=N,fsdp=M; empty: one device."""
     eval_every: int = 100
-    """Steps between evaluations; 0: only at the end."""
+    """Steps between evaluations; 0: only after the last step."""
     eval_batches: int = 8
-    """Batches in the fixed evaluation set."""
+    """Batches in the evaluation set."""
     patience: int = 0
-    """Evaluations without a better validation loss after which training stops early; 0: it never does."""
+    """Stop early after this many evaluations without improvement; 0: never."""
     save_every: int = 500
-    """Steps between checkpoints, the most that a kill can cost; 0: only at the end. The last step is always saved."""
+    """Steps between checkpoints; 0: only after the last step, which is always saved."""
     max_checkpoints: int = 3
-    """Checkpoints kept, the newest; and the one of the best validation loss."""
+    """Newest checkpoints to keep; the one with the best validation loss is kept too."""
     on_nan: Literal["stop", "skip"] = "stop"
-    """At a loss or gradient that is not finite: stop before the update, or leave that batch out."""
+    """If the loss or a gradient is not finite: stop before the update, or skip the batch."""
     sample_every: int = 500
-    """Steps between text samples; 0: only at the end."""
+    """Steps between text samples; 0: only after the last step."""
     sample_tokens: int = 200
-    """Tokens in a sample."""
+    """Tokens per sample."""
     log_every: int = 10
-    """Steps between lines of metrics."""
+    """Steps between rows of metrics."""
     profile_steps: str = ""
-    """FIRST:LAST, the steps to trace with the JAX profiler."""
+    """Steps to trace with the JAX profiler, as FIRST:LAST."""
     wandb: bool = False
-    """Log to Weights & Biases too; needs the extra wandb. WANDB_MODE=offline keeps it in the run's folder."""
+    """Log to Weights & Biases too (needs the extra wandb); WANDB_MODE=offline writes to the folder of the run only."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -61,7 +61,7 @@ class TrainConfig:
             self.run not in ("", ".", "..") and "/" not in self.run and "\\" not in self.run,
             f"run is {self.run!r}; allowed: a plain folder name",
         )
-        size = len(self.run.encode())  # file systems allow 255; an older run gets a number behind it
+        size = len(self.run.encode())  # file systems allow 255, and an older run of this name gets a number appended
         check(size <= 200, f"run is a name of {size} bytes; allowed: up to 200")
         check(
             self.batch_size % self.grad_accum == 0,
@@ -72,7 +72,7 @@ class TrainConfig:
         self.profile_range()
 
     def mesh_axes(self) -> dict[str, int]:
-        """Mesh axis -> devices along it, {"data": 1, "fsdp": 1} when no mesh is asked for."""
+        """Return the number of devices along each mesh axis; {"data": 1, "fsdp": 1} without a mesh."""
         axes = {"data": 1, "fsdp": 1}
         for part in filter(None, self.mesh.split(",")):
             name, _, size = part.strip().partition("=")
@@ -87,7 +87,7 @@ class TrainConfig:
         return axes
 
     def profile_range(self) -> tuple[int, int] | None:
-        """(first, last) step to trace, both included; None when no trace is asked for."""
+        """Return (first, last) step to trace, both included; None without a trace."""
         if not self.profile_steps:
             return None
         first, _, last = self.profile_steps.partition(":")

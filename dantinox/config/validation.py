@@ -1,4 +1,4 @@
-"""Checks that the settings share: each failure is one line naming the setting, its value and what is allowed."""
+"""Validation of settings and arguments; each error is one line with the name, its value and the allowed values."""
 
 import difflib
 import math
@@ -9,9 +9,17 @@ import numpy as np
 
 
 def check_int(name: str, value: object, least: int, end: int | None = None, off: str = "") -> int:
-    """`value` as an int, least <= value < end; ValueError otherwise, for booleans and floats too.
+    """Return `value` as an int with least <= value < end.
 
-    `off` says in the message what turns the setting off.
+    Args:
+        name: name of the argument, for the message.
+        value: any integer; booleans and floats are refused.
+        least: smallest allowed value.
+        end: smallest value that is too large; None: no upper limit.
+        off: the value that turns the setting off, for the message.
+
+    Raises:
+        ValueError: the value is not allowed.
     """
     try:
         number = least - 1 if isinstance(value, bool | np.bool_) else operator.index(value)  # type: ignore
@@ -24,6 +32,7 @@ def check_int(name: str, value: object, least: int, end: int | None = None, off:
 
 
 def check_finite(name: str, value: object, allowed: str) -> float:
+    """Return `value` as a finite float; the message of the ValueError otherwise says what is `allowed`."""
     try:
         if isinstance(value, bool | np.bool_ | str):
             raise TypeError
@@ -36,17 +45,17 @@ def check_finite(name: str, value: object, allowed: str) -> float:
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be; its message is one line naming the setting, its value and what is allowed."""
+    """An invalid setting; the message is one line with the setting, its value and the allowed values."""
 
 
 def check(ok: bool, message: str) -> None:
-    """Raise `ConfigError(message)` unless ok."""
+    """Raise `ConfigError(message)` unless `ok`."""
     if not ok:
         raise ConfigError(message)
 
 
 def check_fields(config: Any) -> None:
-    """Types and literals, so that a YAML string or a caller's typo is caught where it enters."""
+    """Check the type of every field, and the options of literals."""
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
         options = get_args(hint) if get_origin(hint) is Literal else None
@@ -57,10 +66,8 @@ def check_fields(config: Any) -> None:
             fits = (isinstance(value, int) and not isinstance(value, bool)) or (optional and value is None)
             check(fits, f"{name} is {value!r}; allowed: an integer{' or None' if optional else ''}")
         elif hint in (float, float | None):
-            if isinstance(value, int) and not isinstance(value, bool):
-                object.__setattr__(config, name, float(value))
-                value = float(value)
-            fits = (isinstance(value, float) and math.isfinite(value)) or (hint is not float and value is None)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            fits = (is_number and math.isfinite(value)) or (hint is not float and value is None)
             check(fits, f"{name} is {value!r}; allowed: a finite number{'' if hint is float else ' or None'}")
         elif hint is bool:
             check(isinstance(value, bool), f"{name} is {value!r}; allowed: true or false")
@@ -69,19 +76,19 @@ def check_fields(config: Any) -> None:
 
 
 def check_positive(config: Any, *names: str) -> None:
-    """Each named setting is above zero, or None."""
+    """Check that each named setting is above zero or None."""
     for name in names:
         value = getattr(config, name)
         check(value is None or value > 0, f"{name} is {value}; it must be positive")
 
 
 def check_fraction(config: Any, *names: str) -> None:
-    """Each named setting is in [0, 1)."""
+    """Check that each named setting is in [0, 1)."""
     for name in names:
         check(0 <= getattr(config, name) < 1, f"{name} is {getattr(config, name)}; allowed: 0 <= {name} < 1")
 
 
 def did_you_mean(name: str, known: Any) -> str:
-    """What the user may have meant by an unknown name."""
+    """Return a suggestion for an unknown name, or the list of known names."""
     close = difflib.get_close_matches(str(name).replace("-", "_"), list(known), n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"

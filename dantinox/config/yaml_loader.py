@@ -1,4 +1,4 @@
-"""YAML as users write it: a mapping, with each mistake one line that says where."""
+"""Load a YAML mapping; errors are one line with the source and the line number."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from dantinox.config.validation import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys and says nothing."""
+    """A loader that refuses duplicate keys, of which PyYAML silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -16,33 +16,34 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 if key.value in seen:
                     line = key.start_mark.line + 1
-                    raise yaml.constructor.ConstructorError(problem=f"line {line}: {key.value!r} is there twice")
+                    raise yaml.constructor.ConstructorError(problem=f"line {line}: {key.value!r} occurs twice")
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 def load_yaml_mapping(text: str, source: str) -> dict[str, Any]:
-    """The `name: value` pairs of a YAML text; empty where there are none. No tag makes an object.
+    """Return the `name: value` pairs of a YAML text; an empty text has none. Tags cannot construct objects.
 
     Args:
-        source: what the text is called in messages.
+        text: the YAML text.
+        source: name of the text in messages.
 
     Raises:
-        ConfigError: it is not YAML, holds a name twice, or is no mapping of names.
+        ConfigError: the text is not YAML, has a duplicate name, or is not a mapping with names as keys.
     """
     try:
-        found = yaml.load(text, _Loader)
+        mapping = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         if isinstance(error, yaml.constructor.ConstructorError) and error.problem_mark is None:
             raise ConfigError(f"{source}: {error.problem}") from None
-        where = getattr(error, "problem_mark", None)
-        raise ConfigError(f"{source}: not YAML{f', line {where.line + 1}' if where else ''}") from None
-    except (ValueError, RecursionError) as error:  # a date such as 2020-13-45, or brackets without end
+        mark = getattr(error, "problem_mark", None)
+        raise ConfigError(f"{source}: not YAML{f', line {mark.line + 1}' if mark else ''}") from None
+    except (ValueError, RecursionError) as error:  # a date such as 2020-13-45, or deep nesting
         raise ConfigError(f"{source}: not YAML ({type(error).__name__})") from None
-    if found is None:
+    if mapping is None:
         return {}
-    if not isinstance(found, dict):
-        raise ConfigError(f"{source}: it must hold `name: value` lines")
-    if wrong := [name for name in found if not isinstance(name, str)]:
-        raise ConfigError(f"{source}: {wrong[0]!r} is no name")
-    return found
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{source}: expected `name: value` lines")
+    if invalid := [name for name in mapping if not isinstance(name, str)]:
+        raise ConfigError(f"{source}: {invalid[0]!r} is not a valid name")
+    return mapping

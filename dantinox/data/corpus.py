@@ -1,7 +1,7 @@
 """From text files to batches of token ids.
 
-find_documents -> drop exact duplicates -> split into train and validation -> tokenizer (learnt from train)
--> two flat files of ids, cached under a hash of all that shaped them -> batches, pure functions of the step.
+find_documents -> drop exact duplicates -> split into train and validation -> train a tokenizer on train
+-> two flat files of ids, cached under a hash of their inputs -> batches, pure functions of the step.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ import numpy as np
 from dantinox.data.tokenizer import DEFAULT_VOCAB, Tokenizer, load_tokenizer, train_tokenizer
 from dantinox.system.atomic_io import open_atomic
 
-CACHE_FORMAT = 1  # raise it when the same text and options would give other ids
+CACHE_FORMAT = 1  # increment when the same text and options give other ids
 STDLIB = "stdlib"
-NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text: `name` is its path as found, `text` its whole content, line ends untouched."""
+    """One text: `name` is its path, `text` its content with line ends unchanged."""
 
     name: str
     text: str
@@ -51,11 +51,13 @@ class Document:
 
 @dataclass(frozen=True)
 class Stats:
-    """What a corpus holds; bytes are of UTF-8 text, tokens count the end of each document.
+    """Statistics of a corpus; bytes are those of UTF-8, tokens include the end of each document.
 
-    unigram_entropy: nats a validation token costs under the add-one-smoothed token frequencies of train: the
-    loss of a model blind to context. bytes_per_token: of validation; bits a byte are loss / ln 2 / it.
-    duplicates, skipped: documents and files that were left out.
+    Attributes:
+        unigram_entropy: nats per validation token under the add-one-smoothed token frequencies of train, which is the
+            loss of a model without context.
+        bytes_per_token: bytes per validation token; bits per byte are loss / ln 2 / bytes_per_token.
+        duplicates, skipped: number of duplicate documents and of files that are not text.
     """
 
     train_docs: int
@@ -72,24 +74,30 @@ class Stats:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenized corpus: `train` and `val` are read-only maps [N] of uint16, or uint32 past 65536 ids."""
+    """A tokenized corpus: `train` and `val` are read-only memory maps [N] of uint16, or uint32 above 65536 ids."""
 
     train: np.ndarray
     val: np.ndarray
     tokenizer: Tokenizer
     stats: Stats
-    path: Path  # the cache folder it lies in
+    path: Path  # folder in the cache
 
 
 def find_documents(spec: str | os.PathLike[str]) -> list[Document]:
-    """The documents that `spec` names, in an order that depends on names alone.
+    """Return the documents of `spec`, in an order that depends only on their names.
 
-    spec: a text file; a folder, searched recursively but for hidden names; a glob (`**` crosses folders); or
-    "stdlib", the Python source of the running interpreter's standard library without its tests ("./stdlib"
-    is a folder of that name). Files that are empty or not UTF-8 text are left out, the latter with a warning.
-    FileNotFoundError where nothing has that name; ValueError where no text is left.
+    Files that are empty or not UTF-8 text are skipped, the latter with a warning.
+
+    Args:
+        spec: a text file; a folder, searched recursively without hidden names; a glob (`**` crosses folders); or
+            "stdlib", the Python source of the running interpreter's standard library without its tests ("./stdlib" is
+            a folder of that name).
+
+    Raises:
+        FileNotFoundError: no file matches.
+        ValueError: no file has text.
     """
-    return _read(spec)[0]
+    return _read_documents(spec)[0]
 
 
 def load_corpus(
@@ -102,69 +110,81 @@ def load_corpus(
     cache_dir: str | os.PathLike[str] | None = None,
     existing_tokenizer: Tokenizer | None = None,
 ) -> Corpus:
-    """Tokenizes `data` (see find_documents), or maps what an earlier call made of the same text and options.
+    """Tokenize a text, or load it from the cache if the same text was tokenized with the same options.
 
-    tokenizer: "char" or "bpe" (of bpe_vocab_size ids), learnt from the training part; existing_tokenizer, if
-    given, is used instead. val_fraction: share of the text kept for validation, 0..1. seq_len: if given, both
-    parts must hold a window of it. cache_dir: default $DANTINOX_CACHE, else ~/.cache/dantinox; runs share it.
-    ValueError for bad options and for a corpus too small; FileNotFoundError as find_documents.
+    Args:
+        data: as `spec` of `find_documents`.
+        tokenizer: "char" or "bpe", trained on the training split.
+        bpe_vocab_size: vocabulary size of the BPE tokenizer.
+        val_fraction: fraction of the text held out for validation, 0 < val_fraction < 1.
+        seq_len: if positive, both splits must have a window of this length.
+        cache_dir: folder of the cache, which runs share; None: $DANTINOX_CACHE, or ~/.cache/dantinox.
+        existing_tokenizer: used instead of training one.
+
+    Raises:
+        ValueError: an option is invalid, or the corpus is too small.
+        FileNotFoundError: no file matches.
     """
     if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
+        raise ValueError(f"val_fraction is {val_fraction}; allowed: between 0 and 1, exclusive")
     if tokenizer not in DEFAULT_VOCAB:
-        raise ValueError(f'tokenizer must be "char" or "bpe", got {tokenizer!r}')
-    found, skipped = _read(data)
-    documents = list({document.digest: document for document in reversed(found)}.values())[::-1]
+        raise ValueError(f"tokenizer is {tokenizer!r}; allowed: char, bpe")
+    all_documents, skipped = _read_documents(data)
+    documents = list({document.digest: document for document in reversed(all_documents)}.values())[::-1]
     vocab_size = bpe_vocab_size if tokenizer == "bpe" else DEFAULT_VOCAB["char"]
-    made_by = existing_tokenizer.fingerprint if existing_tokenizer else [tokenizer, vocab_size]
-    folder = _cache_root(cache_dir) / "corpus" / _tokenized_key(documents, made_by, val_fraction)
-    corpus = _load(folder)
+    tokenizer_key = existing_tokenizer.fingerprint if existing_tokenizer else [tokenizer, vocab_size]
+    folder = _cache_root(cache_dir) / "corpus" / _cache_key(documents, tokenizer_key, val_fraction)
+    corpus = _load_cache(folder)
     if corpus is None:
         start = time.perf_counter()
         train, val = train_val_split(documents, val_fraction)
-        learnt = existing_tokenizer or train_tokenizer(tokenizer, (d.text for d in train), vocab_size)
-        _build(folder, train, val, learnt)
-        corpus = _load(folder)
+        trained_tokenizer = existing_tokenizer or train_tokenizer(tokenizer, (d.text for d in train), vocab_size)
+        _write_cache(folder, train, val, trained_tokenizer)
+        corpus = _load_cache(folder)
         if corpus is None:
-            raise OSError(f"the cache in {folder} cannot be read back: is the disk full?")
+            raise OSError(f"the cache in {folder} is damaged after it was written; the disk may be full")
         log.info("tokenized %s in %.1f s into %s", data, time.perf_counter() - start, folder)
     if seq_len:
-        _require_length(corpus.train, seq_len, f"the training part of {data}")
-        _require_length(corpus.val, seq_len, f"the validation part of {data}")
-    # Not in the cache: the same unique text may come from other files.
-    stats = replace(corpus.stats, duplicates=len(found) - len(documents), skipped=skipped)
+        _require_length(corpus.train, seq_len, f"the training split of {data}")
+        _require_length(corpus.val, seq_len, f"the validation split of {data}")
+    # Not cached: the same unique text may come from other files.
+    stats = replace(corpus.stats, duplicates=len(all_documents) - len(documents), skipped=skipped)
     return replace(corpus, stats=stats)
 
 
 def train_val_split(documents: list[Document], val_fraction: float) -> tuple[list[Document], list[Document]]:
-    """Divides distinct documents into train and validation, by content alone and without overlap.
+    """Split distinct documents into train and validation, by their content and without overlap.
 
-    Whole documents go to validation in the order of their hash, small ones if they suffice, until it has
-    val_fraction of the bytes, give or take a half. Where none fit (one document, or a few large ones), the
-    tail of the text is taken, and the document it starts in is cut. ValueError if a part would be empty.
+    Documents are assigned to validation in the order of their hash, small ones if they suffice, until validation has
+    val_fraction of the bytes, plus or minus half of that. If none fit (one document, or a few large ones), the end of
+    the text becomes validation, and the document in which it starts is divided.
+
+    Raises:
+        ValueError: a split would be empty.
     """
-    total = sum(document.size for document in documents)
-    wanted = val_fraction * total
-    most = min(1.5 * wanted, (wanted + total) / 2)
-    for largest in (wanted / 8, most):  # one large document should not be most of the validation
-        chosen, filled = set(), 0
+    total_bytes = sum(document.size for document in documents)
+    target_bytes = val_fraction * total_bytes
+    max_bytes = min(1.5 * target_bytes, (target_bytes + total_bytes) / 2)
+    # Small documents first: one large document should not be most of the validation.
+    for max_document_bytes in (target_bytes / 8, max_bytes):
+        val_digests, val_bytes = set(), 0
         for document in sorted(documents, key=lambda document: document.digest):
-            if filled < wanted and document.size <= min(largest, most - filled):
-                chosen.add(document.digest)
-                filled += document.size
-        if filled >= wanted / 2:
-            train = [document for document in documents if document.digest not in chosen]
-            return train, [document for document in documents if document.digest in chosen]
+            if val_bytes < target_bytes and document.size <= min(max_document_bytes, max_bytes - val_bytes):
+                val_digests.add(document.digest)
+                val_bytes += document.size
+        if val_bytes >= target_bytes / 2:
+            train = [document for document in documents if document.digest not in val_digests]
+            return train, [document for document in documents if document.digest in val_digests]
     length = sum(len(document.text) for document in documents)
     if length < 2:
-        raise ValueError(f"the corpus has {length} character(s): at least 2 are needed to train and validate")
+        raise ValueError(f"the corpus has {length} character(s); allowed: at least 2, to train and validate")
     cut = min(max(length - round(val_fraction * length), 1), length - 1)
     train, val = [], []
     for document in documents:
-        at = max(0, min(cut, len(document.text)))
-        for part, text in ((train, document.text[:at]), (val, document.text[at:])):
+        train_length = max(0, min(cut, len(document.text)))
+        for split, text in ((train, document.text[:train_length]), (val, document.text[train_length:])):
             if text:
-                part.append(Document(document.name, text))
+                split.append(Document(document.name, text))
         cut -= len(document.text)
     return train, val
 
@@ -172,54 +192,59 @@ def train_val_split(documents: list[Document], val_fraction: float) -> tuple[lis
 def get_batch(
     tokens: np.ndarray, *, seed: int, step: int, batch_size: int, seq_len: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Random windows of `tokens` [N]: inputs and targets, int32 [B,T], the targets one token later.
+    """Return random windows of `tokens` [N] as (inputs, targets), int32 [B, T]; targets are one token later.
 
-    Documents follow each other in one stream, so windows are never padded and every target counts. Whoever pads
-    sequences of their own gives the padding any input id and a target below 0, which the loss leaves out.
-    A pure function of (seed, step), both >= 0, with no state to save; row b does not depend on batch_size.
-    ValueError if N < seq_len + 1.
+    A pure function of (seed, step), so there is no state to save; row b does not depend on batch_size. Documents are
+    concatenated, so windows are never padded. Callers that pad sequences use any input id and a negative target, which
+    the loss ignores.
+
+    Raises:
+        ValueError: an argument is negative, or N < seq_len + 1.
     """
     _require_length(tokens, seq_len, "the data")
     if seed < 0 or step < 0 or batch_size < 1:
-        raise ValueError(f"need seed >= 0, step >= 0, batch_size >= 1, got {seed}, {step}, {batch_size}")
-    # Raw bits of a counter-based generator: NumPy keeps them the same from version to version.
+        raise ValueError(f"seed, step, batch_size are {seed}, {step}, {batch_size}; allowed: at least 0, 0, 1")
+    # NumPy guarantees that the raw bits of a counter-based generator are the same in every version.
     bits = np.random.Philox(key=np.array([seed, step], np.uint64)).random_raw(batch_size)
-    return _windows(tokens, (bits % np.uint64(len(tokens) - seq_len)).astype(np.int64), seq_len)
+    return _gather_windows(tokens, (bits % np.uint64(len(tokens) - seq_len)).astype(np.int64), seq_len)
 
 
 def eval_batches(tokens: np.ndarray, *, batch_size: int, seq_len: int, n: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """`n` batches of evenly spaced windows that predict no token twice: the same on every call.
+    """Return `n` fixed batches of evenly spaced windows of `tokens` [N]; no token is predicted twice.
 
-    Each is (inputs, targets), int32 [B,T]. Where `tokens` [N] has too few windows there are fewer batches, at
-    least one, which may then have fewer rows. ValueError if N < seq_len + 1.
+    Each batch is (inputs, targets), int32 [B, T]. If N is too small, there are fewer batches, at least one, which may
+    have fewer rows.
+
+    Raises:
+        ValueError: n or batch_size is less than 1, or N < seq_len + 1.
     """
     _require_length(tokens, seq_len, "the validation data")
     if n < 1 or batch_size < 1:
-        raise ValueError(f"need n >= 1 and batch_size >= 1, got {n} and {batch_size}")
+        raise ValueError(f"n, batch_size are {n}, {batch_size}; allowed: at least 1, 1")
     available = (len(tokens) - 1) // seq_len
     rows = min(batch_size, available)
     count = min(n, available // rows) * rows
     starts = np.arange(count) * ((len(tokens) - 1) // count)
-    return [_windows(tokens, starts[i : i + rows], seq_len) for i in range(0, count, rows)]
+    return [_gather_windows(tokens, starts[i : i + rows], seq_len) for i in range(0, count, rows)]
 
 
-def _require_length(tokens: np.ndarray, seq_len: int, what: str) -> None:
+def _require_length(tokens: np.ndarray, seq_len: int, subject: str) -> None:
     if seq_len < 1:
-        raise ValueError(f"seq_len must be at least 1, got {seq_len}")
+        raise ValueError(f"seq_len is {seq_len}; allowed: 1 or more")
     if len(tokens) < seq_len + 1:
         raise ValueError(
-            f"{what} has {len(tokens)} tokens, but seq_len {seq_len} needs at least {seq_len + 1}: "
+            f"{subject} has {len(tokens)} tokens, but seq_len {seq_len} needs at least {seq_len + 1}: "
             "use more text, a smaller seq_len, or another val_fraction"
         )
 
 
-def _windows(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+def _gather_windows(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
     windows = np.asarray(tokens[starts[:, None] + np.arange(seq_len + 1)]).astype(np.int32)
     return windows[:, :-1], windows[:, 1:]
 
 
-def _read(spec: str | os.PathLike[str]) -> tuple[list[Document], int]:
-    """The documents, and how many files were skipped as not text."""
+def _read_documents(spec: str | os.PathLike[str]) -> tuple[list[Document], int]:
+    """Return the documents and the number of files that are not text."""
     documents, skipped = [], 0
     for name, path in find_files(spec):
         raw = path.read_bytes()
@@ -227,7 +252,7 @@ def _read(spec: str | os.PathLike[str]) -> tuple[list[Document], int]:
             text = raw.decode()
         except UnicodeDecodeError:
             text = "\0"
-        if "\0" in text:  # valid UTF-8, but no text has it
+        if "\0" in text:  # valid in UTF-8, but not in text
             skipped += 1
         elif text:
             documents.append(Document(name, text))
@@ -239,13 +264,14 @@ def _read(spec: str | os.PathLike[str]) -> tuple[list[Document], int]:
 
 
 def find_files(spec: str | os.PathLike[str]) -> Iterator[tuple[str, Path]]:
-    """(name, path) of each file that `spec` names: a file, a folder, a glob or "stdlib".
+    """Yield (name, path) of each file of `spec`: a file, a folder, a glob or "stdlib".
 
     Raises:
-        FileNotFoundError: there is none. PermissionError: a folder cannot be read.
+        FileNotFoundError: no file matches.
+        PermissionError: a folder cannot be read.
     """
     if spec == STDLIB:
-        return _walk(Path(sysconfig.get_path("stdlib")), NOT_STDLIB, ".py")
+        return _walk(Path(sysconfig.get_path("stdlib")), STDLIB_EXCLUDED, ".py")
     path = Path(spec).expanduser()
     if path.is_dir():
         return _walk(path, set(), "")
@@ -258,10 +284,10 @@ def find_files(spec: str | os.PathLike[str]) -> Iterator[tuple[str, Path]]:
 
 
 def _walk(root: Path, excluded: set[str], suffix: str) -> Iterator[tuple[str, Path]]:
-    def refuse(error: OSError) -> None:  # os.walk leaves out what it cannot read, and says nothing
+    def raise_error(error: OSError) -> None:  # by default os.walk skips unreadable folders silently
         raise error
 
-    for folder, subfolders, names in os.walk(root, onerror=refuse):
+    for folder, subfolders, names in os.walk(root, onerror=raise_error):
         subfolders[:] = sorted(s for s in subfolders if s not in excluded and not s.startswith("."))
         for name in sorted(names):
             path = Path(folder, name)
@@ -273,24 +299,24 @@ def _cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
     return Path(cache_dir or os.environ.get("DANTINOX_CACHE") or "~/.cache/dantinox").expanduser()
 
 
-def _tokenized_key(documents: list[Document], made_by: object, val_fraction: float) -> str:
-    digest = hashlib.sha256(json.dumps([CACHE_FORMAT, made_by, val_fraction]).encode())
+def _cache_key(documents: list[Document], tokenizer_key: object, val_fraction: float) -> str:
+    digest = hashlib.sha256(json.dumps([CACHE_FORMAT, tokenizer_key, val_fraction]).encode())
     for document in documents:
         digest.update(document.digest)
     return digest.hexdigest()[:32]
 
 
-def _build(folder: Path, train: list[Document], val: list[Document], tokenizer: Tokenizer) -> None:
-    """Writes the cache, meta.json last: without it, or not as it says, the rest does not count.
+def _write_cache(folder: Path, train: list[Document], val: list[Document], tokenizer: Tokenizer) -> None:
+    """Write the cache, with the checksums in meta.json last; without it the other files are ignored.
 
-    Two runs at once write the same bytes, and each file appears whole, so either may win.
+    Two processes may write at once: the bytes are equal, and each file is written atomically.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
     sha, counts = {}, {}
-    for part, documents in (("train", train), ("val", val)):
+    for split, documents in (("train", train), ("val", val)):
         ids = (tokenizer.encode(document.text) for document in documents)
-        sha[part], counts[part] = _write_tokens(folder / f"{part}.bin", ids, tokenizer)
+        sha[split], counts[split] = _write_tokens(folder / f"{split}.bin", ids, tokenizer)
     val_bytes = sum(document.size for document in val)
     val_tokens = int(counts["val"].sum())
     stats = Stats(
@@ -312,12 +338,12 @@ def _dtype(vocab_size: int) -> type[np.unsignedinteger]:
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
-def _write_tokens(path: Path, pieces: Iterable[np.ndarray], tokenizer: Tokenizer) -> tuple[str, np.ndarray]:
-    """Writes each piece and an end of document; returns the file's SHA-256 and the count of each id [V]."""
+def _write_tokens(path: Path, documents: Iterable[np.ndarray], tokenizer: Tokenizer) -> tuple[str, np.ndarray]:
+    """Write each document and an end of document; return the SHA-256 of the file and the count of each id [V]."""
     sha, counts = hashlib.sha256(), np.zeros(tokenizer.vocab_size, np.int64)
     with open_atomic(path) as file:
-        for piece in pieces:
-            ids = np.append(piece, tokenizer.eos_id)
+        for document in documents:
+            ids = np.append(document, tokenizer.eos_id)
             counts += np.bincount(ids, minlength=tokenizer.vocab_size)
             raw = ids.astype(_dtype(tokenizer.vocab_size)).tobytes()
             sha.update(raw)
@@ -330,18 +356,18 @@ def _cross_entropy(train_counts: np.ndarray, val_counts: np.ndarray) -> float:
     return float((val_counts * (log_total - np.log1p(train_counts))).sum() / val_counts.sum())
 
 
-def _load(folder: Path) -> Corpus | None:
-    """The corpus in `folder`; None, with a warning, where a file is damaged, and where there is none."""
+def _load_cache(folder: Path) -> Corpus | None:
+    """Return the corpus in `folder`; None if there is none, or, with a warning, if a file is damaged."""
     try:
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
         stats, tokenizer = Stats(**meta["stats"]), load_tokenizer(folder)
         if tokenizer.fingerprint != meta["tokenizer"]:
-            raise ValueError("tokenizer.json is another one")
+            raise ValueError("tokenizer.json does not match meta.json")
         maps = {}
-        for part, tokens in (("train", stats.train_tokens), ("val", stats.val_tokens)):
-            maps[part] = np.memmap(folder / f"{part}.bin", _dtype(tokenizer.vocab_size), mode="r")
-            if len(maps[part]) != tokens or hashlib.sha256(maps[part]).hexdigest() != meta["sha256"][part]:
-                raise ValueError(f"{part}.bin is not what was written")
+        for split, tokens in (("train", stats.train_tokens), ("val", stats.val_tokens)):
+            maps[split] = np.memmap(folder / f"{split}.bin", _dtype(tokenizer.vocab_size), mode="r")
+            if len(maps[split]) != tokens or hashlib.sha256(maps[split]).hexdigest() != meta["sha256"][split]:
+                raise ValueError(f"{split}.bin does not match its checksum")
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:

@@ -23,17 +23,17 @@ def batch_sharded_mesh(mesh: Mesh | None, *, sharded: bool) -> Iterator[None]:
         _active_mesh.reset(token)
 
 
-def shard_map_over_batch(run: Callable[..., Array]) -> Callable[..., Array]:
-    """Wrap `run` so that each device of the active mesh computes its own batch shard.
+def shard_map_over_batch(fn: Callable[..., Array]) -> Callable[..., Array]:
+    """Wrap `fn` so that each device of the active mesh computes its own batch shard.
 
     Args:
-        run: a function of arrays that all have a leading batch axis.
+        fn: a function of arrays that all have a leading batch axis.
     """
     if (active := _active_mesh.get()) is None:
-        return run
+        return fn
     mesh, spec = active
 
     def sharded(*arrays: Array) -> Array:
-        return jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
+        return jax.shard_map(fn, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
 
     return sharded

@@ -1,1 +1,1 @@
-"""Generation, scoring and the key/value cache."""
+"""Generation, scoring and prefill of the KV cache."""

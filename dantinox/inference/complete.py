@@ -1,11 +1,11 @@
-"""Texts in, texts out: `dantinox.complete`, for whom token ids are a detail."""
+"""Continue texts without handling token ids: `dantinox.complete`."""
 
 from collections.abc import Sequence
 
 from dantinox.config.validation import check_int
 from dantinox.data.tokenizer import Tokenizer
 from dantinox.inference import generate
-from dantinox.inference.detokenizer import Text
+from dantinox.inference.detokenizer import IncrementalDetokenizer
 from dantinox.inference.sampling import Sampling
 from dantinox.model.transformer import Transformer
 
@@ -29,40 +29,42 @@ def complete(
     """Continue each text.
 
     Args:
-        prompts: texts; an empty one starts a document.
-        max_new_tokens: most tokens a text gets; the end of the document ends it earlier.
-        stop: texts of which the first to be complete ends a text; it is not returned.
-        n: samples a prompt.
+        model: the model.
+        tokenizer: the tokenizer it was trained with.
+        prompts: texts to continue; an empty one starts a document.
+        max_new_tokens: maximum number of new tokens per text; the end of the document ends it earlier.
+        stop: strings; the first of them to be complete ends a text and is not returned.
+        n: samples per prompt.
 
     The other arguments are those of `dantinox.generate`.
 
     Returns:
-        len(prompts) * n continuations without their prompts, all samples of the first prompt first. A character that
-        is not whole at the end is a replacement character.
+        len(prompts) * n continuations without their prompts, all samples of the first prompt first. An incomplete
+        character at the end becomes a replacement character.
 
     Raises:
-        ValueError: an argument is not allowed, or prompt and new tokens do not fit in max_context.
+        ValueError: an argument is invalid, or the prompt and the new tokens do not fit in max_context.
     """
     for name, texts in (("prompts", prompts), ("stop", stop)):
         if isinstance(texts, str | bytes) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{name} is {texts!r:.60}; allowed: a list of texts")
     if "" in stop:
-        raise ValueError("stop holds an empty text; allowed: text")
+        raise ValueError("stop contains ''; allowed: texts that are not empty")
     request = generate.Request(
         prompts=[tokenizer.encode(prompt) if prompt else [tokenizer.eos_id] for prompt in prompts],
         max_new_tokens=max_new_tokens,
-        sampling=Sampling.checked(temperature, top_k, top_p, min_p, repetition_penalty),
+        sampling=Sampling.create(temperature, top_k, top_p, min_p, repetition_penalty),
         seed=seed,
         stop_tokens=(tokenizer.eos_id,),
         samples=range(check_int("n", n, 1)),
         prefill_chunk=prefill_chunk,
     )
-    texts = [Text(tokenizer, "", stop) for _ in range(len(prompts) * n)]
-    for chunk in generate.run(model, request):
+    texts = [IncrementalDetokenizer(tokenizer, "", stop) for _ in range(len(prompts) * n)]
+    for chunk in generate.generate_chunks(model, request):
         for text, ids, done in zip(texts, *chunk, strict=True):
             text.add(ids, done)
         if all(text.done for text in texts):
             break
     for text in texts:
         text.add([], done=True)
-    return [text.take().removesuffix("\n") for text in texts]
+    return [text.pop_ready().removesuffix("\n") for text in texts]

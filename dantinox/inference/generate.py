@@ -1,9 +1,9 @@
-"""Text from a model: prompts are read in one pass, then a compiled loop appends a token to each at a time.
+"""Autoregressive generation: prefill the prompts, then decode one token per sequence and step in a compiled loop.
 
 Weights, caches, seed and sampling settings are arguments of the compiled programs, and sizes are rounded up
-to powers of two, so that a call compiles nothing unless it is the first of its size. Rows never mix: a prompt
-gives the same ids alone as in a batch. A draw depends on the seed, the sample number 0 .. n - 1 and the step
-alone: equal prompts in one batch give equal texts, and `n` asks for different ones.
+to powers of two, so only the first call of a size compiles. Rows are independent: a prompt gives the same ids
+alone and in a batch. A draw depends only on the seed, the sample number 0 .. n - 1 and the step: equal prompts
+in one batch give equal texts, and `n` gives different samples.
 """
 
 import functools
@@ -27,10 +27,10 @@ from dantinox.model.transformer import Transformer
 Array = jax.Array
 Ids = Sequence[int] | np.ndarray
 
-PREFILL_CHUNK = 2048  # tokens of the prompts read at once
-CHUNK = 64  # tokens a sequence between two looks of the host, which is when Ctrl-C is heard
-STREAM_LATENCY_S = 0.05  # seconds that streamed text may lie behind
-DONE_TOKEN = -1  # in place of a token id, once a sequence has stopped
+PREFILL_CHUNK = 2048  # tokens per prompt and prefill step
+CHUNK = 64  # tokens per sequence and host sync, which is also when Ctrl-C is handled
+STREAM_LATENCY_S = 0.05  # seconds per chunk of streamed text
+DONE_TOKEN = -1  # in place of a token id after the end of a sequence
 
 
 def generate(
@@ -52,29 +52,31 @@ def generate(
     """Continue each prompt.
 
     Args:
-        prompts: token ids in [0, vocab_size), at least one a prompt; lengths may differ.
-        max_new_tokens: most tokens a sequence gets.
+        model: the model.
+        prompts: token ids in [0, vocab_size), at least one per prompt; lengths may differ.
+        max_new_tokens: maximum number of new tokens per sequence.
         temperature: divides the logits; 0 takes the likeliest token.
-        top_k, top_p, min_p: which tokens may be drawn, see `dantinox.inference.sampling`.
+        top_k, top_p, min_p: restrict the tokens that may be drawn, see `dantinox.inference.sampling`.
         repetition_penalty: above 1 makes tokens of the prompt and of the text so far less likely.
-        seed: of all draws, 0 <= seed < 2**32.
+        seed: seed of all draws, 0 <= seed < 2**32.
         stop_tokens: ids that end a sequence; the stop token itself is not returned.
-        n: samples a prompt.
-        max_context: most tokens of a prompt and its continuation together; None: the model's. It binds models
-            with full attention or learned positions; where every layer has a window, any length goes.
-        prefill_chunk: tokens of the prompts read at once; reading takes the memory of one chunk. The ids do not
-            depend on it, but for rounding.
+        n: samples per prompt.
+        max_context: maximum number of tokens of a prompt and its continuation together; None: that of the model. It
+            applies to models with full attention or learned positions; if every layer has a window, the
+            length is unlimited.
+        prefill_chunk: tokens per prompt and prefill step; prefill takes the memory of one such chunk. It changes the
+            ids by rounding only.
 
     Returns:
         len(prompts) * n lists of new ids, all samples of the first prompt first.
 
     Raises:
-        ValueError: an argument is not allowed, or prompt and new tokens do not fit in max_context.
+        ValueError: an argument is invalid, or the prompt and the new tokens do not fit in max_context.
     """
-    sampling = Sampling.checked(temperature, top_k, top_p, min_p, repetition_penalty)
+    sampling = Sampling.create(temperature, top_k, top_p, min_p, repetition_penalty)
     samples = range(check_int("n", n, 1))
     request = Request(prompts, max_new_tokens, sampling, seed, stop_tokens, samples, max_context, prefill_chunk)
-    chunks = [chunk.ids for chunk in run(model, request)]
+    chunks = [chunk.ids for chunk in generate_chunks(model, request)]
     return [[token for ids in row for token in ids] for row in zip(*chunks, strict=True)]
 
 
@@ -94,20 +96,21 @@ def stream(
     max_context: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
 ) -> Iterator[int]:
-    """The new ids of one sequence as they come: `generate(model, [prompt], n=sample + 1, ...)[sample]`.
+    """Yield the new ids of one sequence as they are decoded: `generate(model, [prompt], n=sample + 1, ...)[sample]`.
 
-    Arguments and errors are those of `generate`; they are checked before the first id is asked for.
+    Arguments and errors are those of `generate`; they are checked before the first id is decoded.
     """
-    sampling = Sampling.checked(temperature, top_k, top_p, min_p, repetition_penalty)
+    sampling = Sampling.create(temperature, top_k, top_p, min_p, repetition_penalty)
     request = Request([prompt], max_new_tokens, sampling, seed, stop_tokens, (sample,), max_context, prefill_chunk)
-    return (token for chunk in run(model, request, lag=STREAM_LATENCY_S) for token in chunk.ids[0])
+    return (token for chunk in generate_chunks(model, request, latency=STREAM_LATENCY_S) for token in chunk.ids[0])
 
 
 @dataclass(frozen=True)
 class Request:
-    """What `generate` was asked for; checked against a model by `run`.
+    """The arguments of `generate`; `generate_chunks` checks them against a model.
 
-    `samples` are the sample numbers wanted of each prompt. The other fields are `generate`'s arguments.
+    Attributes:
+        samples: the sample numbers of each prompt. The other fields are arguments of `generate`.
     """
 
     prompts: Sequence[Ids]
@@ -121,38 +124,40 @@ class Request:
 
 
 class Chunk(NamedTuple):
-    """What `run` gives at a time.
+    """New ids of all sequences.
 
     Attributes:
-        ids: the new ids of every sequence, all samples of the first prompt first.
-        done: which sequences have come to their end.
+        ids: new ids per sequence, all samples of the first prompt first.
+        done: whether each sequence has ended.
     """
 
     ids: list[list[int]]
     done: list[bool]
 
 
-def run(model: Transformer, request: Request, lag: float | None = None) -> Iterator[Chunk]:
-    """The new ids of every sequence, a chunk at a time. The prompts are read once, for all samples.
+def generate_chunks(model: Transformer, request: Request, latency: float | None = None) -> Iterator[Chunk]:
+    """Yield the new ids of every sequence in chunks. Each prompt is prefilled once, for all its samples.
 
     Args:
-        lag: seconds that a chunk may take; None: CHUNK tokens, the fastest. The ids do not depend on it.
+        model: the model.
+        request: the arguments of `generate`.
+        latency: seconds per chunk; None: CHUNK tokens per chunk, which is the fastest. The ids do not depend on it.
 
     Raises:
         ValueError: as `generate`, before the first chunk.
     """
     config = model.config
-    prompts = _prompts(request.prompts, config.vocab_size)
+    prompts = _check_prompts(request.prompts, config.vocab_size)
     count = check_int("max_new_tokens", request.max_new_tokens, 1)
     seed = check_int("seed", request.seed, 0, 2**32)
     samples = [check_int("sample", s, 0, 2**31) for s in request.samples]
-    stops = _stops(request.stop_tokens, config.vocab_size)
+    stop_ids = _check_stop_tokens(request.stop_tokens, config.vocab_size)
     limit = context_limit(config, request.max_context)
     longest = max(map(len, prompts))
     if limit is not None and longest + count > limit:
         raise ValueError(
             f"a prompt of {longest} tokens and max_new_tokens {count} make {longest + count}; "
-            f"allowed: max_context {limit}, as {why_context_limited(config)}"
+            f"allowed: max_context {limit} ({why_context_limited(config)})"
         )
     slots = prefill.layer_cache_slots(
         config, prefill.round_up_to_bucket(longest + count, prefill.SMALLEST_CONTEXT, limit)
@@ -163,54 +168,78 @@ def run(model: Transformer, request: Request, lag: float | None = None) -> Itera
         size = -(-longest // chunk) * chunk
     tokens = np.zeros((len(prompts), size), np.int32)
     seen = np.zeros((len(prompts), config.vocab_size), bool)
-    for row, there, prompt in zip(tokens, seen, prompts, strict=True):
-        row[: len(prompt)] = prompt
-        there[prompt] = True
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+        seen[row, prompt] = True
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     chunks = np.split(tokens, range(chunk, size, chunk), axis=1)
-    start = (chunks, lengths, seen, np.uint32(seed), np.array(samples, np.int32), request.sampling, stops)
-    return _chunks(model, slots, start, count, lag)
+    inputs = _Inputs(chunks, lengths, seen, np.uint32(seed), np.array(samples, np.int32), request.sampling, stop_ids)
+    return _decode_chunks(model, slots, inputs, count, latency)
 
 
-def _chunks(model: Transformer, slots: tuple[int, ...], start: tuple, count: int, lag: float | None) -> Iterator[Chunk]:
+class _Inputs(NamedTuple):
+    """Validated inputs of a request for B prompts.
+
+    Attributes:
+        chunks: token ids of the prompts in prefill chunks, each [B, T] int32, padded with zeros.
+        lengths: number of tokens per prompt, [B] int32.
+        seen: which tokens occur in each prompt, bool [B, V].
+        seed: seed of all draws, uint32.
+        samples: sample numbers of each prompt, int32.
+        sampling: the sampling settings.
+        stop_ids: ids that end a sequence, int32.
+    """
+
+    chunks: list[np.ndarray]
+    lengths: np.ndarray
+    seen: np.ndarray
+    seed: np.uint32
+    samples: np.ndarray
+    sampling: Sampling
+    stop_ids: np.ndarray
+
+
+def _decode_chunks(
+    model: Transformer, slots: tuple[int, ...], inputs: _Inputs, count: int, latency: float | None
+) -> Iterator[Chunk]:
+    """Prefill the prompts, then decode up to `count` tokens per sequence."""
     graph, weights = nnx.split(model)
     weights = _cast_weights(weights, model.config.dtype)
-    chunks, lengths, seen, seed, samples, sampling, stops = start
     prefilled: prefill.PrefillState | None = None
-    for i, tokens in enumerate(chunks):
-        at = i * chunks[0].shape[1]
-        # A power of two again; what there is not yet is masked.
-        past = prefill.round_up_to_bucket(at, 1) if at else 0
-        prefilled = _prefill_chunk(graph, slots, past, weights, tokens, np.int32(at), lengths, prefilled)
+    for i, tokens in enumerate(inputs.chunks):
+        start = i * inputs.chunks[0].shape[1]
+        # Rounded up to a power of two too; positions before the prompt are masked.
+        past = prefill.round_up_to_bucket(start, 1) if start else 0
+        prefilled = _prefill_chunk(graph, slots, past, weights, tokens, np.int32(start), inputs.lengths, prefilled)
     assert prefilled is not None, "a prompt has at least one chunk"
-    start_all = _init_decode_in_place if len(samples) == 1 else _init_decode_jit
-    state = start_all(graph, weights, prefilled.last, seed, samples, prefilled.caches, seen)
-    size = CHUNK if lag is None else 1
+    init_decode = _init_decode_in_place if len(inputs.samples) == 1 else _init_decode_jit
+    state = init_decode(graph, weights, prefilled.last, inputs.seed, inputs.samples, prefilled.caches, inputs.seen)
+    size = CHUNK if latency is None else 1
     while count:
         size = min(size, count)
-        began = time.perf_counter()
-        state, new = _decode_steps(graph, weights, state, sampling, stops, np.int32(size))
+        chunk_start = time.perf_counter()
+        state, new = _decode_steps(graph, weights, state, inputs.sampling, inputs.stop_ids, np.int32(size))
         ids = np.asarray(new)[:, :size]
-        going = ids[:, -1] != DONE_TOKEN
-        count = count - size if going.any() else 0
-        yield Chunk([row[row != DONE_TOKEN].tolist() for row in ids], (~going | (count == 0)).tolist())
-        if lag is not None:
-            size = max(1, min(CHUNK, int(size * lag / (time.perf_counter() - began))))
+        running = ids[:, -1] != DONE_TOKEN
+        count = count - size if running.any() else 0
+        yield Chunk([row[row != DONE_TOKEN].tolist() for row in ids], (~running | (count == 0)).tolist())
+        if latency is not None:
+            size = max(1, min(CHUNK, int(size * latency / (time.perf_counter() - chunk_start))))
 
 
 # --- compiled -------------------------------------------------------------------------------------
 
 
 class _State(NamedTuple):
-    """The sequences between two steps, R = prompts * samples rows.
+    """State of decoding between two steps, with R = prompts * samples rows.
 
     Attributes:
-        caches: one a layer, of R rows.
-        logits: of the next token, [R, V] float32.
-        done: which rows have stopped, bool [R].
+        caches: one per layer, with R rows.
+        logits: logits of the next token, [R, V] float32.
+        done: whether each row has ended, bool [R].
         keys: random keys [R].
-        step: tokens drawn so far a row, int32.
-        seen: tokens of the prompt and of the text so far, bool [R, V].
+        step: number of tokens drawn so far per row, int32.
+        seen: which tokens occur in the prompt and the text so far, bool [R, V].
     """
 
     caches: list[KVCache]
@@ -232,14 +261,14 @@ def _prefill_chunk(
     lengths: Array,
     prefilled: prefill.PrefillState | None,
 ) -> prefill.PrefillState:
-    """One more chunk of the prompts [B, T]."""
+    """Prefill one more chunk [B, T] of the prompts."""
     return prefill.prefill_chunk(nnx.merge(graph, weights), tokens, start, lengths, prefilled or slots, past)
 
 
 def _init_decode(
     graph: Any, weights: Any, last: Array, seed: Array, samples: Array, caches: list[KVCache], seen: Array
 ) -> _State:
-    """The prompts, read once, for all samples."""
+    """Repeat the state of each prompt for all its samples."""
     logits, prompts = nnx.merge(graph, weights).logits(last), last.shape[0]
     if samples.size > 1:
         logits, caches, seen = jax.tree.map(
@@ -257,13 +286,13 @@ _init_decode_in_place = jax.jit(_init_decode, static_argnums=0, donate_argnums=5
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _decode_steps(
-    graph: Any, weights: Any, state: _State, sampling: Sampling, stops: Array, count: Array
+    graph: Any, weights: Any, state: _State, sampling: Sampling, stop_ids: Array, count: Array
 ) -> tuple[_State, Array]:
-    """`count` more tokens a row, until all have stopped: (state, ids [R, CHUNK], FINISHED after the end)."""
+    """Decode up to `count` tokens per row -> (state, ids [R, CHUNK]), DONE_TOKEN after the end of a row."""
     model = nnx.merge(graph, weights)
     first = state.step
 
-    def going(carry: tuple[_State, Array]) -> Array:
+    def is_running(carry: tuple[_State, Array]) -> Array:
         state, _ = carry
         return (state.step - first < count) & ~jnp.all(state.done)
 
@@ -271,7 +300,7 @@ def _decode_steps(
         state, out = carry
         keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
         token = sample(apply_repetition_penalty(state.logits, state.seen, sampling), sampling, keys)
-        done = state.done | jnp.any(token[:, None] == stops, axis=-1)
+        done = state.done | jnp.any(token[:, None] == stop_ids, axis=-1)
         new = jnp.where(done, DONE_TOKEN, token)
         out = jax.lax.dynamic_update_slice(out, new[:, None], (0, state.step - first))
         logits, caches = prefill.decode_step(model, token, state.caches)
@@ -279,11 +308,11 @@ def _decode_steps(
         return _State(caches, logits, done, state.keys, state.step + 1, seen), out
 
     out = jnp.full((state.done.size, CHUNK), DONE_TOKEN, jnp.int32)
-    return jax.lax.while_loop(going, step, (state, out))
+    return jax.lax.while_loop(is_running, step, (state, out))
 
 
 def _cast_weights(weights: Any, dtype: str) -> Any:
-    """Matrices in the dtype that every matmul casts them to anyway: once, and not at each token."""
+    """Cast the matrices once to the dtype that every matmul would cast them to at each step."""
     return weights if dtype == "float32" else _cast(weights, dtype)
 
 
@@ -295,15 +324,15 @@ def _cast(weights: Any, dtype: str) -> Any:
 # --- checks ---------------------------------------------------------------------------------------
 
 
-def _prompts(prompts: Sequence[Ids], vocab_size: int) -> list[np.ndarray]:
+def _check_prompts(prompts: Sequence[Ids], vocab_size: int) -> list[np.ndarray]:
     if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence | np.ndarray):
         raise ValueError(f"prompts are a {type(prompts).__name__}; allowed: a list of lists of token ids")
     if len(prompts) == 0:
         raise ValueError("prompts are empty; allowed: at least one prompt")
-    return [_ids(f"prompts[{i}]", prompt, vocab_size) for i, prompt in enumerate(prompts)]
+    return [_check_ids(f"prompts[{i}]", prompt, vocab_size) for i, prompt in enumerate(prompts)]
 
 
-def _ids(name: str, ids: Any, vocab_size: int) -> np.ndarray:
+def _check_ids(name: str, ids: Any, vocab_size: int) -> np.ndarray:
     """int32 [T] with T >= 1."""
     try:
         array = np.asarray(ids)
@@ -314,22 +343,22 @@ def _ids(name: str, ids: Any, vocab_size: int) -> np.ndarray:
     if array.size == 0:
         raise ValueError(f"{name} is empty; allowed: at least one token id")
     if not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{name} holds {array.dtype} values; allowed: integers")
+        raise ValueError(f"{name} contains {array.dtype} values; allowed: integers")
     bad = (array < 0) | (array >= vocab_size)
     if bad.any():
-        raise ValueError(f"{name} holds id {array[bad][0]}; allowed: 0 to {vocab_size - 1}")
+        raise ValueError(f"{name} contains id {array[bad][0]}; allowed: 0 to {vocab_size - 1}")
     return array.astype(np.int32)
 
 
-def _stops(stop_tokens: Iterable[int], vocab_size: int) -> np.ndarray:
-    """int32, padded with FINISHED to a power of two, so that their number hardly ever recompiles."""
-    stops = list(stop_tokens) if isinstance(stop_tokens, Iterable) else stop_tokens
-    array = np.zeros(0, np.int32) if stops == [] else _ids("stop_tokens", stops, vocab_size)
+def _check_stop_tokens(stop_tokens: Iterable[int], vocab_size: int) -> np.ndarray:
+    """Return the stop tokens as int32, padded with DONE_TOKEN to a power of two to compile few sizes."""
+    stop_ids = list(stop_tokens) if isinstance(stop_tokens, Iterable) else stop_tokens
+    array = np.zeros(0, np.int32) if stop_ids == [] else _check_ids("stop_tokens", stop_ids, vocab_size)
     return np.pad(array, (0, prefill.round_up_to_bucket(len(array), 16) - len(array)), constant_values=DONE_TOKEN)
 
 
 def context_limit(config: ModelConfig, max_context: int | None = None) -> int | None:
-    """Most tokens a sequence may have, prompt included: `max_context` or the model's; None where any length goes."""
+    """Return the maximum length of a sequence in tokens, prompt included; None if it is unlimited."""
     if max_context is not None:
         max_context = check_int("max_context", max_context, 1)
         if config.pos_encoding == "learned" and max_context > config.max_context:
@@ -338,10 +367,10 @@ def context_limit(config: ModelConfig, max_context: int | None = None) -> int | 
 
 
 def why_context_limited(config: ModelConfig) -> str | None:
-    """Why a sequence of this model has a longest length; None where every layer has a window."""
+    """Return why the length of a sequence is limited; None if every layer has a window."""
     if config.pos_encoding == "learned":
-        return "its positions are learned"
+        return "the model has learned positions"
     full = [layer for layer in range(config.n_layers) if config.layer_window(layer) is None]
     if not full:
         return None
-    return "every layer sees all of it" if len(full) == config.n_layers else f"layer {full[0]} sees all of it"
+    return "every layer has full attention" if len(full) == config.n_layers else f"layer {full[0]} has full attention"

@@ -1,11 +1,11 @@
-"""How well a model predicts a text.
+"""Score a text with a model: loss, perplexity, bits per byte.
 
-Every token of every document is scored once, given the end of document before it and what a window shows:
+Every token of every document is scored once, given an end of document and the tokens before it in its window:
 
     document      0 a b c d e f g h i        0 = end of document, not scored itself
-    window 1      . * * * * *                context 5, stride 2: what is read, * = what is scored
-    window 2          . . . . * *            each token sees at least context - stride tokens,
-    window 3              . . . . * *        but at the beginning of its document
+    window 1      . * * * * *                context 5, stride 2: . = context only, * = scored
+    window 2          . . . . * *            each token has at least context - stride tokens of context,
+    window 3              . . . . * *        except at the start of its document
 """
 
 import functools
@@ -27,12 +27,12 @@ from dantinox.model.transformer import Transformer
 
 
 class Score(NamedTuple):
-    """How well a text was predicted.
+    """Score of a text.
 
     Attributes:
-        documents, tokens, bytes: what was scored; bytes are of UTF-8.
-        nats: -log p of the whole text.
-        context, stride: of the windows.
+        documents, tokens, bytes: size of the text; bytes of UTF-8.
+        nats: -log p of the text.
+        context, stride: size and stride of the windows.
     """
 
     documents: int
@@ -44,21 +44,21 @@ class Score(NamedTuple):
 
     @property
     def loss(self) -> float:
-        """Nats a token."""
+        """Nats per token."""
         return self.nats / self.tokens
 
     @property
     def perplexity(self) -> float:
-        """e to the loss; inf where that is past the largest float."""
+        """exp(loss); inf if that exceeds the largest float."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits that a byte of the text takes: comparable between tokenizers."""
+        """Bits per byte of text, comparable between tokenizers."""
         return self.nats / math.log(2) / self.bytes
 
 
-def evaluate(
+def score_documents(
     model: Transformer,
     tokenizer: Tokenizer,
     documents: Sequence[Document],
@@ -70,18 +70,21 @@ def evaluate(
     """Score all of `documents`, each on its own.
 
     Args:
-        context: tokens read at once; None: the model's max_context.
-        stride: tokens a window moves on, 1 to context; None: half of it.
-        batch_size: windows read at once; changes nothing but for rounding.
+        model: the model.
+        tokenizer: the tokenizer it was trained with.
+        documents: the text.
+        context: tokens per window; None: max_context of the model.
+        stride: tokens between the starts of two windows, 1 to context; None: half of context.
+        batch_size: windows per batch; it changes the result by rounding only.
 
     Raises:
-        ValueError: a size is not allowed, there is no text, or the tokenizer is not the model's.
+        ValueError: a size is invalid, there is no text, or the tokenizer does not match the model.
     """
     limit = generate.context_limit(model.config)
     context = model.config.max_context if context is None else check_int("context", context, 1)
     if limit is not None and context > limit:
         raise ValueError(
-            f"context is {context}; allowed: 1 to max_context {limit}, as {generate.why_context_limited(model.config)}"
+            f"context is {context}; allowed: 1 to max_context {limit} ({generate.why_context_limited(model.config)})"
         )
     stride = max(1, context // 2) if stride is None else check_int("stride", stride, 1, context + 1)
     rows = check_int("batch_size", batch_size, 1)
@@ -92,40 +95,42 @@ def evaluate(
     texts = [np.append(np.int32(tokenizer.eos_id), tokenizer.encode(document.text)) for document in documents]
     if sum(len(text) - 1 for text in texts) == 0:
         raise ValueError("there is no text to score")
-    # No window is longer than it must be; one size, one program.
+    # All windows have one width, no larger than the longest text needs, so that only one program is compiled.
     longest = max(len(text) for text in texts) - 1
     width = min(context, 1 << (longest - 1).bit_length())
     graph, weights = nnx.split(model)
     nats, tokens = 0.0, 0
-    for group in batched((pair for text in texts for pair in _windows(text, context, stride, width)), rows):
-        blank = (np.zeros(width, np.int32), np.full(width, _NOT_SCORED, np.int32))
-        inputs, targets = (np.stack(x) for x in zip(*group, *[blank] * (rows - len(group)), strict=True))
-        scored = targets != _NOT_SCORED
-        nats += np.asarray(_nats(graph, weights, inputs, targets))[scored].sum(dtype=np.float64)
+    for batch in batched((pair for text in texts for pair in _scoring_windows(text, context, stride, width)), rows):
+        padding = (np.zeros(width, np.int32), np.full(width, _IGNORED_TARGET, np.int32))
+        inputs, targets = (np.stack(x) for x in zip(*batch, *[padding] * (rows - len(batch)), strict=True))
+        scored = targets != _IGNORED_TARGET
+        nats += np.asarray(_negative_log_probs(graph, weights, inputs, targets))[scored].sum(dtype=np.float64)
         tokens += int(scored.sum())
     return Score(len(texts), tokens, sum(document.size for document in documents), float(nats), context, stride)
 
 
-_NOT_SCORED = -1  # in place of a target
+_IGNORED_TARGET = -1
 
 
-def _windows(text: np.ndarray, context: int, stride: int, width: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(inputs, targets), int32 [width], that score each of text[1:] once."""
-    done = 0  # targets scored
+def _scoring_windows(
+    text: np.ndarray, context: int, stride: int, width: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (inputs, targets), int32 [width], that score each token of text[1:] once."""
+    num_scored = 0
     for start in range(0, len(text), stride):
-        if done == len(text) - 1:
+        if num_scored == len(text) - 1:
             return
         end = min(start + context, len(text) - 1)
-        inputs, targets = np.zeros(width, np.int32), np.full(width, _NOT_SCORED, np.int32)
+        inputs, targets = np.zeros(width, np.int32), np.full(width, _IGNORED_TARGET, np.int32)
         inputs[: end - start] = text[start:end]
-        targets[done - start : end - start] = text[done + 1 : end + 1]
-        done = end
+        targets[num_scored - start : end - start] = text[num_scored + 1 : end + 1]
+        num_scored = end
         yield inputs, targets
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _nats(graph: Any, weights: Any, inputs: jax.Array, targets: jax.Array) -> jax.Array:
-    """-log p of each target, float32 [B, T]; inputs and targets [B, T] int32."""
+def _negative_log_probs(graph: Any, weights: Any, inputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Return -log p of each target, float32 [B, T]; inputs and targets are [B, T] int32."""
     logits = nnx.merge(graph, weights)(inputs)
-    right = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - right
+    target_logits = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - target_logits

@@ -1,1 +1,1 @@
-"""What a run logs."""
+"""Metrics of a run and the cost of a model."""

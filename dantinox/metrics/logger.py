@@ -1,4 +1,4 @@
-"""What a run reports: rates, JSON lines, TensorBoard events and the loss curve."""
+"""Metrics of a run: JSON lines, TensorBoard events, the loss curve, and the measured matmul rate."""
 
 import json
 import math
@@ -15,66 +15,72 @@ from dantinox.system.atomic_io import open_atomic
 
 
 def matmul_rate(dtype: str, size: int | None = None, repeats: int = 8) -> float:
-    """FLOP/s that one device reaches on a square matmul of this dtype: the best of a few runs."""
+    """Measure the FLOP/s of a square matmul of this dtype on one device; the best of `repeats` runs."""
     size = size or (1024 if jax.default_backend() == "cpu" else 8192)
     a, b = (jax.random.normal(jax.random.key(i), (size, size)).astype(dtype) for i in (0, 1))
-    product = jax.jit(jnp.matmul)
-    product(a, b).block_until_ready()
-    best = float("inf")
+    matmul = jax.jit(jnp.matmul)
+    matmul(a, b).block_until_ready()
+    best_seconds = float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
-        product(a, b).block_until_ready()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+        matmul(a, b).block_until_ready()
+        best_seconds = min(best_seconds, time.perf_counter() - start)
+    return 2 * size**3 / best_seconds
 
 
 class MetricsLog:
-    """metrics.jsonl, one JSON object a line, and the same scalars as TensorBoard events, and at W&B."""
+    """Writes metrics to metrics.jsonl, one JSON object per line, to TensorBoard and to W&B."""
 
     def __init__(self, run: Path, resume_at: int | None = None, tracker: WandbLogger | None = None) -> None:
-        """`resume_at`: keep lines up to this step, drop those that a resumed run will write again; None: a new run."""
-        # TensorBoard's writer alone: no TensorFlow.
+        """Open the files.
+
+        Args:
+            run: folder of the run.
+            resume_at: keep rows up to this step, the resumed run writes later ones again; None: a new run.
+            tracker: logger of W&B.
+        """
+        # The writer of TensorBoard needs no TensorFlow.
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         path = run / "metrics.jsonl"
-        kept = [row for row in read_metrics(path) if row["step"] <= resume_at] if resume_at else []
+        previous_rows = [row for row in read_metrics(path) if row["step"] <= resume_at] if resume_at else []
         with open_atomic(path) as file:
-            file.write("".join(json.dumps(row) + "\n" for row in kept).encode())
+            file.write("".join(json.dumps(row) + "\n" for row in previous_rows).encode())
         self._file = path.open("a")
         self._events = EventFileWriter(str(run / "tensorboard"))
         self._tracker = tracker
         if resume_at is not None:
-            self._begin_again(resume_at + 1)
+            self._purge_events(resume_at + 1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """One line; `step` and `loss` are always there, `val_loss` where it was evaluated; null: not finite."""
+        """Write one row: `step`, `loss`, and `val_loss` if evaluated; values that are not finite become null."""
         self._file.write(json.dumps({name: value if math.isfinite(value) else None for name, value in row.items()}))
         self._file.write("\n")
         self._file.flush()
-        self._add(row["step"], [_scalar(name, value) for name, value in row.items() if name != "step"])
+        self._add_event(row["step"], [_scalar(name, value) for name, value in row.items() if name != "step"])
         if self._tracker is not None:
             self._tracker.write(row)
 
-    def text(self, tag: str, text: str, step: int) -> None:
-        """A text for TensorBoard's text page."""
-        self._add(step, [_text(tag, text)])
+    def write_text(self, tag: str, text: str, step: int) -> None:
+        """Write a text, which TensorBoard shows on its text page."""
+        self._add_event(step, [_text(tag, text)])
         if self._tracker is not None:
-            self._tracker.text(tag, text, step)
+            self._tracker.write_text(tag, text, step)
 
-    def _begin_again(self, step: int) -> None:
-        """Tell TensorBoard to forget what an interrupted run showed of this step and later ones."""
+    def _purge_events(self, step: int) -> None:
+        """Make TensorBoard discard the events of an interrupted run from this step on."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         self._events.add_event(Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START)))
 
-    def _add(self, step: int, values: list[Any]) -> None:
+    def _add_event(self, step: int, values: list[Any]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         self._events.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
     def close(self) -> None:
-        """Flush both."""
+        """Flush and close the files."""
         try:
             self._file.close()
         finally:
@@ -93,13 +99,13 @@ def _text(tag: str, text: str) -> Any:
     from tensorboard.compat.proto.types_pb2 import DT_STRING
 
     metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
-    # Four spaces make it a verbatim block in TensorBoard's Markdown.
+    # An indent of four spaces is a verbatim block in Markdown.
     block = "\n".join("    " + line for line in text.splitlines())
     return Summary.Value(tag=tag, metadata=metadata, tensor=TensorProto(dtype=DT_STRING, string_val=[block.encode()]))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line cut short by a kill is left out."""
+    """Return the rows of a metrics.jsonl; an incomplete last line, left by a kill, is ignored."""
     return list(_rows(path)) if path.exists() else []
 
 
@@ -112,7 +118,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def plot_loss(run: Path, title: str, unigram: float | None = None) -> Path:
-    """Draw runs/NAME/loss.png from metrics.jsonl: training and validation loss against the step."""
+    """Plot training and validation loss of metrics.jsonl against the step, as runs/NAME/loss.png."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -122,13 +128,13 @@ def plot_loss(run: Path, title: str, unigram: float | None = None) -> Path:
     axes = figure.subplots()
     losses = [math.nan if row["loss"] is None else row["loss"] for row in rows]
     axes.plot([row["step"] for row in rows], losses, color="#b8b8b8", lw=1, label="train")
-    held = [(r["step"], r["val_loss"]) for r in rows if r.get("val_loss") is not None]
-    if held:
-        axes.plot(*zip(*held, strict=True), color="#a01c20", lw=2, marker="o", ms=3, label="validation")
-        axes.annotate(f"{held[-1][1]:.3f}", held[-1], textcoords="offset points", xytext=(0, 8), ha="right")
+    val_points = [(r["step"], r["val_loss"]) for r in rows if r.get("val_loss") is not None]
+    if val_points:
+        axes.plot(*zip(*val_points, strict=True), color="#a01c20", lw=2, marker="o", ms=3, label="validation")
+        axes.annotate(f"{val_points[-1][1]:.3f}", val_points[-1], textcoords="offset points", xytext=(0, 8), ha="right")
     if unigram is not None:
         axes.axhline(unigram, color="#1f3a5f", lw=1, ls="--", label=f"unigram entropy {unigram:.2f}")
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     path = run / "loss.png"

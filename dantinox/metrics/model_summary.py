@@ -1,4 +1,4 @@
-"""What a configuration costs before it runs: parameters, FLOPs, compiled memory, cache."""
+"""Cost of a configuration before it runs: parameters, FLOPs, compiled memory, KV cache."""
 
 from typing import Any
 
@@ -10,38 +10,39 @@ from dantinox.model import flops
 
 
 def describe(config: Config) -> str:
-    """The model in a few aligned lines; nothing is compiled."""
+    """Describe the model in a few aligned lines; nothing is compiled."""
     m, T = config.model, config.train.seq_len
     windows = [m.layer_window(layer) for layer in range(m.n_layers)]
     attention = ", ".join(
         f"{windows.count(w)} x {'full' if w is None else f'window {w}'}" for w in dict.fromkeys(windows)
     )
-    experts = f"{m.n_experts} experts, {m.experts_per_token} a token" if m.n_experts else "dense"
+    experts = f"{m.n_experts} experts, {m.experts_per_token} per token" if m.n_experts else "dense"
+    heads = f"{m.n_heads} heads over {m.n_kv_heads} kv heads of {m.resolved_head_dim}"
     rows = {
         "model": f"{m.n_layers} blocks, width {m.dim}, vocabulary {m.vocab_size:,}, {m.dtype}",
-        "attention": f"{m.n_heads} heads over {m.n_kv_heads} kv heads of {m.head_dim}; {attention}; gate {m.attn_gate}",
+        "attention": f"{heads}; {attention}; gate {m.attn_gate}",
         "mlp": f"{m.mlp}, hidden {m.hidden}, {experts}",
-        "parameters": f"{flops.total_parameters(m):,} total, {flops.active_parameters(m):,} active a token",
-        "FLOPs a token": f"{flops.flops_per_token(m, T):,.0f} in training at length {T}",
-        "FLOPs a step": f"{flops.flops_per_token(m, T) * config.train.batch_size * T:,.0f}",
-        "KV cache": f"{flops.kv_bytes_per_token(m):,} bytes a token; "
-        f"{flops.kv_cache_bytes(m, m.max_context, 1):,} bytes a sequence of {m.max_context}",
+        "parameters": f"{flops.total_parameters(m):,} total, {flops.active_parameters(m):,} active per token",
+        "FLOPs per token": f"{flops.flops_per_token(m, T):,.0f} in training at length {T}",
+        "FLOPs per step": f"{flops.flops_per_token(m, T) * config.train.batch_size * T:,.0f}",
+        "KV cache": f"{flops.kv_bytes_per_token(m):,} bytes per token; "
+        f"{flops.kv_cache_bytes(m, m.max_context, 1):,} bytes per sequence of {m.max_context}",
     }
-    return "\n".join(f"{name:14} {text}" for name, text in rows.items())
+    return "\n".join(f"{name:15} {text}" for name, text in rows.items())
 
 
 def compiled_memory(step: Any, state: Any, config: Config) -> str:
-    """Compile one training step from shapes alone and say what it needs in memory."""
+    """Compile one training step from shapes alone and report its memory."""
     micro = config.train.batch_size // config.train.grad_accum
     tokens = jax.ShapeDtypeStruct((config.train.grad_accum, micro, config.train.seq_len), jnp.int32)
     number = jax.ShapeDtypeStruct((), jnp.int32)
     memory = step.lower(state, tokens, tokens, number).compile().memory_analysis()
     if memory is None:
-        return f"{'memory':14} this backend does not tell"
+        return f"{'memory':15} not reported by this backend"
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     peak -= memory.alias_size_in_bytes
     return (
-        f"{'memory':14} {peak / 2**20:,.1f} MiB a device at the peak of a step: "
+        f"{'memory':15} {peak / 2**20:,.1f} MiB per device at the peak of a step: "
         f"{memory.argument_size_in_bytes / 2**20:,.1f} state and batch, "
         f"{memory.temp_size_in_bytes / 2**20:,.1f} temporary"
     )

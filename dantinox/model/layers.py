@@ -1,4 +1,4 @@
-"""Parameters that know their axes, and the small parts of a block: dense, RMSNorm, dropout, MLP."""
+"""Parameters annotated with their axes, and the small layers of a block: dense, RMSNorm, dropout, MLP."""
 
 from collections.abc import Callable
 
@@ -13,18 +13,25 @@ Array = jax.Array
 
 
 def parameter(key: Array, axes: str, shape: tuple[int, ...], std: float) -> nnx.Param:
-    """A float32 parameter drawn from N(0, std^2); `axes` names each axis by its letter in the legend."""
+    """Return a float32 parameter drawn from N(0, std^2).
+
+    Args:
+        key: random key.
+        axes: one letter per axis, as in the legend of axes.
+        shape: one size per axis.
+        std: standard deviation.
+    """
     assert len(axes) == len(shape)
     return nnx.Param(jax.random.normal(key, shape, jnp.float32) * std, axes=tuple(axes))
 
 
 def filled_parameter(value: float, axes: str, shape: tuple[int, ...]) -> nnx.Param:
-    """A float32 parameter filled with one value."""
+    """Return a float32 parameter filled with `value`; `axes` as in `parameter`."""
     return nnx.Param(jnp.full(shape, value, jnp.float32), axes=tuple(axes))
 
 
 def dense(x: Array, w: nnx.Param | Array, out_dtype: jnp.dtype | None = None) -> Array:
-    """x [..., M] times w [M, ...] in x's dtype, as one two-dimensional matmul."""
+    """Multiply x [..., M] by w [M, ...] in the dtype of x, as one two-dimensional matmul."""
     w = w[...]
     y = einsum("NM,MF->NF", x.reshape(-1, x.shape[-1]), w.reshape(w.shape[0], -1), out_dtype)
     return y.reshape(*x.shape[:-1], *w.shape[1:])
@@ -32,44 +39,44 @@ def dense(x: Array, w: nnx.Param | Array, out_dtype: jnp.dtype | None = None) ->
 
 @jax.named_scope("norm")
 def rms_norm(x: Array, scale: nnx.Param, eps: float) -> Array:
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, computed in float32."""
-    wide = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * inverse * scale[...]).astype(x.dtype)
+    """Compute x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32."""
+    x_f32 = x.astype(jnp.float32)
+    inv_rms = jax.lax.rsqrt(jnp.mean(x_f32 * x_f32, axis=-1, keepdims=True) + eps)
+    return (x_f32 * inv_rms * scale[...]).astype(x.dtype)
 
 
 @jax.named_scope("dropout")
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Zero a share `rate` of x and scale up the rest; without a key (evaluation) x unchanged."""
+    """Zero a fraction `rate` of x and scale up the rest; without a key (evaluation) return x unchanged."""
     if key is None or rate == 0:
         return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+    keep_mask = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep_mask, x / (1 - rate), 0).astype(x.dtype)
 
 
 @jax.custom_vjp
 def swiglu(g: Array, u: Array) -> Array:
-    """silu(g) * u, any shape; its backward shares one sigmoid."""
-    return _swiglu(g, u)[0]
+    """Compute silu(g) * u elementwise; the backward pass computes the sigmoid once for both gradients."""
+    return _swiglu_fwd(g, u)[0]
 
 
-def _swiglu(g: Array, u: Array) -> tuple[Array, tuple[Array, Array]]:
-    wide = g.astype(jnp.float32)
-    return (wide * jax.nn.sigmoid(wide) * u).astype(g.dtype), (g, u)
+def _swiglu_fwd(g: Array, u: Array) -> tuple[Array, tuple[Array, Array]]:
+    g_f32 = g.astype(jnp.float32)
+    return (g_f32 * jax.nn.sigmoid(g_f32) * u).astype(g.dtype), (g, u)
 
 
-def _swiglu_backward(saved: tuple[Array, Array], dh: Array) -> tuple[Array, Array]:
-    g, u = (a.astype(jnp.float32) for a in saved)
+def _swiglu_bwd(residuals: tuple[Array, Array], dh: Array) -> tuple[Array, Array]:
+    g, u = (a.astype(jnp.float32) for a in residuals)
     s = jax.nn.sigmoid(g)
     dg, du = dh * u * s * (1 + g * (1 - s)), dh * g * s
-    return dg.astype(saved[0].dtype), du.astype(saved[1].dtype)
+    return dg.astype(residuals[0].dtype), du.astype(residuals[1].dtype)
 
 
-swiglu.defvjp(_swiglu, _swiglu_backward)
+swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
 class MLP(nnx.Module):
-    """SwiGLU or GELU feed-forward: [..., M] -> [..., F] -> [..., M]."""
+    """SwiGLU or GELU feed-forward network: [..., M] -> [..., F] -> [..., M]."""
 
     def __init__(self, config: ModelConfig, key: Callable[[], Array], out_std: float) -> None:
         M, F = config.dim, config.hidden

@@ -9,7 +9,7 @@ from flax import nnx
 
 from dantinox import kernels
 from dantinox.config import ModelConfig
-from dantinox.model.attention import Attention, Past, _Keys
+from dantinox.model.attention import Attention, PastKeyValues, _KeyStream
 from dantinox.model.layers import MLP, dense, dropout, filled_parameter, parameter, rms_norm
 from dantinox.model.moe import MoE, RouterStats, mean_over_layers
 from dantinox.model.rope import rope_cos_sin
@@ -20,7 +20,7 @@ Array = jax.Array
 class Block(nnx.Module):
     """h + attention(norm(h)), then h + mlp(norm(h))."""
 
-    def __init__(self, config: ModelConfig, layer: int, key: _Keys) -> None:
+    def __init__(self, config: ModelConfig, layer: int, key: _KeyStream) -> None:
         out_std = 0.02 / (2 * config.n_layers) ** 0.5  # keeps the residual stream's variance flat in depth
         self.config = config
         self.attention_norm = filled_parameter(1, "M", (config.dim,))
@@ -29,33 +29,35 @@ class Block(nnx.Module):
         self.mlp = (MoE if config.n_experts else MLP)(config, key, out_std)
 
     def __call__(
-        self, h: Array, rope: tuple[Array, Array] | None, key: Array | None = None, past: Past | None = None
+        self, h: Array, rope: tuple[Array, Array] | None, key: Array | None = None, past: PastKeyValues | None = None
     ) -> tuple[Array, RouterStats | None, tuple[Array, Array]]:
-        """h [B, T, M], after `past` -> (h, router losses, (keys, values) [B, T, K, D])."""
+        """Apply both branches to h [B, T, M], given `past` -> (h, router statistics, (keys, values) [B, T, K, D])."""
         keys = (None, None) if key is None else jax.random.split(key)
         with jax.named_scope("attention"):
             o, k, v = self.attention(rms_norm(h, self.attention_norm, self.config.norm_eps), rope, past)
             h = h + dropout(o, self.config.dropout, keys[0])
-        h, losses = self.feed_forward(h, keys[1])
-        return h, losses, (k, v)
+        h, router_stats = self.feed_forward(h, keys[1])
+        return h, router_stats, (k, v)
 
-    def step(self, h: Array, rope: tuple[Array, Array] | None, cache: kernels.KVCache) -> tuple[Array, kernels.KVCache]:
-        """One decoding step: h [B, 1, M]."""
+    def decode_step(
+        self, h: Array, rope: tuple[Array, Array] | None, cache: kernels.KVCache
+    ) -> tuple[Array, kernels.KVCache]:
+        """Decode one token per sequence: h [B, 1, M] -> (h, cache with the token appended)."""
         with jax.named_scope("attention"):
-            o, cache = self.attention.step(rms_norm(h, self.attention_norm, self.config.norm_eps), rope, cache)
+            o, cache = self.attention.decode_step(rms_norm(h, self.attention_norm, self.config.norm_eps), rope, cache)
             h = h + o
         return self.feed_forward(h, None)[0], cache
 
     def feed_forward(self, h: Array, key: Array | None) -> tuple[Array, RouterStats | None]:
-        """The MLP branch, dense or sparse."""
-        losses = None
+        """Add the MLP branch, dense or sparse: h [B, T, M] -> (h, router statistics or None)."""
+        router_stats = None
         with jax.named_scope("moe" if self.config.n_experts else "mlp"):
             x = rms_norm(h, self.mlp_norm, self.config.norm_eps)
             if self.config.n_experts:
-                y, losses = self.mlp(x)
+                y, router_stats = self.mlp(x)
             else:
                 y = self.mlp(x)
-            return h + dropout(y, self.config.dropout, key), losses
+            return h + dropout(y, self.config.dropout, key), router_stats
 
 
 _REMAT = {
@@ -69,33 +71,38 @@ class Transformer(nnx.Module):
     """A decoder-only language model.
 
     Args:
-        config: the network's toggles.
+        config: the settings of the network.
         rngs: `nnx.Rngs(seed)`; initial weights are drawn from its "params" stream.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        key = _Keys(rngs)
+        key = _KeyStream(rngs)
         self.config = config
-        self.embedding = parameter(key(), "VM", (config.vocab_size, config.dim), 0.02)
+        self.token_embedding = parameter(key(), "VM", (config.vocab_size, config.dim), 0.02)
         learned = config.pos_encoding == "learned"
-        self.position = parameter(key(), "TM", (config.max_context, config.dim), 0.02) if learned else None
+        self.pos_embedding = parameter(key(), "TM", (config.max_context, config.dim), 0.02) if learned else None
         self.blocks = nnx.List([Block(config, layer, key) for layer in range(config.n_layers)])
-        self.norm = filled_parameter(1, "M", (config.dim,))
-        self.head = None if config.tie_embeddings else parameter(key(), "MV", (config.dim, config.vocab_size), 0.02)
+        self.final_norm = filled_parameter(1, "M", (config.dim,))
+        self.lm_head = None if config.tie_embeddings else parameter(key(), "MV", (config.dim, config.vocab_size), 0.02)
 
     def __call__(self, tokens: Array) -> Array:
-        """Logits [B, T, V] float32 of tokens [B, T] int32, in evaluation mode.
+        """Return the logits [B, T, V] float32 of tokens [B, T] int32, with dropout off.
 
         Raises:
-            ValueError: tokens are no [B, T] integers or hold an id out of range (which compiled code cannot tell), or T
-                is past max_context with learned positions.
+            ValueError: tokens are not [B, T] integers, contain an id out of range (not checked in compiled code), or T
+                exceeds max_context with learned positions.
         """
         return self.logits(self.hidden(tokens)[0])
 
     def hidden(self, tokens: Array, *, key: Array | None = None) -> tuple[Array, RouterStats | None]:
-        """(final hidden states [B, T, M], router losses `mean_over_layers`); `key` turns dropout on."""
-        h, losses, _ = self.forward(tokens, key=key)
-        return h, losses
+        """Return (final hidden states [B, T, M], `mean_over_layers` of the router statistics).
+
+        Args:
+            tokens: [B, T] int32.
+            key: random key of dropout; None turns dropout off.
+        """
+        h, router_stats, _ = self.forward(tokens, key=key)
+        return h, router_stats
 
     def forward(
         self,
@@ -103,51 +110,61 @@ class Transformer(nnx.Module):
         *,
         key: Array | None = None,
         start: int | Array = 0,
-        past: Sequence[Past] | None = None,
+        past: Sequence[PastKeyValues] | None = None,
     ) -> tuple[Array, RouterStats | None, list[tuple[Array, Array]]]:
-        """Of tokens [B, T] at positions `start` and on, which see the `past` of each layer too.
+        """Run all blocks.
+
+        Args:
+            tokens: [B, T] int32.
+            key: random key of dropout; None turns dropout off.
+            start: position of the first token.
+            past: per layer, the keys and values of earlier positions.
 
         Returns:
-            (final hidden states [B, T, M], router losses `mean_over_layers`, per layer (keys, values) [B, T, K, D]).
+            (final hidden states [B, T, M], `mean_over_layers` of the router statistics, per layer the keys and values
+            [B, T, K, D] of the tokens).
         """
         tokens = jnp.asarray(tokens)
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens are {tokens.dtype}{list(tokens.shape)}; allowed: integers [B, T]")
         V = self.config.vocab_size
-        # XLA would read another token's embedding. What is being compiled has no values yet.
+        # An id out of range would read the embedding of another token. Traced tokens have no values to check.
         if not isinstance(tokens, jax.core.Tracer):
-            bad = (held := np.asarray(tokens))[(held < 0) | (held >= V)]
+            ids = np.asarray(tokens)
+            bad = ids[(ids < 0) | (ids >= V)]
             if bad.size:
-                raise ValueError(f"tokens hold id {bad[0]}; allowed: 0 to {V - 1}")
+                raise ValueError(f"tokens contain id {bad[0]}; allowed: 0 to {V - 1}")
         h, rope = self.embed(tokens, start + jnp.arange(tokens.shape[1])[None])
-        losses, kv = [], []
+        layer_stats, kv = [], []
         for layer, block in enumerate(self.blocks):
             layer_key = None if key is None else jax.random.fold_in(key, layer)
             with jax.named_scope(f"block{layer}"):
-                h, loss, layer_kv = _REMAT[self.config.remat](block)(h, rope, layer_key, past and past[layer])
-            losses.append(loss)
+                h, stats, layer_kv = _REMAT[self.config.remat](block)(h, rope, layer_key, past and past[layer])
+            layer_stats.append(stats)
             kv.append(layer_kv)
-        every = mean_over_layers(losses) if self.config.n_experts else None
-        return rms_norm(h, self.norm, self.config.norm_eps), every, kv
+        router_stats = mean_over_layers(layer_stats) if self.config.n_experts else None
+        return rms_norm(h, self.final_norm, self.config.norm_eps), router_stats, kv
 
     @jax.named_scope("embed")
     def embed(self, tokens: Array, positions: Array) -> tuple[Array, tuple[Array, Array] | None]:
-        """(embedded tokens [B, T, M], rotary cos and sin) at int32 positions [B or 1, T]."""
+        """Return (embedded tokens [B, T, M], rotary cos and sin or None) at int32 positions [B or 1, T]."""
         limit = self.config.max_context
-        if self.position is not None and tokens.shape[1] > limit:
-            raise ValueError(f"tokens are {tokens.shape[1]} long; learned positions allow max_context {limit}")
+        if self.pos_embedding is not None and tokens.shape[1] > limit:
+            raise ValueError(
+                f"the length of tokens is {tokens.shape[1]}; allowed: max_context {limit} with learned positions"
+            )
         dtype = jnp.dtype(self.config.dtype)
-        h = self.embedding[...].astype(dtype)[tokens]
-        if self.position is not None:
-            # Padding may stand past the last position.
-            h = h + self.position[...].astype(dtype)[jnp.minimum(positions, limit - 1)]
+        h = self.token_embedding[...].astype(dtype)[tokens]
+        if self.pos_embedding is not None:
+            # Padding may be past the last position.
+            h = h + self.pos_embedding[...].astype(dtype)[jnp.minimum(positions, limit - 1)]
         rope = rope_cos_sin(self.config, positions) if self.config.pos_encoding == "rope" else None
         return h, rope
 
     @jax.named_scope("logits")
     def logits(self, h: Array) -> Array:
-        """[..., V] float32 of final hidden states [..., M]."""
-        w = self.embedding[...].T if self.head is None else self.head[...]
+        """Return the logits [..., V] float32 of final hidden states [..., M]."""
+        w = self.token_embedding[...].T if self.lm_head is None else self.lm_head[...]
         logits = dense(h, w, jnp.float32)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)

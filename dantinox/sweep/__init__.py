@@ -1,1 +1,1 @@
-"""Many runs of one file: `file` reads it, `distributions` draws its values, `report` tells what came out."""
+"""Sweeps: `search_space` parses the file, `distributions` draws values, `report` writes the results."""

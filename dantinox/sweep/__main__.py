@@ -1,7 +1,7 @@
-"""Train what a sweep file asks for, one run after the other: `python -m dantinox.sweep sweeps/example.yaml`.
+"""Train the runs of a sweep file one after the other: `python -m dantinox.sweep sweeps/example.yaml`.
 
-The runs lie in runs/NAME/, and the results beside them: results.md, results.csv, results.png. A run is known by its
-settings. Called again, the sweep leaves out what is done and goes on with what was interrupted or has failed.
+The folder runs/NAME/ contains the runs and the results: results.md, results.csv, results.png. Runs are identified by
+their settings. Running a sweep again skips finished runs and resumes interrupted or failed ones.
 """
 
 import contextlib
@@ -25,102 +25,104 @@ from dantinox.metrics import wandb_logger
 from dantinox.metrics.logger import read_metrics
 from dantinox.sweep import report
 from dantinox.sweep.report import Outcome
-from dantinox.sweep.search_space import Run, Sweep, read
+from dantinox.sweep.search_space import Run, Sweep, load_sweep
 
 PROG = "dantinox-sweep"
 
 
 @dataclass(frozen=True)
-class Args:
-    """Train what a sweep file asks for."""
+class Arguments:
+    """Train the runs of a sweep file."""
 
     file: str | None = None
-    """The sweep, in the form of W&B's sweep files."""
+    """The sweep file, in the format of W&B."""
     runs_dir: str = "runs"
-    """Folder that holds the sweep's own, which has its name."""
+    """Folder in which the sweep creates a folder of its name."""
     seed: int = 0
-    """Seed of the draws of a random sweep; other than --seed of dantinox.train, which is a parameter."""
+    """Seed of the draws of a random sweep; --seed of dantinox.train is a parameter of the sweep instead."""
     wandb: bool = False
-    """Log each run to W&B, as dantinox.train does."""
+    """Log each run to W&B, as with --wandb of dantinox.train."""
     dry_run: bool = False
-    """List the runs and stop."""
+    """List the runs without training."""
     verbose: bool = False
     """Show tracebacks."""
 
 
 @dataclass
 class Sweeper:
-    """Runs of one sweep, each a process of its own: what kills one does not end the others."""
+    """Trains the runs of one sweep, each in its own process, so that a crash loses only one run."""
 
     sweep: Sweep
     runs: list[Run]
     folder: Path
     wandb: bool = False
-    lock: int = -1  # a file handle that whoever works here holds
+    lock: int = -1  # file handle of the lock of the folder, inherited by the runs
     console: Console = field(default_factory=lambda: Console(highlight=False, soft_wrap=True))
     received: int | None = None  # the signal that ends the sweep
 
-    def all(self) -> list[Outcome]:
-        """Train what is not done yet; what became of each run, as far as a signal let it."""
-        outcomes = [report.known(run, self.folder) for run in self.runs]
-        with self._listening():
+    def train_runs(self) -> list[Outcome]:
+        """Train the runs that are not done, until a signal arrives, and return the outcome of every run."""
+        outcomes = [report.load_outcome(run, self.folder) for run in self.runs]
+        with self._forward_signals():
             for i, run in enumerate(self.runs):
-                head = f"{i + 1}/{len(self.runs)} {run.name}"
+                label = f"{i + 1}/{len(self.runs)} {run.name}"
                 if self.received is None and outcomes[i].state not in ("done", "refused"):
-                    outcomes[i] = self._one(run, head)
-                    report.write(self.sweep, outcomes, self.folder)
+                    outcomes[i] = self._train_run(run, label)
+                    report.write_results(self.sweep, outcomes, self.folder)
                 if self.received is None or outcomes[i].state == "interrupted":
-                    self.console.print(f"{head}: {outcomes[i].told(self.sweep.metric)}", markup=False)
-        report.write(self.sweep, outcomes, self.folder)
+                    self.console.print(f"{label}: {outcomes[i].one_line(self.sweep.metric)}", markup=False)
+        report.write_results(self.sweep, outcomes, self.folder)
         return outcomes
 
-    def _one(self, run: Run, head: str) -> Outcome:
+    def _train_run(self, run: Run, label: str) -> Outcome:
+        """Start or resume a run in a process of its own and wait for it."""
         path = self.folder / run.name
-        begun = (path / "config.yaml").is_file()
-        words = [*(["--resume"] if begun else run.flags()), *(["--wandb"] if self.wandb else [])]
-        command = [sys.executable, "-m", "dantinox.train", "--run", run.name, "--runs-dir", str(self.folder), *words]
+        has_started = (path / "config.yaml").is_file()
+        flags = [*(["--resume"] if has_started else run.flags()), *(["--wandb"] if self.wandb else [])]
+        command = [sys.executable, "-m", "dantinox.train", "--run", run.name, "--runs-dir", str(self.folder), *flags]
         log = self.folder / f"{run.name}.log"
-        self.console.print(f"{head}: {'goes on' if begun else 'begins'}; what it says is in {log}", markup=False)
-        with log.open("ab") as out:
-            start = out.tell()
-            # A group of its own: Ctrl-C comes to us alone, and is passed on once.
+        self.console.print(f"{label}: {'resumes' if has_started else 'starts'}; its output is in {log}", markup=False)
+        with log.open("ab") as output:
+            output_start = output.tell()
+            # A process group of its own, so that Ctrl-C reaches only this process, which forwards it once.
             self._child = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
-                stdout=out,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 process_group=0,
                 env={"WANDB_RUN_GROUP": self.sweep.name} | os.environ | {"PYTHONUNBUFFERED": "1"},
-                pass_fds=(self.lock,),  # whoever kills us leaves a run behind, which still holds the folder
+                pass_fds=(self.lock,),  # a run that outlives this process keeps the lock
             )
-            if self.received is not None:  # while it was made
+            if self.received is not None:  # a signal that arrived before the process existed
                 self._child.send_signal(self.received)
-            code = self._wait(path, head)
+            code = self._wait(path, label)
         if code == 0:
-            return report.finish(run, self.folder)
+            return report.collect_result(run, self.folder)
         if self.received is not None or code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
             return Outcome(run, "interrupted")
         if code < 0:
-            return Outcome(run, "failed", why=f"killed by {signal.Signals(-code).name}")
-        with log.open("rb") as said:
-            said.seek(start)
-            lines = said.read().decode(errors="replace").splitlines() or [""]
-        return Outcome(run, "failed", why=lines[-1].removeprefix("dantinox-train: error: "))
+            return Outcome(run, "failed", reason=f"killed by {signal.Signals(-code).name}")
+        with log.open("rb") as output:
+            output.seek(output_start)
+            lines = output.read().decode(errors="replace").splitlines() or [""]
+        return Outcome(run, "failed", reason=lines[-1].removeprefix("dantinox-train: error: "))
 
-    def _wait(self, path: Path, head: str) -> int:
-        """Until the run ends, with a line on a terminal that says how far it is."""
+    def _wait(self, path: Path, label: str) -> int:
+        """Wait for the run, show its progress on a terminal, and return its exit code."""
         assert self._child is not None
-        status: Any = self.console.status(head) if self.console.is_terminal else contextlib.nullcontext()
+        status: Any = self.console.status(label) if self.console.is_terminal else contextlib.nullcontext()
         with status:
             while True:
                 try:
                     return self._child.wait(0.5)
                 except subprocess.TimeoutExpired:
                     if self.console.is_terminal and (rows := read_metrics(path / "metrics.jsonl")):
-                        status.update(f"{head}: step {rows[-1]['step']}, loss {rows[-1]['loss']}")
+                        status.update(f"{label}: step {rows[-1]['step']}, loss {rows[-1]['loss']}")
 
     @contextlib.contextmanager
-    def _listening(self) -> Iterator[None]:
+    def _forward_signals(self) -> Iterator[None]:
+        """Within this context SIGINT and SIGTERM are recorded and sent to the current run."""
         self._child: subprocess.Popen | None = None
 
         def handle(number: int, _: object) -> None:
@@ -128,20 +130,20 @@ class Sweeper:
             if self._child is not None and self._child.poll() is None:
                 self._child.send_signal(number)
 
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous_handlers = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in previous_handlers.items():
                 signal.signal(number, handler)
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[int]:
-    """The folder, made and held for us alone; gives the handle that holds it, which processes may inherit.
+def lock_folder(folder: Path) -> Iterator[int]:
+    """Create and lock a folder; yield the file handle of the lock, which processes may inherit.
 
     Raises:
-        ConfigError: another sweep, or a run that one has left behind, is at work there.
+        ConfigError: another sweep, or a run of one, uses the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -149,78 +151,81 @@ def locked(folder: Path) -> Iterator[int]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(
-                f"{folder} is at work for another sweep, or a run of one; wait for it, or end it"
-            ) from None
+            raise ConfigError(f"{folder} is in use by another sweep or a run of one; wait for it, or stop it") from None
         yield handle
     finally:
         os.close(handle)
 
 
-def sweep(args: Args) -> int:
-    """Read, check and train; 0 where at least one run is done, 1 where none is, 128 + its number after a signal.
+def run_sweep(arguments: Arguments) -> int:
+    """Load the sweep file and train its runs.
+
+    Returns:
+        The exit code: 0 if at least one run is done, 1 if none is, 128 + number after a signal.
 
     Raises:
-        ValueError, OSError: the file or a flag is wrong, and nothing was trained; the message is one line.
+        ValueError, OSError: the file or a flag is invalid, and nothing was trained; the message is one line.
     """
-    if args.file is None:
+    if arguments.file is None:
         raise ConfigError("file is missing; give a sweep file, such as sweeps/example.yaml")
-    check(args.seed >= 0, f"seed is {args.seed}; allowed: 0 or more")
-    found = read(Path(args.file))
+    check(arguments.seed >= 0, f"seed is {arguments.seed}; allowed: 0 or more")
+    sweep = load_sweep(Path(arguments.file))
     try:
-        runs = found.runs(args.seed)
+        runs = sweep.runs(arguments.seed)
     except ConfigError as error:
-        raise ConfigError(f"{args.file}: {error}") from None
-    folder = Path(args.runs_dir) / found.name
+        raise ConfigError(f"{arguments.file}: {error}") from None
+    folder = Path(arguments.runs_dir) / sweep.name
     check(not (folder / "config.yaml").exists(), f"{folder} is a run; give the sweep another name")
-    if args.dry_run:
-        print(f"{len(runs)} runs in {folder}, each with {fixed(found, runs)}")
+    if arguments.dry_run:
+        print(f"{len(runs)} runs in {folder}, each with {common_flags(sweep, runs)}")
         for i, run in enumerate(runs):
-            known = report.known(run, folder)
-            words = shlex.join(run.flags(found.varied))
-            told = f" ({known.state}{known.why and ': '}{known.why})"
-            print(f"{i + 1}/{len(runs)} {run.name}: {words}{'' if known.state == 'waiting' else told}")
+            outcome = report.load_outcome(run, folder)
+            flags = shlex.join(run.flags(sweep.varied))
+            state = f" ({outcome.state}{outcome.reason and ': '}{outcome.reason})"
+            print(f"{i + 1}/{len(runs)} {run.name}: {flags}{'' if outcome.state == 'waiting' else state}")
         return 0
-    if args.wandb:
+    if arguments.wandb:
         wandb_logger.require_wandb()
-    with locked(folder) as lock:
-        sweeper = Sweeper(found, runs, folder, args.wandb, lock)
-        outcomes = sweeper.all()
+    with lock_folder(folder) as lock:
+        sweeper = Sweeper(sweep, runs, folder, arguments.wandb, lock)
+        outcomes = sweeper.train_runs()
     done = sum(outcome.state == "done" for outcome in outcomes)
-    print(f"\n{report.table(found, outcomes)}\n\n{done} of {len(runs)} runs are done; results are in {folder}")
+    print(f"\n{report.results_table(sweep, outcomes)}\n\n{done} of {len(runs)} runs are done; results are in {folder}")
     if sweeper.received is not None:
-        print(f"interrupted; each run is saved. Go on with: {again(args)}")
+        print(f"interrupted; each run is saved. Resume with: {sweep_resume_command(arguments)}")
         return 128 + sweeper.received
     if any(outcome.state in ("failed", "interrupted") for outcome in outcomes):
-        print(f"what has failed goes on from its last checkpoint with: {again(args)}")
+        print(f"resume failed runs from their last checkpoint with: {sweep_resume_command(arguments)}")
     return 0 if done else 1
 
 
-def fixed(found: Sweep, runs: Sequence[Run]) -> str:
-    """The flags that all runs have."""
-    names = [p.name for p in found.parameters if p.name not in found.varied]
+def common_flags(sweep: Sweep, runs: Sequence[Run]) -> str:
+    """Return the flags that all runs share."""
+    names = [p.name for p in sweep.parameters if p.name not in sweep.varied]
     return shlex.join(runs[0].flags(names)) if names else "the settings of nano"
 
 
-def again(args: Args) -> str:
-    """What a user types to go on with a sweep."""
-    words = ["python", "-m", "dantinox.sweep", args.file]
-    if args.runs_dir != Args.runs_dir:
-        words += ["--runs-dir", args.runs_dir]
-    if args.seed:
-        words += ["--seed", str(args.seed)]
-    return shlex.join([*words, *(["--wandb"] if args.wandb else [])])
+def sweep_resume_command(arguments: Arguments) -> str:
+    """Return the command that resumes a sweep."""
+    words = ["python", "-m", "dantinox.sweep", arguments.file]
+    if arguments.runs_dir != Arguments.runs_dir:
+        words += ["--runs-dir", arguments.runs_dir]
+    if arguments.seed:
+        words += ["--seed", str(arguments.seed)]
+    return shlex.join([*words, *(["--wandb"] if arguments.wandb else [])])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; its exit code, or SystemExit with 2 for bad input."""
-    args = cli.parse(Args, cli.positional_run(argv, "--file"), default=Args(), prog=PROG, description=Args.__doc__)
-    with cli.one_line_errors(PROG, args.verbose):
-        return sweep(args)
+    """Run the program and return its exit code; invalid input exits with 2."""
+    arguments = cli.parse(
+        Arguments, cli.positional_run(argv, "--file"), default=Arguments(), prog=PROG, description=Arguments.__doc__
+    )
+    with cli.one_line_errors(PROG, arguments.verbose):
+        return run_sweep(arguments)
 
 
 def program() -> NoReturn:
-    """`main` as a console script."""
+    """Run `main` as a console script."""
     cli.run_main(main)
 
 

@@ -1,15 +1,15 @@
-"""A sweep in the form of W&B's own files: read, checked against the settings there are, and laid out as runs.
+"""Sweep files in the format of W&B: parsing, validation against the settings, and the list of runs.
 
     program: dantinox/train.py
     method: grid                      or random, which needs run_cap
     metric: {name: val_loss, goal: minimize}
-    parameters:                       any flag of dantinox.train but those that name the run
+    parameters:                       any flag of dantinox.train except those that name the run
       preset: {value: nano}
       window: {values: [8, 64]}
       lr: {distribution: log_uniform_values, min: 1.0e-4, max: 1.0e-2}
 
-`wandb sweep` takes the same file, with a `command` that says how W&B's agent starts dantinox.train. A run is known by
-its settings alone, so that a file may grow: what it asked for before is not run again.
+`wandb sweep` accepts the same file, with a `command` for W&B's agent that starts dantinox.train. Runs are identified
+by their settings, so a file may be extended without training earlier runs again.
 """
 
 import functools
@@ -34,8 +34,8 @@ from dantinox.sweep.distributions import Parameter
 PROGRAM = "dantinox/train.py"
 KEYS = {"program", "name", "description", "project", "entity", "method", "metric", "parameters", "run_cap", "command"}
 METRICS = ("val_loss", "loss", "grad_norm", "balance", "router_z", "tokens_per_s", "mfu")  # and router/KIND.LAYER
-OURS = {"run", "runs_dir", "resume", "dry_run", "verbose", "wandb"}  # a sweep names its runs itself
-MOST = 10_000  # runs
+RESERVED = {"run", "runs_dir", "resume", "dry_run", "verbose", "wandb"}  # set by the sweep
+MAX_RUNS = 10_000
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Run:
     """One run of a sweep.
 
     Attributes:
-        name: of its folder; it follows from the values.
-        values: of every parameter.
-        refused: why these settings do not go together; None where they do.
+        name: name of the folder, derived from the values.
+        values: value of every parameter.
+        refused: why the settings are invalid together; None if they are valid.
     """
 
     name: str
@@ -53,27 +53,27 @@ class Run:
     refused: str | None = None
 
     @classmethod
-    def of(cls, values: dict[str, Any], varied: Sequence[str]) -> "Run":
-        """The run of these values; its name shows those that are `varied`."""
-        told, refused = values, None
+    def from_values(cls, values: dict[str, Any], varied: Sequence[str]) -> "Run":
+        """Create the run of these values; its name shows those that are `varied`."""
+        hashed, refused = values, None
         try:
-            told = settings(values).flat()  # what a preset and a file of settings say now is part of it
+            hashed = resolve_settings(values).flat()  # includes the content of the preset and of a settings file
         except ConfigError as error:
             refused = str(error)
-        return cls(folder_name(values, varied, told), values, refused)
+        return cls(folder_name(values, varied, hashed), values, refused)
 
     def flags(self, names: Sequence[str] | None = None) -> list[str]:
-        """The values as the command line has them; only those of `names`."""
+        """Return the values as flags; only those of `names`, if given."""
         return [f"--{n.replace('_', '-')}={value}" for n, value in self.values.items() if names is None or n in names]
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file, checked by itself; `runs` lays it out.
+    """A validated sweep file; `runs` lists its runs.
 
     Attributes:
-        varied: names of the parameters that have more than one value.
-        run_cap: most runs; None: all of a grid.
+        varied: names of the parameters with more than one value.
+        run_cap: maximum number of runs; None: the whole grid.
     """
 
     name: str
@@ -88,22 +88,22 @@ class Sweep:
         return [p.name for p in self.parameters if p.values is None or len(p.values) > 1]
 
     def runs(self, seed: int = 0) -> list[Run]:
-        """The runs in order, no settings twice. Draw i depends on the seed, i and the parameter's name alone.
+        """Return the runs in order, without duplicates. Draw i depends only on the seed, i and the parameter's name.
 
         Raises:
-            ConfigError: a value that no run can have, or a text that is not there; the message is one line.
+            ConfigError: a value is invalid in every run, or a text does not exist; the message is one line.
         """
-        drawn = self._grid() if self.method == "grid" else self._random(seed)
+        all_values = self._grid() if self.method == "grid" else self._random(seed)
         runs: dict[str, Run] = {}
-        for values in drawn:
-            run = Run.of(values, self.varied)
+        for values in all_values:
+            run = Run.from_values(values, self.varied)
             runs.setdefault(run.name, run)
             if len(runs) == self.run_cap:
                 break
         for parameter in self.parameters:
             for value in parameter.ends:
-                self._possible(parameter.name, value, [run.values for run in runs.values()])
-        for data in {settings(run.values).data.data for run in runs.values() if run.refused is None}:
+                self._check_possible(parameter.name, value, [run.values for run in runs.values()])
+        for data in {resolve_settings(run.values).data.data for run in runs.values() if run.refused is None}:
             try:
                 next(find_files(data), None)
             except OSError as error:
@@ -116,112 +116,117 @@ class Sweep:
         return (dict(zip(names, values)) for values in itertools.product(*(p.values for p in self.parameters)))
 
     def _random(self, seed: int) -> Iterator[dict[str, Any]]:
-        for i in range(100 * self.run_cap):  # few values have few combinations
+        for i in range(100 * self.run_cap):  # more draws than runs, because draws may repeat
             yield {p.name: p.draw(self._uniform(seed, i, p.name)) for p in self.parameters}
 
     @staticmethod
     def _uniform(seed: int, draw: int, name: str) -> float:
         return random.Random(f"{seed}/{draw}/{original_name(name)}").random()
 
-    def _possible(self, name: str, value: Any, drawn: list[dict[str, Any]]) -> None:
-        """A value that goes with nothing is a mistake of the file; one that goes with something, a matter of a run."""
+    def _check_possible(self, name: str, value: Any, run_values: list[dict[str, Any]]) -> None:
+        """Raise `ConfigError` if a value is invalid in every run; if only in some, those runs are refused."""
         names = [p.name for p in self.parameters]
         corners = (dict(zip(names, ends)) for ends in itertools.product(*(p.ends or (None,) for p in self.parameters)))
-        wrongs = (problem(values | {name: value}) for values in itertools.chain(drawn, itertools.islice(corners, MOST)))
-        first = next(wrongs)
-        if first is not None and all(wrongs):
+        errors = (
+            settings_error(values | {name: value})
+            for values in itertools.chain(run_values, itertools.islice(corners, MAX_RUNS))
+        )
+        first = next(errors)
+        if first is not None and all(errors):
             raise ConfigError(f"{name}: {first}")
 
 
-def read(path: Path) -> Sweep:
-    """The sweep that a file describes.
+def load_sweep(path: Path) -> Sweep:
+    """Load a sweep file.
 
     Raises:
-        ConfigError, OSError: it cannot be read, or a key, flag or value is wrong; the message is one line naming it.
+        ConfigError, OSError: the file cannot be read, or a key, flag or value is invalid; the message names it.
     """
     try:
         text = path.read_text()
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text") from None
     try:
-        return _read(load_yaml_mapping(text, "the file"), path.stem)
+        return _parse_sweep(load_yaml_mapping(text, "the file"), path.stem)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def _read(found: Mapping[str, Any], stem: str) -> Sweep:
-    for key in found:
+def _parse_sweep(content: Mapping[str, Any], stem: str) -> Sweep:
+    for key in content:
         if key == "early_terminate":
-            raise ConfigError("early_terminate is not known here; the parameter patience stops a run early")
+            raise ConfigError("early_terminate is not supported; use the parameter patience to stop runs early")
         check(key in KEYS, f"unknown key {key!r}; {did_you_mean(key, KEYS)}")
     for key in ("program", "method", "parameters"):
-        check(key in found, f"{key} is missing")
-    check(found["program"] == PROGRAM, f"program is {found['program']!r}; allowed: {PROGRAM}")
-    name = found.get("name", stem)
+        check(key in content, f"{key} is missing")
+    check(content["program"] == PROGRAM, f"program is {content['program']!r}; allowed: {PROGRAM}")
+    name = content.get("name", stem)
     check(
         isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\\" not in name,
         f"name is {name!r}; allowed: a plain folder name",
     )
-    method = found["method"]
+    method = content["method"]
     check(method in ("grid", "random"), f"method is {method!r}; allowed: grid, random")
-    cap = found.get("run_cap")
-    whole = isinstance(cap, int) and not isinstance(cap, bool) and 1 <= cap <= MOST
-    check(cap is None or whole, f"run_cap is {cap!r}; allowed: 1 to {MOST}")
-    check(cap is not None or method == "grid", "run_cap is missing; a random sweep has no other end")
-    _check_command(found.get("command"))
-    metric, maximize = _metric(found.get("metric", {"name": "val_loss"}))
-    parameters = _parameters(found["parameters"])
+    cap = content.get("run_cap")
+    is_valid = isinstance(cap, int) and not isinstance(cap, bool) and 1 <= cap <= MAX_RUNS
+    check(cap is None or is_valid, f"run_cap is {cap!r}; allowed: 1 to {MAX_RUNS}")
+    check(cap is not None or method == "grid", "run_cap is missing; a random sweep needs it")
+    _check_command(content.get("command"))
+    metric, maximize = _parse_metric(content.get("metric", {"name": "val_loss"}))
+    parameters = _parse_parameters(content["parameters"])
     if method == "grid":
         for p in parameters:
             check(p.values is not None, f"{p.name}: a grid needs value, values, or min and max that are integers")
         total = math.prod(len(p.values) for p in parameters)
-        check(cap is not None or total <= MOST, f"the grid has {total:,} runs; allowed: {MOST:,}, or a run_cap")
+        check(cap is not None or total <= MAX_RUNS, f"the grid has {total:,} runs; allowed: {MAX_RUNS:,}, or a run_cap")
     return Sweep(name, method, metric, maximize, tuple(parameters), cap)
 
 
-def _metric(found: Any) -> tuple[str, bool]:
-    check(isinstance(found, dict), f"metric is {found!r}; allowed: name and goal")
-    for key in found:
+def _parse_metric(metric: Any) -> tuple[str, bool]:
+    check(isinstance(metric, dict), f"metric is {metric!r}; allowed: name and goal")
+    for key in metric:
         check(key in ("name", "goal"), f"metric: unknown key {key!r}; {did_you_mean(key, ('name', 'goal'))}")
-    name, goal = found.get("name"), found.get("goal", "minimize")
-    known = name in METRICS or (isinstance(name, str) and name.startswith("router/"))
-    check(known, f"metric: name is {name!r}; {did_you_mean(name, METRICS)}")
+    name, goal = metric.get("name"), metric.get("goal", "minimize")
+    is_metric = name in METRICS or (isinstance(name, str) and name.startswith("router/"))
+    check(is_metric, f"metric: name is {name!r}; {did_you_mean(name, METRICS)}")
     check(goal in ("minimize", "maximize"), f"metric: goal is {goal!r}; allowed: minimize, maximize")
     return name, goal == "maximize"
 
 
 def _check_command(words: Any) -> None:
-    """What W&B's agent is to run must be what we run, or the same file would mean two things."""
+    """Check that W&B's agent would train the same runs."""
     if words is None:
         return
     check(isinstance(words, list) and "dantinox.train" in words, f"command is {words!r}; it must run dantinox.train")
-    after = words[words.index("dantinox.train") + 1 :]
-    check("${args}" in after, "command: ${args} is missing after dantinox.train")
-    for word in after:
+    arguments = words[words.index("dantinox.train") + 1 :]
+    check("${args}" in arguments, "command: ${args} is missing after dantinox.train")
+    for word in arguments:
         check(word in ("${args}", "--wandb"), f"command: {word!r} belongs below parameters, with a value")
 
 
-def _parameters(found: Any) -> list[Parameter]:
-    check(isinstance(found, dict) and len(found) > 0, "parameters are missing; allowed: flags of dantinox.train")
-    known = {*Config().flat(), "preset", "config"} - OURS
-    parameters = []
-    for name, about in found.items():
-        check(name not in OURS, f"{name} cannot be a parameter: the sweep decides it")
-        check(ALIASES.get(name, name) in known, f"unknown parameter {name!r}; {did_you_mean(name, known)}")
-        twin = next((p.name for p in parameters if original_name(p.name) == original_name(name)), None)
-        check(twin is None, f"{twin} and {name} are one parameter; give {ALIASES.get(name, name)} only")
+def _parse_parameters(parameters: Any) -> list[Parameter]:
+    check(
+        isinstance(parameters, dict) and len(parameters) > 0, "parameters are missing; allowed: flags of dantinox.train"
+    )
+    allowed = {*Config().flat(), "preset", "config"} - RESERVED
+    result = []
+    for name, specification in parameters.items():
+        check(name not in RESERVED, f"{name} cannot be a parameter; the sweep sets it")
+        check(ALIASES.get(name, name) in allowed, f"unknown parameter {name!r}; {did_you_mean(name, allowed)}")
+        duplicate = next((p.name for p in result if original_name(p.name) == original_name(name)), None)
+        check(duplicate is None, f"{duplicate} and {name} are one parameter; give {ALIASES.get(name, name)} only")
         try:
-            parameters.append(Parameter.read(name, about))
+            result.append(Parameter.parse(name, specification))
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from None
-    return parameters
+    return result
 
 
-def settings(values: Mapping[str, Any]) -> Config:
-    """What dantinox.train makes of these flags.
+def resolve_settings(values: Mapping[str, Any]) -> Config:
+    """Return the settings of dantinox.train with these flags.
 
     Raises:
-        ConfigError: they cannot be, or do not go together.
+        ConfigError: a flag is invalid, alone or with the others.
     """
     flags = dict(values)
     config = _preset(flags.pop("preset", "nano"))
@@ -236,17 +241,17 @@ def _preset(name: Any) -> Config:
     return Config.from_preset(name)
 
 
-def problem(values: Mapping[str, Any]) -> str | None:
-    """Why there can be no run of these values; None where there can."""
+def settings_error(values: Mapping[str, Any]) -> str | None:
+    """Return why these values are invalid; None if they are valid."""
     try:
-        settings(values)
+        resolve_settings(values)
     except ConfigError as error:
         return str(error)
     return None
 
 
-def folder_name(values: Mapping[str, Any], varied: Sequence[str], told: Mapping[str, Any]) -> str:
-    """What was varied, to be read, and a hash of all that was `told`, to be sure."""
-    digest = hashlib.sha256(json.dumps(original_names(told), sort_keys=True).encode()).hexdigest()[:8]
-    shown = "_".join(f"{name}={values[name]}" for name in varied)
-    return f"{re.sub(r'[^A-Za-z0-9_.=+-]', '-', shown)[:100] or 'run'}_{digest}".lstrip(".-")
+def folder_name(values: Mapping[str, Any], varied: Sequence[str], hashed: Mapping[str, Any]) -> str:
+    """Return the varied values, for readability, and a hash of all settings, for uniqueness."""
+    digest = hashlib.sha256(json.dumps(original_names(hashed), sort_keys=True).encode()).hexdigest()[:8]
+    label = "_".join(f"{name}={values[name]}" for name in varied)
+    return f"{re.sub(r'[^A-Za-z0-9_.=+-]', '-', label)[:100] or 'run'}_{digest}".lstrip(".-")

@@ -1,4 +1,4 @@
-"""The steps of a run, and what happens between them."""
+"""The training loop: steps, and the logging, evaluation, checkpoints and samples between them."""
 
 import math
 import time
@@ -11,32 +11,32 @@ import jax.numpy as jnp
 import numpy as np
 
 from dantinox.checkpoint.manager import Checkpoints
-from dantinox.cli.progress_bar import ProgressLine
+from dantinox.checkpoint.train_state import TrainState
 from dantinox.metrics import logger as metrics_log
+from dantinox.metrics.progress_bar import ProgressLine
 from dantinox.model import flops
 from dantinox.system.atomic_io import open_atomic
-from dantinox.training.profiler import Tracing
+from dantinox.training.profiler import StepTracer
 from dantinox.training.signals import Interrupted, SignalHandler
-from dantinox.training.train_step import TrainState
 from dantinox.training.trainer import Trainer
 
 Row = dict[str, Any]
-SKIPS = 10  # batches left out in a row, after which --on-nan skip stops too
+MAX_SKIPPED = 10  # consecutive skipped batches after which --on-nan skip stops too
 
 
 class NonFiniteError(ArithmeticError):
-    """Training stopped at a loss or gradient that is not finite; the message says where and how to go on."""
+    """Training stopped because a loss or gradient is not finite; the message says where and how to continue."""
 
 
 @dataclass
 class LoopState:
-    """What the loop knows beside the train state; kept with each checkpoint.
+    """State of the loop beside the train state; stored with each checkpoint.
 
     Attributes:
         best_loss, best_step: the lowest validation loss so far and its step.
-        stale: evaluations since.
-        skipped: batches left out just before, in a row.
-        pending: the row of the newest step, where what follows it (evaluation, metrics) was interrupted.
+        stale: number of evaluations since.
+        skipped: number of consecutive batches skipped before the newest step.
+        pending: metrics of the newest step if its logging and evaluation were interrupted.
     """
 
     best_loss: float | None = None
@@ -48,7 +48,7 @@ class LoopState:
 
 @dataclass
 class Loop:
-    """Training from one state on. `resume` is the command that goes on with this run."""
+    """Training of one run. `resume` is the command that resumes it."""
 
     trainer: Trainer
     run_dir: Path
@@ -57,8 +57,8 @@ class Loop:
     resume: str
     progress: LoopState = field(default_factory=LoopState)
 
-    def run(self, current: TrainState, first: int) -> None:
-        """Train from step `first` to the last one; the last state is always saved, after a signal too.
+    def run(self, state: TrainState, start: int) -> None:
+        """Train from step `start` to the last step. The last state is always saved, also after a signal.
 
         Raises:
             Interrupted: after SIGINT or SIGTERM, once the state is saved.
@@ -66,44 +66,46 @@ class Loop:
             CheckpointWriteError: a checkpoint could not be written.
         """
         t = self.trainer.config.train
-        self.peak = metrics_log.matmul_rate(self.trainer.config.model.dtype) * max(1, _devices(self.trainer))
-        with SignalHandler() as self.stop, ProgressLine(t.steps, first) as self.line, Tracing(self) as tracing:
-            self.last_log_time, self.last_log_step = time.perf_counter(), first
-            if first >= t.steps:
-                self.line.say(f"step {first} is reached already: --steps is {t.steps}")
-            elif self.stopped_early(first):
-                self.line.say(f"stopped early at step {first} already: --patience is {t.patience}")
-            if self.progress.pending is not None:  # what an interrupted run still owes its last step
-                with self.stop.interruptible(lambda: self.report_saved(first)):
-                    self.run_periodic_tasks(first, current, self.progress.pending)
-            step = first
-            batch = self.trainer.batch(first)
+        self.peak = metrics_log.matmul_rate(self.trainer.config.model.dtype) * max(1, _num_devices(self.trainer))
+        with SignalHandler() as self.signals, ProgressLine(t.steps, start) as self.line, StepTracer(self) as tracer:
+            self.last_log_time, self.last_log_step = time.perf_counter(), start
+            if start >= t.steps:
+                self.line.print_line(f"nothing to train: the run is at step {start} and --steps is {t.steps}")
+            elif self.stopped_early(start):
+                self.line.print_line(
+                    f"nothing to train: the run stopped early at step {start} (--patience {t.patience})"
+                )
+            if self.progress.pending is not None:  # finish the logging and evaluation of an interrupted run
+                with self.signals.interruptible(lambda: self.report_saved(start)):
+                    self.run_periodic_tasks(start, state, self.progress.pending)
+            step = start
+            batch = self.trainer.batch(start)
             while step < t.steps and not self.stopped_early(step):
                 number = step + 1
-                tracing.before(number, current, batch)
+                tracer.before_step(number, state, batch)
                 with jax.profiler.StepTraceAnnotation("train", step_num=number):
-                    if step == first:  # most of it is compiling, and there is nothing to lose yet
-                        with self.stop.interruptible(lambda: self.report_saved(first)):
-                            current, metrics = tracing.step(current, *batch, jnp.int32(step))
+                    if step == start:  # the first step is mostly compilation, and no progress is lost
+                        with self.signals.interruptible(lambda: self.report_saved(start)):
+                            state, metrics = tracer.step(state, *batch, jnp.int32(step))
                     else:
-                        current, metrics = tracing.step(current, *batch, jnp.int32(step))
-                    now, batch = batch, self.trainer.batch(number)  # while the device is at work
+                        state, metrics = tracer.step(state, *batch, jnp.int32(step))
+                    step_batch, batch = batch, self.trainer.batch(number)  # while the device computes
                     finite = bool(metrics.pop("finite"))
                 if not finite:
-                    self.not_finite(number, current, now, metrics)
+                    self.handle_non_finite(number, state, step_batch, metrics)
                 self.progress.skipped = 0 if finite else self.progress.skipped + 1
                 step = number
-                tracing.after(step, current)
-                self.on_step_end(step, current, metrics)
-                if self.stop.received is not None and step < t.steps:
-                    self.save_on_interrupt(step, current)
-                    raise Interrupted(self.stop.received)
+                tracer.after_step(step, state)
+                self.on_step_end(step, state, metrics)
+                if self.signals.received is not None and step < t.steps:
+                    self.save_on_interrupt(step, state)
+                    raise Interrupted(self.signals.received)
             self.checkpoints.wait()
 
-    def on_step_end(self, step: int, current: TrainState, metrics: dict[str, jax.Array]) -> None:
-        """Log, evaluate, save and sample, each at its own pace and all of them at the last step.
+    def on_step_end(self, step: int, state: TrainState, metrics: dict[str, jax.Array]) -> None:
+        """Log, evaluate, save and sample, each at its own interval, and all of them at the last step.
 
-        The checkpoint that was due before is on disk when this begins: a kill costs no more than `save_every` steps.
+        First wait for the previous checkpoint to be on disk, so that a kill loses at most `save_every` steps.
         """
         self.checkpoints.wait()
         t = self.trainer.config.train
@@ -115,58 +117,58 @@ class Loop:
                 row["skipped"] = self.progress.skipped
             row |= self.rates(step)
             self.line.update(step, row)
-        self.run_periodic_tasks(step, current, row)
+        self.run_periodic_tasks(step, state, row)
         if row is not None:
             self.last_log_time, self.last_log_step = time.perf_counter(), step
 
-    def run_periodic_tasks(self, step: int, current: TrainState, row: Row | None) -> None:
-        """What comes after a step and its row of metrics; an interrupted run does it anew."""
+    def run_periodic_tasks(self, step: int, state: TrainState, row: Row | None) -> None:
+        """Evaluate, log, save and sample after a step; a resumed run repeats what was interrupted."""
         t = self.trainer.config.train
-        better = False
+        is_best = False
         self.progress.pending = row
         if self.is_due(step, t.eval_every):
-            with self.stop.interruptible(lambda: self.save_on_interrupt(step, current)):
-                row["val_loss"] = self.trainer.validation_loss(current.weights)
-            better = self.update_best(step, row["val_loss"])
-            self.line.say(f"step {step}: validation loss {row['val_loss']:.4f}{' (best)' if better else ''}")
+            with self.signals.interruptible(lambda: self.save_on_interrupt(step, state)):
+                row["val_loss"] = self.trainer.validation_loss(state.weights)
+            is_best = self.update_best(step, row["val_loss"])
+            self.line.print_line(f"step {step}: validation loss {row['val_loss']:.4f}{' (best)' if is_best else ''}")
         if row is not None:
             self.log.write(row)
         self.progress.pending = None
-        last = self.stopped_early(step)
-        due = self.is_due(step, t.save_every) or last
-        if due or better:
-            self.save(step, current, row and row.get("val_loss"), due)
-        if (self.is_due(step, t.sample_every) or last) and t.sample_tokens:
-            with self.stop.interruptible(lambda: self.save_on_interrupt(step, current)):
-                text = self.trainer.sample_text(current.weights, t.sample_tokens)
-            self.line.say(f"--- sample at step {step} ---\n{text}\n---")
-            self.log.text("sample", text, step)
-        if last and step < t.steps:
-            self.line.say(
-                f"stopped early at step {step}: {self.progress.stale} evaluations without a validation loss below "
-                f"{self.progress.best_loss:.4f}, that of step {self.progress.best_step}"
+        stop_early = self.stopped_early(step)
+        due = self.is_due(step, t.save_every) or stop_early
+        if due or is_best:
+            self.save(step, state, row and row.get("val_loss"), due)
+        if (self.is_due(step, t.sample_every) or stop_early) and t.sample_tokens:
+            with self.signals.interruptible(lambda: self.save_on_interrupt(step, state)):
+                text = self.trainer.sample_text(state.weights, t.sample_tokens)
+            self.line.print_line(f"--- sample at step {step} ---\n{text}\n---")
+            self.log.write_text("sample", text, step)
+        if stop_early and step < t.steps:
+            self.line.print_line(
+                f"stopped early at step {step}: {self.progress.stale} evaluations without improvement over "
+                f"validation loss {self.progress.best_loss:.4f} of step {self.progress.best_step}"
             )
 
     def is_due(self, step: int, every: int) -> bool:
-        """Is it time for what happens every so many steps, and at the last one?"""
+        """Return whether a task with interval `every` is due; at the last step every task is."""
         return step == self.trainer.config.train.steps or (every > 0 and step % every == 0)
 
     def update_best(self, step: int, loss: float) -> bool:
-        """Remember a validation loss; True where it is the best so far."""
-        known = self.progress
-        if math.isfinite(loss) and (known.best_loss is None or loss < known.best_loss):
-            known.best_loss, known.best_step, known.stale = loss, step, 0
+        """Record a validation loss and return whether it is the best so far."""
+        progress = self.progress
+        if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
+            progress.best_loss, progress.best_step, progress.stale = loss, step, 0
             return True
-        known.stale += 1
+        progress.stale += 1
         return False
 
     def stopped_early(self, step: int) -> bool:
-        """Has the validation loss not become better for `patience` evaluations, of which this step was the last?"""
+        """Return whether early stopping triggers at this step."""
         t = self.trainer.config.train
         return 0 < t.patience <= self.progress.stale and self.is_due(step, t.eval_every)
 
-    def save(self, step: int, current: TrainState, val_loss: float | None, due: bool = True) -> None:
-        """Write a checkpoint in the background; what is known goes with it."""
+    def save(self, step: int, state: TrainState, val_loss: float | None, due: bool = True) -> None:
+        """Write a checkpoint in the background, with the state of the loop as metadata."""
         corpus = self.trainer.corpus
         metadata = {
             "val_loss": val_loss,
@@ -175,53 +177,53 @@ class Loop:
             "corpus": corpus.path.name,
             "tokenizer": corpus.tokenizer.fingerprint,
         }
-        if step in self.checkpoints.steps():  # saved where it was interrupted; now its evaluation is known
+        if step in self.checkpoints.steps():  # saved at an interrupt, before its evaluation
             self.checkpoints.update_metadata(step, metadata)
         else:
-            self.checkpoints.save(step, current, metadata)
+            self.checkpoints.save(step, state, metadata)
 
-    def save_on_interrupt(self, step: int, current: TrainState) -> None:
-        """Save at once, and say how to go on."""
+    def save_on_interrupt(self, step: int, state: TrainState) -> None:
+        """Save a checkpoint and print how to resume."""
         if step not in self.checkpoints.steps():
-            self.save(step, current, None)
+            self.save(step, state, None)
         self.checkpoints.wait()
         self.report_saved(step)
 
     def report_saved(self, step: int) -> None:
-        """How to go on after a signal."""
+        """Print how to resume after a signal."""
         if step:
-            self.line.say(f"interrupted; step {step} is saved. Go on with: {self.resume}")
+            self.line.print_line(f"interrupted; step {step} is saved. Resume with: {self.resume}")
         else:
-            self.line.say("interrupted before the first step; there is nothing to save")
+            self.line.print_line("interrupted before the first step; there is nothing to save")
 
-    def not_finite(self, step: int, current: TrainState, batch: tuple, metrics: dict[str, jax.Array]) -> None:
-        """Write the batch of a step that was not made to a file, and stop or let it pass, as `on_nan` says.
+    def handle_non_finite(self, step: int, state: TrainState, batch: tuple, metrics: dict[str, jax.Array]) -> None:
+        """Write the batch of a discarded step to a file, and stop or skip the batch, depending on `on_nan`.
 
         Raises:
-            NonFiniteError: training cannot go on.
+            NonFiniteError: training stops.
         """
         t = self.trainer.config.train
         path = self.run_dir / f"nan-{step}.npz"
-        told = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
+        values = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
         with open_atomic(path) as file:
-            np.savez(file, inputs=batch[0], targets=batch[1], step=step, seed=t.seed, **told)
-        figures = ", ".join(f"{name} {value:g}" for name, value in told.items())
-        what = f"step {step} is not finite ({figures}): its update was not made, and its batch is in {path}"
-        if t.on_nan == "skip" and self.progress.skipped + 1 < SKIPS:
-            self.line.say(f"{what}; going on without it")
+            np.savez(file, inputs=batch[0], targets=batch[1], step=step, seed=t.seed, **values)
+        text = ", ".join(f"{name} {value:g}" for name, value in values.items())
+        message = f"step {step} is not finite ({text}): its update was discarded, and its batch is in {path}"
+        if t.on_nan == "skip" and self.progress.skipped + 1 < MAX_SKIPPED:
+            self.line.print_line(f"{message}; skipped the batch")
             return
-        before = "nothing was trained yet"
+        advice = "there is no earlier step to save"
         if step > 1:
             if step - 1 not in self.checkpoints.steps():
-                self.save(step - 1, current, None)
+                self.save(step - 1, state, None)
             self.checkpoints.wait()
-            before = f"step {step - 1} is saved. Go on without that batch: {self.resume} --on-nan skip"
+            advice = f"step {step - 1} is saved. Skip the batch with: {self.resume} --on-nan skip"
         if t.on_nan == "skip":
-            before = f"the {SKIPS}th in a row; step {step - 1} is saved. Go on with: {self.resume}"
-        raise NonFiniteError(f"{what}; {before}")
+            advice = f"{MAX_SKIPPED} steps in a row; step {step - 1} is saved. Resume with: {self.resume}"
+        raise NonFiniteError(f"{message}; {advice}")
 
     def rates(self, step: int) -> dict[str, float]:
-        """Tokens a second since the last row, and the share of the device's measured matmul rate that makes."""
+        """Return tokens per second since the last row, and the MFU relative to the measured matmul rate."""
         c = self.trainer.config
         seconds = time.perf_counter() - self.last_log_time
         tokens = (step - self.last_log_step) * c.train.batch_size * c.train.seq_len / seconds
@@ -231,6 +233,6 @@ class Loop:
         }
 
 
-def _devices(trainer: Trainer) -> int:
-    # Simulated CPU devices share the cores that the peak was measured on.
+def _num_devices(trainer: Trainer) -> int:
+    # Simulated CPU devices share the cores on which the peak was measured.
     return 1 if trainer.mesh is None or jax.default_backend() == "cpu" else trainer.mesh.size

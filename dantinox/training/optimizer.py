@@ -1,4 +1,4 @@
-"""Optimizers with a schedule, clipping and decay on matrices only, from optax."""
+"""Optimizers of optax with a schedule, gradient clipping, and weight decay on matrices only."""
 
 import jax
 import optax
@@ -6,11 +6,11 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from dantinox.config import OptimConfig
 
-Tree = dict[str, jax.Array]  # by dotted path, such as blocks.0.attention.q
+Tree = dict[str, jax.Array]  # by parameter name, such as blocks.0.attention.q
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate of each step: a linear warm-up, then cosine, warm-up-stable-decay or constant."""
+    """Return the learning rate schedule: linear warm-up, then cosine, warm-up-stable-decay (wsd) or constant."""
     warmup = min(round(config.warmup_ratio * steps), steps - 1)
     rest, floor = max(1, steps - warmup), config.lr * config.min_lr_ratio
     if config.schedule == "cosine":
@@ -30,28 +30,28 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then the rule of `config.optimizer`; vectors (norm scales) are not decayed."""
+    """Return gradient clipping by global norm followed by the optimizer; 1-D parameters are not decayed."""
     return optax.chain(
         optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity(),
-        rule(config, make_schedule(config, steps)),
+        update_rule(config, make_schedule(config, steps)),
     )
 
 
-def rule(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTransformation:
-    """The update of the named optimizer at the learning rates of `rate`."""
-    decay = {"weight_decay": config.weight_decay, "mask": matrices}
+def update_rule(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    """Return the optimizer `config.optimizer` with the learning rate schedule `rate`."""
+    decay = {"weight_decay": config.weight_decay, "mask": is_matrix}
     if config.optimizer == "lion":
         return optax.lion(rate, b1=config.beta1, b2=config.beta2, **decay)
     if config.optimizer == "muon":
-        # optax.contrib.muon decays what goes by Adam, vectors too, by a figure of its own: 0. "Muon is scalable
-        # for LLM training" decays everything alike: so here, but for vectors, as with every optimizer.
+        # optax.contrib.muon has a weight decay of its own for the parameters that Adam updates. As in "Muon is scalable
+        # for LLM training", all matrices are decayed alike here.
         direction = muon(
             1.0,
             beta=config.beta1,
             adam_b1=config.beta1,
             adam_b2=config.beta2,
-            muon_weight_dimension_numbers=contracted,
-            consistent_rms=0.2,  # updates as large as AdamW's, so that learning rates carry over
+            muon_weight_dimension_numbers=muon_dimension_numbers,
+            consistent_rms=0.2,  # RMS of the updates as with AdamW, so that learning rates transfer
         )
         return optax.chain(
             direction,
@@ -60,7 +60,7 @@ def rule(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTransformat
             optax.scale_by_learning_rate(rate),
         )
     if config.optimizer == "adafactor":
-        # optax.adafactor decays the weights by the whole of weight_decay a step, not by its product with the rate.
+        # optax.adafactor decays the weights by weight_decay per step, not by its product with the learning rate.
         return optax.chain(
             optax.scale_by_factored_rms(),
             optax.clip_by_block_rms(1.0),
@@ -70,24 +70,24 @@ def rule(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTransformat
     return optax.adamw(rate, b1=config.beta1, b2=config.beta2, **decay)
 
 
-def matrices(params: Tree) -> dict[str, bool]:
-    """Which parameters are more than vectors."""
+def is_matrix(params: Tree) -> dict[str, bool]:
+    """Return which parameters have more than one axis."""
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
-def contracted(params: Tree) -> dict[str, MuonDimensionNumbers | None]:
-    """How Muon takes each parameter as a matrix: the axes that a product sums over, and those it makes.
+def muon_dimension_numbers(params: Tree) -> dict[str, MuonDimensionNumbers | None]:
+    """Return how Muon views each parameter as a matrix: its reduction axes and its output axes.
 
-    None for vectors, and for embeddings and the output projection, whose rows are looked up or compete one by one.
+    None, for an update by Adam, for 1-D parameters, embeddings and the output projection.
     """
-    # optax asks again with what goes by Adam masked out.
-    return {name: _contracted(name, getattr(p, "ndim", 0)) for name, p in params.items()}
+    # optax calls this again with the parameters of Adam masked out.
+    return {name: _muon_dimension_numbers(name, getattr(p, "ndim", 0)) for name, p in params.items()}
 
 
-def _contracted(name: str, ndim: int) -> MuonDimensionNumbers | None:
+def _muon_dimension_numbers(name: str, ndim: int) -> MuonDimensionNumbers | None:
     if ndim < 2 or not name.startswith("blocks."):
         return None
     if ".attention." in name:
         *_, last = name.split(".")
         return MuonDimensionNumbers((0, 1), 2) if last == "o" else MuonDimensionNumbers(0, (1, 2))
-    return MuonDimensionNumbers(ndim - 2, ndim - 1)  # of experts [E, ...] each one is a matrix
+    return MuonDimensionNumbers(ndim - 2, ndim - 1)  # [E, ...]: one matrix per expert

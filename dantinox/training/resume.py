@@ -4,10 +4,10 @@ import shlex
 from pathlib import Path
 
 from dantinox.checkpoint.manager import Checkpoints
+from dantinox.checkpoint.train_state import TrainState
 from dantinox.config import Config, ConfigError, TrainConfig
 from dantinox.metrics import logger as metrics_log
 from dantinox.training.loop import LoopState
-from dantinox.training.train_step import TrainState
 from dantinox.training.trainer import Trainer
 
 
@@ -17,13 +17,13 @@ def check_restart_from_scratch(run: Path, config: Config) -> None:
     Raises:
         FileNotFoundError: the run got past its first checkpoint, so restarting would overwrite its metrics.
     """
-    told = max((row["step"] for row in metrics_log.read_metrics(run / "metrics.jsonl")), default=0)
-    if told > (config.train.save_every or config.train.steps):
-        raise FileNotFoundError(f"run {run} has no checkpoint, though it came to step {told}")
-    print(f"run {run} has no checkpoint yet: it begins anew")
+    last_step = max((row["step"] for row in metrics_log.read_metrics(run / "metrics.jsonl")), default=0)
+    if last_step > (config.train.save_every or config.train.steps):
+        raise FileNotFoundError(f"run {run} has no checkpoint, although it reached step {last_step}")
+    print(f"run {run} has no checkpoint yet; starting from scratch")
 
 
-def restore(trainer: Trainer, run: Path) -> tuple[TrainState, int, LoopState]:
+def restore_run(trainer: Trainer, run: Path) -> tuple[TrainState, int, LoopState]:
     """Restore a run from its latest valid checkpoint and quarantine newer, corrupt ones.
 
     Returns:
@@ -31,25 +31,25 @@ def restore(trainer: Trainer, run: Path) -> tuple[TrainState, int, LoopState]:
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: none is intact, or the text is not the one that the run was trained on.
+        ValueError: all checkpoints are corrupt, or the text is not the one that the run was trained on.
     """
     checkpoints = Checkpoints(run, trainer.config.train.max_checkpoints)
-    step, metadata, wrong = checkpoints.latest_valid()
+    step, metadata, errors = checkpoints.latest_valid()
     if metadata["corpus"] != trainer.corpus.path.name:
         raise ValueError(
-            f"data {trainer.config.data.data!r} is not the text that run {run} was trained on: it has changed since; "
-            "bring it back, or start another run"
+            f"data {trainer.config.data.data!r} is not the text that run {run} was trained on; "
+            "restore the text, or start another run"
         )
-    current = checkpoints.restore(step, trainer.abstract_state())
-    for error in wrong:
-        print(f"{error}; going on from step {step}")
-    for newer in [kept for kept in checkpoints.steps() if kept > step]:
-        print(f"kept as {checkpoints.quarantine(newer)}")
-    return current, step, LoopState(**metadata["loop"])
+    state = checkpoints.restore(step, trainer.abstract_state())
+    for error in errors:
+        print(f"{error}; resuming from step {step}")
+    for newer_step in [other for other in checkpoints.steps() if other > step]:
+        print(f"moved it to {checkpoints.quarantine(newer_step)}")
+    return state, step, LoopState(**metadata["loop"])
 
 
 def resume_command(config: Config) -> str:
-    """The command that resumes a run."""
+    """Return the command that resumes a run."""
     words = ["python", "-m", "dantinox.train", "--run", config.train.run]
     if config.train.runs_dir != TrainConfig().runs_dir:
         words += ["--runs-dir", config.train.runs_dir]
@@ -57,7 +57,7 @@ def resume_command(config: Config) -> str:
 
 
 def diff_settings(config: Config, saved: Config) -> str:
-    """Settings that differ from the saved run, as `name old -> new; ...`; "" if none do.
+    """Return the settings that differ from the saved run, as `name old -> new; ...`; "" if there are none.
 
     Raises:
         ConfigError: naming each changed setting that the weights, the optimizer state or the text depend on.
@@ -79,8 +79,8 @@ def diff_settings(config: Config, saved: Config) -> str:
     fixed = {*vars(config.model), *vars(config.data), "optimizer"} - changeable
     if bool(config.optim.ema_decay) != bool(saved.optim.ema_decay):
         fixed.add("ema_decay")
-    if wrong := [text for name, text in differ.items() if name in fixed]:
-        raise ConfigError(f"--resume cannot change {'; '.join(wrong)}")
+    if refused := [text for name, text in differ.items() if name in fixed]:
+        raise ConfigError(f"--resume cannot change {'; '.join(refused)}")
     # Settings that do not affect the numerics.
     no_effect_on_numerics = {
         "runs_dir",

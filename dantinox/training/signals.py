@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-PATIENCE = 2.0  # seconds the main thread has to respond before the watcher ends the process
+RESPONSE_S = 2.0  # seconds that the main thread has to respond before the watcher ends the process
 
 
 class Interrupted(KeyboardInterrupt):
@@ -21,7 +21,7 @@ class Interrupted(KeyboardInterrupt):
 class SignalHandler:
     """A context manager around a loop that checks `received` between steps.
 
-    Python runs signal handlers between two instructions: never while XLA compiles, which may take minutes. Inside
+    Python runs signal handlers between two instructions, so not while XLA compiles, which may take minutes. Inside
     `interruptible(on_signal)` a signal therefore ends the work at once. If the main thread does not respond, a watcher
     thread calls `on_signal` and ends the process. A second signal always interrupts.
     """
@@ -32,26 +32,26 @@ class SignalHandler:
         self._handled, self._saving = threading.Event(), threading.Lock()
 
     def __enter__(self) -> "SignalHandler":
-        # Only the main thread may listen; elsewhere signals stay with whoever owns them.
-        self._listening = threading.current_thread() is threading.main_thread()
-        if self._listening:
-            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
-            self._read, self._write = os.pipe()
-            os.set_blocking(self._write, False)
-            self._woken = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        # Only the main thread can set signal handlers.
+        self._installed = threading.current_thread() is threading.main_thread()
+        if self._installed:
+            self._previous_handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            self._read_fd, self._write_fd = os.pipe()
+            os.set_blocking(self._write_fd, False)
+            self._previous_wakeup_fd = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
             self._watcher = threading.Thread(target=self._watch, name="signals", daemon=True)
             self._watcher.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._listening:
-            self._listening = False
-            signal.set_wakeup_fd(self._woken)
-            for number, handler in self._before.items():
+        if self._installed:
+            self._installed = False
+            signal.set_wakeup_fd(self._previous_wakeup_fd)
+            for number, handler in self._previous_handlers.items():
                 signal.signal(number, handler)
-            os.close(self._write)  # ends the watcher
-            self._watcher.join(PATIENCE)
-            os.close(self._read)
+            os.close(self._write_fd)  # ends the watcher
+            self._watcher.join(RESPONSE_S)
+            os.close(self._read_fd)
 
     @contextlib.contextmanager
     def interruptible(self, on_signal: Callable[[], None]) -> Iterator[None]:
@@ -66,7 +66,7 @@ class SignalHandler:
                 raise Interrupted(self.received)
             yield
         except Interrupted:
-            with self._saving:  # or the watcher is at it, and ends the process
+            with self._saving:  # the watcher may be saving too, and then ends the process
                 on_signal()
             raise
         finally:
@@ -74,14 +74,14 @@ class SignalHandler:
 
     def _handle(self, number: int, _: object) -> None:
         self._handled.set()
-        again, self.received = self.received is not None, number
-        if again or self._on_signal is not None:
+        is_second, self.received = self.received is not None, number
+        if is_second or self._on_signal is not None:
             raise Interrupted(number)
 
     def _watch(self) -> None:
-        while word := os.read(self._read, 1):
-            number, on_signal = word[0], self._on_signal
-            if number not in SIGNALS or on_signal is None or self._handled.wait(PATIENCE):
+        while signal_byte := os.read(self._read_fd, 1):
+            number, on_signal = signal_byte[0], self._on_signal
+            if number not in SIGNALS or on_signal is None or self._handled.wait(RESPONSE_S):
                 continue
             with self._saving:
                 try:
@@ -100,8 +100,8 @@ def sigterm_as_exception() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, handle)
+    previous_handler = signal.signal(signal.SIGTERM, handle)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous_handler)

@@ -1,55 +1,37 @@
 """One training step and one evaluation step as pure jitted functions of named arrays."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from dantinox.checkpoint.params import ModelDef, Params
+from dantinox.checkpoint.train_state import TrainState
 from dantinox.config import Config
 from dantinox.distributed.mesh import batch_sharding, parameter_shardings, replicated
 from dantinox.distributed.shard_map import batch_sharded_mesh
 from dantinox.model.moe import router_metrics
+from dantinox.model.params import ModelDef, Params, param_axes
 
 Array = jax.Array
 
 
-class TrainState(NamedTuple):
-    """Everything that a step changes.
-
-    Attributes:
-        params: float32 arrays by dotted path.
-        opt_state: optax's state.
-        ema: the running average of params; None where `config.optim.ema_decay` is 0.
-    """
-
-    params: Params
-    opt_state: Any
-    ema: Params | None = None
-
-    @property
-    def weights(self) -> Params:
-        """What is evaluated, sampled and loaded: the average where there is one."""
-        return self.params if self.ema is None else self.ema
-
-
 @jax.named_scope("loss")
 def cross_entropy(logits: Array, targets: Array, count: Array | float | None = None) -> Array:
-    """Mean of -log softmax(logits)[target] over the targets that count, in nats; 0 where none does.
+    """Return the mean of -log softmax(logits)[target] in nats over targets >= 0; 0 if there are none.
 
     Args:
         logits: [..., V] float32.
-        targets: [...] int32; those below 0 are padding and left out.
-        count: divide by this many instead: of a micro-batch, its share of the targets of the whole batch.
+        targets: [...] int32; negative ones are padding and ignored.
+        count: divisor instead of the number of targets, such as the targets of a batch per micro-batch.
     """
     # A masked sum, not a gather: its gradient needs no scatter, and XLA fuses both passes.
-    V, counts = logits.shape[-1], targets >= 0
-    right = jnp.sum(jnp.where(jnp.arange(V) == targets[..., None], logits, 0), axis=-1)
-    nats = jnp.where(counts, jax.nn.logsumexp(logits, axis=-1) - right, 0)
-    return jnp.sum(nats) / jnp.maximum(jnp.sum(counts) if count is None else count, 1)
+    V, is_target = logits.shape[-1], targets >= 0
+    target_logits = jnp.sum(jnp.where(jnp.arange(V) == targets[..., None], logits, 0), axis=-1)
+    nats = jnp.where(is_target, jax.nn.logsumexp(logits, axis=-1) - target_logits, 0)
+    return jnp.sum(nats) / jnp.maximum(jnp.sum(is_target) if count is None else count, 1)
 
 
 def compute_loss(
@@ -61,21 +43,35 @@ def compute_loss(
     key: Array | None,
     count: Array | float | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """(what is minimised, its parts) for one micro-batch [B, T]; loss is the cross-entropy alone.
+    """Compute the training loss of one micro-batch.
 
-    Parts of a sparse model: balance and router_z, means over its layers, and of each layer router/KIND.LAYER (see
-    `moe.figures`). `count` as in `cross_entropy`.
+    Args:
+        model_def: definition of the model.
+        config: the settings.
+        params: the parameters.
+        inputs: [B, T] int32.
+        targets: [B, T] int32.
+        key: random key of dropout; None turns dropout off.
+        count: as in `cross_entropy`.
+
+    Returns:
+        (objective, metrics). The metric loss is the cross-entropy without auxiliary losses; a sparse model adds balance
+        and router_z, means over its layers, and those of `router_metrics`.
     """
     model = model_def.merge(params)
-    h, losses = model.hidden(inputs, key=key)
+    h, router_stats = model.hidden(inputs, key=key)
     loss = cross_entropy(model.logits(h), targets, count)
     metrics = {"loss": loss}
     total = loss
-    if losses is not None:
-        metrics |= {"balance": losses.balance, "router_z": losses.z} | router_metrics(
-            losses, config.model.experts_per_token
+    if router_stats is not None:
+        metrics |= {"balance": router_stats.balance, "router_z": router_stats.z} | router_metrics(
+            router_stats, config.model.experts_per_token
         )
-        total = total + config.model.router_aux_loss_coef * losses.balance + config.model.router_z_loss_coef * losses.z
+        total = (
+            total
+            + config.model.router_aux_loss_coef * router_stats.balance
+            + config.model.router_z_loss_coef * router_stats.z
+        )
     return total, metrics
 
 
@@ -86,11 +82,11 @@ def make_train_step(
     mesh: Mesh | None = None,
     shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Array, Array, Array], tuple[TrainState, dict[str, Array]]]:
-    """step(state, inputs, targets, step_number) -> (state, metrics), jitted, the old state donated.
+    """Return the jitted function step(state, inputs, targets, step_number) -> (state, metrics); it donates the state.
 
-    inputs and targets are [A, B, T] int32: A micro-batches, walked by a scan that adds up their gradients; targets
-    below 0 are left out. Dropout keys depend on (seed, step number, micro-batch) alone. Where the loss or the norm of
-    the gradient is not finite, the new state is the old one, bit for bit.
+    inputs and targets are [A, B, T] int32: A micro-batches, whose gradients a scan accumulates; negative targets are
+    ignored. Dropout keys depend only on the seed, the step number and the micro-batch. If the loss or the norm of the
+    gradient is not finite, the new state equals the old one, bit for bit.
     """
     A = config.train.grad_accum
     root = jax.random.key(config.train.seed + 1)
@@ -112,15 +108,15 @@ def make_train_step(
             metrics, grads = gradients(state.params, inputs[0], targets[0], key, count)
         else:
 
-            def add(total: Any, batch: tuple) -> tuple[Any, None]:
+            def accumulate(total: Any, batch: tuple) -> tuple[Any, None]:
                 x, y, i = batch
-                found = gradients(state.params, x, y, None if key is None else jax.random.fold_in(key, i), count)
-                return jax.tree.map(jnp.add, total, found), None
+                micro_key = None if key is None else jax.random.fold_in(key, i)
+                return jax.tree.map(jnp.add, total, gradients(state.params, x, y, micro_key, count)), None
 
             shapes = jax.eval_shape(gradients, state.params, inputs[0], targets[0], key, count)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            summed, _ = jax.lax.scan(add, zeros, (inputs, targets, jnp.arange(A)))
-            metrics, grads = jax.tree.map(lambda x: x / A, summed)
+            totals, _ = jax.lax.scan(accumulate, zeros, (inputs, targets, jnp.arange(A)))
+            metrics, grads = jax.tree.map(lambda x: x / A, totals)
         with jax.named_scope("optimizer"):
             grad_norm = optax.global_norm(grads)
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
@@ -128,30 +124,30 @@ def make_train_step(
             params = optax.apply_updates(state.params, updates)
             ema = state.ema
             if ema is not None:
-                # The first steps forget faster: the initial weights are no part of the average for long.
+                # A smaller decay in the first steps, so that the initial weights fade quickly.
                 decay = jnp.minimum(config.optim.ema_decay, (1 + number) / (10 + number))
                 ema = optax.incremental_update(params, ema, 1 - decay)
             new = TrainState(params, opt_state, ema)
-            new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+            new = jax.tree.map(lambda updated, old: jnp.where(finite, updated, old), new, state)
         return new, metrics | {"grad_norm": grad_norm, "finite": finite}
 
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
-    batch, whole = batch_sharding(mesh), replicated(mesh)
+    batch, replicated_sharding = batch_sharding(mesh), replicated(mesh)
     return jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(shardings, batch, batch, whole),
-        out_shardings=(shardings, whole),
+        in_shardings=(shardings, batch, batch, replicated_sharding),
+        out_shardings=(shardings, replicated_sharding),
     )
 
 
 def make_eval_step(
     model_def: ModelDef, config: Config, mesh: Mesh | None = None, shardings: Params | None = None
 ) -> Callable[[Params, Array, Array], Array]:
-    """evaluate(params, inputs, targets [B, T]) -> token-mean cross-entropy, dropout off, without auxiliary losses.
+    """Return the jitted function evaluate(params, inputs, targets) -> cross-entropy per token, without dropout.
 
-    Targets below 0 are left out.
+    inputs and targets are [B, T] int32; negative targets are ignored.
     """
 
     def evaluate(params: Params, inputs: Array, targets: Array) -> Array:
@@ -160,25 +156,30 @@ def make_eval_step(
 
     if mesh is None:
         return jax.jit(evaluate)
-    whole = replicated(mesh)
-    return jax.jit(evaluate, in_shardings=(shardings, whole, whole), out_shardings=whole)
+    replicated_sharding = replicated(mesh)
+    return jax.jit(
+        evaluate, in_shardings=(shardings, replicated_sharding, replicated_sharding), out_shardings=replicated_sharding
+    )
 
 
 def state_shardings(config: Config, mesh: Mesh, state: TrainState) -> TrainState:
-    """Shardings of a whole train state: an average and an optimizer's moments lie like their parameters.
+    """Return the shardings of a train state: the average and the moments are sharded like their parameters.
 
-    What has not the shape of its parameter (Adafactor's factors, counters) is whole on every device.
+    Arrays of another shape (Adafactor's factors, counters) are replicated.
     """
-    params = parameter_shardings(config.model, mesh)
-    whole = replicated(mesh)
+    params = parameter_shardings(param_axes(config.model), state.params, mesh)
+    replicated_sharding = replicated(mesh)
 
-    def like_params(node: Any) -> bool:
+    def has_param_names(node: Any) -> bool:
         return isinstance(node, dict) and node.keys() == params.keys()
 
-    def like(name: str, held: Any) -> Any:
-        return jax.tree.map(lambda x: params[name] if x.shape == state.params[name].shape else whole, held)
+    def param_sharding(name: str, arrays: Any) -> Any:
+        shape = state.params[name].shape
+        return jax.tree.map(lambda x: params[name] if x.shape == shape else replicated_sharding, arrays)
 
-    def lay(node: Any) -> Any:
-        return {name: like(name, held) for name, held in node.items()} if like_params(node) else whole
+    def node_sharding(node: Any) -> Any:
+        if not has_param_names(node):
+            return replicated_sharding
+        return {name: param_sharding(name, arrays) for name, arrays in node.items()}
 
-    return TrainState(*jax.tree.map(lay, tuple(state), is_leaf=like_params))
+    return TrainState(*jax.tree.map(node_sharding, tuple(state), is_leaf=has_param_names))

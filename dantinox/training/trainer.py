@@ -1,4 +1,4 @@
-"""What a run computes: its data, model and compiled functions, without files and without time."""
+"""Data, model and compiled functions of a run; no files and no loop."""
 
 from dataclasses import dataclass, field
 
@@ -8,19 +8,20 @@ import numpy as np
 from flax import nnx
 
 from dantinox import kernels
-from dantinox.checkpoint.params import Params, abstract_params, split_params
+from dantinox.checkpoint.train_state import TrainState
 from dantinox.config import Config
 from dantinox.data.corpus import Corpus, eval_batches, get_batch, load_corpus
 from dantinox.distributed import mesh
 from dantinox.inference.generate import generate
+from dantinox.model.params import Params, abstract_params, split_params
 from dantinox.model.transformer import Transformer
 from dantinox.training.optimizer import make_optimizer, make_schedule
-from dantinox.training.train_step import TrainState, make_eval_step, make_train_step, state_shardings
+from dantinox.training.train_step import make_eval_step, make_train_step, state_shardings
 
 
 @dataclass
 class Trainer:
-    """One run: its data, model and step functions. Building it checks everything that can be checked early."""
+    """Data, model and step functions of one run; the constructor validates them before training."""
 
     config: Config
     corpus: Corpus = field(init=False)
@@ -53,49 +54,52 @@ class Trainer:
         self.check_implementations()
 
     def check_implementations(self) -> None:
-        """A named implementation that cannot serve this model is refused before anything is written."""
+        """Raise if a named implementation does not support this model, before any file is written."""
         jax.eval_shape(self.eval_step, self.shapes.params, *self.eval_set[0])
         reason = kernels.implementations("decode_attention").get(self.config.model.decode)
         if reason is not None:
             raise NotImplementedError(f"decode_attention: implementation={self.config.model.decode!r}: {reason}")
 
     def init_state(self) -> TrainState:
-        """Fresh parameters and optimizer state, laid over the mesh."""
+        """Return the initial parameters and optimizer state, sharded over the mesh."""
 
-        def build() -> TrainState:
+        def init() -> TrainState:
             _, params = split_params(Transformer(self.config.model, rngs=nnx.Rngs(self.config.train.seed)))
             ema = jax.tree.map(jnp.copy, params) if self.config.optim.ema_decay else None
             return TrainState(params, self.optimizer.init(params), ema)
 
-        return jax.jit(build, out_shardings=self.device_shardings())()
+        return jax.jit(init, out_shardings=self.device_shardings())()
 
     def device_shardings(self) -> TrainState:
-        """Where each array of a train state lies, fresh or restored."""
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        return self.shardings or jax.tree.map(lambda _: here, self.shapes)
+        """Return the sharding of each array of a train state."""
+        single_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return self.shardings or jax.tree.map(lambda _: single_device, self.shapes)
 
     def abstract_state(self) -> TrainState:
-        """The shapes of a train state and where its arrays lie, to restore one."""
-        place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-        return jax.tree.map(place, self.shapes, self.device_shardings())
+        """Return the shapes and shardings of a train state, to restore one."""
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            self.shapes,
+            self.device_shardings(),
+        )
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """(inputs, targets), each [A, B, T] int32: the batch of a step, cut into micro-batches."""
+        """Return (inputs, targets) of a step, each [A, B, T] int32: A micro-batches."""
         t = self.config.train
         pair = get_batch(self.corpus.train, seed=t.seed, step=step, batch_size=t.batch_size, seq_len=t.seq_len)
         inputs, targets = (x.reshape(t.grad_accum, -1, t.seq_len) for x in pair)
         return inputs, targets
 
     def validation_loss(self, params: Params) -> float:
-        """Token-mean cross-entropy over the fixed evaluation set, in nats."""
+        """Return the cross-entropy per token over the evaluation set, in nats."""
         losses = [(self.eval_step(params, x, y), int((y >= 0).sum())) for x, y in self.eval_set]
         return sum(float(loss) * n for loss, n in losses) / sum(n for _, n in losses)
 
     def sample_text(self, params: Params, tokens: int) -> str:
-        """Text that the model writes from the start of a document."""
+        """Generate text from the start of a document."""
         model, tokenizer = self.model_def.merge(params), self.corpus.tokenizer
-        room = self.config.model.max_context - 1
+        max_tokens = self.config.model.max_context - 1
         ids = generate(
-            model, [[tokenizer.eos_id]], max_new_tokens=min(tokens, room), temperature=0.8, top_p=0.95, seed=0
+            model, [[tokenizer.eos_id]], max_new_tokens=min(tokens, max_tokens), temperature=0.8, top_p=0.95, seed=0
         )
         return tokenizer.decode(ids[0])

@@ -6,7 +6,7 @@
     tile_skipping      only the tiles that hold a visible pair
     packed_gqa_gate    the query heads of a key head in one tile, the gate fused into its epilogue
 
-A rung's file is named after its number and its name, such as `step1_naive.py`. Each rung has the signature of an
+A step's file is named after its number and its name, such as `step1_naive.py`. Each step has the signature of an
 implementation of `dantinox.kernels.attention`. There is no backward pass.
 """
 
@@ -16,10 +16,10 @@ from collections.abc import Callable
 import jax
 
 Array = jax.Array
-RUNGS = ("naive", "tiled", "online_softmax", "tile_skipping", "packed_gqa_gate")
+STEPS = ("naive", "tiled", "online_softmax", "tile_skipping", "packed_gqa_gate")
 
 
-def rung(name: str) -> Callable[..., Array]:
-    """Returns `attention` of the named rung."""
-    step = f"step{RUNGS.index(name) + 1}_{name}"
-    return importlib.import_module(f"dantinox.kernels.tutorial.{step}").attention
+def load_step(name: str) -> Callable[..., Array]:
+    """Import a step of the tutorial and return its `attention`."""
+    module = f"step{STEPS.index(name) + 1}_{name}"
+    return importlib.import_module(f"dantinox.kernels.tutorial.{module}").attention

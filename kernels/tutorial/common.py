@@ -1,4 +1,4 @@
-"""Shared by all rungs: the mask, argument checks and small operations."""
+"""Shared by all steps: the mask, argument checks and small operations."""
 
 from typing import Any, NamedTuple
 
@@ -42,7 +42,7 @@ class Mask(NamedTuple):
 
 
 def dot(a: Array, b: Array, contract: tuple[tuple[int], tuple[int]]) -> Array:
-    """Multiplies two tiles in their own dtype and accumulates in float32, the fast mode of the MXU."""
+    """Multiply two tiles in their own dtype and accumulate in float32, the fast mode of the MXU."""
     return jax.lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
 
 
@@ -64,7 +64,7 @@ def interpret() -> bool:
     """
     platform = current_device().platform
     if platform not in ("cpu", "tpu"):
-        raise NotImplementedError(f"the ladder is for TPUs, and interpreted on a CPU; this device is a {platform}")
+        raise NotImplementedError(f"these kernels run on TPUs, and interpreted on a CPU; this device is a {platform}")
     return platform == "cpu"
 
 
@@ -78,7 +78,7 @@ def check(
     tiles: dict[str, int] | None = None,
     **unsupported: Any,
 ) -> tuple[Mask, float]:
-    """Checks the arguments of a rung.
+    """Check the arguments of a step.
 
     Args:
         q: queries [B, T, H, D].
@@ -88,14 +88,14 @@ def check(
         window: keys that a query sees, or None.
         scale: factor on the scores, or None for D**-0.5.
         tiles: tile sizes by argument name.
-        **unsupported: arguments that this rung does not support; each must be None.
+        **unsupported: arguments that the step does not support; each must be None.
 
     Returns:
         The mask and the scale.
 
     Raises:
         ValueError: a shape, dtype or value is not allowed.
-        NotImplementedError: the rung does not support an argument.
+        NotImplementedError: the step does not support an argument.
     """
     B, T, H, D = validation.as_array("q", q, "BTHD").shape
     S, K = validation.as_array("k", k, "BSKD").shape[1:3]
@@ -110,7 +110,7 @@ def check(
             raise ValueError(f"{name} is {size}; allowed: a multiple of 16")
     for name, value in unsupported.items():
         if value is not None:
-            raise NotImplementedError(f"this rung has no {name}")
+            raise NotImplementedError(f"this step has no {name}")
     if q.dtype == jnp.float64:
-        raise NotImplementedError("q has dtype float64; the ladder adds up in float32")
+        raise NotImplementedError("float64 is not supported: the kernels accumulate in float32")
     return Mask(T, S, causal, window), D**-0.5 if scale is None else scale

@@ -1,4 +1,4 @@
-"""Rung 1, naive: one program per head, its whole score matrix on the chip.
+"""Step 1, naive: one program per head, its whole score matrix on the chip.
 
 Math      s = scale q k^T, -inf where masked;  p = exp(s - max s);  o = p v / sum p
 Tiling    grid (B, H). A head is one tile, and none is skipped:

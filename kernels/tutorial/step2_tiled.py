@@ -1,4 +1,4 @@
-"""Rung 2, tiled: one tile of queries at a time, against all keys. A row of scores needs no other row.
+"""Step 2, tiled: one tile of queries at a time, against all keys. A row of scores needs no other row.
 
 Math      s = scale q k^T, -inf where masked;  p = exp(s - max s);  o = p v / sum p
 Tiling    grid (B, H, tiles of T). Every row is computed against all keys; nothing is skipped:
@@ -9,7 +9,7 @@ Tiling    grid (B, H, tiles of T). Every row is computed against all keys; nothi
               q_tile       ▞
 
 State     none: a program processes one tile. k and v stay on the chip while the head does not change.
-Traffic   as rung 1, the minimum: the index of k and v does not depend on the tile, so they are not fetched again.
+Traffic   as step 1, the minimum: the index of k and v does not depend on the tile, so they are not fetched again.
           4 D FLOPs per pair, T S pairs; the chip holds q_tile S scores.
 Limits    float32, bfloat16; float16 only interpreted. Any T, S, H, K, D whose keys and q_tile S scores fit: T is no
           longer limited, S is. Causal, window, scale; NotImplementedError: gate, softcap, segment_ids.

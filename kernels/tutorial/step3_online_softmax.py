@@ -1,4 +1,4 @@
-"""Rung 3, online softmax: one tile of keys at a time. Two numbers per row hold the state of its softmax.
+"""Step 3, online softmax: one tile of keys at a time. Two numbers per row hold the state of its softmax.
 
 Math      for each tile of keys:  s = scale q k^T, -inf where masked;  m' = max(m, max s);  p = exp(s - m')
           l = exp(m - m') l + sum p;  acc = exp(m - m') acc + p v;  m = m';      at the end o = acc / l

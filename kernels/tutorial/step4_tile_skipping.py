@@ -1,7 +1,7 @@
-"""Rung 4, tile skipping: the grid is the list of tiles that hold a visible pair.
+"""Step 4, tile skipping: the grid is the list of tiles that hold a visible pair.
 
-Math      as rung 3, over those tiles of keys alone: exp of a masked score is 0
-Tiling    grid (B, H, visible tiles). Three tables in scalar memory, prefetched, say which tile a step processes:
+Math      as step 3, over those tiles of keys alone: exp of a masked score is 0
+Tiling    grid (B, H, visible tiles). Three tables in scalar memory, prefetched, say which tile a grid step processes:
 
               keys ->     k_tile k_tile k_tile k_tile
               q_tile        ▞      ░      ░      ░       ▞ computed, then masked
@@ -10,7 +10,7 @@ Tiling    grid (B, H, visible tiles). Three tables in scalar memory, prefetched,
               q_tile        ░      ▞      █      ▞
 
 State     m and l [q_tile, 1] and acc [q_tile, D] in float32, from the first visible tile of a query tile to its last.
-Traffic   as rung 3 with the visible keys in place of S. With a window W a query tile visits about
+Traffic   as step 3 with the visible keys in place of S. With a window W a query tile visits about
           (W + q_tile) / k_tile + 1 tiles: FLOPs and bytes grow with T W instead of T S.
 Limits    float32, bfloat16; float16 only interpreted. Any T, S, H, K, D. Causal, window, scale; NotImplementedError:
           gate, softcap, segment_ids. ValueError: other shapes and dtypes; tiles that are not multiples of 16.

@@ -1,6 +1,6 @@
-"""Rung 5, packed GQA and the gate: the G query heads of a key head share a tile; the gate is fused into its epilogue.
+"""Step 5, packed GQA and the gate: the G query heads of a key head share a tile; the gate is fused into its epilogue.
 
-Math      as rung 4, then o = sigmoid(gate) acc / l before the tile is written
+Math      as step 4, then o = sigmoid(gate) acc / l before the tile is written
 Tiling    grid (B, K, visible tiles). A tile is G heads x q_tile queries against k_tile keys:
 
               keys ->     k_tile k_tile k_tile k_tile
@@ -12,7 +12,7 @@ Tiling    grid (B, K, visible tiles). A tile is G heads x q_tile queries against
 State     m and l [G q_tile, 1] and acc [G q_tile, D] in float32, from the first visible tile of a query tile to its
           last.
 Traffic   q, gate and o once; k and v once per query tile for all G heads: 2 G q_tile FLOPs per element fetched, G
-          times as many as in rung 4 with the same q_tile. A gate after the kernel would read and write o once more.
+          times as many as in step 4 with the same q_tile. A gate after the kernel would read and write o once more.
 Limits    float32, bfloat16; float16 only interpreted. Any T, S, H, K, D. Gate [B, T, H, D] or [B, T, H, 1], causal,
           window, scale; NotImplementedError: softcap, segment_ids. ValueError: other shapes and dtypes; rows or a
           k_tile that are not multiples of 16.

@@ -2,13 +2,14 @@
 
 A workload is an operation at one set of sizes, with the suites that run it and the devices it is meant for:
 
-    suites      parity    every run of the tests          long   the long run only
-                bench     timed                           aot    cross-compiled for accelerators
-                tune      block sizes are measured on it  ladder the kernels of `kernels/tutorial` are compared on it
-    devices     small (any, interpreted too), cpu, h100, tpu
+    suites      parity     tests, every run              long       tests, only in the long run
+                bench      timed                         aot        cross-compiled for accelerators
+                tune       used to tune block sizes      tutorial   used to compare the kernels of `kernels/tutorial`
+    devices     small (any, in interpret mode too), cpu, h100, tpu
 
-MODEL_* workloads have the sizes of published models; EDGE_CASES_* are there because they hurt: 1, 7, 127, 129, T != S,
-windows of one and past the end, groups without rows. `sweep` names the axes over which a workload belongs to a plot.
+MODEL_* workloads have the sizes of published models; EDGE_CASES_* have sizes that break kernels: 1, 7, 127, 129,
+T != S, windows of one and past the end, groups without rows. `sweep` names the axes of the plots that a workload
+belongs to.
 """
 
 from dantinox.kernels.workloads.attention import EDGE_CASES_ATTENTION, MODEL_ATTENTION
@@ -18,7 +19,7 @@ from dantinox.kernels.workloads.moe import EXPERTS
 from dantinox.kernels.workloads.types import Attention, Decode, GroupedMatmul, MoE, Workload
 
 __all__ = ["DEVICES", "ROWS", "SUITES", "Attention", "Decode", "GroupedMatmul", "MoE", "Workload", "get", "select"]
-SUITES = ("parity", "long", "bench", "aot", "tune", "ladder")
+SUITES = ("parity", "long", "bench", "aot", "tune", "tutorial")
 DEVICES = ("small", "cpu", "h100", "tpu")
 ROWS: tuple[Workload, ...] = (
     *EDGE_CASES_ATTENTION,
@@ -31,29 +32,34 @@ ROWS: tuple[Workload, ...] = (
 
 
 def select(op: str, suite: str, device: str | None = None) -> list[Workload]:
-    """The workloads of an operation in a suite, and for a device where one is named.
+    """List the workloads of an operation in a suite.
+
+    Args:
+        op: the operation.
+        suite: one of `SUITES`.
+        device: only those for this device; None: all.
 
     Raises:
-        ValueError: no such operation, suite or device.
+        ValueError: there is no such operation, suite or device.
     """
-    for what, value, allowed in (
+    for argument, value, allowed in (
         ("op", op, sorted({row.op for row in ROWS})),
         ("suite", suite, SUITES),
         ("device", device, (*DEVICES, None)),
     ):
         if value not in allowed:
-            raise ValueError(f"{what} is {value!r}; allowed: {', '.join(map(str, allowed))}")
+            raise ValueError(f"{argument} is {value!r}; allowed: {', '.join(map(str, allowed))}")
     chosen = [row for row in ROWS if row.op == op and suite in row.suites]
     return [row for row in chosen if device is None or device in row.devices]
 
 
 def get(op: str, name: str) -> Workload:
-    """The row of that name.
+    """Return the workload with a name.
 
     Raises:
-        ValueError: there is none; the message lists the names.
+        ValueError: there is no such workload; the message lists the names.
     """
-    mine = {row.name: row for row in ROWS if row.op == op}
-    if name not in mine:
-        raise ValueError(f"{op} has no spec {name!r}; allowed: {', '.join(mine)}")
-    return mine[name]
+    by_name = {row.name: row for row in ROWS if row.op == op}
+    if name not in by_name:
+        raise ValueError(f"{op} has no spec {name!r}; allowed: {', '.join(by_name)}")
+    return by_name[name]

@@ -1,4 +1,4 @@
-"""The rows of attention."""
+"""The workloads of attention."""
 
 from dantinox.kernels.workloads.common import ALL, AOT, BIG, BOTH, BUNDLES, CPU, FEATURES, H100, REGISTERS, small
 from dantinox.kernels.workloads.types import Attention, Workload
@@ -51,7 +51,7 @@ def _square(name: str, S: int, **sizes) -> Attention:
 
 
 MODEL_ATTENTION = (
-    # What a CPU can time: the presets, then the two shapes that peers are known by.
+    # For a CPU: the presets, then the two shapes that other libraries publish.
     _square("nano", 128, B=16, H=4, K=2, D=32, window=64, gate="head", **CPU),
     _square("dante", 512, H=16, K=4, D=32, window=64, gate="elementwise", **CPU),
     _square("window 256 of 2048", 2048, H=8, K=8, D=64, window=256, **CPU),
@@ -61,10 +61,10 @@ MODEL_ATTENTION = (
         for S in (512, 1024, 2048)
     ),
     *(_square(f"W={W}", 2048, H=4, K=2, D=64, window=W, gate="head", sweep=("W",), **CPU) for W in (64, 512)),
-    # The most telling first: time may run out on a rented machine.
+    # The most important first: time may run out on a rented machine.
     _square("h100 preset", 4096, B=8, H=12, K=4, D=128, window=1024, gate="head", **H100),
     _square("16k d128 window 1024, gate", 16384, H=16, K=4, D=128, window=1024, gate="elementwise", **BIG),
-    # The peers' table of figures: 16k tokens, heads of 64, 128 and 256, full and causal.
+    # The sizes of flash-attention's table: 16k tokens, heads of 64, 128 and 256, full and causal.
     *(
         _square(f"16k d{D} {'causal' if c else 'full'}", 16384, H=H, K=H, D=D, causal=c, **BIG)
         for D, H in ((128, 16), (64, 32), (256, 8))
@@ -83,21 +83,21 @@ MODEL_ATTENTION = (
         for S in (2048, 4096, 8192, 32768)
     ),
     *(_square(f"H100 W={W}", 16384, H=16, K=4, D=128, window=W, sweep=("W",), **H100) for W in (128, 512, 4096)),
-    _square("ladder", 2048, H=8, K=2, D=64, window=256, suites=("ladder",), devices=("cpu",), dtypes=BOTH),
-    # Compiled only: the features, at the smallest size that still has every kind of tile.
+    _square("tutorial", 2048, H=8, K=2, D=64, window=256, suites=("tutorial",), devices=("cpu",), dtypes=BOTH),
+    # Only compiled: every feature, at the smallest size that has every kind of tile.
     *(_square(f"aot d{D} causal", 1024, H=4, K=2, D=D, **AOT) for D in (64, 128, 256)),
     *(_square(f"aot d{D} window, gate", 1024, H=4, K=2, D=D, window=256, gate="head", **AOT) for D in (64, 128, 256)),
-    # Cycles a visible pair on a TPU: profiles/aot/README.md.
+    # For bundles per visible pair on a TPU, in profiles/aot/README.md.
     *(
         _square(f"aot tpu d{D} {S // 1024}k {f'window {W}' if W else 'causal'}", S, H=8, K=2, D=D, window=W, **BUNDLES)
         for S in (4096, 32768)
         for D in (128, 64, 256)
         for W in (None, 1024)
     ),
-    # What fills Hopper's registers most.
+    # The combinations of features that use most of Hopper's registers.
     *(
-        _square(f"aot d{D} {', '.join(having)}", 1000, H=4, K=2, D=D, **{x: FEATURES[x] for x in having}, **REGISTERS)
-        for D, having in (
+        _square(f"aot d{D} {', '.join(on)}", 1000, H=4, K=2, D=D, **{name: FEATURES[name] for name in on}, **REGISTERS)
+        for D, on in (
             (128, ("segments",)),
             (128, ("segments", "softcap")),
             (128, ("window", "softcap")),

@@ -9,6 +9,7 @@ GPU = ("bfloat16", "float16")
 
 
 def small(kind: type[Workload], suite: str, name: str, **sizes) -> Workload:
+    """Make a workload of the tests."""
     return kind(name=name, suites=(suite,), devices=("small",), **sizes)
 
 

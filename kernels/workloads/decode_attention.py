@@ -1,19 +1,19 @@
-"""The rows of decoding attention."""
+"""The workloads of decoding attention."""
 
 from dantinox.kernels.workloads.common import ALL, AOT, BIG, BUNDLES, CPU, TPU
 from dantinox.kernels.workloads.types import Decode
 
 
 def _cache_lengths(C: int) -> tuple[int, ...]:
-    """Empty, one token, one before the ring is full, full, wrapped, wrapped ten times."""
+    """Lengths of an empty cache, with one token, one token before it is full, full, wrapped, wrapped ten times."""
     return (0, 1, C - 1, C, C + 1, 2 * C - 1, 10 * C)
 
 
-RING = {"suites": ("parity",), "devices": ("small",), "dtypes": ALL}
+PARITY = {"suites": ("parity",), "devices": ("small",), "dtypes": ALL}
 
 
-def _ring(name: str, C: int = 8, **sizes) -> Decode:
-    return Decode(name=name, C=C, lengths=_cache_lengths(C), **RING, **sizes)
+def _parity(name: str, C: int = 8, **sizes) -> Decode:
+    return Decode(name=name, C=C, lengths=_cache_lengths(C), **PARITY, **sizes)
 
 
 def _step(name: str, C: int, *lengths: int, H: int, K: int, D: int = 128, **kind) -> Decode:
@@ -21,18 +21,18 @@ def _step(name: str, C: int, *lengths: int, H: int, K: int, D: int = 128, **kind
 
 
 KV_CACHES = (
-    _ring("grouped"),
-    _ring("multi-head, elementwise gate", H=2, gate="elementwise"),
-    _ring("multi-query, head gate, cap", H=3, K=1, gate="head", softcap=1.5),
-    _ring("window", window=3, scale=0.3),
-    _ring("window of one", window=1, gate="head"),
-    _ring("window past C", window=100),
-    _ring("one slot", 1, gate="elementwise"),
-    _ring("129 slots", 129, D=16, window=70),
-    # What a tensor core takes, in blocks of 64 slots and a part of one.
-    _ring("72 slots, heads of 64", 72, H=4, K=1, D=64, gate="head"),
-    _ring("136 slots, heads of 128", 136, H=2, D=128, window=70, gate="elementwise", softcap=2.0),
-    # A large ring that is nearly empty, the same tokens in a small one, and a sweep over the position.
+    _parity("grouped"),
+    _parity("multi-head, elementwise gate", H=2, gate="elementwise"),
+    _parity("multi-query, head gate, cap", H=3, K=1, gate="head", softcap=1.5),
+    _parity("window", window=3, scale=0.3),
+    _parity("window of one", window=1, gate="head"),
+    _parity("window past C", window=100),
+    _parity("one slot", 1, gate="elementwise"),
+    _parity("129 slots", 129, D=16, window=70),
+    # For tensor cores: blocks of 64 slots and a partial one.
+    _parity("72 slots, heads of 64", 72, H=4, K=1, D=64, gate="head"),
+    _parity("136 slots, heads of 128", 136, H=2, D=128, window=70, gate="elementwise", softcap=2.0),
+    # A large cache that is nearly empty, the same tokens in a small one, and a sweep over the position.
     *(_step(f"512 in C={C}", C, 512, H=8, K=2, D=64, **CPU) for C in (1024, 32768)),
     *(_step(f"C={C}, full", C, C, H=8, K=2, D=64, sweep=("C",), **CPU) for C in (512, 2048, 8192)),
     *(

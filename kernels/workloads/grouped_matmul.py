@@ -1,4 +1,4 @@
-"""The rows of grouped matmul."""
+"""The workloads of grouped matmul."""
 
 from dantinox.kernels.workloads.common import AOT, BIG, BOTH, CPU, H100
 from dantinox.kernels.workloads.types import GroupedMatmul
@@ -12,7 +12,7 @@ def _groups(name: str, *sizes: int, N: int = 0) -> GroupedMatmul:
 EDGE_CASES_GROUPED_MATMUL = (  # around the edges of tiles of 64, 128 and 256 rows
     _groups("all to the first", 580, 0, 0, 0),
     _groups("all to the last", 0, 0, 0, 580),
-    _groups("all to nobody", 0, 0, 0, 0, N=580),
+    _groups("all unassigned", 0, 0, 0, 0, N=580),
     _groups("63 64 65", 63, 64, 65, 1, N=580),
     _groups("255 256", 255, 256, 0, 69),
     _groups("257 and a hole", 257, 0, 1, 129, N=580),
@@ -21,7 +21,7 @@ EDGE_CASES_GROUPED_MATMUL = (  # around the edges of tiles of 64, 128 and 256 ro
     _groups("one group of all", 65),
     _groups("one group of some", 64, N=65),
     _groups("one row", 0, 1),
-    _groups("one row of nobody", 0, 0, N=1),
+    _groups("one unassigned row", 0, 0, N=1),
 )
 
 

@@ -1,4 +1,4 @@
-"""The rows of the mixture of experts."""
+"""The workloads of the mixture of experts."""
 
 from dantinox.kernels.workloads.common import AOT, BIG, BOTH, CPU, H100
 from dantinox.kernels.workloads.types import MoE
@@ -8,17 +8,17 @@ def _experts(name: str, N: int, M: int, F: int, E: int, k: int = 2, skew: str = 
     return MoE(name=name, N=N, M=M, F=F, E=E, k=k, skew=skew, **kind)
 
 
-TESTED = {"suites": ("parity",), "devices": ("small",)}
+PARITY = {"suites": ("parity",), "devices": ("small",)}
 EXPERTS = (
-    _experts("top 1", 65, 16, 24, 4, 1, dtypes=BOTH, **TESTED),
-    _experts("top 2", 300, 16, 24, 4, dtypes=BOTH, **TESTED),
-    _experts("top 2, zipf", 300, 16, 24, 4, skew="zipf", dtypes=BOTH, **TESTED),
-    _experts("top 2, one expert takes one slot of all", 300, 16, 24, 4, skew="one", dtypes=BOTH, **TESTED),
-    _experts("all experts", 64, 8, 24, 3, 3, **TESTED),
-    _experts("one expert", 257, 8, 24, 1, 1, **TESTED),
-    _experts("one token", 1, 8, 16, 4, 3, **TESTED),
-    # As in decoding.
-    _experts("top 2, few rows of wide matrices", 4, 200, 300, 4, dtypes=BOTH, **TESTED),
+    _experts("top 1", 65, 16, 24, 4, 1, dtypes=BOTH, **PARITY),
+    _experts("top 2", 300, 16, 24, 4, dtypes=BOTH, **PARITY),
+    _experts("top 2, zipf", 300, 16, 24, 4, skew="zipf", dtypes=BOTH, **PARITY),
+    _experts("top 2, one expert takes one slot of all", 300, 16, 24, 4, skew="one", dtypes=BOTH, **PARITY),
+    _experts("all experts", 64, 8, 24, 3, 3, **PARITY),
+    _experts("one expert", 257, 8, 24, 1, 1, **PARITY),
+    _experts("one token", 1, 8, 16, 4, 3, **PARITY),
+    # The shapes of decoding.
+    _experts("top 2, few rows of wide matrices", 4, 200, 300, 4, dtypes=BOTH, **PARITY),
     _experts("nano-moe", 2048, 128, 192, 8, skew="zipf", **CPU),
     *(_experts(f"E={E}", 2048, 256, 512, E, sweep=("E",), **CPU) for E in (4, 32)),
     _experts("one token, E=8", 1, 256, 1024, 8, **CPU),

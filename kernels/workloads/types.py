@@ -1,5 +1,4 @@
-"""One row of `dantinox.kernels.workloads`, a class an operation: its sizes, what it is for, its arguments and their
-cost."""
+"""The workloads of each operation: sizes, suites and devices, arguments and cost."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -15,7 +14,15 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What every row has; the subclasses add the sizes, by the letters of the axes."""
+    """An operation at one set of sizes. Subclasses add the sizes, named by the letters of the axes.
+
+    Attributes:
+        op: the operation.
+        name: unique among the workloads of the operation.
+        suites, devices: see `dantinox.kernels.workloads`.
+        dtypes: dtypes to run; the first is the one to time.
+        sweep: axes of the plots that the workload belongs to.
+    """
 
     op: ClassVar[str]
     name: str
@@ -26,18 +33,18 @@ class Workload:
 
     @property
     def itemsize(self) -> int:
-        """Bytes an element of the first dtype."""
+        """Bytes per element of the first dtype."""
         return {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtypes[0]]
 
     def label(self) -> str:
-        """The sizes that matter, in one line."""
-        skip = {field.name for field in dataclasses.fields(Workload)}
-        shown = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in skip}
+        """Format the sizes, and the options that differ from the defaults, in one line."""
+        common = {field.name for field in dataclasses.fields(Workload)}
+        shown = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in common}
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        return " ".join(f"{n}={_short(v)}" for n, v in shown.items() if n.isupper() or v != defaults[n])
+        return " ".join(f"{n}={_shorten(v)}" for n, v in shown.items() if n.isupper() or v != defaults[n])
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     if not isinstance(value, tuple):
         return str(value)
     return ",".join(map(str, value)) if len(value) <= 8 else f"{','.join(map(str, value[:6]))}..{value[-1]}"
@@ -81,14 +88,14 @@ class Attention(Workload):
         return {name: getattr(self, name) for name in ("causal", "window", "scale", "softcap")}
 
     def integer_inputs(self, seed: int = 0) -> dict[str, Any]:
-        """The integer arguments: documents packed one after the other; queries are the last T of the S positions."""
+        """The integer arguments: segment ids of consecutive documents; queries are the last T of the S positions."""
         if self.segments is None:
             return {}
         rng = np.random.default_rng(seed)
         n = max(self.S, self.T)
-        cuts = np.sort(rng.integers(0, n, (self.B, 3)), axis=1)
-        # In no order: rising ids would let a comparison with < pass for one with ==.
-        ids = np.array([2, 0, 3, 1], np.int32)[np.sum(np.arange(n)[None, :, None] >= cuts[:, None], axis=-1)]
+        boundaries = np.sort(rng.integers(0, n, (self.B, 3)), axis=1)
+        # Not in order: with rising ids, a kernel that compares with < instead of == would pass.
+        ids = np.array([2, 0, 3, 1], np.int32)[np.sum(np.arange(n)[None, :, None] >= boundaries[:, None], axis=-1)]
         if self.segments == "packed":
             return {"segment_ids": ids}
         q_ids, kv_ids = ids[:, n - self.T :], ids[:, n - self.S :].copy()
@@ -106,7 +113,12 @@ class Attention(Workload):
 
 @dataclass(frozen=True, kw_only=True)
 class GroupedMatmul(Workload):
-    """`sizes`: rows of each group; None: N rows spread over E groups by `skew`."""
+    """One grouped matmul.
+
+    Attributes:
+        skew: how N rows are spread over E groups (see `spread`).
+        sizes: the rows of each group, instead of `skew`.
+    """
 
     op: ClassVar[str] = "grouped_matmul"
     N: int
@@ -139,7 +151,11 @@ class GroupedMatmul(Workload):
 
 @dataclass(frozen=True, kw_only=True)
 class MoE(Workload):
-    """N tokens, each to k of E experts; `skew` says how they are spread."""
+    """One mixture of experts: N tokens, k of E experts per token.
+
+    Attributes:
+        skew: how the tokens are spread over the experts (see `spread`).
+    """
 
     op: ClassVar[str] = "moe_mlp"
     N: int
@@ -175,7 +191,13 @@ class MoE(Workload):
 
 @dataclass(frozen=True, kw_only=True)
 class Decode(Workload):
-    """One step for sequences that hold `lengths` tokens in rings of C slots, of `kv_dtype` where it is another."""
+    """One decoding step.
+
+    Attributes:
+        lengths: the tokens that each sequence has seen.
+        C: slots of the ring buffer of each sequence.
+        kv_dtype: dtype of the cache; None: that of the model.
+    """
 
     op: ClassVar[str] = "decode_attention"
     lengths: tuple[int, ...]
@@ -194,7 +216,7 @@ class Decode(Workload):
         return len(self.lengths)
 
     def shapes(self) -> Shapes:
-        """q, k, v and the gate; the cache is apart (`cache`)."""
+        """The arguments q, k, v and gate; `cache` has the shapes of the cache."""
         B, H, K, D = self.B, self.H, self.K, self.D
         shapes: Shapes = {"q": (B, H, D), "k": (B, K, D), "v": (B, K, D)}
         if self.gate != "none":
@@ -205,7 +227,7 @@ class Decode(Workload):
         return (self.B, self.K, self.C, self.D)
 
     def cache(self, dtype: str) -> dict[str, tuple[tuple[int, ...], str]]:
-        """(shape, dtype) of the rings and, in 8 bits, of their factors, where the model has `dtype`."""
+        """(shape, dtype) of the arrays of the cache, with the scales of an 8-bit cache, for a model in `dtype`."""
         arrays = {name: (self.cache_shape(), self.kv_dtype or dtype) for name in ("k", "v")}
         if self.kv_dtype is not None:
             arrays |= {f"{name}_scale": (self.cache_shape()[:3], "float32") for name in ("k", "v")}
@@ -223,42 +245,45 @@ class Decode(Workload):
         return {"length": np.int32(self.lengths)}
 
     def cost(self, backward: bool = False) -> cost.Cost:
-        """FLOPs and bytes of a step; it has no backward pass."""
+        """FLOPs and bytes of a step. Decoding has no backward pass."""
         if backward:
             raise ValueError("decode_attention has no backward pass")
         names = ("H", "K", "D", "C", "window", "gate", "itemsize")
-        kept = None if self.kv_dtype is None else 1 + 4 / self.D
+        kv_itemsize = None if self.kv_dtype is None else 1 + 4 / self.D
         sizes = {name: getattr(self, name) for name in names}
-        return cost.decode_attention(**sizes, lengths=np.array(self.lengths), kv_itemsize=kept)
+        return cost.decode_attention(**sizes, lengths=np.array(self.lengths), kv_itemsize=kv_itemsize)
 
 
 def spread(N: int, E: int, skew: str) -> np.ndarray:
-    """Group sizes [E] int32 that sum to N.
+    """Spread N rows over E groups; returns group sizes [E] int32 that sum to N.
 
-    uniform: as even as can be. zipf: the e-th largest has a share of 1 / e, in no order. one: all rows in one group.
-    empty: every other group has none.
+    Args:
+        N: rows.
+        E: groups.
+        skew: "uniform": as evenly as possible. "zipf": the e-th largest group has a share of 1 / e, and groups are not
+            in order of size. "one": all rows in one group. "empty": every other group is empty.
     """
     if skew not in SKEWS:
         raise ValueError(f"skew is {skew!r}; allowed: {', '.join(SKEWS)}")
-    share = np.ones(E)
+    shares = np.ones(E)
     if skew == "zipf":
-        share = np.random.default_rng(0).permutation(1 / np.arange(1, E + 1))
+        shares = np.random.default_rng(0).permutation(1 / np.arange(1, E + 1))
     elif skew == "one":
-        share = (np.arange(E) == E // 2).astype(float)
+        shares = (np.arange(E) == E // 2).astype(float)
     elif skew == "empty":
-        share = (np.arange(E) % 2 == (E > 1)).astype(float)
-    ends = np.round(np.cumsum(share / share.sum()) * N).astype(np.int64)
+        shares = (np.arange(E) % 2 == (E > 1)).astype(float)
+    ends = np.round(np.cumsum(shares / shares.sum()) * N).astype(np.int64)
     ends[-1] = N
     return np.diff(ends, prepend=0).astype(np.int32)
 
 
 def route(N: int, E: int, k: int, skew: str, seed: int = 0) -> np.ndarray:
-    """Expert ids [N, k] int32, no token twice at one expert: drawn with the shares of `spread`.
+    """Draw expert ids [N, k] int32 with the shares of `spread`; the ids of a token differ.
 
-    With "one" every token's first choice is one expert, with "empty" as many experts as can be get nothing.
+    With "one", one expert is the first choice of every token. With "empty", as many experts as possible get no token.
     """
-    share = spread(1_000_000, E, skew) / 1e6
+    shares = spread(1_000_000, E, skew) / 1e6
     noise = np.random.default_rng(seed).gumbel(size=(N, E))
     # The k largest of log-share plus Gumbel noise are k draws without replacement.
-    score = np.log(np.maximum(share, 1e-30)) + noise
-    return np.argsort(-score, axis=1)[:, :k].astype(np.int32)
+    scores = np.log(np.maximum(shares, 1e-30)) + noise
+    return np.argsort(-scores, axis=1)[:, :k].astype(np.int32)

@@ -1,4 +1,4 @@
-"""The bench programs as a user calls them."""
+"""The bench programs on the command line."""
 
 import importlib.util
 import json
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import results
 from bench.__main__ import main as bench_command
+from bench.report import results
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,27 +29,27 @@ def run(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
         (("bench.ablations", "--preset", "nope"), "nano"),
         (("bench.compare", "--device", "abacus"), "'abacus'"),
         (("bench.tutorial", "--budget", "0"), "--budget is 0.0; allowed: seconds above 0"),
-        (("bench.tutorial", "--compiler", "no/such/python"), "no/such/python is not there; `make ladder` builds it"),
+        (("bench.tutorial", "--compiler", "no/such/python"), "python does not exist; `make tutorial` builds it"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_wrong_input_is_one_line(arguments, words):
+def test_invalid_input_prints_one_line(arguments, words):
     done = run(*arguments)
     assert done.returncode == 2 and words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not done.stdout
 
 
-def test_without_what_it_needs_it_says_so_in_a_line(monkeypatch, capsys):
+def test_missing_requirement_prints_one_line(monkeypatch, capsys):
     """As where only training was set up."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="2"):
         bench_command(["--op", "moe_mlp"])
     assert capsys.readouterr().err.splitlines() == [
-        "bench: error: pytest-benchmark is not installed here; allowed: `make bench`, which installs it"
+        "bench: error: pytest-benchmark is not installed; `make bench` installs it"
     ]
 
 
-def test_a_run_measures_prints_and_writes(tmp_path):
+def test_run_measures_prints_and_writes(tmp_path):
     chosen = ("--op", "attention", "--spec", "nano", "--direction", "forward", "--implementation", "xla")
     out = ("--budget", "0.05", "--out", str(tmp_path), "--html", str(tmp_path / "page.html"))
     done = run("bench", *chosen, *out, "--lines", str(tmp_path / "lines.jsonl"))
@@ -63,7 +63,7 @@ def test_a_run_measures_prints_and_writes(tmp_path):
     assert "nano" in (tmp_path / "page.html").read_text()
 
 
-def test_a_run_that_has_no_time_left_says_so_and_writes_what_it_has(tmp_path):
+def test_run_out_of_time_reports_it_and_writes_partial_results(tmp_path):
     chosen = ("--op", "grouped_matmul", "--spec", "E=1", "E=8", "--direction", "forward", "--implementation", "xla")
     out = ("--budget", "0.05", "--seconds", "0.001", "--out", str(tmp_path), "--html", str(tmp_path / "page.html"))
     done = run("bench", *chosen, *out)
@@ -74,12 +74,20 @@ def test_a_run_that_has_no_time_left_says_so_and_writes_what_it_has(tmp_path):
     assert [(row["spec"], row["why"]) for row in document["refused"]] == [("E=8", "no time was left")]
 
 
-def test_rows_measured_before_stay_in_the_file_of_the_day(tmp_path):
+def test_earlier_rows_stay_in_the_file_of_the_day(tmp_path):
     head = {"date": "2026-01-01", "device": "cpu", "platform": "cpu", "timer": "t", "versions": {"jax": "1"}}
-    row = lambda spec, seconds: {"spec": spec, "direction": "forward", "implementation": "xla", "seconds": seconds}
+    row = lambda workload, seconds: {
+        "spec": workload,
+        "direction": "forward",
+        "implementation": "xla",
+        "seconds": seconds,
+    }
     write = lambda head, *rows: results.write({"attention": head | {"rows": [*rows], "refused": []}}, tmp_path)
     write(head, row("a", 1), row("b", 1))
     (path,) = write(head, row("b", 2))
-    assert [(each["spec"], each["seconds"]) for each in json.loads(path.read_text())["rows"]] == [("a", 1), ("b", 2)]
+    assert [(measured["spec"], measured["seconds"]) for measured in json.loads(path.read_text())["rows"]] == [
+        ("a", 1),
+        ("b", 2),
+    ]
     write(head | {"versions": {"jax": "2"}}, row("c", 3))
-    assert [each["spec"] for each in json.loads(path.read_text())["rows"]] == ["c"]
+    assert [measured["spec"] for measured in json.loads(path.read_text())["rows"]] == ["c"]

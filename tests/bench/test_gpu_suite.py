@@ -1,4 +1,4 @@
-"""`python3 -m bench.gpu`: what it starts with, what a wrong, a hung and a crashed kernel leave behind."""
+"""`python3 -m bench.gpu`: its parts, and its report after wrong, hung and crashed kernels."""
 
 import json
 import os
@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from bench import baselines
 from bench.gpu import __main__ as program
 from bench.gpu import archive, parts, process, runner, smoke
 from bench.gpu.runner import Part
+from bench.operations import baselines
 from dantinox import kernels
 from dantinox.kernels import workloads
-from tests.helpers import absent
+from tests.helpers import absent_packages
 
 ROOT = Path(__file__).parents[2]
 # Runs in each Python process: faults planted in modules when they are imported.
@@ -67,7 +67,7 @@ PLANTED = {
 def environment(folder: Path, planted: dict[str, tuple[str, str]]) -> dict[str, str]:
     """An environment in which every Python starts with these faults, and without what a borrowed machine may lack."""
     folder.mkdir(exist_ok=True)
-    variables = absent.environment(folder, *absent.FEW)
+    variables = absent_packages.environment_without(folder, *absent_packages.OPTIONAL_PACKAGES)
     with (folder / "sitecustomize.py").open("a") as file:
         file.write(PLANT.format(planted=planted))
     return variables | {"JAX_PLATFORMS": "cpu"}
@@ -110,7 +110,7 @@ def assert_faults_are_named(results: dict, files: dict[str, bytes], printed: str
     assert json.loads(files["summary.json"])
 
 
-def test_a_wrong_a_hung_and_a_crashed_kernel_are_named_and_archived(tmp_path):
+def test_wrong_hung_and_crashed_kernels_are_reported_and_archived(tmp_path):
     only = ("environment", "smoke-attention-d128", "smoke-decode-5-splits", "smoke-grouped-gradients")
     results, files, printed = rehearse(tmp_path, only, minutes=4)
     assert_faults_are_named(results, files, printed)
@@ -119,7 +119,7 @@ def test_a_wrong_a_hung_and_a_crashed_kernel_are_named_and_archived(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_part_runs_without_the_absent_modules_beside_the_faults(tmp_path):
+def test_every_part_runs_without_optional_packages(tmp_path):
     results, files, printed = rehearse(tmp_path, (), minutes=14)
     assert_faults_are_named(results, files, printed)
     planted = {"smoke-attention-d128", "smoke-decode-5-splits", "smoke-grouped-gradients"}
@@ -130,7 +130,7 @@ def test_every_part_runs_without_the_absent_modules_beside_the_faults(tmp_path):
 
 
 @pytest.mark.slow
-def test_with_a_minute_it_writes_the_environment_and_what_it_could_do(tmp_path):
+def test_one_minute_run_writes_environment_and_finished_parts(tmp_path):
     start = time.monotonic()
     flags = ("--out", str(tmp_path / "out"), "--archive", str(tmp_path / "results.tar.gz"), "--minutes", "1")
     run(*flags, env=environment(tmp_path / "site", {}))
@@ -141,7 +141,7 @@ def test_with_a_minute_it_writes_the_environment_and_what_it_could_do(tmp_path):
     assert {"environment.json", "summary.json", "smoke-grouped-y.log"} <= set(members(tmp_path / "results.tar.gz"))
 
 
-def test_the_modules_of_every_part_import_without_the_absent_ones(tmp_path):
+def test_part_modules_import_without_optional_packages(tmp_path):
     modules = {
         part.command[3]
         for tiny in (True, False)
@@ -158,7 +158,7 @@ def test_the_modules_of_every_part_import_without_the_absent_ones(tmp_path):
 # --- parts ---
 
 
-def test_the_parts_come_in_the_order_of_what_only_hardware_can_tell(tmp_path):
+def test_parts_are_ordered_by_what_only_hardware_can_show(tmp_path):
     names = [part.name for part in parts.suite(tmp_path, False, 510, program.SMOKE_CASES)]
     assert len(set(names)) == len(names)
     stages = ("environment", "smoke", "parity", "time", "block-sizes", "moe-kernel-times", "trace", "model")
@@ -169,7 +169,7 @@ def test_the_parts_come_in_the_order_of_what_only_hardware_can_tell(tmp_path):
     assert names[1:9] == [f"smoke-{name}" for name in smoke.CASES]
 
 
-def test_every_part_is_a_command_with_a_share_of_the_time(tmp_path):
+def test_every_part_is_a_command_with_a_time_share(tmp_path):
     for tiny in (True, False):
         for part in parts.suite(tmp_path, tiny, 510, program.SMOKE_CASES):
             assert part.command[0] == sys.executable and 0 < part.share <= 1
@@ -177,7 +177,7 @@ def test_every_part_is_a_command_with_a_share_of_the_time(tmp_path):
                 assert not word.startswith("tests/") or (ROOT / word).exists(), word
 
 
-def test_the_attention_rows_that_are_timed_differ_in_the_gate_alone():
+def test_timed_attention_rows_differ_only_in_the_gate():
     rows = {name: workloads.get("attention", spec) for name, spec in parts.ATTENTION.items()}
     assert all("h100" in row.devices and row.T == 16384 and row.dtypes == ("bfloat16",) for row in rows.values())
     for plain in ("time-attention-window", "time-attention-d128-causal"):
@@ -186,13 +186,13 @@ def test_the_attention_rows_that_are_timed_differ_in_the_gate_alone():
         assert rows[plain].shapes().items() <= gated.shapes().items() and rows[plain].window == gated.window
 
 
-def test_the_grouped_rows_are_timed_beside_implementations_that_exist(tmp_path):
+def test_grouped_rows_are_compared_with_existing_implementations(tmp_path):
     commands = {part.name: part.command for part in parts.suite(tmp_path, False, 510, program.SMOKE_CASES)}
     for name, (op, spec) in (parts.GROUPED | parts.DECODE).items():
         row = workloads.get(op, spec)
         assert row in workloads.select(op, "bench", "h100")
         taken = json.loads(commands[name][-1])["implementation"]
-        known = {*kernels.implementation_names(op), *baselines.peers(row)}
+        known = {*kernels.implementation_names(op), *(baseline.name for baseline in baselines.for_workload(row))}
         assert taken[0] == "pallas" and set(taken) & known >= {"pallas"}
         assert op == "decode_attention" or ("lax.ragged_dot" in taken) == (row.E <= 8)
 
@@ -204,7 +204,7 @@ def sleeper(name: str, code: str, share: float = 1.0, group: str = "") -> Part:
     return Part(name, [sys.executable, "-c", code], share, group)
 
 
-def test_a_part_that_hangs_or_fails_loses_only_itself_and_the_deadline_holds(tmp_path, monkeypatch):
+def test_hung_or_failed_part_loses_only_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "MARGIN", 0.5)
     monkeypatch.setattr(process, "DEBUGGER_SECONDS", 1.0)
     chosen = [
@@ -216,49 +216,49 @@ def test_a_part_that_hangs_or_fails_loses_only_itself_and_the_deadline_holds(tmp
     ]
     start = time.monotonic()
     printed: list[str] = []
-    done = runner.perform(chosen, tmp_path, start + 6, tmp_path / "a.tar.gz", printed.append)
+    done = runner.run_parts(chosen, tmp_path, start + 6, tmp_path / "a.tar.gz", printed.append)
     assert time.monotonic() - start < 15
     results = {part["part"]: part["result"] for part in done}
     assert results["good"] == "done" and "no such kernel" in results["broken"]
     assert "cut short after" in results["stuck"] and results["late"] == "no time left"
     assert "  no such kernel" in printed
-    assert runner.verdict(done, tiny=True)[:-1] == [
+    assert runner.summarize_run(done, tiny=True)[:-1] == [
         "1 of 4 parts done",
         "failed: broken",
         "cut short: stuck",
         "no time left for: late",
     ]
-    assert "rehearsal" in runner.verdict(done, tiny=True)[-1]
-    assert "rehearsal" not in str(runner.verdict(done, tiny=False))
+    assert "rehearsal" in runner.summarize_run(done, tiny=True)[-1]
+    assert "rehearsal" not in str(runner.summarize_run(done, tiny=False))
     assert json.loads((tmp_path / "summary.json").read_text()) == done
     assert members(tmp_path / "a.tar.gz")["good.log"] == b"fine\n"
 
 
-def test_the_archive_is_rewritten_after_every_part(tmp_path):
+def test_archive_is_rewritten_after_every_part(tmp_path):
     look = f"import tarfile; print(tarfile.open({str(tmp_path / 'a.tar.gz')!r}).getnames())"
-    done = runner.perform(
+    done = runner.run_parts(
         [sleeper("one", "print(1)"), sleeper("two", look)], tmp_path, time.monotonic() + 60, tmp_path / "a.tar.gz"
     )
     assert [part["result"] for part in done] == ["done", "done"]
     assert "one.log" in (tmp_path / "two.log").read_text()
 
 
-def test_parts_of_one_group_run_beside_each_other_and_are_reported_in_order(tmp_path):
+def test_parts_of_a_group_run_in_parallel_and_report_in_order(tmp_path):
     # Each waits for the other.
-    code = "import pathlib, time\npathlib.Path('{mine}').touch()\n"
+    code = "import pathlib, time\npathlib.Path('{own}').touch()\n"
     code += "while not pathlib.Path('{other}').exists(): time.sleep(.01)"
     (tmp_path / "out").mkdir()
-    one, two = tmp_path / "one", tmp_path / "two"
+    first, second = tmp_path / "one", tmp_path / "two"
     chosen = [
-        sleeper("first", code.format(mine=one, other=two), group="pair"),
-        sleeper("second", code.format(mine=two, other=one), group="pair"),
+        sleeper("first", code.format(own=first, other=second), group="pair"),
+        sleeper("second", code.format(own=second, other=first), group="pair"),
     ]
-    done = runner.perform(chosen, tmp_path / "out", time.monotonic() + 60, tmp_path / "a.tar.gz")
+    done = runner.run_parts(chosen, tmp_path / "out", time.monotonic() + 60, tmp_path / "a.tar.gz")
     assert [part["part"] for part in done] == ["first", "second"]
     assert [part["result"] for part in done] == ["done", "done"]
 
 
-def test_a_large_raw_trace_is_left_out_and_named(tmp_path, monkeypatch):
+def test_large_raw_trace_is_omitted_and_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(archive, "LIMIT_BYTES", 2**16)
     (tmp_path / "trace").mkdir()
     (tmp_path / "trace" / "host.xplane.pb").write_bytes(os.urandom(2**17))
@@ -267,8 +267,8 @@ def test_a_large_raw_trace_is_left_out_and_named(tmp_path, monkeypatch):
     assert set(members(tmp_path / "a.tar.gz")) == {"small.json"}
 
 
-def test_a_crash_is_named_by_its_signal(tmp_path):
-    (result,) = runner.perform(
+def test_crash_is_reported_with_its_signal(tmp_path):
+    (result,) = runner.run_parts(
         [sleeper("crash", "import os; os.abort()")], tmp_path, time.monotonic() + 60, tmp_path / "a.tar.gz"
     )
     assert result["result"].startswith("crashed with SIGABRT")
@@ -280,7 +280,7 @@ echo "=> 0x7fff00001230 <attention_forward+560>: SYNCS.PHASECHK"
 """
 
 
-def test_before_a_hung_process_is_killed_the_debugger_is_asked(tmp_path, monkeypatch):
+def test_debugger_is_attached_before_a_hung_process_is_killed(tmp_path, monkeypatch):
     program_path = tmp_path / "bin" / "cuda-gdb"
     program_path.parent.mkdir()
     program_path.write_text(FAKE_DEBUGGER)
@@ -288,7 +288,7 @@ def test_before_a_hung_process_is_killed_the_debugger_is_asked(tmp_path, monkeyp
     monkeypatch.setenv("PATH", f"{program_path.parent}:{os.environ['PATH']}")
     monkeypatch.setattr(runner, "MARGIN", 0.5)
     code = "from bench.gpu import process; process.prepare_child(); import time; time.sleep(60)"
-    (result,) = runner.perform([sleeper("hang", code)], tmp_path, time.monotonic() + 5, tmp_path / "a.tar.gz")
+    (result,) = runner.run_parts([sleeper("hang", code)], tmp_path, time.monotonic() + 5, tmp_path / "a.tar.gz")
     log = (tmp_path / "hang.log").read_text()
     assert "most recent call first" in log, "Python's stacks"
     assert "info cuda warps" in log and "info cuda kernels" in log and "x/6i $pc" in log
@@ -296,7 +296,7 @@ def test_before_a_hung_process_is_killed_the_debugger_is_asked(tmp_path, monkeyp
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
-def test_children_die_with_their_parent(tmp_path):
+def test_child_processes_end_with_their_parent(tmp_path):
     child = "from bench.gpu import process; process.prepare_child(); print('up', flush=True); import time; "
     child += "time.sleep(60)"
     parent = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}]); "
@@ -347,13 +347,13 @@ def test_ctrl_c_stops_the_parts_and_keeps_the_archive(tmp_path):
     ],
     ids=["collecting", "one process", "several processes"],
 )
-def test_a_log_cut_short_still_tells_how_many_tests_ended(log, counts):
-    assert runner.outcomes(log) == counts
+def test_truncated_log_gives_the_number_of_finished_tests(log, counts):
+    assert runner.count_outcomes(log) == counts
     line = runner.describe({"result": "cut short after 9 s", "tests": counts, "seconds": 9})
     assert (f"of {counts['of']}" if counts["of"] else "no test ended of an unknown number") in line
 
 
-def test_many_failing_lines_are_cut_and_counted():
+def test_many_failure_lines_are_truncated_and_counted():
     log = "".join(f"!! case {i}: o: error 1\nother\n" for i in range(30))
     shown = runner.failing_lines(log)
     assert len(shown) == runner.SHOWN and shown[0] == "case 0: o: error 1" and "19 more lines" in shown[-1]
@@ -361,7 +361,7 @@ def test_many_failing_lines_are_cut_and_counted():
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (("--minutes", "0"), "--minutes is 0.0; allowed: more than 0.1"),
         (("--only", "nope"), "--only 'nope' names no part; allowed: environment"),
@@ -370,7 +370,7 @@ def test_many_failing_lines_are_cut_and_counted():
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_wrong_input_is_one_line(flags, said, tmp_path):
+def test_invalid_input_prints_one_line(flags, message, tmp_path):
     done = run(*(("--out", str(tmp_path)) if "--out" not in flags else ()), "--tiny", *flags)
-    assert done.returncode == 2 and said in done.stderr
+    assert done.returncode == 2 and message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not done.stdout

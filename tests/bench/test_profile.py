@@ -1,4 +1,4 @@
-"""The profiler as its user meets it: tables, a trace that TensorBoard shows with the model's own names, wrong input."""
+"""The profiler: tables, a trace that TensorBoard shows with the scopes of the model, and invalid input."""
 
 import json
 import os
@@ -48,7 +48,7 @@ PARTS = {"embed", "logits", "loss", "optimizer", "block/moe/router", "block/moe/
 }
 
 
-def test_the_tables_name_the_parts_of_the_model(traced):
+def test_tables_name_the_parts_of_the_model(traced):
     folder, out = traced
     (path,) = folder.glob("plugins/profile/*/top.json")
     result = json.loads(path.read_text())
@@ -69,7 +69,7 @@ def test_the_tables_name_the_parts_of_the_model(traced):
     platform.machine() == "aarch64",
     reason="TensorBoard's profile plugin has no build for ARM Linux",
 )
-def test_tensorboard_shows_the_trace_with_our_names(traced):
+def test_tensorboard_shows_the_trace_with_model_scopes(traced):
     with tensorboard(traced[0]) as board:
         (run,) = board.profile("runs")
         assert "trace_viewer@" in board.profile(f"run_tools?run={quote(run, safe='')}")
@@ -90,7 +90,7 @@ def test_tensorboard_shows_the_trace_with_our_names(traced):
     ("op", "name", "backward"),
     [("attention", "7 of 129, window", ["--backward"]), ("moe_mlp", "top 2", []), ("decode_attention", "grouped", [])],
 )
-def test_one_operation(op, name, backward, tmp_path, capsys):
+def test_profile_of_one_operation(op, name, backward, tmp_path, capsys):
     target = tmp_path / "deep" / "top.json"
     words = ["--op", op, "--spec", name, "--implementation", "xla", "--steps", "2", *backward]
     profile.main([*words, "--out", str(tmp_path), "--json", str(target)])
@@ -116,7 +116,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("words", WRONG)
-def test_wrong_input_gives_one_line(words, tmp_path, monkeypatch, capsys):
+def test_invalid_input_prints_one_line(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         profile.main(words.split())
@@ -203,36 +203,36 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 """
 
 
-def test_kernels_of_a_gpu():
-    first, copy, add = profile_report.device_kernels(GPU)
+def test_gpu_kernels_are_grouped_by_name():
+    first, copy, add = profile_report.time_by_kernel(GPU)
     assert (first.name, first.count, first.total_ms, first.self_ms) == ("attention_forward", 2, 12.0, 11.0)
     assert (copy.name, copy.count, copy.total_ms, copy.self_ms) == ("MemcpyD2D", 1, 2.0, 1.0)  # beside the kernel
     assert (add.name, add.share) == ("loop_add_fusion_2", pytest.approx(1 / 13))
 
 
-def test_operations_of_a_gpu_come_from_its_plane_and_know_their_part():
-    found, names = profile_report.spans(GPU), profile_report.op_names(HLO)
-    assert [span.op for span in found] == ["custom-call.3", "loop_add_fusion_2", "custom-call.3", "copy.1"]
-    assert profile_report.busy_ms(found) == 13.0
-    assert profile_report.scope(names["copy_4"]) == Scope("embed", False)  # inside a loop that has a name
-    parts = {row.name: row.self_ms for row in profile_report.by_scope(found, names)}
+def test_gpu_operations_are_read_from_the_gpu_plane_with_their_part():
+    spans, names = profile_report.collect_spans(GPU), profile_report.op_names(HLO)
+    assert [span.op for span in spans] == ["custom-call.3", "loop_add_fusion_2", "custom-call.3", "copy.1"]
+    assert profile_report.busy_ms(spans) == 13.0
+    assert profile_report.parse_scope(names["copy_4"]) == Scope("embed", False)  # inside a loop that has a name
+    parts = {row.name: row.self_ms for row in profile_report.time_by_scope(spans, names)}
     assert parts == {"block/attention/attend": 11.0, "optimizer": 1.0, profile_report.NO_SCOPE: 1.0}
-    assert [row.part for row in profile_report.operations(found, names)] == [
+    assert [row.part for row in profile_report.time_by_operation(spans, names)] == [
         "block1/attention/attend",
         profile_report.NO_SCOPE,
         "optimizer",
     ]
 
 
-def test_operations_of_a_tpu_are_those_of_its_xla_line():
+def test_tpu_operations_are_read_from_the_xla_line():
     ops = Line("XLA Ops", [Event("%fusion.1 = f32[8] fusion(%x)", 0, 2e6, {"tf_op": "jit(f)/norm/mul:"})])
     data = Data([Plane("/device:TPU:0", [Line("Steps", [Event("0", 0, 9e6)]), ops])])
-    (span,) = profile_report.spans(data)
+    (span,) = profile_report.collect_spans(data)
     assert span.op == "fusion.1" and profile_report.scope_of(span, {}) == Scope("norm", False)
-    assert profile_report.device_kernels(data) == []
+    assert profile_report.time_by_kernel(data) == []
 
 
-def test_an_operation_of_a_cpu_lasts_until_other_threads_are_done():
+def test_cpu_operation_ends_when_all_threads_end():
     threads = [
         Line("a", [Event("dot.1", 0, 1e6, {"hlo_op": "dot.1", "_p": 5}), Event("Execute", 0, 9e6)]),
         Line("b", [Event("end: dot.1", 4e6, 0, {"_c": 5}), Event("add.2", 2e6, 4e6, {"hlo_op": "add.2"})]),
@@ -240,18 +240,20 @@ def test_an_operation_of_a_cpu_lasts_until_other_threads_are_done():
     ]
     rows = {
         row.name: row
-        for row in profile_report.operations(profile_report.spans(Data([Plane("/host:CPU", threads)])), {})
+        for row in profile_report.time_by_operation(
+            profile_report.collect_spans(Data([Plane("/host:CPU", threads)])), {}
+        )
     }
     assert rows.keys() == {"dot.1", "add.2"}  # what a loop runs is there already
     assert (rows["dot.1"].total_ms, rows["dot.1"].self_ms) == (4.0, 3.0)
     assert (rows["add.2"].total_ms, rows["add.2"].self_ms) == (4.0, 3.0)
 
 
-def test_a_trace_of_nothing():
+def test_empty_trace_gives_empty_tables():
     assert (
-        profile_report.spans(Data([]))
-        == profile_report.device_kernels(Data([]))
-        == profile_report.operations([], {})
+        profile_report.collect_spans(Data([]))
+        == profile_report.time_by_kernel(Data([]))
+        == profile_report.time_by_operation([], {})
         == []
     )
     assert profile_report.busy_ms([]) == 0
@@ -271,20 +273,20 @@ STACKS = {
 
 
 @pytest.mark.parametrize("stack", STACKS)
-def test_scope_of_a_name_stack(stack):
-    assert profile_report.scope(stack) == STACKS[stack]
+def test_scope_is_parsed_from_the_name_stack(stack):
+    assert profile_report.parse_scope(stack) == STACKS[stack]
 
 
-def test_names_of_a_program_compiled_here():
+def test_scopes_are_found_in_a_compiled_program():
     def f(x):
         with jax.named_scope("square"):
             return jnp.sum(jnp.dot(x, x))
 
     names = profile_report.op_names(jax.jit(jax.grad(f)).lower(jnp.ones((64, 64))).compile().as_text())
-    assert Scope("square", True) in {profile_report.scope(name) for name in names.values()}
+    assert Scope("square", True) in {profile_report.parse_scope(name) for name in names.values()}
 
 
-def test_the_plane_of_parts_draws_what_runs_at_once_on_two_lines():
+def test_concurrent_operations_are_drawn_on_two_lines():
     names = {"a": "jit(f)/block0/norm/mul", "b": "jit(f)/transpose(jvp(block0))/mlp/mul"}
     spans = [Span("a", "", "cpu", 0, 10), Span("a", "", "cpu", 12, 20), Span("b", "", "cpu", 15, 30)]
     data = jax.profiler.ProfileData.from_serialized_xspace(profile_report.scopes_plane(spans, names))

@@ -1,4 +1,4 @@
-"""What a bench run leaves: documents, the page, the table, and the comparison of two of them."""
+"""Benchmark results: JSON documents, the HTML page, the console table, and the comparison of two documents."""
 
 import copy
 import datetime
@@ -9,7 +9,8 @@ import json
 import pytest
 from rich.console import Console
 
-from bench import ablations, compare, console_table, html_report, plots, results
+from bench import ablations, compare
+from bench.report import console_table, html_report, plots, results
 from dantinox.model import flops
 
 
@@ -45,7 +46,7 @@ def document() -> dict:
     return results.from_pytest(raw(), datetime.date(2026, 1, 2))["attention"]
 
 
-def test_a_document_has_the_medians_the_rates_and_the_roofline(document):
+def test_document_contains_medians_rates_and_roofline(document):
     row = document["rows"][1]
     assert (row["spec"], row["implementation"]) == ("S=256", "xla")
     assert row["seconds"] == pytest.approx(2.56e-3 * 1.02, rel=1e-3)
@@ -56,19 +57,19 @@ def test_a_document_has_the_medians_the_rates_and_the_roofline(document):
     assert document["refused"][0]["why"] == "no <kernel>"
 
 
-def test_files_are_json_with_one_row_a_line(document, tmp_path):
+def test_files_are_json_with_one_row_per_line(document, tmp_path):
     (path,) = results.write({"attention": document}, tmp_path)
     assert path == tmp_path / "cpu" / "2026-01-02-attention.json"
     assert json.loads(path.read_text()) == document
     assert sum('"implementation": "xla"' in line for line in path.read_text().splitlines()) == 3
 
 
-def test_devices_get_folders_by_their_names():
+def test_device_names_map_to_folders():
     assert results.device_folder("cpu", "whatever") == "cpu"
     assert results.device_folder("gpu", "NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
 
 
-def test_a_yardstick_is_never_the_fastest(document):
+def test_row_without_error_is_never_fastest(document):
     rows = copy.deepcopy(document["rows"][:2])
     rows[0] |= {"error": None, "seconds": 1e-9}
     assert results.fastest(rows) == rows[1]["seconds"]
@@ -89,19 +90,19 @@ class References(html.parser.HTMLParser):
         self.text.append(data)
 
 
-def test_the_page_is_self_contained_and_shows_every_row(document):
+def test_html_page_is_self_contained_and_shows_every_row(document):
     text = html_report.render({"attention": document}, {"train dense": {"tokens/s": 3000.0}})
-    seen = References()
-    seen.feed(text)
-    assert all(link.startswith("#") for link in seen.links), seen.links
-    assert "script" not in seen.tags and "img" not in seen.tags and "@import" not in text
-    shown = " ".join(seen.text)
+    page = References()
+    page.feed(text)
+    assert all(link.startswith("#") for link in page.links), page.links
+    assert "script" not in page.tags and "img" not in page.tags and "@import" not in text
+    shown = " ".join(page.text)
     for words in ("S=1024", "reference", "B=1 S=256 <&>", "no <kernel>", "train dense", "±1%", "wall clock"):
         assert words in shown, words
-    assert seen.tags.count("svg") >= 2  # the sweep and the roofline
+    assert page.tags.count("svg") >= 2  # the sweep and the roofline
 
 
-def test_plots_are_the_same_text_each_time_and_need_two_points(document):
+def test_plots_are_deterministic_and_need_two_points(document):
     rows = document["rows"]
     assert plots.sweep(rows, "S", "forward") == plots.sweep(rows, "S", "forward")
     assert plots.sweep(rows[:2], "S", "forward") is None
@@ -109,7 +110,7 @@ def test_plots_are_the_same_text_each_time_and_need_two_points(document):
     assert plots.roofline(rows, {}, "forward") is None
 
 
-def test_the_table_shows_every_row_on_one_line(document):
+def test_table_shows_every_row_on_one_line(document):
     console = Console(width=100, record=True, file=io.StringIO())
     console_table.show("attention", document, console)
     lines = [line for line in console.export_text().splitlines() if line.strip().startswith("xla")]
@@ -119,7 +120,7 @@ def test_the_table_shows_every_row_on_one_line(document):
 @pytest.mark.parametrize(
     ("seconds", "text"), [(2.5, "2.5 s"), (0.0123, "12.3 ms"), (4.56e-6, "4.56 µs"), (3e-9, "0.003 µs")]
 )
-def test_durations_read_well(seconds, text):
+def test_durations_are_formatted_with_units(seconds, text):
     assert console_table.duration(seconds) == text
 
 
@@ -130,7 +131,7 @@ def verdicts(old: dict, new: dict) -> dict[tuple[str, str], str]:
     return {(c.row, c.implementation): c.verdict for c in compare.changes(old, new)}
 
 
-def test_nothing_changed(document):
+def test_equal_measurements_report_no_change(document):
     assert set(verdicts(document, document).values()) == {"same"}
 
 
@@ -148,25 +149,26 @@ def test_on_wall_clock_the_roofline_fraction_is_compared(document):
 def test_on_a_device_clock_times_are_compared(document):
     old, new = (copy.deepcopy(document) | {"timer": "kernel time"} for _ in range(2))
     new["rows"][0]["seconds"] *= 1.2
-    found = verdicts(old, new)
-    assert found.pop(("S=256, forward", "reference")) == "slower" and set(found.values()) == {"same"}
+    by_entry = verdicts(old, new)
+    assert by_entry.pop(("S=256, forward", "reference")) == "slower" and set(by_entry.values()) == {"same"}
 
 
-def test_a_change_inside_the_spread_is_none(document):
+def test_change_within_the_spread_is_ignored(document):
     new = copy.deepcopy(document)
     new["rows"][1] |= {"roofline": document["rows"][1]["roofline"] / 1.2, "spread": 0.5}
     assert set(verdicts(document, new).values()) == {"same"}
 
 
-def test_rows_that_were_not_there_or_changed_sizes_are_not_compared(document):
+def test_new_rows_and_changed_sizes_are_not_compared(document):
     new = copy.deepcopy(document)
     new["rows"][0]["sizes"] = "B=2"
     new["rows"][1]["spec"] = "new"
     assert len(compare.changes(document, new)) == len(document["rows"]) - 2
 
 
-def test_the_newest_file_of_each_operation_is_taken(tmp_path):
-    for name in ("2026-01-02-attention", "2025-12-31-attention", "2026-01-01-moe_mlp", "2026-01-03-toggles"):
+def test_newest_file_of_each_operation_is_used(tmp_path):
+    operations = ("2026-01-02-attention", "2025-12-31-attention", "2026-01-01-moe_mlp")
+    for name in (*operations, "2026-01-03-toggles", "2026-01-03-ablations"):
         (tmp_path / f"{name}.json").touch()
     assert {op: path.name[:10] for op, path in compare.latest(tmp_path).items()} == {
         "attention": "2026-01-02",
@@ -174,32 +176,32 @@ def test_the_newest_file_of_each_operation_is_taken(tmp_path):
     }
 
 
-# --- toggles ---
+# --- ablations ---
 
 
-def test_every_toggle_changes_the_config_and_is_a_config():
+def test_every_ablation_is_a_valid_changed_config():
     for preset in ("nano", "nano-moe", "dante"):
         base = ablations.base_config(preset)
-        for name, flip in ablations.toggles(base).items():
-            changed = base.replace(**flip)
+        for name, change in ablations.make_variants(base).items():
+            changed = base.replace(**change)
             assert (changed == base) == (name == "base"), name
 
 
 @pytest.mark.parametrize("preset", ["nano", "nano-moe", "dante"])
-def test_experts_and_a_dense_layer_of_as_many_active_parameters(preset):
+def test_dense_and_expert_ablations_match_active_parameters(preset):
     base = ablations.base_config(preset)
-    (flip,) = (flip for name, flip in ablations.toggles(base).items() if "as many active" in name)
-    one, other = base.model, base.replace(**flip).model
-    assert bool(one.n_experts) != bool(other.n_experts)
-    router = one.n_layers * one.dim * (one.n_experts - other.n_experts)
-    assert flops.active_parameters(one) - flops.active_parameters(other) == router
+    (change,) = (change for name, change in ablations.make_variants(base).items() if "as many active" in name)
+    base_model, changed_model = base.model, base.replace(**change).model
+    assert bool(base_model.n_experts) != bool(changed_model.n_experts)
+    router = base_model.n_layers * base_model.dim * (base_model.n_experts - changed_model.n_experts)
+    assert flops.active_parameters(base_model) - flops.active_parameters(changed_model) == router
 
 
-def test_toggles_measure_what_they_change():
+def test_ablations_measure_the_changed_config():
     tiny = {"dim": 32, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 64}
     base = ablations.base_config("nano").replace(**tiny, batch_size=2, seq_len=16, max_context=16, window=8)
-    flips = {"base": {}, "untied": {"tie_embeddings": False}}
-    rows = ablations.measure(base, flips, rounds=1)
+    changes = {"base": {}, "untied": {"tie_embeddings": False}}
+    rows = ablations.measure(base, changes, rounds=1)
     assert rows["untied"]["parameters"] - rows["base"]["parameters"] == 64 * 32
     assert rows["untied"]["peak_bytes"] > rows["base"]["peak_bytes"] > 0
     assert rows["base"]["tokens_per_second"] > 0

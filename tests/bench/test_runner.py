@@ -1,14 +1,14 @@
-"""The harness: every implementation of a row is run, judged and timed, in turns, on random arguments."""
+"""The benchmark runner: every implementation of a workload is run, checked and timed, alternately, on random inputs."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench import accuracy, baselines
-from bench import runner as harness
-from bench.roofline import Ceilings
-from bench.timer import WallClock
+from bench.operations import accuracy, baselines, runner
+from bench.operations.baselines import Candidate
+from bench.operations.roofline import Ceilings
+from bench.operations.timer import WallClock
 from dantinox.kernels import workloads
 
 KIND = {"suites": ("bench",), "devices": ("small",)}
@@ -42,102 +42,105 @@ def small_ceilings(monkeypatch):
 
 @pytest.mark.parametrize("op", ROWS)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_a_contest_judges_and_times_what_can_run_and_says_why_the_rest_cannot(op, backward, small_ceilings):
+def test_run_case_times_candidates_and_reports_unsupported_ones(op, backward, small_ceilings):
     if op == "decode_attention" and backward:
         pytest.skip("decoding has no gradient")
     only = ("reference", "xla", "triton", "lax.ragged_dot", "jax.nn xla")
-    held = harness.hold(harness.Contest(ROWS[op], backward), small_ceilings, budget=0.01, only=only)
-    assert set(held.results) <= set(only) and {"reference", "xla", "triton"} <= set(held.results)
-    ran = {name: result for name, result in held.results.items() if result.refused is None}
+    outcome = runner.run_case(runner.BenchmarkCase(ROWS[op], backward), small_ceilings, budget=0.01, only=only)
+    assert set(outcome.results) <= set(only) and {"reference", "xla", "triton"} <= set(outcome.results)
+    ran = {name: result for name, result in outcome.results.items() if result.skip_reason is None}
     assert {"reference", "xla"} <= set(ran)
     for name, result in ran.items():
-        assert len(result.seconds) >= harness.TURNS[0] and min(result.seconds) > 0, name
+        assert len(result.seconds) >= runner.MIN_TURNS and min(result.seconds) > 0, name
         assert result.error < 1e-5, name
-    assert "Triton kernel" in held.results["triton"].refused
+    assert "Triton kernel" in outcome.results["triton"].skip_reason
 
 
-def test_implementations_take_turns(monkeypatch, small_ceilings):
+def test_implementations_are_timed_alternately(monkeypatch, small_ceilings):
     timer = CountingClock()
-    monkeypatch.setattr(harness, "clock", lambda: timer)
+    monkeypatch.setattr(runner, "clock", lambda: timer)
     only = ("reference", "xla", "jax.nn xla")
-    held = harness.hold(harness.Contest(ROWS["attention"]), small_ceilings, budget=1e-9, only=only)
-    turns = harness.TURNS[0] + 2  # they are quick
+    outcome = runner.run_case(runner.BenchmarkCase(ROWS["attention"]), small_ceilings, budget=1e-9, only=only)
+    turns = runner.MIN_TURNS + 2  # they are quick
     rounds = [timer.order[i : i + 3] for i in range(0, len(timer.order), 3)]
     assert len(rounds) == turns and len(set(map(id, rounds[0]))) == 3
-    assert all(each == rounds[0] for each in rounds)
-    assert all(len(result.seconds) == turns for result in held.results.values())
+    assert all(order == rounds[0] for order in rounds)
+    assert all(len(result.seconds) == turns for result in outcome.results.values())
 
 
-def test_a_contestant_that_fails_does_not_take_the_others_along(monkeypatch, small_ceilings):
+def test_failed_candidate_does_not_affect_the_others(monkeypatch, small_ceilings):
     def broken(inputs, state, aux):
         raise TypeError("no such tile")
 
-    monkeypatch.setattr(baselines, "peers", lambda spec: {"broken": broken})
-    held = harness.hold(harness.Contest(ROWS["grouped_matmul"]), small_ceilings, budget=0.01, only=("xla", "broken"))
-    assert held.results["broken"].refused == "TypeError: no such tile"
-    assert held.results["xla"].seconds
+    monkeypatch.setattr(baselines, "for_workload", lambda workload: [Candidate("broken", broken)])
+    case = runner.BenchmarkCase(ROWS["grouped_matmul"])
+    outcome = runner.run_case(case, small_ceilings, budget=0.01, only=("xla", "broken"))
+    assert outcome.results["broken"].skip_reason == "TypeError: no such tile"
+    assert outcome.results["xla"].seconds
 
 
-def test_a_wrong_result_shows_in_the_error(monkeypatch, small_ceilings):
+def test_wrong_result_has_a_large_error(monkeypatch, small_ceilings):
     wrong = lambda inputs, state, aux: (inputs["x"] @ inputs["w"][0], state)
-    monkeypatch.setattr(baselines, "peers", lambda spec: {"wrong": wrong})
-    held = harness.hold(harness.Contest(ROWS["grouped_matmul"]), small_ceilings, budget=0.01, only=("wrong",))
-    assert held.results["wrong"].error > 0.1
+    monkeypatch.setattr(baselines, "for_workload", lambda workload: [Candidate("wrong", wrong)])
+    case = runner.BenchmarkCase(ROWS["grouped_matmul"])
+    outcome = runner.run_case(case, small_ceilings, budget=0.01, only=("wrong",))
+    assert outcome.results["wrong"].error > 0.1
 
 
 @pytest.mark.parametrize("op", ["attention", "grouped_matmul", "moe_mlp"])
-def test_the_part_that_is_judged_is_the_whole_with_a_cleared_cotangent(op, monkeypatch):
+def test_checked_subset_equals_the_full_result(op, monkeypatch):
     """The gradients of the part equal those of the whole call, so judging the part is judging the implementation."""
-    monkeypatch.setattr(accuracy, "SCORES", 0)
-    spec = ROWS[op]
-    inputs, state, dout = harness.arguments(spec)
-    part = accuracy.Part(spec, inputs, spec.integer_inputs())
-    masked = dout * part.mask
-    assert 0 < np.count_nonzero(part.mask) < part.mask.size
-    program = harness.program(harness.ours(spec, "reference"), backward=True)
-    whole, _ = jax.jit(program)(inputs, state, spec.integer_inputs(), masked)
-    truth = accuracy.truth(part, program, state, masked)
-    assert truth["o"].size < whole["o"].size
-    assert part.error(whole, truth) < 1e-6
-    whole["o"] = whole["o"].at[(0,) * whole["o"].ndim].set(jnp.nan) if op == "attention" else whole["o"] * jnp.nan
-    assert np.isnan(part.error(whole, truth))
+    monkeypatch.setattr(accuracy, "MAX_SCORES", 0)
+    workload = ROWS[op]
+    inputs, state, dout = runner.random_arguments(workload)
+    sample = accuracy.CheckedSample(workload, inputs, workload.integer_inputs())
+    masked = dout * sample.mask
+    assert 0 < np.count_nonzero(sample.mask) < sample.mask.size
+    program = runner.build_program(runner.implementation_function(workload, "reference"), backward=True)
+    full, _ = jax.jit(program)(inputs, state, workload.integer_inputs(), masked)
+    expected = accuracy.float32_reference(sample, program, state, masked)
+    assert expected["o"].size < full["o"].size
+    assert sample.error(full, expected) < 1e-6
+    full["o"] = full["o"].at[(0,) * full["o"].ndim].set(jnp.nan) if op == "attention" else full["o"] * jnp.nan
+    assert np.isnan(sample.error(full, expected))
 
 
 @pytest.mark.parametrize("op", ["grouped_matmul", "moe_mlp"])
-def test_rows_with_matrices_of_their_own_are_the_reference(op):
-    spec = ROWS[op]
-    inputs, state, dout = harness.arguments(spec)
-    one, two = (
-        harness.program(forward, backward=True)(inputs, state, spec.integer_inputs(), dout)[0]
-        for forward in (harness.ours(spec, "reference"), accuracy.by_row(spec))
+def test_per_row_computation_matches_reference(op):
+    workload = ROWS[op]
+    inputs, state, dout = runner.random_arguments(workload)
+    first, second = (
+        runner.build_program(forward, backward=True)(inputs, state, workload.integer_inputs(), dout)[0]
+        for forward in (runner.implementation_function(workload, "reference"), accuracy.gathered_reference(workload))
     )
-    for name in one:
-        np.testing.assert_allclose(one[name], two[name], rtol=1e-5, atol=1e-5, err_msg=name)
+    for name in first:
+        np.testing.assert_allclose(first[name], second[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-def test_decoding_can_be_called_again_and_again_on_a_donated_cache():
-    spec = ROWS["decode_attention"]
-    runner = harness.Runner(harness.Contest(spec), harness.ours(spec, "xla"), [harness.arguments(spec)])
-    first, again = (np.asarray(runner(i)["o"]) for i in range(2))
+def test_decode_step_can_be_repeated_on_a_donated_cache():
+    workload = ROWS["decode_attention"]
+    function = runner.implementation_function(workload, "xla")
+    compiled = runner.CompiledCandidate(runner.BenchmarkCase(workload), function, [runner.random_arguments(workload)])
+    first, again = (np.asarray(compiled(i)["o"]) for i in range(2))
     np.testing.assert_array_equal(first, again)  # the same slot is written each time
 
 
-def test_small_rows_get_several_sets_of_arguments_and_none_is_zero():
-    assert harness.sets_needed(ROWS["attention"]) == 8
+def test_small_rows_get_several_nonzero_argument_sets():
+    assert runner.num_argument_sets(ROWS["attention"]) == 8
     big = workloads.get("grouped_matmul", "128 groups")
-    assert harness.sets_needed(big) == 1
-    one, two = (harness.arguments(ROWS["moe_mlp"], seed)[0] for seed in (0, 1))
-    for name in one:
-        assert np.count_nonzero(one[name]) > 0.99 * one[name].size
-        assert not np.array_equal(one[name], two[name])
+    assert runner.num_argument_sets(big) == 1
+    first, second = (runner.random_arguments(ROWS["moe_mlp"], seed)[0] for seed in (0, 1))
+    for name in first:
+        assert np.count_nonzero(first[name]) > 0.99 * first[name].size
+        assert not np.array_equal(first[name], second[name])
 
 
-def test_every_bench_row_of_this_machine_knows_its_contestants():
+def test_every_bench_row_of_this_device_has_candidates():
     for op in ROWS:
-        for contest in harness.contests(op, "cpu"):
-            assert list(harness.contestants(contest.spec))[:4] == ["reference", "xla", "pallas", "triton"]
+        for case in runner.benchmark_cases(op, "cpu"):
+            assert list(runner.candidates(case.workload))[:4] == ["reference", "xla", "pallas", "triton"]
 
 
-def test_a_reference_that_would_take_forever_is_left_out():
-    spec = workloads.get("attention", "16k d128 full")
-    assert "GB" in harness.contestants(spec)["reference"]
+def test_slow_reference_is_skipped():
+    workload = workloads.get("attention", "16k d128 full")
+    assert "GB" in runner.candidates(workload)["reference"].unsupported_reason

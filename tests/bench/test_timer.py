@@ -1,10 +1,10 @@
-"""The clocks: what a sample is, and how kernel times become calls."""
+"""The timers: what one sample is, and how kernel times are summed per call."""
 
 import time
 
 import pytest
 
-from bench import timer
+from bench.operations import timer
 
 
 def test_wall_clock_times_each_call():
@@ -12,19 +12,19 @@ def test_wall_clock_times_each_call():
     assert len(taken) == 3 and all(0.01 <= t < 1 for t in taken)
 
 
-def test_short_programs_are_timed_several_at_once():
+def test_short_programs_are_timed_in_groups():
     seen = []
     assert len(timer.WallClock().sample(seen.append, 2)) == 2
     assert len(seen) > 10
 
 
-def test_kernels_are_summed_by_call():
+def test_kernel_times_are_summed_per_call():
     kernels = [("dot", 2.0), ("add", 1.0), ("dot", 4.0), ("add", 3.0)]
     assert timer.per_call(kernels, 2) == pytest.approx([3e-3, 7e-3])
 
 
 @pytest.mark.parametrize("kernels", [[], [("dot", 1.0)] * 3], ids=["none", "three in two calls"])
-def test_kernels_that_cannot_be_split_are_an_error(kernels):
+def test_kernels_not_divisible_by_calls_raise(kernels):
     with pytest.raises(ValueError, match=f"{len(kernels)} kernels were seen in 2 calls"):
         timer.per_call(kernels, 2)
 
@@ -44,7 +44,7 @@ class FakeCupti:
         return [("a", 1.0), ("b", 0.5)] * self.recorded
 
 
-def test_the_kernel_clock_warms_up_untimed_and_stays_attached():
+def test_kernel_clock_warms_up_untimed_and_stays_attached():
     fake = FakeCupti()
     kernels, seen = timer.KernelClock(fake), []
 
@@ -59,7 +59,7 @@ def test_the_kernel_clock_warms_up_untimed_and_stays_attached():
     assert not fake.subscribed and not fake.detached, "attaching again would take a second and slow the next launches"
 
 
-def test_the_kernel_clock_unsubscribes_even_when_the_program_fails():
+def test_kernel_clock_unsubscribes_when_the_program_fails():
     fake = FakeCupti()
 
     def broken(i):
@@ -71,5 +71,5 @@ def test_the_kernel_clock_unsubscribes_even_when_the_program_fails():
     assert not fake.subscribed
 
 
-def test_without_a_gpu_the_report_says_wall_clock():
+def test_report_says_wall_clock_without_a_gpu():
     assert "wall clock" in timer.clock().name

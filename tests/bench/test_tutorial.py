@@ -1,12 +1,12 @@
-"""The ladder's program: what it counts, and the tables that it writes."""
+"""The tutorial program: what it counts, and the tables that it writes."""
 
 import json
 
 import pytest
 
 from bench import tutorial
-from bench.aot import tpu_schedule
-from dantinox.kernels.tutorial import RUNGS
+from bench.aot.tpu import vliw_schedule
+from dantinox.kernels.tutorial import STEPS
 
 FINAL = """\
      0   :  { %s1 = smov 0 }
@@ -23,46 +23,46 @@ FINAL = """\
 """
 
 
-def test_the_parts_of_a_body_that_may_be_jumped_over_are_found():
-    assert tpu_schedule.branches(FINAL) == [0x10 - 0xB, 0x31 - 0x12]
-    assert tpu_schedule.branches("     0   :  { %s1 = smov 0 }\n") == []
+def test_conditional_parts_of_a_kernel_body_are_found():
+    assert vliw_schedule.branch_sizes(FINAL) == [0x10 - 0xB, 0x31 - 0x12]
+    assert vliw_schedule.branch_sizes("     0   :  { %s1 = smov 0 }\n") == []
 
 
-def test_steps_pairs_and_fetches_are_those_of_the_grid():
+def test_steps_pairs_and_fetches_match_the_grid():
     S, tile = 2048, 256
-    seen = [tutorial.visited(name) for name in RUNGS]
-    assert [row["steps"] for row in seen] == [8, 8 * 8, 8 * 8 * 8, 8 * 15, 2 * 30]
-    assert [row["pairs"] for row in seen] == [8 * S * S] * 3 + [8 * 15 * tile**2] * 2
-    # k and v in bfloat16: once a key head, then once a query tile of a query head, then only where the tile changes.
+    counts = [tutorial.count_visited(name) for name in STEPS]
+    assert [row["steps"] for row in counts] == [8, 8 * 8, 8 * 8 * 8, 8 * 15, 2 * 30]
+    assert [row["pairs"] for row in counts] == [8 * S * S] * 3 + [8 * 15 * tile**2] * 2
+    # k and v in bfloat16: once per key head, then per query tile of a query head, then only where the tile changes.
     head = 2 * S * 64 * 2
-    assert [row["kv_bytes"] for row in seen[:4]] == [2 * head, 2 * head, 8 * 8 * head, 8 * head]
-    assert tutorial.visible() == 8 * sum(min(t + 1, 256) for t in range(S))
+    assert [row["kv_bytes"] for row in counts[:4]] == [2 * head, 2 * head, 8 * 8 * head, 8 * head]
+    assert tutorial.num_visible_pairs() == 8 * sum(min(t + 1, 256) for t in range(S))
 
 
-def test_bundles_of_a_branch_count_in_the_steps_that_take_it():
-    assert tutorial.executed("naive", 100, []) == 8 * 100
-    assert tutorial.executed("online_softmax", 100, [10, 20]) == 512 * 70 + 64 * 10 + 64 * 20
-    # 8 query tiles a head: the first sees one tile, the others two; with a window of one tile all are masked.
-    assert tutorial.executed("tile_skipping", 100, [10, 30, 20, 5]) == 120 * 35 + 64 * 10 + 120 * 30 + 64 * 5
-    assert tutorial.executed("tile_skipping", 100, [10]) is None
+def test_branch_bundles_count_only_in_steps_that_take_it():
+    assert tutorial.executed_bundles("naive", 100, []) == 8 * 100
+    assert tutorial.executed_bundles("online_softmax", 100, [10, 20]) == 512 * 70 + 64 * 10 + 64 * 20
+    # 8 query tiles per head: the first sees one tile, the others two; with a window of one tile all are masked.
+    assert tutorial.executed_bundles("tile_skipping", 100, [10, 30, 20, 5]) == 120 * 35 + 64 * 10 + 120 * 30 + 64 * 5
+    assert tutorial.executed_bundles("tile_skipping", 100, [10]) is None
 
 
-def test_a_table_is_written_between_its_marks():
+def test_table_is_written_between_its_markers():
     text = "before\n" + tutorial.MARKS[0] + "old\n" + tutorial.MARKS[1] + "\nafter\n"
-    document = tutorial.held()
-    new = tutorial.rewritten(text, document, short=True)
+    document = tutorial.load_committed()
+    new = tutorial.update_readme(text, document, short=True)
     assert new.startswith("before\n") and new.endswith("\nafter\n") and "old" not in new
-    assert tutorial.rewritten(new, document, short=True) == new
+    assert tutorial.update_readme(new, document, short=True) == new
     refused = {"rows": {"naive": {"refused": "no room"}}, "visible_pairs": 1}
     assert "| 1 `naive` | no room |" in tutorial.table(refused)
     with pytest.raises(ValueError, match="not one"):
-        tutorial.rewritten("nothing", document, short=True)
+        tutorial.update_readme("nothing", document, short=True)
 
 
 @pytest.mark.slow
-def test_a_run_judges_times_and_writes(tmp_path, capsys):
+def test_run_checks_times_and_writes_each_step(tmp_path, capsys):
     assert tutorial.main(["--no-compile", "--budget", "0.1", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "cpu" / tutorial.FILE).read_text())["rows"]
-    assert [*rows] == [*RUNGS, *tutorial.RIVALS]
+    assert [*rows] == [*STEPS, *tutorial.BASELINES]
     assert all(row["error"] < 1e-5 and row["seconds"] > 0 for row in rows.values() if "refused" not in row)
     assert "`packed_gqa_gate`" in capsys.readouterr().out

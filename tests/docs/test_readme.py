@@ -1,4 +1,4 @@
-"""README holds no command that does not work, no stale table and no picture that is not there."""
+"""README: its commands work, its tables are current, and its pictures and folders exist."""
 
 import ast
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.readme_messages import table
+from tests.helpers.readme_messages import documented_messages
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -33,13 +33,13 @@ def run(command, folder):
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=900)
 
 
-def test_every_command_is_known_to_this_test():
+def test_every_readme_command_is_tested():
     tools = ("make ", ".venv/bin/python -m dantinox.", ".venv/bin/tensorboard --logdir runs")
     assert SHELL and all(line.startswith(tools) for line in SHELL)
 
 
 @pytest.mark.parametrize("command", PROGRAMS)
-def test_program(command, where):
+def test_readme_program_runs(command, where):
     # The flags stay as README has them; what would take minutes is made small by more flags.
     if "dantinox.train" in command and "--help" not in command:
         command += " --steps 3 --sample-tokens 4 --eval-batches 1" if "--resume" in command else ""
@@ -53,7 +53,7 @@ def test_program(command, where):
     assert done.stdout.strip()
 
 
-def test_python_example(where):
+def test_readme_python_example_runs(where):
     code = re.search(r"```python\n(.*?)```", README, re.S).group(1)
     done = subprocess.run(
         [sys.executable, "-c", code + "\nprint(ids)"], cwd=where, capture_output=True, text=True, timeout=900
@@ -63,7 +63,7 @@ def test_python_example(where):
 
 
 @pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("make ")])
-def test_make_target(line):
+def test_readme_make_target_exists(line):
     """The Makefile has the target and passes README's variables on; the targets themselves run in .ci/run."""
     done = subprocess.run(["make", "-n", *shlex.split(line)[1:]], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -86,13 +86,13 @@ def test_settings_table_is_current():
     assert held.strip() == done.stdout.strip()
 
 
-def test_each_message_that_readme_promises_is_compared_with_the_real_one():
+def test_every_promised_message_is_compared_with_the_real_one():
     tests = [path.read_text() for path in (ROOT / "tests" / "dantinox").rglob("test_*.py")]
-    compared = {name for text in tests for name in re.findall(r'promised\("(.*?)"\)', text)}
-    assert compared == set(table())
+    compared = {name for text in tests for name in re.findall(r'message_pattern\("(.*?)"\)', text)}
+    assert compared == set(documented_messages())
 
 
-def test_each_common_fault_has_its_tests():
+def test_each_common_fault_names_existing_tests():
     """tests/README.md, with the docstrings of the tests that it names."""
     rows = re.findall(r"^\| (\d+) \| (.*?) \| (.*?) \|$", (ROOT / "tests" / "README.md").read_text(), re.M)
     assert [int(number) for number, _, _ in rows] == list(range(1, 19))
@@ -108,15 +108,16 @@ def test_each_common_fault_has_its_tests():
             assert (told.get(name) or "").startswith(f"Fault {number}: "), f"{file} {name}"
 
 
-def test_ladder_tables_are_what_was_measured():
+def test_tutorial_tables_match_the_measurements():
     from bench import tutorial
 
+    document = tutorial.load_committed()
     for name, short in tutorial.READMES.items():
         text = (ROOT / name).read_text()
-        assert tutorial.rewritten(text, tutorial.held(), short) == text, f"{name}: `make ladder` writes it anew"
-    assert set(tutorial.held()["rows"]) == {*tutorial.NEW, *tutorial.RIVALS}
+        assert tutorial.update_readme(text, document, short) == text, f"{name}: `make tutorial` writes it"
+    assert set(document["rows"]) == {*tutorial.IDEAS, *tutorial.BASELINES}
 
 
-def test_pictures_and_folders_exist():
+def test_readme_pictures_and_folders_exist():
     for path in re.findall(r"!\[.*?\]\((.*?)\)", README) + re.findall(r"^\| `([a-z]+/)` \|", README, re.M):
         assert (ROOT / path).exists(), path

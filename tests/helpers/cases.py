@@ -1,4 +1,4 @@
-"""The rows of `dantinox.kernels.workloads` as test parameters: their arrays, and what waits for the long run."""
+"""The workloads as test parameters, and their arrays."""
 
 from typing import Any
 
@@ -8,18 +8,19 @@ import pytest
 from dantinox.kernels import workloads
 from tests.helpers import tolerance
 
-Drawn = tuple[dict[str, np.ndarray], dict[str, Any], np.ndarray]
+DrawnArrays = tuple[dict[str, np.ndarray], dict[str, Any], np.ndarray]
 
 
-def judged(op: str) -> list[Any]:
-    """(row, dtype) parameters of every row that the tests run, the long ones marked slow."""
-    found = [*workloads.select(op, "parity"), *workloads.select(op, "long")]
-    marks = lambda row, dtype: pytest.mark.slow if _waits(row, dtype) else ()
-    pairs = [(row, dtype) for row in found for dtype in row.dtypes]
-    return [pytest.param(*pair, id=f"{pair[0].name}-{pair[1]}", marks=marks(*pair)) for pair in pairs]
+def workload_parameters(op: str) -> list[Any]:
+    """(workload, dtype) parameters of the suites "parity" and "long", with slow ones marked."""
+    return [
+        pytest.param(row, dtype, id=f"{row.name}-{dtype}", marks=pytest.mark.slow if _is_slow(row, dtype) else ())
+        for row in (*workloads.select(op, "parity"), *workloads.select(op, "long"))
+        for dtype in row.dtypes
+    ]
 
 
-def _waits(row: workloads.Workload, dtype: str) -> bool:
+def _is_slow(row: workloads.Workload, dtype: str) -> bool:
     if "long" in row.suites:
         return True
     if isinstance(row, workloads.Attention):
@@ -27,18 +28,18 @@ def _waits(row: workloads.Workload, dtype: str) -> bool:
     return isinstance(row, workloads.Decode) and dtype == "float16"
 
 
-def row(kind: type[workloads.Workload], **sizes: Any) -> Any:
-    """A row that is in no table."""
+def make_workload(kind: type[workloads.Workload], **sizes: Any) -> Any:
+    """Make a workload that no suite contains."""
     return kind(name="", suites=(), devices=(), **sizes)
 
 
 def attention(T: int, S: int, **sizes: Any) -> workloads.Attention:
-    """A row of attention that is in no table."""
-    return row(workloads.Attention, T=T, S=S, **sizes)
+    """Make an attention workload that no suite contains."""
+    return make_workload(workloads.Attention, T=T, S=S, **sizes)
 
 
-def draw(row: workloads.Workload, seed: int = 0) -> Drawn:
-    """(the differentiable arguments in float64, the integer ones, the output's cotangent)."""
+def draw(row: workloads.Workload, seed: int = 0) -> DrawnArrays:
+    """Returns (the differentiable inputs in float64, the integer inputs, the cotangent of the output)."""
     rng = np.random.default_rng(seed)
     inputs = {name: rng.standard_normal(shape) for name, shape in row.shapes().items()}
     return inputs, row.integer_inputs(seed), rng.standard_normal(row.out_shape())

@@ -21,13 +21,13 @@ def _inside(value: Any) -> Iterator[Any]:
         yield from equations(value)
 
 
-def largest(jaxpr: Any) -> int:
-    """Elements of the largest intermediate."""
+def largest_intermediate(jaxpr: Any) -> int:
+    """Number of elements of the largest intermediate."""
     return max(math.prod(v.aval.shape) for e in equations(jaxpr) for v in e.outvars if hasattr(v.aval, "shape"))
 
 
-def dots(jaxpr: Any) -> list[Any]:
-    """Every matrix product: dot_general, and ragged_dot where a branch for another device holds one."""
+def matmuls(jaxpr: Any) -> list[Any]:
+    """Every matrix product: dot_general, and ragged_dot if a branch for another device contains one."""
     return [e for e in equations(jaxpr) if e.primitive.name.startswith(("dot_general", "ragged_dot"))]
 
 

@@ -1,10 +1,10 @@
-"""Runs Pallas kernels on a simulated TPU or GPU that watches every access to memory.
+"""Run Pallas kernels on a simulated TPU or GPU that checks every memory access.
 
-    races           two cores, warpgroups or copies touch the same place, one of them writes, nothing orders them
+    races           two cores, warpgroups or copies access the same address, one of them writes, nothing orders them
     out of bounds   a read past the end of a buffer; the run stops there
-    uninitialised   memory never written reached the result: it differs between memory full of NaN and full of zeros
+    uninitialized   the result depends on memory that was never written: NaN and zeros there give different results
 
-What is simulated is the order of accesses, not their speed: small shapes only.
+The simulation is slow, so shapes must be small.
 """
 
 import functools
@@ -24,16 +24,16 @@ from tests.helpers import tolerance
 
 
 class Findings(NamedTuple):
-    """The result (None where the run stopped), and the faults; `out_of_bounds` is what the simulator said."""
+    """The result (None if the run stopped) and the faults; `out_of_bounds` is the simulator's message."""
 
     result: Any
     races: bool
     out_of_bounds: str | None
-    uninitialised: bool
+    uninitialized: bool
 
     @property
     def clean(self) -> bool:
-        return not (self.races or self.out_of_bounds or self.uninitialised)
+        return not (self.races or self.out_of_bounds or self.uninitialized)
 
 
 def on_tpu(f: Callable[..., Any], *args: Any, cores: int = 2, **options: Any) -> Findings:
@@ -55,57 +55,59 @@ def on_gpu(f: Callable[..., Any], *args: Any, **options: Any) -> Findings:
         return plgpu.force_gpu_interpret_mode(params)
 
     reset = gpu_interpreter.reset_gpu_interpret_mode_state
-    with mock.patch.object(gpu_interpreter, "wgmma", functools.partial(_multiply, gpu_interpreter.wgmma)):
+    with mock.patch.object(gpu_interpreter, "wgmma", functools.partial(_checked_wgmma, gpu_interpreter.wgmma)):
         return _run(f, args, simulate, gpu_interpreter, "GPURaceDetectionState", reset)
 
 
-def _multiply(wgmma: Callable[..., Any], **given: Any) -> Any:
-    """As the simulator multiplies, which does not watch what a matrix product reads of shared memory.
+def _checked_wgmma(wgmma: Callable[..., Any], **kwargs: Any) -> Any:
+    """Check the shared memory reads of a wgmma, which the simulator does not, then run the simulator's wgmma.
 
-    It reads by the way that TMA takes: what a warpgroup wrote is there once the warpgroup has committed it and those
-    that read have heard so, by a barrier. Each product is an event of the first of the warpgroup's warps, which do
-    nothing else by themselves here, so that who writes there later must have heard of the product.
+    A wgmma reads through the async proxy, as TMA does: it sees writes of a warpgroup after that warpgroup has committed
+    them and a barrier has ordered the readers after the commit. Each wgmma is an event of the first warp of its
+    warpgroup, so that a later write must be ordered after it.
     """
-    memory, thread = gpu_interpreter._get_shared_memory(), given["thread"]
+    memory, thread = gpu_interpreter._get_shared_memory(), kwargs["thread"]
     if memory.detect_races:
         with memory.lock:
             memory.clocks[thread].inc(memory.thread_to_vc_position(thread) + 1)
             seen = memory.clocks[thread].async_smem_clock.copy()
         for operand in "ab":
-            key = gpu_interpreter.HostAllocationKey.from_array(given[f"{operand}_allocation_key_as_array"])
+            key = gpu_interpreter.HostAllocationKey.from_array(kwargs[f"{operand}_allocation_key_as_array"])
             if key.memory_space_id == gpu_interpreter.memory.get_memory_space_idx(plgpu.SMEM):
-                transforms = gpu_interpreter._remove_noop_transforms(given[f"{operand}_transforms"])
+                transforms = gpu_interpreter._remove_noop_transforms(kwargs[f"{operand}_transforms"])
                 place = memory.access(key, jax.tree.map(int, transforms))
-                gpu_interpreter.get_races().check_read(thread, seen, key, place, source_info=given["source_info"])
-    return wgmma(**given)
+                gpu_interpreter.get_races().check_read(thread, seen, key, place, source_info=kwargs["source_info"])
+    return wgmma(**kwargs)
 
 
-def by_two_blocks(operation: Callable[..., Any], inputs: dict, aux: dict, dout: Any, **options: Any) -> dict[str, Any]:
-    """The output and the gradients of a Hopper operation whose tiles two thread blocks share."""
+def run_on_two_blocks(
+    operation: Callable[..., Any], inputs: dict, aux: dict, dout: Any, **options: Any
+) -> dict[str, Any]:
+    """Compute the output and the gradients of a Hopper operation with two thread blocks."""
     o, pull = jax.vjp(lambda x: operation(**x, **aux, blocks=2, **options), inputs)
     return {"o": o} | {f"d{name}": gradient for name, gradient in pull(dout)[0].items()}
 
 
-def watched_blocks(
+def run_two_blocks_checked(
     operation: Callable[..., Any], width: int | None, inputs: dict, aux: dict, dout: Any
 ) -> dict[str, Any]:
-    """The same on memory full of NaN and on memory full of zeros, every access watched."""
-    found = on_gpu(functools.partial(by_two_blocks, operation, width=width), inputs, aux, dout)
-    assert found.clean, found
-    return found.result
+    """`run_on_two_blocks` on a simulated GPU; fails on a race, an invalid read or uninitialized memory."""
+    findings = on_gpu(functools.partial(run_on_two_blocks, operation, width=width), inputs, aux, dout)
+    assert findings.clean, findings
+    return findings.result
 
 
 @contextmanager
-def _every(interpreter: Any, name: str) -> Iterator[list[Any]]:
-    """Every race detector made meanwhile: there is a new one for each kernel, and JAX keeps the last only."""
-    made, kind = [], getattr(interpreter, name)
+def collect_detectors(interpreter: Any, name: str) -> Iterator[list[Any]]:
+    """Collect every race detector: JAX makes one per kernel and keeps only the last."""
+    detectors, detector_type = [], getattr(interpreter, name)
 
     def make(*args: Any, **kwargs: Any) -> Any:
-        made.append(kind(*args, **kwargs))
-        return made[-1]
+        detectors.append(detector_type(*args, **kwargs))
+        return detectors[-1]
 
     with mock.patch.object(interpreter, name, make):
-        yield made
+        yield detectors
 
 
 def _run(
@@ -118,21 +120,21 @@ def _run(
 ) -> Findings:
     results, races = [], False
     for memory in ("nan", "zero"):
-        with _every(interpreter, detector) as made, simulate(memory):
+        with collect_detectors(interpreter, detector) as detectors, simulate(memory):
             try:
-                # A function of its own, so that no program of another run is taken from a cache.
-                result = tolerance.quick(lambda *args: f(*args))(*args)
+                # A new function, so that no program of another run is taken from a cache.
+                result = tolerance.jit_fast_compile(lambda *args: f(*args))(*args)
                 results.append(jax.tree.map(np.asarray, jax.block_until_ready(result)))
             except Exception as error:
                 if "ut-of-bounds" not in str(error):
                     raise
-                said = next(line.strip() for line in str(error).splitlines() if "ut-of-bounds" in line)
-                return Findings(None, any(d.races_found for d in made), said, False)
+                message = next(line.strip() for line in str(error).splitlines() if "ut-of-bounds" in line)
+                return Findings(None, any(d.races_found for d in detectors), message, False)
             finally:
                 # After an exception the simulated memory would still be there.
                 reset()
-        assert made, "no Pallas kernel ran on the simulated device"
-        races |= any(d.races_found for d in made)
-    one, other = (jax.tree.leaves(result) for result in results)
-    differ = any(a.tobytes() != b.tobytes() for a, b in zip(one, other, strict=True))
+        assert detectors, "no Pallas kernel ran on the simulated device"
+        races |= any(d.races_found for d in detectors)
+    with_nan, with_zeros = (jax.tree.leaves(result) for result in results)
+    differ = any(a.tobytes() != b.tobytes() for a, b in zip(with_nan, with_zeros, strict=True))
     return Findings(results[0], races, None, differ)

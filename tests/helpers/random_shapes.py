@@ -1,4 +1,4 @@
-"""Random sizes for the tests that draw them, and how many of them a run draws; the rest needs no Hypothesis."""
+"""Random sizes, and how many examples a run draws: all that the tests need of Hypothesis's settings."""
 
 import itertools
 
@@ -11,22 +11,22 @@ from tests.helpers import tolerance
 _examples = itertools.count(1)
 
 
-def times(n: int) -> int:
-    """n in an ordinary run; with another profile as many times more as it makes of all random examples."""
+def scale_examples(n: int) -> int:
+    """n in an ordinary run, more with another profile: by the ratio of its examples to those of an ordinary run."""
     return -(-n * settings().max_examples // settings.get_profile("repeat").max_examples)
 
 
 def examples(n: int) -> settings:
     """n random examples in an ordinary run."""
-    return settings(max_examples=times(n))
+    return settings(max_examples=scale_examples(n))
 
 
 def shapes(n: int) -> st.SearchStrategy[np.random.Generator]:
-    """A source of random sizes, one of n: a shape is traced once and serves several examples."""
-    return st.integers(1, times(n)).map(np.random.default_rng)
+    """One of n sources of random sizes, so that several examples share a shape, which is traced once."""
+    return st.integers(1, scale_examples(n)).map(np.random.default_rng)
 
 
-def forget(every: int = 250) -> None:
-    """Called for each example: drops all programs now and then."""
+def clear_programs(every: int = 250) -> None:
+    """Count an example and, each time after `every` of them, drop all programs."""
     if next(_examples) % every == 0:
-        tolerance.forget()
+        tolerance.clear_programs()

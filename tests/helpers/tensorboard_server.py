@@ -1,4 +1,4 @@
-"""A TensorBoard on loopback, asked over HTTP as its page in a browser does."""
+"""A TensorBoard on loopback, queried over HTTP as its web page queries it."""
 
 import contextlib
 import gzip
@@ -16,28 +16,28 @@ from urllib.error import URLError
 from urllib.parse import quote
 from urllib.request import urlopen
 
-WAIT = 90  # seconds; a busy machine starts TensorBoard slowly
+TIMEOUT = 90  # seconds; a busy machine starts TensorBoard slowly
 
 
 @dataclass
-class Board:
-    """A running TensorBoard at `address`; what is not loaded yet is waited for until `deadline`."""
+class TensorBoard:
+    """A running TensorBoard at `address`; queries wait until `deadline` for data to load."""
 
     address: str
     deadline: float
 
     def get(self, path: str) -> Any:
-        """The JSON at a path, once there is any."""
+        """The JSON at a path, as soon as it is not empty."""
         while True:
-            with contextlib.suppress(URLError), urlopen(self.address + path, timeout=WAIT) as answer:
+            with contextlib.suppress(URLError), urlopen(self.address + path, timeout=TIMEOUT) as answer:
                 body = answer.read()
-                if found := json.loads(gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body):
-                    return found
+                if data := json.loads(gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body):
+                    return data
             assert time.monotonic() < self.deadline, f"TensorBoard has nothing at {path}"
             time.sleep(0.1)
 
     def profile(self, path: str) -> Any:
-        """What the profile plugin answers."""
+        """The answer of the profile plugin."""
         return self.get("data/plugin/profile/" + path)
 
     def trace(self, run: str) -> list[dict[str, Any]]:
@@ -48,17 +48,17 @@ class Board:
 
 
 @contextlib.contextmanager
-def tensorboard(logdir: Path) -> Iterator[Board]:
-    """A TensorBoard of a folder, on a free port."""
+def tensorboard(logdir: Path) -> Iterator[TensorBoard]:
+    """Run TensorBoard on a folder, on a free port."""
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w+") as log:
         command = [sys.executable, "-m", "tensorboard.main", "--logdir", logdir, "--host", "127.0.0.1", "--port", "0"]
         server = subprocess.Popen(command, stdout=log, stderr=log)
         try:
-            deadline = time.monotonic() + WAIT
+            deadline = time.monotonic() + TIMEOUT
             while not (address := re.search(r"http://127\.0\.0\.1:\d+/", (Path(folder) / "log").read_text())):
                 assert server.poll() is None and time.monotonic() < deadline, (Path(folder) / "log").read_text()
                 time.sleep(0.1)
-            yield Board(address[0], deadline)
+            yield TensorBoard(address[0], deadline)
         finally:
             server.kill()
             server.wait()

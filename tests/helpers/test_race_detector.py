@@ -1,4 +1,4 @@
-"""The simulated devices find planted faults, and none in the Pallas kernels."""
+"""The simulated devices detect planted faults, and none in the Pallas kernels."""
 
 import functools
 from typing import Any
@@ -15,7 +15,7 @@ from dantinox import kernels
 from dantinox.kernels import workloads
 from dantinox.kernels.dispatch import target_device
 from dantinox.kernels.ops.attention.pallas_tpu import block_sizes
-from dantinox.kernels.ops.attention.pallas_tpu.common import AttentionBlockSizes
+from dantinox.kernels.ops.attention.pallas_tpu.block_sizes import TpuBlockSizes
 from tests.helpers import cases, race_detector, tolerance
 
 X = np.arange(16 * 128, dtype=np.float32).reshape(16, 128)
@@ -140,7 +140,7 @@ def gpu_multiply(x: jax.Array, *, barrier: bool = True, commit: bool = True) -> 
     )(x)
 
 
-def test_a_clean_tpu_kernel_passes():
+def test_correct_tpu_kernel_passes():
     found = race_detector.on_tpu(tpu_double, X)
     assert found.clean, found
     np.testing.assert_array_equal(found.result, 2 * X)
@@ -149,23 +149,23 @@ def test_a_clean_tpu_kernel_passes():
     np.testing.assert_array_equal(found.result, X[:8] + X[8:])
 
 
-def test_two_tpu_cores_on_one_block_are_a_race():
+def test_two_tpu_cores_writing_one_block_is_a_race():
     found = race_detector.on_tpu(functools.partial(tpu_double, shared=True), X)
     assert found.races and not found.out_of_bounds
     # One core takes the blocks one after the other.
     assert not race_detector.on_tpu(functools.partial(tpu_double, shared=True), X, cores=1).races
 
 
-def test_a_race_in_the_first_of_two_kernels_counts():
+def test_race_in_first_of_two_kernels_is_detected():
     assert race_detector.on_tpu(lambda x: tpu_double(jnp.tile(tpu_double(x, shared=True), (2, 1))), X).races
 
 
-def test_tpu_memory_never_written_is_found():
+def test_uninitialized_tpu_memory_is_detected():
     found = race_detector.on_tpu(functools.partial(tpu_sum, clear=False), X)
-    assert found.uninitialised and not found.races and np.isnan(found.result).any()
+    assert found.uninitialized and not found.races and np.isnan(found.result).any()
 
 
-def test_a_tpu_read_past_the_end_is_found_and_the_next_run_works():
+def test_out_of_bounds_tpu_read_is_detected_and_next_run_works():
     found = race_detector.on_tpu(functools.partial(tpu_rows, first=12), X)
     assert found.out_of_bounds and "(16, 128)" in found.out_of_bounds and found.result is None
     found = race_detector.on_tpu(tpu_rows, X)
@@ -173,17 +173,17 @@ def test_a_tpu_read_past_the_end_is_found_and_the_next_run_works():
     np.testing.assert_array_equal(found.result, X[8:])
 
 
-def test_a_clean_gpu_kernel_passes():
+def test_correct_gpu_kernel_passes():
     found = race_detector.on_gpu(gpu_hand_over, X)
     assert found.clean, found
     np.testing.assert_array_equal(found.result, 2 * X)
 
 
-def test_a_missing_gpu_barrier_is_a_race():
+def test_missing_gpu_barrier_is_a_race():
     assert race_detector.on_gpu(functools.partial(gpu_hand_over, barrier=False), X).races
 
 
-def test_what_a_matrix_product_reads_is_watched():
+def test_wgmma_operand_reads_are_checked():
     """Which the simulator does not do by itself."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal((64, 64)), jnp.bfloat16)
     found = race_detector.on_gpu(gpu_multiply, x)
@@ -193,12 +193,12 @@ def test_what_a_matrix_product_reads_is_watched():
     assert race_detector.on_gpu(functools.partial(gpu_multiply, barrier=False), x).races
 
 
-def test_gpu_memory_never_written_is_found():
+def test_uninitialized_gpu_memory_is_detected():
     found = race_detector.on_gpu(functools.partial(gpu_hand_over, write=False), X)
-    assert found.uninitialised and not found.races
+    assert found.uninitialized and not found.races
 
 
-def test_a_function_without_a_kernel_proves_nothing():
+def test_function_without_kernel_raises():
     with pytest.raises(AssertionError, match="no Pallas kernel ran"):
         race_detector.on_tpu(lambda x: 2 * x, X)
 
@@ -229,14 +229,14 @@ def both_passes(row: workloads.Workload, implementation: str) -> tuple:
     return run, inputs, aux, dout
 
 
-def checked() -> list[Any]:
+def checked_parameters() -> list[Any]:
     """(op, row) parameters; one row of an operation in every run."""
     found = [(op, row, pytest.mark.slow if n else ()) for op in OPS for n, row in enumerate(small(op))]
     return [pytest.param(op, row, id=f"{op}: {row.name}", marks=marks) for op, row, marks in found]
 
 
-@pytest.mark.parametrize(("op", "row"), checked())
-def test_no_pallas_kernel_races_or_reads_what_it_should_not(op, row):
+@pytest.mark.parametrize(("op", "row"), checked_parameters())
+def test_pallas_tpu_kernels_have_no_race_or_invalid_read(op, row):
     """The kernels for TPUs, as they would be compiled there."""
     with target_device(*V6E):
         why = kernels.implementations(op)["pallas"]
@@ -251,25 +251,25 @@ row = cases.attention
 
 
 TILED = {  # two heads, for the two cores
-    "a piece half a head, cap, segments, fewer queries": (
+    "subtile of half a head, cap, segments, fewer queries": (
         row(12, 28, D=4, softcap=1.5, gate="head", segments="separate"),
-        AttentionBlockSizes(kv_heads=1, block_q=16, block_kv=8, block_q_compute=8, block_kv_compute=4, kv_span=16),
+        TpuBlockSizes(block_q=16, block_kv=8, block_q_compute=8, block_kv_compute=4, kv_span=16),
     ),
-    "a piece a head, window, gate": (
+    "subtile of one head, window, gate": (
         row(24, 24, H=4, window=5, gate="elementwise"),
-        AttentionBlockSizes(kv_heads=1, block_q=8, block_kv=16, block_q_compute=8, block_kv_compute=8, kv_span=16),
+        TpuBlockSizes(block_q=8, block_kv=16, block_q_compute=8, block_kv_compute=8, kv_span=16),
     ),
-    "a piece two heads, segments, fewer queries": (
+    "subtile of two heads, segments, fewer queries": (
         row(12, 20, H=8, D=4, segments="separate"),
-        AttentionBlockSizes(kv_heads=1, block_q=4, block_kv=8, block_q_compute=8, block_kv_compute=4, kv_span=8),
+        TpuBlockSizes(block_q=4, block_kv=8, block_q_compute=8, block_kv_compute=4, kv_span=8),
     ),
     "segments, more queries, one span": (
         row(20, 12, D=4, segments="unmatched", causal=False),
-        AttentionBlockSizes(kv_heads=1, block_q=8, block_kv=4, block_q_compute=8, block_kv_compute=4, kv_span=64),
+        TpuBlockSizes(block_q=8, block_kv=4, block_q_compute=8, block_kv_compute=4, kv_span=64),
     ),
     "more queries, window": (
         row(21, 9, H=4, window=3, softcap=2.0),
-        AttentionBlockSizes(kv_heads=1, block_q=8, block_kv=4, block_q_compute=16, block_kv_compute=4, kv_span=8),
+        TpuBlockSizes(block_q=8, block_kv=4, block_q_compute=16, block_kv_compute=4, kv_span=8),
     ),
 }
 
@@ -277,7 +277,7 @@ TILED = {  # two heads, for the two cores
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if n else ()) for n, name in enumerate(TILED)]
 )
-def test_attention_in_several_tiles_pieces_and_spans(name, monkeypatch):
+def test_attention_with_several_blocks_subtiles_and_spans(name, monkeypatch):
     """What only a TPU makes of the kernel: pieces in turn, gradients of keys summed on the chip; and its values."""
     case, chosen = TILED[name]
     monkeypatch.setattr(block_sizes, "heuristic_block_sizes", lambda *_, **__: chosen)
@@ -289,12 +289,14 @@ def test_attention_in_several_tiles_pieces_and_spans(name, monkeypatch):
     mine = {"o": o} | {f"d{name}": gradient for name, gradient in gradients.items()}
     inputs, aux, dout = cases.draw(case)
     options = cases.options(case)
-    tolerance.judge("attention", "pallas", inputs, dout, "float32", aux=aux, options=options, run=lambda *_: mine)
+    tolerance.assert_matches_reference(
+        "attention", "pallas", inputs, dout, "float32", aux=aux, options=options, run=lambda *_: mine
+    )
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_what_would_be_checked_runs(op):
+def test_checked_programs_run_with_xla(op):
     """The check above calls each operation rightly: so it does not fail first on the day there is a kernel."""
     run, *arguments = both_passes(small(op)[0], "xla")
-    program = tolerance.quick(run)
+    program = tolerance.jit_fast_compile(run)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(program(*arguments)))

@@ -1,7 +1,7 @@
-"""The Triton kernels of the mixture of experts on Triton's own interpreter, beside numpy: needs triton, no GPU.
+"""Compare the Triton kernels of the mixture of experts, in Triton's interpreter, with NumPy: needs Triton, no GPU.
 
-`python -m tests.helpers.triton_interpreter` prints a line a case and fails where one differs. The interpreter wants
-tensors that lie in a device's memory; `Host` is all that it asks of them.
+`python -m tests.helpers.triton_interpreter` prints one line per case and fails if one differs. The interpreter expects
+tensors in device memory; `HostTensor` implements all that it calls on them.
 """
 
 import os
@@ -24,8 +24,8 @@ NAMES = {np.dtype(np.float32): "fp32", np.dtype(np.int32): "i32", np.dtype(BF16)
 CASES = ((1, 8, 1, 4), (5, 300, 8, 16), (37, 256, 2, 4), (64, 17, 3, 3), (100, 520, 4, 256))  # N, M, k, E
 
 
-class Host:
-    """A numpy array as the interpreter sees a tensor: it is its own storage, and copies of it are itself."""
+class HostTensor:
+    """A NumPy array with the tensor methods that the interpreter calls: it is its own storage and its own copy."""
 
     def __init__(self, array: np.ndarray | None):
         self.array = array
@@ -37,19 +37,19 @@ class Host:
     def data_ptr(self) -> int:
         return self.array.ctypes.data
 
-    def untyped_storage(self) -> "Host":
+    def untyped_storage(self) -> "HostTensor":
         return self
 
-    def cpu(self) -> "Host":
+    def cpu(self) -> "HostTensor":
         return self
 
-    def new_empty(self, *_: Any, **__: Any) -> "Host":
-        return Host(None)
+    def new_empty(self, *_: Any, **__: Any) -> "HostTensor":
+        return HostTensor(None)
 
-    def set_(self, storage: "Host", *_: Any) -> None:
+    def set_(self, storage: "HostTensor", *_: Any) -> None:
         self.array = storage.array
 
-    def copy_(self, _: "Host") -> None:
+    def copy_(self, _: "HostTensor") -> None:
         pass
 
     def storage_offset(self) -> int:
@@ -61,21 +61,23 @@ class Host:
     stride = size
 
 
-def run(kernel: Any, grid: tuple[int, int], *arrays: np.ndarray, out: np.ndarray, **sizes: Any) -> np.ndarray:
-    """What the kernel leaves in `out`, which holds NaN before."""
+def run_kernel(kernel: Any, grid: tuple[int, int], *arrays: np.ndarray, out: np.ndarray, **sizes: Any) -> np.ndarray:
+    """Run a kernel that writes to `out`, which is filled with NaN before; returns `out`."""
     out[...] = np.nan
-    ins = [Host(np.ascontiguousarray(each)) for each in arrays]
+    ins = [HostTensor(np.ascontiguousarray(array)) for array in arrays]
     names = kernel.arg_names
-    last = {names[-1]: Host(out)}
+    last = {names[-1]: HostTensor(out)}
     kernel[grid](*ins, **sizes, **last, TILE_ROWS=kernels.BLOCK_M, TILE_COLUMNS=kernels.BLOCK_N)
     return out
 
 
-def mixture() -> float:
-    """The largest relative error of `moe_mlp` and its gradients beside the specification."""
+def moe_mlp_error() -> float:
+    """Returns the largest relative error of `moe_mlp` and its gradients against the reference."""
 
     def interpreted(kernel: Any, *arrays: jax.Array, out: jax.ShapeDtypeStruct, grid: tuple[int, int], **sizes: Any):
-        on_host = lambda *ins: run(kernel, grid, *map(np.asarray, ins), out=np.empty(out.shape, out.dtype), **sizes)
+        on_host = lambda *ins: run_kernel(
+            kernel, grid, *map(np.asarray, ins), out=np.empty(out.shape, out.dtype), **sizes
+        )
         return jax.pure_callback(on_host, out, *arrays)
 
     rng = np.random.default_rng(0)
@@ -89,14 +91,14 @@ def mixture() -> float:
         return y, *pull(jnp.cos(y))
 
     with mock.patch.object(kernels, "call_triton", interpreted):
-        mine = both(kernels.moe_mlp)
-    pairs = zip(mine, both(reference.moe_mlp), strict=True)
+        actual = both(kernels.moe_mlp)
+    pairs = zip(actual, both(reference.moe_mlp), strict=True)
     return max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in pairs)
 
 
 def main() -> int:
-    """Compare every kernel in every case; 1 where any differs."""
-    error = mixture()
+    """Compare every kernel in every case; returns 1 if any differs, else 0."""
+    error = moe_mlp_error()
     print(f"moe_mlp and its gradients: {error:.1e}")
     if not error < 1e-4:
         return 1
@@ -111,21 +113,21 @@ def main() -> int:
             inverse_permutation = np.argsort(permutation).astype(np.int32).reshape(N, k)
             rows, wide = x[permutation // k], np.float32
             y = rng.standard_normal((N * k, M)).astype(dtype)
-            moved, back = kernels.grid_of(N * k, M), kernels.grid_of(N, M)
+            moved, back = kernels.launch_grid(N * k, M), kernels.launch_grid(N, M)
             ends = {"WIDTH": M, "K": k}
             gathered = y[inverse_permutation].astype(wide)
             found = {}
             for scaled in (False, True):
                 out = np.empty((N * k, M), dtype)
                 ends_r = ends | {"N_ROWS": N * k, "SCALED": scaled}
-                new = run(kernels.permute_kernel, moved, x, permutation, p, out=out, **ends_r)
+                new = run_kernel(kernels.permute_kernel, moved, x, permutation, p, out=out, **ends_r)
                 s = p.reshape(-1)[permutation][:, None] if scaled else 1
                 found[f"permute {scaled}"] = new, (rows.astype(wide) * s).astype(dtype)
                 out = np.empty((N, M), dtype)
                 ends_n = ends | {"TOKENS": N, "SCALED": scaled}
-                new = run(kernels.combine_kernel, back, y, inverse_permutation, p, out=out, **ends_n)
+                new = run_kernel(kernels.combine_kernel, back, y, inverse_permutation, p, out=out, **ends_n)
                 found[f"combine {scaled}"] = new, (gathered * (p[..., None] if scaled else 1)).sum(1).astype(dtype)
-            new = run(
+            new = run_kernel(
                 kernels.router_weight_grad_kernel,
                 (back[0], k),
                 dout,

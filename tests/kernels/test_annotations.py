@@ -41,13 +41,13 @@ def check_call(function, arguments):
 
 @pytest.mark.parametrize("module", [kernels, reference], ids=["kernels", "reference"])
 @pytest.mark.parametrize("op", kernels.OPERATIONS)
-def test_annotations_accept_what_the_operation_takes(module, op):
+def test_annotations_accept_valid_arguments(module, op):
     check_call(getattr(module, op), CALLS[op])
 
 
 @pytest.mark.parametrize("module", [kernels, reference], ids=["kernels", "reference"])
 @pytest.mark.parametrize("op", kernels.OPERATIONS)
-def test_annotations_reject_another_shape_or_dtype_of_each_array(module, op):
+def test_annotations_reject_wrong_shape_or_dtype_of_each_array(module, op):
     for name, value in CALLS[op].items():
         if not isinstance(value, jax.Array):
             continue

@@ -1,11 +1,11 @@
-"""What is built on the way: no S x S with a window, memory linear in S, no expert that nobody asked for."""
+"""Sizes of intermediates: no S x S scores with a window, memory linear in S, no N x E x F activations."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from dantinox import kernels
-from tests.helpers.jaxpr_walk import dots, largest
+from tests.helpers.jaxpr_walk import largest_intermediate, matmuls
 
 
 def attention(q: jax.Array, **options) -> jax.Array:
@@ -22,31 +22,31 @@ def query(S: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, S, 1, 16), jnp.float32)
 
 
-@pytest.mark.parametrize("segments", [False, True])
-@pytest.mark.parametrize("backward", [False, True])
-def test_a_window_builds_no_scores_of_all_pairs(backward, segments):
+@pytest.mark.parametrize("segments", [False, True], ids=["no segments", "segments"])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_window_does_not_materialize_full_scores(backward, segments):
     """Fault 11: scores and masks of all S x S pairs are built, whatever the window."""
     S, W = 2048, 64
     ids = jnp.zeros((1, S), jnp.int32) if segments else None
     f = lambda q: attention(q, window=W, segment_ids=ids)
     jaxpr = jax.make_jaxpr(gradient(f) if backward else f)(query(S))
-    assert largest(jaxpr) < S * S // 4
-    assert dots(jaxpr), "the walk saw no matrix product at all"
+    assert largest_intermediate(jaxpr) < S * S // 4
+    assert matmuls(jaxpr), "the walk saw no matrix product at all"
 
 
-def test_the_walk_would_see_them():
+def test_jaxpr_walk_detects_full_scores():
     S = 512
     f = lambda q: kernels.attention(q, q, q, window=64, implementation="reference")
-    assert largest(jax.make_jaxpr(jax.jit(f))(query(S))) >= S * S
+    assert largest_intermediate(jax.make_jaxpr(jax.jit(f))(query(S))) >= S * S
 
 
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize(
     ("options", "S"),
     [({"window": 64}, 1024), pytest.param({}, 2048, marks=pytest.mark.slow)],
     ids=["window", "chunked"],
 )
-def test_memory_grows_with_the_sequence_not_its_square(options, S, backward):
+def test_memory_grows_linearly_with_sequence_length(options, S, backward):
     """Fault 11: scores and masks of all S x S pairs are built, whatever the window."""
     f = lambda q: attention(q, **options)
     program = jax.jit(gradient(f) if backward else f)
@@ -54,11 +54,11 @@ def test_memory_grows_with_the_sequence_not_its_square(options, S, backward):
     assert 0 < two <= 2.3 * one, f"{one} bytes at {S}, {two} at {2 * S}"
 
 
-@pytest.mark.parametrize("backward", [False, True])
-def test_long_full_attention_builds_no_scores_of_all_pairs(backward):
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_long_full_attention_does_not_materialize_full_scores(backward):
     S = 4096
     jaxpr = jax.make_jaxpr(gradient(attention) if backward else attention)(query(S))
-    assert largest(jaxpr) < S * S // 4
+    assert largest_intermediate(jaxpr) < S * S // 4
 
 
 def experts(N: int, E: int, k: int, M: int = 32, F: int = 48) -> tuple[list, jax.ShapeDtypeStruct]:
@@ -67,8 +67,8 @@ def experts(N: int, E: int, k: int, M: int = 32, F: int = 48) -> tuple[list, jax
     return [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes], jax.ShapeDtypeStruct((N, k), jnp.int32)
 
 
-@pytest.mark.parametrize("backward", [False, True])
-def test_no_expert_meets_every_token(backward):
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_intermediates_do_not_grow_with_the_number_of_experts(backward):
     """Fault 10: every expert runs on every token. Here nothing of N x E x F is built: only weights grow with E."""
 
     def build(E: int) -> int:
@@ -77,7 +77,7 @@ def test_no_expert_meets_every_token(backward):
             x, gate, up, down, ids, weights, implementation="xla"
         )
         g = jax.grad(lambda *a: jnp.sum(f(*a) ** 2), argnums=(0, 1, 2, 3, 4)) if backward else f
-        return largest(jax.make_jaxpr(g)(x, gate, up, down, weights, ids))
+        return largest_intermediate(jax.make_jaxpr(g)(x, gate, up, down, weights, ids))
 
     N, M, F = 256, 32, 48
     assert build(64) < N * 64 * F // 4
@@ -86,7 +86,7 @@ def test_no_expert_meets_every_token(backward):
 
 
 @pytest.mark.parametrize("op", ["grouped_matmul", "moe_mlp"])
-def test_the_products_of_a_tile_do_not_know_how_many_experts_there_are(op):
+def test_tile_matmul_shapes_do_not_depend_on_the_number_of_experts(op):
     """Each product inside the loops is one tile times one expert's matrix: there is no E in its shape."""
 
     def shapes(E: int) -> list:
@@ -100,7 +100,7 @@ def test_the_products_of_a_tile_do_not_know_how_many_experts_there_are(op):
             sizes = jax.ShapeDtypeStruct((E,), jnp.int32)
             f = lambda x, w, sizes: kernels.grouped_matmul(x, w, sizes, implementation="xla")
             jaxpr = jax.make_jaxpr(f)(x, gate, sizes)
-        return [[v.aval.shape for v in e.invars] for e in dots(jaxpr) if e.primitive.name == "dot_general"]
+        return [[v.aval.shape for v in e.invars] for e in matmuls(jaxpr) if e.primitive.name == "dot_general"]
 
     if jax.default_backend() == "cpu":
         assert shapes(4) and shapes(4) == shapes(32)

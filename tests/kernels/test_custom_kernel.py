@@ -1,4 +1,4 @@
-"""A kernel of one's own: the file and the line that the ladder's README shows, in a copy of DantinoX."""
+"""A custom kernel: the file and the line that the README of the tutorial shows, in a copy of DantinoX."""
 
 import json
 import os
@@ -61,13 +61,13 @@ def words(program):
     return line.partition("-m ")[2].split()
 
 
-def test_the_file_is_clean():
+def test_example_file_compiles_and_has_short_lines():
     assert all(len(line) <= 120 for line in FILE.splitlines())
     compile(FILE, "mine.py", "exec")
 
 
 @pytest.mark.slow
-def test_the_parity_tests_judge_it(copy):
+def test_parity_tests_run_custom_kernel(copy):
     chosen = ["-q", "-p", "no:cacheprovider", "-rs", "--import-mode=importlib"]
     said = run(copy, *words("pytest"), *chosen)
     assert int(re.search(r"(\d+) passed", said)[1]) >= 10, said[-3000:]
@@ -79,7 +79,7 @@ def test_the_parity_tests_judge_it(copy):
 
 
 @pytest.mark.slow
-def test_it_is_timed(copy):
+def test_benchmark_times_custom_kernel(copy):
     quick = ["--direction", "forward+backward", "--budget", "0.05", "--out", "out", "--html", "out/page.html"]
     run(copy, *words("bench"), *quick)
     (path,) = (copy / "out" / "cpu").glob("*-attention.json")
@@ -88,7 +88,7 @@ def test_it_is_timed(copy):
 
 
 @pytest.mark.slow
-def test_a_model_is_trained_with_it(copy):
+def test_model_trains_with_custom_kernel(copy):
     (copy / "text.txt").write_text("to be or not to be, that is the question. " * 200)
     tiny = "--data text.txt --tokenizer char --steps 2 --batch-size 2 --seq-len 32 --n-layers 1 --dim 32 --n-heads 2"
     tiny += " --n-kv-heads 1 --sample-tokens 4 --eval-batches 1"
@@ -103,7 +103,7 @@ def test_a_model_is_trained_with_it(copy):
 
 @pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="no Python here has libtpu; make aot builds one")
-def test_it_is_compiled(copy):
+def test_aot_compiles_custom_kernel(copy):
     chosen = ["--spec", "aot d64 window, gate", "--out", "aot"]
     run(copy, *words("bench.aot"), *chosen, python=COMPILER)
     rows = json.loads((copy / "aot" / "v6e.json").read_text())["rows"]

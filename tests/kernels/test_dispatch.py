@@ -1,4 +1,4 @@
-"""What cannot be is refused: a `ValueError` names the argument, a `NotImplementedError` the implementation."""
+"""Dispatch and validation: `ValueError` names the argument, `NotImplementedError` the implementation."""
 
 import dataclasses
 import re
@@ -47,7 +47,7 @@ ATTENTION = {
 
 
 @pytest.mark.parametrize(("message", "bad"), ATTENTION.items(), ids=ATTENTION)
-def test_attention_names_the_argument(message, bad):
+def test_invalid_attention_argument_raises_with_its_name(message, bad):
     with pytest.raises(ValueError, match=re.escape(message)) as refusal:
         kernels.attention(**({"q": Q, "k": KV, "v": KV} | bad))
     assert "\n" not in str(refusal.value)
@@ -55,12 +55,12 @@ def test_attention_names_the_argument(message, bad):
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 @pytest.mark.parametrize("nonsense", [None, "x"])
-def test_what_is_no_array_is_named(name, nonsense):
+def test_non_array_argument_raises_with_its_name(name, nonsense):
     with pytest.raises(ValueError, match=rf"^{name}\b"):
         kernels.attention(**({"q": Q, "k": KV, "v": KV} | {name: nonsense}))
 
 
-def test_a_window_wider_than_any_sequence_is_no_window():
+def test_window_longer_than_sequence_equals_no_window():
     for implementation in ("reference", "xla"):
         for window in (10**6, 2**31, 2**40):
             wide = kernels.attention(Q, KV, KV, window=window, implementation=implementation)
@@ -81,7 +81,7 @@ GROUPED = {
 
 
 @pytest.mark.parametrize(("message", "bad"), GROUPED.items(), ids=GROUPED)
-def test_grouped_matmul_names_the_argument(message, bad):
+def test_invalid_grouped_matmul_argument_raises_with_its_name(message, bad):
     with pytest.raises(ValueError, match=re.escape(message)):
         kernels.grouped_matmul(**({"x": X, "w": W, "group_sizes": SIZES} | bad))
 
@@ -114,7 +114,7 @@ MOE = {
 
 
 @pytest.mark.parametrize(("message", "bad"), MOE.items(), ids=MOE)
-def test_moe_mlp_names_the_argument(message, bad):
+def test_invalid_moe_mlp_argument_raises_with_its_name(message, bad):
     with pytest.raises(ValueError, match=re.escape(message)):
         kernels.moe_mlp(**(MOE_GOOD | bad))
 
@@ -143,7 +143,7 @@ DECODE = {
 
 
 @pytest.mark.parametrize(("message", "bad"), DECODE.items(), ids=DECODE)
-def test_decode_attention_names_the_argument(message, bad):
+def test_invalid_decode_attention_argument_raises_with_its_name(message, bad):
     with pytest.raises(ValueError, match=re.escape(message)):
         kernels.decode_attention(**({"q": Q[:, 0], "k": KV[:, 0], "v": KV[:, 0], "cache": CACHE} | bad))
 
@@ -157,7 +157,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("op", CALLS)
-def test_a_named_implementation_runs_or_says_why_not(op):
+def test_named_implementation_runs_or_raises_with_the_reason(op):
     for name, why in kernels.implementations(op).items():
         if why is None:
             CALLS[op](name)
@@ -168,7 +168,7 @@ def test_a_named_implementation_runs_or_says_why_not(op):
 
 
 @pytest.mark.parametrize("op", CALLS)
-def test_auto_always_runs_and_the_table_names_every_implementation(op):
+def test_auto_runs_and_implementations_lists_every_name(op):
     CALLS[op]("auto")
     table = kernels.implementations(op)
     assert set(table) >= {"reference", "xla", "pallas", "triton"}
@@ -176,7 +176,7 @@ def test_auto_always_runs_and_the_table_names_every_implementation(op):
     assert table["reference"] is None and table["xla"] is None
 
 
-def test_one_line_in_the_table_is_an_implementation(monkeypatch):
+def test_table_entry_registers_an_implementation(monkeypatch):
     def mine(q, k, v, **options):
         return jnp.full_like(q, options["window"])
 
@@ -198,8 +198,8 @@ def test_one_line_in_the_table_is_an_implementation(monkeypatch):
         kernels.moe_mlp(**MOE_GOOD, implementation="mine")
 
 
-@pytest.mark.parametrize(("D", "why"), [(64, "have not run on a GPU"), (96, "head dim 96")])
-def test_auto_says_why_it_did_not_choose_what_it_prefers(D, why, caplog):
+@pytest.mark.parametrize(("D", "why"), [(64, "have not run on a GPU"), (96, "head dim 96")], ids=["D=64", "D=96"])
+def test_auto_logs_why_preferred_implementation_is_skipped(D, why, caplog):
     dispatch._log_choice.cache_clear()
     x = jnp.ones((1, 4, 1, D), jnp.bfloat16)
     with caplog.at_level("INFO", "dantinox.kernels"), dispatch.target_device("cuda", "NVIDIA H100"):
@@ -208,12 +208,12 @@ def test_auto_says_why_it_did_not_choose_what_it_prefers(D, why, caplog):
     assert said.startswith("attention: auto chose xla on gpu; not pallas: ") and why in said
 
 
-def test_an_unknown_operation_is_refused():
+def test_unknown_operation_raises():
     with pytest.raises(ValueError, match="op is 'softmax'"):
         kernels.implementations("softmax")
 
 
-def test_an_announced_device_is_what_implementations_are_chosen_for():
+def test_target_device_overrides_current_device():
     with dispatch.target_device("cuda", "NVIDIA A100"):
         assert dispatch.current_device() == ("gpu", "NVIDIA A100")
         with dispatch.target_device("tpu", "TPU v6 lite"):
@@ -222,7 +222,7 @@ def test_an_announced_device_is_what_implementations_are_chosen_for():
     assert dispatch.current_device() == (jax.default_backend(), jax.devices()[0].device_kind)
 
 
-def test_a_function_traced_for_one_device_is_traced_again_for_another():
+def test_jitted_function_is_traced_again_for_another_target_device():
     x = jnp.ones((1, 128, 1, 128), jnp.bfloat16)
     attend = jax.jit(lambda x: kernels.attention(x, x, x, implementation="pallas"))
     transformations = {
@@ -243,7 +243,7 @@ def test_a_function_traced_for_one_device_is_traced_again_for_another():
         assert str(f.trace(x).jaxpr) == here, name
 
 
-def test_a_lazy_implementation_is_imported_when_it_is_called():
+def test_lazy_implementation_is_imported_on_first_call():
     missing = dispatch.lazy("dantinox.no_such_module:attention")
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         missing(Q, KV, KV)

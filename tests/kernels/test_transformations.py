@@ -1,4 +1,4 @@
-"""The Pallas attention under JAX's transformations: mapped, recomputed, in a loop, over the devices of a mesh."""
+"""The Pallas attention under vmap, remat, scan and shard_map."""
 
 import os
 import subprocess
@@ -16,63 +16,66 @@ from dantinox import kernels
 from tests.helpers import cases, tolerance
 
 ROOT = Path(__file__).parents[2]
-TURNED = cases.attention(20, 24, H=4, window=9, gate="elementwise", softcap=2.0)
+CASE = cases.attention(20, 24, H=4, window=9, gate="elementwise", softcap=2.0)
 
 
-def turned(q: jax.Array, k: jax.Array, v: jax.Array, gate: jax.Array) -> jax.Array:
-    return kernels.attention(q, k, v, gate=gate, implementation="pallas", **TURNED.options())
+def attention_of_case(q: jax.Array, k: jax.Array, v: jax.Array, gate: jax.Array) -> jax.Array:
+    return kernels.attention(q, k, v, gate=gate, implementation="pallas", **CASE.options())
 
 
 def output_and_gradients(*inputs: jax.Array) -> tuple[jax.Array, ...]:
     """(o, dq, dk, dv, dgate), of sum(o^2) / 2."""
-    o, pull = jax.vjp(turned, *inputs)
+    o, pull = jax.vjp(attention_of_case, *inputs)
     return o, *pull(o)
 
 
-def three() -> list[jax.Array]:
+def stacked_inputs() -> list[jax.Array]:
     """The inputs of TURNED three times over, all different."""
     draws = [narrow_values(seed) for seed in range(3)]
     return [jnp.stack(x) for x in zip(*draws, strict=True)]
 
 
 def narrow_values(seed: int) -> list[np.ndarray]:
-    return [np.float32(x) for x in cases.draw(TURNED, seed)[0].values()]
+    return [np.float32(x) for x in cases.draw(CASE, seed)[0].values()]
 
 
-def close(found: Any, expected: Any) -> None:
+def assert_close(found: Any, expected: Any) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), tuple(found), tuple(expected))
 
 
-def test_mapped_over_an_axis_it_is_a_loop():
-    many = three()
-    one = tolerance.quick(output_and_gradients)
+def test_vmap_equals_a_loop():
+    many = stacked_inputs()
+    one = tolerance.jit_fast_compile(output_and_gradients)
     loop = [one(*x) for x in zip(*many, strict=True)]
-    close(tolerance.quick(jax.vmap(output_and_gradients))(*many), [jnp.stack(x) for x in zip(*loop, strict=True)])
+    assert_close(
+        tolerance.jit_fast_compile(jax.vmap(output_and_gradients))(*many),
+        [jnp.stack(x) for x in zip(*loop, strict=True)],
+    )
     # Keys and values shared by all, and an axis in the middle.
     q, k, v, gate = many
-    some = jax.vmap(lambda q, gate: turned(q, k[0], v[0], gate), in_axes=(2, 0), out_axes=1)
+    some = jax.vmap(lambda q, gate: attention_of_case(q, k[0], v[0], gate), in_axes=(2, 0), out_axes=1)
     loop = [one(q[n], k[0], v[0], gate[n])[0] for n in range(3)]
-    close([tolerance.quick(some)(jnp.moveaxis(q, 0, 2), gate)], [jnp.stack(loop, axis=1)])
+    assert_close([tolerance.jit_fast_compile(some)(jnp.moveaxis(q, 0, 2), gate)], [jnp.stack(loop, axis=1)])
 
 
-def test_recomputed_it_is_the_same():
+def test_remat_does_not_change_gradients():
     inputs = narrow_values(0)
     loss = lambda f: lambda *x: jnp.sum(f(*x) ** 2) / 2
-    again = tolerance.quick(jax.grad(loss(jax.checkpoint(turned)), argnums=(0, 1, 2, 3)))(*inputs)
-    close(again, tolerance.quick(output_and_gradients)(*inputs)[1:])
+    again = tolerance.jit_fast_compile(jax.grad(loss(jax.checkpoint(attention_of_case)), argnums=(0, 1, 2, 3)))(*inputs)
+    assert_close(again, tolerance.jit_fast_compile(output_and_gradients)(*inputs)[1:])
 
 
-def test_descends_inside_a_loop():
+def test_gradient_descent_inside_a_loop():
     """Three steps of gradient descent on the keys in one lax.scan."""
     q, k, v, gate = narrow_values(0)
-    slope = jax.grad(lambda k: jnp.sum(turned(q, k, v, gate) ** 2))
+    slope = jax.grad(lambda k: jnp.sum(attention_of_case(q, k, v, gate) ** 2))
     step = lambda k, _: (k - 0.1 * slope(k), None)
-    found, _ = tolerance.quick(lambda k: jax.lax.scan(step, k, length=3))(k)
-    by_hand, one = k, tolerance.quick(lambda k: step(k, None)[0])
+    found, _ = tolerance.jit_fast_compile(lambda k: jax.lax.scan(step, k, length=3))(k)
+    by_hand, one = k, tolerance.jit_fast_compile(lambda k: step(k, None)[0])
     for _ in range(3):
         by_hand = one(by_hand)
     assert np.abs(found - k).max() > 1e-3
-    close([found], [by_hand])
+    assert_close([found], [by_hand])
 
 
 SHARDED = """
@@ -113,7 +116,7 @@ SHARDED = """
         pytest.param('P(None, None, "heads")', marks=pytest.mark.slow),
     ],
 )
-def test_a_shard_of_sequences_and_heads_on_each_device(where):
+def test_shard_map_over_sequences_and_heads_equals_one_device(where):
     code = textwrap.dedent(SHARDED).replace("WHERE", f"[{where}]").replace("CHECK", "False")
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}

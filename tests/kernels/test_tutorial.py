@@ -1,4 +1,4 @@
-"""The rungs of kernels/tutorial: forward accuracy by the rule, their documentation, and the errors they raise."""
+"""The steps of kernels/tutorial: accuracy of the forward pass, documentation, and error messages."""
 
 import functools
 import re
@@ -47,10 +47,10 @@ RULE_CASES = [pytest.param(name, marks=pytest.mark.slow if name in LONG else ())
 
 
 @functools.cache
-def forward(rung: str, case: workloads.Attention, tiles: bool = True) -> Any:
-    run, options = tutorial.rung(rung), {"causal": case.causal, "window": case.window, "scale": case.scale}
-    options |= SMALL_TILES.get(rung, {}) if tiles else {}
-    return tolerance.quick(lambda inputs: {"o": run(**inputs, **options)})
+def forward(step: str, case: workloads.Attention, tiles: bool = True) -> Any:
+    run, options = tutorial.load_step(step), {"causal": case.causal, "window": case.window, "scale": case.scale}
+    options |= SMALL_TILES.get(step, {}) if tiles else {}
+    return tolerance.jit_fast_compile(lambda inputs: {"o": run(**inputs, **options)})
 
 
 @functools.cache
@@ -58,60 +58,63 @@ def exact(case: workloads.Attention, dtype: str, wide: bool) -> dict[str, np.nda
     """The reference in the dtype or, with `wide`, in float64 on the same rounded arguments."""
     inputs = {name: jnp.asarray(x, dtype) for name, x in cases.draw(case)[0].items()}
     with jax.enable_x64(wide):
-        inputs = {name: jnp.asarray(tolerance.exact(x)) for name, x in inputs.items()} if wide else inputs
+        inputs = {name: jnp.asarray(tolerance.to_float64(x)) for name, x in inputs.items()} if wide else inputs
         return {"o": np.asarray(jax.jit(lambda x: reference.attention(**x, **case.options()))(inputs))}
 
 
-def judge(rung: str, case: workloads.Attention, dtype: str, tiles: bool = True) -> jax.Array:
+def assert_within_tolerance(step: str, case: workloads.Attention, dtype: str, tiles: bool = True) -> jax.Array:
     inputs = {name: jnp.asarray(x, dtype) for name, x in cases.draw(case)[0].items()}
-    result = forward(rung, case, tiles)(inputs)
+    result = forward(step, case, tiles)(inputs)
     assert result["o"].dtype == dtype and result["o"].shape == case.out_shape()
-    tolerance.check(result, exact(case, dtype, False), exact(case, dtype, True), dtype)
+    tolerance.assert_within_bound(result, exact(case, dtype, False), exact(case, dtype, True), dtype)
     return result["o"]
 
 
-@pytest.mark.parametrize("rung", tutorial.RUNGS)
+@pytest.mark.parametrize("step", tutorial.STEPS)
 @pytest.mark.parametrize("name", RULE_CASES)
-def test_every_rung_keeps_the_rule(rung, name):
+def test_each_step_matches_reference(step, name):
     case = CASES[name]
-    o = judge(rung, case, "float32")
+    o = assert_within_tolerance(step, case, "float32")
     if case.T > case.S:
         assert not np.any(o[:, : case.T - case.S]), "a query that sees no key"
 
 
-@pytest.mark.parametrize("rung", tutorial.RUNGS)
+@pytest.mark.parametrize("step", tutorial.STEPS)
 @pytest.mark.parametrize("name", FEW)
-def test_every_rung_keeps_the_rule_in_bfloat16(rung, name):
-    judge(rung, CASES[name], "bfloat16")
+def test_each_step_matches_reference_in_bfloat16(step, name):
+    assert_within_tolerance(step, CASES[name], "bfloat16")
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("one per head", "float32"), ("elementwise", "bfloat16")])
-def test_the_gate_keeps_the_rule(name, dtype):
-    judge("packed_gqa_gate", GATED[name], dtype)
+def test_gated_step_matches_reference(name, dtype):
+    assert_within_tolerance("packed_gqa_gate", GATED[name], dtype)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rung", tutorial.RUNGS)
-def test_the_default_tiles_keep_the_rule(rung, dtype):
-    judge(rung, row(600, 700, H=4, K=2, D=32, window=256), dtype, tiles=False)
+@pytest.mark.parametrize("step", tutorial.STEPS)
+def test_default_block_sizes_match_reference(step, dtype):
+    assert_within_tolerance(step, row(600, 700, H=4, K=2, D=32, window=256), dtype, tiles=False)
 
 
-@pytest.mark.parametrize("rung", tutorial.RUNGS)
-def test_unseen_keys_do_not_affect_the_output_and_two_runs_are_bit_equal(rung):
+@pytest.mark.parametrize("step", tutorial.STEPS)
+def test_masked_keys_do_not_affect_output(step):
     case = row(7, 100, window=30)  # no query sees the first 64 keys, and the last tile reaches past the last key
     inputs = {name: np.float32(x) for name, x in cases.draw(case)[0].items()}
-    run, clean = forward(rung, case), None
+    run, clean = forward(step, case), None
     for fill in (0, np.nan, np.inf, 0):
         for name in "kv":
             inputs[name][:, :64] = fill
         clean = clean or run(inputs)
-        tolerance.same_bits(clean, run(inputs))
+        tolerance.assert_bit_equal(clean, run(inputs))
 
 
-@pytest.mark.parametrize("window", [None, 1, 5, 16, 17, 40, 1000])
-@pytest.mark.parametrize(("T", "S"), [(1, 1), (50, 50), (20, 70), (70, 20), (33, 64)])
-def test_visible_tiles_are_those_with_a_visible_pair(T, S, window):
+@pytest.mark.parametrize("window", [None, 1, 5, 16, 17, 40, 1000], ids="window={}".format)
+@pytest.mark.parametrize(
+    ("T", "S"),
+    [pytest.param(T, S, id=f"T={T} S={S}") for T, S in ((1, 1), (50, 50), (20, 70), (70, 20), (33, 64))],
+)
+def test_visible_tiles_have_a_visible_pair(T, S, window):
     for causal in (True, False) if window is None else (True,):
         visible = np.asarray(reference.visible(T, S, causal=causal, window=window))
         tiles = step4_tile_skipping.visible_tiles(common.Mask(T, S, causal, window), 16, 32)
@@ -141,17 +144,17 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("rung", tutorial.RUNGS)
-def test_error_messages_name_the_bad_argument(rung):
-    run = tutorial.rung(rung)
+@pytest.mark.parametrize("step", tutorial.STEPS)
+def test_invalid_argument_raises_with_its_name(step):
+    run = tutorial.load_step(step)
     for message, bad in WRONG.items():
         with pytest.raises(ValueError, match=re.escape(message)):
             run(**({"q": Q, "k": KV, "v": KV} | bad))
     unsupported = {"softcap": 2.0, "segment_ids": jnp.zeros((1, 4), jnp.int32)}
-    for name, value in (unsupported if rung == "packed_gqa_gate" else unsupported | {"gate": Q}).items():
+    for name, value in (unsupported if step == "packed_gqa_gate" else unsupported | {"gate": Q}).items():
         with pytest.raises(NotImplementedError, match=f"no {name}"):
             run(Q, KV, KV, **{name: value})
-    for name in SMALL_TILES.get(rung, {}):
+    for name in SMALL_TILES.get(step, {}):
         with pytest.raises(ValueError, match=f"{name} is 7; allowed: a multiple of 16"):
             run(Q, KV, KV, **{name: 7})
     with target_device("cuda", "NVIDIA H100"), pytest.raises(NotImplementedError, match="this device is a gpu"):
@@ -160,22 +163,22 @@ def test_error_messages_name_the_bad_argument(rung):
     np.testing.assert_array_equal(run(Q, nothing, nothing), jnp.zeros_like(Q))
 
 
-def test_error_messages_name_a_bad_gate():
+def test_invalid_gate_raises_with_its_name():
     for bad in (Q[:, :, :1], Q[..., :2], Q.astype(jnp.float16)):
         with pytest.raises(ValueError, match="gate has"):
             step5_packed_gqa_gate.attention(Q, KV, KV, gate=bad)
 
 
-@pytest.mark.parametrize("rung", tutorial.RUNGS)
-def test_rungs_are_short_and_their_docstrings_have_six_parts(rung):
-    text = next(FOLDER.glob(f"step?_{rung}.py")).read_text()
+@pytest.mark.parametrize("step", tutorial.STEPS)
+def test_steps_are_short_and_docstrings_have_six_parts(step):
+    text = next(FOLDER.glob(f"step?_{step}.py")).read_text()
     assert len(text.splitlines()) < 120
     parts = re.findall(r"^(Math|Tiling|State|Traffic|Limits|Source) {2,}\S", text, re.M)
     assert parts == ["Math", "Tiling", "State", "Traffic", "Limits", "Source"]
-    assert "keys ->" in text and ("░" in text) == (rung in ("tile_skipping", "packed_gqa_gate"))
+    assert "keys ->" in text and ("░" in text) == (step in ("tile_skipping", "packed_gqa_gate"))
 
 
-def test_the_guide_covers_every_rung_in_order():
+def test_readme_covers_every_step_in_order():
     guide = (FOLDER / "README.md").read_text()
-    positions = [guide.index(f"## {number}. `step{number}_{rung}.py`") for number, rung in enumerate(tutorial.RUNGS, 1)]
+    positions = [guide.index(f"## {number}. `step{number}_{step}.py`") for number, step in enumerate(tutorial.STEPS, 1)]
     assert positions == sorted(positions)

@@ -1,4 +1,4 @@
-"""The table of shapes, its arrays, and its costs against counts made pair by pair and array by array."""
+"""The workloads, their arrays, and their costs against counts of pairs and arrays."""
 
 import math
 
@@ -33,7 +33,7 @@ def pairs_of(T: int, S: int, causal: bool, window: int | None, q_ids=None, kv_id
 
 @MANY
 @given(T=st.integers(0, 12), S=st.integers(0, 12), window=st.none() | st.integers(1, 15), causal=st.booleans())
-def test_visible_pairs_are_counted_one_by_one(T, S, window, causal):
+def test_visible_pairs_match_a_count_of_the_mask(T, S, window, causal):
     window = window if causal else None
     expected = pairs_of(T, S, causal, window)
     assert cost.visible_pairs(T, S, causal=causal, window=window) == expected.sum()
@@ -41,7 +41,7 @@ def test_visible_pairs_are_counted_one_by_one(T, S, window, causal):
 
 @MANY
 @given(data=st.data(), T=st.integers(1, 9), S=st.integers(1, 12), window=st.none() | st.integers(1, 14))
-def test_visible_pairs_of_segments_are_counted_one_by_one(data, T, S, window):
+def test_visible_pairs_of_segments_match_a_count_of_the_mask(data, T, S, window):
     causal = window is not None or data.draw(st.booleans())
     ids = lambda n: st.lists(st.lists(st.integers(0, 2), min_size=n, max_size=n), min_size=2, max_size=2)
     q_ids, kv_ids = np.int32(data.draw(ids(T))), np.int32(data.draw(ids(S)))
@@ -49,8 +49,8 @@ def test_visible_pairs_of_segments_are_counted_one_by_one(data, T, S, window):
     assert cost.visible_pairs(T, S, causal=causal, window=window, segment_ids=(q_ids, kv_ids)) == expected
 
 
-@pytest.mark.parametrize("window", [None, 1, 2, 7, 40, 41, 100])
-def test_visible_pairs_of_longer_sequences(window):
+@pytest.mark.parametrize("window", [None, 1, 2, 7, 40, 41, 100], ids="window={}".format)
+def test_visible_pairs_of_longer_sequences_match_the_mask(window):
     for T, S in ((40, 40), (40, 7), (7, 40), (1, 40)):
         expected = pairs_of(T, S, True, window)
         assert cost.visible_pairs(T, S, window=window) == expected.sum()
@@ -59,7 +59,7 @@ def test_visible_pairs_of_longer_sequences(window):
 
 @MANY
 @given(T=st.integers(1, 12), S=st.integers(1, 12), window=st.none() | st.integers(1, 15))
-def test_seen_keys_are_those_with_a_query(T, S, window):
+def test_num_visible_keys_counts_keys_with_a_query(T, S, window):
     assert cost.num_visible_keys(T, S, window) == pairs_of(T, S, True, window).any(axis=0).sum()
 
 
@@ -85,7 +85,7 @@ def gate_size(kind: str, rows: int, D: int) -> int:
     gate=gates,
     dtypes=dtypes,
 )
-def test_attention_costs_what_its_pairs_and_arrays_do(sizes, heads, B, D, causal, window, segments, gate, dtypes):
+def test_attention_cost_matches_its_pairs_and_arrays(sizes, heads, B, D, causal, window, segments, gate, dtypes):
     (T, S), (H, K) = sizes, heads
     if segments == "packed":
         S = T
@@ -96,14 +96,14 @@ def test_attention_costs_what_its_pairs_and_arrays_do(sizes, heads, B, D, causal
     )  # fmt: skip
     ids = row.integer_inputs().get("segment_ids")
     ids = (ids, ids) if segments == "packed" else ids
-    one = pairs_of(T, S, causal, window)
-    pairs = [one if ids is None else pairs_of(T, S, causal, window, ids[0][b], ids[1][b]) for b in range(B)]
-    products = sum(1 for mask in pairs for _ in np.argwhere(mask) for _ in range(H))
+    mask = pairs_of(T, S, causal, window)
+    pairs = [mask if ids is None else pairs_of(T, S, causal, window, ids[0][b], ids[1][b]) for b in range(B)]
+    products = sum(1 for pair_mask in pairs for _ in np.argwhere(pair_mask) for _ in range(H))
     # Which keys the documents hide is not known before the kernel runs: the window's keys are read.
-    read = one.any(axis=0).sum() if causal else S
+    visible_keys = mask.any(axis=0).sum() if causal else S
     narrow, wide = (4 if dtypes[0] == "float32" else 2), 4
     q = B * T * H * D * narrow
-    k = B * int(read) * K * D * narrow
+    k = B * int(visible_keys) * K * D * narrow
     dk = B * S * K * D * narrow
     g = gate_size(gate, B * T * H, D) * narrow
     integers = 0 if ids is None else sum(x.size * 4 for x in ids)
@@ -122,7 +122,7 @@ def test_attention_costs_what_its_pairs_and_arrays_do(sizes, heads, B, D, causal
     spare=st.integers(0, 4),
     dtypes=dtypes,
 )
-def test_grouped_matmul_costs_what_its_rows_and_arrays_do(widths, sizes, spare, dtypes):
+def test_grouped_matmul_cost_matches_its_rows_and_arrays(widths, sizes, spare, dtypes):
     (M, F), E, N = widths, len(sizes), max(1, sum(sizes) + spare)
     row = workloads.GroupedMatmul(N=N, M=M, F=F, E=E, sizes=sizes, dtypes=dtypes, **ANYWHERE)
     item, flops, read, matrices = (4 if dtypes[0] == "float32" else 2), 0, 0, 0
@@ -144,7 +144,7 @@ def test_grouped_matmul_costs_what_its_rows_and_arrays_do(widths, sizes, spare, 
     skew=st.sampled_from(workload_types.SKEWS),
     dtypes=dtypes,
 )
-def test_moe_mlp_costs_what_its_rows_and_arrays_do(sizes, E, data, skew, dtypes):
+def test_moe_mlp_cost_matches_its_rows_and_arrays(sizes, E, data, skew, dtypes):
     (N, M, F), k = sizes, data.draw(st.integers(1, E))
     row = workloads.MoE(N=N, M=M, F=F, E=E, k=k, skew=skew, dtypes=dtypes, **ANYWHERE)
     item, flops, hidden, touched = (4 if dtypes[0] == "float32" else 2), 0, 0, set()
@@ -168,7 +168,7 @@ def test_moe_mlp_costs_what_its_rows_and_arrays_do(sizes, E, data, skew, dtypes)
     gate=gates,
     dtypes=dtypes,
 )
-def test_decoding_costs_what_its_slots_and_arrays_do(lengths, C, window, heads, D, gate, dtypes):
+def test_decode_attention_cost_matches_its_slots_and_arrays(lengths, C, window, heads, D, gate, dtypes):
     (H, K), B = heads, len(lengths)
     row = workloads.Decode(lengths=lengths, C=C, window=window, H=H, K=K, D=D, gate=gate, dtypes=dtypes, **ANYWHERE)
     item, tokens = (4 if dtypes[0] == "float32" else 2), 0
@@ -185,7 +185,7 @@ def test_decoding_costs_what_its_slots_and_arrays_do(lengths, C, window, heads, 
         row.cost(backward=True)
 
 
-def test_costs_add_and_bound_the_time():
+def test_costs_add_and_give_a_time_bound():
     a, b = cost.Cost(600, 20, 3), cost.Cost(1, 2)
     assert a + b == (601, 22, 3) and a.intensity == 30 and cost.Cost(5, 0).intensity == 5
     assert a.seconds(100, 10) == 6 and a.seconds(1000, 10) == 2
@@ -195,7 +195,7 @@ def test_costs_add_and_bound_the_time():
 
 @MANY
 @given(N=st.integers(0, 500), E=st.integers(1, 40), skew=st.sampled_from(workload_types.SKEWS))
-def test_spread_shares_all_rows(N, E, skew):
+def test_spread_assigns_all_rows(N, E, skew):
     sizes = workload_types.spread(N, E, skew)
     assert sizes.shape == (E,) and sizes.dtype == np.int32 and sizes.sum() == N and (sizes >= 0).all()
     if skew == "uniform":
@@ -207,8 +207,8 @@ def test_spread_shares_all_rows(N, E, skew):
         assert E == 1 or N < E or (sizes == 0).sum() == (E + 1) // 2
 
 
-@pytest.mark.parametrize("E", [2, 8, 31])
-def test_zipf_is_one_over_the_rank_in_no_order(E):
+@pytest.mark.parametrize("E", [2, 8, 31], ids="E={}".format)
+def test_zipf_sizes_follow_one_over_rank_in_random_order(E):
     sizes = workload_types.spread(1_000_000, E, "zipf")
     expected = 1 / np.arange(1, E + 1)
     np.testing.assert_allclose(np.sort(sizes)[::-1] / 1e6, expected / expected.sum(), atol=2e-6)
@@ -218,7 +218,7 @@ def test_zipf_is_one_over_the_rank_in_no_order(E):
 
 @MANY
 @given(N=st.integers(0, 40), E=st.integers(1, 12), data=st.data(), skew=st.sampled_from(workload_types.SKEWS))
-def test_route_sends_no_token_twice_to_one_expert(N, E, data, skew):
+def test_route_never_repeats_an_expert_per_token(N, E, data, skew):
     k, seed = data.draw(st.integers(1, E)), data.draw(st.integers(0, 99))
     ids = workload_types.route(N, E, k, skew, seed)
     assert ids.shape == (N, k) and ids.dtype == np.int32
@@ -231,7 +231,7 @@ def test_route_sends_no_token_twice_to_one_expert(N, E, data, skew):
 
 
 @pytest.mark.parametrize("skew", workload_types.SKEWS)
-def test_route_follows_the_shares(skew):
+def test_route_follows_the_expert_distribution(skew):
     ids = workload_types.route(20_000, 8, 1, skew)
     shares = np.bincount(ids[:, 0], minlength=8) / 20_000
     np.testing.assert_allclose(shares, workload_types.spread(20_000, 8, skew) / 20_000, atol=0.015)
@@ -239,8 +239,8 @@ def test_route_follows_the_shares(skew):
     assert (skew == "one") == np.array_equal(ids, other)
 
 
-@pytest.mark.parametrize(("T", "S"), [(9, 30), (30, 30), (30, 9)])
-def test_segment_ids_lie_at_their_positions(T, S):
+@pytest.mark.parametrize(("T", "S"), [(9, 30), (30, 30), (30, 9)], ids=["T < S", "T = S", "T > S"])
+def test_segment_ids_are_aligned_to_the_last_positions(T, S):
     """Queries are the last T positions, keys the last S; documents follow one another in no order of their ids."""
     row = workloads.Attention(T=T, S=S, B=3, segments="separate", **ANYWHERE)
     q_ids, kv_ids = row.integer_inputs(seed=1)["segment_ids"]
@@ -252,36 +252,36 @@ def test_segment_ids_lie_at_their_positions(T, S):
     assert (np.diff(longest) > 0).any() and (np.diff(longest) < 0).any()
 
 
-def test_one_array_of_segment_ids_is_for_both():
+def test_packed_segment_ids_serve_queries_and_keys():
     row = workloads.Attention(T=20, S=20, B=2, segments="packed", **ANYWHERE)
-    (q_ids, kv_ids), one = (
+    (q_ids, kv_ids), packed = (
         workloads.Attention(T=20, S=20, B=2, segments="separate", **ANYWHERE).integer_inputs()["segment_ids"],
         row.integer_inputs(),
     )
-    np.testing.assert_array_equal(one["segment_ids"], q_ids)
-    np.testing.assert_array_equal(one["segment_ids"], kv_ids)
+    np.testing.assert_array_equal(packed["segment_ids"], q_ids)
+    np.testing.assert_array_equal(packed["segment_ids"], kv_ids)
     assert row.cost() == workloads.Attention(T=20, S=20, B=2, segments="separate", **ANYWHERE).cost()
 
 
-def test_some_segments_have_keys_and_no_query():
+def test_unmatched_segments_have_keys_without_queries():
     q_ids, kv_ids = workloads.Attention(T=30, S=30, segments="unmatched", **ANYWHERE).integer_inputs()["segment_ids"]
-    nobody = ~np.isin(kv_ids, q_ids)
-    assert nobody[:, 10:15].all() and not nobody[:, 15:].any()
+    unmatched = ~np.isin(kv_ids, q_ids)
+    assert unmatched[:, 10:15].all() and not unmatched[:, 15:].any()
 
 
-def test_an_unknown_skew_is_refused():
+def test_unknown_skew_raises():
     with pytest.raises(ValueError, match="skew is 'flat'; allowed: uniform, zipf, one, empty"):
         workload_types.spread(4, 2, "flat")
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_names_are_unique(op):
+def test_workload_names_are_unique(op):
     names = [row.name for row in workloads.ROWS if row.op == op]
     assert names and len(names) == len(set(names))
 
 
 @pytest.mark.parametrize("row", workloads.ROWS, ids=lambda row: f"{row.op}: {row.name}")
-def test_every_row_is_valid(row):
+def test_workload_is_valid(row):
     assert row.op in OPS
     assert row.suites and set(row.suites) <= set(workloads.SUITES)
     assert row.devices and set(row.devices) <= set(workloads.DEVICES)
@@ -306,10 +306,10 @@ def test_every_row_is_valid(row):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_every_use_has_rows(op):
+def test_every_suite_has_workloads(op):
     for purpose in workloads.SUITES:
-        # Only attention has shapes so long that they wait for the long run, and a ladder.
-        assert workloads.select(op, purpose) or (purpose in ("long", "ladder") and op != "attention"), purpose
+        # Only attention has shapes so long that they wait for the long run, and a tutorial.
+        assert workloads.select(op, purpose) or (purpose in ("long", "tutorial") and op != "attention"), purpose
     for purpose, machine in (("parity", "small"), ("bench", "cpu"), ("bench", "h100"), ("aot", "h100"), ("aot", "tpu")):
         chosen = workloads.select(op, purpose, machine)
         assert chosen and all(purpose in row.suites and machine in row.devices for row in chosen)
@@ -324,19 +324,20 @@ def test_every_use_has_rows(op):
         (("attention", "speed"), "suite is 'speed'; allowed: parity, long, bench, aot, tune"),
         (("attention", "bench", "moon"), "device is 'moon'; allowed: small, cpu, h100, tpu"),
     ],
+    ids=["op", "suite", "device"],
 )
-def test_an_unknown_use_is_refused(arguments, message):
+def test_unknown_suite_op_or_device_raises(arguments, message):
     with pytest.raises(ValueError, match=message):
         workloads.select(*arguments)
 
 
-def test_an_unknown_name_is_refused_with_the_names_there_are():
+def test_unknown_workload_raises_with_the_known_names():
     with pytest.raises(ValueError, match=r"moe_mlp has no spec 'top 9'; allowed: .*top 2, zipf"):
         workloads.get("moe_mlp", "top 9")
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_the_operation_takes_what_a_row_gives(op):
+def test_operation_accepts_the_arrays_of_a_workload(op):
     """Every name that a row gives is an argument of the operation, and what comes back has the shape it says."""
     row = min(workloads.select(op, "parity"), key=lambda row: sum(math.prod(shape) for shape in row.shapes().values()))
     arguments = {name: np.ones(shape, np.float32) for name, shape in row.shapes().items()}

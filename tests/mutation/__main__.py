@@ -1,10 +1,10 @@
-"""Do the tests notice? Plants one fault after the other in a copy of the kernels and expects a test to fail.
+"""Plant one fault after the other in a copy of the kernels and expect a test to fail.
 
     python -m tests.mutation [--list] [--only SUBSTRING] [-j N]
 
-For each fault the tests most likely to notice run first, all of the operation's only where those pass. At the end the
-tests that noticed run without any fault: they must pass. Exit status: 0 where at least 95% are caught, 1 where fewer,
-2 where a fault no longer fits its file or a run proves nothing.
+The tests that a mutant names run first, all test files of its suite only if those pass. At the end the tests that
+failed run without any fault: they must pass. Exit status: 0 if at least 95% of the mutants are caught, 1 if fewer are,
+2 if a mutant no longer fits its file or a run is inconclusive.
 """
 
 import argparse
@@ -16,38 +16,42 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.mutation import FILES, MUTANTS, Mutant
+import pytest
+
+from tests.mutation import MUTANTS, Mutant
 
 ROOT = Path(__file__).parents[2]
 COPIED = ("kernels", "reference", "dantinox", "bench", "tests", "pyproject.toml")
-ENOUGH = 0.95
-LIMITS = (300, 900)  # seconds: the likely tests, all tests of the operation
+MIN_CAUGHT = 0.95
+TIMEOUTS = (300, 900)  # seconds: the tests that a mutant names, all files of its suite
+NO_TESTS = (pytest.ExitCode.NO_TESTS_COLLECTED, pytest.ExitCode.USAGE_ERROR)
 
 
-def copy(to: Path) -> None:
-    """What the tests need of this tree, uncommitted changes and all."""
+def copy_tree(folder: Path) -> None:
+    """Copy what the tests need of this tree, uncommitted changes included."""
     for name in COPIED:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, to / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copy(ROOT / name, to / name)
+            shutil.copy(ROOT / name, folder / name)
 
 
 class Runner:
-    """Runs pytest in copies of the tree; `stop` ends what is still running."""
+    """Runs pytest in copies of the tree; `stop` ends the processes that still run."""
 
     def __init__(self) -> None:
         self.running: set[subprocess.Popen] = set()
         self.lock = threading.Lock()
         self.stopped = False
 
-    def pytest(self, folder: Path, arguments: Iterable[str], limit: float) -> tuple[int | None, str]:
-        """(exit status, None where time ran out; output)."""
+    def run_pytest(self, folder: Path, arguments: Iterable[str], timeout: float) -> tuple[int | None, str]:
+        """Run pytest in a folder; returns (exit status, None after a timeout; output)."""
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", *arguments]
         # Wide lines, so that no test's name is cut short.
         environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "400"}
@@ -60,7 +64,7 @@ class Runner:
             )
             self.running.add(process)
         try:
-            output, _ = process.communicate(timeout=limit)
+            output, _ = process.communicate(timeout=timeout)
             return process.returncode, output
         except subprocess.TimeoutExpired:
             process.kill()
@@ -77,106 +81,122 @@ class Runner:
 
 
 class Verdict(NamedTuple):
-    """What became of a fault: caught, survived, or error (the run proves nothing); by which test, or why."""
+    """The result of one mutant.
+
+    Attributes:
+        outcome: "caught", "survived", or "error" if the run is inconclusive.
+        reason: the test that failed, or the error.
+    """
 
     mutant: Mutant
-    what: str
-    by: str
+    outcome: str
+    reason: str
     seconds: float
 
 
-def judge(mutant: Mutant, runner: Runner) -> Verdict:
-    """Plant one fault in a copy of its own and run the tests."""
-    began = time.monotonic()
-    verdict = lambda what, by: Verdict(mutant, what, by, time.monotonic() - began)
+def selections(mutant: Mutant) -> list[list[str]]:
+    """The arguments of pytest, in order: the tests that a mutant names, then all files of its suite.
+
+    Cases that are named by their ids run even if they are slow.
+    """
+    with_slow_cases = ["-m", ""] if all("[" in test for test in mutant.tests) else []
+    return [[*mutant.node_ids, *with_slow_cases], mutant.files]
+
+
+def check_mutant(mutant: Mutant, runner: Runner) -> Verdict:
+    """Plant one fault in its own copy of the tree and run the tests."""
+    start = time.monotonic()
+
+    def verdict(outcome: str, reason: str) -> Verdict:
+        return Verdict(mutant, outcome, reason, time.monotonic() - start)
+
     with tempfile.TemporaryDirectory(prefix="mutant-") as name:
         folder = Path(name)
-        copy(folder)
+        copy_tree(folder)
         target = folder / mutant.file
-        target.write_text(mutant.applied(target.read_text()))
-        first, *_ = files = [f"tests/{file}.py" for file in FILES[mutant.tests]]
-        likely = [first, "-k", mutant.likely, *(["-m", ""] if mutant.likely.startswith("slow and") else [])]
-        for arguments, limit in zip((likely, files), LIMITS, strict=True):
-            status, output = runner.pytest(folder, arguments, limit)
-            failed = failures(output)
-            if status == 1 and failed:
+        target.write_text(mutant.apply(target.read_text()))
+        for arguments, timeout in zip(selections(mutant), TIMEOUTS, strict=True):
+            status, output = runner.run_pytest(folder, arguments, timeout)
+            failed = failed_tests(output)
+            if status == pytest.ExitCode.TESTS_FAILED and failed:
                 return verdict("caught", failed[0])
-            if status == 5 and arguments != files:
-                return verdict("error", f"-k {mutant.likely!r} selects no test")
-            if status != 0:
-                return verdict("error", "time ran out" if status is None else " ".join(output.split())[-300:])
+            if status in NO_TESTS:
+                return verdict("error", f"no test found by {' '.join(arguments)}")
+            if status != pytest.ExitCode.OK:
+                return verdict("error", "timeout" if status is None else " ".join(output.split())[-300:])
     return verdict("survived", "")
 
 
-def failures(output: str) -> list[str]:
-    """The ids of the tests that failed, from pytest's summary."""
+def failed_tests(output: str) -> list[str]:
+    """Read the ids of the tests that failed from pytest's summary."""
     return [line.removeprefix("FAILED ").split(" - ")[0] for line in output.splitlines() if line.startswith("FAILED ")]
 
 
-def innocent(verdicts: list[Verdict], runner: Runner) -> str:
-    """Empty where the tests that noticed a fault pass without one, else what pytest said."""
-    tests = sorted({verdict.by for verdict in verdicts if verdict.what == "caught"})
+def failures_without_fault(verdicts: list[Verdict], runner: Runner) -> str:
+    """Run the tests that caught a mutant on the unchanged tree; returns pytest's output, or "" if they pass."""
+    tests = sorted({verdict.reason for verdict in verdicts if verdict.outcome == "caught"})
     if not tests:
         return ""
     with tempfile.TemporaryDirectory(prefix="mutant-") as name:
-        copy(Path(name))
-        status, output = runner.pytest(Path(name), tests, LIMITS[1])
-    return "" if status == 0 else output[-2000:] or "time ran out"
+        copy_tree(Path(name))
+        status, output = runner.run_pytest(Path(name), [*tests, "-m", ""], TIMEOUTS[1])
+    return "" if status == pytest.ExitCode.OK else output[-2000:] or "timeout"
 
 
-def show(verdict: Verdict) -> None:
-    by = verdict.by.removeprefix("tests/kernels/")
-    print(f"{verdict.what:9}{verdict.seconds:5.0f} s  {verdict.mutant.title:58}  {by}", flush=True)
+def print_verdict(verdict: Verdict) -> None:
+    reason = verdict.reason.removeprefix("tests/kernels/")
+    print(f"{verdict.outcome:9}{verdict.seconds:5.0f} s  {verdict.mutant.title:58}  {reason}", flush=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__.splitlines()[0])
-    parser.add_argument("--list", action="store_true", help="show the faults and stop")
-    parser.add_argument("--only", default="", metavar="SUBSTRING", help="the faults whose title holds this")
-    parser.add_argument("-j", type=int, default=os.cpu_count() or 1, metavar="N", help="at once (all cores)")
+    parser.add_argument("--list", action="store_true", help="list the mutants and exit")
+    parser.add_argument("--only", default="", metavar="SUBSTRING", help="only mutants with this in their title")
+    parser.add_argument("-j", type=int, default=os.cpu_count() or 1, metavar="N", help="mutants at a time (all cores)")
     options = parser.parse_args()
     mutants = [mutant for mutant in MUTANTS if options.only in mutant.title]
     try:
         for mutant in mutants:
-            mutant.applied((ROOT / mutant.file).read_text())
+            mutant.apply((ROOT / mutant.file).read_text())
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     if options.list or not mutants:
-        print("\n".join(mutant.title for mutant in mutants) or f"no fault's title holds {options.only!r}")
+        print("\n".join(mutant.title for mutant in mutants) or f"no mutant's title contains {options.only!r}")
         return 0 if mutants else 2
-    # However it is stopped, nothing is left behind.
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, signal.default_int_handler)
-    began, runner, verdicts = time.monotonic(), Runner(), []
+    # Either signal must leave no process and no folder behind.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    start, runner, verdicts = time.monotonic(), Runner(), []
     pool = ThreadPoolExecutor(max(1, options.j))
     try:
-        for done in as_completed([pool.submit(judge, mutant, runner) for mutant in mutants]):
+        for done in as_completed([pool.submit(check_mutant, mutant, runner) for mutant in mutants]):
             verdicts.append(done.result())
-            show(verdicts[-1])
-        blame = innocent(verdicts, runner)
+            print_verdict(verdicts[-1])
+        failures = failures_without_fault(verdicts, runner)
     except KeyboardInterrupt:
-        # A second signal must not interrupt the clearing up.
-        for stop in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(stop, signal.SIG_IGN)
+        # A second signal must not interrupt the clean-up.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         print("stopped", file=sys.stderr)
         return 130
     finally:
         runner.stop()
         pool.shutdown(cancel_futures=True)
-    count = {what: sum(verdict.what == what for verdict in verdicts) for what in ("caught", "survived", "error")}
+    count = Counter(verdict.outcome for verdict in verdicts)
+    minutes, cpu_minutes = (time.monotonic() - start) / 60, os.times().children_user / 60
     print(
         f"{count['caught']} of {len(verdicts)} caught, {count['survived']} survived, {count['error']} errors,", end=" "
     )
-    print(f"{(time.monotonic() - began) / 60:.1f} minutes, {os.times().children_user / 60:.1f} of a core")
+    print(f"{minutes:.1f} minutes, {cpu_minutes:.1f} CPU minutes")
     for verdict in verdicts:
-        if verdict.what != "caught":
-            show(verdict)
-    if blame:
-        print(f"tests that noticed a fault fail without one too:\n{blame}", file=sys.stderr)
-    if blame or count["error"]:
+        if verdict.outcome != "caught":
+            print_verdict(verdict)
+    if failures:
+        print(f"tests that caught a mutant fail without a fault too:\n{failures}", file=sys.stderr)
+    if failures or count["error"]:
         return 2
-    return 0 if count["caught"] >= ENOUGH * len(verdicts) else 1
+    return 0 if count["caught"] >= MIN_CAUGHT * len(verdicts) else 1
 
 
 if __name__ == "__main__":

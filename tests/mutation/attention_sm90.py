@@ -1,90 +1,100 @@
-"""Faults planted in Hopper's attention, which the tests run interpreted."""
+"""Mutants of the Hopper attention kernels, which the tests run in interpret mode."""
 
-from tests.mutation.mutant import Mutant, planted
+from tests.mutation.mutant import Mutant, mutants_of
 
-FORMULA = "residuals"  # of the forward kernel, at head dims of 64, 128 and 256
-WINDOWED, CAPPED, BLIND = (f"{FORMULA} and {D} and bfloat16" for D in ("True-70", "head-2", "200-65"))
-TURNS = f"slow and {FORMULA} and 600-1000 and bfloat16"  # more key tiles than a ring has stages
-GRADIENTS = "test_gradients"
-PLAIN, WIDE = f"{GRADIENTS} and T200-S70", f"{GRADIENTS} and D256"
+WINDOW = "test_output_and_residuals_match_float64_without_races[bfloat16-window, gate]"
+SOFTCAP = "test_output_and_residuals_match_float64_without_races[bfloat16-full, softcap, head gate]"
+NO_KEYS = "test_output_and_residuals_match_float64_without_races[bfloat16-queries without keys]"
+MANY_BLOCKS = "test_output_and_residuals_match_float64_without_races[bfloat16-more blocks than stages]"
+KV_RANGE = "test_kv_range_covers_visible_blocks_and_its_interior_is_unmasked"
+PREPROCESS = "test_bwd_preprocess_matches_autodiff"
+GRADIENTS = "test_gradients_match_reference_in_interpret_mode[queries without keys]"
+GRADIENTS_WINDOW = "test_gradients_match_reference_in_interpret_mode[window]"
+GRADIENTS_SOFTCAP = "test_gradients_match_reference_in_interpret_mode[window, softcap]"
+GRADIENTS_D256 = (
+    "test_gradients_match_reference_in_interpret_mode[segments]",
+    "test_gradients_match_reference_in_interpret_mode[full, large scores]",
+)
+VISITED = "test_blocks_outside_the_visible_range_are_not_visited"
 FREE = "in_use = kv_block - start >= stages\n            wait_when(in_use, smem.k_empty, slot)\n            full"
+
 MUTANTS: list[Mutant] = [
-    *planted(
+    *mutants_of(
         "ops/attention/pallas_sm90/fwd_kernel",
-        "hopper",
+        "attention_sm90_fwd",
         ("window one too wide", "jnp.uint32) < jnp.uint32(config.window)", "jnp.uint32) <= jnp.uint32(config.window)",
-         WINDOWED),
+         WINDOW),
         ("a query does not see itself", "per_column(column, rows) <= per_row(last, columns)",
-         "per_column(column, rows) < per_row(last, columns)", BLIND),
-        ("padded keys are seen", "visible = key < config.S", "visible = key <= config.S", CAPPED),
-        ("top-left alignment", "(q_start + config.S - config.T - kv_block", "(q_start - kv_block", WINDOWED),
-        ("the first tiles need no mask", "carry = lax.fori_loop(own.start, own.interior_start, step(block.end, masked=True)",
-         "carry = lax.fori_loop(own.start, own.interior_start, step(block.end, masked=False)", WINDOWED),
-        ("the last tiles need no mask", "carry = lax.fori_loop(own.interior_end, own.end, step(block.end, masked=True)",
-         "carry = lax.fori_loop(own.interior_end, own.end, step(block.end, masked=False)", BLIND),
-        ("sum without decay", "l = l * decay +", "l = l +", WINDOWED),
-        ("output without decay", "acc = acc * per_row(decay, acc.shape[1])", "acc = acc + 0 * per_row(decay, acc.shape[1])", WINDOWED),
-        ("gate without sigmoid", "o * jax.nn.sigmoid(gate.astype(jnp.float32))", "o * gate.astype(jnp.float32)", WINDOWED),
-        ("a head's gate dropped", "acc = acc * per_row(sigmoid_gate, D)", "pass", CAPPED),
-        ("cap does not restore the size", "config.softcap * LOG2E\n        elif", "LOG2E\n        elif", CAPPED),
-        ("log-sum-exp without the largest", "m + jnp.log2(", "jnp.log2(", WINDOWED),
-        ("no key gives NaN", "jnp.where(sees_no_key, 0.0, 1.0 / jnp.where(sees_no_key, 1.0, l))", "1.0 / l", BLIND),
+         "per_column(column, rows) < per_row(last, columns)", NO_KEYS),
+        ("padded keys are visible", "visible = key < config.S", "visible = key <= config.S", SOFTCAP),
+        ("top-left alignment", "(q_start + config.S - config.T - kv_block", "(q_start - kv_block", WINDOW),
+        ("the first blocks are not masked", "carry = lax.fori_loop(own.start, own.interior_start, step(block.end, masked=True)",
+         "carry = lax.fori_loop(own.start, own.interior_start, step(block.end, masked=False)", WINDOW),
+        ("the last blocks are not masked", "carry = lax.fori_loop(own.interior_end, own.end, step(block.end, masked=True)",
+         "carry = lax.fori_loop(own.interior_end, own.end, step(block.end, masked=False)", NO_KEYS),
+        ("sum without decay", "l = l * decay +", "l = l +", WINDOW),
+        ("output without decay", "acc = acc * per_row(decay, acc.shape[1])", "acc = acc + 0 * per_row(decay, acc.shape[1])", WINDOW),
+        ("gate without sigmoid", "o * jax.nn.sigmoid(gate.astype(jnp.float32))", "o * gate.astype(jnp.float32)", WINDOW),
+        ("a head's gate dropped", "acc = acc * per_row(sigmoid_gate, D)", "pass", SOFTCAP),
+        ("cap does not restore the size", "config.softcap * LOG2E\n        elif", "LOG2E\n        elif", SOFTCAP),
+        ("log-sum-exp without the maximum", "m + jnp.log2(", "jnp.log2(", WINDOW),
+        ("no key gives NaN", "jnp.where(sees_no_key, 0.0, 1.0 / jnp.where(sees_no_key, 1.0, l))", "1.0 / l", NO_KEYS),
         ("every head reads the first keys", "kv_head = lax.div(self.head, jnp.int32(self.config.G))",
-         "kv_head = self.head * 0", CAPPED),
-        ("both warpgroups write one tile",
+         "kv_head = self.head * 0", SOFTCAP),
+        ("both warpgroups write the same rows",
          "rows = pl.ds(self.q_start + wg * self.sizes.block_q, self.sizes.block_q)\n        return ref.at[self.batch, rows",
-         "rows = pl.ds(self.q_start, self.sizes.block_q)\n        return ref.at[self.batch, rows", WINDOWED),
+         "rows = pl.ds(self.q_start, self.sizes.block_q)\n        return ref.at[self.batch, rows", WINDOW),
         ("values are not waited for", "plgpu.barrier_wait(smem.v_full.at[slot])\n        plgpu.barrier_wait(smem.schedule_barrier.at[wg])\n        acc",
-         "plgpu.barrier_wait(smem.schedule_barrier.at[wg])\n        acc", WINDOWED),
-        ("a stage is filled while in use", FREE, FREE.replace(">=", ">"), TURNS),
+         "plgpu.barrier_wait(smem.schedule_barrier.at[wg])\n        acc", WINDOW),
+        ("a stage is filled while in use", FREE, FREE.replace(">=", ">"), MANY_BLOCKS),
     ),
-    *planted(
+    *mutants_of(
         "ops/attention/pallas_sm90/common",
-        "hopper",
-        ("window a key short", "q_start + offset - config.window + 1)", "q_start + offset - config.window + 2)", "kv_range"),
+        "attention_sm90_fwd",
+        ("window one key short", "q_start + offset - config.window + 1)", "q_start + offset - config.window + 2)", KV_RANGE),
         ("edge of the window unmasked", "q_end + offset - config.window + block_kv - 1)", "q_end + offset - config.window)",
-         "kv_range"),
-        ("diagonal unmasked", "block_of(q_start + offset + 1)", "block_of(q_start + offset + block_kv)", "kv_range"),
-        ("padded queries see keys", "q_end = lax.min(q_start + rows, jnp.int32(config.T))", "q_end = q_start + rows", "kv_range"),
+         KV_RANGE),
+        ("diagonal unmasked", "block_of(q_start + offset + 1)", "block_of(q_start + offset + block_kv)", KV_RANGE),
+        ("padded queries see keys", "q_end = lax.min(q_start + rows, jnp.int32(config.T))", "q_end = q_start + rows", KV_RANGE),
     ),
-    *planted(
+    *mutants_of(
         "ops/attention/pallas_sm90/vjp",
-        "hopper",
-        ("slope of the gate", "dgate * (sigmoid_gate * (1 - sigmoid_gate))", "dgate * sigmoid_gate", "preprocess"),
-        ("delta of the gated cotangent", "gate.dtype), _delta(do_ungated", "gate.dtype), _delta(do_f32", "preprocess"),
-        ("a head's gate gets one element's gradient", "dgate = jnp.sum(dgate, axis=-1, keepdims=True)",
-         "dgate = dgate[..., :1]", "preprocess"),
-        ("the gate does not reach the kernel", "do_ungated = do_f32 * sigmoid_gate", "do_ungated = do_f32", "preprocess"),
+        "attention_sm90_fwd",
+        ("wrong derivative of the gate", "dgate * (sigmoid_gate * (1 - sigmoid_gate))", "dgate * sigmoid_gate", PREPROCESS),
+        ("delta from the gated cotangent", "gate.dtype), _delta(do_ungated", "gate.dtype), _delta(do_f32", PREPROCESS),
+        ("a head gate gets the gradient of one element", "dgate = jnp.sum(dgate, axis=-1, keepdims=True)",
+         "dgate = dgate[..., :1]", PREPROCESS),
+        ("the gate does not reach the kernel", "do_ungated = do_f32 * sigmoid_gate", "do_ungated = do_f32", PREPROCESS),
     ),
-    *planted(
+    *mutants_of(
         "ops/attention/pallas_sm90/dq_kernel",
-        "hopper_backward",
-        ("dq without scale", "(dq * self.config.scale)", "(dq * 1.0)", PLAIN),
-        ("dq without delta", "p * (dp - per_row(delta", "p * (dp - 0 * per_row(delta", PLAIN),
+        "attention_sm90_bwd",
+        ("dq without scale", "(dq * self.config.scale)", "(dq * 1.0)", GRADIENTS),
+        ("dq without delta", "p * (dp - per_row(delta", "p * (dp - 0 * per_row(delta", GRADIENTS),
     ),
-    *planted(
+    *mutants_of(
         "ops/attention/pallas_sm90/common",
-        "hopper_backward",
-        ("slope of the cap", "1.0 - t * t", "1.0 - t", f"{GRADIENTS} and softcap5"),
-        ("window one too wide", "[offset < config.window + n", "[offset <= config.window + n", f"{GRADIENTS} and window70"),
-        ("a key does not see its own query", "[offset >= n for n", "[offset > n for n", PLAIN),
-        ("queries that follow count as earlier", "range(0, -columns, -8)", "range(0, columns, 8)", PLAIN),
-        ("all keys of a tile count as its first eight", "range(0, columns, 8) if", "[0] * (columns // 8) if", PLAIN),
-        ("the diagonal needs no mask", "all_visible.append(distance >= keys - 1)", "all_visible.append(distance >= 0)", PLAIN),
-        ("segments by order", "per_row(row_ids, columns) == per_column", "per_row(row_ids, columns) >= per_column", WIDE),
-        ("mixed tiles pass for one segment's", "(block < self.interior_end)", "(block <= self.interior_end)", WIDE),
-        ("a key tile too few", "(offset - config.window + 1), 0)", "(offset - config.window + 2), 0)", "outside"),
-        ("a query tile too few", "(config.window - 1 - offset)", "(config.window - 2 - offset)", "outside"),
+        "attention_sm90_bwd",
+        ("wrong derivative of the cap", "1.0 - t * t", "1.0 - t", GRADIENTS_SOFTCAP),
+        ("window one too wide", "[offset < config.window + n", "[offset <= config.window + n", GRADIENTS_WINDOW),
+        ("a key does not see its own query", "[offset >= n for n", "[offset > n for n", GRADIENTS),
+        ("later queries count as earlier", "range(0, -columns, -8)", "range(0, columns, 8)", GRADIENTS),
+        ("all keys of a block count as its first eight", "range(0, columns, 8) if", "[0] * (columns // 8) if", GRADIENTS),
+        ("the diagonal is not masked", "all_visible.append(distance >= keys - 1)", "all_visible.append(distance >= 0)", GRADIENTS),
+        ("segments by order", "per_row(row_ids, columns) == per_column", "per_row(row_ids, columns) >= per_column", GRADIENTS_D256),
+        ("mixed blocks count as one segment", "(block < self.interior_end)", "(block <= self.interior_end)", GRADIENTS_D256),
+        ("one key block too few", "(offset - config.window + 1), 0)", "(offset - config.window + 2), 0)", VISITED),
+        ("one query block too few", "(config.window - 1 - offset)", "(config.window - 2 - offset)", VISITED),
     ),
-    *planted(
+    *mutants_of(
         "ops/attention/pallas_sm90/dkv_kernel",
-        "hopper_backward",
-        ("dk without scale", "(dk * self.config.scale)", "(dk * 1.0)", PLAIN),
-        ("dk without delta", "p_slope * (dp - per_column", "p_slope * (dp - 0 * per_column", PLAIN),
-        ("the first head of a group twice", "+ lax.rem(i, jnp.int32(self.config.G))", "", PLAIN),
-        ("a stage is filled while in use", "wait_when(i >= sizes.q_stages", "wait_when(i > sizes.q_stages", PLAIN),
-        ("p is taken before it is given", "plgpu.barrier_wait(smem.p_full)", "pass", WIDE),
-        ("wide: dk without delta", "dp = product[...] - per_column(", "dp = product[...] - 0 * per_column(", WIDE),
-        ("wide: dv takes dk's scale", "jnp.where(owns_dv, 1.0, self.config.scale)", "self.config.scale", WIDE),
+        "attention_sm90_bwd",
+        ("dk without scale", "(dk * self.config.scale)", "(dk * 1.0)", GRADIENTS),
+        ("dk without delta", "p_slope * (dp - per_column", "p_slope * (dp - 0 * per_column", GRADIENTS),
+        ("the first head of a group twice", "+ lax.rem(i, jnp.int32(self.config.G))", "", GRADIENTS),
+        ("a stage is filled while in use", "wait_when(i >= sizes.q_stages", "wait_when(i > sizes.q_stages", GRADIENTS),
+        ("p is read before it is written", "plgpu.barrier_wait(smem.p_full)", "pass", GRADIENTS_D256),
+        ("D=256: dk without delta", "dp = product[...] - per_column(", "dp = product[...] - 0 * per_column(", GRADIENTS_D256),
+        ("D=256: dv takes dk's scale", "jnp.where(owns_dv, 1.0, self.config.scale)", "self.config.scale", GRADIENTS_D256),
     ),
 ]  # fmt: skip

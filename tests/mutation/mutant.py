@@ -1,97 +1,113 @@
-"""What a planted fault is."""
+"""One mutant, and the test files that should notice it."""
 
 import ast
 import re
 from typing import NamedTuple
 
-# Where a fault may be noticed at all.
-FILES = {
+# Test files by suite. A mutant's own tests are in the first file; the others may notice it too.
+SUITES = {
     "attention": ("kernels/attention/test_attention", "kernels/test_dispatch"),
-    "decode": ("kernels/decode_attention/test_decode_attention", "kernels/test_dispatch"),
-    "decode_eight_bits": ("kernels/decode_attention/test_eight_bits",),
-    "decode_hopper": ("kernels/decode_attention/test_pallas_sm90",),
-    "decode_pallas": ("kernels/decode_attention/test_pallas_tpu", "kernels/decode_attention/test_decode_attention"),
-    "flash": ("kernels/attention/test_pallas_tpu", "kernels/attention/test_attention"),
-    "grouped_matmul": ("kernels/grouped_matmul/test_grouped_matmul", "kernels/moe/test_moe", "kernels/test_dispatch"),
-    "grouped_hopper": ("kernels/grouped_matmul/test_pallas_sm90",),
-    "grouped_pallas": (
-        "kernels/grouped_matmul/test_pallas_tpu",
-        "kernels/grouped_matmul/test_grouped_matmul",
-        "kernels/moe/test_moe",
-    ),
-    "hopper": ("kernels/attention/test_pallas_sm90_fwd",),
-    "hopper_backward": ("kernels/attention/test_pallas_sm90_bwd",),
-    "hopper_tiles": ("kernels/grouped_matmul/test_pallas_sm90_block_sizes",),
-    "moe": ("kernels/moe/test_moe", "kernels/test_dispatch"),
-    "moe_hopper": ("kernels/moe/test_pallas_sm90", "kernels/grouped_matmul/test_pallas_sm90"),
-    "plan": (
+    "attention_block_schedule": (
         "kernels/attention/test_block_schedule",
         "kernels/attention/test_pallas_tpu",
         "kernels/attention/test_attention",
     ),
-    "refusals": ("kernels/test_dispatch", "kernels/attention/test_attention"),
-    "segments": (
-        "kernels/attention/test_pallas_tpu",
+    "attention_segment_ids": (
         "kernels/attention/test_segment_ids",
+        "kernels/attention/test_pallas_tpu",
         "kernels/attention/test_attention",
     ),
-    "sanitizer": ("helpers/test_race_detector", "kernels/attention/test_pallas_tpu"),
-    "specs": ("kernels/test_workloads",),
+    "attention_sm90_bwd": ("kernels/attention/test_pallas_sm90_bwd",),
+    "attention_sm90_fwd": ("kernels/attention/test_pallas_sm90_fwd",),
+    "attention_tpu": ("kernels/attention/test_pallas_tpu", "kernels/attention/test_attention"),
+    "decode_attention": ("kernels/decode_attention/test_decode_attention", "kernels/test_dispatch"),
+    "decode_attention_eight_bits": ("kernels/decode_attention/test_eight_bits",),
+    "decode_attention_sm90": ("kernels/decode_attention/test_pallas_sm90",),
+    "decode_attention_tpu": (
+        "kernels/decode_attention/test_pallas_tpu",
+        "kernels/decode_attention/test_decode_attention",
+    ),
+    "dispatch": ("kernels/test_dispatch", "kernels/attention/test_attention"),
+    "grouped_matmul": ("kernels/grouped_matmul/test_grouped_matmul", "kernels/moe/test_moe", "kernels/test_dispatch"),
+    "grouped_matmul_sm90": ("kernels/grouped_matmul/test_pallas_sm90",),
+    "grouped_matmul_sm90_block_sizes": ("kernels/grouped_matmul/test_pallas_sm90_block_sizes",),
+    "grouped_matmul_tpu": (
+        "kernels/grouped_matmul/test_pallas_tpu",
+        "kernels/grouped_matmul/test_grouped_matmul",
+        "kernels/moe/test_moe",
+    ),
+    "moe": ("kernels/moe/test_moe", "kernels/test_dispatch"),
+    "moe_sm90": ("kernels/moe/test_pallas_sm90", "kernels/grouped_matmul/test_pallas_sm90"),
+    "race_detector": ("helpers/test_race_detector", "kernels/attention/test_pallas_tpu"),
+    "workloads": ("kernels/test_workloads",),
 }
 
 
 _TOKEN = re.compile(r"""(?P<skip>\s+|\#[^\n]*)|"{3}.*?"{3}|'(?:\\.|[^'\\\n])*'|"(?:\\.|[^"\\\n])*"|\w+|.""", re.S)
 
 
-def tokens(text: str) -> list[tuple[str, int, int]]:
-    """The tokens of a piece of Python that may be cut anywhere: (text, start, end) of each.
+def tokenize(text: str) -> list[tuple[str, int, int]]:
+    """Split a piece of Python, which may be cut anywhere, into (token, start, end).
 
-    White space, comments and the comma before a closing bracket are left out: a formatter moves them.
+    White space, comments and the comma before a closing bracket are left out, because a formatter moves them.
     """
-    found = [(m[0], m.start(), m.end()) for m in _TOKEN.finditer(text) if m["skip"] is None]
-    closes = [*(token for token, _, _ in found[1:]), ""]
-    return [each for each, after in zip(found, closes) if not (each[0] == "," and after in (")", "]", "}"))]
+    tokens = [(match[0], match.start(), match.end()) for match in _TOKEN.finditer(text) if match["skip"] is None]
+    following = [*(token for token, _, _ in tokens[1:]), ""]
+    return [
+        token for token, next_token in zip(tokens, following) if not (token[0] == "," and next_token in (")", "]", "}"))
+    ]
 
 
-def occurrences(text: str, piece: str) -> list[tuple[int, int]]:
-    """Where a piece of code occurs in a text, however either is laid out in lines: (start, end) of each."""
-    whole, wanted = tokens(text), [token for token, _, _ in tokens(piece)]
-    words = [token for token, _, _ in whole]
+def find_code(text: str, code: str) -> list[tuple[int, int]]:
+    """Find a piece of code in a text, however either is laid out in lines; returns (start, end) per occurrence."""
+    tokens, wanted = tokenize(text), [token for token, _, _ in tokenize(code)]
+    words = [token for token, _, _ in tokens]
     starts = [i for i in range(len(words) - len(wanted) + 1) if words[i : i + len(wanted)] == wanted]
-    return [(whole[i][1], whole[i + len(wanted) - 1][2]) for i in starts] if wanted else []
+    return [(tokens[i][1], tokens[i + len(wanted) - 1][2]) for i in starts] if wanted else []
 
 
 class Mutant(NamedTuple):
-    """One fault: the code `old`, found once in `file`, becomes `new`.
+    """One fault: the code `old`, which occurs once in `file`, becomes `new`.
 
     Code is compared token by token, so how a formatter lays out either does not matter.
 
     Attributes:
-        tests: one of FILES.
-        likely: a pytest -k expression for the tests that notice; where it begins with "slow and", they are slow.
+        suite: a key of SUITES.
+        tests: the tests that should notice, in the first file of the suite: `test_name[id]`, or `test_name` for all
+            cases of a test but the slow ones.
     """
 
     file: str
-    tests: str
+    suite: str
     name: str
     old: str
     new: str
-    likely: str
+    tests: tuple[str, ...]
 
     @property
     def title(self) -> str:
         return f"{self.file.removeprefix('kernels/').removesuffix('.py')}: {self.name}"
 
-    def applied(self, text: str) -> str:
-        """The file with the fault.
+    @property
+    def files(self) -> list[str]:
+        """The test files of the suite."""
+        return [f"tests/{file}.py" for file in SUITES[self.suite]]
+
+    @property
+    def node_ids(self) -> list[str]:
+        """The ids by which pytest knows `tests`."""
+        return [f"{self.files[0]}::{test}" for test in self.tests]
+
+    def apply(self, text: str) -> str:
+        """Plant the fault in the text of its file.
 
         Raises:
-            ValueError: the old text is not there exactly once, or Python does not parse the new one.
+            ValueError: the text does not contain `old` exactly once, or the result is not valid Python.
         """
-        found = occurrences(text, self.old)
-        if len(found) != 1:
-            raise ValueError(f"{self.title}: found {len(found)} times in {self.file}, expected once: {self.old!r}")
-        ((start, end),) = found
+        places = find_code(text, self.old)
+        if len(places) != 1:
+            raise ValueError(f"{self.title}: found {len(places)} times in {self.file}, expected once: {self.old!r}")
+        ((start, end),) = places
         changed = text[:start] + self.new.strip() + text[end:]
         try:
             ast.parse(changed)
@@ -100,5 +116,9 @@ class Mutant(NamedTuple):
         return changed
 
 
-def planted(file: str, tests: str, *faults: tuple[str, str, str, str]) -> list[Mutant]:
-    return [Mutant(f"kernels/{file}.py", tests, *fault) for fault in faults]
+def mutants_of(file: str, suite: str, *faults: tuple[str, str, str, str | tuple[str, ...]]) -> list[Mutant]:
+    """Make the mutants of `kernels/{file}.py` from (name, old, new, tests) each."""
+    return [
+        Mutant(f"kernels/{file}.py", suite, name, old, new, (tests,) if isinstance(tests, str) else tests)
+        for name, old, new, tests in faults
+    ]

@@ -1,4 +1,4 @@
-"""Walks a jaxpr with NumPy values. Each equation becomes a Python function once; a kernel's step is a list of calls."""
+"""Walk a jaxpr with NumPy values. Each equation becomes a Python function once; a kernel step is a list of calls."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

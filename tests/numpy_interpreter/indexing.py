@@ -1,4 +1,4 @@
-"""Gather and scatter in NumPy: XLA's definition, by one index array for each axis of the operand."""
+"""Gather and scatter in NumPy, by XLA's definition: one index array per axis of the operand."""
 
 from collections.abc import Callable
 from typing import Any

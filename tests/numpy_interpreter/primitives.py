@@ -1,4 +1,4 @@
-"""What the primitives of `jax.lax` are in NumPy. Operands have their dtypes already, so NumPy never promotes."""
+"""The primitives of `jax.lax` in NumPy. Operands have their final dtypes already, so NumPy never promotes."""
 
 from collections.abc import Callable
 from typing import Any

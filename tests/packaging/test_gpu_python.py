@@ -1,4 +1,4 @@
-"""scripts/gpu_python.sh: which Python measures a GPU, with and without a network."""
+"""scripts/gpu_python.sh: the Python that it chooses on a GPU machine, with and without a network."""
 
 import os
 import shutil
@@ -34,24 +34,24 @@ def chosen(folder: Path, *, pip: int, jax: int, setup: int = 0, built: bool = Fa
     return done.returncode, done.stdout.strip(), done.stderr, log.read_text()
 
 
-def test_with_a_network_it_is_the_environment_that_it_builds(tmp_path):
+def test_network_available_builds_an_environment(tmp_path):
     code, python, said, called = chosen(tmp_path, pip=0, jax=0)
     assert (code, python) == (0, ".venv/bin/python")
     assert "setup dev triton peers" in called and "building" in said
 
 
-def test_an_environment_that_is_there_needs_no_network(tmp_path):
+def test_existing_environment_needs_no_network(tmp_path):
     code, python, _, called = chosen(tmp_path, pip=1, jax=0, built=True)
     assert (code, python) == (0, ".venv/bin/python") and "pip" not in called
 
 
 @pytest.mark.parametrize(("pip", "setup"), [(1, 0), (0, 1)], ids=["no network", "the install fails"])
-def test_where_nothing_can_be_installed_it_is_the_python_that_is_there(tmp_path, pip, setup):
+def test_falls_back_to_installed_python_when_install_fails(tmp_path, pip, setup):
     code, python, said, _ = chosen(tmp_path, pip=pip, jax=0, setup=setup)
     assert (code, python) == (0, str(tmp_path / "python3"))
     assert "no package can be installed here" in said
 
 
-def test_without_jax_it_says_so_in_a_line(tmp_path):
+def test_missing_jax_prints_one_line(tmp_path):
     code, python, said, _ = chosen(tmp_path, pip=1, jax=1)
     assert (code, python) == (1, "") and "has no jax; set PYTHON" in said and len(said.splitlines()) == 1

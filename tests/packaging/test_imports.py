@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source: imports inside functions count like those at the top."""
+"""Import rules between packages, read from the source, including imports inside functions."""
 
 import ast
 import subprocess
@@ -14,8 +14,8 @@ PACKAGES = ("reference", "kernels", "dantinox", "bench")
 LINKS = ("kernels", "reference")  # folders at the top that `dantinox` holds as links
 # numpy: shapes, and the float0 zeros that JAX asks for as gradients of integers. triton: kernels written in it.
 ALLOWED = {
-    "reference": {"jax", "dantinox.reference"},
-    "kernels": {"jax", "numpy", "dantinox.kernels", "jax_triton", "triton"},
+    "reference": {"jax", "jaxtyping", "dantinox.reference"},
+    "kernels": {"jax", "jaxtyping", "numpy", "dantinox.kernels", "jax_triton", "triton"},
 }
 BACKENDS = {"xla", "pallas_tpu", "pallas_cpu", "pallas_sm90", "triton"}
 
@@ -73,15 +73,15 @@ def imported(package: str) -> list[Import]:
 
 
 @pytest.mark.parametrize("package", ["reference", "kernels"])
-def test_the_lower_layers_import_jax_and_themselves(package):
+def test_lower_layers_import_only_jax_and_themselves(package):
     allowed = ALLOWED[package] | set(sys.stdlib_module_names)
     serves_reference = lambda i: (
-        package == "kernels" and i.package == "dantinox.reference" and "reference" in i.functions
+        package == "kernels" and i.package == "dantinox.reference" and "_reference" in i.functions
     )
     assert [i for i in imported(package) if i.package not in allowed and not serves_reference(i)] == []
 
 
-def test_the_model_imports_no_benchmark_and_no_test():
+def test_dantinox_imports_neither_bench_nor_tests():
     assert [i for i in imported("dantinox") if i.package in ("bench", "tests")] == []
 
 
@@ -91,7 +91,7 @@ def test_kernels_and_reference_have_one_import_name(package):
 
 
 @pytest.mark.parametrize("package", [*PACKAGES, "tests", "scripts"])
-def test_the_module_that_runs_as_a_program_is_never_imported(package):
+def test_shim_modules_are_not_imported(package):
     """It would take the place of the function `dantinox.generate`."""
     shims = {f"dantinox.{name}" for name in ("train", "generate", "evaluate", "export", "doctor")}
     of_module = lambda i: i.module in shims and "import generate" not in source_line(i)
@@ -114,7 +114,7 @@ def test_no_backend_imports_another():
 
 
 @pytest.mark.parametrize("package", ["kernels", "dantinox", "bench"])
-def test_no_module_imports_itself_in_a_circle(package):
+def test_imports_have_no_cycle(package):
     """Of imports at the top of files; a package's own file counts as a module, not as all that is in it."""
     arrows = {
         module_of(path): {i.module for i in imports(ast.parse(path.read_text()), "") if not i.functions}
@@ -126,14 +126,28 @@ def test_no_module_imports_itself_in_a_circle(package):
     assert arrows == {}
 
 
-def test_the_kernels_load_without_the_model():
+def test_the_folders_of_dantinox_import_one_another_in_one_direction():
+    folder = lambda module: module.split(".")[1]
+    folders = {path.name for path in (ROOT / "dantinox").iterdir() if path.is_dir() and path.name not in LINKS}
+    arrows = {name: set() for name in folders if name != "__pycache__"}
+    for i in imported("dantinox"):
+        importer = Path(i.file).parts[1]
+        if importer in arrows and i.package == "dantinox" and "." in i.module and folder(i.module) in arrows:
+            arrows[importer].add(folder(i.module))
+    arrows = {name: to - {name} for name, to in arrows.items()}
+    while leaves := {name for name, to in arrows.items() if not to & arrows.keys()}:
+        arrows = {name: to for name, to in arrows.items() if name not in leaves}
+    assert arrows == {}
+
+
+def test_kernels_import_without_the_model():
     heavy = {"flax", "optax", "orbax", "tyro", "yaml"}
     code = f"import sys, dantinox.kernels as k; k.attention; print(*{heavy} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
 
 
-def test_no_function_hides_a_package_and_no_module_is_called():
+def test_no_function_shadows_a_package_and_no_module_is_callable():
     code = """
 import types
 import dantinox.kernels.ops.attention.xla as xla
@@ -147,7 +161,7 @@ assert not any(callable(module) for module in (dantinox, kernels, dantinox.cli.g
     assert done.returncode == 0, done.stderr
 
 
-def test_the_rules_are_about_files_that_are_there():
+def test_import_rules_name_existing_files():
     for package in ("reference", "kernels", "dantinox"):
         assert len(imported(package)) > 5
     for name in LINKS:
@@ -155,6 +169,6 @@ def test_the_rules_are_about_files_that_are_there():
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_no_file_is_long(package):
+def test_files_have_at_most_400_lines(package):
     lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources(package)}
     assert {file: n for file, n in lines.items() if n > 400} == {}

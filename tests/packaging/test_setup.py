@@ -1,4 +1,4 @@
-"""scripts/setup.sh, driven with fake Pythons on a PATH of our own: nothing is downloaded or installed."""
+"""scripts/setup.sh, run with fake Pythons on a PATH of the test: nothing is downloaded or installed."""
 
 import os
 import re
@@ -101,7 +101,7 @@ def box(tmp_path):
     return Sandbox(tmp_path)
 
 
-def test_takes_the_python_that_fits(box):
+def test_setup_selects_supported_python(box):
     box.script("python3.13", SHIM)
     box.python("python3.12", "3.12.4")
     box.python("python3", "3.11.2")
@@ -110,14 +110,14 @@ def test_takes_the_python_that_fits(box):
     assert "-c constraints.txt -e ." in box.installs[0]
 
 
-def test_looks_further_on_the_path_than_a_shim(box):
+def test_setup_searches_path_past_a_shim(box):
     box.script("python3", SHIM)
     later = box.python(box.home / "bin" / "python3", "3.14.0")
     assert f"3.14.0 ({later})" in box.setup(PATH=f"{box.bin}:{later.parent}")
 
 
 @pytest.mark.parametrize("variable", ["", "PYENV_ROOT"])
-def test_finds_a_python_that_pyenv_holds(box, variable):
+def test_setup_finds_python_of_pyenv(box, variable):
     root = box.home / (variable or ".pyenv")
     box.script("python3.12", SHIM)
     box.python("python3", "3.11.7")
@@ -129,7 +129,7 @@ def test_finds_a_python_that_pyenv_holds(box, variable):
 @pytest.mark.parametrize(
     ("pythons", "reason"), [({}, ""), ({"python3.14": "3.15.0", "python3": "3.11.7"}, "only 3.15.0, 3.11.7")]
 )
-def test_says_one_line_when_no_python_fits(box, pythons, reason):
+def test_setup_prints_one_line_without_supported_python(box, pythons, reason):
     box.script("python3.12", SHIM)
     for name, version in pythons.items():
         box.python(name, version)
@@ -139,7 +139,7 @@ def test_says_one_line_when_no_python_fits(box, pythons, reason):
     assert not (box.root / ".venv").exists()
 
 
-def test_a_named_python_is_used_or_refused(box):
+def test_named_python_is_used_or_rejected(box):
     box.python("python3", "3.12.1")
     named = box.python(box.home / "py", "3.13.0")
     assert "Python 3.12.1" in box.setup()
@@ -149,14 +149,14 @@ def test_a_named_python_is_used_or_refused(box):
     assert "3.10.1" in box.setup(PYTHON=str(old), code=1)
 
 
-def test_a_second_call_does_nothing(box):
+def test_second_setup_is_a_no_op(box):
     box.python("python3", "3.13.0")
     box.setup("dev")
     assert box.setup("dev") == "" and box.setup() == ""
     assert len(box.installs) == 1
 
 
-def test_a_new_extra_only_adds(box):
+def test_new_extra_only_adds_packages(box):
     box.python("python3", "3.13.0")
     box.setup("dev")
     assert "Creating" not in box.setup("triton")
@@ -164,7 +164,7 @@ def test_a_new_extra_only_adds(box):
     assert "no extra is named dve" in box.setup("dve", code=1)
 
 
-def test_changed_requirements_install_again(box):
+def test_changed_requirements_reinstall(box):
     box.python("python3", "3.13.0")
     box.setup()
     with (box.root / "constraints.txt").open("a") as file:
@@ -174,7 +174,7 @@ def test_changed_requirements_install_again(box):
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_install_is_repaired(box, how):
+def test_interrupted_install_is_repaired(box, how):
     box.python("python3", "3.13.0")
     slow = Path(f"{box.log}.slow")
     slow.write_text("30")
@@ -191,7 +191,7 @@ def test_an_interrupted_install_is_repaired(box, how):
     assert len(box.installs) == 2
 
 
-def test_a_failed_install_is_tried_again(box):
+def test_failed_install_is_retried(box):
     box.python("python3", "3.13.0")
     fail = Path(f"{box.log}.fail")
     fail.touch()
@@ -202,7 +202,7 @@ def test_a_failed_install_is_tried_again(box):
     assert len(box.installs) == 2
 
 
-def test_a_broken_environment_is_made_again(box):
+def test_broken_environment_is_rebuilt(box):
     box.python("python3", "3.13.0")
     box.setup()
     (box.root / ".venv/bin/python").unlink()
@@ -211,7 +211,7 @@ def test_a_broken_environment_is_made_again(box):
 
 
 @pytest.mark.parametrize("lock", ["flock", "mkdir"])
-def test_two_calls_at_once_install_once(box, lock):
+def test_concurrent_setups_install_once(box, lock):
     if lock == "mkdir":
         (box.bin / "flock").unlink(missing_ok=True)
     box.python("python3", "3.13.0")
@@ -222,7 +222,7 @@ def test_two_calls_at_once_install_once(box, lock):
     assert len(box.installs) == 1
 
 
-def test_uv_is_used_where_it_is(box):
+def test_uv_is_used_when_available(box):
     python = box.python(box.home / "py", "3.13.0")
     box.script("uv", FAKE_UV.format(python=python, log=box.log))
     box.setup("dev")
@@ -235,7 +235,7 @@ def test_uv_is_used_where_it_is(box):
     ("driver", "env", "package"),
     [("580.65", {}, ".[cuda]"), ("550.54", {}, ".[cuda12]"), ("580.65", {"ACCEL": "cpu"}, ".")],
 )
-def test_an_nvidia_gpu_adds_its_extra(box, driver, env, package):
+def test_nvidia_gpu_selects_cuda_extra(box, driver, env, package):
     box.python("python3", "3.13.0")
     box.script("nvidia-smi", FAKE_NVIDIA_SMI.format(driver=driver))
     box.setup(**env)
@@ -243,7 +243,7 @@ def test_an_nvidia_gpu_adds_its_extra(box, driver, env, package):
     assert box.setup(**env) == ""
 
 
-def test_an_unknown_accelerator_is_refused(box):
+def test_unknown_accelerator_is_rejected(box):
     assert "ACCEL=npu is not known; use cpu, cuda or tpu" in box.setup(ACCEL="npu", code=1)
 
 
@@ -251,7 +251,7 @@ def canonical(requirement):
     return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
 
 
-def test_constraints_are_names_and_versions_alone():
+def test_constraints_hold_only_names_and_versions():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = [line for line in lines if line and not line.startswith("# ")]
     assert all(re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", pin) for pin in pins)

@@ -1,4 +1,4 @@
-"""The wheel: what is in it, and that it lives beside Hugging Face's `kernels`."""
+"""The wheel: its contents, and that it coexists with Hugging Face's `kernels`."""
 
 import importlib.util
 import itertools
@@ -41,7 +41,7 @@ def wheel(tmp_path_factory):
 
 
 @needs_setuptools
-def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+def test_wheel_contains_only_the_package(wheel):
     assert wheel.name.startswith("dantinox_lab-")
     with zipfile.ZipFile(wheel) as file:
         names = {info.filename for info in file.infolist()}
@@ -85,7 +85,7 @@ def imports(python: Path, code: str, folder: Path) -> subprocess.CompletedProces
 @pytest.mark.slow
 @pytest.mark.parametrize("order", itertools.permutations(NAMES), ids=" then ".join)
 @pytest.mark.parametrize("removed", NAMES)
-def test_it_lives_beside_the_kernels_of_hugging_face(wheel, environments, order, removed, tmp_path):
+def test_wheel_coexists_with_hugging_face_kernels(wheel, environments, order, removed, tmp_path):
     python = environments("-".join(order))
     for name in order:
         done = pip("install", *(["--no-deps", wheel] if name == "dantinox-lab" else [name]), python=python)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from dantinox.kernels import dispatch, validation
-from dantinox.kernels.ops.attention import xla
-from dantinox.kernels.ops.attention.pallas_tpu import block_sizes, vjp
+from dantinox.kernels.ops.attention import pallas, xla
+from dantinox.kernels.ops.attention.pallas_cpu import block_sizes as cpu_block_sizes
 
 Array = jax.Array
 
@@ -116,7 +116,7 @@ def _pallas(*args: Any, **options: Any) -> Array:
         from dantinox.kernels.ops.attention.pallas_sm90 import vjp as sm90
 
         return sm90.attention(*args, **options)
-    return vjp.attention(*args, **options)
+    return pallas.attention(*args, **options)
 
 
 def _pallas_unsupported_inputs(q: Array, k: Array, window: int | None) -> str | None:
@@ -131,7 +131,9 @@ def _pallas_not_auto(q: Array, k: Array, window: int | None) -> str | None:
     if dispatch.on_gpu():
         return "the Hopper kernels have not run on a GPU yet; pass implementation='pallas' to use them"
     B, T, H, _ = q.shape
-    return "interpreted, it is slow at these sizes" if block_sizes.xla_is_faster(B, T, k.shape[1], H, window) else None
+    if cpu_block_sizes.xla_is_faster(B, T, k.shape[1], H, window):
+        return "interpreted, it is slow at these sizes"
+    return None
 
 
 OPERATION = dispatch.Operation(

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from dantinox.kernels import dispatch, validation
-from dantinox.kernels.ops.decode_attention import xla
+from dantinox.kernels.ops.decode_attention import pallas, xla
 from dantinox.kernels.ops.decode_attention.kv_cache import QMAX, KVCache
-from dantinox.kernels.ops.decode_attention.pallas_tpu import block_sizes, kernel
+from dantinox.kernels.ops.decode_attention.pallas_cpu import kernel as cpu_kernel
 
 Array = jax.Array
 
@@ -114,7 +114,7 @@ def _pallas(*args: Any, **options: Any) -> tuple[Array, KVCache]:
         from dantinox.kernels.ops.decode_attention.pallas_sm90 import kernel as sm90
 
         return sm90.decode_attention(*args, **options)
-    return kernel.decode_attention(*args, **options)
+    return pallas.decode_attention(*args, **options)
 
 
 def _pallas_unsupported_inputs(q: Array, cache: KVCache) -> str | None:
@@ -128,7 +128,7 @@ def _pallas_unsupported_inputs(q: Array, cache: KVCache) -> str | None:
 def _pallas_not_auto(q: Array, cache: KVCache) -> str | None:
     if dispatch.on_gpu():
         return "the Hopper kernel has not run on a GPU yet; pass implementation='pallas' to use it"
-    return "interpreted, it is slow at these sizes" if block_sizes.xla_is_faster(cache.k.shape[2]) else None
+    return "interpreted, it is slow at these sizes" if cpu_kernel.xla_is_faster(cache.k.shape[2]) else None
 
 
 OPERATION = dispatch.Operation(

@@ -66,7 +66,7 @@ def _pallas_unsupported_inputs(x: Array, w: Array) -> str | None:
     if dispatch.on_gpu():
         from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import vjp as sm90
 
-        return sm90.refusal(x.dtype, *w.shape[1:])
+        return sm90.unsupported_inputs(x.dtype, *w.shape[1:])
     return dispatch.float32_accumulation_unsupported(x.dtype)
 
 

@@ -36,23 +36,23 @@ def _choose_row_tiles(N: int) -> RowTiles:
 
 
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """float32, or the dtype itself where that is wider."""
+    """Returns float32, or the dtype itself if that is wider."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def dot_accumulate(a: Array, b: Array, axes: tuple[int, int]) -> Array:
-    """Contract axis axes[0] of a with axes[1] of b, accumulating in float32 or wider."""
+    """Contracts axis axes[0] of a with axis axes[1] of b, accumulating in float32 or wider."""
     dims = (((axes[0],), (axes[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dims, preferred_element_type=accumulation_dtype(a.dtype))
 
 
 def slice_rows(x: Array, row: Array, size: int) -> Array:
-    """`size` rows of x, from `row` on."""
+    """Returns `size` rows of x, from `row` on."""
     return jax.lax.dynamic_slice_in_dim(x, row, size)
 
 
 def update_rows(x: Array, update: Array, row: Array) -> Array:
-    """x with the update written over its rows from `row` on."""
+    """Returns x with the update written over its rows from `row` on."""
     return jax.lax.dynamic_update_slice_in_dim(x, update.astype(x.dtype), row, 0)
 
 
@@ -64,10 +64,10 @@ def pad_for_last_tile(x: Array, row_tiles: RowTiles) -> Array:
 def loop_row_tiles(
     row_tiles: RowTiles, start: Array, end: Array, body: Callable[[Array, int, Any], Any], carry: Any
 ) -> Any:
-    """carry = body(row, size, carry) over the row tiles of one group, ascending.
+    """Runs carry = body(row, size, carry) over the row tiles of one group, ascending.
 
-    One loop per tile size, not a switch between sizes: XLA on a CPU runs elementwise work inside a conditional on one
-    thread.
+    There is one loop per tile size, not a switch between sizes: XLA on a CPU runs elementwise work inside a
+    conditional on one thread.
     """
     state = (start, carry)
     for size, leftover in row_tiles:
@@ -84,13 +84,13 @@ def loop_row_tiles(
 
 
 def group_bounds(group_sizes: Array) -> tuple[Array, Array]:
-    """The first row of each group and the row after its last."""
+    """Returns the first row of each group and the row after its last."""
     ends = jnp.cumsum(group_sizes.astype(jnp.int32))
     return ends - group_sizes, ends
 
 
 def _loop_gmm(x: Array, w: Array, group_sizes: Array, transposed: bool) -> Array:
-    """y[n] = x[n] @ w[e], or x[n] @ w[e].T."""
+    """Computes y[n] = x[n] @ w[e], or x[n] @ w[e].T."""
     starts, ends = group_bounds(group_sizes)
     row_tiles = _choose_row_tiles(N := x.shape[0])
     x = pad_for_last_tile(x, row_tiles)
@@ -108,7 +108,7 @@ def _loop_gmm(x: Array, w: Array, group_sizes: Array, transposed: bool) -> Array
 
 
 def _loop_tgmm(x: Array, dy: Array, group_sizes: Array, dtype: jnp.dtype) -> Array:
-    """dw[e] = sum over the rows n of group e of x[n]^T dy[n]: [E, M, F]."""
+    """Sums x[n]^T dy[n] over the rows n of each group: [E, M, F]."""
     starts, ends = group_bounds(group_sizes)
     row_tiles = _choose_row_tiles(x.shape[0])
     x, dy = pad_for_last_tile(x, row_tiles), pad_for_last_tile(dy, row_tiles)
@@ -152,9 +152,9 @@ def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
 
 
 def call_for_platform(*args: Array, cpu: Callable[..., Array], default: Callable[..., Array]) -> Array:
-    """`cpu` on a CPU, `default` elsewhere.
+    """Calls `cpu` on a CPU, `default` elsewhere.
 
-    On a CPU the other branch is not even traced: vmap cannot batch ragged_dot in every form.
+    On a CPU the other branch is not traced: vmap cannot batch ragged_dot in every form.
     """
     if current_device().platform == "cpu":
         return cpu(*args)

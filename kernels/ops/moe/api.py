@@ -91,7 +91,7 @@ def _pallas_unsupported_inputs(x: Array, w_gate: Array) -> str | None:
     if dispatch.on_gpu():
         from dantinox.kernels.ops.moe.pallas_sm90 import vjp as sm90
 
-        return sm90.refusal(x.dtype, *w_gate.shape[1:], of="w_gate")
+        return sm90.unsupported_inputs(x.dtype, *w_gate.shape[1:], weight="w_gate")
     return dispatch.float32_accumulation_unsupported(x.dtype)
 
 

@@ -63,14 +63,14 @@ def forward(
         e = groups_ref[pl.program_id(0)]
         w_gate, w_up, w_down = w_gate_ref[e], w_up_ref[e], w_down_ref[e]
 
-        def tile(rows: Any, row_mask: Array | None, _: None) -> None:
+        def run_tile(rows: Any, row_mask: Array | None, _: None) -> None:
             x = x_ref[rows]
             gate, up = dot_f32(x, w_gate, (1, 0)), dot_f32(x, w_up, (1, 0))
             y = dot_f32(swiglu(gate, up).astype(dtype), w_down, (1, 0)) * router_weights_ref[rows][:, None]
             for ref, value in zip(out_refs, (y, gate, up), strict=False):
                 store_rows(ref, rows, row_mask, value)
 
-        _for_each_expert_tile(R, offsets_ref, e, tile)
+        _for_each_expert_tile(R, offsets_ref, e, run_tile)
 
     outs = [jax.ShapeDtypeStruct((R, width), dtype) for width in ((M, F, F) if save_residuals else (M,))]
     groups, num_groups = compact_nonempty_groups(group_sizes)
@@ -103,7 +103,7 @@ def backward(
         e = pl.program_id(0)
         w_gate, w_up, w_down = w_gate_ref[e], w_up_ref[e], w_down_ref[e]
 
-        def tile(rows: Any, row_mask: Array | None, dws: Sequence[Array]) -> list[Array]:
+        def run_tile(rows: Any, row_mask: Array | None, dws: Sequence[Array]) -> list[Array]:
             row_refs = (x_ref, dy_ref, router_weights_ref, gate_ref, up_ref)
             x, dy, router_weight, gate, up = (load_rows_masked(ref, rows, row_mask) for ref in row_refs)
             grads = swiglu_bwd(dot_f32(dy, w_down, (1, 1)), gate, up, router_weight[:, None])
@@ -114,7 +114,7 @@ def backward(
             return [dw + product for dw, product in zip(dws, products, strict=True)]
 
         zeros = [jnp.zeros(ref.shape[1:], jnp.float32) for ref in dw_refs]
-        for ref, dw in zip(dw_refs, _for_each_expert_tile(R, offsets_ref, e, tile, zeros), strict=True):
+        for ref, dw in zip(dw_refs, _for_each_expert_tile(R, offsets_ref, e, run_tile, zeros), strict=True):
             ref[e] = dw.astype(dtype)
 
     outs = [jax.ShapeDtypeStruct((R, M), dtype), jax.ShapeDtypeStruct((R,), jnp.float32)]
@@ -127,7 +127,7 @@ def backward(
     return ExpertsGrads(dx, ExpertWeights(*dws), zero_unassigned_rows(drouter_weights, group_sizes))
 
 
-def _for_each_expert_tile(R: int, offsets_ref: Ref, e: Array, tile: Callable[..., Any], carry: Any = None) -> Any:
+def _for_each_expert_tile(R: int, offsets_ref: Ref, e: Array, run_tile: Callable[..., Any], carry: Any = None) -> Any:
     """Loops over the tiles of expert e. A mask is cheap beside three to six products, so large tiles may be partial."""
     sizes = limit_tile_sizes(TILE_SIZES, R, offsets_ref.shape[0] - 1)
-    return for_each_row_tile(R, offsets_ref[e], offsets_ref[e + 1], sizes, tile, carry, full_large_tiles=False)
+    return for_each_row_tile(R, offsets_ref[e], offsets_ref[e + 1], sizes, run_tile, carry, full_large_tiles=False)

@@ -1,4 +1,4 @@
-"""Rows between the order of the tokens and the order of the experts."""
+"""Sorting rows by expert, and back into the order of the tokens."""
 
 import functools
 from typing import NamedTuple
@@ -10,12 +10,12 @@ Array = jax.Array
 
 
 class Routing(NamedTuple):
-    """How the N * k routed rows are sorted by expert.
+    """The order of the N * k routed rows, sorted by expert.
 
     Attributes:
-        permutation: [N k]; for each sorted row its routed row n * k + j.
-        inverse_permutation: [N k], or [N, k]; for each routed row its sorted row.
-        group_sizes: [E]; number of rows of each expert.
+        permutation: [N k]; the routed row n * k + j of each sorted row.
+        inverse_permutation: [N k], or [N, k]; the sorted row of each routed row.
+        group_sizes: [E]; the number of rows of each expert.
     """
 
     permutation: Array
@@ -37,12 +37,12 @@ def sort_by_expert(expert_ids: Array, E: int) -> Routing:
 
 
 def unpermute_and_sum(rows: Array, inverse_permutation: Array) -> Array:
-    """[N, M]: the sum of each token's rows, in float32, in the order of its choices."""
+    """Sums each token's rows in float32, in the order of its choices: [N, M]."""
     k = inverse_permutation.shape[1]
     per_choice = (rows[inverse_permutation[:, j]].astype(jnp.float32) for j in range(k))
     return functools.reduce(jnp.add, per_choice).astype(rows.dtype)
 
 
 def permute_router_weights(router_weights: Array, permutation: Array) -> Array:
-    """[N k]: the weights [N, k] in the order of the sorted rows, in float32."""
+    """Returns the weights [N, k] in the order of the sorted rows, in float32: [N k]."""
     return router_weights.astype(jnp.float32).reshape(-1)[permutation]

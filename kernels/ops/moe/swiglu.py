@@ -9,11 +9,11 @@ Array = jax.Array
 
 
 class SwigluGrads(NamedTuple):
-    """[n, F] each.
+    """The results of `swiglu_bwd`, [n, F] each.
 
     Attributes:
-        dgate, dup: the gradients of gate and up.
-        weighted_h: h times the router's weight, whose product with dy is the gradient of w_down.
+        dgate, dup: The gradients of gate and up.
+        weighted_h: h times the router's weight; weighted_h^T dy is the gradient of w_down.
         drouter_weight: dh h; its sum over F is the gradient of the router's weight.
     """
 
@@ -24,15 +24,15 @@ class SwigluGrads(NamedTuple):
 
 
 def swiglu(gate: Array, up: Array) -> Array:
-    """h [n, F] = silu(gate) * up."""
+    """Returns h [n, F] = silu(gate) * up."""
     return gate * jax.nn.sigmoid(gate) * up
 
 
 def swiglu_bwd(dh: Array, gate: Array, up: Array, router_weight: Array) -> SwigluGrads:
-    """The gradients for dh = dy w_down^T, before the router's weight; router_weight [n, 1] or [n, F]."""
+    """Returns the gradients for dh = dy w_down^T, without the router's weight; router_weight [n, 1] or [n, F]."""
     gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
-    sigmoid = jax.nn.sigmoid(gate)
-    silu = gate * sigmoid
+    sigmoid_gate = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid_gate
     h, weighted_dh = silu * up, router_weight * dh
-    dgate = weighted_dh * up * sigmoid * (1 + gate - silu)
+    dgate = weighted_dh * up * sigmoid_gate * (1 + gate - silu)
     return SwigluGrads(dgate, weighted_dh * silu, router_weight * h, dh * h)

@@ -11,7 +11,7 @@ Tiling    permute: grid (tiles of sorted rows, tiles of columns); combine: (tile
           router_weight_grad: (tiles of tokens, choices).
 
               tokens    0 1 2 3          a program gathers rows from anywhere and writes
-              rows      2 0 2 1 0 3      one whole tile of its own: no atomics
+              rows      2 0 2 1 0 3      one full tile of its own: no atomics
                         └e 0┘ └e 1 ..┘
 State     the float32 sum of one tile of tokens; else none.
 Traffic   permute reads and writes each sorted row once; combine reads them once and writes each token once, where a
@@ -32,7 +32,7 @@ from dantinox.kernels.ops.moe.routing import sort_by_expert
 
 Array = jax.Array
 
-BLOCK_M, BLOCK_N = 16, 256  # of one tile
+BLOCK_M, BLOCK_N = 16, 256  # rows and columns per tile
 
 
 @triton.jit
@@ -114,35 +114,37 @@ def router_weight_grad_kernel(
 
 
 def call_triton(kernel, *arrays: Array, out: jax.ShapeDtypeStruct, grid: tuple[int, int], **constants) -> Array:
+    """Calls a Triton kernel with the tile sizes and `constants` as its compile-time constants."""
     import jax_triton
 
     constants |= {"TILE_ROWS": BLOCK_M, "TILE_COLUMNS": BLOCK_N}
     return jax_triton.triton_call(*arrays, kernel=kernel, out_shape=out, grid=grid, num_warps=4, **constants)
 
 
-def grid_of(rows: int, width: int) -> tuple[int, int]:
+def launch_grid(rows: int, width: int) -> tuple[int, int]:
+    """Returns the number of tiles along the rows and along the columns."""
     return -(-rows // BLOCK_M), -(-width // BLOCK_N)
 
 
 def call_permute(x: Array, permutation: Array, weights: Array, *, scaled: bool) -> Array:
-    """[N k, M] for x [N, M], permutation [N k], weights [N, k] float32."""
+    """Returns [N k, M] for x [N, M], permutation [N k], weights [N, k] float32."""
     (R,), (N, M) = permutation.shape, x.shape
     sizes = {"N_ROWS": R, "WIDTH": M, "K": R // N, "SCALED": scaled}
     out = jax.ShapeDtypeStruct((R, M), x.dtype)
-    return call_triton(permute_kernel, x, permutation, weights, out=out, grid=grid_of(R, M), **sizes)
+    return call_triton(permute_kernel, x, permutation, weights, out=out, grid=launch_grid(R, M), **sizes)
 
 
 def call_combine(rows: Array, inverse_permutation: Array, weights: Array, *, scaled: bool) -> Array:
-    """[N, M] for rows [N k, M], inverse_permutation [N, k], weights [N, k] float32."""
+    """Returns [N, M] for rows [N k, M], inverse_permutation [N, k], weights [N, k] float32."""
     (N, k), M = inverse_permutation.shape, rows.shape[1]
     sizes = {"TOKENS": N, "WIDTH": M, "K": k, "SCALED": scaled}
     out = jax.ShapeDtypeStruct((N, M), rows.dtype)
-    return call_triton(combine_kernel, rows, inverse_permutation, weights, out=out, grid=grid_of(N, M), **sizes)
+    return call_triton(combine_kernel, rows, inverse_permutation, weights, out=out, grid=launch_grid(N, M), **sizes)
 
 
 @jax.custom_vjp
 def permute(x: Array, permutation: Array, inverse_permutation: Array) -> Array:
-    """[N k, M]: the rows of x [N, M] sorted by expert; permutation [N k] int32 and its inverse [N, k]."""
+    """Sorts the rows of x [N, M] by expert: [N k, M]; permutation [N k] int32 and its inverse [N, k]."""
     return call_permute(x, permutation, jnp.ones(inverse_permutation.shape, jnp.float32), scaled=False)
 
 
@@ -164,7 +166,7 @@ permute.defvjp(_permute_fwd, _permute_bwd)
 
 @jax.custom_vjp
 def combine(rows: Array, weights: Array, permutation: Array, inverse_permutation: Array) -> Array:
-    """[N, M]: each token's rows, weighted by weights [N, k] float32 and added in float32."""
+    """Sums each token's rows in float32, weighted by weights [N, k] float32: [N, M]."""
     return call_combine(rows, inverse_permutation, weights, scaled=True)
 
 

@@ -1,4 +1,4 @@
-"""The derivative of the mixture of experts, for every backend that has its products as kernels.
+"""The mixture of experts with its derivative, for every backend that has kernels for its products.
 
 The rows are sorted by expert, stably. p is the router's weight of a row.
 
@@ -38,7 +38,7 @@ class ExpertWeights(NamedTuple):
 
 
 class ExpertsOutput(NamedTuple):
-    """y [R, M], and for the backward pass gate and up [R, F]."""
+    """y [R, M], and the residuals gate and up [R, F] if the backward pass needs them."""
 
     y: Array
     gate: Array | None = None
@@ -54,12 +54,12 @@ class ExpertsGrads(NamedTuple):
 
 
 class ExpertsBackend(Protocol):
-    """The experts of R rows sorted by expert: `group_sizes` [E] rows of each, `router_weights` [R] float32."""
+    """Runs the experts of R rows sorted by expert: `group_sizes` [E] rows of each, `router_weights` [R] float32."""
 
     def forward(
         self, x: Array, ws: ExpertWeights, router_weights: Array, group_sizes: Array, *, save_residuals: bool
     ) -> ExpertsOutput:
-        """y; with `save_residuals` gate and up too."""
+        """Returns y; with `save_residuals` gate and up too."""
 
     def backward(
         self,
@@ -71,7 +71,7 @@ class ExpertsBackend(Protocol):
         gate: Array,
         up: Array,
     ) -> ExpertsGrads:
-        """The gradients for dy [R, M]."""
+        """Returns the gradients for dy [R, M]."""
 
 
 class ExpertsKernels(Protocol):
@@ -80,21 +80,21 @@ class ExpertsKernels(Protocol):
     def up_proj(
         self, x: Array, w_gate: Array, w_up: Array, group_sizes: Array, *, save_residuals: bool
     ) -> Sequence[Array]:
-        """h [R, F]; with `save_residuals` gate and up too."""
+        """Returns h [R, F]; with `save_residuals` gate and up too."""
 
     def down_proj(self, h: Array, w_down: Array, router_weights: Array, group_sizes: Array) -> Array:
-        """y [R, M]."""
+        """Returns y [R, M]."""
 
     def down_proj_bwd(
         self, dy: Array, w_down: Array, gate: Array, up: Array, router_weights: Array, group_sizes: Array
     ) -> Sequence[Array]:
-        """dgate, dup, weighted h [R, F] and the gradients of the router's weights [R]."""
+        """Returns dgate, dup, weighted h [R, F] and the gradients of the router's weights [R]."""
 
     def input_grad(self, dgate: Array, dup: Array, w_gate: Array, w_up: Array, group_sizes: Array) -> Array:
-        """dx [R, M]."""
+        """Returns dx [R, M]."""
 
     def weight_grad(self, x: Array, dys: Sequence[Array], group_sizes: Array, name: str) -> Sequence[Array]:
-        """[E, columns of x, columns of dy] for each dy."""
+        """Returns x^T dy per group, [E, columns of x, columns of dy], for each dy."""
 
 
 class KernelsBackend(NamedTuple):
@@ -136,7 +136,7 @@ def run_experts(
     expert_weights: Array,
     backend: ExpertsBackend,
 ) -> Array:
-    """As `dantinox.kernels.moe_mlp`, by the given backend, which must be hashable."""
+    """Computes `dantinox.kernels.moe_mlp` with the given backend, which must be hashable."""
     permutation, inverse_permutation, group_sizes = sort_by_expert(expert_ids, w_gate.shape[0])
     routing = Routing(permutation, inverse_permutation.reshape(expert_ids.shape), group_sizes)
     return _experts(x, ExpertWeights(w_gate, w_up, w_down), expert_weights, routing, backend)
@@ -144,7 +144,7 @@ def run_experts(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _experts(x: Array, ws: ExpertWeights, router_weights: Array, routing: Routing, backend: ExpertsBackend) -> Array:
-    """The output [N, M] for router_weights [N, k]."""
+    """Returns the output [N, M] for router_weights [N, k]."""
     return _forward(x, ws, router_weights, routing, backend, save_residuals=False)[0]
 
 

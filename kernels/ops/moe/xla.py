@@ -1,7 +1,7 @@
 """The mixture of experts in plain XLA.
 
 On a CPU it loops over the rows of an expert in tiles, as `grouped_matmul/xla.py` does, and one pass computes all of an
-expert's products, so that a tile's hidden rows are used while they are in cache. A handful of rows is multiplied one by
+expert's products, so that a tile's hidden rows are used while they are in cache. A few rows are multiplied one by
 one. Other devices use `lax.ragged_dot`.
 """
 
@@ -37,9 +37,9 @@ def _choose_row_tiles(N: int) -> RowTiles:
 def _loop_experts(
     row_tiles: RowTiles, x: Array, w_gate: Array, w_up: Array, w_down: Array, group_sizes: Array
 ) -> tuple[Array, ...]:
-    """(y, x w_gate, x w_up) of rows sorted by expert, in one pass.
+    """Returns (y, gate, up) of rows sorted by expert, in one pass.
 
-    x is padded for the tiles and so are the results, whose rows past the last group are unspecified.
+    x and the results are padded for the tiles; rows of the results past the last group are unspecified.
     """
     starts, ends = group_bounds(group_sizes)
 
@@ -61,7 +61,7 @@ def _loop_experts(
 
 
 class _Residuals(NamedTuple):
-    """x, gate = x w_gate and up = x w_up are padded; recomputing gate and up would cost 2 matmuls of 9."""
+    """x, gate and up are padded for the tiles; recomputing gate and up would cost 2 matmuls of 9."""
 
     x: Array
     gate: Array
@@ -73,7 +73,7 @@ class _Residuals(NamedTuple):
 
 
 def _loop_experts_bwd(row_tiles: RowTiles, residuals: _Residuals, dy: Array) -> tuple[Array, tuple[Array, ...]]:
-    """dx and (dw_gate, dw_up, dw_down); dy and dx are padded."""
+    """Returns dx and (dw_gate, dw_up, dw_down); dy and dx are padded."""
     x, gate, up, w_gate, w_up, w_down, group_sizes = residuals
     starts, ends = group_bounds(group_sizes)
     dtype = x.dtype
@@ -85,11 +85,12 @@ def _loop_experts_bwd(row_tiles: RowTiles, residuals: _Residuals, dy: Array) -> 
         def run_tile(row: Array, size: int, carry: tuple) -> tuple:
             dx, dw_gate, dw_up, dw_down = carry
             row_mask = (row + jnp.arange(size) < end)[:, None]
-            x_t, g, u, dy_t = (jnp.where(row_mask, slice_rows(a, row, size), 0) for a in (x, gate, up, dy))
+            x_t, gate_t, up_t, dy_t = (jnp.where(row_mask, slice_rows(a, row, size), 0) for a in (x, gate, up, dy))
             dh = dot_accumulate(dy_t, w_down_e, (1, 1))
-            g, u = g.astype(acc_dtype), u.astype(acc_dtype)
-            s = jax.nn.sigmoid(g)
-            h, dup, dgate = (g * s * u), dh * g * s, dh * u * s * (1 + g * (1 - s))
+            gate_t, up_t = gate_t.astype(acc_dtype), up_t.astype(acc_dtype)
+            sigmoid_gate = jax.nn.sigmoid(gate_t)
+            h, dup = gate_t * sigmoid_gate * up_t, dh * gate_t * sigmoid_gate
+            dgate = dh * up_t * sigmoid_gate * (1 + gate_t * (1 - sigmoid_gate))
             h, dup, dgate = (a.astype(dtype) for a in (h, dup, dgate))
             dx_t = dot_accumulate(dup, w_up_e, (1, 1)) + dot_accumulate(dgate, w_gate_e, (1, 1))
             dx = update_rows(dx, dx_t, row)
@@ -133,32 +134,35 @@ _experts_cpu.defvjp(_experts_cpu_fwd, _experts_cpu_bwd)
 
 
 @jax.custom_vjp
-def _gather(x: Array, index: Array, inverse: Array) -> Array:
-    """x[index], where index takes each row of x k times and `inverse` [rows of x, k] says where they go.
+def _gather_rows(x: Array, index: Array, inverse: Array) -> Array:
+    """Returns x[index], with a gradient that is a gather and a sum: deterministic, and faster than XLA's scatter.
 
-    So the gradient is a gather and a sum: deterministic, and faster than the scatter that XLA would use.
+    Args:
+        x: Rows.
+        index: Rows to take; each row of x occurs k times.
+        inverse: [rows of x, k], the rows of the result that each row of x goes to.
     """
     return x[index]
 
 
-def _gather_fwd(x: Array, index: Array, inverse: Array) -> tuple[Array, tuple]:
+def _gather_rows_fwd(x: Array, index: Array, inverse: Array) -> tuple[Array, tuple]:
     return x[index], (index, inverse)
 
 
-def _gather_bwd(residuals: tuple, dy: Array) -> tuple:
+def _gather_rows_bwd(residuals: tuple, dy: Array) -> tuple:
     index, inverse = residuals
     dx: Any = sum(dy[inverse[:, j]].astype(accumulation_dtype(dy.dtype)) for j in range(inverse.shape[1]))
     return dx.astype(dy.dtype), float0_zeros(index), float0_zeros(inverse)
 
 
-_gather.defvjp(_gather_fwd, _gather_bwd)
+_gather_rows.defvjp(_gather_rows_fwd, _gather_rows_bwd)
 
-MAX_SINGLE_ROWS = 8  # N * k up to which each routed row is multiplied by itself
+MAX_SINGLE_ROWS = 8  # N * k up to which each routed row is multiplied on its own
 MATVEC_BLOCK = 1 << 15  # elements of the weights copied at a time: the copy stays in cache
 
 
 def _matvec(x: Array, ws: tuple[Array, ...], e: Array) -> tuple[Array, ...]:
-    """x [M] times w[e] for each w [E, M, F], block by block: only the weights of expert e are read."""
+    """Multiplies x [M] by w[e] for each w [E, M, F], block by block: only the weights of expert e are read."""
     M, F = ws[0].shape[1:]
     block_m = max(1, MATVEC_BLOCK // F)
     while M % block_m:
@@ -178,7 +182,7 @@ def _matvec(x: Array, ws: tuple[Array, ...], e: Array) -> tuple[Array, ...]:
 def _moe_single_rows_cpu(
     x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array
 ) -> Array:
-    """Decoding: a handful of rows, bound by reading the weights of their experts."""
+    """Runs the experts of a few rows, one row at a time: decoding is bound by reading the weights of their experts."""
     N, k = expert_ids.shape
     acc_dtype = accumulation_dtype(x.dtype)
 
@@ -198,10 +202,10 @@ def _moe_single_rows_cpu_fwd(*args: Array) -> tuple[Array, tuple]:
 def _moe_single_rows_cpu_bwd(residuals: tuple, dy: Array) -> tuple:
     x, w_gate, w_up, w_down, expert_ids, expert_weights = residuals
 
-    def moe(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_weights: Array) -> Array:
+    def sorted_moe(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_weights: Array) -> Array:
         return _moe_sorted(x, w_gate, w_up, w_down, expert_ids, expert_weights)
 
-    _, pull_back = jax.vjp(moe, x, w_gate, w_up, w_down, expert_weights)
+    _, pull_back = jax.vjp(sorted_moe, x, w_gate, w_up, w_down, expert_weights)
     *grads, dexpert_weights = pull_back(dy)
     return *grads, float0_zeros(expert_ids), dexpert_weights
 
@@ -221,8 +225,8 @@ def _moe_sorted(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids:
     """Sorts the N * k routed rows by expert, runs the experts, unsorts their outputs and sums them by token."""
     N, k = expert_ids.shape
     permutation, inverse_permutation, group_sizes = sort_by_expert(expert_ids, w_gate.shape[0])
-    rows = _gather(x, permutation // k, inverse_permutation.reshape(N, k))
+    rows = _gather_rows(x, permutation // k, inverse_permutation.reshape(N, k))
     y = call_for_platform(rows, w_gate, w_up, w_down, group_sizes, cpu=_experts_cpu, default=ragged_dot_experts)
-    y = _gather(y, inverse_permutation, permutation[:, None]).reshape(N, k, -1)
+    y = _gather_rows(y, inverse_permutation, permutation[:, None]).reshape(N, k, -1)
     acc_dtype = accumulation_dtype(x.dtype)
     return jnp.sum(y.astype(acc_dtype) * expert_weights.astype(acc_dtype)[..., None], axis=1).astype(x.dtype)

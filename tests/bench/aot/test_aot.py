@@ -1,4 +1,4 @@
-"""The compile report: its readers on texts as the tools print them, its arithmetic, its comparison, its errors."""
+"""The compile report: parsers of tool output, arithmetic, comparison with a profile, and error messages."""
 
 import importlib.util
 import json
@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from bench import hardware
 from bench.aot import __main__ as program
-from bench.aot import baselines, gpu, profile, ptx, worker_pool
+from bench.aot import baselines, hardware, profile, worker_pool
 from bench.aot import cases as aot_cases
 from bench.aot.cases import Case
+from bench.aot.gpu import compiler as gpu_compiler
+from bench.aot.gpu import ptx
 from dantinox.kernels import workloads
 
 ROOT = Path(__file__).parents[3]
@@ -70,19 +71,19 @@ def module(name: str, barriers: int, threads: str = ".maxntid 384, 1, 1") -> str
     )
 
 
-def test_ptxas_output():
-    found = ptx.ptxas_usage(PTXAS)
-    assert found == {"dkv_mosaic_gpu_kernel": ptx.Usage(168, 176, 1), "fusion_3": ptx.Usage(40, 0, 8192)}
+def test_ptxas_output_is_parsed():
+    usage = ptx.ptxas_usage(PTXAS)
+    assert usage == {"dkv_mosaic_gpu_kernel": ptx.Usage(168, 176, 1), "fusion_3": ptx.Usage(40, 0, 8192)}
     assert ptx.ptxas_usage("ptxas fatal : unresolved") == {}
 
 
-def test_sass_is_counted_by_kind_and_function():
-    found = ptx.sass_counts(SASS)
-    assert found["fwd_kernel"] == {"wgmma": 2, "tcgen05": 0, "mma": 0, "local": 2}
-    assert found["gemm"] == {"wgmma": 0, "tcgen05": 1, "mma": 2, "local": 0}
+def test_sass_instructions_are_counted_by_kind_and_function():
+    counts = ptx.sass_counts(SASS)
+    assert counts["fwd_kernel"] == {"wgmma": 2, "tcgen05": 0, "mma": 0, "local": 2}
+    assert counts["gemm"] == {"wgmma": 0, "tcgen05": 1, "mma": 2, "local": 0}
 
 
-def test_resources_find_their_kernel_although_the_orders_differ():
+def test_resources_match_kernels_in_any_order():
     text = resources(131072, (2, 4)) + resources(134144, (2, 6), (2, 1)) + resources(163840, (2, 2), (1, 1))
     # Compiled in another order; each module initialises one barrier more than it was given.
     text += module("fwd", 6) + "ptxas info    : 0 bytes gmem\n" + module("dkv", 15) + module("dq", 9)
@@ -93,7 +94,7 @@ def test_resources_find_their_kernel_although_the_orders_differ():
     assert ptx.match_smem(modules, ptx.mosaic_smem(text)[:2]) == [None] * 3
 
 
-def test_threads_of_an_entry():
+def test_threads_per_block_are_parsed():
     assert ptx.entry_threads(module("a", 0) + module("b", 0, ".reqntid 16, 8, 2") + module("c", 0, "")) == {
         "a": 384,
         "b": 256,
@@ -101,7 +102,7 @@ def test_threads_of_an_entry():
     }
 
 
-def test_thunk_sequence():
+def test_thunk_sequence_is_parsed():
     text = (
         "001: kCustomCall   [source       | next=002 (1)] kCustomCall\n"
         "002: kCustomKernel [prev=001 (1) | next=003 (1)] gemm_fusion_dot_2 grid: [131072, 1, 1] "
@@ -126,9 +127,9 @@ def test_thunk_sequence():
         ("a100", 255, 128, 0, 2),  # 65536 / (4 x 8192)
     ],
 )
-def test_blocks_an_sm(target, registers, threads, smem, blocks):
+def test_blocks_per_sm(target, registers, threads, smem, blocks):
     gpu_target = hardware.get(target)
-    assert ptx.blocks_per_core(gpu_target, registers, threads, smem) == blocks
+    assert ptx.blocks_per_sm(gpu_target, registers, threads, smem) == blocks
     assert ptx.occupancy(gpu_target, registers, threads, smem) == blocks * threads / 2048
 
 
@@ -157,7 +158,7 @@ def executed(per_pair, **change):
         (
             row(),
             row(registers=136, blocks=1),
-            "2 blocks an SM (128 registers) -> 1 blocks an SM (136 registers)",
+            "2 blocks per SM (128 registers) -> 1 blocks per SM (136 registers)",
         ),
         (row(), row(wgmma=0), "wgmma is gone"),
         (row(TPU_KERNEL), row(TPU_KERNEL, mxu_share=0.49), "MXU share 50.0% -> 49.0%"),
@@ -166,11 +167,11 @@ def executed(per_pair, **change):
         (executed(0.003), executed(0.0031), "forward: bundles per pair 0.003 -> 0.0031"),
     ],
 )
-def test_each_way_to_get_worse_is_found(old, new, says):
-    found = profile.regressions({"a": old}, {"a": new})
-    assert found
-    assert any(says in line for line in found), found
-    assert all(line.startswith("a: ") for line in found)
+def test_each_kind_of_regression_is_reported(old, new, says):
+    lines = profile.regressions({"a": old}, {"a": new})
+    assert lines
+    assert any(says in line for line in lines), lines
+    assert all(line.startswith("a: ") for line in lines)
     assert not profile.regressions({"a": new}, {"a": old}), "and the way back is none"
 
 
@@ -186,12 +187,21 @@ def test_each_way_to_get_worse_is_found(old, new, says):
         # A longer program with a lower share, and no slower.
         (executed(0.003, bundles=9), executed(0.003, bundles=99, mxu_share=0.1)),
     ],
+    ids=[
+        "equal",
+        "temp bytes",
+        "fewer registers",
+        "more registers",
+        "failed before",
+        "better schedule",
+        "more bundles",
+    ],
 )
-def test_what_is_not_worse_is_not_found(old, new):
+def test_no_regression_is_reported_without_one(old, new):
     assert profile.regressions({"a": old, "gone": row()}, {"a": new, "added": row()}) == []
 
 
-def test_kernels_of_one_name_are_compared_one_by_one():
+def test_kernels_with_equal_names_are_compared_in_order():
     pair = row() | {"kernels": [GPU_KERNEL, GPU_KERNEL | {"registers": 168, "blocks": 1}]}
     swapped = pair | {"kernels": pair["kernels"][::-1]}
     assert profile.regressions({"a": pair}, {"a": swapped}) == []
@@ -199,34 +209,34 @@ def test_kernels_of_one_name_are_compared_one_by_one():
     assert profile.regressions({"a": pair}, {"a": worse})
 
 
-def test_a_profile_is_one_text_and_keeps_what_was_not_compiled_again(tmp_path):
+def test_profile_text_is_stable_and_keeps_rows_not_recompiled(tmp_path):
     versions = {"jax": "1"}
-    first = profile.merged(None, "h100", versions, {"b": row(), "a": row()})
+    first = profile.merge(None, "h100", versions, {"b": row(), "a": row()})
     file = profile.path(tmp_path / "new", "h100")
     profile.save(file, first)
     assert profile.load(file) == json.loads(file.read_text()) == first
-    assert file.read_text() == profile.dump(profile.merged(None, "h100", versions, {"a": row(), "b": row()}))
-    second = profile.merged(profile.load(file), "h100", versions, {"a": row(temp=5)})
+    assert file.read_text() == profile.dump(profile.merge(None, "h100", versions, {"a": row(), "b": row()}))
+    second = profile.merge(profile.load(file), "h100", versions, {"a": row(temp=5)})
     assert second["rows"]["a"]["temp_bytes"] == 5
     assert second["rows"]["b"] == row()
-    assert list(profile.merged(first, "h100", {"jax": "2"}, {"a": row()})["rows"]) == ["a"]
+    assert list(profile.merge(first, "h100", {"jax": "2"}, {"a": row()})["rows"]) == ["a"]
     assert profile.load(tmp_path / "none.json") is None
     file.write_text("[]")
-    with pytest.raises(ValueError, match="no profile"):
+    with pytest.raises(ValueError, match="not a profile"):
         profile.load(file)
 
 
-def test_every_row_is_planned_with_every_implementation():
+def test_every_row_is_planned_for_every_implementation():
     for target in hardware.TARGETS.values():
         cases = aot_cases.cases(target)
         assert len({case.key for case in cases}) == len(cases)
         for op in aot_cases.OPERATIONS:
             planned = {case.spec for case in cases if case.op == op and case.implementation == "xla"}
-            assert planned == {spec.name for spec in workloads.select(op, "aot", target.machine)}
+            assert planned == {workload.name for workload in workloads.select(op, "aot", target.machine)}
         assert all(case.roofline_seconds(target) > 0 for case in cases[:20])
 
 
-def test_rows_that_differ_in_values_only_are_one_program():
+def test_rows_that_differ_only_in_values_share_a_program():
     uniform, zipf, down = (
         Case("grouped_matmul", f"Mixtral-8x7B {name}", "xla", "bfloat16", "forward")
         for name in ("uniform", "zipf", "down")
@@ -234,21 +244,21 @@ def test_rows_that_differ_in_values_only_are_one_program():
     assert uniform.program() == zipf.program() != down.program()
 
 
-def test_peers_say_what_they_lack():
+def test_baselines_report_what_they_lack():
     gated = workloads.get("attention", "aot d128 window, gate")
     with pytest.raises(NotImplementedError, match="no gate and no window"):
-        baselines.PEERS["jax_mgpu"].build["attention"](gated)
+        baselines.BASELINES["jax_mgpu"].build["attention"](gated)
     with pytest.raises(NotImplementedError, match="N is 1000"):
-        baselines.PEERS["megablox"].build["grouped_matmul"](workloads.get("grouped_matmul", "aot odd sizes"))
+        baselines.BASELINES["megablox"].build["grouped_matmul"](workloads.get("grouped_matmul", "aot odd sizes"))
 
 
-def test_target_figures():
+def test_target_hardware_figures():
     assert hardware.get("h100").arch == "sm_90a"
     assert hardware.get("b200").arch == "sm_100a"
     assert hardware.get("a100").arch == "sm_80"
     assert hardware.get("v5e").seconds(197e12, 0, "bfloat16") == 1
     assert hardware.get("v5e").seconds(0, 819e9, "bfloat16") == 1
-    config = gpu.target_config(hardware.get("h100"))
+    config = gpu_compiler.target_config(hardware.get("h100"))
     assert config.count("{") == config.count("}")
     assert "core_count: 132" in config
     assert "/" not in config.replace("//", "")
@@ -265,7 +275,7 @@ def test_target_figures():
         (["--jobs", "many"], "jobs"),
     ],
 )
-def test_a_wrong_argument_is_one_line(capsys, arguments, says):
+def test_invalid_argument_prints_one_line(capsys, arguments, says):
     with pytest.raises(SystemExit) as stop:
         program.main(arguments)
     error = capsys.readouterr().err
@@ -275,7 +285,7 @@ def test_a_wrong_argument_is_one_line(capsys, arguments, says):
 
 
 @pytest.mark.parametrize("target", ["h100", "v6e"])
-def test_without_the_extra_one_line_says_how_to_get_it(capsys, monkeypatch, target):
+def test_missing_extra_prints_one_line_with_the_install_command(capsys, monkeypatch, target):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as stop:
         program.main(["--target", target])
@@ -303,7 +313,7 @@ for line in sys.stdin:
 """
 
 
-def test_a_worker_that_crashes_or_hangs_costs_one_row(monkeypatch, tmp_path):
+def test_crashed_or_hung_worker_loses_one_row(monkeypatch, tmp_path):
     start = subprocess.Popen
     replace = lambda command, **kwargs: start([sys.executable, "-c", WORKER, str(tmp_path / "asked")], **kwargs)
     monkeypatch.setattr(worker_pool.subprocess, "Popen", replace)
@@ -320,11 +330,11 @@ def test_a_worker_that_crashes_or_hangs_costs_one_row(monkeypatch, tmp_path):
         folder = worker._folder
         assert folder.exists()
     assert not folder.exists()
-    with pytest.raises(worker_pool.Ended):
+    with pytest.raises(worker_pool.WorkerClosedError):
         worker.ask(case("three"))
 
 
-def test_a_compiler_that_does_not_start_is_one_error(monkeypatch):
+def test_compiler_that_fails_to_start_is_one_error(monkeypatch):
     start = subprocess.Popen
     monkeypatch.setattr(
         worker_pool.subprocess, "Popen", lambda _, **kwargs: start([sys.executable, "-c", ""], **kwargs)
@@ -334,21 +344,21 @@ def test_a_compiler_that_does_not_start_is_one_error(monkeypatch):
         worker.ask(Case("attention", "one", "xla", "bfloat16", "forward"))
 
 
-def test_committed_profiles_hold_no_path_and_no_time():
+def test_committed_profiles_contain_no_path_and_no_time():
     files = sorted((ROOT / "profiles/aot").glob("*.json"))
     for file in files:
         text = file.read_text()
-        held = json.loads(text)
-        assert held["target"] == file.stem
-        assert profile.dump(held) == text
+        document = json.loads(text)
+        assert document["target"] == file.stem
+        assert profile.dump(document) == text
         assert "/tmp" not in text
         assert "site-packages" not in text
-        assert not any("seconds" in found for found in held["rows"].values())
+        assert not any("seconds" in row for row in document["rows"].values())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["h100", "v6e"])
-def test_a_row_compiles_for_a_machine_that_is_not_there(tmp_path, target):
+def test_row_compiles_for_absent_hardware(tmp_path, target):
     python = ROOT / ".venv-aot/bin/python"
     if not python.exists():
         pytest.skip("needs the aot extra: make aot")
@@ -357,7 +367,7 @@ def test_a_row_compiles_for_a_machine_that_is_not_there(tmp_path, target):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / f"{target}.json").read_text())["rows"]
-    assert {found["status"] for found in rows.values()} == {"compiled"}
-    assert all(found["totals"]["kernels"] > 0 for found in rows.values())
+    assert {row["status"] for row in rows.values()} == {"compiled"}
+    assert all(row["totals"]["kernels"] > 0 for row in rows.values())
     again = subprocess.run([*command, "--check"], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert again.returncode == 0, again.stderr

@@ -40,27 +40,27 @@ Device 0 SM 0
 """
 
 
-def test_a_listing_is_read_with_the_source_of_each_instruction():
-    (places,) = locate.listing(LISTING).values()
-    assert [place.offset for place in places] == list(range(0, 0xC0, 16))
-    assert places[3].source[:2] == ("ops/attention/fwd.py:172", "ops/attention/fwd.py:234")
-    assert [place.label for place in places if place.label] == [".L_x_2", ".L_x_26"]
-    assert locate.barriers(places) == ["[UR6+0x28800]", "[UR6+0x28808]"]
+def test_listing_is_parsed_with_instruction_sources():
+    (code,) = locate.parse_listing(LISTING).values()
+    assert [instruction.offset for instruction in code] == list(range(0, 0xC0, 16))
+    assert code[3].source[:2] == ("ops/attention/fwd.py:172", "ops/attention/fwd.py:234")
+    assert [instruction.label for instruction in code if instruction.label] == [".L_x_2", ".L_x_26"]
+    assert locate.barriers(code) == ["[UR6+0x28800]", "[UR6+0x28808]"]
 
 
-def test_every_program_counter_is_found_once_relative_to_its_kernel():
-    assert list(locate.counters(LOG)) == [("attention_forward", 0x90), ("attention_forward", 0x50)]
-    assert not list(locate.counters("no kernels are running at 0x00007fffd8fa1090"))
+def test_program_counters_are_found_relative_to_their_kernel():
+    assert list(locate.program_counters(LOG)) == [("attention_forward", 0x90), ("attention_forward", 0x50)]
+    assert not list(locate.program_counters("no kernels are running at 0x00007fffd8fa1090"))
 
 
-def test_a_warp_that_sleeps_out_of_line_is_mapped_to_the_wait_that_sent_it_there():
-    (places,) = locate.listing(LISTING).values()
-    first, wait, source = locate.describe("attention_forward", 0x90, places)
+def test_out_of_line_sleep_maps_to_its_barrier_wait():
+    (code,) = locate.parse_listing(LISTING).values()
+    first, wait, source = locate.describe("attention_forward", 0x90, code)
     assert "NANOSLEEP" in first and "[UR8]" in wait
     assert source.startswith("  source: ops/attention/fwd.py:172, after ops/attention/fwd.py:234")
 
 
-def test_the_program_prints_counters_barriers_and_sources(tmp_path, capsys):
+def test_program_prints_counters_barriers_and_sources(tmp_path, capsys):
     (tmp_path / "attention_forward.sass").write_text(LISTING)
     (tmp_path / "log").write_text(LOG)
     assert locate.main([str(tmp_path / "log"), str(tmp_path)]) == 0
@@ -70,15 +70,15 @@ def test_the_program_prints_counters_barriers_and_sources(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        (("log", "."), "log is no file"),
+        (("log", "."), "log is not a file"),
         (("only one",), "give LOG and the FOLDER"),
         ((__file__, "bench/gpu"), "no .sass file"),
     ],
     ids=["no log", "one argument", "no listing"],
 )
-def test_wrong_input_is_one_line(arguments, said):
+def test_invalid_input_prints_one_line(arguments, message):
     command = [sys.executable, "-m", "bench.aot.locate", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout

@@ -2,7 +2,8 @@
 
 import pytest
 
-from bench.aot import readme_tables, sass
+from bench.aot.gpu import sass
+from bench.aot.report import sm90_tables
 
 
 def code(*lines: str) -> str:
@@ -31,13 +32,13 @@ MASKED_AND_NOT = code(
 )
 
 
-def test_the_cheapest_way_through_a_loop_is_found():
+def test_cheapest_path_through_a_loop_is_found():
     (instructions,) = sass.functions(MASKED_AND_NOT).values()
     assert len(instructions) == 16
-    assert sorted(sass._innermost(instructions)) == [(1, 4), (5, 11)]
-    found = sass.steady(instructions)
+    assert sorted(sass._innermost_loops(instructions)) == [(1, 4), (5, 11)]
+    steady = sass.steady_state(instructions)
     # The masking loop issues 4 for as many products; the other 5 with its jumps, and 7 where it masks.
-    assert found == {
+    assert steady == {
         "instructions": 4,
         "multiply_adds": 64 * 64 * 16,
         "wgmma": 1,
@@ -47,16 +48,16 @@ def test_the_cheapest_way_through_a_loop_is_found():
         "shape": "64x64x16",
         "transposed": "",
     }
-    way = sass._through(instructions, 5, 11)
-    assert [hex(each.address) for each in way] == ["0x50", "0x60", "0x70", "0xa0", "0xb0"]
+    path = sass._best_path(instructions, 5, 11)
+    assert [hex(instruction.address) for instruction in path] == ["0x50", "0x60", "0x70", "0xa0", "0xb0"]
 
 
-def test_a_kernel_without_a_loop_around_wgmma_has_no_steady_state():
+def test_kernel_without_wgmma_loop_has_no_steady_state():
     straight = code("HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24", "EXIT")
     other = code("HMMA.16816.F32.BF16 R4, R8, R12, R4", "@P1 BRA 0x00", "EXIT")
     for text in (straight, other):
         (instructions,) = sass.functions(text).values()
-        assert sass.steady(instructions) is None
+        assert sass.steady_state(instructions) is None
 
 
 @pytest.mark.parametrize(
@@ -71,9 +72,9 @@ def test_a_kernel_without_a_loop_around_wgmma_has_no_steady_state():
         ("anonymous_mosaic_gpu_kernel", 9, 0, None),
     ],
 )
-def test_a_part_is_known_by_its_name_or_its_products(name, products, exponentials, part):
-    at = {"multiply_adds": products * 64 * 64 * 128, "exponential": exponentials}
-    assert readme_tables._part({"name": name, "steady": at}, 128) == part
+def test_part_is_identified_by_name_or_wgmma_count(name, products, exponentials, part):
+    steady = {"multiply_adds": products * 64 * 64 * 128, "exponential": exponentials}
+    assert sm90_tables.attention_kernel_kind({"name": name, "steady": steady}, 128) == part
 
 
 LOOP = """
@@ -98,9 +99,9 @@ LOOP = """
 """
 
 
-def test_the_loop_is_counted_the_shortest_way_round():
+def test_loop_is_counted_along_its_shortest_path():
     """Wait, two branches, past the mask, two products, a step on, and back; with what the tensor cores are given."""
-    found = {name: sass.steady(code) for name, code in sass.functions(LOOP).items()}
-    assert found["no_loop"] is None
-    one = found["dw_kernel"]
-    assert (one["instructions"], one["wgmma"], one["shape"], one["transposed"]) == (7, 2, "64x256x16", "AB")
+    by_name = {name: sass.steady_state(code) for name, code in sass.functions(LOOP).items()}
+    assert by_name["no_loop"] is None
+    steady = by_name["dw_kernel"]
+    assert (steady["instructions"], steady["wgmma"], steady["shape"], steady["transposed"]) == (7, 2, "64x256x16", "AB")

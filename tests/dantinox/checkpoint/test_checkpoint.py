@@ -1,5 +1,6 @@
-"""Checkpoints: what is kept, what damage is named, and what a full disk or a kill leaves behind."""
+"""Checkpoints: which are kept, which damage is reported, and what a full disk or a kill leaves behind."""
 
+import dataclasses
 import pickle
 import random
 import shutil
@@ -18,7 +19,9 @@ import pytest
 from dantinox.checkpoint import manifest
 from dantinox.checkpoint.manager import Checkpoints
 from dantinox.checkpoint.manifest import CorruptCheckpointError
-from dantinox.training.train_step import TrainState
+from dantinox.checkpoint.train_state import TrainState
+from dantinox.config import ModelConfig
+from dantinox.model import params
 
 ROOT = Path(__file__).parents[3]
 NEW_NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
@@ -57,7 +60,7 @@ def two(tmp_path_factory):
     return run
 
 
-def test_a_checkpoint_gives_back_every_bit(two):
+def test_checkpoint_round_trip_is_bit_exact(two):
     checkpoints = Checkpoints(two)
     assert checkpoints.latest_valid()[::2] == (2, [])
     assert same(checkpoints.restore(2, shapes(state(0))), state(2))
@@ -65,7 +68,26 @@ def test_a_checkpoint_gives_back_every_bit(two):
     assert all((weights[name] == value).all() for name, value in state(1).ema.items())
 
 
-def test_the_newest_and_the_best_stay(tmp_path):
+def test_stored_parameter_names_are_the_earliest_ones():
+    """Attributes of the modules may be renamed; a checkpoint written before must keep its tree."""
+    config = ModelConfig(n_layers=1, n_experts=2, shared_expert=True, qk_norm=True, attn_gate="head")
+    config = dataclasses.replace(config, tie_embeddings=False, pos_encoding="learned")
+    attention = [f"blocks.0.attention.{name}" for name in ("gate", "k", "k_scale", "o", "q", "q_scale", "v")]
+    mlp = [
+        f"blocks.0.mlp.{name}" for name in ("down", "gate", "router", "shared.down", "shared.gate", "shared.up", "up")
+    ]
+    names = [*attention, "blocks.0.attention_norm", *mlp, "blocks.0.mlp_norm", "embedding", "head", "norm", "position"]
+    model_def, shapes = params.abstract_params(config)
+    assert sorted(shapes) == sorted(params.param_axes(config)) == sorted(names)
+    model = model_def.merge({name: np.full(x.shape, names.index(name)) for name, x in shapes.items()})
+    for value, name in ((model.token_embedding, "embedding"), (model.lm_head, "head"), (model.final_norm, "norm")):
+        assert (value[...] == names.index(name)).all()
+    assert (model.pos_embedding[...] == names.index("position")).all()
+    q_norm, k_norm = model.blocks[0].attention.q_norm, model.blocks[0].attention.k_norm
+    assert (q_norm[...] == names.index(attention[5])).all() and (k_norm[...] == names.index(attention[2])).all()
+
+
+def test_newest_and_best_checkpoints_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     losses = {1: (3.0, True), 2: (1.0, False), 3: (2.0, True), 4: (None, True), 5: (float("nan"), True)}
     for step, (loss, due) in losses.items():
@@ -80,7 +102,7 @@ def test_the_newest_and_the_best_stay(tmp_path):
     assert checkpoints.steps() == [5, 6, 7] and checkpoints.best() == 6
 
 
-def test_saving_goes_on_behind_the_back(tmp_path, monkeypatch):
+def test_saving_is_asynchronous(tmp_path, monkeypatch):
     """Of a state whose memory is given away in the meantime, as training steps do."""
     checkpoints, current = Checkpoints(tmp_path), state(1)
     step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)
@@ -106,7 +128,7 @@ def damage(path: Path, kind: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["flipped", "shorter", "missing"])
-def test_damage_to_any_file_is_named_and_the_checkpoint_before_serves(kind, two, tmp_path):
+def test_corrupt_file_is_reported_and_previous_checkpoint_is_used(kind, two, tmp_path):
     names = [path.relative_to(two / "checkpoints" / "2") for path in (two / "checkpoints" / "2").rglob("*")]
     names = [name for name in names if (two / "checkpoints" / "2" / name).is_file()]
     assert len(names) > 8
@@ -125,16 +147,16 @@ def test_damage_to_any_file_is_named_and_the_checkpoint_before_serves(kind, two,
         checkpoints.latest_valid()
 
 
-def test_a_manifest_that_tells_another_story_is_damaged(two, tmp_path):
+def test_inconsistent_manifest_is_reported_as_corrupt(two, tmp_path):
     run = shutil.copytree(two, tmp_path / "run")
     path = run / "checkpoints" / "2" / "manifest.json"
     text = path.read_text()
     assert '"step": 2,' in text
     path.write_text(text.replace('"step": 2,', '"step": 3,'))
-    assert str(Checkpoints(run).latest_valid()[2][0]).endswith("manifest.json is not as it was written")
+    assert str(Checkpoints(run).latest_valid()[2][0]).endswith("manifest.json was modified")
 
 
-def test_a_kill_while_saving_leaves_only_what_is_swept_away(two, tmp_path):
+def test_kill_while_saving_leaves_only_removable_files(two, tmp_path):
     """Fault 7: files are half written."""
     run = shutil.copytree(two, tmp_path / "run")
     folder = run / "checkpoints"
@@ -146,13 +168,13 @@ def test_a_kill_while_saving_leaves_only_what_is_swept_away(two, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
 
 
-def test_no_checkpoint_is_said(tmp_path):
+def test_missing_checkpoint_raises_with_a_message(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
         Checkpoints(tmp_path).latest_valid()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_is_unpickled(two, monkeypatch):
+def test_restore_never_unpickles(two, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a file of a run was unpickled")
 
@@ -175,7 +197,7 @@ FULL = """
     checkpoints.wait()
     for foreseen in (True, False, False, False, False):  # which write fails first, and how late, differs
         if not foreseen:
-            manager._bytes = lambda current: 0
+            manager._max_bytes = lambda state: 0
         try:
             checkpoints.save(2, large, {})
             checkpoints.wait()
@@ -190,7 +212,7 @@ FULL = """
 """
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_intact(tmp_path):
+def test_full_disk_leaves_the_previous_checkpoint_intact(tmp_path):
     mount = f"mount -t tmpfs -o size=8m none {tmp_path}"
     if shutil.which("unshare") is None or subprocess.run([*NEW_NAMESPACE, "sh", "-c", mount]).returncode:
         pytest.skip("this system lets no user mount a small disk")
@@ -204,14 +226,14 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(tmp_path):
     assert len(lines) == 5
     for line in lines:
         assert line.startswith("step 2 could not be saved in ") and "No space left on device" in line
-        assert line.endswith("; the checkpoint of step 1 is as it was")
+        assert line.endswith("; the checkpoint of step 1 is intact")
     assert ["MB needed" in line for line in lines] == [True, False, False, False, False]
 
 
-def test_only_noise_is_kept_quiet(two, monkeypatch, capsys):
+def test_log_filters_drop_only_noise(two, monkeypatch, capsys):
     Checkpoints(two)
     heard = []
-    monkeypatch.setattr(sys.unraisablehook, "before", heard.append)
+    monkeypatch.setattr(sys.unraisablehook, "previous_hook", heard.append)
 
     def told(error, of):
         return types.SimpleNamespace(exc_value=error, object=of)
@@ -222,4 +244,4 @@ def test_only_noise_is_kept_quiet(two, monkeypatch, capsys):
         sys.unraisablehook(each)
     assert heard == others
     Checkpoints(two)
-    assert sys.unraisablehook.before == heard.append
+    assert sys.unraisablehook.previous_hook == heard.append

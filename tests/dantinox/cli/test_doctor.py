@@ -1,4 +1,4 @@
-"""`python -m dantinox.doctor`: a report that always comes out whole."""
+"""`python -m dantinox.doctor`: the report is complete on any machine."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ def doctor(folder: Path, **environment: str) -> str:
     return done.stdout
 
 
-def test_it_says_what_runs_and_why_the_rest_does_not(tmp_path):
+def test_doctor_lists_what_runs_and_reasons_for_the_rest(tmp_path):
     report = doctor(tmp_path, JAX_PLATFORMS="cpu")
     assert f"{sys.version_info.major}.{sys.version_info.minor}" in report and jax.__version__ in report
     assert str(tmp_path / "runs") in report and "writable" in report and list(tmp_path.iterdir()) == []
@@ -46,7 +46,7 @@ def test_it_says_what_runs_and_why_the_rest_does_not(tmp_path):
 
 
 @pytest.mark.parametrize("ask", ["", "nonesuch"])
-def test_a_plugin_without_its_device_is_no_traceback(tmp_path, ask):
+def test_plugin_without_device_prints_no_traceback(tmp_path, ask):
     plugin = tmp_path / "site" / "jax_plugins" / "broken"
     plugin.mkdir(parents=True)
     (plugin / "__init__.py").write_text(BROKEN)
@@ -57,6 +57,6 @@ def test_a_plugin_without_its_device_is_no_traceback(tmp_path, ask):
         assert "none (JAX_PLATFORMS=nonesuch)" in report
 
 
-def test_a_place_that_cannot_be_written_is_said(tmp_path):
+def test_unwritable_folder_is_reported(tmp_path):
     (tmp_path / "runs").write_text("a file, no folder")
     assert "not writable" in doctor(tmp_path, JAX_PLATFORMS="cpu")

@@ -1,4 +1,4 @@
-"""Scoring a text: every token once, as an oracle that knows no windows says; and what its user meets."""
+"""Scoring a text: each token once, compared with an oracle without windows; the program and its error messages."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def log_p(model):
 
 
 @pytest.mark.parametrize(("context", "stride"), [(80, None), (8, 3), (8, 8), (8, 1)])
-def test_every_token_is_scored_once_with_the_context_that_is_stated(model, log_p, context, stride):
+def test_each_token_is_scored_once_with_the_stated_context(model, log_p, context, stride):
     nats, tokens = 0.0, 0
     for text in TEXTS:
         ids = [0, *TOKENIZER.encode(text)]
@@ -48,7 +48,7 @@ def test_every_token_is_scored_once_with_the_context_that_is_stated(model, log_p
             nats -= log_p(ids[first:i])[ids[i]]
             tokens += 1
     documents = [Document("", text) for text in TEXTS]
-    score = scoring.evaluate(model, TOKENIZER, documents, context=context, stride=stride, batch_size=5)
+    score = scoring.score_documents(model, TOKENIZER, documents, context=context, stride=stride, batch_size=5)
     assert (score.documents, score.tokens, score.bytes) == (3, tokens, sum(len(t.encode()) for t in TEXTS))
     assert score.nats == pytest.approx(nats, rel=1e-5)
     assert score.loss == pytest.approx(nats / tokens, rel=1e-5)
@@ -56,12 +56,14 @@ def test_every_token_is_scored_once_with_the_context_that_is_stated(model, log_p
     assert score.bits_per_byte == pytest.approx(nats / math.log(2) / score.bytes, rel=1e-5)
 
 
-def test_a_longer_context_than_the_model_has_is_for_windowed_ones(model):
+def test_context_beyond_max_context_requires_windows(model):
     documents = [Document("", TEXTS[0])]
-    with pytest.raises(ValueError, match=r"^context is 81; allowed: 1 to max_context 80, as every layer sees all"):
-        scoring.evaluate(model, TOKENIZER, documents, context=81)
+    with pytest.raises(
+        ValueError, match=r"^context is 81; allowed: 1 to max_context 80 \(every layer has full attention\)"
+    ):
+        scoring.score_documents(model, TOKENIZER, documents, context=81)
     windowed = build(n_layers=1, vocab_size=TOKENIZER.vocab_size, window=4)
-    assert scoring.evaluate(windowed, TOKENIZER, documents, context=1000).tokens == 14
+    assert scoring.score_documents(windowed, TOKENIZER, documents, context=1000).tokens == 14
 
 
 @pytest.fixture
@@ -80,7 +82,7 @@ def program(model, monkeypatch, tmp_path):
     return evaluate.main
 
 
-def test_the_table_and_the_json_say_the_same(program, capsys):
+def test_table_and_json_agree(program, capsys):
     words = ["--run", "mine", "--data", "texts", "--context", "8", "--batch-size", "5"]
     assert program(words) == 0
     table = capsys.readouterr()
@@ -109,7 +111,7 @@ def test_the_table_and_the_json_say_the_same(program, capsys):
         (["--data", "texts", "--contxt", "3"], "--context"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_2(program, capsys, flags, word):
+def test_invalid_input_prints_one_line_and_exits_2(program, capsys, flags, word):
     with pytest.raises(SystemExit) as stop:
         program(flags)
     out, err = capsys.readouterr()

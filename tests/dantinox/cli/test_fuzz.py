@@ -1,4 +1,4 @@
-"""Random settings: each either trains two finite steps or is refused in one line with exit code 2."""
+"""Random settings: each either trains two finite steps or exits with one line and status 2."""
 
 import collections
 import contextlib
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dantinox.checkpoint.train_state import TrainState
 from dantinox.cli import train
 from dantinox.config import Config
 
@@ -106,7 +107,7 @@ def two_steps(config: Config, resume: bool = False) -> str:
     rng = np.random.default_rng(config.train.seed)
     draw = lambda x: jnp.asarray((x.ndim == 1) + 0.02 * rng.normal(size=x.shape), x.dtype)  # compiles nothing
     params = jax.tree.map(draw, trainer.shapes.params)
-    current = train.TrainState(params, trainer.optimizer.init(params))
+    current = TrainState(params, trainer.optimizer.init(params))
     if trainer.shardings is not None:
         current = jax.device_put(current, trainer.shardings)
     for step in range(min(2, config.train.steps)):
@@ -146,7 +147,7 @@ def text(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group", range(GROUPS))
-def test_settings_train_or_are_refused(group, text, monkeypatch):
+def test_random_settings_train_or_raise_one_line(group, text, monkeypatch):
     monkeypatch.setattr(train, "train", two_steps)
     found = collections.Counter()
     with disable_optimizations():
@@ -167,7 +168,7 @@ def disable_optimizations():
         jax.config.update("jax_disable_most_optimizations", False)
 
 
-def test_no_value_of_a_setting_is_a_traceback(text, monkeypatch):
+def test_random_setting_values_print_no_traceback(text, monkeypatch):
     """One setting at a time, and nothing compiled: what the settings alone can tell."""
     monkeypatch.setattr(train, "train", lambda config, resume: "runs/x")
     found = collections.Counter()

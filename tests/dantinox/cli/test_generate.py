@@ -1,4 +1,4 @@
-"""The writing program as its user meets it: prompts in, text out, wrong input, Ctrl-C."""
+"""The generation program: prompts, streamed text, invalid input, Ctrl-C."""
 
 import importlib
 import io
@@ -9,10 +9,10 @@ import sys
 import pytest
 
 import dantinox
-from dantinox.cli.stream_printer import Screen, heads
+from dantinox.cli.stream_printer import StreamPrinter, prompt_headers
 from dantinox.data.tokenizer import BPETokenizer, CharTokenizer
 from dantinox.inference import generate
-from dantinox.inference.detokenizer import Text
+from dantinox.inference.detokenizer import IncrementalDetokenizer
 from tests.dantinox.inference.test_generate import build
 
 
@@ -52,22 +52,22 @@ def say(program, capsys):
     return run
 
 
-def test_the_program_may_be_imported_and_the_function_still_called(models):
+def test_importing_the_program_keeps_generate_callable(models):
     importlib.import_module("dantinox.cli.generate")
     found = dantinox.generate(models["full"], [[1]], max_new_tokens=2)
     assert found == generate.generate(models["full"], [[1]], max_new_tokens=2)
 
 
-def test_streamed_text_is_the_whole_text(say, program):
+def test_streamed_pieces_join_to_the_full_text(say, program):
     flags = ["--prompt", "né ", "--max-new-tokens", 40, "--temperature", 2, "--seed", 4, "--n", 2]
     whole = say("mine", *flags)
     assert say("--run", "runs/mine", *flags, "--stream", "--decode", "reference").out == whole.out
     assert program.asked == [("runs/mine", {}), ("runs/mine", {"decode": "reference"})]
     assert whole.out.startswith("--- sample 1 of 2 ---\nné ") and "\n--- sample 2 of 2 ---\nné " in whole.out
-    assert re.match(r"\d+ tokens in \d+\.\d\d s, \d+ tokens/s, compilation included", whole.err)
+    assert re.match(r"\d+ tokens in \d+\.\d\d s, \d+ tokens/s, including compilation", whole.err)
 
 
-def test_prompts_in_one_batch_give_what_each_gives_alone(say, tmp_path, monkeypatch):
+def test_batched_prompts_equal_each_prompt_alone(say, tmp_path, monkeypatch):
     """Fault 14: a batch is padded on the left without a mask: a prompt gives another text than alone."""
     prompts = ["né ", "a longer one", "x"]
     flags = ["--max-new-tokens", 20, "--temperature", 1.5]
@@ -80,13 +80,13 @@ def test_prompts_in_one_batch_give_what_each_gives_alone(say, tmp_path, monkeypa
     assert say("--prompt-file", "-", *flags).out == alone[1]
 
 
-def test_a_missing_prompt_starts_a_document(say):
+def test_missing_prompt_starts_a_document(say):
     first = say("--max-new-tokens", 5, "--temperature", 0).out
     ids = generate.generate(build(n_layers=1, vocab_size=259, window=6), [[0]], max_new_tokens=5, temperature=0.0)
     assert first == CharTokenizer("é€").decode(ids[0]) + "\n"
 
 
-def test_a_stop_string_ends_the_text_before_it(say):
+def test_stop_string_ends_the_text_before_it(say):
     flags = ["--prompt", "a", "--max-new-tokens", 60, "--temperature", 1.5, "--n", 2]
     samples = [part.split("---\n")[1] for part in say(*flags).out.split("--- sample ")[1:]]
     stop = samples[0][7:10]
@@ -96,7 +96,7 @@ def test_a_stop_string_ends_the_text_before_it(say):
     assert say(*flags, "--stop", stop, "--stream").out == out.out
 
 
-def test_texts_in_and_texts_out_are_what_the_program_writes(say, models):
+def test_complete_returns_the_text_of_the_program(say, models):
     prompts, how = ["né ", "longer"], {"temperature": 1.5, "max_new_tokens": 30, "n": 2}
     flags = ["--temperature", 1.5, "--max-new-tokens", 30, "--n", 2]
     out = say(*(word for prompt in prompts for word in ("--prompt", prompt)), *flags).out
@@ -107,7 +107,7 @@ def test_texts_in_and_texts_out_are_what_the_program_writes(say, models):
     cut = dantinox.complete(models["windowed"], CharTokenizer("é€"), prompts, stop=["not there", stop], **how)
     assert cut == [text.split(stop)[0] for text in texts]
     for bad, message in (
-        ({"stop": [""]}, "stop holds an empty text"),
+        ({"stop": [""]}, "stop contains ''; allowed: texts"),
         ({"stop": "x"}, "stop is 'x'; allowed: a list of texts"),
         ({"prompts": "x"}, "prompts is 'x'; allowed: a list of texts"),
         ({"prompts": []}, "prompts are empty; allowed: at least one prompt"),
@@ -117,22 +117,22 @@ def test_texts_in_and_texts_out_are_what_the_program_writes(say, models):
             dantinox.complete(models["windowed"], CharTokenizer("é€"), **({"prompts": ["x"]} | bad))
 
 
-def test_a_window_lets_the_text_go_past_max_context(say):
+def test_windowed_model_generates_past_max_context(say):
     """Fault 17: writing stops at the longest context without a word."""
     out = say("--prompt", "a", "--max-new-tokens", 200, "--temperature", 0)
     assert out.err.startswith("200 tokens in ")
 
 
-def test_a_model_that_sees_everything_stops_at_max_context_and_says_so(say, program, capsys):
+def test_full_attention_model_stops_at_max_context_with_a_message(say, program, capsys):
     """Fault 17: writing stops at the longest context without a word."""
     out = say("--run", "full", "--prompt", "abc", "--temperature", 0)
     assert out.err.startswith("45 tokens in ") and len(out.out) > 10
-    assert out.err.endswith("\nstopped at max_context 48, as every layer sees all of it\n")
+    assert out.err.endswith("\nstopped at max_context 48: every layer has full attention\n")
     short = say("--run", "full", "--prompt", "abc", "--max-new-tokens", 5)
     assert "stopped" not in short.err
     for words, message in (
         (["--max-new-tokens", "46"], "a prompt of 3 tokens and max_new_tokens 46 make 49; allowed: max_context 48"),
-        (["--prompt", "a" * 48], "the prompt is 48 tokens long; allowed: fewer than max_context 48, as every layer"),
+        (["--prompt", "a" * 48], "the prompt is 48 tokens long; allowed: fewer than max_context 48 (every layer"),
     ):
         with pytest.raises(SystemExit):
             program(["--run", "full", "--prompt", "abc", *words])
@@ -154,9 +154,9 @@ def test_a_model_that_sees_everything_stops_at_max_context_and_says_so(say, prog
         (["--max-new-tokens", "0"], "max_new_tokens is 0"),
         (["--max-new-tokens", "many"], "many"),
         (["--prompt", "\udcff"], "surrogate"),
-        (["--prompt", ""], "prompt is empty"),
-        (["--prompt", "a", "--prompt", ""], "prompt is empty"),
-        (["--stop", ""], "stop is empty"),
+        (["--prompt", ""], "prompt is ''"),
+        (["--prompt", "a", "--prompt", ""], "prompt is ''"),
+        (["--stop", ""], "stop is ''"),
         (["--prompt-per-line"], "prompt_per_line needs prompt_file"),
         (["--prompt-file", "nowhere.txt"], "nowhere.txt: No such file or directory"),
         (["--prompt-file", "."], ".: Is a directory"),
@@ -167,7 +167,7 @@ def test_a_model_that_sees_everything_stops_at_max_context_and_says_so(say, prog
         (["--tempratur", "1"], "--temperature"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_2(program, capsys, tmp_path, flags, word):
+def test_invalid_input_prints_one_line_and_exits_2(program, capsys, tmp_path, flags, word):
     """Fault 15: empty prompts and top_k 0 are taken without a word."""
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "latin.txt").write_bytes("caé".encode("latin-1"))
@@ -179,13 +179,13 @@ def test_bad_input_is_one_line_and_exit_2(program, capsys, tmp_path, flags, word
     assert err.startswith("dantinox-generate: error: ") and err.count("\n") == 1 and word in err
 
 
-def test_ctrl_c_keeps_the_text_so_far(program, capsys, monkeypatch):
+def test_ctrl_c_keeps_the_text_generated_so_far(program, capsys, monkeypatch):
     def interrupted(*args, **kwargs):
         yield generate.Chunk([[ord("a") + 1]], [False])
         yield generate.Chunk([[ord("b") + 1, 0xE2 + 1]], [False])  # and the first byte of a character
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "run", interrupted)
+    monkeypatch.setattr(generate, "generate_chunks", interrupted)
     with pytest.raises(KeyboardInterrupt):
         program(["--prompt", ">"])
     assert capsys.readouterr().out == ">ab\ufffd\n"
@@ -194,7 +194,7 @@ def test_ctrl_c_keeps_the_text_so_far(program, capsys, monkeypatch):
 # --- text on its way to the screen ---------------------------------------------------------------
 
 
-def test_only_whole_characters_are_streamed():
+def test_only_complete_characters_are_streamed():
     """Byte-level BPE spreads a character over tokens; half of one must not be shown."""
     left, middle, right = "€".encode()
     merges = ((left + 1, middle + 1),)  # a token that is no character
@@ -202,11 +202,11 @@ def test_only_whole_characters_are_streamed():
         (CharTokenizer(""), [98, left + 1, middle + 1, right + 1, 99]),
         (BPETokenizer(merges), [98, 257, right + 1, 99]),
     ):
-        text = Text(tokenizer, "")
+        text = IncrementalDetokenizer(tokenizer, "")
         shown = []
         for token in ids:
             text.add([token])
-            shown.append(text.take())
+            shown.append(text.pop_ready())
         assert shown == ["a", *[""] * (len(ids) - 3), "€", "b"]
 
 
@@ -220,33 +220,33 @@ def test_only_whole_characters_are_streamed():
         (["g"], "abcdef", True),
     ],
 )
-def test_a_stop_string_may_lie_over_tokens(stops, shown, done):
+def test_stop_string_may_span_tokens(stops, shown, done):
     for pieces in (list("abcdefg"), ["abc", "defg"], ["abcdefg"]):
-        text, seen = Text(CharTokenizer(""), "", stops), ""
+        text, seen = IncrementalDetokenizer(CharTokenizer(""), "", stops), ""
         for piece in pieces:
             text.add([ord(char) + 1 for char in piece])
-            seen += text.take()
+            seen += text.pop_ready()
         assert (seen.removesuffix("\n") == shown.removesuffix("\n")) and text.done == done
         text.add([], done=True)
-        assert seen + text.take() == (shown.removesuffix("\n") if done else "abcdefg") + "\n"
+        assert seen + text.pop_ready() == (shown.removesuffix("\n") if done else "abcdefg") + "\n"
 
 
-def test_several_streams_are_shown_one_after_the_other(capsys):
+def test_several_streams_are_printed_in_order(capsys):
     tokenizer = CharTokenizer("")
-    texts = [Text(tokenizer, head, ["!"]) for head in heads(["p", "q"], 1)]
-    screen = Screen(texts, stream=True)
+    texts = [IncrementalDetokenizer(tokenizer, header, ["!"]) for header in prompt_headers(["p", "q"], 1)]
+    printer = StreamPrinter(texts, stream=True)
     ids = lambda *words: [[ord(char) + 1 for char in word] for word in words]
     shown = []
     for words, done in ((("a", "x"), (False, False)), (("b", "y"), (False, True)), (("c!", ""), (False, True))):
-        screen.add(ids(*words), done)
+        printer.add(ids(*words), done)
         shown.append(capsys.readouterr().out)
     assert shown == ["--- prompt 1 of 2 ---\npa", "b", "c\n--- prompt 2 of 2 ---\nqxy\n"]
-    assert screen.done and [text.tokens for text in texts] == [4, 2]
-    screen.end()
+    assert printer.done and [text.num_tokens for text in texts] == [4, 2]
+    printer.finish()
     assert capsys.readouterr().out == ""
 
 
-def test_python_m_runs_the_module_without_a_warning():
+def test_python_m_runs_without_a_warning():
     command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "dantinox.generate", "--help"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "--top-p" in done.stdout and done.stderr == ""

@@ -1,4 +1,4 @@
-"""The training program as its user meets it: files it writes, resuming, wrong input, Ctrl-C."""
+"""The training program: the files it writes, resuming, invalid input, Ctrl-C."""
 
 import json
 import os
@@ -19,7 +19,7 @@ import dantinox
 from dantinox.cli import train
 from dantinox.config import Config
 from dantinox.metrics.logger import read_metrics
-from tests.helpers.readme_messages import promised
+from tests.helpers.readme_messages import message_pattern
 from tests.helpers.tensorboard_server import tensorboard
 
 TINY = """--n-layers 1 --dim 32 --n-heads 2 --n-kv-heads 1 --window 8 --seq-len 16 --max-context 64 --batch-size 4
@@ -50,7 +50,7 @@ def finished(text, tmp_path_factory):
     return folder, done.stdout
 
 
-def test_a_run_writes_everything_it_promises(finished):
+def test_run_writes_every_documented_file(finished):
     folder, out = finished
     path = folder / "runs" / "whole"
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
@@ -59,14 +59,14 @@ def test_a_run_writes_everything_it_promises(finished):
     assert [row["step"] for row in rows if "val_loss" in row] == [3, 6]
     assert sorted(int(p.name) for p in (path / "checkpoints").iterdir()) == [4, 6]  # the last step is always saved
     assert (path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert "active a token" in (path / "summary.txt").read_text()
+    assert "active per token" in (path / "summary.txt").read_text()
     settings = yaml.safe_load((path / "config.yaml").read_text())
     assert settings["dim"] == 32 and settings["vocab_size"] > 200
     assert Config.from_yaml(path / "config.yaml").flat() == settings
     assert "sample at step 6" in out and "validation loss" in out
 
 
-def test_tensorboard_shows_scalars_samples_and_the_trace_of_the_steps_asked_for(finished):
+def test_tensorboard_shows_scalars_samples_and_trace(finished):
     folder = finished[0] / "runs" / "whole" / "tensorboard"
     events = EventAccumulator(str(folder)).Reload()
     for name in ("loss", "grad_norm", "lr", "router/load_max.0", "router/entropy.0", "router/dropped.0"):
@@ -91,25 +91,25 @@ def test_tensorboard_shows_scalars_samples_and_the_trace_of_the_steps_asked_for(
     assert inside and all(any(s["ts"] <= e["ts"] <= s["ts"] + s["dur"] for s in steps.values()) for e in inside)
 
 
-def test_load_gives_the_trained_model(finished):
+def test_load_returns_the_trained_model(finished):
     model, tokenizer = dantinox.load(finished[0] / "runs" / "whole")
     ids = dantinox.generate(model, [tokenizer.encode("Nel ")], max_new_tokens=5, temperature=0.0)
     assert len(ids[0]) == 5
     assert tokenizer.decode(tokenizer.encode("perché no? 学")) == "perché no? 学"
 
 
-def test_an_older_run_of_the_same_name_is_kept(tmp_path, monkeypatch, capsys):
+def test_older_run_of_the_same_name_is_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for number in range(3):
         folder = train.prepare_run(Config().replace(run="x"), resume=False)
         (folder / "metrics.jsonl").write_text(str(number))
-    assert "is now runs/x.1" in capsys.readouterr().out
+    assert "renamed it to runs/x.1" in capsys.readouterr().out
     held = {path.name: (path / "metrics.jsonl").read_text() for path in Path("runs").iterdir()}
     assert held == {"x.1": "0", "x.2": "1", "x": "2"}
     assert train.prepare_run(Config().replace(run="x"), resume=True) == folder and len(os.listdir("runs")) == 3
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(text, tmp_path):
+def test_ctrl_c_saves_and_prints_the_resume_command(text, tmp_path):
     words = [*TINY, "--data", str(text), "--run", "stopped", "--steps", "100000", "--eval-every", "0"]
     process = subprocess.Popen(
         [sys.executable, "-m", "dantinox.train", *words],
@@ -128,15 +128,15 @@ def test_ctrl_c_saves_and_says_how_to_go_on(text, tmp_path):
     assert time.monotonic() - asked < 5
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    step = int(re.search(r"step (\d+) is saved. Go on with: python -m dantinox.train --run stopped --resume", out)[1])
+    step = int(re.search(r"step (\d+) is saved. Resume with: python -m dantinox.train --run stopped --resume", out)[1])
     assert [p.name for p in (tmp_path / "runs" / "stopped" / "checkpoints").iterdir()] == [str(step)]
     run("--run", "stopped", "--resume", "--steps", step + 2, cwd=tmp_path, check=0)
     assert [row["step"] for row in read_metrics(metrics)] == list(range(1, step + 3))
 
 
-def test_dry_run_costs_and_writes_nothing(text, tmp_path):
+def test_dry_run_trains_and_writes_nothing(text, tmp_path):
     done = run(*TINY, "--data", text, "--dry-run", cwd=tmp_path, check=0)
-    for word in ("parameters", "active a token", "FLOPs a token", "MiB a device at the peak", "KV cache"):
+    for word in ("parameters", "active per token", "FLOPs per token", "MiB per device at the peak", "KV cache"):
         assert word in done.stdout
     assert os.listdir(tmp_path) == []
 
@@ -172,7 +172,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("words", WRONG)
-def test_wrong_input_is_one_line_and_exit_2(words, tmp_path, monkeypatch, capsys, text):
+def test_invalid_input_prints_one_line_and_exits_2(words, tmp_path, monkeypatch, capsys, text):
     """Fault 9: a typo in a settings file is ignored."""
     monkeypatch.chdir(tmp_path)
     Path("wrong.yaml").write_text("slidng_window: 64\n")
@@ -183,11 +183,11 @@ def test_wrong_input_is_one_line_and_exit_2(words, tmp_path, monkeypatch, capsys
     assert stop.value.code == 2
     assert captured.err.count("\n") == 1 and captured.err.startswith("dantinox-train: error: ")
     assert re.search(WRONG[words], captured.err), captured.err
-    assert words != "--windw 3" or promised("a wrong flag").fullmatch(captured.err.strip())
+    assert words != "--windw 3" or message_pattern("a wrong flag").fullmatch(captured.err.strip())
     assert os.listdir() == ["wrong.yaml"]  # nothing is left behind
 
 
-def test_resuming_with_another_model_names_each_difference(finished, text, monkeypatch, capsys):
+def test_resume_with_another_model_lists_each_difference(finished, text, monkeypatch, capsys):
     monkeypatch.chdir(finished[0])
     with pytest.raises(SystemExit) as stop:
         train.main(["--run", "whole", "--resume", "--steps", "9", "--n-layers", "2", "--n-kv-heads", "2"])
@@ -195,7 +195,7 @@ def test_resuming_with_another_model_names_each_difference(finished, text, monke
     assert "--resume cannot change n_layers 1 -> 2; n_kv_heads 1 -> 2" in capsys.readouterr().err
 
 
-def test_switches_may_be_written_like_all_other_flags():
+def test_boolean_flags_accept_a_value():
     parsed = [
         train.parse(["--tie-embeddings=False", "--qk_norm=true", f"--window={w}", "--no-tie-embeddings"]).settings.model
         for w in (3, None)
@@ -213,7 +213,7 @@ def test_help_lists_every_setting(capsys):
 
 
 @pytest.mark.parametrize("name", ["nano", "nano-moe", "dante", "dante-moe", "h100"])
-def test_every_preset_is_whole(name):
+def test_preset_loads_and_accepts_overrides(name):
     config = Config.from_preset(name)
     assert config.train.run == name
     assert Config.from_preset(name, n_layers=2).model.n_layers == 2

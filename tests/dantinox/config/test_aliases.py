@@ -58,7 +58,7 @@ def from_replace(settings: dict) -> Config:
 
 
 def from_sweep(settings: dict) -> Config:
-    return search_space.settings({"preset": "nano"} | settings)
+    return search_space.resolve_settings({"preset": "nano"} | settings)
 
 
 ENTRY_POINTS = (from_flags, from_separate_flags, from_yaml, from_preset, from_replace, from_sweep)
@@ -86,7 +86,7 @@ def test_earlier_name_sets_the_setting(earlier, entry_point):
 
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS)
 @pytest.mark.parametrize("earlier", ALIASES)
-def test_two_values_under_two_names_are_one_clear_line(earlier, entry_point, capsys):
+def test_two_values_under_two_names_raise_one_line(earlier, entry_point, capsys):
     name, (first, second) = ALIASES[earlier], VALUES[earlier]
     with pytest.raises((ConfigError, SystemExit)) as error:
         entry_point({earlier: first, name: second})
@@ -103,13 +103,13 @@ def test_earlier_names_are_not_in_the_help(capsys):
 
 
 def test_flags_of_single_programs_have_their_earlier_names(capsys):
-    assert generate.parse(["nano", "--prompt-file", "-", "--lines", "--kv-dtype", "model"]) == generate.Args(
+    assert generate.parse(["nano", "--prompt-file", "-", "--lines", "--kv-dtype", "model"]) == generate.Arguments(
         run="nano", prompt_file="-", prompt_per_line=True, kv_cache_dtype="auto"
     )
     with pytest.raises(SystemExit) as stop:
         export.main(["--run", "none", "--to", "folder"])
     assert stop.value.code == 2 and "run runs/none does not exist" in capsys.readouterr().err
-    fields = {field.name for args in (generate.Args, export.Args) for field in dataclasses.fields(args)}
+    fields = {field.name for args in (generate.Arguments, export.Arguments) for field in dataclasses.fields(args)}
     assert {new for old, new in FLAG_ALIASES.items() if old not in ALIASES} <= fields
 
 
@@ -123,18 +123,18 @@ def test_settings_of_an_earlier_run_are_read():
     assert not any(f"\n{name}:" in config.to_yaml() for name in ALIASES)
 
 
-def test_sweeps_know_earlier_runs_by_their_folders():
+def test_sweeps_find_earlier_runs_by_their_folders():
     """The folder of a run is a hash of its settings: it must not change with the name of one."""
-    run = search_space.Run.of({"preset": "nano", "kv_heads": 1}, ["kv_heads"])
+    run = search_space.Run.from_values({"preset": "nano", "kv_heads": 1}, ["kv_heads"])
     assert run.name == "kv_heads=1_9bf9653c" and run.flags() == ["--preset=nano", "--kv-heads=1"]
-    today = search_space.Run.of({"preset": "nano", "n_kv_heads": 1}, ["n_kv_heads"])
+    today = search_space.Run.from_values({"preset": "nano", "n_kv_heads": 1}, ["n_kv_heads"])
     assert today.name == f"n_{run.name}"
     assert original_names({"n_kv_heads": 1, "kv_cache_dtype": "auto"}) == {"kv_heads": 1, "kv_dtype": "model"}
 
 
-def test_sweep_parameter_under_two_names_is_refused(tmp_path):
+def test_sweep_parameter_under_two_names_raises(tmp_path):
     path = tmp_path / "sweep.yaml"
     parameters = "{kv_heads: {value: 1}, n_kv_heads: {values: [1, 2]}}"
     path.write_text(f"program: dantinox/train.py\nmethod: grid\nparameters: {parameters}\n")
     with pytest.raises(ConfigError, match="kv_heads and n_kv_heads are one parameter; give n_kv_heads only"):
-        search_space.read(path)
+        search_space.load_sweep(path)

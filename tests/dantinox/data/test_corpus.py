@@ -1,4 +1,4 @@
-"""Corpora are found, split without leakage, cached under what they are, and cut into reproducible batches."""
+"""Corpora: reading, splits without leakage, caches with content keys, and reproducible batches."""
 
 import logging
 import math
@@ -49,7 +49,7 @@ def documents_of(corpus, tokens) -> list[str]:
 # Finding
 
 
-def test_file_folder_and_glob(folder):
+def test_file_folder_and_glob_are_read(folder):
     assert [d.text for d in find_documents(folder / "03.txt")] == [(folder / "03.txt").read_text()]
     names = [d.name for d in find_documents(folder)]
     assert len(names) == 50 and names[0] == "00.txt" and names[-1] == os.path.join("copies", "09.md")
@@ -57,7 +57,7 @@ def test_file_folder_and_glob(folder):
     assert len(find_documents(f"{folder}/**/0?.*")) == 20
 
 
-def test_line_ends_are_kept_and_hidden_files_are_not_searched(tmp_path):
+def test_line_endings_are_kept_and_hidden_files_are_skipped(tmp_path):
     write(tmp_path / "a.txt", "one\r\ntwo\rthree\n")
     write(tmp_path / ".git" / "config", "hidden")
     write(tmp_path / ".env", "hidden")
@@ -74,7 +74,7 @@ def test_binary_files_are_skipped_and_counted(folder, make, caplog):
     assert make(folder).stats.skipped == 2
 
 
-def test_nothing_to_read_raises_one_line(tmp_path, make):
+def test_missing_or_empty_data_raises_one_line(tmp_path, make):
     """Fault 2: a path that is not there trains on what a cache holds."""
     for spec in ("missing.txt", "no/*.txt"):
         with pytest.raises(FileNotFoundError, match="no file, folder or match"):
@@ -87,7 +87,7 @@ def test_nothing_to_read_raises_one_line(tmp_path, make):
         assert "\n" not in str(error.value)
 
 
-def test_a_folder_that_cannot_be_read_is_said_and_not_left_out(folder, make, monkeypatch):
+def test_unreadable_folder_raises(folder, make, monkeypatch):
     closed, scan = folder / "closed", os.scandir
     closed.mkdir()
 
@@ -113,7 +113,7 @@ def test_stdlib_is_source_without_tests():
 # Splitting
 
 
-def test_no_document_of_train_is_in_validation(folder, make):
+def test_train_and_validation_share_no_document(folder, make):
     corpus = make(folder)
     train, val = documents_of(corpus, corpus.train), documents_of(corpus, corpus.val)
     originals = {path.read_text() for path in folder.glob("*.txt")}
@@ -127,21 +127,21 @@ def test_no_document_of_train_is_in_validation(folder, make):
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])
-def test_validation_of_one_file_is_its_tail(tmp_path, make, kind):
+def test_validation_of_a_single_file_is_its_tail(tmp_path, make, kind):
     text = "".join(f"line {i} é\n" for i in range(500))
     corpus = make(write(tmp_path / "a.txt", text), tokenizer=kind, bpe_vocab_size=300, val_fraction=0.2)
     [train], [val] = documents_of(corpus, corpus.train), documents_of(corpus, corpus.val)
     assert train + val == text and len(val) == round(0.2 * len(text))
 
 
-def test_tokenizer_is_learnt_from_train_alone(tmp_path, make):
+def test_tokenizer_is_trained_on_the_train_split_only(tmp_path, make):
     path = write(tmp_path / "a.txt", "é" * 900 + "ü" * 100)
     assert make(path, val_fraction=0.1).tokenizer.chars == "é"
     bpe = make(write(tmp_path / "b.txt", "ab " * 300 + "xy " * 33), tokenizer="bpe", val_fraction=0.1).tokenizer
     assert bpe.encode("ab").size == 1 and bpe.encode("xy").size == 2
 
 
-def test_one_large_document_does_not_become_the_validation():
+def test_one_large_document_stays_in_train():
     small = [Document(f"{i}", f"{i:04}" * 25) for i in range(100)]
     large = Document("large", "x" * 900)
     assert all(d.name != "large" for d in train_val_split([*small, large], 0.1)[1])
@@ -149,10 +149,10 @@ def test_one_large_document_does_not_become_the_validation():
 
 @settings(deadline=None)
 @given(st.lists(st.text("ab é", min_size=1), min_size=1, max_size=30, unique=True), st.floats(0.01, 0.99))
-def test_split_divides_any_documents(texts, fraction):
+def test_split_partitions_random_documents(texts, fraction):
     documents = [Document(str(i), text) for i, text in enumerate(texts)]
     if sum(map(len, texts)) < 2:
-        with pytest.raises(ValueError, match="at least 2 are needed"):
+        with pytest.raises(ValueError, match="allowed: at least 2"):
             train_val_split(documents, fraction)
         return
     train, val = train_val_split(documents, fraction)
@@ -165,31 +165,31 @@ def test_split_divides_any_documents(texts, fraction):
     assert train_val_split(documents, fraction) == (train, val)
 
 
-def test_bad_options_and_too_little_text_raise(folder, tmp_path, make):
+def test_invalid_options_and_too_little_text_raise(folder, tmp_path, make):
     for fraction in (0, 1, -0.1, 2, math.nan):
-        with pytest.raises(ValueError, match="val_fraction must"):
+        with pytest.raises(ValueError, match="val_fraction is"):
             make(folder, val_fraction=fraction)
-    with pytest.raises(ValueError, match='"char" or "bpe"'):
+    with pytest.raises(ValueError, match="allowed: char, bpe"):
         make(folder, tokenizer="word")
-    with pytest.raises(ValueError, match="at least 2 are needed"):
+    with pytest.raises(ValueError, match="allowed: at least 2"):
         make(write(tmp_path / "one.txt", "x"))
-    with pytest.raises(ValueError, match=r"validation part of .* has 11 tokens, but seq_len 64 needs at least 65"):
+    with pytest.raises(ValueError, match=r"validation split of .* has 11 tokens, but seq_len 64 needs at least 65"):
         make(write(tmp_path / "short.txt", "0123456789" * 10), seq_len=64)
 
 
 # The cache
 
 
-def test_second_call_maps_the_same_files(folder, make, monkeypatch):
+def test_second_call_reuses_the_cache_files(folder, make, monkeypatch):
     first = make(folder)
-    monkeypatch.setattr(data, "_build", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(data, "_write_cache", lambda *_: pytest.fail("built again"))
     second = make(folder)
     assert second.path == first.path and second.stats == first.stats and second.tokenizer == first.tokenizer
     assert isinstance(second.train, np.memmap) and not second.train.flags.writeable
     assert np.array_equal(first.train, second.train) and np.array_equal(first.val, second.val)
 
 
-def test_another_text_or_option_is_another_cache(folder, tmp_path, make):
+def test_different_text_or_option_uses_a_different_cache(folder, tmp_path, make):
     """Fault 2: the cache does not know the text, and a second corpus is replaced by the first without a word."""
     a = write(tmp_path / "a" / "text.txt", "abcd" * 100)
     b = write(tmp_path / "b" / "text.txt", "abce" * 100)
@@ -203,7 +203,7 @@ def test_another_text_or_option_is_another_cache(folder, tmp_path, make):
     assert make(a).tokenizer.decode(make(a).train) == "abcf" * 90
 
 
-def test_document_bounds_are_part_of_the_key(tmp_path, make):
+def test_cache_key_includes_document_boundaries(tmp_path, make):
     one = write(tmp_path / "x" / "1", "ab" * 50).parent
     write(one / "2", "cd" * 50)
     two = write(tmp_path / "y" / "1", "ab" * 50 + "c").parent
@@ -226,7 +226,7 @@ def test_damaged_cache_is_rebuilt(folder, make, name, damage):
     assert (again.train.tolist(), again.val.tolist()) == want and again.tokenizer == first.tokenizer
 
 
-def test_interrupted_build_leaves_nothing_that_counts(folder, make, monkeypatch):
+def test_interrupted_build_leaves_no_valid_cache(folder, make, monkeypatch):
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(CharTokenizer, "encode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         make(folder)
@@ -239,7 +239,7 @@ def test_interrupted_build_leaves_nothing_that_counts(folder, make, monkeypatch)
     ]
 
 
-def test_two_runs_may_build_at_once(folder, make):
+def test_concurrent_builds_succeed(folder, make):
     results, start = [], threading.Barrier(4)
 
     def build():
@@ -265,7 +265,7 @@ def test_existing_tokenizer_is_used(folder, make):
     assert set(documents_of(corpus, corpus.val)) <= {path.read_text() for path in folder.glob("*.txt")}
 
 
-def test_ids_take_two_bytes_until_they_need_four(folder, make):
+def test_ids_use_two_bytes_until_they_need_four(folder, make):
     assert make(folder).train.dtype == np.uint16
     wide = CharTokenizer("".join(map(chr, range(0x10000, 0x20100))))
     assert wide.vocab_size > 1 << 16
@@ -276,7 +276,7 @@ def test_ids_take_two_bytes_until_they_need_four(folder, make):
     assert corpus.tokenizer.decode(corpus.train) == "\U000200ff" * 45
 
 
-def test_stats_are_what_they_say(tmp_path, make):
+def test_stats_match_the_corpus(tmp_path, make):
     corpus = make(write(tmp_path / "a.txt", "aaab" * 100 + "é"), val_fraction=0.25)
     stats, v = corpus.stats, corpus.tokenizer.vocab_size
     counts = np.bincount(corpus.train, minlength=v) + 1
@@ -292,7 +292,7 @@ def test_stats_are_what_they_say(tmp_path, make):
 
 @settings(deadline=None)
 @given(st.integers(0, 2**63), st.integers(0, 2**40), st.integers(1, 9), st.integers(1, 999))
-def test_batch_is_a_pure_function_of_seed_and_step(seed, step, size, seq_len):
+def test_batch_depends_only_on_seed_and_step(seed, step, size, seq_len):
     inputs, targets = get_batch(TOKENS, seed=seed, step=step, batch_size=size, seq_len=seq_len)
     assert inputs.shape == targets.shape == (size, seq_len) and inputs.dtype == targets.dtype == np.int32
     assert np.array_equal(targets, inputs + 1)  # the tokens count up, so the next one is one more
@@ -301,7 +301,7 @@ def test_batch_is_a_pure_function_of_seed_and_step(seed, step, size, seq_len):
     assert np.array_equal(again[:size], inputs)
 
 
-def test_batches_differ_by_step_and_seed_and_reach_every_start():
+def test_batches_differ_by_step_and_seed_and_cover_every_start():
     def starts(seed, step):
         return tuple(get_batch(TOKENS, seed=seed, step=step, batch_size=64, seq_len=8)[0][:, 0])
 
@@ -334,7 +334,7 @@ def test_eval_batches_cover_evenly_without_overlap(length, batch_size, seq_len, 
     assert len(first) == 1 or len(set(np.diff(first))) == 1
 
 
-def test_bad_batches_raise():
+def test_invalid_batch_arguments_raise():
     for bad in ({"seq_len": 1000}, {"seq_len": 0}, {"step": -1}, {"seed": -1}, {"batch_size": 0}):
         with pytest.raises(ValueError):
             get_batch(TOKENS, **{"seed": 0, "step": 0, "batch_size": 2, "seq_len": 8, **bad})

@@ -1,4 +1,4 @@
-"""Both tokenizers return any text exactly, and say clearly what they cannot take."""
+"""Both tokenizers round-trip any text exactly and reject what they cannot encode."""
 
 import json
 import subprocess
@@ -38,7 +38,7 @@ def tokenizer(request):
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 @settings(deadline=None, max_examples=200)
 @given(text=any_text)
-def test_any_text_round_trips(kind, text):
+def test_random_text_round_trips(kind, text):
     """Fault 16: text does not survive a round trip, and bytes not seen before are dropped."""
     tokenizer = TOKENIZERS[kind]
     ids = tokenizer.encode(text)
@@ -49,25 +49,25 @@ def test_any_text_round_trips(kind, text):
 
 
 @pytest.mark.parametrize("text", [*TRICKY, *TEXTS])
-def test_tricky_text_round_trips(tokenizer, text):
+def test_special_text_round_trips(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_unseen_characters_are_spelled_as_their_bytes():
+def test_unseen_characters_are_encoded_as_bytes():
     """Fault 16: a character that was not in the training text is an error."""
     tokenizer = TOKENIZERS["char"]
     assert tokenizer.encode("Ω").tolist() == [byte + 1 for byte in "Ω".encode()]
     assert tokenizer.encode("a漢Ω😀é").size == 1 + 1 + 2 + 4 + 1
 
 
-def test_char_vocabulary_holds_the_frequent_characters_and_respects_its_cap():
+def test_char_vocabulary_keeps_the_most_frequent_characters():
     text = "ééé" + "üüüü" + "ßß"
     assert train_tokenizer("char", [text]).chars == "éü"
     assert train_tokenizer("char", [text], 258).chars == "ü"
     assert train_tokenizer("char", [], 257).vocab_size == 257
 
 
-def test_bpe_merges_what_repeats_and_respects_its_size():
+def test_bpe_merges_repeated_pairs_up_to_its_size():
     text = "hello world " * 50
     assert train_tokenizer("bpe", [text], 257).encode("hello").size == 5
     tokenizer = train_tokenizer("bpe", [text], 300)
@@ -75,7 +75,7 @@ def test_bpe_merges_what_repeats_and_respects_its_size():
     assert TOKENIZERS["bpe"].vocab_size <= 400
 
 
-def test_bpe_agrees_with_hugging_face_on_what_a_merge_list_means():
+def test_bpe_merges_match_hugging_face():
     merges = [["a", "b"], ["b", "c"], ["ab", "c"], ["a", "bc"]]  # two ways to spell "abc": one id
     id_of = {"a": 98, "b": 99, "c": 100, "ab": 257, "bc": 258, "abc": 259}
     tokenizer = BPETokenizer(tuple((id_of[left], id_of[right]) for left, right in merges))
@@ -83,24 +83,24 @@ def test_bpe_agrees_with_hugging_face_on_what_a_merge_list_means():
     assert [tokenizer.encode(word).tolist() for word in ("abc", "bc", "cab")] == [[259], [258], [100, 257]]
 
 
-def test_text_that_looks_like_the_end_of_document_is_text(tokenizer):
+def test_end_of_document_text_is_encoded_as_plain_text(tokenizer):
     for text in ("<|endoftext|>", "a<|endoftext|>b"):
         assert tokenizer.eos_id not in tokenizer.encode(text)
     many = train_tokenizer(tokenizer.kind, ["<|endoftext|>" * 100], 400)
     assert many.eos_id not in many.encode("<|endoftext|>" * 3)
 
 
-def test_end_of_document_decodes_to_nothing(tokenizer):
+def test_end_of_document_decodes_to_empty_text(tokenizer):
     ids = [*tokenizer.encode("a").tolist(), tokenizer.eos_id, *tokenizer.encode("b").tolist()]
     assert tokenizer.decode(ids) == "ab"
 
 
-def test_every_id_decodes_and_others_raise(tokenizer):
+def test_valid_ids_decode_and_others_raise(tokenizer):
     ids = np.arange(tokenizer.vocab_size)
     assert isinstance(tokenizer.decode(ids), str)
     assert tokenizer.decode(jnp.asarray(ids)) == tokenizer.decode(ids.tolist())
     for bad in (-1, tokenizer.vocab_size, 10**9):
-        with pytest.raises(ValueError, match=f"{bad} is out of range"):
+        with pytest.raises(ValueError, match=f"token id is {bad}; allowed"):
             tokenizer.decode([5, bad])
     for bad in ([0.5], [[1, 2]], ["a"]):
         with pytest.raises(ValueError, match="1-D array of integers"):
@@ -108,7 +108,7 @@ def test_every_id_decodes_and_others_raise(tokenizer):
     assert tokenizer.decode([]) == "" and tokenizer.decode_bytes(np.array([], np.int32)) == b""
 
 
-def test_a_streaming_printer_can_wait_for_the_rest_of_a_character(tokenizer):
+def test_partial_characters_decode_byte_by_byte(tokenizer):
     ids = [byte + 1 for byte in "😀".encode()]
     assert tokenizer.decode(ids[:2]) == "\ufffd"
     assert b"".join(tokenizer.decode_bytes([i]) for i in ids).decode() == "😀"
@@ -121,19 +121,19 @@ def test_lone_surrogate_raises(tokenizer):
         train_tokenizer(tokenizer.kind, ["\udfff"])
 
 
-def test_bad_options_raise():
-    with pytest.raises(ValueError, match='"char" or "bpe", got \'word\''):
+def test_invalid_options_raise():
+    with pytest.raises(ValueError, match="tokenizer is 'word'; allowed: char, bpe"):
         train_tokenizer("word", TEXTS)
     with pytest.raises(ValueError, match="at least 257"):
         train_tokenizer("bpe", TEXTS, 256)
-    with pytest.raises(ValueError, match="must join"):
+    with pytest.raises(ValueError, match="allowed: two of the ids"):
         BPETokenizer(((1, 257),))
     for chars in ("b", "üé", "éé"):
         with pytest.raises(ValueError, match="distinct non-ASCII"):
             CharTokenizer(chars)
 
 
-def test_save_and_load(tokenizer, tmp_path):
+def test_saved_tokenizer_loads_identically(tokenizer, tmp_path):
     path = tokenizer.save(tmp_path / "new" / "folder")
     loaded = load_tokenizer(path.parent)
     assert loaded == tokenizer and loaded.fingerprint == tokenizer.fingerprint
@@ -141,7 +141,7 @@ def test_save_and_load(tokenizer, tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["tokenizer.json"]
 
 
-def test_fingerprint_tells_content_apart():
+def test_fingerprint_depends_on_content():
     assert TOKENIZERS["char"].fingerprint != TOKENIZERS["bpe"].fingerprint
     assert CharTokenizer("é").fingerprint != CharTokenizer("ü").fingerprint
     assert CharTokenizer("").fingerprint != BPETokenizer(()).fingerprint
@@ -164,7 +164,7 @@ def test_missing_or_damaged_file_raises_one_line(tokenizer, tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_training_is_the_same_in_another_process_and_with_one_thread(tokenizer):
+def test_training_is_deterministic_across_processes_and_threads(tokenizer):
     code = (
         "import sys, json; from dantinox.data.tokenizer import train_tokenizer as t; "
         "print(t(sys.argv[1], json.loads(sys.argv[2]), 400).fingerprint)"

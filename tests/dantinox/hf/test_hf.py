@@ -1,4 +1,4 @@
-"""Weights out and in: bit for bit, whole or not at all, and the logits that transformers computes from them."""
+"""Hugging Face weights: bit-exact saving and loading, and logits equal to those of transformers."""
 
 import json
 import os
@@ -11,11 +11,11 @@ import safetensors.numpy as safetensors
 from flax import nnx
 
 import dantinox
-from dantinox.checkpoint import params
 from dantinox.cli import export
 from dantinox.data.tokenizer import CharTokenizer, load_tokenizer
 from dantinox.hf.config import from_hf
 from dantinox.hf.weights import CONFIG, INDEX, WEIGHTS, load_hf, save_hf
+from dantinox.model import params
 from tests.dantinox.inference.test_generate import V, build
 
 LAYOUTS = {
@@ -38,7 +38,7 @@ def logits(model, tokens) -> np.ndarray:
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 4000])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_is_written_comes_back_bit_for_bit(layout, shard_bytes, tmp_path):
+def test_saved_model_loads_bit_for_bit(layout, shard_bytes, tmp_path):
     model = build(**LAYOUTS[layout])
     files = save_hf(model, tmp_path / "out", shard_bytes=shard_bytes)
     assert json.loads((tmp_path / "out" / CONFIG).read_text())["model_type"] == layout
@@ -51,7 +51,7 @@ def test_what_is_written_comes_back_bit_for_bit(layout, shard_bytes, tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_a_stretched_base_is_written_as_the_base_it_is(tmp_path):
+def test_ntk_scaled_base_is_saved_as_rope_theta(tmp_path):
     model, tokens = build(n_layers=1, rope_scaling="ntk", rope_factor=4.0), np.arange(12)[None] % V
     save_hf(model, tmp_path / "out")
     again = load_hf(tmp_path / "out")
@@ -62,32 +62,32 @@ def test_a_stretched_base_is_written_as_the_base_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "layout", "lost"),
     [
-        (dict(attn_gate="head"), None, "llama layout cannot hold attn_gate 'head'"),
+        (dict(attn_gate="head"), None, "llama layout cannot represent attn_gate 'head'"),
         (dict(qk_norm=True, attn_gate="elementwise"), None, "attn_gate 'elementwise', qk_norm True"),
-        (dict(attn_softcap=5.0, window=4), None, "mistral layout cannot hold attn_softcap 5.0"),
+        (dict(attn_softcap=5.0, window=4), None, "mistral layout cannot represent attn_softcap 5.0"),
         (dict(logit_softcap=5.0), None, "logit_softcap 5.0"),
         (dict(pos_encoding="learned"), None, "pos_encoding 'learned'"),
         (dict(pos_encoding="none"), None, "pos_encoding 'none'"),
         (dict(mlp="gelu"), None, "mlp 'gelu'"),
-        (dict(n_experts=2, shared_expert=True), None, "mixtral layout cannot hold shared_expert True"),
+        (dict(n_experts=2, shared_expert=True), None, "mixtral layout cannot represent shared_expert True"),
         (dict(window=4, window_pattern="SL"), None, "window_pattern 'SL' with window 4"),
-        (dict(window=4), "llama", "llama layout cannot hold window 4"),
-        (dict(n_experts=2), "mistral", "mistral layout cannot hold n_experts 2"),
-        (dict(), "mixtral", "mixtral layout cannot hold n_experts 0"),
+        (dict(window=4), "llama", "llama layout cannot represent window 4"),
+        (dict(n_experts=2), "mistral", "mistral layout cannot represent n_experts 2"),
+        (dict(), "mixtral", "mixtral layout cannot represent n_experts 0"),
         (dict(), "gpt2", "layout is 'gpt2'; allowed: llama, mistral, mixtral"),
     ],
 )
-def test_what_a_layout_cannot_hold_is_refused_by_name(changes, layout, lost, tmp_path):
+def test_feature_missing_in_the_layout_raises_with_its_name(changes, layout, lost, tmp_path):
     with pytest.raises(dantinox.ConfigError, match=lost) as error:
         save_hf(build(**changes), tmp_path / "out", layout)
     assert "\n" not in str(error.value) and os.listdir(tmp_path) == []
 
 
-def test_nothing_is_overwritten(tmp_path):
+def test_save_does_not_overwrite_files(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
     for place in (tmp_path / "mine", tmp_path / "mine" / "thesis.txt"):
-        with pytest.raises(FileExistsError, match="is there already"):
+        with pytest.raises(FileExistsError, match="exists and is not empty"):
             save_hf(build(n_layers=1), place)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
 
@@ -135,7 +135,11 @@ def second(folder):
 DAMAGE = {
     "missing tensor": ("whole", retensored(lambda t: t.pop(K)), f"{K} is missing"),
     "two missing": ("whole", retensored(lambda t: [t.pop(K), t.pop("lm_head.weight")]), r"\(and 1 more\) is missing"),
-    "unknown tensor": ("whole", retensored(lambda t: t.update({K[:-6] + "bias": t[K][0]})), "k_proj.bias is nothing"),
+    "unknown tensor": (
+        "whole",
+        retensored(lambda t: t.update({K[:-6] + "bias": t[K][0]})),
+        "k_proj.bias is not a tensor",
+    ),
     "shape": ("whole", retensored(lambda t: t.update({K: t[K][:-1]})), rf"{K} has shape \[7, 16\]; allowed: \[8, 16\]"),
     "turned": ("whole", retensored(lambda t: t.update({K: t[K].T.copy()})), r"has shape \[16, 8\]; allowed: \[8, 16\]"),
     "half": ("whole", retensored(lambda t: t.update({K: t[K].astype(np.float16)})), f"{K} is F16; allowed: F32"),
@@ -145,45 +149,45 @@ DAMAGE = {
     "empty": ("whole", cut(WEIGHTS, 0), f"{WEIGHTS} is damaged"),
     "no weights": ("whole", lambda folder: (folder / WEIGHTS).unlink(), f"has neither {WEIGHTS} nor {INDEX}"),
     "no config": ("whole", lambda folder: (folder / CONFIG).unlink(), "No such file"),
-    "config": ("whole", cut(CONFIG, 50), f"{CONFIG} is damaged: it must hold a JSON object"),
+    "config": ("whole", cut(CONFIG, 50), f"{CONFIG} is damaged: expected a JSON object"),
     "no shard": ("sharded", lambda folder: second(folder).unlink(), "model-00002-of-"),
     "cut shard": ("sharded", lambda folder: cut(second(folder).name, -9)(folder), "safetensors is damaged"),
     "no index": ("sharded", lambda folder: (folder / INDEX).unlink(), f"has neither {WEIGHTS} nor {INDEX}"),
-    "index": ("sharded", lambda folder: (folder / INDEX).write_text('{"weight_map": 3}'), "weight_map must give"),
+    "index": ("sharded", lambda folder: (folder / INDEX).write_text('{"weight_map": 3}'), "weight_map must map"),
     "outside": (
         "sharded",
         lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": "../x.safetensors"}}'),
-        "weight_map must give",
+        "weight_map must map",
     ),
     "moved": (
         "sharded",
         lambda folder: shutil.copy(sorted(folder.glob("model-00001-*"))[0], second(folder)),
-        f"is missing, which {INDEX} says is here",
+        f"is missing, although {INDEX} lists it",
     ),
     "family": ("whole", reconfigured(model_type="gpt2"), "model_type is 'gpt2'; allowed: llama, mistral, mixtral"),
     "no width": ("whole", reconfigured(hidden_size="gone"), "hidden_size is None; allowed: an integer"),
     "text": ("whole", reconfigured(hidden_size="16"), "hidden_size is '16'; allowed: an integer"),
     "heads": ("whole", reconfigured(num_key_value_heads=3), "n_heads must be a multiple of n_kv_heads"),
-    "bias": ("whole", reconfigured(attention_bias=True), "attention_bias is True, for which our models have no place"),
+    "bias": ("whole", reconfigured(attention_bias=True), "attention_bias is True, which DantinoX does not support"),
     "gelu": ("whole", reconfigured(hidden_act="gelu"), "hidden_act is 'gelu'"),
-    "dynamic": ("whole", reconfigured(rope_scaling={"type": "dynamic", "factor": 2.0}), "rope_scaling is of type 'dyn"),
+    "dynamic": ("whole", reconfigured(rope_scaling={"type": "dynamic", "factor": 2.0}), "rope_scaling has type 'dyn"),
     "yarn": (
         "whole",
         reconfigured(rope_scaling={"type": "yarn", "factor": 2.0, "beta_fast": 16}),
-        "beta_fast is 16, for which our models have no place; allowed: 32",
+        "beta_fast is 16, which DantinoX does not support; allowed: 32",
     ),
     "quantized": ("whole", reconfigured(quantization_config={"bits": 4}), "quantization_config is"),
     "mixed windows": (
         "whole",
         reconfigured(model_type="mistral", sliding_window=4, layer_types=["full_attention", "sliding_attention"]),
-        "layer_types holds full_attention, sliding_attention",
+        "layer_types are full_attention, sliding_attention",
     ),
-    "tied": ("whole", reconfigured(tie_word_embeddings=True), "lm_head.weight is not the embedding"),
+    "tied": ("whole", reconfigured(tie_word_embeddings=True), "lm_head.weight differs from the embedding"),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damage_is_named_in_one_line(name, written, tmp_path):
+def test_damaged_folder_raises_one_line(name, written, tmp_path):
     source, damage, message = DAMAGE[name]
     shutil.copytree(written / source, tmp_path / "here")
     damage(tmp_path / "here")
@@ -192,7 +196,7 @@ def test_damage_is_named_in_one_line(name, written, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_half_precision_and_old_spellings_are_read(written, tmp_path):
+def test_half_precision_and_older_key_names_load(written, tmp_path):
     shutil.copytree(written / "whole", tmp_path / "here")
     want, bfloat16 = arrays(load_hf(written / "whole")), jax.numpy.bfloat16
 
@@ -210,10 +214,10 @@ def test_half_precision_and_old_spellings_are_read(written, tmp_path):
         load_hf(tmp_path / "here", atn="xla")
 
 
-def test_defaults_of_a_config_that_says_little():
+def test_minimal_config_gets_the_defaults():
     small = dict(vocab_size=9, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2)
     config = from_hf(small | dict(model_type="mixtral", max_position_embeddings=64, sliding_window=3))
-    assert (config.n_kv_heads, config.head_dim, config.hidden, config.n_experts) == (2, 4, 12, 8)
+    assert (config.n_kv_heads, config.resolved_head_dim, config.hidden, config.n_experts) == (2, 4, 12, 8)
     assert (config.tie_embeddings, config.window, config.rope_theta, config.rope_scaling) == (False, 3, 1e6, "none")
     assert from_hf(small | dict(model_type="llama", max_position_embeddings=64, sliding_window=3)).window is None
 
@@ -251,7 +255,7 @@ THEIRS["experts, window"][1].update(sliding_window=9, tie_word_embeddings=True, 
 
 
 @pytest.mark.parametrize("name", THEIRS)
-def test_logits_are_those_of_transformers(name, tmp_path):
+def test_logits_match_transformers(name, tmp_path):
     """There and back: what transformers writes and we read, what we write and transformers reads."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     family, changes = THEIRS[name]
@@ -302,7 +306,7 @@ def program(monkeypatch, tmp_path):
     return lambda *words: export.main(list(words)), models
 
 
-def test_the_program_writes_what_load_hf_reads(program, capsys):
+def test_export_program_writes_a_folder_that_load_hf_reads(program, capsys):
     run, models = program
     assert run("mine", "--out", "out/deep") == 0
     assert capsys.readouterr().out.startswith("out/deep: mistral, ")
@@ -315,14 +319,14 @@ def test_the_program_writes_what_load_hf_reads(program, capsys):
     [
         (["--run", "mine"], "out is missing"),
         (["--run", "none", "--out", "out"], "run runs/none does not exist"),
-        (["--run", "gated", "--out", "out"], "the llama layout cannot hold attn_gate 'head'"),
-        (["--run", "mine", "--out", "out", "--layout", "llama"], "cannot hold window 6"),
+        (["--run", "gated", "--out", "out"], "the llama layout cannot represent attn_gate 'head'"),
+        (["--run", "mine", "--out", "out", "--layout", "llama"], "cannot represent window 6"),
         (["--run", "mine", "--out", "out", "--layout", "gpt2"], "gpt2"),
         (["--run", "mine", "--out", "out", "--shard-mb", "0"], "shard_mb is 0"),
-        (["--run", "mine", "--out", "full"], "full: is there already and not empty"),
+        (["--run", "mine", "--out", "full"], "full: exists and is not empty"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_2(program, capsys, tmp_path, flags, word):
+def test_invalid_input_prints_one_line_and_exits_2(program, capsys, tmp_path, flags, word):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("")
     with pytest.raises(SystemExit) as stop:

@@ -1,4 +1,4 @@
-"""A prompt read in chunks: what comes out is what one pass gives, and what it takes is what a chunk takes."""
+"""Chunked prefill: the results of a single pass, in the memory of one chunk."""
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def read(graph, weights, tokens, length, slots, chunk):
     ],
     ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()),
 )
-def test_chunks_leave_what_one_pass_leaves(changes):
+def test_chunked_prefill_equals_single_pass(changes):
     """Ragged prompts: one ends in the first chunk, one at a chunk's end, one is as long as it gets."""
     model = build(**changes)
     tokens, length = ids(1, 4, T), np.array([1, CHUNK, 5 * CHUNK, T], np.int32)
@@ -58,7 +58,7 @@ def test_chunks_leave_what_one_pass_leaves(changes):
         assert one.length.tolist() == length.tolist()
 
 
-def test_generated_ids_do_not_depend_on_the_chunk():
+def test_generated_ids_do_not_depend_on_chunk_size():
     model = build(n_layers=1, window=6)
     prompts = [ids(3, 33), ids(4, 3), ids(5, 16)]
     made = [generate(model, prompts, max_new_tokens=9, temperature=0, prefill_chunk=chunk) for chunk in (2048, 16, 5)]
@@ -66,7 +66,7 @@ def test_generated_ids_do_not_depend_on_the_chunk():
 
 
 @pytest.mark.parametrize(("kv_cache_dtype", "most"), [("int8", 0.05), ("fp8", 0.2)])
-def test_a_cache_in_eight_bits_is_near(kv_cache_dtype, most):
+def test_eight_bit_cache_gives_close_logits(kv_cache_dtype, most):
     """Prompt in chunks and steps after it, logits of a standard deviation near 1; and it is a cache in 8 bits."""
     found = {}
     for kind in ("auto", kv_cache_dtype):
@@ -90,7 +90,7 @@ def test_a_cache_in_eight_bits_is_near(kv_cache_dtype, most):
     assert 1e-4 < error < most
 
 
-def test_a_short_prompt_costs_the_same_at_any_max_context(monkeypatch):
+def test_short_prompt_cost_does_not_depend_on_max_context(monkeypatch):
     """Fault 12: a prompt is padded to the longest context: seconds to the first token."""
     seen, read = [], generation._prefill_chunk
 
@@ -104,7 +104,7 @@ def test_a_short_prompt_costs_the_same_at_any_max_context(monkeypatch):
     assert seen == [((1, 16), (64,), 0)] * 2
 
 
-def test_the_memory_is_a_chunks():
+def test_prefill_memory_is_that_of_one_chunk():
     """Of the temporaries, by XLA's own count: the caches are arguments, which stay where they are."""
     config = ModelConfig(vocab_size=V, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, window=32, max_context=2**16)
     graph, weights = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
@@ -126,7 +126,7 @@ def test_the_memory_is_a_chunks():
     assert later[1] < temporaries(2**13, 0) / 8
 
 
-def test_one_sample_goes_on_in_the_caches_that_were_filled():
+def test_single_sample_reuses_the_prefilled_caches():
     model = build(n_layers=1)
     graph, weights = nnx.split(model)
     caches = prefill.init_caches(model.config, 1, (48,))
@@ -136,6 +136,6 @@ def test_one_sample_goes_on_in_the_caches_that_were_filled():
 
 
 @pytest.mark.parametrize("bad", [0, -1, 2.5, None])
-def test_a_chunk_that_cannot_be_is_named(bad):
+def test_invalid_chunk_size_raises(bad):
     with pytest.raises(ValueError, match="prefill_chunk is"):
         generate(build(n_layers=1), [[1, 2]], max_new_tokens=1, prefill_chunk=bad)

@@ -1,4 +1,4 @@
-"""Sampling against an oracle in numpy, and the promises that the settings make."""
+"""Sampling against a NumPy oracle, and the guarantees of its settings."""
 
 import functools
 
@@ -52,9 +52,9 @@ setting = st.fixed_dictionaries(
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.one_of(number, st.sampled_from([0.0, 1.0])), min_size=V, max_size=V), setting)
-def test_kept_tokens_match_the_oracle(logits, how):
+def test_sampling_mask_matches_numpy(logits, how):
     """Fault 15: of top_k and top_p together only one counts."""
-    got = np.asarray(keep(jnp.asarray([logits], jnp.float32), Sampling.checked(**how)))[0]
+    got = np.asarray(keep(jnp.asarray([logits], jnp.float32), Sampling.create(**how)))[0]
     # A token within rounding of a threshold may fall on either side.
     slack = 1e-5
     off = how["top_p"] == 1
@@ -72,11 +72,11 @@ def test_kept_tokens_match_the_oracle(logits, how):
         {"temperature": 1.5, "top_k": 6, "top_p": 0.8, "min_p": 0.1},
     ],
 )
-def test_frequencies_match_the_oracle(how):
+def test_sample_frequencies_match_numpy(how):
     rows = 8_000
     logits = np.linspace(-1, 2, V).astype(np.float32)[np.random.default_rng(0).permutation(V)]
     keys = jax.random.split(jax.random.key(1), rows)
-    ids = draw(jnp.broadcast_to(logits, (rows, V)), Sampling.checked(**how), keys)
+    ids = draw(jnp.broadcast_to(logits, (rows, V)), Sampling.create(**how), keys)
     p = oracle(logits, **({"top_k": None, "top_p": 1.0, "min_p": 0.0} | how))
     seen = np.bincount(ids, minlength=V) / rows
     assert (seen[p == 0] == 0).all()
@@ -92,48 +92,48 @@ def keys(rows: int, seed: int = 0) -> jax.Array:
 
 
 @pytest.mark.parametrize("how", [{"temperature": 0}, {"top_k": 1}, {"top_p": 1e-6}, {"top_p": 1e-60}])
-def test_greedy_in_all_its_forms_takes_the_first_of_equals(how):
+def test_greedy_takes_the_first_of_equal_logits(how):
     """Fault 15: temperature 0 gives token 0 again and again."""
     logits = jnp.array([[0, 3, 1, 3, 2], [-jnp.inf, -5, -5, -5, -jnp.inf]], jnp.float32)
     for seed in range(5):
-        assert draw(logits, Sampling.checked(**how), keys(2, seed)).tolist() == [1, 1]
+        assert draw(logits, Sampling.create(**how), keys(2, seed)).tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-9, 1e9, 1e38, 1e300])
 def test_extreme_temperatures_stay_finite(temperature):
     logits = normal(32) * 50
-    ids = np.asarray(draw(logits, Sampling.checked(temperature), keys(32)))
+    ids = np.asarray(draw(logits, Sampling.create(temperature), keys(32)))
     assert ((ids >= 0) & (ids < V)).all()
     if temperature <= 1e-9:
         assert (ids == np.argmax(logits, axis=-1)).all()
 
 
-def test_off_values_do_nothing_and_a_full_top_k_is_off():
+def test_disabled_settings_and_full_top_k_change_nothing():
     logits = normal(32)
-    plain = draw(logits, Sampling.checked(), keys(32))
+    plain = draw(logits, Sampling.create(), keys(32))
     for how in ({"top_k": V}, {"top_k": 10**12}, {"top_p": 1}, {"top_p": 1 - 1e-12}, {"min_p": 1e-30}):
-        assert (draw(logits, Sampling.checked(**how), keys(32)) == plain).all()
+        assert (draw(logits, Sampling.create(**how), keys(32)) == plain).all()
 
 
-def test_exactly_k_of_equal_logits_survive():
+def test_top_k_keeps_exactly_k_of_equal_logits():
     logits = jnp.zeros((1, V))
-    assert np.flatnonzero(keep(logits, Sampling.checked(top_k=3))[0]).tolist() == [0, 1, 2]
+    assert np.flatnonzero(keep(logits, Sampling.create(top_k=3))[0]).tolist() == [0, 1, 2]
 
 
-def test_a_row_depends_on_itself_alone():
+def test_rows_of_a_batch_are_sampled_independently():
     logits = normal(4)
-    together = draw(logits, Sampling.checked(top_k=5, top_p=0.9), keys(4))
+    together = draw(logits, Sampling.create(top_k=5, top_p=0.9), keys(4))
     for row in range(4):
-        alone = draw(logits[row : row + 1], Sampling.checked(top_k=5, top_p=0.9), keys(4)[row : row + 1])
+        alone = draw(logits[row : row + 1], Sampling.create(top_k=5, top_p=0.9), keys(4)[row : row + 1])
         assert alone[0] == together[row]
 
 
-def test_settings_never_recompile():
+def test_sampling_settings_do_not_recompile():
     """Fault 15: each value of a sampling parameter compiles anew."""
     counted = jax.jit(lambda *args: sample(*args))
     logits = jnp.zeros((2, V))
     for how in ({}, {"temperature": 0}, {"temperature": 2, "top_k": 3}, {"top_p": 0.5, "min_p": 0.1}):
-        counted(logits, Sampling.checked(**how), keys(2))
+        counted(logits, Sampling.create(**how), keys(2))
     assert counted._cache_size() == 1
 
 
@@ -145,8 +145,8 @@ def test_settings_never_recompile():
     + [("repetition_penalty", x) for x in (0, -1, 1e3, float("nan"), "1", None)]
     + [("min_p", x) for x in (1, -0.1, 1.5, float("nan"), "0", None)],
 )
-def test_bad_settings_are_named_in_one_line(name, bad):
+def test_invalid_settings_raise_one_line_with_their_name(name, bad):
     """Fault 15: top_k 0, a top_p of more than all, a temperature that is no number are taken without a word."""
     with pytest.raises(ValueError, match=rf"^{name} is .*; allowed: .*") as error:
-        Sampling.checked(**{name: bad})
+        Sampling.create(**{name: bad})
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""--wandb: what reaches W&B is what metrics.jsonl says. Offline: nothing leaves this machine."""
+"""--wandb, offline: W&B receives what metrics.jsonl contains."""
 
 import importlib.util
 import json
@@ -31,13 +31,13 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_without_the_package_it_is_one_line_before_anything_is_written(here, monkeypatch, capsys):
+def test_missing_wandb_prints_one_line_before_writing(here, monkeypatch, capsys):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else find(name, *a))
     with pytest.raises(SystemExit) as stop:
         train.main([*TINY, "--wandb"])
     assert stop.value.code == 2
-    line = "wandb is not installed; pip install -c constraints.txt -e '.[wandb]', or leave --wandb out"
+    line = "wandb is not installed; run pip install -c constraints.txt -e '.[wandb]', or omit --wandb"
     assert capsys.readouterr().err == f"dantinox-train: error: {line}\n"
     assert os.listdir() == ["text.txt"]
 
@@ -79,7 +79,7 @@ def history(run: Path) -> list[dict]:
 
 
 @INSTALLED
-def test_config_metrics_samples_and_the_folder_reach_wandb(here):
+def test_config_metrics_samples_and_folder_are_logged_to_wandb(here):
     words = [sys.executable, "-m", "dantinox.train", *TINY, "--wandb=True", "--run", "logged"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -89,7 +89,7 @@ def test_config_metrics_samples_and_the_folder_reach_wandb(here):
     config = {item.key: json.loads(item.value_json) for item in begun.config.update}
     assert (config["dim"], config["window"], config["folder"]) == (16, 8, "runs/logged")
     assert begun.display_name == "logged" and begun.project == "dantinox"
-    assert (run / wandb_logger.ID).read_text().strip() == begun.run_id
+    assert (run / wandb_logger.ID_FILE).read_text().strip() == begun.run_id
     html = list(run.glob("wandb/offline-run-*/files/media/html/*.html"))
     assert len(html) == 1 and "<pre>" in html[0].read_text()
     # Two more steps: the same run at W&B, and no step twice.
@@ -102,7 +102,7 @@ def test_config_metrics_samples_and_the_folder_reach_wandb(here):
 
 
 @INSTALLED
-def test_the_agent_of_wandb_starts_the_runs_that_we_do(monkeypatch):
+def test_wandb_agent_starts_the_same_runs(monkeypatch):
     """The sweep file through W&B's own reader, and each run through what its agent makes of `command`."""
     from wandb.sdk.launch.sweeps import utils
 
@@ -110,12 +110,12 @@ def test_the_agent_of_wandb_starts_the_runs_that_we_do(monkeypatch):
     found = utils.load_sweep_config("sweeps/example.yaml")
     words = utils.create_sweep_command(found["command"])
     assert words[2:-1] == ["-m", "dantinox.train", "--wandb"] and words[-1] == "${args}"
-    for run in sweep_file.read(ROOT / "sweeps" / "example.yaml").runs():
+    for run in sweep_file.load_sweep(ROOT / "sweeps" / "example.yaml").runs():
         given = {name: {"value": value} for name, value in run.values.items()}
         flags = utils.create_sweep_command_args({"args": given})["args"]
         asked = train.parse([*words[4:-1], *flags]).settings
-        assert asked == sweep_file.settings(run.values).replace(wandb=True)
-        assert train.parse(run.flags()).settings == sweep_file.settings(run.values)
+        assert asked == sweep_file.resolve_settings(run.values).replace(wandb=True)
+        assert train.parse(run.flags()).settings == sweep_file.resolve_settings(run.values)
 
 
 def compare(run: Path) -> None:

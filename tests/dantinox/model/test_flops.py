@@ -1,4 +1,4 @@
-"""The counts against the model's own leaves and the matrix products of its jaxpr."""
+"""Parameter and FLOP counts against the model's own arrays and the matrix products of its jaxpr."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from dantinox.config import ModelConfig
 from dantinox.inference import prefill
 from dantinox.kernels.cost import visible_pairs
 from dantinox.model import flops as count
-from tests.helpers.jaxpr_walk import dot_flops, dots
+from tests.helpers.jaxpr_walk import dot_flops, matmuls
 
 BASE = ModelConfig(vocab_size=37, dim=24, n_layers=3, n_heads=4, n_kv_heads=2, max_context=50, mlp_ratio=2.5)
 CONFIGS = {
@@ -37,7 +37,7 @@ def shapes(config: ModelConfig) -> nnx.State:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_parameters_are_the_models_leaves(name):
+def test_parameter_count_matches_the_model(name):
     leaves = nnx.to_flat_state(shapes(config(name)))
     total = active = 0
     for _, leaf in leaves:
@@ -58,14 +58,14 @@ def forward_flops(config: ModelConfig, T: int, backward: bool = False) -> int:
     tokens = jax.ShapeDtypeStruct((1, T), jnp.int32)
     run = lambda state, tokens: jnp.sum(nnx.merge(graph, state)(tokens) ** 2)
     jaxpr = jax.make_jaxpr(jax.grad(run) if backward else run)(state, tokens)
-    return sum(dot_flops(e) for e in dots(jaxpr))
+    return sum(dot_flops(e) for e in matmuls(jaxpr))
 
 
 @pytest.mark.parametrize("name", ["dense", "untied gelu", "head gate, qk norm", "elementwise gate, learned"])
-def test_flops_are_those_of_the_jaxpr(name):
+def test_flops_match_the_jaxpr(name):
     T, full = 20, dataclasses.replace(config(name), attn="reference")
     # The reference computes all T * T pairs of which a causal query sees (T + 1) / 2 on average.
-    hidden = 4 * full.n_heads * full.head_dim * full.n_layers * (T * T - visible_pairs(T, T))
+    hidden = 4 * full.n_heads * full.resolved_head_dim * full.n_layers * (T * T - visible_pairs(T, T))
     forward = forward_flops(full, T)
     per_token = count.flops_per_token(full, T, training=False)
     assert per_token * T == forward - hidden
@@ -73,7 +73,7 @@ def test_flops_are_those_of_the_jaxpr(name):
     assert count.flops_per_token(full, T) * T == 3 * (forward - hidden)
 
 
-def test_flops_follow_the_windows_and_the_chosen_experts():
+def test_flops_depend_on_windows_and_active_experts():
     T, more = 40, lambda **changes: dataclasses.replace(BASE, **changes)
     flops = lambda **changes: count.flops_per_token(more(**changes), T, training=False)
     pair = 4 * 4 * 6
@@ -88,7 +88,7 @@ def test_flops_follow_the_windows_and_the_chosen_experts():
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8", "fp8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_cache_bytes_are_those_of_the_rings(dtype, kv_cache_dtype):
+def test_cache_bytes_match_the_kv_caches(dtype, kv_cache_dtype):
     model = dataclasses.replace(BASE, window=8, window_pattern="SL", dtype=dtype, kv_cache_dtype=kv_cache_dtype)
     for context in (1, 5, 8, 30):
         slots = prefill.layer_cache_slots(model, context)

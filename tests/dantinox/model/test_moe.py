@@ -1,4 +1,4 @@
-"""The router and its losses, and the sparse block beside a dense one."""
+"""The router and its losses, and the sparse block compared with a dense one."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ class Keys:
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_the_router_takes_the_k_likeliest_and_renormalises(k):
+def test_router_selects_top_k_and_renormalizes(k):
     logits = np.random.default_rng(0).standard_normal((9, 4)).astype(np.float32)
     ids, weights, _ = route(jnp.asarray(logits), k)
     assert ids.dtype == jnp.int32
@@ -41,7 +41,7 @@ def test_the_router_takes_the_k_likeliest_and_renormalises(k):
 
 
 @pytest.mark.parametrize(("E", "k"), [(4, 1), (4, 2), (8, 3), (1, 1), (3, 3)])
-def test_the_balance_loss_is_k_when_even_and_more_when_skewed(E, k):
+def test_balance_loss_is_k_when_even_and_larger_when_skewed(E, k):
     # Token n likes experts n, n + 1, ...: every expert gets k / E of the slots and 1 / E of the probability.
     even = np.zeros((E * 5, E), np.float32)
     for n in range(E * 5):
@@ -56,7 +56,7 @@ def test_the_balance_loss_is_k_when_even_and_more_when_skewed(E, k):
         assert worse == pytest.approx(E * chances[:k].sum(), rel=1e-5) and worse > 1.2 * k
 
 
-def test_losses_reach_the_router_and_pull_it_even():
+def test_router_losses_have_balancing_gradients():
     logits = jnp.asarray(np.random.default_rng(0).standard_normal((64, 4)) + [2, 0, 0, 0], jnp.float32)
     loss = lambda shift: route(logits + shift, 2)[2].balance
     gradient = jax.grad(loss)(jnp.zeros(4))
@@ -66,13 +66,13 @@ def test_losses_reach_the_router_and_pull_it_even():
     assert float(z(1.0)) == pytest.approx(by_hand, rel=1e-5) and jax.grad(z)(1.0) > 0
 
 
-def test_large_logits_stay_finite():
+def test_large_router_logits_stay_finite():
     _, weights, losses = route(jnp.array([[1e4, -1e4, 0.0], [-1e4, 1e4, 1e4]]), 2)
     assert all(bool(jnp.isfinite(x).all()) for x in (weights, *losses))
     np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-6)
 
 
-def test_one_expert_is_a_dense_mlp():
+def test_one_expert_equals_dense_mlp():
     sparse = MoE(config(n_experts=1, experts_per_token=1), Keys(), 0.02)
     dense = MLP(config(), Keys(), 0.02)
     for name in ("gate", "up", "down"):
@@ -83,7 +83,7 @@ def test_one_expert_is_a_dense_mlp():
     assert float(losses.balance) == pytest.approx(1)
 
 
-def test_a_shared_expert_is_added_to_the_routed_ones():
+def test_shared_expert_output_is_added_to_routed_experts():
     model = MoE(config(n_experts=4, shared_expert=True), Keys(), 0.02)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 7, 16)), jnp.float32)
     run = nnx.jit(lambda model, x: model(x)[0])
@@ -93,7 +93,7 @@ def test_a_shared_expert_is_added_to_the_routed_ones():
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-def test_every_part_of_a_sparse_model_learns(dtype):
+def test_every_parameter_of_a_sparse_model_gets_a_gradient(dtype):
     model = dantinox.Transformer(config(n_experts=4, shared_expert=True, dtype=dtype, n_layers=1), rngs=nnx.Rngs(0))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 23, (4, 32)), jnp.int32)
 
@@ -108,7 +108,7 @@ def test_every_part_of_a_sparse_model_learns(dtype):
         assert np.isfinite(g).all() and np.any(g != 0), path
 
 
-def test_the_loss_of_a_model_is_the_mean_over_its_layers():
+def test_router_loss_is_the_mean_over_layers():
     model = dantinox.Transformer(config(n_experts=4, n_layers=2), rngs=nnx.Rngs(0))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 23, (2, 32)), jnp.int32)
 

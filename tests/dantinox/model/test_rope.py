@@ -1,4 +1,4 @@
-"""Rotary positions against numpy: complex rotation, relative positions, each way to stretch them from its formula."""
+"""Rotary positions against NumPy: complex rotation, relative positions, and each scaling from its formula."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dantinox.config import ConfigError, ModelConfig
-from dantinox.model.rope import apply_rope, frequencies, rope_cos_sin
+from dantinox.model.rope import apply_rope, rope_cos_sin, rope_frequencies
 
 CONFIG = ModelConfig(dim=64, n_heads=1, n_kv_heads=1, head_dim=32, max_context=8192)
 
@@ -22,7 +22,7 @@ def turned(x: np.ndarray, positions: np.ndarray, config: ModelConfig = CONFIG) -
     return np.asarray(apply_rope(jnp.asarray(x, jnp.float32), cos, sin))
 
 
-def test_rotation_is_a_complex_product():
+def test_apply_rope_equals_complex_multiplication():
     x = np.random.default_rng(0).standard_normal((1, 5, 2, 32))
     positions = np.array([0, 1, 7, 100, 8191])
     angle = positions[:, None] * 10000.0 ** (-np.arange(16) / 16)
@@ -32,7 +32,7 @@ def test_rotation_is_a_complex_product():
 
 
 @pytest.mark.parametrize("kind", ["none", "linear", "ntk", "yarn", "llama3"])
-def test_scores_depend_on_the_distance_alone(kind):
+def test_rope_scores_depend_only_on_distance(kind):
     q, k = np.random.default_rng(0).standard_normal((2, 1, 1, 1, 32))
     config = scaled(kind, 4.0)
     score = lambda p, s: np.sum(turned(q, np.array([p]), config) * turned(k, np.array([s]), config))
@@ -41,29 +41,29 @@ def test_scores_depend_on_the_distance_alone(kind):
     assert score(9, 2) != pytest.approx(score(9, 3), rel=1e-3)
 
 
-def test_a_factor_of_one_stretches_nothing():
-    plain, _ = frequencies(CONFIG)
+def test_factor_of_one_changes_nothing():
+    plain, _ = rope_frequencies(CONFIG)
     for kind in ("linear", "ntk", "yarn", "llama3"):
-        inverse, magnitude = frequencies(scaled(kind, 1.0))
+        inverse, magnitude = rope_frequencies(scaled(kind, 1.0))
         np.testing.assert_allclose(inverse, plain, rtol=1e-6)
         assert magnitude == 1
 
 
-def test_ntk_stretches_the_base():
+def test_ntk_scales_the_base():
     """theta' = theta * factor^(D / (D - 2)): the fastest pair stays, the slowest turns `factor` times slower."""
-    inverse, magnitude = frequencies(scaled("ntk", 4.0))
+    inverse, magnitude = rope_frequencies(scaled("ntk", 4.0))
     base = 10000.0 * 4.0 ** (32 / 30)
     np.testing.assert_allclose(inverse, [base ** (-2 * i / 32) for i in range(16)], rtol=1e-6)
-    plain, _ = frequencies(CONFIG)
+    plain, _ = rope_frequencies(CONFIG)
     assert magnitude == 1 and inverse[0] == plain[0]
     assert inverse[-1] == pytest.approx(plain[-1] / 4, rel=1e-6)
 
 
 @pytest.mark.parametrize("original", [None, 2048, 1024])
-def test_yarn_slows_the_pairs_that_turn_little(original):
+def test_yarn_scales_low_frequencies(original):
     """A ramp over the pair's index between those that turn 32 times and once over the original context."""
     factor, context, D = 4.0, original or 8192 // 4, 32
-    inverse, magnitude = frequencies(scaled("yarn", factor, rope_original_context=original))
+    inverse, magnitude = rope_frequencies(scaled("yarn", factor, rope_original_context=original))
     turns = [context * 10000.0 ** (-2 * i / D) / (2 * math.pi) for i in range(D // 2)]
     low = max(i for i in range(D // 2) if turns[i] >= 32)  # the last that turns so often
     high = min(i for i in range(D // 2) if turns[i] <= 1)
@@ -74,10 +74,10 @@ def test_yarn_slows_the_pairs_that_turn_little(original):
     assert magnitude == pytest.approx(0.1 * math.log(4) + 1)
 
 
-def test_llama3_slows_the_pairs_that_turn_less_than_four_times():
+def test_llama3_scales_frequencies_below_four_rotations():
     """By wavelengths, as Llama 3.1 was published: past the context / 1, short of the context / 4, and between."""
     factor, context = 8.0, 2048
-    inverse, magnitude = frequencies(scaled("llama3", factor, rope_original_context=context))
+    inverse, magnitude = rope_frequencies(scaled("llama3", factor, rope_original_context=context))
     kinds = set()
     for i, got in enumerate(inverse):
         theta = 10000.0 ** (-2 * i / 32)
@@ -90,13 +90,13 @@ def test_llama3_slows_the_pairs_that_turn_less_than_four_times():
     assert magnitude == 1 and kinds == {"fast", "between", "slow"}
 
 
-def test_linear_slows_every_pair():
-    inverse, magnitude = frequencies(scaled("linear", 4.0))
-    np.testing.assert_allclose(inverse, frequencies(CONFIG)[0] / 4, rtol=1e-6)
+def test_linear_scales_every_frequency():
+    inverse, magnitude = rope_frequencies(scaled("linear", 4.0))
+    np.testing.assert_allclose(inverse, rope_frequencies(CONFIG)[0] / 4, rtol=1e-6)
     assert magnitude == 1
 
 
 @pytest.mark.parametrize("theta", [1.0, 0.5, 0.0, -1.0])
-def test_a_base_that_turns_no_slower_is_refused(theta):
+def test_rope_base_of_at_most_one_raises(theta):
     with pytest.raises(ConfigError, match=rf"^rope_theta is {theta}; allowed: more than 1$"):
         scaled("yarn", 2.0, rope_theta=theta)

@@ -1,4 +1,4 @@
-"""The model: what each toggle changes, what no toggle may change, and the dtype of every matrix product."""
+"""The model: what each setting changes, what no setting may change, and the dtype of every matrix product."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from flax import nnx
 import dantinox
 from dantinox.config import ModelConfig
 from tests import numpy_interpreter
-from tests.helpers.jaxpr_walk import dots, equations
+from tests.helpers.jaxpr_walk import equations, matmuls
 
 SMALL = ModelConfig(
     vocab_size=23,
@@ -29,8 +29,6 @@ SMALL = ModelConfig(
 
 def small(**changes) -> ModelConfig:
     """A tiny config with the given changes."""
-    if changes.keys() & {"dim", "n_heads"}:
-        changes.setdefault("head_dim", None)
     return dataclasses.replace(SMALL, **changes)
 
 
@@ -104,7 +102,7 @@ def outputs(name: str) -> tuple[jax.Array, jax.Array]:
 
 
 @pytest.mark.parametrize("name", TOGGLES)
-def test_no_token_sees_a_later_one(name):
+def test_output_does_not_depend_on_later_tokens(name):
     logits, changed = outputs(name)
     assert logits.dtype == jnp.float32 and logits.shape == (2, 24, 23) and bool(jnp.isfinite(logits).all())
     np.testing.assert_array_equal(logits[:, :15], changed[:, :15])
@@ -114,7 +112,7 @@ def test_no_token_sees_a_later_one(name):
 @pytest.mark.parametrize(
     ("W", "L", "pattern", "reach"), [(4, 2, "S", 6), (1, 2, "S", 0), (3, 3, "S", 6), (3, 4, "SSSL", None)]
 )
-def test_a_window_limits_how_far_back_a_token_is_felt(W, L, pattern, reach):
+def test_windows_limit_the_receptive_field(W, L, pattern, reach):
     """Through L windowed layers the first token reaches L (W - 1) tokens on, exactly; one full layer lifts that."""
     run, tokens = forward(sharpen(build(window=W, n_layers=L, window_pattern=pattern))), text(B=1)
     moved = jnp.any(run(tokens) != run(tokens.at[0, 0].set((tokens[0, 0] + 1) % 23)), axis=-1)[0]
@@ -123,11 +121,11 @@ def test_a_window_limits_how_far_back_a_token_is_felt(W, L, pattern, reach):
 
 
 @pytest.mark.parametrize("name", [name for name in TOGGLES if name not in ("plain", "multi-query")])
-def test_a_toggle_changes_the_output(name):
+def test_model_setting_changes_the_output(name):
     assert float(jnp.max(jnp.abs(outputs("plain")[0] - outputs(name)[0]))) > 1e-5
 
 
-def test_a_pattern_without_windows_is_full_attention():
+def test_pattern_without_windows_equals_full_attention():
     run = lambda **changes: forward(sharpen(build(**changes)))(text())
     full = run()
     np.testing.assert_array_equal(full, run(window=3, window_pattern="L"))
@@ -135,7 +133,7 @@ def test_a_pattern_without_windows_is_full_attention():
     assert np.any(full != run(window=3, window_pattern="SL"))
 
 
-def test_a_gate_of_zero_lets_half_through():
+def test_zero_gate_logits_halve_the_attention_output():
     model, plain = sharpen(build(attn_gate="head")), sharpen(build())
     for block, other in zip(model.blocks, plain.blocks, strict=True):
         block.attention_norm[...] = other.attention_norm[...] = jnp.ones(16)
@@ -144,14 +142,14 @@ def test_a_gate_of_zero_lets_half_through():
         for name in ("gate", "up", "down"):
             getattr(block.mlp, name)[...] = getattr(other.mlp, name)[...]
         block.attention.gate[...] = jnp.zeros_like(block.attention.gate[...])
-    model.embedding[...] = plain.embedding[...]
+    model.token_embedding[...] = plain.token_embedding[...]
     for block in plain.blocks:
         block.attention.o[...] = block.attention.o[...] / 2
     # Gate logits of zero halve the attention branch.
     np.testing.assert_allclose(forward(model)(text()), forward(plain)(text()), rtol=1e-4, atol=1e-5)
 
 
-def test_positions_none_is_blind_to_order_and_the_others_are_not():
+def test_only_pos_encoding_none_ignores_token_order():
     tokens = text(B=1)
     swapped = tokens.at[0, :8].set(tokens[0, :8][::-1])
     for positions in ("none", "rope", "learned"):
@@ -161,32 +159,32 @@ def test_positions_none_is_blind_to_order_and_the_others_are_not():
         assert same == (positions == "none"), positions
 
 
-def test_caps_bound_what_they_cap():
+def test_logit_softcap_bounds_logits():
     model = build(logit_softcap=0.05, n_layers=1)
-    model.embedding[...] = model.embedding[...] * 100
+    model.token_embedding[...] = model.token_embedding[...] * 100
     logits = forward(model)(text())
     assert 0.04 < float(jnp.max(jnp.abs(logits))) <= 0.05 * (1 + 1e-6)
 
 
-def test_tied_weights_are_one_array():
+def test_tied_embeddings_share_one_array():
     tied, untied = build(n_layers=1), build(n_layers=1, tie_embeddings=False)
     count = lambda model: sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
     assert count(untied) - count(tied) == 23 * 16
-    assert tied.head is None
+    assert tied.lm_head is None
     loss, state = loss_of(tied)
     # A token that is never read still gets a gradient, through the logits.
     tokens = text() % 10
-    gradient = jax.jit(jax.grad(loss))(state, tokens)["embedding"][...]
+    gradient = jax.jit(jax.grad(loss))(state, tokens)["token_embedding"][...]
     assert np.all(np.any(np.asarray(gradient)[10:] != 0, axis=1))
     # The one array is both: a row that is never read moves its own logit only.
     before = forward(tied)(tokens)
-    tied.embedding[...] = tied.embedding[...].at[20].mul(3.0)
+    tied.token_embedding[...] = tied.token_embedding[...].at[20].mul(3.0)
     after = forward(tied)(tokens)
     np.testing.assert_allclose(after[..., 20], 3 * before[..., 20], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(np.delete(after, 20, -1), np.delete(before, 20, -1))
 
 
-def test_dropout_needs_a_key():
+def test_dropout_is_active_only_with_a_key():
     model, plain, tokens = build(dropout=0.5, n_layers=1), build(dropout=0.0, n_layers=1), text()
     hidden = nnx.jit(lambda model, key: model.hidden(tokens, key=key)[0])
     still = hidden(plain, None)
@@ -208,7 +206,7 @@ def trained(remat: str, changes: tuple) -> tuple[tuple, int]:
 
 @pytest.mark.parametrize("remat", ["block", "dots"])
 @pytest.mark.parametrize("changes", [{"window": 4, "attn_gate": "head"}, {"n_experts": 4}], ids=["dense", "experts"])
-def test_remat_changes_what_is_kept_and_nothing_else(changes, remat):
+def test_remat_does_not_change_loss_or_gradients(changes, remat):
     """Fault 5: gradient checkpointing is a flag without effect. Here the gradient holds remat equations."""
     (plain, marks), (remade, more) = (trained(kind, tuple(changes.items())) for kind in ("none", remat))
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remade), strict=True):
@@ -216,7 +214,7 @@ def test_remat_changes_what_is_kept_and_nothing_else(changes, remat):
     assert more > marks
 
 
-def test_remat_keeps_less():
+def test_remat_saves_memory():
     """Fault 5: gradient checkpointing is a flag without effect. Here it saves memory, by XLA's own count."""
 
     def saved(remat: str) -> int:
@@ -239,14 +237,14 @@ NARROW = {
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "gradient"])
 @pytest.mark.parametrize("name", NARROW)
-def test_bfloat16_reaches_every_matrix_product(name, backward):
+def test_every_matmul_runs_in_bfloat16(name, backward):
     """Fault 6: with bfloat16 asked for, matrix products still run in float32."""
     changes, T = NARROW[name]
     model = build(dtype="bfloat16", **changes)
     assert {x.dtype for x in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype("float32")}
     loss, state = loss_of(model)
     jaxpr = jax.make_jaxpr(jax.grad(loss) if backward else loss)(state, text(1, T + 1))
-    products = dots(jaxpr)
+    products = matmuls(jaxpr)
     assert len(products) >= SMALL.n_layers * 8
     wide = [e for e in products if any(v.aval.dtype != jnp.bfloat16 for v in e.invars[:2])]
     shown = sorted({" x ".join(str(v.aval) for v in e.invars[:2]) for e in wide})
@@ -257,7 +255,7 @@ def test_bfloat16_reaches_every_matrix_product(name, backward):
         }
 
 
-def test_initial_weights_have_the_planned_spread():
+def test_initial_weights_have_the_specified_std():
     model = build(
         dim=128, n_layers=8, vocab_size=500, attn_gate="elementwise", tie_embeddings=False, mlp_ratio=4.0, qk_norm=True
     )
@@ -271,7 +269,7 @@ def test_initial_weights_have_the_planned_spread():
         assert abs(w.mean()) < 6 * planned / w.size**0.5, path
 
 
-def test_weights_depend_on_the_seed_alone():
+def test_initial_weights_depend_only_on_the_seed():
     leaves = [jax.tree.leaves(nnx.state(build(seed), nnx.Param)) for seed in (0, 0, 1)]
     assert all(np.array_equal(a, b) for a, b in zip(*leaves[:2], strict=True))
     assert not any(np.array_equal(a, b) for a, b in zip(leaves[0], leaves[2], strict=True) if a.ndim > 1)
@@ -301,7 +299,7 @@ def test_every_parameter_names_its_axes(changes):
     [np.zeros(3, np.int32), np.zeros((1, 2, 3), np.int32), np.zeros((1, 3)), np.zeros((1, 3), bool)],
     ids=["[T]", "[1,2,3]", "float", "bool"],
 )
-def test_tokens_that_are_none_are_refused(tokens):
+def test_tokens_of_wrong_shape_or_dtype_raise(tokens):
     """Fault 15: wrong shapes give raw errors of JAX."""
     with pytest.raises(ValueError, match=r"tokens are .*allowed") as refusal:
         build()(tokens)
@@ -309,15 +307,15 @@ def test_tokens_that_are_none_are_refused(tokens):
 
 
 @pytest.mark.parametrize("bad", [-1, 23, 2**31 - 1])
-def test_ids_out_of_range_are_refused(bad):
+def test_token_ids_out_of_range_raise(bad):
     """Fault 15: ids out of range give NaN, or another token's logits where XLA clamps."""
     tokens = np.array([[1, bad, 2]], np.int32)
     for given in (tokens, jnp.asarray(tokens)):
-        with pytest.raises(ValueError, match=rf"^tokens hold id {bad}; allowed: 0 to 22$"):
+        with pytest.raises(ValueError, match=rf"^tokens contain id {bad}; allowed: 0 to 22$"):
             build(n_layers=1)(given)
 
 
-def test_learned_positions_end_at_max_context():
+def test_learned_positions_past_max_context_raise():
     model = build(pos_encoding="learned")
     assert model(text(T=64)).shape == (2, 64, 23)
     with pytest.raises(ValueError, match=r"65.*max_context 64"):

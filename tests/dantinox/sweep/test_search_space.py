@@ -1,4 +1,4 @@
-"""Sweep files: what they may say, which runs they make, and that each mistake is one line before anything trains."""
+"""Sweep files: which are valid, which runs they make, and one line per error before anything trains."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dantinox.config import ConfigError
 from dantinox.sweep import search_space as sweep_file
 from dantinox.sweep.distributions import KEYS, Parameter
-from dantinox.sweep.search_space import read, settings
+from dantinox.sweep.search_space import load_sweep, resolve_settings
 
 ROOT = Path(__file__).parents[3]
 PLAIN = {"program": "dantinox/train.py", "method": "grid", "parameters": {"window": {"values": [8, None]}}}
@@ -23,10 +23,10 @@ PLAIN = {"program": "dantinox/train.py", "method": "grid", "parameters": {"windo
 def made(tmp_path, text=None, **changes):
     path = tmp_path / "plain.yaml"
     path.write_text(text if text is not None else yaml.safe_dump(PLAIN | changes, sort_keys=False))
-    return read(path)
+    return load_sweep(path)
 
 
-def test_a_grid_is_the_product_in_the_files_order(tmp_path):
+def test_grid_is_the_product_in_file_order(tmp_path):
     sweep = made(
         tmp_path, parameters={"n_kv_heads": {"values": [1, 4]}, "dim": {"value": 64}, "window": {"min": 4, "max": 6}}
     )
@@ -37,7 +37,7 @@ def test_a_grid_is_the_product_in_the_files_order(tmp_path):
     assert len({run.name for run in sweep.runs()}) == 6
 
 
-def test_a_run_is_known_by_its_settings_however_the_file_grows(tmp_path):
+def test_runs_are_identified_by_settings_when_the_file_changes(tmp_path):
     before = [run.name for run in made(tmp_path).runs()]
     more = made(tmp_path, parameters={"window": {"values": [4, 8, None, 8]}})
     assert [run.name for run in more.runs()][1:] == before  # equal settings are one run
@@ -58,7 +58,7 @@ RANDOM = {
 }
 
 
-def test_draws_depend_on_seed_number_and_name_alone(tmp_path):
+def test_samples_depend_only_on_seed_index_and_name(tmp_path):
     draw = lambda cap, seed=0, **more: made(tmp_path, method="random", run_cap=cap, parameters=RANDOM | more).runs(seed)
     few, many = draw(5), draw(20)
     assert many[:5] == few and len({run.name for run in many}) == 20
@@ -72,7 +72,7 @@ def test_draws_depend_on_seed_number_and_name_alone(tmp_path):
     assert few[0].values == {"lr": 0.0006279, "window": None, "warmup_ratio": 0.1673, "batch_size": 16}
 
 
-def test_few_combinations_are_not_drawn_for_ever(tmp_path):
+def test_sampling_ends_when_combinations_are_exhausted(tmp_path):
     assert len(made(tmp_path, method="random", run_cap=9).runs()) == 2
 
 
@@ -89,31 +89,31 @@ def test_few_combinations_are_not_drawn_for_ever(tmp_path):
     }.items(),
     ids=lambda item: item if isinstance(item, str) else "",
 )
-def test_a_distribution_has_its_quantiles(about, quantile):
+def test_distribution_has_the_expected_quantiles(about, quantile):
     keys, expected = quantile
-    parameter = Parameter.read("x", {"distribution": about} | keys)
+    parameter = Parameter.parse("x", {"distribution": about} | keys)
     for u in (0.001, 0.25, 0.3333, 0.5, 0.77, 0.999):
         assert parameter.draw(u) == pytest.approx(expected(u), rel=1e-3), u
     assert math.isfinite(parameter.draw(0.0)) and math.isfinite(parameter.draw(math.nextafter(1.0, 0.0)))
 
 
-def test_probabilities_are_kept():
-    parameter = Parameter.read("x", {"values": ["a", "b", "c"], "probabilities": [1, 0, 3]})
+def test_sampling_follows_the_probabilities():
+    parameter = Parameter.parse("x", {"values": ["a", "b", "c"], "probabilities": [1, 0, 3]})
     draw, source = [], random.Random(0)
     draw = [parameter.draw(source.random()) for _ in range(4000)]
     assert draw.count("b") == 0 and abs(draw.count("a") / 4000 - 0.25) < 0.03
 
 
-def test_settings_that_do_not_go_together_are_a_row_and_no_mistake(tmp_path):
+def test_incompatible_settings_are_a_row_and_not_an_error(tmp_path):
     heads = {"n_heads": {"values": [2, 4]}, "n_kv_heads": {"values": [1, 4]}, "preset": {"value": "nano"}}
     runs = made(tmp_path, parameters=heads).runs()
     assert [run.refused is None for run in runs] == [True, False, True, True]
     assert runs[1].refused == "n_heads is 2 and n_kv_heads is 4; n_heads must be a multiple of n_kv_heads"
 
 
-def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path):
+def test_numbers_that_yaml_parses_as_text_are_converted(tmp_path):
     sweep = made(tmp_path, text=json.dumps(PLAIN | {"parameters": {"lr": {"values": ["1e-3", 0.1]}}}))
-    assert [settings(run.values).optim.lr for run in sweep.runs()] == [0.001, 0.1]
+    assert [resolve_settings(run.values).optim.lr for run in sweep.runs()] == [0.001, 0.1]
 
 
 WORDS = ("value", "values", "min", "max", "distribution", "q", "mu", "sigma", "probabilities", "name", "goal")
@@ -124,12 +124,12 @@ WRONG = {
     "a list": ({"parameters": [1]}, "parameters are missing"),
     "another program": ({"program": "train.py"}, "program is 'train.py'; allowed: dantinox/train.py"),
     "bayes": ({"method": "bayes"}, "method is 'bayes'; allowed: grid, random"),
-    "no end": ({"method": "random"}, "run_cap is missing; a random sweep has no other end"),
+    "no end": ({"method": "random"}, "run_cap is missing; a random sweep needs it"),
     "no run": ({"run_cap": 0}, "run_cap is 0; allowed: 1 to 10000"),
     "a name": ({"name": "a/b"}, "name is 'a/b'; allowed: a plain folder name"),
     "hyperband": (
         {"early_terminate": {"type": "hyperband"}},
-        "early_terminate is not known here; the parameter patience",
+        "early_terminate is not supported; use the parameter patience",
     ),
     "a metric": ({"metric": {"name": "val_los"}}, r"metric: name is 'val_los'; did you mean 'val_loss'\?"),
     "a goal": ({"metric": {"name": "loss", "goal": "min"}}, "metric: goal is 'min'; allowed: minimize, maximize"),
@@ -141,12 +141,12 @@ WRONG = {
     ),
     "no flags": ({"command": ["-m", "dantinox.train"]}, r"command: \$\{args\} is missing"),
     "a flag": ({"parameters": {"windw": {"value": 8}}}, r"unknown parameter 'windw'; did you mean 'window'\?"),
-    "the run": ({"parameters": {"run": {"value": "x"}}}, "run cannot be a parameter: the sweep decides it"),
+    "the run": ({"parameters": {"run": {"value": "x"}}}, "run cannot be a parameter; the sweep sets it"),
     "a value": ({"parameters": {"window": {"values": [8, -3]}}}, "window: window is -3; allowed: 1 or more keys"),
     "a choice": ({"parameters": {"mlp": {"value": "relu"}}}, "mlp: mlp is 'relu'; allowed: swiglu, gelu"),
     "text for a number": ({"parameters": {"steps": {"value": "many"}}}, "steps: steps is 'many'; allowed: an integer"),
     "a fraction of a step": ({"parameters": {"steps": {"values": [1.5]}}}, "steps: steps is 1.5; allowed: an integer"),
-    "a list in a list": ({"parameters": {"window": {"values": [[8]]}}}, r"window: value \[8\] is none that a flag can"),
+    "a list in a list": ({"parameters": {"window": {"values": [[8]]}}}, r"window: value is \[8\]; allowed: null"),
     "no values": (
         {"parameters": {"window": {"values": []}}},
         r"window: values are \[\]; allowed: a list of one or more",
@@ -172,7 +172,7 @@ WRONG = {
     ),
     "text for a bound": (
         {"method": "random", "run_cap": 2, "parameters": {"lr": {"min": "1e-4", "max": 1.0}}},
-        r"lr: min is '1e-4'; allowed: a number \(YAML takes 1e-4 for text; 1.0e-4 is a number\)",
+        r"lr: min is '1e-4'; allowed: a number \(YAML reads 1e-4 as text; write 1.0e-4\)",
     ),
     "a bound": (
         {"method": "random", "run_cap": 2, "parameters": {"warmup_ratio": {"min": 0.1, "max": 1.5}}},
@@ -191,7 +191,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_mistake_is_one_line_that_names_it(name, tmp_path):
+def test_invalid_sweep_file_raises_one_line(name, tmp_path):
     """Fault 9: a typo in a settings file is ignored."""
     changes, message = WRONG[name]
     with pytest.raises(ConfigError, match=message) as error:
@@ -214,21 +214,21 @@ ANYTHING = st.recursive(
     st.dictionaries(st.sampled_from(sorted(sweep_file.KEYS)), ANYTHING),
     st.dictionaries(st.sampled_from(SETTINGS), ANYTHING),
 )
-def test_whatever_stands_in_a_file_it_is_right_or_one_line(keys, parameters):
+def test_random_sweep_file_is_valid_or_raises_one_line(keys, parameters):
     found = PLAIN | keys | ({"parameters": parameters} if parameters else {})
     try:
-        sweep_file._read(found, "x").runs()
+        sweep_file._parse_sweep(found, "x").runs()
     except ConfigError as error:
         assert str(error) and "\n" not in str(error)
 
 
 TEXTS = {
     "a: [": "the file: not YAML, line ",
-    "- a": "the file: it must hold `name: value` lines",
+    "- a": "the file: expected `name: value` lines",
     "": "program is missing",
-    "method: grid\nmethod: random": "the file: line 2: 'method' is there twice",
+    "method: grid\nmethod: random": "the file: line 2: 'method' occurs twice",
     "? [1, 2]\n: 3": "the file: ",
-    "1: 2": "the file: 1 is no name",
+    "1: 2": "the file: 1 is not a valid name",
     "a: !!python/object/apply:os.getcwd []": "the file: not YAML, line 1",
     "a: 2020-13-45": "the file: not YAML",
     "a: &a [*a]": "unknown key 'a'",
@@ -237,14 +237,14 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: text[:12])
-def test_a_text_that_is_no_mapping_is_one_line(text, tmp_path):
+def test_sweep_file_without_mapping_raises_one_line(text, tmp_path):
     with pytest.raises(ConfigError) as error:
         made(tmp_path, text=text)
     assert TEXTS[text] in str(error.value) and str(error.value).count("\n") == 0
 
 
-def test_the_file_that_comes_with_it_is_right_and_wandb_accepts_it():
-    sweep = read(ROOT / "sweeps" / "example.yaml")
+def test_example_sweep_is_valid_and_accepted_by_wandb():
+    sweep = load_sweep(ROOT / "sweeps" / "example.yaml")
     assert len(sweep.runs()) == 12 and all(run.refused is None for run in sweep.runs())
     judged = getattr(pytest.importorskip("sweeps"), "schema_violations_from_proposed_config", None) or pytest.skip(
         "needs W&B's sweeps"
@@ -254,7 +254,7 @@ def test_the_file_that_comes_with_it_is_right_and_wandb_accepts_it():
     assert judged(given | {"method": "bayess"})  # it does look
 
 
-def test_wandb_accepts_every_distribution_that_we_do():
+def test_wandb_accepts_every_supported_distribution():
     judged = getattr(pytest.importorskip("sweeps"), "schema_violations_from_proposed_config", None) or pytest.skip(
         "needs W&B's sweeps"
     )

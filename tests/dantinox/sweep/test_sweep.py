@@ -1,4 +1,4 @@
-"""A sweep as its user meets it: rows that fail, what is done is not done again, Ctrl-C, wrong input."""
+"""The sweep program: failed runs, finished runs, Ctrl-C, invalid input."""
 
 import csv
 import fcntl
@@ -18,8 +18,8 @@ from dantinox.metrics.logger import read_metrics
 from dantinox.sweep import __main__ as sweep
 from dantinox.sweep import report
 from dantinox.sweep.report import Outcome
-from dantinox.sweep.search_space import read
-from tests.helpers.readme_messages import promised
+from dantinox.sweep.search_space import load_sweep
+from tests.helpers.readme_messages import message_pattern
 
 TINY = {
     "n_layers": 1, "dim": 16, "n_heads": 2, "n_kv_heads": 1, "window": 8, "seq_len": 16, "max_context": 32,
@@ -62,7 +62,7 @@ def finished(place):
     return place / "runs" / "heads", run("heads.yaml", cwd=place)[0]
 
 
-def test_a_run_that_fails_is_a_row_and_not_the_end(finished):
+def test_failed_run_is_a_row_and_the_sweep_continues(finished):
     folder, out = finished
     with (folder / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -74,7 +74,7 @@ def test_a_run_that_fails_is_a_row_and_not_the_end(finished):
     }
     why = {row["state"]: row["why"] for row in rows}
     assert why["refused"] == "n_heads is 2 and n_kv_heads is 4; n_heads must be a multiple of n_kv_heads"
-    assert re.match(r"step \d is not finite \(loss [\d.]+, grad_norm nan\): its update was not made", why["failed"])
+    assert re.match(r"step \d is not finite \(loss [\d.]+, grad_norm nan\): its update was discarded", why["failed"])
     done = [row for row in rows if row["state"] == "done"]
     assert rows[:1] == done
     for row in done:
@@ -98,19 +98,19 @@ def dantinox_leaves(model):
     return jax.tree.leaves(nnx.state(model))
 
 
-def test_what_is_done_is_not_done_again_and_what_failed_goes_on(finished, place):
+def test_finished_runs_are_skipped_and_failed_runs_resume(finished, place):
     folder, _ = finished
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/metrics.jsonl")}
     out, _ = run("heads.yaml", cwd=place)
-    begun = re.findall(r"^\d/3 (\S+): (begins|goes on)", out, re.M)
-    assert len(begun) == 1 and begun[0][1] == "goes on" and "lr=1e+30" in begun[0][0]
+    begun = re.findall(r"^\d/3 (\S+): (starts|resumes)", out, re.M)
+    assert len(begun) == 1 and begun[0][1] == "resumes" and "lr=1e+30" in begun[0][0]
     same = [path for path, time in before.items() if path.stat().st_mtime_ns == time]
     assert len(same) == 1 and not any("lr=1e" in str(path) for path in same)
     listed, _ = run("heads.yaml", "--dry-run", cwd=place)
     assert listed.count("(done)") == listed.count("(refused: n_heads is 2 and n_kv_heads is 4") == 1
 
 
-def test_ctrl_c_leaves_a_sweep_that_goes_on_where_it_was(place):
+def test_sweep_interrupted_by_ctrl_c_resumes(place):
     fixed = {name: {"value": value} for name, value in (("steps", 100_000), ("eval_every", 0), ("save_every", 0))}
     write(place, "long", {"lr": {"values": [0.01, 0.02]}, **fixed})
     process, folder = start("long.yaml", cwd=place), place / "runs" / "long"
@@ -120,14 +120,16 @@ def test_ctrl_c_leaves_a_sweep_that_goes_on_where_it_was(place):
     second = subprocess.run(
         [sys.executable, "-m", "dantinox.sweep", "long.yaml"], cwd=place, capture_output=True, text=True, timeout=300
     )
-    line = "dantinox-sweep: error: runs/long is at work for another sweep, or a run of one; wait for it, or end it\n"
+    line = "dantinox-sweep: error: runs/long is in use by another sweep or a run of one; wait for it, or stop it\n"
     assert (second.returncode, second.stderr) == (2, line)
     asked = time.monotonic()
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert time.monotonic() - asked < 15 and process.returncode == 130 and "Traceback" not in err
-    assert out.endswith("interrupted; each run is saved. Go on with: python -m dantinox.sweep long.yaml\n")
-    assert promised("Ctrl-C in a sweep").fullmatch(out.splitlines()[-1].replace("long.yaml", "sweeps/example.yaml"))
+    assert out.endswith("interrupted; each run is saved. Resume with: python -m dantinox.sweep long.yaml\n")
+    assert message_pattern("Ctrl-C in a sweep").fullmatch(
+        out.splitlines()[-1].replace("long.yaml", "sweeps/example.yaml")
+    )
     (begun,) = [path for path in folder.iterdir() if path.is_dir()]
     (step,) = [int(path.name) for path in (begun / "checkpoints").iterdir()]
     assert step >= 5 and f"interrupted; step {step} is saved" in (folder / f"{begun.name}.log").read_text()
@@ -155,7 +157,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("words", WRONG)
-def test_wrong_input_is_one_line_and_exit_2(words, tmp_path, monkeypatch, capsys):
+def test_invalid_input_prints_one_line_and_exits_2(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("Nel mezzo")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe")
@@ -173,7 +175,7 @@ def test_wrong_input_is_one_line_and_exit_2(words, tmp_path, monkeypatch, capsys
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_dry_run_lists_the_runs_and_writes_nothing(tmp_path, monkeypatch, capsys):
+def test_dry_run_lists_runs_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("Nel mezzo")
     write(tmp_path, "good", {"window": {"values": [8, None]}})
@@ -184,42 +186,42 @@ def test_a_dry_run_lists_the_runs_and_writes_nothing(tmp_path, monkeypatch, caps
     assert sorted(os.listdir()) == ["good.yaml", "text.txt"]
 
 
-def test_a_run_left_behind_holds_the_folder(tmp_path):
-    with sweep.locked(tmp_path / "here") as handle:
+def test_orphaned_run_locks_the_sweep_folder(tmp_path):
+    with sweep.lock_folder(tmp_path / "here") as handle:
         child = subprocess.Popen(["sleep", "60"], pass_fds=(handle,))
     try:
         with (
-            pytest.raises(dantinox.ConfigError, match="is at work for another sweep, or a run of one"),
-            sweep.locked(tmp_path / "here"),
+            pytest.raises(dantinox.ConfigError, match="is in use by another sweep or a run of one"),
+            sweep.lock_folder(tmp_path / "here"),
         ):
             pass
     finally:
         child.kill()
         child.wait()
-    with sweep.locked(tmp_path / "here") as handle:
+    with sweep.lock_folder(tmp_path / "here") as handle:
         assert fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB) is None
 
 
-def test_the_table_ranks_by_the_goal_and_a_result_of_other_settings_does_not_count(tmp_path, monkeypatch):
+def test_table_ranks_by_goal_and_ignores_stale_results(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("Nel mezzo")
     write(tmp_path, "s", {"window": {"values": [8, 4, 2]}}, metric={"name": "mfu", "goal": "maximize"})
-    found = read(tmp_path / "s.yaml")
+    found = load_sweep(tmp_path / "s.yaml")
     runs = found.runs()
     figures = {"val_loss": 1.0, "loss": 1.0, "tokens_per_s": 5e3, "parameters": 1, "active": 1, "cache_bytes": 1}
-    outcomes = [Outcome(r, "done", figures=figures | {"mfu": x}) for r, x in zip(runs, (0.1, float("nan"), 0.3))]
-    lines = report.table(found, outcomes).splitlines()[2:]
+    outcomes = [Outcome(r, "done", metrics=figures | {"mfu": x}) for r, x in zip(runs, (0.1, float("nan"), 0.3))]
+    lines = report.results_table(found, outcomes).splitlines()[2:]
     assert [line.split()[1] for line in lines] == ["2", "8", "4"]
-    report.write(found, outcomes, tmp_path)
+    report.write_results(found, outcomes, tmp_path)
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
-    assert report.known(runs[0], tmp_path).state == "waiting"
+    assert report.load_outcome(runs[0], tmp_path).state == "waiting"
     (tmp_path / runs[0].name).mkdir()
     for file, text in (
         ("config.yaml", ""),
         ("result.json", json.dumps({"values": runs[0].values, "figures": figures})),
     ):
         (tmp_path / runs[0].name / file).write_text(text)
-    assert report.known(runs[0], tmp_path).state == "done"
+    assert report.load_outcome(runs[0], tmp_path).state == "done"
     for text in ("{", "[]", json.dumps({"values": runs[1].values, "figures": figures})):
         (tmp_path / runs[0].name / "result.json").write_text(text)
-        assert report.known(runs[0], tmp_path).state == "interrupted"
+        assert report.load_outcome(runs[0], tmp_path).state == "interrupted"

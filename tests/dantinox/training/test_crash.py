@@ -1,4 +1,4 @@
-"""What a run survives: kills at any moment, damage to its newest checkpoint. Slow; `make test-crash` runs it."""
+"""Crash tests: kills at random moments, and damage to the newest checkpoint. Slow; `make test-crash` runs it."""
 
 import json
 import os
@@ -107,7 +107,7 @@ def kill(programs: Programs, run: Path, draw: random.Random) -> tuple[bool, bool
     return reported(run) > before, saving
 
 
-def test_kills_at_random_moments_cost_no_more_than_the_steps_between_saves(folder, programs):
+def test_random_kills_lose_only_steps_since_the_last_save(folder, programs):
     run, draw, lost, among, unfinished = Path("runs/killed"), random.Random(0), [], 0, 0
     for _ in range(KILLS):
         stepped, saving = kill(programs, run, draw)
@@ -165,7 +165,7 @@ def hurt(folder: Path, draw: random.Random) -> str:
     return kind
 
 
-def test_damage_to_the_newest_checkpoint_is_named_and_never_trained_on(folder, programs):
+def test_corrupt_newest_checkpoint_is_reported_and_not_used(folder, programs):
     run, draw = Path("runs/damaged"), random.Random(1)
     programs.start(*FLAGS, "--run", run.name, "--steps", 2 * SAVE_EVERY)
     assert programs.status() == 0, Path("out.txt").read_text()[-3000:]

@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed, damaged or not finite, and go on: what comes out is what an undisturbed run gives."""
+"""Runs that are interrupted, killed, damaged or not finite: resumed runs equal uninterrupted ones."""
 
 import copy
 import hashlib
@@ -25,7 +25,7 @@ from dantinox.training import train_step
 from dantinox.training.loop import NonFiniteError
 from dantinox.training.signals import Interrupted
 from dantinox.training.trainer import Trainer
-from tests.helpers.readme_messages import promised
+from tests.helpers.readme_messages import message_pattern
 
 TIMES = ("tokens_per_s", "mfu")
 # All that carries state from step to step: dropout, accumulation, an average, experts, a schedule.
@@ -97,13 +97,13 @@ def at_step(monkeypatch, number: int, what) -> None:
     monkeypatch.setattr(Trainer, "batch", lambda self, i: (what() if i == number - 1 else None, make(self, i))[1])
 
 
-def test_two_runs_of_one_seed_are_bit_equal(whole):
+def test_two_runs_with_one_seed_are_bit_equal(whole):
     again = run("again")
     assert rows(again) == rows(whole) and weights(again) == weights(whole)
     assert [row["step"] for row in rows(whole) if "val_loss" in row] == [4, 8, 12]
 
 
-def test_a_short_run_keeps_the_weights_that_were_trained(whole):
+def test_short_run_saves_trained_weights(whole):
     """Fault 1: checkpoints only every so many steps, none at the end: a short run keeps untrained weights."""
     path = run("short", save_every=500, eval_every=0)
     assert Checkpoints(path).steps() == [12] and weights(path) == weights(whole)
@@ -113,21 +113,21 @@ def test_a_short_run_keeps_the_weights_that_were_trained(whole):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(number, whole, monkeypatch, capsys):
+def test_run_resumed_after_a_signal_equals_uninterrupted_run(number, whole, monkeypatch, capsys):
     """Fault 7: a resumed run is another one where there is dropout, and Ctrl-C loses the place."""
     name, before = f"stopped-{number.name}", signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch, pytest.raises(Interrupted) as stop:
         at_step(patch, 7, lambda: signal.raise_signal(number))
         run(name)
     assert stop.value.code == 128 + number
-    told = f"interrupted; step 6 is saved. Go on with: python -m dantinox.train --run {name} --resume"
-    assert f"{told}\n" in capsys.readouterr().out and promised("Ctrl-C or SIGTERM").fullmatch(told)
+    told = f"interrupted; step 6 is saved. Resume with: python -m dantinox.train --run {name} --resume"
+    assert f"{told}\n" in capsys.readouterr().out and message_pattern("Ctrl-C or SIGTERM").fullmatch(told)
     assert signal.getsignal(signal.SIGINT) is before
     path = run(name, resume=True)
     assert rows(path) == rows(whole) and weights(path) == weights(whole)
 
 
-def test_a_signal_in_an_evaluation_ends_it_and_the_resumed_run_makes_it_anew(whole, monkeypatch):
+def test_evaluation_interrupted_by_a_signal_is_repeated_on_resume(whole, monkeypatch):
     evaluate, times = Trainer.validation_loss, []
 
     def interrupted(self, params):
@@ -163,28 +163,28 @@ def killed(name: str, monkeypatch, at: int) -> Path:
     return Path("runs") / name
 
 
-def test_a_killed_run_goes_on_from_its_checkpoint(whole, monkeypatch):
+def test_killed_run_resumes_from_its_checkpoint(whole, monkeypatch):
     """Fault 18: rows of the log are overwritten on resume."""
     path = killed("killed", monkeypatch, at=9)
     run("killed", resume=True)
     assert rows(path) == rows(whole) and weights(path) == weights(whole)
 
 
-def test_a_run_killed_before_it_saved_begins_anew_and_nothing_else_does(whole, monkeypatch, capsys):
+def test_only_runs_without_checkpoints_restart_from_scratch(whole, monkeypatch, capsys):
     """Nothing keeps step 0: the start of a run follows from its settings."""
     path = killed("young", monkeypatch, at=3)
     assert Checkpoints(path).steps() == [] and len(rows(path)) == 2
     run("young", resume=True)
-    assert promised("killed before its first checkpoint").search(capsys.readouterr().out)
+    assert message_pattern("killed before its first checkpoint").search(capsys.readouterr().out)
     assert rows(path) == rows(whole) and weights(path) == weights(whole)
     shutil.rmtree(path / "checkpoints")
     before = (path / "metrics.jsonl").read_bytes()
-    with pytest.raises(FileNotFoundError, match="run runs/young has no checkpoint, though it came to step 12"):
+    with pytest.raises(FileNotFoundError, match="run runs/young has no checkpoint, although it reached step 12"):
         run("young", resume=True)
     assert (path / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_run_with_earlier_setting_names_resumes(here, monkeypatch):
+def test_run_with_earlier_setting_names_resumes(here, monkeypatch):
     fixture = Path(__file__).parents[1] / "config" / "earlier_names.yaml"
     settings = Config.from_yaml(fixture)
     expected = train.train(settings.replace(run="today"))
@@ -198,7 +198,7 @@ def test_a_run_with_earlier_setting_names_resumes(here, monkeypatch):
     assert "n_kv_heads: 1" in (path / "config.yaml").read_text()
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, monkeypatch, capsys):
+def test_corrupt_checkpoint_is_reported_and_previous_one_is_used(whole, monkeypatch, capsys):
     path = killed("damaged", monkeypatch, at=12)
     assert Checkpoints(path).steps()[-2:] == [8, 10]
     file = max((path / "checkpoints" / "10").rglob("*"), key=lambda file: file.is_file() and file.stat().st_size)
@@ -206,13 +206,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, monkeyp
     capsys.readouterr()
     run("damaged", resume=True)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "is damaged" in line]
-    assert line.endswith("; going on from step 8") and file.name in line and "bytes of" in line
-    assert promised("a checkpoint is damaged").fullmatch(line)
+    assert line.endswith("; resuming from step 8") and file.name in line and "bytes of" in line
+    assert message_pattern("a checkpoint is damaged").fullmatch(line)
     assert (path / "damaged" / "10" / "manifest.json").is_file()  # nothing is thrown away
     assert rows(path) == rows(whole) and weights(path) == weights(whole)
 
 
-def test_without_an_intact_checkpoint_the_run_says_so(monkeypatch, capsys):
+def test_run_without_valid_checkpoint_exits_with_a_message(monkeypatch, capsys):
     path = killed("ruined", monkeypatch, at=6)
     for manifest in path.glob("checkpoints/*/manifest.json"):
         manifest.unlink()
@@ -222,21 +222,21 @@ def test_without_an_intact_checkpoint_the_run_says_so(monkeypatch, capsys):
         train.main(["--run", "ruined", "--resume"])
     assert stop.value.code == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "manifest.json is missing; no other checkpoint is left" in err
+    assert err.count("\n") == 1 and "manifest.json is missing; there is no other checkpoint" in err
     assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
 
 
-def test_a_full_disk_ends_the_run_with_a_line_that_says_what_is_left(whole, monkeypatch, capsys):
-    room = manager._bytes
-    monkeypatch.setattr(manager, "_bytes", lambda state: room(state) if train_steps(state) < 10 else 1 << 60)
+def test_full_disk_ends_the_run_with_one_line(whole, monkeypatch, capsys):
+    room = manager._max_bytes
+    monkeypatch.setattr(manager, "_max_bytes", lambda state: room(state) if train_steps(state) < 10 else 1 << 60)
     Path("full.yaml").write_text(Config().replace(run="full", data="text.txt", **SETTINGS).to_yaml())
     with pytest.raises(SystemExit) as stop:
         train.main(["--config", "full.yaml"])
     assert stop.value.code == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "step 10 could not be saved" in err and "No space left on device" in err
-    assert err.endswith("the checkpoint of step 8 is as it was\n")
-    assert promised("the disk is full").search(err)
+    assert err.endswith("the checkpoint of step 8 is intact\n")
+    assert message_pattern("the disk is full").search(err)
     monkeypatch.undo()
     path = run("full", resume=True)
     assert rows(path) == rows(whole) and weights(path) == weights(whole)
@@ -247,7 +247,7 @@ def train_steps(state) -> int:
     return int(max(leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.dtype == np.int32))
 
 
-def test_another_text_is_not_taken_for_the_one_trained_on(whole):
+def test_resume_with_different_data_raises(whole):
     """Fault 2: a second corpus is silently replaced by the first."""
     text = Path("text.txt").read_text()
     try:
@@ -260,7 +260,7 @@ def test_another_text_is_not_taken_for_the_one_trained_on(whole):
         Path("text.txt").write_text(text)
 
 
-def test_what_a_resumed_run_has_otherwise_is_listed():
+def test_resume_lists_changed_settings():
     old = Config().replace(**SETTINGS)
     new = old.replace(n_layers=2, n_kv_heads=2, optimizer="lion", ema_decay=0.0, data="other", lr=1.0)
     with pytest.raises(ConfigError) as error:
@@ -271,7 +271,7 @@ def test_what_a_resumed_run_has_otherwise_is_listed():
     )
     with pytest.raises(ConfigError) as error:
         training_resume.diff_settings(old.replace(n_layers=6, n_heads=4, n_kv_heads=2), old.replace(n_heads=4))
-    assert promised("another model or text with `--resume`").fullmatch(str(error.value))
+    assert message_pattern("another model or text with `--resume`").fullmatch(str(error.value))
     assert (
         training_resume.diff_settings(old.replace(lr=1.0, batch_size=8, max_checkpoints=9), old)
         == "lr 0.01 -> 1.0; batch_size 4 -> 8"
@@ -304,14 +304,14 @@ def planted(monkeypatch):
     return batch
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing_and_its_batch_is_kept(planted, capsys):
+def test_non_finite_gradient_skips_the_update_and_saves_the_batch(planted, capsys):
     with pytest.raises(NonFiniteError) as stop:
         run("nan", save_every=4, **DENSE)
     path = Path("runs/nan")
     message = str(stop.value)
-    assert promised("a loss or gradient is not finite").fullmatch(message)
+    assert message_pattern("a loss or gradient is not finite").fullmatch(message)
     assert message.startswith("step 6 is not finite (loss ") and "grad_norm nan" in message
-    assert message.endswith("step 5 is saved. Go on without that batch: " + resume("nan") + " --on-nan skip")
+    assert message.endswith("step 5 is saved. Skip the batch with: " + resume("nan") + " --on-nan skip")
     assert [row["step"] for row in rows(path)] == [1, 2, 3, 4, 5]
     dump = np.load(path / "nan-6.npz", allow_pickle=False)
     inputs, targets = planted(train.Trainer(Config.from_yaml(path / "config.yaml")), 5)
@@ -321,7 +321,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_its_batch_is_kept(pla
     run("nan", resume=True, save_every=1, on_nan="skip", max_checkpoints=99, **DENSE)
     assert weights(path, 6) == before != weights(path, 7)
     assert [(row["step"], row["grad_norm"], row["skipped"]) for row in rows(path) if "skipped" in row] == [(6, None, 1)]
-    assert np.isfinite(rows(path)[-1]["val_loss"]) and "going on without it" in capsys.readouterr().out
+    assert np.isfinite(rows(path)[-1]["val_loss"]) and "; skipped the batch" in capsys.readouterr().out
 
 
 def test_five_hundred_steps_compile_each_program_once(caplog):
@@ -340,14 +340,14 @@ def resume(name: str) -> str:
     return f"python -m dantinox.train --run {name} --resume"
 
 
-def test_training_stops_when_the_validation_loss_does_and_the_best_stays(monkeypatch, capsys):
+def test_early_stopping_keeps_the_best_checkpoint(monkeypatch, capsys):
     losses = iter([3.0, 2.0, 2.5, float("nan"), 1.0, 1.5])
     monkeypatch.setattr(Trainer, "validation_loss", lambda self, params: next(losses))
     path = run("early", patience=2, eval_every=2, save_every=0, max_checkpoints=1)
     assert [row["step"] for row in rows(path)] == list(range(1, 9))
     assert Checkpoints(path).steps() == [4, 8] and Checkpoints(path).best() == 4
     out = capsys.readouterr().out
-    assert "stopped early at step 8: 2 evaluations without a validation loss below 2.0000, that of step 4" in out
-    assert promised("no better validation loss, with `--patience 5`").search(out)
+    assert "stopped early at step 8: 2 evaluations without improvement over validation loss 2.0000 of step 4" in out
+    assert message_pattern("no better validation loss, with `--patience 5`").search(out)
     run("early", resume=True, patience=3, eval_every=2, save_every=0, max_checkpoints=1)
     assert [row["step"] for row in rows(path)] == list(range(1, 13)) and Checkpoints(path).best() == 10

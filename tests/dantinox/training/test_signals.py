@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: heard at once where nothing can be lost, after the step where something can."""
+"""SIGINT and SIGTERM: handled at once if nothing is lost, otherwise after the step."""
 
 import signal
 import subprocess
@@ -16,7 +16,7 @@ BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 
 
 @BOTH
-def test_a_signal_waits_for_the_step_and_ends_what_may_be_dropped(number):
+def test_signal_waits_for_steps_and_interrupts_evaluations(number):
     saved = []
     with SignalHandler() as stop:
         assert stop.received is None
@@ -34,7 +34,7 @@ def test_a_signal_waits_for_the_step_and_ends_what_may_be_dropped(number):
     assert saved == ["before", "inside"]
 
 
-def test_handlers_are_given_back():
+def test_signal_handlers_are_restored():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(ZeroDivisionError), SignalHandler():
         raise ZeroDivisionError
@@ -56,7 +56,7 @@ DEAF = """
 
 
 @BOTH
-def test_a_program_that_cannot_hear_is_saved_and_ended_within_five_seconds(number):
+def test_unresponsive_program_is_saved_and_exits_in_five_seconds(number):
     command = [sys.executable, "-S", "-c", textwrap.dedent(DEAF), str(FOLDER)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:

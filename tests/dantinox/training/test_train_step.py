@@ -14,12 +14,13 @@ import pytest
 from flax import nnx
 
 from dantinox import ConfigError, Transformer
-from dantinox.checkpoint.params import abstract_params, param_axes, split_params
+from dantinox.checkpoint.train_state import TrainState
 from dantinox.config import Config, OptimConfig
 from dantinox.distributed.mesh import make_mesh
 from dantinox.model import moe
-from dantinox.training.optimizer import contracted, make_optimizer, make_schedule
-from dantinox.training.train_step import TrainState, compute_loss, cross_entropy, make_eval_step, make_train_step
+from dantinox.model.params import abstract_params, param_axes, split_params
+from dantinox.training.optimizer import make_optimizer, make_schedule, muon_dimension_numbers
+from dantinox.training.train_step import compute_loss, cross_entropy, make_eval_step, make_train_step
 
 ROOT = Path(__file__).parents[3]
 TINY = {"vocab_size": 50, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "window": 5, "max_context": 16}
@@ -60,7 +61,7 @@ def test_micro_batches_equal_one_large_batch(pieces):
     assert largest_difference(one.opt_state[1][0].mu, many.opt_state[1][0].mu) < 1e-6
 
 
-def test_training_learns_and_the_old_state_is_donated():
+def test_loss_decreases_and_old_state_is_donated():
     """Fault 7: the state is copied at each step."""
     config, _, current, step = build(steps=60)
     x, y = batch(config)
@@ -74,7 +75,7 @@ def test_training_learns_and_the_old_state_is_donated():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
 
 
-def test_cross_entropy_against_numpy():
+def test_cross_entropy_matches_numpy():
     rng = np.random.default_rng(1)
     logits, targets = rng.normal(size=(3, 7, 11)) * 5, rng.integers(0, 11, (3, 7))
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -82,7 +83,7 @@ def test_cross_entropy_against_numpy():
     assert abs(cross_entropy(jnp.asarray(logits, jnp.float32), jnp.asarray(targets)) - expected) < 1e-5
 
 
-def test_targets_below_zero_are_no_part_of_the_loss():
+def test_negative_targets_do_not_affect_the_loss():
     rng = np.random.default_rng(1)
     logits, targets = rng.normal(size=(3, 7, 11)).astype(np.float32), rng.integers(0, 11, (3, 7))
     padded, counts = targets.copy(), np.ones((3, 7), bool)
@@ -98,7 +99,7 @@ def test_targets_below_zero_are_no_part_of_the_loss():
     assert nothing == 0 and not np.asarray(slope).any()
 
 
-def test_padding_counts_for_nothing_however_it_falls_into_micro_batches():
+def test_padding_does_not_affect_loss_in_any_micro_batch_split():
     config, model_def, start, _ = build(n_layers=1, window=None, pos_encoding="none", attn="reference")
     x, y = batch(config)
     y[0, 1:3] = -1
@@ -109,7 +110,7 @@ def test_padding_counts_for_nothing_however_it_falls_into_micro_batches():
     assert parts["loss"] == pytest.approx(float(whole), rel=1e-6)
 
 
-def test_the_average_of_the_weights_follows_its_formula():
+def test_ema_weights_follow_the_formula():
     config, _, start, step = build(n_layers=1, window=None, pos_encoding="none", attn="reference", ema_decay=0.5)
     current = TrainState(start.params, start.opt_state, jax.tree.map(jnp.copy, start.params))
     average = {name: np.float64(value) for name, value in start.params.items()}
@@ -122,7 +123,7 @@ def test_the_average_of_the_weights_follows_its_formula():
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon"])
-def test_every_optimizer_descends_and_decays_matrices_alone(name):
+def test_optimizer_descends_and_decays_only_matrices(name):
     _, shapes = abstract_params(Config().replace(**TINY | RUN | {"n_layers": 1, "n_experts": 4}).model)
     draw = np.random.default_rng(0)
     goal = {key: jnp.asarray(draw.standard_normal(shape.shape), jnp.float32) for key, shape in shapes.items()}
@@ -151,12 +152,12 @@ def test_every_optimizer_descends_and_decays_matrices_alone(name):
         np.testing.assert_allclose(still[key], goal[key] * (1 - 0.02 * 0.1), rtol=1e-5)
 
 
-def test_muon_takes_each_matrix_as_the_product_that_it_makes():
+def test_muon_reduction_axes_match_the_matmul_axes():
     config = Config().replace(
         **TINY | RUN, n_experts=4, shared_expert=True, attn_gate="elementwise", tie_embeddings=False, qk_norm=True
     )
     _, shapes = abstract_params(config.model)
-    numbers, letters = contracted(shapes), param_axes(config.model)
+    numbers, letters = muon_dimension_numbers(shapes), param_axes(config.model)
     assert numbers.keys() == letters.keys()
     for name, axes in letters.items():
         if numbers[name] is None:
@@ -168,7 +169,7 @@ def test_muon_takes_each_matrix_as_the_product_that_it_makes():
         assert sorted([*takes, *makes]) == [i for i, axis in enumerate(axes) if axis != "E" or name.endswith("router")]
 
 
-def test_the_figures_of_the_routers_are_those_of_each_layer():
+def test_router_metrics_are_reported_per_layer():
     config, model_def, start, _ = build(
         n_experts=4, window=None, pos_encoding="none", attn="reference", moe="reference"
     )
@@ -190,7 +191,7 @@ def losses(model_def, config):
     return jax.jit(lambda *args: compute_loss(model_def, config, *args))
 
 
-def test_balance_and_z_coefficients_are_applied_to_what_is_minimised_but_not_to_evaluation():
+def test_router_loss_coefficients_affect_training_loss_only():
     """Fault 3: the balance coefficient is ignored in the loss, or the validation loss holds the router's losses."""
     config, model_def, start, _ = build(n_experts=4, router_aux_loss_coef=0.0, router_z_loss_coef=0.0)
     x, y = (a[0] for a in batch(config))
@@ -203,7 +204,7 @@ def test_balance_and_z_coefficients_are_applied_to_what_is_minimised_but_not_to_
     assert abs(make_eval_step(model_def, both)(start.params, x, y) - parts["loss"]) < 1e-6
 
 
-def test_dropout_is_on_in_training_off_in_evaluation_and_a_function_of_the_step():
+def test_dropout_is_active_in_training_only_and_depends_on_the_step():
     """Fault 4: dropout stays on in validation."""
     config, model_def, start, _ = build(dropout=0.5)
     x, y = (a[0] for a in batch(config))
@@ -216,7 +217,7 @@ def test_dropout_is_on_in_training_off_in_evaluation_and_a_function_of_the_step(
     assert abs(evaluate(start.params, x, y) - still) < 1e-6 and first != still
 
 
-def test_weight_decay_leaves_norm_scales_alone():
+def test_weight_decay_skips_norm_scales():
     _, model_def, start, _ = build()
     optimizer = make_optimizer(OptimConfig(lr=0.1, warmup_ratio=0.0, weight_decay=1.0, schedule="constant"), 10)
     zero = jax.tree.map(jnp.zeros_like, start.params)
@@ -226,7 +227,7 @@ def test_weight_decay_leaves_norm_scales_alone():
 
 
 @pytest.mark.parametrize("kind", ["cosine", "wsd", "constant"])
-def test_schedules(kind):
+def test_learning_rate_follows_the_schedule(kind):
     rate = make_schedule(OptimConfig(lr=1.0, schedule=kind, warmup_ratio=0.1, min_lr_ratio=0.1), 100)
     values = [float(rate(i)) for i in range(100)]
     assert values[0] == pytest.approx(0.1) and values[9] == pytest.approx(1.0)
@@ -237,7 +238,7 @@ def test_schedules(kind):
     assert all(float(make_schedule(OptimConfig(), n)(0)) > 0 for n in (1, 2, 3, 19, 21))
 
 
-def test_clipping_bounds_the_update():
+def test_grad_clip_bounds_the_update():
     config, _, start, step = build(grad_clip=1e-3)
     x, y = batch(config)
     _, parts = step(start, x, y, jnp.int32(0))
@@ -277,7 +278,7 @@ MESH = """
 
 
 @pytest.mark.parametrize(("experts", "attn"), [(4, "pallas"), pytest.param(0, "xla", marks=pytest.mark.slow)])
-def test_a_mesh_of_eight_devices_gives_the_losses_of_one(experts, attn):
+def test_eight_device_mesh_gives_single_device_losses(experts, attn):
     """Fault 8: a model over several devices gives other numbers than on one."""
     code = textwrap.dedent(MESH).replace("EXPERTS", str(experts)).replace("ATTN", attn)
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
@@ -286,7 +287,7 @@ def test_a_mesh_of_eight_devices_gives_the_losses_of_one(experts, attn):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_a_mesh_that_cannot_be_is_named():
+def test_invalid_mesh_raises():
     with pytest.raises(ConfigError, match="needs 4096 devices"):
         make_mesh({"data": 64, "fsdp": 64})
     for mesh in ("data", "data=0", "model=2", "data=x"):
@@ -296,7 +297,7 @@ def test_a_mesh_that_cannot_be_is_named():
         Config().replace(mesh="data=3", batch_size=8)
 
 
-def test_parameters_survive_being_taken_apart():
+def test_split_and_merge_params_round_trip():
     config, model_def, start, _ = build(n_experts=4, qk_norm=True, attn_gate="elementwise", tie_embeddings=False)
     model = model_def.merge(start.params)
     tokens = jnp.arange(12).reshape(1, 12)

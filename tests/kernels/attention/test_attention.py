@@ -17,7 +17,7 @@ from dantinox.kernels import workloads
 from dantinox.kernels.ops.attention import xla
 from tests.helpers import cases, random_shapes, tolerance
 
-IMPLEMENTATIONS = tolerance.runnable("attention")
+IMPLEMENTATIONS = tolerance.runnable_implementations("attention")
 
 
 def loops(q, k, v, gate=None, *, causal=True, window=None, scale=None, softcap=None, segment_ids=None):
@@ -53,9 +53,11 @@ def directional_derivatives(
 ) -> tuple[float, float]:
     """The gradient along one random direction: (as computed, by the loops, unless that is given)."""
     direction = {name: np.random.default_rng(1).standard_normal(x.shape) for name, x in inputs.items()}
-    along = sum(np.sum(tolerance.exact(result[f"d{name}"]) * direction[name]) for name in inputs)
+    along = sum(np.sum(tolerance.to_float64(result[f"d{name}"]) * direction[name]) for name in inputs)
     if by_hand is None:
-        by_hand = tolerance.slope(lambda **x: loops(**x, **aux, **case.options()), inputs, direction, dout)
+        by_hand = tolerance.directional_derivative(
+            lambda **x: loops(**x, **aux, **case.options()), inputs, direction, dout
+        )
     return along, by_hand
 
 
@@ -73,7 +75,7 @@ TINY = {
 
 
 @pytest.mark.parametrize("case", TINY.values(), ids=TINY)
-def test_the_reference_is_the_formula(case):
+def test_reference_matches_python_loops(case):
     inputs, aux, dout = cases.draw(case)
     with jax.enable_x64(True):
         result = tolerance.program("attention", "reference", cases.options(case))(inputs, aux, dout)
@@ -83,18 +85,20 @@ def test_the_reference_is_the_formula(case):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("case", "dtype"), cases.judged("attention"))
-def test_every_implementation_keeps_the_rule(case, dtype, implementation):
+@pytest.mark.parametrize(("case", "dtype"), cases.workload_parameters("attention"))
+def test_implementation_matches_reference(case, dtype, implementation):
     inputs, aux, dout = cases.draw(case)
     small = case.T * case.S < 2**18
     options = cases.options(case)
-    result = tolerance.judge("attention", implementation, inputs, dout, dtype, aux=aux, options=options, hurry=small)
+    result = tolerance.assert_matches_reference(
+        "attention", implementation, inputs, dout, dtype, aux=aux, options=options, fast_compile=small
+    )
     if case.T > case.S and case.causal:
         for name in ("o", "dq", *(["dgate"] if case.gate != "none" else [])):
             assert not np.any(result[name][:, : case.T - case.S]), f"{name}: a query that sees no key"
 
 
-def is_the_formula(case: workloads.Attention, *runs: Callable[..., Any], seed: int = 0) -> None:
+def assert_matches_loops(case: workloads.Attention, *runs: Callable[..., Any], seed: int = 0) -> None:
     """Output and gradients of programs in float32 against the loops."""
     inputs, aux, dout = cases.draw(case, seed)
     inputs = {name: x.astype(np.float32).astype(np.float64) for name, x in inputs.items()}
@@ -122,7 +126,7 @@ def is_the_formula(case: workloads.Attention, *runs: Callable[..., Any], seed: i
     scale=st.none() | st.floats(-1, 1),
     seed=st.integers(0, 99),
 )
-def test_any_small_shape_is_the_formula(
+def test_random_shapes_match_python_loops(
     implementation, sizes, heads, B, D, gate, segments, causal, window, softcap, scale, seed
 ):
     (T, S), (H, K) = sizes, heads
@@ -131,8 +135,8 @@ def test_any_small_shape_is_the_formula(
                scale=scale)  # fmt: skip
     with contextlib.suppress(pytest.skip.Exception):  # of one shape, not of all
         compiled = tolerance.program("attention", implementation, cases.options(case))
-        is_the_formula(case, *tolerance.forms(implementation, compiled).values(), seed=seed)
-    random_shapes.forget()
+        assert_matches_loops(case, *tolerance.kernel_variants(implementation, compiled).values(), seed=seed)
+    random_shapes.clear_programs()
 
 
 CHUNKED = {
@@ -147,12 +151,12 @@ CHUNKED = {
     "case",
     [pytest.param(case, id=name, marks=pytest.mark.slow if "," in name else ()) for name, case in CHUNKED.items()],
 )
-def test_chunked_scores_are_the_formula(case, monkeypatch):
+def test_chunked_scores_match_python_loops(case, monkeypatch):
     """The chunked path for long sequences, on short ones that `loops` can check: five chunks of two one-row blocks."""
     monkeypatch.setattr(xla, "MAX_DENSE_SCORES", 0)
     monkeypatch.setattr(xla, "CHUNK_BLOCK_Q", 1)
     # Bypass the cache of programs: its key does not include these two numbers.
-    is_the_formula(case, tolerance.program.__wrapped__("attention", "xla", cases.options(case)))
+    assert_matches_loops(case, tolerance.program.__wrapped__("attention", "xla", cases.options(case)))
 
 
 POISONED = {  # no query attends to some of the keys
@@ -165,7 +169,7 @@ POISONED = {  # no query attends to some of the keys
 }
 
 
-def poisoned() -> list[Any]:
+def poisoned_parameters() -> list[Any]:
     """(case, implementation) parameters; slow combinations are marked slow."""
     pairs = [(name, i) for name in POISONED for i in (*IMPLEMENTATIONS, "reference")]
 
@@ -176,8 +180,8 @@ def poisoned() -> list[Any]:
 
 
 @pytest.mark.parametrize("compared", ["output", "gradients"])
-@pytest.mark.parametrize(("name", "implementation"), poisoned())
-def test_masked_keys_do_not_affect_outputs(name, implementation, compared):
+@pytest.mark.parametrize(("name", "implementation"), poisoned_parameters())
+def test_masked_keys_do_not_affect_output(name, implementation, compared):
     case = POISONED[name]
     inputs, aux, dout = cases.draw(case)
     distance = np.arange(case.T)[:, None] + case.S - case.T - np.arange(case.S)
@@ -195,7 +199,7 @@ def test_masked_keys_do_not_affect_outputs(name, implementation, compared):
         result = run(filled, aux, np.float32(dout))
         results.append({n: x for n, x in result.items() if (n == "o") == (compared == "output")})
     for other in results[1:]:
-        tolerance.same_bits(results[0], other)
+        tolerance.assert_bit_equal(results[0], other)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -205,7 +209,7 @@ def test_two_runs_are_bit_equal(name, implementation):
     inputs, aux, dout = cases.draw(case)
     run = tolerance.program("attention", implementation, cases.options(case))
     arguments = {n: jnp.float32(x) for n, x in inputs.items()}, aux, jnp.float32(dout)
-    tolerance.same_bits(run(*arguments), run(*arguments))
+    tolerance.assert_bit_equal(run(*arguments), run(*arguments))
 
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])

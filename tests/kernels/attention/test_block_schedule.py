@@ -5,20 +5,27 @@ import itertools
 import numpy as np
 import pytest
 
-from dantinox.kernels.ops.attention.pallas_tpu.block_schedule import (
+from dantinox.kernels.ops.attention.block_schedule import (
     FIRST_KV_BLOCK,
     FIRST_USE_OF_KV,
     LAST_KV_BLOCK,
     NEEDS_MASK,
     make_block_schedule,
 )
+from dantinox.kernels.ops.attention.pallas_cpu.common import merge_kv_blocks
 
 LENGTHS = (1, 2, 5, 8, 13)
-WINDOWS = ((False, None), *((True, window) for window in (None, 1, 2, 4, 7, 100)))
+WINDOWS = {
+    "full": (False, None),
+    "causal": (True, None),
+    **{f"window={window}": (True, window) for window in (1, 2, 4, 7, 100)},
+}
+EACH_WINDOW = pytest.mark.parametrize(("causal", "window"), WINDOWS.values(), ids=WINDOWS)
+RANGES = {"all blocks": None, **{f"blocks {start}-{end}": (start, end) for start, end in ((0, 1), (1, 3), (0, 100))}}
 
 
-@pytest.mark.parametrize(("causal", "window"), WINDOWS)
-@pytest.mark.parametrize("kv_block_range", [None, (0, 1), (1, 3), (0, 100)])
+@EACH_WINDOW
+@pytest.mark.parametrize("kv_block_range", RANGES.values(), ids=RANGES)
 def test_schedule_lists_the_visible_blocks(causal, window, kv_block_range):
     for T, S, bq, bk in itertools.product(LENGTHS, LENGTHS, (1, 2, 4, 8), (1, 2, 4)):
         distance = np.arange(T)[:, None] + S - T - np.arange(S)
@@ -46,14 +53,14 @@ def test_schedule_lists_the_visible_blocks(causal, window, kv_block_range):
         assert list(zip(*(x.tolist() for x in schedule), strict=True)) == expected, (T, S, bq, bk)
 
 
-@pytest.mark.parametrize(("causal", "window"), WINDOWS)
-def test_steps_of_several_blocks_cover_every_visible_pair_once(causal, window):
+@EACH_WINDOW
+def test_multi_block_steps_cover_every_visible_pair_once(causal, window):
     for T, S, bq, bk in itertools.product(LENGTHS, LENGTHS, (1, 4, 8), (1, 2, 4)):
         single = make_block_schedule(T, S, bq, bk, causal=causal, window=window)
         blocks_per_step = int(np.bincount(single.q).max())
         if blocks_per_step == 1:
             continue
-        schedule = make_block_schedule(T, S, bq, bk, causal=causal, window=window, kv_blocks_per_step=blocks_per_step)
+        schedule = merge_kv_blocks(single, -(-S // bk), blocks_per_step)
         assert schedule.q.tolist() == list(range(-(-T // bq)))
         assert set(schedule.flags & (FIRST_KV_BLOCK | LAST_KV_BLOCK | NEEDS_MASK)) == {
             FIRST_KV_BLOCK | LAST_KV_BLOCK | NEEDS_MASK
@@ -64,7 +71,7 @@ def test_steps_of_several_blocks_cover_every_visible_pair_once(causal, window):
         )
 
 
-def test_schedule_grows_linearly_with_the_sequence():
+def test_schedule_grows_linearly_with_sequence_length():
     for S in (1024, 4096, 16384):
         assert len(make_block_schedule(S, S, 128, 256, causal=True, window=512)) <= S // 128 * 4
     # Query blocks that see no key cost one block, not a row of blocks.

@@ -1,4 +1,4 @@
-"""The TPU attention: block sizes, residuals, cost estimates and what an output must not depend on."""
+"""The attention kernels of TPUs and CPUs: block sizes, residuals, costs and what an output must not depend on."""
 
 import re
 from pathlib import Path
@@ -14,11 +14,14 @@ from hypothesis import strategies as st
 
 from dantinox import kernels
 from dantinox.kernels import cost, workloads
-from dantinox.kernels.ops.attention.pallas_tpu import block_sizes
-from dantinox.kernels.ops.attention.pallas_tpu.common import AttentionBlockSizes
+from dantinox.kernels.dispatch import target_device
+from dantinox.kernels.ops.attention.pallas_cpu import block_sizes as cpu_block_sizes
+from dantinox.kernels.ops.attention.pallas_cpu.block_sizes import CpuBlockSizes
+from dantinox.kernels.ops.attention.pallas_tpu import block_sizes as tpu_block_sizes
+from dantinox.kernels.ops.attention.pallas_tpu.block_sizes import TpuBlockSizes
 from tests.helpers import cases, random_shapes, tolerance
-from tests.helpers.jaxpr_walk import equations, largest
-from tests.kernels.attention.test_attention import is_the_formula
+from tests.helpers.jaxpr_walk import equations, largest_intermediate
+from tests.kernels.attention.test_attention import assert_matches_loops
 
 ROOT = Path(__file__).parents[3]
 row = cases.attention
@@ -37,21 +40,24 @@ def draw_f32(case: workloads.Attention) -> tuple[dict[str, np.ndarray], dict[str
 # What an output must not depend on.
 
 WINDOWED = row(40, 40, B=2, H=4, window=9, gate="head")
-SMALL_BLOCKS = AttentionBlockSizes(
-    kv_heads=1, block_q=16, block_kv=8, block_q_compute=32, block_kv_compute=8, kv_span=64
-)  # several blocks per head
+SMALL_BLOCKS = CpuBlockSizes(kv_heads=1, block_q=16, block_kv=8)  # several blocks per head
 
 
 @pytest.fixture
 def use_block_sizes(monkeypatch):
-    """use_block_sizes(sizes) replaces the heuristic for the test."""
-    return lambda sizes: monkeypatch.setattr(block_sizes, "heuristic_block_sizes", lambda *_, **__: sizes)
+    """use_block_sizes(sizes) replaces the heuristic of their device for the test."""
+
+    def use(sizes: CpuBlockSizes | TpuBlockSizes) -> None:
+        module = cpu_block_sizes if isinstance(sizes, CpuBlockSizes) else tpu_block_sizes
+        monkeypatch.setattr(module, "heuristic_block_sizes", lambda *_, **__: sizes)
+
+    return use
 
 
-def test_tokens_outside_the_window_do_not_change_a_bit(use_block_sizes):
+def test_tokens_outside_window_do_not_affect_output(use_block_sizes):
     use_block_sizes(SMALL_BLOCKS)
     inputs, *_ = draw_f32(WINDOWED)
-    run = tolerance.quick(lambda inputs: attention(**inputs, window=9))
+    run = tolerance.jit_fast_compile(lambda inputs: attention(**inputs, window=9))
     before = np.asarray(run(inputs))
     for t in (1, 15, 16, 23, 39):
         after = np.asarray(run({name: np.where(np.arange(40)[:, None, None] == t, 7, x) for name, x in inputs.items()}))
@@ -64,45 +70,50 @@ def test_tokens_outside_the_window_do_not_change_a_bit(use_block_sizes):
 def test_sequences_and_heads_do_not_mix(use_block_sizes):
     use_block_sizes(SMALL_BLOCKS._replace(kv_heads=2))
     inputs, *_ = draw_f32(WINDOWED)
-    run = tolerance.quick(lambda inputs: attention(**inputs, window=9))
+    run = tolerance.jit_fast_compile(lambda inputs: attention(**inputs, window=9))
     o = run(inputs)
     np.testing.assert_array_equal(run({name: x[::-1] for name, x in inputs.items()}), o[::-1])
     swapped = run({name: x[:, :, ::-1] for name, x in inputs.items()})  # key heads, and queries within their group
     np.testing.assert_array_equal(swapped, o[:, :, ::-1])
 
 
-# AttentionBlockSizes that no CPU would choose.
+# Block sizes that no heuristic would choose: the row, key heads per step of a CPU, and the sizes of a TPU.
 
 SPAN_CASES = {
-    "window, gate": (row(40, 40, H=4, window=11, gate="head"), AttentionBlockSizes(1, 8, 8, 16, 8, 16)),
+    "window, gate": (row(40, 40, H=4, window=11, gate="head"), 1, TpuBlockSizes(8, 8, 16, 8, 16)),
     "cap, fewer queries": (
         row(21, 40, H=3, K=1, softcap=1.5, gate="elementwise"),
-        AttentionBlockSizes(1, 16, 16, 48, 16, 16),
+        1,
+        TpuBlockSizes(16, 16, 48, 16, 16),
     ),
-    "segments, more queries": (row(40, 21, segments="separate"), AttentionBlockSizes(2, 16, 8, 16, 8, 16)),
-    "packed, window": (row(33, 33, B=2, segments="packed", window=20), AttentionBlockSizes(2, 8, 16, 8, 16, 16)),
-    "full, unmatched": (row(20, 40, segments="unmatched", causal=False), AttentionBlockSizes(1, 16, 8, 16, 8, 8)),
-    "window of one, T > S": (row(30, 17, H=4, window=1), AttentionBlockSizes(1, 4, 4, 8, 4, 8)),
+    "segments, more queries": (row(40, 21, segments="separate"), 2, TpuBlockSizes(16, 8, 16, 8, 16)),
+    "packed, window": (row(33, 33, B=2, segments="packed", window=20), 2, TpuBlockSizes(8, 16, 8, 16, 16)),
+    "full, unmatched": (row(20, 40, segments="unmatched", causal=False), 1, TpuBlockSizes(16, 8, 16, 8, 8)),
+    "window of one, T > S": (row(30, 17, H=4, window=1), 1, TpuBlockSizes(4, 4, 8, 4, 8)),
 }
 SUBTILE_CASES = {
-    "one subtile per head": (row(24, 24, H=4, window=5, gate="head"), AttentionBlockSizes(1, 8, 16, 8, 8, 16)),
-    "two subtiles per head": (row(12, 28, softcap=1.5), AttentionBlockSizes(2, 16, 8, 8, 4, 16)),
-    "two heads per subtile": (row(12, 20, H=8, D=4, segments="separate"), AttentionBlockSizes(2, 4, 8, 8, 4, 64)),
-    "three blocks per step": (row(40, 40, H=4, window=14, gate="head"), AttentionBlockSizes(2, 8, 8, 16, 8, 40, 3)),
-    "blocks per step, packed": (
-        row(33, 33, B=2, segments="packed", window=9),
-        AttentionBlockSizes(1, 4, 4, 4, 4, 64, 3),
-    ),
-    "blocks per step, fewer queries": (row(9, 40, window=12), AttentionBlockSizes(2, 4, 8, 4, 8, 40, 3)),
-    "blocks per step, more queries": (row(40, 17, H=4, window=9), AttentionBlockSizes(1, 8, 8, 16, 8, 32, 3)),
+    "one subtile per head": (row(24, 24, H=4, window=5, gate="head"), 1, TpuBlockSizes(8, 16, 8, 8, 16)),
+    "two subtiles per head": (row(12, 28, softcap=1.5), 2, TpuBlockSizes(16, 8, 8, 4, 16)),
+    "two heads per subtile": (row(12, 20, H=8, D=4, segments="separate"), 2, TpuBlockSizes(4, 8, 8, 4, 64)),
+}
+MERGED_BLOCKS_CASES = {
+    "three blocks per step": (row(40, 40, H=4, window=14, gate="head"), CpuBlockSizes(2, 8, 8, 3)),
+    "blocks per step, packed": (row(33, 33, B=2, segments="packed", window=9), CpuBlockSizes(1, 4, 4, 3)),
+    "blocks per step, fewer queries": (row(9, 40, window=12), CpuBlockSizes(2, 4, 8, 3)),
+    "blocks per step, more queries": (row(40, 17, H=4, window=9), CpuBlockSizes(1, 8, 8, 3)),
 }
 
 
-def judge_uncached(name: str, case: workloads.Attention, dtype: str) -> None:
+def assert_matches_reference_uncached(case: workloads.Attention, dtype: str, *devices: str) -> None:
+    """Applies the rule to the forms for these devices, evaluated in NumPy; without any, to the jitted program."""
     inputs, aux, dout = cases.draw(case)
     options = cases.options(case)
     run = tolerance.program.__wrapped__("attention", "pallas", options)  # the cache's key has no block sizes
-    tolerance.judge("attention", "pallas", inputs, dout, dtype, aux=aux, options=options, run=run)
+    forms = tolerance.kernel_variants("pallas", run)
+    for form in [forms[f"pallas for a {device}"] for device in devices] or [run]:
+        tolerance.assert_matches_reference(
+            "attention", "pallas", inputs, dout, dtype, aux=aux, options=options, run=form
+        )
 
 
 def span_parameters() -> list[Any]:
@@ -116,21 +127,33 @@ def span_parameters() -> list[Any]:
 
 
 @pytest.mark.parametrize(("name", "dtype"), span_parameters())
-def test_gradients_summed_span_by_span_keep_the_rule(name, dtype, use_block_sizes):
-    case, sizes = SPAN_CASES[name]
+def test_gradients_summed_over_kv_spans_match_reference(name, dtype, use_block_sizes):
+    case, kv_heads, sizes = SPAN_CASES[name]
     assert -(-case.S // sizes.block_kv) * sizes.block_kv > sizes.kv_span, "one span"
     use_block_sizes(sizes)
-    judge_uncached(name, case, dtype)
+    use_block_sizes(CpuBlockSizes(kv_heads, sizes.block_q, sizes.block_kv))
+    assert_matches_reference_uncached(case, dtype, "TPU")
+    assert_matches_reference_uncached(case, dtype)
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name == "three blocks per step" else pytest.mark.slow) for name in SUBTILE_CASES],
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in list(MERGED_BLOCKS_CASES)[1:] else ())
+        for name in (*SUBTILE_CASES, *MERGED_BLOCKS_CASES)
+    ],
 )
-def test_subtiles_keep_the_rule(name, use_block_sizes):
-    case, sizes = SUBTILE_CASES[name]
-    use_block_sizes(sizes)
-    judge_uncached(name, case, "float32")
+def test_subtile_layouts_match_reference(name, use_block_sizes):
+    """Several subtiles per block are a TPU's, several blocks per step a CPU's."""
+    if name in MERGED_BLOCKS_CASES:
+        case, sizes = MERGED_BLOCKS_CASES[name]
+        use_block_sizes(sizes)
+        assert_matches_reference_uncached(case, "float32")
+    else:
+        case, kv_heads, sizes = SUBTILE_CASES[name]
+        use_block_sizes(sizes)
+        use_block_sizes(CpuBlockSizes(kv_heads, sizes.block_q, sizes.block_kv))
+        assert_matches_reference_uncached(case, "float32", "TPU", "CPU")
 
 
 @random_shapes.examples(15)
@@ -149,29 +172,22 @@ def test_subtiles_keep_the_rule(name, use_block_sizes):
     together=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_any_small_shape_in_any_block_sizes_is_the_formula(
+def test_random_shapes_and_block_sizes_match_python_loops(
     sizes, heads, B, gate, segments, causal, window, softcap, q, k, span, together, seed
 ):
     (T, S), (H, K) = sizes, heads
     S, window = T if segments == "packed" else S, window if causal else None
     case = row(T, S, B=B, H=H, K=K, D=3, gate=gate, segments=segments, causal=causal, window=window, softcap=softcap)
-    block_shapes = AttentionBlockSizes(
-        kv_heads=B * K if together else 1,
-        block_q=q,
-        block_kv=k,
-        block_q_compute=H // K * q,
-        block_kv_compute=k,
-        kv_span=span * k,
-    )
-
-    def fixed_block_sizes(device: Any, **_: Any) -> AttentionBlockSizes:
-        return block_shapes if device.platform == "cpu" else block_shapes._replace(kv_heads=1)
-
-    with mock.patch.object(block_sizes, "heuristic_block_sizes", fixed_block_sizes):
+    tpu_sizes = TpuBlockSizes(block_q=q, block_kv=k, block_q_compute=H // K * q, block_kv_compute=k, kv_span=span * k)
+    cpu_sizes = CpuBlockSizes(kv_heads=B * K if together else 1, block_q=q, block_kv=k)
+    with (
+        mock.patch.object(tpu_block_sizes, "heuristic_block_sizes", lambda *_, **__: tpu_sizes),
+        mock.patch.object(cpu_block_sizes, "heuristic_block_sizes", lambda *_, **__: cpu_sizes),
+    ):
         # The key of the program cache has no block sizes.
         compiled = tolerance.program.__wrapped__("attention", "pallas", cases.options(case))
-        is_the_formula(case, *tolerance.forms("pallas", compiled).values(), seed=seed)
-    random_shapes.forget()
+        assert_matches_loops(case, *tolerance.kernel_variants("pallas", compiled).values(), seed=seed)
+    random_shapes.clear_programs()
 
 
 # Head dims of real models.
@@ -182,19 +198,20 @@ FEW = ((80, "bfloat16"), (192, "float16"))
 
 
 @pytest.mark.parametrize(
-    ("D", "dtype"), [pytest.param(*w, marks=() if w in FEW else pytest.mark.slow) for w in HEAD_DIMS]
+    ("D", "dtype"),
+    [pytest.param(*w, id=f"D={w[0]}-{w[1]}", marks=() if w in FEW else pytest.mark.slow) for w in HEAD_DIMS],
 )
-def test_every_head_dim_keeps_the_rule(D, dtype):
+def test_each_head_dim_matches_reference(D, dtype):
     case = row(33, 33, H=2, K=1, D=D, window=20, gate="head")
     inputs, _, dout = cases.draw(case)
-    tolerance.judge("attention", "pallas", inputs, dout, dtype, options=cases.options(case))
+    tolerance.assert_matches_reference("attention", "pallas", inputs, dout, dtype, options=cases.options(case))
 
 
 # Residuals, memory and cost.
 
 
 @pytest.mark.parametrize("gate", ["none", "head", "elementwise"])
-def test_residuals_are_the_inputs_the_output_and_row_statistics(gate):
+def test_residuals_are_inputs_output_and_row_statistics(gate):
     case = row(64, 64, B=2, H=4, D=16, gate=gate)
     inputs, *_ = draw_f32(case)
     _, pull = jax.eval_shape(lambda inputs: jax.vjp(lambda x: attention(**x), inputs), inputs)
@@ -212,20 +229,22 @@ def query(S: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, S, 1, 16), jnp.float32)
 
 
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("window", [64, None])
-def test_no_scores_of_all_pairs_are_built(window, backward):
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("window", [64, None], ids=["window", "causal"])
+def test_full_score_matrix_is_not_materialized(window, backward):
     S = 2048
     for segments in (None, jnp.zeros((1, S), jnp.int32)):
         jaxpr = jax.make_jaxpr(self_attention(window, backward, segment_ids=segments))(query(S))
-        assert largest(jaxpr) < S * S // 8
+        assert largest_intermediate(jaxpr) < S * S // 8
         assert any(e.primitive.name == "pallas_call" for e in equations(jaxpr))
 
 
-@pytest.mark.parametrize("backward", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("window", [64, None])
-def test_memory_grows_with_the_sequence_not_its_square(window, backward):
-    program = tolerance.quick(self_attention(window, backward))
+@pytest.mark.parametrize(
+    "backward", [pytest.param(False, id="forward", marks=pytest.mark.slow), pytest.param(True, id="backward")]
+)
+@pytest.mark.parametrize("window", [64, None], ids=["window", "causal"])
+def test_memory_grows_linearly_with_sequence_length(window, backward):
+    program = tolerance.jit_fast_compile(self_attention(window, backward))
     one, two = (program.lower(query(S)).compile().memory_analysis().temp_size_in_bytes for S in (1024, 2048))
     assert 0 < two <= 2.3 * one, f"{one} bytes at 1024, {two} at 2048"
 
@@ -239,15 +258,17 @@ COST_CASES = {
 
 
 @pytest.mark.parametrize(
-    ("name", "spans"),
-    [(name, n) for name in COST_CASES for n in (1, 3)],
+    ("name", "device", "spans"),
+    [(name, device, n) for name in COST_CASES for device, n in (("CPU", 1), ("TPU", 1), ("TPU", 3))],
 )
-def test_cost_estimates_match_the_cost_model(name, spans, use_block_sizes):
+def test_cost_estimates_match_the_cost_model(name, device, spans, use_block_sizes):
     case = COST_CASES[name]
     k = -(-case.S // spans)
-    use_block_sizes(AttentionBlockSizes(1, 16, k, 16 * case.H // case.K, k, k))
+    use_block_sizes(TpuBlockSizes(16, k, 16 * case.H // case.K, k, k))
+    use_block_sizes(CpuBlockSizes(1, 16, k))
     inputs, *_ = draw_f32(case)
-    jaxpr = jax.make_jaxpr(lambda x: jax.vjp(lambda x: attention(**x, **case.options()), x)[1](x["q"]))(inputs)
+    with target_device(*tolerance.FORMS[device]):
+        jaxpr = jax.make_jaxpr(lambda x: jax.vjp(lambda x: attention(**x, **case.options()), x)[1](x["q"]))(inputs)
     calls = [e.params for e in equations(jaxpr) if e.primitive.name == "pallas_call"]
     estimates = [cost.Cost(p.flops, p.bytes_accessed, p.transcendentals) for p in (c["cost_estimate"] for c in calls)]
     forward, *backward = estimates
@@ -261,7 +282,7 @@ def test_cost_estimates_match_the_cost_model(name, spans, use_block_sizes):
 def test_kernel_docstrings_have_six_parts():
     names = ("fwd", "bwd", "gmm", "tgmm", "kernel", "pallas_cpu")
     files = [file for file in (ROOT / "kernels" / "ops").rglob("*.py") if file.stem in names]
-    assert len(files) == 13
+    assert len(files) == 16
     for file in files:
         parts = re.findall(r"^(?:\"\"\")?(Math|Tiling|State|Traffic|Limits|Source) {2,}\S", file.read_text(), re.M)
         assert parts == ["Math", "Tiling", "State", "Traffic", "Limits", "Source"], file

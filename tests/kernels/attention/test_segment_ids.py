@@ -1,4 +1,4 @@
-"""Which blocks share a segment, compared with the ids themselves."""
+"""Which blocks share a segment, compared with the segment ids themselves."""
 
 import itertools
 
@@ -22,7 +22,7 @@ def split_into_blocks(ids: np.ndarray, block: int) -> list[set[int]]:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_kv_block_ranges_cover_overlapping_segments_and_mark_full_blocks(order):
+def test_kv_block_ranges_cover_segments_and_mark_full_blocks(order):
     for (n, m), (block, other_block) in itertools.product(((200, 200), (37, 130), (130, 1)), ((32, 16), (16, 64))):
         ids, other_ids = (ORDERS[order](size).astype(np.int32) for size in (n, m))
         ranges = np.asarray(segment_ids.kv_block_ranges(jnp.asarray(ids), block, jnp.asarray(other_ids), other_block))

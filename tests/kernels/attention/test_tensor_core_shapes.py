@@ -1,4 +1,4 @@
-"""The Pallas attention at the sizes and dtypes of tensor cores, every feature: outputs and all gradients, by the rule.
+"""The Pallas attention at the sizes and dtypes of tensor cores, with every feature: outputs and all gradients.
 
 The tests also run the output alone: without gradients the forward kernel stores no residuals, and is another program.
 On a GPU, where `make gpu` starts with these tests, they run the compiled Hopper kernels, large cases before small ones;
@@ -59,11 +59,11 @@ CASES = itertools.product(PAIRS, ("gradients", "output alone"))  # both use the 
 
 
 @functools.lru_cache(maxsize=1)
-def expected(case: workloads.Attention, dtype: str) -> tuple[tolerance.Given, tolerance.Arrays, tolerance.Arrays]:
+def expected(case: workloads.Attention, dtype: str) -> tuple[tolerance.Arguments, tolerance.Arrays, tolerance.Arrays]:
     """Returns (the arguments, the outputs of plain jnp, those of the reference)."""
     inputs, aux, dout = cases.draw(case)
-    given = tolerance.rounded(inputs, dout, dtype, aux=aux)
-    return given, *tolerance.expect("attention", given, cases.options(case))
+    given = tolerance.round_inputs(inputs, dout, dtype, aux=aux)
+    return given, *tolerance.expected_outputs("attention", given, cases.options(case))
 
 
 def name(value: Any) -> str:
@@ -75,25 +75,25 @@ def name(value: Any) -> str:
     [pytest.param(*pair, wanted, marks=() if pair == PAIRS[0] else slow_off_gpu) for pair, wanted in CASES],
     ids=name,
 )
-def test_attention_at_tensor_core_sizes_keeps_the_rule(case, dtype, wanted):
+def test_attention_matches_reference_at_tensor_core_sizes(case, dtype, wanted):
     (inputs, aux, dout), plain, oracle = expected(case, dtype)
-    run = tolerance.program("attention", "pallas", cases.options(case), hurry=not ON_GPU)
+    run = tolerance.program("attention", "pallas", cases.options(case), fast_compile=not ON_GPU)
     got = run(inputs, aux, dout if wanted == "gradients" else None)
-    tolerance.hold(got, plain, oracle if wanted == "gradients" else {"o": oracle["o"]}, dtype)
+    tolerance.assert_outputs_match(got, plain, oracle if wanted == "gradients" else {"o": oracle["o"]}, dtype)
     if case.causal and case.T > case.S:
         for output in {"o", "dq", "dgate"} & set(got):
             assert not np.any(got[output][:, : case.T - case.S]), f"{output}: a query that sees no key"
 
 
-@pytest.mark.parametrize("D", [pytest.param(D, marks=slow_off_gpu) for D in (64, 128, 256)])
-def test_masked_keys_do_not_affect_outputs_and_runs_are_bit_equal_at_tensor_core_sizes(D):
+@pytest.mark.parametrize("D", [pytest.param(D, id=f"D={D}", marks=slow_off_gpu) for D in (64, 128, 256)])
+def test_masked_keys_do_not_affect_output_at_tensor_core_sizes(D):
     case = row(65, 300, D=D, window=100, segments="unmatched", gate="head")
     inputs, aux, dout = cases.draw(case)
     inputs = {name: jnp.asarray(x, "bfloat16") for name, x in inputs.items()}
-    run = tolerance.program("attention", "pallas", cases.options(case), hurry=not ON_GPU)
+    run = tolerance.program("attention", "pallas", cases.options(case), fast_compile=not ON_GPU)
     once, again = (run(inputs, aux, jnp.asarray(dout, "bfloat16")) for _ in range(2))
     masked = aux["segment_ids"][1][0] == 99
     masked |= np.arange(300) < 300 - 65 - 100 + 1
     poisoned = {n: jnp.where(masked[None, :, None, None], jnp.nan, x) if n in "kv" else x for n, x in inputs.items()}
-    tolerance.same_bits(once, again)
-    tolerance.same_bits(once, run(poisoned, aux, jnp.asarray(dout, "bfloat16")))
+    tolerance.assert_bit_equal(once, again)
+    tolerance.assert_bit_equal(once, run(poisoned, aux, jnp.asarray(dout, "bfloat16")))

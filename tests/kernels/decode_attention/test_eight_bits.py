@@ -1,4 +1,4 @@
-"""Decode attention with an 8-bit KV cache: what a slot stores, and the output computed from it."""
+"""Decode attention with an 8-bit KV cache: quantization, and the output computed from it."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def run(implementation: str, case, step: Step, cache: kernels.KVCache) -> tuple[
 
 
 @DTYPES
-def test_a_slot_stores_the_nearest_values(dtype):
+def test_quantize_rounds_to_nearest(dtype):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((50, 16)) * 10.0 ** rng.integers(-6, 6, (50, 1))
     x[0], x[1, 1:] = 0, 0
@@ -49,7 +49,7 @@ def test_a_slot_stores_the_nearest_values(dtype):
 @DTYPES
 @pytest.mark.parametrize("implementation", ALL)
 @pytest.mark.parametrize("name", CASES)
-def test_the_output_is_that_of_the_dequantized_cache(name, implementation, dtype):
+def test_output_matches_dequantized_cache(name, implementation, dtype):
     """In float64, with the new token quantized as the others are."""
     case = find(name)
     step = draw(case)
@@ -69,7 +69,7 @@ def test_the_output_is_that_of_the_dequantized_cache(name, implementation, dtype
 
 @DTYPES
 @pytest.mark.parametrize("implementation", ALL)
-def test_the_token_goes_into_its_slot_and_nothing_else_moves(implementation, dtype):
+def test_new_token_is_stored_in_its_slot_only(implementation, dtype):
     case = row(*range(0, 27, 3), window=5)  # a batch large enough for the scatter
     step = draw(case)
     old_cache = quantized_cache(step, case, dtype)
@@ -89,7 +89,7 @@ def test_the_token_goes_into_its_slot_and_nothing_else_moves(implementation, dty
 @DTYPES
 @pytest.mark.parametrize("implementation", ALL)
 @pytest.mark.parametrize("name", CASES)
-def test_unused_slots_do_not_change_the_output(name, implementation, dtype):
+def test_unused_slots_do_not_affect_output(name, implementation, dtype):
     case = find(name)
     step, outputs = draw(case), []
     lengths = np.array(case.lengths)
@@ -106,14 +106,18 @@ def test_unused_slots_do_not_change_the_output(name, implementation, dtype):
         }
         outputs.append({"o": run(implementation, case, step, cache._replace(**filled))[0]})
     for poisoned in outputs[1:]:
-        tolerance.same_bits(outputs[0], poisoned)
+        tolerance.assert_bit_equal(outputs[0], poisoned)
 
 
 @pytest.mark.parametrize(
-    "run_on_tpu", [numpy_interpreter.run, pytest.param(run_with_race_detection, marks=pytest.mark.slow)]
+    "run_on_tpu",
+    [
+        pytest.param(numpy_interpreter.run, id="numpy"),
+        pytest.param(run_with_race_detection, id="race detector", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
-def test_a_tpu_appends_values_and_scales_in_one_kernel(dtype, run_on_tpu, monkeypatch):
+def test_tpu_kernel_appends_values_and_scales(dtype, run_on_tpu, monkeypatch):
     """The kernel writes only the memory tiles of the new token and of its scales."""
     case = row(5, 100, 256, 900, C=256, window=150, gate="elementwise")
     monkeypatch.setattr(block_sizes, "choose_block_size", lambda *_: 128)

@@ -28,7 +28,7 @@ PROFILE = Path(__file__).parents[3] / "profiles/aot/h100.json"
 def kv_cache(C: int, *lengths: int, **sizes: Any) -> workloads.Decode:
     """Lengths 0, 1, one less than C, C and more than three times C, unless given."""
     lengths = lengths or (0, 1, C - 1, C, 3 * C + 7)
-    return cases.row(workloads.Decode, C=C, lengths=lengths, **({"H": 2, "K": 1, "D": 64} | sizes))
+    return cases.make_workload(workloads.Decode, C=C, lengths=lengths, **({"H": 2, "K": 1, "D": 64} | sizes))
 
 
 @functools.cache
@@ -76,13 +76,13 @@ CASES = [
     ),
 ]
 NAMED = pytest.mark.parametrize(
-    ("case", "num_splits"), CASES, ids=lambda x: x if isinstance(x, int) else f"{x.C}-{x.D}"
+    ("case", "num_splits"), CASES, ids=lambda x: f"splits={x}" if isinstance(x, int) else f"C={x.C} D={x.D}"
 )
 
 
 @NAMED
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=slow)])
-def test_the_step_is_the_formula_and_the_token_goes_into_its_slot(case, num_splits, dtype):
+def test_output_matches_python_loops_and_token_is_stored(case, num_splits, dtype):
     """Unused slots hold NaN."""
     step = draw(case, dtype, fill=np.nan)
     o, new_cache = run(case, num_splits, step, dtype)
@@ -90,16 +90,16 @@ def test_the_step_is_the_formula_and_the_token_goes_into_its_slot(case, num_spli
     cache = kernels.KVCache(jnp.asarray(step.cache_k, dtype), jnp.asarray(step.cache_v, dtype), **case.integer_inputs())
     reference, _ = kernels.decode_attention(**inputs, cache=cache, **case.options(), implementation="reference")
     assert o.dtype == jnp.dtype(dtype)
-    tolerance.check({"o": o}, {"o": reference}, {"o": step.o}, dtype)
+    tolerance.assert_within_bound({"o": o}, {"o": reference}, {"o": step.o}, dtype)
     np.testing.assert_array_equal(new_cache.length, np.array(case.lengths) + 1)
     for ring_buffer, old, new in ((new_cache.k, step.cache_k, "k"), (new_cache.v, step.cache_v, "v")):
         expected = old.copy()
         for b, length in enumerate(case.lengths):
             expected[b, :, length % case.C] = step.inputs[new][b]
-        np.testing.assert_array_equal(tolerance.exact(ring_buffer), expected)
+        np.testing.assert_array_equal(tolerance.to_float64(ring_buffer), expected)
 
 
-def test_invisible_slots_change_no_bit_and_two_runs_are_bit_equal():
+def test_invisible_slots_do_not_affect_output():
     """Fills unused slots, tokens outside the window and uninitialised memory with zeros and with NaN."""
     case, num_splits = CASES[1]
     outputs = []
@@ -109,15 +109,15 @@ def test_invisible_slots_change_no_bit_and_two_runs_are_bit_equal():
             for p in range(max(0, length - case.C), length - case.window + 1):
                 step.cache_k[b, :, p % case.C] = step.cache_v[b, :, p % case.C] = fill
         outputs.append({"o": run(case, num_splits, step, memory=memory)[0]})
-    tolerance.same_bits(outputs[0], outputs[1])
-    tolerance.same_bits(outputs[1], outputs[2])
+    tolerance.assert_bit_equal(outputs[0], outputs[1])
+    tolerance.assert_bit_equal(outputs[1], outputs[2])
 
 
 @slow
-def test_the_number_of_splits_changes_no_more_than_rounding():
+def test_number_of_splits_changes_only_rounding():
     case = kv_cache(520, 100, 519, 2000, D=128, window=400)
     step = draw(case)
-    outputs = [tolerance.exact(run(case, num_splits, step, "float16")[0]) for num_splits in (1, 2, 5)]
+    outputs = [tolerance.to_float64(run(case, num_splits, step, "float16")[0]) for num_splits in (1, 2, 5)]
     for output in outputs[1:]:
         np.testing.assert_allclose(output, outputs[0], rtol=2e-3, atol=1e-4)
 
@@ -127,8 +127,8 @@ def visible_blocks(length: int, C: int, max_visible: int) -> list[int]:
     return list(dict.fromkeys(p % C // splits.BLOCK_KV for p in range(max(0, length + 1 - max_visible), length + 1)))
 
 
-@pytest.mark.parametrize("C", [8, 64, 72, 200, 256])
-def test_the_splits_divide_the_visible_blocks_evenly(C):
+@pytest.mark.parametrize("C", [8, 64, 72, 200, 256], ids="C={}".format)
+def test_splits_divide_visible_blocks_evenly(C):
     lengths, num_blocks = np.arange(2 * C + 2, dtype=np.int32), -(-C // splits.BLOCK_KV)
 
     @jax.jit
@@ -169,7 +169,7 @@ def chosen_num_splits(row: workloads.Decode) -> int:
     return splits.choose_num_splits(row.B, row.K, num_blocks, splits.RESIDENT_BLOCKS[row.D])
 
 
-def test_the_chosen_splits_fill_the_sms():
+def test_chosen_splits_fill_the_sms():
     for B, K, num_blocks in itertools.product((1, 2, 20, 150), (1, 2, 8), (1, 2, 9, 128, 512)):
         assert 1 <= splits.choose_num_splits(B, K, num_blocks, 264) <= max(1, num_blocks // 2)
     for row in workloads.select("decode_attention", "bench", "h100"):
@@ -178,7 +178,7 @@ def test_the_chosen_splits_fill_the_sms():
             assert simulated_time(row, chosen_num_splits(row)) <= 1.12 * best, row.name
 
 
-def test_a_split_without_visible_tokens_does_not_count():
+def test_split_without_visible_tokens_has_no_weight():
     o = jnp.stack([jnp.full((2, 3), 4.0), jnp.full((2, 3), jnp.nan), jnp.full((2, 3), 1.0)])
     lse = jnp.stack([jnp.full(2, 5.0), jnp.full(2, -jnp.inf), jnp.full(2, 6.0)])
     np.testing.assert_allclose(splits.combine_splits(o, lse), np.full((2, 3), 2.0), rtol=1e-6)
@@ -198,7 +198,7 @@ def traffic_ratio(row: workloads.Decode) -> float:
     return row.K * (kv_bytes + split_bytes + other_bytes) / row.cost().bytes
 
 
-def test_a_step_moves_little_more_than_the_minimum():
+def test_step_traffic_is_close_to_the_minimum():
     ratios = {row.name: traffic_ratio(row) for row in workloads.select("decode_attention", "bench", "h100")}
     short = ratios.pop("nearly empty, B=8")  # has the splits of a full cache; their outputs stay in L2
     assert short < 1.6 and ratios and all(1 <= ratio < 1.03 for ratio in ratios.values()), (short, ratios)
@@ -227,7 +227,7 @@ def test_unsupported_inputs_raise_with_the_reason():
         kernels.decode_attention(q, k, k, cache, **options)  # auto takes another implementation for the last one
 
 
-def test_pallas_serves_hopper_and_other_gpus_report_what_runs(monkeypatch):
+def test_pallas_gpu_requires_hopper(monkeypatch):
     cache = kernels.KVCache.zeros(1, 1, 16, 64, jnp.bfloat16)
     x = jnp.ones((1, 1, 64), jnp.bfloat16)
     calls = []
@@ -242,13 +242,13 @@ def test_pallas_serves_hopper_and_other_gpus_report_what_runs(monkeypatch):
         assert "'xla' runs here" in kernels.implementations("decode_attention")["pallas"]
 
 
-def test_an_empty_batch():
+def test_empty_batch_returns_empty_output():
     q, cache = jnp.ones((0, 2, 64), jnp.bfloat16), kernels.KVCache.zeros(0, 2, 16, 64, jnp.bfloat16)
     o, new_cache = kernel.decode_attention(q, q, q, cache, gate=None, window=None, scale=1.0, softcap=None)
     assert o.shape == q.shape and new_cache.k.shape == cache.k.shape
 
 
-def test_the_compiled_kernel_spills_nothing_uses_wgmma_and_copies_no_cache():
+def test_compiled_kernel_uses_wgmma_without_spills_or_cache_copy():
     """Reads the committed profile of ptxas for sm_90a."""
     rows = json.loads(PROFILE.read_text())["rows"]
     decode_rows = {

@@ -1,4 +1,4 @@
-"""Decode attention on Hopper at tensor core shapes, three steps in a row: outputs by the rule, caches bit by bit.
+"""Decode attention on Hopper at tensor core shapes, three steps in a row: outputs, and caches bit by bit.
 
 Calls the public function and donates the cache from step to step. On a GPU this tests the compiled kernel, large
 caches before small ones and bfloat16 before float16; elsewhere small caches only, on a simulated GPU that detects
@@ -37,7 +37,7 @@ Step = Callable[[dict[str, jax.Array], Cache], tuple[jax.Array, Cache]]
 def kv_cache(C: int, D: int, window: int | None = None, **sizes: Any) -> workloads.Decode:
     """Two KV heads of four query heads each; lengths 0 or 63, C - 1, C and more than three times C."""
     lengths = (0, C - 1, C, 3 * C + 5) if D == 128 else (0, 63, C - 1, 3 * C + 5)
-    return cases.row(
+    return cases.make_workload(
         workloads.Decode, **({"C": C, "D": D, "H": 8, "K": 2, "window": window, "lengths": lengths} | sizes)
     )
 
@@ -85,7 +85,12 @@ def formula(
     case: workloads.Decode, inputs: dict[str, np.ndarray], k: np.ndarray, v: np.ndarray, length: Any
 ) -> np.ndarray:
     """The output in float64, from ring buffers that hold the new token; `length` counts the tokens before it."""
-    q, k, v, o = tolerance.exact(inputs["q"]), tolerance.exact(k), tolerance.exact(v), np.zeros(case.out_shape())
+    q, k, v, o = (
+        tolerance.to_float64(inputs["q"]),
+        tolerance.to_float64(k),
+        tolerance.to_float64(v),
+        np.zeros(case.out_shape()),
+    )
     for b, newest in enumerate(length.tolist()):
         slots = np.arange(max(0, newest + 1 - min(case.C, case.window or case.C)), newest + 1) % case.C
         for h in range(case.H):
@@ -95,13 +100,13 @@ def formula(
                 scores = case.softcap * np.tanh(scores / case.softcap)
             weights = np.exp(scores - scores.max())
             o[b, h] = weights / weights.sum() @ values
-    return o if case.gate == "none" else o / (1 + np.exp(-tolerance.exact(inputs["gate"])))
+    return o if case.gate == "none" else o / (1 + np.exp(-tolerance.to_float64(inputs["gate"])))
 
 
 @functools.cache
 def reference(case: workloads.Decode) -> Step:
     """The reference in the dtype of its arguments, compiled once for all lengths."""
-    return tolerance.quick(functools.partial(attend, case, "reference"))
+    return tolerance.jit_fast_compile(functools.partial(attend, case, "reference"))
 
 
 def attend(case: workloads.Decode, implementation: str, inputs: dict[str, jax.Array], cache: Cache) -> Any:
@@ -138,8 +143,8 @@ def faults(
     cache: Cache,
     expected_cache: dict,
 ):
-    """One line if the output breaks the rule, and one per array of the cache that has a wrong bit."""
-    wrong = tolerance.faults({"o": o}, {"o": reference_o}, {"o": exact_o}, dtype)
+    """One line if the output exceeds the error bound, and one per array of the cache that has a wrong bit."""
+    wrong = tolerance.bound_violations({"o": o}, {"o": reference_o}, {"o": exact_o}, dtype)
     for name, expected in expected_cache.items():
         axis = SLOT_AXIS if expected.ndim > 1 else None
         if difference := wrong_places.different_bits(getattr(cache, name), expected, axis):
@@ -148,7 +153,7 @@ def faults(
 
 
 @pytest.mark.parametrize(("case", "num_splits", "dtype"), NAMED)
-def test_three_steps_keep_the_rule_and_write_one_slot_of_each_ring(case, num_splits, dtype, monkeypatch):
+def test_three_decode_steps_match_reference_at_tensor_core_sizes(case, num_splits, dtype, monkeypatch):
     rng, dtype = np.random.default_rng(0), jnp.dtype(dtype)
     expected = {"k": random_ring_buffer(rng, case, dtype), "v": random_ring_buffer(rng, case, dtype)}
     expected["length"] = np.int32(case.lengths)

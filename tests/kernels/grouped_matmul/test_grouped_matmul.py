@@ -1,4 +1,4 @@
-"""Grouped matmul: the reference against python loops, every implementation against the reference."""
+"""Grouped matmul: the reference against Python loops, every implementation against the reference."""
 
 import jax
 import numpy as np
@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from dantinox.kernels import workloads
 from tests.helpers import cases, random_shapes, tolerance
 
-IMPLEMENTATIONS = tolerance.runnable("grouped_matmul")
+IMPLEMENTATIONS = tolerance.runnable_implementations("grouped_matmul")
 
 
 def row(*sizes: int, N: int, M: int = 24, F: int = 40) -> workloads.GroupedMatmul:
-    return cases.row(workloads.GroupedMatmul, N=N, M=M, F=F, E=len(sizes), sizes=sizes)
+    return cases.make_workload(workloads.GroupedMatmul, N=N, M=M, F=F, E=len(sizes), sizes=sizes)
 
 
 def loops(x: np.ndarray, w: np.ndarray, sizes: list[int]) -> np.ndarray:
@@ -39,7 +39,7 @@ def loops_gradients(x: np.ndarray, w: np.ndarray, sizes: list[int], dy: np.ndarr
 
 
 @pytest.mark.parametrize("sizes", [[2, 3, 1], [0, 6, 0], [0, 0, 0], [1, 0, 2], [6, 0, 0]], ids=str)
-def test_the_reference_is_the_formula(sizes):
+def test_reference_matches_python_loops(sizes):
     inputs, aux, dout = cases.draw(row(*sizes, N=6, M=3, F=2))
     with jax.enable_x64(True):
         run = tolerance.program("grouped_matmul", "reference")
@@ -50,14 +50,14 @@ def test_the_reference_is_the_formula(sizes):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("case", "dtype"), cases.judged("grouped_matmul"))
-def test_every_implementation_keeps_the_rule(case, dtype, implementation):
+@pytest.mark.parametrize(("case", "dtype"), cases.workload_parameters("grouped_matmul"))
+def test_implementation_matches_reference(case, dtype, implementation):
     inputs, aux, dout = cases.draw(case)
     sizes = aux["group_sizes"]
-    got = tolerance.judge("grouped_matmul", implementation, inputs, dout, dtype, aux=aux)
+    got = tolerance.assert_matches_reference("grouped_matmul", implementation, inputs, dout, dtype, aux=aux)
     for name in ("o", "dx"):
-        assert not np.any(tolerance.exact(got[name])[sum(sizes) :]), f"{name}: rows past the sum of the sizes"
-    assert not np.any(tolerance.exact(got["dw"])[sizes == 0]), "dw of an empty group"
+        assert not np.any(tolerance.to_float64(got[name])[sum(sizes) :]), f"{name}: rows past the sum of the sizes"
+    assert not np.any(tolerance.to_float64(got["dw"])[sizes == 0]), "dw of an empty group"
 
 
 EDGES = [63, 64, 65, 127, 128, 129, 191, 255, 256, 257, 330]
@@ -71,7 +71,7 @@ EDGES = [63, 64, 65, 127, 128, 129, 191, 255, 256, 257, 330]
     full=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_any_sizes_are_the_formula(implementation, shape, cuts, full, seed):
+def test_random_group_sizes_match_python_loops(implementation, shape, cuts, full, seed):
     N = int(shape.choice([shape.integers(1, 41), shape.choice(EDGES)]))
     widths, cuts = shape.integers(1, 6, 2), cuts[: shape.integers(1, 8)]
     ends = np.sort(np.round(np.array(cuts) * N)).astype(int)
@@ -82,16 +82,18 @@ def test_any_sizes_are_the_formula(implementation, shape, cuts, full, seed):
     narrow = {name: np.float32(x) for name, x in inputs.items()}
     dx, dw = loops_gradients(**inputs, sizes=sizes, dy=dout)
     expected = {"o": loops(**inputs, sizes=sizes), "dx": dx, "dw": dw}
-    for form, run in tolerance.forms(implementation, tolerance.program("grouped_matmul", implementation)).items():
+    for form, run in tolerance.kernel_variants(
+        implementation, tolerance.program("grouped_matmul", implementation)
+    ).items():
         got = run(narrow, aux, np.float32(dout))
         for name, value in expected.items():
             np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-4, err_msg=f"{form}: {name}")
-    random_shapes.forget()
+    random_shapes.clear_programs()
 
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
 @pytest.mark.parametrize("sizes", [[63, 64, 65, 1], [0, 0, 0, 0], [257, 0, 1, 129], [580, 0, 0, 0]], ids=str)
-def test_values_in_unassigned_rows_do_not_reach_any_result(sizes, implementation):
+def test_unassigned_rows_do_not_affect_results(sizes, implementation):
     inputs, aux, dout = cases.draw(row(*sizes, N=580))
     unassigned = (np.arange(580) >= sum(sizes))[:, None]
     # An empty group's weights multiply nothing either, and the cotangent of unassigned rows must be ignored.
@@ -105,7 +107,7 @@ def test_values_in_unassigned_rows_do_not_reach_any_result(sizes, implementation
         dy = np.float32(np.where(unassigned, fill, dout))
         results.append(run(filled, aux, dy))
     for poisoned in results[1:]:
-        tolerance.same_bits(results[0], poisoned)
+        tolerance.assert_bit_equal(results[0], poisoned)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -113,7 +115,7 @@ def test_two_runs_are_bit_equal(implementation):
     inputs, aux, dout = cases.draw(row(63, 257, 0, 129, N=580))
     run = tolerance.program("grouped_matmul", implementation)
     arguments = {name: np.float32(x) for name, x in inputs.items()}, aux, np.float32(dout)
-    tolerance.same_bits(run(*arguments), run(*arguments))
+    tolerance.assert_bit_equal(run(*arguments), run(*arguments))
 
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
@@ -122,7 +124,7 @@ def test_two_runs_are_bit_equal(implementation):
     [row(0, 0, N=0, M=3, F=2), row(N=4, M=3, F=2), row(4, N=4, M=0, F=2)],
     ids=["no rows", "no groups", "no width"],
 )
-def test_nothing_to_multiply_gives_zeros(case, implementation):
+def test_empty_inputs_give_zeros(case, implementation):
     inputs, aux, dout = cases.draw(case)
     narrow = {name: np.float32(x) for name, x in inputs.items()}
     got = tolerance.program("grouped_matmul", implementation)(narrow, aux, np.float32(dout))

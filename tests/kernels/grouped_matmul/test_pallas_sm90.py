@@ -15,8 +15,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dantinox import kernels
 from dantinox.kernels import dispatch, workloads
 from dantinox.kernels.ops.grouped_matmul.group_metadata import make_group_metadata
-from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import gmm, tgmm, vjp, warp_specialized
-from dantinox.kernels.ops.moe.pallas_sm90 import kernel as experts_kernel
+from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import gmm, tgmm, tile_scheduler, vjp
+from dantinox.kernels.ops.grouped_matmul.pallas_sm90.warp_specialized import Sm90GmmConfig
+from dantinox.kernels.ops.moe.pallas_sm90.up_proj import up_proj
 from tests.helpers import cases, race_detector, tolerance
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -24,11 +25,11 @@ slow = pytest.mark.slow
 
 
 def row(*sizes: int, N: int = 0, M: int = 64, F: int = 64) -> workloads.GroupedMatmul:
-    return cases.row(workloads.GroupedMatmul, N=N or sum(sizes), M=M, F=F, E=len(sizes), sizes=sizes)
+    return cases.make_workload(workloads.GroupedMatmul, N=N or sum(sizes), M=M, F=F, E=len(sizes), sizes=sizes)
 
 
-both = functools.partial(race_detector.by_two_blocks, vjp.grouped_matmul)
-watched = functools.partial(race_detector.watched_blocks, vjp.grouped_matmul)
+run_on_two_blocks = functools.partial(race_detector.run_on_two_blocks, vjp.grouped_matmul)
+run_two_blocks_checked = functools.partial(race_detector.run_two_blocks_checked, vjp.grouped_matmul)
 
 
 CASES = [
@@ -51,20 +52,22 @@ CASES = [
 @pytest.mark.parametrize(
     ("case", "width"),
     CASES,
-    ids=lambda x: f"{x.sizes}-{x.N}-{x.M}-{x.F}" if isinstance(x, workloads.GroupedMatmul) else x,
+    ids=lambda x: x.label() if isinstance(x, workloads.GroupedMatmul) else f"width={x or 'auto'}",
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=slow)])
-def test_the_output_and_the_gradients_are_the_formula_and_memory_is_in_order(case, width, dtype):
+def test_output_and_gradients_match_without_races(case, width, dtype):
     inputs, aux, dout = cases.draw(case)
     aux = {name: jnp.asarray(x) for name, x in aux.items()}
-    run = functools.partial(watched, width)
-    outputs = tolerance.judge("grouped_matmul", "hopper", inputs, dout, dtype, aux=aux, run=run)
-    assert not np.any(tolerance.exact(outputs["o"])[sum(case.sizes) :]), "rows past the sum are zeros"
-    assert not np.any(tolerance.exact(outputs["dw"])[np.array(case.sizes) == 0]), "a group without rows has no gradient"
+    run = functools.partial(run_two_blocks_checked, width)
+    outputs = tolerance.assert_matches_reference("grouped_matmul", "hopper", inputs, dout, dtype, aux=aux, run=run)
+    assert not np.any(tolerance.to_float64(outputs["o"])[sum(case.sizes) :]), "rows past the sum are zeros"
+    assert not np.any(tolerance.to_float64(outputs["dw"])[np.array(case.sizes) == 0]), (
+        "a group without rows has no gradient"
+    )
 
 
-@pytest.mark.parametrize("sizes", [(50, 0, 21), pytest.param((3, 0, 127), marks=slow)])
-def test_unassigned_rows_and_unused_matrices_change_no_bit(sizes):
+@pytest.mark.parametrize("sizes", [(50, 0, 21), pytest.param((3, 0, 127), marks=slow)], ids=str)
+def test_unassigned_rows_and_unused_matrices_do_not_affect_results(sizes):
     """Fills rows past the sum and matrices without rows with NaN."""
     case = row(*sizes, N=sum(sizes) + 9)
     inputs, aux, dout = cases.draw(case)
@@ -72,20 +75,18 @@ def test_unassigned_rows_and_unused_matrices_change_no_bit(sizes):
     dout, sizes = jnp.asarray(dout, "bfloat16"), jnp.asarray(aux["group_sizes"])
     unassigned = (jnp.arange(case.N) >= sum(case.sizes))[:, None]
     poisoned = {"x": jnp.where(unassigned, jnp.nan, inputs["x"]), "w": inputs["w"].at[1].set(jnp.nan)}
-    run = jax.jit(functools.partial(both, interpret=plgpu.InterpretGPUParams()))
+    run = jax.jit(functools.partial(run_on_two_blocks, interpret=plgpu.InterpretGPUParams()))
     once = run(inputs, {"group_sizes": sizes}, dout)
-    tolerance.same_bits(once, run(poisoned, {"group_sizes": sizes}, jnp.where(unassigned, jnp.nan, dout)))
+    tolerance.assert_bit_equal(once, run(poisoned, {"group_sizes": sizes}, jnp.where(unassigned, jnp.nan, dout)))
 
 
 COLUMNS, TILES = 256, 8
 LAUNCHED = {  # name -> (copies that fill a stage, what makes TILES tiles of one filling each)
-    "y": (2, lambda static: gmm.product([ones(128, 64)], [ones(1, 64, TILES * COLUMNS)], SIZES, static)),
-    "dw": (3, lambda static: tgmm.summed(ones(64, 128), ones(64, TILES * COLUMNS), SIZES // 2, static)),
+    "y": (2, lambda config: gmm.gmm([ones(128, 64)], [ones(1, 64, TILES * COLUMNS)], SIZES, config)),
+    "dw": (3, lambda config: tgmm.tgmm(ones(64, 128), ones(64, TILES * COLUMNS), SIZES // 2, config)),
     "up": (
         3,
-        lambda static: experts_kernel.up_proj(
-            ones(128, 64), *[ones(1, 64, 4 * COLUMNS)] * 2, SIZES, static, save_residuals=False
-        ),
+        lambda config: up_proj(ones(128, 64), *[ones(1, 64, 4 * COLUMNS)] * 2, SIZES, config, save_residuals=False),
     ),
 }
 SIZES = np.array([128], np.int32)
@@ -96,7 +97,7 @@ def ones(*shape: int) -> jax.Array:
 
 
 @pytest.mark.parametrize("name", LAUNCHED)
-def test_the_next_tile_is_loaded_while_this_one_is_written(name, monkeypatch):
+def test_next_tile_is_loaded_while_previous_one_is_stored(name, monkeypatch):
     """Blocks the first store until the producer has refilled the 4 stages, except for those not yet released."""
     copies, run = LAUNCHED[name]
     loaded, enough, in_time = itertools.count(1), threading.Event(), []
@@ -113,33 +114,31 @@ def test_the_next_tile_is_loaded_while_this_one_is_written(name, monkeypatch):
 
     monkeypatch.setattr(race_detector.gpu_interpreter, "copy_gmem_to_smem", count)
     monkeypatch.setattr(race_detector.gpu_interpreter, "copy_smem_to_gmem", hold)
-    jax.block_until_ready(
-        jax.jit(run, static_argnums=0)(warp_specialized.Static(1, plgpu.InterpretGPUParams(), COLUMNS))
-    )
+    jax.block_until_ready(jax.jit(run, static_argnums=0)(Sm90GmmConfig(1, plgpu.InterpretGPUParams(), COLUMNS)))
     assert in_time[0], "the first tile is written, and nothing more is loaded"
     assert next(loaded) == TILES * copies + 1
 
 
 @pytest.mark.parametrize("name", LAUNCHED)
-def test_a_stage_is_released_when_its_products_are_done(name):
+def test_stage_is_released_after_its_wgmmas(name):
     """The simulated GPU multiplies synchronously, so this reads the jaxpr: one step is in flight, no more."""
-    text = str(jax.make_jaxpr(LAUNCHED[name][1], static_argnums=0)(warp_specialized.Static(1, None, COLUMNS)))
+    text = str(jax.make_jaxpr(LAUNCHED[name][1], static_argnums=0)(Sm90GmmConfig(1, None, COLUMNS)))
     assert sorted(map(int, re.findall(r"wgmma_wait\[n=(\d)\]", text))) == [0, text.count("wgmma_ref")]
     assert text.count("wgmma_ref") == (2 if name == "up" else 1)
 
 
-def test_every_tile_has_its_place_and_a_panel_its_rows():
-    snake_order = jax.jit(warp_specialized.snake_order, static_argnums=2)
+def test_snake_order_visits_each_tile_once_panel_by_panel():
+    snake_order = jax.jit(tile_scheduler.snake_order, static_argnums=2)
     for down, across in itertools.product((1, 2, 15, 16, 17, 40), (1, 3)):
         n = jnp.arange(down * across)
         tiles = np.stack(snake_order(n, down, across), axis=1)
         assert sorted(map(tuple, tiles)) == list(itertools.product(range(down), range(across)))
-        panels = tiles[:, 0] // warp_specialized.PANEL
+        panels = tiles[:, 0] // tile_scheduler.PANEL_ROW_TILES
         assert (np.diff(panels) >= 0).all()
         assert (np.abs(np.diff(tiles[:, 1])) <= 1).all(), "neighbouring columns follow each other"
 
 
-def test_tiles_that_begin_with_their_group_are_fewer_and_visit_every_row_once():
+def test_aligned_tiles_are_fewer_and_visit_each_row_once():
     rng, N = np.random.default_rng(0), 150
     aligned = jax.jit(functools.partial(make_group_metadata, N=N, block_m=16, align=8))
     spanning = jax.jit(functools.partial(make_group_metadata, N=N, block_m=16))
@@ -181,7 +180,7 @@ OPERANDS = {
 
 
 @pytest.mark.parametrize("op", OPERANDS)
-def test_pallas_serves_hopper_when_named_and_other_gpus_report_what_runs(op):
+def test_pallas_gpu_requires_hopper(op):
     names = lambda **how: str(jax.make_jaxpr(functools.partial(getattr(kernels, op), **how))(*OPERANDS[op]))
     with dispatch.target_device("cuda", H100):
         assert kernels.implementations(op)["pallas"] is None
@@ -191,13 +190,13 @@ def test_pallas_serves_hopper_when_named_and_other_gpus_report_what_runs(op):
         assert "'xla' runs here" in kernels.implementations(op)["pallas"]
 
 
-def test_cores_are_those_of_the_chip():
+def test_number_of_sms_follows_the_device_kind():
     kinds = {H100: 132, "NVIDIA H200": 132, "NVIDIA H20": 78, "NVIDIA H100 PCIe": 114, "NVIDIA GH200 480GB": 132}
-    assert {kind: vjp.cores(kind) for kind in kinds} == kinds
+    assert {kind: vjp.num_sms(kind) for kind in kinds} == kinds
 
 
 @pytest.mark.parametrize("around", ["vmap", "shard_map", "shard_map without checks"])
-def test_gradients_are_traced_below_vmap_and_shard_map(around):
+def test_gradients_trace_under_vmap_and_shard_map(around):
     x, w = jnp.ones((2, 40, 64), jnp.bfloat16), jnp.ones((3, 64, 128), jnp.bfloat16)
     sizes = jnp.array([[8, 9, 10], [1, 2, 3]], jnp.int32)
 

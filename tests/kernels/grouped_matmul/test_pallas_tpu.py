@@ -1,4 +1,4 @@
-"""The Pallas grouped matmul from inside: its visits and tiles, and that every compiled form gives the same rows."""
+"""The Pallas grouped matmul: its visits and tiles, and each form of the kernel against the reference."""
 
 import functools
 import itertools
@@ -19,13 +19,13 @@ from dantinox.kernels.ops.grouped_matmul.pallas_tpu.vmem import row_sums, split_
 from dantinox.kernels.ops.moe import pallas_cpu
 from tests import numpy_interpreter
 from tests.helpers import tolerance
-from tests.helpers.jaxpr_walk import largest
+from tests.helpers.jaxpr_walk import largest_intermediate
 
 SIZES = ([5], [0], [3, 4], [0, 7, 0, 1], [4, 4, 0], [0, 0, 0], [1, 1, 1, 1, 9], [16, 0, 3])
 
 
-@pytest.mark.parametrize("visit_empty_groups", [False, True])
-def test_every_row_is_visited_once_by_its_group(visit_empty_groups):
+@pytest.mark.parametrize("visit_empty_groups", [False, True], ids=["skip empty groups", "visit empty groups"])
+def test_each_row_is_visited_once_by_its_group(visit_empty_groups):
     for sizes, spare, rows in itertools.product(SIZES, (0, 6), (1, 4, 8)):
         N, E = sum(sizes) + spare, len(sizes)
         if N == 0:
@@ -46,9 +46,9 @@ def test_every_row_is_visited_once_by_its_group(visit_empty_groups):
         assert set(groups) == (set(range(E)) if visit_empty_groups else set(whose))
 
 
-@pytest.mark.parametrize("full_large_tiles", [True, False])
-@pytest.mark.parametrize("sizes", [(8, 4, 1), (8, 2), (6, 5, 4, 3), (3,), (16, 8, 4), (1,)])
-def test_interpreted_every_row_of_a_group_is_in_one_tile(monkeypatch, sizes, full_large_tiles):
+@pytest.mark.parametrize("full_large_tiles", [True, False], ids=["full large tiles", "partial large tiles"])
+@pytest.mark.parametrize("sizes", [(8, 4, 1), (8, 2), (6, 5, 4, 3), (3,), (16, 8, 4), (1,)], ids=str)
+def test_cpu_tiles_cover_each_row_of_a_group_once(monkeypatch, sizes, full_large_tiles):
     monkeypatch.setattr(gmm, "EXTRA_TILE_COST_ROWS", 1)
     N = 17
 
@@ -72,7 +72,7 @@ def test_interpreted_every_row_of_a_group_is_in_one_tile(monkeypatch, sizes, ful
         assert end - start <= multiplied < end - start + largest
 
 
-def test_interpreted_tiles_are_about_as_large_as_groups():
+def test_cpu_tile_sizes_follow_group_sizes():
     for N, E in itertools.product((1, 7, 15, 16, 100, 4096, 10**6), (1, 8, 64, 256)):
         sizes = gmm.tile_sizes(N, E)
         assert list(sizes) == sorted(set(sizes), reverse=True)
@@ -93,8 +93,8 @@ def output_and_gradients(x: jax.Array, w: jax.Array, sizes: jax.Array, name: str
     return y, *pull(jnp.cos(y))
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8, 37])
-def test_no_tile_size_changes_the_result(monkeypatch, rows):
+@pytest.mark.parametrize("rows", [1, 3, 8, 37], ids="rows={}".format)
+def test_cpu_tile_size_does_not_change_grouped_matmul(monkeypatch, rows):
     (x, w), sizes = arrays(37, 6, 5, 4), jnp.array([9, 0, 13, 8])
     expected = output_and_gradients(x, w, sizes, "reference")
     monkeypatch.setattr(gmm, "tile_sizes", lambda *_: (rows,))
@@ -110,8 +110,8 @@ def mixture(name: str, x: jax.Array, w: jax.Array, ids: jax.Array, weights: jax.
     return y, *pull(jnp.cos(y))
 
 
-@pytest.mark.parametrize("sizes", [(1,), (3,), (64,), (64, 20), (8, 1), (32, 8, 3)])
-def test_no_tile_size_changes_the_mixture(monkeypatch, sizes):
+@pytest.mark.parametrize("sizes", [(1,), (3,), (64,), (64, 20), (8, 1), (32, 8, 3)], ids=str)
+def test_cpu_tile_sizes_do_not_change_moe_mlp(monkeypatch, sizes):
     """One expert has no rows, and some rows are of an expert that is not there."""
     (x, w), rng = arrays(37, 6, 5, 4), np.random.default_rng(1)
     args = x, w, jnp.array(rng.choice([0, 2, 3, 4], (37, 2))), jnp.array(rng.random((37, 2)), jnp.float32)
@@ -122,7 +122,7 @@ def test_no_tile_size_changes_the_mixture(monkeypatch, sizes):
         )
 
 
-def test_one_program_serves_any_sizes():
+def test_one_compiled_program_serves_any_group_sizes():
     (x, w), seen = arrays(40, 6, 5, 8), []
 
     @jax.jit
@@ -143,7 +143,7 @@ MAPPED = {"ids": (0, 0, None, 0), "experts": (0, None, 0, 0), "all but the ids":
 
 @pytest.mark.parametrize("name", ["xla", "pallas"])
 @pytest.mark.parametrize("shared", MAPPED)
-def test_mapped_over_an_axis_it_is_a_loop(name, shared):
+def test_vmap_equals_a_loop(name, shared):
     """With gradients, of what is kept and of what is recomputed, where some inputs are the same along the axis."""
     (x, w), rng, axes = arrays(20, 6, 5, 4), np.random.default_rng(1), MAPPED[shared]
     ids, weights = jnp.array(rng.integers(0, 4, (2, 20, 2))), jnp.array(rng.random((2, 20, 2)), jnp.float32)
@@ -157,13 +157,13 @@ def test_mapped_over_an_axis_it_is_a_loop(name, shared):
 
         return *mixture(name, *args), jax.grad(lambda x: jnp.sum(jax.checkpoint(recomputed)(x)))(args[0])
 
-    single, mapped = tolerance.quick(run), tolerance.quick(jax.vmap(run, axes))
+    single, mapped = tolerance.jit_fast_compile(run), tolerance.jit_fast_compile(jax.vmap(run, axes))
     loop = [single(*[a[n] if axis == 0 else a for a, axis in zip(args, axes, strict=True)]) for n in range(2)]
     for actual, *looped in zip(mapped(*args), *loop, strict=True):
         np.testing.assert_allclose(actual, jnp.stack(looped), rtol=1e-5, atol=1e-5 * float(jnp.abs(actual).max()))
 
 
-def test_many_experts_few_tokens():
+def test_many_experts_with_few_tokens_match_reference():
     rng = np.random.default_rng(0)
     x, w_gate, w_up, w_down = (jnp.array(rng.standard_normal(s), jnp.float32) for s in ((1, 4), *[(256, 4, 4)] * 3))
     ids, weights = jnp.array(rng.permutation(256)[None, :8]), jnp.array(rng.random((1, 8)), jnp.float32)
@@ -171,14 +171,14 @@ def test_many_experts_few_tokens():
     np.testing.assert_allclose(run("pallas"), run("reference"), rtol=1e-4, atol=1e-4)
 
 
-def test_matrices_are_not_expanded():
+def test_expert_matrices_are_not_expanded_per_row():
     """No array has rows times groups elements, forward or backward."""
     (x, w), sizes = arrays(64, 8, 16, 32), jnp.full((32,), 2)
     jaxpr = jax.make_jaxpr(lambda x, w: output_and_gradients(x, w, sizes, "pallas"))(x, w)
-    assert largest(jaxpr.jaxpr) <= max(w.size, 64 * 33)
+    assert largest_intermediate(jaxpr.jaxpr) <= max(w.size, 64 * 33)
 
 
-def test_float64_is_refused_by_name():
+def test_float64_raises_with_its_name():
     with jax.enable_x64(True):
         x, w = jnp.ones((4, 3)), jnp.ones((2, 3, 5))
         assert x.dtype == jnp.float64
@@ -187,7 +187,7 @@ def test_float64_is_refused_by_name():
         assert kernels.grouped_matmul(x, w, jnp.array([2, 2])).dtype == jnp.float64
 
 
-def test_tiles_fit_and_divide():
+def test_block_sizes_fit_vmem_and_divide_shapes():
     for kind, (N, M, F, E) in itertools.product(
         ("TPU v5 lite", "TPU v6 lite", "TPU7x"),
         ((8192, 4096, 14336, 8), (8192, 14336, 4096, 8), (65536, 2048, 768, 128), (256, 2048, 768, 128)),
@@ -206,19 +206,19 @@ def test_tiles_fit_and_divide():
 
 
 CUTS = {
-    "whole": {"block_k_sub": None},
-    "a tile of products larger than a chunk": {"block_k_sub": None, "mxu_m": 16},
-    "cut": {"block_k": 16, "block_n": 16, "block_n_sub": 16, "mxu_n": 8},
+    "full contraction": {"block_k_sub": None},
+    "mxu tile larger than a chunk": {"block_k_sub": None, "mxu_m": 16},
+    "split k and n": {"block_k": 16, "block_n": 16, "block_n_sub": 16, "mxu_n": 8},
     "strips": {"block_n": 24, "block_n_sub": 8, "mxu_n": 8},
-    "parts": {"block_k_sub": 8},
-    "a lead": {"block_k_sub": None, "leading_k": 8},
-    "cut, parts": {"block_k": 16, "block_n": 16, "block_n_sub": 16, "mxu_n": 8, "block_k_sub": 8},
-    "many sizes": {"max_chunks": 3},
-    "parts of two matrices": {"block_k_sub": 16},
+    "k slices": {"block_k_sub": 8},
+    "leading k": {"block_k_sub": None, "leading_k": 8},
+    "split k and n, k slices": {"block_k": 16, "block_n": 16, "block_n_sub": 16, "mxu_n": 8, "block_k_sub": 8},
+    "few chunk sizes": {"max_chunks": 3},
+    "slices of two matrices": {"block_k_sub": 16},
 }
 
 
-def test_a_part_of_two_matrices_has_the_end_of_one_and_the_start_of_the_next():
+def test_contraction_slice_spans_two_matrices():
     spans = lambda *sizes: [[(n, at.start, at.size) for n, at in term] for term in split_contraction(*sizes)]
     halves = [(0, 512, 256), (1, 0, 256)]
     assert spans(2, 768, 512) == [[(0, 0, 512)], halves, [(1, 256, 512)]]
@@ -226,14 +226,14 @@ def test_a_part_of_two_matrices_has_the_end_of_one_and_the_start_of_the_next():
     assert spans(2, 512, 512) == [[(0, 0, 512)], [(1, 0, 512)]]
 
 
-@pytest.mark.parametrize("width", [40, 128, 200, 384])
-def test_row_sums_are_the_sum_of_each_row(width):
+@pytest.mark.parametrize("width", [40, 128, 200, 384], ids="width={}".format)
+def test_row_sums_equal_jnp_sum(width):
     x = jnp.asarray(np.random.default_rng(0).integers(-9, 9, (16, width)), jnp.float32)
     np.testing.assert_array_equal(row_sums(x), jnp.sum(x, axis=1)[None])
 
 
 @pytest.mark.parametrize("sides", CUTS.values(), ids=CUTS)
-def test_the_compiled_form_is_the_formula(monkeypatch, sides):
+def test_tpu_kernels_match_reference_with_each_block_size(monkeypatch, sides):
     """The body that is compiled for a TPU, with NaN in all memory that was never written."""
     monkeypatch.setattr(block_sizes, "choose_block_m", lambda *_, **__: (32 if "max_chunks" in sides else 16, 8))
 

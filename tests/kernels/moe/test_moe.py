@@ -1,4 +1,4 @@
-"""The mixture of experts: the reference against python loops, every implementation against the reference."""
+"""The mixture of experts: the reference against Python loops, every implementation against the reference."""
 
 import math
 
@@ -10,14 +10,13 @@ from hypothesis import strategies as st
 
 from dantinox.kernels import workloads
 from dantinox.kernels.workloads import types as workload_types
-from tests.helpers import cases, random_shapes
-from tests.helpers import tolerance as rule
+from tests.helpers import cases, random_shapes, tolerance
 
-IMPLEMENTATIONS = rule.runnable("moe_mlp")
+IMPLEMENTATIONS = tolerance.runnable_implementations("moe_mlp")
 
 
 def row(N: int, M: int, F: int, E: int, k: int, skew: str = "uniform") -> workloads.MoE:
-    return cases.row(workloads.MoE, N=N, M=M, F=F, E=E, k=k, skew=skew)
+    return cases.make_workload(workloads.MoE, N=N, M=M, F=F, E=E, k=k, skew=skew)
 
 
 def loops(x, w_gate, w_up, w_down, expert_weights, expert_ids):
@@ -32,37 +31,39 @@ def loops(x, w_gate, w_up, w_down, expert_weights, expert_ids):
     return y
 
 
-def slopes(inputs, aux, dout, gradients, tolerance):
-    """Each gradient against the loops, along one random direction an argument."""
+def assert_gradients_match_loops(inputs, aux, dout, gradients, max_error):
+    """Compares each gradient with the loops, along one random direction per argument."""
     for name, x in inputs.items():
         direction = np.random.default_rng(1).standard_normal(x.shape)
         toward = {other: direction if other == name else np.zeros_like(y) for other, y in inputs.items()}
-        by_hand = rule.slope(lambda **a: loops(**a, **aux), inputs, toward, dout)
-        along = np.sum(rule.exact(gradients[f"d{name}"]) * direction)
-        assert along == pytest.approx(by_hand, rel=tolerance, abs=tolerance), name
+        by_hand = tolerance.directional_derivative(lambda **a: loops(**a, **aux), inputs, toward, dout)
+        along = np.sum(tolerance.to_float64(gradients[f"d{name}"]) * direction)
+        assert along == pytest.approx(by_hand, rel=max_error, abs=max_error), name
 
 
-@pytest.mark.parametrize("k", [1, 2, 3])
-def test_the_reference_is_the_formula(k):
+@pytest.mark.parametrize("k", [1, 2, 3], ids="k={}".format)
+def test_reference_matches_python_loops(k):
     inputs, aux, dout = cases.draw(row(5, 4, 3, 3, k))
     with jax.enable_x64(True):
-        got = rule.program("moe_mlp", "reference")(inputs, aux, dout)
+        got = tolerance.program("moe_mlp", "reference")(inputs, aux, dout)
     np.testing.assert_allclose(got["o"], loops(**inputs, **aux), rtol=1e-12, atol=1e-13)
-    slopes(inputs, aux, dout, got, 1e-6)
+    assert_gradients_match_loops(inputs, aux, dout, got, 1e-6)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("case", "dtype"), cases.judged("moe_mlp"))
-def test_every_implementation_keeps_the_rule(case, dtype, implementation):
+@pytest.mark.parametrize(("case", "dtype"), cases.workload_parameters("moe_mlp"))
+def test_implementation_matches_reference(case, dtype, implementation):
     inputs, aux, dout = cases.draw(case)
     # Matrices of the size that keeps features near 1, as in a network; otherwise bfloat16 compares noise with noise.
     for name, width in (("w_gate", case.M), ("w_up", case.M), ("w_down", case.F)):
         inputs[name] /= math.sqrt(width)
     # The router's weights stay in float32 beside bfloat16 experts: so the model calls it.
-    got = rule.judge("moe_mlp", implementation, inputs, dout, dtype, aux=aux, keep=("expert_weights",))
+    got = tolerance.assert_matches_reference(
+        "moe_mlp", implementation, inputs, dout, dtype, aux=aux, keep_float32=("expert_weights",)
+    )
     idle = [e for e in range(case.E) if e not in aux["expert_ids"]]
     for name in ("dw_gate", "dw_up", "dw_down"):
-        assert not np.any(rule.exact(got[name])[idle]), f"{name} of an expert without tokens"
+        assert not np.any(tolerance.to_float64(got[name])[idle]), f"{name} of an expert without tokens"
 
 
 @random_shapes.examples(60)
@@ -72,38 +73,38 @@ def test_every_implementation_keeps_the_rule(case, dtype, implementation):
     skew=st.sampled_from(workload_types.SKEWS),
     seed=st.integers(0, 99),
 )
-def test_any_routing_is_the_formula(implementation, shape, skew, seed):
+def test_random_routings_match_python_loops(implementation, shape, skew, seed):
     N = int(shape.choice([shape.integers(1, 21), shape.choice([31, 33, 64, 65, 70])]))
     E = int(shape.integers(1, 8))
     k = int(shape.integers(1, min(E, 4) + 1))
     inputs, aux, dout = cases.draw(row(N, *shape.integers(1, 5, 2).tolist(), E, k, skew), seed)
     narrow = {name: np.float32(x) for name, x in inputs.items()}
     expected = loops(**inputs, **aux)
-    for form, run in rule.forms(implementation, rule.program("moe_mlp", implementation)).items():
+    for form, run in tolerance.kernel_variants(implementation, tolerance.program("moe_mlp", implementation)).items():
         got = run(narrow, aux, np.float32(dout))
         np.testing.assert_allclose(got["o"], expected, rtol=1e-4, atol=1e-4, err_msg=form)
-        slopes(inputs, aux, dout, got, 1e-2)
-    random_shapes.forget()
+        assert_gradients_match_loops(inputs, aux, dout, got, 1e-2)
+    random_shapes.clear_programs()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_the_weights_of_an_idle_expert_do_not_reach_any_result(implementation):
+def test_idle_expert_weights_do_not_affect_results(implementation):
     inputs, _, dout = cases.draw(row(65, 16, 24, 4, 1))
     ids = workload_types.route(65, 2, 1, "uniform")  # experts 2 and 3 are idle
     idle, results = np.arange(4)[:, None, None] >= 2, []
     for fill in (0, np.nan, np.inf):
         filled = {n: np.float32(np.where(idle, fill, x) if n.startswith("w_") else x) for n, x in inputs.items()}
-        results.append(rule.program("moe_mlp", implementation)(filled, {"expert_ids": ids}, np.float32(dout)))
+        results.append(tolerance.program("moe_mlp", implementation)(filled, {"expert_ids": ids}, np.float32(dout)))
     for poisoned in results[1:]:
-        rule.same_bits(results[0], poisoned)
+        tolerance.assert_bit_equal(results[0], poisoned)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_token_meets_no_other_token(implementation):
+def test_tokens_do_not_affect_each_other(implementation):
     """Dropless: what one token gets does not depend on how many others chose its expert, NaN ones included."""
     inputs, aux, dout = cases.draw(row(65, 16, 24, 4, 1))
     narrow = {name: np.float32(x) for name, x in inputs.items()}
-    run, ids = rule.program("moe_mlp", implementation), aux["expert_ids"]
+    run, ids = tolerance.program("moe_mlp", implementation), aux["expert_ids"]
     alone = run(narrow, aux, np.float32(dout))
     # New arrays: JAX may still be reading the old ones.
     first = np.arange(65)[:, None] == 0
@@ -116,13 +117,13 @@ def test_a_token_meets_no_other_token(implementation):
 def test_two_runs_are_bit_equal(implementation):
     inputs, aux, dout = cases.draw(row(300, 16, 24, 4, 2))
     arguments = {name: np.float32(x) for name, x in inputs.items()}, aux, np.float32(dout)
-    run = rule.program("moe_mlp", implementation)
-    rule.same_bits(run(*arguments), run(*arguments))
+    run = tolerance.program("moe_mlp", implementation)
+    tolerance.assert_bit_equal(run(*arguments), run(*arguments))
 
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
-def test_no_tokens_give_no_rows(implementation):
+def test_zero_tokens_give_empty_output(implementation):
     inputs, aux, dout = cases.draw(row(0, 4, 3, 2, 1))
     narrow = {name: np.float32(x) for name, x in inputs.items()}
-    got = rule.program("moe_mlp", implementation)(narrow, aux, np.float32(dout))
+    got = tolerance.program("moe_mlp", implementation)(narrow, aux, np.float32(dout))
     assert got["o"].shape == (0, 4) and not np.any(got["dw_gate"])

@@ -13,9 +13,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dantinox import kernels
 from dantinox.kernels import dispatch, workloads
-from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import warp_specialized
-from dantinox.kernels.ops.moe.pallas_sm90 import kernel as experts_kernel
+from dantinox.kernels.ops.grouped_matmul.pallas_sm90.block_sizes import BLOCK_M
+from dantinox.kernels.ops.grouped_matmul.pallas_sm90.tile_scheduler import tma_group_metadata
 from dantinox.kernels.ops.moe.pallas_sm90 import vjp as experts_vjp
+from dantinox.kernels.ops.moe.pallas_sm90.down_proj_bwd import gather_row_values
 from tests.helpers import cases, race_detector, tolerance
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -23,10 +24,10 @@ slow = pytest.mark.slow
 
 
 def row(N: int, E: int, k: int, M: int = 64, F: int = 64, skew: str = "uniform") -> workloads.MoE:
-    return cases.row(workloads.MoE, N=N, M=M, F=F, E=E, k=k, skew=skew)
+    return cases.make_workload(workloads.MoE, N=N, M=M, F=F, E=E, k=k, skew=skew)
 
 
-def drawn(case: workloads.MoE) -> cases.Drawn:
+def draw_scaled(case: workloads.MoE) -> cases.DrawnArrays:
     """Matrices of the size that keeps features near 1, as in a network."""
     inputs, aux, dout = cases.draw(case)
     for name, width in (("w_gate", case.M), ("w_up", case.M), ("w_down", case.F)):
@@ -34,8 +35,8 @@ def drawn(case: workloads.MoE) -> cases.Drawn:
     return inputs, {name: jnp.asarray(x) for name, x in aux.items()}, dout
 
 
-both = functools.partial(race_detector.by_two_blocks, experts_vjp.moe_mlp)
-watched = functools.partial(race_detector.watched_blocks, experts_vjp.moe_mlp)
+run_on_two_blocks = functools.partial(race_detector.run_on_two_blocks, experts_vjp.moe_mlp)
+run_two_blocks_checked = functools.partial(race_detector.run_two_blocks_checked, experts_vjp.moe_mlp)
 
 
 CASES = [
@@ -54,47 +55,51 @@ CASES = [
 @pytest.mark.parametrize(
     ("case", "width"),
     CASES,
-    ids=lambda x: f"{x.N}-{x.E}-{x.k}-{x.M}-{x.F}-{x.skew}" if isinstance(x, workloads.MoE) else x,
+    ids=lambda x: x.label() if isinstance(x, workloads.MoE) else f"width={x or 'auto'}",
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=slow)])
-def test_the_output_and_the_gradients_are_the_formula_and_memory_is_in_order(case, width, dtype):
-    inputs, aux, dout = drawn(case)
-    run = functools.partial(watched, width)
-    keep = ("expert_weights",)
-    got = tolerance.judge("moe_mlp", "hopper", inputs, dout, dtype, aux=aux, run=run, keep=keep)
+def test_output_and_gradients_match_without_races(case, width, dtype):
+    inputs, aux, dout = draw_scaled(case)
+    run = functools.partial(run_two_blocks_checked, width)
+    keep_float32 = ("expert_weights",)
+    got = tolerance.assert_matches_reference(
+        "moe_mlp", "hopper", inputs, dout, dtype, aux=aux, run=run, keep_float32=keep_float32
+    )
     idle = [e for e in range(case.E) if e not in np.asarray(aux["expert_ids"])]
     for name in ("dw_gate", "dw_up", "dw_down"):
-        assert not np.any(tolerance.exact(got[name])[idle]), f"{name} of an expert without tokens"
+        assert not np.any(tolerance.to_float64(got[name])[idle]), f"{name} of an expert without tokens"
 
 
-def test_the_weights_of_an_idle_expert_do_not_reach_any_result_and_two_runs_agree():
+def test_idle_expert_weights_do_not_affect_results():
     """NaN in an expert without tokens changes no bit."""
-    inputs, aux, dout = drawn(row(21, 3, 2))
+    inputs, aux, dout = draw_scaled(row(21, 3, 2))
     inputs = {name: jnp.asarray(x, "bfloat16") for name, x in inputs.items()}
     ids = jnp.where(aux["expert_ids"] == 1, 2, aux["expert_ids"]), jnp.asarray(dout, "bfloat16")
     poisoned = {name: x.at[1].set(jnp.nan) if name.startswith("w_") else x for name, x in inputs.items()}
-    run = jax.jit(functools.partial(both, interpret=plgpu.InterpretGPUParams()))
-    tolerance.same_bits(run(inputs, {"expert_ids": ids[0]}, ids[1]), run(poisoned, {"expert_ids": ids[0]}, ids[1]))
+    run = jax.jit(functools.partial(run_on_two_blocks, interpret=plgpu.InterpretGPUParams()))
+    tolerance.assert_bit_equal(
+        run(inputs, {"expert_ids": ids[0]}, ids[1]), run(poisoned, {"expert_ids": ids[0]}, ids[1])
+    )
 
 
-def test_each_row_finds_its_number_among_those_of_the_visits():
+def test_gather_row_values_restores_row_order():
     rng, N, E = np.random.default_rng(0), 700, 5
 
     @jax.jit
     def gather(sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
-        metadata = warp_specialized.plan(sizes, N)
+        metadata = tma_group_metadata(sizes, N)
         # Row n of the visits has the value n + 1; rows of no visit are NaN.
-        number = metadata.row[:, None] + jnp.arange(warp_specialized.HEIGHT)
+        number = metadata.row[:, None] + jnp.arange(BLOCK_M)
         owned = (metadata.row_start[:, None] <= number) & (number < metadata.row_end[:, None])
         owned &= (jnp.arange(len(metadata.group)) < metadata.count)[:, None]
-        return experts_kernel.gather_row_values(jnp.where(owned, number + 1.0, jnp.nan), metadata, N, E), jnp.sum(sizes)
+        return gather_row_values(jnp.where(owned, number + 1.0, jnp.nan), metadata, N, E), jnp.sum(sizes)
 
     for _ in range(50):
         values, num_assigned = gather(rng.multinomial(rng.integers(0, N + 1), rng.dirichlet([0.4] * E)))
         np.testing.assert_array_equal(values, np.where(np.arange(N) < num_assigned, np.arange(N) + 1, 0))
 
 
-def test_unsupported_dtypes_and_sizes_are_named():
+def test_unsupported_inputs_raise_with_the_reason():
     ids, weights = jnp.zeros((8, 1), jnp.int32), jnp.ones((8, 1))
     for dtype, M, F, said in (
         ("float32", 64, 64, "float32"),
@@ -108,7 +113,7 @@ def test_unsupported_dtypes_and_sizes_are_named():
             kernels.moe_mlp(x, up, up, down, ids, weights, implementation="pallas")
 
 
-def test_as_compiled_it_spills_nothing_and_multiplies_by_wgmma():
+def test_compiled_kernels_use_wgmma_without_spills():
     rows = json.loads((Path(__file__).parents[3] / "profiles/aot/h100.json").read_text())["rows"]
     ours = {key: row for key, row in rows.items() if key.startswith(("moe_mlp", "grouped_matmul")) and "pallas" in key}
     assert {key.split(" / ")[3] for key in ours} == {"bfloat16", "float16"} and len(ours) >= 30
@@ -117,14 +122,14 @@ def test_as_compiled_it_spills_nothing_and_multiplies_by_wgmma():
             assert kernel["spill_bytes"] == kernel["local"] == kernel["mma"] == 0 and kernel["wgmma"] > 0, key
 
 
-def given(N: int = 8, M: int = 64, F: int = 128, E: int = 2, k: int = 2) -> tuple[jax.Array, ...]:
+def moe_inputs(N: int = 8, M: int = 64, F: int = 128, E: int = 2, k: int = 2) -> tuple[jax.Array, ...]:
     x, up, down = (jnp.ones(shape, jnp.bfloat16) for shape in ((N, M), (E, M, F), (E, F, M)))
     return x, up, up, down, jnp.zeros((N, k), jnp.int32), jnp.ones((N, k))
 
 
 @pytest.mark.parametrize("around", ["vmap", "shard_map", "shard_map without checks"])
-def test_gradients_are_traced_below_vmap_and_shard_map(around):
-    x, *experts, ids, weights = given()
+def test_gradients_trace_under_vmap_and_shard_map(around):
+    x, *experts, ids, weights = moe_inputs()
 
     def gradients(x: jax.Array, ids: jax.Array) -> tuple[jax.Array, ...]:
         y, pull = jax.vjp(lambda x, *ws: experts_vjp.moe_mlp(x, *ws, ids, weights), x, *experts)

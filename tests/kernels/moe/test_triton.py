@@ -1,4 +1,4 @@
-"""The Triton kernels, on Triton's interpreter: in the environment that has Triton, where `make aot` has built it."""
+"""The Triton kernels in Triton's interpreter, in the environment with Triton that `make aot` builds."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ def interpreted(folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 @needs_triton
-def test_triton_kernels_are_the_formulas():
+def test_triton_kernels_match_numpy():
     done = interpreted(ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "of what is allowed" in done.stdout
@@ -45,7 +45,7 @@ FAULTS = {
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_interpreter_notices(tmp_path, fault):
+def test_triton_interpreter_detects_planted_fault(tmp_path, fault):
     for name in ("dantinox", "kernels", "reference", "tests"):
         subprocess.run(["cp", "-r", str(ROOT / name), str(tmp_path)], check=True)
     file, (old, new) = tmp_path / "kernels/ops/moe/triton.py", FAULTS[fault]
@@ -56,14 +56,14 @@ def test_the_interpreter_notices(tmp_path, fault):
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stdout[-2000:] + done.stderr[-2000:]
 
 
-def test_without_an_nvidia_gpu_triton_says_why():
+def test_triton_without_nvidia_gpu_raises_with_the_reason():
     x, w, ids = jnp.ones((2, 4)), jnp.ones((2, 4, 4)), jnp.zeros((2, 1), int)
     for platform, kind in (("cpu", "cpu"), ("tpu", "TPU v6 lite"), ("gpu", "AMD Instinct MI300X")):
         with target_device(platform, kind), pytest.raises(NotImplementedError, match="NVIDIA"):
             kernels.moe_mlp(x, w, w, w, ids, jnp.ones((2, 1)), implementation="triton")
 
 
-def test_without_jax_triton_it_says_how_to_get_it(monkeypatch):
+def test_missing_jax_triton_raises_with_install_hint(monkeypatch):
     monkeypatch.setitem(sys.modules, "jax_triton", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with target_device("gpu", "NVIDIA A100-SXM4-80GB"), pytest.raises(NotImplementedError, match="EXTRAS=triton"):

@@ -1,1 +1,1 @@
-"""Attention in Pallas for TPUs, interpreted on a CPU."""
+"""Attention in Pallas for TPUs."""

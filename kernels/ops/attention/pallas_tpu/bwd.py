@@ -1,4 +1,4 @@
-"""Gradients of attention on Mosaic TPU, and interpreted on a CPU: dq, dk and dv in one pass over the visible blocks.
+"""Gradients of attention on Mosaic TPU: dq, dk and dv in one pass over the visible blocks.
 
 Math      with do' = do sigmoid(gate) and delta = rowsum(do' o'), o' the ungated output:
           p = 2^(s - m) / l;  dv = p^T do';  ds = p (do' v^T - delta);  dq = scale ds k;  dk = scale ds^T q
@@ -19,13 +19,20 @@ Source    Dao, FlashAttention-2 (arXiv:2307.08691), algorithm 2.
 """
 
 import functools
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dantinox.kernels.cost import Cost
+from dantinox.kernels.ops.attention.common import (
+    NN,
+    NT,
+    AttentionConfig,
+    QKVGradients,
+    SegmentTables,
+    dot_per_head,
+)
 from dantinox.kernels.ops.attention.pallas_tpu.block_call import (
     Operand,
     Output,
@@ -33,59 +40,42 @@ from dantinox.kernels.ops.attention.pallas_tpu.block_call import (
     block_spec,
     pallas_call_over_blocks,
 )
-from dantinox.kernels.ops.attention.pallas_tpu.common import (
-    NN,
-    NT,
-    AttentionKernelConfig,
-    BlockContext,
-    SegmentTables,
-    dot_per_head,
-    kv_spans,
-)
-from dantinox.kernels.ops.attention.pallas_tpu.refs import BlockRef, SubtileRef
+from dantinox.kernels.ops.attention.pallas_tpu.block_sizes import TpuBlockSizes
+from dantinox.kernels.ops.attention.pallas_tpu.common import LOG2E, BlockContext, kv_spans
+from dantinox.kernels.ops.attention.pallas_tpu.refs import BlockRef
 
 Array = jax.Array
-MIN_ROWS_PER_DOT, MAX_ROWS_PER_DOT = 32, 128  # in interpret mode
 KEYS_IN_VREGS = 64  # keys of a subtile processed at a time, or registers spill
-
-
-class QKVGradients(NamedTuple):
-    """Gradients in the kernels' layout: dq as q, dk and dv [heads, key subtiles, D, keys]."""
-
-    dq: Array
-    dk: Array
-    dv: Array
 
 
 def _bwd_kernel(
     block: BlockContext,
     *,
     first_kv_block: int,
-    q_ref: SubtileRef,
-    do_ref: SubtileRef,
-    m_ref: SubtileRef,
-    inv_l_ref: SubtileRef,
-    delta_ref: SubtileRef,
-    k_ref: SubtileRef,
-    v_ref: SubtileRef,
-    k_transposed_ref: SubtileRef,
+    q_ref: BlockRef,
+    do_ref: BlockRef,
+    m_ref: BlockRef,
+    inv_l_ref: BlockRef,
+    delta_ref: BlockRef,
+    k_ref: BlockRef,
+    v_ref: BlockRef,
+    k_transposed_ref: BlockRef,
     dq_ref: BlockRef,
-    dk_ref: BlockRef | None = None,
-    dv_ref: BlockRef | None = None,
+    dk_ref: BlockRef,
+    dv_ref: BlockRef,
     dq_acc_ref: BlockRef,
     dk_acc_ref: BlockRef,
     dv_acc_ref: BlockRef,
-    s_ref: SubtileRef,
-    dp_ref: SubtileRef,
-    p_ref: SubtileRef,
-    ds_ref: SubtileRef,
+    s_ref: BlockRef,
+    dp_ref: BlockRef,
+    p_ref: BlockRef,
+    ds_ref: BlockRef,
 ) -> None:
     config = block.config
     num_q_subtiles, _ = config.num_subtiles
-    # Compiled, dk and dv accumulate in scratch for the whole span; interpreted, in blocks of the output.
-    acc_block = () if config.interpret else (block.kv_block - first_kv_block,)
+    span_block = block.kv_block - first_kv_block
 
-    @pl.when(block.is_first_use_of_kv if config.interpret else block.step == 0)
+    @pl.when(block.step == 0)
     def init_dk_dv() -> None:
         dk_acc_ref.fill(0)
         dv_acc_ref.fill(0)
@@ -106,24 +96,22 @@ def _bwd_kernel(
     def compute_p_and_ds() -> None:
         block_kv_compute = config.block_sizes.block_kv_compute
         step = min(KEYS_IN_VREGS, block_kv_compute)
-        key_slices: list[tuple[Any, ...]] = [()]
-        if not config.interpret:
-            key_slices = [(pl.ds(i, step),) for i in range(0, block_kv_compute, step)]
         for r, c in block.subtiles():
-            for key_slice in key_slices:
-                s = s_ref.load(r, c, *key_slice)
-                p = config.exp(s - m_ref.load(r)) * inv_l_ref.load(r)
-                ds = p * dp_ref.load(r, c, *key_slice)
+            for start in range(0, block_kv_compute, step):
+                keys = pl.ds(start, step)
+                s = s_ref.load(r, c, keys)
+                p = jnp.exp2(s - m_ref.load(r)) * inv_l_ref.load(r)
+                ds = p * dp_ref.load(r, c, keys)
                 if config.softcap is not None:
-                    t = s * (1 / (config.softcap * config.score_scale))
+                    t = s * (1 / (config.softcap * LOG2E))
                     ds = ds * (1 - jnp.minimum(t * t, 1))  # masked scores are below -softcap
-                p_ref.store(p, r, c, *key_slice)
-                ds_ref.store(ds, r, c, *key_slice)
+                p_ref.store(p, r, c, keys)
+                ds_ref.store(ds, r, c, keys)
 
-    def accumulate_over_q(acc_ref: BlockRef, a_ref: SubtileRef, b_ref: SubtileRef) -> None:
+    def accumulate_over_q(acc_ref: BlockRef, a_ref: BlockRef, b_ref: BlockRef) -> None:
         for r, c in block.subtiles():
-            acc = acc_ref.load(*acc_block, c) + _dot_over_rows(a_ref.load(r), b_ref.load(r, c), config)
-            acc_ref.store(acc, *acc_block, c)
+            acc = acc_ref.load(span_block, c) + dot_per_head(a_ref.load(r), b_ref.load(r, c), NT)
+            acc_ref.store(acc, span_block, c)
 
     @block.run_phase
     def accumulate_dv() -> None:
@@ -142,25 +130,11 @@ def _bwd_kernel(
         for r in range(num_q_subtiles):
             dq_ref.store(dq_acc_ref.load(r) * config.scale, r)
 
-    if dk_ref is not None and dv_ref is not None:
-
-        @pl.when(block.step == pl.num_programs(1) - 1)
-        def store_dk_dv() -> None:
-            for out_ref, acc_ref, scale in ((dk_ref, dk_acc_ref, config.scale), (dv_ref, dv_acc_ref, 1)):
-                out = out_ref.ref
-                out[...] = (acc_ref.ref[...] * scale).reshape(out.shape).astype(out.dtype)
-
-
-def _dot_over_rows(a: Array, b: Array, config: AttentionKernelConfig) -> Array:
-    """a b^T.
-
-    A CPU's matmul adds row after row to one float32, so in interpret mode each matmul gets few rows: T / 16, since the
-    errors of plain jnp grow with T too.
-    """
-    rows = a.shape[-1]
-    step = min(max(config.T // 16, MIN_ROWS_PER_DOT), MAX_ROWS_PER_DOT) if config.interpret else rows
-    products = [dot_per_head(a[..., i : i + step], b[..., i : i + step], NT) for i in range(0, rows, step)]
-    return functools.reduce(jnp.add, products)
+    @pl.when(block.step == pl.num_programs(1) - 1)
+    def store_dk_dv() -> None:
+        for out_ref, acc_ref, scale in ((dk_ref, dk_acc_ref, config.scale), (dv_ref, dv_acc_ref, 1)):
+            out = out_ref.ref
+            out[...] = (acc_ref.ref[...] * scale).reshape(out.shape).astype(out.dtype)
 
 
 def attention_bwd(
@@ -172,7 +146,7 @@ def attention_bwd(
     inv_l: Array,
     delta: Array,
     segments: SegmentTables | None,
-    config: AttentionKernelConfig,
+    config: AttentionConfig[TpuBlockSizes],
     *,
     cost: Cost,
 ) -> QKVGradients:
@@ -194,15 +168,15 @@ def attention_bwd(
         The gradients of q, k and v.
     """
     D, sizes, (num_q_subtiles, num_kv_subtiles) = q.shape[2], config.block_sizes, config.num_subtiles
-    rows, keys, kv_heads = sizes.block_q_compute, sizes.block_kv_compute, sizes.kv_heads
+    rows, keys = sizes.block_q_compute, sizes.block_kv_compute
     inputs = {
         "q": Operand(q, "q"),
         "do": Operand(do, "q"),
         "m": Operand(m, "q"),
         "inv_l": Operand(inv_l, "q"),
         "delta": Operand(delta, "q"),
-        "k": Operand(k, "kv", kv_axis=-2),
-        "v": Operand(v, "kv", kv_axis=-2),
+        "k": Operand(k, "kv"),
+        "v": Operand(v, "kv"),
         "k_transposed": Operand(k.swapaxes(-1, -2), "kv"),
     }
     subtile_shape = (num_q_subtiles, num_kv_subtiles, keys, rows)
@@ -223,23 +197,17 @@ def attention_bwd(
         outputs = {"dq": Output(dq_shape, block_spec(config, "q", D, rows, first_block=q_start // num_q_subtiles))}
         scratch = {"dq_acc": ScratchShape((num_q_subtiles, D, rows), jnp.float32)}
         span_shape = ((span_end - span_start) * num_kv_subtiles, D, keys)
+        span_spec = pl.BlockSpec((1, *span_shape), lambda g, n, *_: (g, 0, 0, 0))
         for name in ("dk", "dv"):
-            if config.interpret:
-                acc_shape = jax.ShapeDtypeStruct((q.shape[0], *span_shape), jnp.float32)
-                acc_spec = block_spec(config, "kv", D, keys, first_block=span_start)
-                outputs[f"{name}_acc"] = Output(acc_shape, acc_spec)
-            else:
-                span_spec = pl.BlockSpec((kv_heads, *span_shape), lambda g, n, *_: (g, 0, 0, 0))
-                outputs[name] = Output(jax.ShapeDtypeStruct((q.shape[0], *span_shape), k.dtype), span_spec)
-                scratch[f"{name}_acc"] = ScratchShape((span_end - span_start, num_kv_subtiles, D, keys), jnp.float32)
+            outputs[name] = Output(jax.ShapeDtypeStruct((q.shape[0], *span_shape), k.dtype), span_spec)
+            scratch[f"{name}_acc"] = ScratchShape((span_end - span_start, num_kv_subtiles, D, keys), jnp.float32)
         results = pallas_call_over_blocks(
             functools.partial(_bwd_kernel, first_kv_block=span_start),
             config,
             schedule,
             inputs,
             outputs,
-            scratch,
-            phase_scratch,
+            scratch | phase_scratch,
             segments=segments,
             name="attention_backward",
             cost=cost.scaled(len(schedule) / num_blocks),
@@ -253,8 +221,6 @@ def attention_bwd(
         dk_spans.append(dk)
         dv_spans.append(dv)
     dk, dv = _concatenate_spans(dk_spans), _concatenate_spans(dv_spans)
-    if config.interpret:
-        dk, dv = (dk * config.scale).astype(k.dtype), dv.astype(v.dtype)
     assert dq is not None
     return QKVGradients(dq.astype(q.dtype), dk, dv)
 

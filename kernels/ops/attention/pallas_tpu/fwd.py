@@ -1,4 +1,4 @@
-"""Attention on Mosaic TPU, and interpreted on a CPU: flash attention over the visible blocks only.
+"""Attention on Mosaic TPU: flash attention over the visible blocks only.
 
 Math      s = cap(scale q k^T) log2(e);  p = 2^(s - m);  o = sigmoid(gate) * sum(p v) / sum(p)
 Tiling    grid (heads, visible blocks), the blocks of a query block one after the other. `block_schedule.py` says which
@@ -18,13 +18,20 @@ Source    Dao, FlashAttention-2 (arXiv:2307.08691); jax's splash attention for t
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dantinox.kernels.cost import Cost
+from dantinox.kernels.ops.attention.common import (
+    M_INIT,
+    NN,
+    AttentionConfig,
+    ForwardResult,
+    SegmentTables,
+    dot_per_head,
+)
 from dantinox.kernels.ops.attention.pallas_tpu.block_call import (
     Operand,
     Output,
@@ -32,45 +39,20 @@ from dantinox.kernels.ops.attention.pallas_tpu.block_call import (
     block_spec,
     pallas_call_over_blocks,
 )
-from dantinox.kernels.ops.attention.pallas_tpu.common import (
-    M_INIT,
-    NN,
-    AttentionKernelConfig,
-    BlockContext,
-    SegmentTables,
-    dot_per_head,
-)
-from dantinox.kernels.ops.attention.pallas_tpu.refs import BlockRef, SubtileRef
+from dantinox.kernels.ops.attention.pallas_tpu.block_sizes import TpuBlockSizes
+from dantinox.kernels.ops.attention.pallas_tpu.common import BlockContext
+from dantinox.kernels.ops.attention.pallas_tpu.refs import BlockRef
 
 Array = jax.Array
-
-
-class ForwardResult(NamedTuple):
-    """Results of the forward kernel; without residuals only `o`.
-
-    `m` and `inv_l` are the log-sum-exp of a row in two parts: one number would carry a rounding error to every p of the
-    row.
-
-    Attributes:
-        o: output [heads, query subtiles, D, rows].
-        o_ungated: output before the gate, in the same shape.
-        m: largest score of each row, times `score_scale`: [heads, query subtiles, 1, rows].
-        inv_l: 1 / sum of each row's exponentials, 0 where the row sees no key; shaped as `m`.
-    """
-
-    o: Array
-    o_ungated: Array | None = None
-    m: Array | None = None
-    inv_l: Array | None = None
 
 
 def _fwd_kernel(
     block: BlockContext,
     *,
-    q_ref: SubtileRef,
-    k_ref: SubtileRef,
-    v_ref: SubtileRef,
-    gate_ref: SubtileRef | None = None,
+    q_ref: BlockRef,
+    k_ref: BlockRef,
+    v_ref: BlockRef,
+    gate_ref: BlockRef | None = None,
     o_ref: BlockRef,
     o_ungated_ref: BlockRef | None = None,
     m_out_ref: BlockRef | None = None,
@@ -78,10 +60,10 @@ def _fwd_kernel(
     m_ref: BlockRef,
     l_ref: BlockRef,
     acc_ref: BlockRef,
-    s_ref: SubtileRef,
-    s_max_ref: SubtileRef,
-    p_ref: SubtileRef,
-    decay_ref: SubtileRef,
+    s_ref: BlockRef,
+    s_max_ref: BlockRef,
+    p_ref: BlockRef,
+    decay_ref: BlockRef,
 ) -> None:
     config = block.config
     num_q_subtiles, num_kv_subtiles = config.num_subtiles
@@ -109,12 +91,12 @@ def _fwd_kernel(
         for r in range(num_q_subtiles):
             m_prev = m_ref.load(r)
             m = functools.reduce(jnp.maximum, (s_max_ref.load(r, c) for c in range(num_kv_subtiles)), m_prev)
-            decay = config.exp(m_prev - m)
+            decay = jnp.exp2(m_prev - m)
             m_ref.store(m, r)
             decay_ref.store(decay, r)
             l_ref.store(decay * l_ref.load(r), r)
             for c in range(num_kv_subtiles):
-                p = config.exp(s_ref.load(r, c) - m)
+                p = jnp.exp2(s_ref.load(r, c) - m)
                 l_ref.store(l_ref.load(r) + jnp.sum(p, axis=-2, keepdims=True), r)
                 p_ref.store(p, r, c)
 
@@ -145,7 +127,7 @@ def attention_fwd(
     v: Array,
     gate: Array | None,
     segments: SegmentTables | None,
-    config: AttentionKernelConfig,
+    config: AttentionConfig[TpuBlockSizes],
     *,
     residuals: bool,
     cost: Cost,
@@ -167,7 +149,7 @@ def attention_fwd(
     """
     D, sizes, (num_q_subtiles, num_kv_subtiles) = q.shape[2], config.block_sizes, config.num_subtiles
     rows, keys = sizes.block_q_compute, sizes.block_kv_compute
-    inputs = {"q": Operand(q, "q"), "k": Operand(k, "kv", kv_axis=-2), "v": Operand(v, "kv")}
+    inputs = {"q": Operand(q, "q"), "k": Operand(k, "kv"), "v": Operand(v, "kv")}
     o_spec, row_spec = block_spec(config, "q", D, rows), block_spec(config, "q", 1, rows)
     outputs = {"o": Output(jax.ShapeDtypeStruct(q.shape, q.dtype), o_spec)}
     if gate is not None:
@@ -182,8 +164,6 @@ def attention_fwd(
         "m": ScratchShape(row_shape, jnp.float32),
         "l": ScratchShape(row_shape, jnp.float32),
         "acc": ScratchShape((num_q_subtiles, D, rows), jnp.float32),
-    }
-    phase_scratch = {
         "s": ScratchShape((num_q_subtiles, num_kv_subtiles, keys, rows), jnp.float32),
         "s_max": ScratchShape((num_q_subtiles, num_kv_subtiles, 1, rows), jnp.float32),
         "p": ScratchShape((num_q_subtiles, num_kv_subtiles, keys, rows), v.dtype),
@@ -192,13 +172,11 @@ def attention_fwd(
     results = pallas_call_over_blocks(
         _fwd_kernel,
         config,
-        config.block_schedule(kv_blocks_per_step=sizes.kv_blocks_per_step),
+        config.block_schedule(),
         inputs,
         outputs,
         scratch,
-        phase_scratch,
         segments=segments,
-        kv_blocks_per_step=sizes.kv_blocks_per_step,
         name="attention_forward",
         cost=cost,
     )

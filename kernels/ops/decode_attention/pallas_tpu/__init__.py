@@ -1,1 +1,1 @@
-"""Decoding attention in Pallas for TPUs, interpreted on a CPU."""
+"""Decode attention in Pallas for TPUs."""

@@ -3,7 +3,7 @@
 A tile has 128 rows, and a warpgroup skips its 64 if none belongs to the group, so only the number of columns is chosen:
 a wide tile reads fewer bytes per FLOP; a narrow one leaves fewer SMs idle at the end and wastes fewer columns past the
 last. The model estimates the cycles of the slowest SM; the group sizes are unknown at compile time and assumed equal.
-The share of the products of 132 SMs, until the last one ends, that the output needs:
+The share of the multiply-adds of 132 SMs, until the last one ends, that the output needs:
 
     sizes                                       128 x 256 for all   chosen      best of all widths
     Mixtral, 8192 rows: y                       97.0%               256: 97.0%  64: 99.6%, at half the FLOPs per byte
@@ -20,50 +20,66 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-HEIGHT, ROWS, INNER = 128, 64, 64  # rows per tile and per warpgroup; contraction per stage
-PRODUCTS = 2048  # multiply-adds per cycle and SM
+BLOCK_M = 128  # rows of the output per tile
+BLOCK_K = 64  # of the contraction per stage
+WARPGROUP_ROWS = 64  # rows of a tile per warpgroup: those of one wgmma
+TMA_ROWS = 8  # rows of a TMA tile: copies of x start at multiples of it
+MULTIPLY_ADDS_PER_CYCLE = 2048  # of an SM's tensor cores
 # Bytes per cycle and SM: from L2 while all SMs read (the port takes 64); a share of 3.35 TB/s.
 L2_BYTES, MEMORY_BYTES = 38, 14.5
 MIN_SPEEDUP = 1.05  # required of a narrower tile: the model is not a measurement, and a wide tile reads less
+MAX_TILES_PER_READ = 16  # tiles that share one read of a weight from memory
 # Guesses, which `make gpu` fits: cycles before the first product of a tile, and to store one column.
 TILE_OVERHEAD_CYCLES, STORE_CYCLES_PER_COLUMN = 600, 6
 
 
-class Tile(NamedTuple):
-    """Columns per tile of each matrix, and SMEM stages."""
+class Sm90GmmBlockSizes(NamedTuple):
+    """What is chosen per problem; `BLOCK_M` and `BLOCK_K` are fixed.
 
-    columns: int
+    Attributes:
+        block_n: columns of the output per tile, for each weight.
+        stages: SMEM stages of the pipeline, a power of two.
+    """
+
+    block_n: int
     stages: int
 
 
-def hopper(N: int, E: int, K: int, J: int, cores: int, *, widths: tuple[int, ...], matrices: int = 1) -> Tile:
-    """Chooses the tile of [N, K] times [E, K, J], or of `matrices` such products of the same rows at once.
+def gmm_block_sizes(
+    N: int, E: int, K: int, J: int, num_sms: int, *, widths: tuple[int, ...], num_weights: int = 1
+) -> Sm90GmmBlockSizes:
+    """Chooses the sizes for [N, K] times [E, K, J], or for `num_weights` such products of the same rows at once.
 
     Args:
-        widths: allowed columns per tile, of all matrices together.
+        N, E, K, J: The sizes.
+        num_sms: SMs of the device.
+        widths: Allowed columns per tile, of all weights together.
+        num_weights: Weights that a tile multiplies its rows with.
     """
-    return _fastest(widths, matrices, lambda tile: estimate_cycles(gmm_work(N, E, K, J), tile, matrices, cores))
+    work = gmm_work(N, E, K, J)
+    return _widest_fast(widths, num_weights, lambda sizes: estimate_cycles(work, sizes, num_weights, num_sms))
 
 
-def choose_tgmm_tile(N: int, E: int, M: int, F: int, cores: int, *, widths: tuple[int, ...]) -> Tile:
-    """Chooses the tile of the sums over rows [N, M]^T [N, F]: [E, M, F]."""
-    return _fastest(widths, 1, lambda tile: estimate_cycles(tgmm_work(N, E, M, F), tile, 1, cores))
+def tgmm_block_sizes(N: int, E: int, M: int, F: int, num_sms: int, *, widths: tuple[int, ...]) -> Sm90GmmBlockSizes:
+    """Chooses the sizes for the sums over rows [N, M]^T [N, F]: [E, M, F]."""
+    work = tgmm_work(N, E, M, F)
+    return _widest_fast(widths, 1, lambda sizes: estimate_cycles(work, sizes, 1, num_sms))
 
 
 class TileWork(NamedTuple):
-    """The work of one product, as the cost model sees it.
+    """The work of one kernel, as the cost model sees it.
 
     Attributes:
-        visits: tiles of rows.
-        units: warpgroup halves of 64 rows that are multiplied per tile.
-        sharing: tiles per group, which together read a matrix from memory once.
+        row_tiles: tiles of 128 rows.
+        warpgroups_per_tile: warpgroups that multiply, per tile, on average; the others have no row of the group.
+        tiles_per_group: row tiles of a group, which together read its weights from memory once.
         K: contraction.
-        J: columns.
+        J: columns of the output.
     """
 
-    visits: float
-    units: float
-    sharing: float
+    row_tiles: float
+    warpgroups_per_tile: float
+    tiles_per_group: float
     K: int
     J: int
 
@@ -76,43 +92,46 @@ def gmm_work(N: int, E: int, K: int, J: int) -> TileWork:
         # The last tile of a group is half full on average.
         return max(1.0, N / nonempty_groups / rows + 0.5 * (E > 1))
 
-    per_group = tiles_per_group(HEIGHT)
-    return TileWork(nonempty_groups * per_group, tiles_per_group(ROWS) / per_group, per_group, K, J)
+    per_group = tiles_per_group(BLOCK_M)
+    return TileWork(nonempty_groups * per_group, tiles_per_group(WARPGROUP_ROWS) / per_group, per_group, K, J)
 
 
 def tgmm_work(N: int, E: int, M: int, F: int) -> TileWork:
     """Returns the work of the sums over rows [N, M]^T [N, F]: [E, M, F]."""
-    row_tiles = math.ceil(M / HEIGHT)
+    row_tiles = math.ceil(M / BLOCK_M)
     # A group ends anywhere, so half a stage of 64 rows belongs to others on average.
-    return TileWork(E * row_tiles, 2, row_tiles, N // max(1, min(N, E)) + INNER // 2, F)
+    return TileWork(E * row_tiles, 2, row_tiles, N // max(1, min(N, E)) + BLOCK_K // 2, F)
 
 
 def estimate_cycles(
     work: TileWork,
-    tile: Tile,
-    matrices: int,
-    cores: int,
+    sizes: Sm90GmmBlockSizes,
+    num_weights: int,
+    num_sms: int,
     *,
-    start: float = TILE_OVERHEAD_CYCLES,
-    column: float = STORE_CYCLES_PER_COLUMN,
-    l2: float = L2_BYTES,
+    tile_overhead: float = TILE_OVERHEAD_CYCLES,
+    store_per_column: float = STORE_CYCLES_PER_COLUMN,
+    l2_bytes: float = L2_BYTES,
 ) -> float:
-    """Estimates the cycles of the slowest SM; `l2` is in bytes per cycle and SM."""
-    width = tile.columns * matrices
-    products = work.units * ROWS * width * INNER / PRODUCTS
-    from_l2 = 2 * (HEIGHT + width) * INNER / l2
-    from_memory = 2 * width * INNER / min(work.sharing, 16) / MEMORY_BYTES
-    tile_cycles = start + math.ceil(work.K / INNER) * max(products, from_l2, from_memory) + column * width
-    return math.ceil(work.visits * math.ceil(work.J / tile.columns) / cores) * tile_cycles
+    """Estimates the cycles of the slowest SM; `l2_bytes` is per cycle and SM."""
+    width = sizes.block_n * num_weights
+    multiply = work.warpgroups_per_tile * WARPGROUP_ROWS * width * BLOCK_K / MULTIPLY_ADDS_PER_CYCLE
+    from_l2 = 2 * (BLOCK_M + width) * BLOCK_K / l2_bytes
+    from_memory = 2 * width * BLOCK_K / min(work.tiles_per_group, MAX_TILES_PER_READ) / MEMORY_BYTES
+    k_steps = math.ceil(work.K / BLOCK_K)
+    tile_cycles = tile_overhead + k_steps * max(multiply, from_l2, from_memory) + store_per_column * width
+    return math.ceil(work.row_tiles * math.ceil(work.J / sizes.block_n) / num_sms) * tile_cycles
 
 
-def tile_of(width: int, matrices: int = 1) -> Tile:
-    """Returns the tile of `width` columns, of all matrices together, with as many stages as fit, a power of two."""
-    return Tile(width // matrices, 8 if width == 64 else 4)
+def block_sizes_of_width(width: int, num_weights: int = 1) -> Sm90GmmBlockSizes:
+    """Returns the sizes of a tile of `width` columns, of all weights together, with as many stages as fit in SMEM."""
+    return Sm90GmmBlockSizes(width // num_weights, 8 if width == 64 else 4)
 
 
-def _fastest(widths: tuple[int, ...], matrices: int, time: Callable[[Tile], float]) -> Tile:
-    """Returns the widest tile that is nearly the fastest."""
-    tiles = [tile_of(width, matrices) for width in sorted(widths, reverse=True)]
-    best = min(map(time, tiles))
-    return next(tile for tile in tiles if time(tile) <= MIN_SPEEDUP * best)
+def _widest_fast(
+    widths: tuple[int, ...], num_weights: int, estimate: Callable[[Sm90GmmBlockSizes], float]
+) -> Sm90GmmBlockSizes:
+    """Returns the sizes of the widest tile that is nearly the fastest."""
+    candidates = [block_sizes_of_width(width, num_weights) for width in sorted(widths, reverse=True)]
+    best = min(map(estimate, candidates))
+    return next(sizes for sizes in candidates if estimate(sizes) <= MIN_SPEEDUP * best)

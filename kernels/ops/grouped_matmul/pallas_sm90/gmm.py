@@ -3,32 +3,34 @@
 Math      y_n = p_n sum over i of x^i_n w^i_e for the rows n of group e, or x^i_n w^i_e^T without transposing in memory;
           0 for unassigned rows. Only a MoE's dx has more than one pair x, w; only its down projection has router
           weights p.
-Tiling    one persistent thread block per SM takes tile after tile. A tile is a visit (`group_metadata.py`: 128 rows
-          from the group's first on, rounded down to a multiple of 8) times 256 columns, or fewer if
-          `block_sizes.hopper` estimates that less is wasted. Blocks that run at the same time share the columns of
-          `PANEL` visits, so that they read rows and matrices from L2.
+Tiling    one persistent thread block per SM takes tile after tile. A tile is a task (`group_metadata.py`: 128 rows
+          from the group's first on, rounded down to a multiple of 8) times 256 columns, or fewer if `block_sizes.py`
+          estimates that less is wasted. Blocks that run at the same time share the columns of a panel of tasks
+          (`tile_scheduler.py`), so that they read rows and matrices from L2.
 
-              columns ->          0   1   2   3
-              visit 0, group 0    1   3   5   7       the order in panels of two visits; the next panel
-              visit 1, group 0    2   4   6   8       runs from right to left
-              visit 2, group 1   15  13  11   9
-              visit 3, unassigned ░░  ░░  ░░  ░░      zeros are written, nothing is loaded or multiplied
+              columns ->         0   1   2   3
+              task 0, group 0    1   3   5   7       the order in panels of two tasks; the next panel
+              task 1, group 0    2   4   6   8       runs from right to left
+              task 2, group 1   15  13  11   9
+              task 3, unassigned ░░  ░░  ░░  ░░      zeros are written, nothing is loaded or multiplied
 
           The producer loads 64 of the contraction per stage by TMA, those of the next tile while the consumers store
-          this one (`warp_specialized.py`). Each consumer multiplies 64 of the rows and stores those of the visit: all
+          this one (`warp_specialized.py`). Each consumer multiplies 64 of the rows and stores those of the task: all
           at once, or in runs of 32, 16, 8, 4, 2, 1, because TMA needs static sizes. A consumer without rows of the
-          visit multiplies nothing, so rows come in 64s and small groups need half the products.
+          task multiplies nothing, so rows come in 64s and small groups need half the wgmmas.
 State     64 x 256 accumulators per warpgroup in float32 registers, 128 of the 240 registers per thread.
 Traffic   a tile reads 128 rows of x and 256 columns of w, 85 FLOPs per byte, from L2; a panel reads its rows and its
           groups' matrices once from memory. Writes y once; p takes two registers per thread and 4 bytes per row read.
           Weighting the rows outside would read and write y again: 4 bytes per feature. 2 N K J FLOPs.
-Limits    bfloat16, float16; K and J multiples of 64; `vjp.refusal` rejects the rest. Values of other groups' rows and
-          of unassigned rows, NaN included, only enter accumulator rows that are not stored.
+Limits    bfloat16, float16; K and J multiples of 64; `vjp.unsupported_inputs` names the rest. Values of other groups'
+          rows and of unassigned rows, NaN included, only enter accumulator rows that are not stored.
 Source    Gale et al., MegaBlocks (arXiv:2211.15841), for the tiles; NVIDIA's CUTLASS for the warp specialization.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,142 +38,245 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import block_sizes, warp_specialized
-from dantinox.kernels.ops.grouped_matmul.pallas_sm90.block_sizes import HEIGHT, INNER, ROWS
-from dantinox.kernels.ops.grouped_matmul.pallas_sm90.warp_specialized import CHUNK, SIDE, Ring, Static, Task
+from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import block_sizes, tile_scheduler, warp_specialized
+from dantinox.kernels.ops.grouped_matmul.pallas_sm90.block_sizes import (
+    BLOCK_K,
+    BLOCK_M,
+    TMA_ROWS,
+    WARPGROUP_ROWS,
+    Sm90GmmBlockSizes,
+)
+from dantinox.kernels.ops.grouped_matmul.pallas_sm90.tile_scheduler import GmmTile, TaskTable, WarpgroupRows
+from dantinox.kernels.ops.grouped_matmul.pallas_sm90.warp_specialized import (
+    CHUNK_COLUMNS,
+    ROW_LAYOUT,
+    Ref,
+    Sm90GmmConfig,
+    SmemPipeline,
+    copy_rows_by_powers_of_two,
+)
 
 Array = jax.Array
-WIDTHS = (256, 192, 128, 64)  # of a tile
+TILE_WIDTHS = (256, 192, 128, 64)
 
 
-def product(
+class GmmInputs(NamedTuple):
+    """Inputs of the kernel, in global memory."""
+
+    xs: Sequence[Any]
+    ws: Sequence[Any]
+    row_scale: Any  # or None
+    task_table: TaskTable
+
+
+class GmmOutputs(NamedTuple):
+    """Output of the kernel, in global memory."""
+
+    y: Any
+
+
+class GmmScratch(NamedTuple):
+    """Shared memory and barriers of a thread block, in order of allocation."""
+
+    empty: Ref
+    full: Ref
+    row_sums_smem: Ref  # per consumer; or None
+    store_smem: Ref
+    w_smem: Ref  # per stage
+    x_smem: Ref  # per stage
+
+
+def gmm(
     xs: Sequence[Array],
     ws: Sequence[Array],
     group_sizes: Array,
-    static: Static,
+    config: Sm90GmmConfig,
     *,
-    scale: Array | None = None,
+    row_scale: Array | None = None,
     transposed: bool = False,
     name: str = "grouped_matmul",
 ) -> Array:
-    """Multiplies each row by the matrix of its group: [N, J] in x's dtype, zeros in unassigned rows.
+    """Multiplies each row by the matrix of its group.
 
     Args:
-        xs: arrays [N, K], rows sorted by group; their products are summed.
-        ws: one [E, K, J] per array, or [E, J, K] if `transposed`; K and J multiples of 64.
-        scale: [N] float32, multiplies the rows of the result.
+        xs: Arrays [N, K], rows sorted by group; their products are summed.
+        ws: One [E, K, J] per array, or [E, J, K] if `transposed`; K and J multiples of 64.
+        group_sizes: [E] int32.
+        config: See `Sm90GmmConfig`.
+        row_scale: [N] float32, multiplies the rows of the result.
+        transposed: Whether each w is transposed.
+        name: Name of the kernel.
+
+    Returns:
+        [N, J] in x's dtype, zeros in unassigned rows.
     """
     (N, K), E, J, dtype = xs[0].shape, ws[0].shape[0], ws[0].shape[1 if transposed else 2], xs[0].dtype
-    tile = block_sizes.hopper(N, E, K * len(xs), J, static.cores, widths=static.among(*WIDTHS))
-    across, steps = pl.cdiv(J, tile.columns), pl.cdiv(K, INNER)
-    rows = [whole(x) for x in xs]
-    scales = [] if scale is None else [jnp.pad(scale, (0, -N % SIDE + HEIGHT))]
+    widths = config.allowed_widths(*TILE_WIDTHS)
+    sizes = block_sizes.gmm_block_sizes(N, E, K * len(xs), J, config.num_sms, widths=widths)
+    inputs = GmmInputs(
+        xs=[pad_rows(x) for x in xs],
+        ws=[*ws],
+        row_scale=None if row_scale is None else jnp.pad(row_scale, (0, -N % TMA_ROWS + BLOCK_M)),
+        task_table=tile_scheduler.pack_task_table(tile_scheduler.tma_group_metadata(group_sizes, N)),
+    )
 
-    def define_roles(
-        *refs: Any, warpgroup: Array, ring: Ring, staged: Any, x_ring: Any, w_ring: Any
-    ) -> warp_specialized.Roles:
-        x_refs, w_refs = refs[: len(xs)], refs[len(xs) : 2 * len(xs)]
-        *scale_refs, table, count, y = refs[2 * len(xs) :]
+    def make_roles(
+        gmem: GmmInputs, out: GmmOutputs, smem: GmmScratch, pipeline: SmemPipeline, warpgroup: Array
+    ) -> GmmKernel:
+        num_tasks = gmem.task_table.count[0]
+        return GmmKernel(gmem, out, smem, pipeline, warpgroup, num_tasks, E, K, J, sizes, transposed)
 
-        def load(task: Task) -> None:
-            for i, (x, w) in enumerate(zip(x_refs, w_refs, strict=True)):
-                first = task.used + i * steps
-                fill(ring, task, first, steps, x, w, x_ring, w_ring, tile.columns, transposed)
-
-        def compute(task: Task) -> None:
-            first, low, count_in_tile = task.rows_for_warpgroup(warpgroup)
-
-            @pl.when(count_in_tile > 0)
-            def multiply_and_store() -> None:
-                weights = [
-                    plgpu.load(scale_ref.at[pl.ds(first, ROWS)], layout=warp_specialized.ROW, optimized=False)
-                    for scale_ref in scale_refs
-                ]
-
-                def operands(_: Any, stage: Array) -> list[tuple[Any, Any]]:
-                    return [pair(x_ring, w_ring, stage, warpgroup, transposed)]
-
-                (sums,) = warp_specialized.wgmma_reduce(ring, task.used, task.fillings, operands, tile.columns)
-
-                def store_chunk(n: int) -> None:
-                    chunk = sums[:, n : n + CHUNK]
-                    for weight in weights:
-                        chunk *= lax.broadcast_in_dim(weight, chunk.shape, [0])
-                    warp_specialized.leave(
-                        staged, n // CHUNK, chunk, rows_to(y, first, task.column + n, low, count_in_tile)
-                    )
-
-                remaining = tile.columns if J % tile.columns == 0 else J - task.column
-                warp_specialized.chunks(tile.columns, remaining, store_chunk)
-
-            pl.when(count_in_tile == 0)(lambda: ring.skip(task.used, task.fillings))
-
-        return (
-            warp_specialized.tasks(table, count[0], E, across, tile.columns, lambda _: len(xs) * steps),
-            load,
-            compute,
-        )
-
-    (y,) = warp_specialized.launch(
-        define_roles,
-        [*rows, *ws, *scales, *warp_specialized.table(warp_specialized.plan(group_sizes, N))],
-        [jax.ShapeDtypeStruct((N, J), dtype)],
-        static,
-        stages=tile.stages,
-        copies=2,
-        rings={"x_ring": (HEIGHT, INNER), "w_ring": (tile.columns, INNER) if transposed else (INNER, tile.columns)},
-        dtype=dtype,
+    outputs = warp_specialized.launch_warp_specialized(
+        make_roles,
+        inputs,
+        GmmOutputs(y=jax.ShapeDtypeStruct((N, J), dtype)),
+        gmm_scratch(sizes, dtype, transposed=transposed),
+        config,
+        stages=sizes.stages,
         name=name,
     )
-    return y
+    return outputs.y
 
 
-def whole(x: Array) -> Array:
-    """Pads the rows of x to a multiple of `SIDE`."""
-    return jnp.pad(x, ((0, -x.shape[0] % SIDE), (0, 0)))
+def gmm_scratch(
+    sizes: Sm90GmmBlockSizes, dtype: Any, *, transposed: bool = False, num_weights: int | None = None
+) -> GmmScratch:
+    """Returns the scratch memory of a kernel whose stages hold rows of x and columns of a weight.
+
+    Args:
+        sizes: The block sizes.
+        dtype: Of the operands and the results.
+        transposed: Whether the weights are transposed.
+        num_weights: Weights per stage, stacked; None for one that is not stacked.
+    """
+    w_shape = (sizes.block_n, BLOCK_K) if transposed else (BLOCK_K, sizes.block_n)
+    stacked = () if num_weights is None else (num_weights,)
+    return GmmScratch(
+        empty=warp_specialized.empty_barriers(sizes.stages),
+        full=warp_specialized.full_barriers(sizes.stages, copies=1 + (num_weights or 1)),
+        row_sums_smem=None,
+        store_smem=warp_specialized.store_smem(dtype),
+        w_smem=warp_specialized.wgmma_smem((sizes.stages, *stacked, *w_shape), dtype),
+        x_smem=warp_specialized.wgmma_smem((sizes.stages, BLOCK_M, BLOCK_K), dtype),
+    )
 
 
-def fill(
-    ring: Ring,
-    task: Task,
-    first: Array,
-    steps: int,
-    x: Any,
-    w: Any,
-    x_ring: Any,
-    w_ring: Any,
-    columns: int,
+@dataclass(frozen=True, eq=False)
+class GmmKernel:
+    """The product on one thread block; see `WarpgroupRoles`."""
+
+    gmem: GmmInputs
+    out: GmmOutputs
+    smem: GmmScratch
+    pipeline: SmemPipeline
+    warpgroup: Array
+    num_tasks: Array
+    E: int
+    K: int
+    J: int
+    sizes: Sm90GmmBlockSizes
+    transposed: bool
+
+    @property
+    def k_steps(self) -> int:
+        """Pipeline steps per product."""
+        return pl.cdiv(self.K, BLOCK_K)
+
+    def for_each_tile(self, run_tile: Callable[[GmmTile], None]) -> Array:
+        def num_steps(_: Array) -> int:
+            return len(self.gmem.xs) * self.k_steps
+
+        block_n = self.sizes.block_n
+        return tile_scheduler.for_each_gmm_tile(
+            self.gmem.task_table.fields, self.num_tasks, self.E, pl.cdiv(self.J, block_n), block_n, num_steps, run_tile
+        )
+
+    def load(self, tile: GmmTile) -> None:
+        for i, (x, w) in enumerate(zip(self.gmem.xs, self.gmem.ws, strict=True)):
+            first_step = tile.first_step + i * self.k_steps
+            load_product_operands(
+                self.pipeline,
+                tile,
+                first_step,
+                self.k_steps,
+                x,
+                w,
+                self.smem,
+                block_n=self.sizes.block_n,
+                transposed=self.transposed,
+            )
+
+    def compute(self, tile: GmmTile) -> None:
+        rows = tile.warpgroup_rows(self.warpgroup)
+        pl.when(rows.count > 0)(functools.partial(self.multiply_and_store, tile, rows))
+
+        @pl.when(rows.count == 0)
+        def skip_tile() -> None:
+            self.pipeline.skip(tile.first_step, tile.num_steps)
+
+    def multiply_and_store(self, tile: GmmTile, rows: WarpgroupRows) -> None:
+        """Computes the rows of this consumer and stores them."""
+        block_n, row_scale = self.sizes.block_n, None
+        if self.gmem.row_scale is not None:
+            row_scale = load_row_values(self.gmem.row_scale, rows)
+
+        def operands(_: Any, slot: Array) -> list[tuple[Any, Any]]:
+            return [wgmma_operands(self.smem, slot, self.warpgroup, transposed=self.transposed)]
+
+        (acc,) = warp_specialized.wgmma_reduce(self.pipeline, tile.first_step, tile.num_steps, operands, block_n)
+
+        def store_chunk(n: int) -> None:
+            chunk = acc[:, n : n + CHUNK_COLUMNS]
+            if row_scale is not None:
+                chunk *= lax.broadcast_in_dim(row_scale, chunk.shape, [0])
+            start_copy = functools.partial(copy_rows_by_powers_of_two, rows, self.out.y, tile.column + n)
+            buffers = self.smem.store_smem.at[self.warpgroup]
+            warp_specialized.store_chunk_async(buffers, n // CHUNK_COLUMNS, chunk, start_copy)
+
+        remaining = block_n if self.J % block_n == 0 else self.J - tile.column
+        warp_specialized.for_each_chunk(block_n, remaining, store_chunk)
+
+
+def pad_rows(x: Array) -> Array:
+    """Pads the rows of x to a multiple of `TMA_ROWS`."""
+    return jnp.pad(x, ((0, -x.shape[0] % TMA_ROWS), (0, 0)))
+
+
+def load_row_values(values: Ref, rows: WarpgroupRows) -> Array:
+    """Loads one float32 value per row of a consumer."""
+    return plgpu.load(values.at[pl.ds(rows.first, WARPGROUP_ROWS)], layout=ROW_LAYOUT, optimized=False)
+
+
+def load_product_operands(
+    pipeline: SmemPipeline,
+    tile: GmmTile,
+    first_step: Array,
+    num_steps: int,
+    x: Ref,
+    w: Ref,
+    smem: GmmScratch,
+    *,
+    block_n: int,
     transposed: bool,
 ) -> None:
-    """Loads fillings `first` to `first + steps`: rows of x and columns of the group's matrix; none if unassigned."""
-    rows, across = pl.ds(pl.multiple_of(task.visit.row, SIDE), HEIGHT), pl.ds(task.column, columns)
+    """Loads rows of x and columns of the group's matrix in `num_steps` steps; none for unassigned rows."""
+    rows, columns = pl.ds(pl.multiple_of(tile.task.row, TMA_ROWS), BLOCK_M), pl.ds(tile.column, block_n)
 
-    @pl.loop(0, jnp.where(task.fillings > 0, steps, 0))
+    @pl.loop(0, jnp.where(tile.num_steps > 0, num_steps, 0))
     def load_stage(k: Array) -> None:
-        inner = pl.ds(k * INNER, INNER)
+        contracted = pl.ds(k * BLOCK_K, BLOCK_K)
 
-        def copy(stage: Array) -> None:
-            matrix = w.at[task.visit.group, across, inner] if transposed else w.at[task.visit.group, inner, across]
-            plgpu.copy_gmem_to_smem(x.at[rows, inner], x_ring.at[stage], ring.here.at[stage])
-            plgpu.copy_gmem_to_smem(matrix, w_ring.at[stage], ring.here.at[stage])
+        def copy(slot: Array) -> None:
+            group = tile.task.group
+            matrix = w.at[group, columns, contracted] if transposed else w.at[group, contracted, columns]
+            plgpu.copy_gmem_to_smem(x.at[rows, contracted], smem.x_smem.at[slot], pipeline.full.at[slot])
+            plgpu.copy_gmem_to_smem(matrix, smem.w_smem.at[slot], pipeline.full.at[slot])
 
-        ring.fill(first + k, copy)
-
-
-def pair(x_ring: Any, w_ring: Any, stage: Array, warpgroup: Array, transposed: bool) -> tuple[Any, Any]:
-    """Returns the wgmma operands of a warpgroup in a stage."""
-    matrix = w_ring.at[stage]
-    return x_ring.at[stage, pl.ds(warpgroup * ROWS, ROWS)], matrix.transpose((1, 0)) if transposed else matrix
+        pipeline.produce(first_step + k, copy)
 
 
-def rows_to(y: Any, first: Array, column: Array, low: Array, count: Array) -> Any:
-    """Returns send(chunk), which stores rows low <= n < low + count of a chunk to y from row `first` on."""
-
-    def send(chunk: Any) -> None:
-        def copy(start: Array, size: int) -> None:
-            target = y.at[pl.ds(first + start, size), pl.ds(column, CHUNK)]
-            plgpu.copy_smem_to_gmem(chunk.at[pl.ds(start, size)], target, commit_group=False)
-
-        warp_specialized.for_each_power_of_two_run(low, count, copy)
-
-    return send
+def wgmma_operands(smem: GmmScratch, slot: Array, warpgroup: Array, *, transposed: bool) -> tuple[Any, Any]:
+    """Returns the wgmma operands of a consumer in a stage."""
+    matrix = smem.w_smem.at[slot]
+    rows = smem.x_smem.at[slot, pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)]
+    return rows, matrix.transpose((1, 0)) if transposed else matrix

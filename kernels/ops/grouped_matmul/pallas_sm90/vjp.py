@@ -6,33 +6,34 @@ dw_e = sum of x_n^T dy_n over the rows n of group e
 
 import functools
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dantinox.kernels.dispatch import current_device
+from dantinox.kernels.ops.grouped_matmul.common import float0_zeros
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import gmm, tgmm
-from dantinox.kernels.ops.grouped_matmul.pallas_sm90.warp_specialized import Static
+from dantinox.kernels.ops.grouped_matmul.pallas_sm90.warp_specialized import Sm90GmmConfig
 from dantinox.kernels.vma import match_vma
 
 Array = jax.Array
 DTYPES = (jnp.bfloat16, jnp.float16)
-SIDE = 64  # M and F must be multiples: columns of a swizzled SMEM tile
+FEATURE_MULTIPLE = 64  # of M and F: columns of a swizzled SMEM tile
 
 
-def refusal(dtype: jnp.dtype, M: int, F: int, *, of: str = "w") -> str | None:
-    """Returns why the kernels do not support these arrays, or None if they do."""
+def unsupported_inputs(dtype: jnp.dtype, M: int, F: int, *, weight: str = "w") -> str | None:
+    """Returns why the kernels do not support these arrays, or None if they do; `weight` is the name of one."""
     if dtype not in DTYPES:
         return f"x has dtype {jnp.dtype(dtype)} and Hopper's tensor cores take bfloat16 and float16 here"
     for name, size in (("M", M), ("F", F)):
-        if size % SIDE:
-            return f"{of} has {name} = {size} and its tiles are multiples of {SIDE}"
+        if size % FEATURE_MULTIPLE:
+            return f"{weight} has {name} = {size} and its tiles are multiples of {FEATURE_MULTIPLE}"
     return None
 
 
-def cores(kind: str) -> int:
+def num_sms(kind: str) -> int:
     """Returns the SMs of a Hopper device kind; on a device with fewer, some thread blocks run after the others."""
     return 114 if "PCIe" in kind else 78 if re.search(r"H20\b", kind) else 132
 
@@ -56,29 +57,35 @@ def grouped_matmul(
     Raises:
         NotImplementedError: the kernels do not support the dtype or size.
     """
-    if (reason := refusal(x.dtype, *w.shape[1:])) is not None:
+    if (reason := unsupported_inputs(x.dtype, *w.shape[1:])) is not None:
         raise NotImplementedError(f"grouped_matmul: implementation='pallas' cannot run here: {reason}")
     if 0 in (*x.shape, *w.shape):
         return jnp.zeros((x.shape[0], w.shape[2]), x.dtype)
     # Gradients of a replicated matrix are summed over devices here, where it becomes device-varying.
     x, w, group_sizes = (match_vma(operand, x, w, group_sizes) for operand in (x, w, group_sizes))
-    return _matmul(x, w, group_sizes, Static(blocks or cores(current_device().kind), interpret, width))
+    return _grouped_matmul(x, w, group_sizes, Sm90GmmConfig(blocks or num_sms(current_device().kind), interpret, width))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _matmul(x: Array, w: Array, group_sizes: Array, static: Static) -> Array:
-    return match_vma(gmm.product([x], [w], group_sizes, static), x)
+def _grouped_matmul(x: Array, w: Array, group_sizes: Array, config: Sm90GmmConfig) -> Array:
+    return match_vma(gmm.gmm([x], [w], group_sizes, config), x)
 
 
-def _matmul_fwd(x: Array, w: Array, group_sizes: Array, static: Static) -> tuple[Array, tuple]:
-    return _matmul(x, w, group_sizes, static), (x, w, group_sizes)
+class _Residuals(NamedTuple):
+    x: Array
+    w: Array
+    group_sizes: Array
 
 
-def _matmul_bwd(static: Static, residuals: tuple, dy: Array) -> tuple:
+def _grouped_matmul_fwd(x: Array, w: Array, group_sizes: Array, config: Sm90GmmConfig) -> tuple[Array, _Residuals]:
+    return _grouped_matmul(x, w, group_sizes, config), _Residuals(x, w, group_sizes)
+
+
+def _grouped_matmul_bwd(config: Sm90GmmConfig, residuals: _Residuals, dy: Array) -> tuple:
     x, w, group_sizes = residuals
-    dx = gmm.product([dy], [w], group_sizes, static, transposed=True, name="grouped_matmul_dx")
-    dw = tgmm.summed(x, dy, group_sizes, static, name="grouped_matmul_dw")
-    return match_vma(dx, x), match_vma(dw, w), np.zeros(group_sizes.shape, jax.dtypes.float0)
+    dx = gmm.gmm([dy], [w], group_sizes, config, transposed=True, name="grouped_matmul_dx")
+    dw = tgmm.tgmm(x, dy, group_sizes, config, name="grouped_matmul_dw")
+    return match_vma(dx, x), match_vma(dw, w), float0_zeros(group_sizes)
 
 
-_matmul.defvjp(_matmul_fwd, _matmul_bwd)
+_grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)

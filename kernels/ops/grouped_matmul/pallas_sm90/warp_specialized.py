@@ -5,14 +5,14 @@
     warpgroup 0    tile 0:   multiply multiply multiply write   tile 1: multiply
     warpgroup 1    tile 0:    multiply multiply multiply write   tile 1: multiply
 
-A consumer warpgroup releases a stage when its own product has read it, and the last stage of a tile before it stores
-the tile, so the producer already loads the next tile. The consumers are not synchronized otherwise: one may store while
-the other still multiplies.
+A consumer warpgroup releases a stage when its own wgmma has read it, and the last stage of a tile before it stores the
+tile, so the producer already loads the next tile. The consumers are not synchronized otherwise: one may store while the
+other still multiplies.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,277 +20,267 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dantinox.kernels.ops.grouped_matmul.group_metadata import GroupMetadata, TileTask, make_group_metadata
-from dantinox.kernels.ops.grouped_matmul.pallas_sm90.block_sizes import HEIGHT, ROWS
+from dantinox.kernels.ops.grouped_matmul.pallas_sm90.block_sizes import BLOCK_M, WARPGROUP_ROWS
+from dantinox.kernels.ops.grouped_matmul.pallas_sm90.tile_scheduler import WarpgroupRows
 
 Array = jax.Array
-WARPGROUPS = HEIGHT // ROWS  # consumers
-CHUNK, CHUNKS = 64, 2  # columns per store; SMEM buffers for stores
-SIDE = 8  # rows of a TMA tile
-PANEL = 16  # row tiles whose columns are processed together
-COMPUTE_REGISTERS, MEMORY_REGISTERS = 240, 24
-ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row of an accumulator
-
-Roles = tuple[Callable[[Callable[..., None]], Array], Callable[..., None], Callable[..., None]]
+Ref = Any  # a reference in GMEM or SMEM, or barriers
+COMPUTE_WARPGROUPS = BLOCK_M // WARPGROUP_ROWS  # consumers; a third warpgroup is the producer
+CHUNK_COLUMNS = 64  # columns per store: those of a swizzled SMEM tile of 16-bit values
+STORE_BUFFERS = 2  # SMEM buffers of one chunk, per consumer
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
+ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)  # one value per row of an accumulator
 
 
-class Static(NamedTuple):
-    """Static parameters of the kernels."""
+class Sm90GmmConfig(NamedTuple):
+    """How the kernels are launched. Hashable, since `vjp.py` passes it to custom_vjp."""
 
-    cores: int
+    num_sms: int  # persistent thread blocks
     interpret: plgpu.InterpretGPUParams | None = None  # None compiles; the parameters interpret the kernels on the CPU
-    width: int | None = None  # columns of a tile; None lets `block_sizes.py` choose
+    width: int | None = None  # columns per tile, of all weights together; None lets `block_sizes.py` choose
 
-    def among(self, *widths: int) -> tuple[int, ...]:
-        """The given width where it is one of these, else all of them."""
+    def allowed_widths(self, *widths: int) -> tuple[int, ...]:
+        """Returns the configured width alone if a kernel supports it, else all the widths that it supports."""
         return (self.width,) if self.width in widths else widths
 
 
-class Ring(NamedTuple):
-    """A circular buffer of SMEM stages, a power of two: one warpgroup fills them in order, the others release them.
+class SmemPipeline(NamedTuple):
+    """A ring buffer of SMEM stages between the producer, which fills them in order, and the consumers.
 
-    Fillings are numbered from 0 on, over all tiles of a thread block.
+    Steps are numbered from 0 over all tiles of a thread block; each fills one stage.
 
     Attributes:
-        here: full barriers, one per stage.
-        free: empty barriers, one per stage.
-        stages: number of stages.
+        full: One barrier per stage, completed by the copies that fill it.
+        empty: One barrier per stage, completed by the consumers that release it.
+        stages: Number of stages, a power of two.
     """
 
-    here: Any
-    free: Any
+    full: Ref
+    empty: Ref
     stages: int
 
-    def stage(self, n: Array) -> Array:
-        """Returns the stage of the n-th filling."""
-        return n & (self.stages - 1)
+    def slot(self, step: Array) -> Array:
+        """Returns the stage that a step fills."""
+        return step & (self.stages - 1)
 
-    def fill(self, n: Array, copy: Callable[[Array], None]) -> None:
-        """Runs copy(stage) once the consumers have released the stage."""
-        pl.when(n >= self.stages)(lambda: plgpu.barrier_wait(self.free.at[self.stage(n)]))
-        copy(self.stage(n))
+    def produce(self, step: Array, copy: Callable[[Array], None]) -> None:
+        """Runs copy(slot) once the consumers have released the stage."""
 
-    def wait(self, n: Array) -> None:
-        """Waits until the n-th filling has arrived."""
-        plgpu.barrier_wait(self.here.at[self.stage(n)])
+        @pl.when(step >= self.stages)
+        def wait_until_empty() -> None:
+            plgpu.barrier_wait(self.empty.at[self.slot(step)])
 
-    def release(self, n: Array) -> None:
-        """Releases the stage of the n-th filling."""
-        plgpu.barrier_arrive(self.free.at[self.stage(n)])
+        copy(self.slot(step))
 
-    def skip(self, first: Array, fillings: Any) -> None:
-        """Releases fillings that this warpgroup does not use."""
+    def consumer_wait(self, step: Array) -> None:
+        """Waits until the stage of a step has been filled."""
+        plgpu.barrier_wait(self.full.at[self.slot(step)])
 
-        @pl.loop(0, fillings)
+    def consumer_release(self, step: Array) -> None:
+        """Releases the stage of a step."""
+        plgpu.barrier_arrive(self.empty.at[self.slot(step)])
+
+    def skip(self, first_step: Array, num_steps: Any) -> None:
+        """Releases the stages of steps that this consumer does not use."""
+
+        @pl.loop(0, num_steps)
         def wait_and_release(k: Array) -> None:
-            self.wait(first + k)
-            self.release(first + k)
+            self.consumer_wait(first_step + k)
+            self.consumer_release(first_step + k)
 
-    def drain(self, used: Array) -> None:
-        """Waits until all stages are empty."""
+    def drain(self, num_steps: Array) -> None:
+        """Waits until all stages are empty, after `num_steps` steps."""
 
-        @pl.loop(jnp.maximum(used - self.stages, 0), used)
-        def wait_until_empty(n: Array) -> None:
-            plgpu.barrier_wait(self.free.at[self.stage(n)])
+        @pl.loop(jnp.maximum(num_steps - self.stages, 0), num_steps)
+        def wait_until_empty(step: Array) -> None:
+            plgpu.barrier_wait(self.empty.at[self.slot(step)])
 
 
-def launch(
-    roles: Callable[..., Roles],
-    arrays: Sequence[Array],
-    outs: Sequence[jax.ShapeDtypeStruct],
-    static: Static,
+def wgmma_smem(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Returns the type of shared memory in the layout that wgmma reads."""
+    return plgpu.SMEM(shape, dtype, transforms=_swizzle_128(8))
+
+
+def store_smem(dtype: Any) -> Any:
+    """Returns the type of the buffers from which the consumers store chunks of a tile."""
+    shape = COMPUTE_WARPGROUPS, STORE_BUFFERS, WARPGROUP_ROWS, CHUNK_COLUMNS
+    # TMA tiles of one row, because a store may begin at any row.
+    return plgpu.SMEM(shape, dtype, transforms=_swizzle_128(1))
+
+
+def _swizzle_128(rows: int) -> tuple[Any, ...]:
+    return plgpu.TilingTransform((rows, CHUNK_COLUMNS)), plgpu.SwizzleTransform(128)
+
+
+def full_barriers(stages: int, *, copies: int) -> Any:
+    """Returns the type of a pipeline's full barriers, for `copies` TMA copies per stage."""
+    return plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
+
+
+def empty_barriers(stages: int) -> Any:
+    """Returns the type of a pipeline's empty barriers."""
+    return plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages)
+
+
+class WarpgroupRoles(Protocol):
+    """A kernel on one thread block: what its producer and its consumers do with each tile."""
+
+    def for_each_tile(self, run_tile: Callable[[Any], None]) -> Array:
+        """Runs run_tile(tile) for the tiles of this thread block; returns the number of pipeline steps."""
+
+    def load(self, tile: Any) -> None:
+        """Fills the pipeline stages of a tile: the producer."""
+
+    def compute(self, tile: Any) -> None:
+        """Reads and releases the pipeline stages of a tile and stores the results: a consumer."""
+
+
+def launch_warp_specialized(
+    make_roles: Callable[..., WarpgroupRoles],
+    inputs: Any,
+    outputs: Any,
+    scratch: Any,
+    config: Sm90GmmConfig,
     *,
     stages: int,
-    copies: int,
-    rings: Mapping[str, tuple[int, ...]],
-    dtype: Any,
-    scratch: Mapping[str, Any] | None = None,
     name: str,
-) -> list[Array]:
-    """Launches one persistent thread block per SM; its last warpgroup loads, the others multiply.
+) -> Any:
+    """Launches one persistent thread block per SM; its last warpgroup is the producer, the others are consumers.
 
     Args:
-        roles: (references to `arrays` and `outs`, ring=, staged=, and those of `rings` and `scratch` by name) ->
-            (walk, load, compute), where walk(run) calls run for every tile of the thread block and returns the number
-            of fillings.
-        arrays: operands.
-        outs: shapes of the results.
-        stages: SMEM stages.
-        copies: TMA copies per stage.
-        rings: shape per stage of each operand in SMEM, by name.
-        dtype: of the stages and of the store buffers.
-        scratch: further scratch memory, by name.
-        name: of the kernel.
+        make_roles: Called as make_roles(inputs, outputs, scratch, pipeline, warpgroup), with references in the first
+            three NamedTuples.
+        inputs: NamedTuple of arrays, tuples of arrays or None.
+        outputs: NamedTuple of the shapes of the results, or None.
+        scratch: NamedTuple of shared memory and barriers in order of allocation, or None; it has `full` and `empty`.
+        config: See `Sm90GmmConfig`.
+        stages: SMEM stages of the pipeline.
+        name: Name of the kernel.
+
+    Returns:
+        The results, in the structure of `outputs`.
     """
-    swizzled = lambda *tile: (plgpu.TilingTransform(tile), plgpu.SwizzleTransform(128))
-    shared = {
-        **{ring: plgpu.SMEM((stages, *s), dtype, transforms=swizzled(8, CHUNK)) for ring, s in rings.items()},
-        # TMA tiles of one row, because a store may begin at any row.
-        "staged": plgpu.SMEM((WARPGROUPS, CHUNKS, ROWS, CHUNK), dtype, transforms=swizzled(1, CHUNK)),
-        "here": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-        "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
-    }
 
-    def body(*refs: Any, here: Any, free: Any, staged: Any, **memory: Any) -> None:
+    def kernel_body(*refs: Ref) -> None:
+        out_start, scratch_start = len(inputs), len(inputs) + len(outputs)
+        gmem = type(inputs)(*refs[:out_start])
+        out = type(outputs)(*refs[out_start:scratch_start])
+        smem = type(scratch)(*refs[scratch_start:])
         warpgroup = lax.axis_index("warpgroup")
-        ring = Ring(here, free, stages)
-        walk, load, compute = roles(*refs, warpgroup=warpgroup, ring=ring, staged=staged.at[warpgroup], **memory)
+        pipeline = SmemPipeline(smem.full, smem.empty, stages)
+        roles = make_roles(gmem, out, smem, pipeline, warpgroup)
 
-        @pl.when(warpgroup < WARPGROUPS)
+        @pl.when(warpgroup < COMPUTE_WARPGROUPS)
         def consumer() -> None:
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-            walk(compute)
+            plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+            roles.for_each_tile(roles.compute)
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(warpgroup == WARPGROUPS)
+        @pl.when(warpgroup == COMPUTE_WARPGROUPS)
         def producer() -> None:
-            plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
-            ring.drain(walk(load))
+            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+            pipeline.drain(roles.for_each_tile(roles.load))
 
     return plgpu.kernel(
-        body,
-        out_type=list(outs),
-        scratch_types=shared | dict(scratch or {}),
-        grid=(static.cores,),
+        kernel_body,
+        out_type=outputs,
+        scratch_types=scratch,
+        grid=(config.num_sms,),
         grid_names=("block",),
-        num_threads=WARPGROUPS + 1,
+        num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
         # Row sums are reduced between the registers of four neighbouring threads, without shared memory.
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=16),
-        interpret=static.interpret or False,
+        interpret=config.interpret or False,
         kernel_name=name,
-    )(*arrays)
-
-
-def snake_order(n: Array, down: Any, across: int) -> tuple[Array, Array]:
-    """Returns (row, column) of the n-th of down x across tiles: panel by panel, every second one from right to left.
-
-    As `plgpu.planar_snake`, but for a number of rows that is known on the device only.
-    """
-    panel = lax.div(n, jnp.int32(PANEL * across))
-    n = n - panel * (PANEL * across)
-    height = jnp.minimum(PANEL, down - panel * PANEL)
-    column = lax.div(n, height)
-    row = panel * PANEL + n - column * height
-    return row, jnp.where(panel % 2 == 1, across - 1 - column, column)
-
-
-def for_each_persistent_tile(total: Any, run: Callable[[Array, Array], Array]) -> Array:
-    """Runs used = run(n, used) for the tiles n of this thread block; `used` counts the fillings, from 0 on."""
-    blocks = lax.axis_size("block")
-    num_tiles = lax.div(total - lax.axis_index("block") + (blocks - 1), jnp.int32(blocks))
-
-    def step(n: Array, used: Array) -> Array:
-        return run(lax.axis_index("block") + n * blocks, used)
-
-    return lax.fori_loop(0, num_tiles, step, jnp.int32(0))
-
-
-class Task(NamedTuple):
-    """A tile of one group: its visit, the number of that, its first column, its first filling and their number."""
-
-    visit: TileTask
-    number: Array
-    column: Array
-    used: Array
-    fillings: Array
-
-    def rows_for_warpgroup(self, warpgroup: Array) -> tuple[Array, Array, Array]:
-        """Returns (first row of this warpgroup, low, count): its rows low <= n < low + count belong to the visit."""
-        first = self.visit.row + warpgroup * ROWS
-        low = jnp.maximum(self.visit.row_start - first, 0)
-        return first, low, jnp.maximum(jnp.minimum(self.visit.row_end - first, ROWS) - low, 0)
-
-
-def plan(group_sizes: Array, N: int) -> GroupMetadata:
-    """Returns the visits of N rows in tiles of `HEIGHT` rows, aligned for TMA."""
-    return make_group_metadata(group_sizes, N, HEIGHT, align=SIDE)
-
-
-def table(metadata: GroupMetadata) -> tuple[Array, Array]:
-    """Packs the metadata into one table for a kernel, with the number of its rows."""
-    return jnp.stack(metadata[1:], axis=1), metadata.count[None]
-
-
-def tasks(
-    table: Any, count: Array, E: int, across: int, columns: int, fillings: Callable[[Array], Any]
-) -> Callable[..., Array]:
-    """Returns walk(run) -> fillings, for `across` tiles of `columns` columns per visit.
-
-    Args:
-        fillings: stages that a tile fills, by its first column; tiles of unassigned rows fill none.
-    """
-
-    def walk(run: Callable[[Task], None]) -> Array:
-        def run_tile(n: Array, used: Array) -> Array:
-            number, column = snake_order(n, count, across)
-            visit = TileTask(*(table[number, field] for field in range(4)))
-            first = column * columns
-            task = Task(visit, number, first, used, jnp.where(visit.group < E, fillings(first), 0))
-            run(task)
-            return used + task.fillings
-
-        return for_each_persistent_tile(count * across, run_tile)
-
-    return walk
+    )(*inputs)
 
 
 def wgmma_reduce(
-    ring: Ring, used: Array, steps: Any, operands: Callable[[Any, Array], Sequence[tuple[Any, Any]]], *columns: int
+    pipeline: SmemPipeline,
+    first_step: Array,
+    num_steps: Any,
+    operands: Callable[[Any, Array], Sequence[tuple[Any, Any]]],
+    *columns: int,
 ) -> tuple[Array, ...]:
-    """Sums the products of `operands(step, stage)` over `steps` fillings from the `used`-th on, one accumulator each.
+    """Sums the products of operands(k, slot) over `num_steps` pipeline steps, one accumulator each.
 
     The products of one step are still in flight when those of the next start.
 
     Args:
-        columns: columns of each accumulator, which has `ROWS` rows.
+        pipeline: Filled by the producer.
+        first_step: Number of the first step.
+        num_steps: Number of steps.
+        operands: Returns a pair of wgmma operands per accumulator for the k-th of these steps.
+        columns: Columns of each accumulator, which has `WARPGROUP_ROWS` rows.
     """
 
     def accumulate(*accs: Any) -> tuple[Array, ...]:
-        def step(k: Array, _: None) -> None:
-            ring.wait(used + k)
-            for acc, pair in zip(accs, operands(k, ring.stage(used + k)), strict=True):
-                plgpu.wgmma(acc, *pair)
+        def accumulate_step(k: Array, _: None) -> None:
+            pipeline.consumer_wait(first_step + k)
+            for acc, (a, b) in zip(accs, operands(k, pipeline.slot(first_step + k)), strict=True):
+                plgpu.wgmma(acc, a, b)
             plgpu.wgmma_wait(len(accs))
-            pl.when(k > 0)(lambda: ring.release(used + k - 1))
 
-        lax.fori_loop(0, steps, step, None)
+            @pl.when(k > 0)
+            def release_previous() -> None:
+                pipeline.consumer_release(first_step + k - 1)
+
+        lax.fori_loop(0, num_steps, accumulate_step, None)
         plgpu.wgmma_wait(0)
-        pl.when(steps > 0)(lambda: ring.release(used + steps - 1))
+
+        @pl.when(num_steps > 0)
+        def release_last() -> None:
+            pipeline.consumer_release(first_step + num_steps - 1)
+
         return tuple(acc[...] for acc in accs)
 
-    return pl.run_scoped(accumulate, *(plgpu.ACC((ROWS, n)) for n in columns))
+    return pl.run_scoped(accumulate, *(plgpu.ACC((WARPGROUP_ROWS, n)) for n in columns))
 
 
-def leave(staged: Any, n: int, value: Array, send: Callable[[Any], None]) -> None:
-    """Starts to store the n-th chunk of a tile, [ROWS, CHUNK], through shared memory."""
-    chunk = staged.at[n % CHUNKS]
+def store_chunk_async(buffers: Ref, n: int, value: Array, start_copy: Callable[[Ref], None]) -> None:
+    """Starts to store the n-th chunk of a tile, [WARPGROUP_ROWS, CHUNK_COLUMNS], through shared memory.
+
+    Args:
+        buffers: The consumer's part of `store_smem`.
+        n: Index of the chunk.
+        value: The chunk.
+        start_copy: Starts the copies of a buffer to global memory.
+    """
+    buffer = buffers.at[n % STORE_BUFFERS]
     # The stores of the previous tile have ended long before.
-    plgpu.wait_smem_to_gmem(CHUNKS - 1 if n else 0, wait_read_only=True)
-    chunk[...] = value.astype(chunk.dtype)
+    plgpu.wait_smem_to_gmem(STORE_BUFFERS - 1 if n else 0, wait_read_only=True)
+    buffer[...] = value.astype(buffer.dtype)
     plgpu.commit_smem()
-    send(chunk)
+    start_copy(buffer)
     plgpu.commit_smem_to_gmem_group()
 
 
-def chunks(columns: int, remaining: Any, run: Callable[[int], None]) -> None:
-    """Calls run(first column) for every chunk of a tile that has any of the remaining columns."""
-    for first in range(0, columns, CHUNK):
+def for_each_chunk(columns: int, remaining: Any, run_chunk: Callable[[int], None]) -> None:
+    """Calls run_chunk(first column) for every chunk of a tile that has any of the remaining columns."""
+    for first in range(0, columns, CHUNK_COLUMNS):
         if isinstance(remaining, int) and remaining >= columns:
-            run(first)
+            run_chunk(first)
         else:
-            pl.when(first < remaining)(functools.partial(run, first))
+            pl.when(first < remaining)(functools.partial(run_chunk, first))
 
 
-def for_each_power_of_two_run(low: Array, count: Array, copy: Callable[[Any, int], None]) -> None:
-    """Calls copy(first, size) for runs that cover the rows low <= n < low + count: TMA needs static sizes."""
-    pl.when(count == ROWS)(lambda: copy(0, ROWS))
+def copy_rows_by_powers_of_two(rows: WarpgroupRows, target: Ref, column: Array, buffer: Ref) -> None:
+    """Starts the copies of a consumer's rows of one chunk to `target`, at `column`: TMA needs static sizes."""
+
+    def copy(start: Any, size: int) -> None:
+        to = target.at[pl.ds(rows.first + start, size), pl.ds(column, CHUNK_COLUMNS)]
+        plgpu.copy_smem_to_gmem(buffer.at[pl.ds(start, size)], to, commit_group=False)
+
+    @pl.when(rows.count == WARPGROUP_ROWS)
+    def copy_all() -> None:
+        copy(0, WARPGROUP_ROWS)
 
     # In its own branch; otherwise the compiler computes the addresses of all runs first and keeps them in registers.
-    @pl.when(count < ROWS)
+    @pl.when(rows.count < WARPGROUP_ROWS)
     def copy_runs() -> None:
-        size = ROWS // 2
+        size = WARPGROUP_ROWS // 2
         while size:
-            start = low + (count & -(2 * size))  # after the larger runs
-            pl.when((count & size) != 0)(functools.partial(copy, start, size))
+            start = rows.offset + (rows.count & -(2 * size))  # after the larger runs
+            pl.when((rows.count & size) != 0)(functools.partial(copy, start, size))
             size //= 2

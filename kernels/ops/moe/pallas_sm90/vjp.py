@@ -1,4 +1,4 @@
-"""The mixture of experts on Hopper: what the kernels support, and the products that its derivative needs."""
+"""The mixture of experts on Hopper: its kernels behind the protocol of `moe/vjp.py`, and the supported inputs."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,9 +9,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dantinox.kernels.dispatch import current_device
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import gmm, tgmm
-from dantinox.kernels.ops.grouped_matmul.pallas_sm90.vjp import cores, refusal
-from dantinox.kernels.ops.grouped_matmul.pallas_sm90.warp_specialized import Static
-from dantinox.kernels.ops.moe.pallas_sm90 import kernel as experts_kernel
+from dantinox.kernels.ops.grouped_matmul.pallas_sm90.vjp import num_sms, unsupported_inputs
+from dantinox.kernels.ops.grouped_matmul.pallas_sm90.warp_specialized import Sm90GmmConfig
+from dantinox.kernels.ops.moe.pallas_sm90.down_proj_bwd import down_proj_bwd
+from dantinox.kernels.ops.moe.pallas_sm90.up_proj import up_proj
 from dantinox.kernels.ops.moe.vjp import KernelsBackend, run_experts
 from dantinox.kernels.vma import match_vma
 
@@ -21,30 +22,30 @@ Array = jax.Array
 class Sm90ExpertsKernels(NamedTuple):
     """See `vjp.ExpertsKernels`."""
 
-    static: Static
+    config: Sm90GmmConfig
 
     def up_proj(self, x: Array, w_gate: Array, w_up: Array, group_sizes: Array, *, save_residuals: bool) -> list[Array]:
-        outs = experts_kernel.up_proj(x, w_gate, w_up, group_sizes, self.static, save_residuals=save_residuals)
-        return [match_vma(out, x) for out in outs]
+        outs = up_proj(x, w_gate, w_up, group_sizes, self.config, save_residuals=save_residuals)
+        return [match_vma(out, x) for out in outs if out is not None]
 
     def down_proj(self, h: Array, w_down: Array, router_weights: Array, group_sizes: Array) -> Array:
-        options = {"scale": router_weights, "name": "experts_down"}
-        return match_vma(gmm.product([h], [w_down], group_sizes, self.static, **options), h)
+        options = {"row_scale": router_weights, "name": "experts_down"}
+        return match_vma(gmm.gmm([h], [w_down], group_sizes, self.config, **options), h)
 
     def down_proj_bwd(
         self, dy: Array, w_down: Array, gate: Array, up: Array, router_weights: Array, group_sizes: Array
     ) -> list[Array]:
-        outs = experts_kernel.down_proj_bwd(dy, w_down, gate, up, router_weights, group_sizes, self.static)
-        return [match_vma(out, dy) for out in outs]
+        grads = down_proj_bwd(dy, w_down, gate, up, router_weights, group_sizes, self.config)
+        return [match_vma(grad, dy) for grad in grads]
 
     def input_grad(self, dgate: Array, dup: Array, w_gate: Array, w_up: Array, group_sizes: Array) -> Array:
         options = {"transposed": True, "name": "experts_dx"}
-        return match_vma(gmm.product([dgate, dup], [w_gate, w_up], group_sizes, self.static, **options), dgate)
+        return match_vma(gmm.gmm([dgate, dup], [w_gate, w_up], group_sizes, self.config, **options), dgate)
 
     def weight_grad(self, x: Array, dys: Sequence[Array], group_sizes: Array, name: str) -> list[Array]:
         # One kernel per dy: x is read again, but the products take longer than all reads if M F / (M + F) is above 270
         # (F of 320 with M of 2048). A tile of both would read as much from L2.
-        return [match_vma(tgmm.summed(x, dy, group_sizes, self.static, name=name), x) for dy in dys]
+        return [match_vma(tgmm.tgmm(x, dy, group_sizes, self.config, name=name), x) for dy in dys]
 
 
 def moe_mlp(
@@ -59,15 +60,15 @@ def moe_mlp(
     blocks: int = 0,
     width: int | None = None,
 ) -> Array:
-    """See `dantinox.kernels.moe_mlp`, where arguments are checked; the options are those of `grouped_matmul`.
+    """See `dantinox.kernels.moe_mlp`, which checks the arguments; the options are those of `grouped_matmul`.
 
     Raises:
         NotImplementedError: the kernels do not support the dtype or a size.
     """
-    if (why := refusal(x.dtype, *w_gate.shape[1:], of="w_gate")) is not None:
-        raise NotImplementedError(f"moe_mlp: implementation='pallas' cannot run here: {why}")
+    if (reason := unsupported_inputs(x.dtype, *w_gate.shape[1:], weight="w_gate")) is not None:
+        raise NotImplementedError(f"moe_mlp: implementation='pallas' cannot run here: {reason}")
     if 0 in (*x.shape, *w_gate.shape):
         return jnp.zeros_like(x)
     args = x, w_gate, w_up, w_down, expert_ids, expert_weights
-    static = Static(blocks or cores(current_device().kind), interpret, width)
-    return run_experts(*(match_vma(arg, *args) for arg in args), KernelsBackend(Sm90ExpertsKernels(static)))
+    config = Sm90GmmConfig(blocks or num_sms(current_device().kind), interpret, width)
+    return run_experts(*(match_vma(arg, *args) for arg in args), KernelsBackend(Sm90ExpertsKernels(config)))

@@ -1,0 +1,1 @@
+"""Compile for NVIDIA GPUs and read what ptxas and the disassemblers print."""

@@ -1,0 +1,1 @@
+"""The terminal table of one target, and the tables of profiles/aot/README.md."""

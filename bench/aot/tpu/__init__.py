@@ -1,0 +1,1 @@
+"""Compile for TPUs and read the schedules that libtpu dumps."""

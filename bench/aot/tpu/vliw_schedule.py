@@ -1,0 +1,158 @@
+"""Read what libtpu dumps: VLIW bundles, slots that each unit uses, VMEM."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+_UTILISATION = re.compile(r"^\d+-(.+)-\d+-final_hlo-static-per-bundle-utilization\.txt$")
+_SCHEDULE = re.compile(r"^\d+-(.+)-\d+-schedule-analysis_final_bundles\.txt$")
+_BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|0)\s")
+_REGION = re.compile(r"Start(/End empty)? region (\d+)")
+_JUMP = re.compile(r"sbr\.rel \(.*?\) target = \$region(\d+)")
+_EMPTY = re.compile(r"empty scheduled bundles:\s+(\d+)")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One kernel's static schedule; a core issues one bundle per cycle. A loop counts once."""
+
+    bundles: int
+    mxu: int
+    mxu_slots: int
+    """Slots of all bundles; a bundle has several where the core has several units."""
+    spills: int
+    fills: int
+
+    @property
+    def mxu_share(self) -> float:
+        """Fraction of the slots that are used."""
+        return self.mxu / self.mxu_slots if self.mxu_slots else 0.0
+
+
+def utilisation(text: str) -> Schedule:
+    """Sum the per-bundle table, which has a row per bundle and a column per unit.
+
+    Raises:
+        ValueError: the text is not a table in this format.
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    heads = [i for i, line in enumerate(lines) if line.startswith("==")]
+    if len(heads) != 2 or heads[1] != heads[0] + 3:
+        raise ValueError("libtpu's utilisation table has an unknown format")
+    names = [name.strip() for name in lines[heads[0] + 1].split(",")]
+    capacity = dict(zip(names, map(int, lines[heads[0] + 2].split())))
+    rows = [list(map(int, line.split())) for line in lines[heads[1] + 1 :]]
+    if any(len(row) != len(names) for row in rows):
+        raise ValueError(f"libtpu's utilisation table has rows with more or fewer than its {len(names)} columns")
+    sums = dict(zip(names, map(sum, zip(*rows)))) if rows else {}
+    # Newer generations list the two halves of the unit: pushing weights is not multiplying.
+    unit = "MATMUL" if "MATMUL" in names else "MXU"
+    slots = len(rows) * capacity.get(unit, 0)
+    return Schedule(len(rows), sums.get(unit, 0), slots, sums.get("VSTORE:SPILL", 0), sums.get("VLOAD:FILL", 0))
+
+
+def empty_bundles(text: str) -> int | None:
+    """Read the number of bundles without an instruction from the head of the schedule analysis."""
+    count = _EMPTY.search(text[:2000])  # further down, the file repeats the kernel's payload
+    return int(count[1]) if count else None
+
+
+def read_final_bundles(dumps: Path, kernel: str) -> str:
+    """Read the final bundles of a kernel, as text."""
+    (path,) = [path for path in dumps.glob(f"*-{kernel}-*-final_bundles.txt") if "schedule" not in path.name]
+    return path.read_text()
+
+
+class Region(NamedTuple):
+    """Bundles from `start` to before `stop` that a jump skips or, if `loop`, repeats."""
+
+    start: int
+    stop: int
+    loop: bool
+
+    def size(self) -> int:
+        """Number of bundles."""
+        return self.stop - self.start
+
+    def inside(self, other: "Region") -> bool:
+        """Whether the other region contains this one."""
+        return other.start <= self.start and self.stop <= other.stop
+
+
+def regions(text: str) -> tuple[int, list[Region]]:
+    """Find the regions of one kernel.
+
+    Args:
+        text: its final bundles.
+
+    Returns:
+        The number of all bundles, and the regions in order.
+    """
+    addresses: dict[str, int] = {}  # libtpu's region -> its first bundle
+    jumps: list[tuple[int, str]] = []
+    address = -1
+    for line in text.splitlines():
+        if not (bundle := _BUNDLE.match(line)):
+            continue
+        address = int(bundle[1], 16)
+        for empty, label in _REGION.findall(line):
+            if empty or label not in addresses:
+                addresses[label] = address
+        jumps += [(address, label) for label in _JUMP.findall(line)]
+    spans = [(source, addresses[label]) for source, label in jumps if label in addresses]
+    return address + 1, sorted(Region(a + 1, b, False) if a < b else Region(b, a + 1, True) for a, b in spans)
+
+
+def branch_sizes(text: str) -> list[int]:
+    """Count the bundles of each part of a kernel's body that a step may skip, in order: one entry per `pl.when`.
+
+    The longest region that can be skipped is the body itself; the code around it copies blocks in and out.
+
+    Args:
+        text: the final bundles of one kernel.
+    """
+    branches = [region for region in regions(text)[1] if not region.loop]
+    body = max(branches, key=Region.size, default=Region(0, 0, False))
+    return [branch.size() for branch in branches if body.start < branch.start and branch.stop <= body.stop]
+
+
+def first_table_length(text: str) -> int | None:
+    """Length of the first table that a kernel has in scalar memory; None without one."""
+    shape = re.search(r"shape: s32\[(\d+)\], index: 0\b", text)
+    return int(shape[1]) if shape else None
+
+
+def kernel_of(filename: str) -> tuple[str, str] | None:
+    """("utilisation" or "schedule", kernel) of a dump file; None for other files and for the program's own frame."""
+    for kind, pattern in (("utilisation", _UTILISATION), ("schedule", _SCHEDULE)):
+        match = pattern.match(filename)
+        if match and match[1] != "TLP" and not match[1].startswith("<"):
+            return kind, match[1]
+    return None
+
+
+def vmem_bytes(report: str) -> dict[str, int]:
+    """Read the bytes of VMEM of each kernel from the data inside libtpu's report page."""
+    start = re.search(r"DATA\s*=\s*(?=\{)", report)
+    if not start:
+        return {}
+    data, _ = json.JSONDecoder().raw_decode(report, start.end())
+    sizes: dict[str, int] = {}
+
+    def walk(node: object) -> None:
+        if isinstance(node, dict):
+            for name, value in node.items():
+                if isinstance(value, dict) and isinstance(value.get("total_size"), int):
+                    sizes[name] = value["total_size"]
+                walk(value)
+
+    walk(data)
+    return sizes
+
+
+def custom_calls(hlo: str) -> set[str]:
+    """Find the instructions of an HLO module that call hand-written kernels."""
+    pattern = r'(?m)^\s*(?:ROOT )?%?([\w.-]+) = .*custom_call_target="tpu_custom_call"'
+    return set(re.findall(pattern, hlo))

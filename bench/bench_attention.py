@@ -1,7 +1,0 @@
-"""Attention: `pytest bench/bench_attention.py`, or with a report `make bench BENCH=attention`."""
-
-OP = "attention"
-
-
-def test_attention(entry, replay):
-    replay(entry)

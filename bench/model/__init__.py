@@ -1,0 +1,1 @@
+"""A whole training step: ours, and those of transformers on torch."""

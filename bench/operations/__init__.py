@@ -1,0 +1,1 @@
+"""Time every implementation of an operation, on the workloads of `dantinox.kernels.workloads`."""

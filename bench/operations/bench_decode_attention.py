@@ -1,0 +1,7 @@
+"""Time cached decoding under pytest; `make bench BENCH=decode_attention` writes a report as well."""
+
+OP = "decode_attention"
+
+
+def test_decode_attention(entry, replay):
+    replay(entry)

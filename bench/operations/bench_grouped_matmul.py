@@ -1,0 +1,7 @@
+"""Time grouped matmul under pytest; `make bench BENCH=grouped_matmul` writes a report as well."""
+
+OP = "grouped_matmul"
+
+
+def test_grouped_matmul(entry, replay):
+    replay(entry)

@@ -1,0 +1,183 @@
+"""The results of a benchmark run: one small JSON file per operation, under profiles/<device>/."""
+
+import datetime
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+
+
+class Row(TypedDict):
+    """Result of one implementation on one workload in one direction.
+
+    `seconds` is the median over the turns and `spread` the interquartile range over it. FLOP/s and bytes/s count what
+    `dantinox.kernels.cost` says must be done and moved. `roofline` is the least time that the measured ceilings allow
+    over the median.
+    """
+
+    spec: str
+    sizes: str
+    dtype: str
+    direction: str
+    implementation: str
+    sweep: dict[str, float]
+    seconds: float
+    spread: float
+    turns: int
+    flops_per_second: float
+    bytes_per_second: float
+    intensity: float
+    roofline: float
+    temp_bytes: int
+    error: float | None
+
+
+class SkippedRow(TypedDict):
+    """An implementation that has no times for a workload, and why."""
+
+    spec: str
+    direction: str
+    implementation: str
+    why: str
+
+
+class Document(TypedDict):
+    """All results of one operation."""
+
+    date: str
+    device: str
+    platform: str
+    timer: str
+    versions: dict[str, str]
+    ceilings: dict[str, float]
+    rows: list[Row]
+    refused: list[SkippedRow]
+
+
+def device_folder(platform: str, device: str) -> str:
+    """Name a device's folder in profiles/: "cpu" for any CPU, else the device's own name."""
+    return "cpu" if platform == "cpu" else re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def from_pytest(raw: Mapping[str, Any], date: datetime.date | None = None) -> dict[str, Document]:
+    """Convert the content of a `--benchmark-json` file; see `documents`."""
+    return documents(raw["bench"], [(bench["extra_info"], bench["stats"]["data"]) for bench in raw["benchmarks"]], date)
+
+
+def documents(
+    run: Mapping[str, Any],
+    measured: Sequence[tuple[Mapping[str, Any], Sequence[float]]],
+    date: datetime.date | None = None,
+) -> dict[str, Document]:
+    """Make the document of each operation.
+
+    Args:
+        run: facts about the run (`bench.operations.record.run_facts`).
+        measured: facts about each entry (`bench.operations.record.entry_facts`) and its times in seconds.
+        date: the day of the run (default: today).
+
+    Returns:
+        The documents by operation, for `write`.
+    """
+    head = {
+        "date": str(date or datetime.date.today()),
+        "device": run["device"],
+        "platform": run["platform"],
+        "timer": run["timer"],
+        "versions": {"jax": run["jax"]},
+        "ceilings": {name: _round(value) for name, value in run["ceilings"].items()},
+    }
+    by_op: dict[str, Document] = {}
+
+    def document(op: str) -> Document:
+        return by_op.setdefault(op, head | {"rows": [], "refused": []})
+
+    for facts, seconds in measured:
+        document(facts["op"])["rows"].append(_row(facts, seconds))
+    for skipped in run["refused"]:
+        document(skipped["op"])["refused"].append({name: skipped[name] for name in skipped if name != "op"})
+    return by_op
+
+
+def _row(facts: Mapping[str, Any], seconds: Sequence[float]) -> Row:
+    low, middle, high = np.percentile(seconds, [25, 50, 75])
+    names = ("spec", "sizes", "dtype", "direction", "implementation", "sweep")
+    return {name: facts[name] for name in names} | {
+        "seconds": _round(middle),
+        "spread": _round((high - low) / middle),
+        "turns": len(seconds),
+        "flops_per_second": _round(facts["flops"] / middle),
+        "bytes_per_second": _round(facts["bytes"] / middle),
+        "intensity": _round(facts["flops"] / facts["bytes"]),
+        "roofline": _round(facts["roofline_seconds"] / middle),
+        "temp_bytes": facts["temp_bytes"],
+        "error": None if facts["error"] is None else _round(facts["error"]),
+    }
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def write(documents: Mapping[str, Document], profiles: Path) -> list[Path]:
+    """Save each operation's document as profiles/<device>/<date>-<op>.json.
+
+    If the file exists and has the same versions and timer, its rows that were not measured again stay.
+
+    Returns:
+        The paths of the files.
+    """
+    paths = []
+    for op, document in documents.items():
+        folder = profiles / device_folder(document["platform"], document["device"])
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{document['date']}-{op}.json"
+        path.write_text(dumps(_merge(path, document)))
+        paths.append(path)
+    return paths
+
+
+def _row_key(row: Row | SkippedRow) -> tuple[str, str, str]:
+    return row["spec"], row["direction"], row["implementation"]
+
+
+def _merge(path: Path, document: Document) -> Document:
+    """Add the rows of an existing file that the document does not have."""
+    existing = json.loads(path.read_text()) if path.exists() else {}
+    if any(existing.get(name) != document[name] for name in ("device", "versions", "timer")):
+        return document
+    measured = {_row_key(row) for name in ("rows", "refused") for row in document[name]}
+    merged = {
+        name: [row for row in existing[name] if _row_key(row) not in measured] + document[name]
+        for name in ("rows", "refused")
+    }
+    return {**document, **merged}
+
+
+def dumps(document: Document) -> str:
+    """Format a document as JSON with one row per line, so that a diff shows which row changed."""
+    head = {name: value for name, value in document.items() if name not in ("rows", "refused")}
+    lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
+    for name in ("rows", "refused"):
+        rows = ",\n".join(f"  {json.dumps(row)}" for row in document[name])
+        lines.append(f' "{name}": [\n{rows}\n ]' if rows else f' "{name}": []')
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def by_case(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Group rows by (workload, direction), in order."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["spec"], row["direction"]), []).append(row)
+    return groups
+
+
+def fastest(rows: Sequence[Row]) -> float:
+    """Seconds of the fastest implementation; rows without an error compute something else and do not count."""
+    comparable = [row for row in rows if row["error"] is not None]
+    return min(row["seconds"] for row in comparable or rows)

@@ -1,0 +1,143 @@
+"""Shared by the attention kernels of TPUs and CPUs: what is known when they are traced, and one block of scores.
+
+A block has `block_q` queries of each of the G heads of one key head, packed to R = G block_q rows, against `block_kv`
+keys. Blocks are transposed, with keys down and queries across. Arrays hold them in subtiles: [B K, query subtiles, n,
+rows] for what belongs to queries, [B K, key subtiles, keys, D] for keys.
+"""
+
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from dantinox.kernels.ops.attention.block_schedule import BlockSchedule, make_block_schedule
+
+Array = jax.Array
+M_INIT = -1e30  # start of the running maximum, below every real score
+MASK_VALUE = -2e38  # a masked score: exp(MASK_VALUE - M_INIT) is 0, so rows without a key keep a sum of 0
+NO_OVERLAP, PARTIAL_OVERLAP, FULL_OVERLAP = 0, 1, 2  # pairs of a block that share a segment: none, some, all
+NN, NT = ((1,), (0,)), ((1,), (1,))  # a b and a b^T
+
+
+class BlockSizes(Protocol):
+    """What the layout of the arrays depends on: queries, of each head, and keys per block, and a block's subtiles."""
+
+    @property
+    def block_q(self) -> int: ...
+
+    @property
+    def block_kv(self) -> int: ...
+
+    def subtile(self, G: int) -> tuple[int, int]:
+        """Returns (packed queries, keys) of a subtile."""
+        ...
+
+
+class AttentionConfig[Sizes: BlockSizes](NamedTuple):
+    """Everything known when a kernel is traced; T and S are the lengths without padding."""
+
+    T: int
+    S: int
+    G: int
+    causal: bool
+    window: int | None
+    scale: float
+    softcap: float | None
+    block_sizes: Sizes
+
+    @property
+    def num_subtiles(self) -> tuple[int, int]:
+        """Subtiles of a block along the packed queries and along the keys."""
+        rows, keys = self.block_sizes.subtile(self.G)
+        return self.G * self.block_sizes.block_q // rows, self.block_sizes.block_kv // keys
+
+    def block_schedule(self, kv_block_range: tuple[int, int] | None = None) -> BlockSchedule:
+        """Lists the visible blocks, of a range of key blocks or of all; see `make_block_schedule`."""
+        return make_block_schedule(
+            self.T,
+            self.S,
+            self.block_sizes.block_q,
+            self.block_sizes.block_kv,
+            causal=self.causal,
+            window=self.window,
+            kv_block_range=kv_block_range,
+        )
+
+
+class SegmentTables(NamedTuple):
+    """Segment ids in the layout of the kernels.
+
+    Attributes:
+        q_ids: [heads, query subtiles, 1, rows].
+        kv_ids: [heads, key subtiles, 1, keys].
+        overlap: [heads, query blocks, key blocks]: NO_OVERLAP, PARTIAL_OVERLAP or FULL_OVERLAP.
+    """
+
+    q_ids: Array
+    kv_ids: Array
+    overlap: Array
+
+
+class ForwardResult(NamedTuple):
+    """Results of a forward kernel; without residuals only `o`.
+
+    `m` and `inv_l` are the log-sum-exp of a row in two parts: one number would carry a rounding error to every p of the
+    row.
+
+    Attributes:
+        o: output [heads, query subtiles, D, rows].
+        o_ungated: output before the gate, in the same shape.
+        m: largest score of each row, as the kernel scales scores: [heads, query subtiles, 1, rows].
+        inv_l: 1 / sum of each row's exponentials, 0 where the row sees no key; shaped as `m`.
+    """
+
+    o: Array
+    o_ungated: Array | None = None
+    m: Array | None = None
+    inv_l: Array | None = None
+
+
+class QKVGradients(NamedTuple):
+    """Gradients in the kernels' layout: dq as q, dk and dv [heads, key subtiles, D, keys]."""
+
+    dq: Array
+    dk: Array
+    dv: Array
+
+
+def dot_per_head(a: Array, b: Array, contract: tuple[tuple[int], tuple[int]]) -> Array:
+    """a b in float32, over the last two axes; the axes before are heads."""
+    heads = tuple(range(a.ndim - 2))
+    dims = tuple(tuple(axis + len(heads) for axis in side) for side in contract)
+    return jax.lax.dot_general(a, b, (dims, (heads, heads)), preferred_element_type=jnp.float32)
+
+
+def scale_scores(config: AttentionConfig, qk: Array, unit: float = 1.0) -> Array:
+    """unit * cap(scale * qk)."""
+    if config.softcap is None:
+        return qk * (config.scale * unit)
+    return jnp.tanh(qk * (config.scale / config.softcap)) * (config.softcap * unit)
+
+
+def visible_mask(
+    config: AttentionConfig, shape: tuple[int, ...], q_block: Array, kv_block: Array, r: Array | int, c: Array | int
+) -> Array:
+    """Mask of the pairs of a subtile that are visible by their positions, or one that broadcasts to it.
+
+    Args:
+        config: what is known when the kernel is traced.
+        shape: [..., keys, rows] of the subtile; keys may run past the block, into the next ones.
+        q_block, kv_block: index of the block.
+        r, c: index of the subtile in the block.
+    """
+    sizes, (rows, keys) = config.block_sizes, config.block_sizes.subtile(config.G)
+    key = jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 2)
+    row = jax.lax.broadcasted_iota(jnp.int32, (*shape[:-2], 1, shape[-1]), len(shape) - 1)
+    q_minus_kv_start = q_block * sizes.block_q + config.S - config.T - kv_block * sizes.block_kv - c * keys
+    if not config.causal:
+        return key < config.S - kv_block * sizes.block_kv - c * keys
+    distance = ((row + r * rows) & (sizes.block_q - 1)) + q_minus_kv_start - key
+    if config.window is None:
+        return distance >= 0
+    # As an unsigned number, a negative distance is past every window.
+    return distance.astype(jnp.uint32) < config.window

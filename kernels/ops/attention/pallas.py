@@ -1,0 +1,147 @@
+"""The Pallas attention of TPUs and CPUs with its derivative; a CPU has kernels of its own."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dantinox.kernels import cost
+from dantinox.kernels.dispatch import current_device
+from dantinox.kernels.ops.attention.common import AttentionConfig, ForwardResult, SegmentTables
+from dantinox.kernels.ops.attention.packing import pack_keys, pack_queries, segment_tables, unpack_queries
+from dantinox.kernels.ops.attention.pallas_cpu import block_sizes as cpu_block_sizes
+from dantinox.kernels.ops.attention.pallas_cpu import bwd as cpu_bwd
+from dantinox.kernels.ops.attention.pallas_cpu import fwd as cpu_fwd
+from dantinox.kernels.ops.attention.pallas_tpu import block_sizes as tpu_block_sizes
+from dantinox.kernels.ops.attention.pallas_tpu import bwd as tpu_bwd
+from dantinox.kernels.ops.attention.pallas_tpu import fwd as tpu_fwd
+from dantinox.kernels.ops.attention.segment_ids import zero_unattended_keys
+
+Array = jax.Array
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    gate: Array | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    segment_ids: tuple[Array, Array] | None,
+) -> Array:
+    """See `dantinox.kernels.attention`, which checks the arguments."""
+    B, T, H, D = q.shape
+    S, K = k.shape[1:3]
+    if S == 0:
+        return jnp.zeros_like(q)
+    k, v, segment_ids = zero_unattended_keys(k, v, segment_ids, T=T, causal=causal, window=window)
+    S = k.shape[1]
+
+    G, device = H // K, current_device()
+    if device.platform == "cpu":
+        sizes = cpu_block_sizes.heuristic_block_sizes(heads=B * K, G=G, T=T, S=S, causal=causal, window=window)
+    else:
+        sizes = tpu_block_sizes.heuristic_block_sizes(
+            device, G=G, T=T, S=S, D=D, causal=causal, window=window, itemsize=q.dtype.itemsize
+        )
+    config = AttentionConfig(T, S, G, causal, window, scale, softcap, sizes)
+    segments = None if segment_ids is None else segment_tables(*segment_ids, K, config)
+    gate = None if gate is None else pack_queries(gate, config)
+    q, k, v = pack_queries(q, config), pack_keys(k, config), pack_keys(v, config).swapaxes(-1, -2)
+    return unpack_queries(_attention(q, k, v, gate, segments, config), config, B)
+
+
+class Residuals(NamedTuple):
+    """What the forward pass keeps for the backward pass; see `ForwardResult`."""
+
+    q: Array
+    k: Array
+    v: Array
+    gate: Array | None
+    segments: SegmentTables | None
+    o_ungated: Array
+    m: Array
+    inv_l: Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attention(
+    q: Array, k: Array, v: Array, gate: Array | None, segments: SegmentTables | None, config: AttentionConfig
+) -> Array:
+    return _run_fwd(q, k, v, gate, segments, config, residuals=False).o
+
+
+def _attention_fwd(q, k, v, gate, segments, config):
+    result = _run_fwd(q, k, v, gate, segments, config, residuals=True)
+    return result.o, Residuals(q, k, v, gate, segments, result.o_ungated, result.m, result.inv_l)
+
+
+def _attention_bwd(config: AttentionConfig, residuals: Residuals, do: Array) -> tuple:
+    q, k, v, gate, segments, o_ungated, m, inv_l = residuals
+    do_ungated, dgate, delta = _bwd_preprocess(do, o_ungated, gate)
+    v = v.swapaxes(-1, -2)
+    run_bwd = cpu_bwd.attention_bwd if _for_cpu(config) else tpu_bwd.attention_bwd
+    bwd_cost = _cost(q, gate, config, backward=True)
+    dq, dk, dv = run_bwd(q, k, v, do_ungated, m, inv_l, delta, segments, config, cost=bwd_cost)
+    return dq, dk.swapaxes(-1, -2), dv, dgate, None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _run_fwd(
+    q: Array,
+    k: Array,
+    v: Array,
+    gate: Array | None,
+    segments: SegmentTables | None,
+    config: AttentionConfig,
+    *,
+    residuals: bool,
+) -> ForwardResult:
+    run = cpu_fwd.attention_fwd if _for_cpu(config) else tpu_fwd.attention_fwd
+    return run(q, k, v, gate, segments, config, residuals=residuals, cost=_cost(q, gate, config))
+
+
+def _for_cpu(config: AttentionConfig) -> bool:
+    """Whether a CPU's kernels run. The backward pass may be traced where another device is announced."""
+    return isinstance(config.block_sizes, cpu_block_sizes.CpuBlockSizes)
+
+
+def _bwd_preprocess(do: Array, o_ungated: Array, gate: Array | None) -> tuple[Array, Array | None, Array]:
+    """(cotangent of the ungated output, dgate, delta [..., 1, rows]): one pass over do and o, which XLA fuses."""
+    do_f32, o_ungated = do.astype(jnp.float32), o_ungated.astype(jnp.float32)
+    if gate is None:
+        return do, None, jnp.sum(do_f32 * o_ungated, axis=-2, keepdims=True)
+    sigmoid_gate = jax.nn.sigmoid(gate.astype(jnp.float32))
+    dgate = do_f32 * o_ungated * (sigmoid_gate * (1 - sigmoid_gate))
+    if gate.shape[-2] == 1:
+        dgate = jnp.sum(dgate, axis=-2, keepdims=True)
+    do_ungated = do_f32 * sigmoid_gate
+    return (
+        do_ungated.astype(do.dtype),
+        dgate.astype(gate.dtype),
+        jnp.sum(do_ungated * o_ungated, axis=-2, keepdims=True),
+    )
+
+
+def _cost(q: Array, gate: Array | None, config: AttentionConfig, backward: bool = False) -> cost.Cost:
+    """Cost of all heads; packed segments count as one, since their ids are unknown at trace time."""
+    gate_kind = "none" if gate is None else "elementwise" if gate.shape[2] == q.shape[2] else "head"
+    return cost.attention(
+        B=q.shape[0],
+        T=config.T,
+        S=config.S,
+        H=config.G,
+        K=1,
+        D=q.shape[2],
+        causal=config.causal,
+        window=config.window,
+        gate=gate_kind,
+        itemsize=q.dtype.itemsize,
+        backward=backward,
+    )

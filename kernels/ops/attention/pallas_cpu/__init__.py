@@ -1,0 +1,1 @@
+"""Attention in Pallas, in a form that a CPU interprets fast."""

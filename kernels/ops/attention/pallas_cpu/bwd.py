@@ -1,0 +1,143 @@
+"""Gradients of attention in a form that is fast to interpret on a CPU: one pass over the visible blocks.
+
+Math      with do' = do sigmoid(gate) and delta = rowsum(do' o'), o' the ungated output:
+          p = e^(s - m) / l;  dv = p^T do';  ds = p (do' v^T - delta);  dq = scale ds k;  dk = scale ds^T q
+Tiling    grid (groups of heads, visible blocks), each processed at once and under the mask:
+
+              keys ->        bk   bk   bk   bk
+              G x bq rows    ▞    ░    ░    ░       ▞ █ a step
+              G x bq rows    █    ▞    ░    ░       ░ not in the grid
+              G x bq rows    ▞    █    ▞    ░
+
+State     dq [D, R] of one query block per head, in scratch memory; dk and dv of all keys, in the outputs: a step adds
+          to the blocks of its keys. All in float32.
+Traffic   that of the TPU kernel with one span of keys; a step also copies its blocks.
+Limits    as the forward kernel.
+Source    that of the TPU kernel.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from dantinox.kernels.cost import Cost
+from dantinox.kernels.ops.attention.common import NN, NT, QKVGradients, SegmentTables, dot_per_head
+from dantinox.kernels.ops.attention.pallas_cpu.common import (
+    BlockStep,
+    CpuAttentionConfig,
+    Ref,
+    block_scratch,
+    call_over_blocks,
+    kv_block_spec,
+    q_block_spec,
+)
+
+Array = jax.Array
+MIN_ROWS_PER_DOT, MAX_ROWS_PER_DOT = 32, 128
+
+
+class BwdInputs(NamedTuple):
+    """Inputs of the backward kernel: arrays, or references to them."""
+
+    q: Any
+    do: Any
+    m: Any
+    inv_l: Any
+    delta: Any
+    k: Any
+    v: Any
+    k_transposed: Any
+    segments: SegmentTables | None
+
+
+def _bwd_kernel(step: BlockStep, inputs: BwdInputs, gradients: QKVGradients, dq_acc_ref: Ref) -> None:
+    config = step.config
+
+    @pl.when(step.is_first_use_of_kv)
+    def init_dk_dv() -> None:
+        gradients.dk[...] = jnp.zeros(gradients.dk.shape)
+        gradients.dv[...] = jnp.zeros(gradients.dv.shape)
+
+    @pl.when(step.is_first_kv_block)
+    def init_dq() -> None:
+        dq_acc_ref[...] = jnp.zeros(dq_acc_ref.shape)
+
+    q, do = step.load_q(inputs.q), step.load_q(inputs.do)
+    s = step.masked_scores(step.load_kv(inputs.k), q, inputs.segments)
+    p = jnp.exp(s - step.load_q(inputs.m)) * step.load_q(inputs.inv_l)
+    dp = dot_per_head(step.load_kv(inputs.v), do, NN) - step.load_q(inputs.delta)
+    ds = p * dp
+    if config.softcap is not None:
+        t = s * (1 / config.softcap)
+        ds = ds * (1 - jnp.minimum(t * t, 1))  # masked scores are below -softcap
+    p, ds = p.astype(q.dtype), ds.astype(q.dtype)
+    gradients.dv[...] += _dot_over_rows(do, p, config.T)
+    gradients.dk[...] += _dot_over_rows(q, ds, config.T)
+    dq_acc_ref[...] += dot_per_head(step.load_kv(inputs.k_transposed), ds, NN)
+
+    @pl.when(step.is_last_kv_block)
+    def store_dq() -> None:
+        gradients.dq[...] = (dq_acc_ref[...] * config.scale).astype(gradients.dq.dtype)
+
+
+def _dot_over_rows(a: Array, b: Array, T: int) -> Array:
+    """a b^T.
+
+    A CPU's matmul adds row after row to one float32, so each matmul gets few rows: T / 16, since the errors of plain
+    jnp grow with T too.
+    """
+    rows = a.shape[-1]
+    step = min(max(T // 16, MIN_ROWS_PER_DOT), MAX_ROWS_PER_DOT)
+    products = [dot_per_head(a[..., i : i + step], b[..., i : i + step], NT) for i in range(0, rows, step)]
+    return functools.reduce(jnp.add, products)
+
+
+def attention_bwd(
+    q: Array,
+    k: Array,
+    v: Array,
+    do: Array,
+    m: Array,
+    inv_l: Array,
+    delta: Array,
+    segments: SegmentTables | None,
+    config: CpuAttentionConfig,
+    *,
+    cost: Cost,
+) -> QKVGradients:
+    """Runs the backward kernel.
+
+    Args:
+        q: [heads, query blocks, D, rows].
+        k: [heads, key blocks, keys, D].
+        v: as k.
+        do: cotangent of the ungated output, as q.
+        m: [heads, query blocks, 1, rows]; see `ForwardResult`.
+        inv_l: as m.
+        delta: row sums of do times the ungated output, as m.
+        segments: segment ids, or None.
+        config: what is known when the kernel is traced.
+        cost: cost estimate for the compiler.
+
+    Returns:
+        The gradients of q, k and v.
+    """
+    k_transposed = k.swapaxes(-1, -2)
+    dkv = jax.ShapeDtypeStruct(k_transposed.shape, jnp.float32)
+    gradients = QKVGradients(jax.ShapeDtypeStruct(q.shape, q.dtype), dkv, dkv)
+    dkv_spec = kv_block_spec(config, dkv)
+    dq, dk, dv = call_over_blocks(
+        _bwd_kernel,
+        config,
+        config.block_schedule(),
+        BwdInputs(q, do, m, inv_l, delta, k, v, k_transposed, segments),
+        gradients,
+        QKVGradients(q_block_spec(config, gradients.dq), dkv_spec, dkv_spec),
+        [block_scratch(config, *q.shape[2:])],
+        name="attention_backward",
+        cost=cost,
+    )
+    return QKVGradients(dq, (dk * config.scale).astype(k.dtype), dv.astype(v.dtype))

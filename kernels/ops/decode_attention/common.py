@@ -1,0 +1,173 @@
+"""Shared by the decode attention kernels of TPUs and CPUs: scores, mask and online softmax of one grid step.
+
+Both kernels start a sequence with its new token and then add the slots of the cache, so a softmax always has a term.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from dantinox.kernels import cost
+from dantinox.kernels.ops.decode_attention.block_table import BlockTable
+from dantinox.kernels.ops.decode_attention.kv_cache import KVCache, dequantize, quantize
+
+Array = jax.Array
+Ref = Any  # a reference in VMEM or SMEM
+MASK_VALUE = -2e38  # a masked score
+
+
+class TokenInputs(NamedTuple):
+    """What one step of decoding brings: arrays, their block specs, or references to those of one sequence.
+
+    Attributes:
+        q: queries [B, K, G, D].
+        new_k, new_v: the new token as later steps will read it, [B, K, 1, D] in q's dtype.
+        gate: logits [B, K, G, D] or [B, K, G, 1], or None.
+    """
+
+    q: Any
+    new_k: Any
+    new_v: Any
+    gate: Any = None
+
+
+class QuantizedToken(NamedTuple):
+    """The new token as the cache stores it: k and v [B, K, D]; an 8-bit cache has scales, [B, K] float32."""
+
+    k: Any
+    k_scale: Any
+    v: Any
+    v_scale: Any
+
+
+def quantize_token(k: Array, v: Array, cache: KVCache) -> QuantizedToken:
+    """Converts the new token, k and v [B, K, D], to the cache's dtype."""
+    return QuantizedToken(*quantize(k, cache.k.dtype), *quantize(v, cache.v.dtype))
+
+
+def token_inputs(q: Array, token: QuantizedToken, gate: Array | None) -> TokenInputs:
+    """Lays out q and gate [B, K, G, n] and the new token; a step attends to its token as later steps will read it."""
+
+    def read_back(x: Array, scale: Array | None) -> Array:
+        return (x if scale is None else dequantize(x, scale, q.dtype))[:, :, None]
+
+    return TokenInputs(q, read_back(token.k, token.k_scale), read_back(token.v, token.v_scale), gate)
+
+
+def sequence_spec(x: Array) -> pl.BlockSpec:
+    """Spec of the part of an array [B, ...] that belongs to the step's sequence."""
+    return pl.BlockSpec((1, *x.shape[1:]), lambda n, table, *_: (table.sequence[n], *(0,) * (x.ndim - 1)))
+
+
+def group_heads(x: Array, K: int) -> Array:
+    """[B, H, n] as [B, K, G, n]."""
+    return x.reshape(x.shape[0], K, -1, x.shape[-1])
+
+
+def estimate_cost(q: Array, cache: KVCache, gate: Array | None, max_visible: int) -> cost.Cost:
+    """Returns an upper bound: the lengths are not known at trace time."""
+    (B, H, D), (K, C) = q.shape, cache.k.shape[1:3]
+    return cost.decode_attention(
+        H=H,
+        K=K,
+        D=D,
+        C=C,
+        lengths=[max_visible - 1] * B,
+        gate="none" if gate is None else "elementwise" if gate.shape[-1] == D else "head",
+        itemsize=q.dtype.itemsize,
+        kv_itemsize=cache.k.dtype.itemsize + (0 if cache.k_scale is None else 4 / D),
+    )
+
+
+def dot_heads(a: Array, b: Array, contract: int) -> Array:
+    """a b^T (1) or a b (0) over the last two axes, in float32; the axes before them are heads."""
+    n = a.ndim - 2
+    heads = tuple(range(n))
+    dims = (((n + 1,), (n + contract,)), (heads, heads))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+def attention_scores(q: Array, k: Array, *, scale: float, softcap: float | None, k_scale: Array | None = None) -> Array:
+    """cap(scale q k^T) [..., G, slots]; `k_scale` [..., 1, slots] are the scales of an 8-bit cache's keys."""
+    s = dot_heads(q, k.astype(q.dtype), 1) * (scale if k_scale is None else k_scale * scale)
+    return s if softcap is None else softcap * jnp.tanh(s * (1 / softcap))
+
+
+def weigh_values(p: Array, v: Array, v_scale: Array | None, dtype: jnp.dtype) -> Array:
+    """p v in float32, multiplied in `dtype`; `v_scale` are the scales of an 8-bit cache's values."""
+    p = p if v_scale is None else p * v_scale
+    return dot_heads(p.astype(dtype), v.astype(dtype), 0)
+
+
+def cached_token_mask(
+    shape: tuple[int, int], start: Array, first: Array, *, slot: Array, num_visible: Array, C: int
+) -> Array:
+    """Mask of the slots that hold visible tokens other than the new one.
+
+    Args:
+        shape: [1, slots] or [slots, 1].
+        start: the slot of the first element.
+        first: slots before this one are masked.
+        slot: slot of the new token.
+        num_visible: tokens that the query attends to, the new one included.
+        C: slots of a ring buffer.
+    """
+    slots = start + jax.lax.broadcasted_iota(jnp.int32, shape, int(shape[0] == 1))
+    age = jnp.where(slots < slot, slot - slots, slot - slots + C)
+    return (age < num_visible) & (slots >= first) & (slots < C)
+
+
+def is_first_step(table: BlockTable, step: Array, b: Array) -> Array:
+    """Whether a grid step is the first of its sequence b."""
+    return step == jnp.where(b == 0, 0, table.ends[jnp.maximum(b - 1, 0)])
+
+
+class OnlineSoftmax(NamedTuple):
+    """References to the state of one sequence's softmax, float32.
+
+    Attributes:
+        m: largest score so far, [K, G, 1].
+        l: sum of the exponentials, [K, G, 1].
+        acc: sum of the values times the exponentials, [K, G, D].
+    """
+
+    m: Ref
+    l: Ref
+    acc: Ref
+
+    @staticmethod
+    def scratch_shapes(q: Array) -> list[Any]:
+        """Scratch memory of the state, for queries [B, K, G, D]."""
+        _, K, G, D = q.shape
+        return [pltpu.VMEM(shape, jnp.float32) for shape in ((K, G, 1), (K, G, 1), (K, G, D))]
+
+    def init_with_token(self, s: Array, v: Ref) -> None:
+        """Starts with one token: its scores [K, G, 1] and a reference to its values [1, K, 1, D]."""
+        self.m[...] = s
+        self.l[...] = jnp.ones(self.l.shape, jnp.float32)
+        self.acc[...] = jnp.broadcast_to(v[0].astype(jnp.float32), self.acc.shape)
+
+    def add_slots(self, head: Any, s: Array, weigh: Callable[[Array], Array]) -> None:
+        """Adds slots for one head, or for a slice of heads.
+
+        Args:
+            head: index of the heads.
+            s: scores [..., G, slots].
+            weigh: maps the exponentials [..., G, slots] to their products with the values, [..., G, D].
+        """
+        m_old = self.m[head]
+        m = jnp.maximum(m_old, jnp.max(s, axis=-1, keepdims=True))
+        p, decay = jnp.exp(s - m), jnp.exp(m_old - m)
+        self.m[head] = m
+        self.l[head] = decay * self.l[head] + jnp.sum(p, axis=-1, keepdims=True)
+        pv = weigh(p)
+        self.acc[head] = decay * self.acc[head] + pv
+
+    def output(self, gate: Ref | None) -> Array:
+        """Returns the gated output [K, G, D] in float32; `gate` refers to [1, K, G, n] or is None."""
+        o = self.acc[...] / self.l[...]
+        return o if gate is None else o * jax.nn.sigmoid(gate[0].astype(jnp.float32))

@@ -1,0 +1,31 @@
+"""The Pallas decode attention of TPUs and CPUs; a CPU has a kernel of its own."""
+
+import jax
+import jax.numpy as jnp
+
+from dantinox.kernels.dispatch import current_device
+from dantinox.kernels.ops.decode_attention.kv_cache import KVCache, append_token
+from dantinox.kernels.ops.decode_attention.pallas_cpu import kernel as cpu_kernel
+from dantinox.kernels.ops.decode_attention.pallas_tpu import kernel as tpu_kernel
+
+Array = jax.Array
+
+
+def decode_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    cache: KVCache,
+    *,
+    gate: Array | None,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Array, KVCache]:
+    """See `dantinox.kernels.decode_attention`, which checks the arguments."""
+    if 0 in q.shape:
+        return jnp.zeros_like(q), append_token(cache, k, v)
+    C = cache.k.shape[2]
+    max_visible = C if window is None else min(C, int(window))
+    backend = cpu_kernel if current_device().platform == "cpu" else tpu_kernel
+    return backend.decode_attention(q, k, v, cache, gate=gate, max_visible=max_visible, scale=scale, softcap=softcap)

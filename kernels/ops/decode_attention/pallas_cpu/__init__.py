@@ -1,0 +1,1 @@
+"""Decode attention in Pallas, in a form that a CPU interprets fast."""

@@ -1,0 +1,231 @@
+"""Decode attention in a form that is fast to interpret on a CPU: XLA appends, one kernel attends.
+
+Math      s = cap(scale q k^T);  o = sigmoid(gate) * softmax(s over the last min(length + 1, C, window) tokens) v
+Tiling    one grid step per block of slots that holds visible tokens, as in `pallas_tpu/kernel.py`; but if every ring
+          buffer is at least half full, one step processes the slots of all sequences under a mask:
+
+              slots ->             0           C / 2         C
+              sequence 0           █████████████████░░░░░░░░░     ░ read, multiplied and masked
+              sequence 1           ████████████████████░░░░░░
+
+State     m, l [K, G, 1] and the output [K, G, D] of one sequence, or of all, in float32.
+Traffic   reads the visible blocks of k and v once, whatever C is, or all C slots; 4 H D FLOPs per slot read. XLA writes
+          the new token to its slot, in place.
+Limits    float32, bfloat16, float16; caches of int8 and float8_e4m3fn too; any B, H, K, D, C.
+Source    that of the TPU kernel.
+
+The interpreter copies an output that is aliased to an input in every step, so the kernel only reads the ring buffers.
+They are whole arrays, passed as prefetched ones, since a block would be copied in every step. XLA's CPU compiler also
+copies each slice that a step reads, but not a whole array; hence the one step for ring buffers that are half full.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from dantinox.kernels.cost import Cost
+from dantinox.kernels.dispatch import current_device
+from dantinox.kernels.ops.decode_attention.block_table import BlockTable, make_block_table
+from dantinox.kernels.ops.decode_attention.common import (
+    MASK_VALUE,
+    OnlineSoftmax,
+    TokenInputs,
+    attention_scores,
+    cached_token_mask,
+    dot_heads,
+    estimate_cost,
+    group_heads,
+    is_first_step,
+    quantize_token,
+    sequence_spec,
+    token_inputs,
+    weigh_values,
+)
+from dantinox.kernels.ops.decode_attention.kv_cache import KVCache, append_token
+
+Array = jax.Array
+Ref = Any
+MAX_BLOCK_SIZE = 512  # slots
+
+
+class DecodeConfig(NamedTuple):
+    """Static parameters of the kernel.
+
+    Attributes:
+        C: slots of a ring buffer.
+        block_size: slots per step, unless it processes all sequences.
+        scale, softcap: of the scores.
+        batched: whether one step processes all slots of all sequences, with their heads along one axis.
+    """
+
+    C: int
+    block_size: int
+    scale: float
+    softcap: float | None
+    batched: bool = False
+
+
+def choose_block_size(C: int, max_visible: int, itemsize: int, eight_bits: bool) -> int:
+    """Returns the slots per block: all of a short ring buffer, otherwise a power of two.
+
+    Args:
+        C: slots of a ring buffer.
+        max_visible: upper bound on the tokens that a query attends to.
+        itemsize: bytes per value of the cache.
+        eight_bits: whether the cache has scales.
+    """
+    if C <= MAX_BLOCK_SIZE:
+        return C
+    smallest = 128 if eight_bits else 32 // itemsize
+    return min(MAX_BLOCK_SIZE, max(smallest, 1 << (max_visible - 1).bit_length()))
+
+
+def xla_is_faster(C: int) -> bool:
+    """Whether plain XLA is faster than the interpreted kernel even if the ring buffers are half full.
+
+    Measured on 2 cores, relative to `xla.py`: one full ring buffer of 4096 slots 0.8, of 32768 0.7, eight of 4096 0.7;
+    3000 of 4096 slots 0.8, eight times 1500 0.5; 512 of 32768 1 / 13.
+    """
+    return current_device().platform == "cpu" and C < 1024
+
+
+def decode_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    cache: KVCache,
+    *,
+    gate: Array | None,
+    max_visible: int,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Array, KVCache]:
+    """Appends a token and attends to the last `max_visible` ones; see `dantinox.kernels.decode_attention`."""
+    (B, H, D), (K, C) = q.shape, cache.k.shape[1:3]
+    block_size = choose_block_size(C, max_visible, cache.k.dtype.itemsize, cache.k_scale is not None)
+    config = DecodeConfig(C, block_size, scale, softcap)
+    table = make_block_table(cache.length, C, max_visible, block_size)
+    call_cost = estimate_cost(q, cache, gate, max_visible)
+    new_cache = append_token(cache, k, v)
+
+    def attend_by_blocks() -> Array:
+        q_heads, gate_heads = group_heads(q, K), None if gate is None else group_heads(gate, K)
+        o = _pallas_attend(q_heads, k, v, gate_heads, new_cache, table, config, call_cost)
+        return o.reshape(B, H, D)
+
+    def attend_batched() -> Array:
+        def merge_batch(x: Array) -> Array:
+            return x.reshape(1, -1, *x.shape[2:])
+
+        merged_cache = new_cache._replace(k=merge_batch(new_cache.k), v=merge_batch(new_cache.v))
+        one_step = BlockTable(jnp.int32(1), *jnp.int32([[0], [0], [1]]), table.num_visible, table.slot)
+        q_heads, gate_heads = group_heads(q, K), None if gate is None else group_heads(gate, K)
+        merged_q, merged_k, merged_v = (merge_batch(x) for x in (q_heads, k, v))
+        merged_gate = None if gate_heads is None else merge_batch(gate_heads)
+        batched = config._replace(batched=True)
+        o = _pallas_attend(merged_q, merged_k, merged_v, merged_gate, merged_cache, one_step, batched, call_cost)
+        return o.reshape(B, H, D)
+
+    # If the cache has another dtype, converting it would copy all of it.
+    if block_size < C == max_visible and cache.k.dtype == q.dtype:
+        half_full = jnp.all(table.num_visible >= C // 2)
+        return jax.lax.cond(half_full, attend_batched, attend_by_blocks), new_cache
+    return attend_by_blocks(), new_cache
+
+
+def _decode_kernel(
+    config: DecodeConfig,
+    table: BlockTable,
+    cache: KVCache,
+    token: TokenInputs,
+    o_ref: Ref,
+    softmax: OnlineSoftmax,
+) -> None:
+    """One grid step: references to the prefetched table and cache, the inputs, the output and the softmax's state."""
+    step = pl.program_id(0)
+    b, block = table.sequence[step], table.block[step]
+    if config.batched:  # per head: the sequences differ in length
+        num_heads = token.q.shape[1]
+        slot, num_visible = (
+            jnp.repeat(per_sequence[...], num_heads // per_sequence.shape[0])[:, None, None]
+            for per_sequence in (table.slot, table.num_visible)
+        )
+    else:
+        slot, num_visible = table.slot[b], table.num_visible[b]
+    first, size = block * config.block_size, config.C if config.batched else config.block_size
+
+    @pl.when(is_first_step(table, step, b))
+    def init_with_new_token() -> None:
+        s = attention_scores(token.q[0], token.new_k[0], scale=config.scale, softcap=config.softcap)
+        softmax.init_with_token(s, token.new_v)
+
+    # A partial last block begins earlier; the mask hides the slots that it repeats.
+    start = jnp.minimum(first, config.C - size)
+
+    def slot_mask(*shape: int) -> Array:
+        return cached_token_mask(shape, start, first, slot=slot, num_visible=num_visible, C=config.C)
+
+    q, slots = token.q[0], (b, slice(None), pl.ds(start, size))
+    k_scale, v_scale = (None if scale is None else scale[slots][:, None] for scale in (cache.k_scale, cache.v_scale))
+    s = attention_scores(q, cache.k[slots], scale=config.scale, softcap=config.softcap, k_scale=k_scale)
+    v = cache.v[slots]
+    s = jnp.where(slot_mask(1, size), s, MASK_VALUE)  # the cache already holds the new token, too
+    if not config.batched:
+        v = jnp.where(slot_mask(size, 1), v, 0)  # 0 * NaN is NaN
+        v_scale = None if v_scale is None else jnp.where(slot_mask(1, size), v_scale, 0)
+
+    def weigh(p: Array) -> Array:
+        if not config.batched:
+            return weigh_values(p, v, v_scale, q.dtype)
+        # A masked copy of the values costs as much as everything else, so it is made only if an empty slot is NaN.
+        p = p.astype(q.dtype)
+        pv = dot_heads(p, v, 0)
+        masked_pv = lambda: dot_heads(p, jnp.where(slot_mask(size, 1), v, 0), 0)
+        return jax.lax.cond(jnp.all(jnp.isfinite(pv)), lambda: pv, masked_pv)
+
+    softmax.add_slots(slice(None), s, weigh)
+
+    @pl.when(step == table.ends[b] - 1)
+    def write_output() -> None:
+        o_ref[0] = softmax.output(token.gate).astype(o_ref.dtype)
+
+
+def _pallas_attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    gate: Array | None,
+    cache: KVCache,
+    table: BlockTable,
+    config: DecodeConfig,
+    call_cost: Cost,
+) -> Array:
+    """Returns o [B, K, G, D]; q and gate are [B, K, G, n], k and v [B, K, D] the token that the cache has."""
+
+    def decode_kernel(table: BlockTable, cache: KVCache, token: TokenInputs, o_ref: Ref, *softmax: Ref) -> None:
+        _decode_kernel(config, table, cache, token, o_ref, OnlineSoftmax(*softmax))
+
+    # JAX's own batching rule drops the number of steps if the caches are batched and that number is not.
+    @jax.custom_batching.sequential_vmap
+    def call_kernel(num_steps: Array, table: BlockTable, cache: KVCache, token: TokenInputs) -> Array:
+        return pl.pallas_call(
+            decode_kernel,
+            out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=2,
+                grid=(num_steps,),
+                in_specs=[jax.tree.map(sequence_spec, token)],
+                out_specs=sequence_spec(q),
+                scratch_shapes=OnlineSoftmax.scratch_shapes(q),
+            ),
+            cost_estimate=call_cost.to_pallas(),
+            interpret=True,
+            name="decode_attention",
+        )(table, cache, token)
+
+    ring_buffers, tables = cache._replace(length=None), table._replace(num_steps=None)
+    token = token_inputs(q, quantize_token(k, v, cache), gate)
+    return call_kernel(table.num_steps, tables, ring_buffers, token)
