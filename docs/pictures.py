@@ -93,7 +93,9 @@ def reduced(graph: dict[str, set[str]]) -> dict[str, set[str]]:
     def reaches(name: str) -> set[str]:
         return set().union(*({other} | reaches(other) for other in graph[name])) if graph[name] else set()
 
-    return {name: {o for o in others if not any(o in reaches(p) for p in others - {o})} for name, others in graph.items()}
+    return {
+        name: {o for o in others if not any(o in reaches(p) for p in others - {o})} for name, others in graph.items()
+    }
 
 
 def resolve(path: str) -> object:
@@ -117,12 +119,16 @@ def draw_imports(target: Path) -> None:
             place[name] = ((i + 0.5 + 0.18 * (floor % 2)) / len(names), floor)
     for name, (x, y) in place.items():
         color = ACCENT if name in ("kernels", "reference") else FILL
-        axes.add_patch(FancyBboxPatch((x - 0.075, y - 0.2), 0.15, 0.4, "round,pad=0.01", fc=color, ec=INK, lw=0.8, zorder=3))
+        axes.add_patch(
+            FancyBboxPatch((x - 0.075, y - 0.2), 0.15, 0.4, "round,pad=0.01", fc=color, ec=INK, lw=0.8, zorder=3)
+        )
         axes.text(x, y, name.removeprefix("dantinox."), ha="center", va="center", fontsize=9, color=INK, zorder=4)
     for name, others in edges.items():
         for other in others:
             (x0, y0), (x1, y1) = place[name], place[other]
-            arrow = FancyArrowPatch((x0, y0 - 0.22), (x1, y1 + 0.22), arrowstyle="->", mutation_scale=9, color="#8a94a0", lw=0.9)
+            arrow = FancyArrowPatch(
+                (x0, y0 - 0.22), (x1, y1 + 0.22), arrowstyle="->", mutation_scale=9, color="#8a94a0", lw=0.9
+            )
             axes.add_patch(arrow)
     save(figure, axes, target, (-0.02, 1.12), (-0.5, len(rows) - 0.5))
 
@@ -136,10 +142,14 @@ def draw_flow(steps: Sequence[tuple[str, str]], target: Path) -> None:
         y = -float(i)
         color = ACCENT if module == "dantinox.kernels" else FILL
         axes.add_patch(FancyBboxPatch((0, y - 0.3), 0.46, 0.6, "round,pad=0.008", fc=color, ec=INK, lw=0.8))
-        axes.text(0.23, y, f"{module.removeprefix('dantinox.')}.{name}", ha="center", va="center", fontsize=9, color=INK)
+        axes.text(
+            0.23, y, f"{module.removeprefix('dantinox.')}.{name}", ha="center", va="center", fontsize=9, color=INK
+        )
         axes.text(0.5, y, text, ha="left", va="center", fontsize=9, color=INK)
         if i:
-            axes.add_patch(FancyArrowPatch((0.23, y + 0.68), (0.23, y + 0.32), arrowstyle="->", mutation_scale=9, color=INK))
+            axes.add_patch(
+                FancyArrowPatch((0.23, y + 0.68), (0.23, y + 0.32), arrowstyle="->", mutation_scale=9, color=INK)
+            )
     save(figure, axes, target, (-0.02, 1), (-len(steps) + 0.4, 0.5))
 
 

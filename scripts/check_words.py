@@ -56,7 +56,9 @@ def find_banned(text: str) -> Iterator[tuple[int, str, str]]:
 
 def tracked_files() -> list[Path]:
     """Return the text files that git tracks, but this one."""
-    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    names = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     files = [ROOT / name for name in names if name.endswith(SUFFIXES) and not name.startswith("profiles/")]
     return [file for file in files if file.is_file() and not file.is_symlink() and file != Path(__file__)]
 

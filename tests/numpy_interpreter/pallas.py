@@ -16,7 +16,7 @@ _running: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
 
 
 def garbage(shape: Sequence[int], dtype: Any) -> Array:
-    """What memory holds that nobody has written: NaN, or the lowest integer."""
+    """Return the contents of unwritten memory: NaN, or the lowest integer."""
     dtype = np.dtype(dtype)
     return np.full(shape, np.iinfo(dtype).min if dtype.kind == "i" else 1 if dtype.kind in "ub" else np.nan, dtype)
 

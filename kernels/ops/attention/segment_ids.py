@@ -15,7 +15,7 @@ Q_STEP = 128  # queries compared with all keys at a time
 def zero_unattended_keys(
     k: Array, v: Array, segment_ids: SegmentIds | None, *, T: int, causal: bool, window: int | None
 ) -> tuple[Array, Array, SegmentIds | None]:
-    """Removes keys that no query attends to, so that what they hold, NaN included, has no effect.
+    """Removes keys that no query attends to, so that their contents, NaN included, have no effect.
 
     Keys before every window are cut off; keys of no query's segment become zeros.
 

@@ -204,8 +204,8 @@ def test_compiled_row_gets_its_bundles(tmp_path):
 def test_tables_match_the_committed_profiles():
     folder = ROOT / "profiles/aot"
     text = (folder / readme.FILE).read_text()
-    assert tpu_tables.update(text, tpu_tables.load(folder)) == text, "`make aot` writes it anew"
-    assert sm90_tables.update(text, sm90_tables.load(folder)) == text, "`make aot` writes it anew"
+    assert tpu_tables.update(text, tpu_tables.load(folder)) == text, "`make aot` updates it"
+    assert sm90_tables.update(text, sm90_tables.load(folder)) == text, "`make aot` updates it"
     with pytest.raises(ValueError, match="has not one"):
         tpu_tables.update("nothing", {})
 

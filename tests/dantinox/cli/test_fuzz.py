@@ -92,7 +92,7 @@ BASE += ["--batch-size", "2", "--eval-batches", "1", "--steps", "2"]
 
 
 def flags(seed: int) -> list[str]:
-    """A few settings, most of whose values stand at the front of their list, where the good ones are."""
+    """Draw a few settings; most values are from the front of their list, where the valid ones are."""
     rng = random.Random(seed)
     out = list(BASE)
     for name in rng.sample(sorted(VALUES), rng.choice([2, 3, 5, 8])):
@@ -102,7 +102,7 @@ def flags(seed: int) -> list[str]:
 
 
 def two_steps(config: Config, resume: bool = False) -> str:
-    """In place of `train`: everything that could not be told from the settings alone, and no files."""
+    """Replace `train` by the checks that need more than the settings; writes no files."""
     trainer = train.Trainer(config)
     rng = np.random.default_rng(config.train.seed)
     draw = lambda x: jnp.asarray((x.ndim == 1) + 0.02 * rng.normal(size=x.shape), x.dtype)  # compiles nothing

@@ -118,13 +118,13 @@ def test_complete_returns_the_text_of_the_program(say, models):
 
 
 def test_windowed_model_generates_past_max_context(say):
-    """Fault 17: writing stops at the longest context without a word."""
+    """Fault 17: generation stops silently at the longest context."""
     out = say("--prompt", "a", "--max-new-tokens", 200, "--temperature", 0)
     assert out.err.startswith("200 tokens in ")
 
 
 def test_full_attention_model_stops_at_max_context_with_a_message(say, program, capsys):
-    """Fault 17: writing stops at the longest context without a word."""
+    """Fault 17: generation stops silently at the longest context."""
     out = say("--run", "full", "--prompt", "abc", "--temperature", 0)
     assert out.err.startswith("45 tokens in ") and len(out.out) > 10
     assert out.err.endswith("\nstopped at max_context 48: every layer has full attention\n")
@@ -168,7 +168,7 @@ def test_full_attention_model_stops_at_max_context_with_a_message(say, program, 
     ],
 )
 def test_invalid_input_prints_one_line_and_exits_2(program, capsys, tmp_path, flags, word):
-    """Fault 15: empty prompts and top_k 0 are taken without a word."""
+    """Fault 15: empty prompts and top_k 0 are accepted silently."""
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "latin.txt").write_bytes("caé".encode("latin-1"))
     (tmp_path / "gap.txt").write_bytes(b"a\n\nb\n")

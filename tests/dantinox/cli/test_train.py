@@ -157,7 +157,7 @@ WRONG = {
     "--config missing.yaml": r"missing.yaml: cannot be read \(No such file or directory\)",
     "--config wrong.yaml": r"unknown setting 'slidng_window'",
     "--data no/such/file.txt": r"no/such/file.txt",
-    "--run nobody --resume": r"run runs/nobody does not exist",
+    "--run missing --resume": r"run runs/missing does not exist",
     f"--run {'a' * 300}": "run is a name of 300 bytes; allowed: up to 200",
     "--run a/b": r"run is 'a/b'; allowed: a plain folder name",
     "--mesh data=3000 --batch-size 3000": r"needs 3000 devices",

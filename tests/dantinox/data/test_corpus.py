@@ -190,7 +190,7 @@ def test_second_call_reuses_the_cache_files(folder, make, monkeypatch):
 
 
 def test_different_text_or_option_uses_a_different_cache(folder, tmp_path, make):
-    """Fault 2: the cache does not know the text, and a second corpus is replaced by the first without a word."""
+    """Fault 2: the cache ignores the text, and the first corpus silently replaces a second one."""
     a = write(tmp_path / "a" / "text.txt", "abcd" * 100)
     b = write(tmp_path / "b" / "text.txt", "abce" * 100)
     os.utime(a, (0, 0)), os.utime(b, (0, 0))

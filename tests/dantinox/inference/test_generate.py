@@ -235,14 +235,14 @@ def test_only_a_new_size_recompiles(windowed):
 
 
 def test_500_tokens_compile_each_program_once():
-    """Fault 15: sampling parameters are static, so that each value compiles anew."""
+    """Fault 15: sampling parameters are static, so that each value recompiles."""
     compiled = []
     listen = lambda event, seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
     model, prompts = build(n_layers=1, window=7), [ids(8, 40), ids(9, 17)]  # sizes that no other test has
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         whole = generate(model, prompts, max_new_tokens=500, n=2)
-        assert len(compiled) == 3 and [len(out) for out in whole] == [500] * 4  # read, start, go on
+        assert len(compiled) == 3 and [len(out) for out in whole] == [500] * 4  # prefill, init, decode
         penalized = dict(repetition_penalty=1.2, stop_tokens=(1, 2, 3), seed=4)
         for how in (dict(temperature=0.0), dict(top_k=4, top_p=0.7), dict(min_p=0.1, temperature=1.5), penalized):
             generate(model, prompts, max_new_tokens=400, n=2, **how)
@@ -276,7 +276,7 @@ def test_repetition_penalty_follows_the_paper(windowed):
 
 
 def test_text_longer_than_context_raises_before_running(learned):
-    """Fault 17: writing stops at the longest context without a word."""
+    """Fault 17: generation stops silently at the longest context."""
     full = build(n_layers=1)
     message = "prompt of 14 tokens and max_new_tokens 40 make 54; allowed: max_context 48 "
     for model, why in (
@@ -307,7 +307,7 @@ def test_text_longer_than_context_raises_before_running(learned):
     + [("temperature", -1), ("top_k", 0), ("top_p", 0), ("min_p", 1), ("repetition_penalty", 0)],
 )
 def test_invalid_arguments_raise_one_line_with_their_name(windowed, name, bad):
-    """Fault 15: ids out of range give NaN; an empty prompt and top_k 0 are taken without a word."""
+    """Fault 15: ids out of range give NaN; an empty prompt and top_k 0 are accepted silently."""
     with pytest.raises(ValueError, match=f"^{name}.*; allowed: ") as error:
         generate(**(dict(model=windowed, prompts=[[1]]) | {name: bad}))
     assert "\n" not in str(error.value)

@@ -129,7 +129,7 @@ def test_rows_of_a_batch_are_sampled_independently():
 
 
 def test_sampling_settings_do_not_recompile():
-    """Fault 15: each value of a sampling parameter compiles anew."""
+    """Fault 15: each value of a sampling parameter recompiles."""
     counted = jax.jit(lambda *args: sample(*args))
     logits = jnp.zeros((2, V))
     for how in ({}, {"temperature": 0}, {"temperature": 2, "top_k": 3}, {"top_p": 0.5, "min_p": 0.1}):
@@ -146,7 +146,7 @@ def test_sampling_settings_do_not_recompile():
     + [("min_p", x) for x in (1, -0.1, 1.5, float("nan"), "0", None)],
 )
 def test_invalid_settings_raise_one_line_with_their_name(name, bad):
-    """Fault 15: top_k 0, a top_p of more than all, a temperature that is no number are taken without a word."""
+    """Fault 15: top_k 0, a top_p above 1 and an invalid temperature are accepted silently."""
     with pytest.raises(ValueError, match=rf"^{name} is .*; allowed: .*") as error:
         Sampling.create(**{name: bad})
     assert "\n" not in str(error.value)

@@ -43,7 +43,7 @@ def test_parameter_count_matches_the_model(name):
     for _, leaf in leaves:
         size = math.prod(leaf.get_value().shape)
         total += size
-        # Of an array with an expert axis a token meets k of E slices; a router [M, E] is met whole.
+        # A token uses k of the E slices of an array with an expert axis, and all of a router [M, E].
         sparse = leaf.get_metadata()["axes"][0] == "E"
         active += size * config(name).experts_per_token // config(name).n_experts if sparse else size
     assert count.total_parameters(config(name)) == total

@@ -89,7 +89,7 @@ def reported(run: Path) -> int:
 
 
 def kill(programs: Programs, run: Path, draw: random.Random) -> tuple[bool, bool]:
-    """Start or go on, and kill, at any moment of the start or of what follows: (among steps?, in a save?)."""
+    """Start or resume a run and kill it at a random moment; returns (between steps?, in a save?)."""
     known = Checkpoints(run).steps()
     before, started = known[-1] if known else 0, time.time()
     name = ["--run", run.name, "--steps", MANY]
@@ -175,7 +175,7 @@ def test_corrupt_newest_checkpoint_is_reported_and_not_used(folder, programs):
     restored, refused, kinds = 0, 0, []
     for number in range(DAMAGES):
         copy = Path(shutil.copytree(run / "checkpoints", f"copies/{number}/checkpoints")).parent
-        if alone := number % 2:  # no other checkpoint is left to go on from
+        if alone := number % 2:  # no other checkpoint is left to resume from
             shutil.rmtree(copy / "checkpoints" / str(older))
         kinds.append(hurt(copy / "checkpoints" / str(newer), draw))
         checkpoints = Checkpoints(copy)

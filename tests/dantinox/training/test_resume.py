@@ -104,7 +104,7 @@ def test_two_runs_with_one_seed_are_bit_equal(whole):
 
 
 def test_short_run_saves_trained_weights(whole):
-    """Fault 1: checkpoints only every so many steps, none at the end: a short run keeps untrained weights."""
+    """Fault 1: checkpoints only every N steps, none at the end: a short run keeps untrained weights."""
     path = run("short", save_every=500, eval_every=0)
     assert Checkpoints(path).steps() == [12] and weights(path) == weights(whole)
     kept = Checkpoints(path).restore(12, train.Trainer(Config.from_yaml(path / "config.yaml")).abstract_state())
@@ -147,7 +147,7 @@ def test_evaluation_interrupted_by_a_signal_is_repeated_on_resume(whole, monkeyp
 
 
 def killed(name: str, monkeypatch, at: int) -> Path:
-    """A run that ends without a word in step `at`, half a line of metrics written."""
+    """Kill a run silently in step `at`, after half a line of metrics."""
 
     class Killed(BaseException):
         pass

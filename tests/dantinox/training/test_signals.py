@@ -21,7 +21,7 @@ def test_signal_waits_for_steps_and_interrupts_evaluations(number):
     with SignalHandler() as stop:
         assert stop.received is None
         signal.raise_signal(number)
-        assert stop.received == number and saved == []  # a step goes on
+        assert stop.received == number and saved == []  # the step continues
         with pytest.raises(Interrupted) as error, stop.interruptible(lambda: saved.append("before")):
             saved.append("this was not to be done")
         assert error.value.code == 128 + number

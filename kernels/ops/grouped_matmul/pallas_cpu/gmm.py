@@ -18,7 +18,7 @@ Limits    float32, bfloat16, float16; any N, K, J, E. XLA updates an array in pl
           the 25 core-ms in which two cores multiply 4096 x 256 by 256 x 1024.
 Source    that of the TPU kernels.
 
-Inputs are whole arrays, passed as prefetched ones: the interpreter would copy a block in every step.
+Inputs are whole arrays, passed as prefetched ones: the interpreter would copy blocks in every step.
 """
 
 from collections.abc import Callable, Sequence
