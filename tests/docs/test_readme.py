@@ -1,4 +1,4 @@
-"""README: its commands work, its tables are current, and its pictures and folders exist."""
+"""README and docs/: commands and examples run, tables are current, links lead somewhere."""
 
 import ast
 import re
@@ -9,13 +9,36 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.readme_messages import documented_messages
+from tests.helpers.documented_messages import documented_messages
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-SHELL = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if line]
-PROGRAMS = [line.removeprefix(".venv/bin/python ") for line in SHELL if line.startswith(".venv/bin/python")]
+PAGES = {
+    "README.md": (ROOT / "README.md").read_text(),
+    **{f"docs/{path.name}": path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))},
+}
 SMALL = "--steps 2 --batch-size 2 --sample-tokens 4 --eval-batches 1"
+# With nano's vocabulary the text is read and tokenized once for all of them.
+TINY_MODEL = f"{SMALL} --n-layers 1 --dim 64 --n-heads 2 --n-kv-heads 1 --bpe-vocab-size 1024"
+TOOLS = (
+    "git clone ",
+    "make ",
+    ".venv/bin/python -m dantinox.",
+    ".venv/bin/tensorboard --logdir runs",
+)
+
+
+def blocks(text, language):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
+
+
+def shell_lines(text):
+    """The commands of a page, without comments."""
+    lines = [line.partition(" #")[0].strip() for block in blocks(text, "sh") for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+COMMANDS = list(dict.fromkeys(line for text in PAGES.values() for line in shell_lines(text)))
+PROGRAMS = [line.removeprefix(".venv/bin/python ") for line in COMMANDS if line.startswith(".venv/bin/python")]
 
 
 @pytest.fixture(scope="module")
@@ -33,56 +56,66 @@ def run(command, folder):
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=900)
 
 
-def test_every_readme_command_is_tested():
-    tools = ("make ", ".venv/bin/python -m dantinox.", ".venv/bin/tensorboard --logdir runs")
-    assert SHELL and all(line.startswith(tools) for line in SHELL)
+def small(command):
+    """A documented command with flags that make minutes seconds."""
+    if "dantinox.train" in command and "--help" not in command:
+        if "--resume" in command:
+            return f"{command} --steps 3 --sample-tokens 4 --eval-batches 1"
+        return f"{command} {TINY_MODEL}" + (" --steps 4 --profile-steps 2:3" if "--profile-steps" in command else "")
+    if "dantinox.sweep" in command and "--dry-run" not in command:
+        return f"{command} --dry-run"
+    return command
+
+
+def test_every_documented_command_is_tested():
+    assert len(COMMANDS) > 20
+    assert [line for line in COMMANDS if not line.startswith(TOOLS) and line != "cd DantinoX"] == []
 
 
 @pytest.mark.parametrize("command", PROGRAMS)
-def test_readme_program_runs(command, where):
-    # The flags stay as README has them; what would take minutes is made small by more flags.
-    if "dantinox.train" in command and "--help" not in command:
-        command += " --steps 3 --sample-tokens 4 --eval-batches 1" if "--resume" in command else ""
-        # With nano's vocabulary the text is read and cut once for all of them.
-        little = f" {SMALL} --n-layers 1 --dim 64 --n-heads 2 --n-kv-heads 1 --bpe-vocab-size 1024"
-        command += little if "--dry-run" in command else ""
-    if "dantinox.sweep" in command and "--dry-run" not in command:
-        command += " --dry-run"  # minutes; what it does is tested in test_sweep.py
-    done = run(command, where)
+def test_documented_program_runs(command, where):
+    done = run(small(command), where)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 
 
-def test_readme_python_example_runs(where):
-    code = re.search(r"```python\n(.*?)```", README, re.S).group(1)
-    done = subprocess.run(
-        [sys.executable, "-c", code + "\nprint(ids)"], cwd=where, capture_output=True, text=True, timeout=900
-    )
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if blocks(text, "python")])
+def test_documented_python_runs(page, where):
+    code = "\n".join(block for block in blocks(PAGES[page], "python") if "dispatch.Implementation(" not in block)
+    done = subprocess.run([sys.executable, "-c", code], cwd=where, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"\[\[\d+(, \d+)*\]\]", done.stdout.strip())
 
 
-@pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("make ")])
-def test_readme_make_target_exists(line):
-    """The Makefile has the target and passes README's variables on; the targets themselves run in .ci/run."""
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("make ")])
+def test_documented_make_target_exists(line):
+    """The Makefile has the target and passes the variables on; the targets themselves run in .ci/run."""
     done = subprocess.run(["make", "-n", *shlex.split(line)[1:]], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for word in shlex.split(line)[2:]:
         assert word.partition("=")[2] in done.stdout
 
 
-def test_presets_named_in_readme_exist():
+def test_documented_presets_exist():
     from dantinox.config import presets
 
-    assert set(re.findall(r"PRESET=([\w-]+)", README)) <= set(presets())
-    listed = re.search(r"Presets: (.*?)\.", README).group(1)
-    assert re.findall(r"`([\w-]+)`", listed) == ["nano", "nano-moe", "dante", "dante-moe", "h100"]
-    assert sorted(re.findall(r"`([\w-]+)`", listed)) == presets()
+    named = {name for text in PAGES.values() for name in re.findall(r"PRESET=([\w-]+)", text)}
+    listed = re.findall(r"`([\w-]+)`", re.search(r"Presets: (.*?)\.", PAGES["docs/settings.md"])[1])
+    assert named <= set(presets()) and sorted(listed) == presets()
+
+
+def test_readme_fits_on_few_screens():
+    assert len(PAGES["README.md"].splitlines()) <= 150
+
+
+def test_links_of_readme_and_contributing_lead_somewhere():
+    for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text()):
+            assert target.startswith("https://") or (ROOT / target).exists(), f"{page}: {target}"
 
 
 def test_settings_table_is_current():
     done = subprocess.run([sys.executable, "scripts/config_table.py"], cwd=ROOT, capture_output=True, text=True)
-    held = re.search(r"<!-- settings.*?-->\n(.*?)<!-- end of settings -->", README, re.S).group(1)
+    held = re.search(r"<!-- settings.*?-->\n(.*?)<!-- end of settings -->", PAGES["docs/settings.md"], re.S).group(1)
     assert held.strip() == done.stdout.strip()
 
 
@@ -116,8 +149,3 @@ def test_tutorial_tables_match_the_measurements():
         text = (ROOT / name).read_text()
         assert tutorial.update_readme(text, document, short) == text, f"{name}: `make tutorial` writes it"
     assert set(document["rows"]) == {*tutorial.IDEAS, *tutorial.BASELINES}
-
-
-def test_readme_pictures_and_folders_exist():
-    for path in re.findall(r"!\[.*?\]\((.*?)\)", README) + re.findall(r"^\| `([a-z]+/)` \|", README, re.M):
-        assert (ROOT / path).exists(), path

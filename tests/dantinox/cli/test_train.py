@@ -19,7 +19,7 @@ import dantinox
 from dantinox.cli import train
 from dantinox.config import Config
 from dantinox.metrics.logger import read_metrics
-from tests.helpers.readme_messages import message_pattern
+from tests.helpers.documented_messages import message_pattern
 from tests.helpers.tensorboard_server import tensorboard
 
 TINY = """--n-layers 1 --dim 32 --n-heads 2 --n-kv-heads 1 --window 8 --seq-len 16 --max-context 64 --batch-size 4

@@ -19,7 +19,7 @@ from dantinox.sweep import __main__ as sweep
 from dantinox.sweep import report
 from dantinox.sweep.report import Outcome
 from dantinox.sweep.search_space import load_sweep
-from tests.helpers.readme_messages import message_pattern
+from tests.helpers.documented_messages import message_pattern
 
 TINY = {
     "n_layers": 1, "dim": 16, "n_heads": 2, "n_kv_heads": 1, "window": 8, "seq_len": 16, "max_context": 32,

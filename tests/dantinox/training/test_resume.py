@@ -25,7 +25,7 @@ from dantinox.training import train_step
 from dantinox.training.loop import NonFiniteError
 from dantinox.training.signals import Interrupted
 from dantinox.training.trainer import Trainer
-from tests.helpers.readme_messages import message_pattern
+from tests.helpers.documented_messages import message_pattern
 
 TIMES = ("tokens_per_s", "mfu")
 # All that carries state from step to step: dropout, accumulation, an average, experts, a schedule.

@@ -1,14 +1,14 @@
-"""The messages in README's table "What happens when", as patterns for the messages that tests produce."""
+"""The messages that docs/robustness.md shows, as patterns for the messages that tests produce."""
 
 import re
 from pathlib import Path
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "robustness.md"
 
 
 def documented_messages() -> dict[str, str]:
     """Returns situation -> the message in its row, for rows that have one."""
-    part = README.read_text().split("## What happens when")[1].split("\n## ")[0]
+    part = PAGE.read_text()
     rows = re.findall(r"^\| (?!\|)(.*?) \| (.*?) \| .*? \|$", part, re.M)
     return {name: message[1] for name, text in rows if (message := re.match(r"`([^`]*)`", text))}
 
