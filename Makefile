@@ -112,6 +112,7 @@ lint: ## check style, spelling and types
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m codespell_lib
+	@$(PY) scripts/check_words.py
 	@.venv/bin/pyrefly check --python-interpreter-path $(PY) --summary=none
 
 format: ## mend style

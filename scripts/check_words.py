@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+SELF = ("check_words.py", "test_words.py")
 SUFFIXES = (".py", ".md", ".sh", ".yaml", ".yml", ".toml", ".ipynb", "Makefile")
 UNITS = (
     "tokens|steps|bytes|nats|bits|registers|bundles|flops|rows|numbers|instructions|samples|sequences|experts|values"
@@ -29,7 +30,7 @@ BANNED = {
     r"\bfor want of\b": "without, because there is no",
     r"\bwithout a word\b": "silently",
     r"\bbrings? (it|them) back\b": "restore",
-    rf"\b(?:{UNITS}) an? (?:{EACH})\b(?!-)": "per",
+    rf"\b(?:{UNITS}) an? (?:{EACH})\b(?!-| time)": "per",
     r"\b(?:is|are|was|were|be) told\b": "name the actor: X passes, X says",
     r"\b(?:goes|go) on\b(?! the| a\b| top)": "continues",
     r"\bis no (?:name|number|terminal|file|folder|run|array|integer)\b": "is not a valid ...",
@@ -55,12 +56,12 @@ def find_banned(text: str) -> Iterator[tuple[int, str, str]]:
 
 
 def tracked_files() -> list[Path]:
-    """Return the text files that git tracks, but this one."""
+    """Return the text files that git tracks, without this one and its test."""
     names = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()
     files = [ROOT / name for name in names if name.endswith(SUFFIXES) and not name.startswith("profiles/")]
-    return [file for file in files if file.is_file() and not file.is_symlink() and file != Path(__file__)]
+    return [file for file in files if file.is_file() and not file.is_symlink() and file.name not in SELF]
 
 
 def main(arguments: Sequence[str]) -> int:
