@@ -126,11 +126,11 @@ class Operation:
 
     def names(self) -> tuple[str, ...]:
         """Return the allowed values of `implementation`."""
-        return ("auto", *(each.name for each in self.implementations))
+        return ("auto", *(i.name for i in self.implementations))
 
     def unsupported_reasons(self) -> dict[str, str | None]:
         """Return, by implementation, why the current device cannot run it, or None."""
-        return {each.name: each.unsupported_device() for each in self.implementations}
+        return {i.name: i.unsupported_device() for i in self.implementations}
 
     def select(self, implementation: str, *inputs: Any) -> Callable[..., Any]:
         """Return the function that serves a call.
@@ -147,14 +147,14 @@ class Operation:
             raise ValueError(f"implementation is {implementation!r}; allowed: {', '.join(self.names())}")
         if implementation == "auto":
             return self._select_automatically(*inputs)
-        (chosen,) = (each for each in self.implementations if each.name == implementation)
+        (chosen,) = (i for i in self.implementations if i.name == implementation)
         reason = chosen.unsupported_device() or chosen.unsupported_inputs(*inputs)
         if reason:
             raise NotImplementedError(f"{self.name}: implementation={implementation!r} cannot run here: {reason}")
         return chosen.function
 
     def _select_automatically(self, *inputs: Any) -> Callable[..., Any]:
-        by_name = {each.name: each for each in self.implementations}
+        by_name = {i.name: i for i in self.implementations}
         skipped: dict[str, str] = {}
         for name in PREFERENCE:
             candidate = by_name[name]
@@ -199,5 +199,5 @@ def float32_accumulation_unsupported(dtype: Any) -> str | None:
 
 @functools.cache
 def _log_choice(op: str, name: str, platform: str, skipped: tuple[tuple[str, str], ...]) -> None:
-    reasons = "".join(f"; not {other}: {reason}" for other, reason in skipped)
+    reasons = "".join(f"; not {skipped_name}: {reason}" for skipped_name, reason in skipped)
     log.info("%s: auto chose %s on %s%s", op, name, platform, reasons)

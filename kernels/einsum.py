@@ -20,8 +20,12 @@ def einsum(spec: str, a: Array, b: Array, out_dtype: jnp.dtype | None = None) ->
 
     Args:
         spec: such as "NM,MF->NF"; each letter is in exactly two of the three terms, or in all three.
-        a: sets the compute dtype. b: any floating dtype, such as a float32 parameter; its gradient keeps that dtype.
+        a: first operand; its dtype is the compute dtype.
+        b: second operand of any floating dtype, such as a float32 parameter; its gradient keeps that dtype.
         out_dtype: dtype of the result; None: a's.
+
+    Returns:
+        The array that the third term of the spec describes, in `out_dtype`.
     """
     wide = jnp.promote_types(a.dtype, jnp.float32)
     z = jnp.einsum(spec, a, b.astype(a.dtype), preferred_element_type=wide)

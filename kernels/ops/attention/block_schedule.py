@@ -46,7 +46,7 @@ def make_block_schedule(
     window: int | None,
     kv_block_range: tuple[int, int] | None = None,
 ) -> BlockSchedule:
-    """Lists the visible blocks of `block_q` queries by `block_kv` keys.
+    """List the visible blocks of `block_q` queries by `block_kv` keys.
 
     Args:
         T: number of queries, without padding.

@@ -23,13 +23,17 @@ class BlockSizes(Protocol):
     """What the layout of the arrays depends on: queries, of each head, and keys per block, and a block's subtiles."""
 
     @property
-    def block_q(self) -> int: ...
+    def block_q(self) -> int:
+        """Queries of each head per block."""
+        ...
 
     @property
-    def block_kv(self) -> int: ...
+    def block_kv(self) -> int:
+        """Keys per block."""
+        ...
 
     def subtile(self, G: int) -> tuple[int, int]:
-        """Returns (packed queries, keys) of a subtile."""
+        """Return (packed queries, keys) of a subtile."""
         ...
 
 
@@ -52,7 +56,7 @@ class AttentionConfig[Sizes: BlockSizes](NamedTuple):
         return self.G * self.block_sizes.block_q // rows, self.block_sizes.block_kv // keys
 
     def block_schedule(self, kv_block_range: tuple[int, int] | None = None) -> BlockSchedule:
-        """Lists the visible blocks, of a range of key blocks or of all; see `make_block_schedule`."""
+        """List the visible blocks, of a range of key blocks or of all; see `make_block_schedule`."""
         return make_block_schedule(
             self.T,
             self.S,
@@ -106,14 +110,14 @@ class QKVGradients(NamedTuple):
 
 
 def dot_per_head(a: Array, b: Array, contract: tuple[tuple[int], tuple[int]]) -> Array:
-    """a b in float32, over the last two axes; the axes before are heads."""
+    """Compute a b in float32 over the last two axes; the axes before them are heads."""
     heads = tuple(range(a.ndim - 2))
     dims = tuple(tuple(axis + len(heads) for axis in side) for side in contract)
     return jax.lax.dot_general(a, b, (dims, (heads, heads)), preferred_element_type=jnp.float32)
 
 
 def scale_scores(config: AttentionConfig, qk: Array, unit: float = 1.0) -> Array:
-    """unit * cap(scale * qk)."""
+    """Compute unit * cap(scale * qk)."""
     if config.softcap is None:
         return qk * (config.scale * unit)
     return jnp.tanh(qk * (config.scale / config.softcap)) * (config.softcap * unit)
@@ -122,13 +126,18 @@ def scale_scores(config: AttentionConfig, qk: Array, unit: float = 1.0) -> Array
 def visible_mask(
     config: AttentionConfig, shape: tuple[int, ...], q_block: Array, kv_block: Array, r: Array | int, c: Array | int
 ) -> Array:
-    """Mask of the pairs of a subtile that are visible by their positions, or one that broadcasts to it.
+    """Return a mask of the pairs of a subtile that are visible by their positions.
 
     Args:
-        config: what is known when the kernel is traced.
+        config: static parameters of the kernel.
         shape: [..., keys, rows] of the subtile; keys may run past the block, into the next ones.
-        q_block, kv_block: index of the block.
-        r, c: index of the subtile in the block.
+        q_block: index of the query block.
+        kv_block: index of the key block.
+        r: index of the subtile along the queries of the block.
+        c: index of the subtile along the keys of the block.
+
+    Returns:
+        A mask that broadcasts to `shape`.
     """
     sizes, (rows, keys) = config.block_sizes, config.block_sizes.subtile(config.G)
     key = jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 2)

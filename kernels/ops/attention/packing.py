@@ -67,7 +67,7 @@ def pack_keys(x: Array, config: AttentionConfig) -> Array:
 
 
 def segment_tables(q_ids: Array, kv_ids: Array, K: int, config: AttentionConfig) -> SegmentTables:
-    """Lays out the ids in subtiles, and compares the ranges of ids of each pair of blocks."""
+    """Lay out the ids in subtiles, and compares the ranges of ids of each pair of blocks."""
     B, pack, sizes = q_ids.shape[0], _pack_gqa_shape(config), config.block_sizes
     rows, keys = sizes.subtile(config.G)
     padded_q_ids, padded_kv_ids = pad_ids_to_block(q_ids, sizes.block_q), pad_ids_to_block(kv_ids, sizes.block_kv)

@@ -15,7 +15,7 @@ Q_STEP = 128  # queries compared with all keys at a time
 def zero_unattended_keys(
     k: Array, v: Array, segment_ids: SegmentIds | None, *, T: int, causal: bool, window: int | None
 ) -> tuple[Array, Array, SegmentIds | None]:
-    """Removes keys that no query attends to, so that their contents, NaN included, have no effect.
+    """Remove keys that no query attends to, so that their contents, NaN included, have no effect.
 
     Keys before every window are cut off; keys of no query's segment become zeros.
 
@@ -60,7 +60,7 @@ def attended_keys(q_ids: Array, kv_ids: Array, *, causal: bool, window: int | No
 
 
 def block_segment_overlap(ids: Array, block: int, other_ids: Array, other_block: int) -> tuple[Array, Array]:
-    """Compares the ids of every pair of blocks.
+    """Compare the ids of every pair of blocks.
 
     Args:
         ids: [B, n], in blocks of `block`.
@@ -95,7 +95,7 @@ def kv_block_ranges(ids: Array, block: int, other_ids: Array, other_block: int) 
 
 
 def pad_ids_to_block(ids: Array, block: int) -> Array:
-    """Pads [B, n] to a multiple of the block; padding repeats the last id, so that it widens no range."""
+    """Pad [B, n] to a multiple of the block; padding repeats the last id, so that it widens no range."""
     return jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % block)), mode="edge")
 
 

@@ -37,7 +37,7 @@ class BlockTable(NamedTuple):
 
 
 def make_block_table(length: Array, C: int, max_visible: int, block_size: int) -> BlockTable:
-    """Lists the blocks that hold the last min(length + 1, max_visible) tokens of each ring buffer.
+    """List the blocks that hold the last min(length + 1, max_visible) tokens of each ring buffer.
 
     Args:
         length: tokens before the new one, [B] int32.

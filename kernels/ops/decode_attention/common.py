@@ -45,12 +45,12 @@ class QuantizedToken(NamedTuple):
 
 
 def quantize_token(k: Array, v: Array, cache: KVCache) -> QuantizedToken:
-    """Converts the new token, k and v [B, K, D], to the cache's dtype."""
+    """Convert the new token, k and v [B, K, D], to the cache's dtype."""
     return QuantizedToken(*quantize(k, cache.k.dtype), *quantize(v, cache.v.dtype))
 
 
 def token_inputs(q: Array, token: QuantizedToken, gate: Array | None) -> TokenInputs:
-    """Lays out q and gate [B, K, G, n] and the new token; a step attends to its token as later steps will read it."""
+    """Lay out q and gate [B, K, G, n] and the new token; a step attends to its token as later steps will read it."""
 
     def read_back(x: Array, scale: Array | None) -> Array:
         return (x if scale is None else dequantize(x, scale, q.dtype))[:, :, None]
@@ -69,7 +69,7 @@ def group_heads(x: Array, K: int) -> Array:
 
 
 def estimate_cost(q: Array, cache: KVCache, gate: Array | None, max_visible: int) -> cost.Cost:
-    """Returns an upper bound: the lengths are not known at trace time."""
+    """Return an upper bound: the lengths are not known at trace time."""
     (B, H, D), (K, C) = q.shape, cache.k.shape[1:3]
     return cost.decode_attention(
         H=H,
@@ -84,7 +84,7 @@ def estimate_cost(q: Array, cache: KVCache, gate: Array | None, max_visible: int
 
 
 def dot_heads(a: Array, b: Array, contract: int) -> Array:
-    """a b^T (1) or a b (0) over the last two axes, in float32; the axes before them are heads."""
+    """Compute a b^T (contract = 1) or a b (0) over the last two axes, in float32; the axes before them are heads."""
     n = a.ndim - 2
     heads = tuple(range(n))
     dims = (((n + 1,), (n + contract,)), (heads, heads))
@@ -92,13 +92,13 @@ def dot_heads(a: Array, b: Array, contract: int) -> Array:
 
 
 def attention_scores(q: Array, k: Array, *, scale: float, softcap: float | None, k_scale: Array | None = None) -> Array:
-    """cap(scale q k^T) [..., G, slots]; `k_scale` [..., 1, slots] are the scales of an 8-bit cache's keys."""
+    """Compute cap(scale q k^T) [..., G, slots]; `k_scale` [..., 1, slots] scales the keys of an 8-bit cache."""
     s = dot_heads(q, k.astype(q.dtype), 1) * (scale if k_scale is None else k_scale * scale)
     return s if softcap is None else softcap * jnp.tanh(s * (1 / softcap))
 
 
 def weigh_values(p: Array, v: Array, v_scale: Array | None, dtype: jnp.dtype) -> Array:
-    """p v in float32, multiplied in `dtype`; `v_scale` are the scales of an 8-bit cache's values."""
+    """Compute p v in float32, multiplied in `dtype`; `v_scale` are the scales of an 8-bit cache's values."""
     p = p if v_scale is None else p * v_scale
     return dot_heads(p.astype(dtype), v.astype(dtype), 0)
 
@@ -146,13 +146,13 @@ class OnlineSoftmax(NamedTuple):
         return [pltpu.VMEM(shape, jnp.float32) for shape in ((K, G, 1), (K, G, 1), (K, G, D))]
 
     def init_with_token(self, s: Array, v: Ref) -> None:
-        """Starts with one token: its scores [K, G, 1] and a reference to its values [1, K, 1, D]."""
+        """Start with one token: its scores [K, G, 1] and a reference to its values [1, K, 1, D]."""
         self.m[...] = s
         self.l[...] = jnp.ones(self.l.shape, jnp.float32)
         self.acc[...] = jnp.broadcast_to(v[0].astype(jnp.float32), self.acc.shape)
 
     def add_slots(self, head: Any, s: Array, weigh: Callable[[Array], Array]) -> None:
-        """Adds slots for one head, or for a slice of heads.
+        """Add slots for one head, or for a slice of heads.
 
         Args:
             head: index of the heads.
@@ -168,6 +168,6 @@ class OnlineSoftmax(NamedTuple):
         self.acc[head] = decay * self.acc[head] + pv
 
     def output(self, gate: Ref | None) -> Array:
-        """Returns the gated output [K, G, D] in float32; `gate` refers to [1, K, G, n] or is None."""
+        """Return the gated output [K, G, D] in float32; `gate` refers to [1, K, G, n] or is None."""
         o = self.acc[...] / self.l[...]
         return o if gate is None else o * jax.nn.sigmoid(gate[0].astype(jnp.float32))

@@ -23,9 +23,9 @@ def grouped_matmul(
     """Compute y[n] = x[n] @ w[e] for row n of group e; differentiable in x and w.
 
     Args:
-        x: [N, M], rows sorted by group.
-        w: [E, M, F] in x's dtype.
-        group_sizes: [E] int32, each at least 0, summing to at most N.
+        x: rows [N, M], sorted by group.
+        w: matrix of each group [E, M, F] in x's dtype.
+        group_sizes: rows of each group [E] int32, each at least 0, summing to at most N.
         implementation: auto, reference, xla, pallas or triton.
 
     Returns:

@@ -31,9 +31,11 @@ def moe_mlp(
 
     Args:
         x: tokens [N, M].
-        w_gate: [E, M, F]; w_up: [E, M, F]; w_down: [E, F, M]; all in x's dtype.
-        expert_ids: [N, k] int32, in [0, E).
-        expert_weights: [N, k], floating.
+        w_gate: gate projections [E, M, F] in x's dtype.
+        w_up: up projections [E, M, F] in x's dtype.
+        w_down: down projections [E, F, M] in x's dtype.
+        expert_ids: experts of each token [N, k] int32, in [0, E).
+        expert_weights: weight of each choice [N, k], of any floating dtype.
         implementation: auto, reference, xla, pallas or triton.
 
     Returns:

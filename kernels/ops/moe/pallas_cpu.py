@@ -128,6 +128,6 @@ def backward(
 
 
 def _for_each_expert_tile(R: int, offsets_ref: Ref, e: Array, run_tile: Callable[..., Any], carry: Any = None) -> Any:
-    """Loops over the tiles of expert e. A mask is cheap beside three to six products, so large tiles may be partial."""
+    """Loop over the tiles of expert e. A mask is cheap beside three to six products, so large tiles may be partial."""
     sizes = limit_tile_sizes(TILE_SIZES, R, offsets_ref.shape[0] - 1)
     return for_each_row_tile(R, offsets_ref[e], offsets_ref[e + 1], sizes, run_tile, carry, full_large_tiles=False)

@@ -114,7 +114,7 @@ def router_weight_grad_kernel(
 
 
 def call_triton(kernel, *arrays: Array, out: jax.ShapeDtypeStruct, grid: tuple[int, int], **constants) -> Array:
-    """Calls a Triton kernel with the tile sizes and `constants` as its compile-time constants."""
+    """Call a Triton kernel with the tile sizes and `constants` as its compile-time constants."""
     import jax_triton
 
     constants |= {"TILE_ROWS": BLOCK_M, "TILE_COLUMNS": BLOCK_N}
@@ -122,12 +122,12 @@ def call_triton(kernel, *arrays: Array, out: jax.ShapeDtypeStruct, grid: tuple[i
 
 
 def launch_grid(rows: int, width: int) -> tuple[int, int]:
-    """Returns the number of tiles along the rows and along the columns."""
+    """Return the number of tiles along the rows and along the columns."""
     return -(-rows // BLOCK_M), -(-width // BLOCK_N)
 
 
 def call_permute(x: Array, permutation: Array, weights: Array, *, scaled: bool) -> Array:
-    """Returns [N k, M] for x [N, M], permutation [N k], weights [N, k] float32."""
+    """Return [N k, M] for x [N, M], permutation [N k], weights [N, k] float32."""
     (R,), (N, M) = permutation.shape, x.shape
     sizes = {"N_ROWS": R, "WIDTH": M, "K": R // N, "SCALED": scaled}
     out = jax.ShapeDtypeStruct((R, M), x.dtype)
@@ -135,7 +135,7 @@ def call_permute(x: Array, permutation: Array, weights: Array, *, scaled: bool) 
 
 
 def call_combine(rows: Array, inverse_permutation: Array, weights: Array, *, scaled: bool) -> Array:
-    """Returns [N, M] for rows [N k, M], inverse_permutation [N, k], weights [N, k] float32."""
+    """Return [N, M] for rows [N k, M], inverse_permutation [N, k], weights [N, k] float32."""
     (N, k), M = inverse_permutation.shape, rows.shape[1]
     sizes = {"TOKENS": N, "WIDTH": M, "K": k, "SCALED": scaled}
     out = jax.ShapeDtypeStruct((N, M), rows.dtype)
@@ -144,7 +144,7 @@ def call_combine(rows: Array, inverse_permutation: Array, weights: Array, *, sca
 
 @jax.custom_vjp
 def permute(x: Array, permutation: Array, inverse_permutation: Array) -> Array:
-    """Sorts the rows of x [N, M] by expert: [N k, M]; permutation [N k] int32 and its inverse [N, k]."""
+    """Sort the rows of x [N, M] by expert: [N k, M]; permutation [N k] int32 and its inverse [N, k]."""
     return call_permute(x, permutation, jnp.ones(inverse_permutation.shape, jnp.float32), scaled=False)
 
 
@@ -166,7 +166,7 @@ permute.defvjp(_permute_fwd, _permute_bwd)
 
 @jax.custom_vjp
 def combine(rows: Array, weights: Array, permutation: Array, inverse_permutation: Array) -> Array:
-    """Sums each token's rows in float32, weighted by weights [N, k] float32: [N, M]."""
+    """Sum each token's rows in float32, weighted by weights [N, k] float32: [N, M]."""
     return call_combine(rows, inverse_permutation, weights, scaled=True)
 
 

@@ -84,7 +84,7 @@ def _bwd_kernel(step: BlockStep, inputs: BwdInputs, gradients: QKVGradients, dq_
 
 
 def _dot_over_rows(a: Array, b: Array, T: int) -> Array:
-    """a b^T.
+    """Compute a b^T, summed over the rows in parts.
 
     A CPU's matmul adds row after row to one float32, so each matmul gets few rows: T / 16, since the errors of plain
     jnp grow with T too.

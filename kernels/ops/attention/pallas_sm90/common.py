@@ -192,13 +192,16 @@ def apply_mask(
     load_ids: Callable[[], tuple[Array, Array]] | None,
     one_segment: Array | None,
 ) -> list[Array]:
-    """Zeroes the pairs of each p that are not visible. A block that is visible throughout applies no mask.
+    """Zero the invisible pairs of each p; a block whose pairs are all visible is returned without a mask.
 
     Args:
-        ps: Weights of a block of queries from `q_start` on and keys from `kv_start` on.
-        q_axis: The axis along which the queries run; the keys run along the other.
-        load_ids: Loads the segment ids of the rows and of the columns.
-        one_segment: Whether all tokens of the block are of one segment.
+        ps: weights of one block, [queries, keys] or transposed.
+        q_start: first query of the block.
+        kv_start: first key of the block.
+        config: static parameters of the kernel.
+        q_axis: the axis along which the queries run; the keys run along the other.
+        load_ids: loads the segment ids of the rows and of the columns; None: no segments.
+        one_segment: whether all tokens of the block are of one segment; None: no segments.
     """
     rows, columns = shape = ps[0].shape
     queries, keys = shape[q_axis], shape[1 - q_axis]

@@ -146,6 +146,7 @@ class DkvKernel:
     # The warpgroup that loads.
 
     def producer(self) -> None:
+        """Load q, do, lse and delta of each query block into the next stage."""
         gmem, smem, sizes = self.gmem, self.smem, self.sizes
         plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
         # The sum equals the block. From the block itself the compiler hoists what both branches need above the first,
@@ -174,6 +175,7 @@ class DkvKernel:
     # The two warpgroups that compute.
 
     def consumer(self) -> None:
+        """Load this warpgroup's keys and values, then compute and store their gradients."""
         gmem, smem, batch, wg = self.gmem, self.smem, self.batch, self.wg
         plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
         k, v = (x.at[batch, self.rows, self.kv_head] for x in (gmem.k, gmem.v))
@@ -196,6 +198,7 @@ class DkvKernel:
             self.fused_dk_dv()
 
     def operand_smem(self) -> Ref:
+        """Return this warpgroup's part of the shared memory for a left operand, or None."""
         return None if self.smem.operand_smem is None else self.smem.operand_smem.at[self.wg]
 
     def load_vector(self, slot: Array, part: int) -> Array:

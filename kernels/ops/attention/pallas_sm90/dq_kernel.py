@@ -142,6 +142,7 @@ class DqKernel:
     # The warpgroup that loads.
 
     def producer(self) -> None:
+        """Load k and v of each key block into their next stages."""
         gmem, smem, sizes, batch = self.gmem, self.smem, self.sizes, self.batch
         plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
         first, steps = self.kv_blocks()
@@ -166,6 +167,7 @@ class DqKernel:
     # The two warpgroups that compute.
 
     def consumer(self) -> None:
+        """Compute and store dq of this warpgroup's queries."""
         gmem, smem, batch, wg = self.gmem, self.smem, self.batch, self.wg
         plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
         plgpu.copy_gmem_to_smem(gmem.q.at[batch, self.rows, self.head], smem.q_smem.at[wg], smem.q_do_full.at[wg])

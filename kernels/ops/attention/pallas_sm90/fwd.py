@@ -62,12 +62,16 @@ def forward(
     *,
     residuals: bool,
 ) -> FwdOutputs:
-    """Returns the output and, with `residuals`, lse and (if there is a gate) the ungated output.
+    """Return the output and, with `residuals`, lse and (if there is a gate) the ungated output.
 
     Args:
-        q: [B, T, H, D]; k, v: [B, S, K, D], in lengths that are multiples of `common.TMA_ROWS`.
-        gate: Logits [B, T, H, D] like q, or one per head [B, T, H, 1], or None.
-        segments: int32 ids of the queries and of the keys, of the true lengths, or None.
+        q: queries [B, T, H, D]; T is a multiple of `common.TMA_ROWS`.
+        k: keys [B, S, K, D]; S is a multiple of `common.TMA_ROWS`.
+        v: values [B, S, K, D].
+        gate: logits [B, T, H, D], or one per head [B, T, H, 1], or None.
+        segments: (q_ids, kv_ids) int32, of the lengths before padding, or None.
+        config: static parameters of the kernel.
+        residuals: whether the backward pass needs lse and the ungated output.
     """
     B, T, H, D = q.shape
     sizes = FWD_BLOCK_SIZES[D]

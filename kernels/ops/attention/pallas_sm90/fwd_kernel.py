@@ -103,10 +103,12 @@ class ForwardKernel:
 
     @property
     def batch(self) -> Array:
+        """Index of the sequence."""
         return lax.axis_index("batch")
 
     @property
     def head(self) -> Array:
+        """Index of the query head."""
         return lax.axis_index("head")
 
     @property
@@ -150,6 +152,7 @@ class ForwardKernel:
     # The warpgroup that loads.
 
     def producer(self) -> None:
+        """Load q once, then each key block, and the gate last."""
         plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
         gmem, smem = self.gmem, self.smem
         start, *_, end = self.kv_block_range
@@ -197,6 +200,7 @@ class ForwardKernel:
     # The two warpgroups that compute.
 
     def consumer(self, wg: Array) -> None:
+        """Compute and store the output of a warpgroup's queries."""
         plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
         smem, (block_q, block_kv, _), D = self.smem, self.sizes, self.gmem.q.shape[-1]
         q_start = self.q_start + wg * block_q

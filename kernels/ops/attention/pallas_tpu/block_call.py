@@ -70,13 +70,18 @@ def pallas_call_over_blocks(
     name: str,
     cost: Cost,
 ) -> dict[str, Array]:
-    """Runs `kernel(block, name_ref=..., ...)` over (heads, visible blocks).
+    """Run `kernel(block, name_ref=..., ...)` over (heads, visible blocks).
 
     Args:
         kernel: takes a `BlockContext` and, by keyword, a reference `<name>_ref` for each of the names below.
+        config: static parameters of the kernel.
+        schedule: the visible blocks.
         inputs: operands by name.
         outputs: outputs by name.
-        scratch: what is kept from step to step and from phase to phase.
+        scratch: memory that the steps and the phases of a step share, by name.
+        segments: segment ids, or None.
+        name: name of the kernel.
+        cost: cost estimate for the compiler.
 
     Returns:
         The outputs by name.

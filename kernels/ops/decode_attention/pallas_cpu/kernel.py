@@ -183,7 +183,10 @@ def _decode_kernel(
         # A masked copy of the values costs as much as everything else, so it is made only if an empty slot is NaN.
         p = p.astype(q.dtype)
         pv = dot_heads(p, v, 0)
-        masked_pv = lambda: dot_heads(p, jnp.where(slot_mask(size, 1), v, 0), 0)
+
+        def masked_pv() -> Array:
+            return dot_heads(p, jnp.where(slot_mask(size, 1), v, 0), 0)
+
         return jax.lax.cond(jnp.all(jnp.isfinite(pv)), lambda: pv, masked_pv)
 
     softmax.add_slots(slice(None), s, weigh)

@@ -101,10 +101,12 @@ class CacheRefs(NamedTuple):
 
     @property
     def new_token(self) -> Ref:
+        """The new token's vector, [D] in SMEM."""
         return self.new_kv.at[self.index]
 
     @property
     def num_stages(self) -> int:
+        """Number of SMEM stages."""
         return self.blocks.shape[0]
 
 
@@ -140,9 +142,8 @@ def decode_attention(
 ) -> tuple[Array, KVCache]:
     """See `dantinox.kernels.decode_attention`, which checks the arguments.
 
-    Args:
-        num_splits: splits per sequence; None chooses a number for an H100.
-        interpret: interprets the kernel on the CPU.
+    `num_splits` is the number of splits per sequence; None chooses one for an H100. `interpret` interprets the kernel
+    on the CPU.
 
     Raises:
         NotImplementedError: the kernel does not support the dtype, head dim, number of heads or number of slots.
@@ -254,6 +255,7 @@ class SplitKernel(NamedTuple):
     block_range: SplitRange
 
     def run(self) -> None:
+        """Attend to the blocks of this split, or store a log-sum-exp of -inf if it has none."""
         refs, start, stop = self.refs, self.block_range.start, self.block_range.stop
         pl.when(start < stop)(self.attend)
 
@@ -284,6 +286,7 @@ class SplitKernel(NamedTuple):
             plgpu.copy_gmem_to_smem(block, cache.blocks.at[stage], cache.full.at[stage])
 
     def attend(self) -> None:
+        """Store the output of this split, and its log-sum-exp in SMEM."""
         refs, (*_, start, stop) = self.refs, self.block_range
         D = refs.q.shape[-1]
         padded_heads = refs.q.at[self.batch, self.kv_head, pl.ds(0, BLOCK_H)]  # TMA fills missing heads with zeros
@@ -373,7 +376,7 @@ class SplitKernel(NamedTuple):
     # The interpreter has no wgmma: it multiplies values, read where the tensor core would read them.
 
     def qk_scores(self, q: Ref, k: Ref) -> Array:
-        """q k^T in float32."""
+        """Compute q k^T in float32."""
         if self.config.interpret is not None:
             s = lax.dot_general(q[...], k[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
             plgpu.commit_smem()  # a tensor core would have read through the async proxy, as TMA writes
@@ -386,7 +389,7 @@ class SplitKernel(NamedTuple):
         return pl.run_scoped(multiply, plgpu.ACC((q.shape[0], k.shape[0]), jnp.float32))
 
     def accumulate_pv(self, acc: Array, p: Array, v: Ref) -> Array:
-        """acc + p v in float32."""
+        """Compute acc + p v in float32."""
         if self.config.interpret is not None:
             acc = acc + jnp.dot(p, v[...], preferred_element_type=jnp.float32)
             plgpu.commit_smem()

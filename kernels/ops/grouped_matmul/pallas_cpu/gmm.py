@@ -58,7 +58,7 @@ def limit_tile_sizes(sizes: Sequence[int], N: int, E: int) -> tuple[int, ...]:
 
 
 def interpreted_gmm(x: Array, w: Array, group_sizes: Array, *, transposed: bool = False, name: str) -> Array:
-    """y [N, J]: each row times the weights of its group, zeros in unassigned rows.
+    """Multiply each row by the weights of its group: [N, J], zeros in unassigned rows.
 
     Args:
         x: [N, K], sorted by group.
@@ -91,7 +91,7 @@ def interpreted_gmm(x: Array, w: Array, group_sizes: Array, *, transposed: bool 
 
 
 def interpreted_tgmm(x: Array, dy: Array, group_sizes: Array, *, name: str) -> Array:
-    """dw [E, M, F]: the sum of x_n^T dy_n over each group's rows, zero for an empty group.
+    """Sum x_n^T dy_n over the rows n of each group: [E, M, F], zeros for an empty group.
 
     Args:
         x: [N, M], sorted by group.
@@ -126,15 +126,20 @@ def for_each_row_tile(
     *,
     full_large_tiles: bool = True,
 ) -> Any:
-    """carry = body(rows, row_mask, carry) over tiles that cover start <= n < end of N rows.
+    """Run carry = body(rows, row_mask, carry) over tiles that cover start <= n < end of N rows.
 
     Args:
         N: number of rows.
-        start, end: the rows to cover.
+        start: first row to cover.
+        end: the row after the last one to cover.
         sizes: rows per tile, decreasing, none above N.
-        body: takes a slice of rows and the mask of those to cover; None: all.
-        carry: its first value.
-        full_large_tiles: large tiles are full and need no mask; else the last of them may reach past the end.
+        body: takes a slice of rows and a mask of the rows to cover, or None for all of them.
+        carry: initial value of the carry.
+        full_large_tiles: whether all tiles of the largest size are full and need no mask; otherwise the last of them
+            may reach past the end.
+
+    Returns:
+        The last carry.
     """
     row = start
     for i, size in enumerate(sizes):

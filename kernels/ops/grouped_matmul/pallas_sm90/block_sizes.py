@@ -48,13 +48,16 @@ class Sm90GmmBlockSizes(NamedTuple):
 def gmm_block_sizes(
     N: int, E: int, K: int, J: int, num_sms: int, *, widths: tuple[int, ...], num_weights: int = 1
 ) -> Sm90GmmBlockSizes:
-    """Chooses the sizes for [N, K] times [E, K, J], or for `num_weights` such products of the same rows at once.
+    """Choose the sizes for [N, K] times [E, K, J], or for `num_weights` such products of the same rows at once.
 
     Args:
-        N, E, K, J: The sizes.
+        N: rows.
+        E: groups.
+        K: contraction.
+        J: columns of the output.
         num_sms: SMs of the device.
-        widths: Allowed columns per tile, of all weights together.
-        num_weights: Weights that a tile multiplies its rows with.
+        widths: allowed columns per tile, of all weights together.
+        num_weights: weights that a tile multiplies its rows with.
     """
     work = gmm_work(N, E, K, J)
     return _widest_fast(widths, num_weights, lambda sizes: estimate_cycles(work, sizes, num_weights, num_sms))

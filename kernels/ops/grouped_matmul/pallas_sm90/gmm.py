@@ -183,6 +183,8 @@ class GmmKernel:
         return pl.cdiv(self.K, BLOCK_K)
 
     def for_each_tile(self, run_tile: Callable[[GmmTile], None]) -> Array:
+        """Run run_tile(tile) for the tiles of this thread block; return the number of pipeline steps."""
+
         def num_steps(_: Array) -> int:
             return len(self.gmem.xs) * self.k_steps
 
@@ -192,6 +194,7 @@ class GmmKernel:
         )
 
     def load(self, tile: GmmTile) -> None:
+        """Load the rows of each x and the columns of each w of a tile, 64 of the contraction per stage."""
         for i, (x, w) in enumerate(zip(self.gmem.xs, self.gmem.ws, strict=True)):
             first_step = tile.first_step + i * self.k_steps
             load_product_operands(
@@ -207,6 +210,7 @@ class GmmKernel:
             )
 
     def compute(self, tile: GmmTile) -> None:
+        """Compute and store a tile, or release its stages if it has no rows of this consumer."""
         rows = tile.warpgroup_rows(self.warpgroup)
         pl.when(rows.count > 0)(functools.partial(self.multiply_and_store, tile, rows))
 

@@ -151,6 +151,7 @@ class TgmmKernel:
     block_n: int
 
     def for_each_tile(self, run_tile: Callable[[TgmmTile], None]) -> Array:
+        """Run run_tile(tile) for the tiles of this thread block; return the number of pipeline steps."""
         row_tiles, column_tiles = pl.cdiv(self.M, BLOCK_M), pl.cdiv(self.F, self.block_n)
         tiles_per_group = row_tiles * column_tiles
 
@@ -167,6 +168,8 @@ class TgmmKernel:
         return tile_scheduler.for_each_persistent_tile(self.E * tiles_per_group, run_nth_tile)
 
     def load(self, tile: TgmmTile) -> None:
+        """Load the rows of x and dy of a tile's group, 64 per stage."""
+
         @pl.loop(0, tile.num_steps)
         def load_stage(k: Array) -> None:
             rows = pl.ds(pl.multiple_of(tile.first_loaded_row + k * BLOCK_K, TMA_ROWS), BLOCK_K)
@@ -182,6 +185,8 @@ class TgmmKernel:
             self.pipeline.produce(tile.first_step + k, copy)
 
     def compute(self, tile: TgmmTile) -> None:
+        """Store this consumer's 64 rows of a group's gradient."""
+
         def operands(k: Array, slot: Array) -> list[tuple[Any, Any]]:
             start = tile.row_start - tile.first_loaded_row - k * BLOCK_K
             end = tile.row_end - tile.first_loaded_row - k * BLOCK_K

@@ -49,10 +49,8 @@ def grouped_matmul(
 ) -> Array:
     """See `dantinox.kernels.grouped_matmul`, which checks the arguments.
 
-    Args:
-        interpret: interprets the kernels on the CPU.
-        blocks: persistent thread blocks; 0 launches one per SM.
-        width: columns per tile, if the kernel supports that; None lets `block_sizes.py` choose.
+    `interpret` interprets the kernels on the CPU. `blocks` is the number of persistent thread blocks; 0 launches one
+    per SM. `width` is the number of columns per tile, where a kernel supports it; None lets `block_sizes.py` choose.
 
     Raises:
         NotImplementedError: the kernels do not support the dtype or size.

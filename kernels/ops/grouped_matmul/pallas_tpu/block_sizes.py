@@ -94,16 +94,20 @@ def gmm_block_sizes(
     itemsize: int,
     has_epilogue: bool = True,
 ) -> GmmBlockSizes:
-    """For [N, K] times [E, K, J].
+    """Choose the sizes for [N, K] times [E, K, J].
 
     Args:
         device: the chip.
-        N, E, K, J: the sizes.
-        num_x, num_w: number of such operands.
+        N: rows.
+        E: groups.
+        K: contraction.
+        J: columns of the output.
+        num_x: number of arrays [N, K].
+        num_w: number of arrays [E, K, J].
         num_matrices: number of arrays [N, J] read or written.
-        transposed: the weights are [E, J, K].
+        transposed: whether the weights are [E, J, K].
         itemsize: bytes per element.
-        has_epilogue: an epilogue transforms the sums before they are written.
+        has_epilogue: whether an epilogue transforms the sums before they are written.
     """
     block_m, block_m_sub = choose_block_m(device, N, E, transposed=transposed)
     visits = -(-N // block_m) + E - 1

@@ -130,6 +130,8 @@ class GmmKernelStep:
             self.multiply_touched_chunks()
 
     def zero_acc(self) -> None:
+        """Zero the sums of the tile."""
+
         def zero_rows(rows: Any, _: Any) -> None:
             for ref in self.scratch.acc:
                 ref[rows] = jnp.zeros_like(ref[rows])
@@ -139,6 +141,7 @@ class GmmKernelStep:
     # --- chunks of rows -------------------------------------------------------------------------------------------
 
     def multiply_all_chunks(self) -> None:
+        """Multiply a tile whose chunks all have rows of this visit."""
         self.multiply_strips(0, self.sizes.block_m)
         self.write_acc()
 
@@ -170,6 +173,7 @@ class GmmKernelStep:
                     ref[0] = jnp.where(index_lt(task.row_start - task.row, ref.shape[1:], 1), ref[0], 0)
 
     def save_rows(self, rows: Any, _: Any) -> None:
+        """Save the output's rows, which may belong to earlier groups."""
         for ref, saved in zip(self.matrix_outs, self.scratch.saved_rows, strict=True):
             saved[rows] = ref[rows]
 
@@ -273,6 +277,7 @@ class GmmKernelStep:
         return functools.reduce(jnp.add, [self.dot_block(tile.rows, tile.columns, part) for part in term])
 
     def dot_block(self, rows: Any, columns: Any, part: ContractionSlice) -> Array:
+        """Return the product of some rows and columns over a part of the contraction, float32."""
         transposed, block_k, xs = self.config.transposed, self.sizes.block_k, self.inputs.xs
         x = xs[part.operand if len(xs) > 1 else 0][rows, part.k]
         w = self.inputs.ws[part.operand][(0, columns, part.k) if transposed else (0, part.k, columns)]
@@ -301,6 +306,7 @@ class GmmKernelStep:
         return self.config.J % self.sizes.block_n != 0 and "row_sum" in self.config.out_kinds
 
     def write_outputs(self, tile: OutputTile, values: Sequence[Array]) -> None:
+        """Write the outputs of one tile; row sums add up over the tiles of a row."""
         for ref, kind, value in zip(self.outs, self.config.out_kinds, values, strict=True):
             index = (tile.rows, tile.columns) if kind == "matrix" else (0, slice(None), tile.rows)
             if kind == "row_sum":

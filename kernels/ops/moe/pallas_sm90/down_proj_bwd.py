@@ -94,7 +94,8 @@ def down_proj_bwd(
     Args:
         dy: [N, M], rows sorted by expert.
         w_down: [E, F, M]; M and F multiples of 64.
-        gate, up: [N, F], the residuals of `up_proj`.
+        gate: [N, F], from `up_proj`.
+        up: [N, F], from `up_proj`.
         router_weights: [N] float32, p.
         group_sizes: [E] int32.
         config: See `Sm90GmmConfig`.
@@ -152,6 +153,8 @@ class DownProjBwdKernel:
         return pl.cdiv(self.M, BLOCK_K)
 
     def for_each_tile(self, run_tile: Callable[[GmmTile], None]) -> Array:
+        """Run run_tile(tile) for the tiles of this thread block; return the number of pipeline steps."""
+
         def num_steps(column: Array) -> Array:
             return self.k_steps + lax.div(jnp.minimum(self.block_n, self.F - column), CHUNK_COLUMNS)
 
@@ -161,6 +164,7 @@ class DownProjBwdKernel:
         )
 
     def load(self, tile: GmmTile) -> None:
+        """Load the operands of dh, then the gate and up of the tile, 64 columns per stage."""
         gmem, smem = self.gmem, self.smem
         gmm.load_product_operands(
             self.pipeline,
@@ -187,6 +191,7 @@ class DownProjBwdKernel:
             self.pipeline.produce(tile.first_step + self.k_steps + n, copy)
 
     def compute(self, tile: GmmTile) -> None:
+        """Compute and store a tile, or release its stages if it has no rows of this consumer."""
         rows = tile.warpgroup_rows(self.warpgroup)
         has_work = (rows.count > 0) & (tile.num_steps > 0)
         pl.when(has_work)(functools.partial(self.multiply_and_store, tile, rows))

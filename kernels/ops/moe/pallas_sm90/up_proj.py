@@ -72,7 +72,8 @@ def up_proj(
 
     Args:
         x: [N, M], rows sorted by expert.
-        w_gate, w_up: [E, M, F]; M and F multiples of 64.
+        w_gate: [E, M, F]; M and F multiples of 64.
+        w_up: [E, M, F].
         group_sizes: [E] int32.
         config: See `Sm90GmmConfig`.
         save_residuals: Whether the backward pass needs gate and up.
@@ -122,6 +123,8 @@ class UpProjKernel:
     block_n: int
 
     def for_each_tile(self, run_tile: Callable[[GmmTile], None]) -> Array:
+        """Run run_tile(tile) for the tiles of this thread block; return the number of pipeline steps."""
+
         def num_steps(_: Array) -> int:
             return pl.cdiv(self.M, BLOCK_K)
 
@@ -131,6 +134,7 @@ class UpProjKernel:
         )
 
     def load(self, tile: GmmTile) -> None:
+        """Load the rows of x and the columns of both weights of a tile, 64 of the contraction per stage."""
         gmem, smem = self.gmem, self.smem
         rows = pl.ds(pl.multiple_of(tile.task.row, TMA_ROWS), BLOCK_M)
         features = pl.ds(tile.column, self.block_n)
@@ -149,6 +153,7 @@ class UpProjKernel:
             self.pipeline.produce(tile.first_step + k, copy)
 
     def compute(self, tile: GmmTile) -> None:
+        """Compute and store a tile, or release its stages if it has no rows of this consumer."""
         rows = tile.warpgroup_rows(self.warpgroup)
         pl.when(rows.count > 0)(functools.partial(self.multiply_and_store, tile, rows))
 
