@@ -33,12 +33,12 @@ class CpuBlockSizes(NamedTuple):
     kv_blocks_per_step: int = 1
 
     def subtile(self, G: int) -> tuple[int, int]:
-        """Returns (packed queries, keys) of a block: it is one subtile."""
+        """Return (packed queries, keys) of a block: it is one subtile."""
         return G * self.block_q, self.block_kv
 
 
 def heuristic_block_sizes(*, heads: int, G: int, T: int, S: int, causal: bool, window: int | None) -> CpuBlockSizes:
-    """Picks block sizes for these problem sizes; `heads` counts the key heads of all sequences."""
+    """Pick block sizes for these problem sizes; `heads` counts the key heads of all sequences."""
     side = 64 if window is not None and window <= 256 else 128
     block_q = _next_power_of_2(T) if T <= 128 else max(16, min(side, 1024 // _next_power_of_2(G)))
     block_kv = _next_power_of_2(S) if S <= 128 else side if window is not None and window <= 256 else 256

@@ -108,7 +108,7 @@ def attention_bwd(
     *,
     cost: Cost,
 ) -> QKVGradients:
-    """Runs the backward kernel.
+    """Run the backward kernel.
 
     Args:
         q: [heads, query blocks, D, rows].

@@ -61,16 +61,16 @@ class BlockStep:
         self.is_first_use_of_kv = (flags & FIRST_USE_OF_KV) != 0
 
     def load_q(self, ref: Ref) -> Array:
-        """Returns the step's block of an array [heads, query blocks, n, rows]."""
+        """Return the step's block of an array [heads, query blocks, n, rows]."""
         return ref[self.heads, self.q_block]
 
     def load_kv(self, ref: Ref, kv_axis: int = -1) -> Array:
-        """Returns the step's blocks of an array [heads, key blocks, ...], concatenated along the axis of the keys."""
+        """Return the step's blocks of an array [heads, key blocks, ...], concatenated along the axis of the keys."""
         blocks = [ref[self.heads, self.kv_block + n] for n in range(self.num_kv_blocks)]
         return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, kv_axis)
 
     def masked_scores(self, k: Array, q: Array, segments: SegmentTables | None) -> Array:
-        """Returns the scores [keys, rows] of the step, masked where a query does not see the key."""
+        """Return the scores [keys, rows] of the step, masked where a query does not see the key."""
         s = scale_scores(self.config, dot_per_head(k, q, NN))
         visible = visible_mask(self.config, s.shape, self.q_block, self.kv_block, 0, 0)
         if segments is not None:
@@ -79,7 +79,7 @@ class BlockStep:
 
 
 def merge_kv_blocks(schedule: BlockSchedule, num_kv_blocks: int, kv_blocks_per_step: int) -> BlockSchedule:
-    """Makes one step of all key blocks that a query block sees.
+    """Make one step of all key blocks that a query block sees.
 
     Args:
         schedule: steps of one key block each.
@@ -130,7 +130,7 @@ def call_over_blocks[Inputs, Outputs](
     name: str,
     cost: Cost,
 ) -> Outputs:
-    """Runs `kernel(step, inputs, outputs, *scratch)` over (groups of heads, visible blocks).
+    """Run `kernel(step, inputs, outputs, *scratch)` over (groups of heads, visible blocks).
 
     Args:
         kernel: takes a `BlockStep`, and references in the structure of the arguments below.

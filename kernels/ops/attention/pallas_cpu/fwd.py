@@ -92,7 +92,7 @@ def attention_fwd(
     residuals: bool,
     cost: Cost,
 ) -> ForwardResult:
-    """Runs the forward kernel.
+    """Run the forward kernel.
 
     Args:
         q: [heads, query blocks, D, rows].

@@ -70,7 +70,7 @@ class BwdInputs(NamedTuple):
 
 
 def split_refs(refs: Sequence[Ref], *types: type[NamedTuple]) -> list[Any]:
-    """Groups the positional references of a kernel into one NamedTuple per type."""
+    """Group the positional references of a kernel into one NamedTuple per type."""
     groups, start = [], 0
     for kind in types:
         end = start + len(kind._fields)
@@ -89,7 +89,7 @@ class KvBlockRange(NamedTuple):
     end: Array
 
     def intersect(self, other: "KvBlockRange") -> "KvBlockRange":
-        """Returns the blocks of both ranges."""
+        """Return the blocks of both ranges."""
         start = lax.max(self.start, other.start)
         end = lax.max(start, lax.min(self.end, other.end))
         interior_start = lax.clamp(start, lax.max(self.interior_start, other.interior_start), end)
@@ -98,7 +98,7 @@ class KvBlockRange(NamedTuple):
 
 
 def visible_kv_range(q_start: Array, rows: int, block_kv: int, config: Sm90AttentionConfig) -> KvBlockRange:
-    """Returns the key blocks that queries q_start .. q_start + rows see; those past T see none."""
+    """Return the key blocks that queries q_start .. q_start + rows see; those past T see none."""
 
     def block_of(key: Array) -> Array:
         return lax.div(lax.max(key, jnp.int32(0)), jnp.int32(block_kv))
@@ -118,7 +118,7 @@ def visible_kv_range(q_start: Array, rows: int, block_kv: int, config: Sm90Atten
 
 
 def visible_kv_blocks(q_start: Array, config: Sm90AttentionConfig, block_kv: int) -> tuple[Array, Array]:
-    """Returns (first, number) of the key blocks that a query of [q_start, q_start + BLOCK_ROWS) sees."""
+    """Return (first, number) of the key blocks that a query of [q_start, q_start + BLOCK_ROWS) sees."""
     S, offset = config.S, config.S - config.T
     start, end = jnp.int32(0), jnp.int32(pl.cdiv(S, block_kv))
     if config.causal:
@@ -130,7 +130,7 @@ def visible_kv_blocks(q_start: Array, config: Sm90AttentionConfig, block_kv: int
 
 
 def visible_q_blocks(kv_start: Array, rows: int, config: Sm90AttentionConfig, block_q: int) -> tuple[Array, Array]:
-    """Returns (first, number) of the query blocks that see a key of [kv_start, kv_start + rows)."""
+    """Return (first, number) of the query blocks that see a key of [kv_start, kv_start + rows)."""
     T, offset = config.T, config.S - config.T
     start, end = jnp.int32(0), jnp.int32(pl.cdiv(T, block_q))
     if config.causal:
@@ -155,31 +155,31 @@ class SegmentRange(NamedTuple):
 
     @classmethod
     def load(cls, segment_ranges: Ref, batch: Array, block: Array) -> "SegmentRange":
-        """Loads the range of a block from the table of `segment_ids.kv_block_ranges`."""
+        """Load the range of a block from the table of `segment_ids.kv_block_ranges`."""
         return cls(*(segment_ranges[batch, block, n] for n in range(4)))
 
     def clamp(self, first: Array, steps: Array) -> tuple[Array, Array]:
-        """Returns (first, number) of the given blocks in the range; if none is, the first is still one of them."""
+        """Return (first, number) of the given blocks in the range; if none is, the first is still one of them."""
         start = lax.clamp(first, self.start, jnp.maximum(first + steps - 1, first))
         return start, jnp.minimum(first + steps, self.end) - start
 
     def is_interior(self, block: Array) -> Array:
-        """Returns whether every pair of this block is of one segment."""
+        """Return whether every pair of this block is of one segment."""
         return (block >= self.interior_start) & (block < self.interior_end)
 
 
 def per_row(x: Array, columns: int) -> Array:
-    """Broadcasts one value per row over the columns."""
+    """Broadcast one value per row over the columns."""
     return lax.broadcast_in_dim(x, (x.shape[0], columns), [0])
 
 
 def per_column(x: Array, rows: int) -> Array:
-    """Broadcasts one value per column over the rows."""
+    """Broadcast one value per column over the rows."""
     return lax.broadcast_in_dim(x, (rows, x.shape[0]), [1])
 
 
 def iota(size: int, layout: Any) -> Array:
-    """Returns the number of each row (ROW_LAYOUT) or column (COL_LAYOUT)."""
+    """Return the number of each row (ROW_LAYOUT) or column (COL_LAYOUT)."""
     return plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
 
 
@@ -252,7 +252,7 @@ def _all_of(conditions: list[Array]) -> Array:
 
 
 def softcap_tanh(qk: Array, config: Sm90AttentionConfig) -> Array:
-    """Returns tanh(scale qk / softcap) in float32; a score is softcap times as large.
+    """Return tanh(scale qk / softcap) in float32; a score is softcap times as large.
 
     The hardware's tanh takes one instruction where this takes two, and is good to 2^-11 of a score. That is enough for
     an output, but weights made of exact scores and of a log-sum-exp of approximate ones do not add up to one. In
@@ -263,7 +263,7 @@ def softcap_tanh(qk: Array, config: Sm90AttentionConfig) -> Array:
 
 
 def softmax_weights(qk: Array, lse: Array, config: Sm90AttentionConfig) -> tuple[Array, Array | None]:
-    """Returns (p, 1 - (s / softcap)^2 or None) of q k^T; lse has its shape."""
+    """Return (p, 1 - (s / softcap)^2 or None) of q k^T; lse has its shape."""
     if config.softcap is None:
         return jnp.exp2(qk * (config.scale * LOG2E) - lse), None
     t = softcap_tanh(qk, config)
@@ -284,7 +284,7 @@ def interpret_operand_smem(columns: int, dtype: Any, config: Sm90AttentionConfig
 
 
 def wgmma_accumulate(acc: Ref, a: Array, b: Ref, operand_smem: Ref | None) -> None:
-    """Starts an asynchronous wgmma: acc += a @ b."""
+    """Start an asynchronous wgmma: acc += a @ b."""
     if operand_smem is None:
         plgpu.wgmma(acc, a, b)
     else:
@@ -294,7 +294,7 @@ def wgmma_accumulate(acc: Ref, a: Array, b: Ref, operand_smem: Ref | None) -> No
 
 
 def wait_when(condition: Array, barriers: Ref, index: Index) -> None:
-    """Waits for a barrier if the condition holds."""
+    """Wait for a barrier if the condition holds."""
 
     @pl.when(condition)
     def wait() -> None:
@@ -302,7 +302,7 @@ def wait_when(condition: Array, barriers: Ref, index: Index) -> None:
 
 
 def drain_pipeline(steps: Array, stages: int, empty: Callable[[Array], Ref]) -> None:
-    """Waits until the last stages are empty, so that no barrier is left between two phases."""
+    """Wait until the last stages are empty, so that no barrier is left between two phases."""
 
     @pl.loop(jnp.maximum(steps - stages, 0), steps)
     def wait_until_empty(step: Array) -> None:

@@ -63,17 +63,17 @@ class DkvScratch(NamedTuple):
 
 
 def splits_dk_dv(D: int) -> bool:
-    """Returns whether one warpgroup owns dv and the other dk: at this head dim one cannot hold both."""
+    """Return whether one warpgroup owns dv and the other dk: at this head dim one cannot hold both."""
     return D > 128
 
 
 def block_kv(D: int) -> int:
-    """Returns the number of keys per thread block."""
+    """Return the number of keys per thread block."""
     return WARPGROUP_ROWS if splits_dk_dv(D) else WARPGROUP_ROWS * COMPUTE_WARPGROUPS
 
 
 def dkv(inputs: BwdInputs, config: Sm90AttentionConfig) -> DkvOutputs:
-    """Returns (dk, dv); the inputs are padded by `bwd.backward`."""
+    """Return (dk, dv); the inputs are padded by `bwd.backward`."""
     B, S, K, D = inputs.k.shape
     sizes, dtype = BWD_BLOCK_SIZES[D], inputs.k.dtype
     split, has_segments = splits_dk_dv(D), inputs.q_ids is not None
@@ -124,7 +124,7 @@ class DkvKernel:
         self.shape = (WARPGROUP_ROWS, sizes.block_q)  # of the transposed scores
 
     def run(self) -> None:
-        """Runs the role of this warpgroup."""
+        """Run the role of this warpgroup."""
         self.batch, self.kv_head, self.wg = lax.axis_index("b"), lax.axis_index("g"), lax.axis_index("wg")
         block_start = lax.axis_index("tile") * self.block_kv
         self.kv_start = block_start + (0 if self.split else self.wg) * WARPGROUP_ROWS
@@ -137,7 +137,7 @@ class DkvKernel:
         return SegmentRange.load(self.gmem.segment_ranges, self.batch, block)
 
     def q_blocks(self, block: Array) -> tuple[Array, Array]:
-        """Returns the first query block of each head and the number of steps over all heads, at least one as in dq."""
+        """Return the first query block of each head and the number of steps over all heads, at least one as in dq."""
         first, steps = visible_q_blocks(block * self.block_kv, self.block_kv, self.config, self.sizes.block_q)
         if self.has_segments:
             first, steps = self.segment_range(block).clamp(first, steps)
@@ -202,16 +202,16 @@ class DkvKernel:
         return None if self.smem.operand_smem is None else self.smem.operand_smem.at[self.wg]
 
     def load_vector(self, slot: Array, part: int) -> Array:
-        """Loads lse (Q) or delta (DO) of the queries in a stage."""
+        """Load lse (Q) or delta (DO) of the queries in a stage."""
         return plgpu.load(self.smem.lse_delta_smem.at[slot, part], layout=COL_LAYOUT)
 
     def load_ids(self, slot: Array) -> tuple[Array, Array]:
-        """Loads the segment ids of the keys and of the queries in a stage."""
+        """Load the segment ids of the keys and of the queries in a stage."""
         kv_ids = plgpu.load(self.gmem.kv_ids.at[self.batch, self.rows], layout=ROW_LAYOUT, optimized=False)
         return kv_ids, plgpu.load(self.smem.q_ids_smem.at[slot, Q], layout=COL_LAYOUT)
 
     def visible_weights(self, s_acc: Ref, slot: Array, first: Array, i: Array) -> tuple[Array, Array]:
-        """Waits for s; returns p and the factor of (do v^T - delta) in ds."""
+        """Wait for s; return p and the factor of (do v^T - delta) in ds."""
         config = self.config
         lse = self.load_vector(slot, Q)
         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=0 if self.split else 1)

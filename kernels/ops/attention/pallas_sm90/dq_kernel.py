@@ -62,7 +62,7 @@ class DqScratch(NamedTuple):
 
 
 def dq(inputs: BwdInputs, config: Sm90AttentionConfig) -> Array:
-    """Returns dq; the inputs are padded by `bwd.backward`."""
+    """Return dq; the inputs are padded by `bwd.backward`."""
     B, T, H, D = inputs.q.shape
     sizes, dtype = BWD_BLOCK_SIZES[D], inputs.q.dtype
     has_segments = inputs.q_ids is not None
@@ -114,7 +114,7 @@ class DqKernel:
         self.reloads_v_address = smem.address_smem is not None and has_long_mask
 
     def run(self) -> None:
-        """Runs the role of this warpgroup."""
+        """Run the role of this warpgroup."""
         self.batch, self.head, self.wg = lax.axis_index("b"), lax.axis_index("h"), lax.axis_index("wg")
         # The last queries see the most keys: their blocks start first.
         self.block_start = (pl.cdiv(self.T, BLOCK_ROWS) - 1 - lax.axis_index("tile")) * BLOCK_ROWS
@@ -129,7 +129,7 @@ class DqKernel:
         return SegmentRange.load(self.gmem.segment_ranges, self.batch, block)
 
     def kv_blocks(self) -> tuple[Array, Array]:
-        """Returns the first key block and the number of steps, at least one.
+        """Return the first key block and the number of steps, at least one.
 
         A block that sees nothing runs one step, all of it masked: the compiler enters a loop that may not run at all
         through another branch, and then writes the zeros of new accumulators in every step.
@@ -193,16 +193,16 @@ class DqKernel:
         plgpu.wait_smem_to_gmem(0)
 
     def load_rows(self, ref: Ref, *index: Array) -> Array:
-        """Loads one value per query of this warpgroup."""
+        """Load one value per query of this warpgroup."""
         return plgpu.load(ref.at[(*index, self.rows)], layout=ROW_LAYOUT, optimized=False)
 
     def load_ids(self, slot: Array) -> tuple[Array, Array]:
-        """Loads the segment ids of the queries and of the keys in a stage."""
+        """Load the segment ids of the queries and of the keys in a stage."""
         q_ids = self.load_rows(self.gmem.q_ids, self.batch)
         return q_ids, plgpu.load(self.smem.kv_ids_smem.at[slot], layout=COL_LAYOUT)
 
     def kv_block_step(self, dq_acc: Ref, i: Array, first: Array, lse: Array, delta: Array) -> None:
-        """Adds the product of ds and k of one key block."""
+        """Add the product of ds and k of one key block."""
         smem, sizes, wg = self.smem, self.sizes, self.wg
         k_slot, v_slot = lax.rem(i, jnp.int32(sizes.k_stages)), lax.rem(i, jnp.int32(sizes.v_stages))
         # Loaded in every step: the compiler keeps the addresses of all operands in registers otherwise.
@@ -231,7 +231,7 @@ class DqKernel:
         plgpu.barrier_arrive(smem.k_empty.at[k_slot])
 
     def visible_weights(self, s: Array, slot: Array, first: Array, i: Array, lse: Array) -> Array:
-        """Returns p of the visible pairs, times the slope of the soft cap."""
+        """Return p of the visible pairs, times the slope of the soft cap."""
         config, block_kv = self.config, self.sizes.block_kv
         p, slope = softmax_weights(s, per_row(lse, block_kv), config)
         p = p if slope is None else p * slope

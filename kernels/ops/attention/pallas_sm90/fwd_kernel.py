@@ -94,7 +94,7 @@ class ForwardKernel:
         self.interpreted = config.interpret is not None
 
     def run(self) -> None:
-        """Runs the role of this warpgroup."""
+        """Run the role of this warpgroup."""
         wg = lax.axis_index("warpgroup")
         pl.when(wg < COMPUTE_WARPGROUPS)(functools.partial(self.consumer, wg))
         pl.when(wg == COMPUTE_WARPGROUPS)(self.producer)
@@ -131,21 +131,21 @@ class ForwardKernel:
         return visible.intersect(KvBlockRange(start, first.interior_start, first.interior_end, end))
 
     def segment_kv_range(self, wg: Index) -> KvBlockRange:
-        """Loads the key blocks that may share a segment with the queries of a warpgroup; the interior is all theirs."""
+        """Load the key blocks that may share a segment with the queries of a warpgroup; the interior is all theirs."""
         block = lax.div(self.q_start, jnp.int32(self.sizes.block_q)) + wg
         return KvBlockRange(*(self.gmem.segment_ranges[self.batch, block, n] for n in range(4)))
 
     def slot(self, kv_block: Array) -> Array:
-        """Returns the stage of a key block in its ring."""
+        """Return the stage of a key block in its ring."""
         return kv_block & (self.sizes.stages - 1)
 
     def q_rows(self, ref: Ref, wg: Index) -> Ref:
-        """Returns the rows of a [B, T, H, D] array that belong to the queries of a warpgroup."""
+        """Return the rows of a [B, T, H, D] array that belong to the queries of a warpgroup."""
         rows = pl.ds(self.q_start + wg * self.sizes.block_q, self.sizes.block_q)
         return ref.at[self.batch, rows, self.head]
 
     def q_rows_by_head(self, ref: Ref, wg: Index) -> Ref:
-        """Returns the rows of a [B, H, T] array that belong to the queries of a warpgroup."""
+        """Return the rows of a [B, H, T] array that belong to the queries of a warpgroup."""
         rows = pl.ds(self.q_start + wg * self.sizes.block_q, self.sizes.block_q)
         return ref.at[self.batch, self.head, rows]
 
@@ -192,7 +192,7 @@ class ForwardKernel:
             wait_when(in_use, smem.v_empty, slot)
 
     def gate_stage(self, wg: Index) -> tuple[Array, Any]:
-        """Returns (key block whose stage holds the gate of a warpgroup, rows of the gate in that stage)."""
+        """Return (key block whose stage holds the gate of a warpgroup, rows of the gate in that stage)."""
         block_q, block_kv, _ = self.sizes
         per_stage = block_kv // block_q  # warpgroups that share a stage: 2 or 1
         return self.kv_block_range.end + wg // per_stage, pl.ds(wg % per_stage * block_q, block_q)
@@ -206,7 +206,7 @@ class ForwardKernel:
         q_start = self.q_start + wg * block_q
 
         def ranges() -> tuple[KvBlockRange, KvBlockRange]:
-            """Returns those of the block and of this warpgroup; computed per loop, since registers are scarce."""
+            """Return those of the block and of this warpgroup; computed per loop, since registers are scarce."""
             block, visible = self.kv_block_range, visible_kv_range(q_start, block_q, block_kv, self.config)
             if self.gmem.segment_ranges is not None:
                 visible = visible.intersect(self.segment_kv_range(wg))
@@ -244,7 +244,7 @@ class ForwardKernel:
         self.epilogue(wg, *carry)
 
     def skip_block(self, wg: Array, end: Array, kv_block: Array, _: None) -> None:
-        """Keeps the turns and the barriers going for a key block that only the other warpgroup sees."""
+        """Keep the turns and the barriers going for a key block that only the other warpgroup sees."""
         smem, slot = self.smem, self.slot(kv_block)
         plgpu.barrier_arrive(smem.schedule_barrier.at[1 - wg])
         plgpu.barrier_arrive(smem.k_empty.at[slot])
@@ -254,7 +254,7 @@ class ForwardKernel:
         plgpu.barrier_arrive(smem.v_empty.at[slot])
 
     def wait_k_full(self, kv_block: Array, end: Array) -> None:
-        """Waits for the keys of a block, if it exists: each wait happens while the preceding block is in use."""
+        """Wait for the keys of a block, if it exists: each wait happens while the preceding block is in use."""
 
         @pl.when(kv_block < end)
         def wait() -> None:
@@ -263,7 +263,7 @@ class ForwardKernel:
     def kv_block_step(
         self, wg: Array, q_start: Array, end: Array, masked: bool, kv_block: Array, carry: Carry
     ) -> Carry:
-        """Adds one key block to the output."""
+        """Add one key block to the output."""
         config, smem, slot = self.config, self.smem, self.slot(kv_block)
         acc, m, l = carry
 
@@ -301,7 +301,7 @@ class ForwardKernel:
         return acc, m_next, l
 
     def visible(self, shape: tuple[int, int], q_start: Array, kv_block: Array, wg: Array, slot: Array) -> Array:
-        """Returns which pairs of the queries from `q_start` on and the keys of a block are visible."""
+        """Return which pairs of the queries from `q_start` on and the keys of a block are visible."""
         config, (rows, columns) = self.config, shape
         if config.causal:
             # Numbers per row and per column, not per pair: the compiler would keep those in registers across blocks.
@@ -327,7 +327,7 @@ class ForwardKernel:
     # The interpreter has no tensor core for these products: it multiplies values, loaded where the tensor core reads.
 
     def qk(self, q: Ref, k: Ref, meanwhile: Callable[[], None]) -> Array:
-        """Returns q k^T in float32; calls `meanwhile` once the wgmma has started."""
+        """Return q k^T in float32; call `meanwhile` once the wgmma has started."""
         if self.interpreted:
             s = lax.dot_general(q[...], k[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
             plgpu.commit_smem()  # a tensor core would have read through the proxy that TMA writes by
@@ -342,7 +342,7 @@ class ForwardKernel:
         return pl.run_scoped(multiply, plgpu.ACC((q.shape[0], k.shape[0]), jnp.float32))
 
     def add_pv(self, acc: Array, p: Array, v: Ref, meanwhile: Callable[[], None]) -> Array:
-        """Returns acc + p v in float32; calls `meanwhile` once the wgmma has started."""
+        """Return acc + p v in float32; call `meanwhile` once the wgmma has started."""
         if self.interpreted:
             acc = acc + jnp.dot(p, v[...], preferred_element_type=jnp.float32)
             plgpu.commit_smem()
@@ -357,7 +357,7 @@ class ForwardKernel:
         return total
 
     def epilogue(self, wg: Array, acc: Array, m: Array, l: Array) -> None:
-        """Normalizes, gates and stores the output of a warpgroup."""
+        """Normalize, gate and store the output of a warpgroup."""
         gmem, out, smem, D = self.gmem, self.out, self.smem, acc.shape[1]
         sees_no_key = l == 0.0
         acc = acc * per_row(jnp.where(sees_no_key, 0.0, 1.0 / jnp.where(sees_no_key, 1.0, l)), D)
@@ -378,7 +378,7 @@ class ForwardKernel:
         plgpu.wait_smem_to_gmem(0)
 
     def apply_gate(self, wg: Array, o: Array, columns: slice) -> Array:
-        """Multiplies some columns of the output by the sigmoid of their gate, if there is one per element."""
+        """Multiply some columns of the output by the sigmoid of their gate, if there is one per element."""
         if self.gmem.gate is None:
             return o
         gate_block, rows = self.gate_stage(wg)
@@ -386,7 +386,7 @@ class ForwardKernel:
         return o * jax.nn.sigmoid(gate.astype(jnp.float32))
 
     def store(self, wg: Array, ref: Ref, columns_of: Callable[[slice], Array]) -> None:
-        """Stores an output through q_smem, which is free by now, in strips of columns to save registers."""
+        """Store an output through q_smem, which is free by now, in strips of columns to save registers."""
         o_smem = self.smem.q_smem.at[wg]
         for start in range(0, o_smem.shape[1], STORE_COLUMNS):
             columns = slice(start, min(start + STORE_COLUMNS, o_smem.shape[1]))

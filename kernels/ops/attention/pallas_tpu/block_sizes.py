@@ -34,14 +34,14 @@ class TpuBlockSizes(NamedTuple):
     kv_span: int
 
     def subtile(self, G: int) -> tuple[int, int]:
-        """Returns (packed queries, keys) per matmul."""
+        """Return (packed queries, keys) per matmul."""
         return self.block_q_compute, self.block_kv_compute
 
 
 def heuristic_block_sizes(
     device: Device, *, G: int, T: int, S: int, D: int, causal: bool, window: int | None, itemsize: int
 ) -> TpuBlockSizes:
-    """Picks block sizes for these problem sizes."""
+    """Pick block sizes for these problem sizes."""
     mxu_width = 128 if "v5" in device.kind.lower() else 256
     block_q, block_kv = _fewest_bundles(G, T, S, causal, window, mxu_width)
     span = MAX_KV_SPAN_BYTES // ((8 + 4 * itemsize) * D)

@@ -150,7 +150,7 @@ def attention_bwd(
     *,
     cost: Cost,
 ) -> QKVGradients:
-    """Runs the backward kernel, once per span of keys.
+    """Run the backward kernel, once per span of keys.
 
     Args:
         q: [heads, query subtiles, D, rows].

@@ -75,7 +75,7 @@ class BlockContext:
             self.needs_mask = self.overlaps & (self.needs_mask | (overlap == PARTIAL_OVERLAP))
 
     def run_phase(self, body: Callable[[], None]) -> None:
-        """Runs a phase, unless no pair of the block shares a segment.
+        """Run a phase, unless no pair of the block shares a segment.
 
         Each phase has its own branch, which is always taken: it keeps libtpu from interleaving the phase with others,
         and libtpu would merge branches with equal conditions.
@@ -112,11 +112,11 @@ class BlockContext:
                 acc_ref.store((acc_ref.load(r) if c else decayed_acc(r)) + partial_product(r, c), r)
 
     def scores(self, qk: Array) -> Array:
-        """Scales and caps the products k q^T; the scores are exponents of 2."""
+        """Scale and cap the products k q^T; the scores are exponents of 2."""
         return scale_scores(self.config, qk, LOG2E)
 
     def apply_mask(self, s_ref: BlockRef, after: Callable[[Any, Any, Array], None] | None = None) -> None:
-        """Masks the invisible pairs of an edge block, then calls after(r, c, scores) for each subtile."""
+        """Mask the invisible pairs of an edge block, then call after(r, c, scores) for each subtile."""
         num_q_subtiles, num_kv_subtiles = self.config.num_subtiles
 
         def mask_subtile(n: Any, _: None) -> None:

@@ -21,13 +21,13 @@ class BlockRef:
         return math.prod(self.ref.shape[-2:])
 
     def load(self, *subtile: Any) -> Array:
-        """Returns the subtile [rows, columns] at these indices."""
+        """Return the subtile [rows, columns] at these indices."""
         return self.ref[0, *subtile]
 
     def store(self, value: Array, *subtile: Any) -> None:
-        """Writes a subtile, in the reference's dtype."""
+        """Write a subtile, in the reference's dtype."""
         self.ref[0, *subtile] = value.astype(self.ref.dtype)
 
     def fill(self, value: float) -> None:
-        """Writes one value everywhere."""
+        """Write one value everywhere."""
         self.ref[...] = jnp.full(self.ref.shape, value, self.ref.dtype)

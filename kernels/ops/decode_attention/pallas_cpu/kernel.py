@@ -69,7 +69,7 @@ class DecodeConfig(NamedTuple):
 
 
 def choose_block_size(C: int, max_visible: int, itemsize: int, eight_bits: bool) -> int:
-    """Returns the slots per block: all of a short ring buffer, otherwise a power of two.
+    """Return the slots per block: all of a short ring buffer, otherwise a power of two.
 
     Args:
         C: slots of a ring buffer.
@@ -103,7 +103,7 @@ def decode_attention(
     scale: float,
     softcap: float | None,
 ) -> tuple[Array, KVCache]:
-    """Appends a token and attends to the last `max_visible` ones; see `dantinox.kernels.decode_attention`."""
+    """Append a token and attends to the last `max_visible` ones; see `dantinox.kernels.decode_attention`."""
     (B, H, D), (K, C) = q.shape, cache.k.shape[1:3]
     block_size = choose_block_size(C, max_visible, cache.k.dtype.itemsize, cache.k_scale is not None)
     config = DecodeConfig(C, block_size, scale, softcap)
@@ -206,7 +206,7 @@ def _pallas_attend(
     config: DecodeConfig,
     call_cost: Cost,
 ) -> Array:
-    """Returns o [B, K, G, D]; q and gate are [B, K, G, n], k and v [B, K, D] the token that the cache has."""
+    """Return o [B, K, G, D]; q and gate are [B, K, G, n], k and v [B, K, D] the token that the cache has."""
 
     def decode_kernel(table: BlockTable, cache: KVCache, token: TokenInputs, o_ref: Ref, *softmax: Ref) -> None:
         _decode_kernel(config, table, cache, token, o_ref, OnlineSoftmax(*softmax))

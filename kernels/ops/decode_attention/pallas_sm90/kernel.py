@@ -111,7 +111,7 @@ class CacheRefs(NamedTuple):
 
 
 def unsupported_reason(q: jax.ShapeDtypeStruct, cache: KVCache) -> str | None:
-    """Returns why the kernel does not support q [B, H, D] and the cache, or None if it does."""
+    """Return why the kernel does not support q [B, H, D] and the cache, or None if it does."""
     (_, H, D), (K, C) = q.shape, cache.k.shape[1:3]
     if q.dtype not in DTYPES:
         return f"q has dtype {jnp.dtype(q.dtype)} and Hopper's tensor cores take bfloat16 and float16 here"
@@ -170,7 +170,7 @@ def decode_attention(
 def _attend_in_splits(
     q: Array, k: Array, v: Array, length: Array, cache_k: Ref, cache_v: Ref, config: SplitConfig
 ) -> tuple[Array, Array]:
-    """Returns (o [splits, B, K, G, D], lse [splits, B, K, BLOCK_H]) float32; updates the cache references.
+    """Return (o [splits, B, K, G, D], lse [splits, B, K, BLOCK_H]) float32; update the cache references.
 
     q is [B, K, G, D] with G a multiple of `TMA_ROWS`; k and v [B, K, D] are the new token.
     """
@@ -233,12 +233,12 @@ def _split_kernel(
 
 
 def fill_rows(x: float) -> Array:
-    """Returns x for each row of a tile, [BLOCK_H]."""
+    """Return x for each row of a tile, [BLOCK_H]."""
     return plgpu.layout_cast(jnp.full((BLOCK_H,), x, jnp.float32), ROW_LAYOUT)
 
 
 def broadcast_rows(x: Array, shape: tuple[int, ...]) -> Array:
-    """Broadcasts one value per row over the columns."""
+    """Broadcast one value per row over the columns."""
     return lax.broadcast_in_dim(x, shape, [0])
 
 
@@ -276,7 +276,7 @@ class SplitKernel(NamedTuple):
         return lax.rem(i - self.block_range.start, jnp.int32(cache.num_stages))
 
     def load(self, cache: CacheRefs, i: Any) -> None:
-        """Starts the load of the i-th visited block, if this split has one."""
+        """Start the load of the i-th visited block, if this split has one."""
 
         @pl.when(i < self.block_range.stop)
         def start_copy() -> None:
@@ -307,7 +307,7 @@ class SplitKernel(NamedTuple):
         plgpu.copy_smem_to_gmem(refs.o_smem.at[heads], refs.o.at[self.split, self.batch, self.kv_head])
 
     def kv_block_step(self, i: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        """Updates (acc, m, l) with the i-th visited block."""
+        """Update (acc, m, l) with the i-th visited block."""
         config, refs = self.config, self.refs
         acc, m, l = carry
         first_slot = self.ring_block(i) * BLOCK_KV
@@ -356,7 +356,7 @@ class SplitKernel(NamedTuple):
         return (age < self.block_range.num_visible) & (slots < self.config.C)
 
     def insert_new_token(self, cache: CacheRefs, stage: Any, first_slot: Any) -> None:
-        """Writes the new token into a block in SMEM; zeroes invisible values, which may be NaN."""
+        """Write the new token into a block in SMEM; zero invisible values, which may be NaN."""
         for start in range(0, cache.blocks.shape[-1], INSERT_COLUMNS):
             columns = slice(start, start + INSERT_COLUMNS)
             x = plgpu.load(cache.blocks.at[stage, :, columns], layout=plgpu.Layout.WGMMA)
@@ -368,7 +368,7 @@ class SplitKernel(NamedTuple):
         plgpu.commit_smem()
 
     def store_new_token(self) -> None:
-        """Stores the new token in its slot of the ring buffers, whose block has already been read."""
+        """Store the new token in its slot of the ring buffers, whose block has already been read."""
         for cache in (self.keys, self.values):
             slot = cache.ring_buffer.at[self.batch, self.kv_head, self.block_range.slot]
             plgpu.copy_smem_to_gmem(cache.new_token, slot)

@@ -4,7 +4,7 @@ MAX_BLOCK_BYTES = 2**20  # of a block of keys; values take as much, and both are
 
 
 def choose_block_size(C: int, max_visible: int, tile_slots: int, slot_bytes: int) -> int:
-    """Returns the slots per block: a power of two, or all of a short ring buffer that consists of whole memory tiles.
+    """Return the slots per block: a power of two, or all of a short ring buffer that consists of whole memory tiles.
 
     Args:
         C: slots of a ring buffer.

@@ -100,7 +100,7 @@ def decode_attention(
     scale: float,
     softcap: float | None,
 ) -> tuple[Array, KVCache]:
-    """Appends a token and attends to the last `max_visible` ones; see `dantinox.kernels.decode_attention`."""
+    """Append a token and attends to the last `max_visible` ones; see `dantinox.kernels.decode_attention`."""
     (B, H, D), (K, C) = q.shape, cache.k.shape[1:3]
     tile_rows, tile_lanes = min(C, TILE_BYTES // cache.k.dtype.itemsize), min(C, LANES)
     tile_slots = tile_rows if cache.k_scale is None else tile_lanes
@@ -160,12 +160,12 @@ def _decode_kernel(
 
     @pl.when(is_first_step(table, step, b))
     def init_with_new_token() -> None:
-        """Starts a sequence with its new token, which the cache does not hold yet."""
+        """Start a sequence with its new token, which the cache does not hold yet."""
         s = attention_scores(token.q[0], token.new_k[0], scale=config.scale, softcap=config.softcap)
         softmax.init_with_token(s, token.new_v)
 
     def attend(head: Array, masked: bool) -> None:
-        """Attends from one head to the block; masked slots may hold NaN."""
+        """Attend from one head to the block; masked slots may hold NaN."""
 
         def slot_mask(*shape: int) -> Array:
             return cached_token_mask(shape, block_start, block_start, slot=slot, num_visible=num_visible, C=config.C)
@@ -197,7 +197,7 @@ def _decode_kernel(
 
     @pl.when(slot // size == block)
     def write_new_token() -> None:
-        """Merges the new token into its memory tile and writes the tile back."""
+        """Merge the new token into its memory tile and write the tile back."""
         new_k, new_v = (token.new_k, token.new_v) if cache.stored is None else (cache.stored.k, cache.stored.v)
         tile = pl.multiple_of(slot % size // config.tile_rows * config.tile_rows, config.tile_rows)
         for loaded, new, out in ((cache.k, new_k, tiles.k), (cache.v, new_v, tiles.v)):

@@ -165,7 +165,7 @@ def _max_leftover(size: int, smaller: int) -> int:
 
 
 def store_rows(ref: Ref, rows: Any, row_mask: Array | None, value: Array) -> None:
-    """Writes the rows of the mask, or all of them."""
+    """Write the rows of the mask, or all of them."""
     value = value.astype(ref.dtype)
     ref[rows] = value if row_mask is None else jnp.where(broadcast_row_mask(row_mask, value), value, ref[rows])
 

@@ -64,7 +64,7 @@ def gmm_block_sizes(
 
 
 def tgmm_block_sizes(N: int, E: int, M: int, F: int, num_sms: int, *, widths: tuple[int, ...]) -> Sm90GmmBlockSizes:
-    """Chooses the sizes for the sums over rows [N, M]^T [N, F]: [E, M, F]."""
+    """Choose the sizes for the sums over rows [N, M]^T [N, F]: [E, M, F]."""
     work = tgmm_work(N, E, M, F)
     return _widest_fast(widths, 1, lambda sizes: estimate_cycles(work, sizes, 1, num_sms))
 
@@ -88,7 +88,7 @@ class TileWork(NamedTuple):
 
 
 def gmm_work(N: int, E: int, K: int, J: int) -> TileWork:
-    """Returns the work of [N, K] times [E, K, J]."""
+    """Return the work of [N, K] times [E, K, J]."""
     nonempty_groups = max(1, min(N, E))
 
     def tiles_per_group(rows: int) -> float:
@@ -100,7 +100,7 @@ def gmm_work(N: int, E: int, K: int, J: int) -> TileWork:
 
 
 def tgmm_work(N: int, E: int, M: int, F: int) -> TileWork:
-    """Returns the work of the sums over rows [N, M]^T [N, F]: [E, M, F]."""
+    """Return the work of the sums over rows [N, M]^T [N, F]: [E, M, F]."""
     row_tiles = math.ceil(M / BLOCK_M)
     # A group ends anywhere, so half a stage of 64 rows belongs to others on average.
     return TileWork(E * row_tiles, 2, row_tiles, N // max(1, min(N, E)) + BLOCK_K // 2, F)
@@ -116,7 +116,7 @@ def estimate_cycles(
     store_per_column: float = STORE_CYCLES_PER_COLUMN,
     l2_bytes: float = L2_BYTES,
 ) -> float:
-    """Estimates the cycles of the slowest SM; `l2_bytes` is per cycle and SM."""
+    """Estimate the cycles of the slowest SM; `l2_bytes` is per cycle and SM."""
     width = sizes.block_n * num_weights
     multiply = work.warpgroups_per_tile * WARPGROUP_ROWS * width * BLOCK_K / MULTIPLY_ADDS_PER_CYCLE
     from_l2 = 2 * (BLOCK_M + width) * BLOCK_K / l2_bytes
@@ -127,14 +127,14 @@ def estimate_cycles(
 
 
 def block_sizes_of_width(width: int, num_weights: int = 1) -> Sm90GmmBlockSizes:
-    """Returns the sizes of a tile of `width` columns, of all weights together, with as many stages as fit in SMEM."""
+    """Return the sizes of a tile of `width` columns, of all weights together, with as many stages as fit in SMEM."""
     return Sm90GmmBlockSizes(width // num_weights, 8 if width == 64 else 4)
 
 
 def _widest_fast(
     widths: tuple[int, ...], num_weights: int, estimate: Callable[[Sm90GmmBlockSizes], float]
 ) -> Sm90GmmBlockSizes:
-    """Returns the sizes of the widest tile that is nearly the fastest."""
+    """Return the sizes of the widest tile that is nearly the fastest."""
     candidates = [block_sizes_of_width(width, num_weights) for width in sorted(widths, reverse=True)]
     best = min(map(estimate, candidates))
     return next(sizes for sizes in candidates if estimate(sizes) <= MIN_SPEEDUP * best)

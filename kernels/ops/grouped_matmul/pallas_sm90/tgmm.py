@@ -73,10 +73,10 @@ class TgmmTile(NamedTuple):
     """A tile of a group's gradient.
 
     Attributes:
-        group: The group.
-        dw_row, dw_column: Its first row and column.
-        row_start, row_end: The group's rows of x and dy.
-        first_step, num_steps: Its pipeline steps; tiles of empty groups have none.
+        group: the group.
+        dw_row, dw_column: its first row and column.
+        row_start, row_end: the group's rows of x and dy.
+        first_step, num_steps: its pipeline steps; tiles of empty groups have none.
     """
 
     group: Array
@@ -94,14 +94,14 @@ class TgmmTile(NamedTuple):
 
 
 def tgmm(x: Array, dy: Array, group_sizes: Array, config: Sm90GmmConfig, *, name: str = "grouped_matmul_dw") -> Array:
-    """Sums x_n^T dy_n over the rows n of each group.
+    """Sum x_n^T dy_n over the rows n of each group.
 
     Args:
         x: [N, M], rows sorted by group; M a multiple of 64.
         dy: [N, F]; F a multiple of 64.
         group_sizes: [E] int32.
-        config: See `Sm90GmmConfig`.
-        name: Name of the kernel.
+        config: see `Sm90GmmConfig`.
+        name: name of the kernel.
 
     Returns:
         [E, M, F] in x's dtype.
@@ -216,7 +216,7 @@ class TgmmKernel:
             pl.when(tile.dw_row + self.warpgroup * WARPGROUP_ROWS < self.M)(store_tile)
 
     def zero_other_groups(self, slot: Array, start: Array, end: Array) -> None:
-        """Zeroes the rows of a stage outside [start, end); each consumer zeroes its x and half of dy."""
+        """Zero the rows of a stage outside [start, end); each consumer zeroes its x and half of dy."""
         half = self.block_n // COMPUTE_WARPGROUPS
         dy_half = [
             self.smem.dy_smem.at[slot, :, pl.ds(self.warpgroup * half + n, CHUNK_COLUMNS)]

@@ -115,7 +115,7 @@ class GmmKernelStep:
         self.partial_sums_start = 0 if config.epilogue is None and not config.sum_products else self.opaque_zero
 
     def run(self) -> None:
-        """Multiplies the rows of this visit and writes the outputs."""
+        """Multiply the rows of this visit and write the outputs."""
         sizes = self.sizes
         for lanes_ref, row_vector_ref in zip(self.scratch.lanes, self.inputs.row_vectors, strict=True):
             for start, size in split_range(sizes.block_m, 128):
@@ -146,7 +146,7 @@ class GmmKernelStep:
         self.write_acc()
 
     def multiply_touched_chunks(self) -> None:
-        """Multiplies the chunks that have rows of this visit, then restores the rows of earlier groups.
+        """Multiply the chunks that have rows of this visit, then restore the rows of earlier groups.
 
         One instruction stream covers at most `max_chunks` of them.
         """
@@ -178,13 +178,13 @@ class GmmKernelStep:
             saved[rows] = ref[rows]
 
     def restore_rows(self, rows: Any, first: Any) -> None:
-        """Restores the rows of earlier groups. Rows of later groups are written again by their own visits."""
+        """Restore the rows of earlier groups. Rows of later groups are written again by their own visits."""
         is_earlier = index_lt(self.task.row_start - self.task.row - first, (rows.size, 1), 0)
         for ref, saved in zip(self.matrix_outs, self.scratch.saved_rows, strict=True):
             ref[rows] = jnp.where(is_earlier, saved[rows], mask_to_zero(ref[rows], self.has_rows))
 
     def write_acc(self) -> None:
-        """Writes the complete sums of a product without an epilogue to the output."""
+        """Write the complete sums of a product without an epilogue to the output."""
 
         def write_rows(rows: Any, _: Any) -> None:
             self.outs[0][rows] = self.scratch.acc[0][rows].astype(self.outs[0].dtype)
@@ -232,7 +232,7 @@ class GmmKernelStep:
             self.accumulate(tiles)
 
     def accumulate_partial_sums(self, tiles: Sequence[OutputTile]) -> None:
-        """Sums all terms but the last of each tile into VMEM."""
+        """Sum all terms but the last of each tile into VMEM."""
         for n, term in enumerate(self.terms[:-1]):
             for tile in tiles:
                 value, ref = self.partial_product(tile, term), tile.partial_sums
@@ -240,7 +240,7 @@ class GmmKernelStep:
                 ref[pl.ds(0, size)] = ref[pl.ds(self.partial_sums_start, size)] + value if n else value
 
     def multiply_leading_k_first(self, tiles: Sequence[OutputTile], row: Any, num_rows: int) -> None:
-        """Multiplies the leading part of the contraction of all rows, in the first columns, then the rest."""
+        """Multiply the leading part of the contraction of all rows, in the first columns, then the rest."""
         sizes, (partial_sums,) = self.sizes, self.scratch.partial_sums
         all_rows = pl.ds(hint_multiple_of(row, sizes.block_m_sub), num_rows)
         leading = ContractionSlice(0, pl.ds(0, sizes.leading_k))
@@ -254,7 +254,7 @@ class GmmKernelStep:
             self.apply_epilogue(tile, [partial_sums[pl.ds(self.opaque_zero + r, tile.rows.size)] + value])
 
     def accumulate(self, tiles: Sequence[OutputTile]) -> None:
-        """Adds this step's products to the sums; the last step applies the epilogue."""
+        """Add this step's products to the sums; the last step applies the epilogue."""
         for tile in tiles:
             for ref, value in zip(self.scratch.acc, self.products(tile._replace(partial_sums=None)), strict=True):
                 ref[tile.rows, tile.columns] += value
@@ -290,7 +290,7 @@ class GmmKernelStep:
     # --- outputs --------------------------------------------------------------------------------------------------
 
     def apply_epilogue(self, tile: OutputTile, values: Sequence[Array]) -> None:
-        """Applies the epilogue to the sums of one tile and writes its outputs."""
+        """Apply the epilogue to the sums of one tile and write its outputs."""
         if self.config.epilogue is not None:
             values = [*values, *(ref[tile.rows, tile.columns] for ref in self.inputs.matrices)]
             if self.masks_columns:

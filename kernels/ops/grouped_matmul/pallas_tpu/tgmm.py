@@ -94,7 +94,7 @@ def tgmm_kernel(
     sizes: block_sizes.GmmBlockSizes,
     visit_axis: int,
 ) -> None:
-    """Adds one tile of rows to the sums of its group."""
+    """Add one tile of rows to the sums of its group."""
     v = pl.program_id(visit_axis)
     is_group_start, task = tables.is_group_start[v] == 1, TileTask.load(tables, v, sizes.block_m)
     has_rows = task.row_start < task.row_end

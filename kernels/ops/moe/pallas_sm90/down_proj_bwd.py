@@ -89,7 +89,7 @@ def down_proj_bwd(
     *,
     name: str = "experts_dh",
 ) -> DownProjGrads:
-    """Returns the gradients of gate, up and the router's weights, and p h.
+    """Return the gradients of gate, up and the router's weights, and p h.
 
     Args:
         dy: [N, M], rows sorted by expert.
@@ -98,8 +98,8 @@ def down_proj_bwd(
         up: [N, F], from `up_proj`.
         router_weights: [N] float32, p.
         group_sizes: [E] int32.
-        config: See `Sm90GmmConfig`.
-        name: Name of the kernel.
+        config: see `Sm90GmmConfig`.
+        name: name of the kernel.
     """
     (N, M), (E, F, _), dtype = dy.shape, w_down.shape, dy.dtype
     widths = config.allowed_widths(*TILE_WIDTHS)
@@ -201,7 +201,7 @@ class DownProjBwdKernel:
             self.pipeline.skip(tile.first_step, tile.num_steps)
 
     def multiply_and_store(self, tile: GmmTile, rows: WarpgroupRows) -> None:
-        """Computes the rows of this consumer and stores them."""
+        """Compute the rows of this consumer and store them."""
         router_weight = gmm.load_row_values(self.gmem.router_weights, rows)
 
         def operands(_: Any, slot: Array) -> list[tuple[Any, Any]]:
@@ -217,7 +217,7 @@ class DownProjBwdKernel:
     def run_epilogue(
         self, tile: GmmTile, rows: WarpgroupRows, n: int, dh: Array, router_weight: Array, dp: Array
     ) -> Array:
-        """Stores the n-th chunk of dgate, dup and p h; returns dp with the features of that chunk added."""
+        """Store the n-th chunk of dgate, dup and p h; return dp with the features of that chunk added."""
         dh_chunk = dh[:, n * CHUNK_COLUMNS : (n + 1) * CHUNK_COLUMNS]
         gate, up = self.load_gate_and_up(tile.first_step + self.k_steps + n)
         values, dp_of_chunk = self.swiglu_bwd_of_chunk(tile, dh_chunk, gate, up, router_weight)
@@ -229,7 +229,7 @@ class DownProjBwdKernel:
         return dp + dp_of_chunk
 
     def load_gate_and_up(self, step: Array) -> tuple[Array, Array]:
-        """Loads 64 columns of gate and up in float32 and releases their stage."""
+        """Load 64 columns of gate and up in float32 and release their stage."""
         self.pipeline.consumer_wait(step)
         index = self.pipeline.slot(step), pl.ds(self.warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
         refs = self.smem.x_smem, self.smem.w_smem
@@ -241,7 +241,7 @@ class DownProjBwdKernel:
     def swiglu_bwd_of_chunk(
         self, tile: GmmTile, dh: Array, gate: Array, up: Array, router_weight: Array
     ) -> tuple[list[Array], Array]:
-        """Returns (dgate, dup, p h) and dp of 64 columns, half by half."""
+        """Return (dgate, dup, p h) and dp of 64 columns, half by half."""
         halves, dp_terms = [], []
         for n in range(0, CHUNK_COLUMNS, EPILOGUE_COLUMNS):
             half = (value[:, n : n + EPILOGUE_COLUMNS] for value in (dh, gate, up))
@@ -253,7 +253,7 @@ class DownProjBwdKernel:
         return values, jnp.sum(functools.reduce(jnp.add, dp_terms), axis=1)
 
     def swiglu_bwd(self, dh: Array, gate: Array, up: Array, router_weight: Array) -> tuple[tuple[Array, ...], Array]:
-        """Returns (dgate, dup, p h) in the output dtype, which takes half the registers, and the summands of dp."""
+        """Return (dgate, dup, p h) in the output dtype, which takes half the registers, and the summands of dp."""
         router_weight = lax.broadcast_in_dim(router_weight, dh.shape, [0])
         sigmoid_gate = sigmoid(gate)
         silu = gate * sigmoid_gate
@@ -262,11 +262,11 @@ class DownProjBwdKernel:
         return tuple(value.astype(self.gmem.dy.dtype) for value in values), dh * h
 
     def zeros(self, dh: Array, *_: Array) -> tuple[tuple[Array, ...], Array]:
-        """Returns values in the types of those of `swiglu_bwd`; never executed."""
+        """Return values in the types of those of `swiglu_bwd`; never executed."""
         return (jnp.zeros_like(dh, self.gmem.dy.dtype),) * 3, dh
 
     def store_dp_part(self, tile: GmmTile, dp: Array) -> None:
-        """Stores the sums over the columns of a tile."""
+        """Store the sums over the columns of a tile."""
         # The copy of the last tile's sums was complete before the first chunk of this one.
         self.smem.row_sums_smem[self.warpgroup] = dp
         plgpu.commit_smem()
@@ -277,7 +277,7 @@ class DownProjBwdKernel:
 
 
 def sigmoid(x: Array) -> Array:
-    """Returns 1 / (1 + exp(-x)): the quotient takes two instructions, where a division takes five.
+    """Return 1 / (1 + exp(-x)): the quotient takes two instructions, where a division takes five.
 
     `up_proj` does not use it: the assembler then adds two moves to the loop of products.
     """
@@ -285,7 +285,7 @@ def sigmoid(x: Array) -> Array:
 
 
 def gather_row_values(values: Array, metadata: GroupMetadata, N: int, E: int) -> Array:
-    """Returns [N], the value of each row among those of the tasks, [tasks, BLOCK_M]; 0 for unassigned rows."""
+    """Return [N], the value of each row among those of the tasks, [tasks, BLOCK_M]; 0 for unassigned rows."""
     in_use = jnp.arange(metadata.group.shape[0]) < metadata.count
     ends = jnp.where(in_use, jnp.minimum(metadata.row + BLOCK_M, metadata.row_end), N)
     n = jnp.arange(N)

@@ -68,16 +68,16 @@ def up_proj(
     save_residuals: bool,
     name: str = "experts_up",
 ) -> UpProjOutputs:
-    """Returns h and, with `save_residuals`, gate and up: [N, F] in x's dtype, zeros in unassigned rows.
+    """Return h and, with `save_residuals`, gate and up: [N, F] in x's dtype, zeros in unassigned rows.
 
     Args:
         x: [N, M], rows sorted by expert.
         w_gate: [E, M, F]; M and F multiples of 64.
         w_up: [E, M, F].
         group_sizes: [E] int32.
-        config: See `Sm90GmmConfig`.
-        save_residuals: Whether the backward pass needs gate and up.
-        name: Name of the kernel.
+        config: see `Sm90GmmConfig`.
+        save_residuals: whether the backward pass needs gate and up.
+        name: name of the kernel.
     """
     (N, M), (E, _, F) = x.shape, w_gate.shape
     widths = config.allowed_widths(*TILE_WIDTHS)
@@ -162,7 +162,7 @@ class UpProjKernel:
             self.pipeline.skip(tile.first_step, tile.num_steps)
 
     def multiply_and_store(self, tile: GmmTile, rows: WarpgroupRows) -> None:
-        """Computes the rows of this consumer and stores them."""
+        """Compute the rows of this consumer and store them."""
 
         def operands(_: Any, slot: Array) -> list[tuple[Any, Any]]:
             x = self.smem.x_smem.at[slot, pl.ds(self.warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)]
