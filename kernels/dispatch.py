@@ -106,10 +106,10 @@ def lazy(path: str) -> Callable[..., Any]:
     """Return a function that imports and calls the function at "package.module:function"."""
     module, _, function = path.partition(":")
 
-    def call(*args: Any, **options: Any) -> Any:
+    def import_and_call(*args: Any, **options: Any) -> Any:
         return getattr(importlib.import_module(module), function)(*args, **options)
 
-    return call
+    return import_and_call
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Shared by the attention kernels of TPUs and CPUs: what is known when they are traced, and one block of scores.
 
 A block has `block_q` queries of each of the G heads of one key head, packed to R = G block_q rows, against `block_kv`
-keys. Blocks are transposed, with keys down and queries across. Arrays hold them in subtiles: [B K, query subtiles, n,
-rows] for what belongs to queries, [B K, key subtiles, keys, D] for keys.
+keys. Blocks are transposed, with keys down and queries across. Arrays consist of subtiles: [B K, query
+subtiles, n, rows] along the queries, [B K, key subtiles, keys, D] along the keys.
 """
 
 from typing import NamedTuple, Protocol
@@ -20,7 +20,7 @@ NN, NT = ((1,), (0,)), ((1,), (1,))  # a b and a b^T
 
 
 class BlockSizes(Protocol):
-    """What the layout of the arrays depends on: queries, of each head, and keys per block, and a block's subtiles."""
+    """The sizes that determine the layout of the arrays: blocks and their subtiles."""
 
     @property
     def block_q(self) -> int:
@@ -38,7 +38,7 @@ class BlockSizes(Protocol):
 
 
 class AttentionConfig[Sizes: BlockSizes](NamedTuple):
-    """Everything known when a kernel is traced; T and S are the lengths without padding."""
+    """Static parameters of a kernel; T and S are the lengths without padding."""
 
     T: int
     S: int
@@ -56,7 +56,7 @@ class AttentionConfig[Sizes: BlockSizes](NamedTuple):
         return self.G * self.block_sizes.block_q // rows, self.block_sizes.block_kv // keys
 
     def block_schedule(self, kv_block_range: tuple[int, int] | None = None) -> BlockSchedule:
-        """List the visible blocks, of a range of key blocks or of all; see `make_block_schedule`."""
+        """List the visible blocks of a range of key blocks, or of all of them; see `make_block_schedule`."""
         return make_block_schedule(
             self.T,
             self.S,
@@ -85,8 +85,8 @@ class SegmentTables(NamedTuple):
 class ForwardResult(NamedTuple):
     """Results of a forward kernel; without residuals only `o`.
 
-    `m` and `inv_l` are the log-sum-exp of a row in two parts: one number would carry a rounding error to every p of the
-    row.
+    `m` and `inv_l` are the log-sum-exp of a row in two parts, because the rounding error of a single number would scale
+    every p of the row.
 
     Attributes:
         o: output [heads, query subtiles, D, rows].

@@ -78,8 +78,10 @@ def decode_attention(
     validation.check_scalars(scale=scale, softcap=softcap)
 
     cache = KVCache(cache_k, cache_v, length, *scales)
-    run = OPERATION.select(implementation, q, cache)
-    return run(q, k, v, cache, gate=gate, window=window, scale=D**-0.5 if scale is None else scale, softcap=softcap)
+    function = OPERATION.select(implementation, q, cache)
+    return function(
+        q, k, v, cache, gate=gate, window=window, scale=D**-0.5 if scale is None else scale, softcap=softcap
+    )
 
 
 def _check_scales(cache: KVCache, k: Array, v: Array) -> tuple[Array | None, Array | None]:

@@ -63,7 +63,7 @@ def quantize(x: Array, dtype: jnp.dtype) -> tuple[Array, Array | None]:
 
 
 def dequantize(x: Array, scale: Array | None, dtype: jnp.dtype) -> Array:
-    """Convert what `quantize` returned back to vectors [..., D] of `dtype`."""
+    """Convert the results of `quantize` back to vectors [..., D] of `dtype`."""
     if scale is None:
         return x.astype(dtype)
     return (x.astype(jnp.float32) * scale[..., None]).astype(dtype)
@@ -84,7 +84,7 @@ def write_slot(ring_buffer: Array, x: Array, slot: Array) -> Array:
 
 
 def append_token(cache: KVCache, k: Array, v: Array) -> KVCache:
-    """Write one token per sequence, k and v [B, K, D], to slot length % C and increments the length."""
+    """Write one token per sequence, k and v [B, K, D], to slot length % C and increment the length."""
     slot = cache.length % cache.k.shape[2]
     new_values = [*quantize(k, cache.k.dtype), *quantize(v, cache.v.dtype)]
     ring_buffers = (cache.k, cache.k_scale, cache.v, cache.v_scale)

@@ -42,10 +42,10 @@ def grouped_matmul(
     E, _, F = w.shape
     validation.check_shape("w", w, (E, x.shape[1], F))
     validation.check_shape("group_sizes", group_sizes, (E,))
-    run = OPERATION.select(implementation, x, w)
+    function = OPERATION.select(implementation, x, w)
     if 0 in (*x.shape, *w.shape):
         return jnp.zeros((x.shape[0], F), x.dtype)
-    return run(x, w, group_sizes.astype(jnp.int32))
+    return function(x, w, group_sizes.astype(jnp.int32))
 
 
 def _reference(*args: Any) -> Array:

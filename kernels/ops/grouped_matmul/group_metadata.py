@@ -23,7 +23,7 @@ class ForwardTables(NamedTuple):
     """The scalar-prefetched tables of a grouped matmul, one entry per task.
 
     Attributes:
-        group: index of the matrix; for unassigned rows that of the last one.
+        group: index of the matrix; for unassigned rows, that of the last group.
         tile: index of the tile of rows.
         row_start, row_end: the group's rows; for unassigned rows the range ends before it starts.
         covers_tile: 1 where the group's rows start at or before the tile and reach into its last chunk.
@@ -72,7 +72,7 @@ class GroupMetadata(NamedTuple):
     def forward_tables(self, block_m: int, block_m_sub: int, E: int) -> ForwardTables:
         """Return the tables of tiles at multiples of `block_m`, in chunks of `block_m_sub` rows.
 
-        What a step computes from them is on its critical path, so they are prepared here.
+        A kernel step would compute them on its critical path, so they are prepared here.
         """
         row_end = jnp.where(self.group < E, self.row_end, 0)
         covers_tile = (self.row_start <= self.row) & (self.row + (block_m - block_m_sub) < row_end)
@@ -141,7 +141,7 @@ def make_group_metadata(
     task = jnp.arange(-(-N // block_m) + E, dtype=jnp.int32)
     group = jnp.minimum(jnp.sum(task_ends <= task[:, None], axis=1, dtype=jnp.int32), E)
     row = first_row[group] + (task - (task_ends - tiles)[group]) * block_m
-    # Move a tile that would reach past the end back as far as it must; a group that ends before has no row in it.
+    # A tile that would reach past the end starts earlier instead; a group that ends before it has no row in it.
     row = jnp.minimum(row, (-(-N // align) - 1) * align)
     return GroupMetadata(task_ends[-1], group, row, starts[group], ends[group])
 

@@ -1,4 +1,4 @@
-"""XLA's own grouped matmul, with zeros in the unassigned rows."""
+"""XLA's grouped matmul, with zeros in the unassigned rows."""
 
 import jax
 import jax.numpy as jnp

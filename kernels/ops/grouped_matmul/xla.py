@@ -147,7 +147,7 @@ _grouped_matmul_cpu.defvjp(_grouped_matmul_cpu_fwd, _grouped_matmul_cpu_bwd)
 
 
 def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
-    """See `dantinox.kernels.grouped_matmul`; arguments are checked there."""
+    """See `dantinox.kernels.grouped_matmul`, which checks the arguments."""
     return call_for_platform(x, w, group_sizes, cpu=_grouped_matmul_cpu, default=zeroed_ragged_dot)
 
 

@@ -63,10 +63,10 @@ def moe_mlp(
         raise ValueError(f"w_gate has shape {w_gate.shape}; allowed: 1 expert or more")
     if k < 1:
         raise ValueError(f"expert_ids has shape {expert_ids.shape}; allowed: 1 expert per token or more")
-    run = OPERATION.select(implementation, x, w_gate)
+    function = OPERATION.select(implementation, x, w_gate)
     if 0 in (N, M, F):
         return jnp.zeros_like(x)
-    return run(x, w_gate, w_up, w_down, expert_ids, expert_weights)
+    return function(x, w_gate, w_up, w_down, expert_ids, expert_weights)
 
 
 def _reference(*args: Any) -> Array:

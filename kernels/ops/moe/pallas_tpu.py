@@ -1,4 +1,4 @@
-"""The products of the mixture of experts on a TPU, by the kernels of the grouped matmul."""
+"""The products of the mixture of experts on a TPU, by the kernels of grouped matmul."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Sorting rows by expert, and back into the order of the tokens."""
+"""Sorting of rows by expert, and back to the order of the tokens."""
 
 import functools
 from typing import NamedTuple

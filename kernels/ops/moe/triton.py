@@ -48,7 +48,7 @@ def permute_kernel(
     TILE_COLUMNS: tl.constexpr,
     rows,
 ):
-    """rows[r] = x[permutation[r] // K], times scale[permutation[r]] where SCALED."""
+    """Compute rows[r] = x[permutation[r] // K], times scale[permutation[r]] if SCALED."""
     r = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     m = tl.program_id(1) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     routed_row = tl.load(permutation + r, mask=r < N_ROWS, other=0)
@@ -73,7 +73,7 @@ def combine_kernel(
     TILE_COLUMNS: tl.constexpr,
     out,
 ):
-    """out[n] = sum_j rows[inverse_permutation[n, j]], each times weights[n, j] where SCALED; in the order of j."""
+    """Compute out[n] = sum_j rows[inverse_permutation[n, j]], times weights[n, j] if SCALED, in the order of j."""
     n = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     m = tl.program_id(1) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     in_bounds = (n < TOKENS)[:, None] & (m < WIDTH)[None, :]
@@ -99,13 +99,13 @@ def router_weight_grad_kernel(
     TILE_COLUMNS: tl.constexpr,
     dweights,
 ):
-    """dweights[n, j] = the inner product of dout[n] and rows[inverse_permutation[n, j]]."""
+    """Compute dweights[n, j], the inner product of dout[n] and rows[inverse_permutation[n, j]]."""
     n = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     j = tl.program_id(1)
     r = tl.load(inverse_permutation + n * K + j, mask=n < TOKENS, other=0).to(tl.int64)
     total = tl.zeros((TILE_ROWS, TILE_COLUMNS), tl.float32)
-    for first in range(0, WIDTH, TILE_COLUMNS):
-        m = first + tl.arange(0, TILE_COLUMNS)
+    for first_column in range(0, WIDTH, TILE_COLUMNS):
+        m = first_column + tl.arange(0, TILE_COLUMNS)
         in_bounds = (n < TOKENS)[:, None] & (m < WIDTH)[None, :]
         a = tl.load(dout + n.to(tl.int64)[:, None] * WIDTH + m[None, :], mask=in_bounds, other=0.0)
         b = tl.load(rows + r[:, None] * WIDTH + m[None, :], mask=in_bounds, other=0.0)
@@ -188,7 +188,7 @@ combine.defvjp(_combine_fwd, _combine_bwd)
 
 
 def moe_mlp(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array) -> Array:
-    """See `dantinox.kernels.moe_mlp`; arguments are checked there."""
+    """See `dantinox.kernels.moe_mlp`, which checks the arguments."""
     permutation, inverse_permutation, group_sizes = sort_by_expert(expert_ids, w_gate.shape[0])
     inverse_permutation = inverse_permutation.reshape(expert_ids.shape)
     rows = permute(x, permutation, inverse_permutation)

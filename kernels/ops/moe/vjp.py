@@ -1,4 +1,4 @@
-"""The mixture of experts with its derivative, for every backend that has kernels for its products.
+"""The mixture of experts with its derivative, for every backend with kernels for its products.
 
 The rows are sorted by expert, stably. p is the router's weight of a row.
 
@@ -11,7 +11,7 @@ The rows are sorted by expert, stably. p is the router's weight of a row.
                dw_down = (p h)^T dy
 
 gate and up are residuals, in x's dtype: in bfloat16, 8 bytes written and read per hidden feature of a row against 4 M
-FLOPs to recompute them. An accelerator with 240 to 560 FLOPs per byte is faster keeping them from M = 480 to 1150 on,
+FLOPs to recompute them. Keeping them is faster from M = 480 on at 240 FLOPs per byte and from M = 1150 on at 560,
 and experts are wider. h is recomputed from them, and the sorted rows of x and dy are gathered again, because they are k
 times as large as x. Because y's rows are scaled by p, the gradient of p needs h, which is available, and not the rows
 of h w_down, which would have to be kept.

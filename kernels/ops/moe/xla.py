@@ -214,7 +214,7 @@ _moe_single_rows_cpu.defvjp(_moe_single_rows_cpu_fwd, _moe_single_rows_cpu_bwd)
 
 
 def moe_mlp(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array) -> Array:
-    """See `dantinox.kernels.moe_mlp`; arguments are checked there."""
+    """See `dantinox.kernels.moe_mlp`, which checks the arguments."""
     args = (x, w_gate, w_up, w_down, expert_ids, expert_weights)
     if expert_ids.size <= MAX_SINGLE_ROWS:
         return call_for_platform(*args, cpu=_moe_single_rows_cpu, default=_moe_sorted)
@@ -222,7 +222,7 @@ def moe_mlp(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Arr
 
 
 def _moe_sorted(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array) -> Array:
-    """Sort the N * k routed rows by expert, runs the experts, unsorts their outputs and sums them by token."""
+    """Sort the N * k routed rows by expert, run the experts, unsort their outputs and sum them by token."""
     N, k = expert_ids.shape
     permutation, inverse_permutation, group_sizes = sort_by_expert(expert_ids, w_gate.shape[0])
     rows = _gather_rows(x, permutation // k, inverse_permutation.reshape(N, k))

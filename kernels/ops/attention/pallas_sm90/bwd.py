@@ -2,8 +2,8 @@
 
 Math      s = q k^T scale, or softcap tanh(q k^T scale / softcap);  p = 2^(s log2(e) - lse);  dv = p^T do
           ds = p (do v^T - delta), with a soft cap times 1 - (s / softcap)^2;  dq = scale ds k;  dk = scale ds^T q
-Tiling    A thread block owns 128 queries (dq) or keys (dk, dv), 64 per consumer warpgroup, and loops over the blocks
-          that they see; the producer warpgroup loads the next ones meanwhile:
+Tiling    A thread block owns 128 queries (dq) or keys (dk, dv), 64 per consumer warpgroup, and loops over the visible
+          blocks, while the producer warpgroup loads the next ones:
 
               keys ->                          keys ->
               128 queries  ▞ ░ ░ ░ ░           ▞ ░ ░ ░ ░

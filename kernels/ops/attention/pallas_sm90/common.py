@@ -1,5 +1,7 @@
-"""Shared by the Hopper attention kernels: configuration, block sizes, block ranges, masks, soft cap and SMEM."""
+"""Configuration, block sizes, block ranges, masks, soft cap and SMEM of the Hopper attention kernels."""
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -39,12 +41,12 @@ class Sm90AttentionConfig(NamedTuple):
 
 
 class BwdBlockSizes(NamedTuple):
-    """Sizes of the blocks that the backward loops step over, and how many stages are loaded ahead."""
+    """Block sizes of the backward loops and the number of stages of their pipelines."""
 
-    block_kv: int  # of dq's loop
+    block_kv: int  # of the loop for dq
     k_stages: int
     v_stages: int  # v is released before k is
-    block_q: int  # of the loop of dk and dv
+    block_q: int  # of the loop for dk and dv
     q_stages: int
 
 
@@ -66,7 +68,7 @@ class BwdInputs(NamedTuple):
     delta: Any
     q_ids: Any = None
     kv_ids: Any = None
-    segment_ranges: Any = None  # a `SegmentRange` per block of rows, of the blocks that its kernel loops over
+    segment_ranges: Any = None  # per block of rows, the `SegmentRange` of the blocks to loop over
 
 
 def split_refs(refs: Sequence[Ref], *types: type[NamedTuple]) -> list[Any]:
@@ -98,7 +100,7 @@ class KvBlockRange(NamedTuple):
 
 
 def visible_kv_range(q_start: Array, rows: int, block_kv: int, config: Sm90AttentionConfig) -> KvBlockRange:
-    """Return the key blocks that queries q_start .. q_start + rows see; those past T see none."""
+    """Return the key blocks that queries q_start to q_start + rows - 1 see; those past T see none."""
 
     def block_of(key: Array) -> Array:
         return lax.div(lax.max(key, jnp.int32(0)), jnp.int32(block_kv))
@@ -118,7 +120,7 @@ def visible_kv_range(q_start: Array, rows: int, block_kv: int, config: Sm90Atten
 
 
 def visible_kv_blocks(q_start: Array, config: Sm90AttentionConfig, block_kv: int) -> tuple[Array, Array]:
-    """Return (first, number) of the key blocks that a query of [q_start, q_start + BLOCK_ROWS) sees."""
+    """Return (first block, count) of the key blocks that queries [q_start, q_start + BLOCK_ROWS) see."""
     S, offset = config.S, config.S - config.T
     start, end = jnp.int32(0), jnp.int32(pl.cdiv(S, block_kv))
     if config.causal:
@@ -130,7 +132,7 @@ def visible_kv_blocks(q_start: Array, config: Sm90AttentionConfig, block_kv: int
 
 
 def visible_q_blocks(kv_start: Array, rows: int, config: Sm90AttentionConfig, block_q: int) -> tuple[Array, Array]:
-    """Return (first, number) of the query blocks that see a key of [kv_start, kv_start + rows)."""
+    """Return (first block, count) of the query blocks that see a key of [kv_start, kv_start + rows)."""
     T, offset = config.T, config.S - config.T
     start, end = jnp.int32(0), jnp.int32(pl.cdiv(T, block_q))
     if config.causal:
@@ -159,7 +161,7 @@ class SegmentRange(NamedTuple):
         return cls(*(segment_ranges[batch, block, n] for n in range(4)))
 
     def clamp(self, first: Array, steps: Array) -> tuple[Array, Array]:
-        """Return (first, number) of the given blocks in the range; if none is, the first is still one of them."""
+        """Limit (first block, count) to the range; if no block is in the range, keep the first within the blocks."""
         start = lax.clamp(first, self.start, jnp.maximum(first + steps - 1, first))
         return start, jnp.minimum(first + steps, self.end) - start
 
@@ -179,7 +181,7 @@ def per_column(x: Array, rows: int) -> Array:
 
 
 def iota(size: int, layout: Any) -> Array:
-    """Return the number of each row (ROW_LAYOUT) or column (COL_LAYOUT)."""
+    """Return the index of each row (ROW_LAYOUT) or column (COL_LAYOUT)."""
     return plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
 
 
@@ -224,7 +226,7 @@ def apply_mask(
 
     def keep_visible() -> list[Array]:
         # The mask compares eight columns: in the next eight, the values of a thread differ by a constant, which goes
-        # into the comparison. Numbers of all columns would stay in registers from block to block.
+        # into the comparison. Indices of all columns would stay in registers from block to block.
         row, conditions = iota(rows, ROW_LAYOUT), []
         if config.causal:
             column = per_column(iota(8, COL_LAYOUT), rows)
@@ -234,7 +236,7 @@ def apply_mask(
             if config.window is not None:
                 conditions.append(jnp.concatenate([offset < config.window + n for n in shifts], axis=1))
         if load_ids is not None:
-            if not config.causal:  # always true: Mosaic infers the layout of the ids from values made here
+            if not config.causal:  # always true: Mosaic infers the layout of the ids from the iotas
                 conditions.append(per_column(iota(columns, COL_LAYOUT), rows) <= per_row(row + FAR_FUTURE, columns))
             row_ids, column_ids = load_ids()
             conditions.append(per_row(row_ids, columns) == per_column(column_ids, rows))
@@ -245,20 +247,17 @@ def apply_mask(
 
 
 def _all_of(conditions: list[Array]) -> Array:
-    first, *rest = conditions
-    for other in rest:
-        first = first & other
-    return first
+    return functools.reduce(operator.and_, conditions)
 
 
 def softcap_tanh(qk: Array, config: Sm90AttentionConfig) -> Array:
     """Return tanh(scale qk / softcap) in float32; a score is softcap times as large.
 
-    The hardware's tanh takes one instruction where this takes two, and is good to 2^-11 of a score. That is enough for
-    an output, but weights made of exact scores and of a log-sum-exp of approximate ones do not add up to one. In
-    float16, with a cap of 50 and scores near it, the gradients then miss the tolerance of the tests.
+    The hardware's tanh takes one instruction instead of two, with a relative error of 2^-11. The output tolerates that
+    error, but weights from exact scores and a log-sum-exp of approximate scores do not sum to one: in float16, with a
+    cap of 50 and scores near it, the gradients exceed the tolerance of the tests.
     """
-    # Large products: 2^x is infinite, and the quotient 0.
+    # For large products 2^x is infinite and the quotient is 0.
     return 1.0 - 2.0 / (jnp.exp2(qk * (2 * LOG2E * config.scale / config.softcap)) + 1.0)
 
 
@@ -271,20 +270,20 @@ def softmax_weights(qk: Array, lse: Array, config: Sm90AttentionConfig) -> tuple
 
 
 def wgmma_smem(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory in the layout that wgmma reads."""
+    """Return the type of shared memory in the layout that wgmma reads."""
     columns = 128 // jnp.dtype(dtype).itemsize
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
 
 
 def interpret_operand_smem(columns: int, dtype: Any, config: Sm90AttentionConfig) -> Any:
-    """Shared memory for a left operand: interpreted, wgmma reads no operand from registers. None when compiled."""
+    """Return shared memory for a left operand, which interpreted wgmma needs, or None when compiled."""
     if config.interpret is None:
         return None
     return wgmma_smem((COMPUTE_WARPGROUPS, WARPGROUP_ROWS, columns), dtype)
 
 
 def wgmma_accumulate(acc: Ref, a: Array, b: Ref, operand_smem: Ref | None) -> None:
-    """Start an asynchronous wgmma: acc += a @ b."""
+    """Start the asynchronous wgmma acc += a @ b."""
     if operand_smem is None:
         plgpu.wgmma(acc, a, b)
     else:

@@ -12,18 +12,18 @@ Tiling    The grid is (H, query blocks, B), one thread block each; a query block
               (next block)   ░    ░    ▞    █    ▞       ░ neither loaded nor computed
 
           The producer loads q once, then K and V blocks by TMA into ring buffers of stages. Each stage has a full and
-          an empty barrier, and K and V have their own: the next K is loaded while V is still in use. The gate comes
-          last, in place of one more block of the K ring.
+          an empty barrier, and K and V have their own: the next K is loaded while V is still in use. The gate is
+          loaded last, into the stages of the K blocks that would follow.
 
               warpgroup 0    q k^T ....softmax....  p v, q k^T ....softmax....
-              warpgroup 1          q k^T ....softmax....       p v, q k^T ...    one of them feeds the tensor cores
+              warpgroup 1          q k^T ....softmax....       p v, q k^T ...    one of them multiplies
 
 State     Per warpgroup m and l [block_q] and the output [block_q, D], in float32 registers.
 Traffic   Reads q and gate and writes o once; reads K and V once per query block and head. The heads of a group run at
           the same time, so most of K and V comes from L2. 4 D FLOPs per visible pair.
-Limits    bfloat16, float16; D 64, 128, 256; `vjp.attention` rejects the rest. T and S here are those of the arrays,
-          multiples of 8; the config has the true ones. Segment ids in any order; where they ascend, blocks of other
-          segments are skipped like those outside the window, and blocks of one segment apply no segment mask.
+Limits    bfloat16, float16; D 64, 128, 256; `vjp.attention` rejects the rest. T and S of the arrays are
+          multiples of 8; the config has the lengths before padding. Segment ids in any order; where they ascend, blocks
+          of other segments are skipped like those outside the window, and blocks of one segment apply no segment mask.
 Source    Shah et al., FlashAttention-3 (arXiv:2407.08608), for the ping-pong schedule of the two warpgroups.
 """
 

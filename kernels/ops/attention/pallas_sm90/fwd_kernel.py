@@ -36,7 +36,7 @@ STORE_COLUMNS = 128  # columns of the output that are gated and stored at a time
 
 
 class FwdBlockSizes(NamedTuple):
-    """Queries per warpgroup, keys per block, stages of the K and V rings (a power of two)."""
+    """Queries per warpgroup, keys per block, stages of the K and V ring buffers (a power of two)."""
 
     block_q: int
     block_kv: int
@@ -60,7 +60,7 @@ class FwdInputs(NamedTuple):
 
 
 class FwdOutputs(NamedTuple):
-    """Outputs of the kernel, in global memory; only o where no gradient is wanted."""
+    """Outputs of the kernel, in global memory; without gradients only o."""
 
     o: Any  # [B, T, H, D]
     lse: Any = None  # [B, H, T], to the base 2
@@ -94,12 +94,12 @@ class ForwardKernel:
         self.interpreted = config.interpret is not None
 
     def run(self) -> None:
-        """Run the role of this warpgroup."""
+        """Run the role of this warpgroup: producer or consumer."""
         wg = lax.axis_index("warpgroup")
         pl.when(wg < COMPUTE_WARPGROUPS)(functools.partial(self.consumer, wg))
         pl.when(wg == COMPUTE_WARPGROUPS)(self.producer)
 
-    # Computed where they are used: values that are live throughout occupy registers that other values need.
+    # Properties, computed where they are used: values that are live throughout occupy registers that others need.
 
     @property
     def batch(self) -> Array:
@@ -113,7 +113,7 @@ class ForwardKernel:
 
     @property
     def q_start(self) -> Array:
-        """The first query of the block."""
+        """First query of the block."""
         block = lax.axis_index("tile")
         if self.config.causal:  # the longest blocks start first, so that none runs alone at the end
             block = lax.axis_size("tile") - 1 - block
@@ -121,7 +121,7 @@ class ForwardKernel:
 
     @property
     def kv_block_range(self) -> KvBlockRange:
-        """The key blocks that are loaded: all that either warpgroup sees."""
+        """Key blocks to load: all that either warpgroup sees."""
         rows = COMPUTE_WARPGROUPS * self.sizes.block_q
         visible = visible_kv_range(self.q_start, rows, self.sizes.block_kv, self.config)
         if self.gmem.segment_ranges is None:
@@ -131,12 +131,12 @@ class ForwardKernel:
         return visible.intersect(KvBlockRange(start, first.interior_start, first.interior_end, end))
 
     def segment_kv_range(self, wg: Index) -> KvBlockRange:
-        """Load the key blocks that may share a segment with the queries of a warpgroup; the interior is all theirs."""
+        """Load the range of key blocks that may share a segment with a warpgroup's queries."""
         block = lax.div(self.q_start, jnp.int32(self.sizes.block_q)) + wg
         return KvBlockRange(*(self.gmem.segment_ranges[self.batch, block, n] for n in range(4)))
 
     def slot(self, kv_block: Array) -> Array:
-        """Return the stage of a key block in its ring."""
+        """Return the stage of a key block."""
         return kv_block & (self.sizes.stages - 1)
 
     def q_rows(self, ref: Ref, wg: Index) -> Ref:
@@ -206,11 +206,11 @@ class ForwardKernel:
         q_start = self.q_start + wg * block_q
 
         def ranges() -> tuple[KvBlockRange, KvBlockRange]:
-            """Return those of the block and of this warpgroup; computed per loop, since registers are scarce."""
-            block, visible = self.kv_block_range, visible_kv_range(q_start, block_q, block_kv, self.config)
+            """Return the ranges of the block and of this warpgroup; computed per loop, since registers are scarce."""
+            block_range, visible = self.kv_block_range, visible_kv_range(q_start, block_q, block_kv, self.config)
             if self.gmem.segment_ranges is not None:
                 visible = visible.intersect(self.segment_kv_range(wg))
-            return block, KvBlockRange(*(lax.clamp(block.start, x, block.end) for x in visible))
+            return block_range, KvBlockRange(*(lax.clamp(block_range.start, x, block_range.end) for x in visible))
 
         def full(value: float) -> Array:
             return plgpu.layout_cast(jnp.full((block_q,), value, jnp.float32), ROW_LAYOUT)
@@ -224,18 +224,20 @@ class ForwardKernel:
         acc = plgpu.layout_cast(jnp.zeros((block_q, D), jnp.float32), plgpu.Layout.WGMMA)
         carry = acc, full(M_INIT), full(0.0)
         plgpu.barrier_wait(smem.q_full.at[wg])
-        block, own = ranges()
-        self.wait_k_full(block.start, block.end)
+        block_range, wg_range = ranges()
+        self.wait_k_full(block_range.start, block_range.end)
         wait_when(wg == 1, smem.schedule_barrier, wg)
         if self.config.window is not None or self.gmem.segment_ranges is not None:
-            lax.fori_loop(block.start, own.start, skip(block.end), None)
-            carry = lax.fori_loop(own.start, own.interior_start, step(block.end, masked=True), carry)
-        block, own = ranges()
-        carry = lax.fori_loop(own.interior_start, own.interior_end, step(block.end, masked=False), carry)
-        block, own = ranges()
-        carry = lax.fori_loop(own.interior_end, own.end, step(block.end, masked=True), carry)
-        block, own = ranges()
-        lax.fori_loop(own.end, block.end, skip(block.end), None)
+            lax.fori_loop(block_range.start, wg_range.start, skip(block_range.end), None)
+            carry = lax.fori_loop(wg_range.start, wg_range.interior_start, step(block_range.end, masked=True), carry)
+        block_range, wg_range = ranges()
+        carry = lax.fori_loop(
+            wg_range.interior_start, wg_range.interior_end, step(block_range.end, masked=False), carry
+        )
+        block_range, wg_range = ranges()
+        carry = lax.fori_loop(wg_range.interior_end, wg_range.end, step(block_range.end, masked=True), carry)
+        block_range, wg_range = ranges()
+        lax.fori_loop(wg_range.end, block_range.end, skip(block_range.end), None)
 
         @pl.when(wg == 0)
         def end_turn() -> None:
@@ -244,7 +246,7 @@ class ForwardKernel:
         self.epilogue(wg, *carry)
 
     def skip_block(self, wg: Array, end: Array, kv_block: Array, _: None) -> None:
-        """Keep the turns and the barriers going for a key block that only the other warpgroup sees."""
+        """Arrive at the barriers for a key block that only the other warpgroup sees."""
         smem, slot = self.smem, self.slot(kv_block)
         plgpu.barrier_arrive(smem.schedule_barrier.at[1 - wg])
         plgpu.barrier_arrive(smem.k_empty.at[slot])
@@ -292,7 +294,7 @@ class ForwardKernel:
         l = l * decay + jnp.sum(p, axis=1)
         acc = acc * per_row(decay, acc.shape[1])
         p = p.astype(self.gmem.v.dtype)
-        if not self.interpreted:  # for LLVM; ptxas 13.5 does the exponentials before the turn, scales acc after it
+        if not self.interpreted:  # orders the work before the turn for LLVM; ptxas 13.5 still scales acc after it
             acc, m_next, l, p = lax.optimization_barrier((acc, m_next, l, p))
         plgpu.barrier_wait(smem.v_full.at[slot])
         plgpu.barrier_wait(smem.schedule_barrier.at[wg])
@@ -301,17 +303,16 @@ class ForwardKernel:
         return acc, m_next, l
 
     def visible(self, shape: tuple[int, int], q_start: Array, kv_block: Array, wg: Array, slot: Array) -> Array:
-        """Return which pairs of the queries from `q_start` on and the keys of a block are visible."""
+        """Return a mask of the visible pairs of the queries from `q_start` on and the keys of a block."""
         config, (rows, columns) = self.config, shape
         if config.causal:
-            # Numbers per row and per column, not per pair: the compiler would keep those in registers across blocks.
-            # The last key of this block that a row sees:
-            last = iota(rows, ROW_LAYOUT) + (q_start + config.S - config.T - kv_block * self.sizes.block_kv)
+            # Indices per row and per column: the compiler would keep indices per pair in registers across blocks.
+            last_key = iota(rows, ROW_LAYOUT) + (q_start + config.S - config.T - kv_block * self.sizes.block_kv)
             column = iota(columns, COL_LAYOUT)
             if config.window is None:
-                visible = per_column(column, rows) <= per_row(last, columns)
+                visible = per_column(column, rows) <= per_row(last_key, columns)
             else:  # as unsigned numbers, negative distances are longer than any window
-                distance = per_row(last, columns) - per_column(column, rows)
+                distance = per_row(last_key, columns) - per_column(column, rows)
                 visible = distance.astype(jnp.uint32) < jnp.uint32(config.window)
         else:
             key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
@@ -324,13 +325,13 @@ class ForwardKernel:
             visible &= per_row(q_ids, columns) == per_column(kv_ids, rows)
         return visible
 
-    # The interpreter has no tensor core for these products: it multiplies values, loaded where the tensor core reads.
+    # The interpreter has no wgmma, so it loads the operands from SMEM and multiplies values.
 
     def qk(self, q: Ref, k: Ref, meanwhile: Callable[[], None]) -> Array:
         """Return q k^T in float32; call `meanwhile` once the wgmma has started."""
         if self.interpreted:
             s = lax.dot_general(q[...], k[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-            plgpu.commit_smem()  # a tensor core would have read through the proxy that TMA writes by
+            plgpu.commit_smem()  # the loads used the generic proxy, and TMA writes through the async proxy
             meanwhile()
             return s
 
@@ -378,7 +379,7 @@ class ForwardKernel:
         plgpu.wait_smem_to_gmem(0)
 
     def apply_gate(self, wg: Array, o: Array, columns: slice) -> Array:
-        """Multiply some columns of the output by the sigmoid of their gate, if there is one per element."""
+        """Multiply columns of the output by the sigmoid of the gate, if it has one logit per element."""
         if self.gmem.gate is None:
             return o
         gate_block, rows = self.gate_stage(wg)

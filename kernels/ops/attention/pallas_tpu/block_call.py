@@ -32,14 +32,14 @@ class Operand(NamedTuple):
 
 
 class Output(NamedTuple):
-    """An output of a kernel: shape and dtype, and how the grid writes it."""
+    """Shape and dtype of an output of a kernel, and how the grid writes it."""
 
     shape: jax.ShapeDtypeStruct
     spec: pl.BlockSpec
 
 
 class ScratchShape(NamedTuple):
-    """Scratch memory: shape, without the axis of heads, and dtype."""
+    """Shape, without the axis of heads, and dtype of scratch memory."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -48,7 +48,7 @@ class ScratchShape(NamedTuple):
 def block_spec(
     config: AttentionConfig[TpuBlockSizes], follows: Literal["q", "kv"], *subtile: int, first_block: int = 0
 ) -> pl.BlockSpec:
-    """Spec of a block of an array [heads, subtiles, *subtile] that follows the query or the key block.
+    """Return the spec of a block of an array [heads, subtiles, *subtile] that follows the query or key block.
 
     Index maps take (head, step) and the tables; the array begins with block `first_block`.
     """

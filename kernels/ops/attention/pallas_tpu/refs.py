@@ -1,4 +1,4 @@
-"""How the attention kernels on TPU read and write subtiles."""
+"""References to blocks of the TPU attention kernels, read and written by subtile."""
 
 import math
 from typing import Any
@@ -17,7 +17,7 @@ class BlockRef:
 
     @property
     def subtile_size(self) -> int:
-        """Elements of a subtile."""
+        """Number of elements of a subtile."""
         return math.prod(self.ref.shape[-2:])
 
     def load(self, *subtile: Any) -> Array:

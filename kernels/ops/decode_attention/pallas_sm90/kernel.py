@@ -52,7 +52,7 @@ M_INIT = -1e30  # below every real score, in units of log2
 ROW_LAYOUT, COL_LAYOUT = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 BLOCK_H = 64  # rows of a wgmma; the query heads of one KV head are the first of them
 TMA_ROWS = 8  # rows of a TMA tile
-STAGES = {64: (4, 4), 128: (3, 2), 256: (3, 3)}  # by D, of keys and of values: they fit `RESIDENT_BLOCKS`
+STAGES = {64: (4, 4), 128: (3, 2), 256: (3, 3)}  # by D, for keys and values; `RESIDENT_BLOCKS` assumes these
 INSERT_COLUMNS = 64  # columns held in registers at once while the new token is inserted
 
 
@@ -90,7 +90,7 @@ class CacheRefs(NamedTuple):
         blocks: [stages, BLOCK_KV, D] in SMEM.
         full: one barrier per stage.
         new_kv: key and value of the new token, [2, D] in SMEM.
-        index: which of the two is the new token of this cache.
+        index: index of this cache in new_kv: 0 for keys, 1 for values.
     """
 
     ring_buffer: Ref
@@ -184,7 +184,7 @@ def _attend_in_splits(
     scratch_types = SplitScratch(
         k_full=plgpu.Barrier(num_barriers=k_stages),
         k_smem=swizzled_smem((k_stages, BLOCK_KV, D), q.dtype),
-        # The output is assembled where the values were.
+        # The output reuses the memory of the values.
         v_or_out_smem=plgpu.RefUnion(
             [swizzled_smem((v_stages, BLOCK_KV, D), q.dtype)],
             [swizzled_smem((BLOCK_H, D), jnp.float32), plgpu.SMEM((BLOCK_H,), jnp.float32)],
@@ -243,7 +243,7 @@ def broadcast_rows(x: Array, shape: tuple[int, ...]) -> Array:
 
 
 class SplitKernel(NamedTuple):
-    """One thread block: one split of one sequence and KV head."""
+    """One thread block, which processes one split of one sequence and KV head."""
 
     refs: SplitRefs
     keys: CacheRefs
@@ -268,11 +268,11 @@ class SplitKernel(NamedTuple):
         plgpu.wait_smem_to_gmem(0)
 
     def ring_block(self, i: Any) -> Any:
-        """Index in the ring buffer of the i-th visited block."""
+        """Return the index in the ring buffer of the i-th visited block."""
         return lax.rem(self.block_range.first + i, jnp.int32(-(-self.config.C // BLOCK_KV)))
 
     def stage(self, cache: CacheRefs, i: Any) -> Any:
-        """SMEM stage of the i-th visited block."""
+        """Return the SMEM stage of the i-th visited block."""
         return lax.rem(i - self.block_range.start, jnp.int32(cache.num_stages))
 
     def load(self, cache: CacheRefs, i: Any) -> None:
@@ -345,18 +345,18 @@ class SplitKernel(NamedTuple):
         return acc, m_new, l
 
     def slots(self, shape: tuple[int, int], axis: int, first_slot: Any) -> Array:
-        """Slot indices along one axis of a block that begins at `first_slot`."""
+        """Return the slot indices along one axis of a block that begins at `first_slot`."""
         return first_slot + plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
     def visible_slots(self, shape: tuple[int, int], axis: int, first_slot: Any) -> Array:
-        """Mask of the slots of a block that hold visible tokens, the new one included."""
+        """Return a mask of the slots of a block that hold visible tokens, the new one included."""
         slots = self.slots(shape, axis, first_slot)
         age = self.block_range.slot - slots
         age = jnp.where(age < 0, age + self.config.C, age)
         return (age < self.block_range.num_visible) & (slots < self.config.C)
 
     def insert_new_token(self, cache: CacheRefs, stage: Any, first_slot: Any) -> None:
-        """Write the new token into a block in SMEM; zero invisible values, which may be NaN."""
+        """Write the new token into a block in SMEM and zero invisible values, which may be NaN."""
         for start in range(0, cache.blocks.shape[-1], INSERT_COLUMNS):
             columns = slice(start, start + INSERT_COLUMNS)
             x = plgpu.load(cache.blocks.at[stage, :, columns], layout=plgpu.Layout.WGMMA)
@@ -368,18 +368,18 @@ class SplitKernel(NamedTuple):
         plgpu.commit_smem()
 
     def store_new_token(self) -> None:
-        """Store the new token in its slot of the ring buffers, whose block has already been read."""
+        """Store the new token in its slot of the ring buffers, after the load of its block."""
         for cache in (self.keys, self.values):
             slot = cache.ring_buffer.at[self.batch, self.kv_head, self.block_range.slot]
             plgpu.copy_smem_to_gmem(cache.new_token, slot)
 
-    # The interpreter has no wgmma: it multiplies values, read where the tensor core would read them.
+    # The interpreter has no wgmma, so it loads the operands from SMEM and multiplies values.
 
     def qk_scores(self, q: Ref, k: Ref) -> Array:
         """Compute q k^T in float32."""
         if self.config.interpret is not None:
             s = lax.dot_general(q[...], k[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-            plgpu.commit_smem()  # a tensor core would have read through the async proxy, as TMA writes
+            plgpu.commit_smem()  # the loads used the generic proxy, and TMA writes through the async proxy
             return s
 
         def multiply(s: Ref) -> Array:

@@ -1,4 +1,4 @@
-"""Splits of a sequence: how many, which blocks of the ring buffer each one reads, how their outputs are combined."""
+"""Splits of a sequence: their number, the blocks that each reads, and the combination of their outputs."""
 
 from typing import Any, NamedTuple
 
@@ -62,7 +62,7 @@ def max_visible_blocks(C: int, max_visible: int) -> int:
 
 
 def choose_num_splits(B: int, K: int, num_blocks: int, resident_blocks: int) -> int:
-    """Return the splits per sequence that fill the SMs; more for a batch, whose lengths may differ.
+    """Return the splits per sequence that fill the SMs; a batch gets more, because its lengths may differ.
 
     Args:
         B: sequences.
@@ -72,7 +72,7 @@ def choose_num_splits(B: int, K: int, num_blocks: int, resident_blocks: int) -> 
     """
 
     def estimate_time(n: int) -> float:
-        """Time in block loads of a batch of equal lengths, plus that of a batch of evenly spread lengths."""
+        """Return the block loads of a batch of equal lengths plus those of a batch of evenly spread lengths."""
         waves, blocks_per_split = -(-B * K * n // resident_blocks), num_blocks / n
         equal = waves * (blocks_per_split + SPLIT_OVERHEAD)
         if B == 1:

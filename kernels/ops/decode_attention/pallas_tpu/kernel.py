@@ -74,7 +74,7 @@ class DecodeConfig(NamedTuple):
 
 
 class CacheInputs(NamedTuple):
-    """The cache and what goes into it: arrays, their block specs, or references of one grid step.
+    """The cache and the new token's stored form: arrays, their block specs, or references of one grid step.
 
     Attributes:
         k, v: a block of the ring buffers, [1, K, block_size, D].
@@ -100,7 +100,7 @@ def decode_attention(
     scale: float,
     softcap: float | None,
 ) -> tuple[Array, KVCache]:
-    """Append a token and attends to the last `max_visible` ones; see `dantinox.kernels.decode_attention`."""
+    """Append a token and attend to the last `max_visible` ones; see `dantinox.kernels.decode_attention`."""
     (B, H, D), (K, C) = q.shape, cache.k.shape[1:3]
     tile_rows, tile_lanes = min(C, TILE_BYTES // cache.k.dtype.itemsize), min(C, LANES)
     tile_slots = tile_rows if cache.k_scale is None else tile_lanes
@@ -152,7 +152,7 @@ def _decode_kernel(
     tiles: KVCache,
     softmax: OnlineSoftmax,
 ) -> None:
-    """One grid step: references to the prefetched table, the inputs, the outputs and the softmax's state."""
+    """Run one grid step on references to the table, the inputs, the outputs and the softmax's state."""
     step = pl.program_id(0)
     b, block = table.sequence[step], table.block[step]
     slot, num_visible = table.slot[b], table.num_visible[b]
@@ -221,7 +221,7 @@ def _decode_kernel(
 
 
 def _block_specs(config: DecodeConfig, cache: CacheInputs) -> CacheInputs:
-    """Specs of the step's block of the ring buffers [B, K, C, ...], and of the stored token of its sequence."""
+    """Return specs of the step's block of the ring buffers [B, K, C, ...] and of its sequence's stored token."""
 
     def block_spec(x: Array) -> pl.BlockSpec:
         _, K, _, *values = x.shape
@@ -235,7 +235,7 @@ def _block_specs(config: DecodeConfig, cache: CacheInputs) -> CacheInputs:
 
 
 def _tile_specs(config: DecodeConfig, ring_buffers: KVCache) -> KVCache:
-    """Specs of the memory tile of each ring buffer [B, K, C, ...] that receives the new token."""
+    """Return specs of the memory tile of each ring buffer [B, K, C, ...] that receives the new token."""
 
     def tile_spec(x: Array) -> pl.BlockSpec:
         _, K, _, *values = x.shape
@@ -249,7 +249,7 @@ def _tile_specs(config: DecodeConfig, ring_buffers: KVCache) -> KVCache:
 
 
 def _aliases(table: BlockTable, token: TokenInputs, cache: CacheInputs) -> dict[int, int]:
-    """Positions of the ring buffers among all inputs, and among the outputs: these follow the output `o`."""
+    """Return {position among the inputs: position among the outputs} of the ring buffers; `o` is output 0."""
     before = len(jax.tree.leaves((table._replace(num_steps=None), token)))
     aliases = {before: 1, before + 1: 2}
     if cache.stored is not None:

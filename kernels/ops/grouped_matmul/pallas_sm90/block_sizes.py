@@ -3,7 +3,7 @@
 A tile has 128 rows, and a warpgroup skips its 64 if none belongs to the group, so only the number of columns is chosen:
 a wide tile reads fewer bytes per FLOP; a narrow one leaves fewer SMs idle at the end and wastes fewer columns past the
 last. The model estimates the cycles of the slowest SM; the group sizes are unknown at compile time and assumed equal.
-The share of the multiply-adds of 132 SMs, until the last one ends, that the output needs:
+The table lists the share of the multiply-adds of 132 SMs, until the last SM ends, that the output needs:
 
     sizes                                       128 x 256 for all   chosen      best of all widths
     Mixtral, 8192 rows: y                       97.0%               256: 97.0%  64: 99.6%, at half the FLOPs per byte
@@ -34,7 +34,7 @@ TILE_OVERHEAD_CYCLES, STORE_CYCLES_PER_COLUMN = 600, 6
 
 
 class Sm90GmmBlockSizes(NamedTuple):
-    """What is chosen per problem; `BLOCK_M` and `BLOCK_K` are fixed.
+    """The sizes that depend on the problem; `BLOCK_M` and `BLOCK_K` are fixed.
 
     Attributes:
         block_n: columns of the output per tile, for each weight.
@@ -134,7 +134,7 @@ def block_sizes_of_width(width: int, num_weights: int = 1) -> Sm90GmmBlockSizes:
 def _widest_fast(
     widths: tuple[int, ...], num_weights: int, estimate: Callable[[Sm90GmmBlockSizes], float]
 ) -> Sm90GmmBlockSizes:
-    """Return the sizes of the widest tile that is nearly the fastest."""
+    """Return the sizes of the widest tile that is nearly as fast as the fastest."""
     candidates = [block_sizes_of_width(width, num_weights) for width in sorted(widths, reverse=True)]
     best = min(map(estimate, candidates))
     return next(sizes for sizes in candidates if estimate(sizes) <= MIN_SPEEDUP * best)

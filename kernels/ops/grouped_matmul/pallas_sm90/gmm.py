@@ -263,7 +263,7 @@ def load_product_operands(
     block_n: int,
     transposed: bool,
 ) -> None:
-    """Load rows of x and columns of the group's matrix in `num_steps` steps; none for unassigned rows."""
+    """Load rows of x and columns of the group's matrix in `num_steps` steps; unassigned rows have none."""
     rows, columns = pl.ds(pl.multiple_of(tile.task.row, TMA_ROWS), BLOCK_M), pl.ds(tile.column, block_n)
 
     @pl.loop(0, jnp.where(tile.num_steps > 0, num_steps, 0))

@@ -89,7 +89,7 @@ class TgmmTile(NamedTuple):
 
     @property
     def first_loaded_row(self) -> Array:
-        """The first row of the first step: TMA copies start at multiples of `TMA_ROWS`."""
+        """First row of the first step: TMA copies start at multiples of `TMA_ROWS`."""
         return self.row_start & -TMA_ROWS
 
 
@@ -216,7 +216,7 @@ class TgmmKernel:
             pl.when(tile.dw_row + self.warpgroup * WARPGROUP_ROWS < self.M)(store_tile)
 
     def zero_other_groups(self, slot: Array, start: Array, end: Array) -> None:
-        """Zero the rows of a stage outside [start, end); each consumer zeroes its x and half of dy."""
+        """Zero the rows of a stage outside [start, end): this consumer's columns of x and its half of dy."""
         half = self.block_n // COMPUTE_WARPGROUPS
         dy_half = [
             self.smem.dy_smem.at[slot, :, pl.ds(self.warpgroup * half + n, CHUNK_COLUMNS)]

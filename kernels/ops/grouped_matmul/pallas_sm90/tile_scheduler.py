@@ -1,4 +1,4 @@
-"""Order of the output tiles of the Hopper grouped matmuls, and the tiles of each persistent thread block.
+"""Order of the output tiles of the Hopper grouped matmuls, and their distribution over persistent thread blocks.
 
 A tile is a task of `group_metadata.py`, 128 rows of one group, times `block_n` columns. Tasks start at a group's first
 row, rounded down to a multiple of `TMA_ROWS`. Thread blocks that run at the same time share the columns of
@@ -21,7 +21,7 @@ PANEL_ROW_TILES = 16  # row tiles whose columns are processed together
 
 
 def snake_order(n: Array, row_tiles: Any, column_tiles: int) -> tuple[Array, Array]:
-    """Return (row, column) of the n-th tile: panel by panel, every second one from right to left."""
+    """Return (row, column) of the n-th tile; every second panel runs from right to left."""
     # `plgpu.planar_snake` has this order; with it the compiler's loop over the contraction grows, from 50 to 57
     # instructions per step for tiles of 64 columns, from 57 to 59 in tgmm (H100; 168 registers and no spills in both).
     panel = lax.div(n, jnp.int32(PANEL_ROW_TILES * column_tiles))

@@ -24,7 +24,7 @@ FEATURE_MULTIPLE = 64  # of M and F: columns of a swizzled SMEM tile
 
 
 def unsupported_inputs(dtype: jnp.dtype, M: int, F: int, *, weight: str = "w") -> str | None:
-    """Return why the kernels do not support these arrays, or None if they do; `weight` is the name of one."""
+    """Return why the kernels do not support these sizes, or None if they do; `weight` names the matrix."""
     if dtype not in DTYPES:
         return f"x has dtype {jnp.dtype(dtype)} and Hopper's tensor cores take bfloat16 and float16 here"
     for name, size in (("M", M), ("F", F)):
@@ -34,7 +34,7 @@ def unsupported_inputs(dtype: jnp.dtype, M: int, F: int, *, weight: str = "w") -
 
 
 def num_sms(kind: str) -> int:
-    """Return the SMs of a Hopper device kind; on a device with fewer, some thread blocks run after the others."""
+    """Return the SMs of a Hopper device kind; a device with fewer runs some thread blocks after the others."""
     return 114 if "PCIe" in kind else 78 if re.search(r"H20\b", kind) else 132
 
 

@@ -33,7 +33,7 @@ ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)  # one value per row of an accumulator
 
 
 class Sm90GmmConfig(NamedTuple):
-    """How the kernels are launched. Hashable, since `vjp.py` passes it to custom_vjp."""
+    """Launch options of the kernels. Hashable, since `vjp.py` passes it to custom_vjp."""
 
     num_sms: int  # persistent thread blocks
     interpret: plgpu.InterpretGPUParams | None = None  # None compiles; the parameters interpret the kernels on the CPU
@@ -123,16 +123,16 @@ def empty_barriers(stages: int) -> Any:
 
 
 class WarpgroupRoles(Protocol):
-    """A kernel on one thread block: what its producer and its consumers do with each tile."""
+    """A kernel on one thread block: the work of its producer and its consumers on each tile."""
 
     def for_each_tile(self, run_tile: Callable[[Any], None]) -> Array:
         """Run run_tile(tile) for the tiles of this thread block; return the number of pipeline steps."""
 
     def load(self, tile: Any) -> None:
-        """Fill the pipeline stages of a tile: the producer."""
+        """Fill the pipeline stages of a tile; the producer calls this."""
 
     def compute(self, tile: Any) -> None:
-        """Read and release the pipeline stages of a tile and store the results: a consumer."""
+        """Read and release the pipeline stages of a tile and store its results; a consumer calls this."""
 
 
 def launch_warp_specialized(
@@ -248,7 +248,7 @@ def store_chunk_async(buffers: Ref, n: int, value: Array, start_copy: Callable[[
         start_copy: starts the copies of a buffer to global memory.
     """
     buffer = buffers.at[n % STORE_BUFFERS]
-    # The stores of the previous tile have ended long before.
+    # For n = 0 this waits for the stores of the previous tile, which ended long before.
     plgpu.wait_smem_to_gmem(STORE_BUFFERS - 1 if n else 0, wait_read_only=True)
     buffer[...] = value.astype(buffer.dtype)
     plgpu.commit_smem()
@@ -258,25 +258,25 @@ def store_chunk_async(buffers: Ref, n: int, value: Array, start_copy: Callable[[
 
 def for_each_chunk(columns: int, remaining: Any, run_chunk: Callable[[int], None]) -> None:
     """Call run_chunk(first column) for every chunk of a tile that has any of the remaining columns."""
-    for first in range(0, columns, CHUNK_COLUMNS):
+    for first_column in range(0, columns, CHUNK_COLUMNS):
         if isinstance(remaining, int) and remaining >= columns:
-            run_chunk(first)
+            run_chunk(first_column)
         else:
-            pl.when(first < remaining)(functools.partial(run_chunk, first))
+            pl.when(first_column < remaining)(functools.partial(run_chunk, first_column))
 
 
 def copy_rows_by_powers_of_two(rows: WarpgroupRows, target: Ref, column: Array, buffer: Ref) -> None:
     """Start the copies of a consumer's rows of one chunk to `target`, at `column`: TMA needs static sizes."""
 
     def copy(start: Any, size: int) -> None:
-        to = target.at[pl.ds(rows.first + start, size), pl.ds(column, CHUNK_COLUMNS)]
-        plgpu.copy_smem_to_gmem(buffer.at[pl.ds(start, size)], to, commit_group=False)
+        destination = target.at[pl.ds(rows.first + start, size), pl.ds(column, CHUNK_COLUMNS)]
+        plgpu.copy_smem_to_gmem(buffer.at[pl.ds(start, size)], destination, commit_group=False)
 
     @pl.when(rows.count == WARPGROUP_ROWS)
     def copy_all() -> None:
         copy(0, WARPGROUP_ROWS)
 
-    # In its own branch; otherwise the compiler computes the addresses of all runs first and keeps them in registers.
+    # A separate branch; otherwise the compiler computes the addresses of all runs first and keeps them in registers.
     @pl.when(rows.count < WARPGROUP_ROWS)
     def copy_runs() -> None:
         size = WARPGROUP_ROWS // 2

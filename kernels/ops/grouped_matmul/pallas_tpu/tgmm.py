@@ -47,7 +47,7 @@ class TgmmScratch(NamedTuple):
 
 
 def tgmm(x: Array, dys: Sequence[Array], group_sizes: Array, device: Device, *, name: str) -> list[Array]:
-    """[E, M, F] in x's dtype for x [N, M] and each dy [N, F]."""
+    """Sum x_n^T dy_n over the rows n of each group, for x [N, M] and each dy [N, F]: [E, M, F] in x's dtype."""
     (N, M), F, E, dtype = x.shape, dys[0].shape[1], group_sizes.shape[0], x.dtype
     sizes = block_sizes.tgmm_block_sizes(device, N, E, M, F, num_dy=len(dys), itemsize=dtype.itemsize)
     block_m, block_k, block_n = sizes.block_m, sizes.block_k, sizes.block_n
@@ -133,7 +133,7 @@ def tgmm_kernel(
 
 
 def _grid(x_blocks: int, dy_blocks: int, count: Array) -> tuple[tuple[Any, ...], Callable[..., Any]]:
-    """(grid, adapter of three-axis index maps to it).
+    """Return (grid, adapter of three-axis index maps to it).
 
     The scalar unit spends time on every grid axis, so column axes of size 1 are dropped.
     """

@@ -262,7 +262,7 @@ class DownProjBwdKernel:
         return tuple(value.astype(self.gmem.dy.dtype) for value in values), dh * h
 
     def zeros(self, dh: Array, *_: Array) -> tuple[tuple[Array, ...], Array]:
-        """Return values in the types of those of `swiglu_bwd`; never executed."""
+        """Return values of the types that `swiglu_bwd` returns; never executed."""
         return (jnp.zeros_like(dh, self.gmem.dy.dtype),) * 3, dh
 
     def store_dp_part(self, tile: GmmTile, dp: Array) -> None:
@@ -277,7 +277,7 @@ class DownProjBwdKernel:
 
 
 def sigmoid(x: Array) -> Array:
-    """Return 1 / (1 + exp(-x)): the quotient takes two instructions, where a division takes five.
+    """Return 1 / (1 + exp(-x)): this quotient takes two instructions, a division five.
 
     `up_proj` does not use it: the assembler then adds two moves to the loop of products.
     """
@@ -285,7 +285,7 @@ def sigmoid(x: Array) -> Array:
 
 
 def gather_row_values(values: Array, metadata: GroupMetadata, N: int, E: int) -> Array:
-    """Return [N], the value of each row among those of the tasks, [tasks, BLOCK_M]; 0 for unassigned rows."""
+    """Return the value of each row [N] from those of the tasks [tasks, BLOCK_M]; 0 for unassigned rows."""
     in_use = jnp.arange(metadata.group.shape[0]) < metadata.count
     ends = jnp.where(in_use, jnp.minimum(metadata.row + BLOCK_M, metadata.row_end), N)
     n = jnp.arange(N)

@@ -12,7 +12,7 @@ Traffic   reads as much per FLOP as a product of 256 columns, and x once instead
           10. For gradients it writes gate and up too, 4 bytes, and `down_proj_bwd.py` reads them, 4 bytes: 8 bytes
           against 4 M FLOPs to recompute them, and against tiles with three accumulators instead of one, 64 x 64 of
           each, which read 1.6 times as much from L2 per FLOP. At 800 TFLOP/s and 3 TB/s keeping them is faster from
-          M = 530 on, before that is counted.
+          M = 530 on, even without counting those reads.
 Limits    as `grouped_matmul/pallas_sm90/gmm.py`, M and F for K and J.
 Source    Shazeer, GLU Variants (arXiv:2002.05202), for the formula; else as `grouped_matmul/pallas_sm90/gmm.py`.
 """
@@ -51,7 +51,7 @@ class UpProjInputs(NamedTuple):
 
 
 class UpProjOutputs(NamedTuple):
-    """Outputs of the kernel, in global memory; only h where no gradient is wanted."""
+    """Outputs of the kernel, in global memory; without gradients only h."""
 
     h: Any
     gate: Any = None
