@@ -27,7 +27,7 @@ SM90_DEVICE_KINDS = (
     "GH200",
     "H800",
     "H20",
-)  # what JAX's device kinds of compute capability 9.0 contain
+)  # substrings of JAX's device kinds of compute capability 9.0
 
 
 class Device(NamedTuple):
@@ -137,7 +137,7 @@ class Operation:
 
         Args:
             implementation: "auto" or the name of an implementation.
-            inputs: what the implementations' checks need to know of the call.
+            inputs: arguments of the implementations' checks of a call.
 
         Raises:
             ValueError: no implementation has this name.

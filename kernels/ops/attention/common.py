@@ -1,4 +1,4 @@
-"""Shared by the attention kernels of TPUs and CPUs: what is known when they are traced, and one block of scores.
+"""Static parameters, results and block scores of the attention kernels of TPUs and CPUs.
 
 A block has `block_q` queries of each of the G heads of one key head, packed to R = G block_q rows, against `block_kv`
 keys. Blocks are transposed, with keys down and queries across. Arrays consist of subtiles: [B K, query

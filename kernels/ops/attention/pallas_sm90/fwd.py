@@ -16,7 +16,7 @@ Tiling    The grid is (H, query blocks, B), one thread block each; a query block
           loaded last, into the stages of the K blocks that would follow.
 
               warpgroup 0    q k^T ....softmax....  p v, q k^T ....softmax....
-              warpgroup 1          q k^T ....softmax....       p v, q k^T ...    one of them multiplies
+              warpgroup 1          q k^T ....softmax....       p v, q k^T ...    they multiply in turns
 
 State     Per warpgroup m and l [block_q] and the output [block_q, D], in float32 registers.
 Traffic   Reads q and gate and writes o once; reads K and V once per query block and head. The heads of a group run at

@@ -77,7 +77,7 @@ class FwdScratch(NamedTuple):
     k_smem: Ref
     lse_smem: Ref  # or None
     q_full: Ref  # per warpgroup
-    q_smem: Ref  # per warpgroup; in the end the output
+    q_smem: Ref  # per warpgroup; finally the output
     schedule_barrier: Ref  # per warpgroup: its turn to start a q k^T or p v
     v_empty: Ref
     v_full: Ref

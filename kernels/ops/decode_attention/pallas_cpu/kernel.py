@@ -9,7 +9,7 @@ Tiling    one grid step per block of slots that holds visible tokens, as in `pal
               sequence 1           ████████████████████░░░░░░
 
 State     m, l [K, G, 1] and the output [K, G, D] of one sequence, or of all, in float32.
-Traffic   reads the visible blocks of k and v once, whatever C is, or all C slots; 4 H D FLOPs per slot read. XLA writes
+Traffic   reads the visible blocks of k and v once, for any C, or all C slots; 4 H D FLOPs per slot read. XLA writes
           the new token to its slot, in place.
 Limits    float32, bfloat16, float16; caches of int8 and float8_e4m3fn too; any B, H, K, D, C.
 Source    that of the TPU kernel.
@@ -173,7 +173,7 @@ def _decode_kernel(
     k_scale, v_scale = (None if scale is None else scale[slots][:, None] for scale in (cache.k_scale, cache.v_scale))
     s = attention_scores(q, cache.k[slots], scale=config.scale, softcap=config.softcap, k_scale=k_scale)
     v = cache.v[slots]
-    s = jnp.where(slot_mask(1, size), s, MASK_VALUE)  # the cache already holds the new token, too
+    s = jnp.where(slot_mask(1, size), s, MASK_VALUE)  # the cache also holds the new token
     if not config.batched:
         v = jnp.where(slot_mask(size, 1), v, 0)  # 0 * NaN is NaN
         v_scale = None if v_scale is None else jnp.where(slot_mask(1, size), v_scale, 0)

@@ -9,7 +9,7 @@ Tiling    one grid step per block of slots that holds visible tokens; the device
 
           One step loads all K heads of a block; the G query heads of each are the rows of its matrix products.
 State     m, l [K, G, 1] and the output [K, G, D] of one sequence, in float32.
-Traffic   reads the visible blocks of k and v once, whatever C is; writes 8 or 16 slots of each ring buffer, in place:
+Traffic   reads the visible blocks of k and v once, for any C; writes 8 or 16 slots of each ring buffer, in place:
           the ring buffers are aliased to outputs. Plain XLA reads all C slots. 4 H D FLOPs per visible token, so the
           kernel is bound by memory.
 Limits    float32, bfloat16, float16; caches of int8 and float8_e4m3fn too; any B, H, K, D, C.

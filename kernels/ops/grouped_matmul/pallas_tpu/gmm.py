@@ -1,4 +1,4 @@
-"""Grouped matmul on Mosaic TPU: every row times the weights of its own group.
+"""Grouped matmul on Mosaic TPU: every row times the weights of its group.
 
 Math      sums = x w_e, or x w_e^T with the weights read in their own layout; several products, or their sum; then an
           epilogue on the sums while they are on the chip: y = epilogue(sums, other arrays of the same rows)

@@ -106,7 +106,7 @@ def tgmm_kernel(
             for masked_ref, dy_ref in zip(scratch.masked_dys, dy_refs, strict=True):
                 masked_ref[pl.ds(r, height)] = mask_to_zero(dy_ref[pl.ds(r, height)], row_mask)
 
-    # A branch of its own: libtpu would interleave the products with the copies and run out of registers.
+    # A separate branch: otherwise libtpu interleaves the products with the copies and runs out of registers.
     @pl.when(has_rows & (task.row > -1))
     def multiply() -> None:
         for i, (m, width) in enumerate(split_range(sizes.block_k, sizes.mxu_m)):

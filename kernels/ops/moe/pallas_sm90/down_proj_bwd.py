@@ -3,7 +3,7 @@
 Math      dh = dy w_down_e^T;  dgate = p dh up silu'(gate);  dup = p dh silu(gate);  p h;
           dp = sum over the features of dh h
 Tiling    as `grouped_matmul/pallas_sm90/gmm.py`. After the last step of the contraction come four more, 64 columns of
-          gate and of up each, in the stages of dy and w_down: the epilogue needs no SMEM of its own.
+          gate and of up each, in the stages of dy and w_down: the epilogue needs no further SMEM.
 
               dy        w_down
               128 x 64  256 x 64       64 x 256 of dh per warpgroup
@@ -15,7 +15,7 @@ State     128 of the 240 registers per thread for the accumulators of dh. The ep
           registers for gate and up and 48 for its results in bfloat16, beside 96 for the accumulators of the other
           columns; p and dp: 2 each. A branch separates the halves of the 64 columns: the assembler schedules freely
           between two branches, and over 64 columns it spilled up to 8 numbers, once per tile.
-Traffic   reads gate and up, 4 bytes per feature of a row; see `up_proj.py` for what recomputing them would cost. Never
+Traffic   reads gate and up, 4 bytes per feature of a row; see `up_proj.py` for the cost of recomputing them. Never
           writes dh: it saves 2 bytes written and 2 read per feature, and dp a pass over dh and h.
 Limits    as `grouped_matmul/pallas_sm90/gmm.py`, M and F for K and J.
 Source    Shazeer, GLU Variants (arXiv:2002.05202), for the formula; else as `grouped_matmul/pallas_sm90/gmm.py`.
