@@ -121,6 +121,7 @@ class TorchBaseline:
         return float(answer)
 
     def close(self) -> None:
+        """End the process."""
         self._process.kill()
 
 

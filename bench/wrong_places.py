@@ -21,7 +21,8 @@ def describe(actual: Any, expected: Any, allowed: float, row_axis: int | None = 
     """Describe where `actual` differs from `expected` by more than `allowed`; NaN is wrong.
 
     Args:
-        actual, expected: arrays of one shape that NumPy can convert to float64.
+        actual: the array to check, which NumPy can convert to float64.
+        expected: the right array, of the same shape.
         allowed: the largest error that counts as right.
         row_axis: the axis of rows; None: the longest axis but the last, which is that of columns.
 

@@ -5,7 +5,7 @@
     moe_mlp            dropless mixture of SwiGLU experts
     decode_attention   append one token to a key/value ring and attend, in place
     implementations    which implementations of an operation can run here, and why each other one cannot
-    implementation_names    what `implementation` may be: "auto", and the names in the operation's table
+    implementation_names    allowed values of `implementation`: "auto" and the names in the operation's table
 
 `implementation="auto"` chooses; any other name runs that implementation or raises `NotImplementedError`.
 """

@@ -5,8 +5,8 @@ result is written once. Intermediates that a kernel can keep on the chip (scores
 bytes, nor do keys behind every window and experts without rows. An implementation that moves more bytes reaches a lower
 fraction of the roofline. Keys that only segment ids mask count as read: they are few, and only the device knows them.
 
-Backward passes count what the field counts, so that figures compare: five products a visible pair in attention (scores
-recomputed, dV, dP, dQ, dK), two in a matmul.
+Backward passes count what the literature counts, so that figures are comparable: five products per visible pair in
+attention (recomputed scores, dV, dP, dQ, dK), two in a matmul.
 """
 
 from typing import NamedTuple
@@ -29,7 +29,7 @@ class Cost(NamedTuple):
 
     def scaled(self, fraction: float) -> "Cost":
         """Return the cost of this fraction of the work."""
-        return Cost(*(round(fraction * each) for each in self))
+        return Cost(*(round(fraction * amount) for amount in self))
 
     @property
     def intensity(self) -> float:
@@ -56,7 +56,15 @@ def visible_pairs(
     """Count the (query, key) pairs that are not masked; query t is at position S - T + t of the keys.
 
     Args:
-        segment_ids: (q_ids [B, T], kv_ids [B, S]), host arrays: the sum over the B sequences. None: of one sequence.
+        T: number of queries.
+        S: number of keys.
+        causal: whether a query sees no later key.
+        window: number of keys that a query sees, its own included; None: no limit.
+        segment_ids: (q_ids [B, T], kv_ids [B, S]) on the host; the count is the sum over the B sequences. None: one
+            sequence without segments.
+
+    Returns:
+        The number of pairs.
     """
     if segment_ids is not None:
         return sum(_segment_pairs(q, kv, causal, window) for q, kv in zip(*map(np.asarray, segment_ids), strict=True))
@@ -113,8 +121,21 @@ def attention(
     """Return the cost of the forward pass of `dantinox.kernels.attention`, or of its backward pass.
 
     Args:
+        B: number of sequences.
+        T: queries per sequence.
+        S: keys per sequence.
+        H: query heads.
+        K: key/value heads.
+        D: head dim.
+        causal: whether a query sees no later key.
+        window: number of keys that a query sees, its own included; None: no limit.
         gate: none, head ([B, T, H, 1]) or elementwise ([B, T, H, D]).
-        itemsize: bytes of one element of q, k, v, gate and o. Row sums (log-sum-exp) count as float32.
+        segment_ids: (q_ids [B, T], kv_ids [B, S]) on the host, or None.
+        itemsize: bytes per element of q, k, v, gate and o. Row sums (log-sum-exp) count as float32.
+        backward: whether to count the backward pass instead of the forward pass.
+
+    Returns:
+        The cost of all sequences and heads.
     """
     pairs = visible_pairs(T, S, causal=causal, window=window, segment_ids=segment_ids)
     pairs *= H if segment_ids is not None else B * H
@@ -152,7 +173,17 @@ def moe_mlp(
     A routed row takes three products forward and six backward. Ids and expert weights have 4 bytes.
 
     Args:
+        N: tokens.
+        M: model width.
+        F: hidden width of an expert.
+        E: number of experts.
+        k: experts per token.
         num_active_experts: experts with at least one row.
+        itemsize: bytes per element of x, y and the matrices.
+        backward: whether to count the backward pass instead of the forward pass.
+
+    Returns:
+        The cost of all N tokens.
     """
     rows = N * k
     weights = 3 * M * F
@@ -177,14 +208,24 @@ def decode_attention(
     """Return the cost of one `dantinox.kernels.decode_attention` step.
 
     Args:
-        lengths: tokens in the cache of each sequence before the step [B].
+        H: query heads.
+        K: key/value heads.
+        D: head dim.
+        C: slots per ring buffer.
+        lengths: [B], tokens in the cache of each sequence before the step.
+        window: number of keys that the query sees, its own included; None: C.
+        gate: none, head ([B, H, 1]) or elementwise ([B, H, D]).
+        itemsize: bytes per element of q, the new k and v, gate and o.
         kv_itemsize: bytes per element of the cache, its share of a scale included; None: itemsize.
+
+    Returns:
+        The cost of the step for all B sequences.
     """
     lengths = np.asarray(lengths).astype(np.int64)
     B = len(lengths)
     visible = int(np.minimum(lengths + 1, C if window is None else min(C, window)).sum())
     gates = {"none": 0, "head": B * H, "elementwise": B * H * D}[gate]
     # Read q, the new k and v, the gate and the visible slots but the new one; write o and the new slot.
-    kept = itemsize if kv_itemsize is None else kv_itemsize
-    moved = itemsize * (2 * B * H * D + gates + 2 * B * K * D) + round(kept * 2 * K * D * visible) + 8 * B
+    cache_itemsize = itemsize if kv_itemsize is None else kv_itemsize
+    moved = itemsize * (2 * B * H * D + gates + 2 * B * K * D) + round(cache_itemsize * 2 * K * D * visible) + 8 * B
     return Cost(4 * H * D * visible, moved, H * visible + gates)

@@ -27,7 +27,7 @@ SM90_DEVICE_KINDS = (
     "GH200",
     "H800",
     "H20",
-)  # what JAX's device kinds of compute capability 9.0 contain
+)  # substrings of JAX's device kinds of compute capability 9.0
 
 
 class Device(NamedTuple):
@@ -106,10 +106,10 @@ def lazy(path: str) -> Callable[..., Any]:
     """Return a function that imports and calls the function at "package.module:function"."""
     module, _, function = path.partition(":")
 
-    def call(*args: Any, **options: Any) -> Any:
+    def import_and_call(*args: Any, **options: Any) -> Any:
         return getattr(importlib.import_module(module), function)(*args, **options)
 
-    return call
+    return import_and_call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,18 +126,18 @@ class Operation:
 
     def names(self) -> tuple[str, ...]:
         """Return the allowed values of `implementation`."""
-        return ("auto", *(each.name for each in self.implementations))
+        return ("auto", *(i.name for i in self.implementations))
 
     def unsupported_reasons(self) -> dict[str, str | None]:
         """Return, by implementation, why the current device cannot run it, or None."""
-        return {each.name: each.unsupported_device() for each in self.implementations}
+        return {i.name: i.unsupported_device() for i in self.implementations}
 
     def select(self, implementation: str, *inputs: Any) -> Callable[..., Any]:
         """Return the function that serves a call.
 
         Args:
             implementation: "auto" or the name of an implementation.
-            inputs: what the implementations' checks need to know of the call.
+            inputs: arguments of the implementations' checks of a call.
 
         Raises:
             ValueError: no implementation has this name.
@@ -147,14 +147,14 @@ class Operation:
             raise ValueError(f"implementation is {implementation!r}; allowed: {', '.join(self.names())}")
         if implementation == "auto":
             return self._select_automatically(*inputs)
-        (chosen,) = (each for each in self.implementations if each.name == implementation)
+        (chosen,) = (i for i in self.implementations if i.name == implementation)
         reason = chosen.unsupported_device() or chosen.unsupported_inputs(*inputs)
         if reason:
             raise NotImplementedError(f"{self.name}: implementation={implementation!r} cannot run here: {reason}")
         return chosen.function
 
     def _select_automatically(self, *inputs: Any) -> Callable[..., Any]:
-        by_name = {each.name: each for each in self.implementations}
+        by_name = {i.name: i for i in self.implementations}
         skipped: dict[str, str] = {}
         for name in PREFERENCE:
             candidate = by_name[name]
@@ -199,5 +199,5 @@ def float32_accumulation_unsupported(dtype: Any) -> str | None:
 
 @functools.cache
 def _log_choice(op: str, name: str, platform: str, skipped: tuple[tuple[str, str], ...]) -> None:
-    reasons = "".join(f"; not {other}: {reason}" for other, reason in skipped)
+    reasons = "".join(f"; not {skipped_name}: {reason}" for skipped_name, reason in skipped)
     log.info("%s: auto chose %s on %s%s", op, name, platform, reasons)

@@ -20,8 +20,12 @@ def einsum(spec: str, a: Array, b: Array, out_dtype: jnp.dtype | None = None) ->
 
     Args:
         spec: such as "NM,MF->NF"; each letter is in exactly two of the three terms, or in all three.
-        a: sets the compute dtype. b: any floating dtype, such as a float32 parameter; its gradient keeps that dtype.
+        a: first operand; its dtype is the compute dtype.
+        b: second operand of any floating dtype, such as a float32 parameter; its gradient keeps that dtype.
         out_dtype: dtype of the result; None: a's.
+
+    Returns:
+        The array that the third term of the spec describes, in `out_dtype`.
     """
     wide = jnp.promote_types(a.dtype, jnp.float32)
     z = jnp.einsum(spec, a, b.astype(a.dtype), preferred_element_type=wide)
@@ -41,18 +45,18 @@ def _einsum_bwd(
     wide = jnp.promote_types(a.dtype, jnp.float32)
     narrow = dz.astype(a.dtype)
 
-    def gradient(other: Array, other_term: str, target: str) -> Array:
+    def gradient(operand: Array, operand_term: str, target: str) -> Array:
         # The operand that owns the target's first free axis goes first, so that the product needs no transposing.
-        free = "".join(c for c in target if not (c in z and c in other_term))
+        free = "".join(c for c in target if not (c in z and c in operand_term))
         # Of several summed axes (G and T) one is left to the matmul: shorter sums, and grouped heads in parallel.
-        summed = "".join(c for c in z if c in other_term and c not in target)[:-1]
+        summed = "".join(c for c in z if c in operand_term and c not in target)[:-1]
         batch = "".join(c for c in target if c not in free)
         out = batch + summed + free if summed else target
         if free[:1] in z:
-            spec, left, right = f"{z},{other_term}->{out}", narrow, other
+            spec, lhs, rhs = f"{z},{operand_term}->{out}", narrow, operand
         else:
-            spec, left, right = f"{other_term},{z}->{out}", other, narrow
-        grad = jnp.einsum(spec, left, right, preferred_element_type=wide)
+            spec, lhs, rhs = f"{operand_term},{z}->{out}", operand, narrow
+        grad = jnp.einsum(spec, lhs, rhs, preferred_element_type=wide)
         return grad.sum(axis=[out.index(c) for c in summed]) if summed else grad
 
     da = gradient(b.astype(a.dtype), y, x).astype(a.dtype)

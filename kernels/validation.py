@@ -1,4 +1,4 @@
-"""Argument checks of all operations: each raises a `ValueError` with the argument, its value and what is allowed."""
+"""Argument checks of all operations: each raises a `ValueError` with the argument, its value and the allowed values."""
 
 import math
 import numbers

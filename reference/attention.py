@@ -34,11 +34,14 @@ def attention(
 
     Args:
         q: queries [B, T, H, D].
-        k: keys [B, S, K, D]; v: values [B, S, K, D]; H is a multiple of K.
+        k: keys [B, S, K, D]; H is a multiple of K.
+        v: values [B, S, K, D].
         gate: logits [B, T, H, D] or [B, T, H, 1], or None for no gate.
-        causal: a query sees no later key, aligned bottom-right.
-        window: keys a query sees, itself included (needs causal).
-        segment_ids: (query ids [B, T], key ids [B, S]); a query sees only keys of its own segment.
+        causal: whether a query sees no later key; query t is at position S - T + t of the keys (bottom-right).
+        window: number of keys that a query sees, its own included; needs causal. None: no limit.
+        scale: factor on the scores; None: D**-0.5.
+        softcap: caps the scores s at softcap * tanh(s / softcap); None: no cap.
+        segment_ids: (q_ids [B, T], kv_ids [B, S]); a query sees only keys of its own segment. None: one segment.
 
     Returns:
         [B, T, H, D] in q's dtype; zeros for a query that sees no key.

@@ -25,12 +25,18 @@ def decode_attention(
     """Append one token per sequence at slot length % C, then attend to the last min(length + 1, C, window) tokens.
 
     Args:
-        q: [B, H, D]; k: [B, K, D]; v: [B, K, D]; gate: [B, H, D] or [B, H, 1].
+        q: query of the new token [B, H, D].
+        k: key of the new token [B, K, D]; H is a multiple of K.
+        v: value of the new token [B, K, D].
         cache: a named tuple (k [B, K, C, D], v [B, K, C, D], length [B] int32), such as `dantinox.kernels.KVCache`: a
             ring buffer of C slots per sequence, with the token of position p in slot p % C; length counts all tokens
             ever appended. If k and v are int8 or float8_e4m3fn, the cache also has k_scale and v_scale [B, K, C]
             float32: a slot's vector is the stored one times its scale, chosen so that the vector's largest magnitude
             is stored as the dtype's largest value.
+        gate: logits [B, H, D] or [B, H, 1], or None for no gate.
+        window: number of keys that the query sees, its own included; None or more than C: all C slots.
+        scale: factor on the scores; None: D**-0.5.
+        softcap: caps the scores s at softcap * tanh(s / softcap); None: no cap.
 
     Returns:
         (o [B, H, D], the cache with length + 1).

@@ -21,8 +21,11 @@ def moe_mlp(
 
     Args:
         x: tokens [N, M].
-        w_gate: [E, M, F]; w_up: [E, M, F]; w_down: [E, F, M].
-        expert_ids: [N, k] int32; expert_weights: [N, k].
+        w_gate: gate projections [E, M, F].
+        w_up: up projections [E, M, F].
+        w_down: down projections [E, F, M].
+        expert_ids: experts of each token [N, k] int32, in [0, E).
+        expert_weights: weight of each choice [N, k].
 
     Returns:
         [N, M] in x's dtype.

@@ -66,7 +66,9 @@ def cases(
 
     Args:
         target: the accelerator.
-        ops, names, implementations: what to take, by name; empty: all.
+        ops: operations to include; empty: all.
+        names: workloads to include; empty: all.
+        implementations: implementations to include; empty: all.
         short: only the programs of `SHORT`.
 
     Raises:
@@ -111,7 +113,12 @@ def _cases_of(op: str, target: hardware.Target, baseline_dtypes: Mapping[str, Se
     """Yield all programs of an operation.
 
     Args:
+        op: the operation.
+        target: the accelerator.
         baseline_dtypes: the public kernels of the operation on this target, and the dtypes that each supports.
+
+    Yields:
+        The programs, workload by workload.
     """
     directions = DIRECTIONS[:1] if op == "decode_attention" else DIRECTIONS
     for row in workloads.select(op, "aot", target.machine):

@@ -61,7 +61,7 @@ class Gpu(Target):
 
     @property
     def arch(self) -> str:
-        """ptxas's name of the architecture; the a-variants have wgmma and tcgen05."""
+        """The architecture as ptxas names it; the a-variants have wgmma and tcgen05."""
         major, minor = self.capability
         return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
 

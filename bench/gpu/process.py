@@ -67,6 +67,8 @@ def run(command: Sequence[str], log: Path, limit: float, cwd: Path, env: dict[st
         command: the program and its arguments.
         log: file to append to.
         limit: seconds after which the process and all its children are stopped.
+        cwd: working directory of the command.
+        env: environment variables of the command; it inherits no others.
     """
     start = time.monotonic()
     with log.open("ab") as file:

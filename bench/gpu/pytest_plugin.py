@@ -17,6 +17,7 @@ LINES = 8  # lines of an assertion's message that are printed
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Make the test process die with its parent and print its stacks on a signal."""
     prepare_child()
 
 

@@ -53,6 +53,7 @@ def run_parts(
     """Run the parts, and write summary.json and the archive after each one.
 
     Args:
+        parts: the parts, in order.
         out: folder of logs and results.
         deadline: of `time.monotonic`.
         archive_path: the archive; summary.json is written beside it.

@@ -13,6 +13,7 @@ from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, Mixtr
 
 
 def build(kind, sizes):
+    """Return (model, optimizer) of "dense" or "moe" for the sizes of our model."""
     shared = {
         "vocab_size": sizes["vocab_size"],
         "hidden_size": sizes["dim"],
@@ -34,6 +35,7 @@ def build(kind, sizes):
 
 
 def step(model, optimizer, tokens):
+    """Train on tokens [batch, sequence] for one step; return its seconds."""
     start = time.perf_counter()
     loss = model(input_ids=tokens, labels=tokens).loss
     loss.backward()
@@ -45,6 +47,7 @@ def step(model, optimizer, tokens):
 
 
 def main():
+    """Answer every line of standard input with the seconds of one step of that model."""
     torch.manual_seed(0)
     sizes = json.loads(sys.argv[1])
     models = {kind: build(kind, sizes) for kind in ("dense", "moe")}

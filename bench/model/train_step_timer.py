@@ -39,6 +39,7 @@ class TrainStepTimer:
         return x, y, jnp.int32(self._number)
 
     def __call__(self) -> float:
+        """Run one step and return its seconds."""
         inputs = self._inputs()
         start = time.perf_counter()
         self._state, _ = self._compiled(self._state, *inputs)

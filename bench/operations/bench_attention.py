@@ -4,4 +4,5 @@ OP = "attention"
 
 
 def test_attention(entry, replay):
+    """Time one implementation of attention on one workload."""
     replay(entry)

@@ -4,4 +4,5 @@ OP = "decode_attention"
 
 
 def test_decode_attention(entry, replay):
+    """Time one implementation of decoding on one workload."""
     replay(entry)

@@ -4,4 +4,5 @@ OP = "grouped_matmul"
 
 
 def test_grouped_matmul(entry, replay):
+    """Time one implementation of grouped matmul on one workload."""
     replay(entry)

@@ -4,4 +4,5 @@ OP = "moe_mlp"
 
 
 def test_moe_mlp(entry, replay):
+    """Time one implementation of the mixture of experts on one workload."""
     replay(entry)

@@ -32,6 +32,7 @@ class ReplayTimer:
         self.durations, self.running = iter(seconds), False
 
     def __call__(self) -> float:
+        """Return the time; every second call ends the next of the recorded durations."""
         if self.running:
             self.now += next(self.durations)
         self.running = not self.running
@@ -62,6 +63,7 @@ RUN = Run()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options that select the cases and limit their time."""
     group = parser.getgroup("bench", "DantinoX benchmarks")
     group.addoption("--spec", action="append", default=[], help="workloads by name; default: all of this device")
     group.addoption("--implementation", action="append", default=[], help="implementations by name; default: all")
@@ -74,11 +76,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Set up the allocator and start the clock of the run."""
     malloc.tune_glibc_malloc()
     RUN.progress, RUN.start = config.getoption("--progress"), time.monotonic()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Make one test per case and implementation."""
     if "entry" not in metafunc.fixturenames:
         return
     option, op = metafunc.config.getoption, metafunc.module.OP
@@ -101,6 +105,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def ceilings() -> Ceilings:
+    """The ceilings of the roofline, measured once per run."""
     RUN.ceilings = Ceilings(clock())
     return RUN.ceilings
 

@@ -190,6 +190,7 @@ class CompiledCandidate:
         self.temp_bytes = int(memory.temp_size_in_bytes) if memory else 0
 
     def __call__(self, i: int) -> Tree:
+        """Run the program on the i-th set of arguments; return its results by name."""
         index = i % len(self._sets)
         inputs, state, dout = self._sets[index]
         results, state = self._program(inputs, state, self._aux, dout)
@@ -331,6 +332,10 @@ def _time_in_turns(
     """Time the candidates in turns, and write their seconds into `results`.
 
     Args:
+        case: the workload and the direction.
+        ceilings: the ceilings of the roofline, measured in the same turns.
+        compiled: the candidates by name.
+        results: the result of each candidate, which gains its seconds.
         first_seconds: the time of each candidate's checked call, from which the number of its turns follows.
         budget: seconds of timing, shared by all candidates.
 

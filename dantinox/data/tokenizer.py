@@ -81,10 +81,12 @@ class CharTokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """Number of ids."""
         return len(self._tokens)
 
     @cached_property
     def fingerprint(self) -> str:
+        """16 hex digits of a hash of the content; equal if and only if the ids have the same meaning."""
         return _fingerprint(self.kind, self.chars)
 
     @cached_property
@@ -99,6 +101,7 @@ class CharTokenizer:
         return table
 
     def encode(self, text: str) -> np.ndarray:
+        """Return the ids of `text`, int32 [N], without an end of document. ValueError on a lone surrogate."""
         codepoints = _codepoints(text)
         ids = self._id_of_codepoint[codepoints]
         has_id = ids >= 0
@@ -114,12 +117,15 @@ class CharTokenizer:
         return out
 
     def decode(self, ids: Ids) -> str:
+        """Return the text of `ids` [N]; bytes that are not UTF-8 become U+FFFD. ValueError on an id out of range."""
         return self.decode_bytes(ids).decode(errors="replace")
 
     def decode_bytes(self, ids: Ids) -> bytes:
+        """Return the UTF-8 of `ids` [N], which may end inside a character. ValueError on an id out of range."""
         return _concatenate_tokens(self._tokens, ids)
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Write `directory`/tokenizer.json atomically and return its path."""
         return _save(directory, {"kind": self.kind, "chars": self.chars, "fingerprint": self.fingerprint})
 
 
@@ -142,10 +148,12 @@ class BPETokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """Number of ids."""
         return len(self._tokens)
 
     @cached_property
     def fingerprint(self) -> str:
+        """16 hex digits of a hash of the content; equal if and only if the ids have the same meaning."""
         return _fingerprint(self.kind, self.merges)
 
     @cached_property
@@ -173,6 +181,7 @@ class BPETokenizer:
         return hf
 
     def encode(self, text: str) -> np.ndarray:
+        """Return the ids of `text`, int32 [N], without an end of document. ValueError on a lone surrogate."""
         _utf8(text)
         words = _WORD.findall(text)
         cache = self._ids_of_word
@@ -185,12 +194,15 @@ class BPETokenizer:
         return np.fromiter(ids, np.int32)
 
     def decode(self, ids: Ids) -> str:
+        """Return the text of `ids` [N]; bytes that are not UTF-8 become U+FFFD. ValueError on an id out of range."""
         return self.decode_bytes(ids).decode(errors="replace")
 
     def decode_bytes(self, ids: Ids) -> bytes:
+        """Return the UTF-8 of `ids` [N], which may end inside a character. ValueError on an id out of range."""
         return _concatenate_tokens(self._tokens, ids)
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Write `directory`/tokenizer.json atomically and return its path."""
         return _save(directory, {"kind": self.kind, "merges": self.merges, "fingerprint": self.fingerprint})
 
 

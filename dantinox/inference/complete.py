@@ -34,9 +34,14 @@ def complete(
         prompts: texts to continue; an empty one starts a document.
         max_new_tokens: maximum number of new tokens per text; the end of the document ends it earlier.
         stop: strings; the first of them to be complete ends a text and is not returned.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: draws from the k likeliest tokens; None: from all.
+        top_p: draws from the fewest tokens whose probabilities sum to at least top_p; 1: from all.
+        min_p: draws from the tokens with at least min_p times the probability of the likeliest; 0: from all.
+        repetition_penalty: above 1 makes tokens of the prompt and of the text so far less likely.
+        seed: seed of all draws, 0 <= seed < 2**32.
         n: samples per prompt.
-
-    The other arguments are those of `dantinox.generate`.
+        prefill_chunk: tokens per prompt and prefill step; prefill takes the memory of one such chunk.
 
     Returns:
         len(prompts) * n continuations without their prompts, all samples of the first prompt first. An incomplete

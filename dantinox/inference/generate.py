@@ -56,7 +56,9 @@ def generate(
         prompts: token ids in [0, vocab_size), at least one per prompt; lengths may differ.
         max_new_tokens: maximum number of new tokens per sequence.
         temperature: divides the logits; 0 takes the likeliest token.
-        top_k, top_p, min_p: restrict the tokens that may be drawn, see `dantinox.inference.sampling`.
+        top_k: draws from the k likeliest tokens; None: from all.
+        top_p: draws from the fewest tokens whose probabilities sum to at least top_p; 1: from all.
+        min_p: draws from the tokens with at least min_p times the probability of the likeliest; 0: from all.
         repetition_penalty: above 1 makes tokens of the prompt and of the text so far less likely.
         seed: seed of all draws, 0 <= seed < 2**32.
         stop_tokens: ids that end a sequence; the stop token itself is not returned.

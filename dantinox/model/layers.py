@@ -87,6 +87,7 @@ class MLP(nnx.Module):
         self.down = parameter(key(), "FM", (F, M), out_std)
 
     def __call__(self, x: Array) -> Array:
+        """Apply the network to x [..., M]."""
         if self.kind == "swiglu":
             return dense(swiglu(dense(x, self.gate), dense(x, self.up)), self.down)
         return dense(jax.nn.gelu(dense(x, self.up)), self.down)

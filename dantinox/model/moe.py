@@ -59,7 +59,8 @@ def route(logits: Array, k: int) -> tuple[Array, Array, RouterStats]:
     """Pick the k likeliest experts per token and renormalise their probabilities.
 
     Args:
-        logits: [N, E] float32.
+        logits: router logits [N, E] float32.
+        k: experts per token.
 
     Returns:
         (expert ids [N, k] int32, weights [N, k] float32 that sum to 1 per token, router statistics).
@@ -88,6 +89,7 @@ class MoE(nnx.Module):
         self.shared = MLP(config, key, out_std) if config.shared_expert else None
 
     def __call__(self, x: Array) -> tuple[Array, RouterStats]:
+        """Return the output for x [..., M] and the statistics of the router."""
         tokens = x.reshape(-1, x.shape[-1])
         with jax.named_scope("router"):
             ids, weights, stats = route(dense(tokens, self.router, jnp.float32), self.k)

@@ -72,7 +72,6 @@ class Sweep:
     """A validated sweep file; `runs` lists its runs.
 
     Attributes:
-        varied: names of the parameters with more than one value.
         run_cap: maximum number of runs; None: the whole grid.
     """
 
@@ -85,6 +84,7 @@ class Sweep:
 
     @property
     def varied(self) -> list[str]:
+        """Names of the parameters with more than one value."""
         return [p.name for p in self.parameters if p.values is None or len(p.values) > 1]
 
     def runs(self, seed: int = 0) -> list[Run]:

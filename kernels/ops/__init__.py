@@ -1,1 +1,1 @@
-"""The operations: `api.py` checks the arguments and chooses, a file or folder for each backend does the work."""
+"""The operations: `api.py` checks the arguments and selects one of the backends beside it."""

@@ -81,6 +81,7 @@ class Attention(Workload):
         return shapes
 
     def out_shape(self) -> tuple[int, ...]:
+        """The shape of the output."""
         return (self.B, self.T, self.H, self.D)
 
     def options(self) -> dict[str, Any]:
@@ -133,9 +134,11 @@ class GroupedMatmul(Workload):
         return {"x": (self.N, self.M), "w": (self.E, self.M, self.F)}
 
     def out_shape(self) -> tuple[int, ...]:
+        """The shape of the output."""
         return (self.N, self.F)
 
     def options(self) -> dict[str, Any]:
+        """The static arguments: none."""
         return {}
 
     def integer_inputs(self, seed: int = 0) -> dict[str, Any]:
@@ -171,9 +174,11 @@ class MoE(Workload):
         return {"x": (N, M), "w_gate": (E, M, F), "w_up": (E, M, F), "w_down": (E, F, M), "expert_weights": (N, k)}
 
     def out_shape(self) -> tuple[int, ...]:
+        """The shape of the output."""
         return (self.N, self.M)
 
     def options(self) -> dict[str, Any]:
+        """The static arguments: none."""
         return {}
 
     def integer_inputs(self, seed: int = 0) -> dict[str, Any]:
@@ -213,6 +218,7 @@ class Decode(Workload):
 
     @property
     def B(self) -> int:
+        """Number of sequences."""
         return len(self.lengths)
 
     def shapes(self) -> Shapes:
@@ -224,6 +230,7 @@ class Decode(Workload):
         return shapes
 
     def cache_shape(self) -> tuple[int, ...]:
+        """The shape of the cache's keys, and of its values: [B, K, C, D]."""
         return (self.B, self.K, self.C, self.D)
 
     def cache(self, dtype: str) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -234,6 +241,7 @@ class Decode(Workload):
         return arrays
 
     def out_shape(self) -> tuple[int, ...]:
+        """The shape of the output."""
         return (self.B, self.H, self.D)
 
     def options(self) -> dict[str, Any]:

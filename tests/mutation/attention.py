@@ -104,8 +104,8 @@ MUTANTS: list[Mutant] = [
     *mutants_of(
         "ops/attention/pallas_cpu/common",
         "attention_block_schedule",
-        ("the blocks of a step end past the keys", "np.minimum(schedule.kv[first], num_kv_blocks - kv_blocks_per_step)",
-         "schedule.kv[first]", "test_multi_block_steps_cover_every_visible_pair_once"),
+        ("the blocks of a step end past the keys", "np.minimum(schedule.kv[starts_q_block], num_kv_blocks - kv_blocks_per_step)",
+         "schedule.kv[starts_q_block]", "test_multi_block_steps_cover_every_visible_pair_once"),
     ),
     *mutants_of(
         "ops/attention/pallas_cpu/common",
@@ -212,6 +212,6 @@ MUTANTS: list[Mutant] = [
         "ops/attention/segment_ids",
         "attention_segment_ids",
         ("a key range ends a block early", "jnp.where(disjoint, 0, j + 1)", "jnp.where(disjoint, 0, j)", KV_BLOCK_RANGES),
-        ("a mixed block counts as one segment", "same_segment | (j < left", "same_segment | (j <= left", KV_BLOCK_RANGES),
+        ("a mixed block counts as one segment", "same_segment | (j < interior_start", "same_segment | (j <= interior_start", KV_BLOCK_RANGES),
     ),
 ]  # fmt: skip

@@ -137,10 +137,17 @@ def _count_branch(region: Region, branch: Branch, regions: Sequence[Region]) -> 
 def gmm_candidates(
     workload: workloads.GroupedMatmul, implementation: str, kernel: str, target: Target, sizes: Any
 ) -> list[KernelSteps]:
-    """List what a kernel of a grouped matmul may do, by its name; its schedule has the branches of one of them.
+    """List the possible steps and branches of a grouped matmul's kernel; its schedule has the branches of one of them.
 
     Args:
-        sizes: rows of each group.
+        workload: the grouped matmul.
+        implementation: pallas or a baseline.
+        kernel: name of the kernel, which tells the product.
+        target: the TPU.
+        sizes: rows of each group [E].
+
+    Returns:
+        The candidates; empty if the kernel is not known.
     """
     product = products.product_of("grouped_matmul", kernel)
     K, J = (workload.F, workload.M) if product == "dx" else (workload.M, workload.F)
@@ -194,10 +201,17 @@ EXPERTS = {
 def experts_candidates(
     workload: workloads.MoE, kernel: str, target: Target, skew: str, *, save_residuals: bool
 ) -> list[KernelSteps]:
-    """List what a kernel of our mixture of experts may do.
+    """List the possible steps and branches of a kernel of our mixture of experts.
 
     Args:
+        workload: the mixture of experts.
+        kernel: name of the kernel, which tells the product.
+        target: the TPU.
+        skew: how the rows are spread over the experts.
         save_residuals: whether up_proj writes gate and up for the backward pass.
+
+    Returns:
+        The candidates; empty if the kernel is not known.
     """
     if not (name := products.product_of(workload.op, kernel)):
         return []

@@ -27,19 +27,20 @@ def attention(
     segment_ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | Int[Array, "B T"] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "B T H D"]:
-    """Computes o = sigmoid(gate) * softmax(cap(scale * q k^T) + mask) v, differentiable in q, k, v and gate.
+    """Compute o = sigmoid(gate) * softmax(cap(scale * q k^T) + mask) v, differentiable in q, k, v and gate.
 
     Args:
         q: queries [B, T, H, D].
         k: keys [B, S, K, D]; H is a multiple of K.
         v: values [B, S, K, D]; q, k and v have one floating dtype.
         gate: logits [B, T, H, D] or [B, T, H, 1] in q's dtype, or None.
-        causal: a query sees no later key; query t sits at key S - T + t (bottom-right).
-        window: number of keys a query sees, itself included: 0 <= pos_q - pos_k < window; needs causal.
+        causal: whether a query sees no later key; query t is at position S - T + t of the keys (bottom-right).
+        window: number of keys that a query sees, its own included: 0 <= pos_q - pos_k < window; needs causal. None: no
+            limit.
         scale: factor on the scores; None: D**-0.5.
-        softcap: scores s become softcap * tanh(s / softcap).
-        segment_ids: (q_ids [B, T], kv_ids [B, S]) int32, or one [B, T] array where T == S; a query sees only keys
-            of its own segment.
+        softcap: caps the scores s at softcap * tanh(s / softcap); None: no cap.
+        segment_ids: (q_ids [B, T], kv_ids [B, S]) int32, or one [B, T] array if T == S; a query sees only keys of its
+            own segment. None: one segment.
         implementation: auto, reference, xla, pallas or triton.
 
     Returns:
@@ -70,10 +71,10 @@ def attention(
     if window is not None:
         window = min(int(window), max(S, 1))  # a longer window shows no more keys
 
-    run = OPERATION.select(implementation, q, k, window)
+    function = OPERATION.select(implementation, q, k, window)
     if 0 in (B, T, H, D):
         return q
-    return run(
+    return function(
         q,
         k,
         v,

@@ -1,12 +1,12 @@
-"""Which blocks of the score matrix hold a visible pair. They are the grid of a kernel.
+"""The blocks of the score matrix that hold a visible pair: they are the grid of a kernel.
 
                    keys ->    0   1   2   3   4   5
     query block 0             ▞   ░   ░   ░   ░   ░       ▞ partly visible: the mask is applied
     query block 1             █   ▞   ░   ░   ░   ░       █ fully visible: no mask
-    query block 2             ▞   █   ▞   ░   ░   ░       ░ not in the schedule: no load, no work, no time
+    query block 2             ▞   █   ▞   ░   ░   ░       ░ not in the schedule: neither loaded nor computed
     query block 3             ░   ▞   █   ▞   ░   ░
 
-Query t is at position S - T + t. A query block that sees no key keeps one block, which writes its zeros.
+Query t is at position S - T + t. A query block that sees no key has one step, which writes its zeros.
 """
 
 import functools
@@ -46,7 +46,7 @@ def make_block_schedule(
     window: int | None,
     kv_block_range: tuple[int, int] | None = None,
 ) -> BlockSchedule:
-    """Lists the visible blocks of `block_q` queries by `block_kv` keys.
+    """List the visible blocks of `block_q` queries by `block_kv` keys.
 
     Args:
         T: number of queries, without padding.

@@ -1,8 +1,8 @@
-"""Shared by the attention kernels of TPUs and CPUs: what is known when they are traced, and one block of scores.
+"""Static parameters, results and block scores of the attention kernels of TPUs and CPUs.
 
 A block has `block_q` queries of each of the G heads of one key head, packed to R = G block_q rows, against `block_kv`
-keys. Blocks are transposed, with keys down and queries across. Arrays hold them in subtiles: [B K, query subtiles, n,
-rows] for what belongs to queries, [B K, key subtiles, keys, D] for keys.
+keys. Blocks are transposed, with keys down and queries across. Arrays consist of subtiles: [B K, query
+subtiles, n, rows] along the queries, [B K, key subtiles, keys, D] along the keys.
 """
 
 from typing import NamedTuple, Protocol
@@ -20,21 +20,25 @@ NN, NT = ((1,), (0,)), ((1,), (1,))  # a b and a b^T
 
 
 class BlockSizes(Protocol):
-    """What the layout of the arrays depends on: queries, of each head, and keys per block, and a block's subtiles."""
+    """The sizes that determine the layout of the arrays: blocks and their subtiles."""
 
     @property
-    def block_q(self) -> int: ...
+    def block_q(self) -> int:
+        """Queries of each head per block."""
+        ...
 
     @property
-    def block_kv(self) -> int: ...
+    def block_kv(self) -> int:
+        """Keys per block."""
+        ...
 
     def subtile(self, G: int) -> tuple[int, int]:
-        """Returns (packed queries, keys) of a subtile."""
+        """Return (packed queries, keys) of a subtile."""
         ...
 
 
 class AttentionConfig[Sizes: BlockSizes](NamedTuple):
-    """Everything known when a kernel is traced; T and S are the lengths without padding."""
+    """Static parameters of a kernel; T and S are the lengths without padding."""
 
     T: int
     S: int
@@ -52,7 +56,7 @@ class AttentionConfig[Sizes: BlockSizes](NamedTuple):
         return self.G * self.block_sizes.block_q // rows, self.block_sizes.block_kv // keys
 
     def block_schedule(self, kv_block_range: tuple[int, int] | None = None) -> BlockSchedule:
-        """Lists the visible blocks, of a range of key blocks or of all; see `make_block_schedule`."""
+        """List the visible blocks of a range of key blocks, or of all of them; see `make_block_schedule`."""
         return make_block_schedule(
             self.T,
             self.S,
@@ -81,8 +85,8 @@ class SegmentTables(NamedTuple):
 class ForwardResult(NamedTuple):
     """Results of a forward kernel; without residuals only `o`.
 
-    `m` and `inv_l` are the log-sum-exp of a row in two parts: one number would carry a rounding error to every p of the
-    row.
+    `m` and `inv_l` are the log-sum-exp of a row in two parts, because the rounding error of a single number would scale
+    every p of the row.
 
     Attributes:
         o: output [heads, query subtiles, D, rows].
@@ -106,14 +110,14 @@ class QKVGradients(NamedTuple):
 
 
 def dot_per_head(a: Array, b: Array, contract: tuple[tuple[int], tuple[int]]) -> Array:
-    """a b in float32, over the last two axes; the axes before are heads."""
+    """Compute a b in float32 over the last two axes; the axes before them are heads."""
     heads = tuple(range(a.ndim - 2))
     dims = tuple(tuple(axis + len(heads) for axis in side) for side in contract)
     return jax.lax.dot_general(a, b, (dims, (heads, heads)), preferred_element_type=jnp.float32)
 
 
 def scale_scores(config: AttentionConfig, qk: Array, unit: float = 1.0) -> Array:
-    """unit * cap(scale * qk)."""
+    """Compute unit * cap(scale * qk)."""
     if config.softcap is None:
         return qk * (config.scale * unit)
     return jnp.tanh(qk * (config.scale / config.softcap)) * (config.softcap * unit)
@@ -122,13 +126,18 @@ def scale_scores(config: AttentionConfig, qk: Array, unit: float = 1.0) -> Array
 def visible_mask(
     config: AttentionConfig, shape: tuple[int, ...], q_block: Array, kv_block: Array, r: Array | int, c: Array | int
 ) -> Array:
-    """Mask of the pairs of a subtile that are visible by their positions, or one that broadcasts to it.
+    """Return a mask of the pairs of a subtile that are visible by their positions.
 
     Args:
-        config: what is known when the kernel is traced.
+        config: static parameters of the kernel.
         shape: [..., keys, rows] of the subtile; keys may run past the block, into the next ones.
-        q_block, kv_block: index of the block.
-        r, c: index of the subtile in the block.
+        q_block: index of the query block.
+        kv_block: index of the key block.
+        r: index of the subtile along the queries of the block.
+        c: index of the subtile along the keys of the block.
+
+    Returns:
+        A mask that broadcasts to `shape`.
     """
     sizes, (rows, keys) = config.block_sizes, config.block_sizes.subtile(config.G)
     key = jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 2)

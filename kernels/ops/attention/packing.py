@@ -1,7 +1,7 @@
-"""The layout of the attention kernels' arrays: grouped heads packed into rows, whole blocks, blocks in subtiles.
+"""The layout of the attention kernels' arrays: grouped heads packed into rows, blocks split into subtiles.
 
-The kernels see one entry per sequence and key head, in whole blocks padded with zeros. Padded queries give zero
-gradients because their cotangents are zero; padded keys are behind the diagonal or masked.
+Arrays have one entry per sequence and key head, padded with zeros to a multiple of the block. Padded queries give zero
+gradients because their cotangents are zero; padded keys are past the diagonal or masked.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ Array = jax.Array
 
 
 def _pad_to_block(x: Array, block: int) -> Array:
-    """Zeros behind the last token, up to a whole block."""
+    """Append zeros after the last token, up to a multiple of the block."""
     padding = -x.shape[1] % block
     return jnp.pad(x, [(0, padding if axis == 1 else 0) for axis in range(x.ndim)]) if padding else x
 
@@ -43,7 +43,7 @@ def _pack_gqa_shape(config: AttentionConfig) -> PackGQA:
 
 
 def pack_queries(x: Array, config: AttentionConfig) -> Array:
-    """[B, T, H, n] -> [B K, query subtiles, n, rows]."""
+    """Rearrange [B, T, H, n] to [B K, query subtiles, n, rows]."""
     pack, (B, _, H, n) = _pack_gqa_shape(config), x.shape
     K = H // config.G
     x = _pad_to_block(x, config.block_sizes.block_q)
@@ -52,7 +52,7 @@ def pack_queries(x: Array, config: AttentionConfig) -> Array:
 
 
 def unpack_queries(x: Array, config: AttentionConfig, B: int) -> Array:
-    """[B K, query subtiles, n, rows] -> [B, T, H, n]."""
+    """Rearrange [B K, query subtiles, n, rows] to [B, T, H, n]."""
     pack, n = _pack_gqa_shape(config), x.shape[2]
     K = x.shape[0] // B
     x = x.reshape(B, K, -1, pack.head_groups, pack.q_parts, n, pack.heads, pack.q)
@@ -60,14 +60,14 @@ def unpack_queries(x: Array, config: AttentionConfig, B: int) -> Array:
 
 
 def pack_keys(x: Array, config: AttentionConfig) -> Array:
-    """[B, S, K, D] -> [B K, key subtiles, keys, D]."""
+    """Rearrange [B, S, K, D] to [B K, key subtiles, keys, D]."""
     (B, _, K, D), (_, keys) = x.shape, config.block_sizes.subtile(config.G)
     x = _pad_to_block(x, config.block_sizes.block_kv).reshape(B, -1, keys, K, D)
     return x.transpose(0, 3, 1, 2, 4).reshape(B * K, -1, keys, D)
 
 
 def segment_tables(q_ids: Array, kv_ids: Array, K: int, config: AttentionConfig) -> SegmentTables:
-    """Lays out the ids in subtiles, and compares the ranges of ids of each pair of blocks."""
+    """Lay out the ids in subtiles and compare the ranges of ids of each pair of blocks."""
     B, pack, sizes = q_ids.shape[0], _pack_gqa_shape(config), config.block_sizes
     rows, keys = sizes.subtile(config.G)
     padded_q_ids, padded_kv_ids = pad_ids_to_block(q_ids, sizes.block_q), pad_ids_to_block(kv_ids, sizes.block_kv)

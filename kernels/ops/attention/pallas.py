@@ -1,4 +1,4 @@
-"""The Pallas attention of TPUs and CPUs with its derivative; a CPU has kernels of its own."""
+"""The Pallas attention of TPUs and CPUs with its derivative; CPUs have separate kernels."""
 
 import functools
 from typing import NamedTuple
@@ -56,7 +56,7 @@ def attention(
 
 
 class Residuals(NamedTuple):
-    """What the forward pass keeps for the backward pass; see `ForwardResult`."""
+    """The residuals of the forward pass; see `ForwardResult`."""
 
     q: Array
     k: Array
@@ -103,17 +103,17 @@ def _run_fwd(
     *,
     residuals: bool,
 ) -> ForwardResult:
-    run = cpu_fwd.attention_fwd if _for_cpu(config) else tpu_fwd.attention_fwd
-    return run(q, k, v, gate, segments, config, residuals=residuals, cost=_cost(q, gate, config))
+    attention_fwd = cpu_fwd.attention_fwd if _for_cpu(config) else tpu_fwd.attention_fwd
+    return attention_fwd(q, k, v, gate, segments, config, residuals=residuals, cost=_cost(q, gate, config))
 
 
 def _for_cpu(config: AttentionConfig) -> bool:
-    """Whether a CPU's kernels run. The backward pass may be traced where another device is announced."""
+    """Return whether the CPU kernels run; the current device may be another in the backward pass."""
     return isinstance(config.block_sizes, cpu_block_sizes.CpuBlockSizes)
 
 
 def _bwd_preprocess(do: Array, o_ungated: Array, gate: Array | None) -> tuple[Array, Array | None, Array]:
-    """(cotangent of the ungated output, dgate, delta [..., 1, rows]): one pass over do and o, which XLA fuses."""
+    """Return (cotangent of the ungated output, dgate, delta [..., 1, rows]) in one pass, which XLA fuses."""
     do_f32, o_ungated = do.astype(jnp.float32), o_ungated.astype(jnp.float32)
     if gate is None:
         return do, None, jnp.sum(do_f32 * o_ungated, axis=-2, keepdims=True)
@@ -130,7 +130,7 @@ def _bwd_preprocess(do: Array, o_ungated: Array, gate: Array | None) -> tuple[Ar
 
 
 def _cost(q: Array, gate: Array | None, config: AttentionConfig, backward: bool = False) -> cost.Cost:
-    """Cost of all heads; packed segments count as one, since their ids are unknown at trace time."""
+    """Return the cost of all heads; packed segments count as one, since their ids are unknown at trace time."""
     gate_kind = "none" if gate is None else "elementwise" if gate.shape[2] == q.shape[2] else "head"
     return cost.attention(
         B=q.shape[0],

@@ -1,4 +1,4 @@
-"""Segment ids of packed sequences: which keys any query attends to, and which blocks share a segment.
+"""Segment ids of packed sequences: attended keys, and blocks that share a segment.
 
 The Pallas kernels skip a pair of blocks whose ranges of ids are disjoint. That is exact for ascending ids, as packed
 documents have; in any other order a kernel may visit blocks that share no segment, and their mask hides every pair.
@@ -15,7 +15,7 @@ Q_STEP = 128  # queries compared with all keys at a time
 def zero_unattended_keys(
     k: Array, v: Array, segment_ids: SegmentIds | None, *, T: int, causal: bool, window: int | None
 ) -> tuple[Array, Array, SegmentIds | None]:
-    """Removes keys that no query attends to, so that their contents, NaN included, have no effect.
+    """Remove keys that no query attends to, so that their contents, NaN included, have no effect.
 
     Keys before every window are cut off; keys of no query's segment become zeros.
 
@@ -41,7 +41,7 @@ def zero_unattended_keys(
 
 
 def attended_keys(q_ids: Array, kv_ids: Array, *, causal: bool, window: int | None) -> Array:
-    """Keys that some query attends to, [B, S]. Compares all pairs, in steps that keep memory linear in T + S."""
+    """Return which keys some query attends to, [B, S]; the steps keep memory linear in T + S."""
     (B, T), S = q_ids.shape, kv_ids.shape[1]
     k_pos = jnp.arange(S)
 
@@ -60,7 +60,7 @@ def attended_keys(q_ids: Array, kv_ids: Array, *, causal: bool, window: int | No
 
 
 def block_segment_overlap(ids: Array, block: int, other_ids: Array, other_block: int) -> tuple[Array, Array]:
-    """Compares the ids of every pair of blocks.
+    """Compare the ids of every pair of blocks.
 
     Args:
         ids: [B, n], in blocks of `block`.
@@ -79,27 +79,28 @@ def block_segment_overlap(ids: Array, block: int, other_ids: Array, other_block:
 
 
 def kv_block_ranges(ids: Array, block: int, other_ids: Array, other_block: int) -> Array:
-    """Ranges of blocks of `other_ids` that a block of `ids` must visit; arguments as in `block_segment_overlap`.
+    """Return the blocks of `other_ids` that a block of `ids` must visit; see `block_segment_overlap` for the arguments.
 
     Returns:
-        int32 [B, blocks, 4], (start, left, right, stop): all blocks that may share a segment are in [start, stop), and
-        those in [left, right) hold one segment, the block's own. Without any, start is the number of blocks and stop 0.
+        int32 [B, blocks, 4], (start, interior_start, interior_end, end): all blocks that may share a segment are in
+        [start, end); those in [interior_start, interior_end) hold only the segment of the block. If no block shares a
+        segment, start is the number of blocks and end is 0.
     """
     disjoint, same_segment = block_segment_overlap(ids, block, other_ids, other_block)
     num_blocks = disjoint.shape[2]
     j = jnp.arange(num_blocks)
-    start, stop = jnp.min(jnp.where(disjoint, num_blocks, j), axis=2), jnp.max(jnp.where(disjoint, 0, j + 1), axis=2)
-    left = jnp.argmax(same_segment, axis=2)
-    right = jnp.min(jnp.where(same_segment | (j < left[:, :, None]), num_blocks, j), axis=2)
-    return jnp.stack([start, left, right, stop], axis=2).astype(jnp.int32)
+    start, end = jnp.min(jnp.where(disjoint, num_blocks, j), axis=2), jnp.max(jnp.where(disjoint, 0, j + 1), axis=2)
+    interior_start = jnp.argmax(same_segment, axis=2)
+    interior_end = jnp.min(jnp.where(same_segment | (j < interior_start[:, :, None]), num_blocks, j), axis=2)
+    return jnp.stack([start, interior_start, interior_end, end], axis=2).astype(jnp.int32)
 
 
 def pad_ids_to_block(ids: Array, block: int) -> Array:
-    """Pads [B, n] to a multiple of the block; padding repeats the last id, so that it widens no range."""
+    """Pad [B, n] to a multiple of the block with the last id, which widens no range."""
     return jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % block)), mode="edge")
 
 
 def _id_ranges(ids: Array, block: int) -> tuple[Array, Array]:
-    """The smallest and the largest id of each block, [B, blocks]."""
+    """Return the smallest and the largest id of each block, [B, blocks]."""
     blocks = pad_ids_to_block(ids, block).reshape(ids.shape[0], -1, block)
     return blocks.min(2), blocks.max(2)

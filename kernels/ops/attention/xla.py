@@ -1,12 +1,12 @@
-"""Attention in plain XLA: banded under a window, chunked where T x S scores would not fit.
+"""Attention in plain XLA: banded under a window, chunked if T x S scores would not fit.
 
-Three ways around one core:
+Three algorithms share one softmax:
     one block   T x S scores at once, for short sequences.
     banded      query blocks of b rows, each against the ceil((W-1)/b)+1 key blocks it sees: T (W + 2b) scores.
 
                     keys ->   0   1   2   3
                     block 0   ▚   ░   ░   ░       ▚ computed, masked at the edges
-                    block 1   ▚   ▚   ░   ░       ░ never built, forward or backward
+                    block 1   ▚   ▚   ░   ░       ░ never computed, forward or backward
                     block 2   ░   ▚   ▚   ░       (W <= b + 1)
                     block 3   ░   ░   ▚   ▚
 
@@ -67,7 +67,7 @@ class _SoftmaxAttention:
         self.scale, self.softcap = scale, softcap
 
     def __call__(self, q: Array, k: Array, v: Array, mask: Array, attended: Array | None) -> Array:
-        """[..., G, t, D] in float32 or wider. Keys that no query attends to, by `attended` [..., s], become zeros."""
+        """Return [..., G, t, D] in float32 or wider; keys outside `attended` [..., s] become zeros."""
         acc_dtype = jnp.promote_types(q.dtype, jnp.float32)
         batch = "BKn"[: q.ndim - 3]
         if attended is not None:
@@ -86,7 +86,7 @@ class _SoftmaxAttention:
 def _visible_mask(
     q_pos: Array, k_pos: Array, q_ids: Array | None, kv_ids: Array | None, causal: bool, window: int | None
 ) -> tuple[Array, Array | None]:
-    """(mask [B or 1, 1, 1, t, s], attended [B or 1, 1, s] or None where every key is attended to)."""
+    """Return (mask [B or 1, 1, 1, t, s], attended [B or 1, 1, s] or None if every key is attended)."""
     distance = q_pos[:, None] - k_pos[None]
     mask = jnp.broadcast_to(k_pos >= 0, distance.shape)[None]
     if causal:
@@ -100,7 +100,7 @@ def _visible_mask(
 
 
 def _band_block_q(window: int | None, T: int) -> int:
-    """Queries b per block: about half the window, so that few of the W + 2b keys are masked."""
+    """Return the queries b per block: about half the window, so that few of the W + 2b keys are masked."""
     if window is None:
         return T
     return max(1, min(T, max(32, min(256, 2 ** math.ceil(math.log2(max(window / 2, 1)))))))
@@ -124,7 +124,7 @@ def _banded(
     pad_left, pad_right = num_past_blocks * block - (S - T), num_q_blocks * block - T
 
     def gather_bands(x: Array, axis: int) -> Array:
-        """[..., S, ...] -> [..., num_q_blocks, band, ...], zero where there is no key."""
+        """Rearrange [..., S, ...] to [..., num_q_blocks, band, ...], with zeros in place of missing keys."""
         x = jax.lax.slice_in_dim(x, max(0, -pad_left), S, axis=axis)
         pad = [(0, 0)] * x.ndim
         pad[axis] = (max(0, pad_left), pad_right)

@@ -1,1 +1,1 @@
-"""One decoding step: append a token to the cache and attend to it."""
+"""One decode step: append a token to the cache and attend to the visible tokens."""

@@ -34,14 +34,16 @@ def decode_attention(
     Under `jit` with the cache donated, no implementation copies the cache.
 
     Args:
-        q: [B, H, D]; k and v: [B, K, D]; one floating dtype.
+        q: query of the new token [B, H, D].
+        k: key of the new token [B, K, D]; H is a multiple of K.
+        v: value of the new token [B, K, D]; q, k and v have one floating dtype.
         cache: `KVCache`, k and v [B, K, C, D], length [B] int32. An int8 or float8_e4m3fn cache also has k_scale and
-            v_scale [B, K, C] float32; the new token is quantized before this step attends to it, as later steps will
-            see it.
-        gate: logits [B, H, D] or [B, H, 1], or None.
-        window: number of keys that the query attends to, its own included; None or more than C means all C slots.
-        scale: factor on the scores; None means D**-0.5.
-        softcap: caps the scores s at softcap * tanh(s / softcap).
+            v_scale [B, K, C] float32; the new token is quantized before this step attends to it, so this step reads the
+            values that later steps read.
+        gate: logits [B, H, D] or [B, H, 1] in q's dtype, or None.
+        window: number of keys that the query sees, its own included; None or more than C: all C slots.
+        scale: factor on the scores; None: D**-0.5.
+        softcap: caps the scores s at softcap * tanh(s / softcap); None: no cap.
         implementation: auto, reference, xla, pallas or triton.
 
     Returns:
@@ -76,12 +78,14 @@ def decode_attention(
     validation.check_scalars(scale=scale, softcap=softcap)
 
     cache = KVCache(cache_k, cache_v, length, *scales)
-    run = OPERATION.select(implementation, q, cache)
-    return run(q, k, v, cache, gate=gate, window=window, scale=D**-0.5 if scale is None else scale, softcap=softcap)
+    function = OPERATION.select(implementation, q, cache)
+    return function(
+        q, k, v, cache, gate=gate, window=window, scale=D**-0.5 if scale is None else scale, softcap=softcap
+    )
 
 
 def _check_scales(cache: KVCache, k: Array, v: Array) -> tuple[Array | None, Array | None]:
-    """Returns the checked scales of an 8-bit cache, or Nones."""
+    """Return the checked scales of an 8-bit cache, or Nones."""
     eight_bits = k.dtype in QMAX or v.dtype in QMAX
     if not eight_bits:
         validation.check_floating(**{"cache.k": k, "cache.v": v})

@@ -1,4 +1,4 @@
-"""Which blocks of the ring buffers one decode step visits: the grid of the kernel, computed on the device.
+"""The blocks of the ring buffers that one decode step visits: the grid of the kernel, computed on the device.
 
 A ring buffer of C = 6 blocks and a window that wraps around its end; `n` marks the block that receives the new token:
 
@@ -37,7 +37,7 @@ class BlockTable(NamedTuple):
 
 
 def make_block_table(length: Array, C: int, max_visible: int, block_size: int) -> BlockTable:
-    """Lists the blocks that hold the last min(length + 1, max_visible) tokens of each ring buffer.
+    """List the blocks that hold the last min(length + 1, max_visible) tokens of each ring buffer.
 
     Args:
         length: tokens before the new one, [B] int32.

@@ -1,6 +1,6 @@
-"""Shared by the decode attention kernels of TPUs and CPUs: scores, mask and online softmax of one grid step.
+"""Scores, mask and online softmax of one grid step of the decode attention kernels of TPUs and CPUs.
 
-Both kernels start a sequence with its new token and then add the slots of the cache, so a softmax always has a term.
+Both kernels start a sequence with its new token and then add the slots of the cache, so no softmax is empty.
 """
 
 from collections.abc import Callable
@@ -21,11 +21,11 @@ MASK_VALUE = -2e38  # a masked score
 
 
 class TokenInputs(NamedTuple):
-    """What one step of decoding brings: arrays, their block specs, or references to those of one sequence.
+    """Inputs of one decode step: arrays, their block specs, or references to those of one sequence.
 
     Attributes:
         q: queries [B, K, G, D].
-        new_k, new_v: the new token as later steps will read it, [B, K, 1, D] in q's dtype.
+        new_k, new_v: the new token as later steps read it from the cache, [B, K, 1, D] in q's dtype.
         gate: logits [B, K, G, D] or [B, K, G, 1], or None.
     """
 
@@ -45,12 +45,12 @@ class QuantizedToken(NamedTuple):
 
 
 def quantize_token(k: Array, v: Array, cache: KVCache) -> QuantizedToken:
-    """Converts the new token, k and v [B, K, D], to the cache's dtype."""
+    """Convert the new token, k and v [B, K, D], to the cache's dtype."""
     return QuantizedToken(*quantize(k, cache.k.dtype), *quantize(v, cache.v.dtype))
 
 
 def token_inputs(q: Array, token: QuantizedToken, gate: Array | None) -> TokenInputs:
-    """Lays out q and gate [B, K, G, n] and the new token; a step attends to its token as later steps will read it."""
+    """Lay out q and gate [B, K, G, n] and the new token, with the rounding of the cache's dtype."""
 
     def read_back(x: Array, scale: Array | None) -> Array:
         return (x if scale is None else dequantize(x, scale, q.dtype))[:, :, None]
@@ -59,17 +59,17 @@ def token_inputs(q: Array, token: QuantizedToken, gate: Array | None) -> TokenIn
 
 
 def sequence_spec(x: Array) -> pl.BlockSpec:
-    """Spec of the part of an array [B, ...] that belongs to the step's sequence."""
+    """Return the spec of the part of an array [B, ...] that belongs to the step's sequence."""
     return pl.BlockSpec((1, *x.shape[1:]), lambda n, table, *_: (table.sequence[n], *(0,) * (x.ndim - 1)))
 
 
 def group_heads(x: Array, K: int) -> Array:
-    """[B, H, n] as [B, K, G, n]."""
+    """Reshape [B, H, n] to [B, K, G, n]."""
     return x.reshape(x.shape[0], K, -1, x.shape[-1])
 
 
 def estimate_cost(q: Array, cache: KVCache, gate: Array | None, max_visible: int) -> cost.Cost:
-    """Returns an upper bound: the lengths are not known at trace time."""
+    """Return an upper bound of the cost: the lengths are not known at trace time."""
     (B, H, D), (K, C) = q.shape, cache.k.shape[1:3]
     return cost.decode_attention(
         H=H,
@@ -84,7 +84,7 @@ def estimate_cost(q: Array, cache: KVCache, gate: Array | None, max_visible: int
 
 
 def dot_heads(a: Array, b: Array, contract: int) -> Array:
-    """a b^T (1) or a b (0) over the last two axes, in float32; the axes before them are heads."""
+    """Compute a b^T (contract = 1) or a b (0) over the last two axes, in float32; the axes before them are heads."""
     n = a.ndim - 2
     heads = tuple(range(n))
     dims = (((n + 1,), (n + contract,)), (heads, heads))
@@ -92,13 +92,13 @@ def dot_heads(a: Array, b: Array, contract: int) -> Array:
 
 
 def attention_scores(q: Array, k: Array, *, scale: float, softcap: float | None, k_scale: Array | None = None) -> Array:
-    """cap(scale q k^T) [..., G, slots]; `k_scale` [..., 1, slots] are the scales of an 8-bit cache's keys."""
+    """Compute cap(scale q k^T) [..., G, slots]; `k_scale` [..., 1, slots] scales the keys of an 8-bit cache."""
     s = dot_heads(q, k.astype(q.dtype), 1) * (scale if k_scale is None else k_scale * scale)
     return s if softcap is None else softcap * jnp.tanh(s * (1 / softcap))
 
 
 def weigh_values(p: Array, v: Array, v_scale: Array | None, dtype: jnp.dtype) -> Array:
-    """p v in float32, multiplied in `dtype`; `v_scale` are the scales of an 8-bit cache's values."""
+    """Compute p v in float32, multiplied in `dtype`; `v_scale` are the scales of an 8-bit cache's values."""
     p = p if v_scale is None else p * v_scale
     return dot_heads(p.astype(dtype), v.astype(dtype), 0)
 
@@ -106,7 +106,7 @@ def weigh_values(p: Array, v: Array, v_scale: Array | None, dtype: jnp.dtype) ->
 def cached_token_mask(
     shape: tuple[int, int], start: Array, first: Array, *, slot: Array, num_visible: Array, C: int
 ) -> Array:
-    """Mask of the slots that hold visible tokens other than the new one.
+    """Return a mask of the slots that hold visible tokens other than the new one.
 
     Args:
         shape: [1, slots] or [slots, 1].
@@ -122,7 +122,7 @@ def cached_token_mask(
 
 
 def is_first_step(table: BlockTable, step: Array, b: Array) -> Array:
-    """Whether a grid step is the first of its sequence b."""
+    """Return whether a grid step is the first of its sequence b."""
     return step == jnp.where(b == 0, 0, table.ends[jnp.maximum(b - 1, 0)])
 
 
@@ -141,18 +141,18 @@ class OnlineSoftmax(NamedTuple):
 
     @staticmethod
     def scratch_shapes(q: Array) -> list[Any]:
-        """Scratch memory of the state, for queries [B, K, G, D]."""
+        """Return the scratch memory of the state, for queries [B, K, G, D]."""
         _, K, G, D = q.shape
         return [pltpu.VMEM(shape, jnp.float32) for shape in ((K, G, 1), (K, G, 1), (K, G, D))]
 
     def init_with_token(self, s: Array, v: Ref) -> None:
-        """Starts with one token: its scores [K, G, 1] and a reference to its values [1, K, 1, D]."""
+        """Initialize with one token: its scores [K, G, 1] and a reference to its values [1, K, 1, D]."""
         self.m[...] = s
         self.l[...] = jnp.ones(self.l.shape, jnp.float32)
         self.acc[...] = jnp.broadcast_to(v[0].astype(jnp.float32), self.acc.shape)
 
     def add_slots(self, head: Any, s: Array, weigh: Callable[[Array], Array]) -> None:
-        """Adds slots for one head, or for a slice of heads.
+        """Add slots of one head, or of a slice of heads.
 
         Args:
             head: index of the heads.
@@ -168,6 +168,6 @@ class OnlineSoftmax(NamedTuple):
         self.acc[head] = decay * self.acc[head] + pv
 
     def output(self, gate: Ref | None) -> Array:
-        """Returns the gated output [K, G, D] in float32; `gate` refers to [1, K, G, n] or is None."""
+        """Return the gated output [K, G, D] in float32; `gate` refers to [1, K, G, n] or is None."""
         o = self.acc[...] / self.l[...]
         return o if gate is None else o * jax.nn.sigmoid(gate[0].astype(jnp.float32))

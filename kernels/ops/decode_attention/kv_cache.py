@@ -34,7 +34,7 @@ class KVCache(NamedTuple):
 
     @classmethod
     def zeros(cls, batch: int, kv_heads: int, slots: int, head_dim: int, dtype: jnp.dtype) -> "KVCache":
-        """Returns an empty cache of `slots` slots (C) per sequence."""
+        """Return an empty cache of `slots` slots (C) per sequence."""
         shape = (batch, kv_heads, slots, head_dim)
 
         def zero_scale() -> Array | None:
@@ -45,7 +45,7 @@ class KVCache(NamedTuple):
 
 
 def quantize(x: Array, dtype: jnp.dtype) -> tuple[Array, Array | None]:
-    """Converts vectors [..., D] to a cache's dtype.
+    """Convert vectors [..., D] to a cache's dtype.
 
     Returns:
         (values [..., D] of `dtype`, scales [...] float32, or None if `dtype` is not an 8-bit dtype).
@@ -63,7 +63,7 @@ def quantize(x: Array, dtype: jnp.dtype) -> tuple[Array, Array | None]:
 
 
 def dequantize(x: Array, scale: Array | None, dtype: jnp.dtype) -> Array:
-    """Converts what `quantize` returned back to vectors [..., D] of `dtype`."""
+    """Convert the results of `quantize` back to vectors [..., D] of `dtype`."""
     if scale is None:
         return x.astype(dtype)
     return (x.astype(jnp.float32) * scale[..., None]).astype(dtype)
@@ -73,7 +73,7 @@ MAX_UNROLLED_BATCH = 8  # sequences written one by one; larger batches use a sca
 
 
 def write_slot(ring_buffer: Array, x: Array, slot: Array) -> Array:
-    """Writes x [B, K, ...] into ring_buffer [B, K, C, ...] at slot [B]."""
+    """Write x [B, K, ...] into ring_buffer [B, K, C, ...] at slot [B]."""
     B, x = ring_buffer.shape[0], x.astype(ring_buffer.dtype)
     if B > MAX_UNROLLED_BATCH:
         return ring_buffer.at[jnp.arange(B), :, slot].set(x, unique_indices=True)
@@ -84,7 +84,7 @@ def write_slot(ring_buffer: Array, x: Array, slot: Array) -> Array:
 
 
 def append_token(cache: KVCache, k: Array, v: Array) -> KVCache:
-    """Writes one token per sequence, k and v [B, K, D], to slot length % C and increments the length."""
+    """Write one token per sequence, k and v [B, K, D], to slot length % C and increment the length."""
     slot = cache.length % cache.k.shape[2]
     new_values = [*quantize(k, cache.k.dtype), *quantize(v, cache.v.dtype)]
     ring_buffers = (cache.k, cache.k_scale, cache.v, cache.v_scale)

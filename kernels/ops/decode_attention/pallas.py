@@ -1,4 +1,4 @@
-"""The Pallas decode attention of TPUs and CPUs; a CPU has a kernel of its own."""
+"""The Pallas decode attention of TPUs and CPUs; CPUs have a separate kernel."""
 
 import jax
 import jax.numpy as jnp

@@ -3,7 +3,7 @@
 A softmax does not depend on the order of its terms, so the slots are never put in order: slot c holds the token of age
 (length - c) mod C and is visible if that age is less than min(length + 1, C, window).
 
-Traffic   reads all C slots, whatever the length; writes one slot. The write is in place if the cache is donated.
+Traffic   reads all C slots for any length; writes one slot. The write is in place if the cache is donated.
 """
 
 import jax

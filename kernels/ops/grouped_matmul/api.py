@@ -23,9 +23,9 @@ def grouped_matmul(
     """Compute y[n] = x[n] @ w[e] for row n of group e; differentiable in x and w.
 
     Args:
-        x: [N, M], rows sorted by group.
-        w: [E, M, F] in x's dtype.
-        group_sizes: [E] int32, each at least 0, summing to at most N.
+        x: rows [N, M], sorted by group.
+        w: matrix of each group [E, M, F] in x's dtype.
+        group_sizes: rows of each group [E] int32, each at least 0, summing to at most N.
         implementation: auto, reference, xla, pallas or triton.
 
     Returns:
@@ -42,10 +42,10 @@ def grouped_matmul(
     E, _, F = w.shape
     validation.check_shape("w", w, (E, x.shape[1], F))
     validation.check_shape("group_sizes", group_sizes, (E,))
-    run = OPERATION.select(implementation, x, w)
+    function = OPERATION.select(implementation, x, w)
     if 0 in (*x.shape, *w.shape):
         return jnp.zeros((x.shape[0], F), x.dtype)
-    return run(x, w, group_sizes.astype(jnp.int32))
+    return function(x, w, group_sizes.astype(jnp.int32))
 
 
 def _reference(*args: Any) -> Array:

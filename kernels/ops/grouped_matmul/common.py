@@ -8,16 +8,16 @@ Array = jax.Array
 
 
 def float0_zeros(ids: Array) -> np.ndarray:
-    """Returns the cotangent of an integer argument."""
+    """Return the cotangent of an integer argument."""
     return np.zeros(ids.shape, jax.dtypes.float0)
 
 
 def dot_f32(x: Array, w: Array, contract: tuple[int, int]) -> Array:
-    """Multiplies in float32, contracting axis contract[0] of x with axis contract[1] of w."""
+    """Multiply in float32, contracting axis contract[0] of x with axis contract[1] of w."""
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
 
 
 def mask_to_zero(x: Array, mask: Array) -> Array:
-    """Zeroes x where the mask is false, even where x is NaN."""
+    """Zero x where the mask is false, even where x is NaN."""
     return jnp.where(mask, x, jnp.zeros_like(x))

@@ -23,9 +23,9 @@ class ForwardTables(NamedTuple):
     """The scalar-prefetched tables of a grouped matmul, one entry per task.
 
     Attributes:
-        group: Index of the matrix; for unassigned rows that of the last one.
-        tile: Index of the tile of rows.
-        row_start, row_end: The group's rows; for unassigned rows the range ends before it starts.
+        group: index of the matrix; for unassigned rows, that of the last group.
+        tile: index of the tile of rows.
+        row_start, row_end: the group's rows; for unassigned rows the range ends before it starts.
         covers_tile: 1 where the group's rows start at or before the tile and reach into its last chunk.
     """
 
@@ -40,9 +40,9 @@ class ReductionTables(NamedTuple):
     """The scalar-prefetched tables of a sum over rows, one entry per task.
 
     Attributes:
-        group: Index of the sum that the rows contribute to.
-        tile: Index of the tile of rows.
-        row_start, row_end: The group's rows.
+        group: index of the sum that the rows contribute to.
+        tile: index of the tile of rows.
+        row_start, row_end: the group's rows.
         is_group_start: 1 at the first task of a group.
     """
 
@@ -57,10 +57,10 @@ class GroupMetadata(NamedTuple):
     """The tasks in order; all fields but `count` are tables.
 
     Attributes:
-        count: Number of tasks.
-        group: Index of the group; E for unassigned rows.
-        row: The first row of the tile.
-        row_start, row_end: The task has the rows row_start <= n < row_end of the tile.
+        count: number of tasks.
+        group: index of the group; E for unassigned rows.
+        row: the first row of the tile.
+        row_start, row_end: the task has the rows row_start <= n < row_end of the tile.
     """
 
     count: Array
@@ -70,9 +70,9 @@ class GroupMetadata(NamedTuple):
     row_end: Array
 
     def forward_tables(self, block_m: int, block_m_sub: int, E: int) -> ForwardTables:
-        """Returns the tables of tiles at multiples of `block_m`, in chunks of `block_m_sub` rows.
+        """Return the tables of tiles at multiples of `block_m`, in chunks of `block_m_sub` rows.
 
-        What a step computes from them is on its critical path, so they are prepared here.
+        A kernel step would compute them on its critical path, so they are prepared here.
         """
         row_end = jnp.where(self.group < E, self.row_end, 0)
         covers_tile = (self.row_start <= self.row) & (self.row + (block_m - block_m_sub) < row_end)
@@ -85,7 +85,7 @@ class GroupMetadata(NamedTuple):
         )
 
     def reduction_tables(self, block_m: int) -> ReductionTables:
-        """Returns the tables of sums over rows."""
+        """Return the tables of sums over rows."""
         is_group_start = jnp.append(True, self.group[1:] != self.group[:-1])
         return ReductionTables(
             self.group, self.row // block_m, self.row_start, self.row_end, is_group_start.astype(jnp.int32)
@@ -102,12 +102,12 @@ class TileTask(NamedTuple):
 
     @classmethod
     def load(cls, tables: Any, index: Array, block_m: int) -> "TileTask":
-        """Loads a task from `ForwardTables` or `ReductionTables` in scalar memory."""
+        """Load a task from `ForwardTables` or `ReductionTables` in scalar memory."""
         group, tile, row_start, row_end = (table[index] for table in tables[:4])
         return cls(group, tile * block_m, row_start, row_end)
 
     def row_mask(self, shape: tuple[int, int], axis: int, first: int = 0) -> Array:
-        """Returns a mask of the rows of this task in the tile, from row `first` on; rows run along `axis`."""
+        """Return a mask of the rows of this task in the tile, from row `first` on; rows run along `axis`."""
         n = self.row + first + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
         return (self.row_start <= n) & (n < self.row_end)
 
@@ -115,15 +115,15 @@ class TileTask(NamedTuple):
 def make_group_metadata(
     group_sizes: Array, N: int, block_m: int, *, align: int | None = None, visit_empty_groups: bool = False
 ) -> GroupMetadata:
-    """Computes the tasks of N rows in tiles of `block_m` rows, at multiples of their size.
+    """Compute the tasks of N rows in tiles of `block_m` rows, at multiples of their size.
 
     Args:
         group_sizes: [E] int32.
-        N: Number of rows, assigned or not.
-        block_m: Rows per tile.
-        align: Start a group's first tile at a multiple of this instead; tiles may then reach past N, and fewer of
+        N: number of rows, assigned or not.
+        block_m: rows per tile.
+        align: start a group's first tile at a multiple of this instead; tiles may then reach past N, and fewer of
             them span groups.
-        visit_empty_groups: For sums over rows, one per group: make a task for groups without rows too, and none for
+        visit_empty_groups: for sums over rows, one per group: make a task for groups without rows too, and none for
             unassigned rows.
     """
     E = group_sizes.shape[0]
@@ -141,16 +141,16 @@ def make_group_metadata(
     task = jnp.arange(-(-N // block_m) + E, dtype=jnp.int32)
     group = jnp.minimum(jnp.sum(task_ends <= task[:, None], axis=1, dtype=jnp.int32), E)
     row = first_row[group] + (task - (task_ends - tiles)[group]) * block_m
-    # Move a tile that would reach past the end back as far as it must; a group that ends before has no row in it.
+    # A tile that would reach past the end starts earlier instead; a group that ends before it has no row in it.
     row = jnp.minimum(row, (-(-N // align) - 1) * align)
     return GroupMetadata(task_ends[-1], group, row, starts[group], ends[group])
 
 
 def zero_unassigned_rows(y: Array, group_sizes: Array) -> Array:
-    """Zeroes the unassigned rows of y [N, ...], even where they are NaN."""
+    """Zero the unassigned rows of y [N, ...], even where they are NaN."""
     return jnp.where(broadcast_row_mask(jnp.arange(y.shape[0]) < jnp.sum(group_sizes), y), y, 0)
 
 
 def broadcast_row_mask(row_mask: Array, value: Array) -> Array:
-    """Returns a mask of rows with as many axes as the value."""
+    """Return a mask of rows with as many axes as the value."""
     return row_mask.reshape(-1, *[1] * (value.ndim - 1))

@@ -1,4 +1,4 @@
-"""The Pallas grouped matmul of TPUs and CPUs with its derivative; a CPU has kernels of its own."""
+"""The Pallas grouped matmul of TPUs and CPUs with its derivative; CPUs have separate kernels."""
 
 import functools
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ def _tgmm(x: Array, dy: Array, group_sizes: Array, device: Device, *, name: str)
 
 
 def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
-    """See `dantinox.kernels.grouped_matmul`; arguments are checked there."""
+    """See `dantinox.kernels.grouped_matmul`, which checks the arguments."""
     return _grouped_matmul(x, w, group_sizes, current_device())
 
 

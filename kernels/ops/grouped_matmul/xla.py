@@ -36,35 +36,35 @@ def _choose_row_tiles(N: int) -> RowTiles:
 
 
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """Returns float32, or the dtype itself if that is wider."""
+    """Return float32, or the dtype itself if that is wider."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def dot_accumulate(a: Array, b: Array, axes: tuple[int, int]) -> Array:
-    """Contracts axis axes[0] of a with axis axes[1] of b, accumulating in float32 or wider."""
+    """Contract axis axes[0] of a with axis axes[1] of b, accumulating in float32 or wider."""
     dims = (((axes[0],), (axes[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dims, preferred_element_type=accumulation_dtype(a.dtype))
 
 
 def slice_rows(x: Array, row: Array, size: int) -> Array:
-    """Returns `size` rows of x, from `row` on."""
+    """Return `size` rows of x, from `row` on."""
     return jax.lax.dynamic_slice_in_dim(x, row, size)
 
 
 def update_rows(x: Array, update: Array, row: Array) -> Array:
-    """Returns x with the update written over its rows from `row` on."""
+    """Return x with the update written over its rows from `row` on."""
     return jax.lax.dynamic_update_slice_in_dim(x, update.astype(x.dtype), row, 0)
 
 
 def pad_for_last_tile(x: Array, row_tiles: RowTiles) -> Array:
-    """Adds rows so that the last tile may run past the end."""
+    """Add rows so that the last tile may run past the end."""
     return jnp.pad(x, ((0, row_tiles[0][0]), (0, 0)))
 
 
 def loop_row_tiles(
     row_tiles: RowTiles, start: Array, end: Array, body: Callable[[Array, int, Any], Any], carry: Any
 ) -> Any:
-    """Runs carry = body(row, size, carry) over the row tiles of one group, ascending.
+    """Run carry = body(row, size, carry) over the row tiles of one group, ascending.
 
     There is one loop per tile size, not a switch between sizes: XLA on a CPU runs elementwise work inside a
     conditional on one thread.
@@ -84,13 +84,13 @@ def loop_row_tiles(
 
 
 def group_bounds(group_sizes: Array) -> tuple[Array, Array]:
-    """Returns the first row of each group and the row after its last."""
+    """Return the first row of each group and the row after its last."""
     ends = jnp.cumsum(group_sizes.astype(jnp.int32))
     return ends - group_sizes, ends
 
 
 def _loop_gmm(x: Array, w: Array, group_sizes: Array, transposed: bool) -> Array:
-    """Computes y[n] = x[n] @ w[e], or x[n] @ w[e].T."""
+    """Compute y[n] = x[n] @ w[e], or x[n] @ w[e].T."""
     starts, ends = group_bounds(group_sizes)
     row_tiles = _choose_row_tiles(N := x.shape[0])
     x = pad_for_last_tile(x, row_tiles)
@@ -108,7 +108,7 @@ def _loop_gmm(x: Array, w: Array, group_sizes: Array, transposed: bool) -> Array
 
 
 def _loop_tgmm(x: Array, dy: Array, group_sizes: Array, dtype: jnp.dtype) -> Array:
-    """Sums x[n]^T dy[n] over the rows n of each group: [E, M, F]."""
+    """Sum x[n]^T dy[n] over the rows n of each group: [E, M, F]."""
     starts, ends = group_bounds(group_sizes)
     row_tiles = _choose_row_tiles(x.shape[0])
     x, dy = pad_for_last_tile(x, row_tiles), pad_for_last_tile(dy, row_tiles)
@@ -147,12 +147,12 @@ _grouped_matmul_cpu.defvjp(_grouped_matmul_cpu_fwd, _grouped_matmul_cpu_bwd)
 
 
 def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
-    """See `dantinox.kernels.grouped_matmul`; arguments are checked there."""
+    """See `dantinox.kernels.grouped_matmul`, which checks the arguments."""
     return call_for_platform(x, w, group_sizes, cpu=_grouped_matmul_cpu, default=zeroed_ragged_dot)
 
 
 def call_for_platform(*args: Array, cpu: Callable[..., Array], default: Callable[..., Array]) -> Array:
-    """Calls `cpu` on a CPU, `default` elsewhere.
+    """Call `cpu` on a CPU, `default` elsewhere.
 
     On a CPU the other branch is not traced: vmap cannot batch ragged_dot in every form.
     """

@@ -31,9 +31,11 @@ def moe_mlp(
 
     Args:
         x: tokens [N, M].
-        w_gate: [E, M, F]; w_up: [E, M, F]; w_down: [E, F, M]; all in x's dtype.
-        expert_ids: [N, k] int32, in [0, E).
-        expert_weights: [N, k], floating.
+        w_gate: gate projections [E, M, F] in x's dtype.
+        w_up: up projections [E, M, F] in x's dtype.
+        w_down: down projections [E, F, M] in x's dtype.
+        expert_ids: experts of each token [N, k] int32, in [0, E).
+        expert_weights: weight of each choice [N, k], of any floating dtype.
         implementation: auto, reference, xla, pallas or triton.
 
     Returns:
@@ -61,10 +63,10 @@ def moe_mlp(
         raise ValueError(f"w_gate has shape {w_gate.shape}; allowed: 1 expert or more")
     if k < 1:
         raise ValueError(f"expert_ids has shape {expert_ids.shape}; allowed: 1 expert per token or more")
-    run = OPERATION.select(implementation, x, w_gate)
+    function = OPERATION.select(implementation, x, w_gate)
     if 0 in (N, M, F):
         return jnp.zeros_like(x)
-    return run(x, w_gate, w_up, w_down, expert_ids, expert_weights)
+    return function(x, w_gate, w_up, w_down, expert_ids, expert_weights)
 
 
 def _reference(*args: Any) -> Array:

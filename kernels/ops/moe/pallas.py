@@ -1,4 +1,4 @@
-"""The Pallas mixture of experts of TPUs and CPUs; a CPU has kernels of its own."""
+"""The Pallas mixture of experts of TPUs and CPUs; CPUs have separate kernels."""
 
 import jax
 
@@ -11,7 +11,7 @@ Array = jax.Array
 
 
 def moe_mlp(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array) -> Array:
-    """See `dantinox.kernels.moe_mlp`; arguments are checked there."""
+    """See `dantinox.kernels.moe_mlp`, which checks the arguments."""
     device = current_device()
     backend = pallas_cpu if device.platform == "cpu" else KernelsBackend(TpuExpertsKernels(device))
     return run_experts(x, w_gate, w_up, w_down, expert_ids, expert_weights, backend)

@@ -1,4 +1,4 @@
-"""The mixture of experts in a form that is fast to interpret on a CPU: one kernel forward, one backward.
+"""The mixture of experts in a form that a CPU interprets fast: one kernel forward, one backward.
 
 Math      that of `vjp.py`
 Tiling    grid (experts); a step processes its expert's rows in tiles as `grouped_matmul/pallas_cpu/gmm.py` does. A tile
@@ -128,6 +128,6 @@ def backward(
 
 
 def _for_each_expert_tile(R: int, offsets_ref: Ref, e: Array, run_tile: Callable[..., Any], carry: Any = None) -> Any:
-    """Loops over the tiles of expert e. A mask is cheap beside three to six products, so large tiles may be partial."""
+    """Loop over the tiles of expert e; large tiles may be partial, since a mask costs less than a product."""
     sizes = limit_tile_sizes(TILE_SIZES, R, offsets_ref.shape[0] - 1)
     return for_each_row_tile(R, offsets_ref[e], offsets_ref[e + 1], sizes, run_tile, carry, full_large_tiles=False)

@@ -1,4 +1,4 @@
-"""The products of the mixture of experts on a TPU, by the kernels of the grouped matmul."""
+"""The products of the mixture of experts on a TPU, by the kernels of grouped matmul."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,6 +21,7 @@ class TpuExpertsKernels(NamedTuple):
     def up_proj(
         self, x: Array, w_gate: Array, w_up: Array, group_sizes: Array, *, save_residuals: bool
     ) -> Sequence[Array]:
+        """Return h [R, F]; with `save_residuals` gate and up too."""
         out_kinds = ("matrix",) * (3 if save_residuals else 1)
 
         def epilogue(gate: Array, up: Array) -> tuple[Array, ...]:
@@ -31,6 +32,8 @@ class TpuExpertsKernels(NamedTuple):
         )
 
     def down_proj(self, h: Array, w_down: Array, router_weights: Array, group_sizes: Array) -> Array:
+        """Return y [R, M]."""
+
         def epilogue(y: Array, router_weight: Array) -> tuple[Array]:
             return (y * router_weight,)
 
@@ -48,6 +51,7 @@ class TpuExpertsKernels(NamedTuple):
     def down_proj_bwd(
         self, dy: Array, w_down: Array, gate: Array, up: Array, router_weights: Array, group_sizes: Array
     ) -> Sequence[Array]:
+        """Return dgate, dup, weighted h [R, F] and the gradients of the router's weights [R]."""
         dgate, dup, weighted_h, drouter_weights = gmm(
             [dy],
             [w_down],
@@ -63,8 +67,10 @@ class TpuExpertsKernels(NamedTuple):
         return dgate, dup, weighted_h, drouter_weights[0]
 
     def input_grad(self, dgate: Array, dup: Array, w_gate: Array, w_up: Array, group_sizes: Array) -> Array:
+        """Return dx [R, M]."""
         options = {"transposed": True, "sum_products": True, "name": "experts_dx"}
         return gmm([dgate, dup], [w_gate, w_up], group_sizes, self.device, **options)[0]
 
     def weight_grad(self, x: Array, dys: Sequence[Array], group_sizes: Array, name: str) -> Sequence[Array]:
+        """Return x^T dy per group, [E, columns of x, columns of dy], for each dy."""
         return tgmm(x, dys, group_sizes, self.device, name=name)

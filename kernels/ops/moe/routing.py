@@ -1,4 +1,4 @@
-"""Sorting rows by expert, and back into the order of the tokens."""
+"""Sorting of rows by expert, and back to the order of the tokens."""
 
 import functools
 from typing import NamedTuple
@@ -24,7 +24,7 @@ class Routing(NamedTuple):
 
 
 def sort_by_expert(expert_ids: Array, E: int) -> Routing:
-    """Sorts the routed rows of expert_ids [N, k] by expert, stably; rows of an id outside [0, E) are unassigned.
+    """Sort the routed rows of expert_ids [N, k] by expert, stably; rows of an id outside [0, E) are unassigned.
 
     The inverse permutation is [N k].
     """
@@ -37,12 +37,12 @@ def sort_by_expert(expert_ids: Array, E: int) -> Routing:
 
 
 def unpermute_and_sum(rows: Array, inverse_permutation: Array) -> Array:
-    """Sums each token's rows in float32, in the order of its choices: [N, M]."""
+    """Sum each token's rows in float32, in the order of its choices: [N, M]."""
     k = inverse_permutation.shape[1]
     per_choice = (rows[inverse_permutation[:, j]].astype(jnp.float32) for j in range(k))
     return functools.reduce(jnp.add, per_choice).astype(rows.dtype)
 
 
 def permute_router_weights(router_weights: Array, permutation: Array) -> Array:
-    """Returns the weights [N, k] in the order of the sorted rows, in float32: [N k]."""
+    """Return the weights [N, k] in the order of the sorted rows, in float32: [N k]."""
     return router_weights.astype(jnp.float32).reshape(-1)[permutation]

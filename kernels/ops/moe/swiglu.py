@@ -12,7 +12,7 @@ class SwigluGrads(NamedTuple):
     """The results of `swiglu_bwd`, [n, F] each.
 
     Attributes:
-        dgate, dup: The gradients of gate and up.
+        dgate, dup: the gradients of gate and up.
         weighted_h: h times the router's weight; weighted_h^T dy is the gradient of w_down.
         drouter_weight: dh h; its sum over F is the gradient of the router's weight.
     """
@@ -24,12 +24,12 @@ class SwigluGrads(NamedTuple):
 
 
 def swiglu(gate: Array, up: Array) -> Array:
-    """Returns h [n, F] = silu(gate) * up."""
+    """Return h [n, F] = silu(gate) * up."""
     return gate * jax.nn.sigmoid(gate) * up
 
 
 def swiglu_bwd(dh: Array, gate: Array, up: Array, router_weight: Array) -> SwigluGrads:
-    """Returns the gradients for dh = dy w_down^T, without the router's weight; router_weight [n, 1] or [n, F]."""
+    """Return the gradients for dh = dy w_down^T, without the router's weight; router_weight [n, 1] or [n, F]."""
     gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
     sigmoid_gate = jax.nn.sigmoid(gate)
     silu = gate * sigmoid_gate

@@ -48,7 +48,7 @@ def permute_kernel(
     TILE_COLUMNS: tl.constexpr,
     rows,
 ):
-    """rows[r] = x[permutation[r] // K], times scale[permutation[r]] where SCALED."""
+    """Compute rows[r] = x[permutation[r] // K], times scale[permutation[r]] if SCALED."""
     r = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     m = tl.program_id(1) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     routed_row = tl.load(permutation + r, mask=r < N_ROWS, other=0)
@@ -73,7 +73,7 @@ def combine_kernel(
     TILE_COLUMNS: tl.constexpr,
     out,
 ):
-    """out[n] = sum_j rows[inverse_permutation[n, j]], each times weights[n, j] where SCALED; in the order of j."""
+    """Compute out[n] = sum_j rows[inverse_permutation[n, j]], times weights[n, j] if SCALED, in the order of j."""
     n = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     m = tl.program_id(1) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     in_bounds = (n < TOKENS)[:, None] & (m < WIDTH)[None, :]
@@ -99,13 +99,13 @@ def router_weight_grad_kernel(
     TILE_COLUMNS: tl.constexpr,
     dweights,
 ):
-    """dweights[n, j] = the inner product of dout[n] and rows[inverse_permutation[n, j]]."""
+    """Compute dweights[n, j], the inner product of dout[n] and rows[inverse_permutation[n, j]]."""
     n = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     j = tl.program_id(1)
     r = tl.load(inverse_permutation + n * K + j, mask=n < TOKENS, other=0).to(tl.int64)
     total = tl.zeros((TILE_ROWS, TILE_COLUMNS), tl.float32)
-    for first in range(0, WIDTH, TILE_COLUMNS):
-        m = first + tl.arange(0, TILE_COLUMNS)
+    for first_column in range(0, WIDTH, TILE_COLUMNS):
+        m = first_column + tl.arange(0, TILE_COLUMNS)
         in_bounds = (n < TOKENS)[:, None] & (m < WIDTH)[None, :]
         a = tl.load(dout + n.to(tl.int64)[:, None] * WIDTH + m[None, :], mask=in_bounds, other=0.0)
         b = tl.load(rows + r[:, None] * WIDTH + m[None, :], mask=in_bounds, other=0.0)
@@ -114,7 +114,7 @@ def router_weight_grad_kernel(
 
 
 def call_triton(kernel, *arrays: Array, out: jax.ShapeDtypeStruct, grid: tuple[int, int], **constants) -> Array:
-    """Calls a Triton kernel with the tile sizes and `constants` as its compile-time constants."""
+    """Call a Triton kernel with the tile sizes and `constants` as its compile-time constants."""
     import jax_triton
 
     constants |= {"TILE_ROWS": BLOCK_M, "TILE_COLUMNS": BLOCK_N}
@@ -122,12 +122,12 @@ def call_triton(kernel, *arrays: Array, out: jax.ShapeDtypeStruct, grid: tuple[i
 
 
 def launch_grid(rows: int, width: int) -> tuple[int, int]:
-    """Returns the number of tiles along the rows and along the columns."""
+    """Return the number of tiles along the rows and along the columns."""
     return -(-rows // BLOCK_M), -(-width // BLOCK_N)
 
 
 def call_permute(x: Array, permutation: Array, weights: Array, *, scaled: bool) -> Array:
-    """Returns [N k, M] for x [N, M], permutation [N k], weights [N, k] float32."""
+    """Return [N k, M] for x [N, M], permutation [N k], weights [N, k] float32."""
     (R,), (N, M) = permutation.shape, x.shape
     sizes = {"N_ROWS": R, "WIDTH": M, "K": R // N, "SCALED": scaled}
     out = jax.ShapeDtypeStruct((R, M), x.dtype)
@@ -135,7 +135,7 @@ def call_permute(x: Array, permutation: Array, weights: Array, *, scaled: bool) 
 
 
 def call_combine(rows: Array, inverse_permutation: Array, weights: Array, *, scaled: bool) -> Array:
-    """Returns [N, M] for rows [N k, M], inverse_permutation [N, k], weights [N, k] float32."""
+    """Return [N, M] for rows [N k, M], inverse_permutation [N, k], weights [N, k] float32."""
     (N, k), M = inverse_permutation.shape, rows.shape[1]
     sizes = {"TOKENS": N, "WIDTH": M, "K": k, "SCALED": scaled}
     out = jax.ShapeDtypeStruct((N, M), rows.dtype)
@@ -144,7 +144,7 @@ def call_combine(rows: Array, inverse_permutation: Array, weights: Array, *, sca
 
 @jax.custom_vjp
 def permute(x: Array, permutation: Array, inverse_permutation: Array) -> Array:
-    """Sorts the rows of x [N, M] by expert: [N k, M]; permutation [N k] int32 and its inverse [N, k]."""
+    """Sort the rows of x [N, M] by expert: [N k, M]; permutation [N k] int32 and its inverse [N, k]."""
     return call_permute(x, permutation, jnp.ones(inverse_permutation.shape, jnp.float32), scaled=False)
 
 
@@ -166,7 +166,7 @@ permute.defvjp(_permute_fwd, _permute_bwd)
 
 @jax.custom_vjp
 def combine(rows: Array, weights: Array, permutation: Array, inverse_permutation: Array) -> Array:
-    """Sums each token's rows in float32, weighted by weights [N, k] float32: [N, M]."""
+    """Sum each token's rows in float32, weighted by weights [N, k] float32: [N, M]."""
     return call_combine(rows, inverse_permutation, weights, scaled=True)
 
 
@@ -188,7 +188,7 @@ combine.defvjp(_combine_fwd, _combine_bwd)
 
 
 def moe_mlp(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array) -> Array:
-    """See `dantinox.kernels.moe_mlp`; arguments are checked there."""
+    """See `dantinox.kernels.moe_mlp`, which checks the arguments."""
     permutation, inverse_permutation, group_sizes = sort_by_expert(expert_ids, w_gate.shape[0])
     inverse_permutation = inverse_permutation.reshape(expert_ids.shape)
     rows = permute(x, permutation, inverse_permutation)

@@ -1,4 +1,4 @@
-"""The mixture of experts with its derivative, for every backend that has kernels for its products.
+"""The mixture of experts with its derivative, for every backend with kernels for its products.
 
 The rows are sorted by expert, stably. p is the router's weight of a row.
 
@@ -11,7 +11,7 @@ The rows are sorted by expert, stably. p is the router's weight of a row.
                dw_down = (p h)^T dy
 
 gate and up are residuals, in x's dtype: in bfloat16, 8 bytes written and read per hidden feature of a row against 4 M
-FLOPs to recompute them. An accelerator with 240 to 560 FLOPs per byte is faster keeping them from M = 480 to 1150 on,
+FLOPs to recompute them. Keeping them is faster from M = 480 on at 240 FLOPs per byte and from M = 1150 on at 560,
 and experts are wider. h is recomputed from them, and the sorted rows of x and dy are gathered again, because they are k
 times as large as x. Because y's rows are scaled by p, the gradient of p needs h, which is available, and not the rows
 of h w_down, which would have to be kept.
@@ -59,7 +59,7 @@ class ExpertsBackend(Protocol):
     def forward(
         self, x: Array, ws: ExpertWeights, router_weights: Array, group_sizes: Array, *, save_residuals: bool
     ) -> ExpertsOutput:
-        """Returns y; with `save_residuals` gate and up too."""
+        """Return y; with `save_residuals` gate and up too."""
 
     def backward(
         self,
@@ -71,7 +71,7 @@ class ExpertsBackend(Protocol):
         gate: Array,
         up: Array,
     ) -> ExpertsGrads:
-        """Returns the gradients for dy [R, M]."""
+        """Return the gradients for dy [R, M]."""
 
 
 class ExpertsKernels(Protocol):
@@ -80,21 +80,21 @@ class ExpertsKernels(Protocol):
     def up_proj(
         self, x: Array, w_gate: Array, w_up: Array, group_sizes: Array, *, save_residuals: bool
     ) -> Sequence[Array]:
-        """Returns h [R, F]; with `save_residuals` gate and up too."""
+        """Return h [R, F]; with `save_residuals` gate and up too."""
 
     def down_proj(self, h: Array, w_down: Array, router_weights: Array, group_sizes: Array) -> Array:
-        """Returns y [R, M]."""
+        """Return y [R, M]."""
 
     def down_proj_bwd(
         self, dy: Array, w_down: Array, gate: Array, up: Array, router_weights: Array, group_sizes: Array
     ) -> Sequence[Array]:
-        """Returns dgate, dup, weighted h [R, F] and the gradients of the router's weights [R]."""
+        """Return dgate, dup, weighted h [R, F] and the gradients of the router's weights [R]."""
 
     def input_grad(self, dgate: Array, dup: Array, w_gate: Array, w_up: Array, group_sizes: Array) -> Array:
-        """Returns dx [R, M]."""
+        """Return dx [R, M]."""
 
     def weight_grad(self, x: Array, dys: Sequence[Array], group_sizes: Array, name: str) -> Sequence[Array]:
-        """Returns x^T dy per group, [E, columns of x, columns of dy], for each dy."""
+        """Return x^T dy per group, [E, columns of x, columns of dy], for each dy."""
 
 
 class KernelsBackend(NamedTuple):
@@ -105,6 +105,7 @@ class KernelsBackend(NamedTuple):
     def forward(
         self, x: Array, ws: ExpertWeights, router_weights: Array, group_sizes: Array, *, save_residuals: bool
     ) -> ExpertsOutput:
+        """Return y; with `save_residuals` gate and up too."""
         h, *residuals = self.kernels.up_proj(x, ws.w_gate, ws.w_up, group_sizes, save_residuals=save_residuals)
         return ExpertsOutput(self.kernels.down_proj(h, ws.w_down, router_weights, group_sizes), *residuals)
 
@@ -118,6 +119,7 @@ class KernelsBackend(NamedTuple):
         gate: Array,
         up: Array,
     ) -> ExpertsGrads:
+        """Return the gradients for dy [R, M]."""
         dgate, dup, weighted_h, drouter_weights = self.kernels.down_proj_bwd(
             dy, ws.w_down, gate, up, router_weights, group_sizes
         )
@@ -136,7 +138,7 @@ def run_experts(
     expert_weights: Array,
     backend: ExpertsBackend,
 ) -> Array:
-    """Computes `dantinox.kernels.moe_mlp` with the given backend, which must be hashable."""
+    """Compute `dantinox.kernels.moe_mlp` with the given backend, which must be hashable."""
     permutation, inverse_permutation, group_sizes = sort_by_expert(expert_ids, w_gate.shape[0])
     routing = Routing(permutation, inverse_permutation.reshape(expert_ids.shape), group_sizes)
     return _experts(x, ExpertWeights(w_gate, w_up, w_down), expert_weights, routing, backend)
@@ -144,7 +146,7 @@ def run_experts(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _experts(x: Array, ws: ExpertWeights, router_weights: Array, routing: Routing, backend: ExpertsBackend) -> Array:
-    """Returns the output [N, M] for router_weights [N, k]."""
+    """Return the output [N, M] for router_weights [N, k]."""
     return _forward(x, ws, router_weights, routing, backend, save_residuals=False)[0]
 
 

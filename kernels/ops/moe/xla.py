@@ -37,7 +37,7 @@ def _choose_row_tiles(N: int) -> RowTiles:
 def _loop_experts(
     row_tiles: RowTiles, x: Array, w_gate: Array, w_up: Array, w_down: Array, group_sizes: Array
 ) -> tuple[Array, ...]:
-    """Returns (y, gate, up) of rows sorted by expert, in one pass.
+    """Return (y, gate, up) of rows sorted by expert, in one pass.
 
     x and the results are padded for the tiles; rows of the results past the last group are unspecified.
     """
@@ -73,7 +73,7 @@ class _Residuals(NamedTuple):
 
 
 def _loop_experts_bwd(row_tiles: RowTiles, residuals: _Residuals, dy: Array) -> tuple[Array, tuple[Array, ...]]:
-    """Returns dx and (dw_gate, dw_up, dw_down); dy and dx are padded."""
+    """Return dx and (dw_gate, dw_up, dw_down); dy and dx are padded."""
     x, gate, up, w_gate, w_up, w_down, group_sizes = residuals
     starts, ends = group_bounds(group_sizes)
     dtype = x.dtype
@@ -135,11 +135,11 @@ _experts_cpu.defvjp(_experts_cpu_fwd, _experts_cpu_bwd)
 
 @jax.custom_vjp
 def _gather_rows(x: Array, index: Array, inverse: Array) -> Array:
-    """Returns x[index], with a gradient that is a gather and a sum: deterministic, and faster than XLA's scatter.
+    """Return x[index], with a gradient that is a gather and a sum: deterministic, and faster than XLA's scatter.
 
     Args:
-        x: Rows.
-        index: Rows to take; each row of x occurs k times.
+        x: rows.
+        index: rows to take; each row of x occurs k times.
         inverse: [rows of x, k], the rows of the result that each row of x goes to.
     """
     return x[index]
@@ -162,7 +162,7 @@ MATVEC_BLOCK = 1 << 15  # elements of the weights copied at a time: the copy sta
 
 
 def _matvec(x: Array, ws: tuple[Array, ...], e: Array) -> tuple[Array, ...]:
-    """Multiplies x [M] by w[e] for each w [E, M, F], block by block: only the weights of expert e are read."""
+    """Multiply x [M] by w[e] for each w [E, M, F], block by block: only the weights of expert e are read."""
     M, F = ws[0].shape[1:]
     block_m = max(1, MATVEC_BLOCK // F)
     while M % block_m:
@@ -182,7 +182,7 @@ def _matvec(x: Array, ws: tuple[Array, ...], e: Array) -> tuple[Array, ...]:
 def _moe_single_rows_cpu(
     x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array
 ) -> Array:
-    """Runs the experts of a few rows, one row at a time: decoding is bound by reading the weights of their experts."""
+    """Run the experts of a few rows, one row at a time: decoding is bound by reading the weights of their experts."""
     N, k = expert_ids.shape
     acc_dtype = accumulation_dtype(x.dtype)
 
@@ -214,7 +214,7 @@ _moe_single_rows_cpu.defvjp(_moe_single_rows_cpu_fwd, _moe_single_rows_cpu_bwd)
 
 
 def moe_mlp(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array) -> Array:
-    """See `dantinox.kernels.moe_mlp`; arguments are checked there."""
+    """See `dantinox.kernels.moe_mlp`, which checks the arguments."""
     args = (x, w_gate, w_up, w_down, expert_ids, expert_weights)
     if expert_ids.size <= MAX_SINGLE_ROWS:
         return call_for_platform(*args, cpu=_moe_single_rows_cpu, default=_moe_sorted)
@@ -222,7 +222,7 @@ def moe_mlp(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Arr
 
 
 def _moe_sorted(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array) -> Array:
-    """Sorts the N * k routed rows by expert, runs the experts, unsorts their outputs and sums them by token."""
+    """Sort the N * k routed rows by expert, run the experts, unsort their outputs and sum them by token."""
     N, k = expert_ids.shape
     permutation, inverse_permutation, group_sizes = sort_by_expert(expert_ids, w_gate.shape[0])
     rows = _gather_rows(x, permutation // k, inverse_permutation.reshape(N, k))

@@ -1,7 +1,7 @@
 """Block sizes of the interpreted attention kernels.
 
-A step costs XLA about forty small operations whatever its size, so many heads share a step, and the scores of a step
-should fit in the caches. Under a window the forward pass processes all keys that a query block sees in one step.
+A step takes XLA about forty small operations at any size, so many heads share a step, and the scores of a step should
+fit in the caches. Under a window the forward pass processes all keys that a query block sees in one step.
 """
 
 import functools
@@ -17,7 +17,7 @@ MAX_KEYS_PER_STEP, MAX_WASTE = 512, 1.25  # of a forward step; computed scores o
 
 
 class CpuBlockSizes(NamedTuple):
-    """How much one step of the grid processes.
+    """The amount of work of one grid step.
 
     Attributes:
         kv_heads: key heads per step.
@@ -33,12 +33,12 @@ class CpuBlockSizes(NamedTuple):
     kv_blocks_per_step: int = 1
 
     def subtile(self, G: int) -> tuple[int, int]:
-        """Returns (packed queries, keys) of a block: it is one subtile."""
+        """Return (packed queries, keys) of a block, which is one subtile."""
         return G * self.block_q, self.block_kv
 
 
 def heuristic_block_sizes(*, heads: int, G: int, T: int, S: int, causal: bool, window: int | None) -> CpuBlockSizes:
-    """Picks block sizes for these problem sizes; `heads` counts the key heads of all sequences."""
+    """Choose the block sizes of a problem; `heads` is the number of key heads of all sequences."""
     side = 64 if window is not None and window <= 256 else 128
     block_q = _next_power_of_2(T) if T <= 128 else max(16, min(side, 1024 // _next_power_of_2(G)))
     block_kv = _next_power_of_2(S) if S <= 128 else side if window is not None and window <= 256 else 256
@@ -49,7 +49,7 @@ def heuristic_block_sizes(*, heads: int, G: int, T: int, S: int, causal: bool, w
 
 
 def xla_is_faster(B: int, T: int, S: int, H: int, window: int | None) -> bool:
-    """Whether plain XLA beats the interpreted kernel: with few scores, the overhead of its steps dominates.
+    """Return whether plain XLA is faster: with few scores, the overhead of the interpreted steps dominates.
 
     Measured on 2 cores, forward and backward against `xla.py`: 1.2 to 1.5 times the time with 1 to 2 million scores,
     0.5 to 0.9 times with 5 to 8 million.
@@ -60,11 +60,11 @@ def xla_is_faster(B: int, T: int, S: int, H: int, window: int | None) -> bool:
 
 @functools.lru_cache(maxsize=512)
 def _kv_blocks_per_step(T: int, S: int, block_q: int, block_kv: int, causal: bool, window: int | None) -> int:
-    """All key blocks that a query block sees, if one step for them wastes few scores: fewer steps cost less."""
+    """Return all key blocks that a query block sees if one step for them wastes few scores, else 1."""
     visible = np.bincount(make_block_schedule(T, S, block_q, block_kv, causal=causal, window=window).q)
-    most = int(visible.max())
-    fits = most * block_kv <= MAX_KEYS_PER_STEP and most * len(visible) <= MAX_WASTE * visible.sum()
-    return most if fits else 1
+    max_visible = int(visible.max())
+    fits = max_visible * block_kv <= MAX_KEYS_PER_STEP and max_visible * len(visible) <= MAX_WASTE * visible.sum()
+    return max_visible if fits else 1
 
 
 def _next_power_of_2(n: int) -> int:

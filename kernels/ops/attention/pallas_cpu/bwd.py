@@ -2,7 +2,7 @@
 
 Math      with do' = do sigmoid(gate) and delta = rowsum(do' o'), o' the ungated output:
           p = e^(s - m) / l;  dv = p^T do';  ds = p (do' v^T - delta);  dq = scale ds k;  dk = scale ds^T q
-Tiling    grid (groups of heads, visible blocks), each processed at once and under the mask:
+Tiling    grid (groups of heads, visible blocks); a step computes and masks all scores of its block:
 
               keys ->        bk   bk   bk   bk
               G x bq rows    ▞    ░    ░    ░       ▞ █ a step
@@ -84,7 +84,7 @@ def _bwd_kernel(step: BlockStep, inputs: BwdInputs, gradients: QKVGradients, dq_
 
 
 def _dot_over_rows(a: Array, b: Array, T: int) -> Array:
-    """a b^T.
+    """Compute a b^T, summed over the rows in parts.
 
     A CPU's matmul adds row after row to one float32, so each matmul gets few rows: T / 16, since the errors of plain
     jnp grow with T too.
@@ -108,7 +108,7 @@ def attention_bwd(
     *,
     cost: Cost,
 ) -> QKVGradients:
-    """Runs the backward kernel.
+    """Run the backward kernel.
 
     Args:
         q: [heads, query blocks, D, rows].
@@ -119,7 +119,7 @@ def attention_bwd(
         inv_l: as m.
         delta: row sums of do times the ungated output, as m.
         segments: segment ids, or None.
-        config: what is known when the kernel is traced.
+        config: static parameters of the kernel.
         cost: cost estimate for the compiler.
 
     Returns:

@@ -1,8 +1,8 @@
-"""Shared by the interpreted forward and backward kernels: the grid, and how a step reads its block.
+"""The grid of the interpreted forward and backward kernels, and the loads of a step.
 
-Inputs are whole arrays, passed as prefetched ones. The interpreter carries blocked inputs through its loop and writes
-every block back, so XLA would copy whole arrays in each step. It only reads prefetched ones: sliced in the kernel, they
-cost a step no more than its block.
+Inputs are not blocked: they are scalar-prefetch operands. The interpreter carries blocked inputs through its loop and
+writes every block back, so XLA would copy all of each array in every step. It only reads prefetched operands, and a
+kernel that slices them reads no more than its block.
 
 Arrays are those of `dantinox.kernels.ops.attention.packing`, with one subtile per block. Blocks of several heads have a
 leading axis, those of one head have none.
@@ -42,10 +42,10 @@ CpuAttentionConfig = AttentionConfig[CpuBlockSizes]
 
 
 class BlockStep:
-    """One step of the grid, seen from inside a kernel: which block of the score matrix it processes.
+    """One grid step, as the kernel body sees it: a block of the score matrix.
 
     Args:
-        config: what is known when the kernel is traced.
+        config: static parameters of the kernel.
         schedule: references to the tables of the schedule.
         num_kv_blocks: key blocks that the step processes as one, from `kv_block` on.
     """
@@ -61,16 +61,16 @@ class BlockStep:
         self.is_first_use_of_kv = (flags & FIRST_USE_OF_KV) != 0
 
     def load_q(self, ref: Ref) -> Array:
-        """Returns the step's block of an array [heads, query blocks, n, rows]."""
+        """Return the step's block of an array [heads, query blocks, n, rows]."""
         return ref[self.heads, self.q_block]
 
     def load_kv(self, ref: Ref, kv_axis: int = -1) -> Array:
-        """Returns the step's blocks of an array [heads, key blocks, ...], concatenated along the axis of the keys."""
+        """Return the step's blocks of an array [heads, key blocks, ...], concatenated along the axis of the keys."""
         blocks = [ref[self.heads, self.kv_block + n] for n in range(self.num_kv_blocks)]
         return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, kv_axis)
 
     def masked_scores(self, k: Array, q: Array, segments: SegmentTables | None) -> Array:
-        """Returns the scores [keys, rows] of the step, masked where a query does not see the key."""
+        """Return the scores [keys, rows] of the step, masked where a query does not see the key."""
         s = scale_scores(self.config, dot_per_head(k, q, NN))
         visible = visible_mask(self.config, s.shape, self.q_block, self.kv_block, 0, 0)
         if segments is not None:
@@ -79,40 +79,42 @@ class BlockStep:
 
 
 def merge_kv_blocks(schedule: BlockSchedule, num_kv_blocks: int, kv_blocks_per_step: int) -> BlockSchedule:
-    """Makes one step of all key blocks that a query block sees.
+    """Merge the steps of a query block into one step over all key blocks that it sees.
 
     Args:
         schedule: steps of one key block each.
         num_kv_blocks: number of key blocks.
         kv_blocks_per_step: key blocks of a step, at least as many as any query block sees.
     """
-    most = int(np.bincount(schedule.q).max())
-    assert most <= kv_blocks_per_step, f"a query block sees {most} key blocks, a step takes {kv_blocks_per_step}"
-    first = (schedule.flags & FIRST_KV_BLOCK) != 0
-    kv = np.maximum(0, np.minimum(schedule.kv[first], num_kv_blocks - kv_blocks_per_step))
-    return BlockSchedule(schedule.q[first], kv, np.full_like(kv, FIRST_KV_BLOCK | LAST_KV_BLOCK | NEEDS_MASK))
+    max_visible = int(np.bincount(schedule.q).max())
+    assert max_visible <= kv_blocks_per_step, (
+        f"a query block sees {max_visible} key blocks, a step takes {kv_blocks_per_step}"
+    )
+    starts_q_block = (schedule.flags & FIRST_KV_BLOCK) != 0
+    kv = np.maximum(0, np.minimum(schedule.kv[starts_q_block], num_kv_blocks - kv_blocks_per_step))
+    return BlockSchedule(schedule.q[starts_q_block], kv, np.full_like(kv, FIRST_KV_BLOCK | LAST_KV_BLOCK | NEEDS_MASK))
 
 
 def q_block_spec(config: CpuAttentionConfig, x: jax.ShapeDtypeStruct) -> pl.BlockSpec:
-    """Spec of a block of an output [heads, query blocks, n, rows]."""
+    """Return the spec of a block of an output [heads, query blocks, n, rows]."""
     block_shape = (_head_axis(config), None, *x.shape[2:])
     return pl.BlockSpec(block_shape, lambda g, n, schedule, *_: (g, schedule.q[n], 0, 0))
 
 
 def kv_block_spec(config: CpuAttentionConfig, x: jax.ShapeDtypeStruct) -> pl.BlockSpec:
-    """Spec of a block of an output [heads, key blocks, n, keys]."""
+    """Return the spec of a block of an output [heads, key blocks, n, keys]."""
     block_shape = (_head_axis(config), None, *x.shape[2:])
     return pl.BlockSpec(block_shape, lambda g, n, schedule, *_: (g, schedule.kv[n], 0, 0))
 
 
 def block_scratch(config: CpuAttentionConfig, *shape: int) -> Any:
-    """Scratch memory of a block, float32; the shape is without the axis of heads."""
+    """Return float32 scratch memory of a block; `shape` does not include the axis of heads."""
     heads = _head_axis(config)
     return pltpu.VMEM(shape if heads is None else (heads, *shape), jnp.float32)
 
 
 def _head_axis(config: CpuAttentionConfig) -> int | None:
-    """Heads per block; None if there is one, and no axis."""
+    """Return the number of heads per block, or None if a block has one head and no such axis."""
     kv_heads = config.block_sizes.kv_heads
     return None if kv_heads == 1 else kv_heads
 
@@ -130,19 +132,19 @@ def call_over_blocks[Inputs, Outputs](
     name: str,
     cost: Cost,
 ) -> Outputs:
-    """Runs `kernel(step, inputs, outputs, *scratch)` over (groups of heads, visible blocks).
+    """Run `kernel(step, inputs, outputs, *scratch)` over (groups of heads, visible blocks).
 
     Args:
         kernel: takes a `BlockStep`, and references in the structure of the arguments below.
-        config: what is known when the kernel is traced.
+        config: static parameters of the kernel.
         schedule: the steps.
         inputs: a NamedTuple of arrays [heads, blocks, ...].
         outputs: a NamedTuple of shapes and dtypes.
         out_specs: the block specs of the outputs.
         scratch_shapes: memory that the steps share.
         num_kv_blocks: key blocks per step.
-        name: of the kernel.
-        cost: estimate for the compiler.
+        name: name of the kernel.
+        cost: cost estimate for the compiler.
     """
 
     def body(schedule: BlockSchedule, inputs: Inputs, outputs: Outputs, *scratch: Ref) -> None:

@@ -1,8 +1,8 @@
 """Attention in a form that is fast to interpret on a CPU: flash attention over the visible blocks only.
 
 Math      s = cap(scale q k^T);  p = e^(s - m);  o = sigmoid(gate) * sum(p v) / sum(p)
-Tiling    grid (groups of heads, visible blocks), as in `pallas_tpu/fwd.py`, but in large blocks, each processed at once
-          and under the mask. Under a window one step processes all key blocks that a query block sees:
+Tiling    grid (groups of heads, visible blocks), as in `pallas_tpu/fwd.py`, but in large blocks: a step computes
+          and masks all scores of its block. Under a window one step processes all key blocks that a query block sees:
 
               keys ->        bk   bk   bk   bk
               G x bq rows    [▞    ░]   ░    ░       [ ] one step
@@ -92,7 +92,7 @@ def attention_fwd(
     residuals: bool,
     cost: Cost,
 ) -> ForwardResult:
-    """Runs the forward kernel.
+    """Run the forward kernel.
 
     Args:
         q: [heads, query blocks, D, rows].
@@ -100,12 +100,12 @@ def attention_fwd(
         v: [heads, key blocks, D, keys].
         gate: as q, or [heads, query blocks, 1, rows], or None.
         segments: segment ids, or None.
-        config: what is known when the kernel is traced.
-        residuals: whether to write what the backward pass needs.
+        config: static parameters of the kernel.
+        residuals: whether to write the residuals of the backward pass.
         cost: cost estimate for the compiler.
 
     Returns:
-        The output, and the residuals if asked for.
+        The output and, if requested, the residuals.
     """
     *blocks, D, rows = q.shape
     o, row = jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((*blocks, 1, rows), jnp.float32)

@@ -2,8 +2,8 @@
 
 Math      s = q k^T scale, or softcap tanh(q k^T scale / softcap);  p = 2^(s log2(e) - lse);  dv = p^T do
           ds = p (do v^T - delta), with a soft cap times 1 - (s / softcap)^2;  dq = scale ds k;  dk = scale ds^T q
-Tiling    A thread block owns 128 queries (dq) or keys (dk, dv), 64 per consumer warpgroup, and loops over the blocks
-          that they see; the producer warpgroup loads the next ones meanwhile:
+Tiling    A thread block owns 128 queries (dq) or keys (dk, dv), 64 per consumer warpgroup, and loops over the visible
+          blocks, while the producer warpgroup loads the next ones:
 
               keys ->                          keys ->
               128 queries  ▞ ░ ░ ░ ░           ▞ ░ ░ ░ ░
@@ -57,13 +57,17 @@ def backward(
     segments: Segments | None,
     config: Sm90AttentionConfig,
 ) -> tuple[Array, Array, Array]:
-    """Returns (dq, dk, dv), in the shapes of q, k and v.
+    """Return (dq, dk, dv), in the shapes of q, k and v.
 
     Args:
-        q, do: [B, T, H, D]; do is the cotangent of the ungated output. k, v: [B, S, K, D].
+        q: queries [B, T, H, D].
+        k: keys [B, S, K, D].
+        v: values [B, S, K, D].
+        do: cotangent of the ungated output [B, T, H, D].
         lse: [B, H, T] float32, log2 of the sum of a row's 2^(s log2(e)); +inf where a row sees no key.
         delta: [B, H, T] float32, rowsum(do * o), o the ungated output.
-        segments: (q_ids [B, T], kv_ids [B, S]) int32.
+        segments: (q_ids [B, T], kv_ids [B, S]) int32, or None.
+        config: static parameters of the kernels.
     """
     q, do, k, v = (_pad_to_multiple(x, 1, TMA_ROWS) for x in (q, do, k, v))
     inputs = BwdInputs(q, k, v, do, _pad_to_multiple(lse, 2, PAD_TO, jnp.inf), _pad_to_multiple(delta, 2, PAD_TO))

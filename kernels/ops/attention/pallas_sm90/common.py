@@ -1,5 +1,7 @@
-"""Shared by the Hopper attention kernels: configuration, block sizes, block ranges, masks, soft cap and SMEM."""
+"""Configuration, block sizes, block ranges, masks, soft cap and SMEM of the Hopper attention kernels."""
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -39,12 +41,12 @@ class Sm90AttentionConfig(NamedTuple):
 
 
 class BwdBlockSizes(NamedTuple):
-    """Sizes of the blocks that the backward loops step over, and how many stages are loaded ahead."""
+    """Block sizes of the backward loops and the number of stages of their pipelines."""
 
-    block_kv: int  # of dq's loop
+    block_kv: int  # of the loop for dq
     k_stages: int
     v_stages: int  # v is released before k is
-    block_q: int  # of the loop of dk and dv
+    block_q: int  # of the loop for dk and dv
     q_stages: int
 
 
@@ -66,11 +68,11 @@ class BwdInputs(NamedTuple):
     delta: Any
     q_ids: Any = None
     kv_ids: Any = None
-    segment_ranges: Any = None  # a `SegmentRange` per block of rows, of the blocks that its kernel loops over
+    segment_ranges: Any = None  # per block of rows, the `SegmentRange` of the blocks to loop over
 
 
 def split_refs(refs: Sequence[Ref], *types: type[NamedTuple]) -> list[Any]:
-    """Groups the positional references of a kernel into one NamedTuple per type."""
+    """Group the positional references of a kernel into one NamedTuple per type."""
     groups, start = [], 0
     for kind in types:
         end = start + len(kind._fields)
@@ -89,7 +91,7 @@ class KvBlockRange(NamedTuple):
     end: Array
 
     def intersect(self, other: "KvBlockRange") -> "KvBlockRange":
-        """Returns the blocks of both ranges."""
+        """Return the blocks of both ranges."""
         start = lax.max(self.start, other.start)
         end = lax.max(start, lax.min(self.end, other.end))
         interior_start = lax.clamp(start, lax.max(self.interior_start, other.interior_start), end)
@@ -98,7 +100,7 @@ class KvBlockRange(NamedTuple):
 
 
 def visible_kv_range(q_start: Array, rows: int, block_kv: int, config: Sm90AttentionConfig) -> KvBlockRange:
-    """Returns the key blocks that queries q_start .. q_start + rows see; those past T see none."""
+    """Return the key blocks that queries q_start to q_start + rows - 1 see; those past T see none."""
 
     def block_of(key: Array) -> Array:
         return lax.div(lax.max(key, jnp.int32(0)), jnp.int32(block_kv))
@@ -118,7 +120,7 @@ def visible_kv_range(q_start: Array, rows: int, block_kv: int, config: Sm90Atten
 
 
 def visible_kv_blocks(q_start: Array, config: Sm90AttentionConfig, block_kv: int) -> tuple[Array, Array]:
-    """Returns (first, number) of the key blocks that a query of [q_start, q_start + BLOCK_ROWS) sees."""
+    """Return (first block, count) of the key blocks that queries [q_start, q_start + BLOCK_ROWS) see."""
     S, offset = config.S, config.S - config.T
     start, end = jnp.int32(0), jnp.int32(pl.cdiv(S, block_kv))
     if config.causal:
@@ -130,7 +132,7 @@ def visible_kv_blocks(q_start: Array, config: Sm90AttentionConfig, block_kv: int
 
 
 def visible_q_blocks(kv_start: Array, rows: int, config: Sm90AttentionConfig, block_q: int) -> tuple[Array, Array]:
-    """Returns (first, number) of the query blocks that see a key of [kv_start, kv_start + rows)."""
+    """Return (first block, count) of the query blocks that see a key of [kv_start, kv_start + rows)."""
     T, offset = config.T, config.S - config.T
     start, end = jnp.int32(0), jnp.int32(pl.cdiv(T, block_q))
     if config.causal:
@@ -155,31 +157,31 @@ class SegmentRange(NamedTuple):
 
     @classmethod
     def load(cls, segment_ranges: Ref, batch: Array, block: Array) -> "SegmentRange":
-        """Loads the range of a block from the table of `segment_ids.kv_block_ranges`."""
+        """Load the range of a block from the table of `segment_ids.kv_block_ranges`."""
         return cls(*(segment_ranges[batch, block, n] for n in range(4)))
 
     def clamp(self, first: Array, steps: Array) -> tuple[Array, Array]:
-        """Returns (first, number) of the given blocks in the range; if none is, the first is still one of them."""
+        """Limit (first block, count) to the range; if no block is in the range, keep the first within the blocks."""
         start = lax.clamp(first, self.start, jnp.maximum(first + steps - 1, first))
         return start, jnp.minimum(first + steps, self.end) - start
 
     def is_interior(self, block: Array) -> Array:
-        """Returns whether every pair of this block is of one segment."""
+        """Return whether every pair of this block is of one segment."""
         return (block >= self.interior_start) & (block < self.interior_end)
 
 
 def per_row(x: Array, columns: int) -> Array:
-    """Broadcasts one value per row over the columns."""
+    """Broadcast one value per row over the columns."""
     return lax.broadcast_in_dim(x, (x.shape[0], columns), [0])
 
 
 def per_column(x: Array, rows: int) -> Array:
-    """Broadcasts one value per column over the rows."""
+    """Broadcast one value per column over the rows."""
     return lax.broadcast_in_dim(x, (rows, x.shape[0]), [1])
 
 
 def iota(size: int, layout: Any) -> Array:
-    """Returns the number of each row (ROW_LAYOUT) or column (COL_LAYOUT)."""
+    """Return the index of each row (ROW_LAYOUT) or column (COL_LAYOUT)."""
     return plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
 
 
@@ -192,13 +194,16 @@ def apply_mask(
     load_ids: Callable[[], tuple[Array, Array]] | None,
     one_segment: Array | None,
 ) -> list[Array]:
-    """Zeroes the pairs of each p that are not visible. A block that is visible throughout applies no mask.
+    """Zero the invisible pairs of each p; a block whose pairs are all visible is returned without a mask.
 
     Args:
-        ps: Weights of a block of queries from `q_start` on and keys from `kv_start` on.
-        q_axis: The axis along which the queries run; the keys run along the other.
-        load_ids: Loads the segment ids of the rows and of the columns.
-        one_segment: Whether all tokens of the block are of one segment.
+        ps: weights of one block, [queries, keys] or transposed.
+        q_start: first query of the block.
+        kv_start: first key of the block.
+        config: static parameters of the kernel.
+        q_axis: the axis along which the queries run; the keys run along the other.
+        load_ids: loads the segment ids of the rows and of the columns; None: no segments.
+        one_segment: whether all tokens of the block are of one segment; None: no segments.
     """
     rows, columns = shape = ps[0].shape
     queries, keys = shape[q_axis], shape[1 - q_axis]
@@ -221,7 +226,7 @@ def apply_mask(
 
     def keep_visible() -> list[Array]:
         # The mask compares eight columns: in the next eight, the values of a thread differ by a constant, which goes
-        # into the comparison. Numbers of all columns would stay in registers from block to block.
+        # into the comparison. Indices of all columns would stay in registers from block to block.
         row, conditions = iota(rows, ROW_LAYOUT), []
         if config.causal:
             column = per_column(iota(8, COL_LAYOUT), rows)
@@ -231,7 +236,7 @@ def apply_mask(
             if config.window is not None:
                 conditions.append(jnp.concatenate([offset < config.window + n for n in shifts], axis=1))
         if load_ids is not None:
-            if not config.causal:  # always true: Mosaic infers the layout of the ids from values made here
+            if not config.causal:  # always true: Mosaic infers the layout of the ids from the iotas
                 conditions.append(per_column(iota(columns, COL_LAYOUT), rows) <= per_row(row + FAR_FUTURE, columns))
             row_ids, column_ids = load_ids()
             conditions.append(per_row(row_ids, columns) == per_column(column_ids, rows))
@@ -242,25 +247,22 @@ def apply_mask(
 
 
 def _all_of(conditions: list[Array]) -> Array:
-    first, *rest = conditions
-    for other in rest:
-        first = first & other
-    return first
+    return functools.reduce(operator.and_, conditions)
 
 
 def softcap_tanh(qk: Array, config: Sm90AttentionConfig) -> Array:
-    """Returns tanh(scale qk / softcap) in float32; a score is softcap times as large.
+    """Return tanh(scale qk / softcap) in float32; a score is softcap times as large.
 
-    The hardware's tanh takes one instruction where this takes two, and is good to 2^-11 of a score. That is enough for
-    an output, but weights made of exact scores and of a log-sum-exp of approximate ones do not add up to one. In
-    float16, with a cap of 50 and scores near it, the gradients then miss the tolerance of the tests.
+    The hardware's tanh takes one instruction instead of two, with a relative error of 2^-11. The output tolerates that
+    error, but weights from exact scores and a log-sum-exp of approximate scores do not sum to one: in float16, with a
+    cap of 50 and scores near it, the gradients exceed the tolerance of the tests.
     """
-    # Large products: 2^x is infinite, and the quotient 0.
+    # For large products 2^x is infinite and the quotient is 0.
     return 1.0 - 2.0 / (jnp.exp2(qk * (2 * LOG2E * config.scale / config.softcap)) + 1.0)
 
 
 def softmax_weights(qk: Array, lse: Array, config: Sm90AttentionConfig) -> tuple[Array, Array | None]:
-    """Returns (p, 1 - (s / softcap)^2 or None) of q k^T; lse has its shape."""
+    """Return (p, 1 - (s / softcap)^2 or None) of q k^T; lse has its shape."""
     if config.softcap is None:
         return jnp.exp2(qk * (config.scale * LOG2E) - lse), None
     t = softcap_tanh(qk, config)
@@ -268,20 +270,20 @@ def softmax_weights(qk: Array, lse: Array, config: Sm90AttentionConfig) -> tuple
 
 
 def wgmma_smem(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory in the layout that wgmma reads."""
+    """Return the type of shared memory in the layout that wgmma reads."""
     columns = 128 // jnp.dtype(dtype).itemsize
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
 
 
 def interpret_operand_smem(columns: int, dtype: Any, config: Sm90AttentionConfig) -> Any:
-    """Shared memory for a left operand: interpreted, wgmma reads no operand from registers. None when compiled."""
+    """Return shared memory for a left operand, which interpreted wgmma needs, or None when compiled."""
     if config.interpret is None:
         return None
     return wgmma_smem((COMPUTE_WARPGROUPS, WARPGROUP_ROWS, columns), dtype)
 
 
 def wgmma_accumulate(acc: Ref, a: Array, b: Ref, operand_smem: Ref | None) -> None:
-    """Starts an asynchronous wgmma: acc += a @ b."""
+    """Start the asynchronous wgmma acc += a @ b."""
     if operand_smem is None:
         plgpu.wgmma(acc, a, b)
     else:
@@ -291,7 +293,7 @@ def wgmma_accumulate(acc: Ref, a: Array, b: Ref, operand_smem: Ref | None) -> No
 
 
 def wait_when(condition: Array, barriers: Ref, index: Index) -> None:
-    """Waits for a barrier if the condition holds."""
+    """Wait for a barrier if the condition holds."""
 
     @pl.when(condition)
     def wait() -> None:
@@ -299,7 +301,7 @@ def wait_when(condition: Array, barriers: Ref, index: Index) -> None:
 
 
 def drain_pipeline(steps: Array, stages: int, empty: Callable[[Array], Ref]) -> None:
-    """Waits until the last stages are empty, so that no barrier is left between two phases."""
+    """Wait until the last stages are empty, so that no barrier is left between two phases."""
 
     @pl.loop(jnp.maximum(steps - stages, 0), steps)
     def wait_until_empty(step: Array) -> None:

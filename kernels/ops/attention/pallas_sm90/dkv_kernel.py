@@ -35,7 +35,7 @@ from dantinox.kernels.ops.attention.pallas_sm90.common import (
 )
 
 Array = jax.Array
-Q, DO = 0, 1  # the index of q and lse, and of do and delta, in a stage; of k and v, their factors, in kv_smem
+Q, DO = 0, 1  # index of q and lse, of do and delta in a stage; of their factors k and v in kv_smem
 
 
 class DkvOutputs(NamedTuple):
@@ -48,32 +48,32 @@ class DkvOutputs(NamedTuple):
 class DkvScratch(NamedTuple):
     """Shared memory and barriers of a thread block."""
 
-    kv_smem: Ref  # k and v, in the end dk and dv
+    kv_smem: Ref  # k and v; finally dk and dv
     q_do_smem: Ref  # per stage
     lse_delta_smem: Ref  # per stage
     q_ids_smem: Ref  # per stage; or None
     operand_smem: Ref  # or None
     p_smem: Ref  # or None
-    wg_ids_smem: Ref  # per warpgroup its own number; or None
+    wg_ids_smem: Ref  # the index of each warpgroup; or None
     kv_full: Ref
-    q_do_full: Ref  # per stage two: q with lse, do with delta
+    q_do_full: Ref  # two per stage: q with lse, do with delta
     q_do_empty: Ref
     p_full: Ref  # or None
     p_empty: Ref  # or None
 
 
 def splits_dk_dv(D: int) -> bool:
-    """Returns whether one warpgroup owns dv and the other dk: at this head dim one cannot hold both."""
+    """Return whether one warpgroup owns dv and the other dk, because one cannot hold both at this head dim."""
     return D > 128
 
 
 def block_kv(D: int) -> int:
-    """Returns the number of keys per thread block."""
+    """Return the number of keys per thread block."""
     return WARPGROUP_ROWS if splits_dk_dv(D) else WARPGROUP_ROWS * COMPUTE_WARPGROUPS
 
 
 def dkv(inputs: BwdInputs, config: Sm90AttentionConfig) -> DkvOutputs:
-    """Returns (dk, dv); the inputs are padded by `bwd.backward`."""
+    """Return (dk, dv); the inputs are padded by `bwd.backward`."""
     B, S, K, D = inputs.k.shape
     sizes, dtype = BWD_BLOCK_SIZES[D], inputs.k.dtype
     split, has_segments = splits_dk_dv(D), inputs.q_ids is not None
@@ -124,7 +124,7 @@ class DkvKernel:
         self.shape = (WARPGROUP_ROWS, sizes.block_q)  # of the transposed scores
 
     def run(self) -> None:
-        """Runs the role of this warpgroup."""
+        """Run the role of this warpgroup: producer or consumer."""
         self.batch, self.kv_head, self.wg = lax.axis_index("b"), lax.axis_index("g"), lax.axis_index("wg")
         block_start = lax.axis_index("tile") * self.block_kv
         self.kv_start = block_start + (0 if self.split else self.wg) * WARPGROUP_ROWS
@@ -133,11 +133,11 @@ class DkvKernel:
         pl.when(self.wg >= COMPUTE_WARPGROUPS)(self.producer)
 
     def segment_range(self, block: Array) -> SegmentRange:
-        """Loaded where it is used: values that are live for a whole step fill the registers."""
+        """Load the range where it is used: values that are live for a whole step fill the registers."""
         return SegmentRange.load(self.gmem.segment_ranges, self.batch, block)
 
     def q_blocks(self, block: Array) -> tuple[Array, Array]:
-        """Returns the first query block of each head and the number of steps over all heads, at least one as in dq."""
+        """Return the first query block of each head and the number of steps over all heads, at least 1 as in dq."""
         first, steps = visible_q_blocks(block * self.block_kv, self.block_kv, self.config, self.sizes.block_q)
         if self.has_segments:
             first, steps = self.segment_range(block).clamp(first, steps)
@@ -146,10 +146,11 @@ class DkvKernel:
     # The warpgroup that loads.
 
     def producer(self) -> None:
+        """Load q, do, lse and delta of each query block into the next stage."""
         gmem, smem, sizes = self.gmem, self.smem, self.sizes
         plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-        # The sum equals the block. From the block itself the compiler hoists what both branches need above the first,
-        # and keeps it in registers for the second while the first computes.
+        # The sum equals the block index. With the index alone, the compiler hoists values that both branches need above
+        # the first branch and keeps them in registers for the second while the first computes.
         first, steps = self.q_blocks(lax.axis_index("tile") + (self.wg - COMPUTE_WARPGROUPS))
 
         def load_q_block(i: Array, slot: Array) -> None:
@@ -161,7 +162,7 @@ class DkvKernel:
                 full = smem.q_do_full.at[barrier]
                 plgpu.copy_gmem_to_smem(matrix.at[self.batch, queries, head], smem.q_do_smem.at[slot, part], full)
                 plgpu.copy_gmem_to_smem(vector.at[self.batch, head, queries], smem.lse_delta_smem.at[slot, part], full)
-                if self.has_segments:  # both times: all barriers of an array expect the same number of arrivals
+                if self.has_segments:  # for both parts: all barriers of an array expect the same number of arrivals
                     plgpu.copy_gmem_to_smem(gmem.q_ids.at[self.batch, queries], smem.q_ids_smem.at[slot, part], full)
 
         @pl.loop(0, steps)
@@ -174,6 +175,7 @@ class DkvKernel:
     # The two warpgroups that compute.
 
     def consumer(self) -> None:
+        """Load this warpgroup's keys and values, then compute and store their gradients."""
         gmem, smem, batch, wg = self.gmem, self.smem, self.batch, self.wg
         plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
         k, v = (x.at[batch, self.rows, self.kv_head] for x in (gmem.k, gmem.v))
@@ -196,24 +198,25 @@ class DkvKernel:
             self.fused_dk_dv()
 
     def operand_smem(self) -> Ref:
+        """Return this warpgroup's part of the shared memory for a left operand, or None."""
         return None if self.smem.operand_smem is None else self.smem.operand_smem.at[self.wg]
 
     def load_vector(self, slot: Array, part: int) -> Array:
-        """Loads lse (Q) or delta (DO) of the queries in a stage."""
+        """Load lse (Q) or delta (DO) of the queries in a stage."""
         return plgpu.load(self.smem.lse_delta_smem.at[slot, part], layout=COL_LAYOUT)
 
     def load_ids(self, slot: Array) -> tuple[Array, Array]:
-        """Loads the segment ids of the keys and of the queries in a stage."""
+        """Load the segment ids of the keys and of the queries in a stage."""
         kv_ids = plgpu.load(self.gmem.kv_ids.at[self.batch, self.rows], layout=ROW_LAYOUT, optimized=False)
         return kv_ids, plgpu.load(self.smem.q_ids_smem.at[slot, Q], layout=COL_LAYOUT)
 
     def visible_weights(self, s_acc: Ref, slot: Array, first: Array, i: Array) -> tuple[Array, Array]:
-        """Waits for s; returns p and the factor of (do v^T - delta) in ds."""
+        """Wait for s; return p and the factor of (do v^T - delta) in ds."""
         config = self.config
         lse = self.load_vector(slot, Q)
         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=0 if self.split else 1)
         p, slope = softmax_weights(s, per_column(lse, WARPGROUP_ROWS), config)
-        # Rounded before the mask: the registers do not hold two float32 arrays and the operands of a mask.
+        # Round before the mask: two float32 arrays and the operands of a mask do not fit in the registers.
         ps = [p] if slope is None else [p * slope, p.astype(self.dtype)]
         q_block = first + lax.div(i, jnp.int32(config.G))
         one_segment = None
@@ -231,7 +234,7 @@ class DkvKernel:
         return ps[-1].astype(self.dtype), ps[0]
 
     def fused_dk_dv(self) -> None:
-        """Each warpgroup computes dk and dv of its own keys."""
+        """Compute dk and dv of the keys of this warpgroup."""
         smem, dtype, wg = self.smem, self.dtype, self.wg
         first, steps = self.q_blocks(lax.axis_index("tile"))
         if smem.wg_ids_smem is not None:
@@ -240,18 +243,18 @@ class DkvKernel:
         def accumulate(dk_acc: Ref, dv_acc: Ref) -> tuple[Array, Array]:
             def q_block_step(i: Array, _: None) -> None:
                 slot = lax.rem(i, jnp.int32(self.sizes.q_stages))
-                own = wg if smem.wg_ids_smem is None else smem.wg_ids_smem[wg]
+                wg_id = wg if smem.wg_ids_smem is None else smem.wg_ids_smem[wg]
 
                 def compute_ds(s_acc: Ref, dp_acc: Ref) -> Array:
-                    plgpu.wgmma(s_acc, smem.kv_smem.at[Q, own], smem.q_do_smem.at[slot, Q].T)
-                    plgpu.wgmma(dp_acc, smem.kv_smem.at[DO, own], smem.q_do_smem.at[slot, DO].T)
+                    plgpu.wgmma(s_acc, smem.kv_smem.at[Q, wg_id], smem.q_do_smem.at[slot, Q].T)
+                    plgpu.wgmma(dp_acc, smem.kv_smem.at[DO, wg_id], smem.q_do_smem.at[slot, DO].T)
                     p, p_slope = self.visible_weights(s_acc, slot, first, i)
                     wgmma_accumulate(dv_acc, p, smem.q_do_smem.at[slot, DO], self.operand_smem())
                     delta = self.load_vector(slot, DO)
                     dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
                     return p_slope * (dp - per_column(delta, WARPGROUP_ROWS))
 
-                # The waits come before the accumulators: one whose product starts where it is made needs no zeroing.
+                # Wait first: an accumulator is not zeroed if its product starts right after its allocation.
                 plgpu.barrier_wait(smem.q_do_full.at[2 * slot + Q])
                 plgpu.barrier_wait(smem.q_do_full.at[2 * slot + DO])
                 ds = pl.run_scoped(compute_ds, plgpu.ACC(self.shape), plgpu.ACC(self.shape))
@@ -273,7 +276,7 @@ class DkvKernel:
         plgpu.wait_smem_to_gmem(0)
 
     def split_dk_dv(self) -> None:
-        """The first warpgroup computes p and dv, the second ds and dk; p goes through shared memory."""
+        """Compute p and dv in the first warpgroup, ds and dk in the second; p goes through shared memory."""
         smem, dtype, wg = self.smem, self.dtype, self.wg
         first, steps = self.q_blocks(lax.axis_index("tile"))
         smem.wg_ids_smem[wg] = wg
@@ -282,11 +285,11 @@ class DkvKernel:
         def accumulate(acc: Ref) -> Array:
             def q_block_step(i: Array, _: None) -> None:
                 slot = lax.rem(i, jnp.int32(self.sizes.q_stages))
-                # Loaded in every step: the compiler keeps the addresses of all operands in registers otherwise.
-                own = smem.wg_ids_smem[wg]
+                # Loaded in every step; otherwise the compiler keeps the addresses of all operands in registers.
+                wg_id = smem.wg_ids_smem[wg]
 
                 def p_or_ds(product: Ref) -> Array:
-                    plgpu.wgmma(product, smem.kv_smem.at[own, 0], smem.q_do_smem.at[slot, own].T)
+                    plgpu.wgmma(product, smem.kv_smem.at[wg_id, 0], smem.q_do_smem.at[slot, wg_id].T)
 
                     def produce_p() -> Array:
                         p, p_slope = self.visible_weights(product, slot, first, i)
@@ -308,7 +311,7 @@ class DkvKernel:
                 x = pl.run_scoped(p_or_ds, plgpu.ACC(self.shape))
                 plgpu.barrier_arrive(smem.q_do_empty.at[2 * slot + wg])
                 plgpu.barrier_wait(smem.q_do_full.at[2 * slot + (1 - wg)])
-                wgmma_accumulate(acc, x, smem.q_do_smem.at[slot, 1 - own], self.operand_smem())
+                wgmma_accumulate(acc, x, smem.q_do_smem.at[slot, 1 - wg_id], self.operand_smem())
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(smem.q_do_empty.at[2 * slot + (1 - wg)])
 

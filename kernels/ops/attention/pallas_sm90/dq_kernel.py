@@ -47,13 +47,13 @@ class DqOutput(NamedTuple):
 class DqScratch(NamedTuple):
     """Shared memory and barriers of a thread block."""
 
-    q_smem: Ref  # per warpgroup, as do_smem; in the end dq
+    q_smem: Ref  # per warpgroup, as do_smem; finally dq
     do_smem: Ref
-    k_smem: Ref  # per stage, as all that follow up to the operand
+    k_smem: Ref  # per stage, as v_smem and kv_ids_smem
     v_smem: Ref
     kv_ids_smem: Ref  # or None
     operand_smem: Ref  # or None
-    address_smem: Ref  # per warpgroup its own number, then zeros; or None
+    address_smem: Ref  # the index of each warpgroup, then zeros; or None
     q_do_full: Ref
     k_full: Ref
     k_empty: Ref
@@ -62,7 +62,7 @@ class DqScratch(NamedTuple):
 
 
 def dq(inputs: BwdInputs, config: Sm90AttentionConfig) -> Array:
-    """Returns dq; the inputs are padded by `bwd.backward`."""
+    """Return dq; the inputs are padded by `bwd.backward`."""
     B, T, H, D = inputs.q.shape
     sizes, dtype = BWD_BLOCK_SIZES[D], inputs.q.dtype
     has_segments = inputs.q_ids is not None
@@ -109,12 +109,12 @@ class DqKernel:
         _, self.T, _, self.D = gmem.q.shape
         self.dtype, self.has_segments = gmem.q.dtype, gmem.q_ids is not None
         self.shape = (WARPGROUP_ROWS, sizes.block_kv)  # of the scores
-        # v has one stage, and the compiler would keep its address in registers too, needlessly where a mask is long.
+        # v has one stage, whose address the compiler would keep in registers that a long mask needs.
         has_long_mask = config.window is not None or config.softcap is not None or self.has_segments
         self.reloads_v_address = smem.address_smem is not None and has_long_mask
 
     def run(self) -> None:
-        """Runs the role of this warpgroup."""
+        """Run the role of this warpgroup: producer or consumer."""
         self.batch, self.head, self.wg = lax.axis_index("b"), lax.axis_index("h"), lax.axis_index("wg")
         # The last queries see the most keys: their blocks start first.
         self.block_start = (pl.cdiv(self.T, BLOCK_ROWS) - 1 - lax.axis_index("tile")) * BLOCK_ROWS
@@ -124,15 +124,15 @@ class DqKernel:
         pl.when(self.wg == COMPUTE_WARPGROUPS)(self.producer)
 
     def segment_range(self) -> SegmentRange:
-        """Loaded where it is used: values that are live for a whole step fill the registers."""
+        """Load the range where it is used: values that are live for a whole step fill the registers."""
         block = lax.div(self.block_start, jnp.int32(BLOCK_ROWS))
         return SegmentRange.load(self.gmem.segment_ranges, self.batch, block)
 
     def kv_blocks(self) -> tuple[Array, Array]:
-        """Returns the first key block and the number of steps, at least one.
+        """Return the first key block and the number of steps, at least one.
 
-        A block that sees nothing runs one step, all of it masked: the compiler enters a loop that may not run at all
-        through another branch, and then writes the zeros of new accumulators in every step.
+        A block that sees no key runs one fully masked step. If a loop may have no iterations, the compiler enters it
+        through another branch and zeroes the new accumulators in every step.
         """
         first, steps = visible_kv_blocks(self.block_start, self.config, self.sizes.block_kv)
         if self.has_segments:
@@ -142,6 +142,7 @@ class DqKernel:
     # The warpgroup that loads.
 
     def producer(self) -> None:
+        """Load k and v of each key block into their next stages."""
         gmem, smem, sizes, batch = self.gmem, self.smem, self.sizes, self.batch
         plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
         first, steps = self.kv_blocks()
@@ -154,8 +155,8 @@ class DqKernel:
             wait_when(i >= sizes.k_stages, smem.k_empty, slot)
             plgpu.copy_gmem_to_smem(gmem.k.at[batch, keys, kv_head], smem.k_smem.at[slot], smem.k_full.at[slot])
             if self.has_segments:
-                to = smem.kv_ids_smem.at[slot]
-                plgpu.copy_gmem_to_smem(gmem.kv_ids.at[batch, keys], to, smem.k_full.at[slot])
+                ids_slot = smem.kv_ids_smem.at[slot]
+                plgpu.copy_gmem_to_smem(gmem.kv_ids.at[batch, keys], ids_slot, smem.k_full.at[slot])
             slot = lax.rem(i, jnp.int32(sizes.v_stages))
             wait_when(i >= sizes.v_stages, smem.v_empty, slot)
             plgpu.copy_gmem_to_smem(gmem.v.at[batch, keys, kv_head], smem.v_smem.at[slot], smem.v_full.at[slot])
@@ -166,6 +167,7 @@ class DqKernel:
     # The two warpgroups that compute.
 
     def consumer(self) -> None:
+        """Compute and store dq of this warpgroup's queries."""
         gmem, smem, batch, wg = self.gmem, self.smem, self.batch, self.wg
         plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
         plgpu.copy_gmem_to_smem(gmem.q.at[batch, self.rows, self.head], smem.q_smem.at[wg], smem.q_do_full.at[wg])
@@ -191,30 +193,30 @@ class DqKernel:
         plgpu.wait_smem_to_gmem(0)
 
     def load_rows(self, ref: Ref, *index: Array) -> Array:
-        """Loads one value per query of this warpgroup."""
+        """Load one value per query of this warpgroup."""
         return plgpu.load(ref.at[(*index, self.rows)], layout=ROW_LAYOUT, optimized=False)
 
     def load_ids(self, slot: Array) -> tuple[Array, Array]:
-        """Loads the segment ids of the queries and of the keys in a stage."""
+        """Load the segment ids of the queries and of the keys in a stage."""
         q_ids = self.load_rows(self.gmem.q_ids, self.batch)
         return q_ids, plgpu.load(self.smem.kv_ids_smem.at[slot], layout=COL_LAYOUT)
 
     def kv_block_step(self, dq_acc: Ref, i: Array, first: Array, lse: Array, delta: Array) -> None:
-        """Adds the product of ds and k of one key block."""
+        """Add the product of ds and k of one key block."""
         smem, sizes, wg = self.smem, self.sizes, self.wg
         k_slot, v_slot = lax.rem(i, jnp.int32(sizes.k_stages)), lax.rem(i, jnp.int32(sizes.v_stages))
-        # Loaded in every step: the compiler keeps the addresses of all operands in registers otherwise.
-        own = wg if smem.address_smem is None else smem.address_smem[wg]
+        # Loaded in every step; otherwise the compiler keeps the addresses of all operands in registers.
+        wg_id = wg if smem.address_smem is None else smem.address_smem[wg]
 
-        # Each accumulator is made where its product starts: a wait in between makes the compiler zero it.
+        # An accumulator is not zeroed if its product starts right after its allocation, without a wait in between.
         def compute_s(s_acc: Ref) -> Array:
-            plgpu.wgmma(s_acc, smem.q_smem.at[own], smem.k_smem.at[k_slot].T)
+            plgpu.wgmma(s_acc, smem.q_smem.at[wg_id], smem.k_smem.at[k_slot].T)
             plgpu.barrier_wait(smem.v_full.at[v_slot])
             return pl.run_scoped(functools.partial(compute_ds, s_acc), plgpu.ACC(self.shape))
 
         def compute_ds(s_acc: Ref, dp_acc: Ref) -> Array:
             v_address = smem.address_smem[COMPUTE_WARPGROUPS + wg] if self.reloads_v_address else v_slot
-            plgpu.wgmma(dp_acc, smem.do_smem.at[own], smem.v_smem.at[v_address].T)
+            plgpu.wgmma(dp_acc, smem.do_smem.at[wg_id], smem.v_smem.at[v_address].T)
             s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
             p = self.visible_weights(s, k_slot, first, i, lse)
             dp = dp_acc[...]
@@ -229,7 +231,7 @@ class DqKernel:
         plgpu.barrier_arrive(smem.k_empty.at[k_slot])
 
     def visible_weights(self, s: Array, slot: Array, first: Array, i: Array, lse: Array) -> Array:
-        """Returns p of the visible pairs, times the slope of the soft cap."""
+        """Return p of the visible pairs, times the slope of the soft cap."""
         config, block_kv = self.config, self.sizes.block_kv
         p, slope = softmax_weights(s, per_row(lse, block_kv), config)
         p = p if slope is None else p * slope

@@ -12,18 +12,18 @@ Tiling    The grid is (H, query blocks, B), one thread block each; a query block
               (next block)   ░    ░    ▞    █    ▞       ░ neither loaded nor computed
 
           The producer loads q once, then K and V blocks by TMA into ring buffers of stages. Each stage has a full and
-          an empty barrier, and K and V have their own: the next K is loaded while V is still in use. The gate comes
-          last, in place of one more block of the K ring.
+          an empty barrier, and K and V have their own: the next K is loaded while V is still in use. The gate is
+          loaded last, into the stages of the K blocks that would follow.
 
               warpgroup 0    q k^T ....softmax....  p v, q k^T ....softmax....
-              warpgroup 1          q k^T ....softmax....       p v, q k^T ...    one of them feeds the tensor cores
+              warpgroup 1          q k^T ....softmax....       p v, q k^T ...    they multiply in turns
 
 State     Per warpgroup m and l [block_q] and the output [block_q, D], in float32 registers.
 Traffic   Reads q and gate and writes o once; reads K and V once per query block and head. The heads of a group run at
           the same time, so most of K and V comes from L2. 4 D FLOPs per visible pair.
-Limits    bfloat16, float16; D 64, 128, 256; `vjp.attention` rejects the rest. T and S here are those of the arrays,
-          multiples of 8; the config has the true ones. Segment ids in any order; where they ascend, blocks of other
-          segments are skipped like those outside the window, and blocks of one segment apply no segment mask.
+Limits    bfloat16, float16; D 64, 128, 256; `vjp.attention` rejects the rest. T and S of the arrays are
+          multiples of 8; the config has the lengths before padding. Segment ids in any order; where they ascend, blocks
+          of other segments are skipped like those outside the window, and blocks of one segment apply no segment mask.
 Source    Shah et al., FlashAttention-3 (arXiv:2407.08608), for the ping-pong schedule of the two warpgroups.
 """
 
@@ -62,12 +62,16 @@ def forward(
     *,
     residuals: bool,
 ) -> FwdOutputs:
-    """Returns the output and, with `residuals`, lse and (if there is a gate) the ungated output.
+    """Return the output and, with `residuals`, lse and (if there is a gate) the ungated output.
 
     Args:
-        q: [B, T, H, D]; k, v: [B, S, K, D], in lengths that are multiples of `common.TMA_ROWS`.
-        gate: Logits [B, T, H, D] like q, or one per head [B, T, H, 1], or None.
-        segments: int32 ids of the queries and of the keys, of the true lengths, or None.
+        q: queries [B, T, H, D]; T is a multiple of `common.TMA_ROWS`.
+        k: keys [B, S, K, D]; S is a multiple of `common.TMA_ROWS`.
+        v: values [B, S, K, D].
+        gate: logits [B, T, H, D], or one per head [B, T, H, 1], or None.
+        segments: (q_ids, kv_ids) int32, of the lengths before padding, or None.
+        config: static parameters of the kernel.
+        residuals: whether the backward pass needs lse and the ungated output.
     """
     B, T, H, D = q.shape
     sizes = FWD_BLOCK_SIZES[D]

@@ -36,7 +36,7 @@ STORE_COLUMNS = 128  # columns of the output that are gated and stored at a time
 
 
 class FwdBlockSizes(NamedTuple):
-    """Queries per warpgroup, keys per block, stages of the K and V rings (a power of two)."""
+    """Queries per warpgroup, keys per block, stages of the K and V ring buffers (a power of two)."""
 
     block_q: int
     block_kv: int
@@ -60,7 +60,7 @@ class FwdInputs(NamedTuple):
 
 
 class FwdOutputs(NamedTuple):
-    """Outputs of the kernel, in global memory; only o where no gradient is wanted."""
+    """Outputs of the kernel, in global memory; without gradients only o."""
 
     o: Any  # [B, T, H, D]
     lse: Any = None  # [B, H, T], to the base 2
@@ -77,7 +77,7 @@ class FwdScratch(NamedTuple):
     k_smem: Ref
     lse_smem: Ref  # or None
     q_full: Ref  # per warpgroup
-    q_smem: Ref  # per warpgroup; in the end the output
+    q_smem: Ref  # per warpgroup; finally the output
     schedule_barrier: Ref  # per warpgroup: its turn to start a q k^T or p v
     v_empty: Ref
     v_full: Ref
@@ -94,24 +94,26 @@ class ForwardKernel:
         self.interpreted = config.interpret is not None
 
     def run(self) -> None:
-        """Runs the role of this warpgroup."""
+        """Run the role of this warpgroup: producer or consumer."""
         wg = lax.axis_index("warpgroup")
         pl.when(wg < COMPUTE_WARPGROUPS)(functools.partial(self.consumer, wg))
         pl.when(wg == COMPUTE_WARPGROUPS)(self.producer)
 
-    # Computed where they are used: values that are live throughout occupy registers that other values need.
+    # Properties, computed where they are used: values that are live throughout occupy registers that others need.
 
     @property
     def batch(self) -> Array:
+        """Index of the sequence."""
         return lax.axis_index("batch")
 
     @property
     def head(self) -> Array:
+        """Index of the query head."""
         return lax.axis_index("head")
 
     @property
     def q_start(self) -> Array:
-        """The first query of the block."""
+        """First query of the block."""
         block = lax.axis_index("tile")
         if self.config.causal:  # the longest blocks start first, so that none runs alone at the end
             block = lax.axis_size("tile") - 1 - block
@@ -119,7 +121,7 @@ class ForwardKernel:
 
     @property
     def kv_block_range(self) -> KvBlockRange:
-        """The key blocks that are loaded: all that either warpgroup sees."""
+        """Key blocks to load: all that either warpgroup sees."""
         rows = COMPUTE_WARPGROUPS * self.sizes.block_q
         visible = visible_kv_range(self.q_start, rows, self.sizes.block_kv, self.config)
         if self.gmem.segment_ranges is None:
@@ -129,27 +131,28 @@ class ForwardKernel:
         return visible.intersect(KvBlockRange(start, first.interior_start, first.interior_end, end))
 
     def segment_kv_range(self, wg: Index) -> KvBlockRange:
-        """Loads the key blocks that may share a segment with the queries of a warpgroup; the interior is all theirs."""
+        """Load the range of key blocks that may share a segment with a warpgroup's queries."""
         block = lax.div(self.q_start, jnp.int32(self.sizes.block_q)) + wg
         return KvBlockRange(*(self.gmem.segment_ranges[self.batch, block, n] for n in range(4)))
 
     def slot(self, kv_block: Array) -> Array:
-        """Returns the stage of a key block in its ring."""
+        """Return the stage of a key block."""
         return kv_block & (self.sizes.stages - 1)
 
     def q_rows(self, ref: Ref, wg: Index) -> Ref:
-        """Returns the rows of a [B, T, H, D] array that belong to the queries of a warpgroup."""
+        """Return the rows of a [B, T, H, D] array that belong to the queries of a warpgroup."""
         rows = pl.ds(self.q_start + wg * self.sizes.block_q, self.sizes.block_q)
         return ref.at[self.batch, rows, self.head]
 
     def q_rows_by_head(self, ref: Ref, wg: Index) -> Ref:
-        """Returns the rows of a [B, H, T] array that belong to the queries of a warpgroup."""
+        """Return the rows of a [B, H, T] array that belong to the queries of a warpgroup."""
         rows = pl.ds(self.q_start + wg * self.sizes.block_q, self.sizes.block_q)
         return ref.at[self.batch, self.head, rows]
 
     # The warpgroup that loads.
 
     def producer(self) -> None:
+        """Load q once, then each key block, and the gate last."""
         plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
         gmem, smem = self.gmem, self.smem
         start, *_, end = self.kv_block_range
@@ -189,7 +192,7 @@ class ForwardKernel:
             wait_when(in_use, smem.v_empty, slot)
 
     def gate_stage(self, wg: Index) -> tuple[Array, Any]:
-        """Returns (key block whose stage holds the gate of a warpgroup, rows of the gate in that stage)."""
+        """Return (key block whose stage holds the gate of a warpgroup, rows of the gate in that stage)."""
         block_q, block_kv, _ = self.sizes
         per_stage = block_kv // block_q  # warpgroups that share a stage: 2 or 1
         return self.kv_block_range.end + wg // per_stage, pl.ds(wg % per_stage * block_q, block_q)
@@ -197,16 +200,17 @@ class ForwardKernel:
     # The two warpgroups that compute.
 
     def consumer(self, wg: Array) -> None:
+        """Compute and store the output of a warpgroup's queries."""
         plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
         smem, (block_q, block_kv, _), D = self.smem, self.sizes, self.gmem.q.shape[-1]
         q_start = self.q_start + wg * block_q
 
         def ranges() -> tuple[KvBlockRange, KvBlockRange]:
-            """Returns those of the block and of this warpgroup; computed per loop, since registers are scarce."""
-            block, visible = self.kv_block_range, visible_kv_range(q_start, block_q, block_kv, self.config)
+            """Return the ranges of the block and of this warpgroup; computed per loop, since registers are scarce."""
+            block_range, visible = self.kv_block_range, visible_kv_range(q_start, block_q, block_kv, self.config)
             if self.gmem.segment_ranges is not None:
                 visible = visible.intersect(self.segment_kv_range(wg))
-            return block, KvBlockRange(*(lax.clamp(block.start, x, block.end) for x in visible))
+            return block_range, KvBlockRange(*(lax.clamp(block_range.start, x, block_range.end) for x in visible))
 
         def full(value: float) -> Array:
             return plgpu.layout_cast(jnp.full((block_q,), value, jnp.float32), ROW_LAYOUT)
@@ -220,18 +224,20 @@ class ForwardKernel:
         acc = plgpu.layout_cast(jnp.zeros((block_q, D), jnp.float32), plgpu.Layout.WGMMA)
         carry = acc, full(M_INIT), full(0.0)
         plgpu.barrier_wait(smem.q_full.at[wg])
-        block, own = ranges()
-        self.wait_k_full(block.start, block.end)
+        block_range, wg_range = ranges()
+        self.wait_k_full(block_range.start, block_range.end)
         wait_when(wg == 1, smem.schedule_barrier, wg)
         if self.config.window is not None or self.gmem.segment_ranges is not None:
-            lax.fori_loop(block.start, own.start, skip(block.end), None)
-            carry = lax.fori_loop(own.start, own.interior_start, step(block.end, masked=True), carry)
-        block, own = ranges()
-        carry = lax.fori_loop(own.interior_start, own.interior_end, step(block.end, masked=False), carry)
-        block, own = ranges()
-        carry = lax.fori_loop(own.interior_end, own.end, step(block.end, masked=True), carry)
-        block, own = ranges()
-        lax.fori_loop(own.end, block.end, skip(block.end), None)
+            lax.fori_loop(block_range.start, wg_range.start, skip(block_range.end), None)
+            carry = lax.fori_loop(wg_range.start, wg_range.interior_start, step(block_range.end, masked=True), carry)
+        block_range, wg_range = ranges()
+        carry = lax.fori_loop(
+            wg_range.interior_start, wg_range.interior_end, step(block_range.end, masked=False), carry
+        )
+        block_range, wg_range = ranges()
+        carry = lax.fori_loop(wg_range.interior_end, wg_range.end, step(block_range.end, masked=True), carry)
+        block_range, wg_range = ranges()
+        lax.fori_loop(wg_range.end, block_range.end, skip(block_range.end), None)
 
         @pl.when(wg == 0)
         def end_turn() -> None:
@@ -240,7 +246,7 @@ class ForwardKernel:
         self.epilogue(wg, *carry)
 
     def skip_block(self, wg: Array, end: Array, kv_block: Array, _: None) -> None:
-        """Keeps the turns and the barriers going for a key block that only the other warpgroup sees."""
+        """Arrive at the barriers for a key block that only the other warpgroup sees."""
         smem, slot = self.smem, self.slot(kv_block)
         plgpu.barrier_arrive(smem.schedule_barrier.at[1 - wg])
         plgpu.barrier_arrive(smem.k_empty.at[slot])
@@ -250,7 +256,7 @@ class ForwardKernel:
         plgpu.barrier_arrive(smem.v_empty.at[slot])
 
     def wait_k_full(self, kv_block: Array, end: Array) -> None:
-        """Waits for the keys of a block, if it exists: each wait happens while the preceding block is in use."""
+        """Wait for the keys of a block, if it exists: each wait happens while the preceding block is in use."""
 
         @pl.when(kv_block < end)
         def wait() -> None:
@@ -259,7 +265,7 @@ class ForwardKernel:
     def kv_block_step(
         self, wg: Array, q_start: Array, end: Array, masked: bool, kv_block: Array, carry: Carry
     ) -> Carry:
-        """Adds one key block to the output."""
+        """Add one key block to the output."""
         config, smem, slot = self.config, self.smem, self.slot(kv_block)
         acc, m, l = carry
 
@@ -288,7 +294,7 @@ class ForwardKernel:
         l = l * decay + jnp.sum(p, axis=1)
         acc = acc * per_row(decay, acc.shape[1])
         p = p.astype(self.gmem.v.dtype)
-        if not self.interpreted:  # for LLVM; ptxas 13.5 does the exponentials before the turn, scales acc after it
+        if not self.interpreted:  # orders the work before the turn for LLVM; ptxas 13.5 still scales acc after it
             acc, m_next, l, p = lax.optimization_barrier((acc, m_next, l, p))
         plgpu.barrier_wait(smem.v_full.at[slot])
         plgpu.barrier_wait(smem.schedule_barrier.at[wg])
@@ -297,17 +303,16 @@ class ForwardKernel:
         return acc, m_next, l
 
     def visible(self, shape: tuple[int, int], q_start: Array, kv_block: Array, wg: Array, slot: Array) -> Array:
-        """Returns which pairs of the queries from `q_start` on and the keys of a block are visible."""
+        """Return a mask of the visible pairs of the queries from `q_start` on and the keys of a block."""
         config, (rows, columns) = self.config, shape
         if config.causal:
-            # Numbers per row and per column, not per pair: the compiler would keep those in registers across blocks.
-            # The last key of this block that a row sees:
-            last = iota(rows, ROW_LAYOUT) + (q_start + config.S - config.T - kv_block * self.sizes.block_kv)
+            # Indices per row and per column: the compiler would keep indices per pair in registers across blocks.
+            last_key = iota(rows, ROW_LAYOUT) + (q_start + config.S - config.T - kv_block * self.sizes.block_kv)
             column = iota(columns, COL_LAYOUT)
             if config.window is None:
-                visible = per_column(column, rows) <= per_row(last, columns)
+                visible = per_column(column, rows) <= per_row(last_key, columns)
             else:  # as unsigned numbers, negative distances are longer than any window
-                distance = per_row(last, columns) - per_column(column, rows)
+                distance = per_row(last_key, columns) - per_column(column, rows)
                 visible = distance.astype(jnp.uint32) < jnp.uint32(config.window)
         else:
             key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
@@ -320,13 +325,13 @@ class ForwardKernel:
             visible &= per_row(q_ids, columns) == per_column(kv_ids, rows)
         return visible
 
-    # The interpreter has no tensor core for these products: it multiplies values, loaded where the tensor core reads.
+    # The interpreter has no wgmma, so it loads the operands from SMEM and multiplies values.
 
     def qk(self, q: Ref, k: Ref, meanwhile: Callable[[], None]) -> Array:
-        """Returns q k^T in float32; calls `meanwhile` once the wgmma has started."""
+        """Return q k^T in float32; call `meanwhile` once the wgmma has started."""
         if self.interpreted:
             s = lax.dot_general(q[...], k[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-            plgpu.commit_smem()  # a tensor core would have read through the proxy that TMA writes by
+            plgpu.commit_smem()  # the loads used the generic proxy, and TMA writes through the async proxy
             meanwhile()
             return s
 
@@ -338,7 +343,7 @@ class ForwardKernel:
         return pl.run_scoped(multiply, plgpu.ACC((q.shape[0], k.shape[0]), jnp.float32))
 
     def add_pv(self, acc: Array, p: Array, v: Ref, meanwhile: Callable[[], None]) -> Array:
-        """Returns acc + p v in float32; calls `meanwhile` once the wgmma has started."""
+        """Return acc + p v in float32; call `meanwhile` once the wgmma has started."""
         if self.interpreted:
             acc = acc + jnp.dot(p, v[...], preferred_element_type=jnp.float32)
             plgpu.commit_smem()
@@ -353,7 +358,7 @@ class ForwardKernel:
         return total
 
     def epilogue(self, wg: Array, acc: Array, m: Array, l: Array) -> None:
-        """Normalizes, gates and stores the output of a warpgroup."""
+        """Normalize, gate and store the output of a warpgroup."""
         gmem, out, smem, D = self.gmem, self.out, self.smem, acc.shape[1]
         sees_no_key = l == 0.0
         acc = acc * per_row(jnp.where(sees_no_key, 0.0, 1.0 / jnp.where(sees_no_key, 1.0, l)), D)
@@ -374,7 +379,7 @@ class ForwardKernel:
         plgpu.wait_smem_to_gmem(0)
 
     def apply_gate(self, wg: Array, o: Array, columns: slice) -> Array:
-        """Multiplies some columns of the output by the sigmoid of their gate, if there is one per element."""
+        """Multiply columns of the output by the sigmoid of the gate, if it has one logit per element."""
         if self.gmem.gate is None:
             return o
         gate_block, rows = self.gate_stage(wg)
@@ -382,7 +387,7 @@ class ForwardKernel:
         return o * jax.nn.sigmoid(gate.astype(jnp.float32))
 
     def store(self, wg: Array, ref: Ref, columns_of: Callable[[slice], Array]) -> None:
-        """Stores an output through q_smem, which is free by now, in strips of columns to save registers."""
+        """Store an output through q_smem, which is free by now, in strips of columns to save registers."""
         o_smem = self.smem.q_smem.at[wg]
         for start in range(0, o_smem.shape[1], STORE_COLUMNS):
             columns = slice(start, min(start + STORE_COLUMNS, o_smem.shape[1]))

@@ -1,7 +1,7 @@
 """Attention on Hopper: the operation and its custom derivative around the forward and backward kernels.
 
-The forward kernel stores two residuals, the output without its gate and the log-sum-exp of each row, and only where
-gradients are wanted. One pass over do and o in plain jnp, which XLA fuses, precedes the backward kernels:
+The forward kernel stores two residuals, the output without its gate and the log-sum-exp of each row, and only if
+gradients are needed. One pass over do and o in plain jnp, which XLA fuses, precedes the backward kernels:
 
     do' = do * sigmoid(gate)      dgate = sum(do * o') * sigmoid'(gate)      delta = sum(do' * o')      o' without gate
 """
@@ -24,7 +24,7 @@ DTYPES = (jnp.bfloat16, jnp.float16)
 
 
 def unsupported_inputs(dtype: jnp.dtype, D: int) -> str | None:
-    """Returns why the kernels cannot take these arrays; None where they can."""
+    """Return why the kernels do not support these arrays, or None if they do."""
     if dtype not in DTYPES:
         return f"q has dtype {jnp.dtype(dtype)} and Hopper's tensor cores take bfloat16 and float16 here"
     if D not in FWD_BLOCK_SIZES:
@@ -48,7 +48,7 @@ def attention(
     """See `dantinox.kernels.attention`, which checks the arguments; with `interpret` the kernels run on the CPU.
 
     Raises:
-        NotImplementedError: a dtype or head dim that the kernels do not take.
+        NotImplementedError: the kernels do not support the dtype or head dim.
     """
     if (reason := unsupported_inputs(q.dtype, q.shape[-1])) is not None:
         raise NotImplementedError(f"attention: implementation='pallas' cannot run here: {reason}")
@@ -95,7 +95,7 @@ def padded_forward(
     *,
     residuals: bool,
 ) -> FwdOutputs:
-    """Runs the forward kernel on lengths padded to whole TMA tiles, and cuts its outputs back to T."""
+    """Run the forward kernel on lengths padded to whole TMA tiles and slice its outputs to T."""
 
     def pad(x: Array | None) -> Array | None:
         return x if x is None else jnp.pad(x, ((0, 0), (0, -x.shape[1] % TMA_ROWS), (0, 0), (0, 0)))
@@ -109,7 +109,7 @@ def padded_forward(
 
 
 def bwd_preprocess(do: Array, o_ungated: Array, gate: Array | None) -> tuple[Array, Array | None, Array]:
-    """Returns (cotangent of the ungated output, dgate, delta [B, H, T])."""
+    """Return (cotangent of the ungated output, dgate, delta [B, H, T])."""
     do_f32, o_ungated = do.astype(jnp.float32), o_ungated.astype(jnp.float32)
     if gate is None:
         return do, None, _delta(do_f32, o_ungated)

@@ -32,14 +32,14 @@ class Operand(NamedTuple):
 
 
 class Output(NamedTuple):
-    """An output of a kernel: shape and dtype, and how the grid writes it."""
+    """Shape and dtype of an output of a kernel, and how the grid writes it."""
 
     shape: jax.ShapeDtypeStruct
     spec: pl.BlockSpec
 
 
 class ScratchShape(NamedTuple):
-    """Scratch memory: shape, without the axis of heads, and dtype."""
+    """Shape, without the axis of heads, and dtype of scratch memory."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -48,7 +48,7 @@ class ScratchShape(NamedTuple):
 def block_spec(
     config: AttentionConfig[TpuBlockSizes], follows: Literal["q", "kv"], *subtile: int, first_block: int = 0
 ) -> pl.BlockSpec:
-    """Spec of a block of an array [heads, subtiles, *subtile] that follows the query or the key block.
+    """Return the spec of a block of an array [heads, subtiles, *subtile] that follows the query or key block.
 
     Index maps take (head, step) and the tables; the array begins with block `first_block`.
     """
@@ -70,13 +70,18 @@ def pallas_call_over_blocks(
     name: str,
     cost: Cost,
 ) -> dict[str, Array]:
-    """Runs `kernel(block, name_ref=..., ...)` over (heads, visible blocks).
+    """Run `kernel(block, name_ref=..., ...)` over (heads, visible blocks).
 
     Args:
         kernel: takes a `BlockContext` and, by keyword, a reference `<name>_ref` for each of the names below.
+        config: static parameters of the kernel.
+        schedule: the visible blocks.
         inputs: operands by name.
         outputs: outputs by name.
-        scratch: what is kept from step to step and from phase to phase.
+        scratch: memory that the steps and the phases of a step share, by name.
+        segments: segment ids, or None.
+        name: name of the kernel.
+        cost: cost estimate for the compiler.
 
     Returns:
         The outputs by name.

@@ -17,7 +17,7 @@ MAX_KV_SPAN_BYTES = 16 * 2**20  # of dk and dv: float32 sums, and their output b
 
 
 class TpuBlockSizes(NamedTuple):
-    """How much one step of the grid processes, and one matmul of the step.
+    """The amount of work of one grid step and of each of its matmuls.
 
     Attributes:
         block_q: queries per block, of each of the G heads of a key head; a power of two.
@@ -34,14 +34,14 @@ class TpuBlockSizes(NamedTuple):
     kv_span: int
 
     def subtile(self, G: int) -> tuple[int, int]:
-        """Returns (packed queries, keys) per matmul."""
+        """Return (packed queries, keys) per matmul."""
         return self.block_q_compute, self.block_kv_compute
 
 
 def heuristic_block_sizes(
     device: Device, *, G: int, T: int, S: int, D: int, causal: bool, window: int | None, itemsize: int
 ) -> TpuBlockSizes:
-    """Picks block sizes for these problem sizes."""
+    """Choose the block sizes of a problem."""
     mxu_width = 128 if "v5" in device.kind.lower() else 256
     block_q, block_kv = _fewest_bundles(G, T, S, causal, window, mxu_width)
     span = MAX_KV_SPAN_BYTES // ((8 + 4 * itemsize) * D)
@@ -56,7 +56,7 @@ def heuristic_block_sizes(
 
 @functools.lru_cache(maxsize=512)
 def _fewest_bundles(G: int, T: int, S: int, causal: bool, window: int | None, mxu_width: int) -> tuple[int, int]:
-    """(block_q, block_kv) with the fewest bundles."""
+    """Return the (block_q, block_kv) with the fewest bundles."""
     best: tuple[float, int, int] | None = None
     for block_q in (128, 256, 512, 1024):
         for block_kv in (256, 512, 1024):

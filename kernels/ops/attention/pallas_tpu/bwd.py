@@ -8,12 +8,13 @@ Tiling    the grid of `fwd.py`, once per span of keys:
               G x bq rows    ▞    ░    ░    ░       ▞ masked
               G x bq rows    █    ▞    ░    ░       █ interior
               G x bq rows    ▞    █    ▞    ░       ░ not in the grid
-              G x bq rows    ░    ▞  | █    ▞       | dq of both spans is added at the end
+              G x bq rows    ░    ▞  | █    ▞       | dq is summed over the spans at the end
 
 State     dq [D, R] of one query block, dk and dv [D, span] of all keys of the span, in float32. The matmuls for dk and
           dv also sum over the G heads. Each output is written once: no atomics, and two runs are bit-equal.
-Traffic   reads q, do and three numbers per row once per span, k (both ways) and v once per visible block. 10 D FLOPs
-          per visible pair; two kernels, one for dq and one for dk and dv, would take 14 D and read everything twice.
+Traffic   reads q, do and three numbers per row once per span, k (also transposed) and v once per visible block.
+          10 D FLOPs per visible pair; two kernels, one for dq and one for dk and dv, would take 14 D and read
+          everything twice.
 Limits    as the forward kernel.
 Source    Dao, FlashAttention-2 (arXiv:2307.08691), algorithm 2.
 """
@@ -150,7 +151,7 @@ def attention_bwd(
     *,
     cost: Cost,
 ) -> QKVGradients:
-    """Runs the backward kernel, once per span of keys.
+    """Run the backward kernel, once per span of keys.
 
     Args:
         q: [heads, query subtiles, D, rows].
@@ -161,7 +162,7 @@ def attention_bwd(
         inv_l: as m.
         delta: row sums of do times the ungated output, as m.
         segments: segment ids, or None.
-        config: what is known when the kernel is traced.
+        config: static parameters of the kernel.
         cost: cost estimate of all spans for the compiler.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Shared by the forward and backward TPU kernels: one block of the score matrix.
+"""One block of the score matrix, as the forward and backward TPU kernels process it.
 
 A block has `block_q` queries of each of the G heads of one key head, packed to R = G block_q rows, against `block_kv`
 keys. Blocks are transposed, with keys down and queries across, so that maxima and sums over keys add whole registers
@@ -42,10 +42,13 @@ MAX_ACC_IN_VREGS = 32 * 1024  # float32 of an accumulator that stays in register
 
 
 class BlockContext:
-    """One step of the grid, seen from inside a kernel: which block it processes, and what phases share.
+    """One grid step, as the kernel body sees it: a block of the score matrix, and the phases that process it.
 
     Args:
-        q_block_table: query block of each step; likewise kv_block_table and flags_table.
+        config: static parameters of the kernel.
+        q_block_table: query block of each step.
+        kv_block_table: key block of each step.
+        flags_table: flags of each step; see `BlockSchedule`.
         overlap_table: segment overlap [head groups, steps], or None without segments.
     """
 
@@ -75,7 +78,7 @@ class BlockContext:
             self.needs_mask = self.overlaps & (self.needs_mask | (overlap == PARTIAL_OVERLAP))
 
     def run_phase(self, body: Callable[[], None]) -> None:
-        """Runs a phase, unless no pair of the block shares a segment.
+        """Run a phase, unless no pair of the block shares a segment.
 
         Each phase has its own branch, which is always taken: it keeps libtpu from interleaving the phase with others,
         and libtpu would merge branches with equal conditions.
@@ -85,14 +88,14 @@ class BlockContext:
         pl.when(always if self.overlaps is None else always & self.overlaps)(body)
 
     def subtiles(self) -> Iterator[tuple[int, int]]:
-        """(query subtile, key subtile), query subtiles fastest."""
+        """Yield (query subtile, key subtile), query subtiles fastest."""
         num_q_subtiles, num_kv_subtiles = self.config.num_subtiles
         return ((r, c) for c in range(num_kv_subtiles) for r in range(num_q_subtiles))
 
     def accumulate_over_keys(
         self, acc_ref: BlockRef, a_ref: BlockRef, b_ref: BlockRef, decay_ref: BlockRef | None = None
     ) -> None:
-        """acc[r] = decay[r] acc[r] + sum_c a[c] b[r, c]."""
+        """Compute acc[r] = decay[r] acc[r] + sum_c a[c] b[r, c]."""
         num_q_subtiles, num_kv_subtiles = self.config.num_subtiles
 
         def decayed_acc(r: int) -> Array:
@@ -112,11 +115,11 @@ class BlockContext:
                 acc_ref.store((acc_ref.load(r) if c else decayed_acc(r)) + partial_product(r, c), r)
 
     def scores(self, qk: Array) -> Array:
-        """Scales and caps the products k q^T; the scores are exponents of 2."""
+        """Scale and cap the products k q^T; the scores are exponents of 2."""
         return scale_scores(self.config, qk, LOG2E)
 
     def apply_mask(self, s_ref: BlockRef, after: Callable[[Any, Any, Array], None] | None = None) -> None:
-        """Masks the invisible pairs of an edge block, then calls after(r, c, scores) for each subtile."""
+        """Mask the invisible pairs of an edge block, then call after(r, c, scores) for each subtile."""
         num_q_subtiles, num_kv_subtiles = self.config.num_subtiles
 
         def mask_subtile(n: Any, _: None) -> None:
@@ -141,7 +144,7 @@ class BlockContext:
 
 
 def kv_spans(config: AttentionConfig[TpuBlockSizes]) -> list[tuple[int, int] | None]:
-    """Ranges of key blocks whose gradients are summed in VMEM together; [None] if one range holds all."""
+    """Return the ranges of key blocks whose gradients are summed in VMEM together; [None] if one holds all."""
     sizes = config.block_sizes
     num_kv_blocks, blocks_per_span = -(-config.S // sizes.block_kv), sizes.kv_span // sizes.block_kv
     if num_kv_blocks <= blocks_per_span:

@@ -1,18 +1,18 @@
 """Attention on Mosaic TPU: flash attention over the visible blocks only.
 
 Math      s = cap(scale q k^T) log2(e);  p = 2^(s - m);  o = sigmoid(gate) * sum(p v) / sum(p)
-Tiling    grid (heads, visible blocks), the blocks of a query block one after the other. `block_schedule.py` says which
-          blocks are visible, `common.py` how a kernel processes one. The G query heads of a key head are packed:
-          R = G * bq rows.
+Tiling    grid (heads, visible blocks), the blocks of a query block one after the other. `block_schedule.py` lists
+          the visible blocks; `common.py` describes how a kernel processes one. The G query heads of a key head are
+          packed: R = G * bq rows.
 
               keys ->        bk   bk   bk   bk
               G x bq rows    ▞    ░    ░    ░       ▞ masked
               G x bq rows    █    ▞    ░    ░       █ interior: no mask is computed
               G x bq rows    ▞    █    ▞    ░       ░ not in the grid
 
-State     m, l [1, R] and the output [D, R] of one query block, in float32; they leave the chip at its last key block.
+State     m, l [1, R] and the output [D, R] of one query block, in float32; written at its last key block.
 Traffic   reads q and gate and writes o once, reads k and v once per visible block: 2 T S_visible / bq rows of D.
-          4 D FLOPs per visible pair. The naive way moves T S scores three times.
+          4 D FLOPs per visible pair. The naive algorithm moves the T S scores three times.
 Limits    float32, bfloat16, float16; any T, S, H, K, D. `dantinox.kernels.attention` raises ValueError.
 Source    Dao, FlashAttention-2 (arXiv:2307.08691); jax's splash attention for the grid of visible blocks.
 """
@@ -132,7 +132,7 @@ def attention_fwd(
     residuals: bool,
     cost: Cost,
 ) -> ForwardResult:
-    """Runs the forward kernel.
+    """Run the forward kernel.
 
     Args:
         q: [heads, query subtiles, D, rows].
@@ -140,12 +140,12 @@ def attention_fwd(
         v: [heads, key subtiles, D, keys].
         gate: as q, or [heads, query subtiles, 1, rows], or None.
         segments: segment ids, or None.
-        config: what is known when the kernel is traced.
-        residuals: whether to write what the backward pass needs.
+        config: static parameters of the kernel.
+        residuals: whether to write the residuals of the backward pass.
         cost: cost estimate for the compiler.
 
     Returns:
-        The output, and the residuals if asked for.
+        The output and, if requested, the residuals.
     """
     D, sizes, (num_q_subtiles, num_kv_subtiles) = q.shape[2], config.block_sizes, config.num_subtiles
     rows, keys = sizes.block_q_compute, sizes.block_kv_compute

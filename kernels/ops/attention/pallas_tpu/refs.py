@@ -1,4 +1,4 @@
-"""How the attention kernels on TPU read and write subtiles."""
+"""References to blocks of the TPU attention kernels, read and written by subtile."""
 
 import math
 from typing import Any
@@ -17,17 +17,17 @@ class BlockRef:
 
     @property
     def subtile_size(self) -> int:
-        """Elements of a subtile."""
+        """Number of elements of a subtile."""
         return math.prod(self.ref.shape[-2:])
 
     def load(self, *subtile: Any) -> Array:
-        """Returns the subtile [rows, columns] at these indices."""
+        """Return the subtile [rows, columns] at these indices."""
         return self.ref[0, *subtile]
 
     def store(self, value: Array, *subtile: Any) -> None:
-        """Writes a subtile, in the reference's dtype."""
+        """Write a subtile, in the reference's dtype."""
         self.ref[0, *subtile] = value.astype(self.ref.dtype)
 
     def fill(self, value: float) -> None:
-        """Writes one value everywhere."""
+        """Write one value everywhere."""
         self.ref[...] = jnp.full(self.ref.shape, value, self.ref.dtype)

@@ -1,4 +1,4 @@
-"""Decode attention in a form that is fast to interpret on a CPU: XLA appends, one kernel attends.
+"""Decode attention in a form that a CPU interprets fast: XLA appends, one kernel attends.
 
 Math      s = cap(scale q k^T);  o = sigmoid(gate) * softmax(s over the last min(length + 1, C, window) tokens) v
 Tiling    one grid step per block of slots that holds visible tokens, as in `pallas_tpu/kernel.py`; but if every ring
@@ -9,14 +9,15 @@ Tiling    one grid step per block of slots that holds visible tokens, as in `pal
               sequence 1           ████████████████████░░░░░░
 
 State     m, l [K, G, 1] and the output [K, G, D] of one sequence, or of all, in float32.
-Traffic   reads the visible blocks of k and v once, whatever C is, or all C slots; 4 H D FLOPs per slot read. XLA writes
+Traffic   reads the visible blocks of k and v once, for any C, or all C slots; 4 H D FLOPs per slot read. XLA writes
           the new token to its slot, in place.
 Limits    float32, bfloat16, float16; caches of int8 and float8_e4m3fn too; any B, H, K, D, C.
 Source    that of the TPU kernel.
 
 The interpreter copies an output that is aliased to an input in every step, so the kernel only reads the ring buffers.
-They are whole arrays, passed as prefetched ones, since a block would be copied in every step. XLA's CPU compiler also
-copies each slice that a step reads, but not a whole array; hence the one step for ring buffers that are half full.
+They are scalar-prefetch operands, since the interpreter would copy a block in every step. XLA's CPU compiler also
+copies each slice that a step reads, but not an unsliced array; hence the single step for ring buffers that are half
+full.
 """
 
 from typing import Any, NamedTuple
@@ -69,7 +70,7 @@ class DecodeConfig(NamedTuple):
 
 
 def choose_block_size(C: int, max_visible: int, itemsize: int, eight_bits: bool) -> int:
-    """Returns the slots per block: all of a short ring buffer, otherwise a power of two.
+    """Return the slots per block: all of a short ring buffer, otherwise a power of two.
 
     Args:
         C: slots of a ring buffer.
@@ -84,7 +85,7 @@ def choose_block_size(C: int, max_visible: int, itemsize: int, eight_bits: bool)
 
 
 def xla_is_faster(C: int) -> bool:
-    """Whether plain XLA is faster than the interpreted kernel even if the ring buffers are half full.
+    """Return whether plain XLA is faster even if the ring buffers are half full.
 
     Measured on 2 cores, relative to `xla.py`: one full ring buffer of 4096 slots 0.8, of 32768 0.7, eight of 4096 0.7;
     3000 of 4096 slots 0.8, eight times 1500 0.5; 512 of 32768 1 / 13.
@@ -103,7 +104,7 @@ def decode_attention(
     scale: float,
     softcap: float | None,
 ) -> tuple[Array, KVCache]:
-    """Appends a token and attends to the last `max_visible` ones; see `dantinox.kernels.decode_attention`."""
+    """Append a token and attend to the last `max_visible` ones; see `dantinox.kernels.decode_attention`."""
     (B, H, D), (K, C) = q.shape, cache.k.shape[1:3]
     block_size = choose_block_size(C, max_visible, cache.k.dtype.itemsize, cache.k_scale is not None)
     config = DecodeConfig(C, block_size, scale, softcap)
@@ -144,7 +145,7 @@ def _decode_kernel(
     o_ref: Ref,
     softmax: OnlineSoftmax,
 ) -> None:
-    """One grid step: references to the prefetched table and cache, the inputs, the output and the softmax's state."""
+    """Run one grid step on references to the table and cache, the inputs, the output and the softmax's state."""
     step = pl.program_id(0)
     b, block = table.sequence[step], table.block[step]
     if config.batched:  # per head: the sequences differ in length
@@ -172,7 +173,7 @@ def _decode_kernel(
     k_scale, v_scale = (None if scale is None else scale[slots][:, None] for scale in (cache.k_scale, cache.v_scale))
     s = attention_scores(q, cache.k[slots], scale=config.scale, softcap=config.softcap, k_scale=k_scale)
     v = cache.v[slots]
-    s = jnp.where(slot_mask(1, size), s, MASK_VALUE)  # the cache already holds the new token, too
+    s = jnp.where(slot_mask(1, size), s, MASK_VALUE)  # the cache also holds the new token
     if not config.batched:
         v = jnp.where(slot_mask(size, 1), v, 0)  # 0 * NaN is NaN
         v_scale = None if v_scale is None else jnp.where(slot_mask(1, size), v_scale, 0)
@@ -180,10 +181,13 @@ def _decode_kernel(
     def weigh(p: Array) -> Array:
         if not config.batched:
             return weigh_values(p, v, v_scale, q.dtype)
-        # A masked copy of the values costs as much as everything else, so it is made only if an empty slot is NaN.
+        # A masked copy of the values takes as long as the rest of the step, so only NaN in an empty slot causes one.
         p = p.astype(q.dtype)
         pv = dot_heads(p, v, 0)
-        masked_pv = lambda: dot_heads(p, jnp.where(slot_mask(size, 1), v, 0), 0)
+
+        def masked_pv() -> Array:
+            return dot_heads(p, jnp.where(slot_mask(size, 1), v, 0), 0)
+
         return jax.lax.cond(jnp.all(jnp.isfinite(pv)), lambda: pv, masked_pv)
 
     softmax.add_slots(slice(None), s, weigh)
@@ -203,7 +207,7 @@ def _pallas_attend(
     config: DecodeConfig,
     call_cost: Cost,
 ) -> Array:
-    """Returns o [B, K, G, D]; q and gate are [B, K, G, n], k and v [B, K, D] the token that the cache has."""
+    """Return o [B, K, G, D] for q and gate [B, K, G, n]; `cache` already holds the token k and v [B, K, D]."""
 
     def decode_kernel(table: BlockTable, cache: KVCache, token: TokenInputs, o_ref: Ref, *softmax: Ref) -> None:
         _decode_kernel(config, table, cache, token, o_ref, OnlineSoftmax(*softmax))

@@ -1,1 +1,1 @@
-"""Decoding attention in Pallas for Hopper GPUs."""
+"""Decode attention in Pallas for Hopper GPUs."""

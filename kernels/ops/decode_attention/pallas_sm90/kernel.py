@@ -14,7 +14,7 @@ Tiling    grid (splits, K, B), one thread block of one warpgroup each. The block
           The kernel inserts the new token into its block in SMEM and stores it from there to the ring buffer: no
           other thread block reads that block.
 State     m, l [64] and the output [64, D] of one split, in float32 registers.
-Traffic   reads the visible blocks of k and v once, whatever C is, and q once per split; writes one slot of each ring
+Traffic   reads the visible blocks of k and v once, for any C, and q once per split; writes one slot of each ring
           buffer, in place, and o [ceil8(G), D] and lse [64] per split in float32. 4 H D FLOPs per visible token, times
           64 / G because rows without a query head are multiplied too: still less time than the loads take.
 Limits    bfloat16, float16, with a cache of the same dtype; D 64, 128, 256; G up to 64; C a multiple of 8.
@@ -52,7 +52,7 @@ M_INIT = -1e30  # below every real score, in units of log2
 ROW_LAYOUT, COL_LAYOUT = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 BLOCK_H = 64  # rows of a wgmma; the query heads of one KV head are the first of them
 TMA_ROWS = 8  # rows of a TMA tile
-STAGES = {64: (4, 4), 128: (3, 2), 256: (3, 3)}  # by D, of keys and of values: they fit `RESIDENT_BLOCKS`
+STAGES = {64: (4, 4), 128: (3, 2), 256: (3, 3)}  # by D, for keys and values; `RESIDENT_BLOCKS` assumes these
 INSERT_COLUMNS = 64  # columns held in registers at once while the new token is inserted
 
 
@@ -90,7 +90,7 @@ class CacheRefs(NamedTuple):
         blocks: [stages, BLOCK_KV, D] in SMEM.
         full: one barrier per stage.
         new_kv: key and value of the new token, [2, D] in SMEM.
-        index: which of the two is the new token of this cache.
+        index: index of this cache in new_kv: 0 for keys, 1 for values.
     """
 
     ring_buffer: Ref
@@ -101,15 +101,17 @@ class CacheRefs(NamedTuple):
 
     @property
     def new_token(self) -> Ref:
+        """The new token's vector, [D] in SMEM."""
         return self.new_kv.at[self.index]
 
     @property
     def num_stages(self) -> int:
+        """Number of SMEM stages."""
         return self.blocks.shape[0]
 
 
 def unsupported_reason(q: jax.ShapeDtypeStruct, cache: KVCache) -> str | None:
-    """Returns why the kernel does not support q [B, H, D] and the cache, or None if it does."""
+    """Return why the kernel does not support q [B, H, D] and the cache, or None if it does."""
     (_, H, D), (K, C) = q.shape, cache.k.shape[1:3]
     if q.dtype not in DTYPES:
         return f"q has dtype {jnp.dtype(q.dtype)} and Hopper's tensor cores take bfloat16 and float16 here"
@@ -140,9 +142,8 @@ def decode_attention(
 ) -> tuple[Array, KVCache]:
     """See `dantinox.kernels.decode_attention`, which checks the arguments.
 
-    Args:
-        num_splits: splits per sequence; None chooses a number for an H100.
-        interpret: interprets the kernel on the CPU.
+    `num_splits` is the number of splits per sequence; None chooses one for an H100. `interpret` interprets the kernel
+    on the CPU.
 
     Raises:
         NotImplementedError: the kernel does not support the dtype, head dim, number of heads or number of slots.
@@ -169,7 +170,7 @@ def decode_attention(
 def _attend_in_splits(
     q: Array, k: Array, v: Array, length: Array, cache_k: Ref, cache_v: Ref, config: SplitConfig
 ) -> tuple[Array, Array]:
-    """Returns (o [splits, B, K, G, D], lse [splits, B, K, BLOCK_H]) float32; updates the cache references.
+    """Return (o [splits, B, K, G, D], lse [splits, B, K, BLOCK_H]) float32; update the cache references.
 
     q is [B, K, G, D] with G a multiple of `TMA_ROWS`; k and v [B, K, D] are the new token.
     """
@@ -183,7 +184,7 @@ def _attend_in_splits(
     scratch_types = SplitScratch(
         k_full=plgpu.Barrier(num_barriers=k_stages),
         k_smem=swizzled_smem((k_stages, BLOCK_KV, D), q.dtype),
-        # The output is assembled where the values were.
+        # The output reuses the memory of the values.
         v_or_out_smem=plgpu.RefUnion(
             [swizzled_smem((v_stages, BLOCK_KV, D), q.dtype)],
             [swizzled_smem((BLOCK_H, D), jnp.float32), plgpu.SMEM((BLOCK_H,), jnp.float32)],
@@ -232,17 +233,17 @@ def _split_kernel(
 
 
 def fill_rows(x: float) -> Array:
-    """Returns x for each row of a tile, [BLOCK_H]."""
+    """Return x for each row of a tile, [BLOCK_H]."""
     return plgpu.layout_cast(jnp.full((BLOCK_H,), x, jnp.float32), ROW_LAYOUT)
 
 
 def broadcast_rows(x: Array, shape: tuple[int, ...]) -> Array:
-    """Broadcasts one value per row over the columns."""
+    """Broadcast one value per row over the columns."""
     return lax.broadcast_in_dim(x, shape, [0])
 
 
 class SplitKernel(NamedTuple):
-    """One thread block: one split of one sequence and KV head."""
+    """One thread block, which processes one split of one sequence and KV head."""
 
     refs: SplitRefs
     keys: CacheRefs
@@ -254,6 +255,7 @@ class SplitKernel(NamedTuple):
     block_range: SplitRange
 
     def run(self) -> None:
+        """Attend to the blocks of this split, or store a log-sum-exp of -inf if it has none."""
         refs, start, stop = self.refs, self.block_range.start, self.block_range.stop
         pl.when(start < stop)(self.attend)
 
@@ -266,15 +268,15 @@ class SplitKernel(NamedTuple):
         plgpu.wait_smem_to_gmem(0)
 
     def ring_block(self, i: Any) -> Any:
-        """Index in the ring buffer of the i-th visited block."""
+        """Return the index in the ring buffer of the i-th visited block."""
         return lax.rem(self.block_range.first + i, jnp.int32(-(-self.config.C // BLOCK_KV)))
 
     def stage(self, cache: CacheRefs, i: Any) -> Any:
-        """SMEM stage of the i-th visited block."""
+        """Return the SMEM stage of the i-th visited block."""
         return lax.rem(i - self.block_range.start, jnp.int32(cache.num_stages))
 
     def load(self, cache: CacheRefs, i: Any) -> None:
-        """Starts the load of the i-th visited block, if this split has one."""
+        """Start the load of the i-th visited block, if this split has one."""
 
         @pl.when(i < self.block_range.stop)
         def start_copy() -> None:
@@ -284,6 +286,7 @@ class SplitKernel(NamedTuple):
             plgpu.copy_gmem_to_smem(block, cache.blocks.at[stage], cache.full.at[stage])
 
     def attend(self) -> None:
+        """Store the output of this split, and its log-sum-exp in SMEM."""
         refs, (*_, start, stop) = self.refs, self.block_range
         D = refs.q.shape[-1]
         padded_heads = refs.q.at[self.batch, self.kv_head, pl.ds(0, BLOCK_H)]  # TMA fills missing heads with zeros
@@ -304,7 +307,7 @@ class SplitKernel(NamedTuple):
         plgpu.copy_smem_to_gmem(refs.o_smem.at[heads], refs.o.at[self.split, self.batch, self.kv_head])
 
     def kv_block_step(self, i: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        """Updates (acc, m, l) with the i-th visited block."""
+        """Update (acc, m, l) with the i-th visited block."""
         config, refs = self.config, self.refs
         acc, m, l = carry
         first_slot = self.ring_block(i) * BLOCK_KV
@@ -342,18 +345,18 @@ class SplitKernel(NamedTuple):
         return acc, m_new, l
 
     def slots(self, shape: tuple[int, int], axis: int, first_slot: Any) -> Array:
-        """Slot indices along one axis of a block that begins at `first_slot`."""
+        """Return the slot indices along one axis of a block that begins at `first_slot`."""
         return first_slot + plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
     def visible_slots(self, shape: tuple[int, int], axis: int, first_slot: Any) -> Array:
-        """Mask of the slots of a block that hold visible tokens, the new one included."""
+        """Return a mask of the slots of a block that hold visible tokens, the new one included."""
         slots = self.slots(shape, axis, first_slot)
         age = self.block_range.slot - slots
         age = jnp.where(age < 0, age + self.config.C, age)
         return (age < self.block_range.num_visible) & (slots < self.config.C)
 
     def insert_new_token(self, cache: CacheRefs, stage: Any, first_slot: Any) -> None:
-        """Writes the new token into a block in SMEM; zeroes invisible values, which may be NaN."""
+        """Write the new token into a block in SMEM and zero invisible values, which may be NaN."""
         for start in range(0, cache.blocks.shape[-1], INSERT_COLUMNS):
             columns = slice(start, start + INSERT_COLUMNS)
             x = plgpu.load(cache.blocks.at[stage, :, columns], layout=plgpu.Layout.WGMMA)
@@ -365,18 +368,18 @@ class SplitKernel(NamedTuple):
         plgpu.commit_smem()
 
     def store_new_token(self) -> None:
-        """Stores the new token in its slot of the ring buffers, whose block has already been read."""
+        """Store the new token in its slot of the ring buffers, after the load of its block."""
         for cache in (self.keys, self.values):
             slot = cache.ring_buffer.at[self.batch, self.kv_head, self.block_range.slot]
             plgpu.copy_smem_to_gmem(cache.new_token, slot)
 
-    # The interpreter has no wgmma: it multiplies values, read where the tensor core would read them.
+    # The interpreter has no wgmma, so it loads the operands from SMEM and multiplies values.
 
     def qk_scores(self, q: Ref, k: Ref) -> Array:
-        """q k^T in float32."""
+        """Compute q k^T in float32."""
         if self.config.interpret is not None:
             s = lax.dot_general(q[...], k[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-            plgpu.commit_smem()  # a tensor core would have read through the async proxy, as TMA writes
+            plgpu.commit_smem()  # the loads used the generic proxy, and TMA writes through the async proxy
             return s
 
         def multiply(s: Ref) -> Array:
@@ -386,7 +389,7 @@ class SplitKernel(NamedTuple):
         return pl.run_scoped(multiply, plgpu.ACC((q.shape[0], k.shape[0]), jnp.float32))
 
     def accumulate_pv(self, acc: Array, p: Array, v: Ref) -> Array:
-        """acc + p v in float32."""
+        """Compute acc + p v in float32."""
         if self.config.interpret is not None:
             acc = acc + jnp.dot(p, v[...], preferred_element_type=jnp.float32)
             plgpu.commit_smem()

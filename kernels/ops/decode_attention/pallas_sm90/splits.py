@@ -1,4 +1,4 @@
-"""Splits of a sequence: how many, which blocks of the ring buffer each one reads, how their outputs are combined."""
+"""Splits of a sequence: their number, the blocks that each reads, and the combination of their outputs."""
 
 from typing import Any, NamedTuple
 
@@ -42,7 +42,7 @@ class SplitRange(NamedTuple):
 
 
 def split_range(length: Any, split: Any, config: SplitConfig) -> SplitRange:
-    """Returns the blocks of one split, for a ring buffer to which `length` tokens have been appended."""
+    """Return the blocks of one split, for a ring buffer to which `length` tokens have been appended."""
     C, num_blocks = jnp.int32(config.C), -(-config.C // BLOCK_KV)
     num_visible, slot = lax.min(length + 1, jnp.int32(config.max_visible)), lax.rem(length, C)
     oldest = lax.rem(length + 1 - num_visible, C)
@@ -57,12 +57,12 @@ def split_range(length: Any, split: Any, config: SplitConfig) -> SplitRange:
 
 
 def max_visible_blocks(C: int, max_visible: int) -> int:
-    """Returns the largest number of blocks that a sequence visits."""
+    """Return the largest number of blocks that a sequence visits."""
     return min(-(-C // BLOCK_KV), -(-(max_visible - 1) // BLOCK_KV) + 1 + (C % BLOCK_KV > 0))
 
 
 def choose_num_splits(B: int, K: int, num_blocks: int, resident_blocks: int) -> int:
-    """Returns the splits per sequence that fill the SMs; more for a batch, whose lengths may differ.
+    """Return the splits per sequence that fill the SMs; a batch gets more, because its lengths may differ.
 
     Args:
         B: sequences.
@@ -72,7 +72,7 @@ def choose_num_splits(B: int, K: int, num_blocks: int, resident_blocks: int) -> 
     """
 
     def estimate_time(n: int) -> float:
-        """Time in block loads of a batch of equal lengths, plus that of a batch of evenly spread lengths."""
+        """Return the block loads of a batch of equal lengths plus those of a batch of evenly spread lengths."""
         waves, blocks_per_split = -(-B * K * n // resident_blocks), num_blocks / n
         equal = waves * (blocks_per_split + SPLIT_OVERHEAD)
         if B == 1:
@@ -85,7 +85,7 @@ def choose_num_splits(B: int, K: int, num_blocks: int, resident_blocks: int) -> 
 
 
 def combine_splits(o: Array, lse: Array) -> Array:
-    """Combines the outputs of the splits into [..., D].
+    """Combine the outputs of the splits into [..., D].
 
     Args:
         o: outputs [splits, ..., D].

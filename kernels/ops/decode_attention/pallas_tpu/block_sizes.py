@@ -1,10 +1,10 @@
-"""Block sizes of decode attention."""
+"""Block sizes of decode attention on TPU."""
 
 MAX_BLOCK_BYTES = 2**20  # of a block of keys; values take as much, and both are double-buffered
 
 
 def choose_block_size(C: int, max_visible: int, tile_slots: int, slot_bytes: int) -> int:
-    """Returns the slots per block: a power of two, or all of a short ring buffer that consists of whole memory tiles.
+    """Return the slots per block: a power of two, or C if a short ring buffer consists of whole memory tiles.
 
     Args:
         C: slots of a ring buffer.
@@ -22,5 +22,5 @@ def choose_block_size(C: int, max_visible: int, tile_slots: int, slot_bytes: int
 
 
 def _power_of_two_below(n: int) -> int:
-    """The largest power of two up to n."""
+    """Return the largest power of two up to n."""
     return 1 << n.bit_length() - 1

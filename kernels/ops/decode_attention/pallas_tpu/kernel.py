@@ -9,7 +9,7 @@ Tiling    one grid step per block of slots that holds visible tokens; the device
 
           One step loads all K heads of a block; the G query heads of each are the rows of its matrix products.
 State     m, l [K, G, 1] and the output [K, G, D] of one sequence, in float32.
-Traffic   reads the visible blocks of k and v once, whatever C is; writes 8 or 16 slots of each ring buffer, in place:
+Traffic   reads the visible blocks of k and v once, for any C; writes 8 or 16 slots of each ring buffer, in place:
           the ring buffers are aliased to outputs. Plain XLA reads all C slots. 4 H D FLOPs per visible token, so the
           kernel is bound by memory.
 Limits    float32, bfloat16, float16; caches of int8 and float8_e4m3fn too; any B, H, K, D, C.
@@ -74,7 +74,7 @@ class DecodeConfig(NamedTuple):
 
 
 class CacheInputs(NamedTuple):
-    """The cache and what goes into it: arrays, their block specs, or references of one grid step.
+    """The cache and the new token's stored form: arrays, their block specs, or references of one grid step.
 
     Attributes:
         k, v: a block of the ring buffers, [1, K, block_size, D].
@@ -100,7 +100,7 @@ def decode_attention(
     scale: float,
     softcap: float | None,
 ) -> tuple[Array, KVCache]:
-    """Appends a token and attends to the last `max_visible` ones; see `dantinox.kernels.decode_attention`."""
+    """Append a token and attend to the last `max_visible` ones; see `dantinox.kernels.decode_attention`."""
     (B, H, D), (K, C) = q.shape, cache.k.shape[1:3]
     tile_rows, tile_lanes = min(C, TILE_BYTES // cache.k.dtype.itemsize), min(C, LANES)
     tile_slots = tile_rows if cache.k_scale is None else tile_lanes
@@ -152,7 +152,7 @@ def _decode_kernel(
     tiles: KVCache,
     softmax: OnlineSoftmax,
 ) -> None:
-    """One grid step: references to the prefetched table, the inputs, the outputs and the softmax's state."""
+    """Run one grid step on references to the table, the inputs, the outputs and the softmax's state."""
     step = pl.program_id(0)
     b, block = table.sequence[step], table.block[step]
     slot, num_visible = table.slot[b], table.num_visible[b]
@@ -160,12 +160,12 @@ def _decode_kernel(
 
     @pl.when(is_first_step(table, step, b))
     def init_with_new_token() -> None:
-        """Starts a sequence with its new token, which the cache does not hold yet."""
+        """Start a sequence with its new token, which the cache does not hold yet."""
         s = attention_scores(token.q[0], token.new_k[0], scale=config.scale, softcap=config.softcap)
         softmax.init_with_token(s, token.new_v)
 
     def attend(head: Array, masked: bool) -> None:
-        """Attends from one head to the block; masked slots may hold NaN."""
+        """Attend from one head to the block; masked slots may hold NaN."""
 
         def slot_mask(*shape: int) -> Array:
             return cached_token_mask(shape, block_start, block_start, slot=slot, num_visible=num_visible, C=config.C)
@@ -197,7 +197,7 @@ def _decode_kernel(
 
     @pl.when(slot // size == block)
     def write_new_token() -> None:
-        """Merges the new token into its memory tile and writes the tile back."""
+        """Merge the new token into its memory tile and write the tile back."""
         new_k, new_v = (token.new_k, token.new_v) if cache.stored is None else (cache.stored.k, cache.stored.v)
         tile = pl.multiple_of(slot % size // config.tile_rows * config.tile_rows, config.tile_rows)
         for loaded, new, out in ((cache.k, new_k, tiles.k), (cache.v, new_v, tiles.v)):
@@ -221,7 +221,7 @@ def _decode_kernel(
 
 
 def _block_specs(config: DecodeConfig, cache: CacheInputs) -> CacheInputs:
-    """Specs of the step's block of the ring buffers [B, K, C, ...], and of the stored token of its sequence."""
+    """Return specs of the step's block of the ring buffers [B, K, C, ...] and of its sequence's stored token."""
 
     def block_spec(x: Array) -> pl.BlockSpec:
         _, K, _, *values = x.shape
@@ -235,7 +235,7 @@ def _block_specs(config: DecodeConfig, cache: CacheInputs) -> CacheInputs:
 
 
 def _tile_specs(config: DecodeConfig, ring_buffers: KVCache) -> KVCache:
-    """Specs of the memory tile of each ring buffer [B, K, C, ...] that receives the new token."""
+    """Return specs of the memory tile of each ring buffer [B, K, C, ...] that receives the new token."""
 
     def tile_spec(x: Array) -> pl.BlockSpec:
         _, K, _, *values = x.shape
@@ -249,7 +249,7 @@ def _tile_specs(config: DecodeConfig, ring_buffers: KVCache) -> KVCache:
 
 
 def _aliases(table: BlockTable, token: TokenInputs, cache: CacheInputs) -> dict[int, int]:
-    """Positions of the ring buffers among all inputs, and among the outputs: these follow the output `o`."""
+    """Return {position among the inputs: position among the outputs} of the ring buffers; `o` is output 0."""
     before = len(jax.tree.leaves((table._replace(num_steps=None), token)))
     aliases = {before: 1, before + 1: 2}
     if cache.stored is not None:

@@ -1,4 +1,4 @@
-"""The grouped products of `pallas_tpu/gmm.py` and `pallas_tpu/tgmm.py` in a form that is fast to interpret on a CPU.
+"""The grouped products of `pallas_tpu/gmm.py` and `pallas_tpu/tgmm.py` in a form that a CPU interprets fast.
 
 Math      y = x w_e, or x w_e^T; dw_e = sum of x_n^T dy_n
 Tiling    grid (non-empty groups); a step processes its group's rows in tiles of a few sizes, large ones first.
@@ -18,7 +18,7 @@ Limits    float32, bfloat16, float16; any N, K, J, E. XLA updates an array in pl
           the 25 core-ms in which two cores multiply 4096 x 256 by 256 x 1024.
 Source    that of the TPU kernels.
 
-Inputs are whole arrays, passed as prefetched ones: the interpreter would copy blocks in every step.
+Inputs are scalar-prefetch operands, since the interpreter would copy blocks in every step.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,13 +42,13 @@ EXTRA_TILE_COST_ROWS = 16
 
 
 def tile_sizes(N: int, E: int) -> tuple[int, ...]:
-    """Rows per tile, decreasing: the largest size, about as many as a group has, and a quarter of that."""
+    """Return the rows per tile, decreasing: the largest size, about as many as a group has, a quarter of that."""
     group = min(MAX_TILE_ROWS, max(MIN_TILE_ROWS, 1 << max(0, round(N / E).bit_length() - 1)))
     return limit_tile_sizes((MAX_TILE_ROWS, group, max(MIN_TILE_ROWS, group // 4)), N, E)
 
 
 def limit_tile_sizes(sizes: Sequence[int], N: int, E: int) -> tuple[int, ...]:
-    """Those of the tile sizes that suit N rows in E groups.
+    """Return the tile sizes that suit N rows in E groups.
 
     No tile has all N rows if there are several groups: its rows would not depend on the group, and XLA hoists
     loop-invariant work out of a loop, even out of one with no iterations.
@@ -58,14 +58,14 @@ def limit_tile_sizes(sizes: Sequence[int], N: int, E: int) -> tuple[int, ...]:
 
 
 def interpreted_gmm(x: Array, w: Array, group_sizes: Array, *, transposed: bool = False, name: str) -> Array:
-    """y [N, J]: each row times the weights of its group, zeros in unassigned rows.
+    """Multiply each row by the weights of its group: [N, J], zeros in unassigned rows.
 
     Args:
         x: [N, K], sorted by group.
         w: [E, K, J]; [E, J, K] if `transposed`.
         group_sizes: [E] int32.
         transposed: see `w`.
-        name: of the kernel.
+        name: name of the kernel.
     """
     (N, K), E, J = x.shape, w.shape[0], w.shape[1 if transposed else 2]
     sizes = tile_sizes(N, E)
@@ -91,13 +91,13 @@ def interpreted_gmm(x: Array, w: Array, group_sizes: Array, *, transposed: bool 
 
 
 def interpreted_tgmm(x: Array, dy: Array, group_sizes: Array, *, name: str) -> Array:
-    """dw [E, M, F]: the sum of x_n^T dy_n over each group's rows, zero for an empty group.
+    """Sum x_n^T dy_n over the rows n of each group: [E, M, F], zeros for an empty group.
 
     Args:
         x: [N, M], sorted by group.
         dy: [N, F], sorted by group.
         group_sizes: [E] int32.
-        name: of the kernel.
+        name: name of the kernel.
     """
     (N, M), F, E, dtype = x.shape, dy.shape[1], group_sizes.shape[0], x.dtype
     sizes = tile_sizes(N, E)
@@ -126,60 +126,65 @@ def for_each_row_tile(
     *,
     full_large_tiles: bool = True,
 ) -> Any:
-    """carry = body(rows, row_mask, carry) over tiles that cover start <= n < end of N rows.
+    """Run carry = body(rows, row_mask, carry) over tiles that cover start <= n < end of N rows.
 
     Args:
         N: number of rows.
-        start, end: the rows to cover.
+        start: first row to cover.
+        end: the row after the last one to cover.
         sizes: rows per tile, decreasing, none above N.
-        body: takes a slice of rows and the mask of those to cover; None: all.
-        carry: its first value.
-        full_large_tiles: large tiles are full and need no mask; else the last of them may reach past the end.
+        body: takes a slice of rows and a mask of the rows to cover, or None for all of them.
+        carry: initial value of the carry.
+        full_large_tiles: whether all tiles of the largest size are full and need no mask; otherwise the last of them
+            may reach past the end.
+
+    Returns:
+        The last carry.
     """
     row = start
     for i, size in enumerate(sizes):
-        is_last_size, left = size == sizes[-1], end - row
+        is_last_size, num_remaining = size == sizes[-1], end - row
         is_full = full_large_tiles and i == 0 and not is_last_size
         leftover = 0 if is_last_size else size if is_full else _max_leftover(size, sizes[i + 1])
-        trips = left // size + (left % size > leftover)
+        trips = num_remaining // size + (num_remaining % size > leftover)
 
-        def tile(i: Array, carry: Any, size: int = size, row: Array = row, is_full: bool = is_full) -> Any:
-            first = row + i * size
-            tile_start = jnp.minimum(first, N - size)  # a tile that would reach past N starts as early as it must
+        def run_tile(i: Array, carry: Any, size: int = size, row: Array = row, is_full: bool = is_full) -> Any:
+            first_row = row + i * size
+            tile_start = jnp.minimum(first_row, N - size)  # a tile that would reach past N starts earlier
             n = tile_start + jnp.arange(size)
-            return body(pl.ds(tile_start, size), None if is_full else (first <= n) & (n < end), carry)
+            return body(pl.ds(tile_start, size), None if is_full else (first_row <= n) & (n < end), carry)
 
-        carry = jax.lax.fori_loop(0, trips, tile, carry)
+        carry = jax.lax.fori_loop(0, trips, run_tile, carry)
         row = jnp.minimum(row + trips * size, end)
     return carry
 
 
 def _max_leftover(size: int, smaller: int) -> int:
-    """The largest remainder that is cheaper to process in smaller tiles than in one partial tile."""
+    """Return the largest remainder that is cheaper in smaller tiles than in one partial tile."""
     return min(size - 1, (size + EXTRA_TILE_COST_ROWS - 1) // (smaller + EXTRA_TILE_COST_ROWS) * smaller)
 
 
 def store_rows(ref: Ref, rows: Any, row_mask: Array | None, value: Array) -> None:
-    """Writes the rows of the mask, or all of them."""
+    """Write the rows of the mask; None: all rows."""
     value = value.astype(ref.dtype)
     ref[rows] = value if row_mask is None else jnp.where(broadcast_row_mask(row_mask, value), value, ref[rows])
 
 
 def load_rows_masked(ref: Ref, rows: Any, row_mask: Array | None) -> Array:
-    """The rows, zero outside the mask: rows of other groups must not enter a sum, whatever they hold."""
+    """Return the rows with zeros outside the mask, even for NaN: other groups' rows must not enter a sum."""
     value = ref[rows]
     return value if row_mask is None else mask_to_zero(value, broadcast_row_mask(row_mask, value))
 
 
 def compact_nonempty_groups(group_sizes: Array) -> tuple[Array, Array]:
-    """The groups that have rows, at least one, and their number: a step copies its weights, so others get no step."""
+    """Return the groups that have rows and their number, at least 1; empty groups get no grid step."""
     nonempty = group_sizes > 0
     (groups,) = jnp.nonzero(nonempty, size=group_sizes.shape[0], fill_value=0)
     return groups.astype(jnp.int32), jnp.maximum(jnp.sum(nonempty, dtype=jnp.int32), 1)
 
 
 def group_offsets(group_sizes: Array) -> Array:
-    """[E + 1]: the first row of each group, and the first unassigned row."""
+    """Return the first row of each group and the first unassigned row, [E + 1]."""
     return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(group_sizes.astype(jnp.int32))])
 
 
@@ -191,7 +196,7 @@ def call_interpreted(
     flops: int,
     name: str,
 ) -> list[Array]:
-    """The arrays that `num_steps` steps of the kernel write."""
+    """Return the arrays that `num_steps` steps of the kernel write."""
     moved = sum(x.size * x.dtype.itemsize for x in (*operands, *out_shapes))
 
     def whole_array(shape: tuple[int, ...]) -> pl.BlockSpec:
@@ -199,7 +204,7 @@ def call_interpreted(
 
     # JAX's own batching rule loses the number of steps if operands are batched and that number is not.
     @jax.custom_batching.sequential_vmap
-    def run(num_steps: Array, *operands: Array) -> list[Array]:
+    def call_kernel(num_steps: Array, *operands: Array) -> list[Array]:
         return pl.pallas_call(
             kernel,
             out_shape=list(out_shapes),
@@ -214,4 +219,4 @@ def call_interpreted(
             name=name,
         )(*operands)
 
-    return run(jnp.int32(num_steps), *operands)
+    return call_kernel(jnp.int32(num_steps), *operands)

@@ -3,7 +3,7 @@
 A tile has 128 rows, and a warpgroup skips its 64 if none belongs to the group, so only the number of columns is chosen:
 a wide tile reads fewer bytes per FLOP; a narrow one leaves fewer SMs idle at the end and wastes fewer columns past the
 last. The model estimates the cycles of the slowest SM; the group sizes are unknown at compile time and assumed equal.
-The share of the multiply-adds of 132 SMs, until the last one ends, that the output needs:
+The table lists the share of the multiply-adds of 132 SMs, until the last SM ends, that the output needs:
 
     sizes                                       128 x 256 for all   chosen      best of all widths
     Mixtral, 8192 rows: y                       97.0%               256: 97.0%  64: 99.6%, at half the FLOPs per byte
@@ -34,7 +34,7 @@ TILE_OVERHEAD_CYCLES, STORE_CYCLES_PER_COLUMN = 600, 6
 
 
 class Sm90GmmBlockSizes(NamedTuple):
-    """What is chosen per problem; `BLOCK_M` and `BLOCK_K` are fixed.
+    """The sizes that depend on the problem; `BLOCK_M` and `BLOCK_K` are fixed.
 
     Attributes:
         block_n: columns of the output per tile, for each weight.
@@ -48,20 +48,23 @@ class Sm90GmmBlockSizes(NamedTuple):
 def gmm_block_sizes(
     N: int, E: int, K: int, J: int, num_sms: int, *, widths: tuple[int, ...], num_weights: int = 1
 ) -> Sm90GmmBlockSizes:
-    """Chooses the sizes for [N, K] times [E, K, J], or for `num_weights` such products of the same rows at once.
+    """Choose the sizes for [N, K] times [E, K, J], or for `num_weights` such products of the same rows at once.
 
     Args:
-        N, E, K, J: The sizes.
+        N: rows.
+        E: groups.
+        K: contraction.
+        J: columns of the output.
         num_sms: SMs of the device.
-        widths: Allowed columns per tile, of all weights together.
-        num_weights: Weights that a tile multiplies its rows with.
+        widths: allowed columns per tile, of all weights together.
+        num_weights: weights that a tile multiplies its rows with.
     """
     work = gmm_work(N, E, K, J)
     return _widest_fast(widths, num_weights, lambda sizes: estimate_cycles(work, sizes, num_weights, num_sms))
 
 
 def tgmm_block_sizes(N: int, E: int, M: int, F: int, num_sms: int, *, widths: tuple[int, ...]) -> Sm90GmmBlockSizes:
-    """Chooses the sizes for the sums over rows [N, M]^T [N, F]: [E, M, F]."""
+    """Choose the sizes for the sums over rows [N, M]^T [N, F]: [E, M, F]."""
     work = tgmm_work(N, E, M, F)
     return _widest_fast(widths, 1, lambda sizes: estimate_cycles(work, sizes, 1, num_sms))
 
@@ -85,7 +88,7 @@ class TileWork(NamedTuple):
 
 
 def gmm_work(N: int, E: int, K: int, J: int) -> TileWork:
-    """Returns the work of [N, K] times [E, K, J]."""
+    """Return the work of [N, K] times [E, K, J]."""
     nonempty_groups = max(1, min(N, E))
 
     def tiles_per_group(rows: int) -> float:
@@ -97,7 +100,7 @@ def gmm_work(N: int, E: int, K: int, J: int) -> TileWork:
 
 
 def tgmm_work(N: int, E: int, M: int, F: int) -> TileWork:
-    """Returns the work of the sums over rows [N, M]^T [N, F]: [E, M, F]."""
+    """Return the work of the sums over rows [N, M]^T [N, F]: [E, M, F]."""
     row_tiles = math.ceil(M / BLOCK_M)
     # A group ends anywhere, so half a stage of 64 rows belongs to others on average.
     return TileWork(E * row_tiles, 2, row_tiles, N // max(1, min(N, E)) + BLOCK_K // 2, F)
@@ -113,7 +116,7 @@ def estimate_cycles(
     store_per_column: float = STORE_CYCLES_PER_COLUMN,
     l2_bytes: float = L2_BYTES,
 ) -> float:
-    """Estimates the cycles of the slowest SM; `l2_bytes` is per cycle and SM."""
+    """Estimate the cycles of the slowest SM; `l2_bytes` is per cycle and SM."""
     width = sizes.block_n * num_weights
     multiply = work.warpgroups_per_tile * WARPGROUP_ROWS * width * BLOCK_K / MULTIPLY_ADDS_PER_CYCLE
     from_l2 = 2 * (BLOCK_M + width) * BLOCK_K / l2_bytes
@@ -124,14 +127,14 @@ def estimate_cycles(
 
 
 def block_sizes_of_width(width: int, num_weights: int = 1) -> Sm90GmmBlockSizes:
-    """Returns the sizes of a tile of `width` columns, of all weights together, with as many stages as fit in SMEM."""
+    """Return the sizes of a tile of `width` columns, of all weights together, with as many stages as fit in SMEM."""
     return Sm90GmmBlockSizes(width // num_weights, 8 if width == 64 else 4)
 
 
 def _widest_fast(
     widths: tuple[int, ...], num_weights: int, estimate: Callable[[Sm90GmmBlockSizes], float]
 ) -> Sm90GmmBlockSizes:
-    """Returns the sizes of the widest tile that is nearly the fastest."""
+    """Return the sizes of the widest tile that is nearly as fast as the fastest."""
     candidates = [block_sizes_of_width(width, num_weights) for width in sorted(widths, reverse=True)]
     best = min(map(estimate, candidates))
     return next(sizes for sizes in candidates if estimate(sizes) <= MIN_SPEEDUP * best)

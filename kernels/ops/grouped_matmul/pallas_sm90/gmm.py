@@ -96,16 +96,16 @@ def gmm(
     transposed: bool = False,
     name: str = "grouped_matmul",
 ) -> Array:
-    """Multiplies each row by the matrix of its group.
+    """Multiply each row by the matrix of its group.
 
     Args:
-        xs: Arrays [N, K], rows sorted by group; their products are summed.
-        ws: One [E, K, J] per array, or [E, J, K] if `transposed`; K and J multiples of 64.
+        xs: arrays [N, K], rows sorted by group; their products are summed.
+        ws: one [E, K, J] per array, or [E, J, K] if `transposed`; K and J multiples of 64.
         group_sizes: [E] int32.
-        config: See `Sm90GmmConfig`.
+        config: see `Sm90GmmConfig`.
         row_scale: [N] float32, multiplies the rows of the result.
-        transposed: Whether each w is transposed.
-        name: Name of the kernel.
+        transposed: whether each w is transposed.
+        name: name of the kernel.
 
     Returns:
         [N, J] in x's dtype, zeros in unassigned rows.
@@ -141,13 +141,13 @@ def gmm(
 def gmm_scratch(
     sizes: Sm90GmmBlockSizes, dtype: Any, *, transposed: bool = False, num_weights: int | None = None
 ) -> GmmScratch:
-    """Returns the scratch memory of a kernel whose stages hold rows of x and columns of a weight.
+    """Return the scratch memory of a kernel whose stages hold rows of x and columns of a weight.
 
     Args:
-        sizes: The block sizes.
-        dtype: Of the operands and the results.
-        transposed: Whether the weights are transposed.
-        num_weights: Weights per stage, stacked; None for one that is not stacked.
+        sizes: the block sizes.
+        dtype: of the operands and the results.
+        transposed: whether the weights are transposed.
+        num_weights: weights per stage, stacked; None for one that is not stacked.
     """
     w_shape = (sizes.block_n, BLOCK_K) if transposed else (BLOCK_K, sizes.block_n)
     stacked = () if num_weights is None else (num_weights,)
@@ -183,6 +183,8 @@ class GmmKernel:
         return pl.cdiv(self.K, BLOCK_K)
 
     def for_each_tile(self, run_tile: Callable[[GmmTile], None]) -> Array:
+        """Run run_tile(tile) for the tiles of this thread block; return the number of pipeline steps."""
+
         def num_steps(_: Array) -> int:
             return len(self.gmem.xs) * self.k_steps
 
@@ -192,6 +194,7 @@ class GmmKernel:
         )
 
     def load(self, tile: GmmTile) -> None:
+        """Load the rows of each x and the columns of each w of a tile, 64 of the contraction per stage."""
         for i, (x, w) in enumerate(zip(self.gmem.xs, self.gmem.ws, strict=True)):
             first_step = tile.first_step + i * self.k_steps
             load_product_operands(
@@ -207,6 +210,7 @@ class GmmKernel:
             )
 
     def compute(self, tile: GmmTile) -> None:
+        """Compute and store a tile, or release its stages if it has no rows of this consumer."""
         rows = tile.warpgroup_rows(self.warpgroup)
         pl.when(rows.count > 0)(functools.partial(self.multiply_and_store, tile, rows))
 
@@ -215,7 +219,7 @@ class GmmKernel:
             self.pipeline.skip(tile.first_step, tile.num_steps)
 
     def multiply_and_store(self, tile: GmmTile, rows: WarpgroupRows) -> None:
-        """Computes the rows of this consumer and stores them."""
+        """Compute the rows of this consumer and store them."""
         block_n, row_scale = self.sizes.block_n, None
         if self.gmem.row_scale is not None:
             row_scale = load_row_values(self.gmem.row_scale, rows)
@@ -238,12 +242,12 @@ class GmmKernel:
 
 
 def pad_rows(x: Array) -> Array:
-    """Pads the rows of x to a multiple of `TMA_ROWS`."""
+    """Pad the rows of x to a multiple of `TMA_ROWS`."""
     return jnp.pad(x, ((0, -x.shape[0] % TMA_ROWS), (0, 0)))
 
 
 def load_row_values(values: Ref, rows: WarpgroupRows) -> Array:
-    """Loads one float32 value per row of a consumer."""
+    """Load one float32 value per row of a consumer."""
     return plgpu.load(values.at[pl.ds(rows.first, WARPGROUP_ROWS)], layout=ROW_LAYOUT, optimized=False)
 
 
@@ -259,7 +263,7 @@ def load_product_operands(
     block_n: int,
     transposed: bool,
 ) -> None:
-    """Loads rows of x and columns of the group's matrix in `num_steps` steps; none for unassigned rows."""
+    """Load rows of x and columns of the group's matrix in `num_steps` steps; unassigned rows have none."""
     rows, columns = pl.ds(pl.multiple_of(tile.task.row, TMA_ROWS), BLOCK_M), pl.ds(tile.column, block_n)
 
     @pl.loop(0, jnp.where(tile.num_steps > 0, num_steps, 0))
@@ -276,7 +280,7 @@ def load_product_operands(
 
 
 def wgmma_operands(smem: GmmScratch, slot: Array, warpgroup: Array, *, transposed: bool) -> tuple[Any, Any]:
-    """Returns the wgmma operands of a consumer in a stage."""
+    """Return the wgmma operands of a consumer in a stage."""
     matrix = smem.w_smem.at[slot]
     rows = smem.x_smem.at[slot, pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)]
     return rows, matrix.transpose((1, 0)) if transposed else matrix

@@ -73,10 +73,10 @@ class TgmmTile(NamedTuple):
     """A tile of a group's gradient.
 
     Attributes:
-        group: The group.
-        dw_row, dw_column: Its first row and column.
-        row_start, row_end: The group's rows of x and dy.
-        first_step, num_steps: Its pipeline steps; tiles of empty groups have none.
+        group: the group.
+        dw_row, dw_column: its first row and column.
+        row_start, row_end: the group's rows of x and dy.
+        first_step, num_steps: its pipeline steps; tiles of empty groups have none.
     """
 
     group: Array
@@ -89,19 +89,19 @@ class TgmmTile(NamedTuple):
 
     @property
     def first_loaded_row(self) -> Array:
-        """The first row of the first step: TMA copies start at multiples of `TMA_ROWS`."""
+        """First row of the first step: TMA copies start at multiples of `TMA_ROWS`."""
         return self.row_start & -TMA_ROWS
 
 
 def tgmm(x: Array, dy: Array, group_sizes: Array, config: Sm90GmmConfig, *, name: str = "grouped_matmul_dw") -> Array:
-    """Sums x_n^T dy_n over the rows n of each group.
+    """Sum x_n^T dy_n over the rows n of each group.
 
     Args:
         x: [N, M], rows sorted by group; M a multiple of 64.
         dy: [N, F]; F a multiple of 64.
         group_sizes: [E] int32.
-        config: See `Sm90GmmConfig`.
-        name: Name of the kernel.
+        config: see `Sm90GmmConfig`.
+        name: name of the kernel.
 
     Returns:
         [E, M, F] in x's dtype.
@@ -151,6 +151,7 @@ class TgmmKernel:
     block_n: int
 
     def for_each_tile(self, run_tile: Callable[[TgmmTile], None]) -> Array:
+        """Run run_tile(tile) for the tiles of this thread block; return the number of pipeline steps."""
         row_tiles, column_tiles = pl.cdiv(self.M, BLOCK_M), pl.cdiv(self.F, self.block_n)
         tiles_per_group = row_tiles * column_tiles
 
@@ -167,6 +168,8 @@ class TgmmKernel:
         return tile_scheduler.for_each_persistent_tile(self.E * tiles_per_group, run_nth_tile)
 
     def load(self, tile: TgmmTile) -> None:
+        """Load the rows of x and dy of a tile's group, 64 per stage."""
+
         @pl.loop(0, tile.num_steps)
         def load_stage(k: Array) -> None:
             rows = pl.ds(pl.multiple_of(tile.first_loaded_row + k * BLOCK_K, TMA_ROWS), BLOCK_K)
@@ -182,6 +185,8 @@ class TgmmKernel:
             self.pipeline.produce(tile.first_step + k, copy)
 
     def compute(self, tile: TgmmTile) -> None:
+        """Store this consumer's 64 rows of a group's gradient."""
+
         def operands(k: Array, slot: Array) -> list[tuple[Any, Any]]:
             start = tile.row_start - tile.first_loaded_row - k * BLOCK_K
             end = tile.row_end - tile.first_loaded_row - k * BLOCK_K
@@ -211,7 +216,7 @@ class TgmmKernel:
             pl.when(tile.dw_row + self.warpgroup * WARPGROUP_ROWS < self.M)(store_tile)
 
     def zero_other_groups(self, slot: Array, start: Array, end: Array) -> None:
-        """Zeroes the rows of a stage outside [start, end); each consumer zeroes its x and half of dy."""
+        """Zero the rows of a stage outside [start, end): this consumer's columns of x and its half of dy."""
         half = self.block_n // COMPUTE_WARPGROUPS
         dy_half = [
             self.smem.dy_smem.at[slot, :, pl.ds(self.warpgroup * half + n, CHUNK_COLUMNS)]

@@ -1,4 +1,4 @@
-"""Order of the output tiles of the Hopper grouped matmuls, and the tiles of each persistent thread block.
+"""Order of the output tiles of the Hopper grouped matmuls, and their distribution over persistent thread blocks.
 
 A tile is a task of `group_metadata.py`, 128 rows of one group, times `block_n` columns. Tasks start at a group's first
 row, rounded down to a multiple of `TMA_ROWS`. Thread blocks that run at the same time share the columns of
@@ -21,7 +21,7 @@ PANEL_ROW_TILES = 16  # row tiles whose columns are processed together
 
 
 def snake_order(n: Array, row_tiles: Any, column_tiles: int) -> tuple[Array, Array]:
-    """Returns (row, column) of the n-th tile: panel by panel, every second one from right to left."""
+    """Return (row, column) of the n-th tile; every second panel runs from right to left."""
     # `plgpu.planar_snake` has this order; with it the compiler's loop over the contraction grows, from 50 to 57
     # instructions per step for tiles of 64 columns, from 57 to 59 in tgmm (H100; 168 registers and no spills in both).
     panel = lax.div(n, jnp.int32(PANEL_ROW_TILES * column_tiles))
@@ -33,7 +33,7 @@ def snake_order(n: Array, row_tiles: Any, column_tiles: int) -> tuple[Array, Arr
 
 
 def for_each_persistent_tile(num_tiles: Any, run_tile: Callable[[Array, Array], Array]) -> Array:
-    """Runs step = run_tile(n, step) for the tiles n of this thread block; `step` counts the pipeline steps, from 0."""
+    """Run step = run_tile(n, step) for the tiles n of this thread block; `step` counts the pipeline steps, from 0."""
     # `plgpu.nd_loop` visits the same tiles; with it tgmm's loop over the rows has 59 instructions per step, not 57.
     blocks = lax.axis_size("block")
     num_iterations = lax.div(num_tiles - lax.axis_index("block") + (blocks - 1), jnp.int32(blocks))
@@ -56,10 +56,10 @@ class GmmTile(NamedTuple):
     """A tile of the output.
 
     Attributes:
-        task: Its rows and their group.
-        task_index: The index of that in the task table.
-        column: Its first column.
-        first_step, num_steps: Its pipeline steps; tiles of unassigned rows have none.
+        task: its rows and their group.
+        task_index: the index of that in the task table.
+        column: its first column.
+        first_step, num_steps: its pipeline steps; tiles of unassigned rows have none.
     """
 
     task: TileTask
@@ -69,7 +69,7 @@ class GmmTile(NamedTuple):
     num_steps: Array
 
     def warpgroup_rows(self, warpgroup: Array) -> WarpgroupRows:
-        """Returns the rows of this consumer that belong to the task."""
+        """Return the rows of this consumer that belong to the task."""
         first = self.task.row + warpgroup * WARPGROUP_ROWS
         offset = jnp.maximum(self.task.row_start - first, 0)
         return WarpgroupRows(
@@ -78,7 +78,7 @@ class GmmTile(NamedTuple):
 
 
 def tma_group_metadata(group_sizes: Array, N: int) -> GroupMetadata:
-    """Returns the tasks of N rows in tiles of `BLOCK_M` rows, aligned for TMA."""
+    """Return the tasks of N rows in tiles of `BLOCK_M` rows, aligned for TMA."""
     return make_group_metadata(group_sizes, N, BLOCK_M, align=TMA_ROWS)
 
 
@@ -95,7 +95,7 @@ class TaskTable(NamedTuple):
 
 
 def pack_task_table(metadata: GroupMetadata) -> TaskTable:
-    """Packs the metadata into one table for a kernel."""
+    """Pack the metadata into one table for a kernel."""
     return TaskTable(jnp.stack(metadata[1:], axis=1), metadata.count[None])
 
 
@@ -108,16 +108,16 @@ def for_each_gmm_tile(
     num_steps: Callable[[Array], Any],
     run_tile: Callable[[GmmTile], None],
 ) -> Array:
-    """Runs run_tile(tile) for the tiles of this thread block; returns the number of pipeline steps.
+    """Run run_tile(tile) for the tiles of this thread block; return the number of pipeline steps.
 
     Args:
-        task_fields: See `TaskTable`.
-        num_tasks: Number of tasks.
-        E: Number of groups; tasks of group E are unassigned rows.
-        column_tiles: Tiles per task.
-        block_n: Columns per tile.
-        num_steps: Pipeline steps of an assigned tile, by its first column.
-        run_tile: Called once per tile.
+        task_fields: see `TaskTable`.
+        num_tasks: number of tasks.
+        E: number of groups; tasks of group E are unassigned rows.
+        column_tiles: tiles per task.
+        block_n: columns per tile.
+        num_steps: pipeline steps of an assigned tile, by its first column.
+        run_tile: called once per tile.
     """
 
     def run_nth_tile(n: Array, step: Array) -> Array:

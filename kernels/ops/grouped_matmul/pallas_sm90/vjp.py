@@ -24,7 +24,7 @@ FEATURE_MULTIPLE = 64  # of M and F: columns of a swizzled SMEM tile
 
 
 def unsupported_inputs(dtype: jnp.dtype, M: int, F: int, *, weight: str = "w") -> str | None:
-    """Returns why the kernels do not support these arrays, or None if they do; `weight` is the name of one."""
+    """Return why the kernels do not support these sizes, or None if they do; `weight` names the matrix."""
     if dtype not in DTYPES:
         return f"x has dtype {jnp.dtype(dtype)} and Hopper's tensor cores take bfloat16 and float16 here"
     for name, size in (("M", M), ("F", F)):
@@ -34,7 +34,7 @@ def unsupported_inputs(dtype: jnp.dtype, M: int, F: int, *, weight: str = "w") -
 
 
 def num_sms(kind: str) -> int:
-    """Returns the SMs of a Hopper device kind; on a device with fewer, some thread blocks run after the others."""
+    """Return the SMs of a Hopper device kind; a device with fewer runs some thread blocks after the others."""
     return 114 if "PCIe" in kind else 78 if re.search(r"H20\b", kind) else 132
 
 
@@ -49,10 +49,8 @@ def grouped_matmul(
 ) -> Array:
     """See `dantinox.kernels.grouped_matmul`, which checks the arguments.
 
-    Args:
-        interpret: interprets the kernels on the CPU.
-        blocks: persistent thread blocks; 0 launches one per SM.
-        width: columns per tile, if the kernel supports that; None lets `block_sizes.py` choose.
+    `interpret` interprets the kernels on the CPU. `blocks` is the number of persistent thread blocks; 0 launches one
+    per SM. `width` is the number of columns per tile, where a kernel supports it; None lets `block_sizes.py` choose.
 
     Raises:
         NotImplementedError: the kernels do not support the dtype or size.

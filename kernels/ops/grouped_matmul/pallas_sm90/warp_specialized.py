@@ -33,14 +33,14 @@ ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)  # one value per row of an accumulator
 
 
 class Sm90GmmConfig(NamedTuple):
-    """How the kernels are launched. Hashable, since `vjp.py` passes it to custom_vjp."""
+    """Launch options of the kernels. Hashable, since `vjp.py` passes it to custom_vjp."""
 
     num_sms: int  # persistent thread blocks
     interpret: plgpu.InterpretGPUParams | None = None  # None compiles; the parameters interpret the kernels on the CPU
     width: int | None = None  # columns per tile, of all weights together; None lets `block_sizes.py` choose
 
     def allowed_widths(self, *widths: int) -> tuple[int, ...]:
-        """Returns the configured width alone if a kernel supports it, else all the widths that it supports."""
+        """Return the configured width alone if a kernel supports it, else all the widths that it supports."""
         return (self.width,) if self.width in widths else widths
 
 
@@ -50,9 +50,9 @@ class SmemPipeline(NamedTuple):
     Steps are numbered from 0 over all tiles of a thread block; each fills one stage.
 
     Attributes:
-        full: One barrier per stage, completed by the copies that fill it.
-        empty: One barrier per stage, completed by the consumers that release it.
-        stages: Number of stages, a power of two.
+        full: one barrier per stage, completed by the copies that fill it.
+        empty: one barrier per stage, completed by the consumers that release it.
+        stages: number of stages, a power of two.
     """
 
     full: Ref
@@ -60,11 +60,11 @@ class SmemPipeline(NamedTuple):
     stages: int
 
     def slot(self, step: Array) -> Array:
-        """Returns the stage that a step fills."""
+        """Return the stage that a step fills."""
         return step & (self.stages - 1)
 
     def produce(self, step: Array, copy: Callable[[Array], None]) -> None:
-        """Runs copy(slot) once the consumers have released the stage."""
+        """Run copy(slot) once the consumers have released the stage."""
 
         @pl.when(step >= self.stages)
         def wait_until_empty() -> None:
@@ -73,15 +73,15 @@ class SmemPipeline(NamedTuple):
         copy(self.slot(step))
 
     def consumer_wait(self, step: Array) -> None:
-        """Waits until the stage of a step has been filled."""
+        """Wait until the stage of a step has been filled."""
         plgpu.barrier_wait(self.full.at[self.slot(step)])
 
     def consumer_release(self, step: Array) -> None:
-        """Releases the stage of a step."""
+        """Release the stage of a step."""
         plgpu.barrier_arrive(self.empty.at[self.slot(step)])
 
     def skip(self, first_step: Array, num_steps: Any) -> None:
-        """Releases the stages of steps that this consumer does not use."""
+        """Release the stages of steps that this consumer does not use."""
 
         @pl.loop(0, num_steps)
         def wait_and_release(k: Array) -> None:
@@ -89,7 +89,7 @@ class SmemPipeline(NamedTuple):
             self.consumer_release(first_step + k)
 
     def drain(self, num_steps: Array) -> None:
-        """Waits until all stages are empty, after `num_steps` steps."""
+        """Wait until all stages are empty, after `num_steps` steps."""
 
         @pl.loop(jnp.maximum(num_steps - self.stages, 0), num_steps)
         def wait_until_empty(step: Array) -> None:
@@ -97,12 +97,12 @@ class SmemPipeline(NamedTuple):
 
 
 def wgmma_smem(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Returns the type of shared memory in the layout that wgmma reads."""
+    """Return the type of shared memory in the layout that wgmma reads."""
     return plgpu.SMEM(shape, dtype, transforms=_swizzle_128(8))
 
 
 def store_smem(dtype: Any) -> Any:
-    """Returns the type of the buffers from which the consumers store chunks of a tile."""
+    """Return the type of the buffers from which the consumers store chunks of a tile."""
     shape = COMPUTE_WARPGROUPS, STORE_BUFFERS, WARPGROUP_ROWS, CHUNK_COLUMNS
     # TMA tiles of one row, because a store may begin at any row.
     return plgpu.SMEM(shape, dtype, transforms=_swizzle_128(1))
@@ -113,26 +113,26 @@ def _swizzle_128(rows: int) -> tuple[Any, ...]:
 
 
 def full_barriers(stages: int, *, copies: int) -> Any:
-    """Returns the type of a pipeline's full barriers, for `copies` TMA copies per stage."""
+    """Return the type of a pipeline's full barriers, for `copies` TMA copies per stage."""
     return plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
 
 
 def empty_barriers(stages: int) -> Any:
-    """Returns the type of a pipeline's empty barriers."""
+    """Return the type of a pipeline's empty barriers."""
     return plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages)
 
 
 class WarpgroupRoles(Protocol):
-    """A kernel on one thread block: what its producer and its consumers do with each tile."""
+    """A kernel on one thread block: the work of its producer and its consumers on each tile."""
 
     def for_each_tile(self, run_tile: Callable[[Any], None]) -> Array:
-        """Runs run_tile(tile) for the tiles of this thread block; returns the number of pipeline steps."""
+        """Run run_tile(tile) for the tiles of this thread block; return the number of pipeline steps."""
 
     def load(self, tile: Any) -> None:
-        """Fills the pipeline stages of a tile: the producer."""
+        """Fill the pipeline stages of a tile; the producer calls this."""
 
     def compute(self, tile: Any) -> None:
-        """Reads and releases the pipeline stages of a tile and stores the results: a consumer."""
+        """Read and release the pipeline stages of a tile and store its results; a consumer calls this."""
 
 
 def launch_warp_specialized(
@@ -145,17 +145,17 @@ def launch_warp_specialized(
     stages: int,
     name: str,
 ) -> Any:
-    """Launches one persistent thread block per SM; its last warpgroup is the producer, the others are consumers.
+    """Launch one persistent thread block per SM; its last warpgroup is the producer, the others are consumers.
 
     Args:
-        make_roles: Called as make_roles(inputs, outputs, scratch, pipeline, warpgroup), with references in the first
+        make_roles: called as make_roles(inputs, outputs, scratch, pipeline, warpgroup), with references in the first
             three NamedTuples.
-        inputs: NamedTuple of arrays, tuples of arrays or None.
-        outputs: NamedTuple of the shapes of the results, or None.
-        scratch: NamedTuple of shared memory and barriers in order of allocation, or None; it has `full` and `empty`.
-        config: See `Sm90GmmConfig`.
+        inputs: namedTuple of arrays, tuples of arrays or None.
+        outputs: namedTuple of the shapes of the results, or None.
+        scratch: namedTuple of shared memory and barriers in order of allocation, or None; it has `full` and `empty`.
+        config: see `Sm90GmmConfig`.
         stages: SMEM stages of the pipeline.
-        name: Name of the kernel.
+        name: name of the kernel.
 
     Returns:
         The results, in the structure of `outputs`.
@@ -203,16 +203,16 @@ def wgmma_reduce(
     operands: Callable[[Any, Array], Sequence[tuple[Any, Any]]],
     *columns: int,
 ) -> tuple[Array, ...]:
-    """Sums the products of operands(k, slot) over `num_steps` pipeline steps, one accumulator each.
+    """Sum the products of operands(k, slot) over `num_steps` pipeline steps, one accumulator each.
 
     The products of one step are still in flight when those of the next start.
 
     Args:
-        pipeline: Filled by the producer.
-        first_step: Number of the first step.
-        num_steps: Number of steps.
-        operands: Returns a pair of wgmma operands per accumulator for the k-th of these steps.
-        columns: Columns of each accumulator, which has `WARPGROUP_ROWS` rows.
+        pipeline: filled by the producer.
+        first_step: number of the first step.
+        num_steps: number of steps.
+        operands: returns a pair of wgmma operands per accumulator for the k-th of these steps.
+        columns: columns of each accumulator, which has `WARPGROUP_ROWS` rows.
     """
 
     def accumulate(*accs: Any) -> tuple[Array, ...]:
@@ -239,16 +239,16 @@ def wgmma_reduce(
 
 
 def store_chunk_async(buffers: Ref, n: int, value: Array, start_copy: Callable[[Ref], None]) -> None:
-    """Starts to store the n-th chunk of a tile, [WARPGROUP_ROWS, CHUNK_COLUMNS], through shared memory.
+    """Start to store the n-th chunk of a tile, [WARPGROUP_ROWS, CHUNK_COLUMNS], through shared memory.
 
     Args:
-        buffers: The consumer's part of `store_smem`.
-        n: Index of the chunk.
-        value: The chunk.
-        start_copy: Starts the copies of a buffer to global memory.
+        buffers: the consumer's part of `store_smem`.
+        n: index of the chunk.
+        value: the chunk.
+        start_copy: starts the copies of a buffer to global memory.
     """
     buffer = buffers.at[n % STORE_BUFFERS]
-    # The stores of the previous tile have ended long before.
+    # For n = 0 this waits for the stores of the previous tile, which ended long before.
     plgpu.wait_smem_to_gmem(STORE_BUFFERS - 1 if n else 0, wait_read_only=True)
     buffer[...] = value.astype(buffer.dtype)
     plgpu.commit_smem()
@@ -257,26 +257,26 @@ def store_chunk_async(buffers: Ref, n: int, value: Array, start_copy: Callable[[
 
 
 def for_each_chunk(columns: int, remaining: Any, run_chunk: Callable[[int], None]) -> None:
-    """Calls run_chunk(first column) for every chunk of a tile that has any of the remaining columns."""
-    for first in range(0, columns, CHUNK_COLUMNS):
+    """Call run_chunk(first column) for every chunk of a tile that has any of the remaining columns."""
+    for first_column in range(0, columns, CHUNK_COLUMNS):
         if isinstance(remaining, int) and remaining >= columns:
-            run_chunk(first)
+            run_chunk(first_column)
         else:
-            pl.when(first < remaining)(functools.partial(run_chunk, first))
+            pl.when(first_column < remaining)(functools.partial(run_chunk, first_column))
 
 
 def copy_rows_by_powers_of_two(rows: WarpgroupRows, target: Ref, column: Array, buffer: Ref) -> None:
-    """Starts the copies of a consumer's rows of one chunk to `target`, at `column`: TMA needs static sizes."""
+    """Start the copies of a consumer's rows of one chunk to `target`, at `column`: TMA needs static sizes."""
 
     def copy(start: Any, size: int) -> None:
-        to = target.at[pl.ds(rows.first + start, size), pl.ds(column, CHUNK_COLUMNS)]
-        plgpu.copy_smem_to_gmem(buffer.at[pl.ds(start, size)], to, commit_group=False)
+        destination = target.at[pl.ds(rows.first + start, size), pl.ds(column, CHUNK_COLUMNS)]
+        plgpu.copy_smem_to_gmem(buffer.at[pl.ds(start, size)], destination, commit_group=False)
 
     @pl.when(rows.count == WARPGROUP_ROWS)
     def copy_all() -> None:
         copy(0, WARPGROUP_ROWS)
 
-    # In its own branch; otherwise the compiler computes the addresses of all runs first and keeps them in registers.
+    # A separate branch; otherwise the compiler computes the addresses of all runs first and keeps them in registers.
     @pl.when(rows.count < WARPGROUP_ROWS)
     def copy_runs() -> None:
         size = WARPGROUP_ROWS // 2

@@ -10,22 +10,23 @@ from dantinox.kernels.dispatch import Device
 
 VMEM_BYTES = 56 * 2**20  # of the 64 MiB of the smallest chip
 BLOCK_BYTES = 36 * 2**20  # of these for double-buffered blocks; the rest serves sums and the compiler
-MAX_UNROLLED = 7 * 2**28  # multiplications in straight-line code; more go into a loop, since code is fetched too
+# Multiplications in straight-line code; more run in a loop, since the core fetches its code from memory.
+MAX_UNROLLED = 7 * 2**28
 
 
 class GmmBlockSizes(NamedTuple):
-    """The blocks of one grid step and how the kernel splits them.
+    """The blocks of one grid step and their parts.
 
     Attributes:
         block_m: rows of x.
         block_m_sub: rows per chunk; the kernel skips the chunks of a tile that a group does not touch.
-        block_k: of the contraction; in tgmm, columns of x.
+        block_k: depth of the contraction; in tgmm, columns of x.
         block_n: columns of the output.
         block_n_sub: columns per strip.
-        mxu_m, mxu_n: output of one product. With partial sums, a chunk is a multiple of mxu_m.
-        block_k_sub: of the contraction of one product; if smaller than block_k, its partial sums stay in VMEM.
-        leading_k: of the contraction, what all rows multiply first, in the first columns, so that the result queue
-            fills sooner. These partial sums stay in VMEM.
+        mxu_m, mxu_n: rows and columns of one product. With partial sums, a chunk is a multiple of mxu_m.
+        block_k_sub: depth of the contraction of one product; if smaller than block_k, partial sums stay in VMEM.
+        leading_k: leading part of the contraction, which all rows multiply first, in the first columns, so that the
+            result queue fills sooner. These partial sums stay in VMEM.
         max_chunks: chunks per instruction stream at most, in a visit with fewer rows than a tile.
         vmem_bytes: VMEM that the kernel may use.
     """
@@ -44,7 +45,7 @@ class GmmBlockSizes(NamedTuple):
 
 
 def vmem_limits(device: Device) -> tuple[tuple[int, int], ...]:
-    """(bytes of VMEM for a kernel, bytes of these for blocks): the default, then what a large chip allows.
+    """Return pairs (VMEM bytes of a kernel, of these for blocks): the default, then the limit of a large chip.
 
     Only kernels that need more get more, because XLA keeps other arrays of a program in VMEM.
     """
@@ -54,12 +55,12 @@ def vmem_limits(device: Device) -> tuple[tuple[int, int], ...]:
 
 
 def mxu_tile(device: Device, block_k: int, *, transposed: bool) -> tuple[int, int, int | None]:
-    """(mxu_m, mxu_n, block_k_sub) that libtpu schedules best.
+    """Return the (mxu_m, mxu_n, block_k_sub) that libtpu schedules best.
 
     A product is as wide as the matrix unit. The v5e unit is 128 wide; newer ones are 256 wide, and v6e accumulates in
     its 64 registers, of which 128 rows leave half free. Weights that are transposed on their way into the unit take
-    twice as long to load, which only 256 rows amortize. A contraction in two parts needs no register to wait in.
-    TPU7x accumulates in the unit.
+    twice as long to load, which only 256 rows amortize. Partial sums of a contraction in two parts occupy no registers
+    while they wait. TPU7x accumulates in the unit.
     """
     if "v5" in device.kind:
         return 256, 128, None
@@ -70,7 +71,7 @@ def mxu_tile(device: Device, block_k: int, *, transposed: bool) -> tuple[int, in
 
 
 def choose_block_m(device: Device, N: int, E: int, *, transposed: bool = False) -> tuple[int, int]:
-    """(block_m, block_m_sub) for N rows in E groups.
+    """Return (block_m, block_m_sub) for N rows in E groups.
 
     A chunk has the fewest rows that keep the matrix unit busy while it loads weights: 128, but 256 where the unit is
     fast (TPU7x) or loading is slow (v6e, transposed).
@@ -94,16 +95,20 @@ def gmm_block_sizes(
     itemsize: int,
     has_epilogue: bool = True,
 ) -> GmmBlockSizes:
-    """For [N, K] times [E, K, J].
+    """Choose the sizes for [N, K] times [E, K, J].
 
     Args:
         device: the chip.
-        N, E, K, J: the sizes.
-        num_x, num_w: number of such operands.
+        N: rows.
+        E: groups.
+        K: contraction.
+        J: columns of the output.
+        num_x: number of arrays [N, K].
+        num_w: number of arrays [E, K, J].
         num_matrices: number of arrays [N, J] read or written.
-        transposed: the weights are [E, J, K].
+        transposed: whether the weights are [E, J, K].
         itemsize: bytes per element.
-        has_epilogue: an epilogue transforms the sums before they are written.
+        has_epilogue: whether an epilogue transforms the sums before they are written.
     """
     block_m, block_m_sub = choose_block_m(device, N, E, transposed=transposed)
     visits = -(-N // block_m) + E - 1
@@ -113,7 +118,7 @@ def gmm_block_sizes(
         for block_n in _block_candidates(J, 2048 * len(limits)):
             blocks = num_x * block_m * block_k + num_w * block_k * block_n + num_matrices * block_m * block_n
             sums = 4 * num_w * (block_m_sub if block_k >= K else block_m) * block_n
-            vmem_bytes = next((vmem for vmem, most in limits if 2 * itemsize * blocks + sums <= most), None)
+            vmem_bytes = next((vmem for vmem, limit in limits if 2 * itemsize * blocks + sums <= limit), None)
             if vmem_bytes is None:
                 continue
             weight_reads = visits if block_k < K else min(visits, E)  # per column of the weights
@@ -123,12 +128,12 @@ def gmm_block_sizes(
     _, negated_k, vmem_bytes, block_n = best or (0, -min(K, 512), VMEM_BYTES, min(J, 512))
     block_k = -negated_k
     products = num_w * block_m * min(block_k, K)
-    # On v6e, one step with more than 2048 of the contraction takes minutes to compile from here on.
+    # On v6e, more multiplications than this take minutes to compile if a step contracts more than 2048.
     max_unrolled = 2**29 if "v6" in device.kind and K == block_k > 2048 else MAX_UNROLLED
     strips = [
         size for size in _block_candidates(block_n, 2048) if block_n % size == 0 and size * products <= max_unrolled
     ]
-    # A product is 256 wide: an odd number of halves leaves half of the unit idle once.
+    # A product is 256 wide: with an odd number of halves, one product leaves half of the unit idle.
     block_n_sub = max(strips, key=lambda size: (size % 256 == 0 or size == block_n, size), default=block_n)
     mxu_m, mxu_n, block_k_sub = mxu_tile(device, block_k, transposed=transposed)
     # Partial sums without an epilogue may stay in VMEM while all rows of a tile multiply weights that are loaded once:
@@ -156,7 +161,7 @@ def gmm_block_sizes(
 
 
 def tgmm_block_sizes(device: Device, N: int, E: int, M: int, F: int, *, num_dy: int, itemsize: int) -> GmmBlockSizes:
-    """For the sums over rows [N, M]^T [N, F]: [E, M, F], `num_dy` of them at once."""
+    """Choose the sizes for the sums over rows [N, M]^T [N, F]: [E, M, F], `num_dy` of them at once."""
     block_m, _ = choose_block_m(device, N, E)
     best: tuple[float, int, int] | None = None
     for block_k in _block_candidates(M, 2048):
@@ -167,13 +172,13 @@ def tgmm_block_sizes(device: Device, N: int, E: int, M: int, F: int, *, num_dy: 
             moved = M * -(-F // block_n) + num_dy * F * -(-M // block_k)
             best = min(best or (moved, block_k, block_n), (moved, block_k, block_n))
     block_k, block_n = (min(M, 512), min(F, 512)) if best is None else best[1:]
-    # 128 columns of x at once: its transpose needs registers beside the products.
+    # 128 columns of x at a time, because the transpose also needs registers.
     mxu_n = mxu_tile(device, block_k, transposed=False)[1]
     return GmmBlockSizes(block_m, block_m, block_k, block_n, block_n, mxu_m=128, mxu_n=mxu_n)
 
 
-def _block_candidates(size: int, most: int) -> list[int]:
-    """The whole side if it is at most `most`, and the multiples of 128 that divide it; 512 if there are none."""
-    candidates = [size] if size <= most else []
-    candidates += [block for block in range(128, min(size - 1, most) + 1, 128) if size % block == 0]
+def _block_candidates(size: int, max_size: int) -> list[int]:
+    """Return the full size if it is at most `max_size` and the multiples of 128 that divide it; [512] if none do."""
+    candidates = [size] if size <= max_size else []
+    candidates += [block for block in range(128, min(size - 1, max_size) + 1, 128) if size % block == 0]
     return candidates or [512]

@@ -1,4 +1,4 @@
-"""Grouped matmul on Mosaic TPU: every row times the weights of its own group.
+"""Grouped matmul on Mosaic TPU: every row times the weights of its group.
 
 Math      sums = x w_e, or x w_e^T with the weights read in their own layout; several products, or their sum; then an
           epilogue on the sums while they are on the chip: y = epilogue(sums, other arrays of the same rows)
@@ -65,7 +65,7 @@ def gmm(
     out_kinds: Sequence[str] = ("matrix",),
     name: str,
 ) -> list[Array]:
-    """The outputs of `epilogue(*sums, *matrices, *row_vectors)`, with zeros in unassigned rows.
+    """Return the outputs of `epilogue(*sums, *matrices, *row_vectors)`, with zeros in unassigned rows.
 
     Args:
         xs: [N, K], one per weight array, or one for all.
@@ -80,7 +80,7 @@ def gmm(
         row_vectors: [1, N].
         out_kinds: per output "matrix", [N, J] in x's dtype, or "row_sum", [1, N] in float32: the epilogue's
             [rows, J] summed over columns.
-        name: of the kernel.
+        name: name of the kernel.
     """
     (N, K), E, J = xs[0].shape, ws[0].shape[0], ws[0].shape[1 if transposed else 2]
     dtype, num_matrix_outs = xs[0].dtype, sum(kind == "matrix" for kind in out_kinds)
@@ -154,7 +154,7 @@ def gmm(
 
 
 def _partial_sums_scratch(sizes: block_sizes.GmmBlockSizes, *, one_result: bool) -> list[Any]:
-    """The places where sums over a part of the contraction stay until the rest is multiplied."""
+    """Return the scratch memory of sums over a part of the contraction."""
     if sizes.leading_k:
         return [pltpu.VMEM((sizes.block_m, min(sizes.mxu_n, sizes.block_n_sub)), jnp.float32)]
     if not (sizes.block_k_sub and one_result):

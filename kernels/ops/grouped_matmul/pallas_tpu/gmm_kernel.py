@@ -1,4 +1,4 @@
-"""One grid step of `gmm.py`: a visit's rows and columns, part or all of the contraction.
+"""One grid step of `gmm.py`: the rows and columns of a visit, over part or all of the contraction.
 
 run ── multiply_all_chunks or ── multiply_strips ── multiply_strip ── products ── apply_epilogue ── write_outputs
        multiply_touched_chunks   each strip         one instruction   several     per output tile   rows of the
@@ -36,7 +36,7 @@ Epilogue = Callable[..., Sequence[Array]]
 
 
 class GmmConfig(NamedTuple):
-    """What a kernel is compiled for; the names are those of `gmm.gmm`. `num_grid_axes` is 1 or 3."""
+    """Static parameters of a kernel, named as in `gmm.gmm`. `num_grid_axes` is 1 or 3."""
 
     block_sizes: GmmBlockSizes
     K: int
@@ -91,7 +91,7 @@ def gmm_kernel(
 
 
 class GmmKernelStep:
-    """One grid step."""
+    """One grid step: a visit of a tile, or a part of its contraction."""
 
     def __init__(
         self, config: GmmConfig, tables: ForwardTables, inputs: GmmInputs, outs: Sequence[Ref], scratch: GmmScratch
@@ -105,17 +105,18 @@ class GmmKernelStep:
         self.has_rows = self.task.row_start < self.task.row_end
         num_w = len(inputs.ws)
         self.has_no_epilogue = config.epilogue is None and num_w == 1
-        # Halves of a part from two operands make one part: the matrix unit is as busy, and fewer sums stay in VMEM.
+        # A term may join halves from two operands: the matrix unit is as busy, and fewer sums stay in VMEM.
         splits_k = self.sizes.block_k_sub and (scratch.partial_sums or (scratch.acc and self.has_no_epilogue))
-        whole = [[ContractionSlice(n, slice(None))] for n in range(num_w)]
-        self.terms = split_contraction(num_w, self.sizes.block_k, self.sizes.block_k_sub) if splits_k else whole
+        self.terms = [[ContractionSlice(n, slice(None))] for n in range(num_w)]
+        if splits_k:
+            self.terms = split_contraction(num_w, self.sizes.block_k, self.sizes.block_k_sub)
         # Always 0, but opaque to the compiler, so that partial sums stay in VMEM instead of registers.
         self.opaque_zero = pl.multiple_of(jnp.minimum(self.covers_tile, 0), 8)
-        # A single product has enough registers for them.
+        # A single product leaves enough registers for its partial sums.
         self.partial_sums_start = 0 if config.epilogue is None and not config.sum_products else self.opaque_zero
 
     def run(self) -> None:
-        """Multiplies the rows of this visit and writes the outputs."""
+        """Multiply the rows of this visit and write the outputs."""
         sizes = self.sizes
         for lanes_ref, row_vector_ref in zip(self.scratch.lanes, self.inputs.row_vectors, strict=True):
             for start, size in split_range(sizes.block_m, 128):
@@ -130,6 +131,8 @@ class GmmKernelStep:
             self.multiply_touched_chunks()
 
     def zero_acc(self) -> None:
+        """Zero the sums of the tile."""
+
         def zero_rows(rows: Any, _: Any) -> None:
             for ref in self.scratch.acc:
                 ref[rows] = jnp.zeros_like(ref[rows])
@@ -139,11 +142,12 @@ class GmmKernelStep:
     # --- chunks of rows -------------------------------------------------------------------------------------------
 
     def multiply_all_chunks(self) -> None:
+        """Multiply a tile whose chunks all have rows of this visit."""
         self.multiply_strips(0, self.sizes.block_m)
         self.write_acc()
 
     def multiply_touched_chunks(self) -> None:
-        """Multiplies the chunks that have rows of this visit, then restores the rows of earlier groups.
+        """Multiply the chunks that have rows of this visit, then restore the rows of earlier groups.
 
         One instruction stream covers at most `max_chunks` of them.
         """
@@ -170,17 +174,18 @@ class GmmKernelStep:
                     ref[0] = jnp.where(index_lt(task.row_start - task.row, ref.shape[1:], 1), ref[0], 0)
 
     def save_rows(self, rows: Any, _: Any) -> None:
+        """Save the output's rows, which may belong to earlier groups."""
         for ref, saved in zip(self.matrix_outs, self.scratch.saved_rows, strict=True):
             saved[rows] = ref[rows]
 
     def restore_rows(self, rows: Any, first: Any) -> None:
-        """Restores the rows of earlier groups. Rows of later groups are written again by their own visits."""
+        """Restore the rows of earlier groups; later groups' visits write their own rows again."""
         is_earlier = index_lt(self.task.row_start - self.task.row - first, (rows.size, 1), 0)
         for ref, saved in zip(self.matrix_outs, self.scratch.saved_rows, strict=True):
             ref[rows] = jnp.where(is_earlier, saved[rows], mask_to_zero(ref[rows], self.has_rows))
 
     def write_acc(self) -> None:
-        """Writes the complete sums of a product without an epilogue to the output."""
+        """Write the complete sums of a product without an epilogue to the output."""
 
         def write_rows(rows: Any, _: Any) -> None:
             self.outs[0][rows] = self.scratch.acc[0][rows].astype(self.outs[0].dtype)
@@ -191,7 +196,7 @@ class GmmKernelStep:
     # --- products -------------------------------------------------------------------------------------------------
 
     def multiply_strips(self, row: Any, num_rows: int) -> None:
-        """All strips of columns of `num_rows` rows from `row` on."""
+        """Multiply all strips of columns of `num_rows` rows from `row` on."""
         strip = self.sizes.block_n_sub
 
         def multiply_nth_strip(n: Array, _: None) -> None:
@@ -203,7 +208,7 @@ class GmmKernelStep:
             jax.lax.fori_loop(0, strips, multiply_nth_strip, None)
 
     def multiply_strip(self, row: Any, column: Any, num_rows: int) -> None:
-        """Products without a branch in between: filling and draining the matrix unit takes some 260 bundles."""
+        """Multiply without a branch in between: filling and draining the matrix unit takes some 260 bundles."""
         sizes, partial_sums = self.sizes, self.scratch.partial_sums
         ranges = itertools.product(split_range(sizes.block_n_sub, sizes.mxu_n), split_range(sizes.block_m, sizes.mxu_m))
         tiles = []
@@ -228,7 +233,7 @@ class GmmKernelStep:
             self.accumulate(tiles)
 
     def accumulate_partial_sums(self, tiles: Sequence[OutputTile]) -> None:
-        """Sums all terms but the last of each tile into VMEM."""
+        """Sum all terms but the last of each tile into VMEM."""
         for n, term in enumerate(self.terms[:-1]):
             for tile in tiles:
                 value, ref = self.partial_product(tile, term), tile.partial_sums
@@ -236,7 +241,7 @@ class GmmKernelStep:
                 ref[pl.ds(0, size)] = ref[pl.ds(self.partial_sums_start, size)] + value if n else value
 
     def multiply_leading_k_first(self, tiles: Sequence[OutputTile], row: Any, num_rows: int) -> None:
-        """Multiplies the leading part of the contraction of all rows, in the first columns, then the rest."""
+        """Multiply the leading part of the contraction of all rows, in the first columns, then the rest."""
         sizes, (partial_sums,) = self.sizes, self.scratch.partial_sums
         all_rows = pl.ds(hint_multiple_of(row, sizes.block_m_sub), num_rows)
         leading = ContractionSlice(0, pl.ds(0, sizes.leading_k))
@@ -244,13 +249,13 @@ class GmmKernelStep:
         tiles_in_column = -(-num_rows // sizes.mxu_m)
         for tile in tiles[tiles_in_column:]:
             self.apply_epilogue(tile, self.products(tile._replace(partial_sums=None)))
-        rest = ContractionSlice(0, pl.ds(sizes.leading_k, sizes.block_k - sizes.leading_k))
+        trailing = ContractionSlice(0, pl.ds(sizes.leading_k, sizes.block_k - sizes.leading_k))
         for r, tile in zip(range(0, num_rows, sizes.mxu_m), tiles[:tiles_in_column], strict=True):
-            value = self.dot_block(tile.rows, tile.columns, rest)
+            value = self.dot_block(tile.rows, tile.columns, trailing)
             self.apply_epilogue(tile, [partial_sums[pl.ds(self.opaque_zero + r, tile.rows.size)] + value])
 
     def accumulate(self, tiles: Sequence[OutputTile]) -> None:
-        """Adds this step's products to the sums; the last step applies the epilogue."""
+        """Add this step's products to the sums; the last step applies the epilogue."""
         for tile in tiles:
             for ref, value in zip(self.scratch.acc, self.products(tile._replace(partial_sums=None)), strict=True):
                 ref[tile.rows, tile.columns] += value
@@ -261,7 +266,7 @@ class GmmKernelStep:
                 self.apply_epilogue(tile, [ref[tile.rows, tile.columns] for ref in self.scratch.acc])
 
     def products(self, tile: OutputTile) -> list[Array]:
-        """This step's products; with partial sums, the last term added to them."""
+        """Return this step's products; with partial sums, these plus the last term."""
         if tile.partial_sums is not None:
             partial_sums = tile.partial_sums[pl.ds(self.partial_sums_start, tile.rows.size)]
             return [partial_sums + self.partial_product(tile, self.terms[-1])]
@@ -269,10 +274,11 @@ class GmmKernelStep:
         return [functools.reduce(jnp.add, values)] if self.config.sum_products else values
 
     def partial_product(self, tile: OutputTile, term: Sequence[ContractionSlice]) -> Array:
-        """The sum of one term's products."""
+        """Return the sum of one term's products."""
         return functools.reduce(jnp.add, [self.dot_block(tile.rows, tile.columns, part) for part in term])
 
     def dot_block(self, rows: Any, columns: Any, part: ContractionSlice) -> Array:
+        """Return the product of some rows and columns over a part of the contraction, float32."""
         transposed, block_k, xs = self.config.transposed, self.sizes.block_k, self.inputs.xs
         x = xs[part.operand if len(xs) > 1 else 0][rows, part.k]
         w = self.inputs.ws[part.operand][(0, columns, part.k) if transposed else (0, part.k, columns)]
@@ -285,7 +291,7 @@ class GmmKernelStep:
     # --- outputs --------------------------------------------------------------------------------------------------
 
     def apply_epilogue(self, tile: OutputTile, values: Sequence[Array]) -> None:
-        """Applies the epilogue to the sums of one tile and writes its outputs."""
+        """Apply the epilogue to the sums of one tile and write its outputs."""
         if self.config.epilogue is not None:
             values = [*values, *(ref[tile.rows, tile.columns] for ref in self.inputs.matrices)]
             if self.masks_columns:
@@ -301,10 +307,11 @@ class GmmKernelStep:
         return self.config.J % self.sizes.block_n != 0 and "row_sum" in self.config.out_kinds
 
     def write_outputs(self, tile: OutputTile, values: Sequence[Array]) -> None:
+        """Write the outputs of one tile; row sums add up over the tiles of a row."""
         for ref, kind, value in zip(self.outs, self.config.out_kinds, values, strict=True):
             index = (tile.rows, tile.columns) if kind == "matrix" else (0, slice(None), tile.rows)
             if kind == "row_sum":
-                old, value = ref[index], row_sums(value)
-                value = mask_to_zero(old, jnp.asarray(tile.column_start) > 0) + value
-                value = jnp.where(self.task.row_mask(value.shape, 1, tile.row_start), value, old)
+                previous, value = ref[index], row_sums(value)
+                value = mask_to_zero(previous, jnp.asarray(tile.column_start) > 0) + value
+                value = jnp.where(self.task.row_mask(value.shape, 1, tile.row_start), value, previous)
             ref[index] = value.astype(ref.dtype)

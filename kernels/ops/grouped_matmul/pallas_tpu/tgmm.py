@@ -47,7 +47,7 @@ class TgmmScratch(NamedTuple):
 
 
 def tgmm(x: Array, dys: Sequence[Array], group_sizes: Array, device: Device, *, name: str) -> list[Array]:
-    """[E, M, F] in x's dtype for x [N, M] and each dy [N, F]."""
+    """Sum x_n^T dy_n over the rows n of each group, for x [N, M] and each dy [N, F]: [E, M, F] in x's dtype."""
     (N, M), F, E, dtype = x.shape, dys[0].shape[1], group_sizes.shape[0], x.dtype
     sizes = block_sizes.tgmm_block_sizes(device, N, E, M, F, num_dy=len(dys), itemsize=dtype.itemsize)
     block_m, block_k, block_n = sizes.block_m, sizes.block_k, sizes.block_n
@@ -94,7 +94,7 @@ def tgmm_kernel(
     sizes: block_sizes.GmmBlockSizes,
     visit_axis: int,
 ) -> None:
-    """Adds one tile of rows to the sums of its group."""
+    """Add one tile of rows to the sums of its group."""
     v = pl.program_id(visit_axis)
     is_group_start, task = tables.is_group_start[v] == 1, TileTask.load(tables, v, sizes.block_m)
     has_rows = task.row_start < task.row_end
@@ -106,7 +106,7 @@ def tgmm_kernel(
             for masked_ref, dy_ref in zip(scratch.masked_dys, dy_refs, strict=True):
                 masked_ref[pl.ds(r, height)] = mask_to_zero(dy_ref[pl.ds(r, height)], row_mask)
 
-    # A branch of its own: libtpu would interleave the products with the copies and run out of registers.
+    # A separate branch: otherwise libtpu interleaves the products with the copies and runs out of registers.
     @pl.when(has_rows & (task.row > -1))
     def multiply() -> None:
         for i, (m, width) in enumerate(split_range(sizes.block_k, sizes.mxu_m)):
@@ -133,7 +133,7 @@ def tgmm_kernel(
 
 
 def _grid(x_blocks: int, dy_blocks: int, count: Array) -> tuple[tuple[Any, ...], Callable[..., Any]]:
-    """(grid, adapter of three-axis index maps to it).
+    """Return (grid, adapter of three-axis index maps to it).
 
     The scalar unit spends time on every grid axis, so column axes of size 1 are dropped.
     """

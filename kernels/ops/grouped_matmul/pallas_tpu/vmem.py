@@ -1,4 +1,4 @@
-"""Small operations of the TPU kernels: on values in registers, and on ranges of rows and columns in VMEM."""
+"""Small operations of the TPU kernels, on values in registers and on ranges of rows and columns in VMEM."""
 
 import functools
 import itertools
@@ -20,22 +20,22 @@ class ContractionSlice(NamedTuple):
 
 
 def index_lt(end: Any, shape: tuple[int, int], axis: int) -> Array:
-    """A mask of the given shape: true where the index along the axis is less than `end`."""
+    """Return a mask of the given shape: true where the index along the axis is less than `end`."""
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis) < end
 
 
 def to_lanes(row: Array) -> Array:
-    """[1, n] as [n, 128], the same value in every lane. The transpose unit takes whole registers."""
+    """Broadcast [1, n] to [n, 128], one value per row. The transpose unit takes whole registers."""
     return jnp.broadcast_to(row, (128, row.shape[1])).T
 
 
 def tile_lanes(lanes: Array, width: int) -> Array:
-    """[n, 128] with the same value in every lane as [n, width]."""
+    """Broadcast [n, 128], one value per row, to [n, width]."""
     return jnp.concatenate([lanes] * -(-width // 128), axis=1)[:, :width]
 
 
 def row_sums(x: Array) -> Array:
-    """[1, n]: the sum of each row of [n, width].
+    """Return the sum of each row of [n, width], as [1, n].
 
     Lanes become sublanes before the sum, because the transpose unit is faster than a reduction over lanes.
     """
@@ -46,12 +46,12 @@ def row_sums(x: Array) -> Array:
 
 
 def split_range(size: int, step: int) -> list[tuple[int, int]]:
-    """(start, size) of consecutive parts of a range; the last may be smaller."""
+    """Return (start, size) of consecutive parts of a range; the last may be smaller."""
     return [(start, min(step, size - start)) for start in range(0, size, step)]
 
 
 def split_contraction(num_operands: int, block_k: int, block_k_sub: int) -> list[list[ContractionSlice]]:
-    """Terms of `block_k_sub` each of the concatenated contractions of several products."""
+    """Split the concatenated contractions of several products into terms of `block_k_sub`."""
     starts = sorted({*range(0, num_operands * block_k, block_k_sub), *range(0, num_operands * block_k, block_k)})
     ranges = zip(starts, [*starts[1:], num_operands * block_k], strict=True)
     terms = itertools.groupby(ranges, lambda bounds: bounds[0] // block_k_sub)
@@ -62,12 +62,12 @@ def split_contraction(num_operands: int, block_k: int, block_k_sub: int) -> list
 
 
 def hint_multiple_of(start: Any, multiple: int) -> Any:
-    """`start`, with the hint to the compiler that it is a multiple, where the compiler cannot see that itself."""
+    """Return `start` with the hint that it is a multiple, which the compiler cannot always derive."""
     return start if isinstance(start, int) or multiple % 8 else pl.multiple_of(start, multiple)
 
 
 def for_each_row_chunk(num_rows: int, body: Callable[[Any, Any], None]) -> None:
-    """body(slice of rows, its first row) over all rows, in a loop: compact code for rarely executed work."""
+    """Run body(rows, first row) over chunks of all rows in a loop: compact code for rarely executed work."""
     size = next(size for size in (64, 32, 16, 8, 1) if num_rows % size == 0)
 
     def chunk(n: Array, _: None) -> None:

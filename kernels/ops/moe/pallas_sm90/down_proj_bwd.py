@@ -3,7 +3,7 @@
 Math      dh = dy w_down_e^T;  dgate = p dh up silu'(gate);  dup = p dh silu(gate);  p h;
           dp = sum over the features of dh h
 Tiling    as `grouped_matmul/pallas_sm90/gmm.py`. After the last step of the contraction come four more, 64 columns of
-          gate and of up each, in the stages of dy and w_down: the epilogue needs no SMEM of its own.
+          gate and of up each, in the stages of dy and w_down: the epilogue needs no further SMEM.
 
               dy        w_down
               128 x 64  256 x 64       64 x 256 of dh per warpgroup
@@ -15,7 +15,7 @@ State     128 of the 240 registers per thread for the accumulators of dh. The ep
           registers for gate and up and 48 for its results in bfloat16, beside 96 for the accumulators of the other
           columns; p and dp: 2 each. A branch separates the halves of the 64 columns: the assembler schedules freely
           between two branches, and over 64 columns it spilled up to 8 numbers, once per tile.
-Traffic   reads gate and up, 4 bytes per feature of a row; see `up_proj.py` for what recomputing them would cost. Never
+Traffic   reads gate and up, 4 bytes per feature of a row; see `up_proj.py` for the cost of recomputing them. Never
           writes dh: it saves 2 bytes written and 2 read per feature, and dp a pass over dh and h.
 Limits    as `grouped_matmul/pallas_sm90/gmm.py`, M and F for K and J.
 Source    Shazeer, GLU Variants (arXiv:2002.05202), for the formula; else as `grouped_matmul/pallas_sm90/gmm.py`.
@@ -89,16 +89,17 @@ def down_proj_bwd(
     *,
     name: str = "experts_dh",
 ) -> DownProjGrads:
-    """Returns the gradients of gate, up and the router's weights, and p h.
+    """Return the gradients of gate, up and the router's weights, and p h.
 
     Args:
         dy: [N, M], rows sorted by expert.
         w_down: [E, F, M]; M and F multiples of 64.
-        gate, up: [N, F], the residuals of `up_proj`.
+        gate: [N, F], from `up_proj`.
+        up: [N, F], from `up_proj`.
         router_weights: [N] float32, p.
         group_sizes: [E] int32.
-        config: See `Sm90GmmConfig`.
-        name: Name of the kernel.
+        config: see `Sm90GmmConfig`.
+        name: name of the kernel.
     """
     (N, M), (E, F, _), dtype = dy.shape, w_down.shape, dy.dtype
     widths = config.allowed_widths(*TILE_WIDTHS)
@@ -152,6 +153,8 @@ class DownProjBwdKernel:
         return pl.cdiv(self.M, BLOCK_K)
 
     def for_each_tile(self, run_tile: Callable[[GmmTile], None]) -> Array:
+        """Run run_tile(tile) for the tiles of this thread block; return the number of pipeline steps."""
+
         def num_steps(column: Array) -> Array:
             return self.k_steps + lax.div(jnp.minimum(self.block_n, self.F - column), CHUNK_COLUMNS)
 
@@ -161,6 +164,7 @@ class DownProjBwdKernel:
         )
 
     def load(self, tile: GmmTile) -> None:
+        """Load the operands of dh, then the gate and up of the tile, 64 columns per stage."""
         gmem, smem = self.gmem, self.smem
         gmm.load_product_operands(
             self.pipeline,
@@ -187,6 +191,7 @@ class DownProjBwdKernel:
             self.pipeline.produce(tile.first_step + self.k_steps + n, copy)
 
     def compute(self, tile: GmmTile) -> None:
+        """Compute and store a tile, or release its stages if it has no rows of this consumer."""
         rows = tile.warpgroup_rows(self.warpgroup)
         has_work = (rows.count > 0) & (tile.num_steps > 0)
         pl.when(has_work)(functools.partial(self.multiply_and_store, tile, rows))
@@ -196,7 +201,7 @@ class DownProjBwdKernel:
             self.pipeline.skip(tile.first_step, tile.num_steps)
 
     def multiply_and_store(self, tile: GmmTile, rows: WarpgroupRows) -> None:
-        """Computes the rows of this consumer and stores them."""
+        """Compute the rows of this consumer and store them."""
         router_weight = gmm.load_row_values(self.gmem.router_weights, rows)
 
         def operands(_: Any, slot: Array) -> list[tuple[Any, Any]]:
@@ -212,7 +217,7 @@ class DownProjBwdKernel:
     def run_epilogue(
         self, tile: GmmTile, rows: WarpgroupRows, n: int, dh: Array, router_weight: Array, dp: Array
     ) -> Array:
-        """Stores the n-th chunk of dgate, dup and p h; returns dp with the features of that chunk added."""
+        """Store the n-th chunk of dgate, dup and p h; return dp with the features of that chunk added."""
         dh_chunk = dh[:, n * CHUNK_COLUMNS : (n + 1) * CHUNK_COLUMNS]
         gate, up = self.load_gate_and_up(tile.first_step + self.k_steps + n)
         values, dp_of_chunk = self.swiglu_bwd_of_chunk(tile, dh_chunk, gate, up, router_weight)
@@ -224,7 +229,7 @@ class DownProjBwdKernel:
         return dp + dp_of_chunk
 
     def load_gate_and_up(self, step: Array) -> tuple[Array, Array]:
-        """Loads 64 columns of gate and up in float32 and releases their stage."""
+        """Load 64 columns of gate and up in float32 and release their stage."""
         self.pipeline.consumer_wait(step)
         index = self.pipeline.slot(step), pl.ds(self.warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
         refs = self.smem.x_smem, self.smem.w_smem
@@ -236,7 +241,7 @@ class DownProjBwdKernel:
     def swiglu_bwd_of_chunk(
         self, tile: GmmTile, dh: Array, gate: Array, up: Array, router_weight: Array
     ) -> tuple[list[Array], Array]:
-        """Returns (dgate, dup, p h) and dp of 64 columns, half by half."""
+        """Return (dgate, dup, p h) and dp of 64 columns, half by half."""
         halves, dp_terms = [], []
         for n in range(0, CHUNK_COLUMNS, EPILOGUE_COLUMNS):
             half = (value[:, n : n + EPILOGUE_COLUMNS] for value in (dh, gate, up))
@@ -248,7 +253,7 @@ class DownProjBwdKernel:
         return values, jnp.sum(functools.reduce(jnp.add, dp_terms), axis=1)
 
     def swiglu_bwd(self, dh: Array, gate: Array, up: Array, router_weight: Array) -> tuple[tuple[Array, ...], Array]:
-        """Returns (dgate, dup, p h) in the output dtype, which takes half the registers, and the summands of dp."""
+        """Return (dgate, dup, p h) in the output dtype, which takes half the registers, and the summands of dp."""
         router_weight = lax.broadcast_in_dim(router_weight, dh.shape, [0])
         sigmoid_gate = sigmoid(gate)
         silu = gate * sigmoid_gate
@@ -257,11 +262,11 @@ class DownProjBwdKernel:
         return tuple(value.astype(self.gmem.dy.dtype) for value in values), dh * h
 
     def zeros(self, dh: Array, *_: Array) -> tuple[tuple[Array, ...], Array]:
-        """Returns values in the types of those of `swiglu_bwd`; never executed."""
+        """Return values of the types that `swiglu_bwd` returns; never executed."""
         return (jnp.zeros_like(dh, self.gmem.dy.dtype),) * 3, dh
 
     def store_dp_part(self, tile: GmmTile, dp: Array) -> None:
-        """Stores the sums over the columns of a tile."""
+        """Store the sums over the columns of a tile."""
         # The copy of the last tile's sums was complete before the first chunk of this one.
         self.smem.row_sums_smem[self.warpgroup] = dp
         plgpu.commit_smem()
@@ -272,7 +277,7 @@ class DownProjBwdKernel:
 
 
 def sigmoid(x: Array) -> Array:
-    """Returns 1 / (1 + exp(-x)): the quotient takes two instructions, where a division takes five.
+    """Return 1 / (1 + exp(-x)): this quotient takes two instructions, a division five.
 
     `up_proj` does not use it: the assembler then adds two moves to the loop of products.
     """
@@ -280,7 +285,7 @@ def sigmoid(x: Array) -> Array:
 
 
 def gather_row_values(values: Array, metadata: GroupMetadata, N: int, E: int) -> Array:
-    """Returns [N], the value of each row among those of the tasks, [tasks, BLOCK_M]; 0 for unassigned rows."""
+    """Return the value of each row [N] from those of the tasks [tasks, BLOCK_M]; 0 for unassigned rows."""
     in_use = jnp.arange(metadata.group.shape[0]) < metadata.count
     ends = jnp.where(in_use, jnp.minimum(metadata.row + BLOCK_M, metadata.row_end), N)
     n = jnp.arange(N)

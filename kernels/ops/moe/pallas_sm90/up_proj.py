@@ -12,7 +12,7 @@ Traffic   reads as much per FLOP as a product of 256 columns, and x once instead
           10. For gradients it writes gate and up too, 4 bytes, and `down_proj_bwd.py` reads them, 4 bytes: 8 bytes
           against 4 M FLOPs to recompute them, and against tiles with three accumulators instead of one, 64 x 64 of
           each, which read 1.6 times as much from L2 per FLOP. At 800 TFLOP/s and 3 TB/s keeping them is faster from
-          M = 530 on, before that is counted.
+          M = 530 on, even without counting those reads.
 Limits    as `grouped_matmul/pallas_sm90/gmm.py`, M and F for K and J.
 Source    Shazeer, GLU Variants (arXiv:2002.05202), for the formula; else as `grouped_matmul/pallas_sm90/gmm.py`.
 """
@@ -51,7 +51,7 @@ class UpProjInputs(NamedTuple):
 
 
 class UpProjOutputs(NamedTuple):
-    """Outputs of the kernel, in global memory; only h where no gradient is wanted."""
+    """Outputs of the kernel, in global memory; without gradients only h."""
 
     h: Any
     gate: Any = None
@@ -68,15 +68,16 @@ def up_proj(
     save_residuals: bool,
     name: str = "experts_up",
 ) -> UpProjOutputs:
-    """Returns h and, with `save_residuals`, gate and up: [N, F] in x's dtype, zeros in unassigned rows.
+    """Return h and, with `save_residuals`, gate and up: [N, F] in x's dtype, zeros in unassigned rows.
 
     Args:
         x: [N, M], rows sorted by expert.
-        w_gate, w_up: [E, M, F]; M and F multiples of 64.
+        w_gate: [E, M, F]; M and F multiples of 64.
+        w_up: [E, M, F].
         group_sizes: [E] int32.
-        config: See `Sm90GmmConfig`.
-        save_residuals: Whether the backward pass needs gate and up.
-        name: Name of the kernel.
+        config: see `Sm90GmmConfig`.
+        save_residuals: whether the backward pass needs gate and up.
+        name: name of the kernel.
     """
     (N, M), (E, _, F) = x.shape, w_gate.shape
     widths = config.allowed_widths(*TILE_WIDTHS)
@@ -122,6 +123,8 @@ class UpProjKernel:
     block_n: int
 
     def for_each_tile(self, run_tile: Callable[[GmmTile], None]) -> Array:
+        """Run run_tile(tile) for the tiles of this thread block; return the number of pipeline steps."""
+
         def num_steps(_: Array) -> int:
             return pl.cdiv(self.M, BLOCK_K)
 
@@ -131,6 +134,7 @@ class UpProjKernel:
         )
 
     def load(self, tile: GmmTile) -> None:
+        """Load the rows of x and the columns of both weights of a tile, 64 of the contraction per stage."""
         gmem, smem = self.gmem, self.smem
         rows = pl.ds(pl.multiple_of(tile.task.row, TMA_ROWS), BLOCK_M)
         features = pl.ds(tile.column, self.block_n)
@@ -149,6 +153,7 @@ class UpProjKernel:
             self.pipeline.produce(tile.first_step + k, copy)
 
     def compute(self, tile: GmmTile) -> None:
+        """Compute and store a tile, or release its stages if it has no rows of this consumer."""
         rows = tile.warpgroup_rows(self.warpgroup)
         pl.when(rows.count > 0)(functools.partial(self.multiply_and_store, tile, rows))
 
@@ -157,7 +162,7 @@ class UpProjKernel:
             self.pipeline.skip(tile.first_step, tile.num_steps)
 
     def multiply_and_store(self, tile: GmmTile, rows: WarpgroupRows) -> None:
-        """Computes the rows of this consumer and stores them."""
+        """Compute the rows of this consumer and store them."""
 
         def operands(_: Any, slot: Array) -> list[tuple[Any, Any]]:
             x = self.smem.x_smem.at[slot, pl.ds(self.warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)]

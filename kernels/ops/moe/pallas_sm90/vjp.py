@@ -25,24 +25,29 @@ class Sm90ExpertsKernels(NamedTuple):
     config: Sm90GmmConfig
 
     def up_proj(self, x: Array, w_gate: Array, w_up: Array, group_sizes: Array, *, save_residuals: bool) -> list[Array]:
+        """Return h [R, F]; with `save_residuals` gate and up too."""
         outs = up_proj(x, w_gate, w_up, group_sizes, self.config, save_residuals=save_residuals)
         return [match_vma(out, x) for out in outs if out is not None]
 
     def down_proj(self, h: Array, w_down: Array, router_weights: Array, group_sizes: Array) -> Array:
+        """Return y [R, M]."""
         options = {"row_scale": router_weights, "name": "experts_down"}
         return match_vma(gmm.gmm([h], [w_down], group_sizes, self.config, **options), h)
 
     def down_proj_bwd(
         self, dy: Array, w_down: Array, gate: Array, up: Array, router_weights: Array, group_sizes: Array
     ) -> list[Array]:
+        """Return dgate, dup, weighted h [R, F] and the gradients of the router's weights [R]."""
         grads = down_proj_bwd(dy, w_down, gate, up, router_weights, group_sizes, self.config)
         return [match_vma(grad, dy) for grad in grads]
 
     def input_grad(self, dgate: Array, dup: Array, w_gate: Array, w_up: Array, group_sizes: Array) -> Array:
+        """Return dx [R, M]."""
         options = {"transposed": True, "name": "experts_dx"}
         return match_vma(gmm.gmm([dgate, dup], [w_gate, w_up], group_sizes, self.config, **options), dgate)
 
     def weight_grad(self, x: Array, dys: Sequence[Array], group_sizes: Array, name: str) -> list[Array]:
+        """Return x^T dy per group, [E, columns of x, columns of dy], for each dy."""
         # One kernel per dy: x is read again, but the products take longer than all reads if M F / (M + F) is above 270
         # (F of 320 with M of 2048). A tile of both would read as much from L2.
         return [match_vma(tgmm.tgmm(x, dy, group_sizes, self.config, name=name), x) for dy in dys]
