@@ -90,7 +90,7 @@ def time_by_scope(spans: Sequence[Span], names: Mapping[str, str]) -> list[Row]:
     A fused operation counts for the part of its last instruction.
     """
     scopes = [scope_of(span, names) for span in spans]
-    parts = [re.sub(r"\bblock\d+", "block", scope.part) for scope in scopes]
+    parts = [merge_blocks(scope.part) for scope in scopes]
     return _time_rows(spans, parts, [scope.backward for scope in scopes])
 
 
@@ -159,6 +159,11 @@ def parse_scope(op_name: str) -> Scope:
     return Scope("/".join(parts) or NO_SCOPE, backward)
 
 
+def merge_blocks(part: str) -> str:
+    """Return the name that a part has in all blocks together: block/mlp of block3/mlp."""
+    return re.sub(r"\bblock\d+", "block", part)
+
+
 def scope_of(span: Span, names: Mapping[str, str]) -> Scope:
     """Return the scope of one execution."""
     op_name = names.get(_key(span.op)) or span.op_name
@@ -169,29 +174,44 @@ def scopes_plane(spans: Sequence[Span], names: Mapping[str, str]) -> bytes:
     """Return a serialized trace with one plane, "named scopes": the parts of the model over time.
 
     Appended to a trace file it becomes part of that trace, because Protocol Buffers merge concatenated messages. Trace
-    viewers name the operations of a CPU after the compiler's fusions; this plane has the names of the model. Concurrent
-    parts are on separate lines.
+    viewers name the operations of a CPU after the compiler's fusions; this plane has the names of the model: one lane
+    per part, in the order of their first operations, whose events name the block and the pass. Operations of one part
+    less than `MAX_GAP_NS` apart are one event. Where two events of a part overlap, as those of two blocks can, the
+    part has a second lane.
     """
-    lanes: list[list[tuple[str, float, float]]] = []
+    tracks = sorted({span.track for span in spans})
+    parts: dict[str, list[list[tuple[str, float, float]]]] = {}  # name of the lane -> lanes of events
     for span in spans:
         scope = scope_of(span, names)
-        name = scope.part + (" (backward)" if scope.backward else "")
-        same = (lane for lane in lanes if lane[-1][0] == name and 0 <= span.start - lane[-1][2] <= MAX_GAP_NS)
-        free = (lane for lane in lanes if lane[-1][2] <= span.start)
-        if lane := next(same, None):
-            lane[-1] = (name, lane[-1][1], span.end)
-        elif lane := next(free, None):
-            lane.append((name, span.start, span.end))
-        else:
-            lanes.append([(name, span.start, span.end)])
-    ids = {name: i for i, name in enumerate(sorted({name for lane in lanes for name, _, _ in lane}), 1)}
+        title = merge_blocks(scope.part) + (f" on {span.track}" if len(tracks) > 1 else "")
+        _draw(parts.setdefault(title, []), scope.part + (" (backward)" if scope.backward else ""), span.start, span.end)
+    lanes = [
+        (title if i == 1 else f"{title} ({i})", lane)
+        for title, part_lanes in parts.items()
+        for i, lane in enumerate(part_lanes, 1)
+    ]
+    ids = {name: i for i, name in enumerate(sorted({name for _, lane in lanes for name, _, _ in lane}), 1)}
     lines = [
-        f'lines {{ id: {i} name: "part {i}" {" ".join(_event(ids[name], a, b) for name, a, b in lane)} }}'
-        for i, lane in enumerate(lanes, 1)
+        f'lines {{ id: {i} name: "{title}" {" ".join(_event(ids[name], a, b) for name, a, b in lane)} }}'
+        for i, (title, lane) in enumerate(lanes, 1)
     ]
     meta = [f'event_metadata {{ key: {i} value {{ id: {i} name: "{name}" }} }}' for name, i in ids.items()]
     text = f'planes {{ id: 4096 name: "/device:CUSTOM:named scopes" {" ".join(lines + meta)} }}'
     return ProfileData.text_proto_to_serialized_xspace(text)
+
+
+def _draw(lanes: list[list[tuple[str, float, float]]], name: str, start: float, end: float) -> None:
+    """Extend the last event of a lane if it has this name and is close, else append an event to the first free lane."""
+    for lane in lanes:
+        last, begin, until = lane[-1]
+        if last == name and start - until <= MAX_GAP_NS:
+            lane[-1] = (name, begin, max(until, end))
+            return
+    for lane in lanes:
+        if lane[-1][2] <= start:
+            lane.append((name, start, end))
+            return
+    lanes.append([(name, start, end)])
 
 
 def _event(metadata: int, start: float, end: float) -> str:
