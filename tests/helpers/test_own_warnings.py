@@ -41,7 +41,7 @@ def test_deprecated_call_of_a_library_is_ignored(stacklevel):
 
 def test_optax_global_norm_is_an_error_again():
     """optax.global_norm warns in the name of optax, which hid our call of it."""
-    with pytest.raises(DeprecationWarning, match="optax.global_norm is deprecated"):
+    with pytest.raises(DeprecationWarning, match=r"optax\.global_norm is deprecated"):
         function("dantinox.new", "def f(x): return norm(x)", norm=optax.global_norm)({})
     assert "global_norm(grads)" not in train_step.__loader__.get_source(train_step.__name__)
 
