@@ -5,10 +5,12 @@ its own, with one line per stream and one event per kernel. The operations of a 
 host's plane, marked by the statistic `hlo_op`.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 from jax.profiler import ProfileData
@@ -175,20 +177,23 @@ def scopes_plane(spans: Sequence[Span], names: Mapping[str, str]) -> bytes:
 
     Appended to a trace file it becomes part of that trace, because Protocol Buffers merge concatenated messages. Trace
     viewers name the operations of a CPU after the compiler's fusions; this plane has the names of the model: one lane
-    per part, in the order of their first operations, whose events name the block and the pass. Operations of one part
-    less than `MAX_GAP_NS` apart are one event. Where two events of a part overlap, as those of two blocks can, the
-    part has a second lane.
+    per part, in the order of the forward pass, whose events name the block and the pass. Operations of one part at most
+    `MAX_GAP_NS` apart are one event. Where two events of a part overlap, as those of two blocks can, the part has a
+    second lane.
     """
-    tracks = sorted({span.track for span in spans})
-    parts: dict[str, list[list[tuple[str, float, float]]]] = {}  # name of the lane -> lanes of events
+    several = len({span.track for span in spans}) > 1
+    parts: dict[tuple[str, str], list[list[tuple[str, float, float]]]] = {}  # (track, part) -> lanes of events
+    forward: dict[tuple[str, str], list[float]] = {}  # when the operations of the forward pass started
     for span in spans:
         scope = scope_of(span, names)
-        title = merge_blocks(scope.part) + (f" on {span.track}" if len(tracks) > 1 else "")
-        _draw(parts.setdefault(title, []), scope.part + (" (backward)" if scope.backward else ""), span.start, span.end)
+        key = span.track, merge_blocks(scope.part)
+        _draw(parts.setdefault(key, []), scope.part + (" (backward)" if scope.backward else ""), span.start, span.end)
+        forward.setdefault(key, []).extend([] if scope.backward else [span.start])
+    order = sorted(parts, key=lambda key: (key[0], fmean(forward[key] or [math.inf])))
     lanes = [
-        (title if i == 1 else f"{title} ({i})", lane)
-        for title, part_lanes in parts.items()
-        for i, lane in enumerate(part_lanes, 1)
+        (part + (f" on {track}" if several else "") + (f" ({i})" if i > 1 else ""), lane)
+        for track, part in order
+        for i, lane in enumerate(parts[track, part], 1)
     ]
     ids = {name: i for i, name in enumerate(sorted({name for _, lane in lanes for name, _, _ in lane}), 1)}
     lines = [

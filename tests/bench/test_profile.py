@@ -308,6 +308,14 @@ def test_each_part_of_the_model_is_one_lane():
     }
 
 
+def test_lanes_are_in_the_order_of_the_forward_pass():
+    names = {name: f"jit(f)/{name}/mul" for name in ("embed", "norm", "optimizer")}
+    names |= {"mask": "jit(f)/optimizer/mask", "g": "jit(f)/transpose(jvp(embed))/mul"}
+    order = ("mask", "embed", "norm", "g", "optimizer", "optimizer")  # the compiler schedules the mask first
+    spans = [Span(op, "", "cpu:0", 10 * i, 10 * i + 5) for i, op in enumerate(order)]
+    assert list(lanes_of(spans, names)) == ["embed", "norm", "optimizer"]
+
+
 def test_overlapping_events_of_a_part_and_several_devices_have_lanes_of_their_own():
     names = {"a": "jit(f)/block0/norm/mul", "c": "jit(f)/block1/norm/mul"}
     overlapping = [Span("a", "", "gpu:0", 0, 10), Span("c", "", "gpu:0", 5, 15), Span("a", "", "gpu:0", 8, 12)]

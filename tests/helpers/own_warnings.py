@@ -32,6 +32,8 @@ def _package(frame: FrameType | None) -> str:
 def attribute_to_caller() -> None:
     """Replace `warnings.warn`, so that the filters of pyproject.toml see our module where the call is ours."""
     original = warnings.warn
+    if hasattr(original, "__wrapped__"):  # already replaced
+        return
 
     @functools.wraps(original)
     def warn(message: Any, category: Any = None, stacklevel: int = 1, source: Any = None, **options: Any) -> None:
