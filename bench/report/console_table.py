@@ -47,7 +47,7 @@ COLUMNS = {  # name: width
 
 def show(op: str, document: Document, console: Console) -> None:
     """Print the rows of one operation, grouped by workload; the implementations that share the best time are green."""
-    console.print(f"\n[bold]{op}[/]  {head(document)}", highlight=False)
+    console.print(f"\n[bold]{op}[/]  {head(document)}", highlight=False, soft_wrap=True)
     console.print(_grid([list(COLUMNS)], style="dim"))
     for (workload, direction), rows in by_case(document["rows"]).items():
         sizes = f"{rows[0]['dtype']} {rows[0]['sizes']}"
