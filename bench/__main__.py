@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from bench.report import console_table, html_report, results
+from bench.report import console_table, history, html_report, results
 from dantinox import cli
 from dantinox.kernels import workloads
 
@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         paths = results.write(documents, Path(arguments.out))
         report = Path(arguments.html)
         report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(html_report.render(documents, model))
+        histories = history.collect(documents, Path(arguments.out))
+        report.write_text(html_report.render(documents, model, histories))
         console.print(f"\n[dim]{' '.join(map(str, paths))}[/]\nreport: {report}", highlight=False)
     return 0
 

@@ -2,6 +2,7 @@
 
 Kernel times of a GPU are compared as they are. Wall clock on a shared machine drifts, so there the fraction of the
 roofline is compared: both of its terms were taken in the same minute. A change counts beyond 5% and the spread of both.
+Measurements of different CPUs are not compared.
 """
 
 import json
@@ -15,6 +16,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from bench.report import cpu
 from bench.report.results import ROOT, Document, Row, device_folder
 from dantinox import cli, kernels
 
@@ -87,12 +89,21 @@ def latest(folder: Path) -> dict[str, Path]:
     return {op: path for op, path in newest.items() if op not in OTHER_FILES}
 
 
-def committed(commit: str, device: str) -> dict[str, tuple[str, Document]]:
-    """Read (file name, document) of the newest committed file of each operation of a device."""
+def committed(commit: str, device: str) -> dict[str, list[tuple[str, Document]]]:
+    """Read (file name, document) of every committed file of each operation of a device, newest first."""
     listing = _git("ls-tree", "--name-only", commit, f"profiles/{device}/")
-    names = sorted(Path(line).name for line in listing.splitlines() if line[-5:] == ".json")
-    newest = {name[11:-5]: name for name in names if name[:4].isdigit() and name[11:-5] not in OTHER_FILES}
-    return {op: (name, json.loads(_git("show", f"{commit}:profiles/{device}/{name}"))) for op, name in newest.items()}
+    names = sorted((Path(line).name for line in listing.splitlines() if line[-5:] == ".json"), reverse=True)
+    found: dict[str, list[tuple[str, Document]]] = {}
+    for name in names:
+        if name[:4].isdigit() and name[11:-5] not in OTHER_FILES:
+            document = json.loads(_git("show", f"{commit}:profiles/{device}/{name}"))
+            found.setdefault(name[11:-5], []).append((name, document))
+    return found
+
+
+def newest_of_same_cpu(candidates: Sequence[tuple[str, Document]], new: Document) -> tuple[str, Document] | None:
+    """Return the first of (file name, document) that was measured on the CPU of a new document."""
+    return next(((name, document) for name, document in candidates if cpu.same(document, new)), None)
 
 
 def _git(*arguments: str) -> str:
@@ -122,19 +133,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         for op in ops:
             if op not in both:
                 raise ValueError(f"--op {op!r} is not in both measurements; allowed: {', '.join(both) or 'none'}")
-        regressed, compared = False, 0
+        regressed, compared, other_cpus = False, 0, []
         for op in ops:
-            name, before = old[op]
             now = json.loads(new[op].read_text())
+            found = newest_of_same_cpu(old[op], now)
+            if found is None:
+                other_cpus.append(_other_cpu(op, old[op][0], now))
+                continue
+            name, before = found
             if now == before:
                 console.print(f"{op}: {new[op]} is the committed measurement; `make bench` makes a new one")
                 continue
+            if now["platform"] == "cpu" and not cpu.name(now):
+                console.print(f"{op}: neither file names its CPU; the comparison holds only on the same one")
             compared_rows = changes(before, now)
             compared += len(compared_rows)
             regressed |= _show(op, f"{name} ({arguments.commit}) -> {new[op].name}", compared_rows, console)
         if not compared:
-            raise ValueError("nothing new to compare; `make bench` measures")
+            raise ValueError(other_cpus[0] if other_cpus else "nothing new to compare; `make bench` measures")
+        for line in other_cpus:
+            console.print(line, highlight=False, soft_wrap=True)
     return 1 if regressed else 0
+
+
+def _other_cpu(op: str, old: tuple[str, Document], new: Document) -> str:
+    then, now = (cpu.name(document) or "a CPU without a name" for document in (old[1], new))
+    return f"{op} is not compared: {old[0]} was measured on {then}, this one on {now}; commit one of this CPU first"
 
 
 def _show(op: str, title: str, compared: Sequence[Change], console: Console) -> bool:

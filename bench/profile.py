@@ -29,7 +29,7 @@ from dantinox.config import Config, Implementation, presets
 from dantinox.kernels import workloads
 from dantinox.kernels.workloads.types import Decode, Workload
 from dantinox.system import malloc
-from dantinox.training import profile_report
+from dantinox.training import profile_report, profile_table
 
 PROG = "bench.profile"
 STEPS, WARM_UP = 5, 2
@@ -207,13 +207,8 @@ def show(result: dict[str, Any], top: int) -> None:
         part = row["part"] + (" (backward)" if row["backward_ms"] else "")
         table.add_row(row["name"], part, f"{row['count'] / steps:g}", *times, f"{row['share']:.1%}")
     console.print(table)
-    table = Table(title="parts, all blocks together; ms per step")
-    for column in ("part", "ms", "of it backward", "share"):
-        table.add_column(column, justify="left" if column == "part" else "right")
-    for row in result["parts"]:
-        times = (f"{row[name] / steps:.3f}" for name in ("self_ms", "backward_ms"))
-        table.add_row(row["name"], *times, f"{row['share']:.1%}")
-    console.print(table)
+    rows = [profile_report.Row(**row) for row in result["parts"]]
+    console.print(profile_table.parts_table(rows, steps))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

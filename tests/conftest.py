@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import own_warnings
+
 try:
     from hypothesis import settings
 except ModuleNotFoundError:  # a machine with a GPU may have pytest alone, enough for the tests of its kernels
@@ -65,6 +67,7 @@ def pytest_make_parametrize_id(config: pytest.Config, val: Any, argname: str) ->
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    own_warnings.attribute_to_caller()
     # What runs in the background ignores Ctrl-C and hands that on; tests send it, and expect it to be heard.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

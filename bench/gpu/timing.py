@@ -10,6 +10,7 @@ from bench.operations import record, runner
 from bench.operations.roofline import Ceilings
 from bench.operations.timer import clock
 from bench.report import results
+from bench.report.cpu import this_cpu
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Arguments:
 
 def run(arguments: Arguments) -> int:
     """Time the cases in order; return 1 if nothing was measured."""
+    this_cpu()  # the load average of now, before the benchmarks add to it
     start, ceilings = time.monotonic(), Ceilings(clock())
     measured: list[tuple[dict[str, Any], list[float]]] = []
     skipped: list[dict[str, str]] = []

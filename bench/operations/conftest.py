@@ -17,6 +17,7 @@ from bench.operations import record, runner
 from bench.operations.record import Entry
 from bench.operations.roofline import Ceilings
 from bench.operations.timer import clock
+from bench.report.cpu import this_cpu
 from dantinox.kernels import workloads
 from dantinox.system import malloc
 
@@ -78,6 +79,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Set up the allocator and start the clock of the run."""
     malloc.tune_glibc_malloc()
+    this_cpu()  # the load average of now, before the benchmarks add to it
     RUN.progress, RUN.start = config.getoption("--progress"), time.monotonic()
 
 

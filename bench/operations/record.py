@@ -10,6 +10,7 @@ from bench.operations.roofline import Ceilings
 from bench.operations.runner import BenchmarkCase, CaseResult, sweep_coordinate
 from bench.operations.timer import clock
 from bench.report.console_table import duration
+from bench.report.cpu import this_cpu
 
 
 class Entry(NamedTuple):
@@ -89,5 +90,6 @@ def run_facts(ceilings: Ceilings | None, skipped: Sequence[dict[str, str]]) -> d
         "refused": list(skipped),
         "device": jax.devices()[0].device_kind,
         "platform": jax.default_backend(),
+        "cpu": this_cpu(),
         "jax": jax.__version__,
     }

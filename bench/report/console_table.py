@@ -3,7 +3,8 @@
 from rich.console import Console
 from rich.table import Table
 
-from bench.report.results import Document, Row, by_case, fastest
+from bench.report import cpu
+from bench.report.results import Document, Row, by_case, fastest, leaders
 
 SCALES = ((1, "s"), (1e-3, "ms"), (1e-6, "µs"))
 
@@ -24,10 +25,11 @@ def size(count: float) -> str:
 
 
 def head(document: Document) -> str:
-    """Format device, date, versions, timer and ceilings in one line."""
+    """Format device, CPU, date, versions, timer and ceilings in one line."""
     ceilings = ", ".join(f"{name} {value:.3g}" for name, value in document["ceilings"].items())
     versions = ", ".join(f"{name} {value}" for name, value in document["versions"].items())
-    return f"{document['device']} · {document['date']} · {versions} · {document['timer']} · ceilings: {ceilings}"
+    machine = " · ".join(filter(None, (document["device"], cpu.describe(document))))
+    return f"{machine} · {document['date']} · {versions} · {document['timer']} · ceilings: {ceilings}"
 
 
 COLUMNS = {  # name: width
@@ -44,14 +46,14 @@ COLUMNS = {  # name: width
 
 
 def show(op: str, document: Document, console: Console) -> None:
-    """Print the rows of one operation, grouped by workload; the fastest implementation is green."""
-    console.print(f"\n[bold]{op}[/]  {head(document)}", highlight=False)
+    """Print the rows of one operation, grouped by workload; the implementations that share the best time are green."""
+    console.print(f"\n[bold]{op}[/]  {head(document)}", highlight=False, soft_wrap=True)
     console.print(_grid([list(COLUMNS)], style="dim"))
     for (workload, direction), rows in by_case(document["rows"]).items():
         sizes = f"{rows[0]['dtype']} {rows[0]['sizes']}"
         console.print(f"[bold]{workload}[/], {direction}  [dim]{sizes}[/]", highlight=False)
-        best = fastest(rows)
-        console.print(_grid([_cells(row, best) for row in rows]))
+        best, leading = fastest(rows), leaders(rows)
+        console.print(_grid([_cells(row, best, row["implementation"] in leading) for row in rows]))
     reasons: dict[tuple[str, str], int] = {}
     for skipped in document["refused"]:
         key = (skipped["implementation"], skipped["why"])
@@ -70,8 +72,8 @@ def _grid(rows: list[list[str]], style: str = "") -> Table:
     return grid
 
 
-def _cells(row: Row, best: float) -> list[str]:
-    mark, end = ("[green]", "[/]") if row["seconds"] == best else ("", "")
+def _cells(row: Row, best: float, leads: bool) -> list[str]:
+    mark, end = ("[green]", "[/]") if leads else ("", "")
     return [
         f"  {mark}{row['implementation']}{end}",
         f"{mark}{duration(row['seconds'])}{end}",

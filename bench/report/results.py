@@ -5,9 +5,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
+
+from bench.report import cpu
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,11 +49,12 @@ class SkippedRow(TypedDict):
 
 
 class Document(TypedDict):
-    """All results of one operation."""
+    """All results of one operation; files of earlier versions have no `cpu`."""
 
     date: str
     device: str
     platform: str
+    cpu: NotRequired[cpu.CPU]
     timer: str
     versions: dict[str, str]
     ceilings: dict[str, float]
@@ -88,6 +91,7 @@ def documents(
         "date": str(date or datetime.date.today()),
         "device": run["device"],
         "platform": run["platform"],
+        **({"cpu": run["cpu"]} if "cpu" in run else {}),
         "timer": run["timer"],
         "versions": {"jax": run["jax"]},
         "ceilings": {name: _round(value) for name, value in run["ceilings"].items()},
@@ -127,7 +131,7 @@ def _round(value: float) -> float:
 def write(documents: Mapping[str, Document], profiles: Path) -> list[Path]:
     """Save each operation's document as profiles/<device>/<date>-<op>.json.
 
-    If the file exists and has the same versions and timer, its rows that were not measured again stay.
+    If the file exists and has the same device, CPU, versions and timer, its rows that were not measured again stay.
 
     Returns:
         The paths of the files.
@@ -149,7 +153,9 @@ def _row_key(row: Row | SkippedRow) -> tuple[str, str, str]:
 def _merge(path: Path, document: Document) -> Document:
     """Add the rows of an existing file that the document does not have."""
     existing = json.loads(path.read_text()) if path.exists() else {}
-    if any(existing.get(name) != document[name] for name in ("device", "versions", "timer")):
+    if any(existing.get(name) != document[name] for name in ("device", "platform", "versions", "timer")):
+        return document
+    if not cpu.same(existing, document):
         return document
     measured = {_row_key(row) for name in ("rows", "refused") for row in document[name]}
     merged = {
@@ -179,5 +185,29 @@ def by_case(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
 
 def fastest(rows: Sequence[Row]) -> float:
     """Seconds of the fastest implementation; rows without an error compute something else and do not count."""
-    comparable = [row for row in rows if row["error"] is not None]
-    return min(row["seconds"] for row in comparable or rows)
+    return min(row["seconds"] for row in _rivals(rows))
+
+
+def leaders(rows: Sequence[Row]) -> list[str]:
+    """Implementations that share the best time.
+
+    One is the best alone if its distance to every other one exceeds both spreads together (half an interquartile range
+    each). Empty if there is nothing to compare.
+    """
+    rivals = _rivals(rows)
+    if len(rivals) < 2:
+        return []
+    best = min(rivals, key=_seconds)
+    return [row["implementation"] for row in rivals if row["seconds"] - best["seconds"] <= _noise(row) + _noise(best)]
+
+
+def _rivals(rows: Sequence[Row]) -> Sequence[Row]:
+    return [row for row in rows if row["error"] is not None] or rows
+
+
+def _seconds(row: Row) -> float:
+    return row["seconds"]
+
+
+def _noise(row: Row) -> float:
+    return row["seconds"] * row["spread"] / 2

@@ -114,10 +114,13 @@ def train(config: Config, resume: bool = False) -> Path:
         with open_atomic(run / name) as file:
             file.write(content.encode())
     trainer.corpus.tokenizer.save(run)
+    tokens_per_step = config.train.batch_size * config.train.seq_len
     with (
         wandb_logger.WandbLogger(run, config, resume) if config.train.wandb else contextlib.nullcontext() as tracker,
         contextlib.closing(Checkpoints(run, config.train.max_checkpoints)) as checkpoints,
-        contextlib.closing(metrics_log.MetricsLog(run, start_step if resume else None, tracker)) as log,
+        contextlib.closing(
+            metrics_log.MetricsLog(run, start_step if resume else None, tracker, tokens_per_step)
+        ) as log,
     ):
         loop = Loop(trainer, run, checkpoints, log, resume_command(config), progress)
         loop.run(trainer.init_state() if state is None else state, start_step)

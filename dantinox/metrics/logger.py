@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,20 @@ import jax.numpy as jnp
 
 from dantinox.metrics.wandb_logger import WandbLogger
 from dantinox.system.atomic_io import open_atomic
+
+# TensorBoard shows tags with one prefix as one group; names with a prefix of their own (router/entropy.0) keep it.
+TAGS = {
+    "loss": "train/loss",
+    "skipped": "train/skipped_batches",
+    "val_loss": "val/loss",
+    "lr": "rate/learning_rate",
+    "tokens_per_s": "rate/tokens_per_second",
+    "mfu": "rate/mfu",
+    "grad_norm": "norm/gradient",
+    "balance": "router/balance",
+    "router_z": "router/z",
+}
+STEP_TIME = "rate/step_milliseconds"
 
 
 def matmul_rate(dtype: str, size: int | None = None, repeats: int = 8) -> float:
@@ -29,15 +43,25 @@ def matmul_rate(dtype: str, size: int | None = None, repeats: int = 8) -> float:
 
 
 class MetricsLog:
-    """Writes metrics to metrics.jsonl, one JSON object per line, to TensorBoard and to W&B."""
+    """Writes metrics to metrics.jsonl, one JSON object per line, to TensorBoard and to W&B.
 
-    def __init__(self, run: Path, resume_at: int | None = None, tracker: WandbLogger | None = None) -> None:
+    metrics.jsonl and W&B have the names of the row, TensorBoard has `TAGS`.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        resume_at: int | None = None,
+        tracker: WandbLogger | None = None,
+        tokens_per_step: int | None = None,
+    ) -> None:
         """Open the files.
 
         Args:
             run: folder of the run.
             resume_at: keep rows up to this step, the resumed run writes later ones again; None: a new run.
             tracker: logger of W&B.
+            tokens_per_step: TensorBoard then shows the time per step, too.
         """
         # The writer of TensorBoard needs no TensorFlow.
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -49,6 +73,7 @@ class MetricsLog:
         self._file = path.open("a")
         self._events = EventFileWriter(str(run / "tensorboard"))
         self._tracker = tracker
+        self._tokens_per_step = tokens_per_step
         if resume_at is not None:
             self._purge_events(resume_at + 1)
 
@@ -57,7 +82,8 @@ class MetricsLog:
         self._file.write(json.dumps({name: value if math.isfinite(value) else None for name, value in row.items()}))
         self._file.write("\n")
         self._file.flush()
-        self._add_event(row["step"], [_scalar(name, value) for name, value in row.items() if name != "step"])
+        scalars = tensorboard_scalars(row, self._tokens_per_step)
+        self._add_event(row["step"], [_scalar(tag, value) for tag, value in scalars.items()])
         if self._tracker is not None:
             self._tracker.write(row)
 
@@ -85,6 +111,18 @@ class MetricsLog:
             self._file.close()
         finally:
             self._events.close()
+
+
+def tensorboard_scalars(row: Mapping[str, float], tokens_per_step: int | None = None) -> dict[str, float]:
+    """Return the scalars of a row by their TensorBoard tag, which is GROUP/NAME."""
+    scalars = {_tag(name): value for name, value in row.items() if name != "step"}
+    if tokens_per_step and row.get("tokens_per_s"):
+        scalars[STEP_TIME] = tokens_per_step / row["tokens_per_s"] * 1e3
+    return scalars
+
+
+def _tag(name: str) -> str:
+    return TAGS.get(name, name if "/" in name else f"train/{name}")
 
 
 def _scalar(tag: str, value: float) -> Any:

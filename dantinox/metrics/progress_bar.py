@@ -4,6 +4,7 @@ import time
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
 
 
 class ProgressLine:
@@ -58,3 +59,7 @@ class ProgressLine:
     def print_line(self, text: str) -> None:
         """Print a line above the bar."""
         self.console.print(text, markup=False)
+
+    def print_table(self, table: Table) -> None:
+        """Print a table above the bar."""
+        self.console.print(table, soft_wrap=False)

@@ -5,10 +5,12 @@ its own, with one line per stream and one event per kernel. The operations of a 
 host's plane, marked by the statistic `hlo_op`.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 from jax.profiler import ProfileData
@@ -90,7 +92,7 @@ def time_by_scope(spans: Sequence[Span], names: Mapping[str, str]) -> list[Row]:
     A fused operation counts for the part of its last instruction.
     """
     scopes = [scope_of(span, names) for span in spans]
-    parts = [re.sub(r"\bblock\d+", "block", scope.part) for scope in scopes]
+    parts = [merge_blocks(scope.part) for scope in scopes]
     return _time_rows(spans, parts, [scope.backward for scope in scopes])
 
 
@@ -159,6 +161,11 @@ def parse_scope(op_name: str) -> Scope:
     return Scope("/".join(parts) or NO_SCOPE, backward)
 
 
+def merge_blocks(part: str) -> str:
+    """Return the name that a part has in all blocks together: block/mlp of block3/mlp."""
+    return re.sub(r"\bblock\d+", "block", part)
+
+
 def scope_of(span: Span, names: Mapping[str, str]) -> Scope:
     """Return the scope of one execution."""
     op_name = names.get(_key(span.op)) or span.op_name
@@ -169,29 +176,47 @@ def scopes_plane(spans: Sequence[Span], names: Mapping[str, str]) -> bytes:
     """Return a serialized trace with one plane, "named scopes": the parts of the model over time.
 
     Appended to a trace file it becomes part of that trace, because Protocol Buffers merge concatenated messages. Trace
-    viewers name the operations of a CPU after the compiler's fusions; this plane has the names of the model. Concurrent
-    parts are on separate lines.
+    viewers name the operations of a CPU after the compiler's fusions; this plane has the names of the model: one lane
+    per part, in the order of the forward pass, whose events name the block and the pass. Operations of one part at most
+    `MAX_GAP_NS` apart are one event. Where two events of a part overlap, as those of two blocks can, the part has a
+    second lane.
     """
-    lanes: list[list[tuple[str, float, float]]] = []
+    several = len({span.track for span in spans}) > 1
+    parts: dict[tuple[str, str], list[list[tuple[str, float, float]]]] = {}  # (track, part) -> lanes of events
+    forward: dict[tuple[str, str], list[float]] = {}  # when the operations of the forward pass started
     for span in spans:
         scope = scope_of(span, names)
-        name = scope.part + (" (backward)" if scope.backward else "")
-        same = (lane for lane in lanes if lane[-1][0] == name and 0 <= span.start - lane[-1][2] <= MAX_GAP_NS)
-        free = (lane for lane in lanes if lane[-1][2] <= span.start)
-        if lane := next(same, None):
-            lane[-1] = (name, lane[-1][1], span.end)
-        elif lane := next(free, None):
-            lane.append((name, span.start, span.end))
-        else:
-            lanes.append([(name, span.start, span.end)])
-    ids = {name: i for i, name in enumerate(sorted({name for lane in lanes for name, _, _ in lane}), 1)}
+        key = span.track, merge_blocks(scope.part)
+        _draw(parts.setdefault(key, []), scope.part + (" (backward)" if scope.backward else ""), span.start, span.end)
+        forward.setdefault(key, []).extend([] if scope.backward else [span.start])
+    order = sorted(parts, key=lambda key: (key[0], fmean(forward[key] or [math.inf])))
+    lanes = [
+        (part + (f" on {track}" if several else "") + (f" ({i})" if i > 1 else ""), lane)
+        for track, part in order
+        for i, lane in enumerate(parts[track, part], 1)
+    ]
+    ids = {name: i for i, name in enumerate(sorted({name for _, lane in lanes for name, _, _ in lane}), 1)}
     lines = [
-        f'lines {{ id: {i} name: "part {i}" {" ".join(_event(ids[name], a, b) for name, a, b in lane)} }}'
-        for i, lane in enumerate(lanes, 1)
+        f'lines {{ id: {i} name: "{title}" {" ".join(_event(ids[name], a, b) for name, a, b in lane)} }}'
+        for i, (title, lane) in enumerate(lanes, 1)
     ]
     meta = [f'event_metadata {{ key: {i} value {{ id: {i} name: "{name}" }} }}' for name, i in ids.items()]
     text = f'planes {{ id: 4096 name: "/device:CUSTOM:named scopes" {" ".join(lines + meta)} }}'
     return ProfileData.text_proto_to_serialized_xspace(text)
+
+
+def _draw(lanes: list[list[tuple[str, float, float]]], name: str, start: float, end: float) -> None:
+    """Extend the last event of a lane if it has this name and is close, else append an event to the first free lane."""
+    for lane in lanes:
+        last, begin, until = lane[-1]
+        if last == name and start - until <= MAX_GAP_NS:
+            lane[-1] = (name, begin, max(until, end))
+            return
+    for lane in lanes:
+        if lane[-1][2] <= start:
+            lane.append((name, start, end))
+            return
+    lanes.append([(name, start, end)])
 
 
 def _event(metadata: int, start: float, end: float) -> str:

@@ -118,7 +118,7 @@ def make_train_step(
             totals, _ = jax.lax.scan(accumulate, zeros, (inputs, targets, jnp.arange(A)))
             metrics, grads = jax.tree.map(lambda x: x / A, totals)
         with jax.named_scope("optimizer"):
-            grad_norm = optax.global_norm(grads)
+            grad_norm = optax.tree.norm(grads)
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)

@@ -286,10 +286,42 @@ def test_scopes_are_found_in_a_compiled_program():
     assert Scope("square", True) in {profile_report.parse_scope(name) for name in names.values()}
 
 
-def test_concurrent_operations_are_drawn_on_two_lines():
-    names = {"a": "jit(f)/block0/norm/mul", "b": "jit(f)/transpose(jvp(block0))/mlp/mul"}
-    spans = [Span("a", "", "cpu", 0, 10), Span("a", "", "cpu", 12, 20), Span("b", "", "cpu", 15, 30)]
+def lanes_of(spans, names):
     data = jax.profiler.ProfileData.from_serialized_xspace(profile_report.scopes_plane(spans, names))
     (plane,) = data.planes
-    drawn = [[(e.name, e.start_ns, e.duration_ns) for e in line.events] for line in plane.lines]
-    assert drawn == [[("block0/norm", 0, 20)], [("block0/mlp (backward)", 15, 15)]]
+    assert plane.name == "/device:CUSTOM:named scopes"
+    return {line.name: [(e.name, e.start_ns, e.duration_ns) for e in line.events] for line in plane.lines}
+
+
+def test_each_part_of_the_model_is_one_lane():
+    names = {"a": "jit(f)/block0/norm/mul", "b": "jit(f)/transpose(jvp(block0))/mlp/mul", "c": "jit(f)/block1/norm/mul"}
+    spans = [
+        Span("a", "", "cpu:0", 0, 10),
+        Span("a", "", "cpu:0", 12, 20),  # close: one event
+        Span("b", "", "cpu:0", 15, 30),
+        Span("c", "", "cpu:0", 40, 50),
+        Span("a", "", "cpu:0", 60, 70),  # after another block's: an event of its own
+    ]
+    assert lanes_of(spans, names) == {
+        "block/norm": [("block0/norm", 0, 20), ("block1/norm", 40, 10), ("block0/norm", 60, 10)],
+        "block/mlp": [("block0/mlp (backward)", 15, 15)],
+    }
+
+
+def test_lanes_are_in_the_order_of_the_forward_pass():
+    names = {name: f"jit(f)/{name}/mul" for name in ("embed", "norm", "optimizer")}
+    names |= {"mask": "jit(f)/optimizer/mask", "g": "jit(f)/transpose(jvp(embed))/mul"}
+    order = ("mask", "embed", "norm", "g", "optimizer", "optimizer")  # the compiler schedules the mask first
+    spans = [Span(op, "", "cpu:0", 10 * i, 10 * i + 5) for i, op in enumerate(order)]
+    assert list(lanes_of(spans, names)) == ["embed", "norm", "optimizer"]
+
+
+def test_overlapping_events_of_a_part_and_several_devices_have_lanes_of_their_own():
+    names = {"a": "jit(f)/block0/norm/mul", "c": "jit(f)/block1/norm/mul"}
+    overlapping = [Span("a", "", "gpu:0", 0, 10), Span("c", "", "gpu:0", 5, 15), Span("a", "", "gpu:0", 8, 12)]
+    assert lanes_of(overlapping, names) == {
+        "block/norm": [("block0/norm", 0, 12)],
+        "block/norm (2)": [("block1/norm", 5, 10)],
+    }
+    devices = [Span("a", "", "gpu:0", 0, 10), Span("a", "", "gpu:1", 0, 10)]
+    assert lanes_of(devices, names).keys() == {"block/norm on gpu:0", "block/norm on gpu:1"}

@@ -90,7 +90,7 @@ SHARDED = """
     draw = lambda heads, n: jnp.float32(rng.standard_normal((4, 20, heads, n)))
     inputs = draw(4, 8), draw(2, 8), draw(2, 8), draw(4, 1)
     ids = jnp.asarray(rng.integers(0, 2, (4, 20)).cumsum(1))
-    quick = functools.partial(jax.jit, compiler_options=tolerance.FAST)
+    quick = functools.partial(jax.jit, compiler_options=tolerance.FAST_COMPILE_OPTIONS)
 
     def run(q, k, v, gate, ids):
         f = lambda *x: kernels.attention(*x[:3], gate=x[3], window=9, segment_ids=ids, implementation="pallas")

@@ -69,9 +69,16 @@ def test_run_writes_every_documented_file(finished):
 def test_tensorboard_shows_scalars_samples_and_trace(finished):
     folder = finished[0] / "runs" / "whole" / "tensorboard"
     events = EventAccumulator(str(folder)).Reload()
-    for name in ("loss", "grad_norm", "lr", "router/load_max.0", "router/entropy.0", "router/dropped.0"):
-        assert [event.step for event in events.Scalars(name)] == list(range(1, 7)), name
-    assert [event.step for event in events.Scalars("val_loss")] == [3, 6]
+    rows = read_metrics(folder.parent / "metrics.jsonl")
+    assert {tag.split("/")[0] for tag in events.Tags()["scalars"]} == {"train", "val", "rate", "norm", "router"}
+    for name, tag in (("loss", "train/loss"), ("grad_norm", "norm/gradient"), ("lr", "rate/learning_rate")):
+        assert [event.step for event in events.Scalars(tag)] == list(range(1, 7)), tag
+        assert [event.value for event in events.Scalars(tag)] == pytest.approx([row[name] for row in rows]), tag
+    for name in ("router/load_max.0", "router/entropy.0", "router/dropped.0", "router/balance", "router/z"):
+        assert len(events.Scalars(name)) == 6, name
+    rates = zip(events.Scalars("rate/tokens_per_second"), events.Scalars("rate/step_milliseconds"), strict=True)
+    assert all(speed.value * took.value / 1e3 == pytest.approx(4 * 16, rel=1e-4) for speed, took in rates)
+    assert [event.step for event in events.Scalars("val/loss")] == [3, 6]
     assert "sample" in events.Tags()["tensors"]
     assert list(folder.glob("plugins/profile/*/*.xplane.pb"))
     if platform.machine() == "aarch64":
@@ -85,10 +92,32 @@ def test_tensorboard_shows_scalars_samples_and_trace(finished):
     (ours,) = (pid for pid, name in planes.items() if name.endswith("named scopes"))
     drawn = {event["name"] for event in traced if event["pid"] == ours and event["ph"] == "X"}
     assert drawn >= {"block0/attention/attend", "block0/moe/experts (backward)", "logits", "optimizer"}
+    lanes = {e["tid"]: e["args"]["name"] for e in traced if e["pid"] == ours and e.get("name") == "thread_name"}
+    for event in (e for e in traced if e["pid"] == ours and e["ph"] == "X"):
+        part = event["name"].removesuffix(" (backward)").replace("block0", "block")
+        assert re.fullmatch(re.escape(part) + r"( \(\d+\))?", lanes[event["tid"]]), event  # a lane per part
     steps = {event["name"]: event for event in traced if re.fullmatch(r"train \d+", event.get("name", ""))}
     assert set(steps) == {"train 2", "train 3"}
     inside = [e for e in traced if e["pid"] == ours and e.get("name") == "optimizer"]
     assert inside and all(any(s["ts"] <= e["ts"] <= s["ts"] + s["dur"] for s in steps.values()) for e in inside)
+
+
+def test_metrics_file_keeps_its_names(finished):
+    """Runs of earlier versions resume, and sweeps read these."""
+    rows = read_metrics(finished[0] / "runs" / "whole" / "metrics.jsonl")
+    names = {"step", "loss", "grad_norm", "lr", "tokens_per_s", "mfu", "val_loss", "balance", "router_z"}
+    assert {name for row in rows for name in row if not name.startswith("router/")} == names
+
+
+def test_profile_steps_end_with_the_table_of_parts_and_the_path(finished):
+    folder, out = finished
+    table = out[out.index("parts, all blocks together; ms per step") : out.index("traced steps 2 to 3: ")]
+    for part in ("block/attention/attend", "block/moe/experts", "logits", "optimizer"):
+        (line,) = (line for line in table.splitlines() if f" {part} " in line)
+        ms, backward, share = re.findall(r"[\d.]+", line.split(part)[1])
+        assert 0 <= float(backward) <= float(ms) and float(share) > 0
+    path, logdir = re.search(r"traced steps 2 to 3: (.+)\nlook at it: tensorboard --logdir (.+)", out).groups()
+    assert (folder / path).is_file() and path.endswith(".xplane.pb") and logdir == "runs"
 
 
 def test_load_returns_the_trained_model(finished):
