@@ -104,14 +104,14 @@ WRONG = {
     "--op attentoin --spec nano": r"op is 'attentoin'; allowed: attention, decode_attention, grouped_matmul, moe_mlp",
     "--op attention --spec nan": r"attention has no spec 'nan'; allowed: .*nano",
     "--op attention": r"attention has no spec ''; allowed: .*nano",
-    "--op attention --spec nano --implementation cuda": r"'cuda' for argument '--implementation'",
+    "--op attention --spec nano --implementation cuda": r"implementation is 'cuda'; allowed: auto, reference",
     "--op attention --spec nano --preset dante": r"--preset is about training and --op about one operation",
     "--op decode_attention --spec grouped --backward": r"decode_attention has no backward pass",
     "--spec nano": r"--spec is about one operation; add --op",
     "--preset nanno": r"preset is 'nanno'.*nano",
     "--steps 0": r"steps is 0",
     "--top 0": r"top is 0; allowed: 1 or more",
-    "--attn cuda": r"'cuda' for argument '--attn'",
+    "--attn cuda": r"attn is 'cuda'; allowed: auto, reference",
 }
 
 

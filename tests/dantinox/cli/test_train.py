@@ -196,7 +196,7 @@ WRONG = {
     "--profile-steps 5": r"profile_steps is '5'; allowed: FIRST:LAST",
     "--attn triton --steps 1": r"attention: implementation='triton' cannot run here: ",
     "--moe triton --n-experts 4 --steps 1": r"moe_mlp: implementation='triton' cannot run here: ",
-    "--attn cuda": r"'cuda' for argument '--attn'",
+    "--attn cuda": r"attn is 'cuda'; allowed: auto, reference",
 }
 
 
