@@ -67,9 +67,9 @@ def build(case: Case) -> Program:
 
 def _implementation(workload: workloads.Workload, implementation: str) -> Callable[..., Any]:
     operation = getattr(kernels, workload.op)
-    if implementation in tutorial.STEPS:
-        attention = tutorial.load_step(implementation)
-        return lambda inputs, aux: attention(**inputs, **aux, **workload.options())
+    if implementation in tutorial.steps(workload.op):
+        step = tutorial.load_step(workload.op, implementation)
+        return lambda inputs, aux: step(**inputs, **aux, **workload.options())
 
     def call(inputs: dict[str, jax.Array], aux: dict[str, Any]) -> Any:
         return operation(**inputs, **aux, **workload.options(), implementation=implementation)
