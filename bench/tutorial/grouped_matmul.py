@@ -53,7 +53,7 @@ Product = Callable[..., jax.Array]
 
 def measure(budget: float, compiler: Path | None) -> dict[str, Any]:
     """Check, time and compile every step; see `bench.tutorial`."""
-    kernel_common.interpret()  # raises on a GPU
+    kernel_common.call_options()  # raises on a GPU
     rows = time_rows(budget)
     for name in (*steps.STEPS, TWICE):
         if "refused" not in rows[name]:

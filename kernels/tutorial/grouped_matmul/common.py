@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
 from dantinox.kernels import validation
 from dantinox.kernels.dispatch import current_device
@@ -32,8 +33,8 @@ def find_group(ends: Array, index: Array) -> Array:
     return jnp.sum(ends <= index[:, None], axis=1, dtype=jnp.int32)
 
 
-def interpret() -> bool:
-    """Whether XLA interprets the kernel, operation by operation.
+def call_options() -> dict[str, Any]:
+    """Options of every `pallas_call`: how much VMEM it may use, and whether XLA interprets it, as on a CPU.
 
     Raises:
         NotImplementedError: this device can neither compile nor interpret the kernel.
@@ -41,7 +42,8 @@ def interpret() -> bool:
     platform = current_device().platform
     if platform not in ("cpu", "tpu"):
         raise NotImplementedError(f"these kernels run on TPUs, and interpreted on a CPU; this device is a {platform}")
-    return platform == "cpu"
+    params = pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT)
+    return {"compiler_params": params, "interpret": platform == "cpu"}
 
 
 def check(x: Array, w: Array, group_sizes: Array, row_tile: int = 16, **unsupported: Any) -> Array:

@@ -21,14 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dantinox.kernels.tutorial.grouped_matmul.common import (
-    VMEM_LIMIT,
-    check,
-    dot,
-    group_offsets,
-    interpret,
-    row_index,
-)
+from dantinox.kernels.tutorial.grouped_matmul.common import call_options, check, dot, group_offsets, row_index
 
 Array = jax.Array
 
@@ -50,8 +43,7 @@ def grouped_matmul(x: Array, w: Array, group_sizes: Array, **unsupported: None) 
             pl.BlockSpec((None, M, F), lambda e: (e, 0, 0)),
         ],
         out_specs=pl.BlockSpec((N, F), lambda e: (0, 0)),
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT),
-        interpret=interpret(),
+        **call_options(),
         name="dense",
     )
     return kernel(group_offsets(group_sizes), x, w)

@@ -24,14 +24,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dantinox.kernels.tutorial.grouped_matmul.common import (
-    VMEM_LIMIT,
-    check,
-    dot,
-    group_offsets,
-    interpret,
-    row_index,
-)
+from dantinox.kernels.tutorial.grouped_matmul.common import call_options, check, dot, group_offsets, row_index
 
 Array = jax.Array
 
@@ -53,8 +46,7 @@ def grouped_matmul(x: Array, w: Array, group_sizes: Array, *, row_tile: int = 12
             pl.BlockSpec((None, M, F), lambda i, e: (e, 0, 0)),
         ],
         out_specs=pl.BlockSpec((row_tile, F), lambda i, e: (i, 0)),
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT),
-        interpret=interpret(),
+        **call_options(),
         name="row_tiles",
     )
     return kernel(group_offsets(group_sizes), x, w)

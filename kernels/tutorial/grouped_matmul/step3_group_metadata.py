@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dantinox.kernels.tutorial.grouped_matmul.common import VMEM_LIMIT, check, dot, find_group, group_offsets, interpret
+from dantinox.kernels.tutorial.grouped_matmul.common import call_options, check, dot, find_group, group_offsets
 
 Array = jax.Array
 
@@ -64,8 +64,7 @@ def grouped_matmul(x: Array, w: Array, group_sizes: Array, *, row_tile: int = 12
         _kernel,
         out_shape=jax.ShapeDtypeStruct((layout.source.size, F), x.dtype),
         grid_spec=grid_spec,
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT),
-        interpret=interpret(),
+        **call_options(),
         name="group_metadata",
     )
     y = kernel(layout.group, x[layout.source], w)[layout.place]

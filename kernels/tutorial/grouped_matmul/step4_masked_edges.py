@@ -27,12 +27,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dantinox.kernels.tutorial.grouped_matmul.common import (
-    VMEM_LIMIT,
+    call_options,
     check,
     dot,
     find_group,
     group_offsets,
-    interpret,
     row_index,
 )
 
@@ -69,8 +68,7 @@ def grouped_matmul(x: Array, w: Array, group_sizes: Array, *, row_tile: int = 12
         functools.partial(_kernel, E=E),
         out_shape=jax.ShapeDtypeStruct((N, F), x.dtype),
         grid_spec=grid_spec,
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT),
-        interpret=interpret(),
+        **call_options(),
         name="masked_edges",
     )
     return kernel(tasks, x, w)

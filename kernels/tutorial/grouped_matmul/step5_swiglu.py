@@ -2,7 +2,7 @@
 
 Math      y[n] = silu(gate) * up,  gate = x[n] w[e],  up = x[n] w_up[e] for row n of group e;  silu(z) = z / (1 + e^-z)
           without w_up  y[n] = gate
-Tiling    as step 4; a task multiplies its tile of x with a tile of each weight:
+Tiling    grid (tasks,), as in step 4; a task multiplies its tile with both weights of its group:
 
               rows          ├──── 0 ───┼─ 1 ─┼──── 3 ────┤ unassigned
               tile i        [  0  ][  1  ][  2  ][  3  ][  4  ]
@@ -28,13 +28,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dantinox.kernels.tutorial.grouped_matmul.common import (
-    VMEM_LIMIT,
+    call_options,
     check,
     check_second_weight,
     dot,
     find_group,
     group_offsets,
-    interpret,
     row_index,
 )
 
@@ -72,8 +71,7 @@ def grouped_matmul(x: Array, w: Array, group_sizes: Array, *, w_up: Array | None
         functools.partial(_kernel, E=E),
         out_shape=jax.ShapeDtypeStruct((N, F), x.dtype),
         grid_spec=grid_spec,
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT),
-        interpret=interpret(),
+        **call_options(),
         name="swiglu",
     )
     return kernel(tasks, x, *weights)
