@@ -22,6 +22,8 @@ from bench.report.console_table import duration, size
 from bench.tutorial import common
 from dantinox import reference
 from dantinox.kernels import workloads
+from dantinox.kernels.dispatch import Device
+from dantinox.kernels.ops.grouped_matmul.pallas_tpu import block_sizes
 from dantinox.kernels.tutorial import grouped_matmul as steps
 from dantinox.kernels.tutorial.grouped_matmul import common as kernel_common
 from dantinox.kernels.tutorial.grouped_matmul.step3_group_metadata import pad_groups
@@ -198,10 +200,40 @@ def compile_rows(compiler: Path) -> dict[str, Row]:
             )
             rows[name] = {key: kernel[key] for key in ("bundles", "spills", "fills", "mxu_share", "vmem_bytes")}
             rows[name]["bundles_of_all_steps"] = executed_bundles(name, kernel["name"], text)
-    rows["pallas"] |= {"weight_bytes": int(np.count_nonzero(SIZES)) * WORKLOAD.M * WORKLOAD.F * ITEMSIZE}
+    rows["pallas"] |= count_pallas_work()
     if rows["masked_edges"].get("bundles_of_all_steps"):
         rows[TWICE] = {"bundles_of_all_steps": 2 * rows["masked_edges"]["bundles_of_all_steps"]}
     return rows
+
+
+def count_pallas_work() -> Row:
+    """Count for our TPU kernel what `count_work` counts for a step. It multiplies chunks of a tile, not full tiles."""
+    N, M, F = WORKLOAD.N, WORKLOAD.M, WORKLOAD.F
+    blocks = block_sizes.gmm_block_sizes(
+        Device(common.TARGET.platform, common.TARGET.kind),
+        N,
+        WORKLOAD.E,
+        M,
+        F,
+        num_x=1,
+        num_w=1,
+        num_matrices=1,
+        transposed=False,
+        itemsize=ITEMSIZE,
+        has_epilogue=False,
+    )
+    num_visits, num_chunks = (
+        int(list_tasks(jnp.asarray(SIZES), N, rows)[0]) for rows in (blocks.block_m, blocks.block_m_sub)
+    )
+    column_blocks = -(-F // blocks.block_n)
+    if blocks.block_k < M:  # the weights would be read in several steps
+        return {}
+    return {
+        "steps": column_blocks * num_visits,
+        "pairs_ratio": round(num_chunks * blocks.block_m_sub / int(SIZES.sum()), 3),
+        "weight_bytes": int(np.count_nonzero(SIZES)) * M * F * ITEMSIZE,
+        "row_bytes": (column_blocks * N * M + N * F) * ITEMSIZE,
+    }
 
 
 def executed_bundles(name: str, kernel: str, text: str) -> int | None:
