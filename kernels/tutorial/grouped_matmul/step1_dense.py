@@ -11,7 +11,7 @@ Traffic   x and y once, each group's weights once, of groups without rows too. T
           rows. 2 E N M F FLOPs, E times what is needed. The chip holds x, y and the weights of two groups.
 Limits    float32, bfloat16; float16 only interpreted. Any N, M, F, E whose x and y fit; compiled, the program is
           unrolled over N M F. NotImplementedError: w_up. ValueError: other shapes and dtypes.
-Source    The same in XLA, a masked product per group, is `lax.ragged_dot` on a CPU; masked dense experts.
+Source    XLA's `lax.ragged_dot` multiplies every row with the weights of every group too, on a CPU.
 """
 
 from typing import Any

@@ -13,7 +13,7 @@ Traffic   the weights of each group with rows once, because its tiles follow eac
           rows reads and writes them. Up to row_tile - 1 copied rows per group. 2 M F FLOPs per padded row.
 Limits    float32, bfloat16; float16 only interpreted. Any N, E, and M, F whose weights fit. NotImplementedError: w_up.
           ValueError: other shapes and dtypes; tiles that are not multiples of 16.
-Source    Pallas: scalar prefetch, grids of dynamic size; vLLM and SGLang pad the rows of experts the same way.
+Source    Pallas: scalar prefetch, grids of dynamic size; vLLM's fused experts pad each expert to full tiles.
 """
 
 from typing import Any, NamedTuple

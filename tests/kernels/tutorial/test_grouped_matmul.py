@@ -31,7 +31,7 @@ CASES = {
     "127": row(60, 67),
     "129, all to the first": row(129, 0, 0, 0),
     "129, all to the last": row(0, 0, 0, 129),
-    "129, empty groups": row(0, 50, 0, 79),
+    "129, empty groups": row(0, 33, 0, 96),
     "129, unassigned rows": row(31, 0, 33, 1, N=129),
     "129, all unassigned": row(0, 0, 0, 0, N=129),
     "129, edges at edges of tiles": row(32, 64, 32, 0, N=129),
