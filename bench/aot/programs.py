@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from bench.aot import baselines
 from bench.aot.cases import Case
 from dantinox import kernels
-from dantinox.kernels import tutorial, workloads
+from dantinox.kernels import dispatch, tutorial, workloads
+from dantinox.kernels.ops.moe.pallas_tpu import TpuExpertsKernels
 
 Shape = tuple[tuple[int, ...], Any]
 
@@ -67,6 +68,8 @@ def build(case: Case) -> Program:
 
 def _implementation(workload: workloads.Workload, implementation: str) -> Callable[..., Any]:
     operation = getattr(kernels, workload.op)
+    if implementation == "experts_up":
+        return _experts_up
     if implementation in tutorial.steps(workload.op):
         step = tutorial.load_step(workload.op, implementation)
 
@@ -81,6 +84,12 @@ def _implementation(workload: workloads.Workload, implementation: str) -> Callab
         return operation(**inputs, **aux, **workload.options(), implementation=implementation)
 
     return call
+
+
+def _experts_up(inputs: dict[str, jax.Array], aux: dict[str, Any]) -> jax.Array:
+    """Run one kernel of the mixture of experts by itself, with the same weights twice."""
+    up_proj = TpuExpertsKernels(dispatch.current_device()).up_proj
+    return up_proj(inputs["x"], inputs["w"], inputs["w"], aux["group_sizes"], save_residuals=False)[0]
 
 
 def _decode_program(workload: workloads.Decode, dtype: str, call: Callable[..., Any]) -> Program:

@@ -1,5 +1,6 @@
 """The grouped matmul tutorial: what its steps compute and fetch, how fast they are, what libtpu makes of them."""
 
+import dataclasses
 import inspect
 import tempfile
 from collections.abc import Callable, Mapping
@@ -33,7 +34,9 @@ README = "kernels/tutorial/grouped_matmul/README.md"
 MARKS = ("<!-- tutorial: printed by bench/tutorial/grouped_matmul.py -->\n", "<!-- end of tutorial -->")
 WORKLOAD = workloads.get("grouped_matmul", "tutorial")
 SIZES = WORKLOAD.integer_inputs()["group_sizes"]
-ITEMSIZE = 2  # bytes are counted in bfloat16
+BFLOAT16_WORKLOAD = dataclasses.replace(WORKLOAD, dtypes=("bfloat16",))
+ITEMSIZE = BFLOAT16_WORKLOAD.itemsize
+DEVICE = Device(common.TARGET.platform, common.TARGET.kind)
 IDEAS = {
     "dense": "every row times the weights of every group",
     "row_tiles": "a tile of rows, with the groups that have rows in it",
@@ -48,6 +51,9 @@ BASELINES = {
     "pallas": "`dantinox.kernels.grouped_matmul`, Pallas",
     "lax.ragged_dot": "`jax.lax.ragged_dot`",
 }
+EXPERTS_UP = "experts_up"  # only compiled
+COMPILED = {EXPERTS_UP: "the kernel of `dantinox.kernels.moe_mlp` that step 5 leads to"}
+OURS = {"pallas": gmm_bundles.Operands(), EXPERTS_UP: gmm_bundles.EXPERTS["up"]}
 WITH_TWO_WEIGHTS = ("swiglu", TWICE)
 Row = common.Row
 Product = Callable[..., jax.Array]
@@ -62,7 +68,7 @@ def measure(budget: float, compiler: Path | None) -> dict[str, Any]:
             rows[name] |= count_work(name)
     if compiler is not None:
         for name, row in compile_rows(compiler).items():
-            rows[name] |= row
+            rows[name] = rows.get(name, {}) | row
     return common.head(WORKLOAD) | {"rows": rows}
 
 
@@ -188,7 +194,7 @@ def compile_rows(compiler: Path) -> dict[str, Row]:
         tempfile.TemporaryDirectory() as folder,
         worker_pool.Worker(common.TARGET, common.COMPILE_SECONDS, Path(folder), str(compiler)) as worker,
     ):
-        for name in (*steps.STEPS, "pallas"):
+        for name in (*steps.STEPS, *OURS):
             case = Case("grouped_matmul", WORKLOAD.name, name, "bfloat16", "forward")
             answer = worker.ask(case)
             if answer["status"] != "compiled":
@@ -199,29 +205,20 @@ def compile_rows(compiler: Path) -> dict[str, Row]:
                 worker_pool.dumps_folder(Path(folder), common.TARGET, case), kernel["name"]
             )
             rows[name] = {key: kernel[key] for key in ("bundles", "spills", "fills", "mxu_share", "vmem_bytes")}
-            rows[name]["bundles_of_all_steps"] = executed_bundles(name, kernel["name"], text)
-    rows["pallas"] |= count_pallas_work()
+            rows[name]["bundles_of_all_steps"] = executed_bundles(name, text)
+    for name, operands in OURS.items():
+        rows[name] |= count_pallas_work(operands)
     if rows["masked_edges"].get("bundles_of_all_steps"):
         rows[TWICE] = {"bundles_of_all_steps": 2 * rows["masked_edges"]["bundles_of_all_steps"]}
     return rows
 
 
-def count_pallas_work() -> Row:
-    """Count for our TPU kernel what `count_work` counts for a step. It multiplies chunks of a tile, not full tiles."""
+def count_pallas_work(operands: gmm_bundles.Operands) -> Row:
+    """Count for a TPU kernel of ours what `count_work` counts for a step. It multiplies chunks of a tile."""
     N, M, F = WORKLOAD.N, WORKLOAD.M, WORKLOAD.F
-    blocks = block_sizes.gmm_block_sizes(
-        Device(common.TARGET.platform, common.TARGET.kind),
-        N,
-        WORKLOAD.E,
-        M,
-        F,
-        num_x=1,
-        num_w=1,
-        num_matrices=1,
-        transposed=False,
-        itemsize=ITEMSIZE,
-        has_epilogue=False,
-    )
+    options = operands._asdict()
+    options.pop("row_sums")
+    blocks = block_sizes.gmm_block_sizes(DEVICE, N, WORKLOAD.E, M, F, itemsize=ITEMSIZE, **options)
     num_visits, num_chunks = (
         int(list_tasks(jnp.asarray(SIZES), N, rows)[0]) for rows in (blocks.block_m, blocks.block_m_sub)
     )
@@ -231,21 +228,21 @@ def count_pallas_work() -> Row:
     return {
         "steps": column_blocks * num_visits,
         "pairs_ratio": round(num_chunks * blocks.block_m_sub / int(SIZES.sum()), 3),
-        "weight_bytes": int(np.count_nonzero(SIZES)) * M * F * ITEMSIZE,
+        "weight_bytes": int(np.count_nonzero(SIZES)) * operands.num_w * M * F * ITEMSIZE,
         "row_bytes": (column_blocks * N * M + N * F) * ITEMSIZE,
     }
 
 
-def executed_bundles(name: str, kernel: str, text: str) -> int | None:
+def executed_bundles(name: str, text: str) -> int | None:
     """Count the bundles over all grid steps; a `pl.when` counts in the steps that take it.
 
     Args:
         name: the row.
-        kernel: the name of its kernel.
         text: the final bundles of the kernel.
     """
-    if name == "pallas":
-        candidates = gmm_bundles.gmm_candidates(WORKLOAD, "pallas", kernel, common.TARGET, SIZES)
+    if name in OURS:
+        sizes = (WORKLOAD.M, WORKLOAD.F, SIZES)
+        candidates = gmm_bundles.pallas_candidates("y", DEVICE, BFLOAT16_WORKLOAD, *sizes, OURS[name])
     else:
         candidates = [KernelSteps(len(grid_steps(name)), [Branch(taken) for taken in times_taken(name)])]
     counts = [count for steps in candidates if (count := gmm_bundles.count_bundles(text, steps)) is not None]
@@ -283,7 +280,7 @@ def table(document: Mapping[str, Any]) -> str:
         if "refused" in row:
             lines.append(f"| {title} | {row['refused']} |" + " |" * (len(columns) - 2))
             continue
-        lines.append(markdown.row([title, (IDEAS | BASELINES)[name], *_cells(row)]))
+        lines.append(markdown.row([title, (IDEAS | BASELINES | COMPILED)[name], *_cells(row)]))
     return "\n".join(lines)
 
 
@@ -291,8 +288,8 @@ def _cells(row: Row) -> list[str]:
     def cell(key: str, form: Callable[[Any], str]) -> str:
         return "" if row.get(key) is None else form(row[key])
 
-    error = f"{row['error']:.0e}" if row["error"] else "0"
-    cells = [cell("pairs_ratio", "{:.2f}".format), duration(row["seconds"]), error, cell("steps", str)]
+    error = cell("error", lambda error: f"{error:.0e}" if error else "0")
+    cells = [cell("pairs_ratio", "{:.2f}".format), cell("seconds", duration), error, cell("steps", str)]
     cells += [cell("bundles_of_all_steps", lambda count: f"{count / 1e3:.1f}k")]
     cells += [cell(key, size) for key in ("weight_bytes", "row_bytes", "vmem_bytes")]
     if "not_compiled" in row:

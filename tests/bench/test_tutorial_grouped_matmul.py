@@ -38,14 +38,17 @@ def test_each_branch_counts_in_the_steps_that_take_it():
 
 
 def test_work_of_the_pallas_kernel_is_that_of_its_chunks():
-    row = tutorial.count_pallas_work()
-    assert row["weight_bytes"] == 7 * WEIGHT and row["pairs_ratio"] == TASKS / TILES and row["steps"] < TASKS
+    for name, num_weights in (("pallas", 1), (tutorial.EXPERTS_UP, 2)):
+        row = tutorial.count_pallas_work(tutorial.OURS[name])
+        assert row["weight_bytes"] == 7 * num_weights * WEIGHT and row["steps"] < TASKS, name
+        assert row["pairs_ratio"] == TASKS / TILES, name
 
 
 def test_table_has_a_line_per_row():
     document = common.load_committed("grouped_matmul")
     lines = tutorial.table(document).splitlines()
-    assert len(lines) == 2 + len(document["rows"]) == 2 + len(STEPS) + len(tutorial.BASELINES)
+    assert {*document["rows"]} == {*STEPS, *tutorial.BASELINES, *tutorial.COMPILED}
+    assert len(lines) == 2 + len(document["rows"])
     assert len({line.count("|") for line in lines}) == 1
     assert "| 1 `dense` | no room |" in tutorial.table({"rows": {"dense": {"refused": "no room"}}})
 
