@@ -59,7 +59,7 @@ def grouped_matmul(x: Array, w: Array, group_sizes: Array, *, row_tile: int = 12
         grid=(count,),
         in_specs=[
             pl.BlockSpec((row_tile, M), lambda t, tasks: (tasks.tile[t], 0)),
-            # Unassigned rows keep the weights of the task before them: no fetch.
+            # Unassigned rows name the weights of the last group, which are there already unless it is empty.
             pl.BlockSpec((None, M, F), lambda t, tasks: (jnp.minimum(tasks.group[t], E - 1), 0, 0)),
         ],
         out_specs=pl.BlockSpec((row_tile, F), lambda t, tasks: (tasks.tile[t], 0)),
