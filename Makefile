@@ -71,7 +71,7 @@ ablations: ## what does each feature cost? Changes them one by one
 
 toggles: ablations # the old name
 
-tutorial: ## five attention kernels, one idea each: checked, timed here, compiled for TPU v6e
+tutorial: ## kernels in steps of one idea each: checked, timed here, compiled (ARGS="attention")
 	@$(SETUP) dev
 	@VENV=.venv-aot ACCEL=cpu $(SETUP) aot triton peers
 	@$(PY) -m bench.tutorial $(ARGS)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from bench.aot import baselines
 from bench.aot.cases import Case
 from dantinox import kernels
-from dantinox.kernels import tutorial, workloads
+from dantinox.kernels import dispatch, tutorial, workloads
+from dantinox.kernels.ops.moe.pallas_tpu import TpuExpertsKernels
 
 Shape = tuple[tuple[int, ...], Any]
 
@@ -67,14 +68,28 @@ def build(case: Case) -> Program:
 
 def _implementation(workload: workloads.Workload, implementation: str) -> Callable[..., Any]:
     operation = getattr(kernels, workload.op)
-    if implementation in tutorial.STEPS:
-        attention = tutorial.load_step(implementation)
-        return lambda inputs, aux: attention(**inputs, **aux, **workload.options())
+    if implementation == "experts_up":
+        return _experts_up
+    if implementation in tutorial.steps(workload.op):
+        step = tutorial.load_step(workload.op, implementation)
+
+        def call_step(inputs: dict[str, jax.Array], aux: dict[str, Any]) -> Any:
+            if implementation == "swiglu":  # has a second weight; a schedule does not depend on its values
+                inputs = {**inputs, "w_up": inputs["w"]}
+            return step(**inputs, **aux, **workload.options())
+
+        return call_step
 
     def call(inputs: dict[str, jax.Array], aux: dict[str, Any]) -> Any:
         return operation(**inputs, **aux, **workload.options(), implementation=implementation)
 
     return call
+
+
+def _experts_up(inputs: dict[str, jax.Array], aux: dict[str, Any]) -> jax.Array:
+    """Run one kernel of the mixture of experts by itself, with the same weights twice."""
+    up_proj = TpuExpertsKernels(dispatch.current_device()).up_proj
+    return up_proj(inputs["x"], inputs["w"], inputs["w"], aux["group_sizes"], save_residuals=False)[0]
 
 
 def _decode_program(workload: workloads.Decode, dtype: str, call: Callable[..., Any]) -> Program:

@@ -1,25 +1,26 @@
-"""Five attention kernels, from naive to fast, each with one new idea; README.md in this folder is the guide.
+"""Tutorials: an operation in a few kernels, each with one new idea; README.md in each folder is the guide.
 
-    naive              one program per head, the whole score matrix on the chip
-    tiled              one tile of queries at a time
-    online_softmax     one tile of keys at a time, with a running softmax
-    tile_skipping      only the tiles that hold a visible pair
-    packed_gqa_gate    the query heads of a key head in one tile, the gate fused into its epilogue
-
-A step's file is named after its number and its name, such as `step1_naive.py`. Each step has the signature of an
-implementation of `dantinox.kernels.attention`. There is no backward pass.
+A tutorial is a package named after its operation. It has STEPS, the names of its steps in order, and `load_step`, which
+returns the function of a step; that function has the operation's signature. Adding a tutorial: its package here, a
+module of the same name in `bench/tutorial/` that measures it, and its name in TUTORIALS.
 """
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
-import jax
-
-Array = jax.Array
-STEPS = ("naive", "tiled", "online_softmax", "tile_skipping", "packed_gqa_gate")
+TUTORIALS = ("attention", "grouped_matmul")  # in reading order
 
 
-def load_step(name: str) -> Callable[..., Array]:
-    """Import a step of the tutorial and return its `attention`."""
-    module = f"step{STEPS.index(name) + 1}_{name}"
-    return importlib.import_module(f"dantinox.kernels.tutorial.{module}").attention
+def steps(tutorial: str) -> tuple[str, ...]:
+    """Return the names of the steps of a tutorial, in order; none if there is no such tutorial."""
+    return _package(tutorial).STEPS if tutorial in TUTORIALS else ()
+
+
+def load_step(tutorial: str, name: str) -> Callable[..., Any]:
+    """Import a step of a tutorial and return its function."""
+    return _package(tutorial).load_step(name)
+
+
+def _package(tutorial: str) -> Any:
+    return importlib.import_module(f"dantinox.kernels.tutorial.{tutorial}")

@@ -41,5 +41,17 @@ MODEL_GROUPED_MATMUL = (
     _gmm("dante-moe", 8192, 512, 2048, 4, **BIG),
     _gmm("decode, 128 experts", 256, 2048, 768, 128, skew="zipf", **BIG),
     *(_gmm(f"aot E=8 {s}", 2048, 512, 1024, 8, skew=s, **AOT) for s in ("uniform", "zipf")),
+    # Uneven, as a router's groups are, with an empty one; N is their sum.
+    GroupedMatmul(
+        name="tutorial",
+        N=2048,
+        M=512,
+        F=1024,
+        E=8,
+        sizes=(700, 300, 0, 417, 65, 256, 250, 60),
+        suites=("tutorial",),
+        devices=("cpu",),
+        dtypes=BOTH,
+    ),
     _gmm("aot odd sizes", 1000, 384, 640, 5, skew="zipf", **AOT),
 )

@@ -29,6 +29,7 @@ def run(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
         (("bench.ablations", "--preset", "nope"), "nano"),
         (("bench.compare", "--device", "abacus"), "'abacus'"),
         (("bench.tutorial", "--budget", "0"), "--budget is 0.0; allowed: seconds above 0"),
+        (("bench.tutorial", "nope"), "--tutorial is 'nope'; allowed: attention"),
         (("bench.tutorial", "--compiler", "no/such/python"), "python does not exist; `make tutorial` builds it"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

@@ -54,7 +54,7 @@ def decode_attention(*args, **options):
 """
 CRASHES = """
 import os
-def summed(*args, **options):
+def tgmm(*args, **options):
     os.abort()
 """
 PLANTED = {

@@ -247,6 +247,6 @@ def test_lazy_implementation_is_imported_on_first_call():
     missing = dispatch.lazy("dantinox.no_such_module:attention")
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         missing(Q, KV, KV)
-    naive = dispatch.lazy("dantinox.kernels.tutorial.step1_naive:attention")
+    naive = dispatch.lazy("dantinox.kernels.tutorial.attention.step1_naive:attention")
     options = {"gate": None, "causal": True, "window": None, "scale": 1.0, "softcap": None, "segment_ids": None}
     np.testing.assert_allclose(naive(Q, KV, KV, **options), jnp.ones_like(Q), rtol=1e-6)

@@ -152,7 +152,7 @@ def gmm_candidates(
     product = products.product_of("grouped_matmul", kernel)
     K, J = (workload.F, workload.M) if product == "dx" else (workload.M, workload.F)
     if implementation == "pallas":
-        return _pallas_candidates(product, Device(target.platform, target.kind), workload, K, J, sizes, Operands())
+        return pallas_candidates(product, Device(target.platform, target.kind), workload, K, J, sizes, Operands())
     if implementation not in baselines.GROUPED_TILES:
         return []
     block_m, *sides = baselines.grouped_tile(workload, implementation)
@@ -222,10 +222,10 @@ def experts_candidates(
     product = "dw" if name.startswith("dw") else "dx" if EXPERTS[name].transposed else "y"
     operands = EXPERTS[name]._replace(num_matrices=3) if name == "up" and save_residuals else EXPERTS[name]
     sizes = workload_types.spread(num_rows, workload.E, skew)
-    return _pallas_candidates(product, Device(target.platform, target.kind), grouped, K, J, sizes, operands)
+    return pallas_candidates(product, Device(target.platform, target.kind), grouped, K, J, sizes, operands)
 
 
-def _pallas_candidates(
+def pallas_candidates(
     product: str,
     device: Device,
     workload: workloads.GroupedMatmul,

@@ -22,9 +22,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from dantinox.kernels.tutorial.common import M_INIT, NN, NT, VMEM_LIMIT, Mask, check, dot, heads_first, interpret, iota
+from dantinox.kernels.tutorial.attention.common import M_INIT, NN, NT, Mask, call_options, check, dot, heads_first, iota
 
 Array = jax.Array
 
@@ -54,9 +53,8 @@ def attention(
         grid=(B, H),
         in_specs=[q_spec, kv_spec, kv_spec],
         out_specs=q_spec,
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT),
-        interpret=interpret(),
         name="naive",
+        **call_options(),
     )
     return heads_first(kernel(heads_first(q), heads_first(k), heads_first(v)))
 

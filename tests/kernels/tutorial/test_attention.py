@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from dantinox import reference
-from dantinox.kernels import tutorial, workloads
+from dantinox.kernels import workloads
 from dantinox.kernels.dispatch import target_device
-from dantinox.kernels.tutorial import common, step4_tile_skipping, step5_packed_gqa_gate
+from dantinox.kernels.tutorial import attention
+from dantinox.kernels.tutorial.attention import common, step4_tile_skipping, step5_packed_gqa_gate
 from tests.helpers import cases, tolerance
 
 FOLDER = Path(common.__file__).parent
@@ -48,7 +49,7 @@ RULE_CASES = [pytest.param(name, marks=pytest.mark.slow if name in LONG else ())
 
 @functools.cache
 def forward(step: str, case: workloads.Attention, tiles: bool = True) -> Any:
-    run, options = tutorial.load_step(step), {"causal": case.causal, "window": case.window, "scale": case.scale}
+    run, options = attention.load_step(step), {"causal": case.causal, "window": case.window, "scale": case.scale}
     options |= SMALL_TILES.get(step, {}) if tiles else {}
     return tolerance.jit_fast_compile(lambda inputs: {"o": run(**inputs, **options)})
 
@@ -70,7 +71,7 @@ def assert_within_tolerance(step: str, case: workloads.Attention, dtype: str, ti
     return result["o"]
 
 
-@pytest.mark.parametrize("step", tutorial.STEPS)
+@pytest.mark.parametrize("step", attention.STEPS)
 @pytest.mark.parametrize("name", RULE_CASES)
 def test_each_step_matches_reference(step, name):
     case = CASES[name]
@@ -79,7 +80,7 @@ def test_each_step_matches_reference(step, name):
         assert not np.any(o[:, : case.T - case.S]), "a query that sees no key"
 
 
-@pytest.mark.parametrize("step", tutorial.STEPS)
+@pytest.mark.parametrize("step", attention.STEPS)
 @pytest.mark.parametrize("name", FEW)
 def test_each_step_matches_reference_in_bfloat16(step, name):
     assert_within_tolerance(step, CASES[name], "bfloat16")
@@ -92,12 +93,12 @@ def test_gated_step_matches_reference(name, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("step", tutorial.STEPS)
+@pytest.mark.parametrize("step", attention.STEPS)
 def test_default_block_sizes_match_reference(step, dtype):
     assert_within_tolerance(step, row(600, 700, H=4, K=2, D=32, window=256), dtype, tiles=False)
 
 
-@pytest.mark.parametrize("step", tutorial.STEPS)
+@pytest.mark.parametrize("step", attention.STEPS)
 def test_masked_keys_do_not_affect_output(step):
     case = row(7, 100, window=30)  # no query sees the first 64 keys, and the last tile reaches past the last key
     inputs = {name: np.float32(x) for name, x in cases.draw(case)[0].items()}
@@ -144,9 +145,9 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("step", tutorial.STEPS)
+@pytest.mark.parametrize("step", attention.STEPS)
 def test_invalid_argument_raises_with_its_name(step):
-    run = tutorial.load_step(step)
+    run = attention.load_step(step)
     for message, bad in WRONG.items():
         with pytest.raises(ValueError, match=re.escape(message)):
             run(**({"q": Q, "k": KV, "v": KV} | bad))
@@ -169,7 +170,7 @@ def test_invalid_gate_raises_with_its_name():
             step5_packed_gqa_gate.attention(Q, KV, KV, gate=bad)
 
 
-@pytest.mark.parametrize("step", tutorial.STEPS)
+@pytest.mark.parametrize("step", attention.STEPS)
 def test_steps_are_short_and_docstrings_have_six_parts(step):
     text = next(FOLDER.glob(f"step?_{step}.py")).read_text()
     assert len(text.splitlines()) < 120
@@ -180,5 +181,7 @@ def test_steps_are_short_and_docstrings_have_six_parts(step):
 
 def test_readme_covers_every_step_in_order():
     guide = (FOLDER / "README.md").read_text()
-    positions = [guide.index(f"## {number}. `step{number}_{step}.py`") for number, step in enumerate(tutorial.STEPS, 1)]
+    positions = [
+        guide.index(f"## {number}. `step{number}_{step}.py`") for number, step in enumerate(attention.STEPS, 1)
+    ]
     assert positions == sorted(positions)

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from bench import tutorial
 from bench.aot.tpu import vliw_schedule
-from dantinox.kernels.tutorial import STEPS
+from bench.tutorial import __main__ as program
+from bench.tutorial import attention, common
+from dantinox.kernels.tutorial.attention import STEPS
 
 FINAL = """\
      0   :  { %s1 = smov 0 }
@@ -30,39 +31,49 @@ def test_conditional_parts_of_a_kernel_body_are_found():
 
 def test_steps_pairs_and_fetches_match_the_grid():
     S, tile = 2048, 256
-    counts = [tutorial.count_visited(name) for name in STEPS]
+    counts = [attention.count_visited(name) for name in STEPS]
     assert [row["steps"] for row in counts] == [8, 8 * 8, 8 * 8 * 8, 8 * 15, 2 * 30]
     assert [row["pairs"] for row in counts] == [8 * S * S] * 3 + [8 * 15 * tile**2] * 2
     # k and v in bfloat16: once per key head, then per query tile of a query head, then only where the tile changes.
     head = 2 * S * 64 * 2
     assert [row["kv_bytes"] for row in counts[:4]] == [2 * head, 2 * head, 8 * 8 * head, 8 * head]
-    assert tutorial.num_visible_pairs() == 8 * sum(min(t + 1, 256) for t in range(S))
+    assert attention.num_visible_pairs() == 8 * sum(min(t + 1, 256) for t in range(S))
 
 
 def test_branch_bundles_count_only_in_steps_that_take_it():
-    assert tutorial.executed_bundles("naive", 100, []) == 8 * 100
-    assert tutorial.executed_bundles("online_softmax", 100, [10, 20]) == 512 * 70 + 64 * 10 + 64 * 20
+    assert attention.executed_bundles("naive", 100, []) == 8 * 100
+    assert attention.executed_bundles("online_softmax", 100, [10, 20]) == 512 * 70 + 64 * 10 + 64 * 20
     # 8 query tiles per head: the first sees one tile, the others two; with a window of one tile all are masked.
-    assert tutorial.executed_bundles("tile_skipping", 100, [10, 30, 20, 5]) == 120 * 35 + 64 * 10 + 120 * 30 + 64 * 5
-    assert tutorial.executed_bundles("tile_skipping", 100, [10]) is None
+    assert attention.executed_bundles("tile_skipping", 100, [10, 30, 20, 5]) == 120 * 35 + 64 * 10 + 120 * 30 + 64 * 5
+    assert attention.executed_bundles("tile_skipping", 100, [10]) is None
 
 
 def test_table_is_written_between_its_markers():
-    text = "before\n" + tutorial.MARKS[0] + "old\n" + tutorial.MARKS[1] + "\nafter\n"
-    document = tutorial.load_committed()
-    new = tutorial.update_readme(text, document, short=True)
+    text = "before\n" + attention.MARKS[0] + "old\n" + attention.MARKS[1] + "\nafter\n"
+    document = common.load_committed("attention")
+    new = common.update_readme(text, attention, document)
     assert new.startswith("before\n") and new.endswith("\nafter\n") and "old" not in new
-    assert tutorial.update_readme(new, document, short=True) == new
+    assert common.update_readme(new, attention, document) == new
     refused = {"rows": {"naive": {"refused": "no room"}}, "visible_pairs": 1}
-    assert "| 1 `naive` | no room |" in tutorial.table(refused)
+    assert "| 1 `naive` | no room |" in attention.table(refused)
     with pytest.raises(ValueError, match="not one"):
-        tutorial.update_readme("nothing", document, short=True)
+        common.update_readme("nothing", attention, document)
+
+
+def test_wrong_rows_are_named():
+    rows = {
+        "naive": {"error": 1e-7},
+        "tiled": {"error": 1e-3},
+        "xla": {"refused": "no room"},
+        "nan": {"error": float("nan")},
+    }
+    assert common.wrong({"rows": rows}) == ["tiled", "nan"]
 
 
 @pytest.mark.slow
 def test_run_checks_times_and_writes_each_step(tmp_path, capsys):
-    assert tutorial.main(["--no-compile", "--budget", "0.1", "--out", str(tmp_path)]) == 0
-    rows = json.loads((tmp_path / "cpu" / tutorial.FILE).read_text())["rows"]
-    assert [*rows] == [*STEPS, *tutorial.BASELINES]
+    assert program.main(["attention", "--no-compile", "--budget", "0.1", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "cpu" / common.file_name("attention")).read_text())["rows"]
+    assert [*rows] == [*STEPS, *attention.BASELINES]
     assert all(row["error"] < 1e-5 and row["seconds"] > 0 for row in rows.values() if "refused" not in row)
     assert "`packed_gqa_gate`" in capsys.readouterr().out

@@ -25,7 +25,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dantinox.kernels.tutorial.common import M_INIT, NN, NT, VMEM_LIMIT, Mask, check, dot, heads_first, interpret, iota
+from dantinox.kernels.tutorial.attention.common import M_INIT, NN, NT, Mask, call_options, check, dot, heads_first, iota
 
 Array = jax.Array
 FIRST, LAST, MASKED = 1, 2, 4
@@ -63,9 +63,8 @@ def attention(
         functools.partial(_kernel, mask=mask, scale=scale),
         out_shape=jax.ShapeDtypeStruct((B, H, T, D), q.dtype),
         grid_spec=grid_spec,
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT),
-        interpret=interpret(),
         name="tile_skipping",
+        **call_options(),
     )
     return heads_first(kernel(*tables, heads_first(q), heads_first(k), heads_first(v)))
 

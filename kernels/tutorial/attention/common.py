@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
 from dantinox.kernels import validation
 from dantinox.kernels.dispatch import current_device
@@ -56,8 +57,8 @@ def heads_first(x: Array) -> Array:
     return x.swapaxes(1, 2)
 
 
-def interpret() -> bool:
-    """Whether XLA interprets the kernel, operation by operation.
+def call_options() -> dict[str, Any]:
+    """Options of every `pallas_call`: how much VMEM it may use, and whether XLA interprets it, as on a CPU.
 
     Raises:
         NotImplementedError: this device can neither compile nor interpret the kernel.
@@ -65,7 +66,8 @@ def interpret() -> bool:
     platform = current_device().platform
     if platform not in ("cpu", "tpu"):
         raise NotImplementedError(f"these kernels run on TPUs, and interpreted on a CPU; this device is a {platform}")
-    return platform == "cpu"
+    params = pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT)
+    return {"compiler_params": params, "interpret": platform == "cpu"}
 
 
 def check(

@@ -27,8 +27,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dantinox.kernels import validation
-from dantinox.kernels.tutorial.common import M_INIT, NN, NT, VMEM_LIMIT, check, dot, heads_first, interpret, iota
-from dantinox.kernels.tutorial.step4_tile_skipping import FIRST, LAST, MASKED, visible_tiles
+from dantinox.kernels.tutorial.attention.common import M_INIT, NN, NT, call_options, check, dot, heads_first, iota
+from dantinox.kernels.tutorial.attention.step4_tile_skipping import FIRST, LAST, MASKED, visible_tiles
 
 Array = jax.Array
 
@@ -74,9 +74,8 @@ def attention(
         functools.partial(_kernel, mask=mask, scale=scale),
         out_shape=jax.ShapeDtypeStruct((B, H, T, D), q.dtype),
         grid_spec=grid_spec,
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT),
-        interpret=interpret(),
         name="packed_gqa_gate",
+        **call_options(),
     )
     return heads_first(kernel(*tables, *map(heads_first, inputs)))
 

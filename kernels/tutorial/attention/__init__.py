@@ -1,0 +1,25 @@
+"""Five attention kernels, from naive to fast, each with one new idea; README.md in this folder is the guide.
+
+    naive              one program per head, the whole score matrix on the chip
+    tiled              one tile of queries at a time
+    online_softmax     one tile of keys at a time, with a running softmax
+    tile_skipping      only the tiles that hold a visible pair
+    packed_gqa_gate    the query heads of a key head in one tile, the gate fused into its epilogue
+
+A step's file is named after its number and its name, such as `step1_naive.py`. Each step has the signature of an
+implementation of `dantinox.kernels.attention`. There is no backward pass.
+"""
+
+import importlib
+from collections.abc import Callable
+
+import jax
+
+Array = jax.Array
+STEPS = ("naive", "tiled", "online_softmax", "tile_skipping", "packed_gqa_gate")
+
+
+def load_step(name: str) -> Callable[..., Array]:
+    """Import a step of the tutorial and return its `attention`."""
+    module = f"step{STEPS.index(name) + 1}_{name}"
+    return importlib.import_module(f"dantinox.kernels.tutorial.attention.{module}").attention

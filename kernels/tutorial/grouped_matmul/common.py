@@ -1,0 +1,89 @@
+"""Shared by all steps: argument checks and small operations."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from dantinox.kernels import validation
+from dantinox.kernels.dispatch import current_device
+
+Array = jax.Array
+VMEM_LIMIT = 100 * 2**20  # of the 128 MiB of a v6e; the compiler's default is a fraction of it
+
+
+def dot(x: Array, w: Array) -> Array:
+    """Multiply two tiles in their own dtype and accumulate in float32, the fast mode of the MXU."""
+    return jnp.dot(x, w, preferred_element_type=jnp.float32)
+
+
+def row_index(first: Any, count: int) -> Array:
+    """[count, 1]: first, first + 1, ..., the rows of a tile. A TPU has no one-dimensional registers."""
+    return first + jax.lax.broadcasted_iota(jnp.int32, (count, 1), 0)
+
+
+def group_offsets(group_sizes: Array) -> Array:
+    """[E + 1]: the first row of each group, and the first unassigned row."""
+    return jnp.append(0, jnp.cumsum(group_sizes)).astype(jnp.int32)
+
+
+def find_group(ends: Array, index: Array) -> Array:
+    """The group of each index, by the ends of the groups; past the last end their number."""
+    return jnp.sum(ends <= index[:, None], axis=1, dtype=jnp.int32)
+
+
+def call_options() -> dict[str, Any]:
+    """Options of every `pallas_call`: how much VMEM it may use, and whether XLA interprets it, as on a CPU.
+
+    Raises:
+        NotImplementedError: this device can neither compile nor interpret the kernel.
+    """
+    platform = current_device().platform
+    if platform not in ("cpu", "tpu"):
+        raise NotImplementedError(f"these kernels run on TPUs, and interpreted on a CPU; this device is a {platform}")
+    params = pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT)
+    return {"compiler_params": params, "interpret": platform == "cpu"}
+
+
+def check(x: Array, w: Array, group_sizes: Array, row_tile: int = 16, **unsupported: Any) -> Array:
+    """Check the arguments of a step.
+
+    Args:
+        x: rows [N, M], sorted by group.
+        w: weights [E, M, F].
+        group_sizes: rows of each group [E], integers.
+        row_tile: rows of a tile.
+        **unsupported: arguments that the step does not support; each must be None.
+
+    Returns:
+        The group sizes in int32.
+
+    Raises:
+        ValueError: a shape, dtype or value is not allowed.
+        NotImplementedError: the step does not support an argument.
+    """
+    M = validation.as_array("x", x, "NM").shape[1]
+    E, _, F = validation.as_array("w", w, "EMF").shape
+    group_sizes = validation.as_array("group_sizes", group_sizes, "E")
+    validation.check_shape("w", w, (E, M, F))
+    validation.check_shape("group_sizes", group_sizes, (E,))
+    validation.check_floating(x=x, w=w)
+    validation.check_integer("group_sizes", group_sizes)
+    if row_tile < 16 or row_tile % 16:  # 16 rows of bfloat16 are one register
+        raise ValueError(f"row_tile is {row_tile}; allowed: a multiple of 16")
+    for name, value in unsupported.items():
+        if value is not None:
+            raise NotImplementedError(f"this step has no {name}")
+    if x.dtype == jnp.float64:
+        raise NotImplementedError("float64 is not supported: the kernels accumulate in float32")
+    return group_sizes.astype(jnp.int32)
+
+
+def check_second_weight(w: Array, w_up: Array | None) -> list[Array]:
+    """Return the weights, one or two, of which the second must have the shape and dtype of the first."""
+    if w_up is None:
+        return [w]
+    validation.check_shape("w_up", w_up, w.shape)
+    validation.check_floating(w=w, w_up=w_up)
+    return [w, w_up]
