@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.aot.cases import Case
+from bench.aot.tpu import attention_bundles
 from bench.operations import runner
 from bench.operations.baselines import Candidate
 from bench.report import markdown
@@ -19,7 +20,7 @@ from bench.tutorial import common
 from dantinox.kernels import workloads
 from dantinox.kernels.tutorial import attention as steps
 from dantinox.kernels.tutorial.attention import common as kernel_common
-from dantinox.kernels.tutorial.attention import step4_tile_skipping
+from dantinox.kernels.tutorial.attention import step4_tile_skipping, step7_backward
 
 README = "kernels/tutorial/attention/README.md"
 MARKS = ("<!-- tutorial: printed by bench/tutorial/attention.py -->\n", "<!-- end of tutorial -->")
@@ -32,7 +33,11 @@ IDEAS = {
     "online_softmax": "one tile of keys at a time, with a running softmax",
     "tile_skipping": "the grid is the list of visible tiles",
     "packed_gqa_gate": "the heads of a group in one tile, the gate in its epilogue",
+    "log_sum_exp": "saves what a backward pass needs, which is plain jnp",
+    "backward": "kernels for dq and for dk, dv",
+    "phases": "a tile in phases, with scratch memory between them",
 }
+WITH_GRADIENTS = ("log_sum_exp", "backward", "phases")
 BASELINES = {
     "xla": "`dantinox.kernels.attention`, plain XLA",
     "pallas": "`dantinox.kernels.attention`, Pallas",
@@ -45,20 +50,29 @@ def measure(budget: float, compiler: Path | None) -> dict[str, Any]:
     """Check, time and compile every step; see `bench.tutorial`."""
     kernel_common.call_options()  # raises on a GPU
     candidates = [Candidate(name, step_function(name)) for name in steps.STEPS]
-    rows = common.time_candidates(WORKLOAD, candidates, tuple(BASELINES), budget)
+    differentiable = [candidate for candidate in candidates if candidate.name in WITH_GRADIENTS]
+    rows = common.time_candidates(WORKLOAD, candidates, tuple(BASELINES), budget / 2)
+    gradients = common.time_candidates(WORKLOAD, differentiable, tuple(BASELINES), budget / 2, backward=True)
     for name in steps.STEPS:
         if "refused" not in rows[name]:
             rows[name] |= count_visited(name)
     if compiler is not None:
-        cases = {name: Case("attention", WORKLOAD.name, name, "bfloat16", "forward") for name in steps.STEPS}
+        cases = {name: _case(name, "forward") for name in (*steps.STEPS, "pallas")}
         for name, row in common.compile_cases(cases, compiler, executed_bundles).items():
             rows[name] |= row
-    return common.head(WORKLOAD) | {"visible_pairs": num_visible_pairs(), "rows": rows}
+        for name, row in compile_gradients(compiler).items():
+            gradients[name] |= row
+    return common.head(WORKLOAD) | {"visible_pairs": num_visible_pairs(), "rows": rows, "gradients": gradients}
 
 
 def wrong(document: Mapping[str, Any]) -> list[str]:
-    """Names of the rows whose error is above the bound."""
-    return common.wrong(document)
+    """Names of the rows whose error, of the output or of a gradient, is above the bound."""
+    names = (*common.wrong(document), *common.wrong({"rows": document["gradients"]}))
+    return list(dict.fromkeys(names))
+
+
+def _case(name: str, direction: str) -> Case:
+    return Case("attention", WORKLOAD.name, name, "bfloat16", direction)
 
 
 def num_visible_pairs() -> int:
@@ -85,10 +99,23 @@ def step_grid(name: str) -> StepGrid:
     inputs = [jax.ShapeDtypeStruct(shape, jnp.dtype(WORKLOAD.dtypes[0])) for shape in WORKLOAD.shapes().values()]
     attention = steps.load_step(name)
     jaxpr = jax.make_jaxpr(lambda q, k, v: attention(q, k, v, **OPTIONS))(*inputs)
-    (kernel,) = [equation for equation in jaxpr.eqns if equation.primitive.name == "pallas_call"]
+    (kernel,) = _pallas_calls(jaxpr.jaxpr)
     mapping = kernel.params["grid_mapping"]
     q_block, kv_block, *_ = (block.transformed_block_aval.shape for block in mapping.block_mappings)
     return StepGrid(mapping.grid, q_block, kv_block)
+
+
+def _pallas_calls(jaxpr: Any) -> list[Any]:
+    """List the Pallas calls of a program, also those of functions that it calls."""
+    calls = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            calls.append(equation)
+            continue
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            calls += _pallas_calls(inner) if hasattr(inner, "eqns") else []
+    return calls
 
 
 def count_visited(name: str) -> Row:
@@ -138,6 +165,15 @@ def times_taken(name: str) -> list[int]:
     if name == "online_softmax":
         return [heads * grid[2]] * 2
     flags = step4_tile_skipping.visible_tiles(MASK, q_tile, k_tile)[2]
+    first, masked, interior, last = _count_flags(flags, heads)
+    if name == "phases":
+        every = heads * len(flags)
+        return [first, every, masked, every, every, last]
+    return [first, masked, interior, last, *([last] if name in WITH_GRADIENTS else [])]
+
+
+def _count_flags(flags: np.ndarray, heads: int) -> list[int]:
+    """Count the grid steps that are the first of a sum, masked, not masked, and the last of a sum."""
     first, masked, last = (
         heads * int(np.count_nonzero(flags & flag))
         for flag in (step4_tile_skipping.FIRST, step4_tile_skipping.MASKED, step4_tile_skipping.LAST)
@@ -145,11 +181,71 @@ def times_taken(name: str) -> list[int]:
     return [first, masked, heads * len(flags) - masked, last]
 
 
+def compile_gradients(compiler: Path) -> dict[str, Row]:
+    """Compile forward and backward pass of the steps that have one, and of the real kernels, for the TPU.
+
+    Returns:
+        Name -> bundles of all grid steps, forward and backward, spills of all kernels, and bytes that the program
+        allocates beside arguments and results; or why it was not compiled.
+    """
+    rows: dict[str, Row] = {}
+    cases = {name: _case(name, "both") for name in (*WITH_GRADIENTS, "pallas")}
+    for name, (answer, branches) in common.compile_programs(cases, compiler).items():
+        if answer["status"] != "compiled":
+            rows[name] = {"not_compiled": answer["reason"]}
+            continue
+        totals: dict[str, int | None] = {"forward": 0}
+        for kernel in answer["kernels"]:
+            direction = attention_bundles.direction_of(kernel["name"])
+            count = kernel.get("executed") or _bundles_with_gradients(name, kernel, branches[kernel["name"]])
+            before = totals.get(direction, 0)
+            totals[direction] = None if count is None or before is None else before + count
+        rows[name] = {f"{direction}_bundles": total for direction, total in totals.items()}
+        rows[name]["kernel_spills"] = sum(kernel["spills"] for kernel in answer["kernels"])
+        rows[name]["device_temp_bytes"] = answer["temp_bytes"]
+    return rows
+
+
+def _bundles_with_gradients(name: str, kernel: Row, branches: Sequence[int]) -> int | None:
+    """Count the bundles over all grid steps of one kernel of a step's forward and backward pass."""
+    if attention_bundles.direction_of(kernel["name"]) == "forward":
+        return executed_bundles(name, kernel["bundles"], branches)
+    _, (*_, q_tile, _), (*_, k_tile, _) = step_grid(name)
+    problem = kernel_common.Problem(MASK, 1.0, q_tile, k_tile)
+    by_key = "dkv" in kernel["name"]
+    tiles = step7_backward.tiles_by_key(problem) if by_key else step4_tile_skipping.visible_tiles(MASK, q_tile, k_tile)
+    heads = WORKLOAD.B * WORKLOAD.K
+    return common.executed_bundles(kernel["bundles"], branches, heads * len(tiles[2]), _count_flags(tiles[2], heads))
+
+
 # --- table ---
 
 
 def table(document: Mapping[str, Any]) -> str:
-    """Format the results as Markdown."""
+    """Format the results as two Markdown tables: forward, and forward with backward."""
+    return f"{_forward_table(document)}\n\nForward and backward:\n\n{_gradient_table(document['gradients'])}"
+
+
+def _gradient_table(rows: Mapping[str, Row]) -> str:
+    columns = ["", "time, CPU", "temp, CPU", "error", "v6e: bundles, forward", "bundles, backward", "spills", "temp"]
+    lines = [markdown.row(columns), "|---|" + "---:|" * (len(columns) - 1)]
+    for name, row in rows.items():
+        title = f"{steps.STEPS.index(name) + 1} `{name}`" if name in IDEAS else f"`{name}`"
+        if "refused" in row:
+            lines.append(f"| {title} | {row['refused']} |" + " |" * (len(columns) - 2))
+            continue
+        cells = [title, duration(row["seconds"]), size(row["temp_bytes"]), _error(row)]
+        cells += [f"{row[key] / 1e3:.0f}k" if row.get(key) else "" for key in ("forward_bundles", "backward_bundles")]
+        temp = size(row["device_temp_bytes"]) if "device_temp_bytes" in row else ""
+        lines.append(markdown.row([*cells, str(row.get("kernel_spills", row.get("not_compiled", ""))), temp]))
+    return "\n".join(lines)
+
+
+def _error(row: Row) -> str:
+    return f"{row['error']:.0e}" if row["error"] else "0"
+
+
+def _forward_table(document: Mapping[str, Any]) -> str:
     columns = ["", "new", "pairs computed / visible", "time, CPU", "temp, CPU", "error", "steps"]
     columns += ["v6e: bundles, all steps", "k and v fetched", "VMEM", "bundles of the program", "spills", "MXU slots"]
     lines = [markdown.row(columns), "|---|---|" + "---:|" * (len(columns) - 2)]
@@ -165,8 +261,7 @@ def table(document: Mapping[str, Any]) -> str:
 
 def _cells(name: str, row: Row, visible_pairs: int) -> list[str]:
     cells = [f"{row['pairs'] / visible_pairs:.1f}" if name in IDEAS else "", duration(row["seconds"])]
-    error = f"{row['error']:.0e}" if row["error"] else "0"
-    cells += [size(row["temp_bytes"]), error, str(row.get("steps", ""))]
+    cells += [size(row["temp_bytes"]), _error(row), str(row.get("steps", ""))]
     cells.append(f"{row['bundles_of_all_steps'] / 1e3:.0f}k" if row.get("bundles_of_all_steps") else "")
     cells += [size(row[key]) if key in row else "" for key in ("kv_bytes", "vmem_bytes")]
     if "bundles" not in row:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import jax
 
 Array = jax.Array
-STEPS = ("naive", "tiled", "online_softmax", "tile_skipping", "packed_gqa_gate")
+STEPS = ("naive", "tiled", "online_softmax", "tile_skipping", "packed_gqa_gate", "log_sum_exp", "backward", "phases")
 
 
 def load_step(name: str) -> Callable[..., Array]:

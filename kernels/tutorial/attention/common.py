@@ -1,5 +1,6 @@
 """Shared by all steps: the mask, argument checks and small operations."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from dantinox.kernels.dispatch import current_device
 Array = jax.Array
 M_INIT = -1e30  # start of a running maximum: finite, so that exp(-inf - M_INIT) is 0 in a row that sees no key
 VMEM_LIMIT = 100 * 2**20  # of the 128 MiB of a v6e; the compiler's default is a fraction of it
-NT, NN = ((1,), (1,)), ((1,), (0,))  # a b^T and a b
+NT, NN, TN = ((1,), (1,)), ((1,), (0,)), ((0,), (0,))  # a b^T, a b and a^T b
 
 
 class Mask(NamedTuple):
@@ -36,10 +37,19 @@ class Mask(NamedTuple):
     def zero_unseen(self, v: Array, first_key: Any) -> Array:
         """Values of the keys from first_key on, with zeros for keys that no query sees: 0 * NaN would be NaN."""
         low, high = self.visible_keys(self.S - self.T, self.S - 1)
-        if low <= 0 and self.S % v.shape[0] == 0:
+        if low <= 0 and self.S % v.shape[-2] == 0:
             return v  # the tiles have no padding, and some query sees every key
-        key = first_key + iota((v.shape[0], 1), 0)
+        key = first_key + iota((v.shape[-2], 1), 0)
         return jnp.where((low <= key) & (key <= high), v, 0)
+
+
+class Problem(NamedTuple):
+    """What is known when a kernel with a derivative is traced: the mask, the scale, and the tiles."""
+
+    mask: Mask
+    scale: float
+    q_tile: int
+    k_tile: int
 
 
 def dot(a: Array, b: Array, contract: tuple[tuple[int], tuple[int]]) -> Array:
@@ -116,3 +126,47 @@ def check(
     if q.dtype == jnp.float64:
         raise NotImplementedError("float64 is not supported: the kernels accumulate in float32")
     return Mask(T, S, causal, window), D**-0.5 if scale is None else scale
+
+
+def differentiable(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Array]:
+    """Make an `attention` with gradients from a forward and a backward pass.
+
+    The gate is applied after the kernel, by plain jnp: its derivative needs the ungated output, which is saved anyway.
+
+    Args:
+        forward: (q [B, H, T, D], k [B, K, S, D], v, problem) -> (o, lse), o as q.
+        backward: (problem, (q, k, v, o, lse), do) -> (dq, dk, dv).
+    """
+    core = jax.custom_vjp(lambda q, k, v, problem: forward(q, k, v, problem)[0], nondiff_argnums=(3,))
+
+    def save_residuals(q: Array, k: Array, v: Array, problem: Problem) -> tuple[Array, tuple[Array, ...]]:
+        o, lse = forward(q, k, v, problem)
+        return o, (q, k, v, o, lse)
+
+    core.defvjp(save_residuals, backward)
+
+    def attention(
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        gate: Array | None = None,
+        causal: bool = True,
+        window: int | None = None,
+        scale: float | None = None,
+        rows: int = 512,
+        k_tile: int = 256,
+        **unsupported: None,
+    ) -> Array:
+        """[B, T, H, D], as `dantinox.kernels.attention`: k and v [B, S, K, D]; a tile has at most `rows` rows."""
+        mask, scale = check(q, k, v, causal, window, scale, {"rows": rows, "k_tile": k_tile}, **unsupported)
+        if gate is not None:
+            validation.check_floating(q=q, gate=gate)
+            validation.check_shape("gate", gate, q.shape, (*q.shape[:3], 1))
+        if 0 in (q.size, k.size):
+            return jnp.zeros_like(q)
+        q_tile = max(16, rows // (q.shape[2] // k.shape[2]) // 16 * 16)
+        o = heads_first(core(*map(heads_first, (q, k, v)), Problem(mask, scale, q_tile, k_tile)))
+        return o if gate is None else (o * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(q.dtype)
+
+    return attention

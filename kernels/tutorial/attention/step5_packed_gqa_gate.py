@@ -71,7 +71,7 @@ def attention(
         scratch_shapes=[pltpu.VMEM((G * q_tile, n), jnp.float32) for n in (1, 1, D)],
     )
     kernel = pl.pallas_call(
-        functools.partial(_kernel, mask=mask, scale=scale),
+        functools.partial(forward_kernel, mask=mask, scale=scale),
         out_shape=jax.ShapeDtypeStruct((B, H, T, D), q.dtype),
         grid_spec=grid_spec,
         name="packed_gqa_gate",
@@ -80,7 +80,7 @@ def attention(
     return heads_first(kernel(*tables, *map(heads_first, inputs)))
 
 
-def _kernel(i_ref, j_ref, flag_ref, q_ref, k_ref, v_ref, *refs, mask, scale) -> None:
+def forward_kernel(i_ref, j_ref, flag_ref, q_ref, k_ref, v_ref, *refs, mask, scale) -> None:
     *gate_ref, o_ref, m_ref, l_ref, acc_ref = refs
     G, q_tile, D = q_ref.shape
     n = pl.program_id(2)

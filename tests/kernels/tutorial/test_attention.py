@@ -1,4 +1,4 @@
-"""The steps of kernels/tutorial: accuracy of the forward pass, documentation, and error messages."""
+"""The attention tutorial: accuracy of outputs and gradients, documentation, and error messages."""
 
 import functools
 import re
@@ -14,7 +14,7 @@ from dantinox import reference
 from dantinox.kernels import workloads
 from dantinox.kernels.dispatch import target_device
 from dantinox.kernels.tutorial import attention
-from dantinox.kernels.tutorial.attention import common, step4_tile_skipping, step5_packed_gqa_gate
+from dantinox.kernels.tutorial.attention import common, step4_tile_skipping, step7_backward
 from tests.helpers import cases, tolerance
 
 FOLDER = Path(common.__file__).parent
@@ -24,7 +24,13 @@ SMALL_TILES = {
     "online_softmax": TILES,
     "tile_skipping": TILES,
     "packed_gqa_gate": {"rows": 64, "k_tile": 48},
+    "log_sum_exp": {"rows": 64, "k_tile": 48},
+    "backward": {"rows": 64, "k_tile": 48},
+    "phases": {"rows": 64, "k_tile": 48},
 }
+WITH_GATE = ("packed_gqa_gate", "log_sum_exp", "backward", "phases")
+WITH_GRADIENTS = ("log_sum_exp", "backward", "phases")
+FORWARD_STEPS = [step for step in attention.STEPS if step != "backward"]  # its forward pass is that of log_sum_exp
 
 
 row = cases.attention
@@ -71,7 +77,7 @@ def assert_within_tolerance(step: str, case: workloads.Attention, dtype: str, ti
     return result["o"]
 
 
-@pytest.mark.parametrize("step", attention.STEPS)
+@pytest.mark.parametrize("step", FORWARD_STEPS)
 @pytest.mark.parametrize("name", RULE_CASES)
 def test_each_step_matches_reference(step, name):
     case = CASES[name]
@@ -80,15 +86,105 @@ def test_each_step_matches_reference(step, name):
         assert not np.any(o[:, : case.T - case.S]), "a query that sees no key"
 
 
-@pytest.mark.parametrize("step", attention.STEPS)
+@pytest.mark.parametrize("step", FORWARD_STEPS)
 @pytest.mark.parametrize("name", FEW)
 def test_each_step_matches_reference_in_bfloat16(step, name):
     assert_within_tolerance(step, CASES[name], "bfloat16")
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("one per head", "float32"), ("elementwise", "bfloat16")])
-def test_gated_step_matches_reference(name, dtype):
-    assert_within_tolerance("packed_gqa_gate", GATED[name], dtype)
+@pytest.mark.parametrize("step", ["packed_gqa_gate", "phases"])
+def test_gated_step_matches_reference(step, name, dtype):
+    assert_within_tolerance(step, GATED[name], dtype)
+
+
+GRADIENT_CASES = {
+    "1": row(1, 1),
+    "7 of 129, full": row(7, 129, causal=False),
+    "127, grouped, window": CASES["127, grouped, window"],
+    "129 on 7, window": CASES["129 on 7, window"],
+    "one gate per head": GATED["one per head"],
+    "elementwise gate": GATED["elementwise"],
+    "129, multi-query": CASES["129, multi-query"],
+    "window of one": CASES["window of one"],
+}
+FAST_GRADIENTS = ("127, grouped, window", "129 on 7, window", "one gate per head")
+
+
+def gradients(run: Any, inputs: dict[str, Any], do: Any) -> dict[str, Any]:
+    o, vjp = jax.vjp(run, inputs)
+    return {"o": o} | {f"d{name}": x for name, x in vjp(jnp.asarray(do, o.dtype))[0].items()}
+
+
+@functools.cache
+def step_gradients(step: str, case: workloads.Attention) -> Any:
+    run, options = attention.load_step(step), {"causal": case.causal, "window": case.window, "scale": case.scale}
+    options |= SMALL_TILES[step]
+    return tolerance.jit_fast_compile(lambda inputs, do: gradients(lambda x: run(**x, **options), inputs, do))
+
+
+@functools.cache
+def exact_gradients(case: workloads.Attention, dtype: str, wide: bool) -> dict[str, np.ndarray]:
+    inputs, do = drawn(case, dtype)
+    with jax.enable_x64(wide):
+        if wide:
+            inputs, do = jax.tree.map(lambda x: jnp.asarray(tolerance.to_float64(x)), (inputs, do))
+        run = lambda x: reference.attention(**x, **case.options())
+        return jax.tree.map(np.asarray, jax.jit(lambda x, do: gradients(run, x, do))(inputs, do))
+
+
+def drawn(case: workloads.Attention, dtype: str) -> tuple[dict[str, jax.Array], jax.Array]:
+    inputs, _, do = cases.draw(case)
+    return {name: jnp.asarray(x, dtype) for name, x in inputs.items()}, jnp.asarray(do, dtype)
+
+
+@pytest.mark.parametrize("step", WITH_GRADIENTS)
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in FAST_GRADIENTS else pytest.mark.slow) for n in GRADIENT_CASES]
+)
+def test_gradients_match_reference(step, dtype, name):
+    case = GRADIENT_CASES[name]
+    result = step_gradients(step, case)(*drawn(case, dtype))
+    for key, x in drawn(case, dtype)[0].items():
+        assert result[f"d{key}"].shape == x.shape and result[f"d{key}"].dtype == dtype
+    plain, exact = exact_gradients(case, dtype, False), exact_gradients(case, dtype, True)
+    if dtype == "float32":
+        # exp(s - lse) has the rounding of lse, and s is recomputed by another matmul: twice the bound in float32.
+        # An error that is halved keeps the bound of the rule.
+        result = {name: (np.float64(x) + exact[name]) / 2 for name, x in result.items()}
+    tolerance.assert_within_bound(result, plain, exact, dtype)
+
+
+@pytest.mark.parametrize("step", WITH_GRADIENTS)
+def test_masked_keys_do_not_affect_gradients(step):
+    """No query sees the first 64 keys, and the last tile reaches past the last key; dk and dv are zeros there."""
+    case = row(7, 100, window=30)
+    inputs, do = drawn(case, "float32")
+    run, clean = step_gradients(step, case), None
+    for fill in (0, np.nan, np.inf, 0):
+        result = run(inputs | {name: inputs[name].at[:, :64].set(fill) for name in "kv"}, do)
+        clean = clean or result
+        tolerance.assert_bit_equal(clean, result)
+        assert not np.any(result["dk"][:, :64]) and not np.any(result["dv"][:, :64])
+
+
+@pytest.mark.parametrize(("T", "S", "window"), [(1, 1, None), (50, 70, 5), (70, 20, 17), (20, 70, 3)])
+def test_tiles_by_key_are_the_visible_tiles(T, S, window):
+    mask = common.Mask(T, S, True, window)
+    tiles = step7_backward.tiles_by_key(common.Problem(mask, 1.0, 16, 32)).T.tolist()
+    visible = np.asarray(reference.visible(T, S, causal=True, window=window))
+    k_tiles = [j for _, j, _ in tiles]
+    assert k_tiles == sorted(k_tiles) and {*k_tiles} == {*range(-(-S // 32))}
+    for j in {*k_tiles}:
+        flags = [flag for _, b, flag in tiles if b == j]
+        starts = [bool(flag & step4_tile_skipping.FIRST) for flag in flags]
+        ends = [bool(flag & step4_tile_skipping.LAST) for flag in flags]
+        assert starts == [True] + [False] * (len(flags) - 1) and ends == starts[::-1]
+    listed = {(i, j) for i, j, _ in tiles}
+    tile = lambda i, j: visible[16 * i : 16 * i + 16, 32 * j : 32 * j + 32]
+    seen = {(i, j) for i in range(-(-T // 16)) for j in k_tiles if tile(i, j).any()}
+    assert len(listed) == len(tiles) and seen <= listed
 
 
 @pytest.mark.slow
@@ -152,7 +248,7 @@ def test_invalid_argument_raises_with_its_name(step):
         with pytest.raises(ValueError, match=re.escape(message)):
             run(**({"q": Q, "k": KV, "v": KV} | bad))
     unsupported = {"softcap": 2.0, "segment_ids": jnp.zeros((1, 4), jnp.int32)}
-    for name, value in (unsupported if step == "packed_gqa_gate" else unsupported | {"gate": Q}).items():
+    for name, value in (unsupported if step in WITH_GATE else unsupported | {"gate": Q}).items():
         with pytest.raises(NotImplementedError, match=f"no {name}"):
             run(Q, KV, KV, **{name: value})
     for name in SMALL_TILES.get(step, {}):
@@ -164,10 +260,11 @@ def test_invalid_argument_raises_with_its_name(step):
     np.testing.assert_array_equal(run(Q, nothing, nothing), jnp.zeros_like(Q))
 
 
-def test_invalid_gate_raises_with_its_name():
+@pytest.mark.parametrize("step", WITH_GATE)
+def test_invalid_gate_raises_with_its_name(step):
     for bad in (Q[:, :, :1], Q[..., :2], Q.astype(jnp.float16)):
         with pytest.raises(ValueError, match="gate has"):
-            step5_packed_gqa_gate.attention(Q, KV, KV, gate=bad)
+            attention.load_step(step)(Q, KV, KV, gate=bad)
 
 
 @pytest.mark.parametrize("step", attention.STEPS)
@@ -176,7 +273,8 @@ def test_steps_are_short_and_docstrings_have_six_parts(step):
     assert len(text.splitlines()) < 120
     parts = re.findall(r"^(Math|Tiling|State|Traffic|Limits|Source) {2,}\S", text, re.M)
     assert parts == ["Math", "Tiling", "State", "Traffic", "Limits", "Source"]
-    assert "keys ->" in text and ("░" in text) == (step in ("tile_skipping", "packed_gqa_gate"))
+    skipping = ("tile_skipping", "packed_gqa_gate", "log_sum_exp", "backward")
+    assert "keys ->" in text and ("░" in text) == (step in skipping)
 
 
 def test_readme_covers_every_step_in_order():
