@@ -62,7 +62,7 @@ def interpret() -> plgpu.InterpretGPUParams | bool:
     raise NotImplementedError(f"these kernels run on Hopper GPUs, and simulated on a CPU; this device is {kind}")
 
 
-def check(x: Array, w: Array, **unsupported: Any) -> Array:
+def check(x: Array, w: Array, **unsupported: Any) -> tuple[Array, tuple[int, int, int]]:
     """Check the arguments of a step.
 
     Args:
@@ -71,14 +71,14 @@ def check(x: Array, w: Array, **unsupported: Any) -> Array:
         **unsupported: arguments that the step does not support; each must be None.
 
     Returns:
-        x with rows of zeros up to a multiple of `TMA_ROWS`.
+        x with rows of zeros up to a multiple of `TMA_ROWS`, and (N, M, F).
 
     Raises:
         ValueError: a shape or dtype is not allowed.
         NotImplementedError: the step does not support a dtype, a size or an argument.
     """
-    N, M = validation.as_array("x", x, "NM").shape
-    F = validation.as_array("w", w, "MF").shape[1]
+    x, w = validation.as_array("x", x, "NM"), validation.as_array("w", w, "MF")
+    (N, M), F = x.shape, w.shape[1]
     validation.check_shape("w", w, (M, F))
     validation.check_floating(x=x, w=w)
     for name, value in unsupported.items():
@@ -89,4 +89,4 @@ def check(x: Array, w: Array, **unsupported: Any) -> Array:
     for name, size in (("M", M), ("F", F)):
         if size % 64:
             raise NotImplementedError(f"{name} is {size}; these kernels take multiples of 64")
-    return jnp.pad(x, ((0, -N % TMA_ROWS), (0, 0)))
+    return jnp.pad(x, ((0, -N % TMA_ROWS), (0, 0))), (N, M, F)

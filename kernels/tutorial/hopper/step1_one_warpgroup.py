@@ -30,8 +30,7 @@ Array = jax.Array
 
 def matmul(x: Array, w: Array, **unsupported: None) -> Array:
     """[N, F]: x [N, M] times w [M, F]."""
-    (N, M), F = x.shape, w.shape[1]
-    x = common.check(x, w, **unsupported)
+    x, (N, M, F) = common.check(x, w, **unsupported)
     if 0 in (N, M, F):
         return jnp.zeros((N, F), x.dtype)
 

@@ -35,8 +35,7 @@ PANEL = 16  # rows of tiles
 
 def matmul(x: Array, w: Array, *, num_blocks: int | None = None, **unsupported: None) -> Array:
     """[N, F]: x [N, M] times w [M, F]."""
-    (N, M), F = x.shape, w.shape[1]
-    x = common.check(x, w, **unsupported)
+    x, (N, M, F) = common.check(x, w, **unsupported)
     if 0 in (N, M, F):
         return jnp.zeros((N, F), x.dtype)
     k_steps = M // DEPTH
