@@ -92,6 +92,7 @@ def deferred_wgmma(monkeypatch: pytest.MonkeyPatch, in_flight: float) -> None:
             race_detector._checked_wgmma(wgmma, **pending[thread].pop(0))
 
     def issue(**kwargs: Any) -> Any:
+        race_detector._checked_wgmma(dict, **kwargs)  # its operands must have arrived by now
         pending[kwargs["thread"]].append(kwargs)
         finish(kwargs["thread"], in_flight)
         return kwargs["token"]
@@ -122,7 +123,7 @@ def faults_of(matmul: Callable[..., jax.Array], monkeypatch: pytest.MonkeyPatch)
             with plgpu.force_gpu_interpret_mode(memory):
                 y = jax.block_until_ready(tolerance.jit_fast_compile(matmul)(x, w))
         except jax.errors.JaxRuntimeError as error:
-            assert "arrier" in str(error)  # the simulator's own check: nobody waited for a phase that completed
+            assert "arrier" in str(error)  # the simulator's own check: a phase completed and no thread waited for it
             return {"barrier"}
         finally:
             gpu_interpreter.reset_gpu_interpret_mode_state()
@@ -141,17 +142,24 @@ def test_no_step_has_a_race(step, monkeypatch):
 
 NO_FULL_WAIT = (("plgpu.barrier_wait(full.at[slot])", "pass"),)
 NO_EMPTY_WAIT = (("plgpu.barrier_wait(empty.at[slot])", "pass"),)
+LATE_WAIT = (*NO_FULL_WAIT, ("plgpu.wgmma_wait(1)", "plgpu.wgmma_wait(1), plgpu.barrier_wait(full.at[slot])"))
 NO_WGMMA_WAIT = (("plgpu.wgmma_wait(1)", "pass"),)
 FAULTS = {  # (step, fault) -> (text of the step, what replaces it), ...
     ("one_warpgroup", "no full wait"): (("plgpu.barrier_wait(full)", "pass"),),
+    ("one_warpgroup", "multiplies before the full wait"): (
+        ("plgpu.barrier_wait(full)", "pass"),
+        ("plgpu.wgmma_wait(0)", "plgpu.wgmma_wait(0), plgpu.barrier_wait(full)"),
+    ),
     ("one_warpgroup", "no wgmma wait"): (("plgpu.wgmma_wait(0)", "pass"),),
     ("tma_ring", "no full wait"): NO_FULL_WAIT,
+    ("tma_ring", "multiplies before the full wait"): LATE_WAIT,
     ("tma_ring", "no wgmma wait"): NO_WGMMA_WAIT,
     ("tma_ring", "refills the stage of the product in flight"): (
         ("(k > 0) & (k - 1 + STAGES < k_steps)", "k + STAGES < k_steps"),
         ("load(k - 1 + STAGES)", "load(k + STAGES)"),
     ),
     ("warp_specialized", "no full wait"): NO_FULL_WAIT,
+    ("warp_specialized", "multiplies before the full wait"): LATE_WAIT,
     ("warp_specialized", "no empty wait"): NO_EMPTY_WAIT,
     ("warp_specialized", "no wgmma wait"): NO_WGMMA_WAIT,
     ("warp_specialized", "releases the stage of the product in flight"): (
@@ -159,6 +167,7 @@ FAULTS = {  # (step, fault) -> (text of the step, what replaces it), ...
         ("(k - 1) & (STAGES - 1)", "k & (STAGES - 1)"),
     ),
     ("persistent", "no full wait"): NO_FULL_WAIT,
+    ("persistent", "multiplies before the full wait"): LATE_WAIT,
     ("persistent", "no empty wait"): NO_EMPTY_WAIT,
     ("persistent", "no wgmma wait"): NO_WGMMA_WAIT,
     ("persistent", "releases the stage of the product in flight"): (
