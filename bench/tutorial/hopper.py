@@ -231,7 +231,9 @@ def predict_traffic(tiling: Tiling, n: int, m: int, f: int, concurrent: int) -> 
 
     Args:
         tiling: of the kernel.
-        n, m, f: the sizes.
+        n: rows of x and of the result.
+        m: columns of x, rows of w.
+        f: columns of w and of the result.
         concurrent: thread blocks that run at the same time.
     """
     cache = Cache(TARGET.l2_bytes)

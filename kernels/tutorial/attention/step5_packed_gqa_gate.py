@@ -46,8 +46,7 @@ def attention(
     k_tile: int = 256,
     **unsupported: None,
 ) -> Array:
-    """[B, T, H, D], as `dantinox.kernels.attention`: k and v [B, S, K, D]; a tile has at most `rows` rows, but
-    at least 16 per head."""
+    """Attend as `dantinox.kernels.attention`; a tile has at most `rows` rows, but at least 16 per head."""
     mask, scale = check(q, k, v, causal, window, scale, {"rows": rows, "k_tile": k_tile}, **unsupported)
     (B, T, H, D), K = q.shape, k.shape[2]
     G = H // K
@@ -81,6 +80,7 @@ def attention(
 
 
 def forward_kernel(i_ref, j_ref, flag_ref, q_ref, k_ref, v_ref, *refs, mask, scale) -> None:
+    """Process one tile; the next steps use this kernel too."""
     *gate_ref, o_ref, m_ref, l_ref, acc_ref = refs
     G, q_tile, D = q_ref.shape
     n = pl.program_id(2)

@@ -33,7 +33,7 @@ Array = jax.Array
 
 
 def backward(problem: Problem, residuals: tuple[Array, ...], do: Array) -> tuple[Array, ...]:
-    """dq by one kernel, dk and dv by another."""
+    """Compute dq by one kernel, and dk and dv by another."""
     (q, k, v, o, lse), (mask, _, q_tile, k_tile) = residuals, problem
     delta = jnp.sum(do.astype(jnp.float32) * o, axis=-1, keepdims=True)
     # dk and dv sum over the rows of a tile, so the rows past T have to be zeros.
