@@ -15,7 +15,7 @@ Limits    float32, bfloat16, float16; caches of int8 and float8_e4m3fn too; any 
 Source    that of the TPU kernel.
 
 The interpreter copies an output that is aliased to an input in every step, so the kernel only reads the ring buffers.
-They are scalar-prefetch operands, since the interpreter would copy a block in every step. XLA's CPU compiler also
+They are scalar-prefetch operands, since the interpreter would copy blocks in every step. XLA's CPU compiler also
 copies each slice that a step reads, but not an unsliced array; hence the single step for ring buffers that are half
 full.
 """
