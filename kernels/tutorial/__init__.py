@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-TUTORIALS = ("attention",)  # in reading order
+TUTORIALS = ("attention", "decode_attention")  # in reading order
 
 
 def steps(tutorial: str) -> tuple[str, ...]:
