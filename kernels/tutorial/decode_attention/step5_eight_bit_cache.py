@@ -51,7 +51,7 @@ def decode_attention(
     tables = (*ring.newest(cache.length), *visible_blocks(ring, cache.length))
     token = [x[:, :, None] for x in (*quantize(k, jnp.int8), *quantize(v, jnp.int8))]  # [B, K, 1, D] and [B, K, 1]
     ring_buffers = (cache.k, cache.k_scale, cache.v, cache.v_scale)
-    tiles = [block if interpret() else TILE_BYTES if x.ndim == 4 else LANES for x in ring_buffers]
+    tiles = [block] * 4 if interpret() else [TILE_BYTES, LANES] * 2
 
     def spec(x: Array, slots: int, index: Any = lambda b, j, *tables: 0) -> pl.BlockSpec:
         return pl.BlockSpec((None, K, slots, *x.shape[3:]), lambda b, *n: (b, 0, index(b, *n), 0)[: x.ndim])
