@@ -4,10 +4,10 @@ Math      as step 2: a softmax does not depend on the order of its terms, so the
 Tiling    grid (B, most blocks that hold max_visible tokens in sequence). Two tables say where a sequence starts and in
           how many blocks it is:
 
-              slots ->      block  block  block  block
+              slots ->      block  block  block  block    ▞ loaded, computed, then masked; n has the new token too
               sequence 0      n      ░      ░      ▞      visits 3, 0: the window wraps around
-              sequence 1      ░      ▞      n      ░      visits 1, 2
-                                                          ▞ loaded, computed, then masked; n has the new token too
+              sequence 1      ░      ▞      n      ░      visits 1, 2; ░ is not loaded
+
 State     m and l [K, G, 1] and acc [K, G, D] in float32, from the first block of a sequence to its last.
 Traffic   min(length + 1, C, window) slots of k and v, rounded up to whole blocks at both ends. With a window, neither
           the bytes nor the steps of the grid depend on C. XLA appends, as in step 1.

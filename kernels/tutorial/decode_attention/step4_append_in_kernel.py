@@ -5,9 +5,11 @@ Tiling    grid (B, most blocks of a sequence), as step 3. The new cache is a sec
           one tile; `input_output_aliases` says that it is the same memory as the cache that the kernel reads:
 
               slots ->      block  block  block  block
-              sequence 0      n      ░      ░      ▞      ▞ loaded, computed, then masked
-              sequence 1      ░      ▞      n      ░      n the block whose tile receives the new token
-                                          ▒█▒▒            █ the tile, 8 slots of float32 or 16 of bfloat16: written back
+              sequence 0      n      ░      ░      ▞      ▞ loaded, computed, then masked; n has the new token too
+              sequence 1      ░      ▞      n      ░
+                                          ▒█▒▒            one tile of n is written back, 8 slots of float32 or 16 of
+                                                          bfloat16: █ is the new token, ▒ are slots as loaded
+
 State     m and l [K, G, 1] and acc [K, G, D] in float32, from the first block of a sequence to its last.
 Traffic   as step 3, and one tile of k and of v per sequence instead of 2 B kernels of XLA. If the caller donates the
           cache, no byte of it is copied; otherwise, XLA copies it first, because its caller may still read it.

@@ -6,9 +6,10 @@ Tiling    grid (B, most blocks of a sequence), as step 4. A block has values and
           receives the new token, which XLA quantizes before the kernel starts:
 
               slots ->      block  block  block  block
-              sequence 0      n      ░      ░      ▞      ▞ loaded, computed, then masked
-              sequence 1      ░      ▞      n      ░      n the block whose tiles receive the new token
-                                          ▒█▒▒            █ 32 slots of values, 128 slots of scales: written back
+              sequence 0      n      ░      ░      ▞      ▞ loaded, computed, then masked; n has the new token too
+              sequence 1      ░      ▞      n      ░
+                                          ▒█▒▒            written back: 32 slots of values, 128 slots of scales
+
 State     m and l [K, G, 1] and acc [K, G, D] in float32, from the first block of a sequence to its last.
 Traffic   D + 4 bytes per vector instead of 2 D (bfloat16) or 4 D (float32). A scale costs one product per score and
           one per weight; dequantizing the vectors would cost D / G times as many.
