@@ -1,6 +1,6 @@
 """The workloads of decoding attention."""
 
-from dantinox.kernels.workloads.common import ALL, AOT, BIG, BUNDLES, CPU, TPU
+from dantinox.kernels.workloads.common import ALL, AOT, BIG, BOTH, BUNDLES, CPU, TPU
 from dantinox.kernels.workloads.types import Decode
 
 
@@ -19,6 +19,8 @@ def _parity(name: str, C: int = 8, **sizes) -> Decode:
 def _step(name: str, C: int, *lengths: int, H: int, K: int, D: int = 128, **kind) -> Decode:
     return Decode(name=name, C=C, lengths=lengths, H=H, K=K, D=D, **kind)
 
+
+TUTORIAL = {"suites": ("tutorial",), "devices": ("cpu",), "dtypes": BOTH}
 
 KV_CACHES = (
     _parity("grouped"),
@@ -41,6 +43,11 @@ KV_CACHES = (
     ),
     _step("W=256 at 100000", 4096, 100_000, H=8, K=2, D=64, window=256, **CPU),
     _step("ragged batch", 2048, 0, 100, 2047, 30_000, H=8, K=2, D=64, **CPU),
+    # Short, not yet wrapped, nearly full, and with a window that wraps around the end of the ring buffer.
+    *(
+        _step(name, 4096, 100, 1000, 4000, 8500, H=8, K=2, window=1024, kv_dtype=dtype, **TUTORIAL)
+        for name, dtype in (("tutorial", None), ("tutorial, int8", "int8"))
+    ),
     _step("Mixtral-8x7B 32k, B=1", 32768, 32767, H=32, K=8, **BIG),
     _step("Mixtral-8x7B 8k, B=32", 8192, *([8191] * 32), H=32, K=8, **BIG),
     _step("Mixtral-8x7B 8k, B=32, int8", 8192, *([8191] * 32), H=32, K=8, kv_dtype="int8", **TPU),

@@ -57,11 +57,16 @@ def bytes_moved(call: KernelCall) -> int | None:
     """Count the bytes that a kernel moves; None for a kernel with DMAs of its own."""
     if _contains(call.body, "dma_start"):
         return None
+    return sum(count for _, count in bytes_by_operand(call))
+
+
+def bytes_by_operand(call: KernelCall) -> list[tuple[tuple[int, ...], int]]:
+    """Return (shape, bytes moved) of each operand and result that Pallas moves, in order: the operands come first."""
     if math.prod(call.grid) == 0:
-        return 0
+        return []
     steps = np.indices(call.grid, np.int32).reshape(len(call.grid), -1)
     mappings = [mapping for mapping in call.grid_mapping.block_mappings if _space(mapping) not in ("any", "hbm")]
-    return sum(_operand_bytes(mapping, steps, call.tables) for mapping in mappings)
+    return [(mapping.array_aval.shape, _operand_bytes(mapping, steps, call.tables)) for mapping in mappings]
 
 
 def _operand_bytes(mapping: Any, steps: np.ndarray, tables: Sequence[Any]) -> int:
