@@ -11,8 +11,8 @@ Tiling    grid (N / 64, F / 256). A thread block computes one tile of y, from a 
 State     64 x 256 accumulators in float32, 128 registers of each of the 128 threads.
 Traffic   a tile reads 64 rows of x and 256 columns of w, through L2: 51 FLOPs per byte. Neither the tensor cores nor
           the memory work while the other does, apart from other thread blocks on the same SM.
-Limits    bfloat16, float16; any N; M and F multiples of 64. NotImplementedError: other dtypes and sizes.
-          ValueError: other shapes.
+Limits    bfloat16, float16; any N, where x is padded to a multiple of 8 rows; M and F multiples of 64.
+          NotImplementedError: other dtypes and sizes. ValueError: other shapes.
 Source    NVIDIA, PTX ISA: wgmma, cp.async.bulk.tensor (TMA) and mbarrier; JAX, Pallas: Mosaic GPU reference.
 """
 

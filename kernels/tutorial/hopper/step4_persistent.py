@@ -10,8 +10,8 @@ Tiling    grid (SMs). Block b computes the tiles b, b + SMs, b + 2 SMs, ... in p
               panel 1       7  9 11 ▼           (panels of 2)
 
 State     as step 3; steps are numbered over all tiles of a thread block.
-Traffic   85 FLOPs per byte through L2, as step 3. From memory, a wave reads the rows and columns of its square once:
-          for 132 SMs 16 tiles of 128 rows and 9 of 256 columns, where rows of tiles take all columns.
+Traffic   85 FLOPs per byte through L2, as step 3. From memory, a wave reads the rows and columns of its square once,
+          for 132 SMs 16 tiles of 128 rows and 9 of 256 columns; row by row, it reads all columns.
 Limits    as step 1.
 Source    NVIDIA, CUTLASS: persistent kernels and threadblock swizzle; Tillet, Triton: matrix multiplication tutorial.
 """
