@@ -31,6 +31,7 @@ class Ring(NamedTuple):
 
     @property
     def num_blocks(self) -> int:
+        """Blocks of the ring buffer, the partial one included."""
         return -(-self.C // self.block)
 
     def newest(self, length: Array) -> tuple[Array, Array]:
@@ -88,7 +89,8 @@ def check(
 
     Args:
         q: queries [B, H, D].
-        k, v: the new token [B, K, D].
+        k: key of the new token [B, K, D].
+        v: value of the new token [B, K, D].
         cache: the cache, k and v [B, K, C, D].
         window: tokens that a query sees, or None.
         scale: factor on the scores, or None for D**-0.5.
