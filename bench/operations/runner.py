@@ -263,7 +263,7 @@ def run_case(
     only: Sequence[str] = (),
     extra: Sequence[Candidate] = (),
 ) -> CaseResult:
-    """Compile, check and time every candidate.
+    """Compile every candidate, measure its error and time it.
 
     Args:
         case: what to run.

@@ -132,7 +132,7 @@ def _pallas_not_auto(q: Array, k: Array, window: int | None) -> str | None:
     if dispatch.on_gpu():
         return "the Hopper kernels have not run on a GPU yet; pass implementation='pallas' to use them"
     B, T, H, _ = q.shape
-    if cpu_block_sizes.xla_is_faster(B, T, k.shape[1], H, window):
+    if dispatch.current_device().platform == "cpu" and cpu_block_sizes.xla_is_faster(B, T, k.shape[1], H, window):
         return "interpreted, it is slow at these sizes"
     return None
 

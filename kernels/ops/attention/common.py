@@ -126,7 +126,7 @@ def scale_scores(config: AttentionConfig, qk: Array, unit: float = 1.0) -> Array
 def visible_mask(
     config: AttentionConfig, shape: tuple[int, ...], q_block: Array, kv_block: Array, r: Array | int, c: Array | int
 ) -> Array:
-    """Return a mask of the pairs of a subtile that are visible by their positions.
+    """Return the causal and sliding-window mask of a subtile, without keys past the last one.
 
     Args:
         config: static parameters of the kernel.

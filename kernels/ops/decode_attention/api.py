@@ -132,7 +132,9 @@ def _pallas_unsupported_inputs(q: Array, cache: KVCache) -> str | None:
 def _pallas_not_auto(q: Array, cache: KVCache) -> str | None:
     if dispatch.on_gpu():
         return "the Hopper kernel has not run on a GPU yet; pass implementation='pallas' to use it"
-    return "interpreted, it is slow at these sizes" if cpu_kernel.xla_is_faster(cache.k.shape[2]) else None
+    if dispatch.current_device().platform == "cpu" and cpu_kernel.xla_is_faster(cache.k.shape[2]):
+        return "interpreted, it is slow at these sizes"
+    return None
 
 
 OPERATION = dispatch.Operation(

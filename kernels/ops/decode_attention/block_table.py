@@ -1,4 +1,4 @@
-"""The blocks of the ring buffers that one decode step visits: the grid of the kernel, computed on the device.
+"""The blocks of the ring buffers that one decode step visits: the grid of the TPU and CPU kernels, made on the device.
 
 A ring buffer of C = 6 blocks and a window that wraps around its end; `n` marks the block that receives the new token:
 

@@ -84,7 +84,10 @@ def write_slot(ring_buffer: Array, x: Array, slot: Array) -> Array:
 
 
 def append_token(cache: KVCache, k: Array, v: Array) -> KVCache:
-    """Write one token per sequence, k and v [B, K, D], to slot length % C and increment the length."""
+    """Write one token per sequence, k and v [B, K, D], to slot length % C and increment the length.
+
+    The kernels of TPUs and of Hopper write the token themselves, to the same slot.
+    """
     slot = cache.length % cache.k.shape[2]
     new_values = [*quantize(k, cache.k.dtype), *quantize(v, cache.v.dtype)]
     ring_buffers = (cache.k, cache.k_scale, cache.v, cache.v_scale)

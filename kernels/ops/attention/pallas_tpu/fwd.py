@@ -2,8 +2,8 @@
 
 Math      s = cap(scale q k^T) log2(e);  p = 2^(s - m);  o = sigmoid(gate) * sum(p v) / sum(p)
 Tiling    grid (heads, visible blocks), the blocks of a query block one after the other. `block_schedule.py` lists
-          the visible blocks; `common.py` describes how a kernel processes one. The G query heads of a key head are
-          packed: R = G * bq rows.
+          the visible blocks; `pallas_tpu/common.py` describes how a kernel processes one. The G query heads of a key
+          head are packed: R = G * bq rows.
 
               keys ->        bk   bk   bk   bk
               G x bq rows    ▞    ░    ░    ░       ▞ masked
