@@ -54,7 +54,7 @@ class Checkpoints:
         """Return the step with the lowest validation loss; None if no checkpoint has one."""
         losses = {step: metadata["val_loss"] for step, metadata in self._all_metadata().items()}
         finite_losses = {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
-        return min(finite_losses, key=finite_losses.get, default=None)
+        return min(finite_losses, key=lambda step: finite_losses[step], default=None)
 
     def save(self, step: int, state: TrainState, metadata: dict[str, Any], due: bool = True) -> None:
         """Copy the state and write it in the background; `wait` blocks until it is on disk.

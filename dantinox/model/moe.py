@@ -94,8 +94,8 @@ class MoE(nnx.Module):
         with jax.named_scope("router"):
             ids, weights, stats = route(dense(tokens, self.router, jnp.float32), self.k)
         with jax.named_scope("experts"):
-            experts = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
-            y = kernels.moe_mlp(tokens, *experts, ids, weights, implementation=self.implementation)
+            w_gate, w_up, w_down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
+            y = kernels.moe_mlp(tokens, w_gate, w_up, w_down, ids, weights, implementation=self.implementation)
         y = y.reshape(x.shape)
         if self.shared is not None:
             with jax.named_scope("shared"):

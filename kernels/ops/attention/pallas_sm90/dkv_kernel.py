@@ -80,7 +80,8 @@ def dkv(inputs: BwdInputs, config: Sm90AttentionConfig) -> DkvOutputs:
     stages, parts = sizes.q_stages, block_kv(D) // WARPGROUP_ROWS
 
     def dkv_kernel(*refs: Ref) -> None:
-        DkvKernel(*split_refs(refs, BwdInputs, DkvOutputs, DkvScratch), config, sizes).run()
+        gmem, out_gmem, smem = split_refs(refs, BwdInputs, DkvOutputs, DkvScratch)
+        DkvKernel(gmem, out_gmem, smem, config, sizes).run()
 
     out = jax.ShapeDtypeStruct(inputs.k.shape, dtype)
     scratch = DkvScratch(

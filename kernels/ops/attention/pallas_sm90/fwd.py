@@ -111,7 +111,8 @@ def forward(
     )
 
     def fwd_kernel(*refs: Ref) -> None:
-        ForwardKernel(*split_refs(refs, FwdInputs, FwdOutputs, FwdScratch), config, sizes).run()
+        gmem, out_gmem, smem = split_refs(refs, FwdInputs, FwdOutputs, FwdScratch)
+        ForwardKernel(gmem, out_gmem, smem, config, sizes).run()
 
     return plgpu.kernel(
         fwd_kernel,

@@ -121,7 +121,8 @@ def decode_attention(
             return x.reshape(1, -1, *x.shape[2:])
 
         merged_cache = new_cache._replace(k=merge_batch(new_cache.k), v=merge_batch(new_cache.v))
-        one_step = BlockTable(jnp.int32(1), *jnp.int32([[0], [0], [1]]), table.num_visible, table.slot)
+        sequence, block, ends = jnp.int32([[0], [0], [1]])
+        one_step = BlockTable(jnp.int32(1), sequence, block, ends, table.num_visible, table.slot)
         q_heads, gate_heads = group_heads(q, K), None if gate is None else group_heads(gate, K)
         merged_q, merged_k, merged_v = (merge_batch(x) for x in (q_heads, k, v))
         merged_gate = None if gate_heads is None else merge_batch(gate_heads)

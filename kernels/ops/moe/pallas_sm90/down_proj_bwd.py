@@ -106,8 +106,8 @@ def down_proj_bwd(
     sizes = block_sizes.gmm_block_sizes(N, E, M, F, config.num_sms, widths=widths)
     metadata = tile_scheduler.tma_group_metadata(group_sizes, N)
     padded_weights = jnp.pad(router_weights, (0, -N % TMA_ROWS + BLOCK_M))
-    padded = [gmm.pad_rows(x) for x in (dy, gate, up)]
-    inputs = DownProjBwdInputs(padded[0], w_down, *padded[1:], padded_weights, tile_scheduler.pack_task_table(metadata))
+    dy, gate, up = (gmm.pad_rows(x) for x in (dy, gate, up))
+    inputs = DownProjBwdInputs(dy, w_down, gate, up, padded_weights, tile_scheduler.pack_task_table(metadata))
     row_shape = jax.ShapeDtypeStruct((N, F), dtype)
     parts_shape = (metadata.group.shape[0], pl.cdiv(F, sizes.block_n), BLOCK_M)
     outputs = DownProjBwdOutputs(row_shape, row_shape, row_shape, jax.ShapeDtypeStruct(parts_shape, jnp.float32))

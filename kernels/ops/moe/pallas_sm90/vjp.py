@@ -74,6 +74,8 @@ def moe_mlp(
         raise NotImplementedError(f"moe_mlp: implementation='pallas' cannot run here: {reason}")
     if 0 in (*x.shape, *w_gate.shape):
         return jnp.zeros_like(x)
-    args = x, w_gate, w_up, w_down, expert_ids, expert_weights
+    arrays = x, w_gate, w_up, w_down, expert_ids, expert_weights
     config = Sm90GmmConfig(blocks or num_sms(current_device().kind), interpret, width)
-    return run_experts(*(match_vma(arg, *args) for arg in args), KernelsBackend(Sm90ExpertsKernels(config)))
+    x, w_gate, w_up, w_down, expert_ids, expert_weights = (match_vma(array, *arrays) for array in arrays)
+    backend = KernelsBackend(Sm90ExpertsKernels(config))
+    return run_experts(x, w_gate, w_up, w_down, expert_ids, expert_weights, backend)
