@@ -121,6 +121,17 @@ def _call(params: dict[str, Any], e: Any) -> Callable[..., Any]:
     return Program(next(params[name] for name in ("jaxpr", "call_jaxpr", "call") if name in params))
 
 
+@rule("call_hi_primitive")
+def _hi_primitive(params: dict[str, Any], e: Any) -> Callable[..., Any]:
+    """Operations that JAX 0.12 keeps whole, such as jnp.nonzero: evaluate what they expand to."""
+    primitive = params["_prim"]
+
+    def expand(*operands: Any) -> Any:
+        return primitive.expand(*jax.tree.unflatten(primitive.in_tree, operands))
+
+    return Program(jax.make_jaxpr(expand)(*(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in e.invars)))
+
+
 @rule("cond")
 def _cond(params: dict[str, Any], e: Any) -> Callable[..., Any]:
     branches = [Program(b) for b in params["branches"]]
