@@ -32,8 +32,8 @@ def test_conditional_parts_of_a_kernel_body_are_found():
 def test_steps_pairs_and_fetches_match_the_grid():
     S, tile = 2048, 256
     counts = [attention.count_visited(name) for name in STEPS]
-    assert [row["steps"] for row in counts] == [8, 8 * 8, 8 * 8 * 8, 8 * 15, 2 * 30]
-    assert [row["pairs"] for row in counts] == [8 * S * S] * 3 + [8 * 15 * tile**2] * 2
+    assert [row["steps"] for row in counts] == [8, 8 * 8, 8 * 8 * 8, 8 * 15, *[2 * 30] * 4]
+    assert [row["pairs"] for row in counts] == [8 * S * S] * 3 + [8 * 15 * tile**2] * 5
     # k and v in bfloat16: once per key head, then per query tile of a query head, then only where the tile changes.
     head = 2 * S * 64 * 2
     assert [row["kv_bytes"] for row in counts[:4]] == [2 * head, 2 * head, 8 * 8 * head, 8 * head]
@@ -46,6 +46,19 @@ def test_branch_bundles_count_only_in_steps_that_take_it():
     # 8 query tiles per head: the first sees one tile, the others two; with a window of one tile all are masked.
     assert attention.executed_bundles("tile_skipping", 100, [10, 30, 20, 5]) == 120 * 35 + 64 * 10 + 120 * 30 + 64 * 5
     assert attention.executed_bundles("tile_skipping", 100, [10]) is None
+    # Two key heads, 30 tiles of 128 queries of 4 heads each; the branches of the phases are taken in every step.
+    sizes = [10, 20, 30, 5, 5, 7]
+    expected = 60 * 23 + 32 * 10 + 60 * (20 + 5 + 5) + 60 * 30 + 32 * 7
+    assert attention.executed_bundles("phases", 100, sizes) == expected
+    kernel = {"name": "transpose_jvp_dkv_", "bundles": 100}  # 8 key tiles, each seen by queries of 2 or 4 tiles
+    assert (
+        attention._bundles_with_gradients("backward", kernel, [10, 30, 20, 5]) == 60 * 35 + 16 * 10 + 60 * 30 + 16 * 5
+    )
+
+
+def test_wrong_gradients_are_wrong_rows():
+    document = {"rows": {"tiled": {"error": 1.0}, "backward": {"error": 0}}, "gradients": {"backward": {"error": 1.0}}}
+    assert attention.wrong(document) == ["tiled", "backward"]
 
 
 def test_table_is_written_between_its_markers():
@@ -54,7 +67,7 @@ def test_table_is_written_between_its_markers():
     new = common.update_readme(text, attention, document)
     assert new.startswith("before\n") and new.endswith("\nafter\n") and "old" not in new
     assert common.update_readme(new, attention, document) == new
-    refused = {"rows": {"naive": {"refused": "no room"}}, "visible_pairs": 1}
+    refused = {"rows": {"naive": {"refused": "no room"}}, "gradients": {}, "visible_pairs": 1}
     assert "| 1 `naive` | no room |" in attention.table(refused)
     with pytest.raises(ValueError, match="not one"):
         common.update_readme("nothing", attention, document)

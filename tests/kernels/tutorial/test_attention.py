@@ -30,7 +30,12 @@ SMALL_TILES = {
 }
 WITH_GATE = ("packed_gqa_gate", "log_sum_exp", "backward", "phases")
 WITH_GRADIENTS = ("log_sum_exp", "backward", "phases")
-FORWARD_STEPS = [step for step in attention.STEPS if step != "backward"]  # its forward pass is that of log_sum_exp
+# Step 7 has the forward pass of step 6, which has the kernel of step 5; the tests of gradients check its output.
+FORWARD_STEPS = [
+    pytest.param(step, marks=pytest.mark.slow if step == "log_sum_exp" else ())
+    for step in attention.STEPS
+    if step != "backward"
+]
 
 
 row = cases.attention
@@ -49,7 +54,7 @@ CASES = {
 }
 GATED = {"one per head": row(65, 65, H=4, K=2, gate="head"), "elementwise": row(65, 65, H=3, K=1, gate="elementwise")}
 FEW = ("127, grouped, window", "7 of 129")  # also in bfloat16
-LONG = ("7 of 129", "window past S")  # slow in float32
+LONG = ("7 of 129", "window past S", "7, two sequences", "window of one")  # slow in float32
 RULE_CASES = [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in CASES]
 
 
@@ -87,7 +92,7 @@ def test_each_step_matches_reference(step, name):
 
 
 @pytest.mark.parametrize("step", FORWARD_STEPS)
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", [FEW[0], pytest.param(FEW[1], marks=pytest.mark.slow)])
 def test_each_step_matches_reference_in_bfloat16(step, name):
     assert_within_tolerance(step, CASES[name], "bfloat16")
 
@@ -108,7 +113,7 @@ GRADIENT_CASES = {
     "129, multi-query": CASES["129, multi-query"],
     "window of one": CASES["window of one"],
 }
-FAST_GRADIENTS = ("127, grouped, window", "129 on 7, window", "one gate per head")
+FAST_GRADIENTS = ("129 on 7, window", "one gate per head")
 
 
 def gradients(run: Any, inputs: dict[str, Any], do: Any) -> dict[str, Any]:
@@ -150,9 +155,10 @@ def test_gradients_match_reference(step, dtype, name):
         assert result[f"d{key}"].shape == x.shape and result[f"d{key}"].dtype == dtype
     plain, exact = exact_gradients(case, dtype, False), exact_gradients(case, dtype, True)
     if dtype == "float32":
-        # exp(s - lse) has the rounding of lse, and s is recomputed by another matmul: twice the bound in float32.
-        # An error that is halved keeps the bound of the rule.
-        result = {name: (np.float64(x) + exact[name]) / 2 for name, x in result.items()}
+        # Gradients may have twice the error that the rule allows: lse is rounded once per row and sums once per small
+        # tile, and step 6 recomputes s by another matmul. The worst case here has 1.43 times the rule's error.
+        halved = {name: (np.float64(result[name]) + exact[name]) / 2 for name in result if name != "o"}
+        result = result | halved
     tolerance.assert_within_bound(result, plain, exact, dtype)
 
 
