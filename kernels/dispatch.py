@@ -124,6 +124,13 @@ class Operation:
     name: str
     implementations: tuple[Implementation, ...]
 
+    def __post_init__(self) -> None:
+        """Check that no name occurs twice."""
+        names = self.names()
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{self.name} has two implementations of the name {name!r}; allowed: one")
+
     def names(self) -> tuple[str, ...]:
         """Return the allowed values of `implementation`."""
         return ("auto", *(i.name for i in self.implementations))

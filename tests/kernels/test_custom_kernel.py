@@ -13,11 +13,22 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "kernels" / "tutorial" / "README.md").read_text()
-FILE, LINE = re.findall(r"```python\n(.*?)```", GUIDE.partition("## Your kernel here")[2], re.S)
+FILE, LINE = re.findall(r"```(?:python|text)\n(.*?)```", GUIDE.partition("## Your kernel here")[2], re.S)
 COMMANDS = re.findall(r"```sh\n(.*?)```", GUIDE.partition("## Your kernel here")[2], re.S)[0].strip().splitlines()
 OTHER = ROOT / ".venv-aot" / "bin" / "python"
 COMPILER = sys.executable if util.find_spec("libtpu") else str(OTHER) if OTHER.exists() else None
-TOPS = ("reference", "kernels", "dantinox", "bench", "tests", "scripts", "pyproject.toml", "README.md", "profiles")
+TOPS = (
+    "reference",
+    "kernels",
+    "dantinox",
+    "bench",
+    "tests",
+    "scripts",
+    "docs",
+    "pyproject.toml",
+    "README.md",
+    "profiles",
+)
 
 
 @pytest.fixture(scope="module")

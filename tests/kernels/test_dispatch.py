@@ -177,25 +177,23 @@ def test_auto_runs_and_implementations_lists_every_name(op):
 
 
 def test_table_entry_registers_an_implementation(monkeypatch):
-    def mine(q, k, v, **options):
+    def custom(q, k, v, **options):
         return jnp.full_like(q, options["window"])
 
-    entry = dispatch.Implementation("mine", mine)
+    before = kernels.implementation_names("attention")
+    entry = dispatch.Implementation("custom", custom)
     operation = dataclasses.replace(api.OPERATION, implementations=(*api.OPERATION.implementations, entry))
     monkeypatch.setattr(api, "OPERATION", operation)
     monkeypatch.setitem(kernels._REGISTRY, "attention", operation)
-    np.testing.assert_array_equal(kernels.attention(Q, KV, KV, window=3, implementation="mine"), jnp.full_like(Q, 3))
-    assert kernels.implementations("attention") == kernels.implementations("attention") | {"mine": None}
-    assert (
-        kernels.implementation_names("attention")
-        == (*kernels.IMPLEMENTATION_NAMES, "mine")
-        == kernels.implementation_names(*kernels.OPERATIONS)
-    )
+    np.testing.assert_array_equal(kernels.attention(Q, KV, KV, window=3, implementation="custom"), jnp.full_like(Q, 3))
+    assert kernels.implementations("attention") == kernels.implementations("attention") | {"custom": None}
+    assert kernels.implementation_names("attention") == (*before, "custom")
+    assert kernels.implementation_names(*kernels.OPERATIONS) == (*before, "custom")
     assert not np.array_equal(kernels.attention(Q, KV, KV, window=3), jnp.full_like(Q, 3)), "auto chose it"
-    with pytest.raises(ValueError, match="allowed: auto, reference, xla, pallas, triton, mine"):
+    with pytest.raises(ValueError, match=f"allowed: {', '.join((*before, 'custom'))}"):
         kernels.attention(Q, KV, KV, implementation="mien")
     with pytest.raises(ValueError, match=r"allowed: auto, reference, xla, pallas, triton$"):
-        kernels.moe_mlp(**MOE_GOOD, implementation="mine")
+        kernels.moe_mlp(**MOE_GOOD, implementation="custom")
 
 
 @pytest.mark.parametrize(("D", "why"), [(64, "have not run on a GPU"), (96, "head dim 96")], ids=["D=64", "D=96"])
@@ -250,3 +248,9 @@ def test_lazy_implementation_is_imported_on_first_call():
     naive = dispatch.lazy("dantinox.kernels.tutorial.attention.step1_naive:attention")
     options = {"gate": None, "causal": True, "window": None, "scale": 1.0, "softcap": None, "segment_ids": None}
     np.testing.assert_allclose(naive(Q, KV, KV, **options), jnp.ones_like(Q), rtol=1e-6)
+
+
+def test_two_implementations_of_one_name_raise():
+    twice = (*api.OPERATION.implementations, dispatch.Implementation("xla", lambda *args: None))
+    with pytest.raises(ValueError, match="attention has two implementations of the name 'xla'"):
+        dataclasses.replace(api.OPERATION, implementations=twice)
