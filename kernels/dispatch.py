@@ -175,6 +175,11 @@ class Operation:
         raise NotImplementedError(f"{self.name}: no implementation can run here")
 
 
+def is_sm90(kind: str) -> bool:
+    """Return whether a device kind is a Hopper GPU."""
+    return any(name in kind for name in SM90_DEVICE_KINDS)
+
+
 def pallas_unsupported_device(op: str) -> str | None:
     """Return why the current device has no Pallas kernel of an operation, or None."""
     platform, kind = current_device()
@@ -182,7 +187,7 @@ def pallas_unsupported_device(op: str) -> str | None:
         return None
     if platform != "gpu":
         return f"{op} has no Pallas kernel for {platform} yet"
-    if any(name in kind for name in SM90_DEVICE_KINDS):
+    if is_sm90(kind):
         return None
     return f"its Pallas GPU kernel requires Hopper (sm_90) and this device is {kind!r}; implementation='xla' runs here"
 

@@ -87,9 +87,13 @@ MUTANTS: list[Mutant] = [
         ("dx without dup", "gmm([dgate, dup], [w_gate, w_up]", "gmm([dgate, dgate], [w_gate, w_up]", MOE),
     ),
     *mutants_of(
-        "ops/grouped_matmul/pallas_sm90/vjp",
+        "mosaic_gpu",
         "grouped_matmul_sm90",
         ("an H20 has an H100's cores", "else 78 if", "else 132 if", "test_number_of_sms_follows_the_device_kind"),
+    ),
+    *mutants_of(
+        "ops/grouped_matmul/pallas_sm90/vjp",
+        "grouped_matmul_sm90",
         ("F is not checked", 'for name, size in (("M", M), ("F", F)):', 'for name, size in (("M", M),):',
          "test_unsupported_inputs_raise_with_the_reason"),
     ),

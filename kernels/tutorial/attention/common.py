@@ -5,14 +5,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 
 from dantinox.kernels import validation
-from dantinox.kernels.dispatch import current_device
+from dantinox.kernels.tutorial.common import call_options as call_options
+from dantinox.kernels.tutorial.common import iota as iota
+from dantinox.kernels.tutorial.common import refuse
 
 Array = jax.Array
 M_INIT = -1e30  # start of a running maximum: finite, so that exp(-inf - M_INIT) is 0 in a row that sees no key
-VMEM_LIMIT = 100 * 2**20  # of the 128 MiB of a v6e; the compiler's default is a fraction of it
 NT, NN, TN = ((1,), (1,)), ((1,), (0,)), ((0,), (0,))  # a b^T, a b and a^T b
 
 
@@ -57,27 +57,9 @@ def dot(a: Array, b: Array, contract: tuple[tuple[int], tuple[int]]) -> Array:
     return jax.lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
 
 
-def iota(shape: tuple[int, ...], axis: int) -> Array:
-    """0, 1, 2, ... along an axis."""
-    return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-
-
 def heads_first(x: Array) -> Array:
     """[B, T, H, D] -> [B, H, T, D] and back: the two axes of a tile must be the last ones."""
     return x.swapaxes(1, 2)
-
-
-def call_options() -> dict[str, Any]:
-    """Options of every `pallas_call`: how much VMEM it may use, and whether XLA interprets it, as on a CPU.
-
-    Raises:
-        NotImplementedError: this device can neither compile nor interpret the kernel.
-    """
-    platform = current_device().platform
-    if platform not in ("cpu", "tpu"):
-        raise NotImplementedError(f"these kernels run on TPUs, and interpreted on a CPU; this device is a {platform}")
-    params = pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT)
-    return {"compiler_params": params, "interpret": platform == "cpu"}
 
 
 def check(
@@ -120,9 +102,7 @@ def check(
     for name, size in (tiles or {}).items():
         if size < 16 or size % 16:  # 16 rows of bfloat16 are one register
             raise ValueError(f"{name} is {size}; allowed: a multiple of 16")
-    for name, value in unsupported.items():
-        if value is not None:
-            raise NotImplementedError(f"this step has no {name}")
+    refuse(unsupported)
     if q.dtype == jnp.float64:
         raise NotImplementedError("float64 is not supported: the kernels accumulate in float32")
     return Mask(T, S, causal, window), D**-0.5 if scale is None else scale

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from dantinox.kernels import validation
-from dantinox.kernels.dispatch import current_device
 from dantinox.kernels.ops.decode_attention.kv_cache import KVCache
+from dantinox.kernels.tutorial.common import interpret as interpret
+from dantinox.kernels.tutorial.common import iota as iota
+from dantinox.kernels.tutorial.common import refuse
 
 Array = jax.Array
 M_INIT = -1e30  # start of a running maximum: finite, so that exp(-inf - M_INIT) is 0 while no slot has been visible
@@ -55,23 +57,6 @@ def dot(a: Array, b: Array, contract: int) -> Array:
     """Multiply the tiles of every head, a [K, n, m] by b [K, ...], in their own dtype; accumulate in float32."""
     dims = (((2,), (1 + contract,)), ((0,), (0,)))
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
-
-
-def iota(shape: tuple[int, ...], axis: int) -> Array:
-    """0, 1, 2, ... along an axis."""
-    return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-
-
-def interpret() -> bool:
-    """Whether XLA interprets the kernel, operation by operation.
-
-    Raises:
-        NotImplementedError: this device can neither compile nor interpret the kernel.
-    """
-    platform = current_device().platform
-    if platform not in ("cpu", "tpu"):
-        raise NotImplementedError(f"these kernels run on TPUs, and interpreted on a CPU; this device is a {platform}")
-    return platform == "cpu"
 
 
 def check(
@@ -125,9 +110,7 @@ def check(
     tile = LANES if eight_bits else 16  # slots of scales, or of bfloat16, in a memory tile
     if block < tile or block % tile:
         raise ValueError(f"block is {block}; allowed: a multiple of {tile}")
-    for name, value in unsupported.items():
-        if value is not None:
-            raise NotImplementedError(f"this step has no {name}")
+    refuse(unsupported)
     if q.dtype == jnp.float64:
         raise NotImplementedError("float64 is not supported: the kernels accumulate in float32")
     dtype = jnp.dtype(jnp.int8) if eight_bits else q.dtype

@@ -4,13 +4,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 
 from dantinox.kernels import validation
-from dantinox.kernels.dispatch import current_device
+from dantinox.kernels.tutorial.common import call_options as call_options
+from dantinox.kernels.tutorial.common import iota, refuse
 
 Array = jax.Array
-VMEM_LIMIT = 100 * 2**20  # of the 128 MiB of a v6e; the compiler's default is a fraction of it
 
 
 def dot(x: Array, w: Array) -> Array:
@@ -20,7 +19,7 @@ def dot(x: Array, w: Array) -> Array:
 
 def row_index(first: Any, count: int) -> Array:
     """[count, 1]: first, first + 1, ..., the rows of a tile. A TPU has no one-dimensional registers."""
-    return first + jax.lax.broadcasted_iota(jnp.int32, (count, 1), 0)
+    return first + iota((count, 1), 0)
 
 
 def group_offsets(group_sizes: Array) -> Array:
@@ -31,19 +30,6 @@ def group_offsets(group_sizes: Array) -> Array:
 def find_group(ends: Array, index: Array) -> Array:
     """The group of each index, by the ends of the groups; past the last end their number."""
     return jnp.sum(ends <= index[:, None], axis=1, dtype=jnp.int32)
-
-
-def call_options() -> dict[str, Any]:
-    """Options of every `pallas_call`: how much VMEM it may use, and whether XLA interprets it, as on a CPU.
-
-    Raises:
-        NotImplementedError: this device can neither compile nor interpret the kernel.
-    """
-    platform = current_device().platform
-    if platform not in ("cpu", "tpu"):
-        raise NotImplementedError(f"these kernels run on TPUs, and interpreted on a CPU; this device is a {platform}")
-    params = pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT)
-    return {"compiler_params": params, "interpret": platform == "cpu"}
 
 
 def check(x: Array, w: Array, group_sizes: Array, row_tile: int = 16, **unsupported: Any) -> Array:
@@ -72,9 +58,7 @@ def check(x: Array, w: Array, group_sizes: Array, row_tile: int = 16, **unsuppor
     validation.check_integer("group_sizes", group_sizes)
     if row_tile < 16 or row_tile % 16:  # 16 rows of bfloat16 are one register
         raise ValueError(f"row_tile is {row_tile}; allowed: a multiple of 16")
-    for name, value in unsupported.items():
-        if value is not None:
-            raise NotImplementedError(f"this step has no {name}")
+    refuse(unsupported)
     if x.dtype == jnp.float64:
         raise NotImplementedError("float64 is not supported: the kernels accumulate in float32")
     return group_sizes.astype(jnp.int32)

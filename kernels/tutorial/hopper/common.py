@@ -1,6 +1,5 @@
 """Shared by all steps: sizes, shared memory, the store of a tile, and argument checks."""
 
-import re
 from typing import Any
 
 import jax
@@ -9,19 +8,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dantinox.kernels import validation
-from dantinox.kernels.dispatch import SM90_DEVICE_KINDS, current_device
+from dantinox.kernels.dispatch import current_device, is_sm90
+from dantinox.kernels.mosaic_gpu import TMA_ROWS
+from dantinox.kernels.mosaic_gpu import num_sms as num_sms
+from dantinox.kernels.mosaic_gpu import wgmma_smem as wgmma_smem
+from dantinox.kernels.tutorial.common import refuse
 
 Array = jax.Array
 Ref = Any  # a reference to global or shared memory, or barriers
 ROWS, COLUMNS = 64, 256  # of the output, per warpgroup: 128 accumulators in float32 per thread
 DEPTH = 64  # of the contraction, per stage: a row of 128 bytes, the widest swizzle
 STAGES = 4  # of the ring buffer; a power of two, so that a step finds its stage with one `and`
-TMA_ROWS = 8  # rows of a tile in the layout that wgmma reads
-
-
-def wgmma_smem(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory in the layout that wgmma reads: 8 x 64 tiles, swizzled so that no two rows share a bank."""
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((TMA_ROWS, 64)), plgpu.SwizzleTransform(128)))
 
 
 def store_smem(dtype: Any, warpgroups: int = 1) -> Any:
@@ -42,12 +39,6 @@ def store_tile(y: Array, buffer: Ref, y_gmem: Ref, row: Array, column: Array) ->
         plgpu.copy_smem_to_gmem(buffer, y_gmem.at[pl.ds(row, ROWS), pl.ds(column + first, 64)])
 
 
-def num_sms() -> int:
-    """SMs of the current device."""
-    kind = current_device().kind
-    return 114 if "PCIe" in kind else 78 if re.search(r"H20\b", kind) else 132
-
-
 def interpret() -> plgpu.InterpretGPUParams | bool:
     """How to run the kernel: on a CPU, in Pallas's simulation of a GPU.
 
@@ -55,7 +46,7 @@ def interpret() -> plgpu.InterpretGPUParams | bool:
         NotImplementedError: this device can neither compile nor simulate the kernel.
     """
     platform, kind = current_device()
-    if platform == "gpu" and any(name in kind for name in SM90_DEVICE_KINDS):
+    if platform == "gpu" and is_sm90(kind):
         return False
     if platform == "cpu":
         return plgpu.InterpretGPUParams()
@@ -81,9 +72,7 @@ def check(x: Array, w: Array, **unsupported: Any) -> tuple[Array, tuple[int, int
     (N, M), F = x.shape, w.shape[1]
     validation.check_shape("w", w, (M, F))
     validation.check_floating(x=x, w=w)
-    for name, value in unsupported.items():
-        if value is not None:
-            raise NotImplementedError(f"this step has no {name}")
+    refuse(unsupported)
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"x has dtype {x.dtype}; these kernels multiply bfloat16 and float16")
     for name, size in (("M", M), ("F", F)):

@@ -40,7 +40,7 @@ def matmul(x: Array, w: Array, *, num_blocks: int | None = None, **unsupported: 
         return jnp.zeros((N, F), x.dtype)
     k_steps = M // DEPTH
     row_tiles, column_tiles = pl.cdiv(N, TILE_ROWS), pl.cdiv(F, COLUMNS)
-    blocks = min(num_blocks or common.num_sms(), row_tiles * column_tiles)
+    blocks = min(num_blocks or common.num_sms(common.current_device().kind), row_tiles * column_tiles)
 
     def kernel(x_gmem: Ref, w_gmem: Ref, y_gmem: Ref, x_smem: Ref, w_smem: Ref, y_smem: Ref, full: Ref, empty: Ref):
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")

@@ -11,13 +11,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dantinox.kernels.mosaic_gpu import TMA_ROWS as TMA_ROWS
+from dantinox.kernels.mosaic_gpu import wgmma_smem as wgmma_smem
+
 Array = jax.Array
 Ref = Any
 Index = Array | int
 Segments = tuple[Array, Array]  # ids of the queries and of the keys
 
 LOG2E = 1.4426950408889634
-TMA_ROWS = 8  # rows of a TMA tile: lengths in memory are multiples of it
 FAR_FUTURE = 2**24  # tokens; more than any block has
 WARPGROUP_ROWS = 64  # of one wgmma
 COMPUTE_WARPGROUPS = 2  # consumers; a third warpgroup is the producer
@@ -267,12 +269,6 @@ def softmax_weights(qk: Array, lse: Array, config: Sm90AttentionConfig) -> tuple
         return jnp.exp2(qk * (config.scale * LOG2E) - lse), None
     t = softcap_tanh(qk, config)
     return jnp.exp2(t * (config.softcap * LOG2E) - lse), 1.0 - t * t
-
-
-def wgmma_smem(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Return the type of shared memory in the layout that wgmma reads."""
-    columns = 128 // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
 
 
 def interpret_operand_smem(columns: int, dtype: Any, config: Sm90AttentionConfig) -> Any:

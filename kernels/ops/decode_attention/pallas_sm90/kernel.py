@@ -32,6 +32,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dantinox.kernels.mosaic_gpu import TMA_ROWS, wgmma_smem
 from dantinox.kernels.ops.decode_attention.kv_cache import KVCache, append_token
 from dantinox.kernels.ops.decode_attention.pallas_sm90.splits import (
     BLOCK_KV,
@@ -51,7 +52,6 @@ LOG2E = math.log2(math.e)
 M_INIT = -1e30  # below every real score, in units of log2
 ROW_LAYOUT, COL_LAYOUT = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 BLOCK_H = 64  # rows of a wgmma; the query heads of one KV head are the first of them
-TMA_ROWS = 8  # rows of a TMA tile
 STAGES = {64: (4, 4), 128: (3, 2), 256: (3, 3)}  # by D, for keys and values; `RESIDENT_BLOCKS` assumes these
 INSERT_COLUMNS = 64  # columns held in registers at once while the new token is inserted
 
@@ -177,21 +177,17 @@ def _attend_in_splits(
     B, K, G, D = q.shape
     k_stages, v_stages = STAGES[D]
 
-    def swizzled_smem(shape: tuple[int, ...], dtype: Any) -> Any:
-        transforms = (plgpu.TilingTransform((TMA_ROWS, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128))
-        return plgpu.SMEM(shape, dtype, transforms=transforms)
-
     scratch_types = SplitScratch(
         k_full=plgpu.Barrier(num_barriers=k_stages),
-        k_smem=swizzled_smem((k_stages, BLOCK_KV, D), q.dtype),
+        k_smem=wgmma_smem((k_stages, BLOCK_KV, D), q.dtype),
         # The output reuses the memory of the values.
         v_or_out_smem=plgpu.RefUnion(
-            [swizzled_smem((v_stages, BLOCK_KV, D), q.dtype)],
-            [swizzled_smem((BLOCK_H, D), jnp.float32), plgpu.SMEM((BLOCK_H,), jnp.float32)],
+            [wgmma_smem((v_stages, BLOCK_KV, D), q.dtype)],
+            [wgmma_smem((BLOCK_H, D), jnp.float32), plgpu.SMEM((BLOCK_H,), jnp.float32)],
         ),
         new_kv_smem=plgpu.SMEM((2, D), q.dtype),
         q_full=plgpu.Barrier(num_arrivals=3),
-        q_smem=swizzled_smem((BLOCK_H, D), q.dtype),
+        q_smem=wgmma_smem((BLOCK_H, D), q.dtype),
         v_full=plgpu.Barrier(num_barriers=v_stages),
     )
     return plgpu.kernel(

@@ -20,10 +20,11 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+from dantinox.kernels.mosaic_gpu import TMA_ROWS as TMA_ROWS
+
 BLOCK_M = 128  # rows of the output per tile
 BLOCK_K = 64  # of the contraction per stage
 WARPGROUP_ROWS = 64  # rows of a tile per warpgroup: those of one wgmma
-TMA_ROWS = 8  # rows of a TMA tile: copies of x start at multiples of it
 MULTIPLY_ADDS_PER_CYCLE = 2048  # of an SM's tensor cores
 # Bytes per cycle and SM: from L2 while all SMs read (the port takes 64); a share of 3.35 TB/s.
 L2_BYTES, MEMORY_BYTES = 38, 14.5

@@ -38,6 +38,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dantinox.kernels.mosaic_gpu import wgmma_smem
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import block_sizes, tile_scheduler, warp_specialized
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90.block_sizes import (
     BLOCK_K,
@@ -156,8 +157,8 @@ def gmm_scratch(
         full=warp_specialized.full_barriers(sizes.stages, copies=1 + (num_weights or 1)),
         row_sums_smem=None,
         store_smem=warp_specialized.store_smem(dtype),
-        w_smem=warp_specialized.wgmma_smem((sizes.stages, *stacked, *w_shape), dtype),
-        x_smem=warp_specialized.wgmma_smem((sizes.stages, BLOCK_M, BLOCK_K), dtype),
+        w_smem=wgmma_smem((sizes.stages, *stacked, *w_shape), dtype),
+        x_smem=wgmma_smem((sizes.stages, BLOCK_M, BLOCK_K), dtype),
     )
 
 

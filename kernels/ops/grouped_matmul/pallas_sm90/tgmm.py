@@ -29,6 +29,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dantinox.kernels.mosaic_gpu import wgmma_smem
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import block_sizes, tile_scheduler, warp_specialized
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90.block_sizes import BLOCK_K, BLOCK_M, TMA_ROWS, WARPGROUP_ROWS
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90.gmm import pad_rows
@@ -118,11 +119,11 @@ def tgmm(x: Array, dy: Array, group_sizes: Array, config: Sm90GmmConfig, *, name
 
     scratch = TgmmScratch(
         rows_zeroed=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
-        dy_smem=warp_specialized.wgmma_smem((sizes.stages, BLOCK_K, sizes.block_n), dtype),
+        dy_smem=wgmma_smem((sizes.stages, BLOCK_K, sizes.block_n), dtype),
         empty=warp_specialized.empty_barriers(sizes.stages),
         full=warp_specialized.full_barriers(sizes.stages, copies=COMPUTE_WARPGROUPS + 1),
         store_smem=warp_specialized.store_smem(dtype),
-        x_smem=warp_specialized.wgmma_smem((sizes.stages, COMPUTE_WARPGROUPS, BLOCK_K, WARPGROUP_ROWS), dtype),
+        x_smem=wgmma_smem((sizes.stages, COMPUTE_WARPGROUPS, BLOCK_K, WARPGROUP_ROWS), dtype),
     )
     outputs = warp_specialized.launch_warp_specialized(
         make_roles,

@@ -5,7 +5,6 @@ dw_e = sum of x_n^T dy_n over the rows n of group e
 """
 
 import functools
-import re
 from typing import NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dantinox.kernels.dispatch import current_device
+from dantinox.kernels.mosaic_gpu import num_sms
 from dantinox.kernels.ops.grouped_matmul.common import float0_zeros
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import gmm, tgmm
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90.warp_specialized import Sm90GmmConfig
@@ -31,11 +31,6 @@ def unsupported_inputs(dtype: jnp.dtype, M: int, F: int, *, weight: str = "w") -
         if size % FEATURE_MULTIPLE:
             return f"{weight} has {name} = {size} and its tiles are multiples of {FEATURE_MULTIPLE}"
     return None
-
-
-def num_sms(kind: str) -> int:
-    """Return the SMs of a Hopper device kind; a device with fewer runs some thread blocks after the others."""
-    return 114 if "PCIe" in kind else 78 if re.search(r"H20\b", kind) else 132
 
 
 def grouped_matmul(

@@ -96,20 +96,11 @@ class SmemPipeline(NamedTuple):
             plgpu.barrier_wait(self.empty.at[self.slot(step)])
 
 
-def wgmma_smem(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Return the type of shared memory in the layout that wgmma reads."""
-    return plgpu.SMEM(shape, dtype, transforms=_swizzle_128(8))
-
-
 def store_smem(dtype: Any) -> Any:
     """Return the type of the buffers from which the consumers store chunks of a tile."""
     shape = COMPUTE_WARPGROUPS, STORE_BUFFERS, WARPGROUP_ROWS, CHUNK_COLUMNS
     # TMA tiles of one row, because a store may begin at any row.
-    return plgpu.SMEM(shape, dtype, transforms=_swizzle_128(1))
-
-
-def _swizzle_128(rows: int) -> tuple[Any, ...]:
-    return plgpu.TilingTransform((rows, CHUNK_COLUMNS)), plgpu.SwizzleTransform(128)
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((1, CHUNK_COLUMNS)), plgpu.SwizzleTransform(128)))
 
 
 def full_barriers(stages: int, *, copies: int) -> Any:
