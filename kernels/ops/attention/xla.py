@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from dantinox.kernels.einsum import einsum
+from dantinox.kernels.softcap import soft_cap
 
 Array = jax.Array
 
@@ -47,16 +48,17 @@ def attention(
     q = q.reshape(B, T, K, H // K, D).transpose(0, 2, 3, 1, 4)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     core = _SoftmaxAttention(scale, softcap)
-    block = _band_block_q(window, T)
-    if window is not None and window + 2 * block < S:
+    is_symbolic = not (isinstance(T, int) and isinstance(S, int))
+    block = T if is_symbolic else _band_block_q(window, T)
+    if window is not None and not is_symbolic and window + 2 * block < S:
         o = _banded(core, q, k, v, *ids, window, block)
-    elif T * S <= MAX_DENSE_SCORES:
+    elif is_symbolic or T * S <= MAX_DENSE_SCORES:
         o = core(q, k, v, *_visible_mask(jnp.arange(T) + S - T, jnp.arange(S), *ids, causal, window))
     else:
         o = _chunked(core, q, k, v, *ids, causal, window)
     o = o.transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
     if gate is not None:
-        o = o * jax.nn.sigmoid(gate.astype(o.dtype))
+        o = o * _sigmoid(gate.astype(o.dtype))
     return o.astype(k.dtype)
 
 
@@ -74,13 +76,28 @@ class _SoftmaxAttention:
             k, v = (jnp.where(attended[..., None], x, 0) for x in (k, v))
         scores = einsum(f"{batch}GTD,{batch}SD->{batch}GTS", q, k, acc_dtype) * self.scale
         if self.softcap is not None:
-            scores = self.softcap * jnp.tanh(scores / self.softcap)
+            # Masked scores may be infinite or NaN, and the cap's derivative there too.
+            scores = soft_cap(jnp.where(mask, scores, 0), self.softcap)
         scores = jnp.where(mask, scores, -jnp.inf)
         m = jnp.max(scores, axis=-1, keepdims=True, initial=jnp.finfo(acc_dtype).min)
         p = jnp.exp(scores - jax.lax.stop_gradient(m))
         l = jnp.sum(p, axis=-1, keepdims=True)
-        o = einsum(f"{batch}GTS,{batch}SD->{batch}GTD", p.astype(v.dtype), v, acc_dtype)
+        # Float16 has no room for small weights: p v in float32, or TF32 on a GPU.
+        p = p if v.dtype == jnp.float16 else p.astype(v.dtype)
+        o = einsum(f"{batch}GTS,{batch}SD->{batch}GTD", p, v, acc_dtype)
         return o / jnp.where(l == 0, 1, l)
+
+
+@jax.custom_jvp
+def _sigmoid(x: Array) -> Array:
+    return jax.nn.sigmoid(x)
+
+
+@_sigmoid.defjvp
+def _sigmoid_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (dx,) = primals, tangents
+    sigmoid = _sigmoid(x)
+    return sigmoid, dx * (sigmoid * _sigmoid(-x))  # 1 - sigmoid rounds to zero from x = 17 on
 
 
 def _visible_mask(
@@ -90,9 +107,9 @@ def _visible_mask(
     distance = q_pos[:, None] - k_pos[None]
     mask = jnp.broadcast_to(k_pos >= 0, distance.shape)[None]
     if causal:
-        mask &= distance >= 0
+        mask &= (distance >= 0)[None]
     if window is not None:
-        mask &= distance < window
+        mask &= (distance < window)[None]
     if q_ids is not None:
         mask &= q_ids[:, :, None] == kv_ids[:, None]
     all_attended = q_ids is None and window is None

@@ -33,6 +33,7 @@ from dantinox.kernels.ops.attention.pallas_cpu.common import (
     merge_kv_blocks,
     q_block_spec,
 )
+from dantinox.kernels.vma import varying_shape
 
 Array = jax.Array
 
@@ -108,7 +109,7 @@ def attention_fwd(
         The output and, if requested, the residuals.
     """
     *blocks, D, rows = q.shape
-    o, row = jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((*blocks, 1, rows), jnp.float32)
+    o, row = varying_shape(q.shape, q.dtype, q, k), varying_shape((*blocks, 1, rows), jnp.float32, q, k)
     outputs = ForwardResult(o, None if gate is None else o, row, row) if residuals else ForwardResult(o)
     schedule, kv_blocks_per_step = config.block_schedule(), config.block_sizes.kv_blocks_per_step
     if kv_blocks_per_step > 1:
