@@ -17,6 +17,11 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
+def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """Return float32, or float64 for float64."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def einsum(spec: str, a: Array, b: Array, out_dtype: jnp.dtype | None = None) -> Array:
     """Compute jnp.einsum(spec, a, b) with b cast to a's dtype, accumulated in float32 or wider.
@@ -30,7 +35,7 @@ def einsum(spec: str, a: Array, b: Array, out_dtype: jnp.dtype | None = None) ->
     Returns:
         The array that the third term of the spec describes, in `out_dtype`.
     """
-    wide = jnp.promote_types(a.dtype, jnp.float32)
+    wide = accumulation_dtype(a.dtype)
     z = jnp.einsum(spec, a, b.astype(a.dtype), preferred_element_type=wide)
     return z.astype(out_dtype or a.dtype)
 
@@ -45,7 +50,7 @@ def _einsum_bwd(
     a, b = residuals
     terms, z = spec.split("->")
     x, y = terms.split(",")
-    wide = jnp.promote_types(a.dtype, jnp.float32)
+    wide = accumulation_dtype(a.dtype)
     narrow = dz if a.dtype == jnp.float16 else dz.astype(a.dtype)
 
     def gradient(operand: Array, operand_term: str, target: str) -> Array:

@@ -19,7 +19,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from dantinox.kernels.einsum import einsum
+from dantinox.kernels.einsum import accumulation_dtype, einsum
 from dantinox.kernels.softcap import soft_cap
 
 Array = jax.Array
@@ -70,7 +70,7 @@ class _SoftmaxAttention:
 
     def __call__(self, q: Array, k: Array, v: Array, mask: Array, attended: Array | None) -> Array:
         """Return [..., G, t, D] in float32 or wider; keys outside `attended` [..., s] become zeros."""
-        acc_dtype = jnp.promote_types(q.dtype, jnp.float32)
+        acc_dtype = accumulation_dtype(q.dtype)
         batch = "BKn"[: q.ndim - 3]
         if attended is not None:
             k, v = (jnp.where(attended[..., None], x, 0) for x in (k, v))
@@ -154,8 +154,8 @@ def _banded(
     q = q.reshape(B, K, G, num_q_blocks, block, D).swapaxes(2, 3)  # [B, K, num_q_blocks, G, block, D]
     band = (num_past_blocks + 1) * block
     distance = jnp.arange(block)[:, None] + num_past_blocks * block - jnp.arange(band)[None]
-    band_start = jnp.arange(num_q_blocks)[:, None] * block + S - T - num_past_blocks * block  # [num_q_blocks, 1]
-    k_pos = band_start + jnp.arange(band)
+    band_start = jnp.arange(num_q_blocks) * block + S - T - num_past_blocks * block
+    k_pos = band_start[:, None] + jnp.arange(band)[None]
     mask = ((distance >= 0) & (distance < window))[None] & ((k_pos >= 0) & (k_pos < S))[:, None]
     mask = mask[None]  # [1, num_q_blocks, block, band]
     if q_ids is not None:

@@ -60,12 +60,12 @@ def _bwd_kernel(step: BlockStep, inputs: BwdInputs, gradients: QKVGradients, dq_
 
     @pl.when(step.is_first_use_of_kv)
     def init_dk_dv() -> None:
-        gradients.dk[...] = jnp.zeros(gradients.dk.shape)
-        gradients.dv[...] = jnp.zeros(gradients.dv.shape)
+        gradients.dk[...] = jnp.zeros(gradients.dk.shape, gradients.dk.dtype)
+        gradients.dv[...] = jnp.zeros(gradients.dv.shape, gradients.dv.dtype)
 
     @pl.when(step.is_first_kv_block)
     def init_dq() -> None:
-        dq_acc_ref[...] = jnp.zeros(dq_acc_ref.shape)
+        dq_acc_ref[...] = jnp.zeros(dq_acc_ref.shape, dq_acc_ref.dtype)
 
     q, do = step.load_q(inputs.q), step.load_q(inputs.do)
     s = step.masked_scores(step.load_kv(inputs.k), q, inputs.segments)

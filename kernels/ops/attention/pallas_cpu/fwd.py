@@ -53,9 +53,9 @@ def _fwd_kernel(
 ) -> None:
     @pl.when(step.is_first_kv_block)
     def init_state() -> None:
-        m_ref[...] = jnp.full(m_ref.shape, M_INIT)
-        l_ref[...] = jnp.zeros(l_ref.shape)
-        acc_ref[...] = jnp.zeros(acc_ref.shape)
+        m_ref[...] = jnp.full(m_ref.shape, M_INIT, m_ref.dtype)
+        l_ref[...] = jnp.zeros(l_ref.shape, l_ref.dtype)
+        acc_ref[...] = jnp.zeros(acc_ref.shape, acc_ref.dtype)
 
     s = step.masked_scores(step.load_kv(inputs.k, kv_axis=-2), step.load_q(inputs.q), inputs.segments)
     m_prev = m_ref[...]
