@@ -1,7 +1,5 @@
 """The Pallas decode attention of TPUs and CPUs; CPUs have a separate kernel."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -31,5 +29,5 @@ def decode_attention(
     C = cache.k.shape[2]
     max_visible = C if window is None else min(C, int(window))
     backend = cpu_kernel if current_device().platform == "cpu" else tpu_kernel
-    kernel = functools.partial(backend.decode_attention, max_visible=max_visible, scale=scale, softcap=softcap)
-    return without_gradient(kernel)(q, k, v, cache, gate)
+    q, k, v, cache, gate = without_gradient((q, k, v, cache, gate))
+    return backend.decode_attention(q, k, v, cache, gate=gate, max_visible=max_visible, scale=scale, softcap=softcap)
