@@ -1,5 +1,7 @@
 """The Pallas decode attention of TPUs and CPUs; CPUs have a separate kernel."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -8,6 +10,7 @@ from dantinox.kernels.ops.decode_attention.gradient import without_gradient
 from dantinox.kernels.ops.decode_attention.kv_cache import KVCache, append_token
 from dantinox.kernels.ops.decode_attention.pallas_cpu import kernel as cpu_kernel
 from dantinox.kernels.ops.decode_attention.pallas_tpu import kernel as tpu_kernel
+from dantinox.kernels.vma import call_invariant
 
 Array = jax.Array
 
@@ -30,4 +33,5 @@ def decode_attention(
     max_visible = C if window is None else min(C, int(window))
     backend = cpu_kernel if current_device().platform == "cpu" else tpu_kernel
     q, k, v, cache, gate = without_gradient((q, k, v, cache, gate))
-    return backend.decode_attention(q, k, v, cache, gate=gate, max_visible=max_visible, scale=scale, softcap=softcap)
+    kernel = functools.partial(backend.decode_attention, max_visible=max_visible, scale=scale, softcap=softcap)
+    return call_invariant(kernel, q, k, v, cache, gate=gate)

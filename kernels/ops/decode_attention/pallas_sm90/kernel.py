@@ -47,7 +47,7 @@ from dantinox.kernels.ops.decode_attention.pallas_sm90.splits import (
     split_range,
 )
 from dantinox.kernels.softcap import cap_scores
-from dantinox.kernels.vma import varying_axes
+from dantinox.kernels.vma import call_invariant, varying_shape
 
 Array = jax.Array
 Ref = Any  # a reference in GMEM or SMEM, or a barrier
@@ -128,11 +128,6 @@ def unsupported_reason(q: jax.ShapeDtypeStruct, cache: KVCache) -> str | None:
         return f"q has {H // K} heads for each of k's and a tile has {BLOCK_H} rows"
     if C % TMA_ROWS:
         return f"cache has {C} slots and its copies take multiples of {TMA_ROWS}"
-    if axes := varying_axes(q, cache.k, cache.v, cache.length):
-        return (
-            f"its cache, a Ref, cannot vary over the mesh axes {', '.join(sorted(axes))}; implementation='xla' can, and "
-            "shard_map with check_vma=False runs it"
-        )
     return None
 
 
@@ -168,6 +163,14 @@ def decode_attention(
     q, scale = split_scale(q, scale)
     config = SplitConfig(C, max_visible, num_splits, scale, softcap, interpret)
     q, k, v, cache, gate = without_gradient((q, k, v, cache, gate))
+    return call_invariant(functools.partial(_append_and_attend, config), q, k, v, cache, gate)
+
+
+def _append_and_attend(
+    config: SplitConfig, q: Array, k: Array, v: Array, cache: KVCache, gate: Array | None
+) -> tuple[Array, KVCache]:
+    """Run the kernel and combine its splits -> (o [B, H, D], the updated cache)."""
+    (B, H, D), K = q.shape, k.shape[1]
     length, G = cache.length.astype(jnp.int32), H // K
     grouped_q = jnp.pad(q.reshape(B, K, G, D), ((0, 0), (0, 0), (0, -G % TMA_ROWS), (0, 0)))
     cache_k, cache_v = jax.new_ref(cache.k), jax.new_ref(cache.v)
@@ -204,8 +207,8 @@ def _attend_in_splits(
     return plgpu.kernel(
         functools.partial(_split_kernel, config),
         out_type=(
-            jax.ShapeDtypeStruct((config.num_splits, B, K, G, D), jnp.float32),
-            jax.ShapeDtypeStruct((config.num_splits, B, K, BLOCK_H), jnp.float32),
+            varying_shape((config.num_splits, B, K, G, D), jnp.float32, q),
+            varying_shape((config.num_splits, B, K, BLOCK_H), jnp.float32, q),
         ),
         scratch_types=scratch_types,
         grid=(config.num_splits, K, B),
