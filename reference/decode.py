@@ -60,7 +60,9 @@ def decode_attention(
     age = jnp.arange(C - 1, -1, -1)[None]  # [1, C]
     order = (length[:, None] - age) % C  # [B, C] slot of each age
     in_order = [jnp.take_along_axis(x, order[:, None, :, None], axis=2).swapaxes(1, 2) for x in rings]
-    visible = age < jnp.minimum(length[:, None] + 1, C if window is None else min(C, window))
+    visible = age <= length[:, None]
+    if window is not None:
+        visible &= age < window
     o = attention(
         q[:, None],
         *(x.astype(q.dtype) for x in in_order),

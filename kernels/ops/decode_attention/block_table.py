@@ -49,8 +49,9 @@ def make_block_table(length: Array, C: int, max_visible: int, block_size: int) -
     # One block more than contiguous tokens need if the ring buffer ends inside a block.
     max_blocks = min(num_blocks, -(-(max_visible - 1) // block_size) + 1 + (C % block_size > 0))
     length = length.astype(jnp.int32)
-    num_visible, slot = jnp.minimum(length + 1, max_visible), length % C
-    oldest = (length + 1 - num_visible) % C
+    # The largest int32 has no successor.
+    num_older, slot = jnp.minimum(length, max_visible - 1), length % C
+    oldest = (length - num_older) % C
     first, last = oldest // block_size, slot // block_size
     wrapped = oldest > slot
     visited = jnp.where(wrapped, jnp.minimum(num_blocks, num_blocks - first + last + 1), last - first + 1)
@@ -58,4 +59,4 @@ def make_block_table(length: Array, C: int, max_visible: int, block_size: int) -
     step = jnp.arange(length.shape[0] * max_blocks, dtype=jnp.int32)
     sequence = jnp.minimum(jnp.searchsorted(ends, step, side="right").astype(jnp.int32), length.shape[0] - 1)
     block = (first[sequence] + step - (ends - visited)[sequence]) % num_blocks
-    return BlockTable(ends[-1], sequence, block.astype(jnp.int32), ends, num_visible, slot)
+    return BlockTable(ends[-1], sequence, block.astype(jnp.int32), ends, num_older + 1, slot)

@@ -14,10 +14,12 @@ from jax.experimental.pallas import tpu as pltpu
 from dantinox.kernels import cost
 from dantinox.kernels.ops.decode_attention.block_table import BlockTable
 from dantinox.kernels.ops.decode_attention.kv_cache import KVCache, dequantize, quantize
+from dantinox.kernels.ops.decode_attention.numbers import narrow_weights
+from dantinox.kernels.softcap import cap_scores
 
 Array = jax.Array
 Ref = Any  # a reference in VMEM or SMEM
-MASK_VALUE = -2e38  # a masked score
+LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 class TokenInputs(NamedTuple):
@@ -33,6 +35,23 @@ class TokenInputs(NamedTuple):
     new_k: Any
     new_v: Any
     gate: Any = None
+
+
+class ScoreOptions(NamedTuple):
+    """Static options of the scores of q, from which `split_scale` has taken the sign and powers of two of the scale.
+
+    Attributes:
+        scale: the rest of the scale, at least 0.
+        softcap: bound of the scores, or None.
+    """
+
+    scale: float
+    softcap: float | None
+
+    @property
+    def exp_scale(self) -> float:
+        """Factor on the results of `attention_scores`, in the exponent of the softmax."""
+        return self.scale if self.softcap is None else 1.0
 
 
 class QuantizedToken(NamedTuple):
@@ -91,16 +110,18 @@ def dot_heads(a: Array, b: Array, contract: int) -> Array:
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
-def attention_scores(q: Array, k: Array, *, scale: float, softcap: float | None, k_scale: Array | None = None) -> Array:
-    """Compute cap(scale q k^T) [..., G, slots]; `k_scale` [..., 1, slots] scales the keys of an 8-bit cache."""
-    s = dot_heads(q, k.astype(q.dtype), 1) * (scale if k_scale is None else k_scale * scale)
-    return s if softcap is None else softcap * jnp.tanh(s * (1 / softcap))
+def attention_scores(q: Array, k: Array, scores: ScoreOptions, k_scale: Array | None = None) -> Array:
+    """Compute q k^T [..., G, slots], or the capped scores; `k_scale` [..., 1, slots] scales an 8-bit cache's keys."""
+    qk = dot_heads(q, k.astype(q.dtype), 1)
+    qk = qk if k_scale is None else qk * k_scale
+    return qk if scores.softcap is None else cap_scores(qk, scale=scores.scale, softcap=scores.softcap)
 
 
-def weigh_values(p: Array, v: Array, v_scale: Array | None, dtype: jnp.dtype) -> Array:
-    """Compute p v in float32, multiplied in `dtype`; `v_scale` are the scales of an 8-bit cache's values."""
-    p = p if v_scale is None else p * v_scale
-    return dot_heads(p.astype(dtype), v.astype(dtype), 0)
+def weigh_values(weights: Array, v: Array, v_scale: Array | None, dtype: jnp.dtype) -> Array:
+    """Compute weights v in float32, multiplied in `dtype`; `v_scale` are the scales of an 8-bit cache's values."""
+    weights, factor = narrow_weights(weights if v_scale is None else weights * v_scale, dtype)
+    o = dot_heads(weights, v.astype(dtype), 0)
+    return o if factor is None else o * factor
 
 
 def cached_token_mask(
@@ -129,15 +150,17 @@ def is_first_step(table: BlockTable, step: Array, b: Array) -> Array:
 class OnlineSoftmax(NamedTuple):
     """References to the state of one sequence's softmax, float32.
 
+    The output is normalized after each step, since a sum of values can overflow where their mean does not.
+
     Attributes:
-        m: largest score so far, [K, G, 1].
+        m: largest score so far, before `ScoreOptions.exp_scale`, [K, G, 1].
         l: sum of the exponentials, [K, G, 1].
-        acc: sum of the values times the exponentials, [K, G, D].
+        o: weighted mean of the values, [K, G, D].
     """
 
     m: Ref
     l: Ref
-    acc: Ref
+    o: Ref
 
     @staticmethod
     def scratch_shapes(q: Array) -> list[Any]:
@@ -149,25 +172,32 @@ class OnlineSoftmax(NamedTuple):
         """Initialize with one token: its scores [K, G, 1] and a reference to its values [1, K, 1, D]."""
         self.m[...] = s
         self.l[...] = jnp.ones(self.l.shape, jnp.float32)
-        self.acc[...] = jnp.broadcast_to(v[0].astype(jnp.float32), self.acc.shape)
+        self.o[...] = jnp.broadcast_to(v[0].astype(jnp.float32), self.o.shape)
 
-    def add_slots(self, head: Any, s: Array, weigh: Callable[[Array], Array]) -> None:
+    def add_slots(
+        self, head: Any, s: Array, visible: Array | None, exp_scale: float, weigh: Callable[[Array], Array]
+    ) -> None:
         """Add slots of one head, or of a slice of heads.
 
         Args:
             head: index of the heads.
             s: scores [..., G, slots].
-            weigh: maps the exponentials [..., G, slots] to their products with the values, [..., G, D].
+            visible: mask of the slots that count, broadcastable to s; None: all. Scores of others may be NaN.
+            exp_scale: factor on the scores.
+            weigh: maps the weights [..., G, slots] to their products with the values, [..., G, D].
         """
+        s = s if visible is None else jnp.where(visible, s, LOWEST)
         m_old = self.m[head]
         m = jnp.maximum(m_old, jnp.max(s, axis=-1, keepdims=True))
-        p, decay = jnp.exp(s - m), jnp.exp(m_old - m)
-        self.m[head] = m
-        self.l[head] = decay * self.l[head] + jnp.sum(p, axis=-1, keepdims=True)
-        pv = weigh(p)
-        self.acc[head] = decay * self.acc[head] + pv
+        # The difference is scaled, not the scores, which may overflow with float16 operands.
+        p, decay = (jnp.exp(d if exp_scale == 1 else d * exp_scale) for d in (s - m, m_old - m))
+        p = p if visible is None else jnp.where(visible, p, 0)  # scores may be as low as `LOWEST`
+        l_old = decay * self.l[head]
+        l = l_old + jnp.sum(p, axis=-1, keepdims=True)
+        self.m[head], self.l[head] = m, l
+        self.o[head] = l_old / l * self.o[head] + weigh(p / l)
 
     def output(self, gate: Ref | None) -> Array:
         """Return the gated output [K, G, D] in float32; `gate` refers to [1, K, G, n] or is None."""
-        o = self.acc[...] / self.l[...]
+        o = self.o[...]
         return o if gate is None else o * jax.nn.sigmoid(gate[0].astype(jnp.float32))

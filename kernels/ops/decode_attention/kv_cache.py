@@ -75,11 +75,12 @@ MAX_UNROLLED_BATCH = 8  # sequences written one by one; larger batches use a sca
 def write_slot(ring_buffer: Array, x: Array, slot: Array) -> Array:
     """Write x [B, K, ...] into ring_buffer [B, K, C, ...] at slot [B]."""
     B, x = ring_buffer.shape[0], x.astype(ring_buffer.dtype)
-    if B > MAX_UNROLLED_BATCH:
-        return ring_buffer.at[jnp.arange(B), :, slot].set(x, unique_indices=True)
+    if not isinstance(B, int) or B > MAX_UNROLLED_BATCH:  # a symbolic B is compared with nothing
+        return ring_buffer.at[jnp.arange(B, dtype=slot.dtype), :, slot].set(x, unique_indices=True)
+    zero = slot.dtype.type(0)
     for b in range(B):
-        token = x[b][None, :, None]
-        ring_buffer = jax.lax.dynamic_update_slice(ring_buffer, token, (b, 0, slot[b], *(0,) * (ring_buffer.ndim - 3)))
+        start = (slot.dtype.type(b), zero, slot[b], *(zero,) * (ring_buffer.ndim - 3))
+        ring_buffer = jax.lax.dynamic_update_slice(ring_buffer, x[b][None, :, None], start)
     return ring_buffer
 
 

@@ -1,12 +1,16 @@
 """The Pallas decode attention of TPUs and CPUs; CPUs have a separate kernel."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from dantinox.kernels.dispatch import current_device
+from dantinox.kernels.ops.decode_attention.gradient import without_gradient
 from dantinox.kernels.ops.decode_attention.kv_cache import KVCache, append_token
 from dantinox.kernels.ops.decode_attention.pallas_cpu import kernel as cpu_kernel
 from dantinox.kernels.ops.decode_attention.pallas_tpu import kernel as tpu_kernel
+from dantinox.kernels.vma import call_invariant
 
 Array = jax.Array
 
@@ -28,4 +32,6 @@ def decode_attention(
     C = cache.k.shape[2]
     max_visible = C if window is None else min(C, int(window))
     backend = cpu_kernel if current_device().platform == "cpu" else tpu_kernel
-    return backend.decode_attention(q, k, v, cache, gate=gate, max_visible=max_visible, scale=scale, softcap=softcap)
+    q, k, v, cache, gate = without_gradient((q, k, v, cache, gate))
+    kernel = functools.partial(backend.decode_attention, max_visible=max_visible, scale=scale, softcap=softcap)
+    return call_invariant(kernel, q, k, v, cache, gate=gate)

@@ -1,15 +1,19 @@
 """Decode attention in plain XLA: a write into the ring buffer, then one masked attention over its slots.
 
 A softmax does not depend on the order of its terms, so the slots are never put in order: slot c holds the token of age
-(length - c) mod C and is visible if that age is less than min(length + 1, C, window).
+(length - c) mod C and is visible if that age is at most length and less than the window.
 
 Traffic   reads all C slots for any length; writes one slot. The write is in place if the cache is donated.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from dantinox.kernels.ops.decode_attention.kv_cache import KVCache, append_token
+from dantinox.kernels.ops.decode_attention.numbers import narrow_weights, split_scale
+from dantinox.kernels.softcap import soft_cap
 
 Array = jax.Array
 
@@ -30,29 +34,52 @@ def decode_attention(
     K, C = cache.k.shape[1:3]
     new_cache = append_token(cache, k, v)
 
-    age = (cache.length[:, None] - jnp.arange(C)[None]) % C  # [B, C]
-    max_visible = C if window is None else min(C, window)
-    visible = (age < jnp.minimum(cache.length[:, None] + 1, max_visible))[:, None]  # [B, 1, C]
-
-    scores = jnp.einsum(
-        "BKGD,BKCD->BKGC",
-        q.reshape(B, K, H // K, D),
-        new_cache.k.astype(q.dtype),
-        preferred_element_type=jnp.float32,
+    length = cache.length[:, None]
+    age = (length - jnp.arange(C, dtype=length.dtype)[None]) % C  # [B, C]
+    visible = (age <= length if window is None else (age <= length) & (age < window))[:, None]  # [B, 1, C]
+    k_scale, v_scale = (
+        None if x is None else jnp.where(visible, x, 0)[:, :, None] for x in (new_cache.k_scale, new_cache.v_scale)
     )
-    if new_cache.k_scale is not None:
-        scores = scores * new_cache.k_scale[:, :, None]
-    scores = scores * scale
+
+    q_heads, scale = split_scale(q.reshape(B, K, H // K, D), scale)
+    scores = _product("BKGD,BKCD->BKGC", q_heads, new_cache.k.astype(q.dtype), visible)
+    # Slots past the length may hold anything, NaN included. Selections on both sides keep it out of gradients too.
+    visible_heads = visible[:, :, None]
+    scores = jnp.where(visible_heads, scores, 0)
+    scores = scores if k_scale is None else scores * k_scale
     if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(visible[:, :, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1)  # never empty: the new token attends to itself
-    # Slots past the length may hold anything, NaN included, and 0 * NaN is NaN.
-    if new_cache.v_scale is not None:
-        weights = weights * jnp.where(visible, new_cache.v_scale, 0)[:, :, None]
+        scores, scale = soft_cap(scores * scale, softcap), 1.0
+    lowest = jnp.finfo(scores.dtype).min
+    row_max = jax.lax.stop_gradient(jnp.max(jnp.where(visible_heads, scores, lowest), axis=-1, keepdims=True))
+    # The difference is scaled, not the scores, which may overflow with float16 operands.
+    exponents = (jnp.where(visible_heads, scores, row_max) - row_max) * scale
+    weights = jnp.where(visible_heads, jnp.exp(exponents), 0)
+    weights = weights / jnp.sum(weights, axis=-1, keepdims=True)  # not 0: the new token attends to itself
+    weights = weights if v_scale is None else weights * v_scale
+    weights, factor = narrow_weights(weights, q.dtype)
     visible_v = jnp.where(visible[..., None], new_cache.v, 0).astype(q.dtype)
-    o = jnp.einsum("BKGC,BKCD->BKGD", weights.astype(q.dtype), visible_v, preferred_element_type=jnp.float32)
-    o = o.reshape(B, H, D)
+    o = _product("BKGC,BKCD->BKGD", weights, visible_v, visible)
+    o = (o if factor is None else o * factor).reshape(B, H, D)
     if gate is not None:
-        o = o * jax.nn.sigmoid(gate.astype(jnp.float32))
+        o = o * jax.nn.sigmoid(gate.astype(o.dtype))
     return o.astype(q.dtype), new_cache
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _product(spec: str, a: Array, b: Array, visible: Array) -> Array:
+    """Compute an einsum of a and b [B, K, C, D] in float32, whose derivatives do not read b where it is not visible.
+
+    The result is `jnp.einsum`'s: a masked copy of the keys takes as long as the product. The derivatives are products
+    of float32 operands, since those of float16 can overflow.
+    """
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+
+
+@_product.defjvp
+def _product_jvp(
+    spec: str, primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]
+) -> tuple[Array, Array]:
+    a, b, visible = primals
+    out = _product(spec, a, b, visible)
+    a, b, da, db = (x.astype(out.dtype) for x in (a, jnp.where(visible[..., None], b, 0), *tangents[:2]))
+    return out, jnp.einsum(spec, da, b) + jnp.einsum(spec, a, db)

@@ -30,12 +30,11 @@ from jax.experimental.pallas import tpu as pltpu
 from dantinox.kernels.cost import Cost
 from dantinox.kernels.ops.decode_attention.block_table import BlockTable, make_block_table
 from dantinox.kernels.ops.decode_attention.common import (
-    MASK_VALUE,
     OnlineSoftmax,
+    ScoreOptions,
     TokenInputs,
     attention_scores,
     cached_token_mask,
-    dot_heads,
     estimate_cost,
     group_heads,
     is_first_step,
@@ -45,6 +44,8 @@ from dantinox.kernels.ops.decode_attention.common import (
     weigh_values,
 )
 from dantinox.kernels.ops.decode_attention.kv_cache import KVCache, append_token
+from dantinox.kernels.ops.decode_attention.numbers import split_scale
+from dantinox.kernels.vma import varying_shape
 
 Array = jax.Array
 Ref = Any
@@ -57,14 +58,13 @@ class DecodeConfig(NamedTuple):
     Attributes:
         C: slots of a ring buffer.
         block_size: slots per step, unless it processes all sequences.
-        scale, softcap: of the scores.
+        scores: options of the scores.
         batched: whether one step processes all slots of all sequences, with their heads along one axis.
     """
 
     C: int
     block_size: int
-    scale: float
-    softcap: float | None
+    scores: ScoreOptions
     batched: bool = False
 
 
@@ -106,7 +106,8 @@ def decode_attention(
     """Append a token and attend to the last `max_visible` ones; see `dantinox.kernels.decode_attention`."""
     (B, H, D), (K, C) = q.shape, cache.k.shape[1:3]
     block_size = choose_block_size(C, max_visible, cache.k.dtype.itemsize, cache.k_scale is not None)
-    config = DecodeConfig(C, block_size, scale, softcap)
+    q, scale = split_scale(q, scale)
+    config = DecodeConfig(C, block_size, ScoreOptions(scale, softcap))
     table = make_block_table(cache.length, C, max_visible, block_size)
     call_cost = estimate_cost(q, cache, gate, max_visible)
     new_cache = append_token(cache, k, v)
@@ -160,7 +161,7 @@ def _decode_kernel(
 
     @pl.when(is_first_step(table, step, b))
     def init_with_new_token() -> None:
-        s = attention_scores(token.q[0], token.new_k[0], scale=config.scale, softcap=config.softcap)
+        s = attention_scores(token.q[0], token.new_k[0], config.scores)
         softmax.init_with_token(s, token.new_v)
 
     # A partial last block begins earlier; the mask hides the slots that it repeats.
@@ -171,26 +172,25 @@ def _decode_kernel(
 
     q, slots = token.q[0], (b, slice(None), pl.ds(start, size))
     k_scale, v_scale = (None if scale is None else scale[slots][:, None] for scale in (cache.k_scale, cache.v_scale))
-    s = attention_scores(q, cache.k[slots], scale=config.scale, softcap=config.softcap, k_scale=k_scale)
+    s = attention_scores(q, cache.k[slots], config.scores, k_scale)
     v = cache.v[slots]
-    s = jnp.where(slot_mask(1, size), s, MASK_VALUE)  # the cache also holds the new token
     if not config.batched:
         v = jnp.where(slot_mask(size, 1), v, 0)  # 0 * NaN is NaN
         v_scale = None if v_scale is None else jnp.where(slot_mask(1, size), v_scale, 0)
 
-    def weigh(p: Array) -> Array:
+    def weigh(weights: Array) -> Array:
+        wv = weigh_values(weights, v, v_scale, q.dtype)
         if not config.batched:
-            return weigh_values(p, v, v_scale, q.dtype)
+            return wv
         # A masked copy of the values takes as long as the rest of the step, so only NaN in an empty slot causes one.
-        p = p.astype(q.dtype)
-        pv = dot_heads(p, v, 0)
 
-        def masked_pv() -> Array:
-            return dot_heads(p, jnp.where(slot_mask(size, 1), v, 0), 0)
+        def masked_wv() -> Array:
+            return weigh_values(weights, jnp.where(slot_mask(size, 1), v, 0), v_scale, q.dtype)
 
-        return jax.lax.cond(jnp.all(jnp.isfinite(pv)), lambda: pv, masked_pv)
+        return jax.lax.cond(jnp.all(jnp.isfinite(wv)), lambda: wv, masked_wv)
 
-    softmax.add_slots(slice(None), s, weigh)
+    # The mask also hides the new token, which the cache holds too.
+    softmax.add_slots(slice(None), s, slot_mask(1, size), config.scores.exp_scale, weigh)
 
     @pl.when(step == table.ends[b] - 1)
     def write_output() -> None:
@@ -217,7 +217,7 @@ def _pallas_attend(
     def call_kernel(num_steps: Array, table: BlockTable, cache: KVCache, token: TokenInputs) -> Array:
         return pl.pallas_call(
             decode_kernel,
-            out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+            out_shape=varying_shape(q.shape, q.dtype, q),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=2,
                 grid=(num_steps,),

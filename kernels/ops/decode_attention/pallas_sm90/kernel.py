@@ -33,7 +33,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dantinox.kernels.mosaic_gpu import TMA_ROWS, wgmma_smem
+from dantinox.kernels.ops.decode_attention.gradient import without_gradient
 from dantinox.kernels.ops.decode_attention.kv_cache import KVCache, append_token
+from dantinox.kernels.ops.decode_attention.numbers import split_scale
 from dantinox.kernels.ops.decode_attention.pallas_sm90.splits import (
     BLOCK_KV,
     RESIDENT_BLOCKS,
@@ -44,12 +46,14 @@ from dantinox.kernels.ops.decode_attention.pallas_sm90.splits import (
     max_visible_blocks,
     split_range,
 )
+from dantinox.kernels.softcap import cap_scores
+from dantinox.kernels.vma import call_invariant, varying_shape
 
 Array = jax.Array
 Ref = Any  # a reference in GMEM or SMEM, or a barrier
 DTYPES = (jnp.bfloat16, jnp.float16)
 LOG2E = math.log2(math.e)
-M_INIT = -1e30  # below every real score, in units of log2
+M_INIT = float(jnp.finfo(jnp.float32).min)  # every block has a visible slot
 ROW_LAYOUT, COL_LAYOUT = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 BLOCK_H = 64  # rows of a wgmma; the query heads of one KV head are the first of them
 STAGES = {64: (4, 4), 128: (3, 2), 256: (3, 3)}  # by D, for keys and values; `RESIDENT_BLOCKS` assumes these
@@ -156,7 +160,17 @@ def decode_attention(
     max_visible = C if window is None else min(C, int(window))
     if num_splits is None:
         num_splits = choose_num_splits(B, K, max_visible_blocks(C, max_visible), RESIDENT_BLOCKS[D])
-    config = SplitConfig(C, max_visible, num_splits, float(scale), softcap, interpret)
+    q, scale = split_scale(q, scale)
+    config = SplitConfig(C, max_visible, num_splits, scale, softcap, interpret)
+    q, k, v, cache, gate = without_gradient((q, k, v, cache, gate))
+    return call_invariant(functools.partial(_append_and_attend, config), q, k, v, cache, gate)
+
+
+def _append_and_attend(
+    config: SplitConfig, q: Array, k: Array, v: Array, cache: KVCache, gate: Array | None
+) -> tuple[Array, KVCache]:
+    """Run the kernel and combine its splits -> (o [B, H, D], the updated cache)."""
+    (B, H, D), K = q.shape, k.shape[1]
     length, G = cache.length.astype(jnp.int32), H // K
     grouped_q = jnp.pad(q.reshape(B, K, G, D), ((0, 0), (0, 0), (0, -G % TMA_ROWS), (0, 0)))
     cache_k, cache_v = jax.new_ref(cache.k), jax.new_ref(cache.v)
@@ -193,8 +207,8 @@ def _attend_in_splits(
     return plgpu.kernel(
         functools.partial(_split_kernel, config),
         out_type=(
-            jax.ShapeDtypeStruct((config.num_splits, B, K, G, D), jnp.float32),
-            jax.ShapeDtypeStruct((config.num_splits, B, K, BLOCK_H), jnp.float32),
+            varying_shape((config.num_splits, B, K, G, D), jnp.float32, q),
+            varying_shape((config.num_splits, B, K, BLOCK_H), jnp.float32, q),
         ),
         scratch_types=scratch_types,
         grid=(config.num_splits, K, B),
@@ -318,8 +332,8 @@ class SplitKernel(NamedTuple):
 
         score_scale = config.scale * LOG2E
         if config.softcap is not None:
-            s, score_scale = jnp.tanh(s * (config.scale / config.softcap)), config.softcap * LOG2E
-        elif score_scale <= 0:  # the largest product is not the largest score
+            s, score_scale = cap_scores(s, scale=config.scale, softcap=config.softcap, unit=LOG2E), 1.0
+        elif score_scale == 0:  # 0 times a masked score is NaN
             s, score_scale = s * score_scale, 1.0
 
         def mask_scores(s: Array) -> Array:

@@ -44,8 +44,9 @@ class SplitRange(NamedTuple):
 def split_range(length: Any, split: Any, config: SplitConfig) -> SplitRange:
     """Return the blocks of one split, for a ring buffer to which `length` tokens have been appended."""
     C, num_blocks = jnp.int32(config.C), -(-config.C // BLOCK_KV)
-    num_visible, slot = lax.min(length + 1, jnp.int32(config.max_visible)), lax.rem(length, C)
-    oldest = lax.rem(length + 1 - num_visible, C)
+    # The largest int32 has no successor.
+    num_older, slot = lax.min(length, jnp.int32(config.max_visible - 1)), lax.rem(length, C)
+    oldest = lax.rem(length - num_older, C)
     first, last = lax.div(oldest, jnp.int32(BLOCK_KV)), lax.div(slot, jnp.int32(BLOCK_KV))
     wrapped_count = lax.min(jnp.int32(num_blocks), num_blocks - first + last + 1)
     count = jnp.where(oldest > slot, wrapped_count, last - first + 1)
@@ -53,7 +54,7 @@ def split_range(length: Any, split: Any, config: SplitConfig) -> SplitRange:
     def split_start(n: Any) -> Any:
         return lax.div(count * n, jnp.int32(config.num_splits))
 
-    return SplitRange(num_visible, slot, first, split_start(split), split_start(split + 1))
+    return SplitRange(num_older + 1, slot, first, split_start(split), split_start(split + 1))
 
 
 def max_visible_blocks(C: int, max_visible: int) -> int:

@@ -32,9 +32,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dantinox.kernels.ops.decode_attention.block_table import BlockTable, make_block_table
 from dantinox.kernels.ops.decode_attention.common import (
-    MASK_VALUE,
     OnlineSoftmax,
     QuantizedToken,
+    ScoreOptions,
     TokenInputs,
     attention_scores,
     cached_token_mask,
@@ -47,7 +47,9 @@ from dantinox.kernels.ops.decode_attention.common import (
     weigh_values,
 )
 from dantinox.kernels.ops.decode_attention.kv_cache import KVCache
+from dantinox.kernels.ops.decode_attention.numbers import split_scale
 from dantinox.kernels.ops.decode_attention.pallas_tpu import block_sizes
+from dantinox.kernels.vma import varying_shape
 
 Array = jax.Array
 Ref = Any  # a reference in VMEM or SMEM
@@ -62,15 +64,14 @@ class DecodeConfig(NamedTuple):
         C: slots of a ring buffer.
         block_size: slots per block.
         tile_rows, tile_lanes: slots written at once to k and v, and to their scales.
-        scale, softcap: of the scores.
+        scores: options of the scores.
     """
 
     C: int
     block_size: int
     tile_rows: int
     tile_lanes: int
-    scale: float
-    softcap: float | None
+    scores: ScoreOptions
 
 
 class CacheInputs(NamedTuple):
@@ -106,7 +107,8 @@ def decode_attention(
     tile_slots = tile_rows if cache.k_scale is None else tile_lanes
     slot_bytes = K * D * cache.k.dtype.itemsize
     block_size = block_sizes.choose_block_size(C, max_visible, tile_slots, slot_bytes)
-    config = DecodeConfig(C, block_size, tile_rows, tile_lanes, scale, softcap)
+    q, scale = split_scale(q, scale)
+    config = DecodeConfig(C, block_size, tile_rows, tile_lanes, ScoreOptions(scale, softcap))
     table = make_block_table(cache.length, C, max_visible, block_size)
     q_heads, gate_heads = group_heads(q, K), None if gate is None else group_heads(gate, K)
     stored = quantize_token(k, v, cache)
@@ -124,8 +126,8 @@ def decode_attention(
     o, tiles = pl.pallas_call(
         decode_kernel,
         out_shape=[
-            jax.ShapeDtypeStruct(q_heads.shape, q.dtype),
-            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), ring_buffers),
+            varying_shape(q_heads.shape, q.dtype, q),
+            jax.tree.map(lambda x: varying_shape(x.shape, x.dtype, x), ring_buffers),
         ],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
@@ -161,7 +163,7 @@ def _decode_kernel(
     @pl.when(is_first_step(table, step, b))
     def init_with_new_token() -> None:
         """Start a sequence with its new token, which the cache does not hold yet."""
-        s = attention_scores(token.q[0], token.new_k[0], scale=config.scale, softcap=config.softcap)
+        s = attention_scores(token.q[0], token.new_k[0], config.scores)
         softmax.init_with_token(s, token.new_v)
 
     def attend(head: Array, masked: bool) -> None:
@@ -175,13 +177,14 @@ def _decode_kernel(
 
         q = token.q[0, head]
         k_scale, v_scale = load_scale(cache.k_scale), load_scale(cache.v_scale)
-        s = attention_scores(q, cache.k[0, head], scale=config.scale, softcap=config.softcap, k_scale=k_scale)
-        v = cache.v[0, head]
-        if masked:
-            s = jnp.where(slot_mask(1, size), s, MASK_VALUE)
+        s = attention_scores(q, cache.k[0, head], config.scores, k_scale)
+        v, visible = cache.v[0, head], slot_mask(1, size) if masked else None
+        if visible is not None:
             v = jnp.where(slot_mask(size, 1), v, 0)  # 0 * NaN is NaN
-            v_scale = None if v_scale is None else jnp.where(slot_mask(1, size), v_scale, 0)
-        softmax.add_slots(head, s, lambda p: weigh_values(p, v, v_scale, q.dtype))
+            v_scale = None if v_scale is None else jnp.where(visible, v_scale, 0)
+        softmax.add_slots(
+            head, s, visible, config.scores.exp_scale, lambda weights: weigh_values(weights, v, v_scale, q.dtype)
+        )
 
     # Fully visible blocks need no mask.
     oldest = (slot + 1 - num_visible + config.C) % config.C
