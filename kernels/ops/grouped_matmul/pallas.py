@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 
 from dantinox.kernels.dispatch import Device, current_device
-from dantinox.kernels.ops.grouped_matmul.common import float0_zeros
 from dantinox.kernels.ops.grouped_matmul.pallas_cpu import gmm as cpu_gmm
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu import gmm as tpu_gmm
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu import tgmm as tpu_tgmm
@@ -50,7 +49,7 @@ def _grouped_matmul_bwd(device: Device, residuals: _Residuals, dy: Array) -> tup
     x, w, group_sizes = residuals
     dx = _gmm(dy, w, group_sizes, device, transposed=True, name="grouped_matmul_dx")
     dw = _tgmm(x, dy, group_sizes, device, name="grouped_matmul_dw")
-    return dx, dw, float0_zeros(group_sizes)
+    return dx, dw, None
 
 
 _grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)

@@ -23,7 +23,6 @@ from typing import NamedTuple, Protocol
 
 import jax
 
-from dantinox.kernels.ops.grouped_matmul.common import float0_zeros
 from dantinox.kernels.ops.moe.routing import Routing, permute_router_weights, sort_by_expert, unpermute_and_sum
 
 Array = jax.Array
@@ -189,7 +188,7 @@ def _experts_bwd(backend: ExpertsBackend, residuals: _Residuals, dout: Array) ->
     dx, dws, drouter_weights = backend.backward(x, dy, ws, row_weights, group_sizes, gate, up)
     dx = unpermute_and_sum(dx, inverse_permutation)
     drouter_weights = drouter_weights[inverse_permutation].astype(router_weights.dtype)
-    return dx, dws, drouter_weights, jax.tree.map(float0_zeros, routing)
+    return dx, dws, drouter_weights, None
 
 
 _experts.defvjp(_experts_fwd, _experts_bwd)
