@@ -202,6 +202,14 @@ def triton_unsupported_device() -> str | None:
     return None
 
 
+def symbolic_unsupported(*arrays: Any) -> str | None:
+    """Return why a kernel whose grid follows from the sizes does not take these arrays, or None."""
+    if all(isinstance(size, int) for x in arrays for size in x.shape):
+        return None
+    shapes = ", ".join(str(x.shape) for x in arrays)
+    return f"its grid needs the sizes and the shapes are {shapes}; implementation='xla' takes symbolic sizes"
+
+
 def float32_accumulation_unsupported(dtype: Any) -> str | None:
     """Return why a kernel that accumulates in float32 does not take a dtype, or None."""
     if dtype == "float64":

@@ -1,4 +1,7 @@
-"""Argument checks of all operations: each raises a `ValueError` with the argument, its value and the allowed values."""
+"""Argument checks of all operations: each raises a `ValueError` with the argument, its value and the allowed values.
+
+Those of ids, lengths and sizes are in `integers.py`.
+"""
 
 import math
 import numbers
@@ -7,6 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from dantinox.kernels.integers import native_order
 
 FLOATS = (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -14,7 +20,7 @@ FLOATS = (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)
 def as_array(name: str, x: Any, axes: str) -> jax.Array:
     """Convert x to an array that has one axis per letter of `axes`."""
     try:
-        x = jnp.asarray(x)
+        x = jnp.asarray(native_order(x) if isinstance(x, np.ndarray) else x)
     except (TypeError, ValueError):
         raise ValueError(f"{name} is {type(x).__name__}; allowed: an array [{', '.join(axes)}]") from None
     if x.ndim != len(axes):
@@ -34,34 +40,74 @@ def check_floating(**arrays: jax.Array | None) -> None:
             raise ValueError(f"{name} has dtype {x.dtype}; allowed: {present[first].dtype}, the dtype of {first}")
 
 
-def check_integer(name: str, x: jax.Array) -> None:
-    """Check that x has an integer dtype."""
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise ValueError(f"{name} has dtype {x.dtype}; allowed: int32")
-
-
 def check_shape(name: str, x: jax.Array, *allowed: Sequence[int]) -> None:
     """Check that x has one of the allowed shapes."""
     if tuple(x.shape) not in {tuple(a) for a in allowed}:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; allowed: {' or '.join(str(tuple(a)) for a in allowed)}")
 
 
-def check_window(value: int | None, causal: bool) -> None:
+def check_flag(name: str, value: Any) -> bool:
+    """Check that a flag is True or False, and not an array or a word, whose truth would decide."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} is {_describe(value)}; allowed: True or False")
+    return bool(value)
+
+
+def check_window(value: Any, causal: bool) -> int | None:
     """Check that the window is a positive number of keys, and that attention is causal."""
     if value is None:
-        return
+        return None
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"window is {value!r}; allowed: an integer >= 1, or None")
+        raise ValueError(f"window is {_describe(value)}; allowed: an integer >= 1, or None")
     if not causal:
         raise ValueError(f"window is {value} with causal=False; a window needs causal=True")
+    return int(value)
 
 
-def check_scalars(*, scale: float | None, softcap: float | None) -> None:
-    """Check that the scale is finite and that the soft cap is positive and finite."""
-    if scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
-        raise ValueError(f"scale is {scale!r}; allowed: a finite number, or None for D**-0.5")
-    if softcap is not None and not (isinstance(softcap, numbers.Real) and math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"softcap is {softcap!r}; allowed: a positive finite number, or None")
+def check_scale(value: Any, D: int) -> float:
+    """Check that the scale is 0 or a normal float32 number, and return it; None is D**-0.5."""
+    if value is None:
+        return 1.0 if D == 0 else D**-0.5
+    scale = _as_float(value)
+    if scale is None or not (scale == 0 or _is_normal(abs(scale))):
+        raise ValueError(
+            f"scale is {_describe(value)}; allowed: a finite number that float32 holds, or None for D**-0.5"
+        )
+    return scale
+
+
+def check_softcap(value: Any) -> float | None:
+    """Check that the soft cap is a positive normal float32 number."""
+    if value is None:
+        return None
+    softcap = _as_float(value)
+    if softcap is None or not _is_normal(softcap):
+        raise ValueError(
+            f"softcap is {_describe(value)}; allowed: a positive finite number that float32 holds, or None"
+        )
+    return softcap
+
+
+def _as_float(value: Any) -> float | None:
+    """Return a real number as a float, or None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _is_normal(value: float) -> bool:
+    info = np.finfo(np.float32)
+    return float(info.tiny) <= value <= float(info.max)
+
+
+def _describe(value: Any) -> str:
+    """Show a value in one line; an array by its type and shape."""
+    if isinstance(value, jax.Array | np.ndarray):
+        return f"{'a traced' if isinstance(value, jax.core.Tracer) else 'an'} array of shape {value.shape}"
+    return " ".join(repr(value).split())[:80]
 
 
 def check_heads(H: int, K: int) -> None:

@@ -3,7 +3,9 @@
 import os
 import shutil
 import signal
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,19 @@ if settings is not None:
     # With -k "random_shapes_match_python_loops and pallas", 10^4 shapes of one implementation of attention.
     settings.register_profile("thorough", settings.get_profile("repeat"), max_examples=6667)
     settings.load_profile("repeat")
+
+
+@pytest.fixture(autouse=True)
+def fresh_traces() -> Iterator[None]:
+    """Trace implementations again in every test, since a test may patch block sizes that a trace depends on."""
+    clear_traces()
+    yield
+    clear_traces()
+
+
+def clear_traces() -> None:
+    if call := sys.modules.get("dantinox.kernels.call"):
+        call._jitted.cache_clear()
 
 
 def pytest_make_parametrize_id(config: pytest.Config, val: Any, argname: str) -> str | None:

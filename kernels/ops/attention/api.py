@@ -4,10 +4,10 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from dantinox.kernels import dispatch, validation
+from dantinox.kernels import dispatch, integers, validation
+from dantinox.kernels.call import call_implementation
 from dantinox.kernels.ops.attention import pallas, xla
 from dantinox.kernels.ops.attention.pallas_cpu import block_sizes as cpu_block_sizes
 
@@ -39,8 +39,8 @@ def attention(
             limit.
         scale: factor on the scores; None: D**-0.5.
         softcap: caps the scores s at softcap * tanh(s / softcap); None: no cap.
-        segment_ids: (q_ids [B, T], kv_ids [B, S]) int32, or one [B, T] array if T == S; a query sees only keys of its
-            own segment. None: one segment.
+        segment_ids: (q_ids [B, T], kv_ids [B, S]) of any integer dtype, or one [B, T] array if T == S; a query sees
+            only keys of its own segment. None: one segment.
         implementation: auto, reference, xla, pallas or triton.
 
     Returns:
@@ -64,46 +64,51 @@ def attention(
     validation.check_heads(H, K)
     if gate is not None:
         validation.check_shape("gate", gate, (B, T, H, D), (B, T, H, 1))
-    validation.check_window(window, causal)
-    validation.check_scalars(scale=scale, softcap=softcap)
-    segment_ids = _check_segment_ids(segment_ids, B, T, S)
+    causal = validation.check_flag("causal", causal)
+    window = validation.check_window(window, causal)
+    scale, softcap = validation.check_scale(scale, D), validation.check_softcap(softcap)
+    ids = _check_segment_ids(segment_ids, B, T, S)
 
-    if window is not None:
-        window = min(int(window), max(S, 1))  # a longer window shows no more keys
+    if window is not None:  # a longer window shows no more keys
+        window = min(window, max(S, 1)) if isinstance(S, int) else min(window, integers.INT32.max)
 
     function = OPERATION.select(implementation, q, k, window)
     if 0 in (B, T, H, D):
         return q
-    return function(
+    return call_implementation(
+        "attention",
+        function,
+        lambda q_spec, *_: q_spec,
         q,
         k,
         v,
         gate=gate,
         causal=causal,
         window=window,
-        scale=D**-0.5 if scale is None else scale,
+        scale=scale,
         softcap=softcap,
-        segment_ids=segment_ids,
+        segment_ids=ids,
     )
 
 
-def _check_segment_ids(
-    segment_ids: tuple[Array, Array] | Array | None, B: int, T: int, S: int
-) -> tuple[Array, Array] | None:
+def _check_segment_ids(segment_ids: Any, B: int, T: int, S: int) -> tuple[Array, Array] | None:
     if segment_ids is None:
         return None
     if not isinstance(segment_ids, tuple | list):
-        segment_ids = jnp.asarray(segment_ids)
         if T != S:
             raise ValueError(f"segment_ids is one array but T is {T} and S is {S}; allowed: (q_ids, kv_ids)")
-        segment_ids = (segment_ids, segment_ids)
-    if len(segment_ids) != 2:
+        ids = integers.as_integers("segment_ids q_ids", segment_ids, "BT")
+        q_ids, kv_ids = ids, ids
+    elif len(segment_ids) != 2:
         raise ValueError(f"segment_ids holds {len(segment_ids)} arrays; allowed: (q_ids [B, T], kv_ids [B, S])")
-    q_ids, kv_ids = (jnp.asarray(ids) for ids in segment_ids)
-    for name, ids, length in (("q_ids", q_ids, T), ("kv_ids", kv_ids, S)):
-        validation.check_shape(f"segment_ids {name}", ids, (B, length))
-        validation.check_integer(f"segment_ids {name}", ids)
-    return q_ids, kv_ids
+    else:
+        q_ids = integers.as_integers("segment_ids q_ids", segment_ids[0], "BT")
+        kv_ids = q_ids
+        if segment_ids[1] is not segment_ids[0]:
+            kv_ids = integers.as_integers("segment_ids kv_ids", segment_ids[1], "BS")
+    validation.check_shape("segment_ids q_ids", q_ids, (B, T))
+    validation.check_shape("segment_ids kv_ids", kv_ids, (B, S))
+    return integers.comparable_ids(q_ids, kv_ids)
 
 
 def _reference(*args: Any, **options: Any) -> Array:
@@ -121,6 +126,8 @@ def _pallas(*args: Any, **options: Any) -> Array:
 
 
 def _pallas_unsupported_inputs(q: Array, k: Array, window: int | None) -> str | None:
+    if reason := dispatch.symbolic_unsupported(q, k):
+        return reason
     if dispatch.on_gpu():
         from dantinox.kernels.ops.attention.pallas_sm90 import vjp as sm90
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from dantinox.kernels import dispatch, validation
+from dantinox.kernels import dispatch, integers, validation
+from dantinox.kernels.call import call_implementation
 from dantinox.kernels.ops.decode_attention import pallas, xla
 from dantinox.kernels.ops.decode_attention.kv_cache import QMAX, KVCache
 from dantinox.kernels.ops.decode_attention.pallas_cpu import kernel as cpu_kernel
@@ -59,7 +60,7 @@ def decode_attention(
     if not all(hasattr(cache, name) for name in KVCache._fields):
         raise ValueError(f"cache is a {type(cache).__name__}; allowed: dantinox.kernels.KVCache")
     cache_k, cache_v = validation.as_array("cache.k", cache.k, "BKCD"), validation.as_array("cache.v", cache.v, "BKCD")
-    length = validation.as_array("cache.length", cache.length, "B")
+    length = integers.as_integers("cache.length", cache.length, "B")
     B, H, D = q.shape
     K, C = k.shape[1], cache_k.shape[2]
     validation.check_shape("k", k, (B, K, D))
@@ -69,19 +70,35 @@ def decode_attention(
     validation.check_shape("cache.v", cache_v, (B, K, C, D))
     scales = _check_scales(cache, cache_k, cache_v)
     validation.check_shape("cache.length", length, (B,))
-    validation.check_integer("cache.length", length)
     if C < 1:
         raise ValueError("cache has 0 slots; allowed: 1 or more")
     if gate is not None:
         validation.check_shape("gate", gate, (B, H, D), (B, H, 1))
-    validation.check_window(window, causal=True)
-    validation.check_scalars(scale=scale, softcap=softcap)
+    window = validation.check_window(window, causal=True)
+    scale, softcap = validation.check_scale(scale, D), validation.check_softcap(softcap)
 
-    cache = KVCache(cache_k, cache_v, length, *scales)
+    cache = KVCache(cache_k, cache_v, integers.ring_positions(length, C), *scales)
     function = OPERATION.select(implementation, q, cache)
-    return function(
-        q, k, v, cache, gate=gate, window=window, scale=D**-0.5 if scale is None else scale, softcap=softcap
+    o, cache = call_implementation(
+        "decode_attention",
+        function,
+        _out_specs,
+        q,
+        k,
+        v,
+        cache,
+        gate=gate,
+        window=window,
+        scale=scale,
+        softcap=softcap,
     )
+    return o, cache._replace(length=jnp.asarray(length) + 1)
+
+
+def _out_specs(q: Any, k: Any, v: Any, cache_k: Any, cache_v: Any, length: Any, *rest: Any) -> tuple[Any, KVCache]:
+    """Return the partition specs of the output and of the cache, which are those of q and of the given cache."""
+    k_scale, v_scale = rest[:2] if len(rest) >= 2 else (None, None)
+    return q, KVCache(cache_k, cache_v, length, k_scale, v_scale)
 
 
 def _check_scales(cache: KVCache, k: Array, v: Array) -> tuple[Array | None, Array | None]:
@@ -122,6 +139,8 @@ def _pallas(*args: Any, **options: Any) -> tuple[Array, KVCache]:
 
 
 def _pallas_unsupported_inputs(q: Array, cache: KVCache) -> str | None:
+    if reason := dispatch.symbolic_unsupported(q, cache.k):
+        return reason
     if dispatch.on_gpu():
         from dantinox.kernels.ops.decode_attention.pallas_sm90 import kernel as sm90
 

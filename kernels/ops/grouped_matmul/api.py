@@ -5,9 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
-from dantinox.kernels import dispatch, validation
+from dantinox.kernels import dispatch, integers, validation
+from dantinox.kernels.call import call_implementation
 from dantinox.kernels.ops.grouped_matmul import pallas, xla
 
 Array = jax.Array
@@ -25,27 +27,34 @@ def grouped_matmul(
     Args:
         x: rows [N, M], sorted by group.
         w: matrix of each group [E, M, F] in x's dtype.
-        group_sizes: rows of each group [E] int32, each at least 0, summing to at most N.
+        group_sizes: rows of each group [E] of any integer dtype, each at least 0, summing to at most N. In an array on
+            a device, negative sizes count as 0 and groups end at row N.
         implementation: auto, reference, xla, pallas or triton.
 
     Returns:
         [N, F] in x's dtype; rows past the sum of the sizes are exactly zero.
 
     Raises:
-        ValueError: an argument's shape or dtype is not allowed.
+        ValueError: an argument's shape, dtype or value is not allowed.
         NotImplementedError: the named implementation cannot run here.
     """
     x, w = validation.as_array("x", x, "NM"), validation.as_array("w", w, "EMF")
-    group_sizes = validation.as_array("group_sizes", group_sizes, "E")
+    sizes = integers.as_integers("group_sizes", group_sizes, "E")
     validation.check_floating(x=x, w=w)
-    validation.check_integer("group_sizes", group_sizes)
     E, _, F = w.shape
     validation.check_shape("w", w, (E, x.shape[1], F))
-    validation.check_shape("group_sizes", group_sizes, (E,))
+    validation.check_shape("group_sizes", sizes, (E,))
     function = OPERATION.select(implementation, x, w)
     if 0 in (*x.shape, *w.shape):
         return jnp.zeros((x.shape[0], F), x.dtype)
-    return function(x, w, group_sizes.astype(jnp.int32))
+    return call_implementation(
+        "grouped_matmul", function, _out_specs, x, w, integers.group_sizes_within(sizes, x.shape[0])
+    )
+
+
+def _out_specs(x: PartitionSpec, w: PartitionSpec, _: PartitionSpec) -> PartitionSpec:
+    """Return the rows' axes and the columns', unless they are the same."""
+    return PartitionSpec(x[0], w[2] if w[2] != x[0] else None)
 
 
 def _reference(*args: Any) -> Array:
@@ -63,6 +72,8 @@ def _pallas(*args: Any) -> Array:
 
 
 def _pallas_unsupported_inputs(x: Array, w: Array) -> str | None:
+    if reason := dispatch.symbolic_unsupported(x, w):
+        return reason
     if dispatch.on_gpu():
         from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import vjp as sm90
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from dantinox.kernels import dispatch, validation
+from dantinox.kernels import dispatch, integers, validation
+from dantinox.kernels.call import call_implementation
 from dantinox.kernels.ops.grouped_matmul.api import pallas_not_auto
 from dantinox.kernels.ops.moe import pallas, xla
 
@@ -34,7 +35,7 @@ def moe_mlp(
         w_gate: gate projections [E, M, F] in x's dtype.
         w_up: up projections [E, M, F] in x's dtype.
         w_down: down projections [E, F, M] in x's dtype.
-        expert_ids: experts of each token [N, k] int32, in [0, E).
+        expert_ids: experts of each token [N, k] of any integer dtype; an id outside [0, E) contributes nothing.
         expert_weights: weight of each choice [N, k], of any floating dtype.
         implementation: auto, reference, xla, pallas or triton.
 
@@ -47,26 +48,27 @@ def moe_mlp(
     """
     x, w_gate = validation.as_array("x", x, "NM"), validation.as_array("w_gate", w_gate, "EMF")
     w_up, w_down = validation.as_array("w_up", w_up, "EMF"), validation.as_array("w_down", w_down, "EFM")
-    expert_ids = validation.as_array("expert_ids", expert_ids, "Nk")
+    ids = integers.as_integers("expert_ids", expert_ids, "Nk")
     expert_weights = validation.as_array("expert_weights", expert_weights, "Nk")
     validation.check_floating(x=x, w_gate=w_gate, w_up=w_up, w_down=w_down)
     validation.check_floating(expert_weights=expert_weights)
-    validation.check_integer("expert_ids", expert_ids)
     (N, M), (E, _, F) = x.shape, w_gate.shape
-    k = expert_ids.shape[1]
+    k = ids.shape[1]
     validation.check_shape("w_gate", w_gate, (E, M, F))
     validation.check_shape("w_up", w_up, (E, M, F))
     validation.check_shape("w_down", w_down, (E, F, M))
-    validation.check_shape("expert_ids", expert_ids, (N, k))
+    validation.check_shape("expert_ids", ids, (N, k))
     validation.check_shape("expert_weights", expert_weights, (N, k))
     if E < 1:
         raise ValueError(f"w_gate has shape {w_gate.shape}; allowed: 1 expert or more")
     if k < 1:
-        raise ValueError(f"expert_ids has shape {expert_ids.shape}; allowed: 1 expert per token or more")
+        raise ValueError(f"expert_ids has shape {ids.shape}; allowed: 1 expert per token or more")
     function = OPERATION.select(implementation, x, w_gate)
     if 0 in (N, M, F):
         return jnp.zeros_like(x)
-    return function(x, w_gate, w_up, w_down, expert_ids, expert_weights)
+    ids = integers.expert_ids_within(ids, E)
+    weights = jnp.where(ids < E, expert_weights, jnp.zeros_like(expert_weights))
+    return call_implementation("moe_mlp", function, lambda x_spec, *_: x_spec, x, w_gate, w_up, w_down, ids, weights)
 
 
 def _reference(*args: Any) -> Array:
@@ -90,6 +92,8 @@ def _triton(*args: Any) -> Array:
 
 
 def _pallas_unsupported_inputs(x: Array, w_gate: Array) -> str | None:
+    if reason := dispatch.symbolic_unsupported(x, w_gate):
+        return reason
     if dispatch.on_gpu():
         from dantinox.kernels.ops.moe.pallas_sm90 import vjp as sm90
 

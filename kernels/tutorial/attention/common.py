@@ -97,15 +97,15 @@ def check(
         validation.check_shape(name, x, (B, S, K, D))
     validation.check_floating(q=q, k=k, v=v)
     validation.check_heads(H, K)
-    validation.check_window(window, causal)
-    validation.check_scalars(scale=scale, softcap=None)
+    causal = validation.check_flag("causal", causal)
+    window, scale = validation.check_window(window, causal), validation.check_scale(scale, D)
     for name, size in (tiles or {}).items():
         if size < 16 or size % 16:  # 16 rows of bfloat16 are one register
             raise ValueError(f"{name} is {size}; allowed: a multiple of 16")
     refuse(unsupported)
     if q.dtype == jnp.float64:
         raise NotImplementedError("float64 is not supported: the kernels accumulate in float32")
-    return Mask(T, S, causal, window), D**-0.5 if scale is None else scale
+    return Mask(T, S, causal, window), scale
 
 
 def differentiable(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Array]:

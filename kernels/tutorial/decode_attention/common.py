@@ -103,8 +103,7 @@ def check(
         validation.check_shape(name, x, shape)
     validation.check_floating(q=q, k=k, v=v)
     validation.check_heads(H, K)
-    validation.check_window(window, causal=True)
-    validation.check_scalars(scale=scale, softcap=None)
+    window, scale = validation.check_window(window, causal=True), validation.check_scale(scale, D)
     if C < 1:
         raise ValueError("cache has 0 slots; allowed: 1 or more")
     tile = LANES if eight_bits else 16  # slots of scales, or of bfloat16, in a memory tile
@@ -116,4 +115,4 @@ def check(
     dtype = jnp.dtype(jnp.int8) if eight_bits else q.dtype
     if (cache.k.dtype, cache.v.dtype) != (dtype, dtype):
         raise NotImplementedError(f"the cache is {cache.k.dtype} and {cache.v.dtype}; this step reads {dtype}")
-    return Ring(C, C if window is None else min(C, int(window)), block), D**-0.5 if scale is None else scale
+    return Ring(C, C if window is None else min(C, window), block), scale

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dantinox.kernels import validation
+from dantinox.kernels import integers, validation
 from dantinox.kernels.tutorial.common import call_options as call_options
 from dantinox.kernels.tutorial.common import iota, refuse
 
@@ -51,17 +51,16 @@ def check(x: Array, w: Array, group_sizes: Array, row_tile: int = 16, **unsuppor
     """
     M = validation.as_array("x", x, "NM").shape[1]
     E, _, F = validation.as_array("w", w, "EMF").shape
-    group_sizes = validation.as_array("group_sizes", group_sizes, "E")
+    sizes = integers.as_integers("group_sizes", group_sizes, "E")
     validation.check_shape("w", w, (E, M, F))
-    validation.check_shape("group_sizes", group_sizes, (E,))
+    validation.check_shape("group_sizes", sizes, (E,))
     validation.check_floating(x=x, w=w)
-    validation.check_integer("group_sizes", group_sizes)
     if row_tile < 16 or row_tile % 16:  # 16 rows of bfloat16 are one register
         raise ValueError(f"row_tile is {row_tile}; allowed: a multiple of 16")
     refuse(unsupported)
     if x.dtype == jnp.float64:
         raise NotImplementedError("float64 is not supported: the kernels accumulate in float32")
-    return group_sizes.astype(jnp.int32)
+    return integers.group_sizes_within(sizes, x.shape[0])
 
 
 def check_second_weight(w: Array, w_up: Array | None) -> list[Array]:
