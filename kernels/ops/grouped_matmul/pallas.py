@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from dantinox.kernels.derivatives import first_order
 from dantinox.kernels.dispatch import Device, current_device
 from dantinox.kernels.ops.grouped_matmul.pallas_cpu import gmm as cpu_gmm
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu import gmm as tpu_gmm
@@ -20,15 +21,21 @@ class _Residuals(NamedTuple):
 
 
 def _gmm(x: Array, w: Array, group_sizes: Array, device: Device, **options: Any) -> Array:
-    if device.platform == "cpu":
-        return cpu_gmm.interpreted_gmm(x, w, group_sizes, **options)
-    return tpu_gmm.gmm([x], [w], group_sizes, device, **options)[0]
+    def run(x: Array, w: Array, group_sizes: Array) -> Array:
+        if device.platform == "cpu":
+            return cpu_gmm.interpreted_gmm(x, w, group_sizes, **options)
+        return tpu_gmm.gmm([x], [w], group_sizes, device, **options)[0]
+
+    return first_order(run, "grouped_matmul")(x, w, group_sizes)
 
 
 def _tgmm(x: Array, dy: Array, group_sizes: Array, device: Device, *, name: str) -> Array:
-    if device.platform == "cpu":
-        return cpu_gmm.interpreted_tgmm(x, dy, group_sizes, name=name)
-    return tpu_tgmm.tgmm(x, [dy], group_sizes, device, name=name)[0]
+    def run(x: Array, dy: Array, group_sizes: Array) -> Array:
+        if device.platform == "cpu":
+            return cpu_gmm.interpreted_tgmm(x, dy, group_sizes, name=name)
+        return tpu_tgmm.tgmm(x, [dy], group_sizes, device, name=name)[0]
+
+    return first_order(run, "grouped_matmul")(x, dy, group_sizes)
 
 
 def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
