@@ -49,7 +49,7 @@ def make_cache_folder(name: str, cache_dir: str | os.PathLike[str] | None = None
     """
     roots = cache_roots(cache_dir)
     mode = 0o777 if cache_dir or os.environ.get(CACHE_VARIABLE) else 0o700  # one that users name may be shared
-    failure: OSError = FileNotFoundError(2, "there is no home folder and none for temporary files", "cache")
+    failure = OSError(f"there is no home folder and none for temporary files; set {CACHE_VARIABLE} to a folder")
     for i, root in enumerate(roots):
         folder = root / name
         try:
@@ -68,7 +68,7 @@ def make_cache_folder(name: str, cache_dir: str | os.PathLike[str] | None = None
 
 def explain_cache_error(error: OSError, root: Path) -> OSError:
     """Return the error of the same number that says that the cache cannot be written, and what to change."""
-    reason = f"{error.strerror or error}: the cache cannot be written; set {CACHE_VARIABLE} to another folder"
+    reason = f"the cache cannot be written ({error.strerror or error}); set {CACHE_VARIABLE} to another folder"
     return OSError(error.errno, reason, str(root))
 
 
