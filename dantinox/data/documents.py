@@ -96,7 +96,9 @@ def read_documents(spec: str | os.PathLike[str]) -> tuple[list[Document], int]:
                     skipped.add(Skipped.EMPTY, name)
             progress.advance()
     if not documents:
-        raise ValueError(f"no text in {printable(spec)}: {str(skipped) or 'no files, hidden ones aside'}")
+        raise ValueError(
+            f"no text in {printable(spec)}: {str(skipped) or 'the folder has no files (hidden ones do not count)'}"
+        )
     if len(skipped) or (skipped.names and spec != STDLIB):  # empty modules of the standard library are no news
         log.warning("%s: skipped %s", printable(spec), skipped)
     return documents, len(skipped)

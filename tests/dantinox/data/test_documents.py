@@ -109,8 +109,8 @@ def test_nothing_to_read_says_why(tmp_path):
         (tmp_path / "blank" / name).write_bytes(b"" if name < "d" else b"\xff")
     (tmp_path / "file").write_text("")
     for name, message in {
-        "empty": "no text in .*: no files, hidden ones aside",
-        "hidden": "no text in .*: no files, hidden ones aside",
+        "empty": "no text in .*: the folder has no files",
+        "hidden": "no text in .*: the folder has no files",
         "blank": r"no text in .*: 1 file\(s\) that are not UTF-8 text: d \(.*\); 3 empty file\(s\): a, b, c",
         "file": r"no text in .*file: 1 empty file\(s\): file",
         "bl*k/[abc]": r"no text in .*: 3 empty file\(s\)",
