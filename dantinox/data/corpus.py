@@ -374,9 +374,9 @@ def _load_cache(folder: Path) -> Corpus | None:
             maps[split] = np.memmap(folder / f"{split}.bin", _dtype(tokenizer.vocab_size), mode="r")
             if len(maps[split]) != tokens or hashlib.sha256(maps[split]).hexdigest() != meta["sha256"][split]:
                 raise ValueError(f"{split}.bin does not match its checksum")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, OSError) and error.errno in (None, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            return None
         log.warning("rebuilding the cache in %s: %s", folder, error)
         return None
     return Corpus(maps["train"], maps["val"], tokenizer, stats, folder)

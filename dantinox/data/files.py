@@ -80,7 +80,7 @@ def find_files(spec: str | os.PathLike[str], skipped: Skipped | None = None) -> 
         return _unique(_walk(Path(sysconfig.get_path("stdlib")), skipped, STDLIB_EXCLUDED, ".py"), skipped)
     path = expand_user(spec)
     missing = f'no file, folder or match of a pattern at {printable(spec) or repr("")} ("{STDLIB}" needs no file)'
-    if not os.fspath(spec) or "\0" in os.fspath(spec):
+    if not os.fspath(spec):
         raise FileNotFoundError(missing)
     if path.is_dir():
         return _unique(_walk(path, skipped), skipped)
