@@ -22,12 +22,13 @@ from pathlib import Path
 import numpy as np
 
 from dantinox.data.documents import Document, find_documents, read_documents
-from dantinox.data.files import find_files
+from dantinox.data.files import STDLIB, find_files
 from dantinox.data.tokenizer import DEFAULT_VOCAB, Tokenizer, load_tokenizer, split_text, train_tokenizer
 from dantinox.system.paths import cache_roots, explain_cache_error, make_cache_folder
 from dantinox.system.progress import Progress, megabytes
 
 __all__ = [
+    "STDLIB",
     "Corpus",
     "Document",
     "Stats",

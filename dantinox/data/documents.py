@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 import stat
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -148,10 +149,10 @@ def _wide_encoding(sample: bytes) -> str | None:
         units = np.frombuffer(sample[: len(sample) // width * width], np.uint8).reshape(-1, width)
         high, low = (units[:, -1], units[:, 0]) if codec.endswith("le") else (units[:, 0], units[:, -1])
         # Any text has ASCII characters, spaces at least, whose high byte is zero; hardly any has a low byte of zero.
-        if len(units) < 4 or (high == 0).mean() < 0.05 or (low == 0).mean() > 0.2:
+        if len(units) < 4 or (high == 0).mean() < 0.05 or (low == 0).mean() > 0.3:
             continue
         with contextlib.suppress(UnicodeDecodeError):
             text = codecs.getincrementaldecoder(codec)().decode(units.tobytes())  # it may end inside a character
-            if all(char.isprintable() or char.isspace() for char in text):
+            if all(char.isspace() or unicodedata.category(char) not in ("Cc", "Cn", "Co") for char in text):
                 return codec[:6].upper()
     return None

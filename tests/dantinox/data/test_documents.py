@@ -13,7 +13,8 @@ from dantinox.data.documents import NotTextError, read_text
 
 PROSE = "Nel mezzo del cammin di nostra vita\nmi ritrovai per una selva oscura 😀\n" * 200
 RUSSIAN = "Все счастливые семьи похожи друг на друга, каждая несчастливая несчастлива по-своему.\n" * 50
-CHINESE = "道可道,非常道。名可名,非常名。\n一二三\n" * 100
+CHINESE = "道可道,非常道。名可名,非常名。\n一二三,一一一\n" * 100
+EMOJI = "😀👩\u200d👩\u200d👧 👍🏽\n" * 50
 
 
 def reason(path, raw: bytes) -> str:
@@ -23,7 +24,9 @@ def reason(path, raw: bytes) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("text", [PROSE, RUSSIAN, CHINESE, "abcd"], ids=["prose", "russian", "chinese", "short"])
+@pytest.mark.parametrize(
+    "text", [PROSE, RUSSIAN, CHINESE, EMOJI, "abcd"], ids=["prose", "russian", "chinese", "emoji", "short"]
+)
 @pytest.mark.parametrize("codec", [f"utf-{bits}{end}" for bits in (16, 32) for end in ("", "-le", "-be")])
 def test_utf16_and_utf32_are_named_with_and_without_a_mark(tmp_path, text, codec):
     name = codec[:6].upper()

@@ -36,6 +36,9 @@ def test_linked_folder_is_read(root, tmp_path):
     (root / "link").symlink_to(tmp_path / "elsewhere")
     assert names(root) == ["a.txt", os.path.join("link", "deep", "b.txt")]
     assert {d.text for d in find_documents(root)} == {"a", "b"}
+    (root / "lino").symlink_to(write(tmp_path / "other" / "c.txt", "c").parent)
+    assert names(root)[1:] == [os.path.join("link", "deep", "b.txt"), os.path.join("lino", "c.txt")]
+    (root / "lino").unlink()
     assert {d.text for d in find_documents(f"{root}/**/*.txt")} == {"a", "b"}
 
 
