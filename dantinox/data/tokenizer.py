@@ -33,6 +33,7 @@ FIRST_TRAINED_ID = 257  # after the end of document and the 256 bytes
 MIN_COUNT = 3  # the embedding of a rarer character would hardly be trained
 DEFAULT_VOCAB = {"char": 4096, "bpe": 2048}
 MAX_CACHED_WORDS = 1 << 18
+MAX_CACHED_LENGTH = 32  # longer words hardly repeat
 # Training takes time in proportion to the text and to the length of its longest word. Ordinary text has shorter words;
 # DNA, base64, minified programs and text in scripts without spaces do not.
 MAX_WORD = 128
@@ -199,7 +200,7 @@ class BPETokenizer:
         new_words = list(dict.fromkeys(word for word in words if word not in cache))
         new_ids = {w: e.ids for w, e in zip(new_words, self._hf.encode_batch_fast(new_words), strict=True)}
         if len(cache) < MAX_CACHED_WORDS:
-            cache.update(new_ids)
+            cache.update((word, ids) for word, ids in new_ids.items() if len(word) <= MAX_CACHED_LENGTH)
         ids = chain.from_iterable(cache.get(word) or new_ids[word] for word in words)
         return np.fromiter(ids, np.int32)
 

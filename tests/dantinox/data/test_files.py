@@ -129,13 +129,15 @@ def test_special_files_never_block(root, caplog, monkeypatch):
                 find_documents(root / name)
 
 
-def test_file_that_becomes_a_fifo_never_blocks(root, monkeypatch):
+def test_file_that_becomes_a_fifo_never_blocks(root, monkeypatch, caplog):
     write(root / "b.txt")
     found = list(find_files(root))
     (root / "b.txt").unlink()
     os.mkfifo(root / "b.txt")
     monkeypatch.setattr("dantinox.data.documents.find_files", lambda *_: iter(found))
-    assert [d.text for d in find_documents(root)] == ["a"]
+    with caplog.at_level(logging.WARNING):
+        assert [d.text for d in find_documents(root)] == ["a"]
+    assert "b.txt (not a regular file)" in caplog.text
 
 
 def test_file_that_vanishes_is_counted(root, monkeypatch, caplog):
