@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,19 @@ class Checkpoints:
     unpickles: arrays are raw bytes, everything else is JSON.
     """
 
-    def __init__(self, run: Path, keep: int = 3) -> None:
+    def __init__(self, run: Path, keep: int = 3, check_lock: Callable[[], None] = lambda: None) -> None:
+        """Open the checkpoints of a run.
+
+        Args:
+            run: folder of the run.
+            keep: number of due checkpoints to keep.
+            check_lock: raises unless this process may write; called before each write.
+        """
         # Importing Orbax takes seconds; --help and --dry-run do not need it.
         import orbax.checkpoint as ocp
 
         log_filters.install_log_filters()
-        self._ocp, self.keep = ocp, keep
+        self._ocp, self.keep, self._check_lock = ocp, keep, check_lock
         self.display_path = run / "checkpoints"  # for messages, as given by the user
         self.folder = self.display_path.absolute()
         self._writer: Any = None
@@ -48,7 +56,7 @@ class Checkpoints:
         """Return the steps of all checkpoints, also corrupt ones, oldest first."""
         if not self.folder.is_dir():
             return []
-        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isascii() and path.name.isdigit())
 
     def best(self) -> int | None:
         """Return the step with the lowest validation loss; None if no checkpoint has one."""
@@ -69,8 +77,10 @@ class Checkpoints:
 
         Raises:
             CheckpointWriteError: the disk is too full, or the previous save failed.
+            LockLostError: another process writes the run.
         """
         self.wait()
+        self._check_lock()
         if step in self.steps():
             return
         if self._writer is None:
@@ -97,6 +107,7 @@ class Checkpoints:
         try:
             self._writer.wait_until_finished()
             manifest.write_manifest(partial, metadata)
+            self._check_lock()
             partial.rename(self.folder / str(step))
             _fsync_folder(self.folder)
             self._prune()
@@ -123,6 +134,7 @@ class Checkpoints:
     def update_metadata(self, step: int, metadata: dict[str, Any]) -> None:
         """Update the metadata of a valid checkpoint."""
         self.wait()
+        self._check_lock()
         folder = self.folder / str(step)
         manifest.write_manifest(folder, self.verify(step) | metadata)
 

@@ -75,7 +75,11 @@ class Config:
             text = Path(path).read_text()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"config {path}: cannot be read ({getattr(error, 'strerror', error)})") from None
-        return (base or cls()).replace(**_parse_yaml(text, f"config {path}"))
+        settings = _parse_yaml(text, f"config {path}")
+        try:
+            return (base or cls()).replace(**settings)
+        except ConfigError as error:
+            raise ConfigError(f"config {path}: {error}") from None
 
     @classmethod
     def from_flat(cls, settings: Mapping[str, Any]) -> "Config":

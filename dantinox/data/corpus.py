@@ -152,6 +152,11 @@ def load_corpus(
     return replace(corpus, stats=stats)
 
 
+def load_prepared(name: str, cache_dir: str | os.PathLike[str] | None = None) -> Corpus | None:
+    """Return the corpus of this name (`Corpus.path.name`) from the cache, without its text; None if it is not there."""
+    return _load_cache(_cache_root(cache_dir) / "corpus" / name)
+
+
 def train_val_split(documents: list[Document], val_fraction: float) -> tuple[list[Document], list[Document]]:
     """Split distinct documents into train and validation, by their content and without overlap.
 

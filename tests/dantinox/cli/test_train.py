@@ -130,12 +130,12 @@ def test_load_returns_the_trained_model(finished):
 def test_older_run_of_the_same_name_is_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for number in range(3):
-        folder = train.prepare_run(Config().replace(run="x"), resume=False)
-        (folder / "metrics.jsonl").write_text(str(number))
+        with train.lock_new_run(Config().replace(run="x")) as lock:
+            (lock.folder / "metrics.jsonl").write_text(str(number))
     assert "renamed it to runs/x.1" in capsys.readouterr().out
     held = {path.name: (path / "metrics.jsonl").read_text() for path in Path("runs").iterdir()}
     assert held == {"x.1": "0", "x.2": "1", "x": "2"}
-    assert train.prepare_run(Config().replace(run="x"), resume=True) == folder and len(os.listdir("runs")) == 3
+    assert len(os.listdir("runs")) == 3
 
 
 def test_ctrl_c_saves_and_prints_the_resume_command(text, tmp_path):
