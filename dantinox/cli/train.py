@@ -9,15 +9,15 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dantinox import cli
 from dantinox.checkpoint.load import read_config
 from dantinox.checkpoint.manager import Checkpoints
-from dantinox.config import Config, ConfigError, presets
+from dantinox.config import Config, ConfigError, presets, read_settings
 from dantinox.metrics import logger as metrics_log
 from dantinox.metrics import model_summary, wandb_logger
 from dantinox.system import malloc
@@ -56,14 +56,17 @@ def parse(argv: Sequence[str]) -> Arguments:
     with cli.one_line_errors(PROG):
         preset, file = cli.peek_flag(argv, "--preset"), cli.peek_flag(argv, "--config")
         base = Config.from_preset(preset or "nano")
-        if file is not None:
-            base = Config.from_yaml(file, base)
-        runs_dir, run = find_run(argv, base)
         if wants_resume(argv):
-            saved = read_config(Path(runs_dir) / run).replace(run=run, runs_dir=runs_dir)
+            named = base.flat() | ({} if file is None else read_settings(file))
+            runs_dir, run = find_run(argv, named)
+            require_unlocked(Path(runs_dir) / run)
+            base = read_config(Path(runs_dir) / run).replace(run=run, runs_dir=runs_dir)
             if preset or file:
-                print_ignored(base, saved, " and ".join(filter(None, [preset and "--preset", file and "--config"])))
-            base = saved
+                print_ignored(named, base, " and ".join(filter(None, [preset and "--preset", file and "--config"])))
+        else:
+            if file is not None:
+                base = Config.from_yaml(file, base)
+            runs_dir, run = find_run(argv, base.flat())
         if cli.peek_flag(argv, "--run") not in (None, run):  # a path
             argv = [*argv, f"--run={run}", f"--runs-dir={runs_dir}"]
         return cli.parse(
@@ -76,8 +79,10 @@ def parse(argv: Sequence[str]) -> Arguments:
 
 
 def wants_resume(argv: Sequence[str]) -> bool:
-    """Return whether the last --resume or --no-resume, with or without a value, asks to resume."""
+    """Return whether the last --resume or --no-resume, with or without a value, asks to resume; --help never does."""
     resume = False
+    if "--help" in argv or "-h" in argv:
+        return False
     for word in argv:
         flag, _, value = word.partition("=")
         if flag in ("--resume", "--no-resume"):
@@ -85,17 +90,17 @@ def wants_resume(argv: Sequence[str]) -> bool:
     return resume
 
 
-def find_run(argv: Sequence[str], base: Config) -> tuple[str, str]:
-    """Return (runs_dir, run): --run is a name in --runs-dir, or the path of a run.
+def find_run(argv: Sequence[str], base: Mapping[str, Any]) -> tuple[str, str]:
+    """Return (runs_dir, run): --run is a name in --runs-dir, or the path of a run; `base` has the defaults.
 
     Raises:
         ConfigError: --run is a path, and neither one in --runs-dir nor that of a run.
     """
     given = cli.peek_flag(argv, "--runs-dir", "--runs_dir")
-    runs_dir = base.train.runs_dir if given is None else given
+    runs_dir = base["runs_dir"] if given is None else given
     run = cli.peek_flag(argv, "--run")
     if run is None:
-        return runs_dir, base.train.run
+        return runs_dir, base["run"]
     plain = run.rstrip("/")
     if "/" not in plain:
         return runs_dir, plain
@@ -110,13 +115,12 @@ def find_run(argv: Sequence[str], base: Config) -> tuple[str, str]:
     )
 
 
-def print_ignored(named: Config, saved: Config, flags: str) -> None:
+def print_ignored(named: Mapping[str, Any], saved: Config, flags: str) -> None:
     """Print which settings of --preset or --config a resumed run does not take."""
-    new, old = named.flat(), saved.flat()
-    names = [name for name in new if new[name] != old[name] and name not in ("vocab_size", "run", "runs_dir")]
-    if names:
+    old, follow = saved.flat(), ("vocab_size", "head_dim", "run", "runs_dir")
+    if names := [name for name in old if named[name] != old[name] and name not in follow]:
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        text = "; ".join(f"{name} {old[name]!r}, not {new[name]!r}" for name in names[:4])
+        text = "; ".join(f"{name} {old[name]!r}, not {named[name]!r}" for name in names[:4])
         print(f"resuming with the settings of the run, not those of {flags} ({text}{more}); flags change them")
 
 

@@ -143,8 +143,8 @@ class Sweeper:
 def lock_folder(folder: Path) -> Iterator[int]:
     """Create and lock a folder; yield the file handle of the lock, which processes may inherit.
 
-    The handle's lock tells of runs that outlive their sweep, on this machine; `RunLock` of sweeps on other machines, and
-    keeps a training of this name from renaming the folder.
+    The lock of the handle is for runs that outlive their sweep, on this machine. `RunLock` is for sweeps on other
+    machines, and for a training of this name, which would rename the folder.
 
     Raises:
         ConfigError: another sweep, or a run of one, uses the folder.

@@ -150,7 +150,7 @@ def _effect_of_steps(new: Config, old: Config) -> Effect:
 # is "impossible": the model would be another one, or its state has no place for it. Every setting has an entry.
 RESUME_EFFECTS: dict[str, Effect | Callable[[Config, Config], Effect]] = {
     # model
-    "vocab_size": "impossible",
+    "vocab_size": "none",  # training sets it from the tokenizer, whatever is given
     "dim": "impossible",
     "n_layers": "impossible",
     "n_heads": "impossible",
