@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from dantinox.checkpoint.manager import Checkpoints
-from dantinox.config import Config
+from dantinox.config import Config, ConfigError, read_settings
 from dantinox.data.tokenizer import Tokenizer, load_tokenizer
 from dantinox.model import params
 from dantinox.model.transformer import Transformer
@@ -27,13 +27,20 @@ def read_config(run: str | Path) -> Config:
 
     Raises:
         FileNotFoundError: the run does not exist.
+        ConfigError: its settings are damaged, or a newer version wrote them.
     """
     run = Path(run)
     if not (run / "config.yaml").is_file():
         names = sorted(_run_names(run.parent))
         listing = f"runs in {run.parent}: {', '.join(names)}" if names else f"no runs in {run.parent}"
         raise FileNotFoundError(f"run {run} does not exist (it has no config.yaml); {listing}")
-    return Config.from_yaml(run / "config.yaml")
+    path = run / "config.yaml"
+    names = read_settings(path).keys()
+    if not names:
+        raise ConfigError(f"config {path}: has no settings; the file is damaged")
+    if unknown := [name for name in names if name not in Config().flat()]:
+        raise ConfigError(f"config {path}: unknown setting {unknown[0]!r}; a newer version may have written it")
+    return Config.from_yaml(path)
 
 
 def _run_names(folder: Path) -> Iterator[str]:

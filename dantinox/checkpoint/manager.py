@@ -198,24 +198,42 @@ class Checkpoints:
         return (self.folder / str(step)).rename(target)
 
     def restore(self, step: int, abstract_state: TrainState) -> TrainState:
-        """Restore the state of a valid checkpoint with the shapes, dtypes and shardings of `abstract_state`."""
-        tree = self._restore(step, _tree(abstract_state))
+        """Restore the state of a valid checkpoint with the shapes, dtypes and shardings of `abstract_state`.
+
+        Raises:
+            ValueError: the checkpoint has other arrays, so it belongs to other settings.
+        """
+        tree = self._restore(step, _tree(abstract_state), whole=True)
         leaves, structure = jax.tree.flatten(abstract_state.opt_state)
         opt_state = jax.tree.unflatten(structure, [tree["opt"][str(i)] for i in range(len(leaves))])
         return TrainState(tree["params"], opt_state, tree.get("ema"))
 
     def restore_weights(self, step: int, abstract_params: params.Params, averaged: bool) -> params.Params:
-        """Restore only the parameters of a valid checkpoint, or their moving average."""
+        """Restore only the parameters of a valid checkpoint, or their moving average.
+
+        Raises:
+            ValueError: the checkpoint has other parameters, so it belongs to other settings.
+        """
         name = "ema" if averaged else "params"
         return self._restore(step, {name: abstract_params})[name]
 
-    def _restore(self, step: int, abstract_tree: Any) -> Any:
-        ocp = self._ocp
+    def _restore(self, step: int, abstract_tree: Any, whole: bool = False) -> Any:
+        ocp, folder = self._ocp, self.folder / str(step) / "state"
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            # Orbax reports other arrays with an error of many lines, or fills or truncates them.
+            self._check_arrays(step, _array_types(reader.metadata(folder).item_metadata.tree), _array_types(abstract_tree), whole)
             arguments = ocp.checkpoint_utils.construct_restore_args(abstract_tree)
             return reader.restore(
-                self.folder / str(step) / "state",
+                folder,
                 args=ocp.args.PyTreeRestore(item=abstract_tree, restore_args=arguments, partial_restore=True),
+            )
+
+    def _check_arrays(self, step: int, stored: dict[str, str], expected: dict[str, str], whole: bool) -> None:
+        names = [*expected, *(stored if whole else [])]
+        if different := next((name for name in names if stored.get(name) != expected.get(name)), None):
+            raise ValueError(
+                f"checkpoint {self.display_path / str(step)} does not fit the settings in config.yaml: {different} is "
+                f"{stored.get(different, 'missing')}, the settings make it {expected.get(different, 'superfluous')}"
             )
 
     def close(self) -> None:
@@ -236,6 +254,12 @@ def _tree(state: TrainState) -> dict[str, Any]:
     """Return the stored tree. It has the leaves of the optimizer state, whose structure follows from the config."""
     opt = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state.opt_state))}
     return {"params": state.params, "opt": opt} | ({} if state.ema is None else {"ema": state.ema})
+
+
+def _array_types(tree: Any) -> dict[str, str]:
+    """Return the dtype and shape of each array by its name, such as params.embedding."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {".".join(key.key for key in path): f"{leaf.dtype} {list(leaf.shape)}" for path, leaf in leaves}
 
 
 def _max_bytes(state: TrainState) -> int:

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from dantinox.checkpoint.manager import Checkpoints
 from dantinox.checkpoint.train_state import TrainState
-from dantinox.config import Config, ConfigError, TrainConfig
+from dantinox.config import Config, ConfigError, TrainConfig, read_settings
 from dantinox.data.corpus import STDLIB, load_prepared
 from dantinox.metrics import logger as metrics_log
 from dantinox.training.loop import LoopState
@@ -40,6 +40,8 @@ def resume_run(config: Config, saved: Config, run: Path, make_trainer: Callable[
         ValueError: all checkpoints are corrupt, or the text is not the one that the run was trained on.
     """
     changed = diff_settings(config, saved)
+    if absent := saved.flat().keys() - read_settings(run / "config.yaml").keys():
+        print(f"config {run / 'config.yaml'} does not set {', '.join(sorted(absent))}; resuming with the defaults")
     checkpoints = Checkpoints(run, config.train.max_checkpoints)
     if not checkpoints.steps():
         check_restart_from_scratch(run, config)
