@@ -221,7 +221,8 @@ class Checkpoints:
         ocp, folder = self._ocp, self.folder / str(step) / "state"
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             # Orbax reports other arrays with an error of many lines, or fills or truncates them.
-            self._check_arrays(step, _array_types(reader.metadata(folder).item_metadata.tree), _array_types(abstract_tree), whole)
+            stored = _array_types(reader.metadata(folder).item_metadata.tree)
+            self._check_arrays(step, stored, _array_types(abstract_tree), whole)
             arguments = ocp.checkpoint_utils.construct_restore_args(abstract_tree)
             return reader.restore(
                 folder,

@@ -82,6 +82,11 @@ class Corpus:
     stats: Stats
     path: Path  # folder in the cache
 
+    @property
+    def content_id(self) -> str:
+        """Identifies the text and how it is split and tokenized; it does not depend on the place of the text."""
+        return self.path.name
+
 
 def find_documents(spec: str | os.PathLike[str]) -> list[Document]:
     """Return the documents of `spec`, in an order that depends only on their names.
@@ -152,9 +157,9 @@ def load_corpus(
     return replace(corpus, stats=stats)
 
 
-def load_prepared(name: str, cache_dir: str | os.PathLike[str] | None = None) -> Corpus | None:
-    """Return the corpus of this name (`Corpus.path.name`) from the cache, without its text; None if it is not there."""
-    return _load_cache(_cache_root(cache_dir) / "corpus" / name)
+def cached_corpus(content_id: str, cache_dir: str | os.PathLike[str] | None = None) -> Corpus | None:
+    """Return the corpus of a `Corpus.content_id` from the cache, without its text; None if it is not there."""
+    return _load_cache(_cache_root(cache_dir) / "corpus" / content_id)
 
 
 def train_val_split(documents: list[Document], val_fraction: float) -> tuple[list[Document], list[Document]]:

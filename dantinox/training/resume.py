@@ -8,7 +8,8 @@ from typing import Any, Literal, NamedTuple
 from dantinox.checkpoint.manager import Checkpoints
 from dantinox.checkpoint.train_state import TrainState
 from dantinox.config import Config, ConfigError, TrainConfig, read_settings
-from dantinox.data.corpus import STDLIB, load_prepared
+from dantinox.data.corpus import STDLIB, Corpus, cached_corpus, load_corpus
+from dantinox.data.tokenizer import load_tokenizer
 from dantinox.metrics import logger as metrics_log
 from dantinox.training.loop import LoopState
 from dantinox.training.trainer import Trainer
@@ -76,22 +77,24 @@ def trainer_for_text(
     """Return a trainer on the text that a run was trained on, wherever that text is now.
 
     If the file is gone, or the standard library is that of another Python, the prepared text in the cache replaces it.
+    If the same text gives another tokenizer now, that of the run is used.
 
     Raises:
         FileNotFoundError: the text is gone.
         ValueError: the text is another one.
     """
-    data, missing = config.data.data, None
+    data, expected, missing = config.data.data, metadata["corpus"], None
     try:
         trainer = make_trainer(config)
+        if trainer.corpus.content_id == expected and has_tokenizer(trainer.corpus, metadata):
+            return trainer
+        corpus = corpus_of_tokenizer(config, run, metadata)
+        if corpus is not None and expected in (trainer.corpus.content_id, corpus.content_id):
+            return make_trainer(config, corpus)
     except FileNotFoundError as error:
-        trainer, missing = None, error
-    if trainer is not None and trainer.corpus.path.name == metadata["corpus"]:
-        if metadata.get("tokenizer") not in (None, trainer.corpus.tokenizer.fingerprint):
-            raise ValueError(f"the tokenizer of data {data!r} is not the one that run {run} was trained with")
-        return trainer
+        missing = error
     is_stdlib = data == STDLIB
-    if (missing or is_stdlib) and (prepared := load_prepared(metadata["corpus"])) is not None:
+    if (missing or is_stdlib) and (prepared := cached_corpus(expected)) and has_tokenizer(prepared, metadata):
         status = "is gone" if missing else "is that of another Python now"
         print(f"data {data!r} {status}; resuming with the text of the run from the cache, {prepared.path}")
         return make_trainer(config, prepared)
@@ -100,6 +103,22 @@ def trainer_for_text(
     if missing:
         raise FileNotFoundError(f"{missing}; {advice}") from None
     raise ValueError(f"data {data!r} is not the text that run {run} was trained on; {advice}")
+
+
+def has_tokenizer(corpus: Corpus, metadata: dict[str, Any]) -> bool:
+    """Return whether a corpus has the tokenizer of a run; early checkpoints do not name theirs."""
+    return metadata.get("tokenizer") in (None, corpus.tokenizer.fingerprint)
+
+
+def corpus_of_tokenizer(config: Config, run: Path, metadata: dict[str, Any]) -> Corpus | None:
+    """Return the text of the settings with the tokenizer in the folder of the run; None if that is not the run's."""
+    try:
+        tokenizer = load_tokenizer(run)
+    except (OSError, ValueError):
+        return None
+    if tokenizer.fingerprint != metadata.get("tokenizer"):
+        return None
+    return load_corpus(config.data.data, val_fraction=config.data.val_fraction, existing_tokenizer=tokenizer)
 
 
 def resume_command(config: Config) -> str:
