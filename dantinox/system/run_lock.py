@@ -69,7 +69,7 @@ class Owner:
         except (ValueError, TypeError, RecursionError):
             return None
         is_valid = all(isinstance(value, int if name == "pid" else str) for name, value in asdict(owner).items())
-        return owner if is_valid and owner.pid > 0 else None
+        return owner if is_valid and 0 < owner.pid < 1 << 31 else None
 
     def to_bytes(self) -> bytes:
         """Return the content of the lock file."""
@@ -178,6 +178,8 @@ class RunLock:
             except FileExistsError:
                 stale = _LockFile.read(path)
             if stale is None:  # released in between
+                if path.is_symlink():
+                    raise FileExistsError(errno.EEXIST, "is a link to nothing, not a lock", str(path))
                 continue
             if (owner := stale.describe_owner(self.folder)) is not None:
                 raise RunLockedError(f"{self.folder} is in use by {owner}; wait for it, stop it, or use another name")

@@ -131,6 +131,7 @@ FORGED = {
     "an empty file, old": ({"content": b""}, STALE_S + 5, False),
     "garbage, fresh": ({"content": b"\xff\x00{"}, 5, True),
     "garbage, old": ({"content": b"[1, 2]"}, STALE_S + 5, False),
+    "an impossible process id, old": ({"pid": 2**70}, STALE_S + 5, False),
     "half a file, old": ({"content": HERE.to_bytes()[:40]}, STALE_S + 5, False),
     "wrong types, old": ({"content": b'{"host": 1, "boot": 2, "pid": "x"}'}, STALE_S + 5, False),
 }
@@ -231,6 +232,12 @@ def test_error_in_the_block_releases_the_lock(folder):
     lock = RunLock(folder).acquire()
     run_lock.release_all()
     assert os.listdir(folder) == [] and lock not in run_lock._held
+
+
+def test_link_in_place_of_the_lock_is_refused(folder):
+    (folder / NAME).symlink_to("nowhere")
+    with pytest.raises(FileExistsError, match="is a link to nothing"):
+        RunLock(folder).acquire()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
