@@ -22,6 +22,8 @@ class Arguments:
 
     run: str = "nano"
     """The run: runs/NAME or NAME."""
+    checkpoint: str | None = None
+    """Checkpoint of the run: last, best (the lowest validation loss) or a step; None: last."""
     data: str | None = None
     """A text file, a folder, a glob, or stdlib (the source of the Python standard library)."""
     context: int | None = None
@@ -65,7 +67,9 @@ def report(arguments: Arguments) -> None:
 
     if arguments.data is None:
         raise ValueError("data is missing; give --data a text file, a folder, a glob or stdlib")
-    overrides = {name: value for name in ("attn", "moe") if (value := getattr(arguments, name)) is not None}
+    overrides = {
+        name: value for name in ("checkpoint", "attn", "moe") if (value := getattr(arguments, name)) is not None
+    }
     model, tokenizer = load(find_run(arguments.run), **overrides)
     documents = find_documents(arguments.data)
     start = time.perf_counter()

@@ -34,6 +34,8 @@ class Arguments:
 
     run: str = "nano"
     """The run: runs/NAME or NAME."""
+    checkpoint: str | None = None
+    """Checkpoint of the run: last, best (the lowest validation loss) or a step; None: last."""
     prompt: Texts = ()
     """Text to continue; several --prompt are one batch. Without any, start a document."""
     prompt_file: str | None = None
@@ -107,10 +109,9 @@ def generate_text(arguments: Arguments) -> None:
     if "" in arguments.stop:
         raise ValueError("stop is ''; allowed: text that is not empty")
     prompts = read_prompts(arguments)
-    overrides = {"decode": arguments.decode, "kv_cache_dtype": arguments.kv_cache_dtype}
-    model, tokenizer = load(
-        find_run(arguments.run), **{name: value for name, value in overrides.items() if value is not None}
-    )
+    names = ("checkpoint", "decode", "kv_cache_dtype")
+    overrides = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    model, tokenizer = load(find_run(arguments.run), **overrides)
     ids = [tokenizer.encode(prompt) if prompt else [tokenizer.eos_id] for prompt in prompts]
     max_new_tokens, is_capped = new_token_limit(arguments.max_new_tokens, model.config, max(map(len, ids)))
     request = generate.Request(

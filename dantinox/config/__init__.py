@@ -33,6 +33,7 @@ __all__ = [
     "TrainConfig",
     "coerce_numbers",
     "presets",
+    "read_settings",
 ]
 
 
@@ -71,11 +72,11 @@ class Config:
         Raises:
             ConfigError: the file cannot be read, or a key or value is invalid.
         """
+        settings = read_settings(path)
         try:
-            text = Path(path).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"config {path}: cannot be read ({getattr(error, 'strerror', error)})") from None
-        return (base or cls()).replace(**_parse_yaml(text, f"config {path}"))
+            return (base or cls()).replace(**settings)
+        except ConfigError as error:
+            raise ConfigError(f"config {path}: {error}") from None
 
     @classmethod
     def from_flat(cls, settings: Mapping[str, Any]) -> "Config":
@@ -110,6 +111,21 @@ class Config:
             values = {name: settings[name] for name in names}
             parts.append(f"# {section}\n" + yaml.safe_dump(values, sort_keys=False))
         return "\n".join(parts)
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Return the settings of a YAML file under their current names, without checking names and values.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    try:
+        text = Path(path).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config {path}: cannot be read (byte {error.start} is not UTF-8)") from None
+    except OSError as error:
+        raise ConfigError(f"config {path}: cannot be read ({error.strerror})") from None
+    return _parse_yaml(text, f"config {path}")
 
 
 def presets() -> list[str]:

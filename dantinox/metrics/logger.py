@@ -143,16 +143,19 @@ def _text(tag: str, text: str) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a metrics.jsonl; an incomplete last line, left by a kill, is ignored."""
+    """Return the rows of a metrics.jsonl up to the first damaged line, such as a last one that a kill cut short."""
     return list(_rows(path)) if path.exists() else []
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text().splitlines():
+    for line in path.read_text("utf-8", errors="replace").splitlines():
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             return
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            return
+        yield row
 
 
 def plot_loss(run: Path, title: str, unigram: float | None = None) -> Path:

@@ -26,6 +26,7 @@ from dantinox.metrics.logger import read_metrics
 from dantinox.sweep import report
 from dantinox.sweep.report import Outcome
 from dantinox.sweep.search_space import Run, Sweep, load_sweep
+from dantinox.system.run_lock import RunLock
 
 PROG = "dantinox-sweep"
 
@@ -142,8 +143,12 @@ class Sweeper:
 def lock_folder(folder: Path) -> Iterator[int]:
     """Create and lock a folder; yield the file handle of the lock, which processes may inherit.
 
+    The lock of the handle is for runs that outlive their sweep, on this machine. `RunLock` is for sweeps on other
+    machines, and for a training of this name, which would rename the folder.
+
     Raises:
         ConfigError: another sweep, or a run of one, uses the folder.
+        RunLockedError: the same, on another machine.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -152,7 +157,8 @@ def lock_folder(folder: Path) -> Iterator[int]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"{folder} is in use by another sweep or a run of one; wait for it, or stop it") from None
-        yield handle
+        with RunLock(folder):
+            yield handle
     finally:
         os.close(handle)
 

@@ -6,6 +6,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
+from dantinox.system import run_lock
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 RESPONSE_S = 2.0  # seconds that the main thread has to respond before the watcher ends the process
 
@@ -87,6 +89,7 @@ class SignalHandler:
                 try:
                     on_signal()
                 finally:
+                    run_lock.release_all()
                     os._exit(128 + number)
 
 
