@@ -61,7 +61,7 @@ class Config:
         """
         if name not in presets():
             raise ConfigError(f"preset is {name!r}; {did_you_mean(name, presets())}")
-        text = (resources.files("dantinox") / "presets" / f"{name}.yaml").read_text()
+        text = (resources.files("dantinox") / "presets" / f"{name}.yaml").read_text("utf-8")
         return cls.from_flat(_parse_yaml(text, f"preset {name}")).replace(**overrides)
 
     @classmethod
@@ -72,7 +72,7 @@ class Config:
             ConfigError: the file cannot be read, or a key or value is invalid.
         """
         try:
-            text = Path(path).read_text()
+            text = Path(path).read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"config {path}: cannot be read ({getattr(error, 'strerror', error)})") from None
         return (base or cls()).replace(**_parse_yaml(text, f"config {path}"))
