@@ -96,8 +96,8 @@ def one_line_errors(prog: str, verbose: bool = False) -> Iterator[None]:
         if verbose or isinstance(error, BrokenPipeError):
             raise
         text = str(error)
-        if isinstance(error, OSError) and error.filename is not None:
-            text = f"{str(error.filename)[:200]}: {error.strerror}"
+        if isinstance(error, OSError) and error.strerror is not None:
+            text = (f"{str(error.filename)[:200]}: " if error.filename is not None else "") + error.strerror
         is_user_error = isinstance(error, USER_ERRORS) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS)
         exit_with_error(prog, text, code=2 if is_user_error else 1)
 

@@ -58,10 +58,17 @@ class ProgressLine:
     def update(self, step: int, row: dict[str, float]) -> None:
         """Show the metrics of a step, unless the last ones were shown just now; those of the last step always."""
         now = time.perf_counter()
-        line = (
-            f"step {step:0{len(str(self.total))}}/{self.total} ({step / self.total:.0%}) | loss {row['loss']:.4f} | "
-            f"lr {row['lr']:.2e} | {row['tokens_per_s']:,.0f} tok/s | mfu {row['mfu']:.0%} | {self._eta(step, now)}"
-        )
+        parts = [
+            f"step {step:0{len(str(self.total))}}/{self.total} ({step / self.total:.0%})",
+            f"loss {row['loss']:.4f}",
+            f"lr {row['lr']:.2e}",
+            f"{row['tokens_per_s']:,.0f} tok/s",
+            f"mfu {row['mfu']:.0%}",
+            self._eta(step, now),
+        ]
+        while self.console.can_update and len(parts) > 3 and len(" | ".join(parts)) > self.console.width:
+            del parts[-2]  # the time left stays
+        line = " | ".join(parts)
         pause = REFRESH_SECONDS if self.console.can_update else self.quiet_seconds
         is_due = now - self._printed >= pause or step == self.total
         if is_due:
