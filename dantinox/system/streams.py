@@ -62,6 +62,11 @@ def run_main(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
         code = 130
     except BrokenPipeError:
         code = 141
+    except OSError as error:
+        if error.filename is not None or error.strerror is None:
+            raise
+        report(f"error: {error.strerror}")  # of a stream: a full disk, a terminal that is gone
+        code = 1
     if (error := flush()) is not None and not code:
         code = 141 if isinstance(error, BrokenPipeError) else 1
         if code == 1:
