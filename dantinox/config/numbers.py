@@ -4,7 +4,7 @@ import re
 
 _GROUPED = re.compile(r"[+-]?\d{1,3}(,\d{3})+")
 # A point needs an exponent, or a lone zero after it: 1.000 is a thousand to some and one to others.
-_EXACT = re.compile(r"([+-]?\d+)(?:\.(\d+))?(?:[eE]([+-]?\d{1,3}))?")
+_EXACT = re.compile(r"([+-]?\d+)(?:\.(\d+))?(?:[eE]([+-]?\d{1,2}))?")
 
 
 def parse_int(text: str) -> int | None:

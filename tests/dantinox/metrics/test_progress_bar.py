@@ -60,7 +60,7 @@ def test_lines_without_a_terminal_are_few_and_have_the_time_left(clock, seconds,
         assert line.endswith(f"| eta {time}"), (line, left)
 
 
-@pytest.mark.parametrize("width", [200, 100, 80, 60, 45])
+@pytest.mark.parametrize("width", [200, 100, 80, 60, 47])
 def test_terminal_is_updated_in_place_and_shows_the_time_left(clock, width):
     out = show(clock, range(1, 1001), 0.01, width=width, **TERMINAL)
     assert out.count("\n") == 1  # at the end
