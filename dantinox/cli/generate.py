@@ -186,12 +186,13 @@ def argument_text(name: str, text: str) -> str:
         text.encode()
     except UnicodeEncodeError:
         is_escaped = all(not "\ud800" <= letter <= "\udfff" or "\udc80" <= letter <= "\udcff" for letter in text)
-        return utf8_text(name, text.encode(errors="surrogateescape" if is_escaped else "surrogatepass"))
+        raw = text.encode(errors="surrogateescape" if is_escaped else "surrogatepass")
+        return utf8_text(name, raw, ", a surrogate in the argument")
     return text
 
 
-def utf8_text(name: str, raw: bytes) -> str:
-    """Return the text of UTF-8 bytes; `name` is that of the text in the message.
+def utf8_text(name: str, raw: bytes, note: str = "") -> str:
+    """Return the text of UTF-8 bytes; `name` is that of the text in the message, which ends with `note`.
 
     Raises:
         ValueError: the bytes are not UTF-8.
@@ -199,7 +200,7 @@ def utf8_text(name: str, raw: bytes) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text: byte {error.start} is {raw[error.start]:#04x}") from None
+        raise ValueError(f"{name} is not UTF-8 text: byte {error.start} is {raw[error.start]:#04x}{note}") from None
 
 
 def new_token_limit(requested: int | None, config: ModelConfig, longest: int) -> tuple[int, bool]:

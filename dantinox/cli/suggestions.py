@@ -50,7 +50,7 @@ def _did_you_mean(flag: str) -> str:
 
 
 def _mentioned_flags(text: str) -> set[str]:
-    return {flag.replace("-", "_") for flag in re.findall(r"--([a-z-]+)", text)}
+    return {flag.replace("-", "_") for flag in re.findall(r"--([a-z0-9-]+)", text)}
 
 
 def _is_among(name: str, names: str) -> bool:
