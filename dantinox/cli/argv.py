@@ -27,7 +27,7 @@ def normalize(cls: type, argv: Sequence[str]) -> list[str]:
         argv: the arguments.
 
     Raises:
-        ConfigError: a flag is unknown, has no value or a value that is no number, a word belongs to no flag, or a flag
+        ConfigError: a flag is unknown, has no value or a value that is not a number, a word belongs to no flag, or a flag
             has one value under its name and another under an earlier one.
     """
     types, repeated = _field_types(cls)

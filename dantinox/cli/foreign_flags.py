@@ -145,7 +145,7 @@ NO_COUNTERPART = {
     "norm norm_type norm_class_name normalization": "norms are RMSNorm",
     "adam_epsilon adam_eps eps": "the epsilon of the optimizer is fixed",
     "presence_penalty frequency_penalty": "--repetition-penalty is the one penalty",
-    "eval_only": "python -m dantinox.evaluate scores a run",
+    "eval_only": "the program for it is python -m dantinox.evaluate",
     "label_smoothing label_smoothing_factor": "the loss is cross-entropy",
     "num_beams beam_size": "texts are sampled, or greedy with --temperature 0",
     "shuffle": "batches are random slices of the text",

@@ -68,14 +68,18 @@ def _compact(name: str) -> str:
 def _resembles(name: str, flag: str) -> bool:
     """Return whether two names differ by typing errors only: as many words, and long words nearly equal.
 
-    Short words must be equal, for min and max, or k and p, are no typing errors.
+    Short words must have the same letters, for min and max, or k and p, are not typing errors.
     """
     words, flag_words = name.split("_"), flag.split("_")
     differ = [pair for pair in zip(words, flag_words) if pair[0] != pair[1]]
     if len(words) != len(flag_words) or any(letter.isdigit() for pair in differ for letter in "".join(pair)):
         return False
     shortest = 4 if len(differ) < len(words) else 5
-    return all(min(map(len, pair)) >= shortest and _within(*pair, 2 if len(pair[1]) >= 8 else 1) for pair in differ)
+    return all(
+        (min(map(len, pair)) >= shortest or (len(pair[0]) == 4 and sorted(pair[0]) == sorted(pair[1])))
+        and _within(*pair, 2 if len(pair[1]) >= 8 else 1)
+        for pair in differ
+    )
 
 
 def _within(a: str, b: str, edits: int) -> bool:

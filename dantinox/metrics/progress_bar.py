@@ -10,7 +10,7 @@ from rich.table import Table
 from dantinox.system import streams
 from dantinox.system.console import plain_console
 
-REFRESH_SECONDS = 0.1  # between two updates of the bar: more often nobody reads, and each takes about a millisecond
+REFRESH_SECONDS = 0.1  # between two updates of the bar: more are not readable, and each takes about a millisecond
 
 
 class ProgressLine:
@@ -113,5 +113,5 @@ class ProgressLine:
             streams.discard(self.console.file)
             self.is_closed |= isinstance(error, BrokenPipeError)
             if not self.is_closed and not self.has_failed:
-                streams.report(f"standard output: {error.strerror}; training goes on without it")
+                streams.report(f"standard output: {error.strerror}; training continues without it")
             self.has_failed = True

@@ -40,7 +40,7 @@ def flush() -> OSError | None:
 
 
 def report(text: str) -> None:
-    """Print a line to standard error, unless nobody can read it."""
+    """Print a line to standard error; without a reader, do nothing."""
     stream = getattr(sys.stderr, "rich_proxied_file", sys.stderr)  # not to the progress bar, which is on stdout
     try:
         print(text, file=stream, flush=True)

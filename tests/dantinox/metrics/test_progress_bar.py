@@ -27,7 +27,7 @@ def clock(monkeypatch):
 
 
 def show(clock, steps, seconds, *, every=1, total=None, width=200, **options):
-    """What is printed when the steps take so many seconds each, the first one a minute more."""
+    """What is printed when each step takes this time in seconds, and the first one a minute more."""
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         console = lambda: Console(file=out, highlight=False, soft_wrap=True, width=width, **options)
@@ -101,5 +101,5 @@ def test_output_that_fails_is_given_up(error, options, monkeypatch, capsys):
         line.print_last("saved")
     is_closed = isinstance(error, BrokenPipeError)
     assert line.has_failed and line.is_closed == is_closed
-    told = [] if is_closed else [f"standard output: {error.strerror}; training goes on without it"]
+    told = [] if is_closed else [f"standard output: {error.strerror}; training continues without it"]
     assert capsys.readouterr().err.splitlines() == [*told, "saved"]

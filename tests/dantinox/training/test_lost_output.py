@@ -79,7 +79,7 @@ def test_full_disk_below_the_output_does_not_stop_the_run(whole, monkeypatch, ca
         runs.at_step(patch, 7, lambda: patch.setattr(sys, "stdout", full))
         path = runs.run("full")
     assert runs.rows(path) == runs.rows(whole) and runs.weights(path) == runs.weights(whole)
-    assert capsys.readouterr().err == "standard output: No space left on device; training goes on without it\n"
+    assert capsys.readouterr().err == "standard output: No space left on device; training continues without it\n"
 
 
 def strict_json(text: str):
