@@ -1,7 +1,5 @@
 """Score a text with a trained model: `python -m dantinox.evaluate --run runs/NAME --data FILE`."""
 
-import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +9,8 @@ from dantinox import cli
 from dantinox.config import Implementation
 from dantinox.data.corpus import find_documents
 from dantinox.inference.scoring import score_documents
-from dantinox.system import malloc
+from dantinox.system import malloc, streams
+from dantinox.system.json_text import json_text
 
 PROG = "dantinox-evaluate"
 
@@ -47,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     malloc.tune_glibc_malloc()
     arguments = cli.parse(
         Arguments,
-        cli.positional_run(argv),
+        cli.positional_run(argv, "--run", "--data"),
         default=Arguments(),
         prog=PROG,
         description=__doc__.splitlines()[0].split(":")[0] + ".",
@@ -79,14 +78,15 @@ def report(arguments: Arguments) -> None:
     seconds = time.perf_counter() - start
     numbers = {name: getattr(score, name) for name in ("loss", "perplexity", "bits_per_byte")}
     if arguments.json:
-        print(json.dumps({"run": str(find_run(arguments.run)), "data": arguments.data} | score._asdict() | numbers))
+        record = {"run": str(find_run(arguments.run)), "data": arguments.data} | score._asdict() | numbers
+        print(json_text(record))
     else:
         print(f"{'data':14} {arguments.data}: {score.documents:,} documents, {score.bytes:,} bytes")
         print(f"{'tokens':14} {score.tokens:,}, context {score.context}, stride {score.stride}")
         print(f"{'loss':14} {score.loss:.4f} nats per token")
         print(f"{'perplexity':14} {score.perplexity:.4f}")
         print(f"{'bits per byte':14} {score.bits_per_byte:.4f}")
-    print(f"{seconds:.2f} s, {score.tokens / seconds:.0f} tokens/s, including compilation", file=sys.stderr)
+    streams.report(f"{seconds:.2f} s, {score.tokens / seconds:.0f} tokens/s, including compilation")
 
 
 def program() -> NoReturn:

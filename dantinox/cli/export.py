@@ -37,7 +37,11 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code; invalid input exits with 2."""
     arguments = cli.parse(
-        Arguments, cli.positional_run(argv), default=Arguments(), prog=PROG, description=Arguments.__doc__
+        Arguments,
+        cli.positional_run(argv, "--run", "--out"),
+        default=Arguments(),
+        prog=PROG,
+        description=Arguments.__doc__,
     )
     with cli.one_line_errors(PROG, arguments.verbose):
         export(arguments)
