@@ -10,7 +10,12 @@ import jax.numpy as jnp
 from dantinox.kernels import cost
 from dantinox.kernels.derivatives import first_order
 from dantinox.kernels.dispatch import current_device
-from dantinox.kernels.ops.attention.common import AttentionConfig, ForwardResult, SegmentTables
+from dantinox.kernels.ops.attention.common import (
+    AttentionConfig,
+    ForwardResult,
+    SegmentTables,
+    split_small_scale,
+)
 from dantinox.kernels.ops.attention.packing import pack_keys, pack_queries, segment_tables, unpack_queries
 from dantinox.kernels.ops.attention.pallas_cpu import block_sizes as cpu_block_sizes
 from dantinox.kernels.ops.attention.pallas_cpu import bwd as cpu_bwd
@@ -45,6 +50,7 @@ def attention(
     if dtype == jnp.float16:  # has no room for small weights and large gradients of scores, and neither device uses it
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
         gate = None if gate is None else gate.astype(jnp.float32)
+    q, k, scale = split_small_scale(q, k, scale)
     k, v, segment_ids = zero_unattended_keys(k, v, segment_ids, T=T, causal=causal, window=window)
     S = k.shape[1]
 
