@@ -4,6 +4,9 @@ Autodiff of a bfloat16 matmul with a float32 result multiplies the float32 cotan
 writes a weight gradient as (dy^T x)^T, for which XLA on CPU makes transposed copies of the activations (a third of a
 training step there). This einsum casts the cotangent to the compute dtype first and computes each gradient as one
 contraction in its final layout.
+
+In float16 the cotangent keeps float32: its values, such as those of a scaled loss, need not fit float16. A GPU's TF32
+multiplies them with float16's 10 bits.
 """
 
 import functools
@@ -12,6 +15,11 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+
+
+def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """Return float32, or float64 for float64."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
@@ -27,7 +35,7 @@ def einsum(spec: str, a: Array, b: Array, out_dtype: jnp.dtype | None = None) ->
     Returns:
         The array that the third term of the spec describes, in `out_dtype`.
     """
-    wide = jnp.promote_types(a.dtype, jnp.float32)
+    wide = accumulation_dtype(a.dtype)
     z = jnp.einsum(spec, a, b.astype(a.dtype), preferred_element_type=wide)
     return z.astype(out_dtype or a.dtype)
 
@@ -42,10 +50,11 @@ def _einsum_bwd(
     a, b = residuals
     terms, z = spec.split("->")
     x, y = terms.split(",")
-    wide = jnp.promote_types(a.dtype, jnp.float32)
-    narrow = dz.astype(a.dtype)
+    wide = accumulation_dtype(a.dtype)
+    narrow = dz if a.dtype == jnp.float16 else dz.astype(a.dtype)
 
     def gradient(operand: Array, operand_term: str, target: str) -> Array:
+        operand = operand.astype(narrow.dtype)
         # The operand that owns the target's first free axis goes first, so that the product needs no transposing.
         free = "".join(c for c in target if not (c in z and c in operand_term))
         # Of several summed axes (G and T) one is left to the matmul: shorter sums, and grouped heads in parallel.

@@ -1,4 +1,10 @@
-"""The specification of attention: all scores, one mask, one softmax."""
+"""The specification of attention: all scores, one mask, one softmax.
+
+Every step rounds to the precision of the inputs. In float16 it keeps float32's range, because scores and their
+gradients can be beyond 65504 where the results are not.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +22,38 @@ def visible(T: int, S: int, *, causal: bool, window: int | None) -> Bool[Array, 
     if window is not None:
         mask &= distance < window
     return mask
+
+
+def _tanh_below_cap(s: Float[Array, "..."], cap: float) -> tuple[Float[Array, "..."], Bool[Array, "..."]]:
+    """Return (tanh(s / cap), whether cap * tanh(s / cap) rounds to s, where it gives 0 because s / cap may vanish)."""
+    is_linear = jnp.abs(s) < cap * float(jnp.finfo(s.dtype).eps) ** 0.5
+    shrink = 16 if cap > 1 else 1  # 1 / cap may vanish too
+    return jnp.tanh(jnp.where(is_linear, 0, s / shrink) / (cap / shrink)), is_linear
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def soft_cap(s: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
+    """Return cap * tanh(s / cap)."""
+    t, is_linear = _tanh_below_cap(s, cap)
+    return jnp.where(is_linear, s, cap * t)
+
+
+@soft_cap.defjvp
+def _soft_cap_jvp(cap: float, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    t, _ = _tanh_below_cap(*primals, cap)
+    return soft_cap(*primals, cap), tangents[0] * (1 - t * t)
+
+
+@jax.custom_jvp
+def sigmoid(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return 1 / (1 + exp(-x)), whose derivative does not round to zero for a large x."""
+    return jax.nn.sigmoid(x)
+
+
+@sigmoid.defjvp
+def _sigmoid_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (dx,) = primals, tangents
+    return sigmoid(x), dx * (sigmoid(x) * sigmoid(-x))
 
 
 def attention(
@@ -48,6 +86,13 @@ def attention(
     """
     B, T, H, D = q.shape
     S, K = k.shape[1], k.shape[2]
+    dtype = q.dtype
+    if dtype == jnp.float16:
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+
+    def rounded(x: Array) -> Array:
+        return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=10) if dtype == jnp.float16 else x
+
     scale = D**-0.5 if scale is None else scale
     mask = visible(T, S, causal=causal, window=window)[None]
     if segment_ids is not None:
@@ -58,15 +103,16 @@ def attention(
     # Keys that no query attends to may hold NaN, and 0 * NaN is NaN: zero them.
     attended = jnp.any(mask, axis=(1, 2, 3))[:, :, None, None]  # [B or 1, S, 1, 1]
     k, v = jnp.where(attended, k, 0), jnp.where(attended, v, 0)
-    scores = jnp.einsum("BTKGD,BSKD->BKGTS", q.reshape(B, T, K, H // K, D), k) * scale
+    scores = rounded(jnp.einsum("BTKGD,BSKD->BKGTS", q.reshape(B, T, K, H // K, D), k))
+    scores = rounded(scores * scale)
     if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
+        scores = rounded(soft_cap(jnp.where(mask, scores, 0), softcap))
     scores = jnp.where(mask, scores, -jnp.inf)
     row_max = jnp.max(scores, axis=-1, keepdims=True, initial=jnp.finfo(scores.dtype).min)
-    weights = jnp.where(mask, jnp.exp(scores - jax.lax.stop_gradient(row_max)), 0)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights / jnp.where(total == 0, 1, total)
-    o = jnp.einsum("BKGTS,BSKD->BTKGD", weights, v).reshape(B, T, H, D)
+    weights = rounded(jnp.where(mask, jnp.exp(scores - jax.lax.stop_gradient(row_max)), 0))
+    total = rounded(jnp.sum(weights, axis=-1, keepdims=True))
+    weights = rounded(weights / jnp.where(total == 0, 1, total))
+    o = rounded(jnp.einsum("BKGTS,BSKD->BTKGD", weights, v).reshape(B, T, H, D))
     if gate is not None:
-        o = o * jax.nn.sigmoid(gate)
-    return o.astype(q.dtype)
+        o = o * sigmoid(gate.astype(o.dtype))
+    return o.astype(dtype)

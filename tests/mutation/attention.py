@@ -70,9 +70,9 @@ MUTANTS: list[Mutant] = [
     *mutants_of(
         "ops/attention/api",
         "attention",
-        ("scale argument ignored", "scale=D**-0.5 if scale is None else scale", "scale=D**-0.5",
+        ("scale argument ignored", "check_scale(scale, D)", "check_scale(None, D)",
          "test_reference_matches_python_loops[full, scale]"),
-        ("long windows one key short", "min(int(window), max(S, 1))", "min(int(window), max(S - 1, 1))",
+        ("long windows one key short", "min(window, max(S, 1))", "min(window, max(S - 1, 1))",
          "test_random_shapes_match_python_loops[pallas]"),
     ),
     *mutants_of(

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from dantinox.kernels.ops.attention.block_schedule import BlockSchedule, make_block_schedule
+from dantinox.kernels.softcap import cap_scores
 
 Array = jax.Array
-M_INIT = -1e30  # start of the running maximum, below every real score
-MASK_VALUE = -2e38  # a masked score: exp(MASK_VALUE - M_INIT) is 0, so rows without a key keep a sum of 0
+M_INIT = float(jnp.finfo(jnp.float32).min)  # start of the running maximum: no finite score is below it
+MASK_VALUE = -jnp.inf  # a masked score: exp(MASK_VALUE - M_INIT) is 0, so rows without a key keep a sum of 0
 NO_OVERLAP, PARTIAL_OVERLAP, FULL_OVERLAP = 0, 1, 2  # pairs of a block that share a segment: none, some, all
 NN, NT = ((1,), (0,)), ((1,), (1,))  # a b and a b^T
 
@@ -120,7 +121,7 @@ def scale_scores(config: AttentionConfig, qk: Array, unit: float = 1.0) -> Array
     """Compute unit * cap(scale * qk)."""
     if config.softcap is None:
         return qk * (config.scale * unit)
-    return jnp.tanh(qk * (config.scale / config.softcap)) * (config.softcap * unit)
+    return cap_scores(qk, scale=config.scale, softcap=config.softcap, unit=unit)
 
 
 def visible_mask(

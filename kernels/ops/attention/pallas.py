@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from dantinox.kernels import cost
+from dantinox.kernels.derivatives import first_order
 from dantinox.kernels.dispatch import current_device
 from dantinox.kernels.ops.attention.common import AttentionConfig, ForwardResult, SegmentTables
 from dantinox.kernels.ops.attention.packing import pack_keys, pack_queries, segment_tables, unpack_queries
@@ -36,8 +37,12 @@ def attention(
     """See `dantinox.kernels.attention`, which checks the arguments."""
     B, T, H, D = q.shape
     S, K = k.shape[1:3]
+    dtype = q.dtype
     if S == 0:
         return jnp.zeros_like(q)
+    if dtype == jnp.float16:  # has no room for small weights and large gradients of scores, and neither device uses it
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+        gate = None if gate is None else gate.astype(jnp.float32)
     k, v, segment_ids = zero_unattended_keys(k, v, segment_ids, T=T, causal=causal, window=window)
     S = k.shape[1]
 
@@ -52,7 +57,7 @@ def attention(
     segments = None if segment_ids is None else segment_tables(*segment_ids, K, config)
     gate = None if gate is None else pack_queries(gate, config)
     q, k, v = pack_queries(q, config), pack_keys(k, config), pack_keys(v, config).swapaxes(-1, -2)
-    return unpack_queries(_attention(q, k, v, gate, segments, config), config, B)
+    return unpack_queries(_attention(q, k, v, gate, segments, config), config, B).astype(dtype)
 
 
 class Residuals(NamedTuple):
@@ -76,7 +81,8 @@ def _attention(
 
 
 def _attention_fwd(q, k, v, gate, segments, config):
-    result = _run_fwd(q, k, v, gate, segments, config, residuals=True)
+    run_fwd = functools.partial(_run_fwd, config=config, residuals=True)
+    result = first_order(run_fwd, "attention")(q, k, v, gate, segments)
     return result.o, Residuals(q, k, v, gate, segments, result.o_ungated, result.m, result.inv_l)
 
 
@@ -84,9 +90,9 @@ def _attention_bwd(config: AttentionConfig, residuals: Residuals, do: Array) -> 
     q, k, v, gate, segments, o_ungated, m, inv_l = residuals
     do_ungated, dgate, delta = _bwd_preprocess(do, o_ungated, gate)
     v = v.swapaxes(-1, -2)
-    run_bwd = cpu_bwd.attention_bwd if _for_cpu(config) else tpu_bwd.attention_bwd
-    bwd_cost = _cost(q, gate, config, backward=True)
-    dq, dk, dv = run_bwd(q, k, v, do_ungated, m, inv_l, delta, segments, config, cost=bwd_cost)
+    attention_bwd = cpu_bwd.attention_bwd if _for_cpu(config) else tpu_bwd.attention_bwd
+    run_bwd = functools.partial(attention_bwd, config=config, cost=_cost(q, gate, config, backward=True))
+    dq, dk, dv = first_order(run_bwd, "attention")(q, k, v, do_ungated, m, inv_l, delta, segments)
     return dq, dk.swapaxes(-1, -2), dv, dgate, None
 
 
@@ -118,7 +124,8 @@ def _bwd_preprocess(do: Array, o_ungated: Array, gate: Array | None) -> tuple[Ar
     if gate is None:
         return do, None, jnp.sum(do_f32 * o_ungated, axis=-2, keepdims=True)
     sigmoid_gate = jax.nn.sigmoid(gate.astype(jnp.float32))
-    dgate = do_f32 * o_ungated * (sigmoid_gate * (1 - sigmoid_gate))
+    # 1 - sigmoid rounds to zero from x = 17 on. The product of the sigmoids comes first, because it cannot overflow.
+    dgate = do_f32 * (o_ungated * (sigmoid_gate * jax.nn.sigmoid(-gate.astype(jnp.float32))))
     if gate.shape[-2] == 1:
         dgate = jnp.sum(dgate, axis=-2, keepdims=True)
     do_ungated = do_f32 * sigmoid_gate

@@ -51,9 +51,9 @@ def attended_keys(q_ids: Array, kv_ids: Array, *, causal: bool, window: int | No
         visible = (ids[:, :, None] == kv_ids[:, None]) & (t < T)[:, None]
         distance = (t + S - T)[:, None] - k_pos
         if causal:
-            visible &= distance >= 0
+            visible &= (distance >= 0)[None]
         if window is not None:
-            visible &= distance < window
+            visible &= (distance < window)[None]
         return attended | visible.any(1)
 
     return jax.lax.fori_loop(0, -(-T // Q_STEP), add_q_step, jnp.zeros((B, S), bool))

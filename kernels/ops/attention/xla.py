@@ -19,7 +19,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from dantinox.kernels.einsum import einsum
+from dantinox.kernels.einsum import accumulation_dtype, einsum
+from dantinox.kernels.softcap import soft_cap
 
 Array = jax.Array
 
@@ -47,16 +48,17 @@ def attention(
     q = q.reshape(B, T, K, H // K, D).transpose(0, 2, 3, 1, 4)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     core = _SoftmaxAttention(scale, softcap)
-    block = _band_block_q(window, T)
-    if window is not None and window + 2 * block < S:
+    is_symbolic = not (isinstance(T, int) and isinstance(S, int))
+    block = T if is_symbolic else _band_block_q(window, T)
+    if window is not None and not is_symbolic and window + 2 * block < S:
         o = _banded(core, q, k, v, *ids, window, block)
-    elif T * S <= MAX_DENSE_SCORES:
+    elif is_symbolic or T * S <= MAX_DENSE_SCORES:
         o = core(q, k, v, *_visible_mask(jnp.arange(T) + S - T, jnp.arange(S), *ids, causal, window))
     else:
         o = _chunked(core, q, k, v, *ids, causal, window)
     o = o.transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
     if gate is not None:
-        o = o * jax.nn.sigmoid(gate.astype(o.dtype))
+        o = o * _sigmoid(gate.astype(o.dtype))
     return o.astype(k.dtype)
 
 
@@ -68,19 +70,34 @@ class _SoftmaxAttention:
 
     def __call__(self, q: Array, k: Array, v: Array, mask: Array, attended: Array | None) -> Array:
         """Return [..., G, t, D] in float32 or wider; keys outside `attended` [..., s] become zeros."""
-        acc_dtype = jnp.promote_types(q.dtype, jnp.float32)
+        acc_dtype = accumulation_dtype(q.dtype)
         batch = "BKn"[: q.ndim - 3]
         if attended is not None:
             k, v = (jnp.where(attended[..., None], x, 0) for x in (k, v))
         scores = einsum(f"{batch}GTD,{batch}SD->{batch}GTS", q, k, acc_dtype) * self.scale
         if self.softcap is not None:
-            scores = self.softcap * jnp.tanh(scores / self.softcap)
+            # Masked scores may be infinite or NaN, and the cap's derivative there too.
+            scores = soft_cap(jnp.where(mask, scores, 0), self.softcap)
         scores = jnp.where(mask, scores, -jnp.inf)
         m = jnp.max(scores, axis=-1, keepdims=True, initial=jnp.finfo(acc_dtype).min)
         p = jnp.exp(scores - jax.lax.stop_gradient(m))
         l = jnp.sum(p, axis=-1, keepdims=True)
-        o = einsum(f"{batch}GTS,{batch}SD->{batch}GTD", p.astype(v.dtype), v, acc_dtype)
+        # Float16 has no room for small weights: p v in float32, or TF32 on a GPU.
+        p = p if v.dtype == jnp.float16 else p.astype(v.dtype)
+        o = einsum(f"{batch}GTS,{batch}SD->{batch}GTD", p, v, acc_dtype)
         return o / jnp.where(l == 0, 1, l)
+
+
+@jax.custom_jvp
+def _sigmoid(x: Array) -> Array:
+    return jax.nn.sigmoid(x)
+
+
+@_sigmoid.defjvp
+def _sigmoid_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (dx,) = primals, tangents
+    sigmoid = _sigmoid(x)
+    return sigmoid, dx * (sigmoid * _sigmoid(-x))  # 1 - sigmoid rounds to zero from x = 17 on
 
 
 def _visible_mask(
@@ -90,9 +107,9 @@ def _visible_mask(
     distance = q_pos[:, None] - k_pos[None]
     mask = jnp.broadcast_to(k_pos >= 0, distance.shape)[None]
     if causal:
-        mask &= distance >= 0
+        mask &= (distance >= 0)[None]
     if window is not None:
-        mask &= distance < window
+        mask &= (distance < window)[None]
     if q_ids is not None:
         mask &= q_ids[:, :, None] == kv_ids[:, None]
     all_attended = q_ids is None and window is None
@@ -137,8 +154,8 @@ def _banded(
     q = q.reshape(B, K, G, num_q_blocks, block, D).swapaxes(2, 3)  # [B, K, num_q_blocks, G, block, D]
     band = (num_past_blocks + 1) * block
     distance = jnp.arange(block)[:, None] + num_past_blocks * block - jnp.arange(band)[None]
-    band_start = jnp.arange(num_q_blocks)[:, None] * block + S - T - num_past_blocks * block  # [num_q_blocks, 1]
-    k_pos = band_start + jnp.arange(band)
+    band_start = jnp.arange(num_q_blocks) * block + S - T - num_past_blocks * block
+    k_pos = band_start[:, None] + jnp.arange(band)[None]
     mask = ((distance >= 0) & (distance < window))[None] & ((k_pos >= 0) & (k_pos < S))[:, None]
     mask = mask[None]  # [1, num_q_blocks, block, band]
     if q_ids is not None:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dantinox.kernels.cost import Cost
-from dantinox.kernels.ops.attention.common import NN, NT, QKVGradients, SegmentTables, dot_per_head
+from dantinox.kernels.ops.attention.common import MASK_VALUE, NN, NT, QKVGradients, SegmentTables, dot_per_head
 from dantinox.kernels.ops.attention.pallas_cpu.common import (
     BlockStep,
     CpuAttentionConfig,
@@ -34,6 +34,8 @@ from dantinox.kernels.ops.attention.pallas_cpu.common import (
     kv_block_spec,
     q_block_spec,
 )
+from dantinox.kernels.softcap import cap_derivative
+from dantinox.kernels.vma import varying_shape
 
 Array = jax.Array
 MIN_ROWS_PER_DOT, MAX_ROWS_PER_DOT = 32, 128
@@ -58,12 +60,12 @@ def _bwd_kernel(step: BlockStep, inputs: BwdInputs, gradients: QKVGradients, dq_
 
     @pl.when(step.is_first_use_of_kv)
     def init_dk_dv() -> None:
-        gradients.dk[...] = jnp.zeros(gradients.dk.shape)
-        gradients.dv[...] = jnp.zeros(gradients.dv.shape)
+        gradients.dk[...] = jnp.zeros(gradients.dk.shape, gradients.dk.dtype)
+        gradients.dv[...] = jnp.zeros(gradients.dv.shape, gradients.dv.dtype)
 
     @pl.when(step.is_first_kv_block)
     def init_dq() -> None:
-        dq_acc_ref[...] = jnp.zeros(dq_acc_ref.shape)
+        dq_acc_ref[...] = jnp.zeros(dq_acc_ref.shape, dq_acc_ref.dtype)
 
     q, do = step.load_q(inputs.q), step.load_q(inputs.do)
     s = step.masked_scores(step.load_kv(inputs.k), q, inputs.segments)
@@ -71,8 +73,8 @@ def _bwd_kernel(step: BlockStep, inputs: BwdInputs, gradients: QKVGradients, dq_
     dp = dot_per_head(step.load_kv(inputs.v), do, NN) - step.load_q(inputs.delta)
     ds = p * dp
     if config.softcap is not None:
-        t = s * (1 / config.softcap)
-        ds = ds * (1 - jnp.minimum(t * t, 1))  # masked scores are below -softcap
+        ds = ds * cap_derivative(s, softcap=config.softcap)
+    ds = jnp.where(s == MASK_VALUE, 0, ds)  # there dp may be infinite: v is another query's
     p, ds = p.astype(q.dtype), ds.astype(q.dtype)
     gradients.dv[...] += _dot_over_rows(do, p, config.T)
     gradients.dk[...] += _dot_over_rows(q, ds, config.T)
@@ -126,8 +128,8 @@ def attention_bwd(
         The gradients of q, k and v.
     """
     k_transposed = k.swapaxes(-1, -2)
-    dkv = jax.ShapeDtypeStruct(k_transposed.shape, jnp.float32)
-    gradients = QKVGradients(jax.ShapeDtypeStruct(q.shape, q.dtype), dkv, dkv)
+    dkv = varying_shape(k_transposed.shape, jnp.float32, q, k)
+    gradients = QKVGradients(varying_shape(q.shape, q.dtype, q, k), dkv, dkv)
     dkv_spec = kv_block_spec(config, dkv)
     dq, dk, dv = call_over_blocks(
         _bwd_kernel,

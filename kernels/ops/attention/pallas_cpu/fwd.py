@@ -33,6 +33,7 @@ from dantinox.kernels.ops.attention.pallas_cpu.common import (
     merge_kv_blocks,
     q_block_spec,
 )
+from dantinox.kernels.vma import varying_shape
 
 Array = jax.Array
 
@@ -52,9 +53,9 @@ def _fwd_kernel(
 ) -> None:
     @pl.when(step.is_first_kv_block)
     def init_state() -> None:
-        m_ref[...] = jnp.full(m_ref.shape, M_INIT)
-        l_ref[...] = jnp.zeros(l_ref.shape)
-        acc_ref[...] = jnp.zeros(acc_ref.shape)
+        m_ref[...] = jnp.full(m_ref.shape, M_INIT, m_ref.dtype)
+        l_ref[...] = jnp.zeros(l_ref.shape, l_ref.dtype)
+        acc_ref[...] = jnp.zeros(acc_ref.shape, acc_ref.dtype)
 
     s = step.masked_scores(step.load_kv(inputs.k, kv_axis=-2), step.load_q(inputs.q), inputs.segments)
     m_prev = m_ref[...]
@@ -108,7 +109,7 @@ def attention_fwd(
         The output and, if requested, the residuals.
     """
     *blocks, D, rows = q.shape
-    o, row = jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((*blocks, 1, rows), jnp.float32)
+    o, row = varying_shape(q.shape, q.dtype, q, k), varying_shape((*blocks, 1, rows), jnp.float32, q, k)
     outputs = ForwardResult(o, None if gate is None else o, row, row) if residuals else ForwardResult(o)
     schedule, kv_blocks_per_step = config.block_schedule(), config.block_sizes.kv_blocks_per_step
     if kv_blocks_per_step > 1:

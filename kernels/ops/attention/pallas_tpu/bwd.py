@@ -27,6 +27,7 @@ from jax.experimental import pallas as pl
 
 from dantinox.kernels.cost import Cost
 from dantinox.kernels.ops.attention.common import (
+    MASK_VALUE,
     NN,
     NT,
     AttentionConfig,
@@ -44,6 +45,8 @@ from dantinox.kernels.ops.attention.pallas_tpu.block_call import (
 from dantinox.kernels.ops.attention.pallas_tpu.block_sizes import TpuBlockSizes
 from dantinox.kernels.ops.attention.pallas_tpu.common import LOG2E, BlockContext, kv_spans
 from dantinox.kernels.ops.attention.pallas_tpu.refs import BlockRef
+from dantinox.kernels.softcap import cap_derivative
+from dantinox.kernels.vma import varying_shape
 
 Array = jax.Array
 KEYS_IN_VREGS = 64  # keys of a subtile processed at a time, or registers spill
@@ -91,7 +94,10 @@ def _bwd_kernel(
             s_ref.store(block.scores(dot_per_head(k_ref.load(c), q_ref.load(r), NN)), r, c)
             dp_ref.store(dot_per_head(v_ref.load(c), do_ref.load(r), NN) - delta_ref.load(r), r, c)
 
-    block.apply_mask(s_ref)
+    def mask_dp(r: int, c: int, s: Array) -> None:
+        dp_ref.store(jnp.where(s == MASK_VALUE, 0, dp_ref.load(r, c)), r, c)  # may be infinite: v is another query's
+
+    block.apply_mask(s_ref, after=mask_dp)
 
     @block.run_phase
     def compute_p_and_ds() -> None:
@@ -104,8 +110,7 @@ def _bwd_kernel(
                 p = jnp.exp2(s - m_ref.load(r)) * inv_l_ref.load(r)
                 ds = p * dp_ref.load(r, c, keys)
                 if config.softcap is not None:
-                    t = s * (1 / (config.softcap * LOG2E))
-                    ds = ds * (1 - jnp.minimum(t * t, 1))  # masked scores are below -softcap
+                    ds = ds * cap_derivative(s, softcap=config.softcap, unit=LOG2E)
                 p_ref.store(p, r, c, keys)
                 ds_ref.store(ds, r, c, keys)
 
@@ -194,13 +199,13 @@ def attention_bwd(
         span_start, span_end = span or (0, k.shape[1] // num_kv_subtiles)
         q_start, q_end = int(schedule.q.min()) * num_q_subtiles, (int(schedule.q.max()) + 1) * num_q_subtiles
         dq_dtype = q.dtype if span is None else jnp.float32
-        dq_shape = jax.ShapeDtypeStruct((q.shape[0], q_end - q_start, *q.shape[2:]), dq_dtype)
+        dq_shape = varying_shape((q.shape[0], q_end - q_start, *q.shape[2:]), dq_dtype, q, k)
         outputs = {"dq": Output(dq_shape, block_spec(config, "q", D, rows, first_block=q_start // num_q_subtiles))}
         scratch = {"dq_acc": ScratchShape((num_q_subtiles, D, rows), jnp.float32)}
         span_shape = ((span_end - span_start) * num_kv_subtiles, D, keys)
         span_spec = pl.BlockSpec((1, *span_shape), lambda g, n, *_: (g, 0, 0, 0))
         for name in ("dk", "dv"):
-            outputs[name] = Output(jax.ShapeDtypeStruct((q.shape[0], *span_shape), k.dtype), span_spec)
+            outputs[name] = Output(varying_shape((q.shape[0], *span_shape), k.dtype, q, k), span_spec)
             scratch[f"{name}_acc"] = ScratchShape((span_end - span_start, num_kv_subtiles, D, keys), jnp.float32)
         results = pallas_call_over_blocks(
             functools.partial(_bwd_kernel, first_kv_block=span_start),

@@ -42,6 +42,7 @@ from dantinox.kernels.ops.attention.pallas_tpu.block_call import (
 from dantinox.kernels.ops.attention.pallas_tpu.block_sizes import TpuBlockSizes
 from dantinox.kernels.ops.attention.pallas_tpu.common import BlockContext
 from dantinox.kernels.ops.attention.pallas_tpu.refs import BlockRef
+from dantinox.kernels.vma import varying_shape
 
 Array = jax.Array
 
@@ -151,13 +152,13 @@ def attention_fwd(
     rows, keys = sizes.block_q_compute, sizes.block_kv_compute
     inputs = {"q": Operand(q, "q"), "k": Operand(k, "kv"), "v": Operand(v, "kv")}
     o_spec, row_spec = block_spec(config, "q", D, rows), block_spec(config, "q", 1, rows)
-    outputs = {"o": Output(jax.ShapeDtypeStruct(q.shape, q.dtype), o_spec)}
+    outputs = {"o": Output(varying_shape(q.shape, q.dtype, q, k), o_spec)}
     if gate is not None:
         inputs["gate"] = Operand(gate, "q")
         if residuals:
             outputs["o_ungated"] = outputs["o"]
     if residuals:
-        row_output = Output(jax.ShapeDtypeStruct((*q.shape[:2], 1, rows), jnp.float32), row_spec)
+        row_output = Output(varying_shape((*q.shape[:2], 1, rows), jnp.float32, q, k), row_spec)
         outputs |= {"m_out": row_output, "inv_l": row_output}
     row_shape = (num_q_subtiles, 1, rows)
     scratch = {
