@@ -2,14 +2,8 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 Array = jax.Array
-
-
-def float0_zeros(ids: Array) -> np.ndarray:
-    """Return the cotangent of an integer argument."""
-    return np.zeros(ids.shape, jax.dtypes.float0)
 
 
 def dot_f32(x: Array, w: Array, contract: tuple[int, int]) -> Array:

@@ -86,7 +86,7 @@ class GroupMetadata(NamedTuple):
 
     def reduction_tables(self, block_m: int) -> ReductionTables:
         """Return the tables of sums over rows."""
-        is_group_start = jnp.append(True, self.group[1:] != self.group[:-1])
+        is_group_start = jnp.append(jnp.array(True), self.group[1:] != self.group[:-1])
         return ReductionTables(
             self.group, self.row // block_m, self.row_start, self.row_end, is_group_start.astype(jnp.int32)
         )

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from dantinox.kernels.derivatives import first_order
 from dantinox.kernels.dispatch import Device, current_device
-from dantinox.kernels.ops.grouped_matmul.common import float0_zeros
 from dantinox.kernels.ops.grouped_matmul.pallas_cpu import gmm as cpu_gmm
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu import gmm as tpu_gmm
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu import tgmm as tpu_tgmm
@@ -21,15 +21,21 @@ class _Residuals(NamedTuple):
 
 
 def _gmm(x: Array, w: Array, group_sizes: Array, device: Device, **options: Any) -> Array:
-    if device.platform == "cpu":
-        return cpu_gmm.interpreted_gmm(x, w, group_sizes, **options)
-    return tpu_gmm.gmm([x], [w], group_sizes, device, **options)[0]
+    def run(x: Array, w: Array, group_sizes: Array) -> Array:
+        if device.platform == "cpu":
+            return cpu_gmm.interpreted_gmm(x, w, group_sizes, **options)
+        return tpu_gmm.gmm([x], [w], group_sizes, device, **options)[0]
+
+    return first_order(run, "grouped_matmul")(x, w, group_sizes)
 
 
 def _tgmm(x: Array, dy: Array, group_sizes: Array, device: Device, *, name: str) -> Array:
-    if device.platform == "cpu":
-        return cpu_gmm.interpreted_tgmm(x, dy, group_sizes, name=name)
-    return tpu_tgmm.tgmm(x, [dy], group_sizes, device, name=name)[0]
+    def run(x: Array, dy: Array, group_sizes: Array) -> Array:
+        if device.platform == "cpu":
+            return cpu_gmm.interpreted_tgmm(x, dy, group_sizes, name=name)
+        return tpu_tgmm.tgmm(x, [dy], group_sizes, device, name=name)[0]
+
+    return first_order(run, "grouped_matmul")(x, dy, group_sizes)
 
 
 def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
@@ -50,7 +56,7 @@ def _grouped_matmul_bwd(device: Device, residuals: _Residuals, dy: Array) -> tup
     x, w, group_sizes = residuals
     dx = _gmm(dy, w, group_sizes, device, transposed=True, name="grouped_matmul_dx")
     dw = _tgmm(x, dy, group_sizes, device, name="grouped_matmul_dw")
-    return dx, dw, float0_zeros(group_sizes)
+    return dx, dw, None
 
 
 _grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)

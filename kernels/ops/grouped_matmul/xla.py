@@ -12,6 +12,7 @@ Smaller tiles process the end of a group, so little work is wasted. Only dw need
 Other devices use `lax.ragged_dot`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from dantinox.kernels.dispatch import current_device
-from dantinox.kernels.ops.grouped_matmul.common import float0_zeros
 from dantinox.kernels.ops.grouped_matmul.group_metadata import zero_unassigned_rows
 from dantinox.kernels.ops.grouped_matmul.ragged_dot import zeroed_ragged_dot
+from dantinox.kernels.vma import match_vma
 
 Array = jax.Array
 RowTiles = tuple[tuple[int, int], ...]
@@ -32,7 +33,8 @@ ROW_TILES_SMALL: RowTiles = ((64, 32), (16, 0))  # below 1024 rows
 
 
 def _choose_row_tiles(N: int) -> RowTiles:
-    return ROW_TILES if N >= 1024 else ROW_TILES_SMALL
+    is_small = isinstance(N, int) and N < 1024  # the size of an exported program's argument may be a symbol
+    return ROW_TILES_SMALL if is_small else ROW_TILES
 
 
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -104,15 +106,17 @@ def _loop_gmm(x: Array, w: Array, group_sizes: Array, transposed: bool) -> Array
         return loop_row_tiles(row_tiles, starts[e], ends[e], multiply_tile, y)
 
     y = jnp.empty((x.shape[0], w.shape[1 if transposed else 2]), x.dtype)  # every assigned row is written below
+    y = match_vma(y, x, w, group_sizes)
     return zero_unassigned_rows(jax.lax.fori_loop(0, w.shape[0], multiply_group, y)[:N], group_sizes)
 
 
-def _loop_tgmm(x: Array, dy: Array, group_sizes: Array, dtype: jnp.dtype) -> Array:
-    """Sum x[n]^T dy[n] over the rows n of each group: [E, M, F]."""
+def _loop_tgmm(x: Array, dy: Array, group_sizes: Array) -> Array:
+    """Sum x[n]^T dy[n] over the rows n of each group: [E, M, F] in x's dtype."""
     starts, ends = group_bounds(group_sizes)
     row_tiles = _choose_row_tiles(x.shape[0])
     x, dy = pad_for_last_tile(x, row_tiles), pad_for_last_tile(dy, row_tiles)
-    acc_dtype = accumulation_dtype(dtype)
+    zeros = jnp.zeros((x.shape[1], dy.shape[1]), accumulation_dtype(x.dtype))
+    zeros = match_vma(zeros, x, dy, group_sizes)
 
     def reduce_group(_: None, bounds: tuple[Array, Array]) -> tuple[None, Array]:
         start, end = bounds
@@ -122,33 +126,53 @@ def _loop_tgmm(x: Array, dy: Array, group_sizes: Array, dtype: jnp.dtype) -> Arr
             x_t, dy_t = (jnp.where(row_mask, slice_rows(a, row, size), 0) for a in (x, dy))
             return dw + dot_accumulate(x_t, dy_t, (0, 0))
 
-        dw = loop_row_tiles(row_tiles, start, end, add_tile, jnp.zeros((x.shape[1], dy.shape[1]), acc_dtype))
-        return None, dw.astype(dtype)
+        return None, loop_row_tiles(row_tiles, start, end, add_tile, zeros).astype(x.dtype)
 
     return jax.lax.scan(reduce_group, None, (starts, ends))[1]
 
 
-@jax.custom_vjp
-def _grouped_matmul_cpu(x: Array, w: Array, group_sizes: Array) -> Array:
-    return _loop_gmm(x, w, group_sizes, transposed=False)
+# The gradient of either product is made of both, so there are derivatives of every order.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def loop_gmm(x: Array, w: Array, group_sizes: Array, transposed: bool = False) -> Array:
+    """Compute y[n] = x[n] @ w[e], or x[n] @ w[e].T, in loops for a CPU."""
+    return _loop_gmm(x, w, group_sizes, transposed)
 
 
-def _grouped_matmul_cpu_fwd(x: Array, w: Array, group_sizes: Array) -> tuple[Array, tuple]:
-    return _grouped_matmul_cpu(x, w, group_sizes), (x, w, group_sizes)
+def _loop_gmm_fwd(x: Array, w: Array, group_sizes: Array, transposed: bool) -> tuple[Array, tuple]:
+    return loop_gmm(x, w, group_sizes, transposed), (x, w, group_sizes)
 
 
-def _grouped_matmul_cpu_bwd(residuals: tuple, dy: Array) -> tuple:
+def _loop_gmm_bwd(transposed: bool, residuals: tuple, dy: Array) -> tuple:
     x, w, group_sizes = residuals
-    dx = _loop_gmm(dy, w, group_sizes, transposed=True)
-    return dx, _loop_tgmm(x, dy, group_sizes, w.dtype), float0_zeros(group_sizes)
+    dx = loop_gmm(dy, w, group_sizes, not transposed)
+    dw = loop_tgmm(dy, x, group_sizes) if transposed else loop_tgmm(x, dy, group_sizes)
+    return dx, dw, None
 
 
-_grouped_matmul_cpu.defvjp(_grouped_matmul_cpu_fwd, _grouped_matmul_cpu_bwd)
+loop_gmm.defvjp(_loop_gmm_fwd, _loop_gmm_bwd)
+
+
+@jax.custom_vjp
+def loop_tgmm(x: Array, dy: Array, group_sizes: Array) -> Array:
+    """Sum x[n]^T dy[n] over the rows n of each group, in loops for a CPU: [E, M, F]."""
+    return _loop_tgmm(x, dy, group_sizes)
+
+
+def _loop_tgmm_fwd(x: Array, dy: Array, group_sizes: Array) -> tuple[Array, tuple]:
+    return loop_tgmm(x, dy, group_sizes), (x, dy, group_sizes)
+
+
+def _loop_tgmm_bwd(residuals: tuple, ddw: Array) -> tuple:
+    x, dy, group_sizes = residuals
+    return loop_gmm(dy, ddw, group_sizes, True), loop_gmm(x, ddw, group_sizes), None
+
+
+loop_tgmm.defvjp(_loop_tgmm_fwd, _loop_tgmm_bwd)
 
 
 def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
     """See `dantinox.kernels.grouped_matmul`, which checks the arguments."""
-    return call_for_platform(x, w, group_sizes, cpu=_grouped_matmul_cpu, default=zeroed_ragged_dot)
+    return call_for_platform(x, w, group_sizes, cpu=loop_gmm, default=zeroed_ragged_dot)
 
 
 def call_for_platform(*args: Array, cpu: Callable[..., Array], default: Callable[..., Array]) -> Array:

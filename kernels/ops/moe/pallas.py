@@ -6,10 +6,12 @@ from dantinox.kernels.dispatch import current_device
 from dantinox.kernels.ops.moe import pallas_cpu
 from dantinox.kernels.ops.moe.pallas_tpu import TpuExpertsKernels
 from dantinox.kernels.ops.moe.vjp import KernelsBackend, run_experts
+from dantinox.kernels.ops.moe.wide import widen_float16
 
 Array = jax.Array
 
 
+@widen_float16
 def moe_mlp(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array) -> Array:
     """See `dantinox.kernels.moe_mlp`, which checks the arguments."""
     device = current_device()

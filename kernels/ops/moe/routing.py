@@ -32,7 +32,7 @@ def sort_by_expert(expert_ids: Array, E: int) -> Routing:
     permutation = jnp.argsort(flat_ids, stable=True).astype(jnp.int32)
     inverse = jnp.zeros_like(permutation)
     inverse = inverse.at[permutation].set(jnp.arange(expert_ids.size, dtype=jnp.int32), unique_indices=True)
-    group_sizes = jnp.sum(flat_ids[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32)
+    group_sizes = jnp.sum(flat_ids[:, None] == jnp.arange(E, dtype=jnp.int32)[None], axis=0, dtype=jnp.int32)
     return Routing(permutation, inverse, group_sizes)
 
 

@@ -34,5 +34,6 @@ def swiglu_bwd(dh: Array, gate: Array, up: Array, router_weight: Array) -> Swigl
     sigmoid_gate = jax.nn.sigmoid(gate)
     silu = gate * sigmoid_gate
     h, weighted_dh = silu * up, router_weight * dh
-    dgate = weighted_dh * up * sigmoid_gate * (1 + gate - silu)
+    # Not 1 + gate - silu, which loses the 1 in a gate of 2**24.
+    dgate = weighted_dh * up * sigmoid_gate * (1 + gate * (1 - sigmoid_gate))
     return SwigluGrads(dgate, weighted_dh * silu, router_weight * h, dh * h)

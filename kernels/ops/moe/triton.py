@@ -26,9 +26,9 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from dantinox.kernels.ops.grouped_matmul.common import float0_zeros
 from dantinox.kernels.ops.moe.ragged_dot import ragged_dot_experts
 from dantinox.kernels.ops.moe.routing import sort_by_expert
+from dantinox.kernels.ops.moe.wide import widen_float16
 
 Array = jax.Array
 
@@ -156,8 +156,8 @@ def _permute_bwd(residuals: tuple, drows: Array) -> tuple:
     permutation, inverse_permutation = residuals
     return (
         call_combine(drows, inverse_permutation, jnp.ones(inverse_permutation.shape, jnp.float32), scaled=False),
-        float0_zeros(permutation),
-        float0_zeros(inverse_permutation),
+        None,
+        None,
     )
 
 
@@ -181,12 +181,13 @@ def _combine_bwd(residuals: tuple, dout: Array) -> tuple:
     sizes, dweights = {"TOKENS": N, "WIDTH": M, "K": k}, jax.ShapeDtypeStruct((N, k), jnp.float32)
     grid = (-(-N // BLOCK_M), k)
     dweights = call_triton(router_weight_grad_kernel, dout, rows, inverse_permutation, out=dweights, grid=grid, **sizes)
-    return drows, dweights, float0_zeros(permutation), float0_zeros(inverse_permutation)
+    return drows, dweights, None, None
 
 
 combine.defvjp(_combine_fwd, _combine_bwd)
 
 
+@widen_float16
 def moe_mlp(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array) -> Array:
     """See `dantinox.kernels.moe_mlp`, which checks the arguments."""
     permutation, inverse_permutation, group_sizes = sort_by_expert(expert_ids, w_gate.shape[0])

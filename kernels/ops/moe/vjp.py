@@ -23,7 +23,7 @@ from typing import NamedTuple, Protocol
 
 import jax
 
-from dantinox.kernels.ops.grouped_matmul.common import float0_zeros
+from dantinox.kernels.derivatives import first_order
 from dantinox.kernels.ops.moe.routing import Routing, permute_router_weights, sort_by_expert, unpermute_and_sum
 
 Array = jax.Array
@@ -177,7 +177,8 @@ def _forward(
 ) -> tuple[Array, Array | None, Array | None]:
     rows = x[routing.permutation // router_weights.shape[1]]
     row_weights = permute_router_weights(router_weights, routing.permutation)
-    y, gate, up = backend.forward(rows, ws, row_weights, routing.group_sizes, save_residuals=save_residuals)
+    forward = first_order(functools.partial(backend.forward, save_residuals=save_residuals), "moe_mlp")
+    y, gate, up = forward(rows, ws, row_weights, routing.group_sizes)
     return unpermute_and_sum(y, routing.inverse_permutation), gate, up
 
 
@@ -186,10 +187,11 @@ def _experts_bwd(backend: ExpertsBackend, residuals: _Residuals, dout: Array) ->
     permutation, inverse_permutation, group_sizes = routing
     token = permutation // router_weights.shape[1]
     x, dy, row_weights = x[token], dout[token], permute_router_weights(router_weights, permutation)
-    dx, dws, drouter_weights = backend.backward(x, dy, ws, row_weights, group_sizes, gate, up)
+    backward = first_order(backend.backward, "moe_mlp")
+    dx, dws, drouter_weights = backward(x, dy, ws, row_weights, group_sizes, gate, up)
     dx = unpermute_and_sum(dx, inverse_permutation)
     drouter_weights = drouter_weights[inverse_permutation].astype(router_weights.dtype)
-    return dx, dws, drouter_weights, jax.tree.map(float0_zeros, routing)
+    return dx, dws, drouter_weights, None
 
 
 _experts.defvjp(_experts_fwd, _experts_bwd)

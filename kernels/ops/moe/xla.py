@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dantinox.kernels.ops.grouped_matmul.common import float0_zeros
 from dantinox.kernels.ops.grouped_matmul.group_metadata import zero_unassigned_rows
 from dantinox.kernels.ops.grouped_matmul.xla import (
     RowTiles,
@@ -18,6 +17,7 @@ from dantinox.kernels.ops.grouped_matmul.xla import (
     call_for_platform,
     dot_accumulate,
     group_bounds,
+    loop_gmm,
     loop_row_tiles,
     pad_for_last_tile,
     slice_rows,
@@ -25,12 +25,16 @@ from dantinox.kernels.ops.grouped_matmul.xla import (
 )
 from dantinox.kernels.ops.moe.ragged_dot import ragged_dot_experts
 from dantinox.kernels.ops.moe.routing import sort_by_expert
+from dantinox.kernels.ops.moe.wide import widen_float16
+from dantinox.kernels.vma import match_vma
 
 Array = jax.Array
 EXPERTS_ROW_TILES: RowTiles = ((512, 384), (128, 96), (16, 0))
 
 
 def _choose_row_tiles(N: int) -> RowTiles:
+    if not isinstance(N, int):  # the size of an exported program's argument may be a symbol
+        return EXPERTS_ROW_TILES
     return tuple(tile for tile in EXPERTS_ROW_TILES if tile[0] <= N) or EXPERTS_ROW_TILES[-1:]
 
 
@@ -56,25 +60,23 @@ def _loop_experts(
         return loop_row_tiles(row_tiles, starts[e], ends[e], run_tile, outs)
 
     E, M, F = w_gate.shape
-    outs = tuple(jnp.empty((x.shape[0], width), x.dtype) for width in (M, F, F))
+    outs = tuple(match_vma(jnp.empty((x.shape[0], width), x.dtype), x, group_sizes) for width in (M, F, F))
     return jax.lax.fori_loop(0, E, run_expert, outs)
 
 
-class _Residuals(NamedTuple):
-    """x, gate and up are padded for the tiles; recomputing gate and up would cost 2 matmuls of 9."""
+class _Padded(NamedTuple):
+    """What the backward pass needs, padded for the tiles; recomputing gate and up would cost 2 matmuls of 9."""
 
     x: Array
     gate: Array
     up: Array
-    w_gate: Array
-    w_up: Array
-    w_down: Array
-    group_sizes: Array
 
 
-def _loop_experts_bwd(row_tiles: RowTiles, residuals: _Residuals, dy: Array) -> tuple[Array, tuple[Array, ...]]:
+def _loop_experts_bwd(
+    row_tiles: RowTiles, padded: _Padded, w_gate: Array, w_up: Array, w_down: Array, group_sizes: Array, dy: Array
+) -> tuple[Array, tuple[Array, ...]]:
     """Return dx and (dw_gate, dw_up, dw_down); dy and dx are padded."""
-    x, gate, up, w_gate, w_up, w_down, group_sizes = residuals
+    x, gate, up = padded
     starts, ends = group_bounds(group_sizes)
     dtype = x.dtype
     acc_dtype = accumulation_dtype(dtype)
@@ -101,36 +103,62 @@ def _loop_experts_bwd(row_tiles: RowTiles, residuals: _Residuals, dy: Array) -> 
                 dw_down + dot_accumulate(h, dy_t, (0, 0)),
             )
 
-        zeros = [jnp.zeros(w.shape, acc_dtype) for w in (w_gate_e, w_up_e, w_down_e)]
+        zeros = [match_vma(jnp.zeros(w.shape, acc_dtype), x) for w in (w_gate_e, w_up_e, w_down_e)]
         dx, *dws = loop_row_tiles(row_tiles, start, end, run_tile, (dx, *zeros))
         return dx, tuple(dw.astype(dtype) for dw in dws)
 
-    return jax.lax.scan(run_expert, jnp.empty_like(x), (starts, ends, w_gate, w_up, w_down))
+    return jax.lax.scan(run_expert, match_vma(jnp.empty_like(x), x), (starts, ends, w_gate, w_up, w_down))
 
 
 @jax.custom_vjp
-def _experts_cpu(x: Array, w_gate: Array, w_up: Array, w_down: Array, group_sizes: Array) -> Array:
-    return _experts_cpu_fwd(x, w_gate, w_up, w_down, group_sizes)[0]
-
-
-def _experts_cpu_fwd(
-    x: Array, w_gate: Array, w_up: Array, w_down: Array, group_sizes: Array
-) -> tuple[Array, _Residuals]:
+def _experts_cpu(x: Array, w_gate: Array, w_up: Array, w_down: Array, group_sizes: Array) -> tuple[Array, _Padded]:
+    """Return y and what the backward pass needs."""
     row_tiles = _choose_row_tiles(N := x.shape[0])
-    x = pad_for_last_tile(x, row_tiles)
-    y, gate, up = _loop_experts(row_tiles, x, w_gate, w_up, w_down, group_sizes)
-    residuals = _Residuals(x, gate, up, w_gate, w_up, w_down, group_sizes)
-    return zero_unassigned_rows(y[:N], group_sizes), residuals
+    padded_x = pad_for_last_tile(x, row_tiles)
+    y, gate, up = _loop_experts(row_tiles, padded_x, w_gate, w_up, w_down, group_sizes)
+    return zero_unassigned_rows(y[:N], group_sizes), _Padded(padded_x, gate, up)
 
 
-def _experts_cpu_bwd(residuals: _Residuals, dy: Array) -> tuple:
-    row_tiles = _choose_row_tiles(N := dy.shape[0])
-    dx, dws = _loop_experts_bwd(row_tiles, residuals, pad_for_last_tile(dy, row_tiles))
-    group_sizes = residuals.group_sizes
-    return zero_unassigned_rows(dx[:N], group_sizes), *dws, float0_zeros(group_sizes)
+def _experts_cpu_fwd(*args: Array) -> tuple[tuple[Array, _Padded], tuple]:
+    y, padded = _experts_cpu(*args)
+    return (y, padded), (padded, *args)
+
+
+def _experts_cpu_bwd(residuals: tuple, cotangents: tuple) -> tuple:
+    dy, _ = cotangents  # the gradients take no derivative by what is kept for them
+    return *_experts_grads_cpu(*residuals, dy), None
 
 
 _experts_cpu.defvjp(_experts_cpu_fwd, _experts_cpu_bwd)
+
+
+@jax.custom_vjp
+def _experts_grads_cpu(
+    padded: _Padded, x: Array, w_gate: Array, w_up: Array, w_down: Array, group_sizes: Array, dy: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Return (dx, dw_gate, dw_up, dw_down), differentiable by recomputing in separate products."""
+    row_tiles = _choose_row_tiles(N := dy.shape[0])
+    dy = pad_for_last_tile(dy, row_tiles)
+    dx, dws = _loop_experts_bwd(row_tiles, padded, w_gate, w_up, w_down, group_sizes, dy)
+    return zero_unassigned_rows(dx[:N], group_sizes), *dws
+
+
+def _experts_grads_cpu_fwd(*args: Any) -> tuple[tuple[Array, ...], tuple]:
+    return _experts_grads_cpu(*args), args
+
+
+def _experts_grads_cpu_bwd(args: tuple, cotangents: tuple) -> tuple:
+    padded, *floats, group_sizes, dy = args
+
+    def grads(*args: Array) -> tuple[Array, ...]:
+        *floats, dy = args
+        return jax.vjp(lambda *floats: ragged_dot_experts(*floats, group_sizes, gmm=loop_gmm), *floats)[1](dy)
+
+    *dfloats, ddy = jax.vjp(grads, *floats, dy)[1](cotangents)
+    return jax.tree.map(jnp.zeros_like, padded), *dfloats, None, ddy
+
+
+_experts_grads_cpu.defvjp(_experts_grads_cpu_fwd, _experts_grads_cpu_bwd)
 
 
 @jax.custom_vjp
@@ -152,7 +180,7 @@ def _gather_rows_fwd(x: Array, index: Array, inverse: Array) -> tuple[Array, tup
 def _gather_rows_bwd(residuals: tuple, dy: Array) -> tuple:
     index, inverse = residuals
     dx: Any = sum(dy[inverse[:, j]].astype(accumulation_dtype(dy.dtype)) for j in range(inverse.shape[1]))
-    return dx.astype(dy.dtype), float0_zeros(index), float0_zeros(inverse)
+    return dx.astype(dy.dtype), None, None
 
 
 _gather_rows.defvjp(_gather_rows_fwd, _gather_rows_bwd)
@@ -169,11 +197,12 @@ def _matvec(x: Array, ws: tuple[Array, ...], e: Array) -> tuple[Array, ...]:
         block_m -= 1
 
     def add_block(i: Array, ys: tuple[Array, ...]) -> tuple[Array, ...]:
-        x_i = jax.lax.dynamic_slice(x, (i * block_m,), (block_m,))[None]
-        blocks = (jax.lax.dynamic_slice(w, (e, i * block_m, 0), (1, block_m, F))[0] for w in ws)
+        row = jnp.int32(i * block_m)
+        x_i = jax.lax.dynamic_slice(x, (row,), (block_m,))[None]
+        blocks = (jax.lax.dynamic_slice(w, (e, row, jnp.int32(0)), (1, block_m, F))[0].astype(x.dtype) for w in ws)
         return tuple(y + dot_accumulate(x_i, w_i, (1, 0)) for y, w_i in zip(ys, blocks, strict=True))
 
-    zeros = tuple(jnp.zeros((1, F), accumulation_dtype(x.dtype)) for _ in ws)
+    zeros = tuple(match_vma(jnp.zeros((1, F), accumulation_dtype(x.dtype)), x, e) for _ in ws)
     ys = jax.lax.fori_loop(0, M // block_m, add_block, zeros)
     return tuple(y[0] for y in ys)
 
@@ -183,16 +212,19 @@ def _moe_single_rows_cpu(
     x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array
 ) -> Array:
     """Run the experts of a few rows, one row at a time: decoding is bound by reading the weights of their experts."""
-    N, k = expert_ids.shape
+    (N, k), E = expert_ids.shape, w_gate.shape[0]
     acc_dtype = accumulation_dtype(x.dtype)
+    dtype = acc_dtype if x.dtype == jnp.float16 else x.dtype  # see `wide.py`; here no whole matrix is converted
 
     def add_row(r: Array, y: Array) -> Array:
         n, e = r // k, expert_ids.reshape(-1)[r]
         gate, up = _matvec(x[n], (w_gate, w_up), e)
-        (y_r,) = _matvec((jax.nn.silu(gate) * up).astype(x.dtype), (w_down,), e)
-        return y.at[n].add(expert_weights.reshape(-1)[r].astype(acc_dtype) * y_r.astype(x.dtype).astype(acc_dtype))
+        (y_r,) = _matvec((jax.nn.silu(gate) * up).astype(dtype), (w_down,), e)
+        weighted = expert_weights.reshape(-1)[r].astype(acc_dtype) * y_r.astype(dtype).astype(acc_dtype)
+        return y.at[n].add(jnp.where(e < E, weighted, 0))
 
-    return jax.lax.fori_loop(0, N * k, add_row, jnp.zeros(x.shape, acc_dtype)).astype(x.dtype)
+    y = match_vma(jnp.zeros(x.shape, acc_dtype), x, expert_ids)
+    return jax.lax.fori_loop(0, N * k, add_row, y).astype(x.dtype)
 
 
 def _moe_single_rows_cpu_fwd(*args: Array) -> tuple[Array, tuple]:
@@ -207,7 +239,7 @@ def _moe_single_rows_cpu_bwd(residuals: tuple, dy: Array) -> tuple:
 
     _, pull_back = jax.vjp(sorted_moe, x, w_gate, w_up, w_down, expert_weights)
     *grads, dexpert_weights = pull_back(dy)
-    return *grads, float0_zeros(expert_ids), dexpert_weights
+    return *grads, None, dexpert_weights
 
 
 _moe_single_rows_cpu.defvjp(_moe_single_rows_cpu_fwd, _moe_single_rows_cpu_bwd)
@@ -216,17 +248,23 @@ _moe_single_rows_cpu.defvjp(_moe_single_rows_cpu_fwd, _moe_single_rows_cpu_bwd)
 def moe_mlp(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array) -> Array:
     """See `dantinox.kernels.moe_mlp`, which checks the arguments."""
     args = (x, w_gate, w_up, w_down, expert_ids, expert_weights)
-    if expert_ids.size <= MAX_SINGLE_ROWS:
+    size = expert_ids.size
+    if isinstance(size, int) and size <= MAX_SINGLE_ROWS:
         return call_for_platform(*args, cpu=_moe_single_rows_cpu, default=_moe_sorted)
     return _moe_sorted(*args)
 
 
+@widen_float16
 def _moe_sorted(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array) -> Array:
     """Sort the N * k routed rows by expert, run the experts, unsort their outputs and sum them by token."""
     N, k = expert_ids.shape
     permutation, inverse_permutation, group_sizes = sort_by_expert(expert_ids, w_gate.shape[0])
     rows = _gather_rows(x, permutation // k, inverse_permutation.reshape(N, k))
-    y = call_for_platform(rows, w_gate, w_up, w_down, group_sizes, cpu=_experts_cpu, default=ragged_dot_experts)
+    run_on_cpu = lambda *args: _experts_cpu(*args)[0]
+    y = call_for_platform(rows, w_gate, w_up, w_down, group_sizes, cpu=run_on_cpu, default=ragged_dot_experts)
     y = _gather_rows(y, inverse_permutation, permutation[:, None]).reshape(N, k, -1)
     acc_dtype = accumulation_dtype(x.dtype)
-    return jnp.sum(y.astype(acc_dtype) * expert_weights.astype(acc_dtype)[..., None], axis=1).astype(x.dtype)
+    weighted = y.astype(acc_dtype) * expert_weights.astype(acc_dtype)[..., None]
+    # Not even a cotangent that is NaN reaches the weight of an id that no expert has.
+    weighted = jnp.where((expert_ids < w_gate.shape[0])[..., None], weighted, 0)
+    return jnp.sum(weighted, axis=1).astype(x.dtype)

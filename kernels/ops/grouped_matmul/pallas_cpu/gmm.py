@@ -32,6 +32,7 @@ from jax.experimental.pallas import tpu as pltpu
 from dantinox.kernels.cost import Cost
 from dantinox.kernels.ops.grouped_matmul.common import dot_f32, mask_to_zero
 from dantinox.kernels.ops.grouped_matmul.group_metadata import broadcast_row_mask
+from dantinox.kernels.vma import call_invariant
 
 Array = jax.Array
 Ref = Any
@@ -146,7 +147,7 @@ def for_each_row_tile(
         is_last_size, num_remaining = size == sizes[-1], end - row
         is_full = full_large_tiles and i == 0 and not is_last_size
         leftover = 0 if is_last_size else size if is_full else _max_leftover(size, sizes[i + 1])
-        trips = num_remaining // size + (num_remaining % size > leftover)
+        trips = num_remaining // size + (num_remaining % size > leftover).astype(jnp.int32)
 
         def run_tile(i: Array, carry: Any, size: int = size, row: Array = row, is_full: bool = is_full) -> Any:
             first_row = row + i * size
@@ -219,4 +220,4 @@ def call_interpreted(
             name=name,
         )(*operands)
 
-    return call_kernel(jnp.int32(num_steps), *operands)
+    return call_invariant(call_kernel, jnp.int32(num_steps), *operands)

@@ -13,7 +13,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dantinox.kernels.dispatch import current_device
 from dantinox.kernels.mosaic_gpu import num_sms
-from dantinox.kernels.ops.grouped_matmul.common import float0_zeros
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import gmm, tgmm
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90.warp_specialized import Sm90GmmConfig
 from dantinox.kernels.vma import match_vma
@@ -78,7 +77,7 @@ def _grouped_matmul_bwd(config: Sm90GmmConfig, residuals: _Residuals, dy: Array)
     x, w, group_sizes = residuals
     dx = gmm.gmm([dy], [w], group_sizes, config, transposed=True, name="grouped_matmul_dx")
     dw = tgmm.tgmm(x, dy, group_sizes, config, name="grouped_matmul_dw")
-    return match_vma(dx, x), match_vma(dw, w), float0_zeros(group_sizes)
+    return match_vma(dx, x), match_vma(dw, w), None
 
 
 _grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)

@@ -47,6 +47,7 @@ from dantinox.kernels.ops.grouped_matmul.pallas_tpu.gmm_kernel import (
     gmm_kernel,
 )
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu.vmem import split_range
+from dantinox.kernels.vma import varying_shape
 
 Array = jax.Array
 
@@ -119,8 +120,8 @@ def gmm(
         [x_spec] * len(xs), [w_spec] * len(ws), [matrix_spec] * len(matrices), [row_vector_spec] * len(row_vectors)
     )
     out_shapes = {
-        "matrix": jax.ShapeDtypeStruct((N, J), dtype),
-        "row_sum": jax.ShapeDtypeStruct((column_blocks, 1, N), jnp.float32),
+        "matrix": varying_shape((N, J), dtype, xs[0]),
+        "row_sum": varying_shape((column_blocks, 1, N), jnp.float32, xs[0]),
     }
     out_specs = {"matrix": matrix_spec, "row_sum": row_sum_spec}
     num_acc = 0 if k_steps == 1 else 1 if sum_products else len(ws)

@@ -33,6 +33,7 @@ from dantinox.kernels.ops.grouped_matmul.common import dot_f32, mask_to_zero
 from dantinox.kernels.ops.grouped_matmul.group_metadata import ReductionTables, TileTask, make_group_metadata
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu import block_sizes
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu.vmem import for_each_row_chunk, split_range
+from dantinox.kernels.vma import varying_shape
 
 Array = jax.Array
 Ref = Any
@@ -65,7 +66,7 @@ def tgmm(x: Array, dys: Sequence[Array], group_sizes: Array, device: Device, *, 
     moved = dtype.itemsize * (x.size + len(dys) * (N * F + E * M * F))
     (dws,) = pl.pallas_call(
         functools.partial(tgmm_kernel, sizes=sizes, visit_axis=len(grid) - 1),
-        out_shape=([jax.ShapeDtypeStruct((E, M, F), dtype)] * len(dys),),
+        out_shape=([varying_shape((E, M, F), dtype, x)] * len(dys),),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=grid,

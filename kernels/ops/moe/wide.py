@@ -1,0 +1,23 @@
+"""float16 experts in float32: hidden rows and the outputs of single experts exceed float16 where the results fit it."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def widen_float16(moe_mlp: Callable[..., Array]) -> Callable[..., Array]:
+    """Return a mixture of experts that converts float16 tokens and matrices to float32 and the output back."""
+
+    @functools.wraps(moe_mlp)
+    def widened(
+        x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array
+    ) -> Array:
+        dtype = jnp.float32 if x.dtype == jnp.float16 else x.dtype
+        floats = (array.astype(dtype) for array in (x, w_gate, w_up, w_down))
+        return moe_mlp(*floats, expert_ids, expert_weights).astype(x.dtype)
+
+    return widened
