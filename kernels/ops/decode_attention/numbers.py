@@ -8,11 +8,6 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """Return the dtype of sums of products: float32, or float64 for float64."""
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
-
-
 def split_scale(q: Array, scale: float) -> tuple[Array, float]:
     """Return q times a power of two, exact, and the rest of the scale, which is positive or 0.
 

@@ -11,8 +11,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from dantinox.kernels.einsum import accumulation_dtype
 from dantinox.kernels.ops.decode_attention.kv_cache import KVCache, append_token
-from dantinox.kernels.ops.decode_attention.numbers import accumulation_dtype, narrow_weights, split_scale
+from dantinox.kernels.ops.decode_attention.numbers import narrow_weights, split_scale
 from dantinox.kernels.softcap import soft_cap
 
 Array = jax.Array
