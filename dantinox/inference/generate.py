@@ -302,9 +302,9 @@ def _decode_steps(
         state, out = carry
         keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
         token = sample(apply_repetition_penalty(state.logits, state.seen, sampling), sampling, keys)
-        done = state.done | jnp.any(token[:, None] == stop_ids, axis=-1)
+        done = state.done | jnp.any(token[:, None] == stop_ids[None], axis=-1)
         new = jnp.where(done, DONE_TOKEN, token)
-        out = jax.lax.dynamic_update_slice(out, new[:, None], (0, state.step - first))
+        out = jax.lax.dynamic_update_slice(out, new[:, None], (jnp.int32(0), state.step - first))
         logits, caches = prefill.decode_step(model, token, state.caches)
         seen = state.seen.at[jnp.arange(token.size), token].set(True, unique_indices=True)
         return _State(caches, logits, done, state.keys, state.step + 1, seen), out

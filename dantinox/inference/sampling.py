@@ -119,8 +119,9 @@ def _top_k_top_p_mask(z: Array, sampling: Sampling) -> Array:
     # A stable sort ranks equal logits by id.
     descending, sorted_ids = jax.lax.sort((-z, ids), dimension=-1, is_stable=True, num_keys=1)
     k = jnp.where(sampling.top_k > 0, sampling.top_k, V)
-    in_k = jnp.arange(V) < k
+    rank = jnp.arange(V, dtype=jnp.int32)[None]
+    in_k = rank < k
     mass = jnp.cumsum(jnp.where(in_k, jnp.exp(-descending), 0), axis=-1)
     mass_before = jnp.pad(mass[:, :-1], ((0, 0), (1, 0)))
-    in_p = (mass_before < sampling.top_p * mass[:, -1:]) | (sampling.top_p >= 1) | (jnp.arange(V) == 0)
+    in_p = (mass_before < sampling.top_p * mass[:, -1:]) | (sampling.top_p >= 1) | (rank == 0)
     return jnp.zeros((B, V), bool).at[jnp.arange(B)[:, None], sorted_ids].set(in_k & in_p, unique_indices=True)

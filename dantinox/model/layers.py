@@ -42,7 +42,7 @@ def rms_norm(x: Array, scale: nnx.Param, eps: float) -> Array:
     """Compute x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32."""
     x_f32 = x.astype(jnp.float32)
     inv_rms = jax.lax.rsqrt(jnp.mean(x_f32 * x_f32, axis=-1, keepdims=True) + eps)
-    return (x_f32 * inv_rms * scale[...]).astype(x.dtype)
+    return (x_f32 * inv_rms * jnp.expand_dims(scale[...], tuple(range(x.ndim - 1)))).astype(x.dtype)
 
 
 @jax.named_scope("dropout")

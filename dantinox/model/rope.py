@@ -54,7 +54,7 @@ def original_context(config: ModelConfig) -> int:
 def rope_cos_sin(config: ModelConfig, positions: Array) -> tuple[Array, Array]:
     """Return (cos, sin), each [..., D / 2] float32, of int32 positions [...]."""
     inv_freq, attention_factor = rope_frequencies(config)
-    angles = positions[..., None].astype(jnp.float32) * inv_freq
+    angles = positions[..., None].astype(jnp.float32) * np.expand_dims(inv_freq, tuple(range(positions.ndim)))
     return jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
 
 

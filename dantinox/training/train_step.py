@@ -28,8 +28,8 @@ def cross_entropy(logits: Array, targets: Array, count: Array | float | None = N
         count: divisor instead of the number of targets, such as the targets of a batch per micro-batch.
     """
     # A masked sum, not a gather: its gradient needs no scatter, and XLA fuses both passes.
-    V, is_target = logits.shape[-1], targets >= 0
-    target_logits = jnp.sum(jnp.where(jnp.arange(V) == targets[..., None], logits, 0), axis=-1)
+    ids, is_target = jnp.expand_dims(jnp.arange(logits.shape[-1]), tuple(range(targets.ndim))), targets >= 0
+    target_logits = jnp.sum(jnp.where(ids == targets[..., None], logits, 0), axis=-1)
     nats = jnp.where(is_target, jax.nn.logsumexp(logits, axis=-1) - target_logits, 0)
     return jnp.sum(nats) / jnp.maximum(jnp.sum(is_target) if count is None else count, 1)
 
@@ -103,7 +103,7 @@ def make_train_step(
 
     def step(state: TrainState, inputs: Array, targets: Array, number: Array) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(root, number) if config.model.dropout else None
-        count = jnp.sum(targets >= 0) / A
+        count = jnp.sum(targets >= 0, dtype=jnp.float32) / A
         if A == 1:
             metrics, grads = gradients(state.params, inputs[0], targets[0], key, count)
         else:
@@ -125,7 +125,8 @@ def make_train_step(
             ema = state.ema
             if ema is not None:
                 # A smaller decay in the first steps, so that the initial weights fade quickly.
-                decay = jnp.minimum(config.optim.ema_decay, (1 + number) / (10 + number))
+                steps = number.astype(jnp.float32)
+                decay = jnp.minimum(config.optim.ema_decay, (1 + steps) / (10 + steps))
                 ema = optax.incremental_update(params, ema, 1 - decay)
             new = TrainState(params, opt_state, ema)
             new = jax.tree.map(lambda updated, old: jnp.where(finite, updated, old), new, state)

@@ -237,6 +237,18 @@ def _slice(params: Any, ins: Any, outs: Any) -> Callable[..., Any]:
     return lambda x: x[at]
 
 
+def _reduce_precision(params: Any, ins: Any, outs: Any) -> Callable[..., Any]:
+    if params["exponent_bits"] != 8:
+        raise NotImplementedError(f"reduce_precision to {params['exponent_bits']} bits of exponent")
+    shift = params["mantissa_bits"] + 1
+
+    def reduce_precision(x: Array) -> Array:
+        mantissa, exponent = np.frexp(x)
+        return np.ldexp(np.rint(np.ldexp(mantissa, shift)), exponent - shift).astype(np.asarray(x).dtype)
+
+    return reduce_precision
+
+
 def _empty(params: Any, ins: Any, outs: Any) -> Callable[..., Any]:
     return lambda *_: np.zeros(outs[0].aval.shape, outs[0].aval.dtype)
 
@@ -267,6 +279,7 @@ SHAPED: dict[str, Callable[..., Callable[..., Any]]] = {
     "iota": _iota,
     "empty": _empty,
     "empty2": _empty,
+    "reduce_precision": _reduce_precision,
     "convert_element_type": lambda params, ins, outs: lambda x: np.asarray(x).astype(params["new_dtype"]),
     "bitcast_convert_type": lambda params, ins, outs: lambda x: np.asarray(x).view(params["new_dtype"]),
     "integer_pow": lambda params, ins, outs: lambda x: np.power(x, params["y"]).astype(np.asarray(x).dtype),

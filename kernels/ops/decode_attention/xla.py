@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from dantinox.kernels.einsum import accumulation_dtype
 from dantinox.kernels.ops.decode_attention.kv_cache import KVCache, append_token
 from dantinox.kernels.ops.decode_attention.numbers import narrow_weights, split_scale
 from dantinox.kernels.softcap import soft_cap
@@ -72,7 +73,7 @@ def _product(spec: str, a: Array, b: Array, visible: Array) -> Array:
     The result is `jnp.einsum`'s: a masked copy of the keys takes as long as the product. The derivatives are products
     of float32 operands, since those of float16 can overflow.
     """
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+    return jnp.einsum(spec, a, b, preferred_element_type=accumulation_dtype(a.dtype))
 
 
 @_product.defjvp

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -193,7 +194,7 @@ def _decode_kernel(
 
     def attend_from_all_heads(masked: bool) -> None:
         # A loop over the heads: if it is unrolled, libtpu interleaves them and spills.
-        pl.loop(0, token.q.shape[1])(lambda head: attend(head, masked))
+        jax.lax.fori_loop(0, np.int32(token.q.shape[1]), lambda head, _: attend(head, masked), None)
 
     for condition, masked in ((fully_visible, False), (~fully_visible, True)):
         pl.when(condition)(functools.partial(attend_from_all_heads, masked))
