@@ -1,6 +1,5 @@
 """Progress on standard error: of what takes long, on terminals and elsewhere, and never an error."""
 
-import gc
 import io
 import re
 import time
@@ -78,7 +77,6 @@ def test_streams_that_cannot_be_written_are_ignored(monkeypatch):
     closed.close()
     for stream in (None, closed, Broken()):
         long_task(stream, monkeypatch)
-    gc.collect()
 
 
 def test_sizes_are_readable():
