@@ -127,8 +127,8 @@ WRONG = {
     "--resume --config none.yaml": "config none.yaml: cannot be read (No such file or directory)",
     "--resume --dim 50": "n_heads",
     "--config number.yaml --resume": f"run runs/5 {ABSENT}",
-    "--resume true": "Unrecognized options: true",
-    "--resume=yes": "Unrecognized options: yes",
+    "--resume true": "true",
+    "--resume=yes": "yes",
 }
 
 
