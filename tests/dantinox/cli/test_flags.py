@@ -15,6 +15,7 @@ from dantinox.cli.foreign_flags import NO_COUNTERPART, OTHER_NAMES
 from dantinox.cli.suggestions import suggestion
 from dantinox.config import Config, ConfigError
 from dantinox.config.numbers import parse_int
+from tests.helpers.documented_messages import message_pattern
 
 PROGRAMS = {"train": train, "generate": generate, "evaluate": evaluate, "export": export}
 
@@ -81,6 +82,14 @@ def test_invalid_line_is_refused_in_plain_words(line):
     with pytest.raises(ConfigError) as error:
         normalize(train.Arguments, line.split())
     assert str(error.value) == TRAIN[line]
+
+
+def test_refused_flag_ends_the_program_with_the_documented_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--max-iters", "5"])
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "")
+    assert message_pattern("a flag of another trainer").fullmatch(err.strip())
 
 
 MEANT = {
