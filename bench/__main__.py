@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
 from bench.report import console_table, history, html_report, results
 from dantinox import cli
 from dantinox.kernels import workloads
+from dantinox.system.console import Console
 
 PROG = "bench"
 # On Ctrl-C the child ends silently, because this process prints the message.
@@ -71,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = Path(arguments.html)
         report.parent.mkdir(parents=True, exist_ok=True)
         histories = history.collect(documents, Path(arguments.out))
-        report.write_text(html_report.render(documents, model, histories))
+        report.write_text(html_report.render(documents, model, histories), "utf-8")
         console.print(f"\n[dim]{' '.join(map(str, paths))}[/]\nreport: {report}", highlight=False)
     return 0
 
@@ -120,7 +119,7 @@ def time_operations(arguments: Arguments) -> dict[str, dict[str, Any]]:
         if not raw.exists() or not raw.stat().st_size:
             flags = "--spec, --implementation and --direction"
             raise ValueError(f"nothing was measured (pytest ended with {code}): no workload fits {flags} together")
-        return results.from_pytest(json.loads(raw.read_text()))
+        return results.from_pytest(json.loads(raw.read_text("utf-8")))
 
 
 def _time_model() -> dict[str, dict[str, float]]:

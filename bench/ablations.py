@@ -13,7 +13,6 @@ from statistics import median
 from typing import Any
 
 import jax
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
@@ -24,6 +23,7 @@ from dantinox import cli, kernels
 from dantinox.config import Config
 from dantinox.model import flops
 from dantinox.system import malloc
+from dantinox.system.console import Console
 
 PROG = "bench.ablations"
 
@@ -198,8 +198,8 @@ def run(arguments: Arguments) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         document = {"date": today, "device": device, "versions": {"jax": jax.__version__}, "preset": arguments.preset}
         path = folder / f"{today}-ablations.json"
-        path.write_text(json.dumps(document | {"rows": rows}, indent=1) + "\n")
-        path.with_suffix(".svg").write_text(plot(rows, title))
+        path.write_text(json.dumps(document | {"rows": rows}, indent=1) + "\n", "utf-8")
+        path.with_suffix(".svg").write_text(plot(rows, title), "utf-8")
         print(path, path.with_suffix(".svg"))
     return 0
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from rich.console import Console
 from rich.table import Table
 
 from bench.report import cpu
 from bench.report.results import ROOT, Document, Row, device_folder
 from dantinox import cli, kernels
+from dantinox.system.console import Console
 
 PROG = "bench.compare"
 TOLERANCE = 0.05
@@ -107,7 +107,7 @@ def newest_of_same_cpu(candidates: Sequence[tuple[str, Document]], new: Document
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
         raise ValueError(f"git {arguments[0]}: {done.stderr.strip().splitlines()[-1]}")
     return done.stdout
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError(f"--op {op!r} is not in both measurements; allowed: {', '.join(both) or 'none'}")
         regressed, compared, other_cpus = False, 0, []
         for op in ops:
-            now = json.loads(new[op].read_text())
+            now = json.loads(new[op].read_text("utf-8"))
             found = newest_of_same_cpu(old[op], now)
             if found is None:
                 other_cpus.append(_other_cpu(op, old[op][0], now))

@@ -18,7 +18,6 @@ from statistics import median
 import jax
 import numpy as np
 from flax import nnx
-from rich.console import Console
 from rich.table import Table
 
 from bench.model.train_step_timer import TrainStepTimer
@@ -30,6 +29,7 @@ from dantinox.metrics.logger import matmul_rate
 from dantinox.model import flops
 from dantinox.model.transformer import Transformer
 from dantinox.system import malloc
+from dantinox.system.console import Console
 
 PROG = "bench.end_to_end"
 BASE = {
@@ -107,6 +107,7 @@ class TorchBaseline:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            encoding="utf-8",
         )
         self.step("dense"), self.step("moe")
 
@@ -200,7 +201,7 @@ def run(arguments: Arguments) -> int:
         table.add_row(name, ", ".join(f"{key} {value:.3g}" for key, value in row.items()))
     Console().print(table)
     if arguments.out:
-        Path(arguments.out).write_text(json.dumps(rows, indent=1) + "\n")
+        Path(arguments.out).write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
     return 0
 
 

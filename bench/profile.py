@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jaxlib
-from rich.console import Console
 from rich.table import Table
 
 from bench.operations import runner
@@ -29,6 +28,7 @@ from dantinox.config import Config, Implementation, presets
 from dantinox.kernels import workloads
 from dantinox.kernels.workloads.types import Decode, Workload
 from dantinox.system import malloc
+from dantinox.system.console import Console
 from dantinox.training import profile_report, profile_table
 
 PROG = "bench.profile"
@@ -228,7 +228,7 @@ def run(arguments: Arguments) -> int:
         result = analyze(path, program, steps, seconds)
         summary = Path(arguments.json) if arguments.json else path.with_name("top.json")
         summary.parent.mkdir(parents=True, exist_ok=True)
-        summary.write_text(json.dumps(result, indent=1) + "\n")
+        summary.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     with contextlib.suppress(BrokenPipeError):
         show(result, arguments.top)
     print(f"trace {path}\ntables {summary}\nlook at it: make tensorboard LOGDIR={out}, or: tensorboard --logdir {out}")

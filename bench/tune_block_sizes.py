@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from rich.console import Console
 from rich.table import Table
 
 from bench.operations.runner import error_summary
@@ -31,6 +30,7 @@ from dantinox.kernels import dispatch, workloads
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import block_sizes, gmm, tgmm, vjp
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90.warp_specialized import Sm90GmmConfig
 from dantinox.kernels.ops.moe.pallas_sm90 import down_proj_bwd, up_proj
+from dantinox.system.console import Console
 
 PROG = "bench.tune_block_sizes"
 Row = dict[str, Any]
@@ -354,7 +354,7 @@ def run(arguments: Arguments) -> int:
         constants = fit(rows, num_sms)
         if arguments.json:
             document = {"device": dispatch.current_device().kind, "clock": clock().name, "fit": constants, "rows": rows}
-            Path(arguments.json).write_text(json.dumps(document, indent=1) + "\n")
+            Path(arguments.json).write_text(json.dumps(document, indent=1) + "\n", "utf-8")
         show(rows, constants, console)
         if arguments.tiny:
             console.print("interpreted at tiny sizes: this shows that every kernel runs, not the constants of a GPU")
@@ -363,7 +363,7 @@ def run(arguments: Arguments) -> int:
 
 def _append(path: str | None, row: Row) -> None:
     if path is not None:
-        with open(path, "a") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
 

@@ -4,6 +4,8 @@ Public names are imported on first use, so `import dantinox.kernels` does not im
 """
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING
 
 from dantinox.version import __version__
@@ -41,6 +43,20 @@ _MODULES = {
     "save_hf": "dantinox.hf.weights",
     "stream": "dantinox.inference.generate",
 }
+
+
+class _Package(types.ModuleType):
+    """A package whose functions stay what they are when the program of the same name is imported.
+
+    Python makes an imported module an attribute of its package: `import dantinox.generate` would hide the function.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _MODULES and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> object:

@@ -63,7 +63,7 @@ def package(module: str) -> str:
 
 def imports(path: Path) -> Iterator[str]:
     """Yield the absolute names of the modules that a file imports."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:

@@ -5,6 +5,7 @@ gradients can be beyond 65504 where the results are not.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +90,9 @@ def attention(
     dtype = q.dtype
     if dtype == jnp.float16:
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    if 0 < abs(scale) < 2**-12:  # half its power of two for q and for k, or their product may not fit
+        half = 2.0 ** (math.frexp(scale)[1] // 2)
+        q, k, scale = q * half, k * half, scale / half**2
 
     def rounded(x: Array) -> Array:
         return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=10) if dtype == jnp.float16 else x
@@ -109,9 +113,10 @@ def attention(
         scores = rounded(soft_cap(jnp.where(mask, scores, 0), softcap))
     scores = jnp.where(mask, scores, -jnp.inf)
     row_max = jnp.max(scores, axis=-1, keepdims=True, initial=jnp.finfo(scores.dtype).min)
-    weights = rounded(jnp.where(mask, jnp.exp(scores - jax.lax.stop_gradient(row_max)), 0))
+    weights = rounded(jnp.exp(scores - jax.lax.stop_gradient(row_max)))
     total = rounded(jnp.sum(weights, axis=-1, keepdims=True))
-    weights = rounded(weights / jnp.where(total == 0, 1, total))
+    # The weight of a masked value has a gradient too, which may be infinite: the mask removes it.
+    weights = rounded(jnp.where(mask, weights / jnp.where(total == 0, 1, total), 0))
     o = rounded(jnp.einsum("BKGTS,BSKD->BTKGD", weights, v).reshape(B, T, H, D))
     if gate is not None:
         o = o * sigmoid(gate.astype(o.dtype))

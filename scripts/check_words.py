@@ -58,7 +58,12 @@ def find_banned(text: str) -> Iterator[tuple[int, str, str]]:
 def tracked_files() -> list[Path]:
     """Return the text files that git tracks, without this one and its test."""
     names = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        encoding="utf-8",
     ).stdout.splitlines()
     files = [ROOT / name for name in names if name.endswith(SUFFIXES) and not name.startswith("profiles/")]
     return [file for file in files if file.is_file() and not file.is_symlink() and file.name not in SELF]
@@ -68,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
     """Print every banned phrase; 1 if there is one."""
     status = 0
     for file in [Path(name) for name in arguments] or tracked_files():
-        for number, words, advice in find_banned(file.read_text(errors="replace")):
+        for number, words, advice in find_banned(file.read_text(errors="replace", encoding="utf-8")):
             print(f"{file}:{number}: {words!r}; write: {advice}")
             status = 1
     return status

@@ -13,8 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from bench.aot import cases as aot_cases
 from bench.aot import hardware, profile, worker_pool
 from bench.aot.cases import Case
@@ -22,6 +20,7 @@ from bench.aot.gpu import compiler as gpu_compiler
 from bench.aot.report import console_table, readme
 from bench.aot.tpu import compiler as tpu_compiler
 from dantinox import cli
+from dantinox.system.console import Console
 
 PROG = "bench.aot"
 

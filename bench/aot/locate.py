@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from dantinox.system.streams import run_main
+
 PROG = "bench.aot.locate"
 CONTEXT = 3  # source lines to show before that of the instruction
 _NAMED = re.compile(r"0x([0-9a-f]+) <([\w$.]+)\+(\d+)>")
@@ -123,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log, folder = Path(arguments[0]), Path(arguments[1])
     kernels: dict[str, list[Instruction]] = {}
     for path in sorted(folder.rglob("*.sass")):
-        kernels |= parse_listing(path.read_text())
+        kernels |= parse_listing(path.read_text("utf-8"))
     if not kernels or not log.is_file():
         reason = f"{folder} holds no .sass file; `make aot` with --keep writes them"
         if not log.is_file():
@@ -131,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROG}: error: {reason}", file=sys.stderr)
         return 2
     offsets_by_kernel: dict[str, list[int]] = {}
-    for name, offset in program_counters(log.read_text(errors="replace")):
+    for name, offset in program_counters(log.read_text(errors="replace", encoding="utf-8")):
         offsets_by_kernel.setdefault(name, []).append(offset)
     if not offsets_by_kernel:
         print("no program counter of a kernel in this log")
@@ -146,4 +148,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_main(main)

@@ -33,7 +33,7 @@ def load(file: Path) -> Profile | None:
     if not file.exists():
         return None
     try:
-        profile = json.loads(file.read_text())
+        profile = json.loads(file.read_text("utf-8"))
         profile["rows"].items()
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{file.name} is not a profile of bench.aot") from None
@@ -65,7 +65,7 @@ def save(file: Path, profile: Profile) -> None:
     """Write a profile atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
-    partial.write_text(dump(profile))
+    partial.write_text(dump(profile), "utf-8")
     partial.replace(file)
 
 

@@ -26,7 +26,7 @@ from bench.aot.tpu import compiler as tpu_compiler
 def main(argv: list[str]) -> None:
     """Answer requests until standard input ends."""
     target, dumps = hardware.get(argv[0]), Path(argv[1])
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     log = os.open(dumps.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -74,7 +74,7 @@ def answer(target: hardware.Target, compile_: Callable[..., Any], dumps: Path, c
             program = programs.build(case)
             compiled = compile_(program.function, program.shapes, program.donate)
             seconds = time.perf_counter() - start
-        printed = (dumps / "printed.txt").read_text(errors="replace")
+        printed = (dumps / "printed.txt").read_text(errors="replace", encoding="utf-8")
         kernels, totals = (
             gpu_compiler.read(target, dumps, printed) if isinstance(target, hardware.Gpu) else tpu_compiler.read(dumps)
         )

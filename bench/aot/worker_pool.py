@@ -75,7 +75,7 @@ class Worker:
             first = self._answer(START_SECONDS)
             if "versions" not in first:
                 log = self._folder / "log.txt"
-                lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+                lines = log.read_text(errors="replace", encoding="utf-8").split("\n") if log.exists() else []
                 last = next((line.strip() for line in reversed(lines) if line.strip()), first["reason"])
                 raise ValueError(f"the compiler for {self._target.name} does not start: {last[:300]}")
             self.versions = first["versions"]
@@ -118,6 +118,7 @@ class Worker:
             env={**os.environ, **variables, "PYTHONUNBUFFERED": "1", "JAX_ENABLE_COMPILATION_CACHE": "false"},
             cwd=Path(__file__).resolve().parents[2],
             start_new_session=True,  # the parent handles Ctrl-C
+            encoding="utf-8",
         )
 
         def forward_lines() -> None:

@@ -1,11 +1,10 @@
 """Check and measure everything on this GPU within a time limit: `python3 -m bench.gpu`.
 
-Only the standard library is imported here: whatever else is missing or broken, this program starts, and writes the
-results of the parts that work.
+Only the standard library is imported here, and what needs nothing else: whatever else is missing or broken, this
+program starts, and writes the results of the parts that work.
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from bench.gpu import parts, runner
+from dantinox.system.streams import run_main
 
 PROG = "bench.gpu"
 SMOKE_CASES = (  # bench.gpu.smoke.CASES, which needs JAX
@@ -108,7 +108,9 @@ def has_no_gpu() -> bool:
     """
     code = "import jax; print(jax.default_backend())"
     try:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, encoding="utf-8"
+        )
     except subprocess.TimeoutExpired:
         return False  # a GPU that does not respond; the first part will report it
     if done.returncode:
@@ -117,11 +119,4 @@ def has_no_gpu() -> bool:
 
 
 if __name__ == "__main__":
-    try:
-        status = main()
-    except KeyboardInterrupt:
-        status = 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 141
-    raise SystemExit(status)
+    run_main(main)

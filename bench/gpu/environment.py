@@ -33,9 +33,9 @@ def run(arguments: Arguments) -> int:
     """Write the file twice: without JAX, then with JAX's devices, because JAX may hang if the driver does."""
     path = Path(arguments.out)
     facts = system()
-    path.write_text(json.dumps(facts, indent=1) + "\n")
+    path.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
     facts |= jax_devices()
-    path.write_text(json.dumps(facts, indent=1) + "\n")
+    path.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
     print(f"{facts['device']}, driver {facts['nvidia-smi'].get('driver_version', 'none')}, jax {facts['jax']}")
     return 0
 
@@ -100,7 +100,7 @@ def _version(program: str | None, pattern: str) -> str | None:
 
 def _output(command: list[str]) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, encoding="utf-8").stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
 

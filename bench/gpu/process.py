@@ -112,7 +112,7 @@ def processes() -> Iterator[tuple[int, str, int, int]]:
     """Yield (process id, state, parent, session) of every process, from /proc; nothing without /proc."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError):  # it may have ended meanwhile
-            state, parent, _, session = path.read_text().rpartition(") ")[2].split()[:4]
+            state, parent, _, session = path.read_text("utf-8").rpartition(") ")[2].split()[:4]
             yield int(path.parent.name), state, int(parent), int(session)
 
 
@@ -153,7 +153,7 @@ def describe_hang(session: int, log: int) -> None:
 def installs_stack_dump(pid: int) -> bool:
     """Whether a process handles SIGUSR1; otherwise the signal would end it."""
     with contextlib.suppress(OSError, StopIteration, ValueError, IndexError):
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/status").read_text("utf-8").splitlines()
         caught = next(line for line in lines if line.startswith("SigCgt:"))
         return bool(int(caught.split()[1], 16) >> (signal.SIGUSR1 - 1) & 1)
     return False

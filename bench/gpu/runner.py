@@ -101,20 +101,20 @@ def _run_within(part: Part, out: Path, limit: Callable[[Part], float]) -> Result
 def run_part(part: Part, out: Path, limit: float) -> Result:
     """Run one part with a time limit; its output goes to <part>.log."""
     log = out / f"{part.name}.log"
-    log.write_text("")
+    log.write_text("", "utf-8")
     # Concurrent processes share the GPU's memory.
     shares = bool(part.group) or "-n" in part.command
     env = os.environ | {"PYTHONUNBUFFERED": "1"} | ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if shares else {})
     env |= part.env
     ended = process.run(part.command, log, limit, ROOT, env)
-    text = log.read_text(errors="replace")
+    text = log.read_text(errors="replace", encoding="utf-8")
     result: Result = {"part": part.name, "result": _result(ended.code, limit, text), "seconds": round(ended.seconds, 1)}
     if ended.code != 0:
         result["failing"] = failing_lines(text, pytest="pytest" in part.command)
     if "pytest" in part.command:
         result["tests"] = count_outcomes(text)
     if (lines := out / f"{part.name}.jsonl").exists():
-        result["cases"] = len(lines.read_text().splitlines())
+        result["cases"] = len(lines.read_text("utf-8").splitlines())
     return result
 
 
@@ -204,10 +204,10 @@ def summarize_run(results: Sequence[Result], tiny: bool) -> list[str]:
 def write_results(results: Sequence[Result], out: Path, archive_path: Path) -> None:
     """Write summary.json into `out` and beside the archive, then the archive."""
     text = json.dumps(list(results), indent=1) + "\n"
-    (out / "summary.json").write_text(text)
+    (out / "summary.json").write_text(text, "utf-8")
     if left_out := archive.write(archive_path, out):
         text = json.dumps([*results, {"part": "archive", "result": "done", "left out": left_out}], indent=1) + "\n"
-    (archive_path.parent / "summary.json").write_text(text)
+    (archive_path.parent / "summary.json").write_text(text, "utf-8")
 
 
 def _stop_children() -> None:

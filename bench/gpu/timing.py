@@ -44,7 +44,7 @@ def run(arguments: Arguments) -> int:
             continue
         outcome = runner.run_case(case, ceilings, budget=arguments.budget, only=arguments.implementation)
         print(record.progress_line(outcome), flush=True)
-        with open(arguments.lines, "a") as file:
+        with open(arguments.lines, "a", encoding="utf-8") as file:
             file.write(json.dumps(record.json_line(outcome)) + "\n")
         for name, result in outcome.results.items():
             entry = record.Entry(case, name)

@@ -127,7 +127,7 @@ def replay(benchmark: Any, ceilings: Ceilings, request: pytest.FixtureRequest) -
         if RUN.progress:
             print(record.progress_line(result), flush=True)
         if path := option("--lines"):
-            with open(path, "a") as file:
+            with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record.json_line(result)) + "\n")
         return result
 

@@ -250,7 +250,7 @@ def cache_bytes() -> int:
         return 50 * 2**20  # L2 of an H100
     sizes = [0]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()
+        text = path.read_text("utf-8").strip()
         sizes.append(int(text.rstrip("KMG")) * {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1], 1))
     return max(sizes) or 32 * 2**20
 

@@ -1,10 +1,10 @@
 """The report in the terminal: a table per operation, with the implementations of a workload below each other."""
 
-from rich.console import Console
 from rich.table import Table
 
 from bench.report import cpu
 from bench.report.results import Document, Row, by_case, fastest, leaders
+from dantinox.system.console import Console
 
 SCALES = ((1, "s"), (1e-3, "ms"), (1e-6, "µs"))
 

@@ -34,7 +34,7 @@ def this_cpu() -> CPU:
 
 
 def _model(cpuinfo: Path) -> str:
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text("utf-8").splitlines() if cpuinfo.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return " ".join(next(names, "").split()) or platform.processor() or platform.machine()
 

@@ -60,7 +60,7 @@ def collect(documents: Mapping[str, Document], profiles: Path, commit: str = "HE
         with contextlib.suppress(ValueError, OSError):
             old = compare.newest_of_same_cpu(compare.committed(commit, device).get(op, ()), document)
         paths = sorted((profiles / device).glob(f"????-??-??-{op}.json"))  # dates sort as text
-        files = [json.loads(path.read_text()) for path in paths]
+        files = [json.loads(path.read_text("utf-8")) for path in paths]
         found[op] = make(document, files, *(old or ("", None)))
     return found
 

@@ -141,7 +141,7 @@ def write(documents: Mapping[str, Document], profiles: Path) -> list[Path]:
         folder = profiles / device_folder(document["platform"], document["device"])
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{document['date']}-{op}.json"
-        path.write_text(dumps(_merge(path, document)))
+        path.write_text(dumps(_merge(path, document)), "utf-8")
         paths.append(path)
     return paths
 
@@ -152,7 +152,7 @@ def _row_key(row: Row | SkippedRow) -> tuple[str, str, str]:
 
 def _merge(path: Path, document: Document) -> Document:
     """Add the rows of an existing file that the document does not have."""
-    existing = json.loads(path.read_text()) if path.exists() else {}
+    existing = json.loads(path.read_text("utf-8")) if path.exists() else {}
     if any(existing.get(name) != document[name] for name in ("device", "platform", "versions", "timer")):
         return document
     if not cpu.same(existing, document):

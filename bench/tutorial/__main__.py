@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
 
 from bench.report import results
 from bench.tutorial import common
 from dantinox import cli
 from dantinox.kernels.tutorial import TUTORIALS
 from dantinox.system import malloc
+from dantinox.system.console import Console
 
 PROG = "bench.tutorial"
 
@@ -77,11 +77,11 @@ def _run(name: str, budget: float, compiler: Path | None, folder: Path, committe
     module = load(name)
     document = module.measure(budget, compiler)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / common.file_name(name)).write_text(json.dumps(document, indent=1) + "\n")
+    (folder / common.file_name(name)).write_text(json.dumps(document, indent=1) + "\n", "utf-8")
     Console(width=200).print(module.table(document), markup=False, highlight=False)
     if committed:
         path = results.ROOT / module.README
-        path.write_text(common.update_readme(path.read_text(), module, document))
+        path.write_text(common.update_readme(path.read_text("utf-8"), module, document), "utf-8")
     wrong = module.wrong(document)
     for row in wrong:
         print(f"{PROG}: {name}: {row}: error {document['rows'][row]['error']:.1e}", file=sys.stderr)

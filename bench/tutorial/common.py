@@ -163,7 +163,7 @@ def file_name(tutorial: str) -> str:
 
 def load_committed(tutorial: str) -> dict[str, Any]:
     """Load the results in profiles/cpu, from which the table is printed."""
-    return json.loads((COMMITTED / file_name(tutorial)).read_text())
+    return json.loads((COMMITTED / file_name(tutorial)).read_text("utf-8"))
 
 
 def update_readme(text: str, module: Any, document: Mapping[str, Any]) -> str:

@@ -115,7 +115,7 @@ def compile_row(name: str, compiler: Path) -> Row:
         variables = gpu_compiler.environment(dumps) | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
         program = "import sys; from bench.tutorial import hopper; hopper.compile_here(*sys.argv[1:])"
         try:
-            with (dumps / "printed.txt").open("w") as printed:
+            with (dumps / "printed.txt").open("w", encoding="utf-8") as printed:
                 done = subprocess.run(
                     [str(compiler), "-c", program, name, folder],
                     stdout=printed,
@@ -125,12 +125,13 @@ def compile_row(name: str, compiler: Path) -> Row:
                     cwd=results.ROOT,
                     timeout=COMPILE_SECONDS,
                     check=False,
+                    encoding="utf-8",
                 )
         except subprocess.TimeoutExpired:
             return {"not_compiled": f"took more than {COMPILE_SECONDS} s"}
         if done.returncode:
             return {"not_compiled": done.stderr.strip().split("\n")[-1][:200]}
-        return json.loads((dumps / "row.json").read_text())
+        return json.loads((dumps / "row.json").read_text("utf-8"))
 
 
 def compile_here(name: str, folder: str) -> None:
@@ -140,23 +141,25 @@ def compile_here(name: str, folder: str) -> None:
     with dispatch.target_device(TARGET.platform, TARGET.kind):
         compile_(matmul(name), (((N, M), jnp.dtype(DTYPE)), ((M, F), jnp.dtype(DTYPE))), ())
     sys.stdout.flush()
-    printed = (dumps / "printed.txt").read_text(errors="replace")
+    printed = (dumps / "printed.txt").read_text(errors="replace", encoding="utf-8")
     ((kernel,), _), ((barriers, _),) = gpu_compiler.read(TARGET, dumps, printed), ptx.mosaic_smem(printed)
     (module,) = ptx.split_modules(printed)
     row = {key: kernel[key] for key in ("registers", "spill_bytes", "smem_bytes", "threads")}
     row |= {"blocks_per_sm": kernel["blocks"], "barriers": barriers}
     row["max_registers"] = sorted(int(n) for n in re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", module))
     row |= loop_of(assembled(module, dumps))
-    (dumps / "row.json").write_text(json.dumps(row))
+    (dumps / "row.json").write_text(json.dumps(row), "utf-8")
 
 
 def assembled(module: str, dumps: Path) -> list[sass.Instruction]:
     """Assemble a PTX module of one kernel and return its machine code."""
     source, cubin = dumps / "kernel.ptx-source", dumps / "kernel.cubin"
-    source.write_text(module)
+    source.write_text(module, "utf-8")
     command = [gpu_compiler.PTXAS, f"-arch={TARGET.arch}", source, "-o", cubin]
     subprocess.run(command, check=True, capture_output=True)
-    dumped = subprocess.run([gpu_compiler.CUOBJDUMP, "--dump-sass", cubin], capture_output=True, text=True, check=True)
+    dumped = subprocess.run(
+        [gpu_compiler.CUOBJDUMP, "--dump-sass", cubin], capture_output=True, text=True, check=True, encoding="utf-8"
+    )
     (code,) = sass.functions(dumped.stdout).values()
     return code
 

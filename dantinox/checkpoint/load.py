@@ -3,12 +3,12 @@
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
 from dantinox.checkpoint.manager import Checkpoints
-from dantinox.config import Config
+from dantinox.config import Config, ConfigError, read_settings
 from dantinox.data.tokenizer import Tokenizer, load_tokenizer
 from dantinox.model import params
 from dantinox.model.transformer import Transformer
@@ -27,32 +27,37 @@ def read_config(run: str | Path) -> Config:
 
     Raises:
         FileNotFoundError: the run does not exist.
+        ConfigError: its settings are damaged, or a newer version wrote them.
     """
     run = Path(run)
     if not (run / "config.yaml").is_file():
         names = sorted(_run_names(run.parent))
         listing = f"runs in {run.parent}: {', '.join(names)}" if names else f"no runs in {run.parent}"
         raise FileNotFoundError(f"run {run} does not exist (it has no config.yaml); {listing}")
-    return Config.from_yaml(run / "config.yaml")
+    path = run / "config.yaml"
+    names = read_settings(path).keys()
+    if not names:
+        raise ConfigError(f"config {path}: has no settings; the file is damaged")
+    if unknown := [name for name in names if name not in Config().flat()]:
+        raise ConfigError(f"config {path}: unknown setting {unknown[0]!r}; a newer version may have written it")
+    return Config.from_yaml(path)
 
 
 def _run_names(folder: Path) -> Iterator[str]:
     return (path.parent.name for path in folder.glob("*/config.yaml") if path.is_file())
 
 
-def load(
-    run: str | Path, *, checkpoint: int | Literal["last", "best"] = "last", **overrides: Any
-) -> tuple[Transformer, Tokenizer]:
+def load(run: str | Path, *, checkpoint: int | str = "last", **overrides: Any) -> tuple[Transformer, Tokenizer]:
     """Return (model, tokenizer) of a run, with the moving average of the weights if it has one.
 
     Args:
         run: the run's folder, such as runs/nano.
-        checkpoint: "last" (the latest valid one), "best" (lowest validation loss) or a step.
+        checkpoint: "last" (the latest valid one), "best" (lowest validation loss) or a step, such as 400 or "400".
         overrides: model settings to change by name, such as decode="xla".
 
     Raises:
         FileNotFoundError: the run or the checkpoint does not exist.
-        ValueError: the checkpoint is corrupt, or for "last", all of them are.
+        ValueError: the checkpoint is corrupt, or for "last", all of them are; or `checkpoint` is another word.
     """
     config = read_config(run).replace(**overrides)
     tokenizer = load_tokenizer(run)
@@ -63,9 +68,7 @@ def load(
         for error in errors:
             log.warning("%s; using step %d", error, step)
     else:
-        step = checkpoints.best() if checkpoint == "best" else checkpoint
-        if step not in checkpoints.steps():
-            raise FileNotFoundError(f"run {run} has no checkpoint {checkpoint!r}; it has {checkpoints.steps()}")
+        step = _find_step(checkpoints, run, checkpoint)
         metadata = checkpoints.verify(step)
     if metadata.get("tokenizer") not in (None, tokenizer.fingerprint):
         raise ValueError(f"{Path(run) / 'tokenizer.json'} is not the tokenizer that the run was trained with")
@@ -76,3 +79,25 @@ def load(
     return model_def.merge(
         checkpoints.restore_weights(step, abstract_params, averaged=config.optim.ema_decay > 0)
     ), tokenizer
+
+
+def _find_step(checkpoints: Checkpoints, run: str | Path, checkpoint: int | str) -> int:
+    """Return the step that "best" or a number, as text too, names."""
+    steps = checkpoints.steps()
+    if not steps:
+        raise FileNotFoundError(f"run {run} has no checkpoint yet")
+    if checkpoint == "best":
+        best = checkpoints.best()
+        if best is None:
+            raise FileNotFoundError(f"no checkpoint of run {run} has a validation loss; it has {_listing(steps)}")
+        return best
+    text = str(checkpoint)
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"checkpoint is {checkpoint!r}; allowed: last, best or a step: {_listing(steps)}")
+    if int(text) not in steps:
+        raise FileNotFoundError(f"run {run} has no checkpoint {text}; it has {_listing(steps)}")
+    return int(text)
+
+
+def _listing(steps: list[int]) -> str:
+    return ", ".join(map(str, steps))

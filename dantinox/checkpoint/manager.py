@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,19 @@ class Checkpoints:
     unpickles: arrays are raw bytes, everything else is JSON.
     """
 
-    def __init__(self, run: Path, keep: int = 3) -> None:
+    def __init__(self, run: Path, keep: int = 3, check_lock: Callable[[], None] = lambda: None) -> None:
+        """Open the checkpoints of a run.
+
+        Args:
+            run: folder of the run.
+            keep: number of due checkpoints to keep.
+            check_lock: raises unless this process may write; called before each write.
+        """
         # Importing Orbax takes seconds; --help and --dry-run do not need it.
         import orbax.checkpoint as ocp
 
         log_filters.install_log_filters()
-        self._ocp, self.keep = ocp, keep
+        self._ocp, self.keep, self._check_lock = ocp, keep, check_lock
         self.display_path = run / "checkpoints"  # for messages, as given by the user
         self.folder = self.display_path.absolute()
         self._writer: Any = None
@@ -48,7 +56,7 @@ class Checkpoints:
         """Return the steps of all checkpoints, also corrupt ones, oldest first."""
         if not self.folder.is_dir():
             return []
-        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isascii() and path.name.isdigit())
 
     def best(self) -> int | None:
         """Return the step with the lowest validation loss; None if no checkpoint has one."""
@@ -69,8 +77,10 @@ class Checkpoints:
 
         Raises:
             CheckpointWriteError: the disk is too full, or the previous save failed.
+            LockLostError: another process writes the run.
         """
         self.wait()
+        self._check_lock()
         if step in self.steps():
             return
         if self._writer is None:
@@ -97,6 +107,7 @@ class Checkpoints:
         try:
             self._writer.wait_until_finished()
             manifest.write_manifest(partial, metadata)
+            self._check_lock()
             partial.rename(self.folder / str(step))
             _fsync_folder(self.folder)
             self._prune()
@@ -123,6 +134,7 @@ class Checkpoints:
     def update_metadata(self, step: int, metadata: dict[str, Any]) -> None:
         """Update the metadata of a valid checkpoint."""
         self.wait()
+        self._check_lock()
         folder = self.folder / str(step)
         manifest.write_manifest(folder, self.verify(step) | metadata)
 
@@ -186,24 +198,43 @@ class Checkpoints:
         return (self.folder / str(step)).rename(target)
 
     def restore(self, step: int, abstract_state: TrainState) -> TrainState:
-        """Restore the state of a valid checkpoint with the shapes, dtypes and shardings of `abstract_state`."""
-        tree = self._restore(step, _tree(abstract_state))
+        """Restore the state of a valid checkpoint with the shapes, dtypes and shardings of `abstract_state`.
+
+        Raises:
+            ValueError: the checkpoint has other arrays, so it belongs to other settings.
+        """
+        tree = self._restore(step, _tree(abstract_state), whole=True)
         leaves, structure = jax.tree.flatten(abstract_state.opt_state)
         opt_state = jax.tree.unflatten(structure, [tree["opt"][str(i)] for i in range(len(leaves))])
         return TrainState(tree["params"], opt_state, tree.get("ema"))
 
     def restore_weights(self, step: int, abstract_params: params.Params, averaged: bool) -> params.Params:
-        """Restore only the parameters of a valid checkpoint, or their moving average."""
+        """Restore only the parameters of a valid checkpoint, or their moving average.
+
+        Raises:
+            ValueError: the checkpoint has other parameters, so it belongs to other settings.
+        """
         name = "ema" if averaged else "params"
         return self._restore(step, {name: abstract_params})[name]
 
-    def _restore(self, step: int, abstract_tree: Any) -> Any:
-        ocp = self._ocp
+    def _restore(self, step: int, abstract_tree: Any, whole: bool = False) -> Any:
+        ocp, folder = self._ocp, self.folder / str(step) / "state"
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            # Orbax reports other arrays with an error of many lines, or fills or truncates them.
+            stored = _array_types(reader.metadata(folder).item_metadata.tree)
+            self._check_arrays(step, stored, _array_types(abstract_tree), whole)
             arguments = ocp.checkpoint_utils.construct_restore_args(abstract_tree)
             return reader.restore(
-                self.folder / str(step) / "state",
+                folder,
                 args=ocp.args.PyTreeRestore(item=abstract_tree, restore_args=arguments, partial_restore=True),
+            )
+
+    def _check_arrays(self, step: int, stored: dict[str, str], expected: dict[str, str], whole: bool) -> None:
+        names = [*expected, *(stored if whole else [])]
+        if different := next((name for name in names if stored.get(name) != expected.get(name)), None):
+            raise ValueError(
+                f"checkpoint {self.display_path / str(step)} does not fit the settings in config.yaml: {different} is "
+                f"{stored.get(different, 'missing')}, the settings make it {expected.get(different, 'superfluous')}"
             )
 
     def close(self) -> None:
@@ -224,6 +255,12 @@ def _tree(state: TrainState) -> dict[str, Any]:
     """Return the stored tree. It has the leaves of the optimizer state, whose structure follows from the config."""
     opt = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state.opt_state))}
     return {"params": state.params, "opt": opt} | ({} if state.ema is None else {"ema": state.ema})
+
+
+def _array_types(tree: Any) -> dict[str, str]:
+    """Return the dtype and shape of each array by its name, such as params.embedding."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {".".join(key.key for key in path): f"{leaf.dtype} {list(leaf.shape)}" for path, leaf in leaves}
 
 
 def _max_bytes(state: TrainState) -> int:

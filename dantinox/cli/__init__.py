@@ -1,6 +1,7 @@
 """Command-line programs, one per file, and their shared helpers (`dantinox.cli.args`)."""
 
-from dantinox.cli.args import USER_ERRORS, exit_with_error, one_line_errors, parse, peek_flag, positional_run, run_main
+from dantinox.cli.args import USER_ERRORS, exit_with_error, one_line_errors, parse, peek_flag, positional_run
+from dantinox.system.streams import run_main
 
 __all__ = [
     "USER_ERRORS",

@@ -40,17 +40,18 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report and return 0."""
     cli.parse(Arguments, argv, default=Arguments(), prog="dantinox-doctor", description=__doc__)
-    for title, rows in (
-        ("machine", machine()),
-        ("devices", devices()),
-        ("implementations", implementations()),
-        ("packages", [(name, version(name) or "missing") for name in PACKAGES]),
-        ("extras", extras()),
-        ("runs", runs_folder(Path("runs"))),
-    ):
-        print(title)
-        for name, text in rows:
-            print(f"  {name:28} {text}")
+    with cli.one_line_errors("dantinox-doctor"):
+        for title, rows in (
+            ("machine", machine()),
+            ("devices", devices()),
+            ("implementations", implementations()),
+            ("packages", [(name, version(name) or "missing") for name in PACKAGES]),
+            ("extras", extras()),
+            ("runs", runs_folder(Path("runs"))),
+        ):
+            print(title)
+            for name, text in rows:
+                print(f"  {name:28} {text}")
     return 0
 
 

@@ -1,7 +1,5 @@
 """Score a text with a trained model: `python -m dantinox.evaluate --run runs/NAME --data FILE`."""
 
-import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +9,8 @@ from dantinox import cli
 from dantinox.config import Implementation
 from dantinox.data.corpus import find_documents
 from dantinox.inference.scoring import score_documents
-from dantinox.system import malloc
+from dantinox.system import malloc, streams
+from dantinox.system.json_text import json_text
 
 PROG = "dantinox-evaluate"
 
@@ -22,6 +21,8 @@ class Arguments:
 
     run: str = "nano"
     """The run: runs/NAME or NAME."""
+    checkpoint: str | None = None
+    """Checkpoint of the run: last, best (the lowest validation loss) or a step; None: last."""
     data: str | None = None
     """A text file, a folder, a glob, or stdlib (the source of the Python standard library)."""
     context: int | None = None
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     malloc.tune_glibc_malloc()
     arguments = cli.parse(
         Arguments,
-        cli.positional_run(argv),
+        cli.positional_run(argv, "--run", "--data"),
         default=Arguments(),
         prog=PROG,
         description=__doc__.splitlines()[0].split(":")[0] + ".",
@@ -65,7 +66,9 @@ def report(arguments: Arguments) -> None:
 
     if arguments.data is None:
         raise ValueError("data is missing; give --data a text file, a folder, a glob or stdlib")
-    overrides = {name: value for name in ("attn", "moe") if (value := getattr(arguments, name)) is not None}
+    overrides = {
+        name: value for name in ("checkpoint", "attn", "moe") if (value := getattr(arguments, name)) is not None
+    }
     model, tokenizer = load(find_run(arguments.run), **overrides)
     documents = find_documents(arguments.data)
     start = time.perf_counter()
@@ -75,14 +78,15 @@ def report(arguments: Arguments) -> None:
     seconds = time.perf_counter() - start
     numbers = {name: getattr(score, name) for name in ("loss", "perplexity", "bits_per_byte")}
     if arguments.json:
-        print(json.dumps({"run": str(find_run(arguments.run)), "data": arguments.data} | score._asdict() | numbers))
+        record = {"run": str(find_run(arguments.run)), "data": arguments.data} | score._asdict() | numbers
+        print(json_text(record))
     else:
         print(f"{'data':14} {arguments.data}: {score.documents:,} documents, {score.bytes:,} bytes")
         print(f"{'tokens':14} {score.tokens:,}, context {score.context}, stride {score.stride}")
         print(f"{'loss':14} {score.loss:.4f} nats per token")
         print(f"{'perplexity':14} {score.perplexity:.4f}")
         print(f"{'bits per byte':14} {score.bits_per_byte:.4f}")
-    print(f"{seconds:.2f} s, {score.tokens / seconds:.0f} tokens/s, including compilation", file=sys.stderr)
+    streams.report(f"{seconds:.2f} s, {score.tokens / seconds:.0f} tokens/s, including compilation")
 
 
 def program() -> NoReturn:

@@ -22,6 +22,8 @@ class Arguments:
 
     run: str = "nano"
     """The run: runs/NAME or NAME."""
+    checkpoint: str | None = None
+    """Checkpoint of the run: last, best (the lowest validation loss) or a step; None: last."""
     out: str | None = None
     """Folder to write; it must not exist, or be empty."""
     layout: Layout | None = None
@@ -35,7 +37,11 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code; invalid input exits with 2."""
     arguments = cli.parse(
-        Arguments, cli.positional_run(argv), default=Arguments(), prog=PROG, description=Arguments.__doc__
+        Arguments,
+        cli.positional_run(argv, "--run", "--out"),
+        default=Arguments(),
+        prog=PROG,
+        description=Arguments.__doc__,
     )
     with cli.one_line_errors(PROG, arguments.verbose):
         export(arguments)
@@ -56,7 +62,7 @@ def export(arguments: Arguments) -> None:
     size = check_int("shard_mb", arguments.shard_mb, 1) * 10**6
     run = find_run(arguments.run)
     to_hf(read_config(run).model, arguments.layout)  # before the weights are read
-    model, tokenizer = load(run)
+    model, tokenizer = load(run) if arguments.checkpoint is None else load(run, checkpoint=arguments.checkpoint)
     files = save_hf(model, arguments.out, arguments.layout, size)
     tokenizer.save(Path(arguments.out) / "dantinox")
     total = sum(file.stat().st_size for file in files)

@@ -21,6 +21,7 @@ from dantinox.config.validation import check_int
 from dantinox.inference import generate
 from dantinox.inference.detokenizer import IncrementalDetokenizer
 from dantinox.inference.sampling import Sampling
+from dantinox.system import streams
 
 PROG = "dantinox-generate"
 MAX_NEW_TOKENS = 256
@@ -34,6 +35,8 @@ class Arguments:
 
     run: str = "nano"
     """The run: runs/NAME or NAME."""
+    checkpoint: str | None = None
+    """Checkpoint of the run: last, best (the lowest validation loss) or a step; None: last."""
     prompt: Texts = ()
     """Text to continue; several --prompt are one batch. Without any, start a document."""
     prompt_file: str | None = None
@@ -74,7 +77,7 @@ def parse(argv: Sequence[str] | None) -> Arguments:
     """Parse the command line; the first argument may be the run. Exits with 2 if a flag is invalid."""
     return cli.parse(
         Arguments,
-        cli.positional_run(argv),
+        cli.positional_run(argv, "--run", "--prompt"),
         default=Arguments(),
         prog=PROG,
         description="Generate text from a trained model.",
@@ -104,13 +107,13 @@ def generate_text(arguments: Arguments) -> None:
         arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p, arguments.repetition_penalty
     )
     count = check_int("n", arguments.n, 1)
-    if "" in arguments.stop:
+    stop = [argument_text("stop", text) for text in arguments.stop]
+    if "" in stop:
         raise ValueError("stop is ''; allowed: text that is not empty")
     prompts = read_prompts(arguments)
-    overrides = {"decode": arguments.decode, "kv_cache_dtype": arguments.kv_cache_dtype}
-    model, tokenizer = load(
-        find_run(arguments.run), **{name: value for name, value in overrides.items() if value is not None}
-    )
+    names = ("checkpoint", "decode", "kv_cache_dtype")
+    overrides = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    model, tokenizer = load(find_run(arguments.run), **overrides)
     ids = [tokenizer.encode(prompt) if prompt else [tokenizer.eos_id] for prompt in prompts]
     max_new_tokens, is_capped = new_token_limit(arguments.max_new_tokens, model.config, max(map(len, ids)))
     request = generate.Request(
@@ -122,7 +125,7 @@ def generate_text(arguments: Arguments) -> None:
         samples=range(count),
         prefill_chunk=arguments.prefill_chunk,
     )
-    texts = [IncrementalDetokenizer(tokenizer, header, arguments.stop) for header in prompt_headers(prompts, count)]
+    texts = [IncrementalDetokenizer(tokenizer, header, stop) for header in prompt_headers(prompts, count)]
     printer = StreamPrinter(texts, arguments.stream)
     start, first_seconds, first_tokens = time.perf_counter(), 0.0, 0
     chunks = generate.generate_chunks(model, request, latency=generate.STREAM_LATENCY_S if arguments.stream else None)
@@ -140,10 +143,10 @@ def generate_text(arguments: Arguments) -> None:
     if tokens > first_tokens:
         rate = (tokens - first_tokens) / (seconds - first_seconds)
         line += f"; {rate:.0f} tokens/s after the first {first_tokens} in {first_seconds:.2f} s"
-    print(line, file=sys.stderr)
+    streams.report(line)
     if is_capped and any(text.num_tokens == max_new_tokens for text in texts):
         limit = generate.context_limit(model.config)
-        print(f"stopped at max_context {limit}: {generate.why_context_limited(model.config)}", file=sys.stderr)
+        streams.report(f"stopped at max_context {limit}: {generate.why_context_limited(model.config)}")
 
 
 def read_prompts(arguments: Arguments) -> list[str]:
@@ -157,16 +160,13 @@ def read_prompts(arguments: Arguments) -> list[str]:
             raise ValueError("prompt_per_line needs prompt_file")
         if "" in arguments.prompt:
             raise ValueError("prompt is ''; allowed: text that is not empty, or no prompt to start a document")
-        return list(arguments.prompt) or [""]
+        return [argument_text("prompt", prompt) for prompt in arguments.prompt] or [""]
     if arguments.prompt:
         raise ValueError("prompt and prompt_file are both given; allowed: one of them")
     from_stdin = arguments.prompt_file == "-"
     name = "standard input" if from_stdin else arguments.prompt_file
     raw = sys.stdin.buffer.read() if from_stdin else Path(arguments.prompt_file).read_bytes()
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text: byte {error.start} is {raw[error.start]:#04x}") from None
+    text = utf8_text(name, raw)
     if not text:
         raise ValueError(f"{name} is empty; allowed: text to continue")
     if not arguments.prompt_per_line:
@@ -175,6 +175,33 @@ def read_prompts(arguments: Arguments) -> list[str]:
     if "" in lines:
         raise ValueError(f"{name}: line {lines.index('') + 1} is empty; allowed: a prompt on each line")
     return lines
+
+
+def argument_text(name: str, text: str) -> str:
+    """Return an argument of the command line, in which Python stands for bytes it could not decode by surrogates.
+
+    Raises:
+        ValueError: the bytes are not UTF-8 either.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        is_escaped = all(not "\ud800" <= letter <= "\udfff" or "\udc80" <= letter <= "\udcff" for letter in text)
+        raw = text.encode(errors="surrogateescape" if is_escaped else "surrogatepass")
+        return utf8_text(name, raw, ", a surrogate in the argument")
+    return text
+
+
+def utf8_text(name: str, raw: bytes, note: str = "") -> str:
+    """Return the text of UTF-8 bytes; `name` is that of the text in the message, which ends with `note`.
+
+    Raises:
+        ValueError: the bytes are not UTF-8.
+    """
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text: byte {error.start} is {raw[error.start]:#04x}{note}") from None
 
 
 def new_token_limit(requested: int | None, config: ModelConfig, longest: int) -> tuple[int, bool]:

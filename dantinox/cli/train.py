@@ -6,23 +6,25 @@ summary.txt, loss.png. Batches are a pure function of (seed, step), so a resumed
 
 import contextlib
 import logging
+import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dantinox import cli
 from dantinox.checkpoint.load import read_config
 from dantinox.checkpoint.manager import Checkpoints
-from dantinox.config import Config, presets
+from dantinox.config import Config, ConfigError, presets, read_settings
 from dantinox.metrics import logger as metrics_log
 from dantinox.metrics import model_summary, wandb_logger
 from dantinox.system import malloc
 from dantinox.system.atomic_io import open_atomic
+from dantinox.system.run_lock import RunLock, require_unlocked
 from dantinox.training.loop import Loop, LoopState, NonFiniteError
-from dantinox.training.resume import check_restart_from_scratch, diff_settings, restore_run, resume_command
+from dantinox.training.resume import Start, resume_command, resume_run
 from dantinox.training.signals import Interrupted, sigterm_as_exception
 from dantinox.training.trainer import Trainer
 
@@ -47,16 +49,26 @@ class Arguments:
 
 
 def parse(argv: Sequence[str]) -> Arguments:
-    """Parse the command line: flags override --config, which overrides the preset or the settings of a resumed run."""
+    """Parse the command line: flags override --config, which overrides the preset.
+
+    With --resume, flags override the settings of the run; the preset and --config only name the run.
+    """
     with cli.one_line_errors(PROG):
         preset, file = cli.peek_flag(argv, "--preset"), cli.peek_flag(argv, "--config")
-        run = cli.peek_flag(argv, "--run")
-        if "--resume" in argv and run and not preset and not file:
-            base = read_config(Path(cli.peek_flag(argv, "--runs-dir", "--runs_dir") or "runs") / run)
+        base = Config.from_preset(preset or "nano")
+        if wants_resume(argv):
+            named = base.flat() | ({} if file is None else read_settings(file))
+            runs_dir, run = find_run(argv, named)
+            require_unlocked(Path(runs_dir) / run)
+            base = read_config(Path(runs_dir) / run).replace(run=run, runs_dir=runs_dir)
+            if preset or file:
+                print_ignored(named, base, " and ".join(filter(None, [preset and "--preset", file and "--config"])))
         else:
-            base = Config.from_preset(preset or "nano")
             if file is not None:
                 base = Config.from_yaml(file, base)
+            runs_dir, run = find_run(argv, base.flat())
+        if cli.peek_flag(argv, "--run") not in (None, run):  # a path
+            argv = [*argv, f"--run={run}", f"--runs-dir={runs_dir}"]
         return cli.parse(
             Arguments,
             argv,
@@ -66,17 +78,81 @@ def parse(argv: Sequence[str]) -> Arguments:
         )
 
 
-def prepare_run(config: Config, resume: bool) -> Path:
-    """Create the folder of the run; an older run of that name is renamed to NAME.1, NAME.2, ..."""
+def wants_resume(argv: Sequence[str]) -> bool:
+    """Return whether the last --resume or --no-resume, with or without a value, asks to resume; --help never does."""
+    resume = False
+    if "--help" in argv or "-h" in argv:
+        return False
+    for word in argv:
+        flag, _, value = word.partition("=")
+        if flag in ("--resume", "--no-resume"):
+            resume = (flag == "--resume") != (value.lower() == "false")
+    return resume
+
+
+def find_run(argv: Sequence[str], base: Mapping[str, Any]) -> tuple[str, str]:
+    """Return (runs_dir, run): --run is a name in --runs-dir, or the path of a run; `base` has the defaults.
+
+    Raises:
+        ConfigError: --run is a path, and neither one in --runs-dir nor that of a run.
+    """
+    given = cli.peek_flag(argv, "--runs-dir", "--runs_dir")
+    runs_dir = base["runs_dir"] if given is None else given
+    run = cli.peek_flag(argv, "--run")
+    if run is None:
+        return runs_dir, base["run"]
+    plain = run.rstrip("/")
+    if "/" not in plain:
+        return runs_dir, plain
+    parent, name = os.path.split(plain)
+    if os.path.abspath(parent) == os.path.abspath(runs_dir):
+        return runs_dir, name
+    if given is None and os.path.isfile(os.path.join(plain, "config.yaml")):
+        return parent, name
+    raise ConfigError(
+        f"run is {run!r}; allowed: a plain folder name, or the path of a run "
+        f"(for a new one there: --runs-dir {parent} --run {name})"
+    )
+
+
+def print_ignored(named: Mapping[str, Any], saved: Config, flags: str) -> None:
+    """Print which settings of --preset or --config a resumed run does not take."""
+    old, follow = saved.flat(), ("vocab_size", "head_dim", "run", "runs_dir")
+    if names := [name for name in old if named[name] != old[name] and name not in follow]:
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        text = "; ".join(f"{name} {old[name]!r}, not {named[name]!r}" for name in names[:4])
+        print(f"resuming with the settings of the run, not those of {flags} ({text}{more}); flags change them")
+
+
+def lock_new_run(config: Config) -> RunLock:
+    """Create the folder of the run, locked; an older run of that name is renamed to NAME.1, NAME.2, ...
+
+    Raises:
+        RunLockedError: another process writes a run of that name.
+    """
     run = Path(config.train.runs_dir) / config.train.run
-    if run.exists() and not resume:
-        number = 1
-        while (backup := run.with_name(f"{run.name}.{number}")).exists():
-            number += 1
-        run.rename(backup)
-        print(f"{run} already exists; renamed it to {backup}")
-    run.mkdir(parents=True, exist_ok=True)
-    return run
+    while True:
+        if run.exists():
+            backup = rename_older(run)
+            print(f"{run} already exists; renamed it to {backup}")
+        with contextlib.suppress(FileExistsError):  # another process creates the run at the same moment
+            return RunLock.create(run)
+
+
+def rename_older(run: Path) -> Path:
+    """Rename a run that no process writes to the first free name."""
+    number = 1
+    while (backup := run.with_name(f"{run.name}.{number}")).exists():
+        number += 1
+    if not run.is_dir():
+        return run.rename(backup)
+    require_unlocked(run)  # and the runs in it, if it is the folder of a sweep
+    lock = RunLock(run).acquire()
+    try:
+        lock.move_folder(backup)
+    finally:
+        lock.release()
+    return backup
 
 
 def train(config: Config, resume: bool = False) -> Path:
@@ -84,25 +160,30 @@ def train(config: Config, resume: bool = False) -> Path:
 
     Raises:
         ConfigError, ValueError, FileNotFoundError: a setting, the data or the run to resume is invalid.
+        RunLockedError: another process trains a run of that name.
         Interrupted: after Ctrl-C or SIGTERM, once the state is saved.
         NonFiniteError: the loss or a gradient is not finite; the state before it is saved.
         CheckpointWriteError: a checkpoint could not be written; earlier ones are intact.
+        LockLostError: the folder of the run was moved, or another process took it over; earlier checkpoints are intact.
     """
     if config.train.wandb:
         wandb_logger.require_wandb()
-    trainer = Trainer(config)
-    config = trainer.config
     folder = Path(config.train.runs_dir) / config.train.run
-    state, start_step, progress = None, 0, LoopState()
     if resume:
-        changed = diff_settings(config, read_config(folder))
-        if Checkpoints(folder).steps():
-            state, start_step, progress = restore_run(trainer, folder)
-        else:
-            check_restart_from_scratch(folder, config)
-        if changed and start_step:
-            print(f"resumed with {changed}: later steps differ from those of an uninterrupted run")
-    run = prepare_run(config, resume)
+        saved = read_config(folder)
+        with RunLock(folder) as lock:
+            train_locked(resume_run(config, saved, folder, Trainer), lock, resume)
+    else:
+        require_unlocked(folder)  # before the text is read
+        start = Start(Trainer(config), None, 0, LoopState())
+        with lock_new_run(config) as lock:
+            train_locked(start, lock, resume)
+    return folder
+
+
+def train_locked(start: Start, lock: RunLock, resume: bool) -> None:
+    """Train in a folder that this process has locked."""
+    trainer, run, config = start.trainer, lock.folder, start.trainer.config
     text = model_summary.describe(config)
     print(text)
     stats = trainer.corpus.stats
@@ -117,15 +198,14 @@ def train(config: Config, resume: bool = False) -> Path:
     tokens_per_step = config.train.batch_size * config.train.seq_len
     with (
         wandb_logger.WandbLogger(run, config, resume) if config.train.wandb else contextlib.nullcontext() as tracker,
-        contextlib.closing(Checkpoints(run, config.train.max_checkpoints)) as checkpoints,
+        contextlib.closing(Checkpoints(run, config.train.max_checkpoints, lock.check)) as checkpoints,
         contextlib.closing(
-            metrics_log.MetricsLog(run, start_step if resume else None, tracker, tokens_per_step)
+            metrics_log.MetricsLog(run, start.step if resume else None, tracker, tokens_per_step)
         ) as log,
     ):
-        loop = Loop(trainer, run, checkpoints, log, resume_command(config), progress)
-        loop.run(trainer.init_state() if state is None else state, start_step)
+        loop = Loop(trainer, run, checkpoints, log, resume_command(config), start.progress)
+        loop.run(trainer.init_state() if start.state is None else start.state, start.step)
     metrics_log.plot_loss(run, config.train.run, stats.unigram_entropy)
-    return run
 
 
 def dry_run(config: Config) -> None:

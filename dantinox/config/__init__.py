@@ -17,6 +17,7 @@ import yaml
 from dantinox.config.aliases import current_names
 from dantinox.config.data import DataConfig
 from dantinox.config.model import Implementation, KVDtype, ModelConfig
+from dantinox.config.numbers import parse_int
 from dantinox.config.optimizer import OptimConfig
 from dantinox.config.training import TrainConfig
 from dantinox.config.validation import ConfigError, check, did_you_mean
@@ -33,6 +34,7 @@ __all__ = [
     "TrainConfig",
     "coerce_numbers",
     "presets",
+    "read_settings",
 ]
 
 
@@ -61,7 +63,7 @@ class Config:
         """
         if name not in presets():
             raise ConfigError(f"preset is {name!r}; {did_you_mean(name, presets())}")
-        text = (resources.files("dantinox") / "presets" / f"{name}.yaml").read_text()
+        text = (resources.files("dantinox") / "presets" / f"{name}.yaml").read_text("utf-8")
         return cls.from_flat(_parse_yaml(text, f"preset {name}")).replace(**overrides)
 
     @classmethod
@@ -71,11 +73,11 @@ class Config:
         Raises:
             ConfigError: the file cannot be read, or a key or value is invalid.
         """
+        settings = read_settings(path)
         try:
-            text = Path(path).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"config {path}: cannot be read ({getattr(error, 'strerror', error)})") from None
-        return (base or cls()).replace(**_parse_yaml(text, f"config {path}"))
+            return (base or cls()).replace(**settings)
+        except ConfigError as error:
+            raise ConfigError(f"config {path}: {error}") from None
 
     @classmethod
     def from_flat(cls, settings: Mapping[str, Any]) -> "Config":
@@ -112,6 +114,21 @@ class Config:
         return "\n".join(parts)
 
 
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Return the settings of a YAML file under their current names, without checking names and values.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    try:
+        text = Path(path).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config {path}: cannot be read (byte {error.start} is not UTF-8)") from None
+    except OSError as error:
+        raise ConfigError(f"config {path}: cannot be read ({error.strerror})") from None
+    return _parse_yaml(text, f"config {path}")
+
+
 def presets() -> list[str]:
     """Return the names of the presets that come with DantinoX."""
     folder = resources.files("dantinox") / "presets"
@@ -129,12 +146,17 @@ def _float_fields() -> set[str]:
     return {f.name for cls in sections for f in dataclasses.fields(cls) if f.type in (float, float | None)}
 
 
+def _int_fields() -> set[str]:
+    sections = (ModelConfig, DataConfig, TrainConfig)
+    return {f.name for cls in sections for f in dataclasses.fields(cls) if f.type in (int, int | None)}
+
+
 def _parse_yaml(text: str, source: str) -> dict[str, Any]:
     return coerce_numbers(load_yaml_mapping(text, source), source)
 
 
 def coerce_numbers(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Convert strings in number fields to numbers: YAML 1.1 reads 3e-4 as text.
+    """Convert strings in number fields to numbers: YAML 1.1 reads 3e-4 and 1e3 as text.
 
     Raises:
         ConfigError: a string is not a number; the message names the `source` and the setting.
@@ -143,8 +165,11 @@ def coerce_numbers(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
         settings = current_names(settings)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
-    floats = _float_fields()
+    floats, ints = _float_fields(), _int_fields()
     for name, value in settings.items():
+        if name in ints and isinstance(value, str | float):
+            number = parse_int(str(value))
+            settings[name] = value if number is None else number
         if name in floats and isinstance(value, str):
             try:
                 settings[name] = float(value)

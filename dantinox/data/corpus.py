@@ -6,47 +6,45 @@ find_documents -> drop exact duplicates -> split into train and validation -> tr
 
 from __future__ import annotations
 
-import glob
+import contextlib
+import errno
 import hashlib
 import json
 import logging
 import math
 import os
-import sysconfig
+import secrets
+import shutil
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from dantinox.data.tokenizer import DEFAULT_VOCAB, Tokenizer, load_tokenizer, train_tokenizer
-from dantinox.system.atomic_io import open_atomic
+from dantinox.data.documents import Document, find_documents, read_documents
+from dantinox.data.files import STDLIB, find_files
+from dantinox.data.tokenizer import DEFAULT_VOCAB, Tokenizer, load_tokenizer, split_text, train_tokenizer
+from dantinox.system.paths import cache_roots, explain_cache_error, make_cache_folder
+from dantinox.system.progress import Progress, megabytes
 
-CACHE_FORMAT = 1  # increment when the same text and options give other ids
-STDLIB = "stdlib"
-STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+__all__ = [
+    "STDLIB",
+    "Corpus",
+    "Document",
+    "Stats",
+    "cached_corpus",
+    "eval_batches",
+    "find_documents",
+    "find_files",
+    "get_batch",
+    "load_corpus",
+    "train_val_split",
+]
+
+CONTENT_VERSION = 1  # part of content ids; another number would disown every checkpoint
+ABANDONED_SECONDS = 86400
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text: `name` is its path, `text` its content with line ends unchanged."""
-
-    name: str
-    text: str
-
-    @cached_property
-    def digest(self) -> bytes:
-        """SHA-256 of the text."""
-        return hashlib.sha256(self.text.encode()).digest()
-
-    @cached_property
-    def size(self) -> int:
-        """Length in bytes of UTF-8."""
-        return len(self.text.encode())
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Stats:
         unigram_entropy: nats per validation token under the add-one-smoothed token frequencies of train, which is the
             loss of a model without context.
         bytes_per_token: bytes per validation token; bits per byte are loss / ln 2 / bytes_per_token.
-        duplicates, skipped: number of duplicate documents and of files that are not text.
+        duplicates, skipped: number of duplicate documents, and of files that are not text or cannot be read.
     """
 
     train_docs: int
@@ -82,22 +80,14 @@ class Corpus:
     stats: Stats
     path: Path  # folder in the cache
 
+    @property
+    def content_id(self) -> str:
+        """32 hex digits that depend on the documents, in their order, and on how they are split and tokenized.
 
-def find_documents(spec: str | os.PathLike[str]) -> list[Document]:
-    """Return the documents of `spec`, in an order that depends only on their names.
-
-    Files that are empty or not UTF-8 text are skipped, the latter with a warning.
-
-    Args:
-        spec: a text file; a folder, searched recursively without hidden names; a glob (`**` crosses folders); or
-            "stdlib", the Python source of the running interpreter's standard library without its tests ("./stdlib" is
-            a folder of that name).
-
-    Raises:
-        FileNotFoundError: no file matches.
-        ValueError: no file has text.
-    """
-    return _read_documents(spec)[0]
+        Neither the place of the text nor that of the cache changes it. A checkpoint keeps it, to be resumed with the
+        same text only; `cached_corpus` finds the corpus again as long as it is cached.
+        """
+        return self.path.name
 
 
 def load_corpus(
@@ -118,7 +108,8 @@ def load_corpus(
         bpe_vocab_size: vocabulary size of the BPE tokenizer.
         val_fraction: fraction of the text held out for validation, 0 < val_fraction < 1.
         seq_len: if positive, both splits must have a window of this length.
-        cache_dir: folder of the cache, which runs share; None: $DANTINOX_CACHE, or ~/.cache/dantinox.
+        cache_dir: folder of the cache, which runs share; None: $DANTINOX_CACHE, dantinox in $XDG_CACHE_HOME, or
+            ~/.cache/dantinox, or a folder for temporary files if these cannot be written.
         existing_tokenizer: used instead of training one.
 
     Raises:
@@ -129,27 +120,33 @@ def load_corpus(
         raise ValueError(f"val_fraction is {val_fraction}; allowed: between 0 and 1, exclusive")
     if tokenizer not in DEFAULT_VOCAB:
         raise ValueError(f"tokenizer is {tokenizer!r}; allowed: char, bpe")
-    all_documents, skipped = _read_documents(data)
+    all_documents, skipped = read_documents(data)
     documents = list({document.digest: document for document in reversed(all_documents)}.values())[::-1]
     vocab_size = bpe_vocab_size if tokenizer == "bpe" else DEFAULT_VOCAB["char"]
     tokenizer_key = existing_tokenizer.fingerprint if existing_tokenizer else [tokenizer, vocab_size]
-    folder = _cache_root(cache_dir) / "corpus" / _cache_key(documents, tokenizer_key, val_fraction)
-    corpus = _load_cache(folder)
+    content_id = _content_id(documents, tokenizer_key, val_fraction)
+    corpus = cached_corpus(content_id, cache_dir)
     if corpus is None:
         start = time.perf_counter()
         train, val = train_val_split(documents, val_fraction)
-        trained_tokenizer = existing_tokenizer or train_tokenizer(tokenizer, (d.text for d in train), vocab_size)
-        _write_cache(folder, train, val, trained_tokenizer)
-        corpus = _load_cache(folder)
-        if corpus is None:
-            raise OSError(f"the cache in {folder} is damaged after it was written; the disk may be full")
-        log.info("tokenized %s in %.1f s into %s", data, time.perf_counter() - start, folder)
+        trained_tokenizer = existing_tokenizer or _train_tokenizer(tokenizer, train, vocab_size)
+        corpus = _add_to_cache(content_id, cache_dir, train, val, trained_tokenizer)
+        log.info("tokenized %s in %.1f s into %s", data, time.perf_counter() - start, corpus.path)
     if seq_len:
         _require_length(corpus.train, seq_len, f"the training split of {data}")
         _require_length(corpus.val, seq_len, f"the validation split of {data}")
     # Not cached: the same unique text may come from other files.
     stats = replace(corpus.stats, duplicates=len(all_documents) - len(documents), skipped=skipped)
     return replace(corpus, stats=stats)
+
+
+def cached_corpus(content_id: str, cache_dir: str | os.PathLike[str] | None = None) -> Corpus | None:
+    """Return the corpus of a `Corpus.content_id` from the cache, whatever has become of its text; None if it has none.
+
+    Its statistics count no duplicates and no skipped files.
+    """
+    folders = (root / "corpus" / content_id for root in cache_roots(cache_dir) if content_id.isalnum())
+    return next((corpus for folder in folders if (corpus := _load_cache(folder))), None)
 
 
 def train_val_split(documents: list[Document], val_fraction: float) -> tuple[list[Document], list[Document]]:
@@ -243,80 +240,81 @@ def _gather_windows(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> tup
     return windows[:, :-1], windows[:, 1:]
 
 
-def _read_documents(spec: str | os.PathLike[str]) -> tuple[list[Document], int]:
-    """Return the documents and the number of files that are not text."""
-    documents, skipped = [], 0
-    for name, path in find_files(spec):
-        raw = path.read_bytes()
-        try:
-            text = raw.decode()
-        except UnicodeDecodeError:
-            text = "\0"
-        if "\0" in text:  # valid in UTF-8, but not in text
-            skipped += 1
-        elif text:
-            documents.append(Document(name, text))
-    if skipped:
-        log.warning("%s: skipped %d file(s) that are not UTF-8 text", spec, skipped)
-    if not documents:
-        raise ValueError(f"no text in {spec}: {skipped} file(s) are not UTF-8 text, the others are empty")
-    return documents, skipped
-
-
-def find_files(spec: str | os.PathLike[str]) -> Iterator[tuple[str, Path]]:
-    """Yield (name, path) of each file of `spec`: a file, a folder, a glob or "stdlib".
-
-    Raises:
-        FileNotFoundError: no file matches.
-        PermissionError: a folder cannot be read.
-    """
-    if spec == STDLIB:
-        return _walk(Path(sysconfig.get_path("stdlib")), STDLIB_EXCLUDED, ".py")
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        return _walk(path, set(), "")
-    if path.is_file():
-        return iter([(path.name, path)])
-    matches = sorted(match for match in glob.glob(str(path), recursive=True) if os.path.isfile(match))
-    if not matches:
-        raise FileNotFoundError(f'no file, folder or match of a pattern at {spec} ("{STDLIB}" needs no file)')
-    return ((match, Path(match)) for match in matches)
-
-
-def _walk(root: Path, excluded: set[str], suffix: str) -> Iterator[tuple[str, Path]]:
-    def raise_error(error: OSError) -> None:  # by default os.walk skips unreadable folders silently
-        raise error
-
-    for folder, subfolders, names in os.walk(root, onerror=raise_error):
-        subfolders[:] = sorted(s for s in subfolders if s not in excluded and not s.startswith("."))
-        for name in sorted(names):
-            path = Path(folder, name)
-            if name.endswith(suffix) and not name.startswith(".") and path.is_file():
-                yield str(path.relative_to(root)), path
-
-
-def _cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
-    return Path(cache_dir or os.environ.get("DANTINOX_CACHE") or "~/.cache/dantinox").expanduser()
-
-
-def _cache_key(documents: list[Document], tokenizer_key: object, val_fraction: float) -> str:
-    digest = hashlib.sha256(json.dumps([CACHE_FORMAT, tokenizer_key, val_fraction]).encode())
+def _content_id(documents: list[Document], tokenizer_key: object, val_fraction: float) -> str:
+    digest = hashlib.sha256(json.dumps([CONTENT_VERSION, tokenizer_key, val_fraction]).encode())
     for document in documents:
         digest.update(document.digest)
     return digest.hexdigest()[:32]
 
 
-def _write_cache(folder: Path, train: list[Document], val: list[Document], tokenizer: Tokenizer) -> None:
-    """Write the cache, with the checksums in meta.json last; without it the other files are ignored.
+def _train_tokenizer(kind: str, documents: list[Document], vocab_size: int) -> Tokenizer:
+    size = sum(document.size for document in documents)
+    with Progress(f"training a tokenizer ({kind}) on {megabytes(size)}"):
+        return train_tokenizer(kind, (document.text for document in documents), vocab_size)
 
-    Two processes may write at once: the bytes are equal, and each file is written atomically.
+
+def _add_to_cache(
+    content_id: str,
+    cache_dir: str | os.PathLike[str] | None,
+    train: list[Document],
+    val: list[Document],
+    tokenizer: Tokenizer,
+) -> Corpus:
+    """Write a corpus to the cache and return it.
+
+    It is written to a folder of its own, which is renamed when it is complete: no process reads half of it, and of two
+    that write the same corpus the second leaves that of the first.
+
+    Raises:
+        OSError: the cache cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    partial = make_cache_folder(f"corpus/.{content_id}.{secrets.token_hex(8)}.partial", cache_dir)
+    try:
+        _write_cache(partial, train, val, tokenizer)
+        corpus = _load_cache(partial)  # its maps outlast the names of the files
+        if corpus is None:
+            raise OSError(errno.EIO, "a file is damaged after it was written", str(partial))
+        _publish(partial, partial.with_name(content_id))
+        _remove_abandoned(partial.parent)
+    except OSError as error:
+        raise explain_cache_error(error, partial.parent) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return replace(corpus, path=partial.with_name(content_id))
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    """Rename `partial` to `folder`, in place of a damaged corpus but not of one that another process has finished."""
+    for _ in range(10):  # processes that replace the same damaged corpus may disturb each other
+        try:
+            partial.rename(folder)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        if _load_cache(folder):
+            return
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(damaged := partial.with_suffix(".damaged"))
+            shutil.rmtree(damaged, ignore_errors=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what processes that were killed have left."""
+    for partial in [*folder.glob(".*.partial"), *folder.glob(".*.damaged")]:
+        with contextlib.suppress(OSError):
+            if time.time() - partial.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_cache(folder: Path, train: list[Document], val: list[Document], tokenizer: Tokenizer) -> None:
+    """Write a corpus to `folder`, with its checksums in meta.json."""
     tokenizer.save(folder)
     sha, counts = {}, {}
-    for split, documents in (("train", train), ("val", val)):
-        ids = (tokenizer.encode(document.text) for document in documents)
-        sha[split], counts[split] = _write_tokens(folder / f"{split}.bin", ids, tokenizer)
+    size = sum(document.size for document in train + val)
+    with Progress(f"tokenizing {megabytes(size)}", sum(len(document.text) for document in train + val)) as progress:
+        for split, documents in (("train", train), ("val", val)):
+            sha[split], counts[split] = _write_tokens(folder / f"{split}.bin", documents, tokenizer, progress)
     val_bytes = sum(document.size for document in val)
     val_tokens = int(counts["val"].sum())
     stats = Stats(
@@ -330,24 +328,33 @@ def _write_cache(folder: Path, train: list[Document], val: list[Document], token
         bytes_per_token=val_bytes / val_tokens,
     )
     meta = {"sha256": sha, "tokenizer": tokenizer.fingerprint, "stats": asdict(stats)}
-    with open_atomic(folder / "meta.json") as file:
-        file.write(json.dumps(meta, indent=1).encode())
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
 
 
 def _dtype(vocab_size: int) -> type[np.unsignedinteger]:
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
-def _write_tokens(path: Path, documents: Iterable[np.ndarray], tokenizer: Tokenizer) -> tuple[str, np.ndarray]:
+def _write_tokens(
+    path: Path, documents: list[Document], tokenizer: Tokenizer, progress: Progress
+) -> tuple[str, np.ndarray]:
     """Write each document and an end of document; return the SHA-256 of the file and the count of each id [V]."""
     sha, counts = hashlib.sha256(), np.zeros(tokenizer.vocab_size, np.int64)
-    with open_atomic(path) as file:
-        for document in documents:
-            ids = np.append(document, tokenizer.eos_id)
-            counts += np.bincount(ids, minlength=tokenizer.vocab_size)
+    with open(path, "xb") as file:
+
+        def write(ids: np.ndarray) -> None:
             raw = ids.astype(_dtype(tokenizer.vocab_size)).tobytes()
             sha.update(raw)
             file.write(raw)
+
+        for document in documents:
+            for piece in split_text(document.text):
+                ids = tokenizer.encode(piece)
+                counts += np.bincount(ids, minlength=tokenizer.vocab_size)
+                write(ids)
+                progress.advance(len(piece))
+            counts[tokenizer.eos_id] += 1
+            write(np.array([tokenizer.eos_id]))
     return sha.hexdigest(), counts
 
 
@@ -368,9 +375,9 @@ def _load_cache(folder: Path) -> Corpus | None:
             maps[split] = np.memmap(folder / f"{split}.bin", _dtype(tokenizer.vocab_size), mode="r")
             if len(maps[split]) != tokens or hashlib.sha256(maps[split]).hexdigest() != meta["sha256"][split]:
                 raise ValueError(f"{split}.bin does not match its checksum")
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, OSError) and error.errno in (None, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            return None
         log.warning("rebuilding the cache in %s: %s", folder, error)
         return None
     return Corpus(maps["train"], maps["val"], tokenizer, stats, folder)

@@ -9,11 +9,12 @@ that concatenates documents writes `eos_id`, which `decode` maps to the empty st
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -32,6 +33,11 @@ FIRST_TRAINED_ID = 257  # after the end of document and the 256 bytes
 MIN_COUNT = 3  # the embedding of a rarer character would hardly be trained
 DEFAULT_VOCAB = {"char": 4096, "bpe": 2048}
 MAX_CACHED_WORDS = 1 << 18
+MAX_CACHED_LENGTH = 32  # longer words hardly repeat
+# Training takes time in proportion to the text and to the length of its longest word. Ordinary text has shorter words;
+# DNA, base64, minified programs and text in scripts without spaces do not.
+MAX_WORD = 128
+PIECE = 1 << 20
 Ids = Sequence[int] | np.ndarray
 
 
@@ -136,15 +142,20 @@ class BPETokenizer:
     Attributes:
         merges: pairs of ids in the order of training; each pair with new bytes has the next id, from 257. ValueError if
             a pair has the end of document or an id that is not yet defined.
+        max_word: a longer run of letters, digits, signs or spaces is encoded in parts of this many characters; None, as
+            in files of earlier versions: as a whole. Ids mean the same, so the fingerprint does not depend on it.
     """
 
     merges: tuple[tuple[int, int], ...]
+    max_word: int | None = None
     kind: ClassVar[str] = "bpe"
     eos_id: ClassVar[int] = 0
     _ids_of_word: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _ = self._tokens  # raises if the merges are invalid
+        if self.max_word is not None and (type(self.max_word) is not int or self.max_word < 1):
+            raise ValueError(f"max_word is {self.max_word!r}; allowed: 1 or more, or None")
 
     @property
     def vocab_size(self) -> int:
@@ -183,13 +194,13 @@ class BPETokenizer:
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of `text`, int32 [N], without an end of document. ValueError on a lone surrogate."""
         _utf8(text)
-        words = _WORD.findall(text)
+        words = _word_pattern(self.max_word).findall(text)
         cache = self._ids_of_word
         # Words repeat, so each is encoded once: three times as fast as encoding the text directly.
         new_words = list(dict.fromkeys(word for word in words if word not in cache))
         new_ids = {w: e.ids for w, e in zip(new_words, self._hf.encode_batch_fast(new_words), strict=True)}
         if len(cache) < MAX_CACHED_WORDS:
-            cache.update(new_ids)
+            cache.update((word, ids) for word, ids in new_ids.items() if len(word) <= MAX_CACHED_LENGTH)
         ids = chain.from_iterable(cache.get(word) or new_ids[word] for word in words)
         return np.fromiter(ids, np.int32)
 
@@ -203,7 +214,8 @@ class BPETokenizer:
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write `directory`/tokenizer.json atomically and return its path."""
-        return _save(directory, {"kind": self.kind, "merges": self.merges, "fingerprint": self.fingerprint})
+        record = {"kind": self.kind, "merges": self.merges, "fingerprint": self.fingerprint}
+        return _save(directory, record if self.max_word is None else {**record, "max_word": self.max_word})
 
 
 def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int | None = None) -> Tokenizer:
@@ -226,7 +238,21 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int | None = No
             f"vocab_size is {vocab_size}; allowed: at least {FIRST_TRAINED_ID} (256 bytes, one special token)"
         )
     texts = [texts] if isinstance(texts, str) else texts
-    return _train_char(texts, vocab_size) if kind == "char" else _train_bpe(texts, vocab_size)
+    pieces = (piece for text in texts if _utf8(text) for piece in split_text(text))
+    return _train_char(pieces, vocab_size) if kind == "char" else _train_bpe(pieces, vocab_size)
+
+
+def split_text(text: str, size: int = PIECE) -> Iterator[str]:
+    """Yield the parts of `text`, of about `size` characters, whose ids joined are those of `text`.
+
+    Every tokenizer ends a word before a space that follows another character; where none does, a part is longer.
+    """
+    start = 0
+    while start < len(text):
+        boundary = _BOUNDARY.search(text, start + size)
+        end = boundary.start() if boundary else len(text)
+        yield text[start:end]
+        start = end
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
@@ -246,7 +272,8 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
         if record["kind"] == "char":
             tokenizer: Tokenizer = CharTokenizer(record["chars"])
         else:
-            tokenizer = BPETokenizer(tuple((left, right) for left, right in record["merges"]))
+            merges = tuple((left, right) for left, right in record["merges"])
+            tokenizer = BPETokenizer(merges, record.get("max_word"))
         if tokenizer.fingerprint != record["fingerprint"]:
             raise ValueError("its content does not match its fingerprint")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -254,9 +281,18 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     return tokenizer
 
 
-# Words as in GPT-2, with the character classes of Python; merges never cross the boundary of a word.
-_WORD = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+")
+_BOUNDARY = re.compile(r"(?<=\S)(?=\s)")
 _BASE_TOKENS = (b"", *(bytes([byte]) for byte in range(256)))
+
+
+@functools.cache
+def _word_pattern(max_word: int | None) -> re.Pattern[str]:
+    """Return the pattern of a word as in GPT-2, with the character classes of Python, of limited length.
+
+    Merges never cross the boundary of a word.
+    """
+    n = "+" if max_word is None else f"{{1,{max_word}}}"
+    return re.compile(rf"'(?:s|t|re|ve|m|ll|d)| ?[^\W\d_]{n}| ?\d{n}| ?(?:[^\s\w]|_){n}|\s{n}(?!\S)|\s{n}")
 
 
 def _byte_chars() -> dict[int, str]:
@@ -270,7 +306,7 @@ _BYTE_CHARS = _byte_chars()
 
 
 def _byte_level() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # _WORD splits the text
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # _word_pattern splits the text
 
 
 def _train_char(texts: Iterable[str], vocab_size: int) -> CharTokenizer:
@@ -293,13 +329,13 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    hf.train_from_iterator((_WORD.findall(text) for text in texts if _utf8(text)), trainer)
+    hf.train_from_iterator((_word_pattern(MAX_WORD).findall(text) for text in texts), trainer)
     id_of = {char: byte + 1 for byte, char in _BYTE_CHARS.items()}
     merges = []
     for left, right in json.loads(hf.to_str())["model"]["merges"]:
         merges.append((id_of[left], id_of[right]))
         id_of.setdefault(left + right, len(id_of) + 1)
-    return BPETokenizer(tuple(merges))
+    return BPETokenizer(tuple(merges), MAX_WORD)
 
 
 def _utf8(text: str) -> bytes:

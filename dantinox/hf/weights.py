@@ -14,6 +14,7 @@ blocks.i.mlp, experts     model.layers.i.block_sparse_moe
 import dataclasses
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -161,7 +162,7 @@ def load_hf(folder: str | Path, **overrides: Any) -> Transformer:
         ValueError: a file is damaged, or a tensor is missing, unknown, or has the wrong shape or dtype.
         FileNotFoundError: a file is missing.
     """
-    folder = Path(folder)
+    folder = _local_folder(folder)
     hf_config = _read_json(folder / CONFIG)
     try:
         config = _override(from_hf(hf_config), overrides)
@@ -185,6 +186,25 @@ def load_hf(folder: str | Path, **overrides: Any) -> Transformer:
                     f"{folder}: {lm_head} differs from the embedding, but config.json has tie_word_embeddings"
                 )
     return model_def.merge({name: jnp.asarray(x) for name, x in params.items()})
+
+
+def _local_folder(folder: str | Path) -> Path:
+    """Return the folder as a path.
+
+    Raises:
+        FileNotFoundError: it does not exist, is the name of a model on the Hugging Face Hub, or a run of DantinoX.
+        NotADirectoryError: it is a file.
+    """
+    path = Path(folder)
+    if (path / "config.yaml").is_file() and not (path / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} is a run of DantinoX; dantinox.load loads it")
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise NotADirectoryError(f"{folder} is a file; load_hf takes the folder that holds {CONFIG}")
+    is_hub_name = re.fullmatch(r"[\w-]+(/[\w.-]+)?", str(folder)) is not None or "://" in str(folder)
+    download = "; download a model of the Hugging Face Hub first, such as with hf download --local-dir"
+    raise FileNotFoundError(f"{folder} does not exist; load_hf takes a local folder{download if is_hub_name else ''}")
 
 
 class _SafetensorsFiles:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from dantinox.metrics.wandb_logger import WandbLogger
 from dantinox.system.atomic_io import open_atomic
+from dantinox.system.json_text import json_text
 
 # TensorBoard shows tags with one prefix as one group; names with a prefix of their own (router/entropy.0) keep it.
 TAGS = {
@@ -69,8 +70,8 @@ class MetricsLog:
         path = run / "metrics.jsonl"
         previous_rows = [row for row in read_metrics(path) if row["step"] <= resume_at] if resume_at else []
         with open_atomic(path) as file:
-            file.write("".join(json.dumps(row) + "\n" for row in previous_rows).encode())
-        self._file = path.open("a")
+            file.write("".join(json_text(row) + "\n" for row in previous_rows).encode())
+        self._file = path.open("a", encoding="utf-8")
         self._events = EventFileWriter(str(run / "tensorboard"))
         self._tracker = tracker
         self._tokens_per_step = tokens_per_step
@@ -79,8 +80,7 @@ class MetricsLog:
 
     def write(self, row: dict[str, Any]) -> None:
         """Write one row: `step`, `loss`, and `val_loss` if evaluated; values that are not finite become null."""
-        self._file.write(json.dumps({name: value if math.isfinite(value) else None for name, value in row.items()}))
-        self._file.write("\n")
+        self._file.write(json_text(row) + "\n")
         self._file.flush()
         scalars = tensorboard_scalars(row, self._tokens_per_step)
         self._add_event(row["step"], [_scalar(tag, value) for tag, value in scalars.items()])
@@ -113,9 +113,9 @@ class MetricsLog:
             self._events.close()
 
 
-def tensorboard_scalars(row: Mapping[str, float], tokens_per_step: int | None = None) -> dict[str, float]:
+def tensorboard_scalars(row: Mapping[str, float | None], tokens_per_step: int | None = None) -> dict[str, float]:
     """Return the scalars of a row by their TensorBoard tag, which is GROUP/NAME."""
-    scalars = {_tag(name): value for name, value in row.items() if name != "step"}
+    scalars = {_tag(name): math.nan if value is None else value for name, value in row.items() if name != "step"}
     if tokens_per_step and row.get("tokens_per_s"):
         scalars[STEP_TIME] = tokens_per_step / row["tokens_per_s"] * 1e3
     return scalars
@@ -143,16 +143,19 @@ def _text(tag: str, text: str) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a metrics.jsonl; an incomplete last line, left by a kill, is ignored."""
+    """Return the rows of a metrics.jsonl up to the first damaged line, such as a last one that a kill cut short."""
     return list(_rows(path)) if path.exists() else []
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text().splitlines():
+    for line in path.read_text("utf-8", errors="replace").splitlines():
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             return
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            return
+        yield row
 
 
 def plot_loss(run: Path, title: str, unigram: float | None = None) -> Path:

@@ -37,7 +37,7 @@ class WandbLogger:
         """
         import wandb
 
-        previous_id = (run / ID_FILE).read_text().strip() if resumed and (run / ID_FILE).is_file() else None
+        previous_id = (run / ID_FILE).read_text("utf-8").strip() if resumed and (run / ID_FILE).is_file() else None
         try:
             self._wandb = wandb
             self._run = wandb.init(
@@ -51,7 +51,7 @@ class WandbLogger:
             )
         except (wandb.Error, OSError) as error:
             raise ConfigError(f"wandb: {' '.join(str(error).split())}") from None
-        (run / ID_FILE).write_text(self._run.id + "\n")
+        (run / ID_FILE).write_text(self._run.id + "\n", "utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
         """Log a row of metrics; steps that a killed run has logged before are skipped."""

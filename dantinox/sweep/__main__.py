@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rich.console import Console
-
 from dantinox import cli
 from dantinox.config import ConfigError
 from dantinox.config.validation import check
@@ -26,6 +24,10 @@ from dantinox.metrics.logger import read_metrics
 from dantinox.sweep import report
 from dantinox.sweep.report import Outcome
 from dantinox.sweep.search_space import Run, Sweep, load_sweep
+from dantinox.system import streams
+from dantinox.system.console import Console, plain_console
+from dantinox.system.run_lock import RunLock
+from dantinox.training.signals import handled, stop_signals
 
 PROG = "dantinox-sweep"
 
@@ -57,7 +59,7 @@ class Sweeper:
     folder: Path
     wandb: bool = False
     lock: int = -1  # file handle of the lock of the folder, inherited by the runs
-    console: Console = field(default_factory=lambda: Console(highlight=False, soft_wrap=True))
+    console: Console = field(default_factory=plain_console)
     received: int | None = None  # the signal that ends the sweep
 
     def train_runs(self) -> list[Outcome]:
@@ -70,7 +72,7 @@ class Sweeper:
                     outcomes[i] = self._train_run(run, label)
                     report.write_results(self.sweep, outcomes, self.folder)
                 if self.received is None or outcomes[i].state == "interrupted":
-                    self.console.print(f"{label}: {outcomes[i].one_line(self.sweep.metric)}", markup=False)
+                    self._print(f"{label}: {outcomes[i].one_line(self.sweep.metric)}")
         report.write_results(self.sweep, outcomes, self.folder)
         return outcomes
 
@@ -81,7 +83,7 @@ class Sweeper:
         flags = [*(["--resume"] if has_started else run.flags()), *(["--wandb"] if self.wandb else [])]
         command = [sys.executable, "-m", "dantinox.train", "--run", run.name, "--runs-dir", str(self.folder), *flags]
         log = self.folder / f"{run.name}.log"
-        self.console.print(f"{label}: {'resumes' if has_started else 'starts'}; its output is in {log}", markup=False)
+        self._print(f"{label}: {'resumes' if has_started else 'starts'}; its output is in {log}")
         with log.open("ab") as output:
             output_start = output.tell()
             # A process group of its own, so that Ctrl-C reaches only this process, which forwards it once.
@@ -91,15 +93,22 @@ class Sweeper:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 process_group=0,
-                env={"WANDB_RUN_GROUP": self.sweep.name} | os.environ | {"PYTHONUNBUFFERED": "1"},
+                env={"WANDB_RUN_GROUP": self.sweep.name}
+                | os.environ
+                | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
                 pass_fds=(self.lock,),  # a run that outlives this process keeps the lock
             )
             if self.received is not None:  # a signal that arrived before the process existed
                 self._child.send_signal(self.received)
-            code = self._wait(path, label)
+            try:
+                code = self._wait(path, label)
+            except BaseException:
+                self._child.terminate()  # it saves its state
+                self._child.wait()
+                raise
         if code == 0:
             return report.collect_result(run, self.folder)
-        if self.received is not None or code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        if self.received is not None or code in [128 + number for number in stop_signals()]:
             return Outcome(run, "interrupted")
         if code < 0:
             return Outcome(run, "failed", reason=f"killed by {signal.Signals(-code).name}")
@@ -107,6 +116,15 @@ class Sweeper:
             output.seek(output_start)
             lines = output.read().decode(errors="replace").splitlines() or [""]
         return Outcome(run, "failed", reason=lines[-1].removeprefix("dantinox-train: error: "))
+
+    def _print(self, text: str) -> None:
+        """Print a line; without a terminal any more, as after SIGHUP, the sweep ends in order and in silence."""
+        try:
+            self.console.print(text, markup=False)
+        except BrokenPipeError:
+            raise
+        except OSError:
+            streams.discard(self.console.file)
 
     def _wait(self, path: Path, label: str) -> int:
         """Wait for the run, show its progress on a terminal, and return its exit code."""
@@ -118,11 +136,12 @@ class Sweeper:
                     return self._child.wait(0.5)
                 except subprocess.TimeoutExpired:
                     if self.console.is_terminal and (rows := read_metrics(path / "metrics.jsonl")):
-                        status.update(f"{label}: step {rows[-1]['step']}, loss {rows[-1]['loss']}")
+                        loss = "not finite" if rows[-1]["loss"] is None else f"{rows[-1]['loss']:.4f}"
+                        status.update(f"{label}: step {rows[-1]['step']}, loss {loss}")
 
     @contextlib.contextmanager
     def _forward_signals(self) -> Iterator[None]:
-        """Within this context SIGINT and SIGTERM are recorded and sent to the current run."""
+        """Within this context the signals that stop a program are recorded and sent to the current run."""
         self._child: subprocess.Popen | None = None
 
         def handle(number: int, _: object) -> None:
@@ -130,20 +149,20 @@ class Sweeper:
             if self._child is not None and self._child.poll() is None:
                 self._child.send_signal(number)
 
-        previous_handlers = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with handled(handle):
             yield
-        finally:
-            for number, handler in previous_handlers.items():
-                signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[int]:
     """Create and lock a folder; yield the file handle of the lock, which processes may inherit.
 
+    The lock of the handle is for runs that outlive their sweep, on this machine. `RunLock` is for sweeps on other
+    machines, and for a training of this name, which would rename the folder.
+
     Raises:
         ConfigError: another sweep, or a run of one, uses the folder.
+        RunLockedError: the same, on another machine.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -152,7 +171,8 @@ def lock_folder(folder: Path) -> Iterator[int]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"{folder} is in use by another sweep or a run of one; wait for it, or stop it") from None
-        yield handle
+        with RunLock(folder):
+            yield handle
     finally:
         os.close(handle)
 
@@ -186,9 +206,13 @@ def run_sweep(arguments: Arguments) -> int:
         return 0
     if arguments.wandb:
         wandb_logger.require_wandb()
-    with lock_folder(folder) as lock:
-        sweeper = Sweeper(sweep, runs, folder, arguments.wandb, lock)
-        outcomes = sweeper.train_runs()
+    try:
+        with lock_folder(folder) as lock:
+            sweeper = Sweeper(sweep, runs, folder, arguments.wandb, lock)
+            outcomes = sweeper.train_runs()
+    except BrokenPipeError:
+        streams.report(f"interrupted; each run is saved. Resume with: {sweep_resume_command(arguments)}")
+        raise
     done = sum(outcome.state == "done" for outcome in outcomes)
     print(f"\n{report.results_table(sweep, outcomes)}\n\n{done} of {len(runs)} runs are done; results are in {folder}")
     if sweeper.received is not None:

@@ -15,6 +15,7 @@ from dantinox.metrics.logger import read_metrics
 from dantinox.model import flops
 from dantinox.sweep.search_space import Run, Sweep
 from dantinox.system.atomic_io import open_atomic
+from dantinox.system.json_text import json_text
 
 RESULT_FILE = "result.json"  # written last to the folder of a run, which is then done
 COSTS = ("parameters", "active", "cache_bytes")
@@ -40,7 +41,9 @@ class Outcome:
         """Describe the outcome in one line."""
         if self.state != "done":
             return self.state + (f": {self.reason}" if self.reason else "")
-        return f"{metric} {_format_number(self.metrics.get(metric))}, {self.metrics['tokens_per_s']:,.0f} tokens/s"
+        value = self.metrics.get(metric)
+        text = _format_number(value) or ("not finite" if metric in self.metrics else "missing")
+        return f"{metric} {text}, {self.metrics['tokens_per_s']:,.0f} tokens/s"
 
 
 def load_outcome(run: Run, folder: Path) -> Outcome:
@@ -49,7 +52,7 @@ def load_outcome(run: Run, folder: Path) -> Outcome:
         return Outcome(run, "refused", reason=run.refused)
     path = folder / run.name
     try:
-        result = json.loads((path / RESULT_FILE).read_text())
+        result = json.loads((path / RESULT_FILE).read_text("utf-8"))
         if result["values"] == run.values and (path / "config.yaml").is_file():
             return Outcome(run, "done", metrics=result["figures"])
     except (OSError, ValueError, KeyError, TypeError):  # missing or damaged: the run is trained again
@@ -73,7 +76,7 @@ def collect_result(run: Run, folder: Path) -> Outcome:
     )
     metrics |= {"tokens_per_s": median(rates)} | dict(zip(COSTS, costs))
     with open_atomic(path / RESULT_FILE) as file:
-        file.write(json.dumps({"values": run.values, "figures": metrics}, indent=1).encode())
+        file.write(json_text({"values": run.values, "figures": metrics}, indent=1).encode())
     return Outcome(run, "done", metrics=metrics)
 
 

@@ -143,7 +143,7 @@ def load_sweep(path: Path) -> Sweep:
         ConfigError, OSError: the file cannot be read, or a key, flag or value is invalid; the message names it.
     """
     try:
-        text = path.read_text()
+        text = path.read_text("utf-8")
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text") from None
     try:

@@ -16,8 +16,9 @@ from dantinox.metrics import logger as metrics_log
 from dantinox.metrics.progress_bar import ProgressLine
 from dantinox.model import flops
 from dantinox.system.atomic_io import open_atomic
+from dantinox.system.json_text import finite
 from dantinox.training.profiler import StepTracer
-from dantinox.training.signals import Interrupted, SignalHandler
+from dantinox.training.signals import SIGPIPE, Interrupted, SignalHandler
 from dantinox.training.trainer import Trainer
 
 Row = dict[str, Any]
@@ -61,7 +62,7 @@ class Loop:
         """Train from step `start` to the last step. The last state is always saved, also after a signal.
 
         Raises:
-            Interrupted: after SIGINT or SIGTERM, once the state is saved.
+            Interrupted: after SIGINT, SIGTERM, SIGHUP or a closed standard output, once the state is saved.
             NonFiniteError: a step was not finite; the state before it is saved.
             CheckpointWriteError: a checkpoint could not be written.
         """
@@ -90,16 +91,17 @@ class Loop:
                     else:
                         state, metrics = tracer.step(state, *batch, jnp.int32(step))
                     step_batch, batch = batch, self.trainer.batch(number)  # while the device computes
-                    finite = bool(metrics.pop("finite"))
-                if not finite:
+                    is_finite = bool(metrics.pop("finite"))
+                if not is_finite:
                     self.handle_non_finite(number, state, step_batch, metrics)
-                self.progress.skipped = 0 if finite else self.progress.skipped + 1
+                self.progress.skipped = 0 if is_finite else self.progress.skipped + 1
                 step = number
                 tracer.after_step(step, state)
                 self.on_step_end(step, state, metrics)
-                if self.signals.received is not None and step < t.steps:
+                stop_signal = self.signals.received or (SIGPIPE if self.line.is_closed else None)
+                if stop_signal is not None and step < t.steps:
                     self.save_on_interrupt(step, state)
-                    raise Interrupted(self.signals.received)
+                    raise Interrupted(stop_signal)
             self.checkpoints.wait()
 
     def on_step_end(self, step: int, state: TrainState, metrics: dict[str, jax.Array]) -> None:
@@ -144,9 +146,12 @@ class Loop:
             self.line.print_line(f"--- sample at step {step} ---\n{text}\n---")
             self.log.write_text("sample", text, step)
         if stop_early and step < t.steps:
+            best_loss, stale = self.progress.best_loss, self.progress.stale
             self.line.print_line(
-                f"stopped early at step {step}: {self.progress.stale} evaluations without improvement over "
-                f"validation loss {self.progress.best_loss:.4f} of step {self.progress.best_step}"
+                f"stopped early at step {step}: {stale} evaluations without a finite validation loss"
+                if best_loss is None
+                else f"stopped early at step {step}: {stale} evaluations without improvement over "
+                f"validation loss {best_loss:.4f} of step {self.progress.best_step}"
             )
 
     def is_due(self, step: int, every: int) -> bool:
@@ -171,9 +176,9 @@ class Loop:
         """Write a checkpoint in the background, with the state of the loop as metadata."""
         corpus = self.trainer.corpus
         metadata = {
-            "val_loss": val_loss,
+            "val_loss": finite(val_loss),
             "due": due,
-            "loop": asdict(self.progress),
+            "loop": finite(asdict(self.progress)),
             "corpus": corpus.path.name,
             "tokenizer": corpus.tokenizer.fingerprint,
         }
@@ -192,9 +197,9 @@ class Loop:
     def report_saved(self, step: int) -> None:
         """Print how to resume after a signal."""
         if step:
-            self.line.print_line(f"interrupted; step {step} is saved. Resume with: {self.resume}")
+            self.line.print_last(f"interrupted; step {step} is saved. Resume with: {self.resume}")
         else:
-            self.line.print_line("interrupted before the first step; there is nothing to save")
+            self.line.print_last("interrupted before the first step; there is nothing to save")
 
     def handle_non_finite(self, step: int, state: TrainState, batch: tuple, metrics: dict[str, jax.Array]) -> None:
         """Write the batch of a discarded step to a file, and stop or skip the batch, depending on `on_nan`.

@@ -1,14 +1,62 @@
-"""Resume a run: restore its state and check which settings changed."""
+"""Resume a run: restore its state, find its text, and check which settings changed."""
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 from dantinox.checkpoint.manager import Checkpoints
 from dantinox.checkpoint.train_state import TrainState
-from dantinox.config import Config, ConfigError, TrainConfig
+from dantinox.config import Config, ConfigError, TrainConfig, read_settings
+from dantinox.data.corpus import STDLIB, Corpus, cached_corpus, load_corpus
+from dantinox.data.tokenizer import load_tokenizer
 from dantinox.metrics import logger as metrics_log
 from dantinox.training.loop import LoopState
 from dantinox.training.trainer import Trainer
+
+Effect = Literal["none", "numbers", "impossible"]
+
+
+class Start(NamedTuple):
+    """What a run begins with; `state` is None for the initial weights."""
+
+    trainer: Trainer
+    state: TrainState | None
+    step: int
+    progress: LoopState
+
+
+def resume_run(config: Config, saved: Config, run: Path, make_trainer: Callable[..., Trainer]) -> Start:
+    """Restore a run from its latest valid checkpoint and quarantine newer, corrupt ones.
+
+    Args:
+        config: the settings to resume with.
+        saved: the settings of the run.
+        run: folder of the run, which this process has locked.
+        make_trainer: `Trainer`.
+
+    Raises:
+        ConfigError: a changed setting would make another model.
+        FileNotFoundError: the run got past its first checkpoint but has none.
+        ValueError: all checkpoints are corrupt, or the text is not the one that the run was trained on.
+    """
+    changed = diff_settings(config, saved)
+    if absent := saved.flat().keys() - read_settings(run / "config.yaml").keys():
+        print(f"config {run / 'config.yaml'} does not set {', '.join(sorted(absent))}; resuming with the defaults")
+    checkpoints = Checkpoints(run, config.train.max_checkpoints)
+    if not checkpoints.steps():
+        check_restart_from_scratch(run, config)
+        return Start(make_trainer(config), None, 0, LoopState())
+    step, metadata, errors = checkpoints.latest_valid()
+    trainer = trainer_for_text(config, run, metadata, make_trainer)
+    state = checkpoints.restore(step, trainer.abstract_state())
+    for error in errors:
+        print(f"{error}; resuming from step {step}")
+    for newer_step in [other for other in checkpoints.steps() if other > step]:
+        print(f"moved it to {checkpoints.quarantine(newer_step)}")
+    if changed:
+        print(f"resumed with {changed}: later steps differ from those of an uninterrupted run")
+    return Start(trainer, state, step, LoopState(**metadata["loop"]))
 
 
 def check_restart_from_scratch(run: Path, config: Config) -> None:
@@ -23,29 +71,54 @@ def check_restart_from_scratch(run: Path, config: Config) -> None:
     print(f"run {run} has no checkpoint yet; starting from scratch")
 
 
-def restore_run(trainer: Trainer, run: Path) -> tuple[TrainState, int, LoopState]:
-    """Restore a run from its latest valid checkpoint and quarantine newer, corrupt ones.
+def trainer_for_text(
+    config: Config, run: Path, metadata: dict[str, Any], make_trainer: Callable[..., Trainer]
+) -> Trainer:
+    """Return a trainer on the text that a run was trained on, wherever that text is now.
 
-    Returns:
-        (state, step, loop state).
+    If the file is gone, or the standard library is that of another Python, the prepared text in the cache replaces it.
+    If the same text gives another tokenizer now, that of the run is used.
 
     Raises:
-        FileNotFoundError: there is no checkpoint.
-        ValueError: all checkpoints are corrupt, or the text is not the one that the run was trained on.
+        FileNotFoundError: the text is gone.
+        ValueError: the text is another one.
     """
-    checkpoints = Checkpoints(run, trainer.config.train.max_checkpoints)
-    step, metadata, errors = checkpoints.latest_valid()
-    if metadata["corpus"] != trainer.corpus.path.name:
-        raise ValueError(
-            f"data {trainer.config.data.data!r} is not the text that run {run} was trained on; "
-            "restore the text, or start another run"
-        )
-    state = checkpoints.restore(step, trainer.abstract_state())
-    for error in errors:
-        print(f"{error}; resuming from step {step}")
-    for newer_step in [other for other in checkpoints.steps() if other > step]:
-        print(f"moved it to {checkpoints.quarantine(newer_step)}")
-    return state, step, LoopState(**metadata["loop"])
+    data, expected, missing = config.data.data, metadata["corpus"], None
+    try:
+        trainer = make_trainer(config)
+        if trainer.corpus.content_id == expected and has_tokenizer(trainer.corpus, metadata):
+            return trainer
+        corpus = corpus_of_tokenizer(config, run, metadata)
+        if corpus is not None and expected in (trainer.corpus.content_id, corpus.content_id):
+            return make_trainer(config, corpus)
+    except FileNotFoundError as error:
+        missing = error
+    is_stdlib = data == STDLIB
+    if (missing or is_stdlib) and (prepared := cached_corpus(expected)) and has_tokenizer(prepared, metadata):
+        status = "is gone" if missing else "is that of another Python now"
+        print(f"data {data!r} {status}; resuming with the text of the run from the cache, {prepared.path}")
+        return make_trainer(config, prepared)
+    advice = "resume with the Python it began with, or give that text with" if is_stdlib else "give the text with"
+    advice += " --data PATH, or start another run"
+    if missing:
+        raise FileNotFoundError(f"{missing}; {advice}") from None
+    raise ValueError(f"data {data!r} is not the text that run {run} was trained on; {advice}")
+
+
+def has_tokenizer(corpus: Corpus, metadata: dict[str, Any]) -> bool:
+    """Return whether a corpus has the tokenizer of a run; early checkpoints do not name theirs."""
+    return metadata.get("tokenizer") in (None, corpus.tokenizer.fingerprint)
+
+
+def corpus_of_tokenizer(config: Config, run: Path, metadata: dict[str, Any]) -> Corpus | None:
+    """Return the text of the settings with the tokenizer in the folder of the run; None if that is not the run's."""
+    try:
+        tokenizer = load_tokenizer(run)
+    except (OSError, ValueError):
+        return None
+    if tokenizer.fingerprint != metadata.get("tokenizer"):
+        return None
+    return load_corpus(config.data.data, val_fraction=config.data.val_fraction, existing_tokenizer=tokenizer)
 
 
 def resume_command(config: Config) -> str:
@@ -57,42 +130,116 @@ def resume_command(config: Config) -> str:
 
 
 def diff_settings(config: Config, saved: Config) -> str:
-    """Return the settings that differ from the saved run, as `name old -> new; ...`; "" if there are none.
+    """Return the changed settings that change later steps, as `name old -> new; ...`; "" if there are none.
 
     Raises:
-        ConfigError: naming each changed setting that the weights, the optimizer state or the text depend on.
+        ConfigError: naming each changed setting that a resumed run must keep.
     """
-    changeable = {
-        "attn",
-        "moe",
-        "decode",
-        "kv_cache_dtype",
-        "remat",
-        "dropout",
-        "router_aux_loss_coef",
-        "router_z_loss_coef",
-    }
-    if config.model.pos_encoding != "learned":
-        changeable.add("max_context")
     new, old = config.flat(), saved.flat()
-    differ = {name: f"{name} {old[name]!r} -> {new[name]!r}" for name in new if new[name] != old[name]}
-    fixed = {*vars(config.model), *vars(config.data), "optimizer"} - changeable
-    if bool(config.optim.ema_decay) != bool(saved.optim.ema_decay):
-        fixed.add("ema_decay")
-    if refused := [text for name, text in differ.items() if name in fixed]:
-        raise ConfigError(f"--resume cannot change {'; '.join(refused)}")
-    # Settings that do not affect the numerics.
-    no_effect_on_numerics = {
-        "runs_dir",
-        "attn",
-        "moe",
-        "decode",
-        "kv_cache_dtype",
-        "max_checkpoints",
-        "save_every",
-        "profile_steps",
-        "on_nan",
-        "patience",
-        "wandb",
-    }
-    return "; ".join(text for name, text in differ.items() if name not in no_effect_on_numerics)
+    changes: dict[Effect, list[str]] = {"none": [], "numbers": [], "impossible": []}
+    for name in new:
+        if new[name] != old[name]:
+            effect = RESUME_EFFECTS[name]
+            effect = effect if isinstance(effect, str) else effect(config, saved)
+            changes[effect].append(f"{name} {old[name]!r} -> {new[name]!r}")
+    if changes["impossible"]:
+        raise ConfigError(f"--resume cannot change {'; '.join(changes['impossible'])}")
+    return "; ".join(changes["numbers"])
+
+
+def _effect_of_max_context(new: Config, old: Config) -> Effect:
+    model = old.model
+    if model.pos_encoding == "learned":  # one row of parameters per position
+        return "impossible"
+    scales_with_it = model.rope_scaling in ("yarn", "llama3") and model.rope_original_context is None
+    return "numbers" if model.pos_encoding == "rope" and scales_with_it else "none"
+
+
+def _effect_of_bpe_vocab_size(new: Config, old: Config) -> Effect:
+    return "impossible" if old.data.tokenizer == "bpe" else "none"
+
+
+def _effect_of_ema_decay(new: Config, old: Config) -> Effect:
+    return "numbers" if new.optim.ema_decay and old.optim.ema_decay else "impossible"
+
+
+def _effect_of_steps(new: Config, old: Config) -> Effect:
+    return "none" if new.optim.schedule == "constant" and new.optim.warmup_ratio == 0 else "numbers"
+
+
+# What --resume with another value of a setting does to later steps: "none", or other "numbers" (losses, weights), or it
+# is "impossible": the model would be another one, or its state has no place for it. Every setting has an entry.
+RESUME_EFFECTS: dict[str, Effect | Callable[[Config, Config], Effect]] = {
+    # model
+    "vocab_size": "none",  # training sets it from the tokenizer, whatever is given
+    "dim": "impossible",
+    "n_layers": "impossible",
+    "n_heads": "impossible",
+    "n_kv_heads": "impossible",
+    "head_dim": "impossible",
+    "max_context": _effect_of_max_context,
+    "window": "impossible",
+    "window_pattern": "impossible",
+    "attn_gate": "impossible",
+    "qk_norm": "impossible",
+    "attn_softcap": "impossible",
+    "logit_softcap": "impossible",
+    "pos_encoding": "impossible",
+    "rope_theta": "impossible",
+    "rope_scaling": "impossible",
+    "rope_factor": "impossible",
+    "rope_original_context": "impossible",
+    "mlp": "impossible",
+    "mlp_ratio": "impossible",
+    "n_experts": "impossible",
+    "experts_per_token": "impossible",
+    "shared_expert": "impossible",
+    "router_aux_loss_coef": "numbers",
+    "router_z_loss_coef": "numbers",
+    "tie_embeddings": "impossible",
+    "dropout": "numbers",
+    "norm_eps": "impossible",
+    "dtype": "impossible",
+    # These three compute the same in another order, so that sums are rounded differently.
+    "remat": "numbers",
+    "attn": "numbers",
+    "moe": "numbers",
+    "decode": "none",  # of text samples only
+    "kv_cache_dtype": "none",
+    # data
+    "data": "none",  # the text may move; `trainer_for_text` compares its content
+    "tokenizer": "impossible",
+    "bpe_vocab_size": _effect_of_bpe_vocab_size,
+    "val_fraction": "impossible",
+    # optim
+    "optimizer": "impossible",
+    "lr": "numbers",
+    "schedule": "numbers",
+    "warmup_ratio": "numbers",
+    "min_lr_ratio": "numbers",
+    "weight_decay": "numbers",
+    "beta1": "numbers",
+    "beta2": "numbers",
+    "grad_clip": "numbers",
+    "ema_decay": _effect_of_ema_decay,
+    # train
+    "run": "none",
+    "runs_dir": "none",
+    "steps": _effect_of_steps,  # the schedule depends on their number
+    "batch_size": "numbers",
+    "seq_len": "numbers",
+    "grad_accum": "numbers",
+    "seed": "numbers",
+    "mesh": "numbers",  # the order of sums
+    "eval_every": "none",
+    "eval_batches": "numbers",  # of validation
+    "patience": "none",
+    "save_every": "none",
+    "max_checkpoints": "none",
+    "on_nan": "none",
+    "sample_every": "none",
+    "sample_tokens": "none",
+    "log_every": "none",
+    "profile_steps": "none",
+    "wandb": "none",
+}

@@ -1,12 +1,15 @@
-"""Graceful shutdown on SIGINT and SIGTERM."""
+"""Graceful shutdown on SIGINT, SIGTERM and SIGHUP, and after the reader of the output is gone."""
 
 import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from dantinox.system import run_lock
+
+SIGPIPE = 13  # its number; the module has it on POSIX only
 RESPONSE_S = 2.0  # seconds that the main thread has to respond before the watcher ends the process
 
 
@@ -14,8 +17,30 @@ class Interrupted(KeyboardInterrupt):
     """A signal ended the program; `code` is its exit code, 128 + the signal's number."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
+        super().__init__(f"signal {number}")
         self.code = 128 + number
+
+
+def stop_signals() -> tuple[int, ...]:
+    """Return the signals that stop a program: SIGINT, SIGTERM, and SIGHUP unless it is ignored, as under nohup."""
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    is_ignored = hangup is None or signal.getsignal(hangup) is signal.SIG_IGN
+    return signal.SIGINT, signal.SIGTERM, *(() if is_ignored else (hangup,))
+
+
+@contextlib.contextmanager
+def handled(handler: Callable[[int, Any], None], numbers: Sequence[int] | None = None) -> Iterator[None]:
+    """Within this context `handler` handles signals, by default `stop_signals()`; only the main thread can do so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = stop_signals() if numbers is None else numbers
+    previous_handlers = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, previous_handler in previous_handlers.items():
+            signal.signal(number, previous_handler)
 
 
 class SignalHandler:
@@ -35,7 +60,9 @@ class SignalHandler:
         # Only the main thread can set signal handlers.
         self._installed = threading.current_thread() is threading.main_thread()
         if self._installed:
-            self._previous_handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            self._signals = stop_signals()
+            self._handlers = contextlib.ExitStack()
+            self._handlers.enter_context(handled(self._handle, self._signals))
             self._read_fd, self._write_fd = os.pipe()
             os.set_blocking(self._write_fd, False)
             self._previous_wakeup_fd = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
@@ -47,8 +74,7 @@ class SignalHandler:
         if self._installed:
             self._installed = False
             signal.set_wakeup_fd(self._previous_wakeup_fd)
-            for number, handler in self._previous_handlers.items():
-                signal.signal(number, handler)
+            self._handlers.close()
             os.close(self._write_fd)  # ends the watcher
             self._watcher.join(RESPONSE_S)
             os.close(self._read_fd)
@@ -81,27 +107,22 @@ class SignalHandler:
     def _watch(self) -> None:
         while signal_byte := os.read(self._read_fd, 1):
             number, on_signal = signal_byte[0], self._on_signal
-            if number not in SIGNALS or on_signal is None or self._handled.wait(RESPONSE_S):
+            if number not in self._signals or on_signal is None or self._handled.wait(RESPONSE_S):
                 continue
             with self._saving:
                 try:
                     on_signal()
                 finally:
+                    run_lock.release_all()
                     os._exit(128 + number)
 
 
 @contextlib.contextmanager
 def sigterm_as_exception() -> Iterator[None]:
-    """Within this context SIGTERM raises `Interrupted`, as Ctrl-C raises KeyboardInterrupt."""
+    """Within this context SIGTERM and SIGHUP raise `Interrupted`, as Ctrl-C raises KeyboardInterrupt."""
 
     def handle(number: int, _: object) -> None:
         raise Interrupted(number)
 
-    if threading.current_thread() is not threading.main_thread():
+    with handled(handle, [number for number in stop_signals() if number != signal.SIGINT]):
         yield
-        return
-    previous_handler = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous_handler)

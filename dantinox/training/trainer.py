@@ -24,12 +24,13 @@ class Trainer:
     """Data, model and step functions of one run; the constructor validates them before training."""
 
     config: Config
+    prepared: Corpus | None = None  # replaces the text that the settings name
     corpus: Corpus = field(init=False)
 
     def __post_init__(self) -> None:
         c = self.config
         self.mesh = mesh.make_mesh(c.train.mesh_axes())
-        self.corpus = load_corpus(
+        self.corpus = self.prepared or load_corpus(
             c.data.data,
             tokenizer=c.data.tokenizer,
             bpe_vocab_size=c.data.bpe_vocab_size,

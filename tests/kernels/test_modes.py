@@ -90,14 +90,11 @@ def arguments(op: str, seed: int = 0) -> tuple[Tree, Tree, Tree]:
 
 
 @functools.cache
-def expected(op: str, seed: int = 0) -> tuple[Tree, Tree]:
-    """(results of plain jnp in float32, those of the reference in float64)."""
-    arrays = arguments(op, seed)
-    plain = jax.jit(functools.partial(run, op, "reference"), compiler_options=tolerance.FAST_COMPILE_OPTIONS)(*arrays)
+def expected(op: str, seed: int = 0) -> Tree:
+    """The results of the reference in float64."""
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda x: x.astype(np.float64) if x.dtype == np.float32 else x, arrays)
-        exact = run(op, "reference", *wide)
-    return plain, exact
+        wide = jax.tree.map(lambda x: x.astype(np.float64) if x.dtype == np.float32 else x, arguments(op, seed))
+        return jax.tree.map(np.asarray, fast_jit(functools.partial(run, op, "reference"))(*wide))
 
 
 def run(
@@ -123,9 +120,11 @@ def run(
 
 
 def assert_right(op: str, result: Tree, seed: int = 0) -> None:
-    plain, exact = expected(op, seed)
+    """To float32's rounding; `test_implementation_matches_reference` has the error bound."""
+    exact = expected(op, seed)
     assert set(result) == set(exact)
-    tolerance.assert_within_bound(result, plain, exact, np.float32)
+    for name, x in result.items():
+        np.testing.assert_allclose(x, exact[name], rtol=1e-5, atol=2e-6, err_msg=name)
 
 
 def stacked(op: str) -> Tree:
@@ -176,7 +175,7 @@ def shardings(op: str, arrays: Tree) -> tuple[Tree, Tree]:
     inputs, aux, _ = arrays
     spec = lambda name: CALLS[op].specs.get(name, default)
     in_specs = {name: spec(name) for name in inputs}, {name: spec(name) for name in aux}, spec("o")
-    return in_specs, {name: spec(name.removeprefix("d")) for name in expected(op)[1]}
+    return in_specs, {name: spec(name.removeprefix("d")) for name in expected(op)}
 
 
 def call_in_shard_map(op: str, implementation: str) -> None:
@@ -220,7 +219,7 @@ def call_exported(op: str, implementation: str) -> None:
     shapes = (*({name: abstract(name, x) for name, x in group.items()} for group in (inputs, aux)), abstract("o", dout))
     exporter = export.export(jax.jit(functools.partial(run, op, implementation)))
     if implementation == "pallas":
-        with pytest.raises(NotImplementedError, match=r"implementation='xla' takes symbolic sizes$"):
+        with pytest.raises(NotImplementedError, match=r"implementation='xla' takes symbolic sizes"):
             exporter(*shapes)
         return
     assert_right(op, exporter(*shapes).call(*arrays))
@@ -238,7 +237,7 @@ def call_forward_mode(op: str, implementation: str) -> None:
         assert "forward-mode" in str(refusal) or "implementation=" in str(refusal)
         return
     if op != "decode_attention":
-        _, exact = expected(op)
+        exact = expected(op)
         along = sum(np.sum(np.asarray(exact[f"d{name}"]) * tangents[name]) for name in inputs)
         assert float(np.sum(np.float64(derivative) * dout)) == pytest.approx(along, rel=1e-4, abs=1e-4)
 
@@ -293,7 +292,7 @@ def test_second_derivative_is_right_or_refused(op, implementation):
     inputs, aux, dout = arguments(op)
 
     def slope(inputs: Tree, implementation: str) -> jax.Array:
-        gradients = run(op, implementation, inputs, aux, dout)
+        gradients = run(op, implementation, inputs, aux, jnp.asarray(dout, jax.tree.leaves(inputs)[0].dtype))
         return sum(jnp.sum(jnp.sin(x)) for name, x in gradients.items() if name != "o")
 
     if implementation == "pallas":

@@ -163,6 +163,30 @@ assert not any(callable(module) for module in (dantinox, kernels, dantinox.cli.g
     assert done.returncode == 0, done.stderr
 
 
+ORDERS = {
+    "program first": "import dantinox.generate",
+    "function first": "import dantinox; dantinox.generate; import dantinox.generate",
+    "both by name": "from dantinox import evaluate, generate; import dantinox.generate",
+    "under another name": "import dantinox.generate as f; assert callable(f)",
+    "implementation first": "import dantinox.inference.generate, dantinox.generate",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_public_functions_do_not_depend_on_what_is_imported_first(order):
+    code = f"""
+{ORDERS[order]}
+import sys, types
+import dantinox.evaluate, dantinox.export, dantinox.train
+import dantinox.inference.generate as module
+assert dantinox.generate is module.generate
+assert not any(isinstance(getattr(dantinox, name), types.ModuleType) for name in dantinox.__all__)
+assert all(getattr(dantinox, name) is sys.modules[f"dantinox.{{name}}"] for name in ("evaluate", "export", "train"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_import_rules_name_existing_files():
     for package in ("reference", "kernels", "dantinox"):
         assert len(imported(package)) > 5

@@ -85,7 +85,9 @@ def make_compiler(target: Gpu) -> Callable[[Any, tuple, tuple[int, ...]], Any]:
 
 def version() -> str:
     """The assembler's version."""
-    output = subprocess.run([str(PTXAS), "--version"], capture_output=True, text=True, check=False).stdout
+    output = subprocess.run(
+        [str(PTXAS), "--version"], capture_output=True, text=True, check=False, encoding="utf-8"
+    ).stdout
     number = re.search(r"V(\d+\.\d+\.\d+)", output)
     return f"ptxas {number[1]}" if number else "ptxas ?"
 
@@ -102,16 +104,16 @@ def read(target: Gpu, dumps: Path, printed: str) -> tuple[list[dict[str, Any]], 
     smem = ptx.match_smem(mosaic, ptx.mosaic_smem(printed))
     launches: dict[str, tuple[int | None, int]] = {}
     for path in sorted(dumps.glob("*.thunk_sequence.txt")):
-        launches |= ptx.thunks(path.read_text())
+        launches |= ptx.thunks(path.read_text("utf-8"))
     for path in sorted(dumps.rglob("*.compile_info")):
-        launches |= ptx.triton_smem(path.read_text())
+        launches |= ptx.triton_smem(path.read_text("utf-8"))
     triton_kernels = _pallas_triton_kernels(dumps)
 
     kernels = []
     for module, size in zip(mosaic, smem):
         kernels += [{**kernel, "hand": True} for kernel in _assemble(target, module, dumps, {}, size, True)]
     for path in sorted(dumps.rglob("*.ptx")):
-        module = path.read_text()
+        module = path.read_text("utf-8")
         hand = path.is_relative_to(dumps / "triton") or not triton_kernels.isdisjoint(ptx.entry_threads(module))
         kernels += [{**k, "hand": hand} for k in _assemble(target, module, dumps, launches, None, hand)]
 
@@ -126,7 +128,7 @@ def _pallas_triton_kernels(dumps: Path) -> set[str]:
     """Find the names that XLA gives to the kernels of Pallas's Triton lowering."""
     names = set()
     for path in dumps.glob("*after_optimizations.txt"):
-        calls = re.findall(r'%?([\w.-]+) = .*custom_call_target="__gpu\$xla\.gpu\.triton"(.*)', path.read_text())
+        calls = re.findall(r'%?([\w.-]+) = .*custom_call_target="__gpu\$xla\.gpu\.triton"(.*)', path.read_text("utf-8"))
         for name, rest in calls:
             kernel_name = re.search(r'name = "(\w+)"', rest)
             names |= {re.sub(r"\W", "_", name), *([kernel_name[1]] if kernel_name else [])}
@@ -143,20 +145,24 @@ def _assemble(
 ) -> list[dict[str, Any]]:
     """Assemble one PTX module and read the figures of each entry function."""
     source, cubin = dumps / "kernel.ptxas-input", dumps / "kernel.cubin"
-    source.write_text(module)
+    source.write_text(module, "utf-8")
     command = [str(PTXAS), f"-arch={target.arch}", "-v", "-lineinfo", str(source), "-o", str(cubin)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, encoding="utf-8")
     if done.returncode:
         raise ValueError(f"ptxas: {(done.stderr.strip().splitlines() or ['failed'])[0]}")
     counts: dict[str, dict[str, int]] = {}
     code: dict[str, list[sass.Instruction]] = {}
     if hand_written or "mma" in module:  # disassembling XLA's many small fusions would take longer than compiling them
-        dumped = subprocess.run([CUOBJDUMP, "--dump-sass", cubin], capture_output=True, text=True, check=False).stdout
+        dumped = subprocess.run(
+            [CUOBJDUMP, "--dump-sass", cubin], capture_output=True, text=True, check=False, encoding="utf-8"
+        ).stdout
         counts, code = ptx.sass_counts(dumped), sass.functions(dumped) if hand_written else {}
     if hand_written:  # bench.aot.locate reads it from the folder that --keep names
-        with_lines = subprocess.run([NVDISASM, "-g", "-c", cubin], capture_output=True, text=True, check=False).stdout
+        with_lines = subprocess.run(
+            [NVDISASM, "-g", "-c", cubin], capture_output=True, text=True, check=False, encoding="utf-8"
+        ).stdout
         for name in code:
-            (dumps / f"{name}.sass").write_text(with_lines)
+            (dumps / f"{name}.sass").write_text(with_lines, "utf-8")
     kernels = []
     for name, usage in ptx.ptxas_usage(done.stderr + done.stdout).items():
         launch_threads, launch_smem = launches.get(name, (None, 0))

@@ -7,12 +7,12 @@ TPU, "MXU/Mi" is MXU slots per 1024 x 1024 scores, and "per 1000 pairs" bundles 
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from bench.aot import hardware
 from bench.aot.cases import Case
 from dantinox.kernels import workloads
+from dantinox.system.console import Console
 
 Row = dict[str, Any]
 

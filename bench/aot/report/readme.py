@@ -10,5 +10,5 @@ FILE = "README.md"
 def write(folder: Path) -> None:
     """Rewrite all tables, if the folder has a README."""
     if (page := folder / FILE).exists():
-        text = tpu_tables.update(page.read_text(), tpu_tables.load(folder))
-        page.write_text(sm90_tables.update(text, sm90_tables.load(folder)))
+        text = tpu_tables.update(page.read_text("utf-8"), tpu_tables.load(folder))
+        page.write_text(sm90_tables.update(text, sm90_tables.load(folder)), "utf-8")

@@ -61,19 +61,19 @@ def read(dumps: Path) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Read the hand-written kernels, and totals over all kernels, of the program that was compiled into `dumps`."""
     by_hand: set[str] = set()
     for path in dumps.glob("*-TLP-hlo.txt"):
-        by_hand |= vliw_schedule.custom_calls(path.read_text())
+        by_hand |= vliw_schedule.custom_calls(path.read_text("utf-8"))
     memory: dict[str, int] = {}
     for path in sorted(dumps.glob("*vmem_report.html")):
-        memory |= vliw_schedule.vmem_bytes(path.read_text())
+        memory |= vliw_schedule.vmem_bytes(path.read_text("utf-8"))
 
     schedules: dict[str, vliw_schedule.Schedule] = {}
     empty: dict[str, int | None] = {}
     for path in sorted(dumps.iterdir()):
         match vliw_schedule.kernel_of(path.name):
             case ("utilisation", name):
-                schedules[name] = vliw_schedule.utilisation(path.read_text())
+                schedules[name] = vliw_schedule.utilisation(path.read_text("utf-8"))
             case ("schedule", name):
-                with path.open() as file:
+                with path.open(encoding="utf-8") as file:
                     empty[name] = vliw_schedule.empty_bundles(file.read(2000))
 
     kernels = [

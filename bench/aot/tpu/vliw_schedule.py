@@ -62,7 +62,7 @@ def empty_bundles(text: str) -> int | None:
 def read_final_bundles(dumps: Path, kernel: str) -> str:
     """Read the final bundles of a kernel, as text."""
     (path,) = [path for path in dumps.glob(f"*-{kernel}-*-final_bundles.txt") if "schedule" not in path.name]
-    return path.read_text()
+    return path.read_text("utf-8")
 
 
 class Region(NamedTuple):

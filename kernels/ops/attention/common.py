@@ -5,6 +5,7 @@ keys. Blocks are transposed, with keys down and queries across. Arrays consist o
 subtiles, n, rows] along the queries, [B K, key subtiles, keys, D] along the keys.
 """
 
+import math
 from typing import NamedTuple, Protocol
 
 import jax
@@ -16,6 +17,7 @@ from dantinox.kernels.softcap import cap_scores
 Array = jax.Array
 M_INIT = float(jnp.finfo(jnp.float32).min)  # start of the running maximum: no finite score is below it
 MASK_VALUE = -jnp.inf  # a masked score: exp(MASK_VALUE - M_INIT) is 0, so rows without a key keep a sum of 0
+SMALL_SCALE = 2.0**-12  # no default of a head dim is as small
 NO_OVERLAP, PARTIAL_OVERLAP, FULL_OVERLAP = 0, 1, 2  # pairs of a block that share a segment: none, some, all
 NN, NT = ((1,), (0,)), ((1,), (1,))  # a b and a b^T
 
@@ -108,6 +110,17 @@ class QKVGradients(NamedTuple):
     dq: Array
     dk: Array
     dv: Array
+
+
+def split_small_scale(q: Array, k: Array, scale: float) -> tuple[Array, Array, float]:
+    """Move the power of two of a small scale into q and k, in equal parts and exactly; return them and the rest.
+
+    Products of q and k then overflow only if the scores do. Those of float16 fit float32 in any case.
+    """
+    if scale == 0 or abs(scale) >= SMALL_SCALE or q.dtype == jnp.float16:
+        return q, k, scale
+    half = 2.0 ** (math.frexp(scale)[1] // 2)
+    return q * half, k * half, scale / half / half
 
 
 def dot_per_head(a: Array, b: Array, contract: tuple[tuple[int], tuple[int]]) -> Array:

@@ -1,7 +1,8 @@
 """The Pallas attention of TPUs and CPUs with its derivative; CPUs have separate kernels."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,12 @@ import jax.numpy as jnp
 from dantinox.kernels import cost
 from dantinox.kernels.derivatives import first_order
 from dantinox.kernels.dispatch import current_device
-from dantinox.kernels.ops.attention.common import AttentionConfig, ForwardResult, SegmentTables
+from dantinox.kernels.ops.attention.common import (
+    AttentionConfig,
+    ForwardResult,
+    SegmentTables,
+    split_small_scale,
+)
 from dantinox.kernels.ops.attention.packing import pack_keys, pack_queries, segment_tables, unpack_queries
 from dantinox.kernels.ops.attention.pallas_cpu import block_sizes as cpu_block_sizes
 from dantinox.kernels.ops.attention.pallas_cpu import bwd as cpu_bwd
@@ -18,6 +24,7 @@ from dantinox.kernels.ops.attention.pallas_tpu import block_sizes as tpu_block_s
 from dantinox.kernels.ops.attention.pallas_tpu import bwd as tpu_bwd
 from dantinox.kernels.ops.attention.pallas_tpu import fwd as tpu_fwd
 from dantinox.kernels.ops.attention.segment_ids import zero_unattended_keys
+from dantinox.kernels.vma import call_invariant
 
 Array = jax.Array
 
@@ -43,6 +50,7 @@ def attention(
     if dtype == jnp.float16:  # has no room for small weights and large gradients of scores, and neither device uses it
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
         gate = None if gate is None else gate.astype(jnp.float32)
+    q, k, scale = split_small_scale(q, k, scale)
     k, v, segment_ids = zero_unattended_keys(k, v, segment_ids, T=T, causal=causal, window=window)
     S = k.shape[1]
 
@@ -77,12 +85,13 @@ class Residuals(NamedTuple):
 def _attention(
     q: Array, k: Array, v: Array, gate: Array | None, segments: SegmentTables | None, config: AttentionConfig
 ) -> Array:
-    return _run_fwd(q, k, v, gate, segments, config, residuals=False).o
+    run_fwd = functools.partial(_run_fwd, config=config, residuals=False)
+    return call_invariant(run_fwd, q, k, v, gate, segments).o
 
 
 def _attention_fwd(q, k, v, gate, segments, config):
     run_fwd = functools.partial(_run_fwd, config=config, residuals=True)
-    result = first_order(run_fwd, "attention")(q, k, v, gate, segments)
+    result = _call_kernel(run_fwd, q, k, v, gate, segments)
     return result.o, Residuals(q, k, v, gate, segments, result.o_ungated, result.m, result.inv_l)
 
 
@@ -92,11 +101,16 @@ def _attention_bwd(config: AttentionConfig, residuals: Residuals, do: Array) -> 
     v = v.swapaxes(-1, -2)
     attention_bwd = cpu_bwd.attention_bwd if _for_cpu(config) else tpu_bwd.attention_bwd
     run_bwd = functools.partial(attention_bwd, config=config, cost=_cost(q, gate, config, backward=True))
-    dq, dk, dv = first_order(run_bwd, "attention")(q, k, v, do_ungated, m, inv_l, delta, segments)
+    dq, dk, dv = _call_kernel(run_bwd, q, k, v, do_ungated, m, inv_l, delta, segments)
     return dq, dk.swapaxes(-1, -2), dv, dgate, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _call_kernel[R](kernel: Callable[..., R], *args: Any) -> R:
+    """Call the forward kernel with residuals or the backward kernel, which have no derivative."""
+    return first_order(functools.partial(call_invariant, kernel), "attention")(*args)
 
 
 def _run_fwd(

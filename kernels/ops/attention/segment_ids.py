@@ -7,6 +7,8 @@ documents have; in any other order a kernel may visit blocks that share no segme
 import jax
 import jax.numpy as jnp
 
+from dantinox.kernels.vma import match_vma
+
 Array = jax.Array
 SegmentIds = tuple[Array, Array]  # q_ids [B, T], kv_ids [B, S]
 Q_STEP = 128  # queries compared with all keys at a time
@@ -48,15 +50,15 @@ def attended_keys(q_ids: Array, kv_ids: Array, *, causal: bool, window: int | No
     def add_q_step(n: Array, attended: Array) -> Array:
         t = n * Q_STEP + jnp.arange(Q_STEP)
         ids = jnp.take(q_ids, t, axis=1, mode="clip")
-        visible = (ids[:, :, None] == kv_ids[:, None]) & (t < T)[:, None]
-        distance = (t + S - T)[:, None] - k_pos
+        visible = (ids[:, :, None] == kv_ids[:, None]) & (t < T)[None, :, None]
+        distance = (t + S - T)[:, None] - k_pos[None]
         if causal:
             visible &= (distance >= 0)[None]
         if window is not None:
             visible &= (distance < window)[None]
         return attended | visible.any(1)
 
-    return jax.lax.fori_loop(0, -(-T // Q_STEP), add_q_step, jnp.zeros((B, S), bool))
+    return jax.lax.fori_loop(0, -(-T // Q_STEP), add_q_step, match_vma(jnp.zeros((B, S), bool), q_ids, kv_ids))
 
 
 def block_segment_overlap(ids: Array, block: int, other_ids: Array, other_block: int) -> tuple[Array, Array]:

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from dantinox.kernels.einsum import accumulation_dtype, einsum
+from dantinox.kernels.ops.attention.common import split_small_scale
 from dantinox.kernels.softcap import soft_cap
 
 Array = jax.Array
@@ -44,6 +45,7 @@ def attention(
     B, T, H, D = q.shape
     S, K = k.shape[1:3]
     ids = segment_ids if segment_ids is not None else (None, None)
+    q, k, scale = split_small_scale(q, k, scale)
     # Heads first: [B, K, G, T, D] and [B, K, S, D].
     q = q.reshape(B, T, K, H // K, D).transpose(0, 2, 3, 1, 4)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)

@@ -96,6 +96,17 @@ def test_table_and_json_agree(program, capsys):
     assert "context 8, stride 4" in table.out and "tokens/s" in table.err
 
 
+@pytest.mark.parametrize("nats", [math.nan, math.inf, 1e6])
+def test_json_and_table_of_a_text_without_a_finite_score_are_valid(nats, program, capsys, monkeypatch):
+    score = scoring.Score(documents=1, tokens=2, bytes=2, nats=nats, context=8, stride=4)
+    monkeypatch.setattr(evaluate, "score_documents", lambda *args, **options: score)
+    refuse = lambda constant: pytest.fail(constant)
+    assert program(["mine", "texts", "--json"]) == 0
+    held = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert held["perplexity"] is None and held["loss"] == (nats / 2 if math.isfinite(nats) else None)
+    assert program(["mine", "texts"]) == 0 and "perplexity" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "word"),
     [

@@ -13,6 +13,7 @@ from dantinox.cli.stream_printer import StreamPrinter, prompt_headers
 from dantinox.data.tokenizer import BPETokenizer, CharTokenizer
 from dantinox.inference import generate
 from dantinox.inference.detokenizer import IncrementalDetokenizer
+from dantinox.system import streams
 from tests.dantinox.inference.test_generate import build
 
 
@@ -78,6 +79,39 @@ def test_batched_prompts_equal_each_prompt_alone(say, tmp_path, monkeypatch):
     assert say("--prompt-file", "prompts.txt", "--prompt-per-line", *flags).out == want
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(prompts[1].encode())))
     assert say("--prompt-file", "-", *flags).out == alone[1]
+
+
+@pytest.mark.parametrize("flags", [[], ["--stream", "--n", 2]])
+@pytest.mark.parametrize("encoding", "ascii cp1252 latin-1 cp437 shift_jis utf-16 utf-8".split())
+def test_text_outside_the_encoding_of_the_output_is_escaped(encoding, flags, program, say, monkeypatch):
+    words = ["--prompt", "né 学 €", "--max-new-tokens", 30, "--temperature", 1.5, "--seed", 3, *flags]
+    text = say(*words).out
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding, errors="strict", newline="\n"))
+    with pytest.raises(SystemExit) as stop:
+        streams.run_main(lambda _: program([str(word) for word in words]))
+    assert stop.value.code == 0
+    assert output.getvalue().decode(encoding) == text.encode(encoding, "backslashreplace").decode(encoding)
+    if encoding == "utf-8":
+        assert output.getvalue() == text.encode()
+
+
+@pytest.mark.parametrize("flag", ["--prompt", "--stop"])
+def test_argument_that_is_not_utf8_is_refused_and_bytes_of_utf8_are_read(flag, say, program, capsys):
+    """A locale that is not UTF-8 stands for bytes by surrogates."""
+    bytes_of = lambda text: text.encode().decode("ascii", errors="surrogateescape")
+    flags = ["--prompt", "né ", "--max-new-tokens", 20, "--temperature", 1.5]
+    assert say(*flags, flag, bytes_of("é€")).out == say(*flags, flag, "é€").out
+    for text, byte in (("caf\udce9", "byte 3 is 0xe9"), ("\ud800", "byte 0 is 0xed")):
+        with pytest.raises(SystemExit) as stop:
+            program(["--run", "mine", flag, text])
+        line = f"dantinox-generate: error: {flag[2:]} is not UTF-8 text: {byte}, a surrogate in the argument\n"
+        assert (stop.value.code, capsys.readouterr()) == (2, ("", line))
+
+
+def test_second_word_is_the_prompt(say):
+    flags = ["--max-new-tokens", 5, "--temperature", 0]
+    assert say("mine", "né ", *flags).out == say("--run", "mine", "--prompt", "né ", *flags).out
 
 
 def test_missing_prompt_starts_a_document(say):

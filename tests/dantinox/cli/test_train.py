@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,14 +12,17 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
+import jax
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dantinox
-from dantinox.cli import train
+from dantinox.checkpoint.manager import Checkpoints
+from dantinox.cli import evaluate, export, generate, train
 from dantinox.config import Config
 from dantinox.metrics.logger import read_metrics
+from dantinox.model.params import split_params
 from tests.helpers.documented_messages import message_pattern
 from tests.helpers.tensorboard_server import tensorboard
 
@@ -127,19 +131,72 @@ def test_load_returns_the_trained_model(finished):
     assert tokenizer.decode(tokenizer.encode("perché no? 学")) == "perché no? 学"
 
 
+@pytest.fixture(scope="module")
+def best_first(finished, tmp_path_factory):
+    """The run of 6 steps, of whose checkpoints 4 and 6 the first has the lowest validation loss."""
+    run = Path(shutil.copytree(finished[0] / "runs" / "whole", tmp_path_factory.mktemp("best") / "runs" / "nano"))
+    Checkpoints(run).update_metadata(4, {"val_loss": 0.5})
+    return run
+
+
+STEPS = {"last": 6, "best": 4, "4": 4, "6": 6, 4: 4, 6: 6}
+
+
+@pytest.mark.parametrize("checkpoint", STEPS)
+def test_load_takes_the_checkpoint_that_is_named(checkpoint, best_first):
+    model, _ = dantinox.load(best_first, checkpoint=checkpoint)
+    _, weights = split_params(model)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), weights)
+    stored = Checkpoints(best_first).restore_weights(STEPS[checkpoint], shapes, averaged=False)
+    assert all((stored[name] == value).all() for name, value in weights.items())
+
+
+def test_evaluate_takes_the_checkpoint_that_is_named(best_first, text, monkeypatch, capsys):
+    monkeypatch.chdir(best_first.parents[1])
+    losses = {}
+    for checkpoint in (None, "last", "best", "4", "6"):
+        flags = [] if checkpoint is None else ["--checkpoint", checkpoint]
+        evaluate.main(["--run", "nano", "--data", str(text), "--json", *flags])
+        losses[checkpoint] = json.loads(capsys.readouterr().out)["loss"]
+    assert losses[None] == losses["last"] == losses["6"] != losses["4"] == losses["best"]
+
+
+WRONG_CHECKPOINTS = {
+    "5": "run runs/nano has no checkpoint 5; it has 4, 6",
+    "bst": "checkpoint is 'bst'; allowed: last, best or a step: 4, 6",
+    "": "checkpoint is ''; allowed: last, best or a step: 4, 6",
+    "4.0": "checkpoint is '4.0'; allowed: last, best or a step: 4, 6",
+    "../4": "checkpoint is '../4'; allowed: last, best or a step: 4, 6",
+    "\u0664": "checkpoint is '\u0664'; allowed: last, best or a step: 4, 6",
+}
+
+
+@pytest.mark.parametrize("checkpoint", WRONG_CHECKPOINTS)
+@pytest.mark.parametrize("program", ["generate", "evaluate --data {}", "export --out out"])
+def test_unknown_checkpoint_prints_one_line_and_exits_2(program, checkpoint, best_first, text, monkeypatch, capsys):
+    monkeypatch.chdir(best_first.parents[1])
+    monkeypatch.setattr(export, "to_hf", lambda *_: None)  # which refuses the gate of this model
+    name, *flags = program.format(text).split()
+    main = {"generate": generate, "evaluate": evaluate, "export": export}[name].main
+    with pytest.raises(SystemExit) as stop:
+        main(["--run", "runs/nano", *flags, f"--checkpoint={checkpoint}"])
+    assert stop.value.code == 2 and not Path("out").exists()
+    assert capsys.readouterr().err == f"dantinox-{name}: error: {WRONG_CHECKPOINTS[checkpoint]}\n"
+
+
 def test_older_run_of_the_same_name_is_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for number in range(3):
-        folder = train.prepare_run(Config().replace(run="x"), resume=False)
-        (folder / "metrics.jsonl").write_text(str(number))
+        with train.lock_new_run(Config().replace(run="x")) as lock:
+            (lock.folder / "metrics.jsonl").write_text(str(number))
     assert "renamed it to runs/x.1" in capsys.readouterr().out
     held = {path.name: (path / "metrics.jsonl").read_text() for path in Path("runs").iterdir()}
     assert held == {"x.1": "0", "x.2": "1", "x": "2"}
-    assert train.prepare_run(Config().replace(run="x"), resume=True) == folder and len(os.listdir("runs")) == 3
+    assert len(os.listdir("runs")) == 3
 
 
-def test_ctrl_c_saves_and_prints_the_resume_command(text, tmp_path):
-    words = [*TINY, "--data", str(text), "--run", "stopped", "--steps", "100000", "--eval-every", "0"]
+def test_ctrl_c_saves_and_prints_the_resume_command(text, tmp_path, monkeypatch, capsys):
+    words = [*TINY, "--data", str(text), "--run", "stopped", "--steps", "100000", "--eval-every=0", "--save-every=0"]
     process = subprocess.Popen(
         [sys.executable, "-m", "dantinox.train", *words],
         cwd=tmp_path,
@@ -151,6 +208,16 @@ def test_ctrl_c_saves_and_prints_the_resume_command(text, tmp_path):
     deadline = time.monotonic() + 300
     while len(read_metrics(metrics)) < 5 and time.monotonic() < deadline:
         time.sleep(0.1)
+    folder = metrics.parent
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.suffix in (".yaml", ".json", ".txt")}
+    monkeypatch.chdir(tmp_path)
+    for flags in (["--preset", "nano", "--resume"], TINY):
+        with pytest.raises(SystemExit) as stop:
+            train.main([*flags, "--run", "stopped", "--data", str(text)])
+        told = f"runs/stopped is in use by process {process.pid}; wait for it, stop it, or use another name"
+        assert (stop.value.code, *capsys.readouterr()) == (2, "", f"dantinox-train: error: {told}\n")
+        assert message_pattern("another process trains the same run").fullmatch(told)
+    assert {path: path.read_bytes() for path in before} == before and process.poll() is None
     asked = time.monotonic()
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
@@ -159,6 +226,7 @@ def test_ctrl_c_saves_and_prints_the_resume_command(text, tmp_path):
     assert "Traceback" not in err
     step = int(re.search(r"step (\d+) is saved. Resume with: python -m dantinox.train --run stopped --resume", out)[1])
     assert [p.name for p in (tmp_path / "runs" / "stopped" / "checkpoints").iterdir()] == [str(step)]
+    assert os.listdir(tmp_path / "runs") == ["stopped"] and ".run.lock" not in os.listdir(folder)
     run("--run", "stopped", "--resume", "--steps", step + 2, cwd=tmp_path, check=0)
     assert [row["step"] for row in read_metrics(metrics)] == list(range(1, step + 3))
 

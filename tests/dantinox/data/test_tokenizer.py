@@ -1,8 +1,12 @@
 """Both tokenizers round-trip any text exactly and reject what they cannot encode."""
 
+import itertools
 import json
+import random
+import re
 import subprocess
 import sys
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dantinox.data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer, train_tokenizer
+from dantinox.data import tokenizer as tokenizers
+from dantinox.data.tokenizer import (
+    MAX_WORD,
+    BPETokenizer,
+    CharTokenizer,
+    load_tokenizer,
+    split_text,
+    train_tokenizer,
+)
 
 TEXTS = ["the cat sat on the mat. é é é 漢漢漢字\n" * 20, "def f(x):\n    return x  # the end\r\n" * 20]
 TOKENIZERS = {kind: train_tokenizer(kind, TEXTS, 400) for kind in ("char", "bpe")}
@@ -112,6 +124,121 @@ def test_partial_characters_decode_byte_by_byte(tokenizer):
     ids = [byte + 1 for byte in "😀".encode()]
     assert tokenizer.decode(ids[:2]) == "\ufffd"
     assert b"".join(tokenizer.decode_bytes([i]) for i in ids).decode() == "😀"
+
+
+# Words without end: DNA, base64, scripts without spaces, minified programs, one letter
+
+
+def without_spaces(kind: str, length: int) -> str:
+    alphabets = {
+        "dna": "ACGT",
+        "base64": "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/",
+        "chinese": "".join(map(chr, range(0x4E00, 0x5600))),
+        "digits": "0123456789",
+        "one letter": "a",
+        "one sign": "-",
+        "one space": " ",
+    }
+    return "".join(random.Random(0).choices(alphabets[kind], k=length))
+
+
+def char_class(char: str) -> str:
+    if char.isspace():
+        return "space"
+    return "letter" if re.match(r"[^\W\d_]", char) else "digit" if re.match(r"\d", char) else "sign"
+
+
+@pytest.mark.parametrize("kind", ["dna", "base64", "chinese", "digits", "one letter", "one sign", "one space"])
+def test_cost_of_text_without_spaces_is_linear(kind):
+    """200 kB of DNA took 22 s, 3 MB of one letter more than 270 s. Processor time, so other programs do not count."""
+    text = without_spaces(kind, 400_000 if kind.startswith("one") else 200_000)
+    start = time.process_time()
+    tokenizer = train_tokenizer("bpe", [text], 2048)
+    ids = tokenizer.encode(text)
+    assert time.process_time() - start < 4
+    assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("kind", ["dna", "base64", "chinese", "digits", "one letter", "one sign"])
+def test_long_words_are_encoded_in_the_parts_that_training_saw(kind):
+    text = without_spaces(kind, 3 * MAX_WORD + 17)
+    tokenizer = train_tokenizer("bpe", [text * 3], 400)
+    runs = ["".join(run) for _, run in itertools.groupby(text, char_class)]
+    parts = [run[i : i + MAX_WORD] for run in runs for i in range(0, len(run), MAX_WORD)]
+    want = np.concatenate([tokenizer.encode(part) for part in parts])
+    assert np.array_equal(tokenizer.encode(text), want)
+    assert tokenizer.decode(tokenizer.encode(" " + text)) == " " + text
+    assert len(tokenizer.decode(tokenizer.encode("x" * 10**5))) == 10**5
+
+
+def test_training_cuts_words_where_encoding_does():
+    """A pair that only exists across a cut is no merge: the two letters meet at the cut alone."""
+    text = (("a" * (MAX_WORD - 1) + "x") + ("y" + "b" * (MAX_WORD - 1))) * 9
+    tokenizer = train_tokenizer("bpe", [text], 2000)
+    assert b"xy" not in b"|".join(tokenizer._tokens)
+    assert tokenizer.encode("xy").size == 2 and tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_ordinary_text_is_tokenized_as_before(monkeypatch):
+    text = [*TEXTS, "-" * 79 + "\n" + " " * 60 + "x = 'it''s'\n" + "#" * 110 + "é" * 100]
+    cut = train_tokenizer("bpe", text, 500)
+    monkeypatch.setattr(tokenizers, "MAX_WORD", None)
+    whole = train_tokenizer("bpe", text, 500)
+    assert cut.merges == whole.merges and cut.fingerprint == whole.fingerprint
+    assert all(np.array_equal(cut.encode(part), whole.encode(part)) for part in [*text, *TRICKY])
+
+
+long_runs = st.lists(st.tuples(st.sampled_from("aé漢1_-' \n\t's"), st.integers(1, 40)), max_size=8).map(
+    lambda runs: "".join(char * count for char, count in runs)
+)
+
+
+@pytest.mark.parametrize("max_word", [None, 1, 2, 7])
+@settings(deadline=None, max_examples=100)
+@given(text=st.one_of(any_text, long_runs), size=st.integers(1, 20))
+def test_parts_of_a_text_have_the_ids_of_the_whole(max_word, text, size):
+    bpe = BPETokenizer(TOKENIZERS["bpe"].merges, max_word)
+    for tokenizer in (bpe, TOKENIZERS["char"]):
+        parts = list(split_text(text, size))
+        assert "".join(parts) == text and all(len(part) >= size for part in parts[:-1])
+        ids = [i for part in parts for i in tokenizer.encode(part).tolist()]
+        assert ids == tokenizer.encode(text).tolist() and tokenizer.decode(ids) == text
+
+
+@settings(deadline=None, max_examples=100)
+@given(text=long_runs, max_word=st.integers(1, 9))
+def test_words_are_cut_at_the_limit(text, max_word):
+    """Against the words of the pattern without a limit: every end of theirs is one, and only longer ones are cut."""
+    words = tokenizers._word_pattern(max_word).findall(text)
+    assert "".join(words) == text
+    assert all(len(word.removeprefix(" ") or word) <= max(max_word, 3) for word in words)
+    whole = tokenizers._word_pattern(None).findall(text)
+    if max(map(len, whole), default=0) <= max_word:
+        assert words == whole
+    if "'" not in text:  # elsewhere a cut may begin a word with 's
+        ends = [set(itertools.accumulate(map(len, parts))) for parts in (words, whole)]
+        assert ends[0] >= ends[1]
+
+
+def test_tokenizer_of_an_earlier_version_encodes_words_as_a_whole(tmp_path):
+    """Its file, written by that version, has no limit."""
+    record = {"format": 1, "kind": "bpe", "merges": [[98, 98], [257, 257]], "fingerprint": "1f05c357b50b7365"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(record))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.max_word is None and tokenizer.encode("a" * 398).tolist() == [258] * 99 + [257]
+    assert BPETokenizer(tokenizer.merges, 3).encode("a" * 6).tolist() == [257, 98] * 2
+    tokenizer.save(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "tokenizer.json").read_text()) == record
+
+
+def test_limit_of_words_is_saved_and_checked(tmp_path):
+    path = BPETokenizer(((98, 98),), 3).save(tmp_path)
+    assert load_tokenizer(tmp_path) == BPETokenizer(((98, 98),), 3)
+    record = json.loads(path.read_text())
+    for bad in (0, -1, 1.5, True, "3", [3]):
+        path.write_text(json.dumps({**record, "max_word": bad}))
+        with pytest.raises(ValueError, match=r"tokenizer\.json is damaged.*max_word is .*; allowed: 1 or more"):
+            load_tokenizer(tmp_path)
 
 
 def test_lone_surrogate_raises(tokenizer):

@@ -196,6 +196,29 @@ def test_damaged_folder_raises_one_line(name, written, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("org/name", "org/name does not exist; load_hf takes a local folder; download a model of the Hugging Face Hub"),
+        ("gpt2", "gpt2 does not exist; load_hf takes a local folder; download"),
+        ("a/b/c", "a/b/c does not exist; load_hf takes a local folder$"),
+        ("./here", "./here does not exist; load_hf takes a local folder$"),
+        ("file", "file is a file; load_hf takes the folder that holds config.json"),
+        ("run", "run is a run of DantinoX; dantinox.load loads it"),
+        ("empty", "empty/config.json"),
+    ],
+)
+def test_name_that_is_no_exported_folder_is_refused_in_plain_words(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("run", "empty"):
+        (tmp_path / folder).mkdir()
+    for file in ("run/config.yaml", "file"):
+        (tmp_path / file).touch()
+    with pytest.raises((FileNotFoundError, NotADirectoryError), match=message) as error:
+        load_hf(name)
+    assert "\n" not in str(error.value)
+
+
 def test_half_precision_and_older_key_names_load(written, tmp_path):
     shutil.copytree(written / "whole", tmp_path / "here")
     want, bfloat16 = arrays(load_hf(written / "whole")), jax.numpy.bfloat16

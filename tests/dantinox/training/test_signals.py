@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: handled at once if nothing is lost, otherwise after the step."""
+"""SIGINT, SIGTERM and SIGHUP: handled at once if nothing is lost, otherwise after the step."""
 
 import signal
 import subprocess
@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from dantinox.training.signals import Interrupted, SignalHandler
+from dantinox.training.signals import Interrupted, SignalHandler, handled, sigterm_as_exception, stop_signals
 
 FOLDER = Path(__file__).parents[3] / "dantinox" / "training"
-BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+EACH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 
 
-@BOTH
+@EACH
 def test_signal_waits_for_steps_and_interrupts_evaluations(number):
     saved = []
     with SignalHandler() as stop:
@@ -35,13 +35,44 @@ def test_signal_waits_for_steps_and_interrupts_evaluations(number):
 
 
 def test_signal_handlers_are_restored():
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(number) for number in stop_signals()]
     with pytest.raises(ZeroDivisionError), SignalHandler():
         raise ZeroDivisionError
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in stop_signals()] == before
     with pytest.raises(KeyboardInterrupt) as error:
         signal.raise_signal(signal.SIGINT)
     assert not isinstance(error.value, Interrupted)
+
+
+def test_ignored_hangup_stays_ignored():
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert stop_signals() == (signal.SIGINT, signal.SIGTERM)
+        with sigterm_as_exception(), SignalHandler() as stop, stop.interruptible(lambda: None):
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.received is None and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signal_outside_the_loop_is_an_exception_with_its_exit_code(number):
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE)]
+    with pytest.raises(Interrupted) as error, sigterm_as_exception():
+        signal.raise_signal(number)
+    assert error.value.code == 128 + number
+    with handled(lambda number, frame: None):
+        after = [signal.getsignal(each) for each in (signal.SIGQUIT, signal.SIGPIPE)]
+        assert after == before[2:]  # these are not for us
+    assert [
+        signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE)
+    ] == before
+
+
+def test_system_without_hangup_has_two_stop_signals(monkeypatch):
+    monkeypatch.delattr(signal, "SIGHUP")  # as on Windows
+    assert stop_signals() == (signal.SIGINT, signal.SIGTERM)
 
 
 DEAF = """
@@ -55,7 +86,7 @@ DEAF = """
 """
 
 
-@BOTH
+@EACH
 def test_unresponsive_program_is_saved_and_exits_in_five_seconds(number):
     command = [sys.executable, "-S", "-c", textwrap.dedent(DEAF), str(FOLDER)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -23,7 +23,8 @@ Traffic   With n visible blocks: dq reads q and do once and n blocks of k and v;
           order that varies.
 Limits    bfloat16 and float16; D 64, 128 or 256. Any T and S: lengths are padded to multiples of 8 tokens. Segment ids
           in any order; where they ascend, blocks of other segments are skipped and blocks of one segment apply no mask.
-          Keys that no query sees must be finite: the caller zeroes them.
+          Keys that no query sees must be finite: the caller zeroes them. A float16 cotangent is scaled by a power of
+          two, because ds need not fit float16 where the gradients do.
 Source    Dao, FlashAttention-2 (arXiv:2307.08691), algorithm 2; Shah et al., FlashAttention-3 (arXiv:2407.08608).
 """
 
@@ -44,6 +45,7 @@ from dantinox.kernels.ops.attention.pallas_sm90.dq_kernel import dq
 
 Array = jax.Array
 
+LARGEST_DS = 2.0**14  # a rounded power of two may make it sqrt(2) times as large
 PAD_TO = 128  # ids, lse and delta are padded to whole blocks
 
 
@@ -63,14 +65,18 @@ def backward(
         q: queries [B, T, H, D].
         k: keys [B, S, K, D].
         v: values [B, S, K, D].
-        do: cotangent of the ungated output [B, T, H, D].
+        do: cotangent of the ungated output [B, T, H, D], in q's dtype or in float32.
         lse: [B, H, T] float32, log2 of the sum of a row's 2^(s log2(e)); +inf where a row sees no key.
         delta: [B, H, T] float32, rowsum(do * o), o the ungated output.
         segments: (q_ids [B, T], kv_ids [B, S]) int32, or None.
         config: static parameters of the kernels.
     """
+    unscale = None
+    if q.dtype == jnp.float16:
+        do, delta, unscale = _scale_cotangent(do.astype(jnp.float32), delta, v)
     q, do, k, v = (_pad_to_multiple(x, 1, TMA_ROWS) for x in (q, do, k, v))
-    inputs = BwdInputs(q, k, v, do, _pad_to_multiple(lse, 2, PAD_TO, jnp.inf), _pad_to_multiple(delta, 2, PAD_TO))
+    lse, delta = _pad_to_multiple(lse, 2, PAD_TO, jnp.inf), _pad_to_multiple(delta, 2, PAD_TO)
+    inputs = BwdInputs(q, k, v, do.astype(q.dtype), lse, delta, unscale=unscale)
     dq_inputs = dkv_inputs = inputs
     if segments is not None:
         q_ids, kv_ids = (segment_ids.pad_ids_to_block(ids.astype(jnp.int32), PAD_TO) for ids in segments)
@@ -82,6 +88,20 @@ def backward(
     q_grad = dq(dq_inputs, config)
     k_grad, v_grad = dkv(dkv_inputs, config)
     return q_grad[:, : config.T], k_grad[:, : config.S], v_grad[:, : config.S]
+
+
+def _scale_cotangent(do: Array, delta: Array, v: Array) -> tuple[Array, Array, Array]:
+    """Scale do and delta by a power of two per sequence and key head, so that float16 holds ds; return its inverse too.
+
+    |ds| <= |do v^T| + |delta| <= 2 max|do| max|v|, by the inequality of Cauchy and Schwarz.
+    """
+    (B, T, H, D), K = do.shape, v.shape[2]
+    do_norm = jnp.max(jnp.linalg.norm(do.reshape(B, T, K, H // K, D), axis=-1), axis=(1, 3))  # [B, K]
+    v_norm = jnp.max(jnp.linalg.norm(v.astype(jnp.float32), axis=-1), axis=1)
+    bound = do_norm * jnp.maximum(2 * v_norm, 1)
+    power = jax.lax.reduce_precision(LARGEST_DS / jnp.where(bound == 0, LARGEST_DS, bound), 8, 0)
+    per_head = jnp.repeat(power, H // K, axis=1)  # [B, H]
+    return do * per_head[:, None, :, None], delta * per_head[:, :, None], 1 / power
 
 
 def _pad_to_multiple(x: Array, axis: int, multiple: int, fill: float = 0) -> Array:

@@ -20,6 +20,7 @@ Index = Array | int
 Segments = tuple[Array, Array]  # ids of the queries and of the keys
 
 LOG2E = 1.4426950408889634
+LARGE_SOFTCAP = 2.0**8  # far above common scores, so that tanh(s / softcap) is small and needs its relative precision
 FAR_FUTURE = 2**24  # tokens; more than any block has
 WARPGROUP_ROWS = 64  # of one wgmma
 COMPUTE_WARPGROUPS = 2  # consumers; a third warpgroup is the producer
@@ -71,6 +72,7 @@ class BwdInputs(NamedTuple):
     q_ids: Any = None
     kv_ids: Any = None
     segment_ranges: Any = None  # per block of rows, the `SegmentRange` of the blocks to loop over
+    unscale: Any = None  # [B, K] float32, factor on all gradients; None: 1
 
 
 def split_refs(refs: Sequence[Ref], *types: type[NamedTuple]) -> list[Any]:
@@ -260,7 +262,11 @@ def softcap_tanh(qk: Array, config: Sm90AttentionConfig) -> Array:
     cap of 50 and scores near it, the gradients exceed the tolerance of the tests.
     """
     # For large products 2^x is infinite and the quotient is 0.
-    return 1.0 - 2.0 / (jnp.exp2(qk * (2 * LOG2E * config.scale / config.softcap)) + 1.0)
+    t = 1.0 - 2.0 / (jnp.exp2(qk * (2 * LOG2E * config.scale / config.softcap)) + 1.0)
+    if config.softcap <= LARGE_SOFTCAP:
+        return t
+    x = qk * (config.scale / config.softcap)  # near zero the first terms of the series are exact, and t is not
+    return jnp.where(jnp.abs(x) < 2**-4, x - x * x * x * (1 / 3 - x * x * (2 / 15)), t)
 
 
 def softmax_weights(qk: Array, lse: Array, config: Sm90AttentionConfig) -> tuple[Array, Array | None]:

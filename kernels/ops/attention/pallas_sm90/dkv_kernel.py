@@ -33,6 +33,7 @@ from dantinox.kernels.ops.attention.pallas_sm90.common import (
     wgmma_accumulate,
     wgmma_smem,
 )
+from dantinox.kernels.vma import varying_shape
 
 Array = jax.Array
 Q, DO = 0, 1  # index of q and lse, of do and delta in a stage; of their factors k and v in kv_smem
@@ -83,7 +84,7 @@ def dkv(inputs: BwdInputs, config: Sm90AttentionConfig) -> DkvOutputs:
         gmem, out_gmem, smem = split_refs(refs, BwdInputs, DkvOutputs, DkvScratch)
         DkvKernel(gmem, out_gmem, smem, config, sizes).run()
 
-    out = jax.ShapeDtypeStruct(inputs.k.shape, dtype)
+    out = varying_shape(inputs.k.shape, dtype, inputs.q)
     scratch = DkvScratch(
         kv_smem=wgmma_smem((2, parts, WARPGROUP_ROWS, D), dtype),
         q_do_smem=wgmma_smem((stages, 2, sizes.block_q, D), dtype),
@@ -269,6 +270,9 @@ class DkvKernel:
             return dk_acc[...], dv_acc[...]
 
         dk, dv = pl.run_scoped(accumulate, *(plgpu.ACC((WARPGROUP_ROWS, self.D)) for _ in range(2)))
+        if self.gmem.unscale is not None:
+            unscale = self.gmem.unscale[self.batch, self.kv_head]
+            dk, dv = dk * unscale, dv * unscale
         smem.kv_smem.at[Q, wg][...] = (dk * self.config.scale).astype(dtype)
         smem.kv_smem.at[DO, wg][...] = dv.astype(dtype)
         plgpu.commit_smem()
@@ -329,6 +333,8 @@ class DkvKernel:
             return acc[...]
 
         dk_or_dv = pl.run_scoped(accumulate, plgpu.ACC((WARPGROUP_ROWS, self.D)))
+        if self.gmem.unscale is not None:
+            dk_or_dv = dk_or_dv * self.gmem.unscale[self.batch, self.kv_head]
         smem.kv_smem.at[wg, 0][...] = (dk_or_dv * jnp.where(owns_dv, 1.0, self.config.scale)).astype(dtype)
         plgpu.commit_smem()
 

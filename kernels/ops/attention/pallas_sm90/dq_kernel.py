@@ -34,6 +34,7 @@ from dantinox.kernels.ops.attention.pallas_sm90.common import (
     wgmma_accumulate,
     wgmma_smem,
 )
+from dantinox.kernels.vma import varying_shape
 
 Array = jax.Array
 
@@ -87,7 +88,7 @@ def dq(inputs: BwdInputs, config: Sm90AttentionConfig) -> Array:
     )
     return plgpu.kernel(
         dq_kernel,
-        out_type=jax.ShapeDtypeStruct(inputs.q.shape, dtype),
+        out_type=varying_shape(inputs.q.shape, dtype, inputs.q),
         grid=(pl.cdiv(T, BLOCK_ROWS), B, H),
         grid_names=("tile", "b", "h"),
         num_threads=COMPUTE_WARPGROUPS + 1,
@@ -187,7 +188,10 @@ class DqKernel:
             return dq_acc[...]
 
         dq = pl.run_scoped(accumulate, plgpu.ACC((WARPGROUP_ROWS, self.D)))
-        smem.q_smem.at[wg][...] = (dq * self.config.scale).astype(self.dtype)
+        scale = self.config.scale
+        if gmem.unscale is not None:
+            scale = gmem.unscale[batch, lax.div(self.head, jnp.int32(self.config.G))] * scale
+        smem.q_smem.at[wg][...] = (dq * scale).astype(self.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(smem.q_smem.at[wg], self.dq_gmem.at[batch, self.rows, self.head])
         plgpu.wait_smem_to_gmem(0)

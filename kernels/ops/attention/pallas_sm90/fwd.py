@@ -48,6 +48,7 @@ from dantinox.kernels.ops.attention.pallas_sm90.fwd_kernel import (
     FwdOutputs,
     FwdScratch,
 )
+from dantinox.kernels.vma import varying_shape
 
 Array = jax.Array
 
@@ -88,9 +89,9 @@ def forward(
         ranges = segment_ids.kv_block_ranges(q_ids, sizes.block_q, kv_ids, sizes.block_kv)
         inputs = inputs._replace(q_ids=q_ids, kv_ids=kv_ids, segment_ranges=ranges)
 
-    outputs = FwdOutputs(o=jax.ShapeDtypeStruct(q.shape, q.dtype))
+    outputs = FwdOutputs(o=varying_shape(q.shape, q.dtype, q))
     if residuals:
-        lse = jax.ShapeDtypeStruct((B, H, pl.cdiv(T, rows) * rows), jnp.float32)
+        lse = varying_shape((B, H, pl.cdiv(T, rows) * rows), jnp.float32, q)
         outputs = outputs._replace(lse=lse, o_ungated=None if gate is None else outputs.o)
 
     stages, has_segments = sizes.stages, segments is not None

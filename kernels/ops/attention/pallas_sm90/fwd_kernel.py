@@ -14,6 +14,7 @@ from dantinox.kernels.ops.attention.pallas_sm90.common import (
     COL_LAYOUT,
     COMPUTE_WARPGROUPS,
     CONSUMER_REGISTERS,
+    LARGE_SOFTCAP,
     LOG2E,
     PRODUCER_REGISTERS,
     ROW_LAYOUT,
@@ -31,7 +32,7 @@ from dantinox.kernels.ops.attention.pallas_sm90.common import (
 
 Array = jax.Array
 Carry = tuple[Array, Array, Array]  # accumulator, maximum and sum of a row
-M_INIT = -1e30  # below every real score, in units of log2
+M_INIT = float(jnp.finfo(jnp.float32).min)  # no finite score is below it
 STORE_COLUMNS = 128  # columns of the output that are gated and stored at a time
 
 
@@ -281,7 +282,7 @@ class ForwardKernel:
 
         unit = config.scale * LOG2E
         if config.softcap is not None:
-            exact = self.out.lse is not None
+            exact = self.out.lse is not None or config.softcap > LARGE_SOFTCAP
             s = softcap_tanh(s, config) if exact else jnp.tanh(s * (config.scale / config.softcap))
             unit = config.softcap * LOG2E
         elif unit <= 0:  # the largest product is not the largest score

@@ -7,20 +7,25 @@ gradients are needed. One pass over do and o in plain jnp, which XLA fuses, prec
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dantinox.kernels.derivatives import first_order
+from dantinox.kernels.ops.attention.common import split_small_scale
 from dantinox.kernels.ops.attention.pallas_sm90 import bwd, fwd
 from dantinox.kernels.ops.attention.pallas_sm90.common import TMA_ROWS, Segments, Sm90AttentionConfig
 from dantinox.kernels.ops.attention.pallas_sm90.fwd_kernel import FWD_BLOCK_SIZES, FwdOutputs
 from dantinox.kernels.ops.attention.segment_ids import zero_unattended_keys
-from dantinox.kernels.vma import match_vma
+from dantinox.kernels.vma import call_invariant
 
 Array = jax.Array
 Residuals = tuple[Array, Array, Array, Array | None, Segments | None, Array, Array]
 DTYPES = (jnp.bfloat16, jnp.float16)
+SOFTCAPS = (2.0**-40, 2.0**40)  # beyond them, tanh(s / softcap) needs more than float32's range
 
 
 def unsupported_inputs(dtype: jnp.dtype, D: int) -> str | None:
@@ -52,9 +57,15 @@ def attention(
     """
     if (reason := unsupported_inputs(q.dtype, q.shape[-1])) is not None:
         raise NotImplementedError(f"attention: implementation='pallas' cannot run here: {reason}")
+    if softcap is not None and not SOFTCAPS[0] <= softcap <= SOFTCAPS[1]:
+        raise NotImplementedError(
+            f"attention: implementation='pallas' cannot run here: softcap is {softcap:g} and Hopper's kernels take "
+            f"2**-40 to 2**40; implementation='xla' takes every cap"
+        )
     (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
     if 0 in (B, T, S, H, D):
         return jnp.zeros_like(q)
+    q, k, scale = split_small_scale(q, k, scale)
     k, v, segment_ids = zero_unattended_keys(k, v, segment_ids, T=T, causal=causal, window=window)
     S = k.shape[1]
     if segment_ids is not None:
@@ -67,22 +78,30 @@ def attention(
 def _attention(
     q: Array, k: Array, v: Array, gate: Array | None, segments: Segments | None, config: Sm90AttentionConfig
 ) -> Array:
-    return padded_forward(q, k, v, gate, segments, config, residuals=False).o
+    run = functools.partial(padded_forward, config=config, residuals=False)
+    return call_invariant(run, q, k, v, gate, segments).o
 
 
 def _attention_fwd(q, k, v, gate, segments, config) -> tuple[Array, Residuals]:
-    out = padded_forward(q, k, v, gate, segments, config, residuals=True)
-    return out.o, (q, k, v, gate, segments, out.o if out.o_ungated is None else out.o_ungated, out.lse)
+    out = _call_kernel(functools.partial(padded_forward, config=config, residuals=True), q, k, v, gate, segments)
+    # Rows without a key have an infinite lse, which `jax_debug_infs` would report.
+    lse = jnp.minimum(out.lse, jnp.finfo(jnp.float32).max)
+    return out.o, (q, k, v, gate, segments, out.o if out.o_ungated is None else out.o_ungated, lse)
 
 
 def _attention_bwd(config: Sm90AttentionConfig, residuals: Residuals, do: Array) -> tuple:
     q, k, v, gate, segments, o_ungated, lse = residuals
     do, dgate, delta = bwd_preprocess(do, o_ungated, gate)
-    dq, dk, dv = bwd.backward(q, k, v, do, lse, delta, segments, config)
-    return match_vma(dq, q), match_vma(dk, k), match_vma(dv, v), dgate, None
+    run = functools.partial(bwd.backward, config=config)
+    return *_call_kernel(run, q, k, v, do, lse, delta, segments), dgate, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _call_kernel[R](kernel: Callable[..., R], *args: Any) -> R:
+    """Call the forward kernel with residuals or the backward kernels, which have no derivative."""
+    return first_order(functools.partial(call_invariant, kernel), "attention")(*args)
 
 
 def padded_forward(
@@ -102,9 +121,9 @@ def padded_forward(
 
     out = fwd.forward(pad(q), pad(k), pad(v), pad(gate), segments, config, residuals=residuals)
     return FwdOutputs(
-        o=match_vma(out.o[:, : config.T], q),
-        lse=None if out.lse is None else match_vma(out.lse[..., : config.T], q),
-        o_ungated=None if out.o_ungated is None else match_vma(out.o_ungated[:, : config.T], q),
+        o=out.o[:, : config.T],
+        lse=None if out.lse is None else out.lse[..., : config.T],
+        o_ungated=None if out.o_ungated is None else out.o_ungated[:, : config.T],
     )
 
 
@@ -117,9 +136,12 @@ def bwd_preprocess(do: Array, o_ungated: Array, gate: Array | None) -> tuple[Arr
     dgate = do_f32 * o_ungated
     if gate.shape[-1] == 1:
         dgate = jnp.sum(dgate, axis=-1, keepdims=True)
-    dgate = dgate * (sigmoid_gate * (1 - sigmoid_gate))
+    dgate = dgate * (sigmoid_gate * jax.nn.sigmoid(-gate.astype(jnp.float32)))  # 1 - sigmoid would round to zero
     do_ungated = do_f32 * sigmoid_gate
-    return do_ungated.astype(do.dtype), dgate.astype(gate.dtype), _delta(do_ungated, o_ungated)
+    delta = _delta(do_ungated, o_ungated)
+    if do.dtype != jnp.float16:  # the kernels round that to float16, after they have scaled it
+        do_ungated = do_ungated.astype(do.dtype)
+    return do_ungated, dgate.astype(gate.dtype), delta
 
 
 def _delta(do: Array, o: Array) -> Array:
