@@ -22,6 +22,8 @@ SUITES = {
     "attention_tpu": ("kernels/attention/test_pallas_tpu", "kernels/attention/test_attention"),
     "decode_attention": ("kernels/decode_attention/test_decode_attention", "kernels/test_dispatch"),
     "decode_attention_eight_bits": ("kernels/decode_attention/test_eight_bits",),
+    "decode_attention_hidden": ("kernels/decode_attention/test_hidden_values",),
+    "decode_attention_numbers": ("kernels/decode_attention/test_number_range",),
     "decode_attention_sm90": ("kernels/decode_attention/test_pallas_sm90",),
     "decode_attention_tpu": (
         "kernels/decode_attention/test_pallas_tpu",
