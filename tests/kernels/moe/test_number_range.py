@@ -21,6 +21,31 @@ IDS = {  # few rows are multiplied one by one
 FLOAT32_MAX = float(jnp.finfo(jnp.float32).max)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("N", [2, 20], ids=["few rows", "many rows"])
+def test_hidden_rows_beyond_float16(N, implementation):
+    """Hidden rows of 83,000 with an output of 995, and outputs of single experts of 80,000 that weights halve."""
+    inputs = {"x": np.full((N, 8), 36), "w_gate": np.ones((2, 8, 16)), "w_up": np.ones((2, 8, 16))}
+    inputs["w_down"] = np.stack([np.full((16, 8), 0.00075), np.full((16, 8), 0.06)])
+    inputs["expert_weights"] = np.tile([[1, 0.5]], (N, 1))
+    ids, dout = np.tile(np.int32([[0, 1]]), (N, 1)), np.full((N, 8), 1 / 8)
+    tolerance.assert_matches_reference("moe_mlp", implementation, inputs, dout, "float16", aux={"expert_ids": ids})
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_large_gate(implementation):
+    """The derivative of silu is 1 where the gate is 2**26."""
+    N = 20
+    inputs = {"x": np.ones((N, 1)), "w_gate": np.full((1, 1, 1), 2.0**26), "w_up": np.full((1, 1, 1), 2.0**-13)}
+    inputs |= {"w_down": np.ones((1, 1, 1)), "expert_weights": np.ones((N, 1))}
+    run = tolerance.program("moe_mlp", implementation)
+    got = run(
+        *tolerance.round_inputs(inputs, np.ones((N, 1)), "float32", aux={"expert_ids": np.zeros((N, 1), np.int32)})
+    )
+    np.testing.assert_allclose(got["dx"], np.full((N, 1), 2.0**14), rtol=1e-6)
+    np.testing.assert_allclose(got["dw_gate"], np.full((1, 1, 1), N * 2.0**-13), rtol=1e-6)
+
+
 def sigmoid(x: np.ndarray) -> np.ndarray:
     return np.exp(-np.logaddexp(0, -x))
 
