@@ -92,7 +92,7 @@ def test_kernels_and_reference_have_one_import_name(package):
 
 @pytest.mark.parametrize("package", [*PACKAGES, "tests", "scripts"])
 def test_shim_modules_are_not_imported(package):
-    """It would take the place of the function `dantinox.generate`."""
+    """They only start the programs of `dantinox.cli`."""
     shims = {f"dantinox.{name}" for name in ("train", "generate", "evaluate", "export", "doctor")}
     of_module = lambda i: i.module in shims and "import generate" not in source_line(i)
     assert [i for i in imported(package) if of_module(i)] == []

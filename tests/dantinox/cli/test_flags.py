@@ -105,11 +105,11 @@ MEANT = {
     max_target_length:seq_len train.max_seq_length:seq_len train.global_batch_size:batch_size optimizer.lr:lr
     clip_grad_norm:grad_clip gradient_clip_val:grad_clip accumulate_grad_batches:grad_accum dataset:data run_name:run
     model_name:preset wandb_project:wandb Steps:steps LR:lr batchsize:batch_size windw:window slidng_window:window
-    stpes:steps temprature: warm:warmup_ratio eval-evry:eval_every learnin_rate:lr sede:seed
+    stpes:steps tempratur: warm:warmup_ratio eval-evry:eval_every learnin_rate:lr sede:seed
     weigth_decay:weight_decay""",
     "generate": """num_samples:n num_return_sequences:n max_tokens:max_new_tokens length:max_new_tokens temp:temperature
     max_length:max_new_tokens start:prompt repeat_penalty:repetition_penalty stop_sequence:stop model:run
-    model_name_or_path:run tempratur:temperature promt:prompt top_kk: ckpt_path:run""",
+    model_name_or_path:run tempratur:temperature prmpt:prompt top_kk: ckpt_path:run""",
     "evaluate": "block_size:context dataset:data eval_batch_size:batch_size text:data model:run seq_len:context",
     "export": "output:out output_dir:out format:layout model_path:run max_shard_size:shard_mb",
     "sweep": "dryrun:dry_run debug:verbose",

@@ -248,3 +248,29 @@ def test_table_ranks_by_goal_and_ignores_stale_results(tmp_path, monkeypatch):
     for text in ("{", "[]", json.dumps({"values": runs[1].values, "figures": figures})):
         (tmp_path / runs[0].name / "result.json").write_text(text)
         assert report.load_outcome(runs[0], tmp_path).state == "interrupted"
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
+def test_results_without_a_finite_metric_are_written_and_read(value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("Nel mezzo")
+    write(tmp_path, "s", {"window": {"values": [8, 4]}}, metric={"name": "val_loss"})
+    found = load_sweep(tmp_path / "s.yaml")
+    runs = found.runs()
+    for run in runs:
+        folder = tmp_path / run.name
+        folder.mkdir()
+        (folder / "config.yaml").write_text(dantinox.Config().replace(run=run.name).to_yaml())
+        row = {"step": 1, "loss": None, "val_loss": value, "tokens_per_s": 5e3}
+        (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")  # NaN as earlier versions wrote it
+    outcomes = [report.collect_result(run, tmp_path) for run in runs]
+    assert all(re.match(r"val_loss (not finite|nan|inf), 5,000 tokens/s", o.one_line("val_loss")) for o in outcomes)
+    assert outcomes[0].one_line("router/z").startswith("router/z missing")
+    report.write_results(found, outcomes, tmp_path)
+    assert not (tmp_path / "results.png").exists()
+    refuse = lambda constant: pytest.fail(constant)
+    for run in runs:
+        json.loads((tmp_path / run.name / "result.json").read_text("utf-8"), parse_constant=refuse)
+    again = [report.load_outcome(run, tmp_path) for run in runs]
+    assert [(o.state, o.metrics["val_loss"]) for o in again] == [("done", None)] * 2
+    assert report.results_table(found, again).count("done") == 0
