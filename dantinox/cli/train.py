@@ -5,6 +5,7 @@ summary.txt, loss.png. Batches are a pure function of (seed, step), so a resumed
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import shlex
@@ -83,10 +84,10 @@ def wants_resume(argv: Sequence[str]) -> bool:
     resume = False
     if "--help" in argv or "-h" in argv:
         return False
-    for word in argv:
-        flag, _, value = word.partition("=")
+    for word, following in itertools.pairwise([*argv, ""]):
+        flag, equals, value = word.partition("=")
         if flag in ("--resume", "--no-resume"):
-            resume = (flag == "--resume") != (value.lower() == "false")
+            resume = (flag == "--resume") != ((value if equals else following).lower() == "false")
     return resume
 
 
