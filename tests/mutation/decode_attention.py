@@ -35,7 +35,7 @@ MUTANTS: list[Mutant] = [
     *mutants_of(
         "ops/decode_attention/xla",
         "decode_attention",
-        ("ages shifted by one", "(length - jnp.arange(", "(length + 1 - jnp.arange(", f"{MATCHES}[grouped-float32-xla]"),
+        ("ages shifted by one", "age = length % C -", "age = (length + 1) % C -", f"{MATCHES}[grouped-float32-xla]"),
         ("window dropped", "(age <= length) & (age < window)", "age <= length", f"{MATCHES}[window-float32-xla]"),
         ("window one too wide", "(age < window)", "(age <= window)", f"{MATCHES}[window-float32-xla]"),
         ("oldest token unseen", "age <= length if", "age < length if", f"{MATCHES}[grouped-float32-xla]"),

@@ -36,7 +36,8 @@ def decode_attention(
     new_cache = append_token(cache, k, v)
 
     length = cache.length[:, None]
-    age = (length - jnp.arange(C, dtype=length.dtype)[None]) % C  # [B, C]
+    age = length % C - jnp.arange(C, dtype=length.dtype)[None]  # [B, C]
+    age = jnp.where(age < 0, age + C, age)  # a remainder per slot would take longer
     visible = (age <= length if window is None else (age <= length) & (age < window))[:, None]  # [B, 1, C]
     k_scale, v_scale = (
         None if x is None else jnp.where(visible, x, 0)[:, :, None] for x in (new_cache.k_scale, new_cache.v_scale)
