@@ -41,6 +41,8 @@ SUITES = {
         "kernels/grouped_matmul/test_grouped_matmul",
         "kernels/moe/test_moe",
     ),
+    "moe_hidden_values": ("kernels/moe/test_hidden_values", "kernels/moe/test_moe"),
+    "moe_number_range": ("kernels/moe/test_number_range", "kernels/moe/test_moe"),
     "moe": ("kernels/moe/test_moe", "kernels/test_dispatch"),
     "moe_sm90": ("kernels/moe/test_pallas_sm90", "kernels/grouped_matmul/test_pallas_sm90"),
     "race_detector": ("helpers/test_race_detector", "kernels/attention/test_pallas_tpu"),

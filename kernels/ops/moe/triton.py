@@ -148,17 +148,13 @@ def permute(x: Array, permutation: Array, inverse_permutation: Array) -> Array:
     return call_permute(x, permutation, jnp.ones(inverse_permutation.shape, jnp.float32), scaled=False)
 
 
-def _permute_fwd(x: Array, permutation: Array, inverse_permutation: Array) -> tuple[Array, tuple[Array, Array]]:
-    return permute(x, permutation, inverse_permutation), (permutation, inverse_permutation)
+def _permute_fwd(x: Array, permutation: Array, inverse_permutation: Array) -> tuple[Array, Array]:
+    return permute(x, permutation, inverse_permutation), inverse_permutation
 
 
-def _permute_bwd(residuals: tuple, drows: Array) -> tuple:
-    permutation, inverse_permutation = residuals
-    return (
-        call_combine(drows, inverse_permutation, jnp.ones(inverse_permutation.shape, jnp.float32), scaled=False),
-        None,
-        None,
-    )
+def _permute_bwd(inverse_permutation: Array, drows: Array) -> tuple:
+    ones = jnp.ones(inverse_permutation.shape, jnp.float32)
+    return call_combine(drows, inverse_permutation, ones, scaled=False), None, None
 
 
 permute.defvjp(_permute_fwd, _permute_bwd)

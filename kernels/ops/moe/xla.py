@@ -161,6 +161,10 @@ def _experts_grads_cpu_bwd(args: tuple, cotangents: tuple) -> tuple:
 _experts_grads_cpu.defvjp(_experts_grads_cpu_fwd, _experts_grads_cpu_bwd)
 
 
+def _run_experts_cpu(*args: Array) -> Array:
+    return _experts_cpu(*args)[0]
+
+
 @jax.custom_vjp
 def _gather_rows(x: Array, index: Array, inverse: Array) -> Array:
     """Return x[index], with a gradient that is a gather and a sum: deterministic, and faster than XLA's scatter.
@@ -173,12 +177,11 @@ def _gather_rows(x: Array, index: Array, inverse: Array) -> Array:
     return x[index]
 
 
-def _gather_rows_fwd(x: Array, index: Array, inverse: Array) -> tuple[Array, tuple]:
-    return x[index], (index, inverse)
+def _gather_rows_fwd(x: Array, index: Array, inverse: Array) -> tuple[Array, Array]:
+    return x[index], inverse
 
 
-def _gather_rows_bwd(residuals: tuple, dy: Array) -> tuple:
-    index, inverse = residuals
+def _gather_rows_bwd(inverse: Array, dy: Array) -> tuple:
     dx: Any = sum(dy[inverse[:, j]].astype(accumulation_dtype(dy.dtype)) for j in range(inverse.shape[1]))
     return dx.astype(dy.dtype), None, None
 
@@ -260,8 +263,7 @@ def _moe_sorted(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids:
     N, k = expert_ids.shape
     permutation, inverse_permutation, group_sizes = sort_by_expert(expert_ids, w_gate.shape[0])
     rows = _gather_rows(x, permutation // k, inverse_permutation.reshape(N, k))
-    run_on_cpu = lambda *args: _experts_cpu(*args)[0]
-    y = call_for_platform(rows, w_gate, w_up, w_down, group_sizes, cpu=run_on_cpu, default=ragged_dot_experts)
+    y = call_for_platform(rows, w_gate, w_up, w_down, group_sizes, cpu=_run_experts_cpu, default=ragged_dot_experts)
     y = _gather_rows(y, inverse_permutation, permutation[:, None]).reshape(N, k, -1)
     acc_dtype = accumulation_dtype(x.dtype)
     weighted = y.astype(acc_dtype) * expert_weights.astype(acc_dtype)[..., None]

@@ -144,6 +144,10 @@ def test_complete_returns_the_text_of_the_program(say, models):
         ({"stop": [""]}, "stop contains ''; allowed: texts"),
         ({"stop": "x"}, "stop is 'x'; allowed: a list of texts"),
         ({"prompts": "x"}, "prompts is 'x'; allowed: a list of texts"),
+        (
+            {"prompts": ["a\udce9"]},
+            "prompts contains 'a\\udce9', which has a surrogate; allowed: texts that UTF-8 encodes",
+        ),
         ({"prompts": []}, "prompts are empty; allowed: at least one prompt"),
         ({"n": 0}, "n is 0; allowed: "),
     ):

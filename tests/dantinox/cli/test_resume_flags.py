@@ -20,6 +20,7 @@ def here(tmp_path_factory):
         Path(path).mkdir(parents=True)
         Path(path, "config.yaml").write_text(config.to_yaml())
     Path("nano.yaml").write_text("dim: 16\nlr: 0.5\n")
+    Path("number.yaml").write_text("run: 5\n")
     Path("wrong.yaml").write_text("n_heads: 7\n")
     Path("mine.yaml").write_text("run: mine\nruns_dir: elsewhere\nsteps: 5\n")
     yield folder
@@ -125,8 +126,9 @@ WRONG = {
     "--resume --preset nanno": "preset is 'nanno'; did you mean 'nano'?",
     "--resume --config none.yaml": "config none.yaml: cannot be read (No such file or directory)",
     "--resume --dim 50": "n_heads",
-    "--resume true": "Unrecognized options: true",
-    "--resume=yes": "Unrecognized options: yes",
+    "--config number.yaml --resume": f"run runs/5 {ABSENT}",
+    "--resume true": "true",
+    "--resume=yes": "yes",
 }
 
 

@@ -1,6 +1,7 @@
 """The sweep program: failed runs, finished runs, Ctrl-C, invalid input."""
 
 import csv
+import dataclasses
 import fcntl
 import json
 import os
@@ -14,11 +15,13 @@ import pytest
 import yaml
 
 import dantinox
+from dantinox.cli import train
 from dantinox.metrics.logger import read_metrics
 from dantinox.sweep import __main__ as sweep
 from dantinox.sweep import report
 from dantinox.sweep.report import Outcome
 from dantinox.sweep.search_space import load_sweep
+from dantinox.system.run_lock import NAME, Owner, RunLock, RunLockedError
 from tests.helpers.documented_messages import message_pattern
 
 TINY = {
@@ -200,6 +203,26 @@ def test_orphaned_run_locks_the_sweep_folder(tmp_path):
         child.wait()
     with sweep.lock_folder(tmp_path / "here") as handle:
         assert fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB) is None
+
+
+def test_sweep_on_another_machine_locks_the_folder(tmp_path):
+    owner = dataclasses.replace(Owner.current(), host="elsewhere")
+    (tmp_path / NAME).write_bytes(owner.to_bytes())
+    with pytest.raises(RunLockedError, match=r"is in use by process \d+ on elsewhere"), sweep.lock_folder(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("orphaned", [False, True])
+def test_training_does_not_rename_the_folder_of_a_sweep(orphaned, tmp_path):
+    """Neither while the sweep runs, nor while one of its runs outlives it."""
+    (tmp_path / "sweep" / "run").mkdir(parents=True)
+    used = tmp_path / "sweep" / ("run" if orphaned else "")
+    with RunLock(used) if orphaned else sweep.lock_folder(used):
+        config = dantinox.Config().replace(run="sweep", runs_dir=str(tmp_path))
+        for attempt in (train.train, train.lock_new_run):
+            with pytest.raises(RunLockedError, match=f"{used} is in use by process {os.getpid()}"):
+                attempt(config)
+    assert os.listdir(tmp_path) == ["sweep"]
 
 
 def test_table_ranks_by_goal_and_ignores_stale_results(tmp_path, monkeypatch):
