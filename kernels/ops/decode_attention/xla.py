@@ -4,6 +4,7 @@ A softmax does not depend on the order of its terms, so the slots are never put 
 (length - c) mod C and is visible if that age is at most length and less than the window.
 
 Traffic   reads all C slots for any length; writes one slot. The write is in place if the cache is donated.
+Limits    the scaled scores of float32 and bfloat16 operands have to fit float32; float16 has no such limit.
 """
 
 import functools
