@@ -135,7 +135,7 @@ _experts_cpu.defvjp(_experts_cpu_fwd, _experts_cpu_bwd)
 @jax.custom_vjp
 def _experts_grads_cpu(
     padded: _Padded, x: Array, w_gate: Array, w_up: Array, w_down: Array, group_sizes: Array, dy: Array
-) -> tuple[Array, Array, Array, Array]:
+) -> tuple[Array, ...]:
     """Return (dx, dw_gate, dw_up, dw_down), differentiable by recomputing in separate products."""
     row_tiles = _choose_row_tiles(N := dy.shape[0])
     dy = pad_for_last_tile(dy, row_tiles)
@@ -150,9 +150,12 @@ def _experts_grads_cpu_fwd(*args: Any) -> tuple[tuple[Array, ...], tuple]:
 def _experts_grads_cpu_bwd(args: tuple, cotangents: tuple) -> tuple:
     padded, *floats, group_sizes, dy = args
 
+    def run(x: Array, w_gate: Array, w_up: Array, w_down: Array) -> Array:
+        return ragged_dot_experts(x, w_gate, w_up, w_down, group_sizes, loop_gmm)
+
     def grads(*args: Array) -> tuple[Array, ...]:
         *floats, dy = args
-        return jax.vjp(lambda *floats: ragged_dot_experts(*floats, group_sizes, gmm=loop_gmm), *floats)[1](dy)
+        return jax.vjp(run, *floats)[1](dy)
 
     *dfloats, ddy = jax.vjp(grads, *floats, dy)[1](cotangents)
     return jax.tree.map(jnp.zeros_like, padded), *dfloats, None, ddy
