@@ -150,10 +150,12 @@ def _experts_grads_cpu_fwd(*args: Any) -> tuple[tuple[Array, ...], tuple]:
 def _experts_grads_cpu_bwd(args: tuple, cotangents: tuple) -> tuple:
     padded, *floats, group_sizes, dy = args
 
+    def run(x: Array, w_gate: Array, w_up: Array, w_down: Array) -> Array:
+        return ragged_dot_experts(x, w_gate, w_up, w_down, group_sizes, loop_gmm)
+
     def grads(*args: Array) -> tuple[Array, ...]:
-        x, w_gate, w_up, w_down, dy = args
-        run = functools.partial(ragged_dot_experts, group_sizes=group_sizes, gmm=loop_gmm)
-        return jax.vjp(run, x, w_gate, w_up, w_down)[1](dy)
+        *floats, dy = args
+        return jax.vjp(run, *floats)[1](dy)
 
     *dfloats, ddy = jax.vjp(grads, *floats, dy)[1](cotangents)
     return jax.tree.map(jnp.zeros_like, padded), *dfloats, None, ddy
