@@ -1,5 +1,6 @@
-"""The Pallas attention under vmap, remat, scan and shard_map."""
+"""Attention under vmap, remat, scan, shard_map, second derivatives and export with symbolic sizes."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -109,17 +110,76 @@ SHARDED = """
 
 
 @pytest.mark.parametrize(
-    "where",
+    ("where", "check_vma"),
     [
-        'P("data", None, "heads")',
-        pytest.param('P("data")', marks=pytest.mark.slow),
-        pytest.param('P(None, None, "heads")', marks=pytest.mark.slow),
+        ('P("data", None, "heads")', True),
+        pytest.param('P("data", None, "heads")', False, marks=pytest.mark.slow),
+        pytest.param('P("data")', True, marks=pytest.mark.slow),
+        pytest.param('P(None, None, "heads")', True, marks=pytest.mark.slow),
     ],
 )
-def test_shard_map_over_sequences_and_heads_equals_one_device(where):
-    code = textwrap.dedent(SHARDED).replace("WHERE", f"[{where}]").replace("CHECK", "False")
+def test_shard_map_over_sequences_and_heads_equals_one_device(where, check_vma):
+    code = textwrap.dedent(SHARDED).replace("WHERE", f"[{where}]").replace("CHECK", str(check_vma))
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     environment |= {"PATH": os.environ.get("PATH", ""), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_ids_of_shards_vary():
+    """Two arrays of ids in one shard, checked by shard_map: which keys are attended is a loop of its own."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    ids = np.arange(48).reshape(2, 24) // 5
+    q, k = (jnp.stack([x[0]] * 2) for x in narrow_values(0)[:2])
+
+    def run(q: jax.Array, k: jax.Array, ids: jax.Array) -> jax.Array:
+        return kernels.attention(q, k, k, segment_ids=(ids[:, 4:], ids), implementation="pallas")
+
+    spec = jax.sharding.PartitionSpec("data")
+    mapped = tolerance.jit_fast_compile(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec))
+    assert_close([mapped(q, k, ids)], [tolerance.jit_fast_compile(run)(q, k, ids)])
+
+
+def curvature(implementation: str) -> Any:
+    """Program of the gradient of <d loss / dq, direction>, in q, k, v and gate."""
+
+    def along(direction: jax.Array, *x: jax.Array) -> jax.Array:
+        f = lambda q: kernels.attention(q, *x[1:3], gate=x[3], implementation=implementation, **CASE.options())
+        return jnp.vdot(jax.grad(lambda q: jnp.sum(f(q) ** 3))(x[0]), direction)
+
+    return tolerance.jit_fast_compile(jax.grad(along, argnums=(1, 2, 3, 4)))
+
+
+def test_second_derivatives_of_xla_match_the_reference():
+    inputs = narrow_values(0)
+    direction = np.float32(np.random.default_rng(1).standard_normal(inputs[0].shape))
+    found, expected = (curvature(implementation)(direction, *inputs) for implementation in ("xla", "reference"))
+    assert all(np.abs(x).max() > 1e-2 for x in expected)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+
+
+def test_a_second_derivative_of_pallas_is_refused_by_one_sentence():
+    inputs = narrow_values(0)
+    with pytest.raises(NotImplementedError, match="pallas' has no second derivative; implementation='xla' has one"):
+        curvature("pallas")(inputs[0], *inputs)
+
+
+def test_export_with_symbolic_sizes_runs_for_every_size():
+    B, T, S = jax.export.symbolic_shape("B, T, S")
+    shapes = [jax.ShapeDtypeStruct((B, n, 2, 4), jnp.float32) for n in (T, S)]
+
+    def attention(q: jax.Array, k: jax.Array, implementation: str) -> jax.Array:
+        return kernels.attention(q, k, k, window=40, implementation=implementation)
+
+    reference = functools.partial(attention, implementation="reference")
+    for implementation in ("auto", "reference"):
+        run = tolerance.jit_fast_compile(functools.partial(attention, implementation=implementation))
+        exported = jax.export.export(run)(*shapes)
+        for B, T, S in ((2, 7, 9), (1, 150, 140)):  # the last would be computed in bands, if it were not symbolic
+            q, k = (np.float32(np.random.default_rng(n).standard_normal((B, n, 2, 4))) for n in (T, S))
+            expected = tolerance.jit_fast_compile(reference)(q, k)
+            np.testing.assert_allclose(exported.call(q, k), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(NotImplementedError, match="implementation='xla'"):
+        jax.export.export(jax.jit(functools.partial(attention, implementation="pallas")))(*shapes)

@@ -19,12 +19,103 @@ HEAD_DIMS = (
 KV_BLOCK_RANGES = "test_kv_block_ranges_cover_segments_and_mark_full_blocks"
 RACES = "test_attention_with_several_blocks_subtiles_and_spans[subtile of half a head, cap, segments, fewer queries]"
 
+HIDDEN = "test_finite_values_of_hidden_keys_have_no_effect"
+MAGNITUDE = "test_operands_of_every_magnitude"
+SCORES = "test_every_finite_score_counts"
+GATES = "test_gates_of_every_size"
+CAPS = "test_soft_caps_of_every_size"
+EACH_CAP = "test_soft_cap_and_its_derivative_for_scores_of_every_size[unit=1.0]"
+SHARDS = 'test_shard_map_over_sequences_and_heads_equals_one_device[P("data", None, "heads")-check_vma=True]'
+
 MUTANTS: list[Mutant] = [
+    *mutants_of(
+        "einsum",
+        "attention_number_range",
+        ("float16 cotangents are narrowed", "dz if a.dtype == jnp.float16 else dz.astype(a.dtype)", "dz.astype(a.dtype)",
+         f"{MAGNITUDE}[float16-xla]"),
+    ),
+    *mutants_of(
+        "softcap",
+        "attention_number_range",
+        ("no size is restored", "jnp.tanh(qk * (scale / softcap)) * (bound * unit)", "jnp.tanh(qk * (scale / softcap)) * unit", EACH_CAP),
+        ("large caps divide as small ones", "softcap < MAX_SIMPLE_SOFTCAP and", "softcap > 0 and", EACH_CAP),
+        ("the largest caps are inverted", "SHRINK if softcap > 2**100 else 1.0", "1.0", EACH_CAP),
+        ("small scales divide as large ones", "SIMPLE_RATIOS[0] <= ratio <= SIMPLE_RATIOS[1]", "True", EACH_CAP),
+        ("small caps lose their slope", "bound = max(softcap, MIN_CAPPED_SCORE) * unit", "bound = softcap * unit", EACH_CAP),
+        ("masked scores have a slope", "jnp.clip(capped * SHRINK, -limit, limit)", "capped * SHRINK", EACH_CAP),
+        ("the derivative of the parts", "tangents[0] * cap_derivative(capped, softcap=softcap)", "tangents[0]",
+         "test_soft_cap_has_derivatives_of_every_order"),
+    ),
+    *mutants_of(
+        "derivatives",
+        "attention_transformations",
+        ("nothing is refused", "refusing = jax.custom_jvp(f)", "return f\n    refusing = jax.custom_jvp(f)",
+         "test_a_second_derivative_of_pallas_is_refused_by_one_sentence"),
+    ),
+    *mutants_of(
+        "ops/attention/xla",
+        "attention_transformations",
+        ("symbolic sizes are compared", "is_symbolic = not (isinstance(T, int) and isinstance(S, int))", "is_symbolic = False",
+         "test_export_with_symbolic_sizes_runs_for_every_size"),
+    ),
+    *mutants_of(
+        "ops/attention/segment_ids",
+        "attention_transformations",
+        ("the attended keys do not vary", "match_vma(jnp.zeros((B, S), bool), q_ids, kv_ids)", "jnp.zeros((B, S), bool)",
+         "test_ids_of_shards_vary"),
+    ),
+    *mutants_of(
+        "ops/attention/pallas",
+        "attention_transformations",
+        ("the forward kernel varies", "call_invariant(run_fwd, q, k, v, gate, segments).o", "run_fwd(q, k, v, gate, segments).o",
+         "test_ids_of_shards_vary"),
+        ("the kernels of derivatives vary", "functools.partial(call_invariant, kernel)", "kernel", SHARDS),
+    ),
+    *mutants_of(
+        "ops/attention/xla",
+        "attention_number_range",
+        ("float16 weights are narrowed", "p if v.dtype == jnp.float16 else p.astype(v.dtype)", "p.astype(v.dtype)",
+         f"{MAGNITUDE}[float16-xla]"),
+        ("1 - sigmoid rounds to zero", "dx * (sigmoid * _sigmoid(-x))", "dx * (sigmoid * (1 - sigmoid))", f"{GATES}[xla]"),
+        ("products of a small scale overflow", "q, k, scale = split_small_scale(q, k, scale)", "pass",
+         f"{MAGNITUDE}[float32, small scale-xla]"),
+    ),
+    *mutants_of(
+        "ops/attention/xla",
+        "attention_hidden_values",
+        ("a masked score has a slope", "soft_cap(jnp.where(mask, scores, 0), self.softcap)", "soft_cap(scores, self.softcap)",
+         f"{HIDDEN}[causal, cap-float32-xla]"),
+    ),
+    *mutants_of(
+        "ops/attention/common",
+        "attention_number_range",
+        ("scores below -1e30 are dropped", "M_INIT = float(jnp.finfo(jnp.float32).min)", "M_INIT = -1e30", f"{SCORES}[pallas]"),
+        ("masked scores are finite", "MASK_VALUE = -jnp.inf", "MASK_VALUE = -2e38", f"{SCORES}[pallas]"),
+    ),
+    *mutants_of(
+        "ops/attention/pallas",
+        "attention_number_range",
+        ("float16 stays narrow", "if dtype == jnp.float16:", "if False:", f"{MAGNITUDE}[float16-pallas]"),
+        ("1 - sigmoid rounds to zero", "jax.nn.sigmoid(-gate.astype(jnp.float32))", "(1 - sigmoid_gate)", f"{GATES}[pallas]"),
+        ("products of a small scale overflow", "q, k, scale = split_small_scale(q, k, scale)", "pass",
+         f"{MAGNITUDE}[float32, small scale-pallas]"),
+    ),
+    *mutants_of(
+        "ops/attention/pallas_cpu/bwd",
+        "attention_hidden_values",
+        ("infinite dp of hidden keys counts", "ds = jnp.where(s == MASK_VALUE, 0, ds)", "pass", f"{HIDDEN}[causal, cap-float32-pallas]"),
+    ),
+    *mutants_of(
+        "ops/attention/pallas_tpu/bwd",
+        "attention_tpu",
+        ("infinite dp of hidden keys counts", "jnp.where(s == MASK_VALUE, 0, dp_ref.load(r, c))", "dp_ref.load(r, c)",
+         "test_finite_values_of_hidden_keys_have_no_effect_on_gradients"),
+    ),
     *mutants_of(
         "ops/attention/xla",
         "attention",
-        ("a query sees the next key", "mask &= distance >= 0", "mask &= distance >= -1", f"{MATCHES}[7-float32-xla]"),
-        ("window one too wide", "mask &= distance < window", "mask &= distance <= window",
+        ("a query sees the next key", "mask &= (distance >= 0)[None]", "mask &= (distance >= -1)[None]", f"{MATCHES}[7-float32-xla]"),
+        ("window one too wide", "mask &= (distance < window)[None]", "mask &= (distance <= window)[None]",
          f"{MATCHES}[129 on 7, window-float32-xla]"),
         ("band one too wide", "(distance < window))[None]", "(distance <= window))[None]",
          f"{MATCHES}[127 grouped, gate, window-float32-xla]"),
@@ -55,9 +146,7 @@ MUTANTS: list[Mutant] = [
         ("masked keys of segments are not zeroed", "all_attended = q_ids is None and window", "all_attended = window",
          (f"{MASKED_KEYS}[full, segments-xla-output]", f"{MASKED_KEYS}[full, segments-xla-gradients]")),
         ("scale dropped", "q, k, acc_dtype) * self.scale", "q, k, acc_dtype)", f"{MATCHES}[7-float32-xla]"),
-        ("cap does not restore the size", "self.softcap * jnp.tanh(", "jnp.tanh(",
-         f"{MATCHES}[129 multi-query, head gate, cap-float32-xla]"),
-        ("gate dropped", "o = o * jax.nn.sigmoid(gate.astype(o.dtype))", "pass",
+        ("gate dropped", "o = o * _sigmoid(gate.astype(o.dtype))", "pass",
          f"{MATCHES}[7 of 129, window-float32-xla]"),
         ("no key gives NaN", "jnp.where(l == 0, 1, l)", "l", f"{MATCHES}[129 on 7, window-float32-xla]"),
         (
@@ -96,8 +185,8 @@ MUTANTS: list[Mutant] = [
     *mutants_of(
         "ops/attention/common",
         "attention",
-        ("cap does not restore the size", "* (config.softcap * unit)", "* unit",
-         f"{MATCHES}[full, cap-float32-pallas]"),
+        ("cap without its unit", "softcap=config.softcap, unit=unit)", "softcap=config.softcap)",
+         "test_random_shapes_match_python_loops[pallas]"),
         ("padded keys are visible", "key < config.S - kv_block * sizes.block_kv - c * keys", "key < sizes.block_kv",
          f"{MATCHES}[full, cap-float32-pallas]"),
     ),
@@ -142,7 +231,7 @@ MUTANTS: list[Mutant] = [
     *mutants_of(
         "ops/attention/pallas_cpu/bwd",
         "attention",
-        ("derivative of the cap dropped", "ds = ds * (1 - jnp.minimum(t * t, 1))", "pass", f"{MATCHES}[full, cap-float32-pallas]"),
+        ("derivative of the cap dropped", "ds = ds * cap_derivative(s, softcap=config.softcap)", "pass", f"{MATCHES}[full, cap-float32-pallas]"),
         ("dk and dv sums restart", "pl.when(step.is_first_use_of_kv)", "pl.when(step.is_first_kv_block)",
          (f"{MATCHES}[unmatched, banded-float32-pallas]", f"{MATCHES}[banded 600-float32-pallas]")),
     ),
@@ -172,7 +261,7 @@ MUTANTS: list[Mutant] = [
         "attention_tpu",
         ("delta added", "- delta_ref.load(r)", "+ delta_ref.load(r)", SPANS),
         ("dq without scale", "dq_acc_ref.load(r) * config.scale", "dq_acc_ref.load(r)", SPANS),
-        ("derivative of the cap dropped", "ds = ds * (1 - jnp.minimum(t * t, 1))", "pass", SPANS),
+        ("derivative of the cap dropped", "ds = ds * cap_derivative(s, softcap=config.softcap, unit=LOG2E)", "pass", SPANS),
         ("dq of the last span only", "q_start:q_end].add(dq_span)", "q_start:q_end].set(dq_span)", SPANS),
     ),
     *mutants_of(
@@ -185,7 +274,7 @@ MUTANTS: list[Mutant] = [
     *mutants_of(
         "ops/attention/pallas",
         "attention_tpu",
-        ("wrong derivative of the gate", "(sigmoid_gate * (1 - sigmoid_gate))", "sigmoid_gate", HEAD_DIMS),
+        ("wrong derivative of the gate", "(sigmoid_gate * jax.nn.sigmoid(-gate.astype(jnp.float32)))", "sigmoid_gate", HEAD_DIMS),
     ),
     *mutants_of(
         "ops/attention/packing",

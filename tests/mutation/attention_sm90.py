@@ -15,6 +15,8 @@ GRADIENTS_D256 = (
     "test_gradients_match_reference_in_interpret_mode[segments]",
     "test_gradients_match_reference_in_interpret_mode[full, large scores]",
 )
+SCALED_LOSS = "test_float16_takes_the_cotangents_of_a_scaled_loss[D=64]"
+SCORES = "test_every_finite_score_counts"
 VISITED = "test_blocks_outside_the_visible_range_are_not_visited"
 FREE = "in_use = kv_block - start >= stages\n            wait_when(in_use, smem.k_empty, slot)\n            full"
 
@@ -60,8 +62,8 @@ MUTANTS: list[Mutant] = [
     *mutants_of(
         "ops/attention/pallas_sm90/vjp",
         "attention_sm90_fwd",
-        ("wrong derivative of the gate", "dgate * (sigmoid_gate * (1 - sigmoid_gate))", "dgate * sigmoid_gate", PREPROCESS),
-        ("delta from the gated cotangent", "gate.dtype), _delta(do_ungated", "gate.dtype), _delta(do_f32", PREPROCESS),
+        ("wrong derivative of the gate", "dgate * (sigmoid_gate * jax.nn.sigmoid(-gate.astype(jnp.float32)))", "dgate * sigmoid_gate", PREPROCESS),
+        ("delta from the gated cotangent", "delta = _delta(do_ungated", "delta = _delta(do_f32", PREPROCESS),
         ("a head gate gets the gradient of one element", "dgate = jnp.sum(dgate, axis=-1, keepdims=True)",
          "dgate = dgate[..., :1]", PREPROCESS),
         ("the gate does not reach the kernel", "do_ungated = do_f32 * sigmoid_gate", "do_ungated = do_f32", PREPROCESS),
@@ -69,7 +71,7 @@ MUTANTS: list[Mutant] = [
     *mutants_of(
         "ops/attention/pallas_sm90/dq_kernel",
         "attention_sm90_bwd",
-        ("dq without scale", "(dq * self.config.scale)", "(dq * 1.0)", GRADIENTS),
+        ("dq without scale", "scale = self.config.scale", "scale = 1.0", GRADIENTS),
         ("dq without delta", "p * (dp - per_row(delta", "p * (dp - 0 * per_row(delta", GRADIENTS),
     ),
     *mutants_of(
@@ -96,5 +98,20 @@ MUTANTS: list[Mutant] = [
         ("p is read before it is written", "plgpu.barrier_wait(smem.p_full)", "pass", GRADIENTS_D256),
         ("D=256: dk without delta", "dp = product[...] - per_column(", "dp = product[...] - 0 * per_column(", GRADIENTS_D256),
         ("D=256: dv takes dk's scale", "jnp.where(owns_dv, 1.0, self.config.scale)", "self.config.scale", GRADIENTS_D256),
+    ),
+    *mutants_of(
+        "ops/attention/pallas_sm90/fwd_kernel",
+        "attention_sm90_fwd",
+        ("scores below -1e30 are dropped", "M_INIT = float(jnp.finfo(jnp.float32).min)", "M_INIT = -1e30", SCORES),
+    ),
+    *mutants_of(
+        "ops/attention/pallas_sm90/bwd",
+        "attention_sm90_fwd",
+        ("float16 cotangents are not scaled", "if q.dtype == jnp.float16:", "if False:", SCALED_LOSS),
+    ),
+    *mutants_of(
+        "ops/attention/pallas_sm90/dq_kernel",
+        "attention_sm90_fwd",
+        ("dq stays scaled", "if gmem.unscale is not None:", "if False:", SCALED_LOSS),
     ),
 ]  # fmt: skip

@@ -12,6 +12,9 @@ SUITES = {
         "kernels/attention/test_pallas_tpu",
         "kernels/attention/test_attention",
     ),
+    "attention_hidden_values": ("kernels/attention/test_hidden_values", "kernels/attention/test_attention"),
+    "attention_number_range": ("kernels/attention/test_number_range", "kernels/attention/test_attention"),
+    "attention_transformations": ("kernels/test_transformations",),
     "attention_segment_ids": (
         "kernels/attention/test_segment_ids",
         "kernels/attention/test_pallas_tpu",

@@ -1,4 +1,4 @@
-"""Keys that a query does not see: what they hold has no effect on it."""
+"""Keys that a query does not see: their contents have no effect on it."""
 
 from typing import Any
 

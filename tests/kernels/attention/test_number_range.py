@@ -44,7 +44,9 @@ def exact(q, k, v, gate, do, *, scale: float, softcap: float | None, error: Any 
         o = np.einsum("hts,sd->thd", p, v[:, 0])
         do_ungated = do * sigmoid
         dp = np.where(visible, np.einsum("thd,sd->hts", do_ungated, v[:, 0]), 0)
-        ds = p * slope * (dp - sign * (p * dp).sum(-1, keepdims=True))
+        # 1 - t^2 is off by a rounding of 1, which the sums of absolute values include.
+        slopes = slope if sign > 0 else np.maximum(slope, 1 / 32)
+        ds = p * slopes * (dp - sign * (p * dp).sum(-1, keepdims=True))
         return {
             "o": o * sigmoid,
             "dq": scale * np.einsum("hts,sd->thd", ds, k[:, 0]),
@@ -95,8 +97,7 @@ def assert_right(implementation: str, dtype: Any, arrays: dict[str, Any], scale:
     steps = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11}[jnp.dtype(dtype).name]
     info, wrong, bounds = jnp.finfo(dtype), [], {}
     # Float32 arithmetic flushes intermediates below TINY, which then miss in products with these factors.
-    largest_v = max(1, np.abs(wide["v"]).max())
-    score_factor = abs(scale) * largest_v
+    score_factor = abs(scale) * max(1, np.abs(wide["v"]).max(), np.abs(wide["do"]).max())
     factors = {"dq": ("k", score_factor), "dk": ("q", score_factor), "dv": ("do", 1), "dgate": ("do", 1), "o": ("v", 1)}
     for name, expected in truth.results.items():
         moved_by, (factor, size) = np.abs(moved.results[name] - expected), factors[name]
@@ -117,12 +118,18 @@ def assert_right(implementation: str, dtype: Any, arrays: dict[str, Any], scale:
     return True
 
 
-def exponents(dtype: Any) -> st.SearchStrategy[dict[str, float]]:
-    """Magnitudes from the smallest subnormal number to the largest number."""
+def exponents(dtype: Any, log_scale: float) -> st.SearchStrategy[dict[str, float]]:
+    """Magnitudes from the smallest subnormal number to the largest number; k is such that most scores are moderate."""
     info = jnp.finfo(dtype)
     smallest = np.log2(float(info.smallest_subnormal if dtype == "float16" else info.smallest_normal)) + 3
-    whole = st.floats(smallest, np.log2(float(info.max)))
-    return st.fixed_dictionaries({name: whole for name in "qkv"} | {"do": whole, "gate": st.floats(-3, 6.5)})
+
+    def sizes(seed: int) -> dict[str, float]:  # hypothesis itself prefers small numbers
+        rng = np.random.default_rng(seed)
+        found = {name: rng.uniform(smallest, np.log2(float(info.max))) for name in ("q", "v", "do")}
+        log_scores = rng.uniform(-20, 8)
+        return found | {"k": np.clip(log_scores - log_scale - found["q"], -120, 120), "gate": rng.uniform(-3, 6.5)}
+
+    return st.integers(0, 10**6).map(sizes)
 
 
 # dtype, log2 of the scale, soft cap: scores of every magnitude come from q and k, so that few programs serve all draws.
@@ -143,11 +150,9 @@ RANGES = {
 def test_operands_of_every_magnitude(name, implementation):
     dtype, log_scale, cap = RANGES[name]
 
-    @random_shapes.examples(60)
-    @given(sizes=exponents(dtype), seed=st.integers(0, 99), log_scores=st.floats(-20, 8))
-    def check(sizes, seed, log_scores):
-        # With k of this size the scores are near 1, if the dtype holds it.
-        sizes["k"] = min(max(log_scores - log_scale - sizes["q"], -120), 120)
+    @random_shapes.examples(100)
+    @given(sizes=exponents(dtype, log_scale), seed=st.integers(0, 99))
+    def check(sizes, seed):
         assert_right(implementation, dtype, draw(dtype, seed, sizes), 2.0**log_scale, cap)
 
     check()
@@ -196,10 +201,16 @@ def test_gates_of_every_size(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_float16_takes_the_cotangents_of_a_scaled_loss(implementation):
-    case = cases.attention(24, 24, H=2, gate="head", softcap=20.0)
+    case = cases.attention(5, 5, H=2, gate="elementwise", softcap=20.0)
     inputs, aux, dout = cases.draw(case)
+    dout = 8192 * np.clip(dout, -2, 2)
+    inputs |= {
+        "q": inputs["q"] / 8,
+        "k": inputs["k"] / 8,
+        "v": 6 * inputs["v"],
+    }  # gradients fit, those of scores do not
     tolerance.assert_matches_reference(
-        "attention", implementation, inputs, 8192 * dout, "float16", aux=aux, options=cases.options(case)
+        "attention", implementation, inputs, dout, "float16", aux=aux, options=cases.options(case)
     )
 
 

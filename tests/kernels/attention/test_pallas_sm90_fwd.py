@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dantinox import kernels
 from dantinox.kernels import dispatch, workloads
 from dantinox.kernels.ops.attention.pallas_sm90 import vjp
-from dantinox.kernels.ops.attention.pallas_sm90.common import Sm90AttentionConfig, visible_kv_range
+from dantinox.kernels.ops.attention.pallas_sm90.common import LOG2E, Sm90AttentionConfig, visible_kv_range
 from dantinox.kernels.ops.attention.pallas_sm90.fwd_kernel import FwdOutputs
 from dantinox.reference.attention import visible
 from tests.helpers import cases, tolerance
@@ -242,7 +242,39 @@ def test_kv_range_covers_visible_blocks_and_its_interior_is_unmasked(causal, win
                 assert list(range(interior_start, interior_end)) == unmasked, (T, S, q, k, q_start)
 
 
+@slow
+@pytest.mark.parametrize("D", [64, 256])
+def test_float16_takes_the_cotangents_of_a_scaled_loss(D):
+    case = row(24, 40, D=D, gate="head")
+    inputs, _, dout = cases.draw(case)
+
+    def run(inputs: dict, aux: dict, dout: jax.Array) -> dict[str, jax.Array]:
+        call = lambda x: vjp.attention(**x, **options(case), segment_ids=None, interpret=RACES)
+        return tolerance.output_and_gradients(call, inputs, dout)
+
+    for size in (8192, 2**-12):
+        tolerance.assert_matches_reference(
+            "attention", "hopper", inputs, size * dout, jnp.float16, options=cases.options(case), run=run
+        )
+    assert not races_detected()
+
+
+@slow
+def test_every_finite_score_counts():
+    """All scores of a row are the same, far below zero: the output is the mean of the values."""
+    case = row(8, 40, scale=2.0**100 / LOG2E)  # their product is a power of two, so that no rounding decides
+    inputs, _ = arrays(case, "bfloat16")
+    inputs |= {"q": jnp.full_like(inputs["q"], 1e3), "k": jnp.full_like(inputs["k"], -1e2)}
+    o = jax.jit(lambda x: vjp.attention(**x, **options(case), segment_ids=None, interpret=RACES))(inputs)
+    v = np.cumsum(tolerance.to_float64(inputs["v"]), 1)[:, -case.T :] / np.arange(33, 41)[:, None, None]
+    np.testing.assert_allclose(tolerance.to_float64(o), np.repeat(v, 2, axis=2), atol=2e-2)
+
+
 def test_unsupported_inputs_raise():
+    x = jnp.ones((1, 8, 2, 64), jnp.bfloat16)
+    for softcap in (1e-20, 1e20):
+        with pytest.raises(NotImplementedError, match="implementation='xla' takes every cap"):
+            vjp.attention(x, x, x, gate=None, causal=True, window=None, scale=1.0, softcap=softcap, segment_ids=None)
     for dtype, D, reason in (("float32", 64, "float32"), ("bfloat16", 96, "head dim 96")):
         x = jnp.ones((1, 8, 2, D), dtype)
         with pytest.raises(NotImplementedError, match=reason):

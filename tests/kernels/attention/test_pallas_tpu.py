@@ -286,3 +286,31 @@ def test_kernel_docstrings_have_six_parts():
     for file in files:
         parts = re.findall(r"^(?:\"\"\")?(Math|Tiling|State|Traffic|Limits|Source) {2,}\S", file.read_text(), re.M)
         assert parts == ["Math", "Tiling", "State", "Traffic", "Limits", "Source"], file
+
+
+def test_finite_values_of_hidden_keys_have_no_effect_on_gradients():
+    """On a TPU: the first queries do not see the last key, whose products with their cotangents are infinite."""
+    case = row(9, 9, softcap=2.0)
+    inputs, aux, dout = cases.draw(case)
+    run = tolerance.kernel_variants(
+        "pallas", tolerance.program("attention", "pallas", cases.options(case))
+    )["pallas for a TPU"]  # fmt: skip
+    dout[:, 8] = 0
+    results = []
+    for value in (1.0, 3e38, -3e38):
+        inputs["v"][:, 8] = value
+        results.append(run({name: np.float32(x) for name, x in inputs.items()}, aux, np.float32(8 * dout)))
+    for other in results[1:]:
+        tolerance.assert_bit_equal({n: results[0][n][:, :8] for n in results[0]}, {n: other[n][:, :8] for n in other})
+
+
+def test_every_finite_score_counts():
+    """On a TPU: all scores of a row are the same, far below zero, so the output is the mean of the values."""
+    case = row(9, 9, H=1, K=1, D=4, scale=1.0)
+    inputs, aux, _ = cases.draw(case)
+    inputs |= {"q": np.full_like(inputs["q"], 1e19), "k": np.full_like(inputs["k"], -5e18)}
+    run = tolerance.kernel_variants(
+        "pallas", tolerance.program("attention", "pallas", cases.options(case))
+    )["pallas for a TPU"]  # fmt: skip
+    o = run({name: np.float32(x) for name, x in inputs.items()}, aux, None)["o"]
+    np.testing.assert_allclose(o, np.cumsum(inputs["v"], 1) / np.arange(1, 10)[:, None, None], rtol=1e-5, atol=1e-6)

@@ -11,7 +11,9 @@ Tiling    grid (groups of heads, visible blocks), as in `pallas_tpu/fwd.py`, but
 
 State     m, l [1, R] and the output [D, R] of one query block per head, in float32.
 Traffic   that of the TPU kernel; a step also copies its blocks of q, k and v.
-Limits    float32, bfloat16, float16; any T, S, H, K, D. `dantinox.kernels.attention` raises ValueError.
+Limits    float32, bfloat16, and float16, which is computed in float32; any T, S, H, K, D and softcap. Float32 must hold
+          the scores and, for gradients, do v^T, times the scale too. `dantinox.kernels.attention` raises
+          ValueError.
 Source    that of the TPU kernel.
 """
 

@@ -24,7 +24,8 @@ Traffic   With n visible blocks: dq reads q and do once and n blocks of k and v;
 Limits    bfloat16 and float16; D 64, 128 or 256. Any T and S: lengths are padded to multiples of 8 tokens. Segment ids
           in any order; where they ascend, blocks of other segments are skipped and blocks of one segment apply no mask.
           Keys that no query sees must be finite: the caller zeroes them. A float16 cotangent is scaled by a power of
-          two, because ds need not fit float16 where the gradients do.
+          two, because ds need not fit float16 where the gradients do; weights below 2^-14 lose precision there. do v^T
+          must be finite, for hidden pairs too.
 Source    Dao, FlashAttention-2 (arXiv:2307.08691), algorithm 2; Shah et al., FlashAttention-3 (arXiv:2407.08608).
 """
 

@@ -24,6 +24,7 @@ Traffic   Reads q and gate and writes o once; reads K and V once per query block
 Limits    bfloat16, float16; D 64, 128, 256; `vjp.attention` rejects the rest. T and S of the arrays are
           multiples of 8; the config has the lengths before padding. Segment ids in any order; where they ascend, blocks
           of other segments are skipped like those outside the window, and blocks of one segment apply no segment mask.
+          Soft caps from 2^-40 to 2^40. Scores lose precision beyond 2^22, where a product and its rounding differ by 1.
 Source    Shah et al., FlashAttention-3 (arXiv:2407.08608), for the ping-pong schedule of the two warpgroups.
 """
 

@@ -13,7 +13,9 @@ Tiling    grid (heads, visible blocks), the blocks of a query block one after th
 State     m, l [1, R] and the output [D, R] of one query block, in float32; written at its last key block.
 Traffic   reads q and gate and writes o once, reads k and v once per visible block: 2 T S_visible / bq rows of D.
           4 D FLOPs per visible pair. The naive algorithm moves the T S scores three times.
-Limits    float32, bfloat16, float16; any T, S, H, K, D. `dantinox.kernels.attention` raises ValueError.
+Limits    float32, bfloat16, and float16, which is computed in float32; any T, S, H, K, D and softcap. Float32 must hold
+          the scores times log2(e) and, for gradients, do v^T, times the scale too. `dantinox.kernels.attention` raises
+          ValueError.
 Source    Dao, FlashAttention-2 (arXiv:2307.08691); jax's splash attention for the grid of visible blocks.
 """
 
