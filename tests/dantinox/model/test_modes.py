@@ -1,4 +1,4 @@
-"""The model, its training step, scoring and generation under JAX's switches: none changes a dtype, a shape or a result."""
+"""The model, its training step, scoring and generation under JAX's switches: none changes a dtype or a shape."""
 
 import contextlib
 import functools
