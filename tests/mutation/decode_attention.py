@@ -155,7 +155,7 @@ MUTANTS: list[Mutant] = [
         "ops/decode_attention/block_table",
         "decode_attention_numbers",
         ("the longest sequence is empty", "jnp.minimum(length, max_visible - 1)",
-         "jnp.minimum(length + 1, max_visible) - 1", f"{LONGEST}[None-pallas for a CPU]"),
+         "jnp.minimum(length + 1, max_visible) - 1", f"{LONGEST}[window=None-pallas for a CPU]"),
     ),
     *mutants_of(
         "ops/decode_attention/xla",

@@ -1,4 +1,8 @@
+<<<<<<< HEAD
 """The model, its training step, scoring and generation under JAX's switches: none changes a dtype or a result."""
+=======
+"""The model, its training step, scoring and generation under JAX's switches: none changes a dtype or a shape."""
+>>>>>>> t-decode
 
 import contextlib
 import functools
