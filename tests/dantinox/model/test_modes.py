@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""The model, its training step, scoring and generation under JAX's switches: none changes a dtype or a result."""
-=======
 """The model, its training step, scoring and generation under JAX's switches: none changes a dtype or a shape."""
->>>>>>> t-decode
 
 import contextlib
 import functools
