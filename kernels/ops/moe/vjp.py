@@ -10,7 +10,7 @@ The rows are sorted by expert, stably. p is the router's weight of a row.
                dw_gate, dw_up = x^T dgate, x^T dup                  one pass over x
                dw_down = (p h)^T dy
 
-gate and up are residuals, in x's dtype (float32 for float16, see `wide.py`): in bfloat16, 8 bytes written and read per hidden feature of a row against 4 M
+gate and up are residuals, in x's dtype: in bfloat16, 8 bytes written and read per hidden feature of a row against 4 M
 FLOPs to recompute them. Keeping them is faster from M = 480 on at 240 FLOPs per byte and from M = 1150 on at 560,
 and experts are wider. h is recomputed from them, and the sorted rows of x and dy are gathered again, because they are k
 times as large as x. Because y's rows are scaled by p, the gradient of p needs h, which is available, and not the rows
