@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("reference", "kernels", "dantinox", "bench")
 LINKS = ("kernels", "reference")  # folders at the top that `dantinox` holds as links
-# numpy: shapes, and the float0 zeros that JAX asks for as gradients of integers. triton: kernels written in it.
+# numpy: shapes. triton: kernels written in it.
 ALLOWED = {
     "reference": {"jax", "jaxtyping", "dantinox.reference"},
     "kernels": {"jax", "jaxtyping", "numpy", "dantinox.kernels", "jax_triton", "triton"},

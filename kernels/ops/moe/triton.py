@@ -16,7 +16,7 @@ Tiling    permute: grid (tiles of sorted rows, tiles of columns); combine: (tile
 State     the float32 sum of one tile of tokens; else none.
 Traffic   permute reads and writes each sorted row once; combine reads them once and writes each token once, where a
           gather and a sum by XLA write the gathered rows in between. Few FLOPs: bound by memory bandwidth.
-Limits    float32, bfloat16, float16; NVIDIA, compute capability 8.0 and newer, with jax-triton.
+Limits    float32, bfloat16, float16 (computed in float32); NVIDIA, compute capability 8.0 and newer, with jax-triton.
           `dantinox.kernels.moe_mlp` raises the ValueErrors.
 Source    Gale et al., MegaBlocks (arXiv:2211.15841), for permuting and unpermuting rows apart from their products.
 """

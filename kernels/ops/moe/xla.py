@@ -269,7 +269,4 @@ def _moe_sorted(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids:
     y = call_for_platform(rows, w_gate, w_up, w_down, group_sizes, cpu=_run_experts_cpu, default=ragged_dot_experts)
     y = _gather_rows(y, inverse_permutation, permutation[:, None]).reshape(N, k, -1)
     acc_dtype = accumulation_dtype(x.dtype)
-    weighted = y.astype(acc_dtype) * expert_weights.astype(acc_dtype)[..., None]
-    # Not even a cotangent that is NaN reaches the weight of an id that no expert has.
-    weighted = jnp.where((expert_ids < w_gate.shape[0])[..., None], weighted, 0)
-    return jnp.sum(weighted, axis=1).astype(x.dtype)
+    return jnp.sum(y.astype(acc_dtype) * expert_weights.astype(acc_dtype)[..., None], axis=1).astype(x.dtype)
