@@ -123,3 +123,20 @@ def test_router_loss_is_the_mean_over_layers():
     each, mean = losses_of(model)
     assert float(mean.balance) == pytest.approx(np.mean([float(x.balance) for x in each]), rel=1e-5)
     assert float(mean.z) == pytest.approx(np.mean([float(x.z) for x in each]), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("switch", "value"),
+    [("jax_enable_x64", True), ("jax_numpy_rank_promotion", "raise"), ("jax_numpy_dtype_promotion", "strict")],
+)
+def test_router_under_switches_of_jax(switch, value):
+    logits = jnp.float32(np.random.default_rng(0).standard_normal((6, 4)))
+    expected, before = route(logits, 2), getattr(jax.config, switch)
+    jax.config.update(switch, value)
+    try:
+        actual = route(logits, 2)
+    finally:
+        jax.config.update(switch, before)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=1e-6)
