@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dantinox.kernels.derivatives import first_order
 from dantinox.kernels.dispatch import current_device
 from dantinox.kernels.mosaic_gpu import num_sms
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import gmm, tgmm
@@ -75,9 +76,13 @@ def _grouped_matmul_fwd(x: Array, w: Array, group_sizes: Array, config: Sm90GmmC
 
 def _grouped_matmul_bwd(config: Sm90GmmConfig, residuals: _Residuals, dy: Array) -> tuple:
     x, w, group_sizes = residuals
-    dx = gmm.gmm([dy], [w], group_sizes, config, transposed=True, name="grouped_matmul_dx")
-    dw = tgmm.tgmm(x, dy, group_sizes, config, name="grouped_matmul_dw")
+    dx, dw = first_order(functools.partial(_gradients, config), "grouped_matmul")(x, w, group_sizes, dy)
     return match_vma(dx, x), match_vma(dw, w), None
+
+
+def _gradients(config: Sm90GmmConfig, x: Array, w: Array, group_sizes: Array, dy: Array) -> tuple[Array, Array]:
+    dx = gmm.gmm([dy], [w], group_sizes, config, transposed=True, name="grouped_matmul_dx")
+    return dx, tgmm.tgmm(x, dy, group_sizes, config, name="grouped_matmul_dw")
 
 
 _grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
