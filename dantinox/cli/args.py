@@ -76,9 +76,10 @@ def exit_with_error(prog: str, message: object, code: int = 2) -> NoReturn:
     """Print one line to standard error and exit: 2 for invalid input, 1 for a runtime failure.
 
     Raises:
-        BrokenPipeError: it is the message, for a closed pipe is no error of the program.
+        BrokenPipeError: it is the message: the reader of the output is gone, which is not an error of the program.
     """
     if isinstance(message, BrokenPipeError):
+        streams.report(f"{prog}: interrupted, for the reader of standard output is gone")
         raise message
     streams.report(f"{prog}: error: {' '.join(str(message).split())}")
     raise SystemExit(code)

@@ -27,8 +27,8 @@ def normalize(cls: type, argv: Sequence[str]) -> list[str]:
         argv: the arguments.
 
     Raises:
-        ConfigError: a flag is unknown, has no value or a value that is not a number, a word belongs to no flag, or a flag
-            has one value under its name and another under an earlier one.
+        ConfigError: a flag is unknown, has no value, or has a value that is not a number; a word belongs to no flag; a
+            flag has one value under its name and another under an earlier one.
     """
     types, repeated = _field_types(cls)
     aliases = {old: new for old, new in FLAG_ALIASES.items() if new in types and old not in types}

@@ -5,6 +5,7 @@ summary.txt, loss.png. Batches are a pure function of (seed, step), so a resumed
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import shlex
@@ -83,10 +84,10 @@ def wants_resume(argv: Sequence[str]) -> bool:
     resume = False
     if "--help" in argv or "-h" in argv:
         return False
-    for word in argv:
-        flag, _, value = word.partition("=")
+    for word, following in itertools.pairwise([*argv, ""]):
+        flag, equals, value = word.partition("=")
         if flag in ("--resume", "--no-resume"):
-            resume = (flag == "--resume") != (value.lower() == "false")
+            resume = (flag == "--resume") != ((value if equals else following).lower() == "false")
     return resume
 
 
@@ -97,10 +98,10 @@ def find_run(argv: Sequence[str], base: Mapping[str, Any]) -> tuple[str, str]:
         ConfigError: --run is a path, and neither one in --runs-dir nor that of a run.
     """
     given = cli.peek_flag(argv, "--runs-dir", "--runs_dir")
-    runs_dir = base["runs_dir"] if given is None else given
+    runs_dir = str(base["runs_dir"]) if given is None else given
     run = cli.peek_flag(argv, "--run")
     if run is None:
-        return runs_dir, base["run"]
+        return runs_dir, str(base["run"])
     plain = run.rstrip("/")
     if "/" not in plain:
         return runs_dir, plain
@@ -131,6 +132,7 @@ def lock_new_run(config: Config) -> RunLock:
         RunLockedError: another process writes a run of that name.
     """
     run = Path(config.train.runs_dir) / config.train.run
+    run.parent.mkdir(parents=True, exist_ok=True)
     while True:
         if run.exists():
             backup = rename_older(run)

@@ -8,7 +8,7 @@ _EXACT = re.compile(r"([+-]?\d+)(?:\.(\d+))?(?:[eE]([+-]?\d{1,2}))?")
 
 
 def parse_int(text: str) -> int | None:
-    """Return the integer that a text is exactly, such as 1000, 1_000, 1,000, 1e3 or 1.5e3; None if it is none."""
+    """Return the integer that a text is exactly, such as 1000, 1_000, 1,000, 1e3 or 1.5e3; None otherwise."""
     text = text.strip()
     if len(text) > 100:
         return None

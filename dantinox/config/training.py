@@ -61,6 +61,7 @@ class TrainConfig:
             self.run not in ("", ".", "..") and "/" not in self.run and "\\" not in self.run,
             f"run is {self.run!r}; allowed: a plain folder name",
         )
+        check(self.run.encode(errors="replace").decode() == self.run, f"run is {self.run!r}; allowed: text of UTF-8")
         size = len(self.run.encode())  # file systems allow 255, and an older run of this name gets a number appended
         check(size <= 200, f"run is a name of {size} bytes; allowed: up to 200")
         check(

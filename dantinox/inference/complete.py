@@ -53,6 +53,10 @@ def complete(
     for name, texts in (("prompts", prompts), ("stop", stop)):
         if isinstance(texts, str | bytes) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{name} is {texts!r:.60}; allowed: a list of texts")
+        if invalid := [text for text in texts if text.encode(errors="replace").decode() != text]:
+            raise ValueError(
+                f"{name} contains {invalid[0]!r:.60}, which has a surrogate; allowed: texts that UTF-8 encodes"
+            )
     if "" in stop:
         raise ValueError("stop contains ''; allowed: texts that are not empty")
     request = generate.Request(

@@ -61,12 +61,12 @@ def swiglu(g: Array, u: Array) -> Array:
 
 
 def _swiglu_fwd(g: Array, u: Array) -> tuple[Array, tuple[Array, Array]]:
-    g_f32 = g.astype(jnp.float32)
-    return (g_f32 * jax.nn.sigmoid(g_f32) * u).astype(g.dtype), (g, u)
+    g_f32, u_f32 = g.astype(jnp.float32), u.astype(jnp.float32)
+    return (g_f32 * jax.nn.sigmoid(g_f32) * u_f32).astype(g.dtype), (g, u)
 
 
 def _swiglu_bwd(residuals: tuple[Array, Array], dh: Array) -> tuple[Array, Array]:
-    g, u = (a.astype(jnp.float32) for a in residuals)
+    g, u, dh = (a.astype(jnp.float32) for a in (*residuals, dh))
     s = jax.nn.sigmoid(g)
     dg, du = dh * u * s * (1 + g * (1 - s)), dh * g * s
     return dg.astype(residuals[0].dtype), du.astype(residuals[1].dtype)

@@ -70,7 +70,8 @@ def route(logits: Array, k: int) -> tuple[Array, Array, RouterStats]:
     probabilities = jnp.exp(logits - log_z)
     weights, ids = jax.lax.top_k(probabilities, k)
     weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    load = jnp.sum(ids.reshape(-1)[:, None] == jnp.arange(E)[None], axis=0) / N  # f_e, sums to k
+    chosen = ids.reshape(-1)[:, None] == jnp.arange(E, dtype=ids.dtype)[None]
+    load = jnp.sum(chosen, axis=0, dtype=jnp.float32) / N  # f_e, sums to k
     balance = E * jnp.sum(load * jnp.mean(probabilities, axis=0))
     entropy = -jnp.mean(jnp.sum(probabilities * (logits - log_z), axis=-1)) / math.log(max(2, E))
     return ids.astype(jnp.int32), weights, RouterStats(balance, jnp.mean(log_z**2), load, entropy)

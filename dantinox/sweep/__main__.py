@@ -145,7 +145,7 @@ class Sweeper:
         self._child: subprocess.Popen | None = None
 
         def handle(number: int, _: object) -> None:
-            self.received = number
+            self.received = self.received or number
             if self._child is not None and self._child.poll() is None:
                 self._child.send_signal(number)
 

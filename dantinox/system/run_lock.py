@@ -146,14 +146,14 @@ class RunLock:
 
     @classmethod
     def create(cls, folder: Path) -> "RunLock":
-        """Create a folder that is locked from the start.
+        """Create a folder, in an existing one, that is locked from the start.
 
         Raises:
             FileExistsError: the folder exists.
         """
         lock = cls(folder)
         temporary = folder.with_name(f".{folder.name}.{lock._owner.token}")
-        temporary.mkdir(parents=True)
+        temporary.mkdir()
         try:
             lock._create(temporary / NAME)
             os.rename(temporary, folder)

@@ -10,6 +10,7 @@ from typing import Any
 from dantinox.system import run_lock
 
 SIGPIPE = 13  # its number; the module has it on POSIX only
+HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
 RESPONSE_S = 2.0  # seconds that the main thread has to respond before the watcher ends the process
 
 
@@ -23,9 +24,9 @@ class Interrupted(KeyboardInterrupt):
 
 def stop_signals() -> tuple[int, ...]:
     """Return the signals that stop a program: SIGINT, SIGTERM, and SIGHUP unless it is ignored, as under nohup."""
-    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
-    is_ignored = hangup is None or signal.getsignal(hangup) is signal.SIG_IGN
-    return signal.SIGINT, signal.SIGTERM, *(() if is_ignored else (hangup,))
+    if HANGUP is None or signal.getsignal(HANGUP) is signal.SIG_IGN:
+        return signal.SIGINT, signal.SIGTERM
+    return signal.SIGINT, signal.SIGTERM, HANGUP
 
 
 @contextlib.contextmanager
@@ -48,7 +49,7 @@ class SignalHandler:
 
     Python runs signal handlers between two instructions, so not while XLA compiles, which may take minutes. Inside
     `interruptible(on_signal)` a signal therefore ends the work at once. If the main thread does not respond, a watcher
-    thread calls `on_signal` and ends the process. A second signal always interrupts.
+    thread calls `on_signal` and ends the process. A second SIGINT or SIGTERM always interrupts.
     """
 
     def __init__(self) -> None:
@@ -100,7 +101,9 @@ class SignalHandler:
 
     def _handle(self, number: int, _: object) -> None:
         self._handled.set()
-        is_second, self.received = self.received is not None, number
+        if number == HANGUP and self.received is not None:
+            return  # a terminal that closes sends more than one, and SIGTERM may come with it
+        is_second, self.received = self.received not in (None, HANGUP), number
         if is_second or self._on_signal is not None:
             raise Interrupted(number)
 

@@ -10,6 +10,10 @@ QUANTIZE = "test_quantize_rounds_to_nearest"
 BLOCK_TABLE = "test_block_table_lists_blocks_with_visible_tokens"
 SEVERAL_BLOCKS = "test_several_blocks_match_python_loops"
 APPENDS = "test_tpu_kernel_appends_and_attends"
+EXTREMES = "test_extreme_numbers_give_the_exact_softmax"
+EIGHT_BITS_FLOAT16 = "test_values_of_an_eight_bit_cache_fit_float16"
+LONGEST = "test_longest_sequence_is_read_like_a_short_one"
+HIDDEN_GRADIENTS = "test_hidden_slots_do_not_change_gradients"
 SPLITS = "test_splits_divide_visible_blocks_evenly"
 EMPTY_SPLIT = "test_split_without_visible_tokens_has_no_weight"
 SM90_OUTPUT = (
@@ -31,19 +35,15 @@ MUTANTS: list[Mutant] = [
     *mutants_of(
         "ops/decode_attention/xla",
         "decode_attention",
-        ("ages shifted by one", "(cache.length[:, None] - jnp", "(cache.length[:, None] + 1 - jnp",
+        ("ages shifted by one", "age = length % C -", "age = (length + 1) % C -", f"{MATCHES}[grouped-float32-xla]"),
+        ("window dropped", "(age <= length) & (age < window)", "age <= length", f"{MATCHES}[window-float32-xla]"),
+        ("window one too wide", "(age < window)", "(age <= window)", f"{MATCHES}[window-float32-xla]"),
+        ("oldest token unseen", "age <= length if", "age < length if", f"{MATCHES}[grouped-float32-xla]"),
+        ("unused slots count", "jnp.where(visible_heads, jnp.exp(exponents), 0)", "jnp.exp(exponents)",
          f"{MATCHES}[grouped-float32-xla]"),
-        ("window dropped", "max_visible = C if window is None else min(C, window)", "max_visible = C",
-         f"{MATCHES}[window-float32-xla]"),
-        ("window one too wide", "min(C, window)", "min(C, window + 1)", f"{MATCHES}[window-float32-xla]"),
-        ("new token unseen", "(cache.length[:, None] + 1, max_visible)", "(cache.length[:, None], max_visible)",
-         f"{MATCHES}[grouped-float32-xla]"),
-        ("unused slots count", "(visible[:, :, None], scores, -jnp.inf)", "(visible[:, :, None], scores, 0.0)",
-         f"{MATCHES}[grouped-float32-xla]"),
-        ("scale dropped", "scores = scores * scale", "pass", f"{MATCHES}[grouped-float32-xla]"),
-        ("cap does not restore the size", "softcap * jnp.tanh(", "jnp.tanh(",
-         f"{MATCHES}[multi-query, head gate, cap-float32-xla]"),
-        ("gate dropped", "o = o * jax.nn.sigmoid(gate.astype(jnp.float32))", "pass",
+        ("cap does not restore the size", "soft_cap(scores * scale, softcap), 1.0",
+         "soft_cap(scores * scale, softcap) / softcap, 1.0", f"{MATCHES}[multi-query, head gate, cap-float32-xla]"),
+        ("gate dropped", "o = o * jax.nn.sigmoid(gate.astype(o.dtype))", "pass",
          (f"{MATCHES}[multi-head, elementwise gate-float32-xla]", f"{MATCHES}[multi-query, head gate, cap-float32-xla]")),
         ("unused values not zeroed", "jnp.where(visible[..., None], new_cache.v, 0).astype", "new_cache.v.astype",
          f"{UNUSED_SLOTS}[grouped-xla]"),
@@ -51,9 +51,9 @@ MUTANTS: list[Mutant] = [
     *mutants_of(
         "ops/decode_attention/xla",
         "decode_attention_eight_bits",
-        ("scales of the keys dropped", "scores = scores * new_cache.k_scale[:, :, None]", "pass",
+        ("scales of the keys dropped", "scores if k_scale is None else scores * k_scale", "scores",
          f"{DEQUANTIZED}[grouped-xla-int8]"),
-        ("scales of unused slots count", "jnp.where(visible, new_cache.v_scale, 0)", "new_cache.v_scale",
+        ("scales of unused slots count", "jnp.where(visible, x, 0)[:, :, None]", "x[:, :, None]",
          f"{UNUSED_SLOTS}[grouped-xla-int8]"),
     ),
     *mutants_of(
@@ -72,10 +72,10 @@ MUTANTS: list[Mutant] = [
     *mutants_of(
         "ops/decode_attention/common",
         "decode_attention_eight_bits",
-        ("scales of the keys dropped", "(scale if k_scale is None else k_scale * scale)", "scale",
-         f"{DEQUANTIZED}[grouped-xla-int8]"),
-        ("scales of the values dropped", "p if v_scale is None else p * v_scale", "p",
-         f"{DEQUANTIZED}[grouped-xla-int8]"),
+        ("scales of the keys dropped", "qk if k_scale is None else qk * k_scale", "qk",
+         f"{DEQUANTIZED}[grouped-pallas-int8]"),
+        ("scales of the values dropped", "weights if v_scale is None else weights * v_scale", "weights",
+         f"{DEQUANTIZED}[grouped-pallas-int8]"),
     ),
     *mutants_of(
         "ops/decode_attention/pallas_cpu/kernel",
@@ -94,8 +94,8 @@ MUTANTS: list[Mutant] = [
     *mutants_of(
         "ops/decode_attention/block_table",
         "decode_attention_tpu",
-        ("the query sees a token too many", "minimum(length + 1, max_visible), length",
-         "minimum(length + 2, max_visible), length", BLOCK_TABLE),
+        ("the query sees a token too many", "jnp.minimum(length, max_visible - 1)", "jnp.minimum(length, max_visible)",
+         BLOCK_TABLE),
         ("a wrapped ring buffer misses a block", "num_blocks - first + last + 1)", "num_blocks - first + last)", BLOCK_TABLE),
         ("steps do not wrap", "(ends - visited)[sequence]) % num_blocks", "(ends - visited)[sequence])", BLOCK_TABLE),
         ("too few steps if the ring buffer ends inside a block", " + (C % block_size > 0)", "", BLOCK_TABLE),
@@ -105,17 +105,17 @@ MUTANTS: list[Mutant] = [
         "decode_attention_tpu",
         ("the query does not see the new token", "v[0].astype(jnp.float32), self", "0 * v[0].astype(jnp.float32), self", SEVERAL_BLOCKS),
         ("the query sees the replaced token", "where(slots < slot, slot - slots,", "where(slots <= slot, slot - slots,", SEVERAL_BLOCKS),
-        ("the sum forgets the decay", "decay * self.l[head] +", "self.l[head] +", SEVERAL_BLOCKS),
-        ("the output forgets the decay", "decay * self.acc[head] +", "self.acc[head] +", SEVERAL_BLOCKS),
+        ("the sum forgets the decay", "l_old = decay * self.l[head]", "l_old = self.l[head]", SEVERAL_BLOCKS),
+        ("the output forgets the decay", "l_old / l * self.o[head] +", "self.o[head] +", SEVERAL_BLOCKS),
         ("a partial block counts twice", " & (slots >= first)", "", SEVERAL_BLOCKS),
     ),
     *mutants_of(
         "ops/decode_attention/pallas_cpu/kernel",
         "decode_attention_tpu",
         ("values of unused slots count", "v = jnp.where(slot_mask(size, 1), v, 0)", "pass", SEVERAL_BLOCKS),
-        ("a batched step is not masked", "s = jnp.where(slot_mask(1, size), s, MASK_VALUE)",
-         "s = s if config.batched else jnp.where(slot_mask(1, size), s, MASK_VALUE)", SEVERAL_BLOCKS),
-        ("unused slots of a batched step count", "jnp.all(jnp.isfinite(pv))", "True", SEVERAL_BLOCKS),
+        ("a batched step is not masked", "s, slot_mask(1, size), config",
+         "s, None if config.batched else slot_mask(1, size), config", SEVERAL_BLOCKS),
+        ("unused slots of a batched step count", "jnp.all(jnp.isfinite(wv))", "True", SEVERAL_BLOCKS),
         ("a batched step mixes up the sequences", "jnp.repeat(per_sequence", "jnp.tile(per_sequence", SEVERAL_BLOCKS),
         ("a batched step writes nothing", "[[0], [0], [1]]", "[[0], [0], [2]]", SEVERAL_BLOCKS),
     ),
@@ -126,9 +126,55 @@ MUTANTS: list[Mutant] = [
         ("the tile is written without the new token", "jnp.where(row == slot, new", "jnp.where(row < 0, new", APPENDS),
     ),
     *mutants_of(
+        "ops/decode_attention/numbers",
+        "decode_attention_numbers",
+        ("the sign of the scale is dropped", "math.copysign(power, scale)", "power",
+         f"{EXTREMES}[products of bfloat16 beyond float32-xla]"),
+        ("a small scale does not shrink q", "0 < rest < 1 and", "False and", f"{EXTREMES}[products beyond float32-xla]"),
+        ("a power of two is lost", "2.0 ** (exponent - 1)", "2.0 ** exponent", f"{EXTREMES}[sums of values beyond float32-xla]"),
+        ("weights of float16 are not enlarged", "if dtype != jnp.float16:", "if True:",
+         (f"{EIGHT_BITS_FLOAT16}[1000-0.0001-int8-xla]", f"{EIGHT_BITS_FLOAT16}[1000-0.0001-int8-pallas for a TPU]")),
+    ),
+    *mutants_of(
+        "ops/decode_attention/xla",
+        "decode_attention_numbers",
+        ("scores are scaled before their difference", "- row_max) * scale", "* scale - row_max * scale)",
+         f"{EXTREMES}[the largest scale-xla]"),
+        ("the largest score may be that of a hidden slot", "jnp.max(jnp.where(visible_heads, scores, lowest),",
+         "jnp.max(scores,", f"{EXTREMES}[scores below -1e30-xla]"),
+    ),
+    *mutants_of(
+        "ops/decode_attention/common",
+        "decode_attention_numbers",
+        ("the lowest score has a weight", "p if visible is None else jnp.where(visible, p, 0)", "p",
+         f"{EXTREMES}[the smallest scale-pallas for a CPU]"),
+        ("weights are normalized last", "weigh(p / l)", "weigh(p) / l",
+         f"{EXTREMES}[sums of values beyond float32-pallas for a TPU]"),
+    ),
+    *mutants_of(
+        "ops/decode_attention/block_table",
+        "decode_attention_numbers",
+        ("the longest sequence is empty", "jnp.minimum(length, max_visible - 1)",
+         "jnp.minimum(length + 1, max_visible) - 1", f"{LONGEST}[window=None-pallas for a CPU]"),
+    ),
+    *mutants_of(
+        "ops/decode_attention/xla",
+        "decode_attention_hidden",
+        ("hidden keys reach gradients", "jnp.where(visible[..., None], b, 0), *tangents", "b, *tangents",
+         f"{HIDDEN_GRADIENTS}[xla-float32]"),
+        ("hidden scores reach gradients", "scores = jnp.where(visible_heads, scores, 0)", "pass",
+         f"{HIDDEN_GRADIENTS}[xla-float32]"),
+    ),
+    *mutants_of(
+        "ops/decode_attention/pallas",
+        "decode_attention_hidden",
+        ("a gradient is not refused", "q, k, v, cache, gate = without_gradient((q, k, v, cache, gate))", "pass",
+         "test_gradient_of_a_kernel_is_refused_by_one_sentence"),
+    ),
+    *mutants_of(
         "ops/decode_attention/pallas_sm90/splits",
         "decode_attention_sm90",
-        ("the query sees a token too many", "lax.min(length + 1, jnp", "lax.min(length + 2, jnp", SPLITS),
+        ("the query sees a token too many", "(config.max_visible - 1)", "(config.max_visible)", SPLITS),
         ("a wrapped ring buffer misses a block", "num_blocks - first + last + 1)", "num_blocks - first + last)", SPLITS),
         ("the last split stops early", "split_start(split + 1))", "split_start(split + 1) - (split > 0))", SPLITS),
         ("all splits have the same weight", "weight = jnp.exp2(lse - jnp.max(lse, axis=0))", "weight = 1 + 0 * lse",
@@ -152,7 +198,7 @@ MUTANTS: list[Mutant] = [
         ("the sum forgets the decay", "l = l * decay +", "l = l +", SM90_OUTPUT),
         ("the output forgets the decay", "acc = acc * broadcast_rows(decay, acc.shape)", "pass", SM90_OUTPUT),
         ("a split's weight forgets its maximum", "m + jnp.log2(l)", "jnp.log2(l)", SM90_OUTPUT),
-        ("cap does not restore the size", "config.softcap * LOG2E", "LOG2E", SM90_OUTPUT),
+        ("cap does not restore the size", "unit=LOG2E)", "unit=LOG2E / config.softcap)", SM90_OUTPUT),
         ("gate dropped", "o = o * jax.nn.sigmoid(gate.astype(jnp.float32))", "pass", SM90_OUTPUT),
     ),
 ]  # fmt: skip

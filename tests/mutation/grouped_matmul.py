@@ -9,6 +9,7 @@ TPU_SPLIT = (
     "test_tpu_kernels_match_reference_with_each_block_size[split k and n]",
     "test_tpu_kernels_match_reference_with_each_block_size[split k and n, k slices]",
 )
+SECOND = "test_second_derivative_of_xla_matches_reference"
 CPU_TILES = "test_cpu_tiles_cover_each_row_of_a_group_once"
 CPU_GMM = "test_cpu_tile_size_does_not_change_grouped_matmul"
 CPU_MOE = "test_cpu_tile_sizes_do_not_change_moe_mlp"
@@ -27,17 +28,21 @@ MUTANTS: list[Mutant] = [
          f"{MATCHES}[63 64 65-float32-xla]"),
         ("dw takes the next group's rows", "0) for a in (x, dy))", "slice_rows(a, row, size)) for a in (x, dy))",
          f"{MATCHES}[63 64 65-float32-xla]"),
-        ("dw of an empty group not zeroed", "jnp.zeros((x.shape[1], dy.shape[1]), acc_dtype)",
-         "jnp.ones((x.shape[1], dy.shape[1]), acc_dtype)", f"{MATCHES}[all to the first-float32-xla]"),
+        ("dw of an empty group not zeroed", "zeros = jnp.zeros((x.shape[1], dy.shape[1]),",
+         "zeros = jnp.ones((x.shape[1], dy.shape[1]),", f"{MATCHES}[all to the first-float32-xla]"),
         ("too little padding for the last tile", "row_tiles[0][0])", "row_tiles[0][0] // 4)",
          f"{MATCHES}[one row-float32-xla]"),
+        ("second derivative by x of the transposed product", "loop_tgmm(dy, x, group_sizes) if transposed else",
+         "loop_tgmm(dy, 2 * x, group_sizes) if transposed else", SECOND),
+        ("second derivative without the matrix's part", "return loop_gmm(dy, ddw, group_sizes, True),",
+         "return 0 * loop_gmm(dy, ddw, group_sizes, True),", SECOND),
     ),
     *mutants_of(
         "ops/moe/xla",
         "moe",
         ("gradients take the next expert's rows", "0) for a in (x, gate, up, dy))",
          "slice_rows(a, row, size)) for a in (x, gate, up, dy))", f"{MATCHES}[top 2-float32-xla]"),
-        ("dw of an idle expert not zeroed", "zeros = [jnp.zeros(", "zeros = [jnp.ones(",
+        ("dw of an idle expert not zeroed", "zeros = [match_vma(jnp.zeros(", "zeros = [match_vma(jnp.ones(",
          f"{MATCHES}[top 2, one expert takes one slot of all-float32-xla]"),
         ("wrong derivative of silu", "(1 + gate_t * (1 - sigmoid_gate))", "(1 - gate_t * (1 - sigmoid_gate))",
          f"{MATCHES}[top 2-float32-xla]"),
@@ -55,6 +60,31 @@ MUTANTS: list[Mutant] = [
          f"{MATCHES}[top 2, few rows of wide matrices-float32-xla]"),
         ("one row: last rows of a matrix skipped", "while M % block_m:", "while M % 1:",
          f"{MATCHES}[top 2, few rows of wide matrices-float32-xla]"),
+        ("second derivative without the cotangent's part", "None, ddy\n", "None, 0 * ddy\n", f"{SECOND}[many rows]"),
+    ),
+    *mutants_of(
+        "ops/moe/xla",
+        "moe_hidden_values",
+        ("one row: an id without an expert takes the last", "jnp.where(e < E, weighted, 0)", "weighted",
+         "test_values_that_no_choice_names[few rows-xla]"),
+    ),
+    *mutants_of(
+        "ops/moe/xla",
+        "moe_number_range",
+        ("one row: hidden rows in float16", "dtype = acc_dtype if x.dtype == jnp.float16 else x.dtype", "dtype = x.dtype",
+         "test_hidden_rows_beyond_float16[few rows-xla]"),
+    ),
+    *mutants_of(
+        "ops/moe/wide",
+        "moe_number_range",
+        ("hidden rows in float16", "jnp.float32 if x.dtype == jnp.float16 else x.dtype", "x.dtype",
+         ("test_hidden_rows_beyond_float16[many rows-xla]", "test_hidden_rows_beyond_float16[many rows-pallas]")),
+    ),
+    *mutants_of(
+        "ops/moe/swiglu",
+        "moe_number_range",
+        ("the derivative of silu loses a 1 beside a large gate", "(1 + gate * (1 - sigmoid_gate))", "(1 + gate - silu)",
+         "test_large_gate[pallas]"),
     ),
     *mutants_of(
         "ops/grouped_matmul/group_metadata",
@@ -89,6 +119,10 @@ MUTANTS: list[Mutant] = [
          "self.scratch.acc[0][tile.rows, tile.columns] = self.partial_product", TPU_SPLIT),
         ("compiled: the leading k slice is lost", "partial_sums[pl.ds(self.opaque_zero + r, tile.rows.size)] + value", "value",
          f"{TPU_KERNELS}[leading k]"),
+        ("compiled: leading k, columns after the first are lost", "for tile in tiles[tiles_in_column:]:", "for tile in tiles[len(tiles):]:",
+         f"{TPU_KERNELS}[leading k, several columns]"),
+        ("compiled: leading k, columns after the first are overwritten", "zip(range(0, num_rows, sizes.mxu_m), tiles[:tiles_in_column], strict=True)",
+         "zip(range(0, num_rows, sizes.mxu_m), tiles[tiles_in_column:] or tiles)", f"{TPU_KERNELS}[leading k, several columns]"),
         ("compiled: every strip is the first", "self.multiply_strip(row, n * strip, num_rows)", "self.multiply_strip(row, 0, num_rows)",
          f"{TPU_KERNELS}[strips]"),
         ("compiled: every chunk is the first", "(first + n * num_chunks) * chunk", "n * num_chunks * chunk",
@@ -144,7 +178,7 @@ MUTANTS: list[Mutant] = [
     *mutants_of(
         "ops/moe/swiglu",
         "grouped_matmul_tpu",
-        ("wrong derivative of silu", "(1 + gate - silu)", "(1 - gate + silu)", TPU_KERNELS),
+        ("wrong derivative of silu", "(1 + gate * (1 - sigmoid_gate))", "(1 - gate * (1 - sigmoid_gate))", TPU_KERNELS),
         ("dw_down without the weight", "weighted_dh * silu, router_weight * h,", "weighted_dh * silu, h,", TPU_KERNELS),
         ("silu is a sigmoid", "return gate * jax.nn.sigmoid(gate) * up", "return jax.nn.sigmoid(gate) * up", CPU_MOE),
     ),

@@ -25,6 +25,8 @@ SUITES = {
     "attention_tpu": ("kernels/attention/test_pallas_tpu", "kernels/attention/test_attention"),
     "decode_attention": ("kernels/decode_attention/test_decode_attention", "kernels/test_dispatch"),
     "decode_attention_eight_bits": ("kernels/decode_attention/test_eight_bits",),
+    "decode_attention_hidden": ("kernels/decode_attention/test_hidden_values",),
+    "decode_attention_numbers": ("kernels/decode_attention/test_number_range",),
     "decode_attention_sm90": ("kernels/decode_attention/test_pallas_sm90",),
     "decode_attention_tpu": (
         "kernels/decode_attention/test_pallas_tpu",
@@ -42,6 +44,8 @@ SUITES = {
         "kernels/grouped_matmul/test_grouped_matmul",
         "kernels/moe/test_moe",
     ),
+    "moe_hidden_values": ("kernels/moe/test_hidden_values", "kernels/moe/test_moe"),
+    "moe_number_range": ("kernels/moe/test_number_range", "kernels/moe/test_moe"),
     "moe": ("kernels/moe/test_moe", "kernels/test_dispatch"),
     "moe_sm90": ("kernels/moe/test_pallas_sm90", "kernels/grouped_matmul/test_pallas_sm90"),
     "race_detector": ("helpers/test_race_detector", "kernels/attention/test_pallas_tpu"),

@@ -32,7 +32,8 @@ def decode_attention(
 ) -> tuple[Float[Array, "B H D"], KVCache]:
     """Append one token per sequence at slot length % C, then attend to the last min(length + 1, C, window) tokens.
 
-    Under `jit` with the cache donated, no implementation copies the cache.
+    Under `jit` with the cache donated, no implementation copies the cache. Slots that the query does not see may hold
+    anything, NaN included.
 
     Args:
         q: query of the new token [B, H, D].

@@ -4,6 +4,7 @@ A softmax does not depend on the order of its terms, so the slots are never put 
 (length - c) mod C and is visible if that age is at most length and less than the window.
 
 Traffic   reads all C slots for any length; writes one slot. The write is in place if the cache is donated.
+Limits    the scaled scores of float32 and bfloat16 operands have to fit float32; float16 has no such limit.
 """
 
 import functools
@@ -36,7 +37,8 @@ def decode_attention(
     new_cache = append_token(cache, k, v)
 
     length = cache.length[:, None]
-    age = (length - jnp.arange(C, dtype=length.dtype)[None]) % C  # [B, C]
+    age = length % C - jnp.arange(C, dtype=length.dtype)[None]  # [B, C]
+    age = jnp.where(age < 0, age + C, age)  # a remainder per slot would take longer
     visible = (age <= length if window is None else (age <= length) & (age < window))[:, None]  # [B, 1, C]
     k_scale, v_scale = (
         None if x is None else jnp.where(visible, x, 0)[:, :, None] for x in (new_cache.k_scale, new_cache.v_scale)

@@ -24,6 +24,9 @@ def grouped_matmul(
 ) -> Float[Array, "N F"]:
     """Compute y[n] = x[n] @ w[e] for row n of group e; differentiable in x and w.
 
+    Rows past the sum of the sizes and matrices of empty groups may hold anything, NaN included. A NaN in a row or a
+    matrix reaches the results of its group only.
+
     Args:
         x: rows [N, M], sorted by group.
         w: matrix of each group [E, M, F] in x's dtype.

@@ -39,7 +39,7 @@ def _choose_row_tiles(N: int) -> RowTiles:
 
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """Return float32, or the dtype itself if that is wider."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def dot_accumulate(a: Array, b: Array, axes: tuple[int, int]) -> Array:

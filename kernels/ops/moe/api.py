@@ -28,7 +28,8 @@ def moe_mlp(
     """Compute y[n] = sum_j expert_weights[n, j] * (silu(x[n] w_gate[e]) * (x[n] w_up[e])) w_down[e].
 
     e is expert_ids[n, j]. Dropless; the cost grows with the N * k routed rows, not with E. Differentiable in all but
-    the ids.
+    the ids. Matrices of experts without tokens may hold anything, NaN included; a NaN in a token reaches its own output
+    and the gradients of its experts only.
 
     Args:
         x: tokens [N, M].

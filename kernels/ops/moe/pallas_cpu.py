@@ -11,7 +11,7 @@ State     backward: the float32 sums of an expert's three dw.
 Traffic   forward reads x, p and writes y, and gate and up if they are residuals; backward reads x, dy, gate, up, p and
           writes dx, dp. h, dgate, dup and p h never leave the cache: of the eight [R, F] arrays that separate products
           would write, four remain, and XLA updates an array in place on one thread. 6 N M F FLOPs, backward 12 N M F.
-Limits    float32, bfloat16, float16; any N, M, F, E.
+Limits    float32, bfloat16, float16 (computed in float32); any N, M, F, E. One derivative.
 Source    that of `grouped_matmul/pallas_cpu/gmm.py`.
 """
 

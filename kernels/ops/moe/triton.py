@@ -16,7 +16,7 @@ Tiling    permute: grid (tiles of sorted rows, tiles of columns); combine: (tile
 State     the float32 sum of one tile of tokens; else none.
 Traffic   permute reads and writes each sorted row once; combine reads them once and writes each token once, where a
           gather and a sum by XLA write the gathered rows in between. Few FLOPs: bound by memory bandwidth.
-Limits    float32, bfloat16, float16; NVIDIA, compute capability 8.0 and newer, with jax-triton.
+Limits    float32, bfloat16, float16 (computed in float32); NVIDIA, compute capability 8.0 and newer, with jax-triton.
           `dantinox.kernels.moe_mlp` raises the ValueErrors.
 Source    Gale et al., MegaBlocks (arXiv:2211.15841), for permuting and unpermuting rows apart from their products.
 """
@@ -148,17 +148,13 @@ def permute(x: Array, permutation: Array, inverse_permutation: Array) -> Array:
     return call_permute(x, permutation, jnp.ones(inverse_permutation.shape, jnp.float32), scaled=False)
 
 
-def _permute_fwd(x: Array, permutation: Array, inverse_permutation: Array) -> tuple[Array, tuple[Array, Array]]:
-    return permute(x, permutation, inverse_permutation), (permutation, inverse_permutation)
+def _permute_fwd(x: Array, permutation: Array, inverse_permutation: Array) -> tuple[Array, Array]:
+    return permute(x, permutation, inverse_permutation), inverse_permutation
 
 
-def _permute_bwd(residuals: tuple, drows: Array) -> tuple:
-    permutation, inverse_permutation = residuals
-    return (
-        call_combine(drows, inverse_permutation, jnp.ones(inverse_permutation.shape, jnp.float32), scaled=False),
-        None,
-        None,
-    )
+def _permute_bwd(inverse_permutation: Array, drows: Array) -> tuple:
+    ones = jnp.ones(inverse_permutation.shape, jnp.float32)
+    return call_combine(drows, inverse_permutation, ones, scaled=False), None, None
 
 
 permute.defvjp(_permute_fwd, _permute_bwd)

@@ -13,9 +13,7 @@ def widen_float16(moe_mlp: Callable[..., Array]) -> Callable[..., Array]:
     """Return a mixture of experts that converts float16 tokens and matrices to float32 and the output back."""
 
     @functools.wraps(moe_mlp)
-    def widened(
-        x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array
-    ) -> Array:
+    def widened(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array) -> Array:
         dtype = jnp.float32 if x.dtype == jnp.float16 else x.dtype
         floats = (array.astype(dtype) for array in (x, w_gate, w_up, w_down))
         return moe_mlp(*floats, expert_ids, expert_weights).astype(x.dtype)

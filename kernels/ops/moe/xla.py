@@ -135,7 +135,7 @@ _experts_cpu.defvjp(_experts_cpu_fwd, _experts_cpu_bwd)
 @jax.custom_vjp
 def _experts_grads_cpu(
     padded: _Padded, x: Array, w_gate: Array, w_up: Array, w_down: Array, group_sizes: Array, dy: Array
-) -> tuple[Array, Array, Array, Array]:
+) -> tuple[Array, ...]:
     """Return (dx, dw_gate, dw_up, dw_down), differentiable by recomputing in separate products."""
     row_tiles = _choose_row_tiles(N := dy.shape[0])
     dy = pad_for_last_tile(dy, row_tiles)
@@ -150,15 +150,22 @@ def _experts_grads_cpu_fwd(*args: Any) -> tuple[tuple[Array, ...], tuple]:
 def _experts_grads_cpu_bwd(args: tuple, cotangents: tuple) -> tuple:
     padded, *floats, group_sizes, dy = args
 
+    def run(x: Array, w_gate: Array, w_up: Array, w_down: Array) -> Array:
+        return ragged_dot_experts(x, w_gate, w_up, w_down, group_sizes, loop_gmm)
+
     def grads(*args: Array) -> tuple[Array, ...]:
         *floats, dy = args
-        return jax.vjp(lambda *floats: ragged_dot_experts(*floats, group_sizes, gmm=loop_gmm), *floats)[1](dy)
+        return jax.vjp(run, *floats)[1](dy)
 
     *dfloats, ddy = jax.vjp(grads, *floats, dy)[1](cotangents)
     return jax.tree.map(jnp.zeros_like, padded), *dfloats, None, ddy
 
 
 _experts_grads_cpu.defvjp(_experts_grads_cpu_fwd, _experts_grads_cpu_bwd)
+
+
+def _run_experts_cpu(*args: Array) -> Array:
+    return _experts_cpu(*args)[0]
 
 
 @jax.custom_vjp
@@ -173,12 +180,11 @@ def _gather_rows(x: Array, index: Array, inverse: Array) -> Array:
     return x[index]
 
 
-def _gather_rows_fwd(x: Array, index: Array, inverse: Array) -> tuple[Array, tuple]:
-    return x[index], (index, inverse)
+def _gather_rows_fwd(x: Array, index: Array, inverse: Array) -> tuple[Array, Array]:
+    return x[index], inverse
 
 
-def _gather_rows_bwd(residuals: tuple, dy: Array) -> tuple:
-    index, inverse = residuals
+def _gather_rows_bwd(inverse: Array, dy: Array) -> tuple:
     dx: Any = sum(dy[inverse[:, j]].astype(accumulation_dtype(dy.dtype)) for j in range(inverse.shape[1]))
     return dx.astype(dy.dtype), None, None
 
@@ -260,11 +266,7 @@ def _moe_sorted(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids:
     N, k = expert_ids.shape
     permutation, inverse_permutation, group_sizes = sort_by_expert(expert_ids, w_gate.shape[0])
     rows = _gather_rows(x, permutation // k, inverse_permutation.reshape(N, k))
-    run_on_cpu = lambda *args: _experts_cpu(*args)[0]
-    y = call_for_platform(rows, w_gate, w_up, w_down, group_sizes, cpu=run_on_cpu, default=ragged_dot_experts)
+    y = call_for_platform(rows, w_gate, w_up, w_down, group_sizes, cpu=_run_experts_cpu, default=ragged_dot_experts)
     y = _gather_rows(y, inverse_permutation, permutation[:, None]).reshape(N, k, -1)
     acc_dtype = accumulation_dtype(x.dtype)
-    weighted = y.astype(acc_dtype) * expert_weights.astype(acc_dtype)[..., None]
-    # Not even a cotangent that is NaN reaches the weight of an id that no expert has.
-    weighted = jnp.where((expert_ids < w_gate.shape[0])[..., None], weighted, 0)
-    return jnp.sum(weighted, axis=1).astype(x.dtype)
+    return jnp.sum(y.astype(acc_dtype) * expert_weights.astype(acc_dtype)[..., None], axis=1).astype(x.dtype)

@@ -15,6 +15,7 @@ from dantinox.cli.foreign_flags import NO_COUNTERPART, OTHER_NAMES
 from dantinox.cli.suggestions import suggestion
 from dantinox.config import Config, ConfigError
 from dantinox.config.numbers import parse_int
+from tests.helpers.documented_messages import message_pattern
 
 PROGRAMS = {"train": train, "generate": generate, "evaluate": evaluate, "export": export}
 
@@ -83,6 +84,14 @@ def test_invalid_line_is_refused_in_plain_words(line):
     assert str(error.value) == TRAIN[line]
 
 
+def test_refused_flag_ends_the_program_with_the_documented_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--max-iters", "5"])
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "")
+    assert message_pattern("a flag of another trainer").fullmatch(err.strip())
+
+
 MEANT = {
     "train": """learning_rate:lr learning-rate:lr max_iters:steps max-steps:steps batch:batch_size block_size:seq_len
     n_layer:n_layers n_head:n_heads n_embd:dim context-length:seq_len per_device_train_batch_size:batch_size
@@ -96,10 +105,11 @@ MEANT = {
     max_target_length:seq_len train.max_seq_length:seq_len train.global_batch_size:batch_size optimizer.lr:lr
     clip_grad_norm:grad_clip gradient_clip_val:grad_clip accumulate_grad_batches:grad_accum dataset:data run_name:run
     model_name:preset wandb_project:wandb Steps:steps LR:lr batchsize:batch_size windw:window slidng_window:window
-    stpes:steps temprature: warm:warmup_ratio eval-evry:eval_every learnin_rate:lr sede:seed weigth_decay:weight_decay""",
+    stpes:steps tempratur: warm:warmup_ratio eval-evry:eval_every learnin_rate:lr sede:seed
+    weigth_decay:weight_decay""",
     "generate": """num_samples:n num_return_sequences:n max_tokens:max_new_tokens length:max_new_tokens temp:temperature
     max_length:max_new_tokens start:prompt repeat_penalty:repetition_penalty stop_sequence:stop model:run
-    model_name_or_path:run tempratur:temperature promt:prompt top_kk: ckpt_path:run""",
+    model_name_or_path:run tempratur:temperature prmpt:prompt top_kk: ckpt_path:run""",
     "evaluate": "block_size:context dataset:data eval_batch_size:batch_size text:data model:run seq_len:context",
     "export": "output:out output_dir:out format:layout model_path:run max_shard_size:shard_mb",
     "sweep": "dryrun:dry_run debug:verbose",

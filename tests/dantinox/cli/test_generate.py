@@ -102,7 +102,7 @@ def test_argument_that_is_not_utf8_is_refused_and_bytes_of_utf8_are_read(flag, s
     bytes_of = lambda text: text.encode().decode("ascii", errors="surrogateescape")
     flags = ["--prompt", "né ", "--max-new-tokens", 20, "--temperature", 1.5]
     assert say(*flags, flag, bytes_of("é€")).out == say(*flags, flag, "é€").out
-    for text, byte in (("caf\udce9", "byte 3 is 0xe9"), ("\ud800", "byte 0 is 0xed")):
+    for text, byte in (("perch\udce9", "byte 5 is 0xe9"), ("\ud800", "byte 0 is 0xed")):
         with pytest.raises(SystemExit) as stop:
             program(["--run", "mine", flag, text])
         line = f"dantinox-generate: error: {flag[2:]} is not UTF-8 text: {byte}, a surrogate in the argument\n"
@@ -144,6 +144,10 @@ def test_complete_returns_the_text_of_the_program(say, models):
         ({"stop": [""]}, "stop contains ''; allowed: texts"),
         ({"stop": "x"}, "stop is 'x'; allowed: a list of texts"),
         ({"prompts": "x"}, "prompts is 'x'; allowed: a list of texts"),
+        (
+            {"prompts": ["a\udce9"]},
+            "prompts contains 'a\\udce9', which has a surrogate; allowed: texts that UTF-8 encodes",
+        ),
         ({"prompts": []}, "prompts are empty; allowed: at least one prompt"),
         ({"n": 0}, "n is 0; allowed: "),
     ):

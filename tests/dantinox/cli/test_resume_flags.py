@@ -20,6 +20,7 @@ def here(tmp_path_factory):
         Path(path).mkdir(parents=True)
         Path(path, "config.yaml").write_text(config.to_yaml())
     Path("nano.yaml").write_text("dim: 16\nlr: 0.5\n")
+    Path("number.yaml").write_text("run: 5\n")
     Path("wrong.yaml").write_text("n_heads: 7\n")
     Path("mine.yaml").write_text("run: mine\nruns_dir: elsewhere\nsteps: 5\n")
     yield folder
@@ -96,6 +97,19 @@ def test_without_resume_the_preset_counts(words):
     assert not parsed.resume and parsed.settings == Config.from_preset("nano")
 
 
+def test_value_of_resume_may_be_a_word_of_its_own():
+    for words in ("--resume true", "--resume True --steps 5", "--resume false --resume", "--resume --data false"):
+        assert train.wants_resume(words.split()), words
+    for words in (
+        "--resume false",
+        "--resume False --steps 5",
+        "--resume true --no-resume",
+        "--resume --help",
+        "false",
+    ):
+        assert not train.wants_resume(words.split()), words
+
+
 @pytest.mark.parametrize("words", ["--run runs/new", "--run runs/nano", "--runs-dir runs --run ./runs/new/"])
 def test_path_in_the_folder_of_the_runs_is_a_name(words):
     settings = train.parse(words.split()).settings.train
@@ -125,8 +139,8 @@ WRONG = {
     "--resume --preset nanno": "preset is 'nanno'; did you mean 'nano'?",
     "--resume --config none.yaml": "config none.yaml: cannot be read (No such file or directory)",
     "--resume --dim 50": "n_heads",
-    "--resume true": "Unrecognized options: true",
-    "--resume=yes": "Unrecognized options: yes",
+    "--config number.yaml --resume": f"run runs/5 {ABSENT}",
+    "--resume=yes": "yes",
 }
 
 

@@ -195,6 +195,19 @@ def test_older_run_of_the_same_name_is_kept(tmp_path, monkeypatch, capsys):
     assert len(os.listdir("runs")) == 3
 
 
+@pytest.mark.parametrize("place", ["file", "link to nothing", "link"])
+def test_folder_of_runs_that_is_none_is_refused(place, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link to nothing").symlink_to("nowhere")
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "x").symlink_to("nowhere")
+    with pytest.raises((FileExistsError, NotADirectoryError)):
+        train.lock_new_run(Config().replace(run="x", runs_dir=str(tmp_path / place)))
+    assert sorted(os.listdir(tmp_path)) == ["file", "link", "link to nothing"] and os.listdir(tmp_path / "link") == [
+        "x"
+    ]
+
+
 def test_ctrl_c_saves_and_prints_the_resume_command(text, tmp_path, monkeypatch, capsys):
     words = [*TINY, "--data", str(text), "--run", "stopped", "--steps", "100000", "--eval-every=0", "--save-every=0"]
     process = subprocess.Popen(

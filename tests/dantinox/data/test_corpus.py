@@ -297,6 +297,15 @@ def test_content_ids_are_those_of_earlier_versions(tmp_path, make):
     assert make(path, tokenizer="bpe", bpe_vocab_size=300).content_id == "5a9183820894235ddf38bfdf60843bbd"
 
 
+def test_damaged_cache_is_replaced_for_good(folder, make, monkeypatch, caplog):
+    first = make(folder)
+    (first.path / "val.bin").write_bytes(b"")
+    assert make(folder).path == first.path and "rebuilding the cache" in caplog.text
+    monkeypatch.setattr(data, "_write_cache", lambda *_: pytest.fail("built again"))
+    assert make(folder).content_id == first.content_id
+    assert [entry.name for entry in first.path.parent.iterdir()] == [first.content_id]
+
+
 def test_cached_corpus_is_found_by_its_id_without_its_text(folder, tmp_path, make):
     first = make(folder, tokenizer="bpe", bpe_vocab_size=300)
     write(folder / "00.txt", "other text")
@@ -395,18 +404,20 @@ def test_caches_of_earlier_versions_are_used(folder, make, monkeypatch):
 
 def test_long_preparation_shows_what_it_does(folder, make, monkeypatch, capsys):
     """And nothing is printed where the corpus is small or cached."""
+    monkeypatch.setattr(Progress, "quiet_seconds", 30)
     make(folder, tokenizer="bpe", bpe_vocab_size=300)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(Progress, "quiet_seconds", 0.01)
+    for name in ("quiet_seconds", "line_seconds"):
+        monkeypatch.setattr(Progress, name, 0.01)
     for module, name in ((data, "train_tokenizer"), (documents, "read_text"), (CharTokenizer, "encode")):
         real = getattr(module, name)
         slow = lambda *arguments, real=real: (time.sleep(0.02), real(*arguments))[1]
         monkeypatch.setattr(module, name, slow)
     make(folder)
     err = capsys.readouterr().err
-    for line in (r"reading 50 file\(s\): \d+%, 0 s", r"training a tokenizer \(char\) on 0.0 MB: 0 s"):
+    for line in (r"reading 50 file\(s\): [1-9]\d*%, \d+ s", r"training a tokenizer \(char\) on 0.0 MB: \d+ s"):
         assert re.search(f"^{line}$", err, re.MULTILINE)
-    assert re.search(r"^tokenizing 0.0 MB: \d+%, 0 s$", err, re.MULTILINE) and "done in" in err
+    assert re.search(r"^tokenizing 0.0 MB: [1-9]\d*%, \d+ s$", err, re.MULTILINE) and "done in" in err
 
 
 def test_existing_tokenizer_is_used(folder, make):

@@ -82,7 +82,10 @@ def test_offset_is_right_at_the_border_of_a_chunk(tmp_path, monkeypatch):
     for length, tail in itertools.product(range(12, 20), (b"\xff", b"\xe9x", "é".encode()[:1], "漢".encode()[:2])):
         message = reason(tmp_path / "x", b"a" * length + tail)
         assert message == f"not UTF-8: byte {tail[0]:#04x} at offset {length}"
-        assert read_text_of(tmp_path / "x", b"a" * length + "漢é".encode()) == "a" * length + "漢é"
+        message = reason(tmp_path / "x", ("é" * length).encode() + tail)
+        assert message == f"not UTF-8: byte {tail[0]:#04x} at offset {2 * length}"
+        for text in ("a" * length + "漢é", "é" * length + "a", "a" * 16 + "\ufeffb"):
+            assert read_text_of(tmp_path / "x", text.encode()) == text
 
 
 def read_text_of(path, raw: bytes) -> str:
@@ -90,7 +93,9 @@ def read_text_of(path, raw: bytes) -> str:
     return read_text(path)
 
 
-@pytest.mark.parametrize("raw", [b"text\0", b"\0", b"\x7fELF\x02\x01\0\0" + bytes(99), b"\0\0\0\1" * 20, b"\0ab\0" * 5])
+@pytest.mark.parametrize(
+    "raw", [b"text\0", b"\0", b"a\0\xff", b"\x7fELF\x02\x01\0\0" + bytes(99), b"\0\0\0\1" * 20, b"\0ab\0" * 5]
+)
 def test_binary_is_called_binary(tmp_path, raw):
     assert reason(tmp_path / "x", raw) == f"binary: a NUL byte at offset {raw.index(0)}"
 

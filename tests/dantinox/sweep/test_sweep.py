@@ -1,6 +1,7 @@
 """The sweep program: failed runs, finished runs, Ctrl-C, invalid input."""
 
 import csv
+import dataclasses
 import fcntl
 import json
 import os
@@ -14,11 +15,13 @@ import pytest
 import yaml
 
 import dantinox
+from dantinox.cli import train
 from dantinox.metrics.logger import read_metrics
 from dantinox.sweep import __main__ as sweep
 from dantinox.sweep import report
 from dantinox.sweep.report import Outcome
 from dantinox.sweep.search_space import load_sweep
+from dantinox.system.run_lock import NAME, Owner, RunLock, RunLockedError
 from tests.helpers.documented_messages import message_pattern
 
 TINY = {
@@ -202,6 +205,26 @@ def test_orphaned_run_locks_the_sweep_folder(tmp_path):
         assert fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB) is None
 
 
+def test_sweep_on_another_machine_locks_the_folder(tmp_path):
+    owner = dataclasses.replace(Owner.current(), host="elsewhere")
+    (tmp_path / NAME).write_bytes(owner.to_bytes())
+    with pytest.raises(RunLockedError, match=r"is in use by process \d+ on elsewhere"), sweep.lock_folder(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("orphaned", [False, True])
+def test_training_does_not_rename_the_folder_of_a_sweep(orphaned, tmp_path):
+    """Neither while the sweep runs, nor while one of its runs outlives it."""
+    (tmp_path / "sweep" / "run").mkdir(parents=True)
+    used = tmp_path / "sweep" / ("run" if orphaned else "")
+    with RunLock(used) if orphaned else sweep.lock_folder(used):
+        config = dantinox.Config().replace(run="sweep", runs_dir=str(tmp_path))
+        for attempt in (train.train, train.lock_new_run):
+            with pytest.raises(RunLockedError, match=f"{used} is in use by process {os.getpid()}"):
+                attempt(config)
+    assert os.listdir(tmp_path) == ["sweep"]
+
+
 def test_table_ranks_by_goal_and_ignores_stale_results(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("Nel mezzo")
@@ -225,3 +248,29 @@ def test_table_ranks_by_goal_and_ignores_stale_results(tmp_path, monkeypatch):
     for text in ("{", "[]", json.dumps({"values": runs[1].values, "figures": figures})):
         (tmp_path / runs[0].name / "result.json").write_text(text)
         assert report.load_outcome(runs[0], tmp_path).state == "interrupted"
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
+def test_results_without_a_finite_metric_are_written_and_read(value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("Nel mezzo")
+    write(tmp_path, "s", {"window": {"values": [8, 4]}}, metric={"name": "val_loss"})
+    found = load_sweep(tmp_path / "s.yaml")
+    runs = found.runs()
+    for run in runs:
+        folder = tmp_path / run.name
+        folder.mkdir()
+        (folder / "config.yaml").write_text(dantinox.Config().replace(run=run.name).to_yaml())
+        row = {"step": 1, "loss": None, "val_loss": value, "tokens_per_s": 5e3}
+        (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")  # NaN as earlier versions wrote it
+    outcomes = [report.collect_result(run, tmp_path) for run in runs]
+    assert all(re.match(r"val_loss (not finite|nan|inf), 5,000 tokens/s", o.one_line("val_loss")) for o in outcomes)
+    assert outcomes[0].one_line("router/z").startswith("router/z missing")
+    report.write_results(found, outcomes, tmp_path)
+    assert not (tmp_path / "results.png").exists()
+    refuse = lambda constant: pytest.fail(constant)
+    for run in runs:
+        json.loads((tmp_path / run.name / "result.json").read_text("utf-8"), parse_constant=refuse)
+    again = [report.load_outcome(run, tmp_path) for run in runs]
+    assert [(o.state, o.metrics["val_loss"]) for o in again] == [("done", None)] * 2
+    assert report.results_table(found, again).count("done") == 0

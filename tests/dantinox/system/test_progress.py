@@ -1,6 +1,7 @@
 """Progress on standard error: of what takes long, on terminals and elsewhere, and never an error."""
 
 import io
+import re
 import time
 
 import pytest
@@ -29,11 +30,17 @@ def long_task(stream, monkeypatch, **options) -> None:
     monkeypatch.setattr("sys.stderr", stream)
     with Progress("reading 4 file(s)", **options) as progress:
         progress.advance()
-        time.sleep(0.3)
+        time.sleep(0.2)
+        for _ in range(100):  # on a busy machine, until the task was shown twice
+            if not isinstance(stream, io.StringIO) or stream.closed or stream.getvalue().count("reading") != 1:
+                break
+            time.sleep(0.1)
 
 
 @pytest.mark.parametrize("stream", [io.StringIO(), Terminal()], ids=["file", "terminal"])
 def test_short_task_prints_nothing(stream, monkeypatch):
+    for name in ("terminal_seconds", "quiet_seconds"):
+        monkeypatch.setattr(Progress, name, 30)
     monkeypatch.setattr("sys.stderr", stream)
     with Progress("reading 4 file(s)", 4) as progress:
         progress.advance(4)
@@ -43,17 +50,16 @@ def test_short_task_prints_nothing(stream, monkeypatch):
 def test_long_task_prints_lines_in_a_file(monkeypatch):
     stream = io.StringIO()
     long_task(stream, monkeypatch, total=4)
-    first, *_, last = stream.getvalue().splitlines()
-    assert first == "reading 4 file(s): 25%, 0 s" and last == "reading 4 file(s): done in 0 s"
+    first, _, *_, last = stream.getvalue().splitlines()
+    assert re.fullmatch(r"reading 4 file\(s\): 25%, \d+ s", first)
+    assert re.fullmatch(r"reading 4 file\(s\): done in \d+ s", last)
     assert "\r" not in stream.getvalue()
 
 
 def test_long_task_rewrites_one_line_on_a_terminal(monkeypatch):
     stream = Terminal()
     long_task(stream, monkeypatch)
-    text = stream.getvalue()
-    assert "\n" not in text and text.startswith("\rreading 4 file(s): 0 s")
-    assert text.endswith("\r" + " " * len("reading 4 file(s): 0 s") + "\r")
+    assert re.fullmatch(r"(\rreading 4 file\(s\): \d+ s){2,}\r {22,}\r", stream.getvalue())
 
 
 def test_failed_task_is_not_said_to_be_done(monkeypatch):
@@ -65,6 +71,7 @@ def test_failed_task_is_not_said_to_be_done(monkeypatch):
     assert "tokenizing" in stream.getvalue() and "done" not in stream.getvalue()
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_streams_that_cannot_be_written_are_ignored(monkeypatch):
     closed = io.StringIO()
     closed.close()

@@ -39,7 +39,7 @@ def test_closed_pipe_saves_and_the_resumed_run_equals_an_uninterrupted_one(whole
     assert stop.value.code == 141
     (told,) = capsys.readouterr().err.splitlines()  # noticed when the validation loss of step 8 is printed
     assert told == f"interrupted; step 8 is saved. Resume with: {runs.resume('piped')}"
-    assert message_pattern("the reader of the output is gone, as in `make train \\| head`").fullmatch(told)
+    assert message_pattern("the reader of the output ends, as `head` does in a pipe").fullmatch(told)
     path = runs.run("piped", resume=True)
     assert runs.rows(path) == runs.rows(whole) and runs.weights(path) == runs.weights(whole)
 
@@ -79,7 +79,9 @@ def test_full_disk_below_the_output_does_not_stop_the_run(whole, monkeypatch, ca
         runs.at_step(patch, 7, lambda: patch.setattr(sys, "stdout", full))
         path = runs.run("full")
     assert runs.rows(path) == runs.rows(whole) and runs.weights(path) == runs.weights(whole)
-    assert capsys.readouterr().err == "standard output: No space left on device; training continues without it\n"
+    told = capsys.readouterr().err
+    assert told == "standard output: No space left on device; training continues without it\n"
+    assert message_pattern("the output cannot be written, as on a full disk").fullmatch(told.strip())
 
 
 def strict_json(text: str):
@@ -95,7 +97,9 @@ def strict_json(text: str):
 def test_early_stopping_without_a_finite_validation_loss_prints_one_line(loss, monkeypatch, capsys):
     monkeypatch.setattr(Trainer, "validation_loss", lambda self, params: loss)
     path = runs.run(f"never-{loss}", patience=2, eval_every=2, save_every=0)
-    assert "stopped early at step 4: 2 evaluations without a finite validation loss\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "stopped early at step 4: 2 evaluations without a finite validation loss\n" in out
+    assert message_pattern("no finite validation loss, with `--patience 5`").search(out)
     assert [row.get("val_loss", "-") for row in read_metrics(path / "metrics.jsonl")] == ["-", None, "-", None]
     assert Checkpoints(path).steps() == [4] and Checkpoints(path).best() is None
     for file in [*path.glob("checkpoints/*/manifest.json")]:

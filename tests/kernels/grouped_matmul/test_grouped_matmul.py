@@ -1,11 +1,15 @@
 """Grouped matmul: the reference against Python loops, every implementation against the reference."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dantinox import kernels
 from dantinox.kernels import workloads
 from tests.helpers import cases, random_shapes, tolerance
 
@@ -116,6 +120,30 @@ def test_two_runs_are_bit_equal(implementation):
     run = tolerance.program("grouped_matmul", implementation)
     arguments = {name: np.float32(x) for name, x in inputs.items()}, aux, np.float32(dout)
     tolerance.assert_bit_equal(run(*arguments), run(*arguments))
+
+
+def second_derivatives(inputs: dict, aux: dict, dout: np.ndarray, implementation: str) -> dict:
+    """The gradients of a function of the first derivatives, which depends on all of them."""
+
+    def of_first_derivatives(inputs: dict, dout: jax.Array) -> jax.Array:
+        run = functools.partial(kernels.grouped_matmul, implementation=implementation, **aux)
+        y, pull = jax.vjp(lambda inputs: run(**inputs), inputs)
+        return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves((y, pull(dout))))
+
+    dinputs, ddout = jax.grad(of_first_derivatives, argnums=(0, 1))(inputs, dout)
+    return {f"d{name}": x for name, x in dinputs.items()} | {"ddout": ddout}
+
+
+def test_second_derivative_of_xla_matches_reference():
+    inputs, aux, dout = cases.draw(row(9, 0, 13, 8, N=33, M=5, F=4))
+    aux = {"group_sizes": jnp.asarray(aux["group_sizes"])}
+    arguments = {name: jnp.float32(x) for name, x in inputs.items()}, aux, jnp.float32(dout)
+    expected, got = (
+        tolerance.jit_fast_compile(functools.partial(second_derivatives, implementation=implementation))(*arguments)
+        for implementation in ("reference", "xla")
+    )
+    for name, value in got.items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])

@@ -212,6 +212,7 @@ CUTS = {
     "strips": {"block_n": 24, "block_n_sub": 8, "mxu_n": 8},
     "k slices": {"block_k_sub": 8},
     "leading k": {"block_k_sub": None, "leading_k": 8},
+    "leading k, several columns": {"block_k_sub": None, "leading_k": 8, "mxu_n": 16},
     "split k and n, k slices": {"block_k": 16, "block_n": 16, "block_n_sub": 16, "mxu_n": 8, "block_k_sub": 8},
     "few chunk sizes": {"max_chunks": 3},
     "slices of two matrices": {"block_k_sub": 16},

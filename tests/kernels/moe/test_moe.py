@@ -1,13 +1,16 @@
 """The mixture of experts: the reference against Python loops, every implementation against the reference."""
 
+import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dantinox import kernels
 from dantinox.kernels import workloads
 from dantinox.kernels.workloads import types as workload_types
 from tests.helpers import cases, random_shapes, tolerance
@@ -119,6 +122,33 @@ def test_two_runs_are_bit_equal(implementation):
     arguments = {name: np.float32(x) for name, x in inputs.items()}, aux, np.float32(dout)
     run = tolerance.program("moe_mlp", implementation)
     tolerance.assert_bit_equal(run(*arguments), run(*arguments))
+
+
+def second_derivatives(inputs: dict, aux: dict, dout: jax.Array, implementation: str) -> dict:
+    """The gradients of a function of the first derivatives, which depends on all of them."""
+
+    def of_first_derivatives(inputs: dict, dout: jax.Array) -> jax.Array:
+        y, pull = jax.vjp(lambda inputs: kernels.moe_mlp(**inputs, **aux, implementation=implementation), inputs)
+        return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves((y, pull(dout))))
+
+    dinputs, ddout = jax.grad(of_first_derivatives, argnums=(0, 1))(inputs, dout)
+    return {f"d{name}": x for name, x in dinputs.items()} | {"ddout": ddout}
+
+
+@pytest.mark.parametrize(
+    "N", [pytest.param(3, id="few rows", marks=pytest.mark.slow), pytest.param(33, id="many rows")]
+)
+def test_second_derivative_of_xla_matches_reference(N):
+    inputs, aux, dout = cases.draw(row(N, 5, 4, 3, 2))
+    aux = {"expert_ids": jnp.asarray(aux["expert_ids"]).at[0, 1].set(3)}  # one id without an expert
+    arguments = {name: jnp.float32(x) for name, x in inputs.items()}, aux, jnp.float32(dout)
+    expected, got = (
+        tolerance.jit_fast_compile(functools.partial(second_derivatives, implementation=implementation))(*arguments)
+        for implementation in ("reference", "xla")
+    )
+    for name, value in got.items():
+        scale = float(jnp.abs(expected[name]).max())
+        np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=1e-5 * scale, err_msg=name)
 
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])

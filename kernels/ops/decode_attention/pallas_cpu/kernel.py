@@ -11,7 +11,8 @@ Tiling    one grid step per block of slots that holds visible tokens, as in `pal
 State     m, l [K, G, 1] and the output [K, G, D] of one sequence, or of all, in float32.
 Traffic   reads the visible blocks of k and v once, for any C, or all C slots; 4 H D FLOPs per slot read. XLA writes
           the new token to its slot, in place.
-Limits    float32, bfloat16, float16; caches of int8 and float8_e4m3fn too; any B, H, K, D, C.
+Limits    float32, bfloat16, float16; caches of int8 and float8_e4m3fn too; any B, H, K, D, C. The scaled scores of
+          float32 and bfloat16 operands have to fit float32; float16 has no such limit. No gradient.
 Source    that of the TPU kernel.
 
 The interpreter copies an output that is aliased to an input in every step, so the kernel only reads the ring buffers.

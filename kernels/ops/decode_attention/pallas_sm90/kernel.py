@@ -17,7 +17,8 @@ State     m, l [64] and the output [64, D] of one split, in float32 registers.
 Traffic   reads the visible blocks of k and v once, for any C, and q once per split; writes one slot of each ring
           buffer, in place, and o [ceil8(G), D] and lse [64] per split in float32. 4 H D FLOPs per visible token, times
           64 / G because rows without a query head are multiplied too: still less time than the loads take.
-Limits    bfloat16, float16, with a cache of the same dtype; D 64, 128, 256; G up to 64; C a multiple of 8.
+Limits    bfloat16, float16, with a cache of the same dtype; D 64, 128, 256; G up to 64; C a multiple of 8. The
+          scaled scores times log2(e) and the sum of the visible values have to fit float32. No gradient.
           `dantinox.kernels.decode_attention` raises ValueError, and NotImplementedError beyond these limits.
 Source    Dao, Flash-Decoding (2023).
 """

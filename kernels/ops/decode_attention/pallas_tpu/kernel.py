@@ -12,7 +12,8 @@ State     m, l [K, G, 1] and the output [K, G, D] of one sequence, in float32.
 Traffic   reads the visible blocks of k and v once, for any C; writes 8 or 16 slots of each ring buffer, in place:
           the ring buffers are aliased to outputs. Plain XLA reads all C slots. 4 H D FLOPs per visible token, so the
           kernel is bound by memory.
-Limits    float32, bfloat16, float16; caches of int8 and float8_e4m3fn too; any B, H, K, D, C.
+Limits    float32, bfloat16, float16; caches of int8 and float8_e4m3fn too; any B, H, K, D, C. The scaled scores of
+          float32 and bfloat16 operands have to fit float32; float16 has no such limit. No gradient.
           `dantinox.kernels.decode_attention` raises ValueError.
 Source    Dao, Flash-Decoding (2023), without its second pass: a TPU core has no other core to split a sequence with.
 

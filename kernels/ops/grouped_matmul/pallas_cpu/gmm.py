@@ -32,7 +32,7 @@ from jax.experimental.pallas import tpu as pltpu
 from dantinox.kernels.cost import Cost
 from dantinox.kernels.ops.grouped_matmul.common import dot_f32, mask_to_zero
 from dantinox.kernels.ops.grouped_matmul.group_metadata import broadcast_row_mask
-from dantinox.kernels.vma import call_invariant
+from dantinox.kernels.vma import call_invariant, varying_shape
 
 Array = jax.Array
 Ref = Any
@@ -208,7 +208,7 @@ def call_interpreted(
     def call_kernel(num_steps: Array, *operands: Array) -> list[Array]:
         return pl.pallas_call(
             kernel,
-            out_shape=list(out_shapes),
+            out_shape=[varying_shape(out.shape, out.dtype, *operands) for out in out_shapes],
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=len(operands),
                 grid=(num_steps,),

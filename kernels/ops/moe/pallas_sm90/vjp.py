@@ -1,4 +1,8 @@
-"""The mixture of experts on Hopper: its kernels behind the protocol of `moe/vjp.py`, and the supported inputs."""
+"""The mixture of experts on Hopper: its kernels behind the protocol of `moe/vjp.py`, and the supported inputs.
+
+In float16, gate, up and hidden rows and the weighted output of each expert must fit float16; the other implementations
+keep them in float32.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
