@@ -181,12 +181,11 @@ MUTANTS: list[Mutant] = [
         "attention_tpu",
         ("a query sees the next key", "return distance >= 0", "return distance >= -1", WINDOW),
         ("window one too wide", "astype(jnp.uint32) < config", "astype(jnp.uint32) <= config", WINDOW),
+        ("cap without its unit", "softcap=config.softcap, unit=unit)", "softcap=config.softcap)", SPANS),
     ),
     *mutants_of(
         "ops/attention/common",
         "attention",
-        ("cap without its unit", "softcap=config.softcap, unit=unit)", "softcap=config.softcap)",
-         "test_random_shapes_match_python_loops[pallas]"),
         ("padded keys are visible", "key < config.S - kv_block * sizes.block_kv - c * keys", "key < sizes.block_kv",
          f"{MATCHES}[full, cap-float32-pallas]"),
     ),

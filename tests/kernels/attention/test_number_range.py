@@ -61,7 +61,7 @@ def exact(q, k, v, gate, do, *, scale: float, softcap: float | None, error: Any 
     sums = terms(*map(np.abs, (q, k, v, do)), -1.0)
     scale = signed_scale
     scores = np.einsum("thd,sd->hts", np.abs(q), np.abs(k[:, 0])) * max(abs(scale), common.SMALL_SCALE)
-    unscaled = max(sums["dq"].max(), sums["dk"].max()) / max(abs(scale), TINY)
+    unscaled = max(sums["dq"].max(), sums["dk"].max()) / abs(scale) ** (0.5 if abs(scale) < common.SMALL_SCALE else 1)
     largest = max(sums.pop("intermediates").max(), scores.max(), unscaled)
     results.pop("intermediates")
     return Exact(results, sums, largest)
@@ -137,9 +137,9 @@ RANGES = {
     "float16": ("float16", -1, None),
     "float16, cap": ("float16", -1, 1.5),
     "float32": ("float32", -1, None),
-    "float32, small scale": ("float32", -70, 1.5),
+    "float32, small scale": ("float32", -124, 1.5),
     "float32, large scale": ("float32", 40, None),
-    "bfloat16, small scale": ("bfloat16", -70, None),
+    "bfloat16, small scale": ("bfloat16", -124, None),
 }
 
 
