@@ -24,7 +24,7 @@ def as_integers(name: str, x: Any, axes: str) -> Integers:
     """Convert x to an array of integers that has one axis per letter of `axes`; on the host it keeps all 64 bits.
 
     Raises:
-        ValueError: x is no array, has another number of axes, or no integer dtype.
+        ValueError: x is not a valid array of integers with these axes.
     """
     if not isinstance(x, jax.Array):
         try:
