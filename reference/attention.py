@@ -88,6 +88,7 @@ def attention(
     B, T, H, D = q.shape
     S, K = k.shape[1], k.shape[2]
     dtype = q.dtype
+    scale = D**-0.5 if scale is None else scale
     if dtype == jnp.float16:
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     if 0 < abs(scale) < 2**-12:  # half its power of two for q and for k, or their product may not fit
@@ -97,7 +98,6 @@ def attention(
     def rounded(x: Array) -> Array:
         return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=10) if dtype == jnp.float16 else x
 
-    scale = D**-0.5 if scale is None else scale
     mask = visible(T, S, causal=causal, window=window)[None]
     if segment_ids is not None:
         q_ids, kv_ids = segment_ids

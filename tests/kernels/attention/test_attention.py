@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dantinox import kernels
+from dantinox import kernels, reference
 from dantinox.kernels import workloads
 from dantinox.kernels.ops.attention import xla
 from tests.helpers import cases, random_shapes, tolerance
@@ -224,3 +224,9 @@ def test_no_keys_or_no_queries(implementation):
             2,
             4,
         )
+
+
+def test_reference_has_the_defaults_of_the_operation():
+    q, k, v = (jnp.float32(x) for x in cases.draw(row(5, 7))[0].values())
+    expected = kernels.attention(q, k, v, implementation="reference")
+    np.testing.assert_array_equal(reference.attention(q, k, v), expected)
