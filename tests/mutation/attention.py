@@ -106,12 +106,6 @@ MUTANTS: list[Mutant] = [
         ("infinite dp of hidden keys counts", "ds = jnp.where(s == MASK_VALUE, 0, ds)", "pass", f"{HIDDEN}[causal, cap-float32-pallas]"),
     ),
     *mutants_of(
-        "ops/attention/pallas_tpu/bwd",
-        "attention_tpu",
-        ("infinite dp of hidden keys counts", "jnp.where(s == MASK_VALUE, 0, dp_ref.load(r, c))", "dp_ref.load(r, c)",
-         "test_finite_values_of_hidden_keys_have_no_effect_on_gradients"),
-    ),
-    *mutants_of(
         "ops/attention/xla",
         "attention",
         ("a query sees the next key", "mask &= (distance >= 0)[None]", "mask &= (distance >= -1)[None]", f"{MATCHES}[7-float32-xla]"),

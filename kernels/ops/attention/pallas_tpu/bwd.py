@@ -27,7 +27,6 @@ from jax.experimental import pallas as pl
 
 from dantinox.kernels.cost import Cost
 from dantinox.kernels.ops.attention.common import (
-    MASK_VALUE,
     NN,
     NT,
     AttentionConfig,
@@ -94,10 +93,7 @@ def _bwd_kernel(
             s_ref.store(block.scores(dot_per_head(k_ref.load(c), q_ref.load(r), NN)), r, c)
             dp_ref.store(dot_per_head(v_ref.load(c), do_ref.load(r), NN) - delta_ref.load(r), r, c)
 
-    def mask_dp(r: int, c: int, s: Array) -> None:
-        dp_ref.store(jnp.where(s == MASK_VALUE, 0, dp_ref.load(r, c)), r, c)  # may be infinite: v is another query's
-
-    block.apply_mask(s_ref, after=mask_dp)
+    block.apply_mask(s_ref)
 
     @block.run_phase
     def compute_p_and_ds() -> None:
