@@ -29,9 +29,10 @@ def attention(
 ) -> Float[Array, "B T H D"]:
     """Compute o = sigmoid(gate) * softmax(cap(scale * q k^T) + mask) v, differentiable in q, k, v and gate.
 
-    Results are right wherever they fit the dtype, and the scaled scores and the products of cotangents and values of all
-    pairs fit float32. Keys that no query of their sequence sees may hold anything, NaN included. A key that some queries see has
-    no effect on the others if it is finite; a NaN or infinity in it may reach every query of its sequence and head.
+    Results are right wherever they fit the dtype, and the scaled scores and the products of cotangents and values of
+    all pairs fit float32. Keys that no query of their sequence sees may hold anything, NaN included. A key that some
+    queries see has no effect on the others if it is finite; a NaN or infinity in it may reach every query of its
+    sequence and head.
 
     Args:
         q: queries [B, T, H, D].
