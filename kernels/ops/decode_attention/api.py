@@ -143,9 +143,9 @@ def _pallas_unsupported_inputs(q: Array, cache: KVCache) -> str | None:
     if reason := dispatch.symbolic_unsupported(q, cache.k):
         return reason
     if dispatch.on_gpu():
-        from dantinox.kernels.ops.decode_attention.pallas_sm90 import kernel as sm90
+        from dantinox.kernels.ops.decode_attention.pallas_sm90 import limits
 
-        return sm90.unsupported_reason(q, cache)
+        return limits.unsupported_reason(q, cache)
     return dispatch.float32_accumulation_unsupported(q.dtype)
 
 

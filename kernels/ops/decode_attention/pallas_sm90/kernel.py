@@ -37,6 +37,7 @@ from dantinox.kernels.mosaic_gpu import TMA_ROWS, wgmma_smem
 from dantinox.kernels.ops.decode_attention.gradient import without_gradient
 from dantinox.kernels.ops.decode_attention.kv_cache import KVCache, append_token
 from dantinox.kernels.ops.decode_attention.numbers import split_scale
+from dantinox.kernels.ops.decode_attention.pallas_sm90.limits import BLOCK_H, STAGES, unsupported_reason
 from dantinox.kernels.ops.decode_attention.pallas_sm90.splits import (
     BLOCK_KV,
     RESIDENT_BLOCKS,
@@ -52,12 +53,9 @@ from dantinox.kernels.vma import call_invariant, varying_shape
 
 Array = jax.Array
 Ref = Any  # a reference in GMEM or SMEM, or a barrier
-DTYPES = (jnp.bfloat16, jnp.float16)
 LOG2E = math.log2(math.e)
 M_INIT = float(jnp.finfo(jnp.float32).min)  # every block has a visible slot
 ROW_LAYOUT, COL_LAYOUT = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-BLOCK_H = 64  # rows of a wgmma; the query heads of one KV head are the first of them
-STAGES = {64: (4, 4), 128: (3, 2), 256: (3, 3)}  # by D, for keys and values; `RESIDENT_BLOCKS` assumes these
 INSERT_COLUMNS = 64  # columns held in registers at once while the new token is inserted
 
 
@@ -113,23 +111,6 @@ class CacheRefs(NamedTuple):
     def num_stages(self) -> int:
         """Number of SMEM stages."""
         return self.blocks.shape[0]
-
-
-def unsupported_reason(q: jax.ShapeDtypeStruct, cache: KVCache) -> str | None:
-    """Return why the kernel does not support q [B, H, D] and the cache, or None if it does."""
-    (_, H, D), (K, C) = q.shape, cache.k.shape[1:3]
-    if q.dtype not in DTYPES:
-        return f"q has dtype {jnp.dtype(q.dtype)} and Hopper's tensor cores take bfloat16 and float16 here"
-    for name, ring_buffer in (("cache.k", cache.k), ("cache.v", cache.v)):
-        if ring_buffer.dtype != q.dtype:
-            return f"{name} has dtype {ring_buffer.dtype} and its tiles go to the tensor cores as they are: {q.dtype}"
-    if D not in STAGES:
-        return f"q has head dim {D} and it has tiles for {', '.join(map(str, STAGES))}"
-    if H // K > BLOCK_H:
-        return f"q has {H // K} heads for each of k's and a tile has {BLOCK_H} rows"
-    if C % TMA_ROWS:
-        return f"cache has {C} slots and its copies take multiples of {TMA_ROWS}"
-    return None
 
 
 def decode_attention(
