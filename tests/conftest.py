@@ -86,6 +86,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # What runs in the background ignores Ctrl-C and hands that on; tests send it, and expect it to be heard.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if not hasattr(config, "workerinput"):  # processes of pytest-xdist inherit the folder
         os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dantinox-tests-")
 

@@ -56,7 +56,7 @@ class Owner:
         """Return this process with a new token."""
         boot, namespace = "", ""
         with contextlib.suppress(OSError):
-            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
             namespace = os.readlink("/proc/self/ns/pid")
         pid = os.getpid()
         return cls(socket.gethostname(), boot, namespace, pid, _start_time(pid) or "", secrets.token_hex(8))
@@ -298,7 +298,7 @@ def _start_time(pid: int) -> str | None:
     """Return the start time of a running process; None if there is none, or it waits only to be reaped."""
     try:
         # The second field, the name, may contain spaces and parentheses.
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text("utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
     return fields[19] if fields[0] not in "ZX" else None
