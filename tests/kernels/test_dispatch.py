@@ -254,3 +254,18 @@ def test_two_implementations_of_one_name_raise():
     twice = (*api.OPERATION.implementations, dispatch.Implementation("xla", lambda *args: None))
     with pytest.raises(ValueError, match="attention has two implementations of the name 'xla'"):
         dataclasses.replace(api.OPERATION, implementations=twice)
+
+
+@pytest.mark.parametrize(
+    ("kind", "installed", "reason"),
+    [
+        ("NVIDIA A100-SXM4-40GB", True, None),
+        ("NVIDIA A100-SXM4-40GB", False, "jax-triton is not installed"),
+        ("AMD Instinct MI300X", True, "its Triton kernels are for NVIDIA GPUs"),
+    ],
+)
+def test_triton_is_offered_on_nvidia_gpus_with_jax_triton(kind, installed, reason, monkeypatch):
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: object() if installed else None)
+    with dispatch.target_device("cuda", kind):
+        found = kernels.implementations("moe_mlp")["triton"]
+    assert found is None if reason is None else found.startswith(reason)

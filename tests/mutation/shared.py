@@ -80,6 +80,8 @@ MUTANTS: list[Mutant] = [
     *mutants_of(
         "dispatch",
         "dispatch",
+        ("Triton is never offered", 'importlib.util.find_spec("jax_triton") is None', "True",
+         "test_triton_is_offered_on_nvidia_gpus_with_jax_triton[NVIDIA A100-SXM4-40GB-installed=True-reason=None]"),
         ("silent fallback", "if reason: raise", "if reason: return self.implementations[1].function; raise",
          "test_named_implementation_runs_or_raises_with_the_reason"),
         ("the target device is ignored", "_target_device = jax.make_user_context(default_value=None)",

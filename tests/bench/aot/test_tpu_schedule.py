@@ -232,7 +232,10 @@ def test_tpu_attention_compiles_without_spills():
     with worker_pool.Worker(V6E, 240, python=str(PYTHON)) as worker:
         row = worker.ask(case)
     assert row["status"] == "compiled", row["reason"]
-    assert sorted(attention_bundles.direction_of(kernel["name"]) for kernel in row["kernels"]) == ["backward", "forward"]
+    assert sorted(attention_bundles.direction_of(kernel["name"]) for kernel in row["kernels"]) == [
+        "backward",
+        "forward",
+    ]
     assert not any(kernel["spills"] or kernel["fills"] or "upper_bound" in kernel for kernel in row["kernels"])
     committed = profile.load(profile.path(ROOT / "profiles/aot", "v6e"))
     if committed["versions"] == worker.versions:
