@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from dantinox.kernels.dispatch import current_device
+from dantinox.kernels.einsum import accumulation_dtype
 from dantinox.kernels.ops.grouped_matmul.group_metadata import zero_unassigned_rows
 from dantinox.kernels.ops.grouped_matmul.ragged_dot import zeroed_ragged_dot
 from dantinox.kernels.vma import match_vma
@@ -35,11 +36,6 @@ ROW_TILES_SMALL: RowTiles = ((64, 32), (16, 0))  # below 1024 rows
 def _choose_row_tiles(N: int) -> RowTiles:
     is_small = isinstance(N, int) and N < 1024  # the size of an exported program's argument may be a symbol
     return ROW_TILES_SMALL if is_small else ROW_TILES
-
-
-def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """Return float32, or the dtype itself if that is wider."""
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def dot_accumulate(a: Array, b: Array, axes: tuple[int, int]) -> Array:

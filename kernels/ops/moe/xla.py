@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dantinox.kernels.einsum import accumulation_dtype
 from dantinox.kernels.ops.grouped_matmul.group_metadata import zero_unassigned_rows
 from dantinox.kernels.ops.grouped_matmul.xla import (
     RowTiles,
-    accumulation_dtype,
     call_for_platform,
     dot_accumulate,
     group_bounds,
