@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,10 @@ if settings is not None:
     # ones.
     settings.register_profile("repeat", derandomize=True, deadline=None, max_examples=40, database=None)
     settings.register_profile("explore", deadline=None, max_examples=1000)
-    # Of the random shapes of the four operations, 300 with "repeat", this makes 10^4.
+    # Of the random shapes of the four operations, 120 with "repeat", this makes 4000.
     settings.register_profile("long", settings.get_profile("repeat"), max_examples=1334)
     # With -k "random_shapes_match_python_loops and pallas", 10^4 shapes of one implementation of attention.
-    settings.register_profile("thorough", settings.get_profile("repeat"), max_examples=6667)
+    settings.register_profile("thorough", settings.get_profile("repeat"), max_examples=33334)
     settings.load_profile("repeat")
 
 
@@ -79,6 +80,19 @@ def pytest_make_parametrize_id(config: pytest.Config, val: Any, argname: str) ->
     else:
         return None
     return text.encode("unicode_escape").decode("ascii") if len(text) <= 80 else None
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects the slow tests
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the cases that a `sampled` test leaves to the long run as slow.
+
+    The hash of its id decides about a case, so that a choice depends neither on the order of the cases nor on which of
+    them are selected.
+    """
+    for item in items:
+        sampled = item.get_closest_marker("sampled")
+        if sampled and zlib.crc32(item.name.encode()) % sampled.args[0]:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_configure(config: pytest.Config) -> None:

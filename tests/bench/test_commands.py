@@ -34,6 +34,7 @@ def run(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
+@pytest.mark.sampled(3)
 def test_invalid_input_prints_one_line(arguments, words):
     done = run(*arguments)
     assert done.returncode == 2 and words in done.stderr

@@ -110,6 +110,7 @@ def assert_faults_are_named(results: dict, files: dict[str, bytes], printed: str
     assert json.loads(files["summary.json"])
 
 
+@pytest.mark.slow
 def test_wrong_hung_and_crashed_kernels_are_reported_and_archived(tmp_path):
     only = ("environment", "smoke-attention-d128", "smoke-decode-5-splits", "smoke-grouped-gradients")
     results, files, printed = rehearse(tmp_path, only, minutes=4)

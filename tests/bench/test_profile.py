@@ -48,6 +48,7 @@ PARTS = {"embed", "logits", "loss", "optimizer", "block/moe/router", "block/moe/
 }
 
 
+@pytest.mark.slow
 def test_tables_name_the_parts_of_the_model(traced):
     folder, out = traced
     (path,) = folder.glob("plugins/profile/*/top.json")

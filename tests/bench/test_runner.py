@@ -42,6 +42,7 @@ def small_ceilings(monkeypatch):
 
 @pytest.mark.parametrize("op", ROWS)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.sampled(4)
 def test_run_case_times_candidates_and_reports_unsupported_ones(op, backward, small_ceilings):
     if op == "decode_attention" and backward:
         pytest.skip("decoding has no gradient")

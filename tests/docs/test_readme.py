@@ -73,6 +73,7 @@ def test_every_documented_command_is_tested():
 
 
 @pytest.mark.parametrize("command", PROGRAMS)
+@pytest.mark.slow
 def test_documented_program_runs(command, where):
     done = run(small(command), where)
     assert done.returncode == 0, done.stderr
@@ -80,6 +81,7 @@ def test_documented_program_runs(command, where):
 
 
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if blocks(text, "python")])
+@pytest.mark.slow
 def test_documented_python_runs(page, where):
     code = "\n".join(block for block in blocks(PAGES[page], "python") if "dispatch.Implementation(" not in block)
     done = subprocess.run([sys.executable, "-c", code], cwd=where, capture_output=True, text=True, timeout=900)

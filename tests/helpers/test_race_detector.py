@@ -236,6 +236,7 @@ def checked_parameters() -> list[Any]:
 
 
 @pytest.mark.parametrize(("op", "row"), checked_parameters())
+@pytest.mark.sampled(2)
 def test_pallas_tpu_kernels_have_no_race_or_invalid_read(op, row):
     """The kernels for TPUs, as they would be compiled there."""
     with target_device(*V6E):

@@ -44,6 +44,7 @@ def assert_close(found: Any, expected: Any) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), tuple(found), tuple(expected))
 
 
+@pytest.mark.slow
 def test_vmap_equals_a_loop():
     many = stacked_inputs()
     one = tolerance.jit_fast_compile(output_and_gradients)

@@ -111,6 +111,7 @@ M, F = 256, 128
 @pytest.mark.parametrize(
     ("sizes", "tiles", "visits"), [((256,), 2, 2), ((0, 256, 0), 2, 2), ((100, 156), 2, 3), ((10, 0, 50, 196), 2, 4)]
 )
+@pytest.mark.sampled(2)
 def test_grouped_matmul_traffic_matches_a_count_by_hand(sizes, tiles, visits):
     """Tiles of 128 rows. Where groups share one, it stays on the chip unless the contraction takes several steps."""
     from jax.experimental.pallas.ops.tpu.megablox import ops
@@ -157,6 +158,7 @@ def cases():
 
 
 @pytest.mark.parametrize("workload", cases())
+@pytest.mark.sampled(5)
 def test_traffic_matches_a_simulated_pipeline(monkeypatch, workload):
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal(shape).astype(np.float32) for shape in workload.shapes().values()]

@@ -184,6 +184,7 @@ def test_only_runs_without_checkpoints_restart_from_scratch(whole, monkeypatch, 
     assert (path / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_run_with_earlier_setting_names_resumes(here, monkeypatch):
     fixture = Path(__file__).parents[1] / "config" / "earlier_names.yaml"
     settings = Config.from_yaml(fixture)
@@ -323,6 +324,7 @@ def test_non_finite_gradient_skips_the_update_and_saves_the_batch(planted, capsy
     assert np.isfinite(rows(path)[-1]["val_loss"]) and "; skipped the batch" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_five_hundred_steps_compile_each_program_once(caplog):
     changes = {"eval_every": 50, "save_every": 100, "sample_every": 200, "sample_tokens": 4, "log_every": 10}
     with caplog.at_level("WARNING"), jax.log_compiles():

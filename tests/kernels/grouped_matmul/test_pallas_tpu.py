@@ -111,6 +111,7 @@ def mixture(name: str, x: jax.Array, w: jax.Array, ids: jax.Array, weights: jax.
 
 
 @pytest.mark.parametrize("sizes", [(1,), (3,), (64,), (64, 20), (8, 1), (32, 8, 3)], ids=str)
+@pytest.mark.sampled(3)
 def test_cpu_tile_sizes_do_not_change_moe_mlp(monkeypatch, sizes):
     """One expert has no rows, and some rows are of an expert that is not there."""
     (x, w), rng = arrays(37, 6, 5, 4), np.random.default_rng(1)
@@ -143,6 +144,7 @@ MAPPED = {"ids": (0, 0, None, 0), "experts": (0, None, 0, 0), "all but the ids":
 
 @pytest.mark.parametrize("name", ["xla", "pallas"])
 @pytest.mark.parametrize("shared", MAPPED)
+@pytest.mark.sampled(4)
 def test_vmap_equals_a_loop(name, shared):
     """With gradients, of what is kept and of what is recomputed, where some inputs are the same along the axis."""
     (x, w), rng, axes = arrays(20, 6, 5, 4), np.random.default_rng(1), MAPPED[shared]
@@ -163,6 +165,7 @@ def test_vmap_equals_a_loop(name, shared):
         np.testing.assert_allclose(actual, jnp.stack(looped), rtol=1e-5, atol=1e-5 * float(jnp.abs(actual).max()))
 
 
+@pytest.mark.slow
 def test_many_experts_with_few_tokens_match_reference():
     rng = np.random.default_rng(0)
     x, w_gate, w_up, w_down = (jnp.array(rng.standard_normal(s), jnp.float32) for s in ((1, 4), *[(256, 4, 4)] * 3))
@@ -234,6 +237,7 @@ def test_row_sums_equal_jnp_sum(width):
 
 
 @pytest.mark.parametrize("sides", CUTS.values(), ids=CUTS)
+@pytest.mark.sampled(3)
 def test_tpu_kernels_match_reference_with_each_block_size(monkeypatch, sides):
     """The body that is compiled for a TPU, with NaN in all memory that was never written."""
     monkeypatch.setattr(block_sizes, "choose_block_m", lambda *_, **__: (32 if "max_chunks" in sides else 16, 8))

@@ -58,6 +58,7 @@ CASES = [
     ids=lambda x: x.label() if isinstance(x, workloads.MoE) else f"width={x or 'auto'}",
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=slow)])
+@pytest.mark.slow
 def test_output_and_gradients_match_without_races(case, width, dtype):
     inputs, aux, dout = draw_scaled(case)
     run = functools.partial(run_two_blocks_checked, width)

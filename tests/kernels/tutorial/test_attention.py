@@ -84,6 +84,7 @@ def assert_within_tolerance(step: str, case: workloads.Attention, dtype: str, ti
 
 @pytest.mark.parametrize("step", FORWARD_STEPS)
 @pytest.mark.parametrize("name", RULE_CASES)
+@pytest.mark.sampled(3)
 def test_each_step_matches_reference(step, name):
     case = CASES[name]
     o = assert_within_tolerance(step, case, "float32")
@@ -93,6 +94,7 @@ def test_each_step_matches_reference(step, name):
 
 @pytest.mark.parametrize("step", FORWARD_STEPS)
 @pytest.mark.parametrize("name", [FEW[0], pytest.param(FEW[1], marks=pytest.mark.slow)])
+@pytest.mark.sampled(3)
 def test_each_step_matches_reference_in_bfloat16(step, name):
     assert_within_tolerance(step, CASES[name], "bfloat16")
 
@@ -148,6 +150,7 @@ def drawn(case: workloads.Attention, dtype: str) -> tuple[dict[str, jax.Array], 
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in FAST_GRADIENTS else pytest.mark.slow) for n in GRADIENT_CASES]
 )
+@pytest.mark.sampled(3)
 def test_gradients_match_reference(step, dtype, name):
     case = GRADIENT_CASES[name]
     result = step_gradients(step, case)(*drawn(case, dtype))
