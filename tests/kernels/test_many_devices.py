@@ -82,7 +82,9 @@ PROGRAM = """
 """
 
 
-@pytest.mark.parametrize("implementation", ["auto", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pallas", "reference"))])
+@pytest.mark.parametrize(
+    "implementation", ["auto", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pallas", "reference"))]
+)
 def test_four_devices_equal_one(implementation):
     code = textwrap.dedent(PROGRAM).replace("NAME", repr(implementation))
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
