@@ -124,7 +124,7 @@ def assert_matches_loops(case: workloads.Attention, *runs: Callable[..., Any], s
     causal=st.booleans(),
     window=st.none() | st.integers(1, 26),
     softcap=st.none() | st.floats(1, 4),
-    scale=st.none() | st.floats(-1, 1),
+    scale=st.none() | st.floats(-1, 1, width=32, allow_subnormal=False),
     seed=st.integers(0, 99),
 )
 def test_random_shapes_match_python_loops(
