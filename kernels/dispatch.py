@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from dantinox.kernels import mosaic_tpu
+
 log = logging.getLogger("dantinox.kernels")
 
 IMPLEMENTATION_NAMES = ("auto", "reference", "xla", "pallas", "triton")  # of every operation; one may have more
@@ -46,9 +48,14 @@ class Device(NamedTuple):
 _target_device = jax.make_user_context(default_value=None)
 
 
+def announced_device() -> Device | None:
+    """Return the device of `target_device`, or None outside it."""
+    return _target_device.value
+
+
 def current_device() -> Device:
     """Return the target device, or else JAX's default one."""
-    return _target_device.value or Device(jax.default_backend(), jax.devices()[0].device_kind)
+    return announced_device() or Device(jax.default_backend(), jax.devices()[0].device_kind)
 
 
 def on_gpu() -> bool:
@@ -183,8 +190,10 @@ def is_sm90(kind: str) -> bool:
 def pallas_unsupported_device(op: str) -> str | None:
     """Return why the current device has no Pallas kernel of an operation, or None."""
     platform, kind = current_device()
-    if platform in ("cpu", "tpu"):
+    if platform == "cpu":
         return None
+    if platform == "tpu":
+        return mosaic_tpu.chip_unsupported(kind)
     if platform != "gpu":
         return f"{op} has no Pallas kernel for {platform} yet"
     if is_sm90(kind):

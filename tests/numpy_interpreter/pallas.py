@@ -9,6 +9,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 from tests.numpy_interpreter.evaluate import Program, rule
+from tests.numpy_interpreter.primitives import reading_kernel
 
 Array = np.ndarray
 # (place in the grid, its sizes) of the kernels that run, the innermost last.
@@ -150,7 +151,9 @@ class _Block:
 
 @rule("pallas_call")
 def _pallas_call(params: dict[str, Any], e: Any) -> Callable[..., Any]:
-    grids, kernel = params["grid_mapping"], Program(params["jaxpr"])
+    grids = params["grid_mapping"]
+    with reading_kernel(tpu=not params["interpret"]):
+        kernel = Program(params["jaxpr"])
     scratch = [(ref.shape, ref.dtype) for ref in grids.scratch_avals]
     n_tables, n_ins = grids.num_index_operands, grids.num_inputs
     aliases = dict(params["input_output_aliases"])

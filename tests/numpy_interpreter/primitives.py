@@ -1,11 +1,29 @@
 """The primitives of `jax.lax` in NumPy. Operands have their final dtypes already, so NumPy never promotes."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 Array = np.ndarray
+_tpu_kernels: list[bool] = []  # whether the kernels whose program is being read are for a TPU
+
+
+def in_tpu_kernel() -> bool:
+    """Whether the program that is being read is a kernel of a TPU."""
+    return bool(_tpu_kernels) and _tpu_kernels[-1]
+
+
+@contextlib.contextmanager
+def reading_kernel(*, tpu: bool) -> Iterator[None]:
+    """Programs read in this context are kernels."""
+    _tpu_kernels.append(tpu)
+    try:
+        yield
+    finally:
+        _tpu_kernels.pop()
 
 
 def _wide(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -182,9 +200,31 @@ def _dot_general(params: Any, ins: Any, outs: Any) -> Callable[..., Any]:
         size = lambda x, dims: int(np.prod([x.shape[d] for d in dims]))
         a3 = a.transpose(*ba, *fa, *ca).reshape(*heads, size(a, fa), inner)
         b3 = b.transpose(*bb, *cb, *fb).reshape(*heads, inner, size(b, fb))
-        return np.matmul(a3, b3).reshape(shape).astype(dtype)
+        return multiply(a3, b3).reshape(shape).astype(dtype)
 
+    float32_in_kernel = in_tpu_kernel() and all(v.aval.dtype == np.float32 for v in ins)
+    multiply = _mxu_product(params["precision"]) if float32_in_kernel else np.matmul
     return product
+
+
+def _mxu_product(precision: Any) -> Callable[[Array, Array], Array]:
+    """A TPU's product of float32: its matrix unit multiplies bfloat16, once, or three or six times with the parts."""
+    name = getattr(precision[0] if isinstance(precision, tuple) else precision, "name", "DEFAULT")
+    num_parts = {"DEFAULT": 1, "HIGH": 2, "HIGHEST": 3}[name]
+
+    def parts(x: Array) -> list[Array]:
+        found, rest = [], x
+        for _ in range(num_parts):
+            found.append(rest.astype(ml_dtypes.bfloat16).astype(np.float32))
+            rest = np.where(np.isfinite(found[-1]), rest - found[-1], 0)
+        return found
+
+    def multiply(a: Array, b: Array) -> Array:
+        pairs = [(i, j) for i in range(num_parts) for j in range(num_parts) if i + j < num_parts]
+        a_parts, b_parts = parts(a), parts(b)
+        return sum(np.matmul(a_parts[i], b_parts[j]) for i, j in reversed(pairs))
+
+    return multiply
 
 
 def _sort(params: Any, ins: Any, outs: Any) -> Callable[..., Any]:

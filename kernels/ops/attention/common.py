@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dantinox.kernels.ops.attention.block_schedule import BlockSchedule, make_block_schedule
+from dantinox.kernels.precision import matmul_precision
 from dantinox.kernels.softcap import cap_scores
 
 Array = jax.Array
@@ -127,7 +128,8 @@ def dot_per_head(a: Array, b: Array, contract: tuple[tuple[int], tuple[int]]) ->
     """Compute a b in float32 over the last two axes; the axes before them are heads."""
     heads = tuple(range(a.ndim - 2))
     dims = tuple(tuple(axis + len(heads) for axis in side) for side in contract)
-    return jax.lax.dot_general(a, b, (dims, (heads, heads)), preferred_element_type=jnp.float32)
+    precision = matmul_precision(a, b)
+    return jax.lax.dot_general(a, b, (dims, (heads, heads)), precision=precision, preferred_element_type=jnp.float32)
 
 
 def scale_scores(config: AttentionConfig, qk: Array, unit: float = 1.0) -> Array:

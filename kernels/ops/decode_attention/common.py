@@ -15,6 +15,7 @@ from dantinox.kernels import cost
 from dantinox.kernels.ops.decode_attention.block_table import BlockTable
 from dantinox.kernels.ops.decode_attention.kv_cache import KVCache, dequantize, quantize
 from dantinox.kernels.ops.decode_attention.numbers import narrow_weights
+from dantinox.kernels.precision import matmul_precision
 from dantinox.kernels.softcap import cap_scores
 
 Array = jax.Array
@@ -107,20 +108,27 @@ def dot_heads(a: Array, b: Array, contract: int) -> Array:
     n = a.ndim - 2
     heads = tuple(range(n))
     dims = (((n + 1,), (n + contract,)), (heads, heads))
-    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(a, b, dims, precision=matmul_precision(a, b), preferred_element_type=jnp.float32)
 
 
-def attention_scores(q: Array, k: Array, scores: ScoreOptions, k_scale: Array | None = None) -> Array:
-    """Compute q k^T [..., G, slots], or the capped scores; `k_scale` [..., 1, slots] scales an 8-bit cache's keys."""
-    qk = dot_heads(q, k.astype(q.dtype), 1)
+def attention_scores(
+    q: Array, k: Array, scores: ScoreOptions, k_scale: Array | None = None, *, tokens_in_lanes: bool = False
+) -> Array:
+    """Compute q k^T [..., G, slots], or the capped scores; `k_scale` [..., 1, slots] scales an 8-bit cache's keys.
+
+    The keys are [..., slots, D], or [..., D, slots] with `tokens_in_lanes`.
+    """
+    qk = dot_heads(q, k.astype(q.dtype), 0 if tokens_in_lanes else 1)
     qk = qk if k_scale is None else qk * k_scale
     return qk if scores.softcap is None else cap_scores(qk, scale=scores.scale, softcap=scores.softcap)
 
 
-def weigh_values(weights: Array, v: Array, v_scale: Array | None, dtype: jnp.dtype) -> Array:
+def weigh_values(
+    weights: Array, v: Array, v_scale: Array | None, dtype: jnp.dtype, *, tokens_in_lanes: bool = False
+) -> Array:
     """Compute weights v in float32, multiplied in `dtype`; `v_scale` are the scales of an 8-bit cache's values."""
     weights, factor = narrow_weights(weights if v_scale is None else weights * v_scale, dtype)
-    o = dot_heads(weights, v.astype(dtype), 0)
+    o = dot_heads(weights, v.astype(dtype), 1 if tokens_in_lanes else 0)
     return o if factor is None else o * factor
 
 
@@ -168,11 +176,11 @@ class OnlineSoftmax(NamedTuple):
         _, K, G, D = q.shape
         return [pltpu.VMEM(shape, jnp.float32) for shape in ((K, G, 1), (K, G, 1), (K, G, D))]
 
-    def init_with_token(self, s: Array, v: Ref) -> None:
-        """Initialize with one token: its scores [K, G, 1] and a reference to its values [1, K, 1, D]."""
+    def init_with_token(self, s: Array, v: Array) -> None:
+        """Initialize with one token: its scores [K, G, 1] and its values [K, 1, D]."""
         self.m[...] = s
         self.l[...] = jnp.ones(self.l.shape, jnp.float32)
-        self.o[...] = jnp.broadcast_to(v[0].astype(jnp.float32), self.o.shape)
+        self.o[...] = jnp.broadcast_to(v.astype(jnp.float32), self.o.shape)
 
     def add_slots(
         self, head: Any, s: Array, visible: Array | None, exp_scale: float, weigh: Callable[[Array], Array]

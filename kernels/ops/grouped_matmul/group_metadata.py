@@ -139,7 +139,7 @@ def make_group_metadata(
         tiles = jnp.maximum(tiles, 1).at[E].set(0)
     task_ends = jnp.cumsum(tiles)  # number of tasks up to the end of each group
     task = jnp.arange(-(-N // block_m) + E, dtype=jnp.int32)
-    group = jnp.minimum(jnp.sum(task_ends <= task[:, None], axis=1, dtype=jnp.int32), E)
+    group = jnp.minimum(jnp.sum(task_ends[None] <= task[:, None], axis=1, dtype=jnp.int32), E)
     row = first_row[group] + (task - (task_ends - tiles)[group]) * block_m
     # A tile that would reach past the end starts earlier instead; a group that ends before it has no row in it.
     row = jnp.minimum(row, (-(-N // align) - 1) * align)

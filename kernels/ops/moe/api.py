@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from dantinox.kernels import dispatch, integers, validation
 from dantinox.kernels.call import call_implementation
 from dantinox.kernels.ops.grouped_matmul.api import pallas_not_auto
+from dantinox.kernels.ops.grouped_matmul.pallas_tpu import limits as tpu_limits
 from dantinox.kernels.ops.moe import pallas, xla
 
 Array = jax.Array
@@ -99,6 +100,9 @@ def _pallas_unsupported_inputs(x: Array, w_gate: Array) -> str | None:
         from dantinox.kernels.ops.moe.pallas_sm90 import vjp as sm90
 
         return sm90.unsupported_inputs(x.dtype, *w_gate.shape[1:], weight="w_gate")
+    on_tpu = dispatch.current_device().platform == "tpu"
+    if on_tpu and (reason := tpu_limits.unsupported_reason(x.dtype, *w_gate.shape[1:])):
+        return reason
     return dispatch.float32_accumulation_unsupported(x.dtype)
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from dantinox.kernels import validation
+from dantinox.kernels.precision import matmul_precision
 from dantinox.kernels.tutorial.common import call_options as call_options
 from dantinox.kernels.tutorial.common import iota as iota
 from dantinox.kernels.tutorial.common import refuse
@@ -54,7 +55,9 @@ class Problem(NamedTuple):
 
 def dot(a: Array, b: Array, contract: tuple[tuple[int], tuple[int]]) -> Array:
     """Multiply two tiles in their own dtype and accumulate in float32, the fast mode of the MXU."""
-    return jax.lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        a, b, (contract, ((), ())), precision=matmul_precision(a, b), preferred_element_type=jnp.float32
+    )
 
 
 def heads_first(x: Array) -> Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from dantinox.kernels import validation
 from dantinox.kernels.ops.decode_attention.kv_cache import KVCache
+from dantinox.kernels.precision import matmul_precision
 from dantinox.kernels.tutorial.common import interpret as interpret
 from dantinox.kernels.tutorial.common import iota as iota
 from dantinox.kernels.tutorial.common import refuse
@@ -56,7 +57,7 @@ class Ring(NamedTuple):
 def dot(a: Array, b: Array, contract: int) -> Array:
     """Multiply the tiles of every head, a [K, n, m] by b [K, ...], in their own dtype; accumulate in float32."""
     dims = (((2,), (1 + contract,)), ((0,), (0,)))
-    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(a, b, dims, precision=matmul_precision(a, b), preferred_element_type=jnp.float32)
 
 
 def check(

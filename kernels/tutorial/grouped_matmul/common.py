@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from dantinox.kernels import integers, validation
+from dantinox.kernels.precision import matmul_precision
 from dantinox.kernels.tutorial.common import call_options as call_options
 from dantinox.kernels.tutorial.common import iota, refuse
 
@@ -14,7 +15,7 @@ Array = jax.Array
 
 def dot(x: Array, w: Array) -> Array:
     """Multiply two tiles in their own dtype and accumulate in float32, the fast mode of the MXU."""
-    return jnp.dot(x, w, preferred_element_type=jnp.float32)
+    return jnp.dot(x, w, precision=matmul_precision(x, w), preferred_element_type=jnp.float32)
 
 
 def row_index(first: Any, count: int) -> Array:

@@ -39,7 +39,7 @@ def oracle(logits, temperature, top_k, top_p, min_p):
     return p / p.sum()
 
 
-number = st.floats(-6, 6, width=16)
+number = st.floats(-6, 6, width=16, allow_subnormal=False)  # no ties after rounding to float32
 setting = st.fixed_dictionaries(
     {
         "temperature": st.floats(0.2, 5),

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dantinox.kernels.cost import Cost
+from dantinox.kernels.mosaic_tpu import in_32_bits
 from dantinox.kernels.ops.attention.common import (
     NN,
     NT,
@@ -139,6 +140,7 @@ def _bwd_kernel(
             out[...] = (acc_ref.ref[...] * scale).reshape(out.shape).astype(out.dtype)
 
 
+@in_32_bits
 def attention_bwd(
     q: Array,
     k: Array,

@@ -123,7 +123,7 @@ class BlockContext:
         num_q_subtiles, num_kv_subtiles = self.config.num_subtiles
 
         def mask_subtile(n: Any, _: None) -> None:
-            r, c = n // num_kv_subtiles, n % num_kv_subtiles
+            r, c = jax.lax.div(n, jnp.int32(num_kv_subtiles)), jax.lax.rem(n, jnp.int32(num_kv_subtiles))
             s = s_ref.load(r, c)
             s = jnp.where(self._visible(s.shape, r, c), s, MASK_VALUE)
             s_ref.store(s, r, c)

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dantinox.kernels.cost import Cost
+from dantinox.kernels.mosaic_tpu import in_32_bits
 from dantinox.kernels.ops.attention.common import (
     M_INIT,
     NN,
@@ -124,6 +125,7 @@ def _fwd_kernel(
                 inv_l_ref.store(jnp.where(sees_no_key, 0.0, 1 / safe_l), r)
 
 
+@in_32_bits
 def attention_fwd(
     q: Array,
     k: Array,

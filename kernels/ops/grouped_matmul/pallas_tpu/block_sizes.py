@@ -51,7 +51,8 @@ def vmem_limits(device: Device) -> tuple[tuple[int, int], ...]:
     """
     default = VMEM_BYTES, BLOCK_BYTES
     large = 2 * VMEM_BYTES, 80 * 2**20
-    return (default, large) if any(kind in device.kind for kind in ("v5", "v6")) else (default,)
+    # "TPU v5" is the v5p, with 64 MiB.
+    return (default, large) if any(kind in device.kind for kind in ("v5 lite", "v5e", "v6")) else (default,)
 
 
 def mxu_tile(device: Device, block_k: int, *, transposed: bool) -> tuple[int, int, int | None]:

@@ -21,7 +21,8 @@ State     float32 sums of one tile, if the contraction takes several steps; else
 Traffic   reads x once per column block and the weights of each non-empty group once; with several steps of the
           contraction, the weights once per visit. Writes y once. 2 N K J FLOPs; the arithmetic intensity of a dense
           matmul if groups have more than some 500 rows; below that, reading weights is the bottleneck.
-Limits    float32, bfloat16, float16; any N, K, J, E. `dantinox.kernels.grouped_matmul` raises the ValueErrors.
+Limits    float32, bfloat16; any N, K, J, E that `limits.py` does not refuse. `dantinox.kernels.grouped_matmul` raises
+          the ValueErrors.
 Source    Gale et al., MegaBlocks (arXiv:2211.15841); jax's megablox for the grid of (tile, group) pairs.
 """
 
@@ -37,6 +38,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dantinox.kernels.cost import Cost
 from dantinox.kernels.dispatch import Device
+from dantinox.kernels.mosaic_tpu import in_32_bits
 from dantinox.kernels.ops.grouped_matmul.group_metadata import make_group_metadata
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu import block_sizes
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu.gmm_kernel import (
@@ -52,6 +54,7 @@ from dantinox.kernels.vma import varying_shape
 Array = jax.Array
 
 
+@in_32_bits
 def gmm(
     xs: Sequence[Array],
     ws: Sequence[Array],

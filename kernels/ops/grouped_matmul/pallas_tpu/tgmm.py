@@ -29,6 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dantinox.kernels.cost import Cost
 from dantinox.kernels.dispatch import Device
+from dantinox.kernels.mosaic_tpu import in_32_bits
 from dantinox.kernels.ops.grouped_matmul.common import dot_f32, mask_to_zero
 from dantinox.kernels.ops.grouped_matmul.group_metadata import ReductionTables, TileTask, make_group_metadata
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu import block_sizes
@@ -47,6 +48,7 @@ class TgmmScratch(NamedTuple):
     x_transposed: Sequence[Any]
 
 
+@in_32_bits
 def tgmm(x: Array, dys: Sequence[Array], group_sizes: Array, device: Device, *, name: str) -> list[Array]:
     """Sum x_n^T dy_n over the rows n of each group, for x [N, M] and each dy [N, F]: [E, M, F] in x's dtype."""
     (N, M), F, E, dtype = x.shape, dys[0].shape[1], group_sizes.shape[0], x.dtype

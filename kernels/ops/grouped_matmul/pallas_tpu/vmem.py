@@ -68,7 +68,10 @@ def hint_multiple_of(start: Any, multiple: int) -> Any:
 
 def for_each_row_chunk(num_rows: int, body: Callable[[Any, Any], None]) -> None:
     """Run body(rows, first row) over chunks of all rows in a loop: compact code for rarely executed work."""
-    size = next(size for size in (64, 32, 16, 8, 1) if num_rows % size == 0)
+    if num_rows % 8:  # Mosaic slices packed rows only at indices that it can prove to be aligned
+        body(pl.ds(0, num_rows), 0)
+        return
+    size = next(size for size in (64, 32, 16, 8) if num_rows % size == 0)
 
     def chunk(n: Array, _: None) -> None:
         body(pl.ds(pl.multiple_of(n * size, size), size), n * size)
