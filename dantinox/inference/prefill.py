@@ -155,10 +155,11 @@ def prefill(model: Transformer, tokens: Array, length: Array, slots: Sequence[in
 
 def decode_step(model: Transformer, token: Array, caches: Sequence[KVCache]) -> tuple[Array, list[KVCache]]:
     """Decode one token per row: ids [B] int32 -> (logits [B, V] float32 of the next token, the longer caches)."""
-    h, rope = model.embed(token[:, None], caches[0].length[:, None])
+    length = caches[0].length  # of every layer: as one array, so that layers share the tables of their kernels
+    h, rope = model.embed(token[:, None], length[:, None])
     new_caches = []
     for layer, (block, cache) in enumerate(zip(model.blocks, caches, strict=True)):
         with jax.named_scope(f"block{layer}"):
-            h, cache = block.decode_step(h, rope, cache)
+            h, cache = block.decode_step(h, rope, cache._replace(length=length))
         new_caches.append(cache)
     return model.logits(rms_norm(h, model.final_norm, model.config.norm_eps))[:, 0], new_caches

@@ -56,7 +56,10 @@ def make_block_table(length: Array, C: int, max_visible: int, block_size: int) -
     wrapped = oldest > slot
     visited = jnp.where(wrapped, jnp.minimum(num_blocks, num_blocks - first + last + 1), last - first + 1)
     ends = jnp.cumsum(visited, dtype=jnp.int32)
-    step = jnp.arange(length.shape[0] * max_blocks, dtype=jnp.int32)
-    sequence = jnp.minimum(jnp.searchsorted(ends, step, side="right").astype(jnp.int32), length.shape[0] - 1)
-    block = (first[sequence] + step - (ends - visited)[sequence]) % num_blocks
+    step = jnp.arange(length.shape[0] * max_blocks, dtype=jnp.int32)[:, None]
+    # Compared with all sequences at once: on a TPU, a search or a gather takes as long as the kernel.
+    sequence = jnp.minimum(jnp.sum(ends[None] <= step, axis=1, dtype=jnp.int32), length.shape[0] - 1)
+    is_sequence = sequence[:, None] == jnp.arange(length.shape[0], dtype=jnp.int32)[None]
+    first_block = jnp.sum(jnp.where(is_sequence, (first - ends + visited)[None], 0), axis=1, dtype=jnp.int32)
+    block = (first_block + step[:, 0]) % num_blocks
     return BlockTable(ends[-1], sequence, block.astype(jnp.int32), ends, num_older + 1, slot)

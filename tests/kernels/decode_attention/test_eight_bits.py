@@ -118,9 +118,10 @@ def test_unused_slots_do_not_affect_output(name, implementation, dtype):
     ],
 )
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
-def test_tpu_kernel_appends_values_and_scales(dtype, run_on_tpu, monkeypatch):
+@pytest.mark.parametrize("D", [6, 128], ids=["tokens in lanes", "head dim in lanes"])
+def test_tpu_kernel_appends_values_and_scales(D, dtype, run_on_tpu, monkeypatch):
     """The kernel writes only the memory tiles of the new token and of its scales."""
-    case = row(5, 100, 256, 900, C=256, window=150, gate="elementwise")
+    case = row(5, 100, 256, 900, C=256, D=D, window=150, gate="elementwise")
     monkeypatch.setattr(block_sizes, "choose_block_size", lambda *_: 128)
     step = draw(case)
     cache = quantized_cache(step, case, dtype)

@@ -90,6 +90,10 @@ def expect(call: Call, window: int | None = None, scale: float = D**-0.5, softca
 def assert_right(form: str, call: Call, **options: Any) -> None:
     """Compare with float64 within what rounding of the scores and of the values allows."""
     expected, dtype, C = expect(call, **options), call.q.dtype, call.cache_k.shape[2]
+    if form == "pallas for a TPU" and is_refused_on_tpu(call):
+        with pytest.raises(NotImplementedError, match=r"cache has 1 slot|float16 is not supported"):
+            run(form, call, **options)
+        return
     rounding = 16 * float(FLOAT32.eps) * expected.score
     if call.k_scale is not None or form == "reference":  # keys, or scores, that are rounded to q's dtype
         rounding += 4 * float(jnp.finfo(dtype).eps) * np.minimum(expected.score, 1e300)
@@ -99,6 +103,12 @@ def assert_right(form: str, call: Call, **options: Any) -> None:
     error = np.abs(run(form, call, **options) - expected.o)
     bound = bound + 4 * smallest
     assert (error <= bound).all(), f"{form}: error {np.nanmax(error / bound):.3g} times the bound; options {options}"
+
+
+def is_refused_on_tpu(call: Call) -> bool:
+    """Whether a TPU has no registers for the cache's dtype, or cannot address its only slot."""
+    sizes = [jnp.dtype(x.dtype).itemsize for x in (call.q, call.cache_k)]
+    return call.cache_k.dtype == np.float16 or (call.cache_k.shape[2] == 1 and min(sizes) < 4)
 
 
 def is_in_contract(form: str, call: Call, expected: Expected, scale: float) -> bool:

@@ -43,11 +43,17 @@ def test_block_table_lists_blocks_with_visible_tokens(block_size):
         np.testing.assert_array_equal(table.num_visible, np.minimum(lengths + 1, max_visible))
 
 
-TILED = {  # whole blocks: the simulator supports no others
-    "a window across the end of the ring buffer": row(5, 40, 48, 100, C=48, window=11, gate="elementwise"),
-    "a ring buffer of three blocks, cap, gate": row(0, 47, 48, 150, C=48, softcap=1.5, gate="head"),
-    "one head, one token": row(0, 16, C=32, H=1, K=1, window=1),
+TILED = {  # whole blocks of 16 slots: the simulator supports no others
+    "a window across the end of the ring buffer": row(5, 40, 48, 100, C=48, D=128, window=11, gate="elementwise"),
+    "a ring buffer of three blocks, cap, gate": row(0, 47, 48, 150, C=48, D=128, softcap=1.5, gate="head"),
+    "one head, one token": row(0, 16, C=32, H=1, K=1, D=128, window=1),
 }
+TOKENS_IN_LANES = {  # blocks of 128 slots
+    "tokens in lanes, a window across the end": row(5, 250, 384, 700, C=384, D=8, window=150, gate="elementwise"),
+    "tokens in lanes, cap, gate": row(0, 383, 385, C=384, H=3, K=1, D=40, softcap=1.5, gate="head"),
+    "tokens in lanes, one token": row(0, 256, C=256, H=1, K=1, D=64, window=1),
+}
+TPU_CASES = TILED | TOKENS_IN_LANES
 
 
 def run_with_race_detection(operation: Callable[..., Any], *args: Any) -> Any:
@@ -64,11 +70,12 @@ def run_with_race_detection(operation: Callable[..., Any], *args: Any) -> Any:
         pytest.param(run_with_race_detection, id="race detector", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("name", TILED)
+@pytest.mark.parametrize("name", TPU_CASES)
 def test_tpu_kernel_appends_and_attends(name, run, monkeypatch):
     """The kernel writes the memory tile of the new token and nothing else of the cache."""
-    case = TILED[name]
-    monkeypatch.setattr(block_sizes, "choose_block_size", lambda *_: 16)
+    case = TPU_CASES[name]
+    assert block_sizes.tokens_in_lanes(case.C, case.D) == (name in TOKENS_IN_LANES)
+    monkeypatch.setattr(block_sizes, "choose_block_size", lambda *_: 128 if name in TOKENS_IN_LANES else 16)
     step = draw(case, fill=np.nan)
     inputs = {key: jnp.float32(x) for key, x in step.inputs.items()}
     cache = kernels.KVCache(jnp.float32(step.cache_k), jnp.float32(step.cache_v), **case.integer_inputs())

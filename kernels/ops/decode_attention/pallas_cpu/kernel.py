@@ -163,7 +163,7 @@ def _decode_kernel(
     @pl.when(is_first_step(table, step, b))
     def init_with_new_token() -> None:
         s = attention_scores(token.q[0], token.new_k[0], config.scores)
-        softmax.init_with_token(s, token.new_v)
+        softmax.init_with_token(s, token.new_v[0])
 
     # A partial last block begins earlier; the mask hides the slots that it repeats.
     start = jnp.minimum(first, config.C - size)

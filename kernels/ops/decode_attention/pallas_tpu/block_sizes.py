@@ -1,6 +1,30 @@
-"""Block sizes of decode attention on TPU."""
+"""Block sizes and memory layout of decode attention on TPU."""
 
+LANES = 128
+TILE_BYTES = 32  # rows x bytes per value of a memory tile
 MAX_BLOCK_BYTES = 2**20  # of a block of keys; values take as much, and both are double-buffered
+VMEM_LIMIT_BYTES = 48 * 2**20  # of the smallest chip's 64 MiB
+
+
+def tokens_in_lanes(C: int, D: int) -> bool:
+    """Return whether XLA keeps a ring buffer [B, K, C, D] with the tokens in lanes, and so does the kernel.
+
+    XLA chooses the layout with less padding: heads of 64 in lanes would be padded to 128. A kernel that asked for the
+    other layout would make XLA copy all ring buffers before and after each step.
+    """
+    return _round_up(D, 8) * _round_up(C, LANES) < _round_up(C, 8) * _round_up(D, LANES)
+
+
+def slot_bytes(*, K: int, C: int, D: int, itemsize: int) -> int:
+    """Return the bytes of the keys of one slot in VMEM, padding included."""
+    return K * itemsize * _round_up(D, TILE_BYTES // itemsize if tokens_in_lanes(C, D) else LANES)
+
+
+def smallest_block_bytes(*, H: int, K: int, C: int, D: int, itemsize: int) -> int:
+    """Return the VMEM that the kernel takes with its smallest block, about."""
+    tile_slots = LANES if tokens_in_lanes(C, D) else TILE_BYTES // itemsize
+    queries = K * _round_up(H // K, 8) * _round_up(D, LANES) * 4
+    return 4 * tile_slots * slot_bytes(K=K, C=C, D=D, itemsize=itemsize) + 8 * queries
 
 
 def choose_block_size(C: int, max_visible: int, tile_slots: int, slot_bytes: int) -> int:
@@ -24,3 +48,7 @@ def choose_block_size(C: int, max_visible: int, tile_slots: int, slot_bytes: int
 def _power_of_two_below(n: int) -> int:
     """Return the largest power of two up to n."""
     return 1 << n.bit_length() - 1
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
