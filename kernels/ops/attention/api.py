@@ -6,9 +6,9 @@ from typing import Any
 import jax
 from jaxtyping import Float, Int
 
-from dantinox.kernels import dispatch, integers, validation
+from dantinox.kernels import dispatch, first_use, integers, validation
 from dantinox.kernels.call import call_implementation
-from dantinox.kernels.ops.attention import pallas, xla
+from dantinox.kernels.ops.attention import pallas, probe, xla
 from dantinox.kernels.ops.attention.pallas_cpu import block_sizes as cpu_block_sizes
 
 Array = jax.Array
@@ -146,9 +146,12 @@ def _pallas_not_auto(q: Array, k: Array, window: int | None) -> str | None:
     B, T, H, _ = q.shape
     if dispatch.current_device().platform == "cpu" and cpu_block_sizes.xla_is_faster(B, T, k.shape[1], H, window):
         return "interpreted, it is slow at these sizes"
+    if dispatch.current_device().platform == "tpu":
+        return first_use.disagreement("attention", _PROBE)
     return None
 
 
+_PROBE = functools.partial(probe.run, attention)
 OPERATION = dispatch.Operation(
     "attention",
     (

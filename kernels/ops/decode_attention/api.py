@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from dantinox.kernels import dispatch, integers, validation
+from dantinox.kernels import dispatch, first_use, integers, validation
 from dantinox.kernels.call import call_implementation
-from dantinox.kernels.ops.decode_attention import pallas, xla
+from dantinox.kernels.ops.decode_attention import pallas, probe, xla
 from dantinox.kernels.ops.decode_attention.kv_cache import QMAX, KVCache
 from dantinox.kernels.ops.decode_attention.pallas_cpu import kernel as cpu_kernel
+from dantinox.kernels.ops.decode_attention.pallas_tpu import limits as tpu_limits
 
 Array = jax.Array
 
@@ -146,6 +147,8 @@ def _pallas_unsupported_inputs(q: Array, cache: KVCache) -> str | None:
         from dantinox.kernels.ops.decode_attention.pallas_sm90 import limits
 
         return limits.unsupported_reason(q, cache)
+    if dispatch.current_device().platform == "tpu" and (reason := tpu_limits.unsupported_reason(q, cache)):
+        return reason
     return dispatch.float32_accumulation_unsupported(q.dtype)
 
 
@@ -154,9 +157,12 @@ def _pallas_not_auto(q: Array, cache: KVCache) -> str | None:
         return "the Hopper kernel has not run on a GPU yet; pass implementation='pallas' to use it"
     if dispatch.current_device().platform == "cpu" and cpu_kernel.xla_is_faster(cache.k.shape[2]):
         return "interpreted, it is slow at these sizes"
+    if dispatch.current_device().platform == "tpu":
+        return first_use.disagreement("decode_attention", _PROBE)
     return None
 
 
+_PROBE = functools.partial(probe.run, decode_attention)
 OPERATION = dispatch.Operation(
     "decode_attention",
     (

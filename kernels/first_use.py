@@ -1,0 +1,78 @@
+"""The check that "auto" makes on a device before it first chooses a kernel there.
+
+A kernel that compiles may still be wrong on a chip that it has never run on. So "auto" compares it with the
+reference on a few small problems, once per process, and takes another implementation if they disagree.
+"""
+
+import functools
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from dantinox.kernels.dispatch import Device, announced_device, current_device
+
+log = logging.getLogger("dantinox.kernels")
+Array = jax.Array
+
+
+class Result(NamedTuple):
+    """An array that two implementations compute, and how far they may differ.
+
+    Attributes:
+        value: the array.
+        tolerance: largest difference, relative to the largest absolute value of the reference.
+    """
+
+    value: Array
+    tolerance: float
+
+
+Probe = Callable[[str], Mapping[str, Result]]
+
+
+def disagreement(op: str, probe: Probe) -> str | None:
+    """Return why "auto" must not choose the Pallas kernel of an operation here, or None.
+
+    Args:
+        op: the operation.
+        probe: runs small problems with the named implementation; returns the results by name.
+    """
+    if announced_device() is not None:  # the device is not here
+        return None
+    return _check(op, probe, current_device())
+
+
+@functools.cache
+def _check(op: str, probe: Probe, device: Device) -> str | None:
+    found: list[str | None] = []
+
+    def compare() -> None:
+        try:
+            with jax.default_device(jax.local_devices()[0]), jax.default_matmul_precision("highest"):
+                found.append(_first_difference(probe("pallas"), probe("reference")))
+        except Exception as error:  # a compiler may raise anything
+            found.append(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+
+    # The caller may be tracing a function, under a mesh or with other settings. A new thread has none of that.
+    thread = threading.Thread(target=compare, name=f"first use of {op}")
+    thread.start()
+    thread.join()
+    if found[0] is None:
+        return None
+    reason = f"it failed its check on {device.kind}: {found[0]}"
+    log.warning("%s: the Pallas kernel is not used: %s", op, reason)
+    return reason
+
+
+def _first_difference(results: Mapping[str, Result], references: Mapping[str, Result]) -> str | None:
+    """Return a sentence about the first result that differs from its reference, or None."""
+    for name, (reference, tolerance) in references.items():
+        actual, expected = (np.asarray(x, np.float64) for x in (results[name].value, reference))
+        error = np.max(np.abs(actual - expected)) / max(float(np.max(np.abs(expected))), 1e-30)
+        if not error <= tolerance:  # NaN too
+            return f"{name} differs from the reference by {error:.2g} of its largest value; allowed: {tolerance:.2g}"
+    return None
