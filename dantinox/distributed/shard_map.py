@@ -23,17 +23,19 @@ def batch_sharded_mesh(mesh: Mesh | None, *, sharded: bool) -> Iterator[None]:
         _active_mesh.reset(token)
 
 
-def shard_map_over_batch(fn: Callable[..., Array]) -> Callable[..., Array]:
+def shard_map_over_batch(fn: Callable[..., Array], *, num_weights: int = 0) -> Callable[..., Array]:
     """Wrap `fn` so that each device of the active mesh computes its own batch shard.
 
     Args:
-        fn: a function of arrays that all have a leading batch axis.
+        fn: a function of arrays with a leading batch axis.
+        num_weights: number of leading arrays that have no batch axis; every device gathers them.
     """
     if (active := _active_mesh.get()) is None:
         return fn
     mesh, spec = active
 
     def sharded(*arrays: Array) -> Array:
-        return jax.shard_map(fn, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
+        specs = tuple(PartitionSpec() if i < num_weights else spec for i in range(len(arrays)))
+        return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=spec)(*arrays)
 
     return sharded

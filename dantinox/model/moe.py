@@ -10,6 +10,7 @@ from flax import nnx
 
 from dantinox import kernels
 from dantinox.config import ModelConfig
+from dantinox.distributed.shard_map import shard_map_over_batch
 from dantinox.model.layers import MLP, dense, parameter
 
 Array = jax.Array
@@ -96,9 +97,13 @@ class MoE(nnx.Module):
             ids, weights, stats = route(dense(tokens, self.router, jnp.float32), self.k)
         with jax.named_scope("experts"):
             w_gate, w_up, w_down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
-            y = kernels.moe_mlp(tokens, w_gate, w_up, w_down, ids, weights, implementation=self.implementation)
+            y = shard_map_over_batch(self.experts, num_weights=3)(w_gate, w_up, w_down, tokens, ids, weights)
         y = y.reshape(x.shape)
         if self.shared is not None:
             with jax.named_scope("shared"):
                 y = y + self.shared(x)
         return y, stats
+
+    def experts(self, w_gate: Array, w_up: Array, w_down: Array, tokens: Array, ids: Array, weights: Array) -> Array:
+        """Apply the chosen experts to tokens [N, M]."""
+        return kernels.moe_mlp(tokens, w_gate, w_up, w_down, ids, weights, implementation=self.implementation)

@@ -98,6 +98,8 @@ class Trainer:
 
     def sample_text(self, params: Params, tokens: int) -> str:
         """Generate text from the start of a document."""
+        # One sequence does not need many devices, and the kernels of TPUs and GPUs cannot be partitioned.
+        params = jax.device_put(params, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
         model, tokenizer = self.model_def.merge(params), self.corpus.tokenizer
         max_tokens = self.config.model.max_context - 1
         ids = generate(

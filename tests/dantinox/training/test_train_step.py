@@ -255,7 +255,7 @@ MESH = """
     from dantinox.training.train_step import state_shardings
     losses = {}
     for mesh in ("", "data=8", "fsdp=8", "data=2,fsdp=4"):
-        config, model_def, current, step = build(mesh=mesh, grad_accum=1, n_experts=EXPERTS, attn="ATTN")
+        config, model_def, current, step = build(mesh=mesh, grad_accum=1, n_experts=EXPERTS, attn="ATTN", moe="ATTN")
         laid = make_mesh(config.train.mesh_axes())
         if laid is not None:
             optimizer = make_optimizer(config.optim, config.train.steps)
