@@ -7,6 +7,7 @@ their own, and no accelerator.
 
 import importlib.util
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +41,8 @@ class Arguments:
     short: bool = False
     """Compile one program of each kind, for h100 and v6e; takes a minute."""
     check: bool = False
-    """Compare with the committed profiles, write nothing, and fail if a program got worse."""
+    """Compare with the committed profiles, write nothing, and fail if a program got worse. Without names of operations,
+    workloads or implementations, also compile the sizes that break kernels for the TPUs."""
     out: Path = Path("profiles/aot")
     """Folder of the profiles."""
     keep: Path | None = None
@@ -85,7 +87,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             readme.write(arguments.out)
     for line in worse:
         print(f"{PROG}: worse: {line}", file=sys.stderr)
-    return 1 if worse else 0
+    failed = arguments.check and not (arguments.op or arguments.spec or arguments.implementation)
+    failed = failed and any([compile_edge_cases(target) for target in work if isinstance(target, hardware.Tpu)])
+    return 1 if worse or failed else 0
+
+
+def compile_edge_cases(target: hardware.Tpu) -> bool:
+    """Compile the sizes that break kernels in a process of its own; return whether one of them fails."""
+    command = [sys.executable, "-m", "bench.aot.tpu.edge_cases", target.name]
+    return subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode != 0
 
 
 def plan(arguments: Arguments) -> dict[hardware.Target, list[Case]]:

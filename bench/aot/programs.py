@@ -42,20 +42,28 @@ def build(case: Case) -> Program:
         baseline = baselines.BASELINES[case.implementation]
         if case.dtype not in (supported := baseline.dtypes_of(case.op)):
             raise NotImplementedError(f"no {case.dtype}, only {' and '.join(supported)}")
-        call = baseline.build[case.op](workload)
-    else:
-        call = _implementation(workload, case.implementation)
-    if case.op == "decode_attention":
-        return _decode_program(workload, case.dtype, call)
+        return _program(workload, baseline.build[case.op](workload), case.dtype, case.direction)
+    return build_workload(workload, case.implementation, case.dtype, case.direction)
+
+
+def build_workload(workload: workloads.Workload, implementation: str, dtype: str, direction: str) -> Program:
+    """Build the program of one of our implementations for a workload, which need not be in the table."""
+    return _program(workload, _implementation(workload, implementation), dtype, direction)
+
+
+def _program(workload: workloads.Workload, call: Callable[..., Any], dtype: str, direction: str) -> Program:
+    """Build the program of a call, by itself or with its gradients."""
+    if isinstance(workload, workloads.Decode):
+        return _decode_program(workload, dtype, call)
 
     names, aux = list(workload.shapes()), _flatten_pairs(workload.integer_inputs())
-    shapes = [(shape, jnp.dtype(case.dtype)) for shape in workload.shapes().values()]
+    shapes = [(shape, jnp.dtype(dtype)) for shape in workload.shapes().values()]
     shapes += [(ids.shape, ids.dtype) for ids in aux.values()]
 
     def forward(*arrays: jax.Array) -> jax.Array:
         return call(dict(zip(names, arrays)), _restore_pairs(dict(zip(aux, arrays[len(names) :]))))
 
-    if case.direction == "forward":
+    if direction == "forward":
         return Program(forward, tuple(shapes))
 
     def forward_and_backward(cotangent: jax.Array, *arrays: jax.Array) -> tuple[Any, ...]:
@@ -63,7 +71,7 @@ def build(case: Case) -> Program:
         out, vjp = jax.vjp(lambda *inputs: forward(*inputs, *ids), *arrays[: len(names)])
         return out, *vjp(cotangent.astype(out.dtype))
 
-    return Program(forward_and_backward, ((workload.out_shape(), jnp.dtype(case.dtype)), *shapes))
+    return Program(forward_and_backward, ((workload.out_shape(), jnp.dtype(dtype)), *shapes))
 
 
 def _implementation(workload: workloads.Workload, implementation: str) -> Callable[..., Any]:
