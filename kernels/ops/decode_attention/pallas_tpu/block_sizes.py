@@ -3,6 +3,7 @@
 LANES = 128
 TILE_BYTES = 32  # rows x bytes per value of a memory tile
 MAX_BLOCK_BYTES = 2**20  # of a block of keys; values take as much, and both are double-buffered
+MAX_BYTES_PER_HEAD = 64 * 2**10  # of the keys of a block, if the core processes two heads at a time
 VMEM_LIMIT_BYTES = 48 * 2**20  # of the smallest chip's 64 MiB
 
 
@@ -43,6 +44,15 @@ def choose_block_size(C: int, max_visible: int, tile_slots: int, slot_bytes: int
     if block_size < C:
         return block_size
     return C if C % tile_slots == 0 else max(tile_slots, _power_of_two_below(C))
+
+
+def heads_per_iteration(*, K: int, D: int, block_size: int, itemsize: int) -> int:
+    """Return how many heads the loop over the heads of a block processes at a time.
+
+    Two heads fill each other's gaps: 150 bundles per head instead of 250 with 32 heads of 128 slots on v6e. Where a
+    head's keys take longer to load than to multiply, they would only spill.
+    """
+    return 2 if K % 2 == 0 and block_size * D * itemsize <= MAX_BYTES_PER_HEAD else 1
 
 
 def _power_of_two_below(n: int) -> int:

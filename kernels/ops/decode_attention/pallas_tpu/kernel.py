@@ -66,6 +66,7 @@ class DecodeConfig(NamedTuple):
         C: slots of a ring buffer.
         block_size: slots per block.
         tile_slots, tile_lanes: slots written at once to k and v, and to their scales.
+        heads_per_iteration: heads of a block that the core processes at a time.
         tokens_in_lanes: whether the ring buffers are [B, K, D, C] for the kernel; see `block_sizes.tokens_in_lanes`.
         scores: options of the scores.
     """
@@ -74,6 +75,7 @@ class DecodeConfig(NamedTuple):
     block_size: int
     tile_slots: int
     tile_lanes: int
+    heads_per_iteration: int
     tokens_in_lanes: bool
     scores: ScoreOptions
 
@@ -132,7 +134,8 @@ def decode_attention(
         block_sizes.slot_bytes(K=K, C=C, D=D, itemsize=itemsize),
     )
     q, scale = split_scale(q, scale)
-    config = DecodeConfig(C, block_size, tile_slots, tile_lanes, in_lanes, ScoreOptions(scale, softcap))
+    num_heads = block_sizes.heads_per_iteration(K=K, D=D, block_size=block_size, itemsize=itemsize)
+    config = DecodeConfig(C, block_size, tile_slots, tile_lanes, num_heads, in_lanes, ScoreOptions(scale, softcap))
     table = make_block_table(cache.length, C, max_visible, block_size)
     token = _token_block(group_heads(q, K), quantize_token(k, v, cache), None if gate is None else group_heads(gate, K))
     ring_buffers = _with_layout(cache._replace(length=None), config)
@@ -234,8 +237,9 @@ def _decode_kernel(
     fully_visible &= (block != oldest // size) | (oldest % size == 0)
 
     def attend_from_all_heads(masked: bool) -> None:
-        # A loop over the heads: if it is unrolled, libtpu interleaves them and spills.
-        jax.lax.fori_loop(0, np.int32(token.q.shape[1]), lambda head, _: attend(head, masked), None)
+        # A loop over the heads: if it is unrolled, libtpu interleaves all of them and spills.
+        num_heads, unroll = np.int32(token.q.shape[1]), config.heads_per_iteration
+        jax.lax.fori_loop(0, num_heads, lambda head, _: attend(head, masked), None, unroll=unroll)
 
     for condition, masked in ((fully_visible, False), (~fully_visible, True)):
         pl.when(condition)(functools.partial(attend_from_all_heads, masked))
