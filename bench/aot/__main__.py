@@ -93,9 +93,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compile_edge_cases(target: hardware.Tpu) -> bool:
-    """Compile the sizes that break kernels in a process of its own; return whether one of them fails."""
-    command = [sys.executable, "-m", "bench.aot.tpu.edge_cases", target.name]
-    return subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode != 0
+    """Compile the sizes that break kernels, and programs for four chips; return whether one of them fails."""
+    commands = [["bench.aot.tpu.edge_cases", target.name]]
+    if target.name == "v6e":
+        commands.append(["bench.aot.tpu.mesh_cases"])
+    # Each in a process of its own, as libtpu compiles for one kind of machine per process.
+    return any(
+        [subprocess.run([sys.executable, "-m", *words], stderr=subprocess.DEVNULL).returncode for words in commands]
+    )
 
 
 def plan(arguments: Arguments) -> dict[hardware.Target, list[Case]]:

@@ -71,11 +71,15 @@ def test_outcome_of_a_program(outcome, expected, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", ["v5e", "v6e", "tpu7x"])
-def test_every_edge_case_compiles_or_is_refused(chip):
+@pytest.mark.parametrize(
+    "words",
+    [["edge_cases", chip, "--long"] for chip in ("v5e", "v6e", "tpu7x")] + [["mesh_cases"]],
+    ids=["v5e", "v6e", "tpu7x", "four chips"],
+)
+def test_every_edge_case_compiles_or_is_refused(words):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs the aot extra: make aot")
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "bench.aot.tpu.edge_cases", chip, "--long"]
+    command = [sys.executable, "-m", f"bench.aot.tpu.{words[0]}", *words[1:]]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -1,0 +1,150 @@
+"""Compile the kernels, and a training step, for a TPU host of four chips.
+
+    python -m bench.aot.tpu.mesh_cases
+
+Every Pallas kernel runs under `shard_map` with its default check, forward and with gradients, and a model with
+attention and experts trains on a mesh of data=2, fsdp=2. Mosaic kernels cannot be partitioned automatically, which the
+interpreter on a CPU does without a word.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench.aot import hardware
+from bench.aot.tpu import compiler
+
+TOPOLOGY = "v6e:2x2"
+
+
+def main() -> int:
+    """Compile all programs and print one line for each; returns 1 if one fails."""
+    target = hardware.get("v6e")
+    assert isinstance(target, hardware.Tpu)
+    os.environ |= compiler.environment(target, Path(os.devnull)) | {"LIBTPU_INIT_ARGS": ""}
+    os.environ["TPU_ACCELERATOR_TYPE"] = "v6e-4"
+    import jax
+    from jax.experimental import topologies
+
+    from dantinox.kernels import dispatch
+
+    devices = topologies.get_topology_desc(TOPOLOGY, "tpu", chips_per_host_bounds=(2, 2, 1)).devices
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 2), ("data", "fsdp"), auto, devices=devices)
+    failed = False
+    with dispatch.target_device(target.platform, target.kind), jax.default_device(devices[0]):
+        for name, lower in (kernel_programs(mesh) | training_programs(mesh)).items():
+            try:
+                lower().compile()
+                print(f"{TOPOLOGY}: {name}: compiled", flush=True)
+            except Exception as error:  # a compiler may raise anything
+                failed = True
+                print(f"{TOPOLOGY}: {name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}", flush=True)
+    return int(failed)
+
+
+def kernel_programs(mesh: Any) -> dict[str, Callable[[], Any]]:
+    """Return functions that lower each operation under `shard_map`, its inputs sharded over their first axis."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from dantinox import kernels
+
+    batch, replicated = PartitionSpec(("data", "fsdp")), PartitionSpec()
+
+    def array(shape: tuple[int, ...], dtype: Any = jnp.bfloat16, spec: Any = batch) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    def attention(q: Any, k: Any, v: Any, ids: Any) -> Any:
+        return kernels.attention(q, k, v, window=64, segment_ids=ids, implementation="pallas")
+
+    def grouped_matmul(x: Any, w: Any, sizes: Any) -> Any:
+        return kernels.grouped_matmul(x, w, sizes, implementation="pallas")
+
+    def moe_mlp(x: Any, w: Any, w_down: Any, ids: Any, weights: Any) -> Any:
+        return kernels.moe_mlp(x, w, w, w_down, ids, weights, implementation="pallas")
+
+    def decode_attention(q: Any, k: Any, v: Any, *cache: Any) -> Any:
+        return kernels.decode_attention(q, k, v, kernels.KVCache(*cache), window=100, implementation="pallas")
+
+    kv, w = array((8, 256, 2, 128)), array((4, 256, 384), spec=replicated)
+    calls: dict[str, tuple[Any, tuple[Any, ...], int]] = {  # function, arguments, how many are differentiated
+        "attention": (attention, (array((8, 256, 4, 128)), kv, kv, array((8, 256), jnp.int32)), 3),
+        "grouped_matmul": (grouped_matmul, (array((2048, 256)), w, array((16,), jnp.int32)), 2),
+        "moe_mlp": (
+            moe_mlp,
+            (
+                array((2048, 256)),
+                w,
+                array((4, 384, 256), spec=replicated),
+                array((2048, 2), jnp.int32),
+                array((2048, 2), jnp.float32),
+            ),
+            3,
+        ),
+    }
+    programs: dict[str, Callable[[], Any]] = {}
+    for name, (function, arguments, count) in calls.items():
+        specs = tuple(x.sharding.spec for x in arguments)
+
+        def gradients(*args: Any, function: Any = function, count: int = count) -> Any:
+            loss = lambda *inputs: function(*inputs, *args[count:]).astype(jnp.float32).sum()
+            return jax.grad(loss, tuple(range(count)))(*args[:count])
+
+        for label, run, out_specs in ((name, function, batch), (f"{name}, gradients", gradients, specs[:count])):
+            sharded = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=out_specs)
+            programs[label] = lambda sharded=sharded, arguments=arguments: jax.jit(sharded).lower(*arguments)
+    for dtype in (jnp.bfloat16, jnp.int8):
+        for D in (64, 128):
+            ring = array((8, 2, 256, D), dtype)
+            scales = [array((8, 2, 256), jnp.float32)] * 2 if dtype == jnp.int8 else []
+            arguments = (array((8, 4, D)), *[array((8, 2, D))] * 2, ring, ring, array((8,), jnp.int32), *scales)
+            sharded = jax.shard_map(decode_attention, mesh=mesh, in_specs=batch, out_specs=batch)
+            label = f"decode_attention, {jnp.dtype(dtype).name} cache, heads of {D}"
+            programs[label] = lambda sharded=sharded, arguments=arguments: jax.jit(sharded).lower(*arguments)
+    return programs
+
+
+def training_programs(mesh: Any) -> dict[str, Callable[[], Any]]:
+    """Return functions that lower training steps of a dense model and of a mixture of experts."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from dantinox import Transformer
+    from dantinox.checkpoint.train_state import TrainState
+    from dantinox.config import Config
+    from dantinox.distributed.mesh import batch_sharding
+    from dantinox.model.params import split_params
+    from dantinox.training.optimizer import make_optimizer
+    from dantinox.training.train_step import make_train_step, state_shardings
+
+    sizes = {"vocab_size": 512, "dim": 256, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "window": 64}
+    run = {"max_context": 256, "seq_len": 256, "batch_size": 16, "mesh": "data=2,fsdp=2", "attn": "pallas"}
+
+    def lower(**settings: Any) -> Any:
+        config = Config().replace(**sizes, **run, **settings)
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):  # no weight can be made on the chips
+            model_def, params = split_params(Transformer(config.model, rngs=nnx.Rngs(0)))
+            optimizer = make_optimizer(config.optim, config.train.steps)
+            state = TrainState(params, optimizer.init(params))
+            shardings = state_shardings(config, mesh, state)
+            step = make_train_step(model_def, config, optimizer, mesh, shardings)
+        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+        A = config.train.grad_accum
+        tokens = jax.ShapeDtypeStruct((A, 16 // A, 256), jnp.int32, sharding=batch_sharding(mesh))
+        number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+        return step.lower(abstract, tokens, tokens, number)
+
+    return {
+        "training step": lambda: lower(dtype="bfloat16"),
+        "training step, experts": lambda: lower(n_experts=4, moe="pallas", grad_accum=2, remat="block"),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
