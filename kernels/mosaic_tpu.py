@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
@@ -22,13 +21,6 @@ def in_32_bits[**P, R](build: Callable[P, R]) -> Callable[P, R]:
             return build(*args, **options)
 
     return build_in_32_bits
-
-
-def float16_unsupported(*dtypes: Any) -> str | None:
-    """Return why a TPU kernel does not take these dtypes, or None."""
-    if "float16" in map(str, dtypes):
-        return "float16 is not supported: a TPU core has no such registers; bfloat16 and float32 are"
-    return None
 
 
 def chip_unsupported(kind: str) -> str | None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
-from dantinox.kernels import dispatch, integers, mosaic_tpu, validation
+from dantinox.kernels import dispatch, integers, validation
 from dantinox.kernels.call import call_implementation
 from dantinox.kernels.ops.grouped_matmul import pallas, xla
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu import limits as tpu_limits
@@ -82,10 +82,9 @@ def _pallas_unsupported_inputs(x: Array, w: Array) -> str | None:
         from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import vjp as sm90
 
         return sm90.unsupported_inputs(x.dtype, *w.shape[1:])
-    if dispatch.current_device().platform == "tpu":
-        reason = mosaic_tpu.float16_unsupported(x.dtype) or tpu_limits.unsupported_reason(x.dtype, *w.shape[1:])
-        if reason:
-            return reason
+    on_tpu = dispatch.current_device().platform == "tpu"
+    if on_tpu and (reason := tpu_limits.unsupported_reason(x.dtype, *w.shape[1:])):
+        return reason
     return dispatch.float32_accumulation_unsupported(x.dtype)
 
 

@@ -4,6 +4,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from dantinox.kernels.derivatives import first_order
 from dantinox.kernels.dispatch import Device, current_device
@@ -40,7 +41,10 @@ def _tgmm(x: Array, dy: Array, group_sizes: Array, device: Device, *, name: str)
 
 def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
     """See `dantinox.kernels.grouped_matmul`, which checks the arguments."""
-    return _grouped_matmul(x, w, group_sizes, current_device())
+    device, dtype = current_device(), x.dtype
+    if dtype == jnp.float16 and device.platform == "tpu":  # a TPU core has no such registers
+        x, w = x.astype(jnp.float32), w.astype(jnp.float32)
+    return _grouped_matmul(x, w, group_sizes, device).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -21,8 +21,8 @@ State     float32 sums of one tile, if the contraction takes several steps; else
 Traffic   reads x once per column block and the weights of each non-empty group once; with several steps of the
           contraction, the weights once per visit. Writes y once. 2 N K J FLOPs; the arithmetic intensity of a dense
           matmul if groups have more than some 500 rows; below that, reading weights is the bottleneck.
-Limits    float32, bfloat16; any N, K, J, E that `limits.py` does not refuse. `dantinox.kernels.grouped_matmul` raises
-          the ValueErrors.
+Limits    float32, bfloat16, and float16, which is computed in float32; any N, K, J, E that `limits.py` does not
+          refuse. `dantinox.kernels.grouped_matmul` raises the ValueErrors.
 Source    Gale et al., MegaBlocks (arXiv:2211.15841); jax's megablox for the grid of (tile, group) pairs.
 """
 
