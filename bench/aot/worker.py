@@ -62,7 +62,7 @@ def answer(target: hardware.Target, compile_: Callable[..., Any], dumps: Path, c
     import jax
 
     from bench.aot import memory_traffic, programs
-    from bench.aot.tpu import attention_bundles, gmm_bundles
+    from bench.aot.tpu import attention_bundles, gmm_bundles, xla_cycles
     from dantinox.kernels import dispatch
 
     for path in dumps.iterdir():
@@ -87,6 +87,8 @@ def answer(target: hardware.Target, compile_: Callable[..., Any], dumps: Path, c
             "kernels": kernels,
             "seconds": seconds,
         }
+        if isinstance(target, hardware.Tpu):
+            row["xla_cycles"] = xla_cycles.count(compiled.as_text())
         attention_bundles.add(row, case, target, dumps)
         gmm_bundles.add(row, case, target, dumps)
         memory_traffic.add(row, case, target)

@@ -36,8 +36,9 @@ def update(text: str, profiles: Mapping[str, Rows]) -> str:
     Raises:
         ValueError: one of the marks does not occur exactly once.
     """
-    tables = (bundles_table, blocks_table, gmm_table, experts_table, bytes_moved_tables)
-    return markdown.replace_between(text, MARKS, "\n\n".join(table(profiles) for table in tables) + "\n")
+    tables = (bundles_table, cycles_table, blocks_table, gmm_table, experts_table, bytes_moved_tables)
+    written = [table(profiles) for table in tables]
+    return markdown.replace_between(text, MARKS, "\n\n".join(filter(None, written)) + "\n")
 
 
 # --- attention ---
@@ -94,6 +95,34 @@ def bundles_table(profiles: Mapping[str, Rows]) -> str:
             block = next((_dimensions(kernel["tile"]) for kernel in kernels if "tile" in kernel), "")
             lines.append(markdown.row([target, workload.D, workload.window or "", workload.S, block, *cells]))
     return "\n".join(lines)
+
+
+def cycles_table(profiles: Mapping[str, Rows]) -> str:
+    """Tabulate thousands of cycles of our kernels and of splash, with XLA's operations around them; "" if unknown."""
+    programs = {"forward": "forward", "both": "forward and backward"}
+    columns = [(COLUMNS[name], program) for name in ("pallas", "splash") for program in programs]
+    names = [f"{name} {text}" for name in ("pallas", "splash") for text in programs.values()]
+    lines = []
+    for target, rows in profiles.items():
+        for workload in attention_workloads():
+            cells = [cycles_cell(rows, workload.name, *column) for column in columns]
+            if any(cells):
+                lines.append(markdown.row([target, workload.D, workload.window or "", workload.S, *cells]))
+    return "\n".join([markdown.header(["TPU", "D", "window", "S", *names])[0], *lines]) if lines else ""
+
+
+def cycles_cell(rows: Rows, workload: str, implementations: Sequence[str], program: str) -> str:
+    """Format the fewest thousands of cycles of a program: kernels + XLA's operations = sum."""
+    candidates = []
+    for name in implementations:
+        row = rows.get(f"attention / {workload} / {name} / bfloat16 / {program}", {})
+        executed = [kernel.get("executed") for kernel in row.get("kernels", [])]
+        if "xla_cycles" in row and executed and None not in executed:
+            candidates.append((sum(executed) + row["xla_cycles"], sum(executed), row["xla_cycles"]))
+    if not candidates:
+        return ""
+    total, kernels, xla = (round(cycles / 1e3) for cycles in min(candidates))
+    return f"{kernels} + {xla} = {total}"
 
 
 def blocks_table(profiles: Mapping[str, Rows]) -> str:

@@ -46,6 +46,7 @@ class KernelSteps:
         tile: queries of all heads of a block, and keys.
         trips: iterations of each loop in a `pl.when`.
         copies: how often the body repeats the code of a block.
+        block_changes: steps that load or store blocks whose transfer has a region of its own.
     """
 
     steps: int
@@ -55,6 +56,7 @@ class KernelSteps:
     tile: tuple[int, int]
     trips: int = 1
     copies: int = 1
+    block_changes: int = 0
 
 
 def add(row: Row, case: Case, target: Target, dumps: Path) -> None:
@@ -115,6 +117,14 @@ def count_bundles(text: str, kernel: KernelSteps) -> Row:
     body = max((region for region in inner if not region.loop), key=Region.size, default=grid)
     whens = [region for region in inner if not region.loop and region != body and region.inside(body)]
     whens = [when for when in whens if not any(when.inside(other) for other in whens if other != when)]
+    transfers: list[Region] = []
+    if kernel.block_changes:  # regions around the body load blocks of several pieces, and regions at its end store them
+        starts = vliw_schedule.strided_transfers(text)
+        loads = [each for each in inner if not body.inside(each) and any(at in each.bundles() for at in starts)]
+        transfers = [each for each in loads if not any(each != other and other.inside(each) for other in loads)]
+        whens = [when for when in whens if when not in transfers]
+        num_whens = len(kernel.taken)
+        transfers, whens = transfers + whens[num_whens:], whens[:num_whens]
 
     def repeated(region: Region) -> int:
         """Count the bundles of a region's loops in all iterations but the first."""
@@ -125,8 +135,10 @@ def count_bundles(text: str, kernel: KernelSteps) -> Row:
         step = grid.size() + repeated(grid)
         return {"executed": outside + kernel.steps * step, "tile_bundles": [step, step], "upper_bound": True}
     when_bundles = [when.size() + repeated(when) for when in whens]
-    always = grid.size() - sum(when.size() for when in whens)
+    transfer_bundles = sum(each.size() for each in transfers)
+    always = grid.size() - sum(when.size() for when in whens) - transfer_bundles
     executed = outside + kernel.steps * always + sum(n * size for n, size in zip(kernel.taken, when_bundles))
+    executed += kernel.block_changes * transfer_bundles
     block_bundles = [always + sum(when_bundles[i] for i in taken) for taken in (kernel.interior, kernel.masked)]
     return {"executed": executed, "tile_bundles": block_bundles}
 
@@ -146,8 +158,8 @@ def kernel_steps(
     if direction_of(kernel) == "forward":
         return pallas_forward(config.block_schedule(), config, grid_heads)
     # The kernels of all spans of keys have one name; the length of the schedule tells them apart.
-    schedules = [config.block_schedule(span) for span in common.kv_spans(config)]
     length = vliw_schedule.first_table_length(text)
+    schedules = [span.schedule for span in common.kv_spans(config)]
     return next((pallas_backward(each, config, grid_heads) for each in schedules if len(each) == length), None)
 
 
@@ -176,7 +188,9 @@ def pallas_forward(
     """Steps of our forward kernel: init, scores, mask, softmax, product, epilogue."""
     steps, first, masked, last = _count_flags(schedule, grid_heads)
     taken = (first, steps, masked, steps, steps, last)
-    return replace(_pallas_steps(config), steps=steps, taken=taken, interior=(1, 3, 4), masked=(1, 2, 3, 4))
+    return replace(
+        _pallas_steps(config), steps=steps, taken=taken, interior=(1, 3, 4), masked=(1, 2, 3, 4), block_changes=first
+    )
 
 
 def pallas_backward(
@@ -186,7 +200,8 @@ def pallas_backward(
     steps, first, masked, last = _count_flags(schedule, grid_heads)
     taken = (grid_heads, first, steps, masked, steps, steps, steps, steps, last, grid_heads)
     base = _pallas_steps(config)
-    return replace(base, steps=steps, taken=taken, interior=(2, 4, 5, 6, 7), masked=(2, 3, 4, 5, 6, 7))
+    interior, masked_block = (2, 4, 5, 6, 7), (2, 3, 4, 5, 6, 7)
+    return replace(base, steps=steps, taken=taken, interior=interior, masked=masked_block, block_changes=first)
 
 
 def _count_flags(schedule: BlockSchedule, grid_heads: int) -> tuple[int, int, int, int]:

@@ -76,6 +76,10 @@ class Region(NamedTuple):
         """Number of bundles."""
         return self.stop - self.start
 
+    def bundles(self) -> range:
+        """Addresses of the bundles."""
+        return range(self.start, self.stop)
+
     def inside(self, other: "Region") -> bool:
         """Whether the other region contains this one."""
         return other.start <= self.start and self.stop <= other.stop
@@ -103,6 +107,17 @@ def regions(text: str) -> tuple[int, list[Region]]:
         jumps += [(address, label) for label in _JUMP.findall(line)]
     spans = [(source, addresses[label]) for source, label in jumps if label in addresses]
     return address + 1, sorted(Region(a + 1, b, False) if a < b else Region(b, a + 1, True) for a, b in spans)
+
+
+def strided_transfers(text: str) -> list[int]:
+    """Find the bundles of a kernel that start a transfer of a block in several pieces, given its final bundles."""
+    found, address = [], -1
+    for line in text.splitlines():
+        if bundle := _BUNDLE.match(line):
+            address = int(bundle[1], 16)
+        if " = dma.general " in line:
+            found.append(address)
+    return found
 
 
 def branch_sizes(text: str) -> list[int]:

@@ -2,7 +2,8 @@
 
 A block has `block_q` queries of each of the G heads of one key head, packed to R = G block_q rows, against `block_kv`
 keys. Blocks are transposed, with keys down and queries across. Arrays consist of subtiles: [B K, query
-subtiles, n, rows] along the queries, [B K, key subtiles, keys, D] along the keys.
+subtiles, n, rows] along the queries, [B K, key subtiles, keys, D] along the keys. On TPUs those with D numbers for each
+query are [B K, G, T, D] instead.
 """
 
 import math
@@ -93,7 +94,7 @@ class ForwardResult(NamedTuple):
     every p of the row.
 
     Attributes:
-        o: output [heads, query subtiles, D, rows].
+        o: output, as q.
         o_ungated: output before the gate, in the same shape.
         m: largest score of each row, as the kernel scales scores: [heads, query subtiles, 1, rows].
         inv_l: 1 / sum of each row's exponentials, 0 where the row sees no key; shaped as `m`.
@@ -106,7 +107,7 @@ class ForwardResult(NamedTuple):
 
 
 class QKVGradients(NamedTuple):
-    """Gradients in the kernels' layout: dq as q, dk and dv [heads, key subtiles, D, keys]."""
+    """Gradients in the kernels' layout: each as its argument."""
 
     dq: Array
     dk: Array

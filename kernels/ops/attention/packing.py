@@ -1,6 +1,8 @@
 """The layout of the attention kernels' arrays: grouped heads packed into rows, blocks split into subtiles.
 
-Arrays have one entry per sequence and key head, padded with zeros to a multiple of the block. Padded queries give zero
+Arrays have one entry per sequence and key head, padded with zeros to a multiple of the block. The CPU kernels have all
+queries in rows (`pack_queries`). The TPU kernels pack on the chip (`group_queries`): XLA would transpose the array in
+HBM, and only numbers per row come in rows (`pack_rows`). Padded queries give zero
 gradients because their cotangents are zero; padded keys are past the diagonal or masked.
 """
 
@@ -57,6 +59,38 @@ def unpack_queries(x: Array, config: AttentionConfig, B: int) -> Array:
     K = x.shape[0] // B
     x = x.reshape(B, K, -1, pack.head_groups, pack.q_parts, n, pack.heads, pack.q)
     return x.transpose(0, 2, 4, 7, 1, 3, 6, 5).reshape(B, -1, K * config.G, n)[:, : config.T]
+
+
+def group_queries(x: Array, config: AttentionConfig) -> Array:
+    """Rearrange [B, T, H, D] to [B K, G, T, D], by a transpose that moves the axis of heads only."""
+    B, _, H, D = x.shape
+    x = _pad_to_block(x, config.block_sizes.block_q).transpose(0, 2, 1, 3)
+    return x.reshape(B * H // config.G, config.G, -1, D)
+
+
+def ungroup_queries(x: Array, config: AttentionConfig, B: int) -> Array:
+    """Rearrange [B K, G, T, D] to [B, T, H, D]."""
+    _, _, T, D = x.shape
+    return x.reshape(B, -1, T, D).transpose(0, 2, 1, 3)[:, : config.T]
+
+
+def is_elementwise_gate(gate: Array, q: Array) -> bool:
+    """Return whether a gate has the layout of q, and not that of one number per row."""
+    return gate.shape == q.shape
+
+
+def pack_rows(x: Array, config: AttentionConfig) -> Array:
+    """Rearrange [heads, G, T, 1] to [heads, query subtiles, 1, rows]."""
+    pack, heads = _pack_gqa_shape(config), x.shape[0]
+    x = x.reshape(heads, pack.head_groups, pack.heads, -1, pack.q_parts, pack.q)
+    return x.transpose(0, 3, 1, 4, 2, 5).reshape(heads, -1, 1, pack.heads * pack.q)
+
+
+def unpack_rows(x: Array, config: AttentionConfig) -> Array:
+    """Rearrange [heads, query subtiles, 1, rows] to [heads, G, T, 1]."""
+    pack, heads = _pack_gqa_shape(config), x.shape[0]
+    x = x.reshape(heads, -1, pack.head_groups, pack.q_parts, pack.heads, pack.q)
+    return x.transpose(0, 2, 4, 1, 3, 5).reshape(heads, config.G, -1, 1)
 
 
 def pack_keys(x: Array, config: AttentionConfig) -> Array:

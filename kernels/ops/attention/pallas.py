@@ -16,7 +16,17 @@ from dantinox.kernels.ops.attention.common import (
     SegmentTables,
     split_small_scale,
 )
-from dantinox.kernels.ops.attention.packing import pack_keys, pack_queries, segment_tables, unpack_queries
+from dantinox.kernels.ops.attention.packing import (
+    group_queries,
+    is_elementwise_gate,
+    pack_keys,
+    pack_queries,
+    pack_rows,
+    segment_tables,
+    ungroup_queries,
+    unpack_queries,
+    unpack_rows,
+)
 from dantinox.kernels.ops.attention.pallas_cpu import block_sizes as cpu_block_sizes
 from dantinox.kernels.ops.attention.pallas_cpu import bwd as cpu_bwd
 from dantinox.kernels.ops.attention.pallas_cpu import fwd as cpu_fwd
@@ -63,9 +73,11 @@ def attention(
         )
     config = AttentionConfig(T, S, G, causal, window, scale, softcap, sizes)
     segments = None if segment_ids is None else segment_tables(*segment_ids, K, config)
-    gate = None if gate is None else pack_queries(gate, config)
-    q, k, v = pack_queries(q, config), pack_keys(k, config), pack_keys(v, config).swapaxes(-1, -2)
-    return unpack_queries(_attention(q, k, v, gate, segments, config), config, B).astype(dtype)
+    pack, unpack = (pack_queries, unpack_queries) if _for_cpu(config) else (group_queries, ungroup_queries)
+    if gate is not None:
+        gate = pack_queries(gate, config) if gate.shape[-1] == 1 else pack(gate, config)
+    q, k, v = pack(q, config), pack_keys(k, config), pack_keys(v, config)
+    return unpack(_attention(q, k, v, gate, segments, config), config, B).astype(dtype)
 
 
 class Residuals(NamedTuple):
@@ -97,12 +109,18 @@ def _attention_fwd(q, k, v, gate, segments, config):
 
 def _attention_bwd(config: AttentionConfig, residuals: Residuals, do: Array) -> tuple:
     q, k, v, gate, segments, o_ungated, m, inv_l = residuals
-    do_ungated, dgate, delta = _bwd_preprocess(do, o_ungated, gate)
-    v = v.swapaxes(-1, -2)
-    attention_bwd = cpu_bwd.attention_bwd if _for_cpu(config) else tpu_bwd.attention_bwd
-    run_bwd = functools.partial(attention_bwd, config=config, cost=_cost(q, gate, config, backward=True))
+    if _for_cpu(config):
+        attention_bwd = cpu_bwd.attention_bwd
+        do_ungated, dgate, delta = _bwd_preprocess(do, o_ungated, gate, D_axis=-2)
+    else:
+        attention_bwd = tpu_bwd.attention_bwd
+        in_rows = gate is not None and not is_elementwise_gate(gate, q)
+        gate_of_queries = unpack_rows(gate, config) if in_rows else gate
+        do_ungated, dgate, delta = _bwd_preprocess(do, o_ungated, gate_of_queries, D_axis=-1)
+        dgate, delta = pack_rows(dgate, config) if in_rows else dgate, pack_rows(delta, config)
+    run_bwd = functools.partial(attention_bwd, config=config, cost=_cost(q, k, gate, config, backward=True))
     dq, dk, dv = _call_kernel(run_bwd, q, k, v, do_ungated, m, inv_l, delta, segments)
-    return dq, dk.swapaxes(-1, -2), dv, dgate, None
+    return dq, dk, dv, dgate, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -124,7 +142,7 @@ def _run_fwd(
     residuals: bool,
 ) -> ForwardResult:
     attention_fwd = cpu_fwd.attention_fwd if _for_cpu(config) else tpu_fwd.attention_fwd
-    return attention_fwd(q, k, v, gate, segments, config, residuals=residuals, cost=_cost(q, gate, config))
+    return attention_fwd(q, k, v, gate, segments, config, residuals=residuals, cost=_cost(q, k, gate, config))
 
 
 def _for_cpu(config: AttentionConfig) -> bool:
@@ -132,34 +150,35 @@ def _for_cpu(config: AttentionConfig) -> bool:
     return isinstance(config.block_sizes, cpu_block_sizes.CpuBlockSizes)
 
 
-def _bwd_preprocess(do: Array, o_ungated: Array, gate: Array | None) -> tuple[Array, Array | None, Array]:
-    """Return (cotangent of the ungated output, dgate, delta [..., 1, rows]) in one pass, which XLA fuses."""
+def _bwd_preprocess(do: Array, o_ungated: Array, gate: Array | None, D_axis: int) -> tuple[Array, Array | None, Array]:
+    """Return (cotangent of the ungated output, dgate, delta) in one pass, which XLA fuses; delta has a D of 1."""
+    do = jax.lax.optimization_barrier(do)  # or XLA copies it to the layout of the kernels in float32
     do_f32, o_ungated = do.astype(jnp.float32), o_ungated.astype(jnp.float32)
     if gate is None:
-        return do, None, jnp.sum(do_f32 * o_ungated, axis=-2, keepdims=True)
+        return do, None, jnp.sum(do_f32 * o_ungated, axis=D_axis, keepdims=True)
     sigmoid_gate = jax.nn.sigmoid(gate.astype(jnp.float32))
     # 1 - sigmoid rounds to zero from x = 17 on. The product of the sigmoids comes first, because it cannot overflow.
     dgate = do_f32 * (o_ungated * (sigmoid_gate * jax.nn.sigmoid(-gate.astype(jnp.float32))))
-    if gate.shape[-2] == 1:
-        dgate = jnp.sum(dgate, axis=-2, keepdims=True)
+    if gate.shape[D_axis] == 1:
+        dgate = jnp.sum(dgate, axis=D_axis, keepdims=True)
     do_ungated = do_f32 * sigmoid_gate
     return (
         do_ungated.astype(do.dtype),
         dgate.astype(gate.dtype),
-        jnp.sum(do_ungated * o_ungated, axis=-2, keepdims=True),
+        jnp.sum(do_ungated * o_ungated, axis=D_axis, keepdims=True),
     )
 
 
-def _cost(q: Array, gate: Array | None, config: AttentionConfig, backward: bool = False) -> cost.Cost:
+def _cost(q: Array, k: Array, gate: Array | None, config: AttentionConfig, backward: bool = False) -> cost.Cost:
     """Return the cost of all heads; packed segments count as one, since their ids are unknown at trace time."""
-    gate_kind = "none" if gate is None else "elementwise" if gate.shape[2] == q.shape[2] else "head"
+    gate_kind = "none" if gate is None else "elementwise" if is_elementwise_gate(gate, q) else "head"
     return cost.attention(
         B=q.shape[0],
         T=config.T,
         S=config.S,
         H=config.G,
         K=1,
-        D=q.shape[2],
+        D=k.shape[-1],
         causal=config.causal,
         window=config.window,
         gate=gate_kind,

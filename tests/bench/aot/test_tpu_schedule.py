@@ -8,7 +8,7 @@ import pytest
 from bench.aot import hardware, profile, worker_pool
 from bench.aot.cases import Case
 from bench.aot.report import readme, sm90_tables, tpu_tables
-from bench.aot.tpu import attention_bundles, vliw_schedule
+from bench.aot.tpu import attention_bundles, vliw_schedule, xla_cycles
 from dantinox.kernels import workloads
 from dantinox.kernels.ops.attention.pallas_tpu import common
 
@@ -84,6 +84,62 @@ def test_vmem_report_and_custom_calls_are_parsed():
         '  ROOT %other = f32[8] custom-call(%q), custom_call_target="Sharding"\n'
     )
     assert vliw_schedule.custom_calls(hlo) == {"splash.1"}
+
+
+HLO = """\
+HloModule jit_f
+%fused_computation (param_0: f32[8,128]) -> f32[8,128] {
+  ROOT %multiply.1 = f32[8,128]{1,0} multiply(%param_0, %param_0)
+}
+ENTRY %main (x: f32[8,128]) -> f32[8,128] {
+  %copy.1 = f32[8,128]{0,1} copy(%x), backend_config={"window_config":{},"estimated_cycles":"1200","iteration":1}
+  %k.1 = f32[8,128]{1,0} custom-call(%copy.1), custom_call_target="tpu_custom_call", backend_config={"estimated_cycles":"9"}
+  %bitcast.1 = f32[8,128]{1,0} bitcast(%k.1)
+  ROOT %fusion = f32[8,128]{1,0} fusion(%bitcast.1), calls=%fused_computation, backend_config={"estimated_cycles":"34"}
+}
+"""
+
+
+def test_cycles_of_xla_are_those_outside_of_kernels():
+    assert xla_cycles.count(HLO) == 1200 + 34
+    assert xla_cycles.count("") == 0
+
+
+def test_cycles_cell_has_the_smallest_sum():
+    def row(xla, *executed):
+        return {"kernels": [{"executed": n} for n in executed], "xla_cycles": xla}
+
+    rows = {
+        "attention / x / splash / bfloat16 / both": row(300_000, 1_000_000, 500_000),
+        "attention / x / splash_512 / bfloat16 / both": row(400_000, 1_200_000, 100_000),
+        "attention / x / pallas / bfloat16 / both": {
+            "kernels": [{"executed": 1}]
+        },  # compiled before these were counted
+    }
+    assert tpu_tables.cycles_cell(rows, "x", ("splash", "splash_512"), "both") == "1300 + 400 = 1700"
+    assert tpu_tables.cycles_cell(rows, "x", ("pallas",), "both") == ""
+    workload = workloads.get("attention", "aot tpu d128 4k causal")
+    ours = {f"attention / {workload.name} / pallas / bfloat16 / forward": row(200_000, 100_400)}
+    (*_, line) = tpu_tables.cycles_table({"v6e": ours, "v5e": {}}).splitlines()
+    assert line == "| v6e | 128 |  | 4096 | 100 + 200 = 300 |  |  |  |"
+    assert tpu_tables.cycles_table({"v6e": rows}) == ""
+
+
+def test_transfers_in_pieces_count_when_their_block_changes():
+    # In front of the body, a region of one bundle starts a load in pieces.
+    region = (
+        "   0x2   : > { %5 = sbr.rel (%p1) target = $region7 }\n   0x3   : > { %6 = dma.general (%p2), %s1 }\n"
+        "   0x4 PF: > { %7 = sadd.s32 1, %s1 } /* Start/End empty region 7 */\n   0x4   : >"
+    )
+    text = FINAL.replace("   0x2   : >", region).replace("   0x3   : > { %6 = sbr", "   0x5   : > { %6 = sbr")
+    text = text.replace("0x6 PF", "0x8 PF").replace("0x7   : >", "0x9   : >").replace("0x9 LB", "0xa LB")
+    assert vliw_schedule.strided_transfers(text) == [3]
+    steps = attention_bundles.KernelSteps(
+        steps=10, taken=(2, 4), interior=(), masked=(1,), tile=(8, 8), trips=3, block_changes=5
+    )
+    with_transfer = attention_bundles.count_bundles(text, steps)
+    without = attention_bundles.count_bundles(text.replace("dma.general", "dma.simple"), steps)
+    assert without["executed"] - with_transfer["executed"] == (10 - 5) * 1
 
 
 def test_kernel_parts_and_executed_bundles_are_counted():
@@ -163,7 +219,7 @@ def test_kernel_of_a_span_is_identified_by_its_steps():
     workload = workloads.get("attention", "aot tpu d256 32k causal")
     case = Case("attention", workload.name, "pallas", "bfloat16", "both")
     config, heads = attention_bundles.pallas_config(workload, V6E)
-    lengths = [len(config.block_schedule(span)) for span in common.kv_spans(config)]
+    lengths = [len(span.schedule) for span in common.kv_spans(config)]
     assert len(lengths) == len(set(lengths)) > 1
     kernels = [
         attention_bundles.kernel_steps(workload, case, V6E, "t_backward.1", f"[shape: s32[{n}], index: 0]")

@@ -142,4 +142,5 @@ def attention_bwd(
         name="attention_backward",
         cost=cost,
     )
+    dk, dv = dk.swapaxes(-1, -2), dv.swapaxes(-1, -2)
     return QKVGradients(dq, (dk * config.scale).astype(k.dtype), dv.astype(v.dtype))

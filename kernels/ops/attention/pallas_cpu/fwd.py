@@ -100,7 +100,7 @@ def attention_fwd(
     Args:
         q: [heads, query blocks, D, rows].
         k: [heads, key blocks, keys, D].
-        v: [heads, key blocks, D, keys].
+        v: as k.
         gate: as q, or [heads, query blocks, 1, rows], or None.
         segments: segment ids, or None.
         config: static parameters of the kernel.
@@ -111,6 +111,7 @@ def attention_fwd(
         The output and, if requested, the residuals.
     """
     *blocks, D, rows = q.shape
+    v = v.swapaxes(-1, -2)
     o, row = varying_shape(q.shape, q.dtype, q, k), varying_shape((*blocks, 1, rows), jnp.float32, q, k)
     outputs = ForwardResult(o, None if gate is None else o, row, row) if residuals else ForwardResult(o)
     schedule, kv_blocks_per_step = config.block_schedule(), config.block_sizes.kv_blocks_per_step

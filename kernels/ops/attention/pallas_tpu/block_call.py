@@ -1,7 +1,7 @@
 """The `pallas_call` of the forward and backward TPU kernels: a grid over (heads, visible blocks)."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,29 +13,41 @@ from dantinox.kernels.ops.attention.block_schedule import BlockSchedule
 from dantinox.kernels.ops.attention.common import AttentionConfig, SegmentTables
 from dantinox.kernels.ops.attention.pallas_tpu.block_sizes import TpuBlockSizes
 from dantinox.kernels.ops.attention.pallas_tpu.common import BlockContext
-from dantinox.kernels.ops.attention.pallas_tpu.refs import BlockRef
+from dantinox.kernels.ops.attention.pallas_tpu.refs import BlockRef, QueriesRef
 
 Array = jax.Array
+Config = AttentionConfig[TpuBlockSizes]
 VMEM_LIMIT_BYTES = 56 * 2**20  # of the smallest chip's 64 MiB
 
 
-class Operand(NamedTuple):
-    """An input of a kernel.
+class Blocked(NamedTuple):
+    """An input or output of a kernel.
 
     Attributes:
-        array: [heads, subtiles, rows, columns].
-        follows: the axis of the score matrix whose block index selects the block.
+        array: the input, or shape and dtype of the output.
+        spec: the block of each step; its index map takes (head, step) and the tables.
+        ref: how the kernel reads and writes the block.
     """
 
-    array: Array
-    follows: Literal["q", "kv"]
-
-
-class Output(NamedTuple):
-    """Shape and dtype of an output of a kernel, and how the grid writes it."""
-
-    shape: jax.ShapeDtypeStruct
+    array: Any
     spec: pl.BlockSpec
+    ref: Callable[[Any], BlockRef] = BlockRef
+
+
+class QBlockRange(NamedTuple):
+    """Query blocks that an array has blocks for; the steps of others stay at the nearest of them.
+
+    Attributes:
+        start: the first.
+        stop: the one after the last.
+    """
+
+    start: int
+    stop: int
+
+    def clamp(self, q_block: Any) -> Any:
+        """Return the nearest query block of the range."""
+        return jnp.clip(q_block, self.start, self.stop - 1)
 
 
 class ScratchShape(NamedTuple):
@@ -45,30 +57,47 @@ class ScratchShape(NamedTuple):
     dtype: Any
 
 
-def block_spec(
-    config: AttentionConfig[TpuBlockSizes], follows: Literal["q", "kv"], *subtile: int, first_block: int = 0
-) -> pl.BlockSpec:
-    """Return the spec of a block of an array [heads, subtiles, *subtile] that follows the query or key block.
+def row_blocks(config: Config, array: Any, held: QBlockRange | None = None) -> Blocked:
+    """Return an array [heads, query subtiles, n, rows] in query blocks; it holds all of them, or only `held`."""
+    num_q_subtiles, _ = config.num_subtiles
 
-    Index maps take (head, step) and the tables; the array begins with block `first_block`.
-    """
-    num_q_subtiles, num_kv_subtiles = config.num_subtiles
-    if follows == "q":
-        return pl.BlockSpec((1, num_q_subtiles, *subtile), lambda g, n, i, *_: (g, i[n] - first_block, 0, 0))
-    return pl.BlockSpec((1, num_kv_subtiles, *subtile), lambda g, n, i, j, *_: (g, j[n] - first_block, 0, 0))
+    def index_map(g: Any, n: Any, q_blocks: Any, *_: Any) -> tuple[Any, ...]:
+        q_block = q_blocks[n]
+        return g, q_block if held is None else held.clamp(q_block) - held.start, 0, 0
+
+    return Blocked(array, pl.BlockSpec((1, num_q_subtiles, *array.shape[2:]), index_map))
+
+
+def query_blocks(config: Config, array: Any, written: QBlockRange | None = None) -> Blocked:
+    """Return an array [heads, G, T, D] in query blocks; an output's steps write all of them, or only `written`."""
+    rows, _ = config.block_sizes.subtile(config.G)
+    block_shape = (1, config.G, config.block_sizes.block_q, array.shape[3])
+
+    def index_map(g: Any, n: Any, q_blocks: Any, *_: Any) -> tuple[Any, ...]:
+        return g, 0, q_blocks[n] if written is None else written.clamp(q_blocks[n]), 0
+
+    return Blocked(array, pl.BlockSpec(block_shape, index_map), lambda ref: QueriesRef(ref, rows))
+
+
+def key_blocks(config: Config, array: Any) -> Blocked:
+    """Return an array [heads, key subtiles, ...] in key blocks."""
+    _, num_kv_subtiles = config.num_subtiles
+    block_shape = (1, num_kv_subtiles, *array.shape[2:])
+    return Blocked(array, pl.BlockSpec(block_shape, lambda g, n, _, kv_blocks, *__: (g, kv_blocks[n], 0, 0)))
 
 
 def pallas_call_over_blocks(
     kernel: Callable[..., None],
-    config: AttentionConfig[TpuBlockSizes],
+    config: Config,
     schedule: BlockSchedule,
-    inputs: dict[str, Operand],
-    outputs: dict[str, Output],
+    inputs: dict[str, Blocked],
+    outputs: dict[str, Blocked],
     scratch: dict[str, ScratchShape],
     *,
     segments: SegmentTables | None,
     name: str,
     cost: Cost,
+    written: dict[str, Array] | None = None,
 ) -> dict[str, Array]:
     """Run `kernel(block, name_ref=..., ...)` over (heads, visible blocks).
 
@@ -76,12 +105,13 @@ def pallas_call_over_blocks(
         kernel: takes a `BlockContext` and, by keyword, a reference `<name>_ref` for each of the names below.
         config: static parameters of the kernel.
         schedule: the visible blocks.
-        inputs: operands by name.
+        inputs: inputs by name.
         outputs: outputs by name.
         scratch: memory that the steps and the phases of a step share, by name.
         segments: segment ids, or None.
         name: name of the kernel.
         cost: cost estimate for the compiler.
+        written: arrays that outputs are written into, by name; blocks that no step writes keep their contents.
 
     Returns:
         The outputs by name.
@@ -93,32 +123,41 @@ def pallas_call_over_blocks(
     }
     if segments is not None:
         tables["overlap_table"] = segments.overlap[:, schedule.q, schedule.kv]
-        inputs = inputs | {"q_ids": Operand(segments.q_ids, "q"), "kv_ids": Operand(segments.kv_ids, "kv")}
+        ids = {"q_ids": row_blocks(config, segments.q_ids), "kv_ids": key_blocks(config, segments.kv_ids)}
+        inputs = inputs | ids
+    written = written or {}
     heads = next(iter(inputs.values())).array.shape[0]
-    names = (*tables, *inputs, *outputs, *scratch)
+    names = (*tables, *inputs, *(f"{output} so far" for output in written), *outputs, *scratch)
 
     def body(*refs: Any) -> None:
         by_name = dict(zip(names, refs, strict=True))
         block = BlockContext(config, **{table: by_name.pop(table) for table in tables})
-        kernel_refs = {ref_name: BlockRef(ref) for ref_name, ref in by_name.items()}
+        for output in written:
+            del by_name[f"{output} so far"]
+        wrappers = {ref_name: x.ref for ref_name, x in (inputs | outputs).items()}
+        kernel_refs = {ref_name: wrappers.get(ref_name, BlockRef)(ref) for ref_name, ref in by_name.items()}
         block.q_ids_ref, block.kv_ids_ref = kernel_refs.pop("q_ids", None), kernel_refs.pop("kv_ids", None)
         kernel(block, **{f"{ref_name}_ref": ref for ref_name, ref in kernel_refs.items()})
 
+    first_written = len(tables) + len(inputs)
     run = pl.pallas_call(
         body,
-        out_shape=[output.shape for output in outputs.values()],
+        out_shape=[output.array for output in outputs.values()],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(tables),
             grid=(heads, len(schedule)),
-            in_specs=[block_spec(config, x.follows, *x.array.shape[2:]) for x in inputs.values()],
+            in_specs=[*(x.spec for x in inputs.values()), *(pl.BlockSpec(memory_space=pl.ANY) for _ in written)],
             out_specs=[output.spec for output in outputs.values()],
             scratch_shapes=[pltpu.VMEM((1, *shape), dtype) for shape, dtype in scratch.values()],
         ),
+        input_output_aliases={first_written + n: list(outputs).index(output) for n, output in enumerate(written)},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT_BYTES
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=VMEM_LIMIT_BYTES,
+            disable_bounds_checks=True,  # the tables name blocks of the arrays only
         ),
         cost_estimate=cost.to_pallas(),
         name=name,
     )
-    results = run(*tables.values(), *(operand.array for operand in inputs.values()))
+    results = run(*tables.values(), *(x.array for x in inputs.values()), *written.values())
     return dict(zip(outputs, results, strict=True))

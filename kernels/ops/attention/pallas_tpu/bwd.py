@@ -8,18 +8,22 @@ Tiling    the grid of `fwd.py`, once per span of keys:
               G x bq rows    ▞    ░    ░    ░       ▞ masked
               G x bq rows    █    ▞    ░    ░       █ interior
               G x bq rows    ▞    █    ▞    ░       ░ not in the grid
-              G x bq rows    ░    ▞  | █    ▞       | dq is summed over the spans at the end
+              G x bq rows    ░    ▞  | █    ▞       | span 1 begins with the dq of span 0
 
 State     dq [D, R] of one query block, dk and dv [D, span] of all keys of the span, in float32. The matmuls for dk and
-          dv also sum over the G heads. Each output is written once: no atomics, and two runs are bit-equal.
-Traffic   reads q, do and three numbers per row once per span, k (also transposed) and v once per visible block.
-          10 D FLOPs per visible pair; two kernels, one for dq and one for dk and dv, would take 14 D and read
-          everything twice.
+          dv also sum over the G heads. Each output is written once: no atomics, and two runs are bit-equal. A query
+          block that sees keys of two spans passes its dq from one to the next in float32.
+Layout    as in `fwd.py`. The transposes of q and do are made once per query block, that of k in every step; dq, dk and
+          dv are transposed before they are written.
+Traffic   reads q, do and three numbers per row once per span, k and v once per visible block; writes and reads dq in
+          float32 where two spans meet. 10 D FLOPs per visible pair; two kernels, one for dq and one for dk and dv,
+          would take 14 D and read everything twice.
 Limits    as the forward kernel.
 Source    Dao, FlashAttention-2 (arXiv:2307.08691), algorithm 2.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +32,6 @@ from jax.experimental import pallas as pl
 from dantinox.kernels.cost import Cost
 from dantinox.kernels.mosaic_tpu import in_32_bits
 from dantinox.kernels.ops.attention.common import (
-    NN,
     NT,
     AttentionConfig,
     QKVGradients,
@@ -36,14 +39,16 @@ from dantinox.kernels.ops.attention.common import (
     dot_per_head,
 )
 from dantinox.kernels.ops.attention.pallas_tpu.block_call import (
-    Operand,
-    Output,
+    Blocked,
+    QBlockRange,
     ScratchShape,
-    block_spec,
+    key_blocks,
     pallas_call_over_blocks,
+    query_blocks,
+    row_blocks,
 )
 from dantinox.kernels.ops.attention.pallas_tpu.block_sizes import TpuBlockSizes
-from dantinox.kernels.ops.attention.pallas_tpu.common import LOG2E, BlockContext, kv_spans
+from dantinox.kernels.ops.attention.pallas_tpu.common import LOG2E, BlockContext, KvSpan, kv_spans
 from dantinox.kernels.ops.attention.pallas_tpu.refs import BlockRef
 from dantinox.kernels.softcap import cap_derivative
 from dantinox.kernels.vma import varying_shape
@@ -55,7 +60,7 @@ KEYS_IN_VREGS = 64  # keys of a subtile processed at a time, or registers spill
 def _bwd_kernel(
     block: BlockContext,
     *,
-    first_kv_block: int,
+    span: KvSpan,
     q_ref: BlockRef,
     do_ref: BlockRef,
     m_ref: BlockRef,
@@ -63,21 +68,25 @@ def _bwd_kernel(
     delta_ref: BlockRef,
     k_ref: BlockRef,
     v_ref: BlockRef,
-    k_transposed_ref: BlockRef,
-    dq_ref: BlockRef,
+    dq_before_ref: BlockRef | None = None,
+    dq_ref: BlockRef | None = None,
+    dq_shared_ref: BlockRef | None = None,
     dk_ref: BlockRef,
     dv_ref: BlockRef,
     dq_acc_ref: BlockRef,
     dk_acc_ref: BlockRef,
     dv_acc_ref: BlockRef,
+    q_transposed_ref: BlockRef,
+    do_transposed_ref: BlockRef,
+    k_transposed_ref: BlockRef,
     s_ref: BlockRef,
     dp_ref: BlockRef,
     p_ref: BlockRef,
     ds_ref: BlockRef,
 ) -> None:
     config = block.config
-    num_q_subtiles, _ = config.num_subtiles
-    span_block = block.kv_block - first_kv_block
+    num_q_subtiles, num_kv_subtiles = config.num_subtiles
+    span_block = block.kv_block - span.start
 
     @pl.when(block.step == 0)
     def init_dk_dv() -> None:
@@ -85,19 +94,26 @@ def _bwd_kernel(
         dv_acc_ref.fill(0)
 
     @pl.when(block.is_first_kv_block)
-    def init_dq() -> None:
-        dq_acc_ref.fill(0)
+    def init_q_block() -> None:
+        for r in range(num_q_subtiles):
+            q_transposed_ref.store(q_ref.load(r).T, r)
+            do_transposed_ref.store(do_ref.load(r).T, r)
+            if dq_before_ref is not None:
+                dq_acc_ref.store(jnp.where(block.q_block < span.continued_stop, dq_before_ref.load(r), 0), r)
+        if dq_before_ref is None:
+            dq_acc_ref.fill(0)
 
     @block.run_phase
     def compute_scores_and_dp() -> None:
         for r, c in block.subtiles():
-            s_ref.store(block.scores(dot_per_head(k_ref.load(c), q_ref.load(r), NN)), r, c)
-            dp_ref.store(dot_per_head(v_ref.load(c), do_ref.load(r), NN) - delta_ref.load(r), r, c)
+            s_ref.store(block.scores(dot_per_head(k_ref.load(c), q_ref.load(r), NT)), r, c)
+            dp_ref.store(dot_per_head(v_ref.load(c), do_ref.load(r), NT) - delta_ref.load(r), r, c)
 
     block.apply_mask(s_ref)
 
     @block.run_phase
     def compute_p_and_ds() -> None:
+        block.transpose_keys(k_ref, k_transposed_ref, "exponentials")
         block_kv_compute = config.block_sizes.block_kv_compute
         step = min(KEYS_IN_VREGS, block_kv_compute)
         for r, c in block.subtiles():
@@ -118,26 +134,41 @@ def _bwd_kernel(
 
     @block.run_phase
     def accumulate_dv() -> None:
-        accumulate_over_q(dv_acc_ref, do_ref, p_ref)
+        accumulate_over_q(dv_acc_ref, do_transposed_ref, p_ref)
 
     @block.run_phase
     def accumulate_dk() -> None:
-        accumulate_over_q(dk_acc_ref, q_ref, ds_ref)
+        accumulate_over_q(dk_acc_ref, q_transposed_ref, ds_ref)
 
     @block.run_phase
     def accumulate_dq() -> None:
+        block.transpose_keys(k_ref, k_transposed_ref, "products")
         block.accumulate_over_keys(dq_acc_ref, k_transposed_ref, ds_ref)
+
+    def store_finished_dq(dq_ref: BlockRef) -> None:
+        for r in range(num_q_subtiles):
+            dq_ref.store_transposed(dq_acc_ref.load(r) * config.scale, r)
+
+    def store_shared_dq(dq_shared_ref: BlockRef) -> None:
+        for r in range(num_q_subtiles):
+            dq_shared_ref.store(dq_acc_ref.load(r), r)
 
     @pl.when(block.is_last_kv_block)
     def store_dq() -> None:
-        for r in range(num_q_subtiles):
-            dq_ref.store(dq_acc_ref.load(r) * config.scale, r)
+        if dq_ref is not None:
+            pl.when(block.q_block < span.shared_start)(functools.partial(store_finished_dq, dq_ref))
+        if dq_shared_ref is not None:
+            pl.when(block.q_block >= span.shared_start)(functools.partial(store_shared_dq, dq_shared_ref))
+
+    def store_key_block(out_ref: BlockRef, acc_ref: BlockRef, scale: float, c: int, n: Any, _: None) -> None:
+        out_ref.store_transposed(acc_ref.load(n, c) * scale, n * num_kv_subtiles + c)
 
     @pl.when(block.step == pl.num_programs(1) - 1)
     def store_dk_dv() -> None:
         for out_ref, acc_ref, scale in ((dk_ref, dk_acc_ref, config.scale), (dv_ref, dv_acc_ref, 1)):
-            out = out_ref.ref
-            out[...] = (acc_ref.ref[...] * scale).reshape(out.shape).astype(out.dtype)
+            for c in range(num_kv_subtiles):
+                store_block = functools.partial(store_key_block, out_ref, acc_ref, scale, c)
+                jax.lax.fori_loop(0, span.stop - span.start, store_block, None)
 
 
 @in_32_bits
@@ -157,7 +188,7 @@ def attention_bwd(
     """Run the backward kernel, once per span of keys.
 
     Args:
-        q: [heads, query subtiles, D, rows].
+        q: [heads, G, T, D].
         k: [heads, key subtiles, keys, D].
         v: as k.
         do: cotangent of the ungated output, as q.
@@ -171,63 +202,67 @@ def attention_bwd(
     Returns:
         The gradients of q, k and v.
     """
-    D, sizes, (num_q_subtiles, num_kv_subtiles) = q.shape[2], config.block_sizes, config.num_subtiles
-    rows, keys = sizes.block_q_compute, sizes.block_kv_compute
+    D, (num_q_subtiles, num_kv_subtiles) = q.shape[3], config.num_subtiles
+    rows, keys = config.block_sizes.subtile(config.G)
     inputs = {
-        "q": Operand(q, "q"),
-        "do": Operand(do, "q"),
-        "m": Operand(m, "q"),
-        "inv_l": Operand(inv_l, "q"),
-        "delta": Operand(delta, "q"),
-        "k": Operand(k, "kv"),
-        "v": Operand(v, "kv"),
-        "k_transposed": Operand(k.swapaxes(-1, -2), "kv"),
+        "q": query_blocks(config, q),
+        "do": query_blocks(config, do),
+        "m": row_blocks(config, m),
+        "inv_l": row_blocks(config, inv_l),
+        "delta": row_blocks(config, delta),
+        "k": key_blocks(config, k),
+        "v": key_blocks(config, v),
     }
     subtile_shape = (num_q_subtiles, num_kv_subtiles, keys, rows)
-    phase_scratch = {
+    scratch = {
+        "dq_acc": ScratchShape((num_q_subtiles, D, rows), jnp.float32),
+        "q_transposed": ScratchShape((num_q_subtiles, D, rows), q.dtype),
+        "do_transposed": ScratchShape((num_q_subtiles, D, rows), do.dtype),
+        "k_transposed": ScratchShape((num_kv_subtiles, D, keys), k.dtype),
         "s": ScratchShape(subtile_shape, jnp.float32),
         "dp": ScratchShape(subtile_shape, jnp.float32),
         "p": ScratchShape(subtile_shape, q.dtype),
         "ds": ScratchShape(subtile_shape, q.dtype),
     }
-    schedules = {span: config.block_schedule(span) for span in kv_spans(config)}
-    num_blocks = sum(map(len, schedules.values()))
-    dq, dk_spans, dv_spans = None, [], []
-    for span, schedule in schedules.items():
-        span_start, span_end = span or (0, k.shape[1] // num_kv_subtiles)
-        q_start, q_end = int(schedule.q.min()) * num_q_subtiles, (int(schedule.q.max()) + 1) * num_q_subtiles
-        dq_dtype = q.dtype if span is None else jnp.float32
-        dq_shape = varying_shape((q.shape[0], q_end - q_start, *q.shape[2:]), dq_dtype, q, k)
-        outputs = {"dq": Output(dq_shape, block_spec(config, "q", D, rows, first_block=q_start // num_q_subtiles))}
-        scratch = {"dq_acc": ScratchShape((num_q_subtiles, D, rows), jnp.float32)}
-        span_shape = ((span_end - span_start) * num_kv_subtiles, D, keys)
-        span_spec = pl.BlockSpec((1, *span_shape), lambda g, n, *_: (g, 0, 0, 0))
-        for name in ("dk", "dv"):
-            outputs[name] = Output(varying_shape((q.shape[0], *span_shape), k.dtype, q, k), span_spec)
-            scratch[f"{name}_acc"] = ScratchShape((span_end - span_start, num_kv_subtiles, D, keys), jnp.float32)
-        results = pallas_call_over_blocks(
-            functools.partial(_bwd_kernel, first_kv_block=span_start),
+    spans = kv_spans(config)
+    num_blocks = sum(len(span.schedule) for span in spans)
+    for name in ("dk", "dv"):
+        scratch[f"{name}_acc"] = ScratchShape((spans[0].stop, num_kv_subtiles, D, keys), jnp.float32)
+    # The first queries may see no key, so that no step writes their rows.
+    results = {"dq": jnp.zeros_like(q)} if spans[0].q_start > 0 else {}
+    for n, span in enumerate(spans):
+        outputs = _dq_outputs(q, span, config)
+        # A block of dk and dv is a span.
+        spec = pl.BlockSpec((1, spans[0].stop * num_kv_subtiles, keys, D), lambda g, *_, n=n: (g, n, 0, 0))
+        outputs |= {name: Blocked(varying_shape(k.shape, k.dtype, q, k), spec) for name in ("dk", "dv")}
+        span_inputs = inputs
+        if span.q_start < span.continued_stop:
+            before = QBlockRange(spans[n - 1].shared_start, span.continued_stop)
+            span_inputs = inputs | {"dq_before": row_blocks(config, results.pop("dq_shared"), before)}
+        results |= pallas_call_over_blocks(
+            functools.partial(_bwd_kernel, span=span),
             config,
-            schedule,
-            inputs,
+            span.schedule,
+            span_inputs,
             outputs,
-            scratch | phase_scratch,
+            scratch,
             segments=segments,
             name="attention_backward",
-            cost=cost.scaled(len(schedule) / num_blocks),
+            cost=cost.scaled(len(span.schedule) / num_blocks),
+            written={name: results[name] for name in ("dq", "dk", "dv") if name in results and name in outputs},
         )
-        dq_span, dk, dv = results.values()
-        if span is None:
-            dq = dq_span
-        else:
-            dq = jnp.zeros(q.shape, jnp.float32) if dq is None else dq
-            dq = dq.at[:, q_start:q_end].add(dq_span)
-        dk_spans.append(dk)
-        dv_spans.append(dv)
-    dk, dv = _concatenate_spans(dk_spans), _concatenate_spans(dv_spans)
-    assert dq is not None
-    return QKVGradients(dq.astype(q.dtype), dk, dv)
+    return QKVGradients(results["dq"], results["dk"], results["dv"])
 
 
-def _concatenate_spans(spans: list[Array]) -> Array:
-    return spans[0] if len(spans) == 1 else jnp.concatenate(spans, 1)
+def _dq_outputs(q: Array, span: KvSpan, config: AttentionConfig[TpuBlockSizes]) -> dict[str, Blocked]:
+    """Return the outputs for the query blocks that a span finishes and for those that the next span continues."""
+    outputs: dict[str, Blocked] = {}
+    (heads, _, _, D), (num_q_subtiles, _) = q.shape, config.num_subtiles
+    if span.q_start < span.shared_start:
+        finished = QBlockRange(span.q_start, span.shared_start)
+        outputs["dq"] = query_blocks(config, varying_shape(q.shape, q.dtype, q), finished)
+    if span.shared_start < span.q_stop:
+        shared = QBlockRange(span.shared_start, span.q_stop)
+        shape = (heads, (shared.stop - shared.start) * num_q_subtiles, D, config.block_sizes.block_q_compute)
+        outputs["dq_shared"] = row_blocks(config, varying_shape(shape, jnp.float32, q), shared)
+    return outputs

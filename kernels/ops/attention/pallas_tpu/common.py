@@ -10,19 +10,25 @@ each, and in phases, each a pass over all subtiles:
             [0,1] [1,1] [2,1]        phase 3   p = 2^(s - m)              transcendental unit
                                      phase 4   o += v^T p                 matrix unit
 
-Between phases the subtiles stay in scratch memory. One phase at a time needs few registers; without the phases libtpu
-interleaves the work and spills more than it gains.
+Blocks of q, gate, do, o and dq are [G, block_q, D] and those of k, v, dk and dv [keys, D], with D across; a subtile of
+queries is one or more heads, or a part of one. Between phases the subtiles stay in scratch memory. One phase at a time
+needs few registers; without the phases libtpu interleaves the work and spills more than it gains.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from dantinox.kernels.ops.attention.block_schedule import FIRST_KV_BLOCK, LAST_KV_BLOCK, NEEDS_MASK
+from dantinox.kernels.ops.attention.block_schedule import (
+    FIRST_KV_BLOCK,
+    LAST_KV_BLOCK,
+    NEEDS_MASK,
+    BlockSchedule,
+)
 from dantinox.kernels.ops.attention.common import (
     MASK_VALUE,
     NN,
@@ -114,6 +120,18 @@ class BlockContext:
             for r, c in self.subtiles():
                 acc_ref.store((acc_ref.load(r) if c else decayed_acc(r)) + partial_product(r, c), r)
 
+    def transpose_keys(
+        self, ref: BlockRef, transposed_ref: BlockRef, phase: Literal["exponentials", "products"]
+    ) -> None:
+        """Transpose the subtiles [keys, D] of the key block, in the phase where that takes the fewest bundles.
+
+        The transpose unit is idle in both. Several subtiles would be transposed again for each product.
+        """
+        _, num_kv_subtiles = self.config.num_subtiles
+        if phase == ("products" if num_kv_subtiles == 1 else "exponentials"):
+            for c in range(num_kv_subtiles):
+                transposed_ref.store(ref.load(c).T, c)
+
     def scores(self, qk: Array) -> Array:
         """Scale and cap the products k q^T; the scores are exponents of 2."""
         return scale_scores(self.config, qk, LOG2E)
@@ -143,10 +161,49 @@ class BlockContext:
         return visible
 
 
-def kv_spans(config: AttentionConfig[TpuBlockSizes]) -> list[tuple[int, int] | None]:
-    """Return the ranges of key blocks whose gradients are summed in VMEM together; [None] if one holds all."""
+class KvSpan(NamedTuple):
+    """A range of keys whose gradients are summed in VMEM together, and the query blocks that see one of them.
+
+    Query blocks before `shared_start` see no later key: their dq is finished here. Those before `continued_stop` see
+    earlier keys too, and begin with the sum of the span before.
+
+    Attributes:
+        start: the first key block.
+        stop: the key block after the last.
+        schedule: the visible blocks.
+        q_start: the first query block.
+        q_stop: the query block after the last.
+        shared_start: the first query block that the next span continues, or q_stop.
+        continued_stop: the query block after the last that continues the span before, or q_start.
+    """
+
+    start: int
+    stop: int
+    schedule: BlockSchedule
+    q_start: int
+    q_stop: int
+    shared_start: int
+    continued_stop: int
+
+
+def kv_spans(config: AttentionConfig[TpuBlockSizes]) -> list[KvSpan]:
+    """Divide the keys into spans."""
     sizes = config.block_sizes
     num_kv_blocks, blocks_per_span = -(-config.S // sizes.block_kv), sizes.kv_span // sizes.block_kv
-    if num_kv_blocks <= blocks_per_span:
-        return [None]
-    return [(start, min(start + blocks_per_span, num_kv_blocks)) for start in range(0, num_kv_blocks, blocks_per_span)]
+    starts = range(0, num_kv_blocks, blocks_per_span)
+    ranges = [(start, min(start + blocks_per_span, num_kv_blocks)) for start in starts]
+    # Only the schedule of all keys has a step for queries without a key.
+    schedules = [config.block_schedule(each if len(ranges) > 1 else None) for each in ranges]
+    q_starts = [int(schedule.q.min()) for schedule in schedules]
+    q_stops = [int(schedule.q.max()) + 1 for schedule in schedules]
+    return [
+        KvSpan(
+            *kv_range,
+            schedules[n],
+            q_starts[n],
+            q_stops[n],
+            shared_start=min([q_stops[n], *q_starts[n + 1 : n + 2]]),
+            continued_stop=max([q_starts[n], *q_stops[max(n - 1, 0) : n]]),
+        )
+        for n, kv_range in enumerate(ranges)
+    ]

@@ -11,6 +11,8 @@ Tiling    grid (heads, visible blocks), the blocks of a query block one after th
               G x bq rows    ▞    █    ▞    ░       ░ not in the grid
 
 State     m, l [1, R] and the output [D, R] of one query block, in float32; written at its last key block.
+Layout    q, gate and o are [heads, G, T, D], k and v [heads, S, D]: with D last, as the caller has them, XLA only moves
+          the axis of heads. The matrix unit transposes q while it loads it, the transpose unit v in every step.
 Traffic   reads q and gate and writes o once, reads k and v once per visible block: 2 T S_visible / bq rows of D.
           4 D FLOPs per visible pair. The naive algorithm moves the T S scores three times.
 Limits    float32, bfloat16, and float16, which is computed in float32; any T, S, H, K, D and softcap. Float32 must hold
@@ -29,22 +31,23 @@ from dantinox.kernels.cost import Cost
 from dantinox.kernels.mosaic_tpu import in_32_bits
 from dantinox.kernels.ops.attention.common import (
     M_INIT,
-    NN,
+    NT,
     AttentionConfig,
     ForwardResult,
     SegmentTables,
     dot_per_head,
 )
+from dantinox.kernels.ops.attention.packing import is_elementwise_gate
 from dantinox.kernels.ops.attention.pallas_tpu.block_call import (
-    Operand,
-    Output,
     ScratchShape,
-    block_spec,
+    key_blocks,
     pallas_call_over_blocks,
+    query_blocks,
+    row_blocks,
 )
 from dantinox.kernels.ops.attention.pallas_tpu.block_sizes import TpuBlockSizes
 from dantinox.kernels.ops.attention.pallas_tpu.common import BlockContext
-from dantinox.kernels.ops.attention.pallas_tpu.refs import BlockRef
+from dantinox.kernels.ops.attention.pallas_tpu.refs import BlockRef, QueriesRef
 from dantinox.kernels.vma import varying_shape
 
 Array = jax.Array
@@ -68,6 +71,7 @@ def _fwd_kernel(
     s_max_ref: BlockRef,
     p_ref: BlockRef,
     decay_ref: BlockRef,
+    v_transposed_ref: BlockRef,
 ) -> None:
     config = block.config
     num_q_subtiles, num_kv_subtiles = config.num_subtiles
@@ -84,7 +88,7 @@ def _fwd_kernel(
     @block.run_phase
     def compute_scores() -> None:
         for r, c in block.subtiles():
-            s = block.scores(dot_per_head(k_ref.load(c), q_ref.load(r), NN))
+            s = block.scores(dot_per_head(k_ref.load(c), q_ref.load(r), NT))
             s_ref.store(s, r, c)
             store_max(r, c, s)
 
@@ -92,6 +96,7 @@ def _fwd_kernel(
 
     @block.run_phase
     def compute_softmax() -> None:
+        block.transpose_keys(v_ref, v_transposed_ref, "exponentials")
         for r in range(num_q_subtiles):
             m_prev = m_ref.load(r)
             m = functools.reduce(jnp.maximum, (s_max_ref.load(r, c) for c in range(num_kv_subtiles)), m_prev)
@@ -106,7 +111,26 @@ def _fwd_kernel(
 
     @block.run_phase
     def accumulate_output() -> None:
-        block.accumulate_over_keys(acc_ref, v_ref, p_ref, decay_ref)
+        block.transpose_keys(v_ref, v_transposed_ref, "products")
+        block.accumulate_over_keys(acc_ref, v_transposed_ref, p_ref, decay_ref)
+
+    def store_gated(gate_ref: QueriesRef, r: int, o: Array) -> None:
+        rows = gate_ref.rows_per_piece
+        for piece in range(o.shape[-1] // rows):
+            o_piece = o[:, piece * rows : (piece + 1) * rows].T
+            if o_ungated_ref is not None:
+                o_ungated_ref.store(o_piece, r, piece)
+            o_ref.store(o_piece * jax.nn.sigmoid(gate_ref.load(r, piece).astype(jnp.float32)), r, piece)
+
+    def store_output(r: int, o: Array) -> None:
+        if isinstance(gate_ref, QueriesRef):
+            store_gated(gate_ref, r, o)
+            return
+        if o_ungated_ref is not None:
+            o_ungated_ref.store_transposed(o, r)
+        if gate_ref is not None:
+            o = o * jax.nn.sigmoid(gate_ref.load(r).astype(jnp.float32))
+        o_ref.store_transposed(o, r)
 
     @pl.when(block.is_last_kv_block)
     def epilogue() -> None:
@@ -114,12 +138,7 @@ def _fwd_kernel(
             l = l_ref.load(r)
             sees_no_key = l == 0
             safe_l = jnp.where(sees_no_key, 1.0, l)
-            o = acc_ref.load(r) / safe_l
-            if o_ungated_ref is not None:
-                o_ungated_ref.store(o, r)
-            if gate_ref is not None:
-                o = o * jax.nn.sigmoid(gate_ref.load(r).astype(jnp.float32))
-            o_ref.store(o, r)
+            store_output(r, acc_ref.load(r) / safe_l)
             if m_out_ref is not None and inv_l_ref is not None:
                 m_out_ref.store(m_ref.load(r), r)
                 inv_l_ref.store(jnp.where(sees_no_key, 0.0, 1 / safe_l), r)
@@ -140,9 +159,9 @@ def attention_fwd(
     """Run the forward kernel.
 
     Args:
-        q: [heads, query subtiles, D, rows].
+        q: [heads, G, T, D].
         k: [heads, key subtiles, keys, D].
-        v: [heads, key subtiles, D, keys].
+        v: as k.
         gate: as q, or [heads, query subtiles, 1, rows], or None.
         segments: segment ids, or None.
         config: static parameters of the kernel.
@@ -152,17 +171,16 @@ def attention_fwd(
     Returns:
         The output and, if requested, the residuals.
     """
-    D, sizes, (num_q_subtiles, num_kv_subtiles) = q.shape[2], config.block_sizes, config.num_subtiles
-    rows, keys = sizes.block_q_compute, sizes.block_kv_compute
-    inputs = {"q": Operand(q, "q"), "k": Operand(k, "kv"), "v": Operand(v, "kv")}
-    o_spec, row_spec = block_spec(config, "q", D, rows), block_spec(config, "q", 1, rows)
-    outputs = {"o": Output(varying_shape(q.shape, q.dtype, q, k), o_spec)}
+    (heads, G, T, D), (num_q_subtiles, num_kv_subtiles) = q.shape, config.num_subtiles
+    rows, keys = config.block_sizes.subtile(G)
+    inputs = {"q": query_blocks(config, q), "k": key_blocks(config, k), "v": key_blocks(config, v)}
+    outputs = {"o": query_blocks(config, varying_shape(q.shape, q.dtype, q, k))}
     if gate is not None:
-        inputs["gate"] = Operand(gate, "q")
+        inputs["gate"] = query_blocks(config, gate) if is_elementwise_gate(gate, q) else row_blocks(config, gate)
         if residuals:
             outputs["o_ungated"] = outputs["o"]
     if residuals:
-        row_output = Output(varying_shape((*q.shape[:2], 1, rows), jnp.float32, q, k), row_spec)
+        row_output = row_blocks(config, varying_shape((heads, G * T // rows, 1, rows), jnp.float32, q, k))
         outputs |= {"m_out": row_output, "inv_l": row_output}
     row_shape = (num_q_subtiles, 1, rows)
     scratch = {
@@ -173,6 +191,7 @@ def attention_fwd(
         "s_max": ScratchShape((num_q_subtiles, num_kv_subtiles, 1, rows), jnp.float32),
         "p": ScratchShape((num_q_subtiles, num_kv_subtiles, keys, rows), v.dtype),
         "decay": ScratchShape(row_shape, jnp.float32),
+        "v_transposed": ScratchShape((num_kv_subtiles, D, keys), v.dtype),
     }
     results = pallas_call_over_blocks(
         _fwd_kernel,
