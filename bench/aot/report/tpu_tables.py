@@ -36,7 +36,7 @@ def update(text: str, profiles: Mapping[str, Rows]) -> str:
     Raises:
         ValueError: one of the marks does not occur exactly once.
     """
-    tables = (bundles_table, cycles_table, blocks_table, gmm_table, experts_table, bytes_moved_tables)
+    tables = (bundles_table, blocks_table, gmm_table, experts_table, bytes_moved_tables, cycles_table)
     written = [table(profiles) for table in tables]
     return markdown.replace_between(text, MARKS, "\n\n".join(filter(None, written)) + "\n")
 
