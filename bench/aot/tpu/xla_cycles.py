@@ -1,7 +1,8 @@
 """Count the cycles of XLA's own operations around hand-written kernels, as libtpu estimates them.
 
 libtpu writes an estimate into the backend configuration of each instruction that it schedules. It is static and knows
-no contention; some transfers between HBM and VMEM that run beside other operations have none. A loop counts once.
+no contention. Instructions without an estimate count nothing: some transfers between HBM and VMEM that run beside other
+operations, and those where libtpu writes -1, as an unsigned number. A loop counts once.
 """
 
 import re
@@ -17,4 +18,5 @@ def count(hlo: str) -> int:
         hlo: the optimized module of a compiled program, as text.
     """
     instructions = (line for line in hlo.splitlines() if _KERNEL not in line)
-    return sum(int(match[1]) for line in instructions if (match := _ESTIMATE.search(line)))
+    estimates = (int(match[1]) for line in instructions if (match := _ESTIMATE.search(line)))
+    return sum(cycles for cycles in estimates if cycles < 2**63)

@@ -106,8 +106,9 @@ def _bwd_kernel(
     @block.run_phase
     def compute_scores_and_dp() -> None:
         for r, c in block.subtiles():
-            s_ref.store(block.scores(dot_per_head(k_ref.load(c), q_ref.load(r), NT)), r, c)
-            dp_ref.store(dot_per_head(v_ref.load(c), do_ref.load(r), NT) - delta_ref.load(r), r, c)
+            s_ref.store(block.scores(block.keys_times_queries(k_ref, q_ref, q_transposed_ref, r, c)), r, c)
+            dp = block.keys_times_queries(v_ref, do_ref, do_transposed_ref, r, c)
+            dp_ref.store(dp - delta_ref.load(r), r, c)
 
     block.apply_mask(s_ref)
 

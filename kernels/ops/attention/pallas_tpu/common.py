@@ -33,6 +33,7 @@ from dantinox.kernels.ops.attention.common import (
     MASK_VALUE,
     NN,
     NO_OVERLAP,
+    NT,
     PARTIAL_OVERLAP,
     AttentionConfig,
     dot_per_head,
@@ -44,6 +45,7 @@ from dantinox.kernels.ops.attention.pallas_tpu.refs import BlockRef
 
 Array = jax.Array
 LOG2E = math.log2(math.e)  # factor that makes scores exponents of 2: the instruction is 2^x
+MIN_D_TO_TRANSPOSE_ON_LOAD = 128  # the matrix unit takes as long to transpose fewer columns
 MAX_ACC_IN_VREGS = 32 * 1024  # float32 of an accumulator that stays in registers: half of a TPU's 64 Ki
 
 
@@ -119,6 +121,23 @@ class BlockContext:
         else:
             for r, c in self.subtiles():
                 acc_ref.store((acc_ref.load(r) if c else decayed_acc(r)) + partial_product(r, c), r)
+
+    def keys_times_queries(
+        self, keys_ref: BlockRef, queries_ref: BlockRef, transposed_ref: BlockRef | None, r: int, c: int
+    ) -> Array:
+        """Compute k q^T [keys, rows] of a subtile, from the transposed queries if D is small.
+
+        Args:
+            keys_ref: subtiles [keys, D].
+            queries_ref: subtiles [rows, D].
+            transposed_ref: the same, [D, rows]; unused from `MIN_D_TO_TRANSPOSE_ON_LOAD` on.
+            r: index of the subtile along the queries.
+            c: index of the subtile along the keys.
+        """
+        k = keys_ref.load(c)
+        if transposed_ref is not None and k.shape[-1] < MIN_D_TO_TRANSPOSE_ON_LOAD:
+            return dot_per_head(k, transposed_ref.load(r), NN)
+        return dot_per_head(k, queries_ref.load(r), NT)
 
     def transpose_keys(
         self, ref: BlockRef, transposed_ref: BlockRef, phase: Literal["exponentials", "products"]

@@ -12,7 +12,8 @@ Tiling    grid (heads, visible blocks), the blocks of a query block one after th
 
 State     m, l [1, R] and the output [D, R] of one query block, in float32; written at its last key block.
 Layout    q, gate and o are [heads, G, T, D], k and v [heads, S, D]: with D last, as the caller has them, XLA only moves
-          the axis of heads. The matrix unit transposes q while it loads it, the transpose unit v in every step.
+          the axis of heads. The matrix unit transposes q while it loads it (D < 128: the transpose unit, once), the
+          transpose unit v in every step.
 Traffic   reads q and gate and writes o once, reads k and v once per visible block: 2 T S_visible / bq rows of D.
           4 D FLOPs per visible pair. The naive algorithm moves the T S scores three times.
 Limits    float32, bfloat16, and float16, which is computed in float32; any T, S, H, K, D and softcap. Float32 must hold
@@ -31,11 +32,9 @@ from dantinox.kernels.cost import Cost
 from dantinox.kernels.mosaic_tpu import in_32_bits
 from dantinox.kernels.ops.attention.common import (
     M_INIT,
-    NT,
     AttentionConfig,
     ForwardResult,
     SegmentTables,
-    dot_per_head,
 )
 from dantinox.kernels.ops.attention.packing import is_elementwise_gate
 from dantinox.kernels.ops.attention.pallas_tpu.block_call import (
@@ -46,7 +45,7 @@ from dantinox.kernels.ops.attention.pallas_tpu.block_call import (
     row_blocks,
 )
 from dantinox.kernels.ops.attention.pallas_tpu.block_sizes import TpuBlockSizes
-from dantinox.kernels.ops.attention.pallas_tpu.common import BlockContext
+from dantinox.kernels.ops.attention.pallas_tpu.common import MIN_D_TO_TRANSPOSE_ON_LOAD, BlockContext
 from dantinox.kernels.ops.attention.pallas_tpu.refs import BlockRef, QueriesRef
 from dantinox.kernels.vma import varying_shape
 
@@ -72,6 +71,7 @@ def _fwd_kernel(
     p_ref: BlockRef,
     decay_ref: BlockRef,
     v_transposed_ref: BlockRef,
+    q_transposed_ref: BlockRef | None = None,
 ) -> None:
     config = block.config
     num_q_subtiles, num_kv_subtiles = config.num_subtiles
@@ -81,6 +81,9 @@ def _fwd_kernel(
         m_ref.fill(M_INIT)
         l_ref.fill(0)
         acc_ref.fill(0)
+        if q_transposed_ref is not None:
+            for r in range(num_q_subtiles):
+                q_transposed_ref.store(q_ref.load(r).T, r)
 
     def store_max(r: int, c: int, s: Array) -> None:
         s_max_ref.store(jnp.max(s, axis=-2, keepdims=True), r, c)
@@ -88,7 +91,7 @@ def _fwd_kernel(
     @block.run_phase
     def compute_scores() -> None:
         for r, c in block.subtiles():
-            s = block.scores(dot_per_head(k_ref.load(c), q_ref.load(r), NT))
+            s = block.scores(block.keys_times_queries(k_ref, q_ref, q_transposed_ref, r, c))
             s_ref.store(s, r, c)
             store_max(r, c, s)
 
@@ -193,6 +196,8 @@ def attention_fwd(
         "decay": ScratchShape(row_shape, jnp.float32),
         "v_transposed": ScratchShape((num_kv_subtiles, D, keys), v.dtype),
     }
+    if D < MIN_D_TO_TRANSPOSE_ON_LOAD:
+        scratch["q_transposed"] = ScratchShape((num_q_subtiles, D, rows), q.dtype)
     results = pallas_call_over_blocks(
         _fwd_kernel,
         config,
