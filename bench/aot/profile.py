@@ -15,6 +15,7 @@ Profile = dict[str, Any]
 TEMP_GROWTH = 1.05
 MXU_LOSS = 0.005  # of a fraction: less is rounding
 BUNDLE_GROWTH = 1.01
+XLA_GROWTH = 1.05  # of cycles that are estimates
 STEADY_GROWTH = 1.03
 BYTES_MOVED_GROWTH = 1.001  # counted, not measured
 
@@ -90,6 +91,9 @@ def _row_regressions(old: Row, new: Row) -> list[str]:
     for direction in sorted(before.keys() & after.keys()):
         if after[direction] > before[direction] * BUNDLE_GROWTH:
             lines.append(f"{direction}: bundles per pair {before[direction]:g} -> {after[direction]:g}")
+    before, after = (row.get("xla_cycles", 0) for row in (old, new))
+    if before and after > before * XLA_GROWTH:
+        lines.append(f"cycles of XLA {before:,} -> {after:,}")
     old_kernels = _number_kernels(old["kernels"])
     for name, kernel in _number_kernels(new["kernels"]).items():
         if name in old_kernels:

@@ -165,6 +165,7 @@ def executed(per_pair, **change):
         (row(TPU_KERNEL), row(TPU_KERNEL, fills=5), "fill slots 4 -> 5"),
         (row(TPU_KERNEL, bundles=100), row(TPU_KERNEL, bundles=102), "k: bundles 100 -> 102"),
         (executed(0.003), executed(0.0031), "forward: bundles per pair 0.003 -> 0.0031"),
+        (row() | {"xla_cycles": 1000}, row() | {"xla_cycles": 1051}, "cycles of XLA 1,000 -> 1,051"),
     ],
 )
 def test_each_kind_of_regression_is_reported(old, new, says):
@@ -186,6 +187,7 @@ def test_each_kind_of_regression_is_reported(old, new, says):
         (row(TPU_KERNEL), row(TPU_KERNEL, mxu_share=0.9, spills=0, fills=0)),
         # A longer program with a lower share, and no slower.
         (executed(0.003, bundles=9), executed(0.003, bundles=99, mxu_share=0.1)),
+        (row(), row() | {"xla_cycles": 1000}),  # not counted before
     ],
     ids=[
         "equal",
@@ -195,6 +197,7 @@ def test_each_kind_of_regression_is_reported(old, new, says):
         "failed before",
         "better schedule",
         "more bundles",
+        "new count",
     ],
 )
 def test_no_regression_is_reported_without_one(old, new):
