@@ -100,7 +100,7 @@ def test_auto_takes_xla_where_the_check_fails(monkeypatch, caplog):
     monkeypatch.setattr(attention_api, "_PROBE", lambda name: {"o": first_use.Result(jnp.float32(name == "pallas"), 0)})
     q = jnp.ones((1, 4, 2, 8))
     with caplog.at_level(logging.WARNING, logger="dantinox.kernels"):
-        chosen = [attention_api.OPERATION.select("auto", q, q, None) for _ in range(3)]
+        chosen = [attention_api.OPERATION.select("auto", q, q, None, True, False) for _ in range(3)]
     assert {function.__module__ for function in chosen} == {"dantinox.kernels.ops.attention.xla"}
     assert len(caplog.records) == 1
 

@@ -30,7 +30,11 @@ MUTANTS: list[Mutant] = [
         ("scatter is a slot off", ":, slot].set(", ":, slot - 1].set(",
          (f"{SLOT}[large batch-xla]", "test_random_caches_match_python_loops")),
         ("new value not stored", "KVCache(k, v, cache", "KVCache(k, cache.v, cache", SLOT),
-        ("length not incremented", "v, cache.length + 1,", "v, cache.length,", SLOT),
+    ),
+    *mutants_of(
+        "ops/decode_attention/api",
+        "decode_attention",
+        ("length not incremented", "jnp.asarray(length) + 1", "jnp.asarray(length)", SLOT),
     ),
     *mutants_of(
         "ops/decode_attention/xla",

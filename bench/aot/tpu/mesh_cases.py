@@ -3,8 +3,8 @@
     python -m bench.aot.tpu.mesh_cases
 
 Every Pallas kernel runs under `shard_map` with its default check, forward and with gradients, and a model with
-attention and experts trains on a mesh of data=2, fsdp=2. Mosaic kernels cannot be partitioned automatically, which the
-interpreter on a CPU does without a word.
+attention and experts trains on a mesh of data=2, fsdp=2. Mosaic kernels cannot be partitioned automatically; the
+interpreter on a CPU can.
 """
 
 import os

@@ -10,6 +10,7 @@ from dantinox.kernels import dispatch, first_use, integers, validation
 from dantinox.kernels.call import call_implementation
 from dantinox.kernels.ops.attention import pallas, probe, xla
 from dantinox.kernels.ops.attention.pallas_cpu import block_sizes as cpu_block_sizes
+from dantinox.kernels.ops.attention.pallas_tpu import limits as tpu_limits
 
 Array = jax.Array
 
@@ -77,7 +78,7 @@ def attention(
     if window is not None:  # a longer window shows no more keys
         window = min(window, max(S, 1)) if isinstance(S, int) else min(window, integers.INT32.max)
 
-    function = OPERATION.select(implementation, q, k, window)
+    function = OPERATION.select(implementation, q, k, window, causal, ids is not None)
     if 0 in (B, T, H, D):
         return q
     return call_implementation(
@@ -130,17 +131,22 @@ def _pallas(*args: Any, **options: Any) -> Array:
     return pallas.attention(*args, **options)
 
 
-def _pallas_unsupported_inputs(q: Array, k: Array, window: int | None) -> str | None:
+def _pallas_unsupported_inputs(q: Array, k: Array, window: int | None, causal: bool, packed: bool) -> str | None:
     if reason := dispatch.symbolic_unsupported(q, k):
         return reason
     if dispatch.on_gpu():
         from dantinox.kernels.ops.attention.pallas_sm90 import vjp as sm90
 
         return sm90.unsupported_inputs(q.dtype, q.shape[-1])
-    return dispatch.float32_accumulation_unsupported(q.dtype)
+    if reason := dispatch.float32_accumulation_unsupported(q.dtype):
+        return reason
+    device = dispatch.current_device()
+    if device.platform == "tpu":
+        return tpu_limits.unsupported_reason(q, k, device, causal=causal, window=window, packed=packed)
+    return None
 
 
-def _pallas_not_auto(q: Array, k: Array, window: int | None) -> str | None:
+def _pallas_not_auto(q: Array, k: Array, window: int | None, causal: bool, packed: bool) -> str | None:
     if dispatch.on_gpu():
         return "the Hopper kernels have not run on a GPU yet; pass implementation='pallas' to use them"
     B, T, H, _ = q.shape

@@ -79,7 +79,7 @@ class SegmentTables(NamedTuple):
     Attributes:
         q_ids: [heads, query subtiles, 1, rows].
         kv_ids: [heads, key subtiles, 1, keys].
-        overlap: [heads, query blocks, key blocks]: NO_OVERLAP, PARTIAL_OVERLAP or FULL_OVERLAP.
+        overlap: [B, query blocks, key blocks]: NO_OVERLAP, PARTIAL_OVERLAP or FULL_OVERLAP.
     """
 
     q_ids: Array

@@ -116,5 +116,5 @@ def segment_tables(q_ids: Array, kv_ids: Array, K: int, config: AttentionConfig)
     return SegmentTables(
         repeat_per_head(row_ids.reshape(B, -1, 1, rows)),
         repeat_per_head(padded_kv_ids.reshape(B, -1, 1, keys)),
-        repeat_per_head(overlap),
+        overlap.astype(jnp.int32),
     )

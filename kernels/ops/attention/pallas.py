@@ -69,7 +69,15 @@ def attention(
         sizes = cpu_block_sizes.heuristic_block_sizes(heads=B * K, G=G, T=T, S=S, causal=causal, window=window)
     else:
         sizes = tpu_block_sizes.heuristic_block_sizes(
-            device, G=G, T=T, S=S, D=D, causal=causal, window=window, itemsize=q.dtype.itemsize
+            device,
+            G=G,
+            T=T,
+            S=S,
+            D=D,
+            causal=causal,
+            window=window,
+            itemsize=q.dtype.itemsize,
+            num_tables=1 if segment_ids is None else 1 + B,
         )
     config = AttentionConfig(T, S, G, causal, window, scale, softcap, sizes)
     segments = None if segment_ids is None else segment_tables(*segment_ids, K, config)

@@ -11,13 +11,12 @@ from jax.experimental.pallas import tpu as pltpu
 from dantinox.kernels.cost import Cost
 from dantinox.kernels.ops.attention.block_schedule import BlockSchedule
 from dantinox.kernels.ops.attention.common import AttentionConfig, SegmentTables
-from dantinox.kernels.ops.attention.pallas_tpu.block_sizes import TpuBlockSizes
-from dantinox.kernels.ops.attention.pallas_tpu.common import BlockContext
+from dantinox.kernels.ops.attention.pallas_tpu.block_sizes import VMEM_LIMIT_BYTES, TpuBlockSizes
+from dantinox.kernels.ops.attention.pallas_tpu.common import BlockContext, pack_blocks, unpack_block
 from dantinox.kernels.ops.attention.pallas_tpu.refs import BlockRef, QueriesRef
 
 Array = jax.Array
 Config = AttentionConfig[TpuBlockSizes]
-VMEM_LIMIT_BYTES = 56 * 2**20  # of the smallest chip's 64 MiB
 
 
 class Blocked(NamedTuple):
@@ -61,8 +60,8 @@ def row_blocks(config: Config, array: Any, held: QBlockRange | None = None) -> B
     """Return an array [heads, query subtiles, n, rows] in query blocks; it holds all of them, or only `held`."""
     num_q_subtiles, _ = config.num_subtiles
 
-    def index_map(g: Any, n: Any, q_blocks: Any, *_: Any) -> tuple[Any, ...]:
-        q_block = q_blocks[n]
+    def index_map(g: Any, n: Any, blocks: Any, *_: Any) -> tuple[Any, ...]:
+        q_block = unpack_block(blocks[n]).q
         return g, q_block if held is None else held.clamp(q_block) - held.start, 0, 0
 
     return Blocked(array, pl.BlockSpec((1, num_q_subtiles, *array.shape[2:]), index_map))
@@ -73,8 +72,9 @@ def query_blocks(config: Config, array: Any, written: QBlockRange | None = None)
     rows, _ = config.block_sizes.subtile(config.G)
     block_shape = (1, config.G, config.block_sizes.block_q, array.shape[3])
 
-    def index_map(g: Any, n: Any, q_blocks: Any, *_: Any) -> tuple[Any, ...]:
-        return g, 0, q_blocks[n] if written is None else written.clamp(q_blocks[n]), 0
+    def index_map(g: Any, n: Any, blocks: Any, *_: Any) -> tuple[Any, ...]:
+        q_block = unpack_block(blocks[n]).q
+        return g, 0, q_block if written is None else written.clamp(q_block), 0
 
     return Blocked(array, pl.BlockSpec(block_shape, index_map), lambda ref: QueriesRef(ref, rows))
 
@@ -83,7 +83,7 @@ def key_blocks(config: Config, array: Any) -> Blocked:
     """Return an array [heads, key subtiles, ...] in key blocks."""
     _, num_kv_subtiles = config.num_subtiles
     block_shape = (1, num_kv_subtiles, *array.shape[2:])
-    return Blocked(array, pl.BlockSpec(block_shape, lambda g, n, _, kv_blocks, *__: (g, kv_blocks[n], 0, 0)))
+    return Blocked(array, pl.BlockSpec(block_shape, lambda g, n, blocks, *_: (g, unpack_block(blocks[n]).kv, 0, 0)))
 
 
 def pallas_call_over_blocks(
@@ -116,11 +116,7 @@ def pallas_call_over_blocks(
     Returns:
         The outputs by name.
     """
-    tables = {
-        "q_block_table": jnp.asarray(schedule.q),
-        "kv_block_table": jnp.asarray(schedule.kv),
-        "flags_table": jnp.asarray(schedule.flags),
-    }
+    tables = {"block_table": jnp.asarray(pack_blocks(schedule))}
     if segments is not None:
         tables["overlap_table"] = segments.overlap[:, schedule.q, schedule.kv]
         ids = {"q_ids": row_blocks(config, segments.q_ids), "kv_ids": key_blocks(config, segments.kv_ids)}

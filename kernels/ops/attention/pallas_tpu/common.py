@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 
 from dantinox.kernels.ops.attention.block_schedule import (
@@ -44,9 +45,29 @@ from dantinox.kernels.ops.attention.pallas_tpu.block_sizes import TpuBlockSizes
 from dantinox.kernels.ops.attention.pallas_tpu.refs import BlockRef
 
 Array = jax.Array
+KV_SHIFT, Q_SHIFT = 4, 18  # a packed block has 4 bits of flags, 14 of the key block and 13 of the query block
+MAX_KV_BLOCKS, MAX_Q_BLOCKS = 2**14, 2**13
 LOG2E = math.log2(math.e)  # factor that makes scores exponents of 2: the instruction is 2^x
 MIN_D_TO_TRANSPOSE_ON_LOAD = 128  # the matrix unit takes as long to transpose fewer columns
 MAX_ACC_IN_VREGS = 32 * 1024  # float32 of an accumulator that stays in registers: half of a TPU's 64 Ki
+
+
+class PackedBlock(NamedTuple):
+    """One step of a schedule; see `BlockSchedule`."""
+
+    q: Any
+    kv: Any
+    flags: Any
+
+
+def pack_blocks(schedule: BlockSchedule) -> np.ndarray:
+    """Pack the query block, key block and flags of each step into one int32: scalar memory holds 2^18 of them."""
+    return schedule.q << Q_SHIFT | schedule.kv << KV_SHIFT | schedule.flags
+
+
+def unpack_block(word: Any) -> PackedBlock:
+    """Undo `pack_blocks` for one step."""
+    return PackedBlock(word >> Q_SHIFT, (word >> KV_SHIFT) & (MAX_KV_BLOCKS - 1), word & (2**KV_SHIFT - 1))
 
 
 class BlockContext:
@@ -54,10 +75,8 @@ class BlockContext:
 
     Args:
         config: static parameters of the kernel.
-        q_block_table: query block of each step.
-        kv_block_table: key block of each step.
-        flags_table: flags of each step; see `BlockSchedule`.
-        overlap_table: segment overlap [head groups, steps], or None without segments.
+        block_table: packed block of each step; see `pack_blocks`.
+        overlap_table: segment overlap [B, steps], or None without segments.
     """
 
     q_ids_ref: BlockRef | None = None
@@ -66,22 +85,21 @@ class BlockContext:
     def __init__(
         self,
         config: AttentionConfig[TpuBlockSizes],
-        q_block_table: Any,
-        kv_block_table: Any,
-        flags_table: Any,
+        block_table: Any,
         overlap_table: Any | None = None,
     ) -> None:
         self.config = config
         self.head_step, self.step = pl.program_id(0), pl.program_id(1)
-        self.q_block, self.kv_block = q_block_table[self.step], kv_block_table[self.step]
-        self.flags = flags_table[self.step]
-        self.is_first_kv_block = (self.flags & FIRST_KV_BLOCK) != 0
-        self.is_last_kv_block = (self.flags & LAST_KV_BLOCK) != 0
-        self.needs_mask = (self.flags & NEEDS_MASK) != 0
+        self.word = block_table[self.step]
+        self.q_block, self.kv_block, flags = unpack_block(self.word)
+        self.is_first_kv_block = (flags & FIRST_KV_BLOCK) != 0
+        self.is_last_kv_block = (flags & LAST_KV_BLOCK) != 0
+        self.needs_mask = (flags & NEEDS_MASK) != 0
         self.overlaps: Array | None = None
         self.num_phases = 0
         if overlap_table is not None:
-            overlap = overlap_table[self.head_step, self.step]
+            heads_per_sequence = np.int32(pl.num_programs(0) // overlap_table.shape[0])
+            overlap = overlap_table[jax.lax.div(self.head_step, heads_per_sequence), self.step]
             self.overlaps = overlap != NO_OVERLAP
             self.needs_mask = self.overlaps & (self.needs_mask | (overlap == PARTIAL_OVERLAP))
 
@@ -92,7 +110,7 @@ class BlockContext:
         and libtpu would merge branches with equal conditions.
         """
         self.num_phases += 1
-        always = self.flags > -self.num_phases
+        always = self.word > -self.num_phases  # no word is negative, which libtpu cannot know
         pl.when(always if self.overlaps is None else always & self.overlaps)(body)
 
     def subtiles(self) -> Iterator[tuple[int, int]]:
