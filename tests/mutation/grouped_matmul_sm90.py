@@ -105,7 +105,7 @@ MUTANTS: list[Mutant] = [
         ("reads from L2 are free", "max(multiply, from_l2, from_memory)", "max(multiply, from_memory)",
          CYCLES),
         ("the narrowest width that is nearly the fastest", "for width in sorted(widths, reverse=True)]",
-         "for width in sorted(widths)]", "test_chosen_tile_width_wastes_no_more_than_a_fixed_one"),
+         "for width in sorted(widths)]", "test_widest_of_tiles_that_are_nearly_as_fast_is_chosen"),
         ("more stages than shared memory holds", "8 if width == 64 else 4", "8", "test_chosen_tile_fits_shared_memory"),
     ),
 ]  # fmt: skip

@@ -53,7 +53,7 @@ MUTANTS: list[Mutant] = [
         ("unsigned ids lose their order", "x ^ np.uint32(1 << 31) if", "x if",
          "test_one_array_of_segment_ids_keeps_its_order[uint32]"),
         ("an id of -1 is expert 0", "(ids >= 0) & (ids < E)", "ids < E", NO_EXPERT),
-        ("an id of E is an expert", "(ids >= 0) & (ids < E)", "(ids >= 0) & (ids <= E)", NO_EXPERT),
+        ("the last expert has no id", "(ids >= 0) & (ids < E)", "(ids >= 0) & (ids < E - 1)", NO_EXPERT),
         ("an id beyond int32 wraps", "x = clip(x, x.dtype.type(low), x.dtype.type(high))", "x = x", NO_EXPERT),
         ("groups run past the rows", "dtype=jnp.int32), N)", "dtype=jnp.int32), 2 * N)", SIZES),
         ("negative sizes count", "jnp.clip(saturate_int32(group_sizes), 0, N)",
@@ -66,7 +66,7 @@ MUTANTS: list[Mutant] = [
     *mutants_of(
         "call",
         "eager_calls",
-        ("eager calls are compiled again", "@functools.cache\ndef _jitted", "def _jitted",
+        ("eager calls are compiled again", "partial(_jitted(op), ", "partial(_jitted.__wrapped__(op), ",
          "test_second_eager_call_compiles_nothing[attention-xla-value]"),
     ),
     *mutants_of(

@@ -42,6 +42,13 @@ def test_chosen_tile_width_wastes_no_more_than_a_fixed_one(row, skew):
             assert chosen == 256 and share[256] >= max(share.values()) - 0.05, "little is left for narrow tiles"
 
 
+def test_widest_of_tiles_that_are_nearly_as_fast_is_chosen():
+    cycles = {64: 150, 128: 100, 256: 100 * (block_sizes.MIN_SPEEDUP - 0.01)}
+    assert block_sizes._widest_fast(TILE_WIDTHS, 1, lambda sizes: cycles[sizes.block_n]).block_n == 256
+    cycles[256] = 100 * (block_sizes.MIN_SPEEDUP + 0.01)
+    assert block_sizes._widest_fast(TILE_WIDTHS, 1, lambda sizes: cycles[sizes.block_n]).block_n == 128
+
+
 def test_narrow_tiles_win_for_small_problems():
     row = workloads.get("grouped_matmul", "aot odd sizes")
     sizes = np.asarray(row.integer_inputs()["group_sizes"])
