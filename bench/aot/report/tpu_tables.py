@@ -108,7 +108,7 @@ def cycles_table(profiles: Mapping[str, Rows]) -> str:
             cells = [cycles_cell(rows, workload.name, *column) for column in columns]
             if any(cells):
                 lines.append(markdown.row([target, workload.D, workload.window or "", workload.S, *cells]))
-    return "\n".join([markdown.header(["TPU", "D", "window", "S", *names])[0], *lines]) if lines else ""
+    return "\n".join([*markdown.header(["TPU", "D", "window", "S", *names]), *lines]) if lines else ""
 
 
 def cycles_cell(rows: Rows, workload: str, implementations: Sequence[str], program: str) -> str:
