@@ -63,6 +63,11 @@ def on_gpu() -> bool:
     return current_device().platform == "gpu"
 
 
+def on_tpu() -> bool:
+    """Return whether the current device is a TPU."""
+    return current_device().platform == "tpu"
+
+
 @contextlib.contextmanager
 def target_device(platform: str, kind: str) -> Iterator[None]:
     """Choose implementations for a device that this machine need not have.

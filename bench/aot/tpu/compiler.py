@@ -11,10 +11,11 @@ MODULES = ("libtpu",)
 _ACCELERATOR = {"v5e": "v5litepod-1", "v6e": "v6e-1", "tpu7x": "tpu7x-2"}
 
 
-def environment(target: Tpu, dumps: Path) -> dict[str, str]:
+def environment(target: Tpu, dumps: Path | None) -> dict[str, str]:
     """The environment variables that the worker's process needs before it imports jax.
 
-    libtpu dumps only the tables of the final schedule: all of its passes take 280 MB for one attention program.
+    libtpu dumps only the tables of the final schedule into `dumps`: all of its passes take 280 MB for one attention
+    program. None: it dumps nothing.
     """
     flags = (
         f"--xla_jf_dump_to={dumps}",
@@ -29,7 +30,7 @@ def environment(target: Tpu, dumps: Path) -> dict[str, str]:
         "TPU_ACCELERATOR_TYPE": _ACCELERATOR[target.name],
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TF_CPP_MIN_LOG_LEVEL": "3",
-        "LIBTPU_INIT_ARGS": " ".join(flags),
+        "LIBTPU_INIT_ARGS": " ".join(flags) if dumps else "",
     }
 
 

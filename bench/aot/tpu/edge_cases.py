@@ -9,21 +9,22 @@ simulation of the tests knows what Mosaic cannot compile, or where XLA adds copi
 
 import argparse
 import dataclasses
+import importlib.util
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from bench.aot import hardware
+from bench.aot.cases import OPERATIONS
 from bench.aot.tpu import compiler
+from dantinox import cli
 from dantinox.kernels import workloads
 
-OPERATIONS = ("attention", "grouped_matmul", "moe_mlp", "decode_attention")
 DTYPES = ("float32", "bfloat16", "float16")
 EIGHT_BITS = ("int8", "float8_e4m3fn")
 HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
@@ -160,10 +161,10 @@ def check(case: EdgeCase, compile_: Callable[[EdgeCase, str], Any]) -> tuple[str
         try:
             compile_(case, "auto")
         except Exception as auto_error:
-            return "failed", f"auto: {_first_line(auto_error)}"
-        return "refused", _first_line(error)
+            return "failed", f"auto: {first_line(auto_error)}"
+        return "refused", first_line(error)
     except Exception as error:  # a compiler may raise anything
-        return "failed", _first_line(error)
+        return "failed", first_line(error)
     if case.in_place:
         share = compiled.memory_analysis().temp_size_in_bytes / _cache_bytes(case)
         if share > MAX_TEMP_SHARE:
@@ -173,11 +174,12 @@ def check(case: EdgeCase, compile_: Callable[[EdgeCase, str], Any]) -> tuple[str
 
 def _cache_bytes(case: EdgeCase) -> int:
     assert isinstance(case.workload, workloads.Decode)
-    itemsize = {"float32": 4, "bfloat16": 2, "float16": 2}.get(case.workload.kv_dtype or case.dtype, 1)
+    itemsize = jnp.dtype(case.workload.kv_dtype or case.dtype).itemsize
     return 2 * itemsize * int(np.prod(case.workload.cache_shape()))
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the kind of an error and its message in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
@@ -205,9 +207,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the random programs")
     parser.add_argument("--long", action="store_true", help="the workloads of the long tests too")
     arguments = parser.parse_args(argv)
+    if importlib.util.find_spec("libtpu") is None:
+        parser.error("needs libtpu, which this Python does not have; `make aot` installs it into .venv-aot")
     target = hardware.get(arguments.chip)
     assert isinstance(target, hardware.Tpu)
-    os.environ |= compiler.environment(target, Path(os.devnull)) | {"LIBTPU_INIT_ARGS": ""}
+    os.environ |= compiler.environment(target, None)
     suites = ("parity", "long") if arguments.long else ("parity",)
     cases = [*parity_cases(suites), *in_place_cases()]
     if arguments.random:
@@ -231,4 +235,4 @@ def run(name: str, cases: list[EdgeCase], compile_: Callable[[EdgeCase, str], An
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run_main(main)

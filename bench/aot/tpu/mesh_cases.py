@@ -10,11 +10,11 @@ interpreter on a CPU can.
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from bench.aot import hardware
 from bench.aot.tpu import compiler
+from bench.aot.tpu.edge_cases import first_line
 
 TOPOLOGY = "v6e:2x2"
 
@@ -23,7 +23,7 @@ def main() -> int:
     """Compile all programs and print one line for each; returns 1 if one fails."""
     target = hardware.get("v6e")
     assert isinstance(target, hardware.Tpu)
-    os.environ |= compiler.environment(target, Path(os.devnull)) | {"LIBTPU_INIT_ARGS": ""}
+    os.environ |= compiler.environment(target, None)
     os.environ["TPU_ACCELERATOR_TYPE"] = "v6e-4"
     import jax
     from jax.experimental import topologies
@@ -41,7 +41,7 @@ def main() -> int:
                 print(f"{TOPOLOGY}: {name}: compiled", flush=True)
             except Exception as error:  # a compiler may raise anything
                 failed = True
-                print(f"{TOPOLOGY}: {name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}", flush=True)
+                print(f"{TOPOLOGY}: {name}: {first_line(error)}", flush=True)
     return int(failed)
 
 

@@ -140,8 +140,8 @@ def _pallas_unsupported_inputs(q: Array, k: Array, window: int | None, causal: b
         return sm90.unsupported_inputs(q.dtype, q.shape[-1])
     if reason := dispatch.float32_accumulation_unsupported(q.dtype):
         return reason
-    device = dispatch.current_device()
-    if device.platform == "tpu":
+    if dispatch.on_tpu():
+        device = dispatch.current_device()
         return tpu_limits.unsupported_reason(q, k, device, causal=causal, window=window, packed=packed)
     return None
 
@@ -152,7 +152,7 @@ def _pallas_not_auto(q: Array, k: Array, window: int | None, causal: bool, packe
     B, T, H, _ = q.shape
     if dispatch.current_device().platform == "cpu" and cpu_block_sizes.xla_is_faster(B, T, k.shape[1], H, window):
         return "interpreted, it is slow at these sizes"
-    if dispatch.current_device().platform == "tpu":
+    if dispatch.on_tpu():
         return first_use.disagreement("attention", _PROBE)
     return None
 

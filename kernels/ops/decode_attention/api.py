@@ -147,7 +147,7 @@ def _pallas_unsupported_inputs(q: Array, cache: KVCache) -> str | None:
         from dantinox.kernels.ops.decode_attention.pallas_sm90 import limits
 
         return limits.unsupported_reason(q, cache)
-    if dispatch.current_device().platform == "tpu" and (reason := tpu_limits.unsupported_reason(q, cache)):
+    if dispatch.on_tpu() and (reason := tpu_limits.unsupported_reason(q, cache)):
         return reason
     return dispatch.float32_accumulation_unsupported(q.dtype)
 
@@ -157,7 +157,7 @@ def _pallas_not_auto(q: Array, cache: KVCache) -> str | None:
         return "the Hopper kernel has not run on a GPU yet; pass implementation='pallas' to use it"
     if dispatch.current_device().platform == "cpu" and cpu_kernel.xla_is_faster(cache.k.shape[2]):
         return "interpreted, it is slow at these sizes"
-    if dispatch.current_device().platform == "tpu":
+    if dispatch.on_tpu():
         return first_use.disagreement("decode_attention", _PROBE)
     return None
 

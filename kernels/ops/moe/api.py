@@ -100,8 +100,7 @@ def _pallas_unsupported_inputs(x: Array, w_gate: Array) -> str | None:
         from dantinox.kernels.ops.moe.pallas_sm90 import vjp as sm90
 
         return sm90.unsupported_inputs(x.dtype, *w_gate.shape[1:], weight="w_gate")
-    on_tpu = dispatch.current_device().platform == "tpu"
-    if on_tpu and (reason := tpu_limits.unsupported_reason(x.dtype, *w_gate.shape[1:])):
+    if dispatch.on_tpu() and (reason := tpu_limits.unsupported_reason(x.dtype, *w_gate.shape[1:])):
         return reason
     return dispatch.float32_accumulation_unsupported(x.dtype)
 

@@ -229,7 +229,7 @@ def kv_spans(config: AttentionConfig[TpuBlockSizes]) -> list[KvSpan]:
     num_kv_blocks, blocks_per_span = -(-config.S // sizes.block_kv), sizes.kv_span // sizes.block_kv
     starts = range(0, num_kv_blocks, blocks_per_span)
     ranges = [(start, min(start + blocks_per_span, num_kv_blocks)) for start in starts]
-    # Only the schedule of all keys has a step for queries without a key.
+    # Only the schedule of all keys visits queries without a key.
     schedules = [config.block_schedule(each if len(ranges) > 1 else None) for each in ranges]
     q_starts = [int(schedule.q.min()) for schedule in schedules]
     q_stops = [int(schedule.q.max()) + 1 for schedule in schedules]
