@@ -2,20 +2,23 @@
 
 import functools
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from dantinox import kernels
-from dantinox.kernels import first_use
+from dantinox.kernels import dispatch, first_use
 from dantinox.kernels.dispatch import Device, target_device
 from dantinox.kernels.ops.attention import api as attention_api
-from dantinox.kernels.ops.attention.pallas_cpu import fwd
 from dantinox.kernels.ops.decode_attention import api as decode_api
+from dantinox.kernels.ops.grouped_matmul import api as grouped_matmul_api
+from dantinox.kernels.ops.moe import api as moe_api
 from tests import conftest
 
 TPU = Device("tpu", "TPU v6 lite")
+APIS = (attention_api, grouped_matmul_api, moe_api, decode_api)
 
 
 @pytest.fixture(autouse=True)
@@ -74,34 +77,42 @@ def test_check_runs_once_and_outside_of_the_callers_trace_and_settings():
     assert runs == [(name, jnp.float32, False, True) for name in ("pallas", "reference")]
 
 
-@pytest.mark.parametrize("api", [attention_api, decode_api], ids=["attention", "decode_attention"])
+@pytest.mark.parametrize("api", APIS, ids=lambda api: api.OPERATION.name)
 def test_right_kernels_pass_and_wrong_ones_do_not(api, monkeypatch):
     """The kernels of CPUs stand for those of the device."""
     op = api.OPERATION.name
     assert first_use._check(op, api._PROBE, TPU) is None
-    module = fwd if api is attention_api else decode_api.cpu_kernel
-    right = getattr(module, "attention_fwd" if api is attention_api else "decode_attention")
+    right = getattr(api.pallas, op)
 
     def wrong(*args, **options):
-        result = right(*args, **options)
-        return result._replace(o=result.o * 1.1) if api is attention_api else (result[0] * 1.1, result[1])
+        return jax.tree.map(lambda x: (x * 1.1).astype(x.dtype), right(*args, **options))
 
-    monkeypatch.setattr(module, right.__name__, wrong)
+    monkeypatch.setattr(api.pallas, op, wrong)
     first_use._check.cache_clear()
     conftest.clear_traces()
-    assert "o (float32" in first_use._check(op, api._PROBE, TPU)
+    assert re.search(r"failed its check on TPU v6 lite: [oy] \(float32", first_use._check(op, api._PROBE, TPU))
 
 
-def test_auto_takes_xla_where_the_check_fails(monkeypatch, caplog):
+@pytest.mark.parametrize("api", APIS, ids=lambda api: api.OPERATION.name)
+def test_auto_takes_xla_where_the_check_fails(api, monkeypatch, caplog):
     """On a TPU whose kernel is wrong, every call is served, and one line says why not by the kernel."""
-    monkeypatch.setattr(attention_api.dispatch, "current_device", lambda: TPU)
+    op = api.OPERATION.name
+    monkeypatch.setattr(dispatch, "current_device", lambda: TPU)
     monkeypatch.setattr(first_use, "announced_device", lambda: None)
     monkeypatch.setattr(first_use, "current_device", lambda: TPU)
-    monkeypatch.setattr(attention_api, "_PROBE", lambda name: {"o": first_use.Result(jnp.float32(name == "pallas"), 0)})
-    q = jnp.ones((1, 4, 2, 8))
+    q, cache = jnp.ones((1, 4, 2, 8)), kernels.KVCache(jnp.ones((1, 2, 128, 8)), jnp.ones((1, 2, 128, 8)), jnp.ones(1))
+    matrices = (jnp.ones((16, 8)), jnp.ones((2, 8, 8)))
+    inputs = {"attention": (q, q, None, True, False), "decode_attention": (q[:, 0], cache)}.get(op, matrices)
+
+    def chosen(difference):
+        first_use._check.cache_clear()
+        monkeypatch.setattr(
+            api, "_PROBE", lambda name: {"o": first_use.Result(jnp.float32(1 + difference * (name == "pallas")), 0)}
+        )
+        return {api.OPERATION.select("auto", *inputs).__module__.removeprefix(f"{api.__package__}.") for _ in range(3)}
+
     with caplog.at_level(logging.WARNING, logger="dantinox.kernels"):
-        chosen = [attention_api.OPERATION.select("auto", q, q, None, True, False) for _ in range(3)]
-    assert {function.__module__ for function in chosen} == {"dantinox.kernels.ops.attention.xla"}
+        assert (chosen(0), chosen(1)) == ({"api"}, {"xla"})
     assert len(caplog.records) == 1
 
 

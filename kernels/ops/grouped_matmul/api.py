@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
-from dantinox.kernels import dispatch, integers, validation
+from dantinox.kernels import dispatch, first_use, integers, validation
 from dantinox.kernels.call import call_implementation
-from dantinox.kernels.ops.grouped_matmul import pallas, xla
+from dantinox.kernels.ops.grouped_matmul import pallas, probe, xla
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu import limits as tpu_limits
 
 Array = jax.Array
@@ -87,17 +87,24 @@ def _pallas_unsupported_inputs(x: Array, w: Array) -> str | None:
     return dispatch.float32_accumulation_unsupported(x.dtype)
 
 
-def pallas_not_auto(*_: Any) -> str:
-    """Return why "auto" does not take the Pallas kernels of grouped matmul and of the mixture of experts.
+def pallas_not_auto(op: str, check: first_use.Probe) -> str | None:
+    """Return why "auto" does not take the Pallas kernels of grouped matmul or of the mixture of experts, or None.
 
     Interpreted, grouped matmul takes 0.75 to 1.0 times as long as `xla.py` and the mixture of experts 0.9 to 1.1 times,
     1.2 for a single token; a mixture with its gradients compiles in 1.2 s instead of 0.7.
+
+    Args:
+        op: the operation.
+        check: runs the problems on which the kernels are checked.
     """
-    if dispatch.current_device().platform == "cpu":
-        return "interpreted, it takes longer to compile"
-    return "it has not run on this hardware yet; pass implementation='pallas' to use it"
+    if dispatch.on_tpu():
+        return first_use.disagreement(op, check)
+    if dispatch.on_gpu():
+        return "the Hopper kernels have not run on a GPU yet; pass implementation='pallas' to use them"
+    return "interpreted, it takes longer to compile"
 
 
+_PROBE = functools.partial(probe.run, grouped_matmul)
 OPERATION = dispatch.Operation(
     "grouped_matmul",
     (
@@ -108,7 +115,7 @@ OPERATION = dispatch.Operation(
             _pallas,
             unsupported_device=functools.partial(dispatch.pallas_unsupported_device, "grouped_matmul"),
             unsupported_inputs=_pallas_unsupported_inputs,
-            not_auto=pallas_not_auto,
+            not_auto=lambda *_: pallas_not_auto("grouped_matmul", _PROBE),
         ),
         dispatch.Implementation.missing("triton", "grouped_matmul has no Triton kernel yet"),
     ),

@@ -11,7 +11,7 @@ from dantinox.kernels import dispatch, integers, validation
 from dantinox.kernels.call import call_implementation
 from dantinox.kernels.ops.grouped_matmul.api import pallas_not_auto
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu import limits as tpu_limits
-from dantinox.kernels.ops.moe import pallas, xla
+from dantinox.kernels.ops.moe import pallas, probe, xla
 
 Array = jax.Array
 
@@ -109,6 +109,7 @@ def _triton_not_auto(*_: Any) -> str:
     return "it has not run on a GPU yet; pass implementation='triton' to use it"
 
 
+_PROBE = functools.partial(probe.run, moe_mlp)
 OPERATION = dispatch.Operation(
     "moe_mlp",
     (
@@ -119,7 +120,7 @@ OPERATION = dispatch.Operation(
             _pallas,
             unsupported_device=functools.partial(dispatch.pallas_unsupported_device, "moe_mlp"),
             unsupported_inputs=_pallas_unsupported_inputs,
-            not_auto=pallas_not_auto,
+            not_auto=lambda *_: pallas_not_auto("moe_mlp", _PROBE),
         ),
         dispatch.Implementation(
             "triton", _triton, unsupported_device=dispatch.triton_unsupported_device, not_auto=_triton_not_auto
