@@ -5,11 +5,18 @@
     moe_mlp            dropless mixture of SwiGLU experts
     decode_attention   append one token to a key/value ring and attend, in place
     implementations    which implementations of an operation can run here, and why each other one cannot
-    implementation_names    allowed values of `implementation`: "auto" and the names in the operation's table
+    unsupported_reason      the same of one implementation
+    implementation_names    allowed values of `implementation`: "auto" and the names of the operation's implementations
+    register                add an implementation of your own
+    compose_moe_mlp         make an implementation of moe_mlp from a grouped matmul
 
 `implementation="auto"` chooses; any other name runs that implementation or raises `NotImplementedError`.
 """
 
+from collections.abc import Callable
+from typing import Any
+
+from dantinox.kernels import registry
 from dantinox.kernels.dispatch import IMPLEMENTATION_NAMES, OPERATIONS, Operation
 from dantinox.kernels.ops.attention.api import OPERATION as _ATTENTION
 from dantinox.kernels.ops.attention.api import attention
@@ -19,24 +26,28 @@ from dantinox.kernels.ops.grouped_matmul.api import OPERATION as _GROUPED_MATMUL
 from dantinox.kernels.ops.grouped_matmul.api import grouped_matmul
 from dantinox.kernels.ops.moe.api import OPERATION as _MOE_MLP
 from dantinox.kernels.ops.moe.api import moe_mlp
+from dantinox.kernels.ops.moe.compose import compose_moe_mlp
 
 __all__ = [
     "IMPLEMENTATION_NAMES",
     "OPERATIONS",
     "KVCache",
     "attention",
+    "compose_moe_mlp",
     "decode_attention",
     "grouped_matmul",
     "implementation_names",
     "implementations",
     "moe_mlp",
+    "register",
+    "unsupported_reason",
 ]
 
 _REGISTRY = {operation.name: operation for operation in (_ATTENTION, _GROUPED_MATMUL, _MOE_MLP, _DECODE_ATTENTION)}
 
 
 def _get_operation(op: str) -> Operation:
-    if op not in _REGISTRY:
+    if op not in tuple(_REGISTRY):
         raise ValueError(f"op is {op!r}; allowed: {', '.join(_REGISTRY)}")
     return _REGISTRY[op]
 
@@ -50,6 +61,36 @@ def implementations(op: str) -> dict[str, str | None]:
     return _get_operation(op).unsupported_reasons()
 
 
+def unsupported_reason(op: str, implementation: str) -> str | None:
+    """Return why the current device cannot run one implementation of an operation, or None if it can.
+
+    Raises:
+        ValueError: `op` is not one of the operations, or has no implementation of this name.
+    """
+    return _get_operation(op).unsupported_reason(implementation)
+
+
 def implementation_names(*ops: str) -> tuple[str, ...]:
     """Return the allowed values of `implementation` in any of these operations; starts no JAX backend."""
     return tuple(dict.fromkeys(name for op in ops for name in _get_operation(op).names()))
+
+
+def register(op: str, name: str, f: Callable[..., Any] | str) -> None:
+    """Add an implementation to an operation, in this process.
+
+    A registered grouped matmul also serves `moe_mlp` under its name, by `compose_moe_mlp`, unless another one is
+    registered there. "auto" never chooses what is registered. A second registration of a name replaces the first, and
+    drops JAX's compiled programs, which may contain it.
+
+    Args:
+        op: attention, grouped_matmul, moe_mlp or decode_attention.
+        name: the value of `implementation` that selects it, such as "mine".
+        f: takes the operation's arguments after their checks, all but `implementation`, and computes its result with
+            its gradients; it raises NotImplementedError for what it does not support. Or its path as
+            "package.module:function", which is imported at the first call.
+
+    Raises:
+        ValueError: `op` is not one of the operations, `name` is not a word or belongs to a built-in implementation, or
+            `f` is neither a function nor a path.
+    """
+    registry.register(op, name, f, _get_operation(op).built_in_names())

@@ -8,7 +8,6 @@ caller who names an implementation gets it or an error with the reason; only "au
 import contextlib
 import dataclasses
 import functools
-import importlib
 import importlib.util
 import logging
 from collections.abc import Callable, Iterator
@@ -16,8 +15,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dantinox.kernels import mosaic_tpu
+from dantinox.kernels import mosaic_tpu, registry
+from dantinox.kernels.registry import Implementation, lazy
 
+__all__ = ["Device", "Implementation", "Operation", "current_device", "lazy", "target_device"]
 log = logging.getLogger("dantinox.kernels")
 
 IMPLEMENTATION_NAMES = ("auto", "reference", "xla", "pallas", "triton")  # of every operation; one may have more
@@ -80,57 +81,14 @@ def target_device(platform: str, kind: str) -> Iterator[None]:
         yield
 
 
-def never(*_: Any) -> None:
-    """Rule nothing out: the default of the checks of an `Implementation`."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Implementation:
-    """One implementation of an operation.
-
-    Attributes:
-        name: the value of `implementation` that selects it.
-        function: takes the operation's arguments after their checks. It imports its backend when it is called, so that
-            a backend's modules load only where they serve.
-        unsupported_device: returns why the current device cannot run it, or None.
-        unsupported_inputs: returns why it does not take these inputs, or None; its arguments are those that the
-            operation passes to `Operation.select`.
-        not_auto: returns why "auto" does not take it although it can run, or None; same arguments.
-    """
-
-    name: str
-    function: Callable[..., Any]
-    unsupported_device: Callable[[], str | None] = never
-    unsupported_inputs: Callable[..., str | None] = never
-    not_auto: Callable[..., str | None] = never
-
-    @classmethod
-    def missing(cls, name: str, reason: str) -> "Implementation":
-        """Return an implementation that does not exist yet, so that asking for it gives the reason."""
-
-        def unreachable(*_: Any, **__: Any) -> Any:
-            raise NotImplementedError(reason)
-
-        return cls(name, unreachable, unsupported_device=lambda: reason)
-
-
-def lazy(path: str) -> Callable[..., Any]:
-    """Return a function that imports and calls the function at "package.module:function"."""
-    module, _, function = path.partition(":")
-
-    def import_and_call(*args: Any, **options: Any) -> Any:
-        return getattr(importlib.import_module(module), function)(*args, **options)
-
-    return import_and_call
-
-
 @dataclasses.dataclass(frozen=True)
 class Operation:
     """An operation and its implementations.
 
     Attributes:
         name: one of `OPERATIONS`.
-        implementations: in the order in which messages list them.
+        implementations: the built-in ones, in the order in which messages list them; those of other packages come
+            after them.
     """
 
     name: str
@@ -138,18 +96,30 @@ class Operation:
 
     def __post_init__(self) -> None:
         """Check that no name occurs twice."""
-        names = self.names()
+        names = ("auto", *self.built_in_names())
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"{self.name} has two implementations of the name {name!r}; allowed: one")
 
+    def built_in_names(self) -> tuple[str, ...]:
+        """Return the names of `implementations`."""
+        return tuple(i.name for i in self.implementations)
+
     def names(self) -> tuple[str, ...]:
         """Return the allowed values of `implementation`."""
-        return ("auto", *(i.name for i in self.implementations))
+        return ("auto", *(i.name for i in self._all()))
 
     def unsupported_reasons(self) -> dict[str, str | None]:
-        """Return, by implementation, why the current device cannot run it, or None."""
-        return {i.name: i.unsupported_device() for i in self.implementations}
+        """Return, by implementation, why the current device cannot run it, or None; imports those of other packages."""
+        return {i.name: i.unsupported_device() for i in self._all()}
+
+    def unsupported_reason(self, implementation: str) -> str | None:
+        """Return why the current device cannot run one implementation, or None; imports no other one.
+
+        Raises:
+            ValueError: no implementation has this name.
+        """
+        return None if implementation == "auto" else self._get(implementation).unsupported_device()
 
     def select(self, implementation: str, *inputs: Any) -> Callable[..., Any]:
         """Return the function that serves a call.
@@ -162,15 +132,22 @@ class Operation:
             ValueError: no implementation has this name.
             NotImplementedError: the named implementation cannot serve this call; the message says why.
         """
-        if implementation not in self.names():
-            raise ValueError(f"implementation is {implementation!r}; allowed: {', '.join(self.names())}")
         if implementation == "auto":
             return self._select_automatically(*inputs)
-        (chosen,) = (i for i in self.implementations if i.name == implementation)
+        chosen = self._get(implementation)
         reason = chosen.unsupported_device() or chosen.unsupported_inputs(*inputs)
         if reason:
             raise NotImplementedError(f"{self.name}: implementation={implementation!r} cannot run here: {reason}")
         return chosen.function
+
+    def _all(self) -> tuple[Implementation, ...]:
+        return (*self.implementations, *registry.custom_implementations(self.name, self.built_in_names()))
+
+    def _get(self, implementation: str) -> Implementation:
+        for candidate in self._all():
+            if candidate.name == implementation:
+                return candidate
+        raise ValueError(f"implementation is {implementation!r}; allowed: {', '.join(self.names())}")
 
     def _select_automatically(self, *inputs: Any) -> Callable[..., Any]:
         by_name = {i.name: i for i in self.implementations}

@@ -57,7 +57,7 @@ class Trainer:
     def check_implementations(self) -> None:
         """Raise if a named implementation does not support this model, before any file is written."""
         jax.eval_shape(self.eval_step, self.shapes.params, *self.eval_set[0])
-        reason = kernels.implementations("decode_attention").get(self.config.model.decode)
+        reason = kernels.unsupported_reason("decode_attention", self.config.model.decode)
         if reason is not None:
             raise NotImplementedError(f"decode_attention: implementation={self.config.model.decode!r}: {reason}")
 

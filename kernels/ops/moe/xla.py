@@ -24,7 +24,7 @@ from dantinox.kernels.ops.grouped_matmul.xla import (
     update_rows,
 )
 from dantinox.kernels.ops.moe.ragged_dot import ragged_dot_experts
-from dantinox.kernels.ops.moe.routing import sort_by_expert
+from dantinox.kernels.ops.moe.routing import combine_rows, permute_rows, sort_by_expert
 from dantinox.kernels.ops.moe.wide import widen_float16
 from dantinox.kernels.vma import match_vma
 
@@ -168,29 +168,6 @@ def _run_experts_cpu(*args: Array) -> Array:
     return _experts_cpu(*args)[0]
 
 
-@jax.custom_vjp
-def _gather_rows(x: Array, index: Array, inverse: Array) -> Array:
-    """Return x[index], with a gradient that is a gather and a sum: deterministic, and faster than XLA's scatter.
-
-    Args:
-        x: rows.
-        index: rows to take; each row of x occurs k times.
-        inverse: [rows of x, k], the rows of the result that each row of x goes to.
-    """
-    return x[index]
-
-
-def _gather_rows_fwd(x: Array, index: Array, inverse: Array) -> tuple[Array, Array]:
-    return x[index], inverse
-
-
-def _gather_rows_bwd(inverse: Array, dy: Array) -> tuple:
-    dx: Any = sum(dy[inverse[:, j]].astype(accumulation_dtype(dy.dtype)) for j in range(inverse.shape[1]))
-    return dx.astype(dy.dtype), None, None
-
-
-_gather_rows.defvjp(_gather_rows_fwd, _gather_rows_bwd)
-
 MAX_SINGLE_ROWS = 8  # N * k up to which each routed row is multiplied on its own
 MATVEC_BLOCK = 1 << 15  # elements of the weights copied at a time: the copy stays in cache
 
@@ -263,10 +240,9 @@ def moe_mlp(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Arr
 @widen_float16
 def _moe_sorted(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array) -> Array:
     """Sort the N * k routed rows by expert, run the experts, unsort their outputs and sum them by token."""
-    N, k = expert_ids.shape
-    permutation, inverse_permutation, group_sizes = sort_by_expert(expert_ids, w_gate.shape[0])
-    rows = _gather_rows(x, permutation // k, inverse_permutation.reshape(N, k))
-    y = call_for_platform(rows, w_gate, w_up, w_down, group_sizes, cpu=_run_experts_cpu, default=ragged_dot_experts)
-    y = _gather_rows(y, inverse_permutation, permutation[:, None]).reshape(N, k, -1)
-    acc_dtype = accumulation_dtype(x.dtype)
-    return jnp.sum(y.astype(acc_dtype) * expert_weights.astype(acc_dtype)[..., None], axis=1).astype(x.dtype)
+    routing = sort_by_expert(expert_ids, w_gate.shape[0])
+    rows = permute_rows(x, routing)
+    y = call_for_platform(
+        rows, w_gate, w_up, w_down, routing.group_sizes, cpu=_run_experts_cpu, default=ragged_dot_experts
+    )
+    return combine_rows(y, expert_weights, routing)
