@@ -42,8 +42,8 @@ class Arguments:
     """Seconds of timing per workload and direction; compiling comes on top."""
     seconds: float = 0.0
     """Start no further workload after this many seconds (0: no limit)."""
-    out: str = "profiles"
-    """Folder for <device>/<date>-<op>.json."""
+    out: str | None = None
+    """Folder for <device>/<date>-<op>.json (default: profiles, or runs/bench if an implementation is not built in)."""
     html: str = "runs/bench/report.html"
     """Path of the HTML page."""
     lines: str | None = None
@@ -61,16 +61,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     with cli.one_line_errors(PROG):
         _check_names(arguments)
+        custom = results.custom_implementations([op for op in arguments.op if op != "model"], arguments.implementation)
+        out = Path(arguments.out or ("runs/bench" if custom else "profiles"))
         documents = time_operations(arguments)
         model = _time_model() if "model" in arguments.op and not arguments.spec else None
         console = Console(width=max(100, Console().width))  # one line per row, in a pipe too
         for op, document in documents.items():
             console_table.show(op, document, console)
-        paths = results.write(documents, Path(arguments.out))
+        paths = results.write(documents, out)
         report = Path(arguments.html)
         report.parent.mkdir(parents=True, exist_ok=True)
-        histories = history.collect(documents, Path(arguments.out))
+        histories = history.collect(documents, out)
         report.write_text(html_report.render(documents, model, histories), "utf-8")
+        if custom and arguments.out is None:
+            console.print(f"\nnot built in: {', '.join(custom)}; the results are in {out}/", highlight=False)
         console.print(f"\n[dim]{' '.join(map(str, paths))}[/]\nreport: {report}", highlight=False)
     return 0
 

@@ -38,8 +38,9 @@ class Arguments:
     """Turns of each variant; the result is their median."""
     only: tuple[str, ...] = ()
     """Ablations by name (default: all)."""
-    out: str = "profiles"
-    """Folder for <device>/<date>-ablations.json and .svg."""
+    out: str | None = None
+    """Folder for <device>/<date>-ablations.json and .svg (default: profiles, or runs/bench if an implementation is
+    not built in)."""
 
 
 def base_config(preset: str) -> Config:
@@ -194,7 +195,10 @@ def run(arguments: Arguments) -> int:
         title = f"{arguments.preset} on {device}, jax {jax.__version__}: a training step"
         show(rows, title, Console(width=max(100, Console().width)))
         today = str(datetime.date.today())
-        folder = Path(arguments.out) / results.device_folder(jax.default_backend(), device)
+        tried = ["auto", *(name for change in changes.values() for name in (change.get("attn"), change.get("moe")))]
+        custom = results.custom_implementations(("attention", "moe_mlp"), tried)
+        out = arguments.out or ("runs/bench" if custom else "profiles")
+        folder = Path(out) / results.device_folder(jax.default_backend(), device)
         folder.mkdir(parents=True, exist_ok=True)
         document = {"date": today, "device": device, "versions": {"jax": jax.__version__}, "preset": arguments.preset}
         path = folder / f"{today}-ablations.json"

@@ -9,7 +9,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from bench.aot.cases import Case
 from bench.aot.gpu import compiler as gpu_compiler
 from bench.aot.report import console_table, readme
 from bench.aot.tpu import compiler as tpu_compiler
+from bench.report import results
 from dantinox import cli
 from dantinox.system.console import Console
 
@@ -43,8 +44,8 @@ class Arguments:
     check: bool = False
     """Compare with the committed profiles, write nothing, and fail if a program got worse. Without names of operations,
     workloads or implementations, also compile the sizes that break kernels for the TPUs."""
-    out: Path = Path("profiles/aot")
-    """Folder of the profiles."""
+    out: Path | None = None
+    """Folder of the profiles (default: profiles/aot, or runs/aot if an implementation is not built in)."""
     keep: Path | None = None
     """Folder that keeps what the compilers dumped."""
     timeout: float = 240.0
@@ -67,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         work = plan(arguments)
         for target in work:
             check_compiler_installed(target)
-        committed = {target: profile.load(profile.path(arguments.out, target.name)) for target in work}
+        custom = custom_implementations(work)
+        out = arguments.out or Path("runs/aot" if custom and not arguments.check else "profiles/aot")
+        committed = {target: profile.load(profile.path(out, target.name)) for target in work}
         if arguments.timeout <= 0 or arguments.jobs < 1:
             raise ValueError("timeout and jobs must be positive")
         console = Console(width=None if sys.stdout.isatty() else 200)
@@ -75,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             workers = [worker_pool.Worker(target, arguments.timeout, arguments.keep) for target in work]
             try:
                 pending = [
-                    threads.submit(compile_cases, worker, target, work[target], committed[target], arguments, console)
+                    threads.submit(
+                        compile_cases, worker, target, work[target], committed[target], out, arguments, console
+                    )
                     for worker, target in zip(workers, work)
                 ]
                 worse = [line for future in pending for line in future.result()]
@@ -84,7 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for worker in workers:  # this also ends the wait of a thread
                     worker.close()
         if not arguments.check:
-            readme.write(arguments.out)
+            readme.write(out)
+            if custom and arguments.out is None:
+                console.print(f"not built in: {', '.join(custom)}; the profiles are in {out}/", highlight=False)
     for line in worse:
         print(f"{PROG}: worse: {line}", file=sys.stderr)
     failed = arguments.check and not (arguments.op or arguments.spec or arguments.implementation)
@@ -118,6 +125,12 @@ def plan(arguments: Arguments) -> dict[hardware.Target, list[Case]]:
     return {target: cases for target, cases in work.items() if cases}
 
 
+def custom_implementations(work: Mapping[hardware.Target, Sequence[Case]]) -> list[str]:
+    """List the implementations of these programs that are not built in."""
+    cases = [case for target_cases in work.values() for case in target_cases]
+    return results.custom_implementations({case.op for case in cases}, [case.implementation for case in cases])
+
+
 def check_compiler_installed(target: hardware.Target) -> None:
     """Check that the compiler for a target is installed, without loading it.
 
@@ -141,15 +154,16 @@ def compile_cases(
     target: hardware.Target,
     cases: list[Case],
     committed: profile.Profile | None,
+    out: Path,
     arguments: Arguments,
     console: Console,
 ) -> list[str]:
-    """Compile all programs of a target, print a table, and write or check its profile.
+    """Compile all programs of a target, print a table, and write its profile into `out` or check it.
 
     Returns:
         A line for each way in which a program got worse; always empty unless `arguments.check`.
     """
-    file = profile.path(arguments.out, target.name)
+    file = profile.path(out, target.name)
     compiled: dict[tuple, profile.Row] = {}
     rows: dict[Case, profile.Row] = {}
     written: dict[str, profile.Row] = {}
@@ -169,7 +183,7 @@ def compile_cases(
     if not arguments.check:
         return []
     if committed is None:
-        return [f"{target.name}: no {profile.path(arguments.out, target.name).name} to compare with"]
+        return [f"{target.name}: no {file.name} to compare with"]
     if committed["versions"] != worker.versions:
         console.print(f"{target.name}: compiled by {worker.versions}, the profile by {committed['versions']}")
     return [f"{target.name}: {line}" for line in profile.regressions(committed["rows"], written)]

@@ -64,9 +64,10 @@ def sweep(rows: Sequence[Row], axis: str, direction: str) -> str | None:
 def roofline(rows: Sequence[Row], ceilings: Mapping[str, float], direction: str) -> str | None:
     """Plot each row under the roofline of this machine's own matmul and copy; None without ceilings or rows.
 
-    Every dot has a title, which a browser shows under the pointer; the dots of a workload have its name below them.
+    Rows of an earlier run, which have ceilings of their own, are left out: they belong under another roofline. Every
+    dot has a title, which a browser shows under the pointer; the dots of a workload have its name below them.
     """
-    chosen = [row for row in rows if row["direction"] == direction]
+    chosen = [row for row in rows if row["direction"] == direction and "ceilings" not in row]
     matmul = [value for name, value in ceilings.items() if name.startswith("matmul")]
     if not chosen or not matmul or "copy GB/s" not in ceilings:
         return None

@@ -10,6 +10,7 @@ from typing import Any, NotRequired, TypedDict
 import numpy as np
 
 from bench.report import cpu
+from dantinox import kernels
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,7 +20,7 @@ class Row(TypedDict):
 
     `seconds` is the median over the turns and `spread` the interquartile range over it. FLOP/s and bytes/s count what
     `dantinox.kernels.cost` says must be done and moved. `roofline` is the least time that the measured ceilings allow
-    over the median.
+    over the median. A row that an earlier run measured under other ceilings than those of the file's head has its own.
     """
 
     spec: str
@@ -37,6 +38,7 @@ class Row(TypedDict):
     roofline: float
     temp_bytes: int
     error: float | None
+    ceilings: NotRequired[dict[str, float]]
 
 
 class SkippedRow(TypedDict):
@@ -49,7 +51,10 @@ class SkippedRow(TypedDict):
 
 
 class Document(TypedDict):
-    """All results of one operation; files of earlier versions have no `cpu`."""
+    """All results of one operation; files of earlier versions have no `cpu`.
+
+    `date`, `cpu` and `ceilings` are those of the newest run that wrote the file.
+    """
 
     date: str
     device: str
@@ -60,6 +65,15 @@ class Document(TypedDict):
     ceilings: dict[str, float]
     rows: list[Row]
     refused: list[SkippedRow]
+
+
+def custom_implementations(ops: Sequence[str], chosen: Sequence[str] = ()) -> list[str]:
+    """List the implementations of these operations that are not built in; only those in `chosen`, unless it is empty.
+
+    Their results are the reader's own: by default programs write them below runs/, not into the committed profiles/.
+    """
+    names = kernels.implementation_names(*ops)
+    return [name for name in names if name not in kernels.IMPLEMENTATION_NAMES and (not chosen or name in chosen)]
 
 
 def device_folder(platform: str, device: str) -> str:
@@ -131,7 +145,8 @@ def _round(value: float) -> float:
 def write(documents: Mapping[str, Document], profiles: Path) -> list[Path]:
     """Save each operation's document as profiles/<device>/<date>-<op>.json.
 
-    If the file exists and has the same device, CPU, versions and timer, its rows that were not measured again stay.
+    If the file exists and has the same device, CPU, versions and timer, its rows that were not measured again stay,
+    with the ceilings that they were measured under.
 
     Returns:
         The paths of the files.
@@ -158,11 +173,10 @@ def _merge(path: Path, document: Document) -> Document:
     if not cpu.same(existing, document):
         return document
     measured = {_row_key(row) for name in ("rows", "refused") for row in document[name]}
-    merged = {
-        name: [row for row in existing[name] if _row_key(row) not in measured] + document[name]
-        for name in ("rows", "refused")
-    }
-    return {**document, **merged}
+    earlier = {name: [row for row in existing[name] if _row_key(row) not in measured] for name in ("rows", "refused")}
+    if existing.get("ceilings") != document.get("ceilings"):
+        earlier["rows"] = [{"ceilings": existing["ceilings"], **row} for row in earlier["rows"]]
+    return {**document, **{name: earlier[name] + document[name] for name in earlier}}
 
 
 def dumps(document: Document) -> str:

@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from bench import __main__ as bench_program
 from bench.__main__ import main as bench_command
-from bench.report import results
+from bench.report import plots, results
+from dantinox import kernels
+from dantinox.kernels import registry
+from tests.bench.test_report import raw
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,6 +78,60 @@ def test_run_out_of_time_reports_it_and_writes_partial_results(tmp_path):
     document = json.loads(path.read_text())
     assert [row["spec"] for row in document["rows"]] == ["E=1"]
     assert [(row["spec"], row["why"]) for row in document["refused"]] == [("E=8", "no time was left")]
+
+
+@pytest.fixture
+def custom_attention(monkeypatch):
+    """An implementation of attention of the name mine."""
+    monkeypatch.setattr(registry, "_registered", {})
+    kernels.register("attention", "mine", lambda q, k, v, **options: q)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        (["--implementation", "mine", "xla"], "runs/bench"),
+        ([], "runs/bench"),
+        (["--implementation", "xla", "splash"], "profiles"),
+        (["--implementation", "mine", "--out", "chosen"], "chosen"),
+    ],
+)
+def test_custom_implementation_is_not_measured_into_the_profiles(
+    arguments, folder, custom_attention, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench_program, "time_operations", lambda arguments: results.from_pytest(raw()))
+    assert bench_command(["--op", "attention", *arguments]) == 0
+    (path,) = tmp_path.glob("**/cpu/*-attention.json")
+    assert path.parent == tmp_path / folder / "cpu"
+    said = capsys.readouterr().out
+    assert str(path.relative_to(tmp_path)) in said
+    assert ("not built in: mine; the results are in runs/bench/" in said) == (folder == "runs/bench")
+
+
+def test_rows_of_another_run_keep_their_ceilings(tmp_path):
+    def write(spec, ceilings):
+        measured = raw()
+        measured["bench"] |= {"ceilings": ceilings}
+        (document,) = results.from_pytest(measured).values()
+        document["rows"] = [row for row in document["rows"] if row["spec"] in spec]
+        (path,) = results.write({"attention": document}, tmp_path)
+        return json.loads(path.read_text())
+
+    def ceilings(document):
+        return {row["spec"]: row.get("ceilings", document["ceilings"])["copy GB/s"] for row in document["rows"]}
+
+    slow, medium, fast = ({"matmul float32 TFLOP/s": i / 10, "copy GB/s": i} for i in (1, 2, 3))
+    write(("S=256", "S=512", "S=1024"), slow)
+    assert ceilings(write(("S=512", "S=1024"), medium)) == {"S=256": 1, "S=512": 2, "S=1024": 2}
+    document = write(("S=1024",), fast)
+    assert ceilings(document) == {"S=256": 1, "S=512": 2, "S=1024": 3}
+    assert document["ceilings"] == fast
+    drawn = plots.roofline(document["rows"], document["ceilings"], "forward")
+    assert "S=1024" in drawn and "S=256" not in drawn and "3 GB/s" in drawn
+    again = write(("S=256", "S=512"), fast)
+    assert ceilings(again) == dict.fromkeys(("S=256", "S=512", "S=1024"), 3)
+    assert not any("ceilings" in row for row in again["rows"])
 
 
 def test_earlier_rows_stay_in_the_file_of_the_day(tmp_path):

@@ -6,8 +6,8 @@
     y = h w_down                          a grouped matmul
     out = weighted sum of y by token      combine
 
-Every arrow passes through memory, which is what a fused kernel saves. Each piece is replaced on its own, so a kernel
-is tried inside a whole layer, or a model, as soon as it computes one piece.
+Every result passes through memory, which is what a fused kernel saves. Each piece is replaced on its own, so a kernel
+that computes one piece already runs inside a whole layer, or a model.
 """
 
 from collections.abc import Callable

@@ -14,7 +14,8 @@ from bench.aot import cases as aot_cases
 from bench.aot.cases import Case
 from bench.aot.gpu import compiler as gpu_compiler
 from bench.aot.gpu import ptx
-from dantinox.kernels import workloads
+from dantinox import kernels
+from dantinox.kernels import registry, workloads
 
 ROOT = Path(__file__).parents[3]
 
@@ -297,6 +298,40 @@ def test_missing_extra_prints_one_line_with_the_install_command(capsys, monkeypa
     assert error.count("\n") == 1
     assert f"{target} needs " in error
     assert "make aot" in error
+
+
+class RefusingWorker(worker_pool.Worker):
+    """A worker without a process, which compiles nothing."""
+
+    def ask(self, case):
+        self.versions = {"jax": "1"}
+        return {"status": "refused", "reason": "nothing compiles here"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        (["--implementation", "mine", "xla"], "runs/aot"),
+        (["--implementation", "xla"], "profiles/aot"),
+        (["--implementation", "mine", "--out", "chosen"], "chosen"),
+        (["--implementation", "mine", "xla", "--check"], None),
+    ],
+)
+def test_custom_implementation_is_not_written_into_the_profiles(arguments, folder, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(program, "check_compiler_installed", lambda target: None)
+    monkeypatch.setattr(worker_pool, "Worker", RefusingWorker)
+    kernels.register("attention", "mine", lambda q, k, v, **options: q)
+    profile.save(tmp_path / "profiles/aot/v6e.json", {"target": "v6e", "versions": {"jax": "1"}, "rows": {}})
+    before = (tmp_path / "profiles/aot/v6e.json").read_text()
+    assert program.main(["--target", "v6e", "--op", "attention", "--spec", "aot d64 window, gate", *arguments]) == 0
+    assert (folder == "profiles/aot") == ((tmp_path / "profiles/aot/v6e.json").read_text() != before)
+    if folder:
+        rows = json.loads((tmp_path / folder / "v6e.json").read_text())["rows"]
+        assert any(" / mine / " in key for key in rows) == ("mine" in arguments)
+    said = capsys.readouterr().out
+    assert ("not built in: mine; the profiles are in runs/aot/" in said) == (folder == "runs/aot")
 
 
 WORKER = """
