@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from bench.operations import baselines
 from bench.report import console_table, history, html_report, results
 from dantinox import cli
 from dantinox.kernels import workloads
@@ -88,6 +89,10 @@ def _check_names(arguments: Arguments) -> None:
         raise ValueError(f"--seconds is {arguments.seconds}; allowed: 0 or more")
     if not arguments.budget > 0:
         raise ValueError(f"--budget is {arguments.budget}; allowed: seconds above 0")
+    for op in ops:
+        for name in results.custom_implementations([op], arguments.implementation):
+            if name in baselines.BUILDERS[op]:
+                raise ValueError(f"{name!r} names an implementation of {op} and a public kernel; rename it")
     known = {row.name for op in ops for row in workloads.select(op, "bench")}
     for name in arguments.spec:
         if name not in known:

@@ -72,17 +72,20 @@ def lazy(path: str) -> Callable[..., Any]:
 
 def _import(path: str) -> Any:
     module, _, attribute = path.partition(":")
-    # The first call may be traced, and the arrays that a module makes must not belong to that trace.
-    with jax.ensure_compile_time_eval():
-        return functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+    return functools.reduce(getattr, attribute.split("."), _import_module(module))
+
+
+def _import_module(module: str) -> Any:
+    # The first call may be traced, or compiled for another machine: the arrays that a module makes must be real ones.
+    with jax.ensure_compile_time_eval(), jax.default_device(None):
+        return importlib.import_module(module)
 
 
 def _import_problem(path: str) -> str | None:
     """Return why the function at a path cannot be imported, in one line, or None."""
     module, _, attribute = path.partition(":")
     try:
-        with jax.ensure_compile_time_eval():
-            importlib.import_module(module)
+        _import_module(module)
     except (Exception, SystemExit) as error:  # the code of a stranger may raise anything
         first_line = str(error).strip().partition("\n")[0]
         return f"{module} cannot be imported: " + ": ".join(filter(None, (type(error).__name__, first_line)))

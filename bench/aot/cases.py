@@ -91,6 +91,9 @@ def cases(
                 raise ValueError(f"{argument} is {name!r}; allowed: {', '.join(known)}")
     chosen: list[Case] = []
     for op in ops or OPERATIONS:
+        for name in compiled_implementations(op):
+            if name in baselines.BASELINES and (not implementations or name in implementations):
+                raise ValueError(f"{name!r} names an implementation of {op} and a public kernel; rename it")
         dtypes = {name: baselines.BASELINES[name].dtypes_of(op) for name in baselines.names(op, target.name)}
         chosen += _cases_of(op, target, dtypes)
     if short:

@@ -109,6 +109,13 @@ def test_custom_implementation_is_not_measured_into_the_profiles(
     assert ("not built in: mine; the results are in runs/bench/" in said) == (folder == "runs/bench")
 
 
+def test_custom_implementation_with_the_name_of_a_public_kernel_is_refused(custom_attention, capsys):
+    kernels.register("attention", "splash", lambda q, k, v, **options: q)
+    with pytest.raises(SystemExit, match="2"):
+        bench_command(["--op", "attention"])
+    assert "'splash' names an implementation of attention and a public kernel" in capsys.readouterr().err
+
+
 def test_rows_of_another_run_keep_their_ceilings(tmp_path):
     def write(spec, ceilings):
         measured = raw()

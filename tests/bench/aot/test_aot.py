@@ -300,6 +300,13 @@ def test_missing_extra_prints_one_line_with_the_install_command(capsys, monkeypa
     assert "make aot" in error
 
 
+def test_custom_implementation_with_the_name_of_a_public_kernel_is_refused(monkeypatch):
+    monkeypatch.setattr(registry, "_registered", {})
+    kernels.register("attention", "splash", lambda q, k, v, **options: q)
+    with pytest.raises(ValueError, match="'splash' names an implementation of attention and a public kernel"):
+        aot_cases.cases(hardware.get("v6e"))
+
+
 class RefusingWorker(worker_pool.Worker):
     """A worker without a process, which compiles nothing."""
 
