@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as bench_program
+from bench import ablations
 from bench.__main__ import main as bench_command
 from bench.report import plots, results
 from dantinox import kernels
@@ -107,6 +108,18 @@ def test_custom_implementation_is_not_measured_into_the_profiles(
     said = capsys.readouterr().out
     assert str(path.relative_to(tmp_path)) in said
     assert ("not built in: mine; the results are in runs/bench/" in said) == (folder == "runs/bench")
+
+
+@pytest.mark.parametrize(("variant", "folder"), [("attn mine", "runs/bench"), ("attn xla", "profiles")])
+def test_ablation_with_a_custom_implementation_is_not_in_the_profiles(
+    variant, folder, custom_attention, monkeypatch, tmp_path
+):
+    row = dict.fromkeys(("parameters", "active", "flops_per_token", "peak_bytes", "tokens_per_second", "spread"), 1)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ablations, "measure", lambda base, changes, rounds: dict.fromkeys(changes, row))
+    assert ablations.main(["--only", variant]) == 0
+    (path,) = tmp_path.glob("**/*-ablations.json")
+    assert path.parent == tmp_path / folder / "cpu" and variant in json.loads(path.read_text())["rows"]
 
 
 def test_custom_implementation_with_the_name_of_a_public_kernel_is_refused(custom_attention, capsys):
