@@ -28,6 +28,8 @@ if not any(Path(device).exists() for device in ACCELERATORS):
 QUICK = "--xla_backend_optimization_level=0"
 if not os.environ.get("FULL_XLA"):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
+# The tests run on all cores already: where each product in NumPy has threads of its own, they wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # A compiled program kept from another version of the code must never be what is tested.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 # A simulated GPU waits for its barriers in threads of XLA's pool, which has one a core: on two cores none may be left

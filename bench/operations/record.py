@@ -11,6 +11,7 @@ from bench.operations.runner import BenchmarkCase, CaseResult, sweep_coordinate
 from bench.operations.timer import clock
 from bench.report.console_table import duration
 from bench.report.cpu import this_cpu
+from bench.report.results import is_wrong
 
 
 class Entry(NamedTuple):
@@ -26,9 +27,22 @@ class Entry(NamedTuple):
 def progress_line(result: CaseResult) -> str:
     """Format a case and its fastest candidate in one line."""
     case = f"{result.case.workload.op} {result.case}"
-    times = {name: median(candidate.seconds) for name, candidate in result.results.items() if candidate.seconds}
+    dtype = result.case.workload.dtypes[0]
+    rows = [
+        {"implementation": name, "error": candidate.error, "dtype": dtype}
+        for name, candidate in result.results.items()
+        if candidate.seconds
+    ]
+    wrong = [row["implementation"] for row in rows if is_wrong(row, rows)]
+    times = {
+        name: median(candidate.seconds)
+        for name, candidate in result.results.items()
+        if candidate.seconds and name not in wrong
+    }
+    if wrong:
+        case = f"{case}: WRONG {', '.join(wrong)}"
     if not times:
-        return f"{case}: nothing ran"
+        return f"{case}: nothing ran" if not wrong else case
     best = min(times, key=times.__getitem__)
     return f"{case}: {best} {duration(times[best])}, of {len(times)}; measured in {result.seconds:.0f} s"
 

@@ -3,7 +3,7 @@
 from rich.table import Table
 
 from bench.report import cpu
-from bench.report.results import Document, Row, by_case, fastest, leaders
+from bench.report.results import Document, Row, by_case, fastest, is_wrong, leaders
 from dantinox.system.console import Console
 
 SCALES = ((1, "s"), (1e-3, "ms"), (1e-6, "µs"))
@@ -41,19 +41,21 @@ COLUMNS = {  # name: width
     "GB/s": 8,
     "roofline": 9,
     "temp": 9,
-    "error": 8,
+    "error": 13,
 }
 
 
 def show(op: str, document: Document, console: Console) -> None:
-    """Print the rows of one operation, grouped by workload; the implementations that share the best time are green."""
+    """Print the rows of one operation, grouped by workload: the fastest ones are green, wrong ones red."""
     console.print(f"\n[bold]{op}[/]  {head(document)}", highlight=False, soft_wrap=True)
     console.print(_grid([list(COLUMNS)], style="dim"))
     for (workload, direction), rows in by_case(document["rows"]).items():
         sizes = f"{rows[0]['dtype']} {rows[0]['sizes']}"
         console.print(f"[bold]{workload}[/], {direction}  [dim]{sizes}[/]", highlight=False)
         best, leading = fastest(rows), leaders(rows)
-        console.print(_grid([_cells(row, best, row["implementation"] in leading) for row in rows]))
+        colors = {name: "green" for name in leading}
+        colors |= {row["implementation"]: "bold red" for row in rows if is_wrong(row, rows)}
+        console.print(_grid([_cells(row, best, colors.get(row["implementation"], "")) for row in rows]))
     reasons: dict[tuple[str, str], int] = {}
     for skipped in document["refused"]:
         key = (skipped["implementation"], skipped["why"])
@@ -72,8 +74,9 @@ def _grid(rows: list[list[str]], style: str = "") -> Table:
     return grid
 
 
-def _cells(row: Row, best: float, leads: bool) -> list[str]:
-    mark, end = ("[green]", "[/]") if leads else ("", "")
+def _cells(row: Row, best: float, color: str) -> list[str]:
+    mark, end = (f"[{color}]", "[/]") if color else ("", "")
+    wrong = "WRONG " if "red" in color else ""
     return [
         f"  {mark}{row['implementation']}{end}",
         f"{mark}{duration(row['seconds'])}{end}",
@@ -83,5 +86,5 @@ def _cells(row: Row, best: float, leads: bool) -> list[str]:
         f"{row['bytes_per_second'] / 1e9:.3g}",
         f"{row['roofline']:.1%}",
         size(row["temp_bytes"]),
-        "" if row["error"] is None else f"{row['error']:.1e}",
+        "" if row["error"] is None else f"{mark}{wrong}{row['error']:.1e}{end}" if wrong else f"{row['error']:.1e}",
     ]

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from bench.report import console_table, cpu, plots
 from bench.report.history import History, key
-from bench.report.results import Document, Row, by_case, fastest, leaders
+from bench.report.results import Document, Row, by_case, fastest, is_wrong, leaders
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; }
@@ -21,6 +21,7 @@ tr.row td { padding-top: .8rem; border-top: 1px solid #ddd; }
 tr.row div { position: sticky; left: .5rem; width: max-content; max-width: calc(100vw - 3rem); white-space: normal; }
 tr.best td { font-weight: 600; }
 .mark { font-size: .75rem; font-weight: 600; border-radius: .6rem; padding: .05rem .45rem; margin-left: .3rem; }
+tr.wrong td { color: #a4161a; font-weight: 600; } .wrong .mark { background: #a4161a; color: #fff; }
 .best .mark { background: #dcefdc; color: #1e5b1e; } .tied .mark { background: #ececec; color: #444; }
 .slower { color: #a01c20; font-weight: 600; } .faster { color: #1e6b1e; font-weight: 600; } .same { color: #595959; }
 .bar { display: inline-block; width: 6rem; height: .65rem; background: #eee; margin-right: .5rem; }
@@ -113,6 +114,7 @@ def _case(workload: str, direction: str, rows: list[Row], history: History, colu
         fill = f"width:{width:.1%};background:{plots.color(row['implementation'])}"
         bar = f'<span class="bar"><i style="{fill}"></i></span>'
         kind = "" if row["implementation"] not in leading else "best" if len(leading) == 1 else "tied"
+        kind = "wrong" if is_wrong(row, rows) else kind
         mark = f'<span class="mark">{kind}</span>' if kind else ""
         cells = [
             html.escape(row["implementation"]) + mark,

@@ -197,8 +197,26 @@ def by_case(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
     return groups
 
 
+# Relative errors that no rounding explains: of sums in float32, or of operands and results in 16 bits.
+MAX_ERRORS = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
+MAX_XLA_ERROR = 0.1
+
+
+def is_wrong(row: Row, rows: Sequence[Row]) -> bool:
+    """Whether a row computes something wrong.
+
+    Its error is then above `MAX_ERRORS` and eight times that of xla, if xla is among the rows of the case: a TPU
+    multiplies float32 in bfloat16 by default. `python -m bench.judge` says where it is wrong.
+    """
+    if row["error"] is None:
+        return False
+    peers = [8 * other["error"] for other in rows if other["implementation"] == "xla" and other["error"] is not None]
+    allowed = max(MAX_ERRORS[row["dtype"]], *peers, 0.0) if row["implementation"] != "xla" else MAX_XLA_ERROR
+    return not row["error"] <= allowed  # NaN too
+
+
 def fastest(rows: Sequence[Row]) -> float:
-    """Seconds of the fastest implementation; rows without an error compute something else and do not count."""
+    """Seconds of the fastest right implementation; rows without an error compute something else and do not count."""
     return min(row["seconds"] for row in _rivals(rows))
 
 
@@ -208,7 +226,7 @@ def leaders(rows: Sequence[Row]) -> list[str]:
     One is the best alone if its distance to every other one exceeds both spreads together (half an interquartile range
     each). Empty if there is nothing to compare.
     """
-    rivals = _rivals(rows)
+    rivals = [row for row in _rivals(rows) if not is_wrong(row, rows)]
     if len(rivals) < 2:
         return []
     best = min(rivals, key=_seconds)
@@ -216,7 +234,8 @@ def leaders(rows: Sequence[Row]) -> list[str]:
 
 
 def _rivals(rows: Sequence[Row]) -> Sequence[Row]:
-    return [row for row in rows if row["error"] is not None] or rows
+    rivals = [row for row in rows if row["error"] is not None]
+    return [row for row in rivals if not is_wrong(row, rows)] or rivals or rows
 
 
 def _seconds(row: Row) -> float:

@@ -206,3 +206,29 @@ def test_ablations_measure_the_changed_config():
     assert rows["untied"]["peak_bytes"] > rows["base"]["peak_bytes"] > 0
     assert rows["base"]["tokens_per_second"] > 0
     assert ablations.plot(rows, "two").startswith("<svg")
+
+
+def test_wrong_rows_are_marked_and_never_the_best(document):
+    for row in document["rows"]:
+        if row["implementation"] == "xla":
+            row |= {"implementation": "mine", "error": 1.6}  # the fastest in every case
+    rows = results.by_case(document["rows"])["S=256", "forward"]
+    assert [results.is_wrong(row, rows) for row in rows] == [False, True]
+    assert results.leaders(rows) == [] and results.fastest(rows) == rows[0]["seconds"]
+    page = html_report.render({"attention": document}, None)
+    assert page.count('<tr class="wrong">') == 3 and '<tr class="best">' not in page
+    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+    console_table.show("attention", document, console)
+    assert console.file.getvalue().count("WRONG 1.6e+00") == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "xla_error", "wrong"),
+    [(float("nan"), 1e-7, True), (2e-4, 1e-7, True), (5e-5, 1e-7, False), (2e-3, 1e-3, False), (None, 1e-7, False)],
+)
+def test_rounding_as_large_as_that_of_xla_is_not_wrong(error, xla_error, wrong):
+    rows = [
+        {"implementation": "mine", "error": error, "dtype": "float32"},
+        {"implementation": "xla", "error": xla_error, "dtype": "float32"},
+    ]
+    assert [results.is_wrong(row, rows) for row in rows] == [wrong, False]
