@@ -9,9 +9,10 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 from tests.numpy_interpreter.evaluate import Program, rule
-from tests.numpy_interpreter.primitives import reading_kernel
+from tests.numpy_interpreter.primitives import ELEMENTWISE, reading_kernel
 
 Array = np.ndarray
+ARITHMETIC = {*ELEMENTWISE, "select_n", "convert_element_type"} - {"clamp"}
 # (place in the grid, its sizes) of the kernels that run, the innermost last.
 _running: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
 
@@ -108,18 +109,27 @@ class _Block:
         self.kept = [n for n, d in zip(self.sizes, mapping.block_shape) if not isinstance(d, pl.Squeezed)]
         self.steps = [n if isinstance(d, pl.Blocked) else 1 for n, d in zip(self.sizes, mapping.block_shape)]
         self.index = Program(mapping.index_map_jaxpr)
+        self.elementwise = _is_elementwise(mapping.index_map_jaxpr.jaxpr)
+        self.found: dict[tuple[int, ...], tuple[int, ...]] = {}
         self.at: tuple[int, ...] | None = None
         self.chip = garbage(self.kept, array.dtype)
         self.ahead: tuple[tuple[int, ...], Array] | None = None
 
     def find(self, place: tuple[int, ...], tables: Sequence[Array]) -> tuple[int, ...]:
         """The block's first element at a step."""
-        found = self.index(*map(np.int32, place), *tables)
+        found = self.found.get(place) or self.index(*map(np.int32, place), *tables)
         at = tuple(int(i) * n for i, n in zip(found, self.steps, strict=True))
         for i, size in zip(at, self.array.shape):
             if not 0 <= i < max(size, 1):
                 raise IndexError(f"a block of {self.mapping.origin} begins at {at}, outside {self.array.shape}")
         return at
+
+    def find_all(self, sizes: Sequence[int], tables: Sequence[Array]) -> None:
+        """Evaluate the index map for all steps at once, where it has arithmetic only."""
+        if self.elementwise and 0 < np.prod(sizes) < 1 << 20:
+            places = np.indices(sizes, np.int32).reshape(len(sizes), -1)
+            found = [np.broadcast_to(x, places[0].shape) for x in self.index(*places, *tables)]
+            self.found = dict(zip(zip(*places.tolist()), zip(*(x.tolist() for x in found)), strict=True))
 
     def window(self, at: tuple[int, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """What of the array and of the block is the same elements; a last block hangs over the end."""
@@ -149,6 +159,16 @@ class _Block:
             self.array[whole] = self.chip.reshape(self.sizes)[part]
 
 
+def _is_elementwise(jaxpr: Any) -> bool:
+    """Whether a jaxpr works on arrays as on scalars."""
+    inner = lambda e: next((e.params[name] for name in ("jaxpr", "call_jaxpr") if name in e.params), None)
+    return all(
+        e.primitive.name in ARITHMETIC
+        or (e.primitive.name in ("jit", "pjit") and _is_elementwise(getattr(inner(e), "jaxpr", inner(e))))
+        for e in jaxpr.eqns
+    )
+
+
 @rule("pallas_call")
 def _pallas_call(params: dict[str, Any], e: Any) -> Callable[..., Any]:
     grids = params["grid_mapping"]
@@ -172,6 +192,8 @@ def _pallas_call(params: dict[str, Any], e: Any) -> Callable[..., Any]:
         blocks = [
             _Block(m, x, kept or i < n_ins) for i, (m, x) in enumerate(zip(grids.block_mappings, arrays, strict=True))
         ]
+        for block in blocks:
+            block.find_all(sizes, tables)
         chip = [garbage(*s) for s in scratch]
         places = itertools.product(*map(range, sizes))
         place = next(places, None)
