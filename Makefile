@@ -12,7 +12,7 @@ PY     := .venv/bin/python
 SETUP  := sh scripts/setup.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sweep generate test test-long test-crash test-mutants bench bench-compare ablations toggles tutorial ladder aot aot-check profile \
+.PHONY: help setup train sweep generate test test-long test-crash test-mutants judge bench bench-compare ablations toggles tutorial ladder aot aot-check profile \
         tensorboard gpu docs docs-serve test-newest lint format doctor clean
 
 help: ## show this list
@@ -56,6 +56,10 @@ test-crash: ## what does a run survive? 50 kills, 200 damaged checkpoints (about
 test-mutants: ## do the tests notice? Breaks the kernels on purpose and expects failures
 	@$(SETUP) dev
 	@$(PY) -m tests.mutation $(ARGS)
+
+judge: ## is my kernel right, and with which features? In a minute (OP=attention FILE=mine.py)
+	@$(SETUP) dev
+	@$(PY) -m bench.judge $(OP) $(FILE) $(ARGS)
 
 bench: ## is it fast? Times every operation and the model (BENCH="attention model")
 	@$(SETUP) dev

@@ -17,7 +17,7 @@ SPREAD = 0.2  # blocks whose wrong shares differ by no more than this are one le
 FEW, LEVELS, RANGES, PERIOD = 4, 3, 4, 8
 
 
-def describe(actual: Any, expected: Any, allowed: float, row_axis: int | None = None) -> str:
+def describe(actual: Any, expected: Any, allowed: float, row_axis: int | None = None, axes: str = "") -> str:
     """Describe where `actual` differs from `expected` by more than `allowed`; NaN is wrong.
 
     Args:
@@ -25,6 +25,7 @@ def describe(actual: Any, expected: Any, allowed: float, row_axis: int | None = 
         expected: the right array, of the same shape.
         allowed: the largest error that counts as right.
         row_axis: the axis of rows; None: the longest axis but the last, which is that of columns.
+        axes: the letters of the axes, by which the worst element is named; "": by position.
 
     Returns:
         One line: the error, counts, the worst element, and the wrong share of blocks of 64 rows and columns.
@@ -40,7 +41,8 @@ def describe(actual: Any, expected: Any, allowed: float, row_axis: int | None = 
     if not wrong.any():
         return text
     worst = np.unravel_index(np.argmax(error), x.shape)  # the first NaN, if there is one
-    text += f", worst at {_index(worst)}: {x[worst]:.4g}, not {y[worst]:.4g}"
+    place = ", ".join(f"{a} {i}" for a, i in zip(axes, worst)) if axes else str(_index(worst))
+    text += f", worst at {place}: {x[worst]:.4g}, not {y[worst]:.4g}"
     return "; ".join([text, *_where(wrong, row_axis)])
 
 

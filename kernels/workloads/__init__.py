@@ -5,6 +5,7 @@ A workload is an operation at one set of sizes, with the suites that run it and 
     suites      parity     tests, every run              long       tests, only in the long run
                 bench      timed                         aot        cross-compiled for accelerators
                 tune       used to tune block sizes      tutorial   used to compare the kernels of `kernels/tutorial`
+                features   each feature alone and in pairs, for `python -m bench.judge`
     devices     small (any, in interpret mode too), cpu, h100, tpu
 
 MODEL_* workloads have the sizes of published models; EDGE_CASES_* have sizes that break kernels: 1, 7, 127, 129,
@@ -14,12 +15,13 @@ belongs to.
 
 from dantinox.kernels.workloads.attention import EDGE_CASES_ATTENTION, MODEL_ATTENTION
 from dantinox.kernels.workloads.decode_attention import KV_CACHES
+from dantinox.kernels.workloads.features import FEATURES
 from dantinox.kernels.workloads.grouped_matmul import EDGE_CASES_GROUPED_MATMUL, MODEL_GROUPED_MATMUL
 from dantinox.kernels.workloads.moe import EXPERTS
 from dantinox.kernels.workloads.types import Attention, Decode, GroupedMatmul, MoE, Workload
 
 __all__ = ["DEVICES", "ROWS", "SUITES", "Attention", "Decode", "GroupedMatmul", "MoE", "Workload", "get", "select"]
-SUITES = ("parity", "long", "bench", "aot", "tune", "tutorial")
+SUITES = ("parity", "long", "bench", "aot", "tune", "tutorial", "features")
 DEVICES = ("small", "cpu", "h100", "tpu")
 ROWS: tuple[Workload, ...] = (
     *EDGE_CASES_ATTENTION,
@@ -28,6 +30,7 @@ ROWS: tuple[Workload, ...] = (
     *MODEL_GROUPED_MATMUL,
     *EXPERTS,
     *KV_CACHES,
+    *FEATURES,
 )
 
 

@@ -229,18 +229,23 @@ def bound_violations(actual: Arrays, plain: Arrays, oracle: Arrays, dtype: Any) 
     return [f"{name}: {line}" for name, line in lines.items() if line]
 
 
+def error_terms(name: str, plain: Any, exact: np.ndarray, dtype: Any) -> tuple[float, float]:
+    """Return (the error of plain jnp, the ulp-sized term) of the bound of one array."""
+    largest = np.abs(exact).max(initial=0)
+    ulp = float(jnp.finfo(dtype).eps) * max(1.0, largest)
+    if name != "o" and largest < 1e-12:
+        ulp = CANCELLATION_ULPS * float(jnp.finfo(jnp.float32).eps)
+    return float(np.abs(to_float64(plain) - exact).max(initial=0)), ulp
+
+
 def _violation(name: str, actual: Any, plain: Any, exact: Any, dtype: Any) -> str:
     exact = to_float64(exact)
     if actual is None:
         return "missing"
     if not np.isfinite(exact).all():
         return "the oracle itself is not finite"
-    largest = np.abs(exact).max(initial=0)
-    ulp = float(jnp.finfo(dtype).eps) * max(1.0, largest)
-    if name != "o" and largest < 1e-12:
-        ulp = CANCELLATION_ULPS * float(jnp.finfo(jnp.float32).eps)
-    error, plain_error = (np.abs(to_float64(x) - exact).max(initial=0) for x in (actual, plain))
-    if error <= 2 * plain_error + ulp:  # false for NaN
+    plain_error, ulp = error_terms(name, plain, exact, dtype)
+    if np.abs(to_float64(actual) - exact).max(initial=0) <= 2 * plain_error + ulp:  # false for NaN
         return ""
     where = wrong_places.describe(to_float64(actual), exact, 2 * plain_error + ulp, ROW_AXIS.get(exact.ndim))
     return f"{where}; plain jnp {plain_error:.3g}, ulp {ulp:.3g}"

@@ -1,0 +1,152 @@
+"""Judge a kernel in a minute: which features are right, where the others are wrong, and what nobody looked at.
+
+`python -m bench.judge attention mine.py` runs the kernel without its device: its form for a CPU, its form for a TPU in
+NumPy, a Hopper kernel in JAX's simulator and a Triton kernel in Triton's interpreter. Then it times the kernel on this
+machine and compiles it for a TPU.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dantinox import cli
+from dantinox.system.console import Console
+
+PROG = "bench.judge"
+ROOT = Path(__file__).parents[2]
+Op = Literal["attention", "grouped_matmul", "moe_mlp", "decode_attention"]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to judge."""
+
+    op: Op
+    """Operation."""
+    kernel: str
+    """Name of an implementation, or a Python file that registers one or defines a function of the operation's name."""
+    case: tuple[str, ...] = ()
+    """Only these cases, by the ids that failures show."""
+    seconds: float = 50.0
+    """Start no further case after this many seconds; what is left counts as not judged."""
+    bench: bool = True
+    """Time the kernel on this machine."""
+    compile: bool = True
+    """Compile the kernel for a TPU v6e, where libtpu is installed."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Judge; returns 1 if a result is wrong."""
+    words = cli.positional_run(argv, "--op", "--kernel")
+    arguments = cli.parse(Arguments, words, default=None, prog=PROG, description=__doc__.split("\n")[0])
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the cases run on all cores
+    with cli.one_line_errors(PROG):
+        return judge(arguments)
+
+
+def judge(arguments: Arguments) -> int:
+    """Run the cases and print the verdict."""
+    from bench.judge import cases, presence, report, runner, subject, verdicts
+
+    start, console = time.monotonic(), Console(width=max(120, Console().width))
+    op, name = arguments.op, subject.load(arguments.op, arguments.kernel)
+    all_cases = cases.cases(op)
+    chosen = _choose([*all_cases, *presence.simulated_cases(op)], arguments.case) or all_cases
+    compiling = _start_compiling(arguments) if arguments.compile else None
+    outcomes, absent = runner.run(op, arguments.kernel, name, chosen, start + arguments.seconds)
+    judged = tuple(form for form in dict.fromkeys(o.form for o in outcomes))
+    features = (*cases.FEATURES[op], *cases.DTYPES)
+    if arguments.case:
+        features = tuple(each for each in features if any(each in case.features() for case in chosen))
+    results = list(dict.fromkeys(result for outcome in outcomes for result in outcome.states))
+    table = {form: verdicts.verdicts(outcomes, form, features, results) for form in judged}
+    console.print(f"[bold]{op}[/]: {name}\n", highlight=False)
+    report.show(table, console)
+    report.show_failures(table, console)
+    console.print()
+    report.show_reasons(table, outcomes, console)
+    skipped = len(chosen) - len({outcome.case.id for outcome in outcomes})
+    if skipped:
+        absent["no time left"] = f"{skipped} of {len(chosen)} cases; --seconds gives more"
+    if compiling is None:
+        absent["compiled for a TPU"] = "--no-compile" if not arguments.compile else _no_compiler()
+    report.show_not_judged(table, absent, console)
+    console.print()
+    wrong = any(verdict.is_wrong for column in table.values() for verdict in column.values())
+    if arguments.bench:
+        _show_bench_row(op, name, console, wrong)
+    if compiling is not None:
+        _show_compiled(compiling, console)
+    verdict = "[bold red]WRONG[/]" if wrong else "[bold green]nothing wrong found[/]"
+    console.print(f"\n{verdict}: {report.summary(table, outcomes)}; {time.monotonic() - start:.0f} s", highlight=False)
+    return int(wrong)
+
+
+def _choose(all_cases: list[Any], ids: tuple[str, ...]) -> list[Any]:
+    known = {case.id: case for case in all_cases}
+    for each in ids:
+        if each not in known:
+            raise ValueError(f"--case is {each!r}; allowed: {'; '.join(known)}")
+    return [known[each] for each in ids]
+
+
+def _compiler_python() -> str | None:
+    other = ROOT / ".venv-aot" / "bin" / "python"
+    return sys.executable if importlib.util.find_spec("libtpu") else str(other) if other.exists() else None
+
+
+def _no_compiler() -> str:
+    return "no Python here has libtpu; `make aot` builds one in .venv-aot"
+
+
+def _start_compiling(arguments: Arguments) -> subprocess.Popen[str] | None:
+    python = _compiler_python()
+    if python is None:
+        return None
+    kernel = str(Path(arguments.kernel).absolute()) if arguments.kernel.endswith(".py") else arguments.kernel
+    command = [python, "-m", "bench.judge.compile_row", arguments.op, kernel]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+        text=True,
+    )  # fmt: skip
+
+
+def _show_compiled(process: subprocess.Popen[str], console: Console) -> None:
+    out, err = process.communicate()
+    if process.returncode:
+        console.print(f"compiled for v6e: failed\n{err[-2000:]}", markup=False, highlight=False, soft_wrap=True)
+        return
+    row = json.loads(out.splitlines()[-1])
+    for direction, result in row["directions"].items():
+        line = f"compiled for v6e, {row['spec']}, {direction}: "
+        if result["status"] != "compiled":
+            line += f"{result['status']}: {result['reason']}"
+        else:
+            line += "; ".join(map(_describe_kernel, result["kernels"]))
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _describe_kernel(kernel: dict[str, Any]) -> str:
+    vmem = f"{(kernel['vmem_bytes'] or 0) / 2**20:.1f} MiB of VMEM"
+    return f"{kernel['name']} {kernel['bundles']} bundles, {kernel['spills']} spills, {vmem}"
+
+
+def _show_bench_row(op: str, name: str, console: Console, wrong: bool) -> None:
+    from bench.judge import bench_row
+
+    for line in bench_row.rows(op, name):
+        mark = " (wrong: see above)" if wrong and f": {name} " in line else ""
+        console.print(f"timed here, {line}{mark}", markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    cli.run_main(main)

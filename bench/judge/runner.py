@@ -1,0 +1,62 @@
+"""Run the cases of an operation on all cores, each in the forms that the implementation has."""
+
+import multiprocessing
+import os
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+
+from bench.judge import outcomes, presence, subject, triton_interpreter
+from bench.judge.cases import Case
+from bench.judge.outcomes import Outcome
+
+IN_NUMPY = ("CPU", "TPU")
+FIRST_CASES = 12  # that run before those in a simulator, which take longer
+
+
+def run(op: str, kernel: str, name: str, cases: list[Case], deadline: float) -> tuple[list[Outcome], dict[str, str]]:
+    """Run cases in processes of their own.
+
+    Args:
+        op: the operation.
+        kernel: the name or the file of the kernel, which each process loads.
+        name: the name of its implementation.
+        cases: the cases, in the order in which they start.
+        deadline: of `time.monotonic()`; no case starts after it.
+
+    Returns:
+        (the outcomes, why each form that is missing among them is not judged).
+    """
+    found, absent = presence.forms_of(op, name)
+    numpy_forms = tuple(form for form in found if form in IN_NUMPY)
+    small = presence.simulated_cases(op)
+    in_numpy = [(numpy_forms, case) for case in cases if case not in small]
+    if len(cases) < FIRST_CASES:  # chosen by their ids
+        small = [case for case in small if case in cases]
+    simulated = [((form,), case) for form in found if form not in IN_NUMPY for case in small]
+    queue = [*in_numpy[:FIRST_CASES], *simulated, *in_numpy[FIRST_CASES:]]
+    results: list[Outcome] = []
+    workers = min(len(queue), max(1, len(os.sched_getaffinity(0))))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _initialize, (op, kernel)) as pool:
+        pending: set[Future[list[Outcome]]] = set()
+        try:
+            while queue or pending:
+                while queue and len(pending) < 2 * workers and time.monotonic() < deadline:
+                    forms, case = queue.pop(0)
+                    pending.add(pool.submit(outcomes.judge, op, name, forms, case))
+                if not pending:
+                    break
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for future in done:
+                    results += future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    order = {case.id: number for number, case in enumerate(cases)}
+    return sorted(results, key=lambda outcome: order.get(outcome.case.id, -1)), absent
+
+
+def _initialize(op: str, kernel: str) -> None:
+    """Load the kernel in a worker process."""
+    os.environ.setdefault("NPROC", "8")  # a simulated GPU waits for barriers in threads of XLA's pool
+    triton_interpreter.enable()
+    subject.load(op, kernel)
