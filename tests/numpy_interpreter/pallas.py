@@ -217,3 +217,15 @@ def _pallas_call(params: dict[str, Any], e: Any) -> Callable[..., Any]:
         return outs
 
     return call
+
+
+@rule("debug_print")
+def _debug_print(params: dict[str, Any], e: Any) -> Callable[..., Any]:
+    """`pl.debug_print`: a breakpoint() in here stops a kernel with its values at hand."""
+
+    def show(*values: Any) -> tuple[()]:
+        text, place = params["fmt"], "program " + ", ".join(map(str, _running[-1][0]))
+        print(f"{place}: {text.format(*values) if '{' in text else ' '.join([text, *map(str, values)])}")
+        return ()
+
+    return show
