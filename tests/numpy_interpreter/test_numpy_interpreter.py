@@ -142,3 +142,13 @@ def test_block_is_loaded_before_previous_one_is_written_back():
     run = functools.partial(rows_of, kernel=follow, outs=shifted, block=2, input_output_aliases={0: 0})
     found = numpy_interpreter.run(run, ROWS[:8])
     np.testing.assert_array_equal(found[4:6], ROWS[2:4] + 1)
+
+
+def test_debug_print_shows_values_and_program(capsys):
+    def show(x_ref, o_ref):
+        pl.debug_print("largest of {}: {}", pl.program_id(0), jnp.max(x_ref[...]))
+        pl.debug_print("smallest", jnp.min(x_ref[...]))
+        o_ref[...] = x_ref[...]
+
+    numpy_interpreter.run(functools.partial(rows_of, kernel=show), np.float32([[1, 2], [3, 4], [5, 6], [7, 8]]))
+    assert capsys.readouterr().out.splitlines()[0] == "program 0: largest of 0: 8.0"

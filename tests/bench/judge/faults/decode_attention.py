@@ -145,7 +145,7 @@ FAULTS = {
         ("ragged lengths",),
     ),
     "accumulator not initialized": ("acc_ref[...] = jnp.zeros_like(acc_ref)", "pass", _RINGS),
-    "maximum not stored": ("        m_ref[...] = m\n", "", ("several blocks", "one block")),
+    "maximum not stored": ("        m_ref[...] = m\n", "", ("several blocks",)),
     "output not divided": ("o = acc_ref[...] / l_ref[...]", "o = acc_ref[...]", _RINGS),
     "written at the first block": (
         "@pl.when(step == pl.num_programs(1) - 1)\n    def write():",
@@ -157,9 +157,10 @@ FAULTS = {
         "dot(p.astype(jnp.bfloat16).astype(v.dtype), v, NN)",
         ("float32",),
     ),
-    "scratch memory in 16 bits": (
-        "pltpu.VMEM((K, G, n), jnp.float32)",
-        "pltpu.VMEM((K, G, n), jnp.bfloat16)",
+    "accumulator in 16 bits": (
+        "acc_ref[...] = decay * acc_ref[...] + dot(p.astype(v.dtype), v, NN)",
+        "acc = decay * acc_ref[...] + dot(p.astype(v.dtype), v, NN)\n"
+        "        acc_ref[...] = acc.astype(jnp.bfloat16).astype(jnp.float32)",
         ("float32",),
     ),
     "default precision of float32 products": ("precision=matmul_precision(a, b), ", "", ("float32",)),

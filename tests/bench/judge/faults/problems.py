@@ -76,6 +76,7 @@ _T_S = [(7, 300), (129, 300), (300, 129), (129, 7)]
 _ALL = {"window": 40, "scale": 0.4, "softcap": 1.5}
 ATTENTION = [
     *(attention(*size) for size in ((1, 1), (7, 7), (128, 128), *_LONG)),
+    attention(300, 300, H=4),
     attention(300, 300, B=2, H=3, K=1, D=5),
     *(attention(T, S, causal=False) for T, S in (*_LONG[1:], *_T_S)),
     *(attention(T, S) for T, S in _T_S),
@@ -144,7 +145,8 @@ GROUPED_MATMUL = [
         for M, F, rest in ((16, 24, 0), (16, 24, 5), (7, 33, 0), (5, 1, 140))
         if sum(sizes) + rest
     ),
-    grouped_matmul([300, 0, 740], 600, 520, rest=0),
+    grouped_matmul([100, 100, 100], 600, 520),
+    grouped_matmul([300, 0, 740], 600, 520),
     grouped_matmul([30, 0, 20], 520, 1030, rest=7),
     *(grouped_matmul(sizes, 24, 16, "unseen NaN", rest=rest) for sizes in _SIZES[4:8] for rest in (0, 5, 200)),
     *(
