@@ -36,9 +36,14 @@ class Outcome(NamedTuple):
 
 def judge(op: str, implementation: str, chosen_forms: tuple[str, ...], case: Case) -> list[Outcome]:
     """Run one case in the forms that are chosen and compare."""
-    problem = cases.draw(case)
-    plain, exact = forms.expected(op, case, problem)
+    problem, plain, exact = prepare(op, case)
     return [_judge_form(op, implementation, form, case, problem, plain, exact) for form in chosen_forms]
+
+
+def prepare(op: str, case: Case) -> tuple[Problem, Results, Results]:
+    """Return the arrays of a case and what `forms.expected` makes of them."""
+    problem = cases.draw(case)
+    return problem, *forms.expected(op, case, problem)
 
 
 def _judge_form(

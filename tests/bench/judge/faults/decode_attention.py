@@ -15,7 +15,7 @@ FAULTS = {
     "slot of length + 1": (
         "newest = cache.length % C\n",
         "newest = (cache.length + 1) % C\n",
-        ("append", "empty ring"),
+        ("part-filled ring", "empty ring"),
     ),
     "ring does not wrap": (
         "newest = cache.length % C\n",
@@ -106,15 +106,15 @@ FAULTS = {
     "attends to the old key of the slot": (
         "s = dot(q_ref[...], k, NT) * scale",
         "s = dot(q_ref[...], k_ref[...], NT) * scale",
-        ("append", "full ring"),
+        ("part-filled ring", "full ring"),
     ),
     "attends to the old value of the slot": (
         "v = jnp.where(is_visible(slot), v, 0)",
         "v = jnp.where(is_visible(slot), v_ref[...], 0)",
-        ("append", "full ring"),
+        ("part-filled ring", "full ring"),
     ),
-    "key not appended": ("k_out_ref[...] = k\n", "k_out_ref[...] = k_ref[...]\n", ("append",)),
-    "value appended as the key": ("v_out_ref[...] = v\n", "v_out_ref[...] = k\n", ("append",)),
+    "key not appended": ("k_out_ref[...] = k\n", "k_out_ref[...] = k_ref[...]\n", ("part-filled ring",)),
+    "value appended as the key": ("v_out_ref[...] = v\n", "v_out_ref[...] = k\n", ("part-filled ring",)),
     "appended at every block": (
         "@pl.when(step == 0)\n        def append():",
         "@pl.when(step >= 0)\n        def append():",
@@ -123,13 +123,13 @@ FAULTS = {
     "block of the new token written over": (
         "k_out_ref[...] = k\n",
         "k_out_ref[...] = jnp.where(slot == newest, k, 0)\n",
-        ("append",),
+        ("part-filled ring",),
     ),
     "new block is the first one": ("return b, 0, newest[b] // size, 0", "return b, 0, 0, 0", ("several blocks",)),
     "length not counted": (
         "cache._replace(k=new_k, v=new_v, length=cache.length + 1)",
         "cache._replace(k=new_k, v=new_v)",
-        ("append",),
+        ("part-filled ring",),
     ),
     # The running softmax
     "accumulator not rescaled": (
