@@ -1,4 +1,4 @@
-"""Judge a kernel in a minute: which features are right, where the others are wrong, and what nobody looked at.
+"""Judge a kernel in a minute: which features are right, where the others are wrong, and what no case looked at.
 
 `python -m bench.judge attention mine.py` runs the kernel without its device: its form for a CPU, its form for a TPU in
 NumPy, a Hopper kernel in JAX's simulator and a Triton kernel in Triton's interpreter. Then it times the kernel on this
@@ -14,10 +14,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dantinox import cli
 from dantinox.system.console import Console
+
+if TYPE_CHECKING:
+    from bench.judge.cases import Case
 
 PROG = "bench.judge"
 ROOT = Path(__file__).parents[2]
@@ -34,6 +37,10 @@ class Arguments:
     """Name of an implementation, or a Python file that registers one or defines a function of the operation's name."""
     case: tuple[str, ...] = ()
     """Only these cases, by the ids that failures show."""
+    dump: str = ""
+    """Only write what these variables of the kernel hold, such as s,p, in the first --case."""
+    tile: str = ""
+    """The step to --dump, by the last indices of the grid, such as 3,2 (default: the first)."""
     seconds: float = 50.0
     """Start no further case after this many seconds; what is left counts as not judged."""
     bench: bool = True
@@ -60,6 +67,8 @@ def judge(arguments: Arguments) -> int:
     op, name = arguments.op, subject.load(arguments.op, arguments.kernel)
     all_cases = cases.cases(op)
     chosen = _choose([*all_cases, *presence.simulated_cases(op)], arguments.case) or all_cases
+    if arguments.dump:
+        return _dump(op, name, chosen[0], arguments, console)
     compiling = _start_compiling(arguments) if arguments.compile else None
     outcomes, absent = runner.run(op, arguments.kernel, name, chosen, start + arguments.seconds)
     judged = tuple(form for form in dict.fromkeys(o.form for o in outcomes))
@@ -90,7 +99,20 @@ def judge(arguments: Arguments) -> int:
     return int(wrong)
 
 
-def _choose(all_cases: list[Any], ids: tuple[str, ...]) -> list[Any]:
+def _dump(op: str, name: str, case: "Case", arguments: Arguments, console: Console) -> int:
+    from bench.judge import dump
+
+    try:
+        tile = tuple(int(index) for index in arguments.tile.split(",") if index)
+    except ValueError:
+        raise ValueError(f"--tile is {arguments.tile!r}; allowed: indices such as 3,2") from None
+    variables = tuple(each.strip() for each in arguments.dump.split(",") if each.strip())
+    for line in dump.dump(op, name, case, variables, tile):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _choose(all_cases: "list[Case]", ids: tuple[str, ...]) -> "list[Case]":
     known = {case.id: case for case in all_cases}
     for each in ids:
         if each not in known:

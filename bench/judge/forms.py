@@ -223,7 +223,7 @@ def expected(op: str, case: Case, problem: Problem, *, gradients: bool = True) -
             plain = jax.tree.map(np.asarray, jax.jit(f, compiler_options=options)(*args))
         with jax.enable_x64(True):
             exact = numpy_interpreter.run(f, *jax.tree.map_with_path(_widen, args))
-        if op == "decode_attention":  # what a step stores is exact, and slots that nobody sees keep what they hold
+        if op == "decode_attention":  # stored exactly; the other slots keep their contents
             stored = numpy_interpreter.run(f, *arguments(case, problem))
             exact |= {name: x for name, x in stored.items() if name != "o"}
             plain |= {name: x for name, x in stored.items() if name != "o"}

@@ -76,8 +76,9 @@ def _judge_form(
     states = _with_scales(states)
     picture = ""
     if WRONG in states.values():
-        first = next(name for name in names if states[name] == WRONG)
-        picture = pictures.draw(op, implementation, form, case, problem, first, actual, exact)
+        # Pictures of o and dv show tiles of queries and keys.
+        shown = next(name for name in ("o", "dv", *names) if states.get(name) == WRONG)
+        picture = pictures.draw(op, implementation, form, case, problem, shown, actual, exact)
     return Outcome(case, form, states, lines, picture)
 
 

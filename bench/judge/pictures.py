@@ -59,7 +59,8 @@ def _attention_tiles(implementation: str, form: str, case: Case, problem: Proble
     exact = forms.expected("attention", case, problem, gradients=by_query)[1][result]
     # [rows, tiles of the other axis]: the weights of all sequences and heads next to each other.
     weights, exact = (np.moveaxis(x.astype(np.float64), 2, 0).reshape(-1, *x.shape[1::2]) for x in (weights, exact))
-    wrong = _wrong_tiles(weights, exact, TOLERANCE.get(case.dtype, 3e-2))
+    allowed = TOLERANCE.get(case.dtype, 3e-2)
+    wrong = _missing_tiles(weights, exact, allowed) if by_query else _wrong_tiles(weights, exact, allowed)
     rows = range(0, weights.shape[1], tile)
     columns = -(-length // tile)
     seen = _visible(row, problem)
@@ -86,6 +87,12 @@ def _wrong_tiles(weights: np.ndarray, exact: np.ndarray, allowed: float) -> np.n
         to_blame = ~(np.abs(weights - factor * exact) <= allowed)
         different = ~(np.abs(weights - exact) <= allowed)
     return np.where(to_blame.any(axis=-1, keepdims=True), to_blame, different)
+
+
+def _missing_tiles(weights: np.ndarray, exact: np.ndarray, allowed: float) -> np.ndarray:
+    """Mark the tiles that are missing or should not be there; where all are there, those with another weight."""
+    to_blame = ((exact > allowed) & (np.abs(weights) < 1e-3 * exact)) | ((exact == 0) & (np.abs(weights) > allowed))
+    return to_blame if to_blame.any() else ~(np.abs(weights - exact) <= allowed)
 
 
 def _one_hot(shape: tuple[int, ...], tile: int) -> np.ndarray:

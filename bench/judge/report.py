@@ -1,4 +1,4 @@
-"""The verdict in the terminal: a table of features, then what is wrong, what is refused and what nobody judged."""
+"""The verdict in the terminal: a table of features, then what is wrong, what is refused and what is not judged."""
 
 from collections.abc import Mapping, Sequence
 
@@ -105,7 +105,7 @@ def not_judged(table: Table) -> list[str]:
 
 
 def show_not_judged(table: Table, reasons: Mapping[str, str], console: Console) -> None:
-    """Print what nobody judged: whole forms with the reason, then features.
+    """Print what is not judged: whole forms with the reason, then features.
 
     Args:
         table: the verdicts of the forms that were judged.

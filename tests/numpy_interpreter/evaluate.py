@@ -1,5 +1,6 @@
 """Walk a jaxpr with NumPy values. Each equation becomes a Python function once; a kernel step is a list of calls."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,10 +10,13 @@ from jax.extend.core import Literal
 
 from tests.numpy_interpreter import primitives
 from tests.numpy_interpreter.indexing import gather, scatter
+from tests.numpy_interpreter.variables import not_watching, watched
 
 Rule = Callable[[dict[str, Any], Any], Callable[..., Any]]
 # Primitive -> rule; a rule makes (params, equation) a function of the operands, which returns one value or a tuple.
 RULES: dict[str, Rule] = {}
+# (place in the grid, its sizes, name) of the kernels that run, the innermost last.
+RUNNING: list[tuple[tuple[int, ...], tuple[int, ...], str]] = []
 
 
 def trace(f: Callable[..., Any], *args: Any) -> Callable[..., Any]:
@@ -57,6 +61,7 @@ class Program:
         self.steps = []
         for e in jaxpr.eqns:
             made = RULES.get(e.primitive.name, _unknown)(e.params, e)
+            made = watched(made, e, RUNNING) if primitives.in_kernel() else made
             self.steps.append((made, [place(v) for v in e.invars], [place(v) for v in e.outvars]))
         self.results = [place(v) for v in jaxpr.outvars]
         self.size = len(places)
@@ -118,7 +123,9 @@ def _platform_index(params: dict[str, Any], e: Any) -> Callable[..., Any]:
     "custom_vmap_call",
 )
 def _call(params: dict[str, Any], e: Any) -> Callable[..., Any]:
-    return Program(next(params[name] for name in ("jaxpr", "call_jaxpr", "call") if name in params))
+    shared = e.primitive.name in ("jit", "pjit") and primitives.in_kernel()
+    with not_watching() if shared else contextlib.nullcontext():
+        return Program(next(params[name] for name in ("jaxpr", "call_jaxpr", "call") if name in params))
 
 
 @rule("call_hi_primitive")

@@ -8,13 +8,11 @@ import jax
 import numpy as np
 from jax.experimental import pallas as pl
 
-from tests.numpy_interpreter.evaluate import Program, rule
+from tests.numpy_interpreter.evaluate import RUNNING, Program, rule
 from tests.numpy_interpreter.primitives import ELEMENTWISE, reading_kernel
 
 Array = np.ndarray
 ARITHMETIC = {*ELEMENTWISE, "select_n", "convert_element_type"} - {"clamp"}
-# (place in the grid, its sizes) of the kernels that run, the innermost last.
-_running: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
 
 
 def garbage(shape: Sequence[int], dtype: Any) -> Array:
@@ -92,12 +90,12 @@ def _addupdate(params: dict[str, Any], e: Any) -> Callable[..., Any]:
 
 @rule("program_id")
 def _program_id(params: dict[str, Any], e: Any) -> Callable[..., Any]:
-    return lambda: np.int32(_running[-1][0][params["axis"]])
+    return lambda: np.int32(RUNNING[-1][0][params["axis"]])
 
 
 @rule("num_programs")
 def _num_programs(params: dict[str, Any], e: Any) -> Callable[..., Any]:
-    return lambda: np.int32(_running[-1][1][params["axis"]])
+    return lambda: np.int32(RUNNING[-1][1][params["axis"]])
 
 
 class _Block:
@@ -175,6 +173,7 @@ def _pallas_call(params: dict[str, Any], e: Any) -> Callable[..., Any]:
     with reading_kernel(tpu=not params["interpret"]):
         kernel = Program(params["jaxpr"])
     scratch = [(ref.shape, ref.dtype) for ref in grids.scratch_avals]
+    name = params["name_and_src_info"].name if "name_and_src_info" in params else str(params.get("name"))
     n_tables, n_ins = grids.num_index_operands, grids.num_inputs
     aliases = dict(params["input_output_aliases"])
 
@@ -206,11 +205,11 @@ def _pallas_call(params: dict[str, Any], e: Any) -> Callable[..., Any]:
                 block.ahead = None
                 if after is not None:
                     block.prefetch(block.find(after, tables))
-            _running.append((place, tuple(sizes)))
+            RUNNING.append((place, tuple(sizes), name))
             try:
                 kernel(*tables, *current, *chip)
             finally:
-                _running.pop()
+                RUNNING.pop()
             for block in blocks[n_ins:]:
                 block.leave()
             place = after
@@ -224,7 +223,7 @@ def _debug_print(params: dict[str, Any], e: Any) -> Callable[..., Any]:
     """`pl.debug_print`: a breakpoint() in here stops a kernel with its values at hand."""
 
     def show(*values: Any) -> tuple[()]:
-        text, place = params["fmt"], "program " + ", ".join(map(str, _running[-1][0]))
+        text, place = params["fmt"], "program " + ", ".join(map(str, RUNNING[-1][0]))
         print(f"{place}: {text.format(*values) if '{' in text else ' '.join([text, *map(str, values)])}")
         return ()
 

@@ -12,6 +12,11 @@ _tpu_kernels: list[bool] = []  # whether the kernels whose program is being read
 _exact_products: list[bool] = [False]
 
 
+def in_kernel() -> bool:
+    """Whether the program that is being read is a kernel."""
+    return bool(_tpu_kernels)
+
+
 def in_tpu_kernel() -> bool:
     """Whether the program that is being read is a kernel of a TPU."""
     return bool(_tpu_kernels) and _tpu_kernels[-1]

@@ -1,4 +1,4 @@
-"""From the outcomes of cases to a verdict on each feature: what is to blame, and what nobody judged."""
+"""From the outcomes of cases to a verdict on each feature: what is to blame, and what no case judges."""
 
 from typing import NamedTuple
 
