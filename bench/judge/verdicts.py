@@ -1,17 +1,20 @@
 """From the outcomes of many cases to a verdict on each feature.
 
 A feature is wrong if cases with it fail and none with it passes, so that the cases that combine it with others do not
-blame those. A failure that no single feature explains is blamed on a pair.
+blame those. A failure that no single feature explains is blamed on a pair; sizes and dtypes are circumstances in which a
+feature fails, so of a feature and one of them the feature is wrong.
 """
 
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from bench.judge.cases import DTYPES
 from bench.judge.outcomes import FAILED, NO_GRADIENT, NO_KERNEL, OK, REFUSED, WRONG, Outcome
 
 NOT_JUDGED = "not judged"
 Features = frozenset[str]
+CIRCUMSTANCES = frozenset(("one tile", "several tiles", "one block", "several blocks", *DTYPES))
 
 
 class Verdict(NamedTuple):
@@ -78,7 +81,7 @@ def _blamed(outcomes: Sequence[tuple[Outcome, Features]], name: str) -> set[Feat
             subsets = (frozenset(each) for each in itertools.combinations(sorted(features), size))
             explaining = {each for each in subsets if not any(each <= other for other in passing)}
             if explaining:
-                # A pair that another failure's single feature explains adds nothing.
-                found |= explaining
+                found |= {each - CIRCUMSTANCES if len(each - CIRCUMSTANCES) == 1 else each for each in explaining}
                 break
+    # A pair that another failure's single feature explains adds nothing.
     return {each for each in found if len(each) == 1 or not any(other < each for other in found)}

@@ -68,3 +68,14 @@ def test_a_wrong_feature_shows_its_simplest_case():
 def test_neither_refusals_nor_missing_gradients_are_wrong(state):
     found = verdicts.verdicts([outcome(o=OK, dq=state)], "CPU", ("base",), ("o", "dq"))
     assert not found[frozenset(("base",))].is_wrong
+
+
+def test_a_feature_that_fails_at_one_size_only_is_wrong():
+    found = judged(
+        outcome("one tile"),
+        outcome("several tiles"),
+        outcome("window", "one tile"),
+        outcome("window", "several tiles", o=WRONG),
+    )
+    assert found["window"] == {"o": WRONG, "dq": OK} and found["base"]["o"] == OK
+    assert not any("several tiles" in name for name in found)
