@@ -123,9 +123,27 @@ def _garbage(dtype: Any) -> Any:
     return np.iinfo(dtype).min if dtype.kind == "i" else 0 if dtype.kind in "ub" else np.nan
 
 
+def _dot(self: Any, a: Any, b: Any, c: Any, *_: Any) -> Any:
+    """Multiply tiles: the interpreter's own `create_dot` multiplies the bits of bfloat16 as integers."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def widen(x: Any) -> np.ndarray:
+        if x.dtype.scalar != tl.bfloat16:
+            return x.data
+        return interpreter._convert_float(x.data, x.dtype, tl.float32, None).view(np.float32)
+
+    product = np.matmul(widen(a), widen(b), dtype=c.data.dtype)
+    return interpreter.TensorHandle(product + c.data, c.dtype.scalar)
+
+
 def run(f: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """Return f(*args) as NumPy arrays, with its Triton kernels interpreted."""
     import jax_triton
+    from triton.runtime import interpreter
 
-    with mock.patch.object(jax_triton, "triton_call", triton_call):
+    with (
+        mock.patch.object(jax_triton, "triton_call", triton_call),
+        mock.patch.object(interpreter.InterpreterBuilder, "create_dot", _dot),
+    ):
         return jax.tree.map(np.asarray, jax.block_until_ready(jax.jit(lambda *args: f(*args))(*args)))

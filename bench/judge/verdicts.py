@@ -1,8 +1,8 @@
 """From the outcomes of many cases to a verdict on each feature.
 
 A feature is wrong if cases with it fail and none with it passes, so that the cases that combine it with others do not
-blame those. A failure that no single feature explains is blamed on a pair; sizes and dtypes are circumstances in which a
-feature fails, so of a feature and one of them the feature is wrong.
+blame those. A failure that no single feature explains is blamed on a pair. Sizes and dtypes are circumstances in which
+a feature fails: of a feature and one of them, the feature is wrong.
 """
 
 import itertools

@@ -91,8 +91,8 @@ def test_guide_shows_file_of_operation(op):
 def test_parity_tests_run_custom_kernel(copy):
     chosen = ["-q", "-p", "no:cacheprovider", "-rs", "--import-mode=importlib"]
     said = run(copy, *words("pytest"), *chosen)
-    assert int(re.search(r"(\d+) passed", said)[1]) >= 50, said[-3000:]
-    assert "failed" not in said
+    assert int(re.search(r"(\d+) passed", said)[1]) >= 15, said[-3000:]
+    assert "failed" not in said and "skipped" not in said
     # Nothing else minds the new name.
     more = ["tests/kernels/test_dispatch.py", "tests/docs/test_readme.py::test_settings_table_is_current"]
     said = run(copy, "pytest", *more, *chosen)
@@ -130,4 +130,4 @@ def test_aot_compiles_custom_kernel(copy):
     rows = json.loads((copy / "aot" / "v6e.json").read_text())["rows"]
     assert rows and all("/ mine /" in key for key in rows)
     row = rows["attention / aot d64 window, gate / mine / bfloat16 / forward"]
-    assert row["status"] == "compiled" and row["kernels"][0]["name"].startswith("mine")
+    assert row["status"] == "compiled" and row["kernels"][0]["name"].startswith("my_attention")
