@@ -50,7 +50,7 @@ class Arguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Judge; returns 1 if a result is wrong."""
+    """Judge; returns 1 if a result is wrong or the kernel does not compile."""
     words = cli.positional_run(argv, "--op", "--kernel")
     arguments = cli.parse(Arguments, words, default=None, prog=PROG, description=__doc__.split("\n")[0])
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -92,11 +92,12 @@ def judge(arguments: Arguments) -> int:
     wrong = any(verdict.is_wrong for column in table.values() for verdict in column.values())
     if arguments.bench:
         _show_bench_row(op, name, console, wrong)
-    if compiling is not None:
-        _show_compiled(compiling, console)
+    compiles = compiling is None or _show_compiled(compiling, console)
     verdict = "[bold red]WRONG[/]" if wrong else "[bold green]nothing wrong found[/]"
+    if not compiles:
+        verdict += ", [bold red]DOES NOT COMPILE[/]"
     console.print(f"\n{verdict}: {report.summary(table, outcomes)}; {time.monotonic() - start:.0f} s", highlight=False)
-    return int(wrong)
+    return int(wrong or not compiles)
 
 
 def _dump(op: str, name: str, case: "Case", arguments: Arguments, console: Console) -> int:
@@ -142,11 +143,12 @@ def _start_compiling(arguments: Arguments) -> subprocess.Popen[str] | None:
     )  # fmt: skip
 
 
-def _show_compiled(process: subprocess.Popen[str], console: Console) -> None:
+def _show_compiled(process: subprocess.Popen[str], console: Console) -> bool:
+    """Print what the compiler made of the kernel, or its whole message; return whether it compiles or is refused."""
     out, err = process.communicate()
     if process.returncode:
         console.print(f"compiled for v6e: failed\n{err[-2000:]}", markup=False, highlight=False, soft_wrap=True)
-        return
+        return False
     row = json.loads(out.splitlines()[-1])
     for direction, result in row["directions"].items():
         line = f"compiled for v6e, {row['spec']}, {direction}: "
@@ -155,6 +157,7 @@ def _show_compiled(process: subprocess.Popen[str], console: Console) -> None:
         else:
             line += "; ".join(map(_describe_kernel, result["kernels"]))
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return all(result["status"] != "failed" for result in row["directions"].values())
 
 
 def _describe_kernel(kernel: dict[str, Any]) -> str:

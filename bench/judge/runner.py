@@ -8,6 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from bench.judge import outcomes, presence, subject, triton_interpreter
 from bench.judge.cases import Case
 from bench.judge.outcomes import Outcome
+from dantinox.system.progress import Progress
 
 IN_NUMPY = ("CPU", "TPU")
 FIRST_CASES = 12  # that run before those in a simulator, which take longer
@@ -37,7 +38,8 @@ def run(op: str, kernel: str, name: str, cases: list[Case], deadline: float) -> 
     results: list[Outcome] = []
     workers = min(len(queue), max(1, len(os.sched_getaffinity(0))))
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _initialize, (op, kernel)) as pool:
+    progress = Progress(f"judging {name} in {len(queue)} cases", len(queue))
+    with progress, ProcessPoolExecutor(workers, context, _initialize, (op, kernel)) as pool:
         pending: set[Future[list[Outcome]]] = set()
         try:
             while queue or pending:
@@ -49,6 +51,7 @@ def run(op: str, kernel: str, name: str, cases: list[Case], deadline: float) -> 
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 for future in done:
                     results += future.result()
+                    progress.advance()
         finally:
             pool.shutdown(cancel_futures=True)
     order = {case.id: number for number, case in enumerate(cases)}
