@@ -81,7 +81,7 @@ def judge(arguments: Arguments) -> int:
     report.show(table, console)
     report.show_failures(table, console)
     console.print()
-    report.show_reasons(table, outcomes, console)
+    report.show_reasons(outcomes, console)
     skipped = len(chosen) - len({outcome.case.id for outcome in outcomes})
     if skipped:
         absent["no time left"] = f"{skipped} of {len(chosen)} cases; --seconds gives more"

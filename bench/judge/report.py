@@ -77,15 +77,17 @@ def _failure(outcome: Outcome) -> str:
     return "\n".join([*lines, outcome.picture] if outcome.picture else lines)
 
 
-def show_reasons(table: Table, outcomes: Sequence[Outcome], console: Console) -> None:
-    """Print why cases were refused or had no gradient, each reason once."""
-    reasons: dict[tuple[str, str, str], list[str]] = {}
+def show_reasons(outcomes: Sequence[Outcome], console: Console) -> None:
+    """Print why cases were refused or had no gradient: each reason once, with the forms and the number of cases."""
+    reasons: dict[tuple[str, str], dict[str, set[str]]] = {}
     for outcome in outcomes:
         state = next((s for s in (REFUSED, NO_GRADIENT) if s in outcome.states.values()), None)
         if state and "" in outcome.lines:
-            reasons.setdefault((outcome.form, state, outcome.lines[""]), []).append(outcome.case.id)
-    for (form, state, reason), cases in reasons.items():
-        _line(console, f"{form}: {state} in {len(cases)} cases: {reason}", "yellow")
+            forms = reasons.setdefault((state, outcome.lines[""]), {})
+            forms.setdefault(outcome.form, set()).add(outcome.case.id)
+    for (state, reason), forms in reasons.items():
+        number = max(len(cases) for cases in forms.values())
+        _line(console, f"{', '.join(forms)}: {state} in {number} case{'s'[: number != 1]}: {reason}", "yellow")
 
 
 def not_judged(table: Table) -> list[str]:
