@@ -93,7 +93,9 @@ def judge(arguments: Arguments) -> int:
     if arguments.bench:
         _show_bench_row(op, name, console, wrong)
     compiles = compiling is None or _show_compiled(compiling, console)
-    verdict = "[bold red]WRONG[/]" if wrong else "[bold green]nothing wrong found[/]"
+    judged_any = any("ok" in outcome.states.values() for outcome in outcomes)
+    right = "[bold green]nothing wrong found[/]" if judged_any else "[bold magenta]NOTHING JUDGED[/]"
+    verdict = "[bold red]WRONG[/]" if wrong else right
     if not compiles:
         verdict += ", [bold red]DOES NOT COMPILE[/]"
     console.print(f"\n{verdict}: {report.summary(table, outcomes)}; {time.monotonic() - start:.0f} s", highlight=False)

@@ -96,6 +96,7 @@ ENTRY %main (x: f32[8,128]) -> f32[8,128] {
   %k.1 = f32[8,128] custom-call(%copy.1), custom_call_target="tpu_custom_call", backend_config={"estimated_cycles":"9"}
   %bitcast.1 = f32[8,128]{1,0} bitcast(%k.1)
   %copy.2 = f32[8,128]{0,1} copy(%x), backend_config={"estimated_cycles":"18446744073709551615"}
+  %copy.3 = f32[8,128]{0,1} copy(%x), backend_config={"estimated_cycles":"9223372036854775807"}
   ROOT %fusion = f32[8,128]{1,0} fusion(%bitcast.1), calls=%fused_computation, backend_config={"estimated_cycles":"34"}
 }
 """
