@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from dantinox import cli
 from dantinox.system.console import Console
@@ -24,16 +24,15 @@ if TYPE_CHECKING:
 
 PROG = "bench.judge"
 ROOT = Path(__file__).parents[2]
-Op = Literal["attention", "grouped_matmul", "moe_mlp", "decode_attention"]
 
 
 @dataclass(frozen=True)
 class Arguments:
     """What to judge."""
 
-    op: Op
-    """Operation."""
-    kernel: str
+    op: str = ""
+    """Operation: attention, grouped_matmul, moe_mlp or decode_attention."""
+    kernel: str = ""
     """Name of an implementation, or a Python file that registers one or defines a function of the operation's name."""
     case: tuple[str, ...] = ()
     """Only these cases, by the ids that failures show."""
@@ -52,7 +51,7 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Judge; returns 1 if a result is wrong or the kernel does not compile."""
     words = cli.positional_run(argv, "--op", "--kernel")
-    arguments = cli.parse(Arguments, words, default=None, prog=PROG, description=__doc__.split("\n")[0])
+    arguments = cli.parse(Arguments, words, default=Arguments(), prog=PROG, description=__doc__.split("\n")[0])
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the cases run on all cores
     with cli.one_line_errors(PROG):
@@ -62,7 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def judge(arguments: Arguments) -> int:
     """Run the cases and print the verdict."""
     from bench.judge import cases, presence, report, runner, subject, verdicts
+    from dantinox.kernels import OPERATIONS
 
+    if arguments.op not in OPERATIONS:
+        raise ValueError(f"op is {arguments.op!r}; allowed: {', '.join(OPERATIONS)}")
+    if not arguments.kernel:
+        raise ValueError(f"the kernel is missing; allowed: {PROG} {arguments.op} NAME|FILE")
+    if not arguments.seconds > 0:
+        raise ValueError(f"--seconds is {arguments.seconds:g}; allowed: seconds above 0")
     start, console = time.monotonic(), Console(width=max(120, Console().width))
     op, name = arguments.op, subject.load(arguments.op, arguments.kernel)
     all_cases = cases.cases(op)

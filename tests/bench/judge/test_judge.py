@@ -44,10 +44,12 @@ def judge(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     [
         (("attention", "nothing"), "attention has no implementation 'nothing'; allowed: xla, pallas"),
         (("attention", "nothing.py"), "no file 'nothing.py'"),
-        (("convolution", "pallas"), "convolution"),
+        (("convolution", "pallas"), "op is 'convolution'; allowed: attention, grouped_matmul"),
+        (("attention",), "the kernel is missing"),
+        (("attention", "pallas", "--seconds", "0"), "--seconds is 0; allowed"),
         (("attention", "pallas", "--case", "nothing"), "--case is 'nothing'; allowed: features: several tiles"),
     ],
-    ids=["name", "file", "operation", "case"],
+    ids=["name", "file", "operation", "no kernel", "no time", "case"],
 )
 def test_bad_arguments_give_one_line(words, message):
     done = judge(*words)
