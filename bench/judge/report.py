@@ -9,6 +9,7 @@ from dantinox.system.console import Console
 Table = Mapping[str, Mapping[Features, Verdict]]  # form -> feature -> verdict
 STYLES = {OK: "green", WRONG: "bold red", FAILED: "bold red", REFUSED: "yellow", NOT_JUDGED: "bold magenta"}
 SHOUTED = {WRONG: "WRONG", FAILED: "FAILED", NOT_JUDGED: "NOT JUDGED"}
+ASCII = str.maketrans("█▞░", "#/.")  # the marks of a picture, for consoles of another encoding
 MAX_SHOWN = 6  # failures of a form that are shown in full
 
 
@@ -137,4 +138,6 @@ def summary(table: Table, outcomes: Sequence[Outcome]) -> str:
 
 
 def _line(console: Console, text: str, style: str = "") -> None:
+    if not console.encoding.startswith("utf"):
+        text = text.translate(ASCII)
     console.print(text, style=style or None, markup=False, highlight=False, soft_wrap=True)
