@@ -9,7 +9,7 @@ import pytest
 from bench.judge import cases, outcomes, verdicts
 from dantinox import kernels
 
-MAX_CASES, PLAIN_CASES = 8, 2
+MAX_CASES, MAX_PAIRS, PLAIN_CASES = 8, 4, 2
 GUIDES = Path(__file__).parents[3] / "docs" / "guides"
 
 
@@ -45,6 +45,9 @@ def wrong_features(op: str, implementation: str, form: str, features: tuple[str,
     """
     alone = sorted((case for case in cases.cases(op) if not case.is_pair), key=lambda case: len(case.features()))
     chosen = [case for case in alone if case.features() & set(features)][:MAX_CASES]
+    chosen += [case for case in cases.cases(op) if case.is_pair and len(case.features() & set(features)) > 1][
+        :MAX_PAIRS
+    ]
     chosen += [case for case in alone if case not in chosen][:PLAIN_CASES]
     found = [each for case in chosen for each in outcomes.judge(op, implementation, (form,), case)]
     results = list(dict.fromkeys(result for each in found for result in each.states))

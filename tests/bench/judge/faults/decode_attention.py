@@ -46,7 +46,7 @@ FAULTS = {
     "length of the first sequence": (
         _VISIBLE,
         "visible = jnp.minimum(cache.length[:1] + 1, C if window is None else min(C, window)) + 0 * newest",
-        ("ragged lengths",),
+        ("part-filled ring", "ragged lengths"),
     ),
     "blocks not counted around the end": (
         "count = jnp.minimum(jnp.where(oldest > newest, count + blocks, count), blocks)",
@@ -56,13 +56,13 @@ FAULTS = {
     "one block too few": (
         "count = newest // size - oldest // size + 1\n",
         "count = jnp.maximum(newest // size - oldest // size, 1)\n",
-        ("several blocks",),
+        ("part-filled ring", "full ring", "wrapped ring", "several blocks"),
     ),
     "grid of a window one step short": ("pl.cdiv(window, size) + 2", "pl.cdiv(window, size)", ("window",)),
     "blocks from the start of the ring": (
         "block = newest // size - step",
         "block = step + 0 * newest",
-        ("several blocks",),
+        ("part-filled ring", "full ring", "wrapped ring", "several blocks"),
     ),
     "block before the first one is the first": (
         "return jnp.where(block < 0, block + blocks, block)",
@@ -72,12 +72,12 @@ FAULTS = {
     "number of whole blocks": (
         "blocks = pl.cdiv(C, size)",
         "blocks = C // size",
-        ("odd sizes", "several blocks"),
+        ("part-filled ring", "full ring", "wrapped ring", "several blocks"),
     ),
     "slots counted within the block": (
         "return first + jax.lax.broadcasted_iota(jnp.int32, shape, axis)",
         "return jax.lax.broadcasted_iota(jnp.int32, shape, axis)",
-        ("several blocks",),
+        ("part-filled ring", "full ring", "wrapped ring", "several blocks"),
     ),
     "age does not wrap": (
         "age = jnp.where(slot <= newest, newest - slot, newest - slot + C)",
@@ -92,7 +92,7 @@ FAULTS = {
     "padding slots not masked": (
         "return (age < visible) & (slot < C)",
         "return age < visible",
-        ("odd sizes", "several blocks"),
+        ("part-filled ring", "full ring", "wrapped ring", "several blocks"),
     ),
     "one token too many": ("return (age < visible)", "return (age <= visible)", ("part-filled ring", "empty ring")),
     "unseen slots are attended to": ("return (age < visible) & (slot < C)", "return slot < C", ("part-filled ring",)),
@@ -118,44 +118,55 @@ FAULTS = {
     "appended at every block": (
         "@pl.when(step == 0)\n        def append():",
         "@pl.when(step >= 0)\n        def append():",
-        ("several blocks",),
+        ("part-filled ring", "full ring", "wrapped ring", "several blocks"),
     ),
     "block of the new token written over": (
         "k_out_ref[...] = k\n",
         "k_out_ref[...] = jnp.where(slot == newest, k, 0)\n",
         ("part-filled ring",),
     ),
-    "new block is the first one": ("return b, 0, newest[b] // size, 0", "return b, 0, 0, 0", ("several blocks",)),
-    "length not counted": (
-        "cache._replace(k=new_k, v=new_v, length=cache.length + 1)",
-        "cache._replace(k=new_k, v=new_v)",
-        ("part-filled ring",),
+    "new block is the first one": (
+        "return b, 0, newest[b] // size, 0",
+        "return b, 0, 0, 0",
+        ("part-filled ring", "full ring", "wrapped ring", "several blocks"),
     ),
     # The running softmax
     "accumulator not rescaled": (
         "acc_ref[...] = decay * acc_ref[...] +",
         "acc_ref[...] = acc_ref[...] +",
-        ("several blocks",),
+        ("part-filled ring", "full ring", "wrapped ring", "several blocks"),
     ),
-    "sum not rescaled": ("l_ref[...] = decay * l_ref[...] +", "l_ref[...] = l_ref[...] +", ("several blocks",)),
-    "decay upside down": ("decay = jnp.exp(m_ref[...] - m)", "decay = jnp.exp(m - m_ref[...])", ("several blocks",)),
+    "sum not rescaled": (
+        "l_ref[...] = decay * l_ref[...] +",
+        "l_ref[...] = l_ref[...] +",
+        ("part-filled ring", "full ring", "wrapped ring", "several blocks"),
+    ),
+    "decay upside down": (
+        "decay = jnp.exp(m_ref[...] - m)",
+        "decay = jnp.exp(m - m_ref[...])",
+        ("part-filled ring", "full ring", "wrapped ring", "several blocks"),
+    ),
     "state of the sequence before": (
         "@pl.when(step == 0)\n    def init():",
         "@pl.when((step == 0) & (b == 0))\n    def init():",
         ("ragged lengths",),
     ),
     "accumulator not initialized": ("acc_ref[...] = jnp.zeros_like(acc_ref)", "pass", _RINGS),
-    "maximum not stored": ("        m_ref[...] = m\n", "", ("several blocks",)),
+    "maximum not stored": (
+        "        m_ref[...] = m\n",
+        "",
+        ("part-filled ring", "full ring", "wrapped ring", "several blocks"),
+    ),
     "output not divided": ("o = acc_ref[...] / l_ref[...]", "o = acc_ref[...]", _RINGS),
     "written at the first block": (
         "@pl.when(step == pl.num_programs(1) - 1)\n    def write():",
         "@pl.when(step == 0)\n    def write():",
-        ("several blocks",),
+        ("part-filled ring", "full ring", "wrapped ring", "several blocks"),
     ),
     "probabilities rounded to 16 bits": (
         "dot(p.astype(v.dtype), v, NN)",
         "dot(p.astype(jnp.bfloat16).astype(v.dtype), v, NN)",
-        ("float32",),
+        ("part-filled ring", "float32"),
     ),
     "accumulator in 16 bits": (
         "acc_ref[...] = decay * acc_ref[...] + dot(p.astype(v.dtype), v, NN)",
@@ -164,11 +175,6 @@ FAULTS = {
         ("float32",),
     ),
     "default precision of float32 products": ("precision=matmul_precision(a, b), ", "", ("float32",)),
-    "float16 computed in bfloat16": (
-        "x.astype(jnp.float32) if x.dtype == jnp.float16",
-        "x.astype(jnp.bfloat16) if x.dtype == jnp.float16",
-        ("float16",),
-    ),
     # Scale, cap, gate, heads
     "scale forgotten": ("s = dot(q_ref[...], k, NT) * scale", "s = dot(q_ref[...], k, NT)", ("scale", *_RINGS)),
     "scale applied twice": (

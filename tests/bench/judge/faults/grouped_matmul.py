@@ -19,7 +19,7 @@ FAULTS = {
     "groups are not cut": (
         "start = jnp.sort(jnp.concatenate([tiles, ends]))",
         "start = jnp.sort(jnp.concatenate([tiles, ends // ROWS * ROWS]))",
-        ("uneven groups",),
+        ("uniform groups", "uneven groups"),
     ),
     "starts not sorted": (
         "start = jnp.sort(jnp.concatenate([tiles, ends]))",
@@ -93,7 +93,7 @@ FAULTS = {
     "last columns left out": (
         "grid=(pl.cdiv(F, columns), table.start.size),",
         "grid=(max(1, F // columns), table.start.size),",
-        ("odd sizes", "several tiles"),
+        ("several tiles of F", "odd sizes"),
     ),
     "default precision of float32 products": ("precision=matmul_precision(a, b), ", "", ("float32",)),
     "operands rounded to 16 bits": (
@@ -170,11 +170,11 @@ FAULTS = {
     "dw of the tile of the interval's number": (
         "pl.BlockSpec((ROWS, f_tile), lambda m, f, t, *table: (tile(t, table), f)),",
         "pl.BlockSpec((ROWS, f_tile), lambda m, f, t, *table: (jnp.minimum(t, (N - 1) // ROWS), f)),",
-        ("several tiles",),
+        ("uniform groups", "uneven groups"),
     ),
     "dw of the first columns of x": (
         "pl.BlockSpec((ROWS, m_tile), lambda m, f, t, *table: (tile(t, table), m)),",
         "pl.BlockSpec((ROWS, m_tile), lambda m, f, t, *table: (tile(t, table), 0)),",
-        ("several tiles", "one tile"),
+        ("several tiles of M",),
     ),
 }

@@ -22,12 +22,12 @@ FAULTS = {
     "ids of no expert count as the last one": (
         "ids = expert_ids.reshape(-1)",
         "ids = jnp.minimum(expert_ids, E - 1).reshape(-1)",
-        ("ids of no expert",),
+        ("ids of no expert", "unseen NaN"),
     ),
     "ids of no expert count as the first one": (
         "ids = expert_ids.reshape(-1)",
         "ids = (expert_ids % E).reshape(-1)",
-        ("ids of no expert",),
+        ("ids of no expert", "unseen NaN"),
     ),
     "first choice only": ("jnp.sum(by_token *", "jnp.sum(by_token[:, :1] *", ("top 2",)),
     "weights forgotten": (
@@ -94,12 +94,12 @@ FAULTS = {
     "rows of no expert times zero": (
         "y_ref[...] = jnp.where(mine, 0, y_ref[...])",
         "y_ref[...] = jnp.where(mine, (x_ref[...][:, :1] * 0).astype(y_ref.dtype), y_ref[...])",
-        ("unseen NaN",),
+        ("unseen NaN", "ids of no expert"),
     ),
     "last columns left out": (
         "(pl.cdiv(F, columns), table.start.size),",
         "(max(1, F // columns), table.start.size),",
-        ("odd sizes", "one tile", "several tiles"),
+        ("several tiles of M", "several tiles of F", "odd sizes"),
     ),
     "default precision of float32 products": ("precision=matmul_precision(a, b), ", "", ("float32",)),
     "hidden rows in 16 bits": (
