@@ -38,7 +38,10 @@ class Arguments:
     spec: tuple[str, ...] = ()
     """Workloads of kernels/workloads/, by name (default: all)."""
     implementation: tuple[str, ...] = ()
-    """Implementations and public kernels: pallas, triton, xla, tokamax, splash, megablox, ..., or your own."""
+    """Implementations and public kernels: pallas, triton, xla, tokamax, splash, megablox, ..., or your own. With one of
+    your own, and no workloads named, only the main workload of each operation is compiled."""
+    all: bool = False
+    """Compile every workload for an implementation of your own too."""
     short: bool = False
     """Compile one program of each kind, for h100 and v6e; takes a minute."""
     check: bool = False
@@ -74,12 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.timeout <= 0 or arguments.jobs < 1:
             raise ValueError("timeout and jobs must be positive")
         console = Console(width=None if sys.stdout.isatty() else 200)
+        live = len(work) == 1  # the rows of several targets would mix
         with ThreadPoolExecutor(arguments.jobs) as threads:
             workers = [worker_pool.Worker(target, arguments.timeout, arguments.keep) for target in work]
             try:
                 pending = [
                     threads.submit(
-                        compile_cases, worker, target, work[target], committed[target], out, arguments, console
+                        compile_cases, worker, target, work[target], committed[target], out, arguments, console, live
                     )
                     for worker, target in zip(workers, work)
                 ]
@@ -92,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             readme.write(out)
             if custom and arguments.out is None:
                 console.print(f"not built in: {', '.join(custom)}; the profiles are in {out}/", highlight=False)
+            if custom and main_rows_only(arguments, custom):
+                console.print("only the main workloads; --all compiles the others too", highlight=False)
     for line in worse:
         print(f"{PROG}: worse: {line}", file=sys.stderr)
     failed = arguments.check and not (arguments.op or arguments.spec or arguments.implementation)
@@ -120,9 +126,17 @@ def plan(arguments: Arguments) -> dict[hardware.Target, list[Case]]:
     filters = {"ops": arguments.op, "names": arguments.spec, "implementations": arguments.implementation}
     chosen = [hardware.get(name) for name in dict.fromkeys(names)]
     work = {target: aot_cases.cases(target, **filters, short=arguments.short) for target in chosen}
+    if main_rows_only(arguments, custom_implementations(work)):
+        work = {target: [case for case in cases if case.is_main()] for target, cases in work.items()}
     if not any(work.values()):
         raise ValueError("nothing to compile: no workload has this operation, spec and implementation on this target")
     return {target: cases for target, cases in work.items() if cases}
+
+
+def main_rows_only(arguments: Arguments, custom: Sequence[str]) -> bool:
+    """Whether to compile only the main workloads: one that is not built in is asked for, and no workload is named."""
+    asked = any(name in custom for name in arguments.implementation)
+    return asked and not (arguments.all or arguments.check or arguments.short or arguments.spec)
 
 
 def custom_implementations(work: Mapping[hardware.Target, Sequence[Case]]) -> list[str]:
@@ -157,8 +171,11 @@ def compile_cases(
     out: Path,
     arguments: Arguments,
     console: Console,
+    live: bool,
 ) -> list[str]:
     """Compile all programs of a target, print a table, and write its profile into `out` or check it.
+
+    If `live`, each row is printed when it is compiled, otherwise the table at the end.
 
     Returns:
         A line for each way in which a program got worse; always empty unless `arguments.check`.
@@ -167,6 +184,7 @@ def compile_cases(
     compiled: dict[tuple, profile.Row] = {}
     rows: dict[Case, profile.Row] = {}
     written: dict[str, profile.Row] = {}
+    printer = console_table.Printer(target, console)
     with worker:
         for number, case in enumerate(cases, 1):
             program = case.program()
@@ -175,11 +193,15 @@ def compile_cases(
             row = rows[case] = compiled[program] | {"roofline_ms": float(f"{case.roofline_seconds(target) * 1e3:.4g}")}
             written[case.key] = {name: value for name, value in row.items() if name != "seconds"}
             print(f"{target.name} {number}/{len(cases)}: {case.key}: {row['status']}", file=sys.stderr)
+            if live:
+                printer.add(case, row)
             if not arguments.check:
                 # After every program, and from the file as it is now: the run may be interrupted, and another one may
                 # write to the same file.
                 profile.save(file, profile.merge(profile.load(file), target.name, worker.versions, written))
-    console_table.show(target, rows, console)
+    if not live:
+        for case in sorted(rows, key=lambda case: list(dict.fromkeys(c.op for c in rows)).index(case.op)):
+            printer.add(case, rows[case])
     if not arguments.check:
         return []
     if committed is None:

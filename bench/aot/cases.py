@@ -36,6 +36,10 @@ class Case:
         """The program's key in a profile."""
         return f"{self.op} / {self.spec} / {self.implementation} / {self.dtype} / {self.direction}"
 
+    def is_main(self) -> bool:
+        """Whether this is one of the rows that are compiled by default for an implementation that is not built in."""
+        return self.dtype == "bfloat16" and any((self.op, self.spec) == row[:2] for row in SHORT)
+
     def program(self) -> tuple:
         """What the compiler sees: workloads that differ only in the values of their arrays are one program."""
         workload = workloads.get(self.op, self.spec)

@@ -17,13 +17,12 @@ from unittest import mock
 import jax
 from jax.experimental import pallas as pl
 
-from bench.aot import baselines, hardware, profile, programs
+from bench.aot import baselines, hardware, profile
 from bench.aot.cases import Case
 from bench.aot.report import readme
-from bench.aot.tpu import block_transfers, products
-from bench.aot.tpu.products import PRODUCTS, product_of, with_skews
+from bench.aot.tpu import block_transfers, products, traced_kernels
+from bench.aot.tpu.products import PRODUCTS, product_of
 from dantinox import cli
-from dantinox.kernels import dispatch, workloads
 
 PROG = "bench.aot.memory_traffic"
 IMPLEMENTATIONS = ("pallas", *baselines.GROUPED_TILES)
@@ -49,13 +48,11 @@ def add(row: Row, case: Case, target: hardware.Target) -> None:
 
 def bytes_moved(case: Case, target: hardware.Target) -> dict[str, dict[str, int]]:
     """Count the bytes that the kernels of a program move: product -> skew -> bytes, where they can be counted."""
-    with dispatch.target_device(target.platform, target.kind), _plain_pallas_call(case.implementation):
-        program = programs.build(case)
-        jaxpr = jax.make_jaxpr(program.function)(*(jax.ShapeDtypeStruct(*shape) for shape in program.shapes))
+    with _plain_pallas_call(case.implementation):
+        calls_by_skew = traced_kernels.calls_by_skew(case, target)
     counts: dict[str, dict[str, int]] = {}
-    for skew, workload in with_skews(workloads.get(case.op, case.spec)).items():
-        (values,) = workload.integer_inputs().values()  # a program's last argument
-        for call in block_transfers.kernel_calls(jaxpr, {len(program.shapes) - 1: values}):
+    for skew, calls in calls_by_skew.items():
+        for call in calls:
             if (count := block_transfers.bytes_moved(call)) is not None:
                 counts.setdefault(product_of(case.op, call.name), {})[skew] = count
     return counts

@@ -56,7 +56,7 @@ def _program(workload: workloads.Workload, call: Callable[..., Any], dtype: str,
     if isinstance(workload, workloads.Decode):
         return _decode_program(workload, dtype, call)
 
-    names, aux = list(workload.shapes()), _flatten_pairs(workload.integer_inputs())
+    names, aux = list(workload.shapes()), integer_arrays(workload)
     shapes = [(shape, jnp.dtype(dtype)) for shape in workload.shapes().values()]
     shapes += [(ids.shape, ids.dtype) for ids in aux.values()]
 
@@ -115,16 +115,16 @@ def _decode_program(workload: workloads.Decode, dtype: str, call: Callable[..., 
     return Program(step, tuple(shapes), donate=tuple(range(first, len(shapes))))
 
 
-def _flatten_pairs(aux: dict[str, Any]) -> dict[str, Any]:
-    """Give each array of a pair a name of its own, because a program takes arrays only."""
+def integer_arrays(workload: workloads.Workload) -> dict[str, Any]:
+    """The integer inputs. Each array of a pair has a name of its own, because a program takes arrays only."""
     flat: dict[str, Any] = {}
-    for name, value in aux.items():
+    for name, value in workload.integer_inputs().items():
         flat |= {f"{name}.{i}": v for i, v in enumerate(value)} if isinstance(value, tuple) else {name: value}
     return flat
 
 
 def _restore_pairs(flat: dict[str, Any]) -> dict[str, Any]:
-    """Undo `_flatten_pairs`."""
+    """Undo what `integer_arrays` does to pairs."""
     aux: dict[str, Any] = {}
     for name, value in flat.items():
         stem, dot, _ = name.partition(".")

@@ -62,7 +62,7 @@ def answer(target: hardware.Target, compile_: Callable[..., Any], dumps: Path, c
     import jax
 
     from bench.aot import memory_traffic, programs
-    from bench.aot.tpu import attention_bundles, gmm_bundles, xla_cycles
+    from bench.aot.tpu import attention_bundles, executed_bundles, gmm_bundles, xla_cycles
     from dantinox.kernels import dispatch
 
     for path in dumps.iterdir():
@@ -91,6 +91,7 @@ def answer(target: hardware.Target, compile_: Callable[..., Any], dumps: Path, c
             row["xla_cycles"] = xla_cycles.count(compiled.as_text())
         attention_bundles.add(row, case, target, dumps)
         gmm_bundles.add(row, case, target, dumps)
+        executed_bundles.add(row, case, target, dumps)
         memory_traffic.add(row, case, target)
     except NotImplementedError as error:
         return {"status": "refused", "reason": _reason(error)}

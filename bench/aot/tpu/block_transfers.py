@@ -64,16 +64,46 @@ def bytes_by_operand(call: KernelCall) -> list[tuple[tuple[int, ...], int]]:
     """Return (shape, bytes moved) of each operand and result that Pallas moves, in order: the operands come first."""
     if math.prod(call.grid) == 0:
         return []
+    return [(block.mapping.array_aval.shape, block.bytes) for block in moved_blocks(call)]
+
+
+class MovedBlocks(NamedTuple):
+    """The blocks of one operand or result.
+
+    Attributes:
+        mapping: its block mapping.
+        is_output: whether it is a result.
+        moves: how often a block is loaded or stored.
+        bytes: bytes of all of them.
+    """
+
+    mapping: Any
+    is_output: bool
+    moves: int
+    bytes: int
+
+    @property
+    def is_strided(self) -> bool:
+        """Whether a block is several pieces of the array."""
+        sizes, shape = _block_sizes(self.mapping), self.mapping.array_aval.shape
+        first = next((n for n, size in enumerate(sizes) if size > 1), len(sizes))
+        return any(size < whole for size, whole in zip(sizes[first + 1 :], shape[first + 1 :]))
+
+
+def moved_blocks(call: KernelCall) -> list[MovedBlocks]:
+    """Return the blocks of each operand and result that Pallas moves, in order: the operands come first."""
     steps = np.indices(call.grid, np.int32).reshape(len(call.grid), -1)
-    mappings = [mapping for mapping in call.grid_mapping.block_mappings if _space(mapping) not in ("any", "hbm")]
-    return [(mapping.array_aval.shape, _operand_bytes(mapping, steps, call.tables)) for mapping in mappings]
+    num_inputs = call.grid_mapping.num_inputs
+    mappings = [(mapping, n >= num_inputs) for n, mapping in enumerate(call.grid_mapping.block_mappings)]
+    return [_moved(*pair, steps, call.tables) for pair in mappings if _space(pair[0]) not in ("any", "hbm")]
 
 
-def _operand_bytes(mapping: Any, steps: np.ndarray, tables: Sequence[Any]) -> int:
-    """Count the bytes of one operand or result.
+def _moved(mapping: Any, is_output: bool, steps: np.ndarray, tables: Sequence[Any]) -> MovedBlocks:
+    """Count the moves of one operand or result.
 
     Args:
         mapping: its block mapping.
+        is_output: whether it is a result.
         steps: the grid index of every step, [axes of the grid, steps].
         tables: the prefetched arrays.
     """
@@ -82,11 +112,16 @@ def _operand_bytes(mapping: Any, steps: np.ndarray, tables: Sequence[Any]) -> in
         return mapping.compute_start_indices_interpret(step, *tables)
 
     starts = np.stack([np.broadcast_to(start, steps.shape[1:]) for start in jax.vmap(start_indices)(*steps)])
-    sizes = np.array([getattr(side, "block_size", 1) for side in mapping.block_shape])[:, None]
+    sizes = np.array(_block_sizes(mapping))[:, None]
     shape = np.array(mapping.array_aval.shape)[:, None]
     changed = np.append(True, (starts[:, 1:] != starts[:, :-1]).any(axis=0))
     inside = np.clip(shape - starts[:, changed], 0, sizes).astype(np.int64)
-    return int(inside.prod(axis=0).sum()) * mapping.array_aval.dtype.itemsize
+    num_bytes = int(inside.prod(axis=0).sum()) * mapping.array_aval.dtype.itemsize
+    return MovedBlocks(mapping, is_output, int(changed.sum()), num_bytes)
+
+
+def _block_sizes(mapping: Any) -> list[int]:
+    return [getattr(side, "block_size", 1) for side in mapping.block_shape]
 
 
 def _space(mapping: Any) -> str:
@@ -115,7 +150,7 @@ def _evaluate_equation(equation: Any, inputs: Sequence[Any], found: list[KernelC
     if name == "pallas_call":
         found.append(_kernel_call(params, inputs, scope))
         return unknown
-    jaxprs = list(_jaxprs(params))
+    jaxprs = list(inner_jaxprs(params))
     has_kernel = any(_contains(jaxpr, "pallas_call") for jaxpr in jaxprs)
     small = all(getattr(v.aval, "size", MAX_EVALUATED + 1) <= MAX_EVALUATED for v in equation.outvars)
     if small and _all_known(inputs) and not has_kernel:
@@ -146,7 +181,7 @@ def _all_known(values: Sequence[Any]) -> bool:
     return not any(value is UNKNOWN for value in values)
 
 
-def _jaxprs(params: Mapping[str, Any]) -> Iterator[Any]:
+def inner_jaxprs(params: Mapping[str, Any]) -> Iterator[Any]:
     """Yield the jaxprs among an equation's parameters."""
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
@@ -159,6 +194,6 @@ def _contains(jaxpr: Any, primitive: str) -> bool:
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         if equation.primitive.name == primitive:
             return True
-        if any(_contains(inner, primitive) for inner in _jaxprs(equation.params)):
+        if any(_contains(inner, primitive) for inner in inner_jaxprs(equation.params)):
             return True
     return False

@@ -46,9 +46,11 @@ SKEWS = ("uniform", "zipf")
 
 
 def with_skews(workload: Any) -> dict[str, Any]:
-    """The workload with its rows spread over groups evenly and by Zipf's law; a decoding workload as it is."""
+    """The workload with its rows spread over groups evenly and by Zipf's law; one without groups as it is."""
     if workload.op == "decode_attention":
         return {"lengths": workload}
+    if workload.op == "attention":
+        return {"all": workload}
     return {skew: dataclasses.replace(workload, skew=skew) for skew in SKEWS}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,8 @@ _SCHEDULE = re.compile(r"^\d+-(.+)-\d+-schedule-analysis_final_bundles\.txt$")
 _BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|0)\s")
 _REGION = re.compile(r"Start(/End empty)? region (\d+)")
 _JUMP = re.compile(r"sbr\.rel \(.*?\) target = \$region(\d+)")
+_TRANSFER = re.compile(r" = dma\.(?!done|vmem_to_smem|hbm_to_smem)")
+_OPERAND = re.compile(r"inlined_call_operand\.[^\[]*\[shape: ([^,]+(?:,\d+)*\]), index: (\d+), kind: (\w+)")
 _EMPTY = re.compile(r"empty scheduled bundles:\s+(\d+)")
 
 
@@ -31,8 +34,14 @@ class Schedule:
         return self.mxu / self.mxu_slots if self.mxu_slots else 0.0
 
 
-def utilisation(text: str) -> Schedule:
-    """Sum the per-bundle table, which has a row per bundle and a column per unit.
+def usage_by_unit(text: str) -> tuple[dict[str, int], dict[str, list[int]]]:
+    """Read the per-bundle table, which has a row per bundle and a column per unit.
+
+    Args:
+        text: the table.
+
+    Returns:
+        The slots of each unit in a bundle, and the slots that each bundle uses.
 
     Raises:
         ValueError: the text is not a table in this format.
@@ -46,11 +55,27 @@ def utilisation(text: str) -> Schedule:
     rows = [list(map(int, line.split())) for line in lines[heads[1] + 1 :]]
     if any(len(row) != len(names) for row in rows):
         raise ValueError(f"libtpu's utilisation table has rows with more or fewer than its {len(names)} columns")
-    sums = dict(zip(names, map(sum, zip(*rows)))) if rows else {}
-    # Newer generations list the two halves of the unit: pushing weights is not multiplying.
-    unit = "MATMUL" if "MATMUL" in names else "MXU"
-    slots = len(rows) * capacity.get(unit, 0)
-    return Schedule(len(rows), sums.get(unit, 0), slots, sums.get("VSTORE:SPILL", 0), sums.get("VLOAD:FILL", 0))
+    columns = list(zip(*rows)) if rows else [()] * len(names)
+    return capacity, {name: list(column) for name, column in zip(names, columns)}
+
+
+def matrix_unit(names: Collection[str]) -> str:
+    """The matrix unit's column: newer generations list its halves, and pushing weights is not multiplying."""
+    return "MATMUL" if "MATMUL" in names else "MXU"
+
+
+def utilisation(text: str) -> Schedule:
+    """Sum the per-bundle table.
+
+    Raises:
+        ValueError: the text is not a table in this format.
+    """
+    capacity, used = usage_by_unit(text)
+    sums = {name: sum(column) for name, column in used.items()}
+    num_bundles = max(map(len, used.values()), default=0)
+    unit = matrix_unit(used)
+    slots = num_bundles * capacity.get(unit, 0)
+    return Schedule(num_bundles, sums.get(unit, 0), slots, sums.get("VSTORE:SPILL", 0), sums.get("VLOAD:FILL", 0))
 
 
 def empty_bundles(text: str) -> int | None:
@@ -63,6 +88,12 @@ def read_final_bundles(dumps: Path, kernel: str) -> str:
     """Read the final bundles of a kernel, as text."""
     (path,) = [path for path in dumps.glob(f"*-{kernel}-*-final_bundles.txt") if "schedule" not in path.name]
     return path.read_text("utf-8")
+
+
+def read_usage(dumps: Path, kernel: str) -> dict[str, list[int]]:
+    """Read the slots that each bundle of a kernel uses, by unit."""
+    paths = [path for path in dumps.iterdir() if kernel_of(path.name) == ("utilisation", kernel)]
+    return usage_by_unit(paths[0].read_text("utf-8"))[1] if paths else {}
 
 
 class Region(NamedTuple):
@@ -107,6 +138,29 @@ def regions(text: str) -> tuple[int, list[Region]]:
         jumps += [(address, label) for label in _JUMP.findall(line)]
     spans = [(source, addresses[label]) for source, label in jumps if label in addresses]
     return address + 1, sorted(Region(a + 1, b, False) if a < b else Region(b, a + 1, True) for a, b in spans)
+
+
+def is_pipelined(text: str) -> bool:
+    """Whether a kernel's grid loads the blocks of the next step: its steps then have a region, as the first only loads."""
+    return "iteration index, stage = 1" in text
+
+
+def transfer_starts(text: str) -> list[int]:
+    """Find the bundles of a kernel that start a transfer between HBM and VMEM, given its final bundles."""
+    found, address = [], -1
+    for line in text.splitlines():
+        if bundle := _BUNDLE.match(line):
+            address = int(bundle[1], 16)
+        if _TRANSFER.search(line):
+            found.append(address)
+    return found
+
+
+def operand_shapes(text: str) -> tuple[list[str], list[str]]:
+    """List the shapes of a kernel's operands and of its results, in order, given its final bundles: "bf16[8,128]"."""
+    found = sorted({(int(number), shape, kind) for shape, number, kind in _OPERAND.findall(text)})
+    inputs, outputs = ([shape for _, shape, kind in found if kind == each] for each in ("input", "output"))
+    return inputs, outputs
 
 
 def strided_transfers(text: str) -> list[int]:
