@@ -197,7 +197,7 @@ def compile_gradients(compiler: Path) -> dict[str, Row]:
         totals: dict[str, int | None] = {"forward": 0}
         for kernel in answer["kernels"]:
             direction = attention_bundles.direction_of(kernel["name"])
-            count = kernel.get("executed") or _bundles_with_gradients(name, kernel, branches[kernel["name"]])
+            count = common.exact_count(kernel) or _bundles_with_gradients(name, kernel, branches[kernel["name"]])
             before = totals.get(direction, 0)
             totals[direction] = None if count is None or before is None else before + count
         rows[name] = {f"{direction}_bundles": total for direction, total in totals.items()}

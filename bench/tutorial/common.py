@@ -131,10 +131,14 @@ def compile_cases(
             continue
         (kernel,) = answer["kernels"]
         rows[name] = {key: kernel[key] for key in ("bundles", "spills", "fills", "mxu_share", "vmem_bytes")}
-        # The count of `bench.aot`, where it knows the kernel.
-        executed = kernel.get("executed")
+        executed = exact_count(kernel)
         rows[name]["bundles_of_all_steps"] = executed or count(name, kernel["bundles"], branches[kernel["name"]])
     return rows
+
+
+def exact_count(kernel: Row) -> int | None:
+    """The bundles that an attention kernel executes, where `bench.aot` knows them exactly."""
+    return None if kernel.get("upper_bound") else kernel.get("executed")
 
 
 def executed_bundles(bundles: int, branches: Sequence[int], steps: int, taken: Sequence[int]) -> int | None:

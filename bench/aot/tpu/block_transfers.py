@@ -92,7 +92,7 @@ class MovedBlocks(NamedTuple):
 
 def moved_blocks(call: KernelCall) -> list[MovedBlocks]:
     """Return the blocks of each operand and result that Pallas moves, in order: the operands come first."""
-    steps = np.indices(call.grid, np.int32).reshape(len(call.grid), -1)
+    steps = np.indices(call.grid, np.int32).reshape(len(call.grid), math.prod(call.grid))
     num_inputs = call.grid_mapping.num_inputs
     mappings = [(mapping, n >= num_inputs) for n, mapping in enumerate(call.grid_mapping.block_mappings)]
     return [_moved(*pair, steps, call.tables) for pair in mappings if _space(pair[0]) not in ("any", "hbm")]
@@ -111,7 +111,8 @@ def _moved(mapping: Any, is_output: bool, steps: np.ndarray, tables: Sequence[An
     def start_indices(*step: Any) -> Any:
         return mapping.compute_start_indices_interpret(step, *tables)
 
-    starts = np.stack([np.broadcast_to(start, steps.shape[1:]) for start in jax.vmap(start_indices)(*steps)])
+    evaluate = jax.vmap(start_indices) if len(steps) else start_indices
+    starts = np.stack([np.broadcast_to(start, steps.shape[1:]) for start in evaluate(*steps)])
     sizes = np.array(_block_sizes(mapping))[:, None]
     shape = np.array(mapping.array_aval.shape)[:, None]
     changed = np.append(True, (starts[:, 1:] != starts[:, :-1]).any(axis=0))

@@ -8,7 +8,7 @@ mappings remain, the one with the most executed bundles counts, as an upper boun
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,19 +18,29 @@ from bench.aot.tpu import vliw_schedule
 from bench.aot.tpu.grid_steps import Part
 from bench.aot.tpu.vliw_schedule import Region
 
+MATRIX_UNITS = ("MXU", "MATMUL", "MATPUSH")
 Usage = dict[str, list[int]]  # unit -> slots used in each bundle
 
 
 @dataclass(frozen=True, eq=False)
 class _Node:
-    """A region, what its bundles do, and the regions in it."""
+    """A region.
+
+    Attributes:
+        region: its bundles.
+        own_size: the number of bundles that are not in the regions in it.
+        has_matmul, has_transcendental: whether its bundles use the unit.
+        moves_block: whether a block is copied or a transfer is started whenever the region is executed.
+        guards_moves: whether predicates, or the regions in it, decide which blocks are copied.
+        inner: the regions in it.
+    """
 
     region: Region
     own_size: int
     has_matmul: bool
     has_transcendental: bool
-    starts_transfer: bool
-    only_copies: bool
+    moves_block: bool
+    guards_moves: bool
     inner: tuple["_Node", ...]
 
 
@@ -83,8 +93,8 @@ def count(text: str, usage: Usage, program: Part) -> Counts:
         NotImplementedError: the schedule has loops that the program does not have.
     """
     total, regions = vliw_schedule.regions(text)
-    starts = vliw_schedule.transfer_starts(text)
-    nodes = _tree(sorted(set(regions), key=lambda r: (r.start, -r.stop, r.loop)), usage, starts)
+    in_order = sorted(set(regions), key=lambda region: (region.start, -region.stop, region.loop))
+    nodes = _tree(in_order, usage, vliw_schedule.transfer_starts(text))
     match = _matcher()(nodes, tuple(program.parts), program.count)
     if match is None:
         raise NotImplementedError("the schedule has loops that the traced program does not have")
@@ -98,7 +108,7 @@ def count(text: str, usage: Usage, program: Part) -> Counts:
     return Counts(times, rows, exact)
 
 
-def _tree(regions: Sequence[Region], usage: Usage, starts: Sequence[int]) -> tuple[_Node, ...]:
+def _tree(regions: Sequence[Region], usage: Usage, transfers: Mapping[int, bool]) -> tuple[_Node, ...]:
     """Nest regions, which are in order of their start, outer ones first."""
     nodes = []
     rest = list(regions)
@@ -106,23 +116,19 @@ def _tree(regions: Sequence[Region], usage: Usage, starts: Sequence[int]) -> tup
         outer = rest.pop(0)
         inside = [region for region in rest if region.inside(outer)]
         rest = rest[len(inside) :]
-        inner = _tree(inside, usage, starts)
+        inner = _tree(inside, usage, transfers)
+        own = sorted(set(outer.bundles()).difference(*(node.region.bundles() for node in inner)))
 
-        def uses(*units: str, region: Region = outer) -> bool:
-            return any(any(usage.get(unit, ())[region.start : region.stop]) for unit in units)
+        def uses(*units: str, own: Sequence[int] = own) -> bool:
+            return any(usage[unit][at] for unit in units if unit in usage for at in own)
 
-        has_matmul, transcendental = uses("MXU", "MATMUL", "MATPUSH"), uses("EUP")
-        nodes.append(
-            _Node(
-                outer,
-                outer.size() - sum(node.region.size() for node in inner),
-                has_matmul,
-                transcendental,
-                any(at in outer.bundles() for at in starts),
-                uses("VLOAD") and uses("VSTORE") and not (has_matmul or transcendental or uses("VALU", "XLU")),
-                inner,
-            )
-        )
+        has_matmul = uses(*MATRIX_UNITS) or any(node.has_matmul for node in inner)
+        has_transcendental = uses("EUP") or any(node.has_transcendental for node in inner)
+        copies = uses("VLOAD") and uses("VSTORE") and not (has_matmul or has_transcendental or uses("VALU", "XLU"))
+        predicated = [transfers[at] for at in own if at in transfers]
+        moves_block = copies or not all(predicated)
+        guards_moves = not moves_block and (bool(predicated) or any(node.moves_block for node in inner))
+        nodes.append(_Node(outer, len(own), has_matmul, has_transcendental, moves_block, guards_moves, inner))
     return tuple(nodes)
 
 
@@ -131,7 +137,7 @@ def _fits(node: _Node, parts: Sequence[Part]) -> bool:
     if node.region.loop != parts[0].loop:
         return False
     if parts[0].is_transfer:
-        return node.starts_transfer or node.only_copies
+        return node.guards_moves if parts[0].parts else node.moves_block
     return all(
         any(getattr(part, name) is None for part in parts)
         or getattr(node, name) == any(getattr(part, name) for part in parts)

@@ -48,8 +48,8 @@ def add(row: Row, case: Case, target: Target, dumps: Path) -> None:
     directions = {kernel["name"]: attention_bundles.direction_of(kernel["name"]) for kernel in row["kernels"]}
     try:
         calls_by_skew = traced_kernels.calls_by_skew(case, target)
-    except (NotImplementedError, ValueError) as error:  # tokamax looks for a TPU
-        calls_by_skew, reason = {}, str(error).split("\n")[0]
+    except Exception as error:  # anyone's code; tokamax looks for a TPU
+        calls_by_skew, reason = {}, f"not traced: {_first_line(error)}"
     texts = {name: vliw_schedule.read_final_bundles(dumps, name) for name in directions}
     shapes = {name: vliw_schedule.operand_shapes(text) for name, text in texts.items()}
     counts: dict[str, dict[str, Executed]] = {name: {} for name in directions}
@@ -61,8 +61,8 @@ def add(row: Row, case: Case, target: Target, dumps: Path) -> None:
             directions[name] = "backward" if "transpose(" in call.name else "forward"
             try:
                 counts[name][skew] = count(texts[name], vliw_schedule.read_usage(dumps, name), call)
-            except NotImplementedError as error:
-                reasons[name] = str(error)
+            except Exception as error:  # anyone's kernel: the other figures of the row stay
+                reasons[name] = _first_line(error)
     for kernel in row["kernels"]:
         name = kernel["name"]
         if counts[name]:
@@ -70,6 +70,11 @@ def add(row: Row, case: Case, target: Target, dumps: Path) -> None:
         if "executed" not in kernel:
             kernel["uncounted"] = reasons.get(name, reason)
     add_ratios(row, workload, case.direction, directions)
+
+
+def _first_line(error: Exception) -> str:
+    kind = "" if isinstance(error, NotImplementedError) else f"{type(error).__name__}: "
+    return kind + str(error).partition("\n")[0]
 
 
 def _add_counts(kernel: Row, counts: Mapping[str, "Executed"], *, by_skew: bool) -> None:
@@ -180,9 +185,10 @@ def with_transfers(call: KernelCall, body: Part, *, pipelined: bool) -> Part:
     body.parts += stores
     if loads:
         loads = [Part("load blocks", count=steps, is_transfer=True, parts=loads)]
-    steps_parts = [body] if pipelined else body.parts
-    grid = Part("grid", loop=True, count=steps, has_region=steps > 1, parts=[*loads, *steps_parts])
-    return Part("program", count=1, parts=[grid])
+    parts = [*loads, *([body] if pipelined else body.parts)]
+    if steps != 1:
+        parts = [Part("grid", loop=True, count=steps, has_region=True, parts=parts)]
+    return Part("program", count=1, parts=parts)
 
 
 def match_calls(

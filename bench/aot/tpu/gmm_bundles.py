@@ -72,19 +72,15 @@ def add(row: Row, case: Case, target: Target, dumps: Path) -> None:
         target: the accelerator that it was compiled for.
         dumps: folder of libtpu's dumps.
     """
-    if case.op not in ("grouped_matmul", "moe_mlp") or target.platform != "tpu":
+    if case.op != "grouped_matmul" or target.platform != "tpu":
         return
     workload = workloads.get(case.op, case.spec)
     for kernel in row["kernels"]:
         text = vliw_schedule.read_final_bundles(dumps, kernel["name"])
         executed = {}
         for skew in products.SKEWS:
-            if isinstance(workload, workloads.MoE):
-                save_residuals = case.direction == "both"
-                candidates = experts_candidates(workload, kernel["name"], target, skew, save_residuals=save_residuals)
-            else:
-                sizes = workload_types.spread(workload.N, workload.E, skew)
-                candidates = gmm_candidates(workload, case.implementation, kernel["name"], target, sizes)
+            sizes = workload_types.spread(workload.N, workload.E, skew)
+            candidates = gmm_candidates(workload, case.implementation, kernel["name"], target, sizes)
             counts = [count for steps in candidates if (count := count_bundles(text, steps)) is not None]
             if len(counts) == 1:
                 executed[skew] = counts[0]
@@ -196,33 +192,6 @@ EXPERTS = {
     "dw_up": Operands(num_w=2),
     "dw_down": Operands(),
 }
-
-
-def experts_candidates(
-    workload: workloads.MoE, kernel: str, target: Target, skew: str, *, save_residuals: bool
-) -> list[KernelSteps]:
-    """List the possible steps and branches of a kernel of our mixture of experts.
-
-    Args:
-        workload: the mixture of experts.
-        kernel: name of the kernel, which tells the product.
-        target: the TPU.
-        skew: how the rows are spread over the experts.
-        save_residuals: whether up_proj writes gate and up for the backward pass.
-
-    Returns:
-        The candidates; empty if the kernel is not known.
-    """
-    if not (name := products.product_of(workload.op, kernel)):
-        return []
-    num_rows = workload.N * workload.k
-    K, J = (workload.M, workload.F) if name in ("up", "dh", "dw_up") else (workload.F, workload.M)
-    common = {field: getattr(workload, field) for field in ("name", "suites", "devices", "dtypes", "E")}
-    grouped = workloads.GroupedMatmul(N=num_rows, M=K, F=J, **common)
-    product = "dw" if name.startswith("dw") else "dx" if EXPERTS[name].transposed else "y"
-    operands = EXPERTS[name]._replace(num_matrices=3) if name == "up" and save_residuals else EXPERTS[name]
-    sizes = workload_types.spread(num_rows, workload.E, skew)
-    return pallas_candidates(product, Device(target.platform, target.kind), grouped, K, J, sizes, operands)
 
 
 def pallas_candidates(

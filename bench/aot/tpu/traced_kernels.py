@@ -10,6 +10,12 @@ from bench.aot.tpu.products import with_skews
 from dantinox.kernels import dispatch, workloads
 
 
+def abstract_mesh(target: Target) -> jax.sharding.AbstractMesh:
+    """A mesh that names the chip: Pallas asks for it where a kernel has a pipeline of its own."""
+    device = jax.sharding.AbstractDevice(target.kind, 1, "tpu")
+    return jax.sharding.AbstractMesh((), (), abstract_device=device)
+
+
 def calls_by_skew(case: Case, target: Target) -> dict[str, list[block_transfers.KernelCall]]:
     """List the kernel calls of a program, in order, for each way to spread its rows over groups.
 
@@ -20,7 +26,8 @@ def calls_by_skew(case: Case, target: Target) -> dict[str, list[block_transfers.
     Raises:
         NotImplementedError: the implementation does not support this workload, or data decide which kernels run.
     """
-    with dispatch.target_device(target.platform, target.kind):
+    mesh = abstract_mesh(target)
+    with dispatch.target_device(target.platform, target.kind), jax.sharding.use_abstract_mesh(mesh):
         program = programs.build(case)
         jaxpr = jax.make_jaxpr(program.function)(*(jax.ShapeDtypeStruct(*shape) for shape in program.shapes))
     calls = {}

@@ -12,7 +12,7 @@ _SCHEDULE = re.compile(r"^\d+-(.+)-\d+-schedule-analysis_final_bundles\.txt$")
 _BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|0)\s")
 _REGION = re.compile(r"Start(/End empty)? region (\d+)")
 _JUMP = re.compile(r"sbr\.rel \(.*?\) target = \$region(\d+)")
-_TRANSFER = re.compile(r" = dma\.(?!done|vmem_to_smem|hbm_to_smem)")
+_TRANSFER = re.compile(r" = dma\.(?!done|vmem_to_smem|hbm_to_smem)\w+ (?:\[[^]]*\] *)?(\(!?%p)?")
 _OPERAND = re.compile(r"inlined_call_operand\.[^\[]*\[shape: ([^,]+(?:,\d+)*\]), index: (\d+), kind: (\w+)")
 _EMPTY = re.compile(r"empty scheduled bundles:\s+(\d+)")
 
@@ -141,18 +141,22 @@ def regions(text: str) -> tuple[int, list[Region]]:
 
 
 def is_pipelined(text: str) -> bool:
-    """Whether a kernel's grid loads the blocks of the next step: its steps then have a region, as the first only loads."""
+    """Whether a grid loads the blocks of the next step. Its steps then have a region, because the first only loads."""
     return "iteration index, stage = 1" in text
 
 
-def transfer_starts(text: str) -> list[int]:
-    """Find the bundles of a kernel that start a transfer between HBM and VMEM, given its final bundles."""
-    found, address = [], -1
+def transfer_starts(text: str) -> dict[int, bool]:
+    """Find the bundles of a kernel that start a transfer between HBM and VMEM, given its final bundles.
+
+    Returns:
+        Address of a bundle -> whether a predicate decides if it starts the transfer.
+    """
+    found, address = {}, -1
     for line in text.splitlines():
         if bundle := _BUNDLE.match(line):
             address = int(bundle[1], 16)
-        if _TRANSFER.search(line):
-            found.append(address)
+        if transfer := _TRANSFER.search(line):
+            found[address] = bool(transfer[1])
     return found
 
 

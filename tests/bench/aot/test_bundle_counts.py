@@ -175,7 +175,7 @@ def test_compiled_row_of_any_implementation_gets_its_bundles(monkeypatch, tmp_pa
     executed_bundles.add(row, Case("attention", spec, "mine", "bfloat16", "forward"), V6E, tmp_path)
     assert row == {
         "kernels": [
-            {"name": "rows.1", "uncounted": "data decide which kernels run"},
+            {"name": "rows.1", "uncounted": "not traced: data decide which kernels run"},
             {"name": "rows.1", "executed": 7},  # counted by name
         ]
     }

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bench.aot import hardware
-from bench.aot.tpu import gmm_bundles, products, vliw_schedule
+from bench.aot.tpu import gmm_bundles, vliw_schedule
 from bench.aot.tpu.vliw_schedule import Region
 from dantinox.kernels import workloads
 from dantinox.kernels.dispatch import Device
@@ -125,20 +125,3 @@ def test_baseline_runs_a_tile_for_each_group_in_it():
     deep = gmm_bundles.gmm_candidates(workload, "megablox", "gmm.1", V6E, even)[-1]
     assert (deep.steps, [part.taken for part in deep.branches]) == (256, [128, 128, 128])
     assert gmm_bundles.gmm_candidates(workload, "lax", "gmm.1", V6E, even) == []
-
-
-def test_moe_kernel_visits_match_grouped_matmul_of_its_shape():
-    workload = workloads.get("moe_mlp", "Qwen3-30B-A3B uniform")
-    rows = workload.N * workload.k
-    for name in gmm_bundles.EXPERTS:
-        assert products.product_of("moe_mlp", f"experts_{name}.1") == name
-    assert products.product_of("moe_mlp", "grouped_matmul.1") == ""
-    assert gmm_bundles.experts_candidates(workload, "grouped_matmul.1", V6E, "zipf", save_residuals=True) == []
-    plain = workloads.get("grouped_matmul", "Qwen3-30B-A3B uniform")
-    assert (rows, workload.M, workload.F, workload.E) == (plain.N, plain.M, plain.F, plain.E)
-    sizes = workload_types.spread(rows, workload.E, "zipf")
-    for name, product in (("up", "grouped_matmul.1"), ("dx", "grouped_matmul_dx.1"), ("dw_up", "grouped_matmul_dw.1")):
-        (ours,) = gmm_bundles.experts_candidates(workload, f"experts_{name}.1", V6E, "zipf", save_residuals=True)
-        (work,) = gmm_bundles.gmm_candidates(plain, "pallas", product, V6E, sizes)
-        assert [part.taken for part in ours.branches][1:3] == [part.taken for part in work.branches][1:3]
-        assert ours.steps == work.steps

@@ -14,6 +14,7 @@ from bench.aot.cases import Case
 from bench.aot.tpu import attention_bundles, block_transfers, gmm_bundles, grid_steps, products, traced_kernels
 from bench.aot.tpu.grid_steps import Part
 from dantinox.kernels import workloads
+from dantinox.kernels.dispatch import Device
 from dantinox.kernels.ops.attention.pallas_tpu import common
 
 V6E = hardware.get("v6e")
@@ -200,6 +201,29 @@ def test_axes_that_vmap_added_are_not_the_kernels():
     assert (body.count, counts(body)) == (12, {"third": 3})
 
 
+def test_pipeline_inside_a_kernel_is_counted_as_its_loop():
+    def step(x_ref, o_ref):
+        @pl.when(pl.program_id(0) % 4 == 0)
+        def every_fourth():
+            o_ref[...] = x_ref[...]
+
+    rows = pl.BlockSpec((8, 128), lambda n: (n, 0))
+
+    def kernel(x_hbm, o_hbm):
+        pltpu.emit_pipeline(step, grid=(32,), in_specs=[rows], out_specs=[rows])(x_hbm, o_hbm)
+
+    in_hbm = pl.BlockSpec(memory_space=pl.ANY)
+    shape = jax.ShapeDtypeStruct((256, 128), jnp.float32)
+    call = pl.pallas_call(kernel, out_shape=shape, in_specs=[in_hbm], out_specs=in_hbm)
+    with jax.sharding.use_abstract_mesh(traced_kernels.abstract_mesh(V6E)):
+        (found,) = block_transfers.kernel_calls(jax.make_jaxpr(call)(shape), {})
+    assert block_transfers.moved_blocks(found) == []
+    body = grid_steps.run_grid(found)
+    (loop,) = [part for part in body.parts if part.loop]
+    assert (body.count, loop.count) == (1, 32)
+    assert [part.count for part in loop.parts if part.name == "every_fourth"] == [8]
+
+
 def traced(op: str, spec: str, implementation: str) -> list[tuple[str, block_transfers.KernelCall, Part]]:
     """The kernels of a forward and backward program, the first way to spread rows, with their counted bodies."""
     calls = next(iter(traced_kernels.calls_by_skew(Case(op, spec, implementation, "bfloat16", "both"), V6E).values()))
@@ -260,6 +284,33 @@ def test_grouped_matmul_takes_its_branches_as_its_visits_say(spec):
             check_branches(body.parts, steps.branches)
             checked += 1
     assert checked >= 2
+
+
+def experts_steps(workload: workloads.MoE, name: str, sizes: np.ndarray) -> gmm_bundles.KernelSteps:
+    """The steps of a kernel of our mixture of experts, which is a grouped matmul with other operands."""
+    K, J = (workload.M, workload.F) if name in ("up", "dh", "dw_up") else (workload.F, workload.M)
+    common = {field: getattr(workload, field) for field in ("name", "suites", "devices", "dtypes", "E")}
+    grouped = workloads.GroupedMatmul(N=workload.N * workload.k, M=K, F=J, **common)
+    operands = gmm_bundles.EXPERTS[name]
+    product = "dw" if name.startswith("dw") else "dx" if operands.transposed else "y"
+    operands = operands._replace(num_matrices=3) if name == "up" else operands  # it writes gate and up too
+    device = Device(V6E.platform, V6E.kind)
+    (steps,) = gmm_bundles.pallas_candidates(product, device, grouped, K, J, sizes, operands)
+    return steps
+
+
+@pytest.mark.parametrize("spec", ["aot top 2 of 8", "Qwen3-30B-A3B decode"])
+def test_experts_take_their_branches_as_their_visits_say(spec):
+    workload = products.with_skews(workloads.get("moe_mlp", spec))["uniform"]
+    sizes = np.bincount(workload.integer_inputs()["expert_ids"].ravel(), minlength=workload.E)
+    names = set()
+    for kernel, _, body in traced("moe_mlp", spec, "pallas"):
+        name = products.product_of("moe_mlp", kernel)
+        steps = experts_steps(workload, name, sizes)
+        assert body.count == steps.steps
+        check_branches(body.parts, steps.branches)
+        names.add(name)
+    assert names == set(gmm_bundles.EXPERTS)
 
 
 def check_branches(parts: list[Part], branches) -> None:
