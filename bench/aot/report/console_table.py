@@ -22,8 +22,9 @@ Row = dict[str, Any]
 COLUMNS = ("s", "roofline ms", "args MiB", "temp MiB")
 GPU_COLUMNS = ("regs", "spill B", "SMEM KiB", "blocks/SM", "occupancy", "wgmma", "tcgen05", "mma", "per tile")
 TPU_COLUMNS = ("bundles", "empty", "MXU share", "VMEM KiB", "spills", "fills", "executed", "per work", "MXU", "HBM MiB")
+GROUPED = ("grouped_matmul", "moe_mlp")
 PROGRAM_WIDTH = 44
-WIDE = {"executed": 13, "per work": 13, "MXU": 13, "HBM MiB": 13}  # two numbers
+WIDE = ("executed", "per work", "MXU", "HBM MiB")  # two numbers, where rows are spread over groups
 
 
 class Printer:
@@ -48,7 +49,8 @@ class Printer:
             self._op, self._spec = case.op, ""
         table.add_column("program", overflow="fold", width=PROGRAM_WIDTH)
         for name in (*COLUMNS, *(GPU_COLUMNS if gpu else TPU_COLUMNS)):
-            table.add_column(name, justify="right", width=WIDE.get(name, max(len(name), 6)), overflow="fold")
+            width = 8 if name in WIDE and case.op not in GROUPED else 13 if name in WIDE else max(len(name), 6)
+            table.add_column(name, justify="right", width=width, overflow="fold")
         if case.spec != self._spec:
             self._spec = case.spec
             self._refused = set()

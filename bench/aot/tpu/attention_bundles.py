@@ -1,4 +1,7 @@
-"""Count the bundles that the attention kernels execute on a TPU, per visible pair of query and key.
+"""Count the bundles that known attention kernels execute on a TPU, by their names, per visible pair of query and key.
+
+It gives what the traced program does not say: the size of a tile, and the bundles of an interior and of a masked one.
+`executed_bundles` counts all steps of any kernel that can be traced without a TPU; tokamax's cannot.
 
 A schedule lists every bundle once. How often each one is issued depends on the grid: a `pl.when` counts in the steps
 that take it, a loop as often as it runs, and the rest of the grid's loop in every step. The steps are those of our

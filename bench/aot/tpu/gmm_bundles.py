@@ -1,4 +1,6 @@
-"""Count the bundles that a grouped matmul executes on a TPU, over all its rows.
+"""Count the bundles that known grouped matmuls execute on a TPU over all their rows, by their names.
+
+`executed_bundles` counts any kernel that can be traced without a TPU; tokamax's cannot.
 
 A schedule has each bundle once, rarely taken branches included. Which of them run depends on how the rows are spread
 over groups: the kernel visits a tile that two groups share twice. Our kernel multiplies only the chunks of a tile in
