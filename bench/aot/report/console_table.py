@@ -49,7 +49,7 @@ class Printer:
             self._op, self._spec = case.op, ""
         table.add_column("program", overflow="fold", width=PROGRAM_WIDTH)
         for name in (*COLUMNS, *(GPU_COLUMNS if gpu else TPU_COLUMNS)):
-            width = 8 if name in WIDE and case.op not in GROUPED else 13 if name in WIDE else max(len(name), 6)
+            width = 8 if name in WIDE and case.op not in GROUPED else 15 if name in WIDE else max(len(name), 6)
             table.add_column(name, justify="right", width=width, overflow="fold")
         if case.spec != self._spec:
             self._spec = case.spec
