@@ -153,7 +153,7 @@ def _evaluate_on_tpu(f: Callable[..., Any], args: tuple[Any, ...]) -> Results:
 def _evaluate_on_hopper(f: Callable[..., Any], args: tuple[Any, ...]) -> Results:
     from tests.helpers import race_detector
 
-    return _checked(race_detector.on_gpu(f, *args))
+    return _checked(race_detector.on_gpu(f, *args, memories=("nan",)))
 
 
 def _evaluate_in_triton(f: Callable[..., Any], args: tuple[Any, ...]) -> Results:

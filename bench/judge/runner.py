@@ -4,14 +4,21 @@ import multiprocessing
 import os
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from unittest import mock
 
-from bench.judge import outcomes, presence, subject, triton_interpreter
+from bench.judge import outcomes, presence, subject
 from bench.judge.cases import Case
 from bench.judge.outcomes import Outcome
 from dantinox.system.progress import Progress
 
 IN_NUMPY = ("CPU", "TPU")
-FIRST_CASES = 12  # that run before those in a simulator, which take longer
+ENVIRONMENT = {
+    "NPROC": "8",  # a simulated GPU waits for barriers in threads of XLA's pool, which has one a core
+    "OPENBLAS_NUM_THREADS": "1",
+    "TRITON_INTERPRET": "1",  # `triton.jit` makes kernels for the interpreter
+}
+GRACE = 60.0  # seconds after the deadline for the cases that run
+FIRST_CASES = 24  # that run before those in a simulator, which take longer
 
 
 def run(op: str, kernel: str, name: str, cases: list[Case], deadline: float) -> tuple[list[Outcome], dict[str, str]]:
@@ -39,20 +46,23 @@ def run(op: str, kernel: str, name: str, cases: list[Case], deadline: float) -> 
     workers = min(len(queue), max(1, len(os.sched_getaffinity(0))))
     context = multiprocessing.get_context("spawn")
     progress = Progress(f"judging {name} in {len(queue)} cases", len(queue))
-    with progress, ProcessPoolExecutor(workers, context, _initialize, (op, kernel)) as pool:
+    with progress, mock.patch.dict(os.environ, ENVIRONMENT):
+        pool = ProcessPoolExecutor(workers, context, _initialize, (op, kernel))
         pending: set[Future[list[Outcome]]] = set()
         try:
             while queue or pending:
                 while queue and len(pending) < 2 * workers and time.monotonic() < deadline:
                     forms, case = queue.pop(0)
                     pending.add(pool.submit(outcomes.judge, op, name, forms, case))
-                if not pending:
+                done, pending = wait(pending, deadline + GRACE - time.monotonic(), FIRST_COMPLETED)
+                if not done:  # nothing is left to start, or a case hangs: a barrier that no one arrives at
                     break
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 for future in done:
                     results += future.result()
                     progress.advance()
         finally:
+            for process in list((pool._processes or {}).values()) if pending else ():
+                process.kill()
             pool.shutdown(cancel_futures=True)
     order = {case.id: number for number, case in enumerate(cases)}
     return sorted(results, key=lambda outcome: order.get(outcome.case.id, -1)), absent
@@ -60,6 +70,4 @@ def run(op: str, kernel: str, name: str, cases: list[Case], deadline: float) -> 
 
 def _initialize(op: str, kernel: str) -> None:
     """Load the kernel in a worker process."""
-    os.environ.setdefault("NPROC", "8")  # a simulated GPU waits for barriers in threads of XLA's pool
-    triton_interpreter.enable()
     subject.load(op, kernel)

@@ -1,10 +1,9 @@
 """Run the Triton kernels of a JAX program in Triton's interpreter: needs Triton, no GPU.
 
-`enable` must run before triton is imported. The interpreter expects tensors in device memory; `HostTensor` implements
-all that it calls on them.
+The environment needs TRITON_INTERPRET=1 before triton is imported. The interpreter expects tensors in device memory;
+`HostTensor` implements all that it calls on them.
 """
 
-import os
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -23,11 +22,6 @@ NAMES = {
     np.dtype(np.uint8): "u8",
     np.dtype(np.bool_): "i1",
 }
-
-
-def enable() -> None:
-    """Make `triton.jit` return kernels for the interpreter."""
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 class HostTensor:

@@ -99,4 +99,5 @@ def bwd_vmem_bytes(sizes: TpuBlockSizes, *, G: int, S: int, D: int, itemsize: in
     scores = rows * sizes.block_kv * (8 + 2 * itemsize)  # s and dp in float32, p and ds
     queries = rows * (D * (4 + 2 * itemsize) + lanes * 6 * itemsize)  # dq, q^T and do^T; blocks of q, do and dq twice
     keys = sizes.block_kv * (4 * lanes + D) * itemsize + span * (8 * D + 4 * itemsize * lanes)
-    return scores + queries + keys
+    statistics = rows * 512  # of rows: log-sum-exp, delta and segment ids, twice, each padded to 8 sublanes, and more
+    return scores + queries + keys + statistics
