@@ -34,7 +34,7 @@ def unsupported_reason(q: Any, k: Any, device: Device, *, causal: bool, window: 
     vmem_bytes = block_sizes.bwd_vmem_bytes(sizes, G=H // K, S=S, D=D, itemsize=itemsize)
     if vmem_bytes > block_sizes.VMEM_LIMIT_BYTES:
         return (
-            f"{H // K} query heads of {D} per key head take {vmem_bytes >> 20} MiB of VMEM; "
+            f"{H // K} query heads of {D} per key head take {-(-vmem_bytes // 2**20)} MiB of VMEM; "
             f"allowed: {block_sizes.VMEM_LIMIT_BYTES >> 20}"
         )
     if MAX_Q_BLOCKS * sizes.block_q < T or MAX_KV_BLOCKS * sizes.block_kv < S:
