@@ -145,10 +145,8 @@ def _start_compiling(arguments: Arguments) -> subprocess.Popen[str] | None:
     kernel = str(Path(arguments.kernel).absolute()) if arguments.kernel.endswith(".py") else arguments.kernel
     command = [python, "-m", "bench.judge.compile_row", arguments.op, kernel]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
-        text=True,
-    )  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, encoding="utf-8", **pipes)
 
 
 def _show_compiled(process: subprocess.Popen[str], console: Console) -> bool:

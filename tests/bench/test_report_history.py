@@ -29,7 +29,8 @@ def document(date: str = "2026-01-02", on: dict | None = XEON, slower: float = 1
 
 
 def row(implementation: str, seconds: float, spread: float = 0.0, error: float | None = 1e-7) -> dict:
-    return {"implementation": implementation, "seconds": seconds, "spread": spread, "error": error}
+    numbers = {"seconds": seconds, "spread": spread, "error": error}
+    return {"implementation": implementation, "dtype": "float32", **numbers}
 
 
 # --- the CPU ---

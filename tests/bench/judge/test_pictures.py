@@ -66,7 +66,7 @@ def test_picture_of_a_matrix_marks_its_wrong_blocks():
     assert [(i, row.count("X")) for i, row in enumerate(lines[1:]) if "X" in row] == [(10, 1)]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def guide() -> str:
     spec = importlib.util.spec_from_file_location("my_attention", GUIDES / "my_attention.py")
     module = importlib.util.module_from_spec(spec)
