@@ -88,7 +88,7 @@ def judge(arguments: Arguments) -> int:
     report.show_failures(table, console)
     console.print()
     report.show_reasons(outcomes, console)
-    skipped = len(chosen) - len({outcome.case.id for outcome in outcomes})
+    skipped = len({case.id for case in chosen} - {outcome.case.id for outcome in outcomes})
     if skipped:
         absent["no time left"] = f"{skipped} of {len(chosen)} cases; --seconds gives more"
     if compiling is None:
