@@ -92,7 +92,8 @@ def judge(arguments: Arguments) -> int:
     if skipped:
         absent["no time left"] = f"{skipped} of {len(chosen)} cases; --seconds gives more"
     if compiling is None:
-        absent["compiled for a TPU"] = "--no-compile" if not arguments.compile else _no_compiler()
+        missing = "no Python here has libtpu; `make aot` builds one in .venv-aot"
+        absent["compiled for a TPU"] = missing if arguments.compile else "--no-compile"
     report.show_not_judged(table, absent, console)
     console.print()
     wrong = any(verdict.is_wrong for column in table.values() for verdict in column.values())
@@ -132,10 +133,6 @@ def _choose(all_cases: "list[Case]", ids: tuple[str, ...]) -> "list[Case]":
 def _compiler_python() -> str | None:
     other = ROOT / ".venv-aot" / "bin" / "python"
     return sys.executable if importlib.util.find_spec("libtpu") else str(other) if other.exists() else None
-
-
-def _no_compiler() -> str:
-    return "no Python here has libtpu; `make aot` builds one in .venv-aot"
 
 
 def _start_compiling(arguments: Arguments) -> subprocess.Popen[str] | None:

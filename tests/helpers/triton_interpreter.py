@@ -1,7 +1,7 @@
 """Compare the Triton kernels of the mixture of experts, in Triton's interpreter, with NumPy: needs Triton, no GPU.
 
 `python -m tests.helpers.triton_interpreter` prints one line per case and fails if one differs. The interpreter expects
-tensors in device memory; `HostTensor` implements all that it calls on them.
+tensors in device memory; a `HostTensor` of the judge has all that it calls on them.
 """
 
 import os
@@ -16,49 +16,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from bench.judge.triton_interpreter import HostTensor
 from dantinox import reference
 from dantinox.kernels.ops.moe import triton as kernels
 
 BF16 = ml_dtypes.bfloat16
-NAMES = {np.dtype(np.float32): "fp32", np.dtype(np.int32): "i32", np.dtype(BF16): "bf16"}
 CASES = ((1, 8, 1, 4), (5, 300, 8, 16), (37, 256, 2, 4), (64, 17, 3, 3), (100, 520, 4, 256))  # N, M, k, E
-
-
-class HostTensor:
-    """A NumPy array with the tensor methods that the interpreter calls: it is its own storage and its own copy."""
-
-    def __init__(self, array: np.ndarray | None):
-        self.array = array
-
-    @property
-    def dtype(self) -> str:
-        return NAMES[self.array.dtype]
-
-    def data_ptr(self) -> int:
-        return self.array.ctypes.data
-
-    def untyped_storage(self) -> "HostTensor":
-        return self
-
-    def cpu(self) -> "HostTensor":
-        return self
-
-    def new_empty(self, *_: Any, **__: Any) -> "HostTensor":
-        return HostTensor(None)
-
-    def set_(self, storage: "HostTensor", *_: Any) -> None:
-        self.array = storage.array
-
-    def copy_(self, _: "HostTensor") -> None:
-        pass
-
-    def storage_offset(self) -> int:
-        return 0
-
-    def size(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    stride = size
 
 
 def run_kernel(kernel: Any, grid: tuple[int, int], *arrays: np.ndarray, out: np.ndarray, **sizes: Any) -> np.ndarray:

@@ -13,8 +13,8 @@ block hold NaN, or the lowest integer, and a block that the grid revisits is loa
 """
 
 from tests.numpy_interpreter import pallas  # noqa: F401 - registers its rules
-from tests.numpy_interpreter.evaluate import run, trace
+from tests.numpy_interpreter.evaluate import NoRuleError, run, trace
 from tests.numpy_interpreter.primitives import exact_products
 from tests.numpy_interpreter.variables import watch
 
-__all__ = ["exact_products", "run", "trace", "watch"]
+__all__ = ["NoRuleError", "exact_products", "run", "trace", "watch"]

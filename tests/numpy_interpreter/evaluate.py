@@ -19,11 +19,15 @@ RULES: dict[str, Rule] = {}
 RUNNING: list[tuple[tuple[int, ...], tuple[int, ...], str]] = []
 
 
+class NoRuleError(NotImplementedError):
+    """The evaluator has no rule for a primitive."""
+
+
 def trace(f: Callable[..., Any], *args: Any) -> Callable[..., Any]:
     """f as a function of NumPy arrays with the shapes and dtypes of `args`; it returns a pytree of NumPy arrays.
 
     Raises:
-        NotImplementedError: naming a primitive that has no rule here.
+        NoRuleError: naming a primitive that has no rule here.
     """
     # Under jit, the constants that f makes are part of the program too.
     jaxpr, shape = jax.make_jaxpr(jax.jit(f), return_shape=True)(*args)
@@ -99,7 +103,7 @@ for _name, _make in (primitives.SHAPED | {"gather": gather, "scatter": scatter, 
 
 def _unknown(params: dict[str, Any], e: Any) -> Callable[..., Any]:
     def refuse(*_: Any) -> None:  # only where it is reached: it may belong to another platform
-        raise NotImplementedError(f"no rule for {e.primitive.name}")
+        raise NoRuleError(f"no rule for {e.primitive.name}")
 
     return refuse
 
