@@ -9,8 +9,10 @@ bench.tutorial              measures the steps of kernels/tutorial
 bench.tune_block_sizes      times Hopper's grouped kernels at every block width
 bench.aot, bench.gpu        compile for other hardware; check and measure everything on a GPU
 
-operations/    cases, candidates, timers, accuracy, roofline; `bench_*.py` are the entries of pytest
-report/        results as JSON files, the terminal table, plots, the HTML page
-model/         training steps to time
-wrong_places   describes where an array is wrong; smoke checks and tests use it
+operations/         cases, candidates, timers, accuracy, roofline; `bench_*.py` are the entries of pytest
+report/             results as JSON files, the terminal table, plots, the HTML page
+model/              training steps to time
+judge/              tells which features of a kernel are right, without its device
+verification/       the error bound, the race detector, where an array is wrong; the tests use them too
+numpy_interpreter/  runs programs and TPU kernels in NumPy
 """

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from bench import wrong_places
 from bench.gpu.process import MARK
 from bench.operations import runner
 from bench.operations.baselines import Forward
+from bench.verification import wrong_places
 from dantinox import kernels
 from dantinox.kernels import workloads
 from dantinox.kernels.ops.attention.pallas_sm90 import vjp as attention_sm90

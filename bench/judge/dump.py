@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
+from bench import numpy_interpreter
 from bench.judge import cases, forms
 from bench.judge.cases import Case
-from tests import numpy_interpreter
 
 FOLDER = Path("runs") / "judge"
 

@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench import numpy_interpreter
 from bench.judge.cases import Case, Problem
+from bench.verification.fast_compile import jit_fast_compile
 from dantinox import kernels
 from dantinox.kernels import workloads
 from dantinox.kernels.dispatch import Device, target_device
-from tests import numpy_interpreter
 
 Results = dict[str, np.ndarray]
 DEVICES = {
@@ -138,13 +139,13 @@ def _evaluate_on_tpu(f: Callable[..., Any], args: tuple[Any, ...]) -> Results:
     try:
         return numpy_interpreter.run(f, *args)
     except numpy_interpreter.NoRuleError:
-        from tests.helpers import race_detector
+        from bench.verification import race_detector
 
         return _checked(race_detector.on_tpu(f, *args, cores=1))
 
 
 def _evaluate_on_hopper(f: Callable[..., Any], args: tuple[Any, ...]) -> Results:
-    from tests.helpers import race_detector
+    from bench.verification import race_detector
 
     return _checked(race_detector.on_gpu(f, *args, memories=("nan",)))
 
@@ -212,8 +213,7 @@ def expected(op: str, case: Case, problem: Problem, *, gradients: bool = True) -
         if case.dtype == "float32":
             plain = numpy_interpreter.run(f, *args)
         else:
-            options = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
-            plain = jax.tree.map(np.asarray, jax.jit(f, compiler_options=options)(*args))
+            plain = jax.tree.map(np.asarray, jit_fast_compile(f)(*args))
         with jax.enable_x64(True):
             exact = numpy_interpreter.run(f, *jax.tree.map_with_path(_widen, args))
         if op == "decode_attention":  # stored exactly; the other slots keep their contents

@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from bench import wrong_places
 from bench.judge import cases, forms, pictures
 from bench.judge.cases import AXES, Case, Problem
 from bench.judge.forms import Results
-from tests.helpers import tolerance
+from bench.verification import error_bound, wrong_places
 
 # States of a result, and of a form as a whole.
 OK, WRONG, REFUSED, NO_KERNEL, NO_GRADIENT, FAILED = "ok", "wrong", "refused", "no kernel", "no gradient", "failed"
@@ -99,18 +98,18 @@ def _difference(op: str, name: str, case: Case, actual: Any, plain: Any, exact: 
     axes = AXES[op].get(name) or AXES[op].get(name.removeprefix("d"), "")
     if name.startswith("cache") or name == "length":
         return _stored_difference(actual, exact, axes)
-    plain_error, ulp = tolerance.error_terms(name, plain, tolerance.to_float64(exact), case.dtype)
+    plain_error, ulp = error_bound.error_terms(name, plain, error_bound.to_float64(exact), case.dtype)
     # The rule of the tests; in float32 plain jnp runs in NumPy, whose sums are twice as exact as those of a program.
     allowed = 4 * plain_error + 2 * ulp if case.dtype == "float32" else 2 * plain_error + ulp
-    error = np.abs(tolerance.to_float64(actual) - tolerance.to_float64(exact)).max(initial=0)
+    error = np.abs(error_bound.to_float64(actual) - error_bound.to_float64(exact)).max(initial=0)
     if error <= allowed:  # false for NaN
         return ""
-    return wrong_places.describe(actual, exact, allowed, tolerance.ROW_AXIS.get(exact.ndim), axes)
+    return wrong_places.describe(actual, exact, allowed, error_bound.ROW_AXIS.get(exact.ndim), axes)
 
 
 def _stored_difference(actual: np.ndarray, exact: np.ndarray, axes: str) -> str:
     """Compare what decoding stored: exactly, but for the rounding of values of 8 bits and of their scales."""
-    x, y = tolerance.to_float64(actual), tolerance.to_float64(exact)
+    x, y = error_bound.to_float64(actual), error_bound.to_float64(exact)
     unit = np.zeros_like(y)
     if actual.dtype == np.int8:
         unit += 1

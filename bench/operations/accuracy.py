@@ -4,7 +4,7 @@ The reference computes every score and evaluates every expert, for which no mach
 are timed. So the cotangent is zeroed outside one (sequence, key head) of attention, or outside some rows of a matmul.
 There, the gradients of the full call equal those of the sample alone, and the sample is small.
 
-The benchmark reports the error and passes no verdict: the error rule of the tests (`tests/helpers/tolerance.py`)
+The benchmark reports the error and passes no verdict: the error rule of the tests (`bench/verification/error_bound.py`)
 decides what is wrong, and on a GPU `bench/gpu/smoke.py` applies it.
 """
 

@@ -13,12 +13,12 @@ PROGRAM = """
     import functools
     import jax, jax.numpy as jnp, numpy as np
     from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+    from bench.verification.fast_compile import FAST_COMPILE_OPTIONS
     from dantinox import kernels
-    from tests.helpers import tolerance
 
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
-    quick = functools.partial(jax.jit, compiler_options=tolerance.FAST_COMPILE_OPTIONS)
+    quick = functools.partial(jax.jit, compiler_options=FAST_COMPILE_OPTIONS)
     DATA, WHOLE = P("data"), P()
 
     def attention(q, k, v, gate, ids):

@@ -18,6 +18,7 @@ from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from bench.verification.fast_compile import FAST_COMPILE_OPTIONS
 from dantinox import kernels
 from dantinox.kernels import workloads
 from tests.helpers import cases, tolerance
@@ -258,7 +259,7 @@ TRANSFORMATIONS = {
 
 
 def fast_jit(f: Callable[..., Any]) -> Callable[..., Any]:
-    return jax.jit(f, compiler_options=tolerance.FAST_COMPILE_OPTIONS)
+    return jax.jit(f, compiler_options=FAST_COMPILE_OPTIONS)
 
 
 def is_slow(switch: str, transformation: str, implementation: str) -> bool:

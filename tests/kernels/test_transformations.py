@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bench.verification.fast_compile import jit_fast_compile
 from dantinox import kernels
-from tests.helpers import cases, tolerance
+from tests.helpers import cases
 
 ROOT = Path(__file__).parents[2]
 CASE = cases.attention(20, 24, H=4, window=9, gate="elementwise", softcap=2.0)
@@ -47,24 +48,24 @@ def assert_close(found: Any, expected: Any) -> None:
 @pytest.mark.slow
 def test_vmap_equals_a_loop():
     many = stacked_inputs()
-    one = tolerance.jit_fast_compile(output_and_gradients)
+    one = jit_fast_compile(output_and_gradients)
     loop = [one(*x) for x in zip(*many, strict=True)]
     assert_close(
-        tolerance.jit_fast_compile(jax.vmap(output_and_gradients))(*many),
+        jit_fast_compile(jax.vmap(output_and_gradients))(*many),
         [jnp.stack(x) for x in zip(*loop, strict=True)],
     )
     # Keys and values shared by all, and an axis in the middle.
     q, k, v, gate = many
     some = jax.vmap(lambda q, gate: attention_of_case(q, k[0], v[0], gate), in_axes=(2, 0), out_axes=1)
     loop = [one(q[n], k[0], v[0], gate[n])[0] for n in range(3)]
-    assert_close([tolerance.jit_fast_compile(some)(jnp.moveaxis(q, 0, 2), gate)], [jnp.stack(loop, axis=1)])
+    assert_close([jit_fast_compile(some)(jnp.moveaxis(q, 0, 2), gate)], [jnp.stack(loop, axis=1)])
 
 
 def test_remat_does_not_change_gradients():
     inputs = narrow_values(0)
     loss = lambda f: lambda *x: jnp.sum(f(*x) ** 2) / 2
-    again = tolerance.jit_fast_compile(jax.grad(loss(jax.checkpoint(attention_of_case)), argnums=(0, 1, 2, 3)))(*inputs)
-    assert_close(again, tolerance.jit_fast_compile(output_and_gradients)(*inputs)[1:])
+    again = jit_fast_compile(jax.grad(loss(jax.checkpoint(attention_of_case)), argnums=(0, 1, 2, 3)))(*inputs)
+    assert_close(again, jit_fast_compile(output_and_gradients)(*inputs)[1:])
 
 
 def test_gradient_descent_inside_a_loop():
@@ -72,8 +73,8 @@ def test_gradient_descent_inside_a_loop():
     q, k, v, gate = narrow_values(0)
     slope = jax.grad(lambda k: jnp.sum(attention_of_case(q, k, v, gate) ** 2))
     step = lambda k, _: (k - 0.1 * slope(k), None)
-    found, _ = tolerance.jit_fast_compile(lambda k: jax.lax.scan(step, k, length=3))(k)
-    by_hand, one = k, tolerance.jit_fast_compile(lambda k: step(k, None)[0])
+    found, _ = jit_fast_compile(lambda k: jax.lax.scan(step, k, length=3))(k)
+    by_hand, one = k, jit_fast_compile(lambda k: step(k, None)[0])
     for _ in range(3):
         by_hand = one(by_hand)
     assert np.abs(found - k).max() > 1e-3
@@ -84,15 +85,15 @@ SHARDED = """
     import functools
     import jax, jax.numpy as jnp, numpy as np
     from jax.sharding import NamedSharding, PartitionSpec as P
+    from bench.verification.fast_compile import FAST_COMPILE_OPTIONS
     from dantinox import kernels
-    from tests.helpers import tolerance
 
     mesh = jax.make_mesh((2, 2), ("data", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     rng = np.random.default_rng(0)
     draw = lambda heads, n: jnp.float32(rng.standard_normal((4, 20, heads, n)))
     inputs = draw(4, 8), draw(2, 8), draw(2, 8), draw(4, 1)
     ids = jnp.asarray(rng.integers(0, 2, (4, 20)).cumsum(1))
-    quick = functools.partial(jax.jit, compiler_options=tolerance.FAST_COMPILE_OPTIONS)
+    quick = functools.partial(jax.jit, compiler_options=FAST_COMPILE_OPTIONS)
 
     def run(q, k, v, gate, ids):
         f = lambda *x: kernels.attention(*x[:3], gate=x[3], window=9, segment_ids=ids, implementation="pallas")
@@ -138,8 +139,8 @@ def test_ids_of_shards_vary():
         return kernels.attention(q, k, k, segment_ids=(ids[:, 4:], ids), implementation="pallas")
 
     spec = jax.sharding.PartitionSpec("data")
-    mapped = tolerance.jit_fast_compile(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec))
-    assert_close([mapped(q, k, ids)], [tolerance.jit_fast_compile(run)(q, k, ids)])
+    mapped = jit_fast_compile(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec))
+    assert_close([mapped(q, k, ids)], [jit_fast_compile(run)(q, k, ids)])
 
 
 def curvature(implementation: str) -> Any:
@@ -149,7 +150,7 @@ def curvature(implementation: str) -> Any:
         f = lambda q: kernels.attention(q, *x[1:3], gate=x[3], implementation=implementation, **CASE.options())
         return jnp.vdot(jax.grad(lambda q: jnp.sum(f(q) ** 3))(x[0]), direction)
 
-    return tolerance.jit_fast_compile(jax.grad(along, argnums=(1, 2, 3, 4)))
+    return jit_fast_compile(jax.grad(along, argnums=(1, 2, 3, 4)))
 
 
 def test_second_derivatives_of_xla_match_the_reference():
@@ -176,11 +177,11 @@ def test_export_with_symbolic_sizes_runs_for_every_size():
 
     reference = functools.partial(attention, implementation="reference")
     for implementation in ("auto", "reference"):
-        run = tolerance.jit_fast_compile(functools.partial(attention, implementation=implementation))
+        run = jit_fast_compile(functools.partial(attention, implementation=implementation))
         exported = jax.export.export(run)(*shapes)
         for B, T, S in ((2, 7, 9), (1, 150, 140)):  # the last would be computed in bands, if it were not symbolic
             q, k = (np.float32(np.random.default_rng(n).standard_normal((B, n, 2, 4))) for n in (T, S))
-            expected = tolerance.jit_fast_compile(reference)(q, k)
+            expected = jit_fast_compile(reference)(q, k)
             np.testing.assert_allclose(exported.call(q, k), expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(NotImplementedError, match="implementation='xla'"):
         jax.export.export(jax.jit(functools.partial(attention, implementation="pallas")))(*shapes)

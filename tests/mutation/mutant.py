@@ -48,7 +48,7 @@ SUITES = {
     "moe_number_range": ("kernels/moe/test_number_range", "kernels/moe/test_moe"),
     "moe": ("kernels/moe/test_moe", "kernels/test_dispatch"),
     "moe_sm90": ("kernels/moe/test_pallas_sm90", "kernels/grouped_matmul/test_pallas_sm90"),
-    "race_detector": ("helpers/test_race_detector", "kernels/attention/test_pallas_tpu"),
+    "race_detector": ("bench/verification/test_race_detector", "kernels/attention/test_pallas_tpu"),
     "workloads": ("kernels/test_workloads",),
 }
 

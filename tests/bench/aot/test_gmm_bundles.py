@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from bench import numpy_interpreter
 from bench.aot import hardware
 from bench.aot.tpu import gmm_bundles, vliw_schedule
 from bench.aot.tpu.vliw_schedule import Region
@@ -11,7 +12,6 @@ from dantinox.kernels.dispatch import Device
 from dantinox.kernels.ops.grouped_matmul.group_metadata import make_group_metadata
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu import block_sizes
 from dantinox.kernels.workloads import types as workload_types
-from tests import numpy_interpreter
 
 V6E = hardware.get("v6e")
 

@@ -11,14 +11,14 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from bench import numpy_interpreter
 from bench.aot import hardware, memory_traffic, profile
 from bench.aot.cases import Case
 from bench.aot.tpu import block_transfers, products
+from bench.numpy_interpreter.pallas import _Block
 from dantinox import kernels
 from dantinox.kernels import workloads
 from dantinox.kernels.dispatch import target_device
-from tests import numpy_interpreter
-from tests.numpy_interpreter.pallas import _Block
 
 ROOT = Path(__file__).parents[3]
 V6E = hardware.get("v6e")

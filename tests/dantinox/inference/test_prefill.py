@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from bench import numpy_interpreter
 from dantinox.config import ModelConfig
 from dantinox.inference import generate as generation
 from dantinox.inference import prefill
 from dantinox.inference.generate import generate
 from dantinox.model.transformer import Transformer
-from tests import numpy_interpreter
 from tests.dantinox.inference.test_generate import V, build, ids
 
 T, CHUNK = 40, 7

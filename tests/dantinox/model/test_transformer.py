@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 import dantinox
+from bench import numpy_interpreter
 from dantinox.config import ModelConfig
-from tests import numpy_interpreter
 from tests.helpers.jaxpr_walk import equations, matmuls
 
 SMALL = ModelConfig(

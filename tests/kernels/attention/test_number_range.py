@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.verification.fast_compile import jit_fast_compile
 from dantinox.kernels.ops.attention import common
 from dantinox.kernels.softcap import cap_derivative, cap_scores, soft_cap
 from tests.helpers import cases, random_shapes, tolerance
@@ -225,7 +226,7 @@ def test_soft_cap_and_its_derivative_for_scores_of_every_size(unit):
     qk = np.float32(2.0 ** rng.uniform(-125, 127.9, 300) * rng.choice([-1, 1], 300))
     options = [(cap, scale) for cap in CAPS for scale in (2.0**-120, 0.125, -(2.0**90))]
 
-    @tolerance.jit_fast_compile
+    @jit_fast_compile
     def run(qk):
         capped = [cap_scores(qk, scale=scale, softcap=cap, unit=unit) for cap, scale in options]
         return [(x, cap_derivative(x, softcap=cap, unit=unit)) for x, (cap, _) in zip(capped, options, strict=True)]

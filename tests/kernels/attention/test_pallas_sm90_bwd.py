@@ -13,11 +13,13 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from bench.verification import race_detector
+from bench.verification.fast_compile import FAST_COMPILE_OPTIONS, jit_fast_compile
 from dantinox import kernels
 from dantinox.kernels import workloads
 from dantinox.kernels.ops.attention.pallas_sm90 import bwd, common
 from dantinox.kernels.ops.attention.pallas_sm90.common import Sm90AttentionConfig
-from tests.helpers import race_detector, tolerance
+from tests.helpers import tolerance
 
 PROFILE = Path(__file__).parents[3] / "profiles/aot/h100.json"
 CHECKED = plgpu.InterpretGPUParams(detect_races=True)
@@ -88,9 +90,9 @@ def kernel_config(case: Case, params: Any = CHECKED) -> Sm90AttentionConfig:
 
 def gradients(case: Case, inputs: dict[str, jax.Array], do: jax.Array, ids: Any) -> dict[str, Any]:
     """Runs the two backward kernels; fails if they race."""
-    lse, delta = tolerance.jit_fast_compile(functools.partial(residuals, case))(inputs, do, ids)
+    lse, delta = jit_fast_compile(functools.partial(residuals, case))(inputs, do, ids)
     run = jax.jit(
-        lambda *args: bwd.backward(*args, kernel_config(case)), compiler_options=tolerance.FAST_COMPILE_OPTIONS
+        lambda *args: bwd.backward(*args, kernel_config(case)), compiler_options=FAST_COMPILE_OPTIONS
     )  # a function of its own, so that no program of another run is taken from a cache
     with race_detector.collect_detectors(race_detector.gpu_interpreter, "GPURaceDetectionState") as detectors:
         try:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.verification.fast_compile import jit_fast_compile
 from dantinox import kernels
 from dantinox.kernels import cost, workloads
 from dantinox.kernels.dispatch import target_device
@@ -57,7 +58,7 @@ def use_block_sizes(monkeypatch):
 def test_tokens_outside_window_do_not_affect_output(use_block_sizes):
     use_block_sizes(SMALL_BLOCKS)
     inputs, *_ = draw_f32(WINDOWED)
-    run = tolerance.jit_fast_compile(lambda inputs: attention(**inputs, window=9))
+    run = jit_fast_compile(lambda inputs: attention(**inputs, window=9))
     before = np.asarray(run(inputs))
     for t in (1, 15, 16, 23, 39):
         after = np.asarray(run({name: np.where(np.arange(40)[:, None, None] == t, 7, x) for name, x in inputs.items()}))
@@ -70,7 +71,7 @@ def test_tokens_outside_window_do_not_affect_output(use_block_sizes):
 def test_sequences_and_heads_do_not_mix(use_block_sizes):
     use_block_sizes(SMALL_BLOCKS._replace(kv_heads=2))
     inputs, *_ = draw_f32(WINDOWED)
-    run = tolerance.jit_fast_compile(lambda inputs: attention(**inputs, window=9))
+    run = jit_fast_compile(lambda inputs: attention(**inputs, window=9))
     o = run(inputs)
     np.testing.assert_array_equal(run({name: x[::-1] for name, x in inputs.items()}), o[::-1])
     swapped = run({name: x[:, :, ::-1] for name, x in inputs.items()})  # key heads, and queries within their group
@@ -245,7 +246,7 @@ def test_full_score_matrix_is_not_materialized(window, backward):
 )
 @pytest.mark.parametrize("window", [64, None], ids=["window", "causal"])
 def test_memory_grows_linearly_with_sequence_length(window, backward):
-    program = tolerance.jit_fast_compile(self_attention(window, backward))
+    program = jit_fast_compile(self_attention(window, backward))
     one, two = (program.lower(query(S)).compile().memory_analysis().temp_size_in_bytes for S in (1024, 2048))
     assert 0 < two <= 2.3 * one, f"{one} bytes at 1024, {two} at 2048"
 

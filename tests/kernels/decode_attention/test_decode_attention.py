@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.verification.fast_compile import jit_fast_compile
 from dantinox import kernels
 from dantinox.kernels import workloads
 from tests.helpers import cases, random_shapes, tolerance
@@ -78,7 +79,7 @@ def program(implementation: str, case: workloads.Decode, donate: bool = False):
         with tolerance.skip_if_unsupported(implementation):
             return kernels.decode_attention(**inputs, cache=cache, **case.options(), implementation=implementation)
 
-    return jax.jit(run, donate_argnums=(1,)) if donate else tolerance.jit_fast_compile(run)
+    return jax.jit(run, donate_argnums=(1,)) if donate else jit_fast_compile(run)
 
 
 StepFunction = Callable[[dict[str, jax.Array], kernels.KVCache], tuple[jax.Array, kernels.KVCache]]

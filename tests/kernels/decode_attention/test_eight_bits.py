@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bench import numpy_interpreter
 from dantinox import kernels
 from dantinox.kernels.dispatch import target_device
 from dantinox.kernels.ops.decode_attention.kv_cache import QMAX, dequantize, quantize
 from dantinox.kernels.ops.decode_attention.pallas_tpu import block_sizes
-from tests import numpy_interpreter
 from tests.helpers import tolerance
 from tests.kernels.decode_attention.test_decode_attention import IMPLEMENTATIONS, Step, draw, find, program, row
 from tests.kernels.decode_attention.test_pallas_tpu import run_with_race_detection

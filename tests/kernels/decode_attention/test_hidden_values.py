@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bench import numpy_interpreter
+from bench.verification.fast_compile import jit_fast_compile
 from dantinox import kernels
 from dantinox.kernels import dispatch
 from dantinox.kernels.ops.decode_attention.kv_cache import QMAX, quantize
-from tests import numpy_interpreter
 from tests.helpers import tolerance
 from tests.kernels.decode_attention.test_decode_attention import IMPLEMENTATIONS
 
@@ -62,7 +63,7 @@ def decode(implementation: str, window: int | None, x: Arrays) -> jax.Array:
 @pytest.mark.parametrize("implementation", ALL)
 @pytest.mark.sampled(3)
 def test_hidden_slots_do_not_change_the_output(implementation, dtype, window):
-    run = tolerance.jit_fast_compile(lambda x: decode(implementation, window, x))
+    run = jit_fast_compile(lambda x: decode(implementation, window, x))
     expected = {"o": run(inputs(dtype, FILLS[0], window))}
     for fill in FILLS[1:]:
         tolerance.assert_bit_equal(expected, {"o": run(inputs(dtype, fill, window))})
@@ -89,7 +90,7 @@ def test_hidden_slots_do_not_change_gradients(implementation, dtype):
         loss = lambda x: jnp.sum(jnp.sin(decode(implementation, WINDOW, x | stored)))
         return jax.grad(loss)({name: array for name, array in x.items() if name not in stored})
 
-    run = tolerance.jit_fast_compile(gradients)
+    run = jit_fast_compile(gradients)
     expected = run(inputs(dtype, FILLS[0], WINDOW))
     for fill in FILLS[1:]:
         tolerance.assert_bit_equal(expected, run(inputs(dtype, fill, WINDOW)))
@@ -107,9 +108,7 @@ def second_derivative(implementation: str, x: Arrays) -> jax.Array:
 
 def test_second_derivative_matches_the_reference():
     x = inputs("float32", 0.0, WINDOW)
-    found, expected = (
-        tolerance.jit_fast_compile(lambda x, n=n: second_derivative(n, x))(x) for n in ("xla", "reference")
-    )
+    found, expected = (jit_fast_compile(lambda x, n=n: second_derivative(n, x))(x) for n in ("xla", "reference"))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench import numpy_interpreter
 from dantinox import kernels
 from dantinox.kernels import dispatch
 from dantinox.kernels.ops.decode_attention.kv_cache import QMAX, quantize
-from tests import numpy_interpreter
 from tests.helpers import random_shapes, tolerance
 
 FLOAT32 = jnp.finfo(jnp.float32)

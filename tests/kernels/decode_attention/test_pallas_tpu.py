@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bench import numpy_interpreter
+from bench.verification import race_detector
+from bench.verification.fast_compile import jit_fast_compile
 from dantinox import kernels
 from dantinox.kernels import workloads
 from dantinox.kernels.dispatch import target_device
 from dantinox.kernels.ops.decode_attention.block_table import make_block_table
 from dantinox.kernels.ops.decode_attention.pallas_tpu import block_sizes
-from tests import numpy_interpreter
-from tests.helpers import cases, race_detector, tolerance
+from tests.helpers import cases, tolerance
 from tests.kernels.decode_attention.test_decode_attention import draw
 
 V6E = ("tpu", "TPU v6 lite")
@@ -134,7 +136,7 @@ def test_vmap_equals_a_loop(name, mapped):
         o, cache = kernels.decode_attention(x["q"], x["k"], x["v"], cache, window=9, implementation=name)
         return o, cache.k, cache.v, cache.length
 
-    run_once = tolerance.jit_fast_compile(run)
+    run_once = jit_fast_compile(run)
     loop = [run_once({key: value[n] if key == mapped else value for key, value in x.items()}) for n in range(2)]
-    for batched, *unbatched in zip(tolerance.jit_fast_compile(jax.vmap(run, (axes,)))(x), *loop, strict=True):
+    for batched, *unbatched in zip(jit_fast_compile(jax.vmap(run, (axes,)))(x), *loop, strict=True):
         np.testing.assert_allclose(batched, jnp.stack(unbatched), rtol=1e-5, atol=1e-5)

@@ -18,7 +18,8 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from bench import wrong_places
+from bench.verification import wrong_places
+from bench.verification.fast_compile import jit_fast_compile
 from dantinox import kernels
 from dantinox.kernels import dispatch, workloads
 from dantinox.kernels.ops.decode_attention.pallas_sm90 import kernel
@@ -106,7 +107,7 @@ def formula(
 @functools.cache
 def reference(case: workloads.Decode) -> Step:
     """The reference in the dtype of its arguments, compiled once for all lengths."""
-    return tolerance.jit_fast_compile(functools.partial(attend, case, "reference"))
+    return jit_fast_compile(functools.partial(attend, case, "reference"))
 
 
 def attend(case: workloads.Decode, implementation: str, inputs: dict[str, jax.Array], cache: Cache) -> Any:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.verification.fast_compile import jit_fast_compile
 from dantinox import kernels
 from dantinox.kernels import workloads
 from tests.helpers import cases, random_shapes, tolerance
@@ -140,7 +141,7 @@ def test_second_derivative_of_xla_matches_reference():
     aux = {"group_sizes": jnp.asarray(aux["group_sizes"])}
     arguments = {name: jnp.float32(x) for name, x in inputs.items()}, aux, jnp.float32(dout)
     expected, got = (
-        tolerance.jit_fast_compile(functools.partial(second_derivatives, implementation=implementation))(*arguments)
+        jit_fast_compile(functools.partial(second_derivatives, implementation=implementation))(*arguments)
         for implementation in ("reference", "xla")
     )
     for name, value in got.items():

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from bench.verification import race_detector
 from dantinox import kernels
 from dantinox.kernels import dispatch, workloads
 from dantinox.kernels.ops.grouped_matmul.group_metadata import make_group_metadata
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import gmm, tgmm, tile_scheduler, vjp
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90.warp_specialized import Sm90GmmConfig
 from dantinox.kernels.ops.moe.pallas_sm90.up_proj import up_proj
-from tests.helpers import cases, race_detector, tolerance
+from tests.helpers import cases, tolerance, two_blocks
 
 H100 = "NVIDIA H100 80GB HBM3"
 slow = pytest.mark.slow
@@ -28,8 +29,8 @@ def row(*sizes: int, N: int = 0, M: int = 64, F: int = 64) -> workloads.GroupedM
     return cases.make_workload(workloads.GroupedMatmul, N=N or sum(sizes), M=M, F=F, E=len(sizes), sizes=sizes)
 
 
-run_on_two_blocks = functools.partial(race_detector.run_on_two_blocks, vjp.grouped_matmul)
-run_two_blocks_checked = functools.partial(race_detector.run_two_blocks_checked, vjp.grouped_matmul)
+run_on_two_blocks = functools.partial(two_blocks.run_on_two_blocks, vjp.grouped_matmul)
+run_two_blocks_checked = functools.partial(two_blocks.run_two_blocks_checked, vjp.grouped_matmul)
 
 
 CASES = [

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bench import numpy_interpreter
+from bench.verification.fast_compile import jit_fast_compile
 from dantinox import kernels
 from dantinox.kernels.dispatch import Device, target_device
 from dantinox.kernels.ops.grouped_matmul.group_metadata import make_group_metadata
@@ -17,8 +19,6 @@ from dantinox.kernels.ops.grouped_matmul.pallas_cpu import gmm
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu import block_sizes
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu.vmem import row_sums, split_contraction
 from dantinox.kernels.ops.moe import pallas_cpu
-from tests import numpy_interpreter
-from tests.helpers import tolerance
 from tests.helpers.jaxpr_walk import largest_intermediate
 
 SIZES = ([5], [0], [3, 4], [0, 7, 0, 1], [4, 4, 0], [0, 0, 0], [1, 1, 1, 1, 9], [16, 0, 3])
@@ -159,7 +159,7 @@ def test_vmap_equals_a_loop(name, shared):
 
         return *mixture(name, *args), jax.grad(lambda x: jnp.sum(jax.checkpoint(recomputed)(x)))(args[0])
 
-    single, mapped = tolerance.jit_fast_compile(run), tolerance.jit_fast_compile(jax.vmap(run, axes))
+    single, mapped = jit_fast_compile(run), jit_fast_compile(jax.vmap(run, axes))
     loop = [single(*[a[n] if axis == 0 else a for a, axis in zip(args, axes, strict=True)]) for n in range(2)]
     for actual, *looped in zip(mapped(*args), *loop, strict=True):
         np.testing.assert_allclose(actual, jnp.stack(looped), rtol=1e-5, atol=1e-5 * float(jnp.abs(actual).max()))

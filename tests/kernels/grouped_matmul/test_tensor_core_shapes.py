@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bench.verification.fast_compile import jit_fast_compile
 from dantinox import kernels
 from dantinox.kernels import workloads
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import vjp
@@ -80,7 +81,7 @@ def program(op: str, width: int | None) -> Callable[..., dict[str, jax.Array]]:
         operation = functools.partial(getattr(vjp, op), width=width)
     else:
         operation = functools.partial(getattr(kernels, op), implementation="pallas")
-    return tolerance.jit_fast_compile(
+    return jit_fast_compile(
         lambda inputs, aux, dout: tolerance.output_and_gradients(lambda x: operation(**x, **aux), inputs, dout)
     )
 

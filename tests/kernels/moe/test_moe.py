@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.verification.fast_compile import jit_fast_compile
 from dantinox import kernels
 from dantinox.kernels import workloads
 from dantinox.kernels.workloads import types as workload_types
@@ -144,7 +145,7 @@ def test_second_derivative_of_xla_matches_reference(N):
     aux = {"expert_ids": jnp.asarray(aux["expert_ids"]).at[0, 1].set(3)}  # one id without an expert
     arguments = {name: jnp.float32(x) for name, x in inputs.items()}, aux, jnp.float32(dout)
     expected, got = (
-        tolerance.jit_fast_compile(functools.partial(second_derivatives, implementation=implementation))(*arguments)
+        jit_fast_compile(functools.partial(second_derivatives, implementation=implementation))(*arguments)
         for implementation in ("reference", "xla")
     )
     for name, value in got.items():

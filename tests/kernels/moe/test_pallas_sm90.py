@@ -17,7 +17,7 @@ from dantinox.kernels.ops.grouped_matmul.pallas_sm90.block_sizes import BLOCK_M
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90.tile_scheduler import tma_group_metadata
 from dantinox.kernels.ops.moe.pallas_sm90 import vjp as experts_vjp
 from dantinox.kernels.ops.moe.pallas_sm90.down_proj_bwd import gather_row_values
-from tests.helpers import cases, race_detector, tolerance
+from tests.helpers import cases, tolerance, two_blocks
 
 H100 = "NVIDIA H100 80GB HBM3"
 slow = pytest.mark.slow
@@ -35,8 +35,8 @@ def draw_scaled(case: workloads.MoE) -> cases.DrawnArrays:
     return inputs, {name: jnp.asarray(x) for name, x in aux.items()}, dout
 
 
-run_on_two_blocks = functools.partial(race_detector.run_on_two_blocks, experts_vjp.moe_mlp)
-run_two_blocks_checked = functools.partial(race_detector.run_two_blocks_checked, experts_vjp.moe_mlp)
+run_on_two_blocks = functools.partial(two_blocks.run_on_two_blocks, experts_vjp.moe_mlp)
+run_two_blocks_checked = functools.partial(two_blocks.run_two_blocks_checked, experts_vjp.moe_mlp)
 
 
 CASES = [

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bench.verification.fast_compile import jit_fast_compile
 from dantinox import reference
 from dantinox.kernels import workloads
 from dantinox.kernels.dispatch import target_device
@@ -62,7 +63,7 @@ RULE_CASES = [pytest.param(name, marks=pytest.mark.slow if name in LONG else ())
 def forward(step: str, case: workloads.Attention, tiles: bool = True) -> Any:
     run, options = attention.load_step(step), {"causal": case.causal, "window": case.window, "scale": case.scale}
     options |= SMALL_TILES.get(step, {}) if tiles else {}
-    return tolerance.jit_fast_compile(lambda inputs: {"o": run(**inputs, **options)})
+    return jit_fast_compile(lambda inputs: {"o": run(**inputs, **options)})
 
 
 @functools.cache
@@ -127,7 +128,7 @@ def gradients(run: Any, inputs: dict[str, Any], do: Any) -> dict[str, Any]:
 def step_gradients(step: str, case: workloads.Attention) -> Any:
     run, options = attention.load_step(step), {"causal": case.causal, "window": case.window, "scale": case.scale}
     options |= SMALL_TILES[step]
-    return tolerance.jit_fast_compile(lambda inputs, do: gradients(lambda x: run(**x, **options), inputs, do))
+    return jit_fast_compile(lambda inputs, do: gradients(lambda x: run(**x, **options), inputs, do))
 
 
 @functools.cache

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bench import numpy_interpreter
+from bench.verification.fast_compile import FAST_COMPILE_OPTIONS, jit_fast_compile
 from dantinox import kernels, reference
 from dantinox.kernels import workloads
 from dantinox.kernels.dispatch import target_device
 from dantinox.kernels.ops.decode_attention.kv_cache import quantize
 from dantinox.kernels.tutorial import decode_attention as tutorial
 from dantinox.kernels.tutorial.decode_attention import common, step3_ring_buffer
-from tests import numpy_interpreter
 from tests.helpers import tolerance
 from tests.kernels.decode_attention.test_decode_attention import Step, draw, row
 from tests.kernels.decode_attention.test_pallas_tpu import V6E, run_with_race_detection
@@ -79,7 +80,7 @@ def in_xla(step: str, case: workloads.Decode, inputs: Any, cache: kernels.KVCach
 
 @functools.cache
 def compiled(step: str, window: int | None, scale: float | None) -> Any:
-    return tolerance.jit_fast_compile(function(step, window, scale))
+    return jit_fast_compile(function(step, window, scale))
 
 
 @functools.cache
@@ -210,7 +211,7 @@ def test_donated_cache_is_updated_in_place(step):
     inputs = {name: jnp.ones(shape) for name, shape in case.shapes().items()}
     call = function(step, None, None, block=256)
     if step in IN_KERNEL:
-        donating = jax.jit(call, donate_argnums=1, compiler_options=tolerance.FAST_COMPILE_OPTIONS)
+        donating = jax.jit(call, donate_argnums=1, compiler_options=FAST_COMPILE_OPTIONS)
         memory = donating.lower(inputs, cache).compile().memory_analysis()
         assert memory.alias_size_in_bytes >= cache.k.nbytes + cache.v.nbytes
     with target_device(*V6E):

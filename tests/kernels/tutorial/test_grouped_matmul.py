@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bench.verification.fast_compile import jit_fast_compile
 from dantinox import reference
 from dantinox.kernels import workloads
 from dantinox.kernels.dispatch import target_device
@@ -51,10 +52,10 @@ def forward(step: str, two_weights: bool = False, row_tile: int | None = 32) -> 
         assert two_weights == ("w_up" in inputs)
         return {"o": run(**inputs, **aux, **options)}
 
-    return tolerance.jit_fast_compile(product)
+    return jit_fast_compile(product)
 
 
-@tolerance.jit_fast_compile
+@jit_fast_compile
 def swiglu_reference(x: jax.Array, w: jax.Array, group_sizes: jax.Array, w_up: jax.Array | None = None) -> jax.Array:
     gate = reference.grouped_matmul(x, w, group_sizes)
     return gate if w_up is None else jax.nn.silu(gate) * reference.grouped_matmul(x, w_up, group_sizes)

@@ -18,12 +18,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from bench.aot.gpu import sass
 from bench.tutorial import common as bench_common
 from bench.tutorial import hopper as tutorial
+from bench.verification import race_detector
+from bench.verification.fast_compile import jit_fast_compile
+from bench.verification.race_detector import gpu_interpreter
 from dantinox import reference
 from dantinox.kernels.dispatch import target_device
 from dantinox.kernels.tutorial import hopper
 from dantinox.kernels.tutorial.hopper import common, step4_persistent
-from tests.helpers import race_detector, tolerance
-from tests.helpers.race_detector import gpu_interpreter
+from tests.helpers import tolerance
 
 FOLDER = Path(common.__file__).parent
 H100 = "NVIDIA H100 80GB HBM3"
@@ -122,7 +124,7 @@ def faults_of(matmul: Callable[..., jax.Array], monkeypatch: pytest.MonkeyPatch)
     with race_detector.collect_detectors(gpu_interpreter, "GPURaceDetectionState") as detectors:
         try:
             with plgpu.force_gpu_interpret_mode(memory):
-                y = jax.block_until_ready(tolerance.jit_fast_compile(matmul)(x, w))
+                y = jax.block_until_ready(jit_fast_compile(matmul)(x, w))
         except jax.errors.JaxRuntimeError as error:
             assert "arrier" in str(error)  # the simulator's own check: a phase completed and no thread waited for it
             return {"barrier"}

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from jax.experimental import pallas as pl
 
-from tests.numpy_interpreter.evaluate import RUNNING, Program, rule
-from tests.numpy_interpreter.primitives import ELEMENTWISE, reading_kernel
+from bench.numpy_interpreter.evaluate import RUNNING, Program, rule
+from bench.numpy_interpreter.primitives import ELEMENTWISE, reading_kernel
 
 Array = np.ndarray
 ARITHMETIC = {*ELEMENTWISE, "select_n", "convert_element_type"} - {"clamp"}

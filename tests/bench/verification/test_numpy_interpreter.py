@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from tests import numpy_interpreter
+from bench import numpy_interpreter
 
 X = np.arange(24, dtype=np.float32).reshape(2, 3, 4) / 7 - 1
 I = np.array([3, -1, 0, 9], np.int32)  # -1 counts from the end, 9 is outside

@@ -11,12 +11,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
+from bench.verification import race_detector
+from bench.verification.fast_compile import jit_fast_compile
 from dantinox import kernels
 from dantinox.kernels import workloads
 from dantinox.kernels.dispatch import target_device
 from dantinox.kernels.ops.attention.pallas_tpu import block_sizes
 from dantinox.kernels.ops.attention.pallas_tpu.block_sizes import TpuBlockSizes
-from tests.helpers import cases, race_detector, tolerance
+from tests.helpers import cases, tolerance
 
 X = np.arange(16 * 128, dtype=np.float32).reshape(16, 128)
 BLOCK = (8, 128)
@@ -299,5 +301,5 @@ def test_attention_with_several_blocks_subtiles_and_spans(name, monkeypatch):
 def test_checked_programs_run_with_xla(op):
     """The check above calls each operation rightly: so it does not fail first on the day there is a kernel."""
     run, *arguments = both_passes(small(op)[0], "xla")
-    program = tolerance.jit_fast_compile(run)
+    program = jit_fast_compile(run)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(program(*arguments)))

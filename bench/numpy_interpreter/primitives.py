@@ -43,7 +43,7 @@ def exact_products() -> Iterator[None]:
 
 
 def _wide(f: Callable[..., Any]) -> Callable[..., Any]:
-    """f in float32 at least, rounded back."""
+    """F in float32 at least, rounded back."""
 
     def call(x: Array) -> Array:
         x = np.asarray(x)

@@ -12,9 +12,9 @@ Memory is as unfriendly as hardware allows: scratch, outputs before they are wri
 block hold NaN, or the lowest integer, and a block that the grid revisits is loaded again.
 """
 
-from tests.numpy_interpreter import pallas  # noqa: F401 - registers its rules
-from tests.numpy_interpreter.evaluate import NoRuleError, run, trace
-from tests.numpy_interpreter.primitives import exact_products
-from tests.numpy_interpreter.variables import watch
+from bench.numpy_interpreter import pallas  # noqa: F401 - registers its rules
+from bench.numpy_interpreter.evaluate import NoRuleError, run, trace
+from bench.numpy_interpreter.primitives import exact_products
+from bench.numpy_interpreter.variables import watch
 
 __all__ = ["NoRuleError", "exact_products", "run", "trace", "watch"]

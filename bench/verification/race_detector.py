@@ -20,7 +20,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks as gpu_interprete
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
-from tests.helpers import tolerance
+from bench.verification.fast_compile import jit_fast_compile
 
 MEMORIES = ("nan", "zero")  # what memory holds before it is written
 
@@ -35,6 +35,7 @@ class Findings(NamedTuple):
 
     @property
     def clean(self) -> bool:
+        """Whether no fault was found."""
         return not (self.races or self.out_of_bounds or self.uninitialized)
 
 
@@ -85,23 +86,6 @@ def _checked_wgmma(wgmma: Callable[..., Any], **kwargs: Any) -> Any:
     return wgmma(**kwargs)
 
 
-def run_on_two_blocks(
-    operation: Callable[..., Any], inputs: dict, aux: dict, dout: Any, **options: Any
-) -> dict[str, Any]:
-    """Compute the output and the gradients of a Hopper operation with two thread blocks."""
-    o, pull = jax.vjp(lambda x: operation(**x, **aux, blocks=2, **options), inputs)
-    return {"o": o} | {f"d{name}": gradient for name, gradient in pull(dout)[0].items()}
-
-
-def run_two_blocks_checked(
-    operation: Callable[..., Any], width: int | None, inputs: dict, aux: dict, dout: Any
-) -> dict[str, Any]:
-    """`run_on_two_blocks` on a simulated GPU; fails on a race, an invalid read or uninitialized memory."""
-    findings = on_gpu(functools.partial(run_on_two_blocks, operation, width=width), inputs, aux, dout)
-    assert findings.clean, findings
-    return findings.result
-
-
 @contextmanager
 def collect_detectors(interpreter: Any, name: str) -> Iterator[list[Any]]:
     """Collect every race detector: JAX makes one per kernel and keeps only the last."""
@@ -129,7 +113,7 @@ def _run(
         with collect_detectors(interpreter, detector) as detectors, simulate(memory):
             try:
                 # A new function, so that no program of another run is taken from a cache.
-                result = tolerance.jit_fast_compile(lambda *args: f(*args))(*args)
+                result = jit_fast_compile(lambda *args: f(*args))(*args)
                 results.append(jax.tree.map(np.asarray, jax.block_until_ready(result)))
             except Exception as error:
                 if "ut-of-bounds" not in str(error):

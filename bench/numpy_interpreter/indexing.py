@@ -21,8 +21,13 @@ def _index(
     """(index of each axis of the operand, broadcastable to batch + sizes; which windows lie inside, [batch]).
 
     Args:
-        indices: [batch..., components]. sizes: of a window, along every axis of the operand.
-        named: axis that each component moves along. batched: axes that move with the batch axes `batches`.
+        shape: of the operand.
+        indices: [batch..., components].
+        sizes: of a window, along every axis of the operand.
+        named: axis that each component moves along.
+        batched: axes that move with the batch axes `batches`.
+        batches: batch axes of the indices.
+        clip: move windows that lie outside to the nearest place inside.
     """
     batch, n = indices.shape[:-1], len(shape)
     starts = [np.zeros(batch, np.int64) for _ in range(n)]

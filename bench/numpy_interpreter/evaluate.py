@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from jax.extend.core import Literal
 
-from tests.numpy_interpreter import primitives
-from tests.numpy_interpreter.indexing import gather, scatter
-from tests.numpy_interpreter.variables import not_watching, watched
+from bench.numpy_interpreter import primitives
+from bench.numpy_interpreter.indexing import gather, scatter
+from bench.numpy_interpreter.variables import not_watching, watched
 
 Rule = Callable[[dict[str, Any], Any], Callable[..., Any]]
 # Primitive -> rule; a rule makes (params, equation) a function of the operands, which returns one value or a tuple.
@@ -24,7 +24,7 @@ class NoRuleError(NotImplementedError):
 
 
 def trace(f: Callable[..., Any], *args: Any) -> Callable[..., Any]:
-    """f as a function of NumPy arrays with the shapes and dtypes of `args`; it returns a pytree of NumPy arrays.
+    """F as a function of NumPy arrays with the shapes and dtypes of `args`; it returns a pytree of NumPy arrays.
 
     Raises:
         NoRuleError: naming a primitive that has no rule here.
@@ -71,6 +71,7 @@ class Program:
         self.size = len(places)
 
     def __call__(self, *operands: Any) -> list[Any]:
+        """Evaluate the equations in order; returns the results."""
         values: list[Any] = [None] * self.size
         for at, value in self.literals:
             values[at] = value

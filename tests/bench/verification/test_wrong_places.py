@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench.wrong_places import describe, different_bits
+from bench.verification.wrong_places import describe, different_bits
 from tests.helpers import absent_packages, tolerance
 
 RIGHT = np.random.default_rng(0).standard_normal((2, 256, 4, 128))
@@ -89,7 +89,7 @@ def test_different_bits_of_equal_values_are_reported():
 
 
 def test_module_imports_only_numpy(tmp_path):
-    code = "import bench.wrong_places, sys; print('numpy' in sys.modules, 'jax' in sys.modules)"
+    code = "import bench.verification.wrong_places, sys; print('numpy' in sys.modules, 'jax' in sys.modules)"
     environment, root = (
         absent_packages.environment_without(tmp_path, *absent_packages.OPTIONAL_PACKAGES, "jax", "rich"),
         Path(__file__).parents[2],
