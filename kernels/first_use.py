@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dantinox.kernels.dispatch import Device, announced_device, current_device
@@ -32,6 +33,31 @@ class Result(NamedTuple):
 
 
 Probe = Callable[[str], Mapping[str, Result]]
+
+
+def output_and_gradients(
+    f: Callable[..., Array], inputs: Mapping[str, np.ndarray], dout: np.ndarray, tolerances: Mapping[str, float]
+) -> dict[str, Result]:
+    """Return the output "o" of f and the gradients "d<name>" of its inputs, for each dtype.
+
+    Args:
+        f: takes the inputs as keyword arguments.
+        inputs: the differentiable inputs by name.
+        dout: cotangent of the output.
+        tolerances: tolerance by dtype.
+    """
+
+    @jax.jit
+    def run(inputs: dict[str, Array], dout: Array) -> tuple[Array, dict[str, Array]]:
+        o, vjp = jax.vjp(lambda inputs: f(**inputs), inputs)
+        return o, *vjp(dout)
+
+    results: dict[str, Result] = {}
+    for dtype, tolerance in tolerances.items():
+        o, gradients = run(*jax.tree.map(lambda x, dtype=dtype: jnp.asarray(x, dtype), (dict(inputs), dout)))
+        arrays = {"o": o} | {f"d{name}": gradients[name] for name in inputs}
+        results |= {f"{name} ({dtype})": Result(x, tolerance) for name, x in arrays.items()}
+    return results
 
 
 def disagreement(op: str, probe: Probe) -> str | None:
