@@ -127,7 +127,7 @@ def _select_n(params: Any, ins: Any, outs: Any) -> Callable[..., Any]:
     def select(which: Array, *cases: Array) -> Array:
         if len(cases) == 2:
             return np.where(which, cases[1], cases[0])
-        return np.choose(which, cases)
+        return np.choose(which, cases, mode="clip")
 
     return select
 

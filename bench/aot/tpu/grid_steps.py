@@ -16,8 +16,11 @@ import numpy as np
 from jax.extend.core import Literal
 
 from bench.aot.tpu.block_transfers import CALLS, UNKNOWN, KernelCall, inner_jaxprs
-from bench.aot.tpu.scalar_primitives import SCALAR_PRIMITIVES
+from bench.numpy_interpreter.evaluate import RULES
+from bench.numpy_interpreter.primitives import ELEMENTWISE
 
+# Those of the NumPy evaluator's rules that take an array with a scalar per step where they take a scalar.
+SCALAR_PRIMITIVES = {*ELEMENTWISE, "select_n", "convert_element_type", "integer_pow"} - {"optimization_barrier"}
 MAX_ITERATIONS = 2**16  # of one loop in one step
 TRANSCENDENTAL = frozenset("exp exp2 log log1p expm1 tanh logistic sqrt rsqrt div pow integer_pow sin cos erf".split())
 Lanes = np.ndarray  # the steps of the grid that an equation is evaluated for, as flat indices
@@ -142,7 +145,7 @@ class _Run:
             raise UnknownStepsError("the kernel writes to its tables")
         scalar = name in SCALAR_PRIMITIVES and all(getattr(v.aval, "shape", None) == () for v in equation.outvars)
         if scalar and not any(value is UNKNOWN or isinstance(value, _Table) for value in inputs):
-            return [SCALAR_PRIMITIVES[name](params, *inputs)]
+            return [RULES[name](params, equation)(*inputs)]
         if any(_has_control(jaxpr) for jaxpr in inner_jaxprs(params)):
             raise UnknownStepsError(f"{name} has branches or loops in it")
         return unknown
