@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 
-def first_order[**P, R](f: Callable[P, R], op: str) -> Callable[P, R]:
+def first_order[**P, R](f: Callable[P, R], op: str, implementation: str = "pallas") -> Callable[P, R]:
     """Return f, which refuses to be differentiated by one sentence.
 
     The kernels of a `jax.custom_vjp` function (its forward pass with residuals, its backward pass) are only
@@ -15,13 +15,14 @@ def first_order[**P, R](f: Callable[P, R], op: str) -> Callable[P, R]:
     Args:
         f: a function of arrays, in any structure, that calls a kernel; static values are bound to it.
         op: name of the operation.
+        implementation: name of the implementation.
     """
     refusing = jax.custom_jvp(f)
 
     @refusing.defjvp
     def refuse(primals: Any, tangents: Any) -> Any:
         raise NotImplementedError(
-            f"{op}: implementation='pallas' has no second derivative; implementation='xla' has one"
+            f"{op}: implementation={implementation!r} has no second derivative; implementation='xla' has one"
         )
 
     return refusing

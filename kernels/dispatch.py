@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dantinox.kernels import mosaic_tpu, registry
+from dantinox.kernels import mosaic_tpu, nvidia, registry
 from dantinox.kernels.registry import Implementation, lazy
 
 __all__ = ["Device", "Implementation", "Operation", "current_device", "lazy", "target_device"]
@@ -24,13 +24,8 @@ log = logging.getLogger("dantinox.kernels")
 IMPLEMENTATION_NAMES = ("auto", "reference", "xla", "pallas", "triton")  # of every operation; one may have more
 PREFERENCE = ("pallas", "triton", "xla", "reference")
 OPERATIONS = ("attention", "grouped_matmul", "moe_mlp", "decode_attention")
-SM90_DEVICE_KINDS = (
-    "H100",
-    "H200",
-    "GH200",
-    "H800",
-    "H20",
-)  # substrings of JAX's device kinds of compute capability 9.0
+SM90 = (9, 0)  # Hopper
+MIN_TRITON_CAPABILITY = (8, 0)
 
 
 class Device(NamedTuple):
@@ -67,6 +62,14 @@ def on_gpu() -> bool:
 def on_tpu() -> bool:
     """Return whether the current device is a TPU."""
     return current_device().platform == "tpu"
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """Return the compute capability (major, minor) of the current device, or None if it is not an NVIDIA GPU."""
+    announced = announced_device()
+    if announced is None:
+        return nvidia.capability_of_device(jax.devices()[0])
+    return nvidia.capability_of_kind(announced.kind) if announced.platform == "gpu" else None
 
 
 @contextlib.contextmanager
@@ -137,8 +140,16 @@ class Operation:
         chosen = self._get(implementation)
         reason = chosen.unsupported_device() or chosen.unsupported_inputs(*inputs)
         if reason:
+            if "implementation=" not in reason:
+                reason += f"; implementation={self._first_that_runs(*inputs)!r} runs here"
             raise NotImplementedError(f"{self.name}: implementation={implementation!r} cannot run here: {reason}")
         return chosen.function
+
+    def _first_that_runs(self, *inputs: Any) -> str:
+        """Return the preferred implementation that takes a call; the reference takes them all."""
+        by_name = {i.name: i for i in self.implementations}
+        able = (i for i in map(by_name.__getitem__, PREFERENCE) if not i.unsupported_device())
+        return next((i.name for i in able if not i.unsupported_inputs(*inputs)), "reference")
 
     def _all(self) -> tuple[Implementation, ...]:
         return (*self.implementations, *registry.custom_implementations(self.name, self.built_in_names()))
@@ -164,9 +175,9 @@ class Operation:
         raise NotImplementedError(f"{self.name}: no implementation can run here")
 
 
-def is_sm90(kind: str) -> bool:
-    """Return whether a device kind is a Hopper GPU."""
-    return any(name in kind for name in SM90_DEVICE_KINDS)
+def on_hopper() -> bool:
+    """Return whether the current device is a Hopper GPU."""
+    return compute_capability() == SM90
 
 
 def pallas_unsupported_device(op: str) -> str | None:
@@ -178,19 +189,29 @@ def pallas_unsupported_device(op: str) -> str | None:
         return mosaic_tpu.chip_unsupported(kind)
     if platform != "gpu":
         return f"{op} has no Pallas kernel for {platform} yet"
-    if is_sm90(kind):
+    if on_hopper():
         return None
-    return f"its Pallas GPU kernel requires Hopper (sm_90) and this device is {kind!r}; implementation='xla' runs here"
+    return f"its Pallas GPU kernel requires Hopper (compute capability 9.0) and this is {_describe(kind)}"
 
 
 def triton_unsupported_device() -> str | None:
     """Return why the current device cannot run a Triton kernel, or None."""
     platform, kind = current_device()
-    if platform != "gpu" or any(vendor in kind for vendor in ("AMD", "Instinct")):
+    capability = compute_capability()
+    if capability is None and platform == "gpu" and announced_device() is not None and "NVIDIA" in kind:
+        return f"the compute capability of {kind!r} is not known here"
+    if capability is None:
         return f"its Triton kernels are for NVIDIA GPUs and this is {kind!r}"
+    if capability < MIN_TRITON_CAPABILITY:
+        return f"its Triton kernels require compute capability 8.0 and this is {_describe(kind)}"
     if importlib.util.find_spec("jax_triton") is None:
         return "jax-triton is not installed: EXTRAS=triton brings it"
     return None
+
+
+def _describe(kind: str) -> str:
+    capability = compute_capability()
+    return repr(kind) if capability is None else f"{kind!r} ({capability[0]}.{capability[1]})"
 
 
 def symbolic_unsupported(*arrays: Any) -> str | None:

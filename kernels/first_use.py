@@ -1,16 +1,23 @@
 """The check that "auto" makes on a device before it first chooses a kernel there.
 
 A kernel that compiles may still be wrong on a chip that it has never run on. So "auto" compares it with the
-reference on a few small problems, once per process, and takes another implementation if they disagree.
+reference on a few small problems and takes another implementation if they disagree. A file in the cache folder
+remembers that they agreed, for this kind of device, these sources and these versions.
 """
 
+import contextlib
 import functools
+import hashlib
+import importlib.metadata
 import logging
+import os
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.extend.backend
 import jax.numpy as jnp
 import numpy as np
 
@@ -60,26 +67,67 @@ def output_and_gradients(
     return results
 
 
-def disagreement(op: str, probe: Probe) -> str | None:
-    """Return why "auto" must not choose the Pallas kernel of an operation here, or None.
+def disagreement(op: str, probe: Probe, implementation: str = "pallas", subject: str = "") -> str | None:
+    """Return why "auto" must not choose an implementation of an operation here, or None.
 
     Args:
         op: the operation.
         probe: runs small problems with the named implementation; returns the results by name.
+        implementation: the implementation that is checked.
+        subject: what the probe checks of it, such as a dtype; with the arguments before, it identifies the probe.
     """
     if announced_device() is not None:  # the device is not here
         return None
-    return _check(op, probe, current_device())
+    return _check_once(op, probe, implementation, subject, current_device())
 
 
 @functools.cache
-def _check(op: str, probe: Probe, device: Device) -> str | None:
+def _check_once(op: str, probe: Probe, implementation: str, subject: str, device: Device) -> str | None:
+    """Check, unless the same kernel agreed on such a device before; a disagreement is not remembered."""
+    file = _record(op, implementation, subject, device)
+    if file.exists():
+        return None
+    reason = _check(op, probe, device, implementation)
+    if reason is None:
+        with contextlib.suppress(OSError):  # it is checked again
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+    return reason
+
+
+def _record(op: str, implementation: str, subject: str, device: Device) -> Path:
+    """Return the file that exists if the check has passed: its name is a hash of all that the result depends on."""
+    settings = [f"{name}={os.environ.get(name, '')}" for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+    versions = [f"{name} {_version(name)}" for name in ("jax", "jaxlib", "libtpu", "jax-triton", "triton")]
+    backend = jax.extend.backend.get_backend().platform_version
+    parts = (op, implementation, subject, *device, backend, _source_hash(), *versions, *settings)
+    base = os.environ.get("DANTINOX_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "dantinox")
+    return Path(base, "first_use", hashlib.sha256("\0".join(parts).encode()).hexdigest()).expanduser()
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+@functools.cache
+def _source_hash() -> str:
+    found = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+@functools.cache
+def _check(op: str, probe: Probe, device: Device, implementation: str = "pallas") -> str | None:
     found: list[str | None] = []
 
     def compare() -> None:
         try:
             with jax.default_device(jax.local_devices()[0]), jax.default_matmul_precision("highest"):
-                found.append(_first_difference(probe("pallas"), probe("reference")))
+                found.append(_first_difference(probe(implementation), probe("reference")))
         except Exception as error:  # a compiler may raise anything
             found.append(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
@@ -90,7 +138,7 @@ def _check(op: str, probe: Probe, device: Device) -> str | None:
     if found[0] is None:
         return None
     reason = f"it failed its check on {device.kind}: {found[0]}"
-    log.warning("%s: the Pallas kernel is not used: %s", op, reason)
+    log.warning("%s: implementation=%r is not used: %s", op, implementation, reason)
     return reason
 
 

@@ -7,12 +7,32 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 TMA_ROWS = 8  # rows of a tile in the layout that wgmma reads
+SWIZZLES = (128, 64, 32)  # bytes of a row of a tile
+HEAD_DIM_MULTIPLE, MAX_HEAD_DIM = 16, 256  # the narrowest swizzle has 16 columns; a wgmma has at most 256
+TUNED_HEAD_DIMS = (64, 128, 256)
 
 
 def wgmma_smem(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Return the type of shared memory in the layout that wgmma reads: tiles of 8 rows of 128 bytes, swizzled."""
-    tile = (TMA_ROWS, 128 // jnp.dtype(dtype).itemsize)
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform(tile), plgpu.SwizzleTransform(128)))
+    """Return the type of shared memory in the layout that wgmma reads: swizzled tiles of 8 rows.
+
+    A row of a tile has as many bytes as the widest swizzle that divides a row of the array.
+    """
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = next(size for size in SWIZZLES if shape[-1] * itemsize % size == 0)
+    tile = (TMA_ROWS, swizzle // itemsize)
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform(tile), plgpu.SwizzleTransform(swizzle)))
+
+
+def unsupported_head_dim(D: int) -> str | None:
+    """Return why the attention kernels do not take a head dim, or None."""
+    if 0 < D <= MAX_HEAD_DIM and D % HEAD_DIM_MULTIPLE == 0:
+        return None
+    return f"q has head dim {D} and its tiles take multiples of {HEAD_DIM_MULTIPLE} up to {MAX_HEAD_DIM}"
+
+
+def tuned_head_dim(D: int) -> int:
+    """Return the head dim whose block sizes a supported one has: the next larger one that was tuned."""
+    return next(size for size in TUNED_HEAD_DIMS if size >= D)
 
 
 def num_sms(kind: str) -> int:

@@ -153,7 +153,8 @@ def _evaluate_on_hopper(f: Callable[..., Any], args: tuple[Any, ...]) -> Results
 def _evaluate_in_triton(f: Callable[..., Any], args: tuple[Any, ...]) -> Results:
     from bench.judge import triton_interpreter
 
-    return triton_interpreter.run(f, args)
+    with jax.default_matmul_precision("highest"):  # float32 operands may be rounded to TF32 otherwise
+        return triton_interpreter.run(f, args)
 
 
 def _checked(findings: Any) -> Results:

@@ -75,19 +75,21 @@ class HostTensor:
 def triton_call(
     *args: Any,
     kernel: Any,
-    out_shape: Any,
     grid: Any,
+    out_type: Any = None,
+    out_shape: Any = None,
     input_output_aliases: dict[int, int] | None = None,
     zeroed_outputs: Any = (),
     num_warps: int | None = None,
     num_stages: int | None = None,
     num_ctas: int | None = None,
     compute_capability: int | None = None,
+    backend_options: Any = None,
     name: str = "",
     **constants: Any,
 ) -> Any:
     """Call a kernel as `jax_triton.triton_call` does; outputs hold NaN, or the lowest integer, before it runs."""
-    leaves, tree = jax.tree.flatten(out_shape)
+    leaves, tree = jax.tree.flatten(out_type if out_shape is None else out_shape)
     shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
     is_array = [hasattr(x, "shape") for x in args]
     aliases = {out: arg for arg, out in (input_output_aliases or {}).items()}

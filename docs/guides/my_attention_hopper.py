@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dantinox.kernels.dispatch import current_device, is_sm90
+from dantinox.kernels.dispatch import current_device, on_hopper
 from dantinox.kernels.ops.attention import xla
 
 TILE = 64
@@ -22,7 +22,7 @@ COLUMN = MATRIX.reduce(1)  # and a number per row
 def attention(q, k, v, *, gate, causal, window, scale, softcap, segment_ids):
     """See `dantinox.kernels.attention`, which has checked the arguments."""
     platform, kind = current_device()
-    if platform not in ("cpu", "gpu") or (platform == "gpu" and not is_sm90(kind)):
+    if platform not in ("cpu", "gpu") or (platform == "gpu" and not on_hopper()):
         raise NotImplementedError(f"my Hopper attention runs on Hopper, and simulated on a CPU; this is {kind}")
     if q.dtype not in (jnp.bfloat16, jnp.float16) or q.shape[-1] not in (64, 128):
         raise NotImplementedError("my Hopper attention takes bfloat16 and float16, with heads of 64 or 128")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dantinox import kernels
-from dantinox.kernels import dispatch
+from dantinox.kernels import dispatch, nvidia
 from dantinox.kernels.ops.attention import api
 
 Q = jnp.ones((1, 4, 4, 8))
@@ -196,14 +196,94 @@ def test_table_entry_registers_an_implementation(monkeypatch):
         kernels.moe_mlp(**MOE_GOOD, implementation="custom")
 
 
-@pytest.mark.parametrize(("D", "why"), [(64, "have not run on a GPU"), (96, "head dim 96")], ids=["D=64", "D=96"])
-def test_auto_logs_why_preferred_implementation_is_skipped(D, why, caplog):
+def test_auto_logs_why_preferred_implementation_is_skipped(monkeypatch, caplog):
     dispatch._log_choice.cache_clear()
-    x = jnp.ones((1, 4, 1, D), jnp.bfloat16)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    x = jnp.ones((1, 4, 1, 72), jnp.bfloat16)
     with caplog.at_level("INFO", "dantinox.kernels"), dispatch.target_device("cuda", "NVIDIA H100"):
         jax.eval_shape(kernels.attention, x, x, x)
     (said,) = caplog.messages
-    assert said.startswith("attention: auto chose xla on gpu; not pallas: ") and why in said
+    assert said.startswith("attention: auto chose xla on gpu; not pallas: q has head dim 72 ")
+    assert "; not triton: jax-triton is not installed" in said
+
+
+CHOICES = {  # what auto takes for attention, where jax-triton is installed
+    ("NVIDIA H100 80GB HBM3", "bfloat16", 64): "pallas",
+    ("NVIDIA H100 80GB HBM3", "bfloat16", 80): "pallas",
+    ("NVIDIA H100 80GB HBM3", "float32", 64): "triton",
+    ("NVIDIA H100 80GB HBM3", "float16", 72): "triton",
+    ("NVIDIA A100-SXM4-80GB", "bfloat16", 128): "triton",
+    ("NVIDIA GeForce RTX 4090", "float32", 32): "triton",
+    ("NVIDIA B200", "bfloat16", 128): "triton",
+    ("NVIDIA L4", "bfloat16", 320): "xla",
+    ("NVIDIA A10G", "float64", 64): "xla",
+    ("Tesla T4", "float32", 64): "xla",
+    ("AMD Instinct MI300X", "bfloat16", 64): "xla",
+}
+
+
+@pytest.mark.parametrize(("kind", "dtype", "D"), CHOICES)
+def test_auto_prefers_hopper_kernels_then_triton_then_xla(kind, dtype, D, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    with dispatch.target_device("gpu", kind), jax.enable_x64(dtype == "float64"):
+        x = jnp.ones((1, 4, 1, D), dtype)
+        chosen = api.OPERATION.select("auto", x, x, None, True, False)
+    by_name = {i.name: i.function for i in api.OPERATION.implementations}
+    assert chosen is by_name[CHOICES[kind, dtype, D]]
+
+
+def test_refusal_names_an_implementation_that_runs(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+
+    def hint(kind, D, dtype="float32"):
+        x = jnp.ones((1, 4, 1, D), dtype)
+        with dispatch.target_device("gpu", kind), pytest.raises(NotImplementedError) as refusal:
+            kernels.attention(x, x, x, implementation="pallas")
+        return str(refusal.value).rpartition("; ")[2]
+
+    assert hint("NVIDIA H100", 32) == hint("NVIDIA L4", 32) == "implementation='triton' runs here"
+    assert hint("NVIDIA L4", 320) == hint("Tesla T4", 32) == "implementation='xla' runs here"
+    assert hint("NVIDIA H100", 72, "bfloat16") == "implementation='triton' runs here"
+
+
+CAPABILITIES = {
+    "NVIDIA A100-SXM4-80GB": (8, 0),
+    "NVIDIA A10G": (8, 6),
+    "NVIDIA GeForce RTX 3090": (8, 6),
+    "NVIDIA RTX A6000": (8, 6),
+    "NVIDIA L4": (8, 9),
+    "NVIDIA L40S": (8, 9),
+    "NVIDIA GeForce RTX 4090 Laptop GPU": (8, 9),
+    "NVIDIA RTX 6000 Ada Generation": (8, 9),
+    "Quadro RTX 6000": (7, 5),
+    "Quadro RTX 5000": (7, 5),
+    "Tesla T4": (7, 5),
+    "Tesla V100-SXM2-16GB": (7, 0),
+    "NVIDIA H100 80GB HBM3": (9, 0),
+    "NVIDIA GH200 480GB": (9, 0),
+    "NVIDIA H20": (9, 0),
+    "NVIDIA B200": (10, 0),
+    "NVIDIA GB200": (10, 0),
+    "NVIDIA GB300": (10, 3),
+    "NVIDIA GeForce RTX 5090": (12, 0),
+    "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": (12, 0),
+    "NVIDIA GB10": (12, 1),
+    "AMD Instinct MI300X": None,
+    "TPU v6 lite": None,
+}
+
+
+@pytest.mark.parametrize("kind", CAPABILITIES)
+def test_compute_capability_of_a_device_kind(kind):
+    assert nvidia.capability_of_kind(kind) == CAPABILITIES[kind]
+
+
+@pytest.mark.parametrize(("text", "capability"), [("9.0", (9, 0)), ("12.1", (12, 1)), ("gfx942", None), (None, None)])
+def test_compute_capability_of_a_device(text, capability):
+    class Gpu:
+        compute_capability = text
+
+    assert nvidia.capability_of_device(Gpu()) == capability
 
 
 def test_unknown_operation_raises():
@@ -216,7 +296,7 @@ def test_target_device_overrides_current_device():
         assert dispatch.current_device() == ("gpu", "NVIDIA A100")
         with dispatch.target_device("tpu", "TPU v6 lite"):
             assert dispatch.current_device().platform == "tpu"
-        assert "requires Hopper (sm_90)" in kernels.implementations("moe_mlp")["pallas"]
+        assert "requires Hopper (compute capability 9.0)" in kernels.implementations("moe_mlp")["pallas"]
     assert dispatch.current_device() == (jax.default_backend(), jax.devices()[0].device_kind)
 
 

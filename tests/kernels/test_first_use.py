@@ -22,10 +22,13 @@ APIS = (attention_api, grouped_matmul_api, moe_api, decode_api)
 
 
 @pytest.fixture(autouse=True)
-def no_earlier_check():
-    first_use._check.cache_clear()
+def no_earlier_check(monkeypatch, tmp_path):
+    monkeypatch.setenv("DANTINOX_CACHE", str(tmp_path))
+    for function in (first_use._check, first_use._check_once):
+        function.cache_clear()
     yield
-    first_use._check.cache_clear()
+    for function in (first_use._check, first_use._check_once):
+        function.cache_clear()
 
 
 def check(pallas, reference=lambda: jnp.ones(3), tolerance=0.1, op="attention"):
@@ -53,7 +56,7 @@ def test_wrong_or_failing_kernel_is_reported_once(pallas, message, caplog):
     expected = message and f"it failed its check on TPU v6 lite: {message}"
     assert reason == expected
     assert [r.getMessage() for r in caplog.records] == (
-        [f"attention: the Pallas kernel is not used: {expected}"] if expected else []
+        [f"attention: implementation='pallas' is not used: {expected}"] if expected else []
     )
 
 
@@ -75,6 +78,32 @@ def test_check_runs_once_and_outside_of_the_callers_trace_and_settings():
         traced(jnp.ones(3))
         traced(jnp.ones(4))
     assert runs == [(name, jnp.float32, False, True) for name in ("pallas", "reference")]
+
+
+def test_agreement_is_remembered_for_the_same_device_sources_and_versions(monkeypatch):
+    runs = []
+
+    def values(name, differs):
+        runs.append(name)
+        return {"o": first_use.Result(jnp.float32(1 + (differs and name == "triton")), 0)}
+
+    def reason(subject="float32", device=TPU, differs=False):
+        first_use._check_once.cache_clear()
+        first_use._check.cache_clear()
+        monkeypatch.setattr(first_use, "current_device", lambda: device)
+        runs.clear()
+        found = first_use.disagreement("attention", lambda name: values(name, differs), "triton", subject)
+        return found, len(runs)
+
+    assert [reason(), reason()] == [(None, 2), (None, 0)]
+    assert reason("bfloat16") == (None, 2)
+    assert reason(device=Device("gpu", "NVIDIA L4")) == (None, 2)
+    monkeypatch.setattr(first_use, "_source_hash", lambda: "edited")
+    for _ in range(2):  # a disagreement is not remembered
+        found, count = reason(differs=True)
+        assert "differs from the reference" in found and count == 2
+    monkeypatch.setenv("DANTINOX_CACHE", "/proc/none")  # cannot be written
+    assert [reason(), reason()] == [(None, 2), (None, 2)]
 
 
 @pytest.mark.parametrize("api", APIS, ids=lambda api: api.OPERATION.name)
@@ -106,13 +135,14 @@ def test_auto_takes_xla_where_the_check_fails(api, monkeypatch, caplog):
 
     def chosen(difference):
         first_use._check.cache_clear()
+        first_use._check_once.cache_clear()
         monkeypatch.setattr(
             api, "_PROBE", lambda name: {"o": first_use.Result(jnp.float32(1 + difference * (name == "pallas")), 0)}
         )
         return {api.OPERATION.select("auto", *inputs).__module__.removeprefix(f"{api.__package__}.") for _ in range(3)}
 
     with caplog.at_level(logging.WARNING, logger="dantinox.kernels"):
-        assert (chosen(0), chosen(1)) == ({"api"}, {"xla"})
+        assert (chosen(1), chosen(0)) == ({"xla"}, {"api"})
     assert len(caplog.records) == 1
 
 

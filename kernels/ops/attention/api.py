@@ -13,6 +13,7 @@ from dantinox.kernels.ops.attention.pallas_cpu import block_sizes as cpu_block_s
 from dantinox.kernels.ops.attention.pallas_tpu import limits as tpu_limits
 
 Array = jax.Array
+MAX_TRITON_HEAD_DIM = 256
 
 
 def attention(
@@ -146,15 +147,36 @@ def _pallas_unsupported_inputs(q: Array, k: Array, window: int | None, causal: b
     return None
 
 
+def _triton_unsupported_inputs(q: Array, k: Array, window: int | None, causal: bool, packed: bool) -> str | None:
+    D = q.shape[-1]
+    if reason := dispatch.symbolic_unsupported(q, k) or dispatch.float32_accumulation_unsupported(q.dtype):
+        return reason
+    return f"D is {D}; its Triton kernels take at most {MAX_TRITON_HEAD_DIM}" if D > MAX_TRITON_HEAD_DIM else None
+
+
 def _pallas_not_auto(q: Array, k: Array, window: int | None, causal: bool, packed: bool) -> str | None:
     if dispatch.on_gpu():
-        return "the Hopper kernels have not run on a GPU yet; pass implementation='pallas' to use them"
+        return _gpu_disagreement("pallas", q.dtype.name, q.shape[-1])
     B, T, H, _ = q.shape
     if dispatch.current_device().platform == "cpu" and cpu_block_sizes.xla_is_faster(B, T, k.shape[1], H, window):
         return "interpreted, it is slow at these sizes"
     if dispatch.on_tpu():
         return first_use.disagreement("attention", _PROBE)
     return None
+
+
+def _triton_not_auto(q: Array, k: Array, window: int | None, causal: bool, packed: bool) -> str | None:
+    return _gpu_disagreement("triton", q.dtype.name, q.shape[-1])
+
+
+def _gpu_disagreement(implementation: str, dtype: str, D: int) -> str | None:
+    return first_use.disagreement("attention", _gpu_probe(dtype, D), implementation, f"{dtype}, D {D}")
+
+
+@functools.cache
+def _gpu_probe(dtype: str, D: int) -> first_use.Probe:
+    """Return the probe of one dtype and head dim, which determine the blocks of a GPU's kernels."""
+    return functools.partial(probe.run, attention, dtypes=(dtype,), D=D)
 
 
 _PROBE = functools.partial(probe.run, attention)
@@ -170,6 +192,12 @@ OPERATION = dispatch.Operation(
             unsupported_inputs=_pallas_unsupported_inputs,
             not_auto=_pallas_not_auto,
         ),
-        dispatch.Implementation.missing("triton", "attention has no Triton kernel yet"),
+        dispatch.Implementation(
+            "triton",
+            dispatch.lazy("dantinox.kernels.ops.attention.triton.vjp:attention"),
+            unsupported_device=dispatch.triton_unsupported_device,
+            unsupported_inputs=_triton_unsupported_inputs,
+            not_auto=_triton_not_auto,
+        ),
     ),
 )

@@ -1,4 +1,4 @@
-"""The problems on which "auto" checks the Pallas attention before it first chooses it; see `first_use.py`."""
+"""The problems on which "auto" checks a kernel of attention before it first chooses it; see `first_use.py`."""
 
 import functools
 from collections.abc import Callable
@@ -8,15 +8,18 @@ import numpy as np
 
 from dantinox.kernels.first_use import Result, output_and_gradients
 
-TOLERANCES = {"float32": 1e-4, "bfloat16": 2.0**-6}
+TOLERANCES = {"float32": 1e-4, "bfloat16": 2.0**-6, "float16": 2.0**-9}
 
 
-def run(attention: Callable[..., Any], implementation: str) -> dict[str, Result]:
+def run(
+    attention: Callable[..., Any], implementation: str, dtypes: tuple[str, ...] = ("float32", "bfloat16"), D: int = 128
+) -> dict[str, Result]:
     """Return the output and the gradients of windowed, gated, packed attention by dtype."""
-    T, H, K, D = 600, 4, 2, 128  # several blocks of queries and of keys
+    T, H, K = 600, 4, 2  # several blocks of queries and of keys
     rng = np.random.default_rng(0)
     shapes = {"q": (1, T, H, D), "k": (1, T, K, D), "v": (1, T, K, D), "gate": (1, T, H, 1)}
     inputs = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
     ids = np.repeat(np.arange(3, dtype=np.int32), T // 3)[None]
     f = functools.partial(attention, window=150, segment_ids=ids, implementation=implementation)
-    return output_and_gradients(f, inputs, rng.standard_normal((1, T, H, D)), TOLERANCES)
+    tolerances = {dtype: TOLERANCES[dtype] for dtype in dtypes}
+    return output_and_gradients(f, inputs, rng.standard_normal((1, T, H, D)), tolerances)

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from dantinox.kernels import dispatch, triton_call
 from dantinox.kernels.ops.moe.ragged_dot import ragged_dot_experts
 from dantinox.kernels.ops.moe.routing import sort_by_expert
 from dantinox.kernels.ops.moe.wide import widen_float16
@@ -115,10 +116,12 @@ def router_weight_grad_kernel(
 
 def call_triton(kernel, *arrays: Array, out: jax.ShapeDtypeStruct, grid: tuple[int, int], **constants) -> Array:
     """Call a Triton kernel with the tile sizes and `constants` as its compile-time constants."""
-    import jax_triton
-
+    capability = dispatch.compute_capability()
+    assert capability is not None  # `dispatch.triton_unsupported_device` has seen it
     constants |= {"TILE_ROWS": BLOCK_M, "TILE_COLUMNS": BLOCK_N}
-    return jax_triton.triton_call(*arrays, kernel=kernel, out_shape=out, grid=grid, num_warps=4, **constants)
+    name = f"moe_{kernel.__name__.removesuffix('_kernel')}"
+    options = {"capability": capability, "num_warps": 4, "num_stages": 3, "name": name}
+    return triton_call.call_triton(kernel, *arrays, out_type=out, grid=grid, **options, **constants)
 
 
 def launch_grid(rows: int, width: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dantinox.kernels import validation
-from dantinox.kernels.dispatch import current_device, is_sm90
+from dantinox.kernels.dispatch import current_device, on_hopper
 from dantinox.kernels.mosaic_gpu import TMA_ROWS
 from dantinox.kernels.mosaic_gpu import num_sms as num_sms
 from dantinox.kernels.mosaic_gpu import wgmma_smem as wgmma_smem
@@ -46,7 +46,7 @@ def interpret() -> plgpu.InterpretGPUParams | bool:
         NotImplementedError: this device can neither compile nor simulate the kernel.
     """
     platform, kind = current_device()
-    if platform == "gpu" and is_sm90(kind):
+    if on_hopper():
         return False
     if platform == "cpu":
         return plgpu.InterpretGPUParams()

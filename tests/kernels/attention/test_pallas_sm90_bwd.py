@@ -125,12 +125,14 @@ FAST = {
     "queries without keys": Case(200, 70, G=2),  # the first 128 queries see no key
     "window": Case(129, 129, G=2, window=70),
     "window, softcap": Case(65, 200, D=128, window=64, softcap=5.0),
+    "narrow swizzle": Case(65, 129, D=80, window=64),
     "segments": Case(64, 127, D=256, segments="ascending"),  # no mask in the first block, but other segments
     "full, large scores": Case(64, 129, D=256, causal=False, dtype="float16", spread=30.0),
 }
 LONG = [
     *(Case(T, S, D=64, window=w, dtype="float16") for T in (1, 64, 65) for S in (1, 127, 200) for w in (None, 1, 66)),
     *(Case(130, 130, D=D, G=3, K=2, B=2, window=66) for D in (64, 128, 256)),
+    *(Case(129, 200, D=D, G=2, window=66) for D in (16, 32, 48, 80, 96, 112, 160, 192, 224)),
     *(Case(200, 200, D=D, G=2, window=w) for D in (64, 128, 256) for w in (None, 1, 65, 200, 999)),
     *(Case(T, S, D=D, causal=False) for D in (64, 128, 256) for T, S in ((129, 65), (65, 129), (8, 200))),
     *(Case(129, 129, D=D, softcap=c, window=w) for D in (64, 128, 256) for c, w in ((2.0, None), (30.0, 65))),

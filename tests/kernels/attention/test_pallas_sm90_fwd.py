@@ -92,6 +92,7 @@ FORWARD = {
     "window, gate": row(129, 200, window=70, gate="elementwise"),
     "full, softcap, head gate": row(65, 127, D=128, K=2, causal=False, gate="head", softcap=2.0),
     "queries without keys": row(200, 65, D=256, gate="elementwise"),  # the first queries see no key
+    "D=96, gate": row(129, 70, D=96, window=50, gate="elementwise"),
 }
 FORWARD_SLOW = {
     "unmatched, window": row(64, 129, segments="unmatched", window=100, gate="head", B=2),
@@ -109,6 +110,14 @@ FORWARD_SLOW = {
     "long window, D=256": row(200, 700, D=256, H=1, window=400, gate="elementwise"),
     # Documents longer than a block: some blocks are skipped, some need no mask.
     "packed": row(600, 600, segments="packed", gate="elementwise"),
+    # Head dims of narrower swizzles: rows of 32, 64 and 128 bytes.
+    "D=16, window, gate": row(129, 200, D=16, window=70, gate="elementwise"),
+    "D=32, segments": row(200, 200, D=32, segments="packed", gate="head"),
+    "D=80, full": row(65, 127, D=80, causal=False, softcap=2.0, gate="elementwise"),
+    "D=112, window": row(200, 129, D=112, window=64, gate="elementwise"),
+    "D=160": row(129, 200, D=160, gate="elementwise"),
+    "D=192": row(129, 200, D=192, window=50, gate="head"),
+    "D=240": row(129, 129, D=240, gate="elementwise"),
     "packed, full, D=256": row(500, 500, D=256, H=1, segments="packed", causal=False),
 }
 
@@ -277,7 +286,7 @@ def test_unsupported_inputs_raise():
     for softcap in (1e-20, 1e20):
         with pytest.raises(NotImplementedError, match="implementation='xla' takes every cap"):
             vjp.attention(x, x, x, gate=None, causal=True, window=None, scale=1.0, softcap=softcap, segment_ids=None)
-    for dtype, D, reason in (("float32", 64, "float32"), ("bfloat16", 96, "head dim 96")):
+    for dtype, D, reason in (("float32", 64, "float32"), ("bfloat16", 72, "head dim 72"), ("bfloat16", 272, "272")):
         x = jnp.ones((1, 8, 2, D), dtype)
         with pytest.raises(NotImplementedError, match=reason):
             vjp.attention(x, x, x, gate=None, causal=True, window=None, scale=1.0, softcap=None, segment_ids=None)
@@ -292,11 +301,11 @@ def test_output_is_zero_without_keys():
 def test_pallas_gpu_requires_hopper():
     with dispatch.target_device("cuda", "NVIDIA H100 80GB HBM3"):
         assert kernels.implementations("attention")["pallas"] is None
-        x = jnp.ones((1, 8, 2, 96), jnp.bfloat16)
-        with pytest.raises(NotImplementedError, match="head dim 96"):
+        x = jnp.ones((1, 8, 2, 72), jnp.bfloat16)
+        with pytest.raises(NotImplementedError, match="head dim 72"):
             kernels.attention(x, x, x, implementation="pallas")
     with dispatch.target_device("cuda", "NVIDIA A100-SXM4-80GB"):
-        assert "'xla' runs here" in kernels.implementations("attention")["pallas"]
+        assert "requires Hopper (compute capability 9.0)" in kernels.implementations("attention")["pallas"]
 
 
 @pytest.mark.parametrize("segments", [False, True], ids=["no segments", "segments"])

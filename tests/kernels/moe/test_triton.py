@@ -37,7 +37,7 @@ FAULTS = {
     "combine leaves the last columns": ("m[None, :], total.to(out", "m[None, :] % 256, total.to(out"),
     "router weights' gradients of the first columns": ("in range(0, WIDTH, TILE", "in range(0, TILE_COLUMNS, TILE"),
     "dx of a row is not added up": (
-        "inverse_permutation, jnp.ones(inverse", "inverse_permutation * 0, jnp.ones(inverse"),
+        "call_combine(drows, inverse_permutation, ones", "call_combine(drows, inverse_permutation * 0, ones"),
     "the weights have no gradient": ("return drows, dweights, None", "return drows, 0 * dweights, None"),
 }  # fmt: skip
 

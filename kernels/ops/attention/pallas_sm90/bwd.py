@@ -13,16 +13,17 @@ Tiling    A thread block owns 128 queries (dq) or keys (dk, dv), 64 per consumer
                                                |   v
                                                  dk, dv        of all G heads of the key head, one after the other
 
-          At D = 256, dk and dv of 64 keys fill the registers of two warpgroups: one owns dv and computes p, the other
-          owns dk and receives p through shared memory.
+          Above D = 128, dk and dv of 64 keys fill the registers of two warpgroups: one owns dv and computes p, the
+          other owns dk and receives p through shared memory.
 State     The float32 accumulators are in registers. dk and dv transpose the scores, with keys as rows, so that p and ds
           go from registers into the next wgmma. No two thread blocks write the same output: no atomics, and runs are
           bit-equal.
 Traffic   With n visible blocks: dq reads q and do once and n blocks of k and v; dk and dv read k and v once and n
           blocks of q and do. 14 D FLOPs per visible pair; a single kernel takes 10 D, but adds up dq in memory in an
           order that varies.
-Limits    bfloat16 and float16; D 64, 128 or 256. Any T and S: lengths are padded to multiples of 8 tokens. Segment ids
-          in any order; where they ascend, blocks of other segments are skipped and blocks of one segment apply no mask.
+Limits    bfloat16 and float16; D a multiple of 16, up to 256. Any T and S: lengths are padded to multiples of 8
+          tokens. Segment ids in any order; where they ascend, blocks of other segments are skipped and blocks of one
+          segment apply no mask.
           Keys that no query sees must be finite: the caller zeroes them. A float16 cotangent is scaled by a power of
           two, because ds need not fit float16 where the gradients do; weights below 2^-14 lose precision there. do v^T
           must be finite, for hidden pairs too.
@@ -35,11 +36,11 @@ import jax.numpy as jnp
 from dantinox.kernels.ops.attention import segment_ids
 from dantinox.kernels.ops.attention.pallas_sm90.common import (
     BLOCK_ROWS,
-    BWD_BLOCK_SIZES,
     TMA_ROWS,
     BwdInputs,
     Segments,
     Sm90AttentionConfig,
+    bwd_block_sizes,
 )
 from dantinox.kernels.ops.attention.pallas_sm90.dkv_kernel import block_kv, dkv
 from dantinox.kernels.ops.attention.pallas_sm90.dq_kernel import dq
@@ -82,7 +83,7 @@ def backward(
     if segments is not None:
         q_ids, kv_ids = (segment_ids.pad_ids_to_block(ids.astype(jnp.int32), PAD_TO) for ids in segments)
         D = q.shape[-1]
-        sizes, inputs = BWD_BLOCK_SIZES[D], inputs._replace(q_ids=q_ids, kv_ids=kv_ids)
+        sizes, inputs = bwd_block_sizes(D), inputs._replace(q_ids=q_ids, kv_ids=kv_ids)
         q_to_kv = segment_ids.kv_block_ranges(q_ids, BLOCK_ROWS, kv_ids, sizes.block_kv)
         kv_to_q = segment_ids.kv_block_ranges(kv_ids, block_kv(D), q_ids, sizes.block_q)
         dq_inputs, dkv_inputs = inputs._replace(segment_ranges=q_to_kv), inputs._replace(segment_ranges=kv_to_q)

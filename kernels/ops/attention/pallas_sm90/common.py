@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dantinox.kernels.mosaic_gpu import TMA_ROWS as TMA_ROWS
+from dantinox.kernels.mosaic_gpu import tuned_head_dim
 from dantinox.kernels.mosaic_gpu import wgmma_smem as wgmma_smem
 
 Array = jax.Array
@@ -73,6 +74,11 @@ class BwdInputs(NamedTuple):
     kv_ids: Any = None
     segment_ranges: Any = None  # per block of rows, the `SegmentRange` of the blocks to loop over
     unscale: Any = None  # [B, K] float32, factor on all gradients; None: 1
+
+
+def bwd_block_sizes(D: int) -> BwdBlockSizes:
+    """Return the block sizes of the backward kernels for a head dim."""
+    return BWD_BLOCK_SIZES[tuned_head_dim(D)]
 
 
 def split_refs(refs: Sequence[Ref], *types: type[NamedTuple]) -> list[Any]:

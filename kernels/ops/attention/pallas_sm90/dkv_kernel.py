@@ -10,7 +10,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dantinox.kernels.ops.attention.pallas_sm90.common import (
-    BWD_BLOCK_SIZES,
     COL_LAYOUT,
     COMPUTE_WARPGROUPS,
     CONSUMER_REGISTERS,
@@ -23,6 +22,7 @@ from dantinox.kernels.ops.attention.pallas_sm90.common import (
     SegmentRange,
     Sm90AttentionConfig,
     apply_mask,
+    bwd_block_sizes,
     drain_pipeline,
     interpret_operand_smem,
     per_column,
@@ -76,7 +76,7 @@ def block_kv(D: int) -> int:
 def dkv(inputs: BwdInputs, config: Sm90AttentionConfig) -> DkvOutputs:
     """Return (dk, dv); the inputs are padded by `bwd.backward`."""
     B, S, K, D = inputs.k.shape
-    sizes, dtype = BWD_BLOCK_SIZES[D], inputs.k.dtype
+    sizes, dtype = bwd_block_sizes(D), inputs.k.dtype
     split, has_segments = splits_dk_dv(D), inputs.q_ids is not None
     stages, parts = sizes.q_stages, block_kv(D) // WARPGROUP_ROWS
 

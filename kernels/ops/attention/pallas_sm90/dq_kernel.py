@@ -11,7 +11,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dantinox.kernels.ops.attention.pallas_sm90.common import (
     BLOCK_ROWS,
-    BWD_BLOCK_SIZES,
     COL_LAYOUT,
     COMPUTE_WARPGROUPS,
     CONSUMER_REGISTERS,
@@ -24,6 +23,7 @@ from dantinox.kernels.ops.attention.pallas_sm90.common import (
     SegmentRange,
     Sm90AttentionConfig,
     apply_mask,
+    bwd_block_sizes,
     drain_pipeline,
     interpret_operand_smem,
     per_row,
@@ -65,7 +65,7 @@ class DqScratch(NamedTuple):
 def dq(inputs: BwdInputs, config: Sm90AttentionConfig) -> Array:
     """Return dq; the inputs are padded by `bwd.backward`."""
     B, T, H, D = inputs.q.shape
-    sizes, dtype = BWD_BLOCK_SIZES[D], inputs.q.dtype
+    sizes, dtype = bwd_block_sizes(D), inputs.q.dtype
     has_segments = inputs.q_ids is not None
 
     def dq_kernel(*refs: Ref) -> None:

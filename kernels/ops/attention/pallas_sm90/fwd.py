@@ -21,9 +21,10 @@ Tiling    The grid is (H, query blocks, B), one thread block each; a query block
 State     Per warpgroup m and l [block_q] and the output [block_q, D], in float32 registers.
 Traffic   Reads q and gate and writes o once; reads K and V once per query block and head. The heads of a group run at
           the same time, so most of K and V comes from L2. 4 D FLOPs per visible pair.
-Limits    bfloat16, float16; D 64, 128, 256; `vjp.attention` rejects the rest. T and S of the arrays are
-          multiples of 8; the config has the lengths before padding. Segment ids in any order; where they ascend, blocks
-          of other segments are skipped like those outside the window, and blocks of one segment apply no segment mask.
+Limits    bfloat16, float16; D a multiple of 16 up to 256, of which 64, 128 and 256 were tuned. T and S of the
+          arrays are multiples of 8; the config has the lengths before padding. Segment ids in any order; where they
+          ascend, blocks of other segments are skipped like those outside the window, and blocks of one segment apply
+          no segment mask.
           Soft caps from 2^-40 to 2^40. Scores lose precision beyond 2^22, where a product and its rounding differ by 1.
 Source    Shah et al., FlashAttention-3 (arXiv:2407.08608), for the ping-pong schedule of the two warpgroups.
 """
@@ -43,11 +44,11 @@ from dantinox.kernels.ops.attention.pallas_sm90.common import (
     wgmma_smem,
 )
 from dantinox.kernels.ops.attention.pallas_sm90.fwd_kernel import (
-    FWD_BLOCK_SIZES,
     ForwardKernel,
     FwdInputs,
     FwdOutputs,
     FwdScratch,
+    fwd_block_sizes,
 )
 from dantinox.kernels.vma import varying_shape
 
@@ -76,7 +77,7 @@ def forward(
         residuals: whether the backward pass needs lse and the ungated output.
     """
     B, T, H, D = q.shape
-    sizes = FWD_BLOCK_SIZES[D]
+    sizes = fwd_block_sizes(D)
     rows = COMPUTE_WARPGROUPS * sizes.block_q
     inputs = FwdInputs(q, k, v)
     if gate is not None and gate.shape[-1] == D:

@@ -10,6 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dantinox.kernels.mosaic_gpu import tuned_head_dim
 from dantinox.kernels.ops.attention.pallas_sm90.common import (
     COL_LAYOUT,
     COMPUTE_WARPGROUPS,
@@ -45,6 +46,11 @@ class FwdBlockSizes(NamedTuple):
 
 
 FWD_BLOCK_SIZES = {64: FwdBlockSizes(64, 128, 4), 128: FwdBlockSizes(64, 128, 2), 256: FwdBlockSizes(64, 64, 2)}
+
+
+def fwd_block_sizes(D: int) -> FwdBlockSizes:
+    """Return the block sizes of the forward kernel for a head dim."""
+    return FWD_BLOCK_SIZES[tuned_head_dim(D)]
 
 
 class FwdInputs(NamedTuple):

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dantinox.kernels.derivatives import first_order
+from dantinox.kernels.mosaic_gpu import unsupported_head_dim
 from dantinox.kernels.ops.attention.common import split_small_scale
 from dantinox.kernels.ops.attention.pallas_sm90 import bwd, fwd
 from dantinox.kernels.ops.attention.pallas_sm90.common import TMA_ROWS, Segments, Sm90AttentionConfig
-from dantinox.kernels.ops.attention.pallas_sm90.fwd_kernel import FWD_BLOCK_SIZES, FwdOutputs
+from dantinox.kernels.ops.attention.pallas_sm90.fwd_kernel import FwdOutputs
 from dantinox.kernels.ops.attention.segment_ids import zero_unattended_keys
 from dantinox.kernels.vma import call_invariant
 
@@ -32,9 +33,7 @@ def unsupported_inputs(dtype: jnp.dtype, D: int) -> str | None:
     """Return why the kernels do not support these arrays, or None if they do."""
     if dtype not in DTYPES:
         return f"q has dtype {jnp.dtype(dtype)} and Hopper's tensor cores take bfloat16 and float16 here"
-    if D not in FWD_BLOCK_SIZES:
-        return f"q has head dim {D} and it has tiles for {', '.join(map(str, FWD_BLOCK_SIZES))}"
-    return None
+    return unsupported_head_dim(D)
 
 
 def attention(

@@ -17,8 +17,8 @@ State     m, l [64] and the output [64, D] of one split, in float32 registers.
 Traffic   reads the visible blocks of k and v once, for any C, and q once per split; writes one slot of each ring
           buffer, in place, and o [ceil8(G), D] and lse [64] per split in float32. 4 H D FLOPs per visible token, times
           64 / G because rows without a query head are multiplied too: still less time than the loads take.
-Limits    bfloat16, float16, with a cache of the same dtype; D 64, 128, 256; G up to 64; C a multiple of 8. The
-          scaled scores times log2(e) and the sum of the visible values have to fit float32. No gradient.
+Limits    bfloat16, float16, with a cache of the same dtype; D a multiple of 16 up to 256; G up to 64; C a multiple of
+          8. The scaled scores times log2(e) and the sum of the visible values have to fit float32. No gradient.
           `dantinox.kernels.decode_attention` raises ValueError, and NotImplementedError beyond these limits.
 Source    Dao, Flash-Decoding (2023).
 """
@@ -33,7 +33,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dantinox.kernels.mosaic_gpu import TMA_ROWS, wgmma_smem
+from dantinox.kernels.mosaic_gpu import TMA_ROWS, tuned_head_dim, wgmma_smem
 from dantinox.kernels.ops.decode_attention.gradient import without_gradient
 from dantinox.kernels.ops.decode_attention.kv_cache import KVCache, append_token
 from dantinox.kernels.ops.decode_attention.numbers import split_scale
@@ -141,7 +141,7 @@ def decode_attention(
         return jnp.zeros_like(q), append_token(cache, k, v)
     max_visible = C if window is None else min(C, int(window))
     if num_splits is None:
-        num_splits = choose_num_splits(B, K, max_visible_blocks(C, max_visible), RESIDENT_BLOCKS[D])
+        num_splits = choose_num_splits(B, K, max_visible_blocks(C, max_visible), RESIDENT_BLOCKS[tuned_head_dim(D)])
     q, scale = split_scale(q, scale)
     config = SplitConfig(C, max_visible, num_splits, scale, softcap, interpret)
     q, k, v, cache, gate = without_gradient((q, k, v, cache, gate))
@@ -171,7 +171,7 @@ def _attend_in_splits(
     q is [B, K, G, D] with G a multiple of `TMA_ROWS`; k and v [B, K, D] are the new token.
     """
     B, K, G, D = q.shape
-    k_stages, v_stages = STAGES[D]
+    k_stages, v_stages = STAGES[tuned_head_dim(D)]
 
     scratch_types = SplitScratch(
         k_full=plgpu.Barrier(num_barriers=k_stages),
@@ -350,7 +350,7 @@ class SplitKernel(NamedTuple):
     def insert_new_token(self, cache: CacheRefs, stage: Any, first_slot: Any) -> None:
         """Write the new token into a block in SMEM and zero invisible values, which may be NaN."""
         for start in range(0, cache.blocks.shape[-1], INSERT_COLUMNS):
-            columns = slice(start, start + INSERT_COLUMNS)
+            columns = slice(start, min(start + INSERT_COLUMNS, cache.blocks.shape[-1]))
             x = plgpu.load(cache.blocks.at[stage, :, columns], layout=plgpu.Layout.WGMMA)
             if cache is self.values:
                 x = jnp.where(self.visible_slots(x.shape, 0, first_slot), x, 0)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from dantinox.kernels.mosaic_gpu import TMA_ROWS
+from dantinox.kernels.mosaic_gpu import TMA_ROWS, unsupported_head_dim
 from dantinox.kernels.ops.decode_attention.kv_cache import KVCache
 
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -19,8 +19,8 @@ def unsupported_reason(q: jax.ShapeDtypeStruct, cache: KVCache) -> str | None:
     for name, ring_buffer in (("cache.k", cache.k), ("cache.v", cache.v)):
         if ring_buffer.dtype != q.dtype:
             return f"{name} has dtype {ring_buffer.dtype} and its tiles go to the tensor cores as they are: {q.dtype}"
-    if D not in STAGES:
-        return f"q has head dim {D} and it has tiles for {', '.join(map(str, STAGES))}"
+    if reason := unsupported_head_dim(D):
+        return reason
     if H // K > BLOCK_H:
         return f"q has {H // K} heads for each of k's and a tile has {BLOCK_H} rows"
     if C % TMA_ROWS:

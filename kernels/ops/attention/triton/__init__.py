@@ -1,0 +1,1 @@
+"""Attention on NVIDIA GPUs of compute capability 8.0 and newer, in Triton."""
