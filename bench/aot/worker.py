@@ -70,7 +70,7 @@ def answer(target: hardware.Target, compile_: Callable[..., Any], dumps: Path, c
     (dumps / "triton").mkdir()  # a missing folder fails a compile
     start = time.perf_counter()
     try:
-        with _stdout_to(dumps / "printed.txt"), dispatch.target_device(target.platform, target.kind):
+        with stdout_to(dumps / "printed.txt"), dispatch.target_device(target.platform, target.kind):
             program = programs.build(case)
             compiled = compile_(program.function, program.shapes, program.donate)
             seconds = time.perf_counter() - start
@@ -103,7 +103,7 @@ def answer(target: hardware.Target, compile_: Callable[..., Any], dumps: Path, c
 
 
 @contextlib.contextmanager
-def _stdout_to(path: Path) -> Iterator[None]:
+def stdout_to(path: Path) -> Iterator[None]:
     """Redirect standard output to a file, that of C++ included."""
     before = os.dup(1)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -2,7 +2,7 @@
 
 `python -m bench.judge attention mine.py` runs the kernel without its device: its form for a CPU, its form for a TPU in
 NumPy, a Hopper kernel in JAX's simulator and a Triton kernel in Triton's interpreter. Then it times the kernel on this
-machine and compiles it for a TPU.
+machine and compiles it for a TPU, or a kernel of GPUs alone for an H100.
 """
 
 import importlib.util
@@ -45,7 +45,7 @@ class Arguments:
     bench: bool = True
     """Time the kernel on this machine."""
     compile: bool = True
-    """Compile the kernel for a TPU v6e, where libtpu is installed."""
+    """Compile the kernel for a TPU v6e, or for an H100 if only GPUs have it, where the compilers are installed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,8 +75,10 @@ def judge(arguments: Arguments) -> int:
     chosen = _choose([*all_cases, *presence.simulated_cases(op)], arguments.case) or all_cases
     if arguments.dump:
         return _dump(op, name, chosen[0], arguments, console)
-    compiling = _start_compiling(arguments) if arguments.compile else None
-    outcomes, absent = runner.run(op, arguments.kernel, name, chosen, start + arguments.seconds)
+    found, absent = presence.forms_of(op, name)
+    target = "h100" if "TPU" not in found and {"Hopper", "Triton"} & {*found} else "v6e"
+    compiling = _start_compiling(arguments, target) if arguments.compile else None
+    outcomes, no_time = runner.run(op, arguments.kernel, name, chosen, found, start + arguments.seconds)
     judged = tuple(form for form in dict.fromkeys(o.form for o in outcomes))
     features = (*cases.FEATURES[op], *cases.DTYPES)
     if arguments.case:
@@ -88,18 +90,17 @@ def judge(arguments: Arguments) -> int:
     report.show_failures(table, console)
     console.print()
     report.show_reasons(outcomes, console)
-    skipped = len({case.id for case in chosen} - {outcome.case.id for outcome in outcomes})
-    if skipped:
-        absent["no time left"] = f"{skipped} of {len(chosen)} cases; --seconds gives more"
+    if no_time:
+        absent["no time left"] = no_time
     if compiling is None:
-        missing = "no Python here has libtpu; `make aot` builds one in .venv-aot"
-        absent["compiled for a TPU"] = missing if arguments.compile else "--no-compile"
+        missing = "no Python here has the compilers; `make aot` builds one in .venv-aot"
+        absent[f"compiled for {target}"] = missing if arguments.compile else "--no-compile"
     report.show_not_judged(table, absent, console)
     console.print()
     wrong = any(verdict.is_wrong for column in table.values() for verdict in column.values())
     if arguments.bench:
         _show_bench_row(op, name, console, wrong)
-    compiles = compiling is None or _show_compiled(compiling, console)
+    compiles = compiling is None or _show_compiled(compiling, target, console)
     judged_any = any("ok" in outcome.states.values() for outcome in outcomes)
     right = "[bold green]nothing wrong found[/]" if judged_any else "[bold magenta]NOTHING JUDGED[/]"
     verdict = "[bold red]WRONG[/]" if wrong else right
@@ -135,26 +136,26 @@ def _compiler_python() -> str | None:
     return sys.executable if importlib.util.find_spec("libtpu") else str(other) if other.exists() else None
 
 
-def _start_compiling(arguments: Arguments) -> subprocess.Popen[str] | None:
+def _start_compiling(arguments: Arguments, target: str) -> subprocess.Popen[str] | None:
     python = _compiler_python()
     if python is None:
         return None
     kernel = str(Path(arguments.kernel).absolute()) if arguments.kernel.endswith(".py") else arguments.kernel
-    command = [python, "-m", "bench.judge.compile_row", arguments.op, kernel]
+    command = [python, "-m", "bench.judge.compile_row", arguments.op, kernel, target]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
     return subprocess.Popen(command, cwd=ROOT, env=environment, encoding="utf-8", **pipes)
 
 
-def _show_compiled(process: subprocess.Popen[str], console: Console) -> bool:
+def _show_compiled(process: subprocess.Popen[str], target: str, console: Console) -> bool:
     """Print what the compiler made of the kernel, or its whole message; return whether it compiles or is refused."""
     out, err = process.communicate()
     if process.returncode:
-        console.print(f"compiled for v6e: failed\n{err[-2000:]}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"compiled for {target}: failed\n{err[-2000:]}", markup=False, highlight=False, soft_wrap=True)
         return False
     row = json.loads(out.splitlines()[-1])
     for direction, result in row["directions"].items():
-        line = f"compiled for v6e, {row['spec']}, {direction}: "
+        line = f"compiled for {target}, {row['spec']}, {direction.replace('both', 'forward and backward')}: "
         if result["status"] != "compiled":
             line += f"{result['status']}: {result['reason']}"
         else:
@@ -164,6 +165,9 @@ def _show_compiled(process: subprocess.Popen[str], console: Console) -> bool:
 
 
 def _describe_kernel(kernel: dict[str, Any]) -> str:
+    if "registers" in kernel:
+        smem = f"{kernel['smem_bytes'] / 2**10:.0f} KiB of shared memory"
+        return f"{kernel['name']} {kernel['registers']} registers, {kernel['spill_bytes']} bytes spilled, {smem}"
     vmem = f"{(kernel['vmem_bytes'] or 0) / 2**20:.1f} MiB of VMEM"
     return f"{kernel['name']} {kernel['bundles']} bundles, {kernel['spills']} spills, {vmem}"
 

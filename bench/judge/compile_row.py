@@ -1,6 +1,6 @@
-"""Compile an implementation for a TPU v6e, and print what the compiler made of it as JSON.
+"""Compile an implementation for a TPU v6e or an H100, and print what the compiler made of it as JSON.
 
-python -m bench.judge.compile_row OP NAME|FILE
+python -m bench.judge.compile_row OP NAME|FILE v6e|h100
 """
 
 import json
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.aot import hardware
-from bench.aot.tpu import compiler
+from bench.aot.gpu import compiler as gpu_compiler
+from bench.aot.tpu import compiler as tpu_compiler
 
 SPECS = {
     "attention": "aot d128 window, gate",
@@ -21,38 +22,77 @@ SPECS = {
 }
 
 
-def compile_row(op: str, name_or_file: str) -> dict[str, Any]:
+def compile_row(op: str, name_or_file: str, target_name: str) -> dict[str, Any]:
     """Return the status and the kernels of an implementation's program, with gradients where the operation has them."""
-    target = hardware.get("v6e")
-    assert isinstance(target, hardware.Tpu)
+    target = hardware.get(target_name)
+    is_gpu = isinstance(target, hardware.Gpu)
     with tempfile.TemporaryDirectory() as folder:
         dumps = Path(folder)
-        os.environ |= compiler.environment(target, dumps)
-        from bench.aot import programs
+        (dumps / "triton").mkdir()
+        os.environ |= gpu_compiler.environment(dumps) if is_gpu else tpu_compiler.environment(target, dumps)
+        from bench.aot import programs, worker
         from bench.judge import subject
         from dantinox.kernels import dispatch, workloads
 
         name = subject.load(op, name_or_file)
-        compile_program = compiler.make_compiler(target)
+        compile_program = (gpu_compiler if is_gpu else tpu_compiler).make_compiler(target)
         workload, row = workloads.get(op, SPECS[op]), {}
-        for direction in ("forward",) if op == "decode_attention" else ("forward", "both"):
+
+        def build(direction: str) -> programs.Program:
+            return programs.build_workload(workload, name, "bfloat16", direction)
+
+        for direction in _directions(op, is_gpu):
             try:
-                with dispatch.target_device(target.platform, target.kind):
-                    program = programs.build_workload(workload, name, "bfloat16", direction)
+                with dispatch.target_device(target.platform, target.kind), worker.stdout_to(dumps / "printed.txt"):
+                    program = build(direction)
+                    if direction == "both" and (reason := _no_gradient(program, build("forward"))):
+                        row[direction] = {"status": "no gradient", "reason": reason}
+                        continue
                     compile_program(program.function, program.shapes, program.donate)
             except NotImplementedError as error:
                 row[direction] = {"status": "refused", "reason": str(error)}
             except Exception as error:  # a compiler may raise anything; its whole message is the answer
                 row[direction] = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
             else:
-                row[direction] = {"status": "compiled", "kernels": compiler.read(dumps)[0]}
+                printed = (dumps / "printed.txt").read_text("utf-8", "replace")
+                kernels, _ = gpu_compiler.read(target, dumps, printed) if is_gpu else tpu_compiler.read(dumps)
+                row[direction] = {"status": "compiled", "kernels": kernels}
+                if is_gpu:
+                    break
         return {"spec": workload.name, "directions": row}
 
 
+def _directions(op: str, is_gpu: bool) -> tuple[str, ...]:
+    """The directions to compile: on a GPU that with gradients has all kernels, and jax-triton dumps each but once."""
+    if op == "decode_attention":
+        return ("forward",)
+    return ("both", "forward") if is_gpu else ("forward", "both")
+
+
+def _no_gradient(both: Any, forward: Any) -> str:
+    """Return why a program with gradients cannot be traced although the one without can, or ""."""
+    import jax
+
+    def trace(program: Any) -> None:
+        jax.eval_shape(program.function, *(jax.ShapeDtypeStruct(*shape) for shape in program.shapes))
+
+    try:
+        trace(both)
+    except NotImplementedError:
+        raise
+    except Exception as error:  # a kernel may raise anything
+        try:
+            trace(forward)
+        except Exception:
+            return ""
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return ""
+
+
 def main() -> int:
-    """Print the row of the implementation that the command line names."""
+    """Print the row of the implementation that the command line names; compilers print above it."""
     row = compile_row(*sys.argv[1:])
-    print(json.dumps(row))
+    print(f"\n{json.dumps(row)}")
     return 0
 
 

@@ -14,58 +14,65 @@ from dantinox.kernels.dispatch import target_device
 
 def forms_of(op: str, implementation: str) -> tuple[tuple[str, ...], dict[str, str]]:
     """Return (the forms to judge, why each other one is not judged)."""
-    found, absent = ["CPU"], {}
-    for form in ("TPU", "Hopper", "Triton"):
-        reason = _reason(op, implementation, form)
+    found, absent = [], {}
+    small = simulated_cases(op)[0]
+    for form in ("CPU", "TPU", "Hopper", "Triton"):
+        reason = _reason(op, implementation, form, small)
+        if reason is not None and form == "CPU":
+            reason = _reason(op, implementation, form, cases.cases(op)[0])
         if reason is None and form == "Triton" and importlib.util.find_spec("triton") is None:
             reason = "triton is not installed; `make setup EXTRAS='dev triton'` brings it"
         if reason is None:
             found.append(form)
         else:
             absent[form] = reason
+    if not found:  # its reasons are worth a report
+        found, _ = ["CPU"], absent.pop("CPU")
     return tuple(found), absent
 
 
-def _reason(op: str, implementation: str, form: str) -> str | None:
-    """Return why an implementation has no kernel in a form, or None."""
-    case = simulated_cases(op)[0]
+def _reason(op: str, implementation: str, form: str, case: Case) -> str | None:
+    """Return why an implementation has no kernel in a form, or refuses a case in it, or None."""
     problem = cases.draw(case)
     f = forms.program(op, implementation, case.workload, gradients=False)
     with target_device(*forms.DEVICES[form]):
         try:
             jaxpr = jax.make_jaxpr(lambda *args: f(*args))(*forms.arguments(case, problem))
-            forms.require_kernel(form, jaxpr)
+            if form != "CPU":
+                forms.require_kernel(form, jaxpr)
         except (NotImplementedError, forms.NoKernelError) as error:
             return str(error)
         except Exception as error:
-            return f"traced for {forms.DEVICES[form].kind}: {type(error).__name__}: {error}"
+            if form != "CPU":  # there, the cases show the error
+                return f"traced for {forms.DEVICES[form].kind}: {type(error).__name__}: {error}"
     return None
 
 
 def simulated_cases(op: str) -> list[Case]:
     """Return cases at sizes that a simulator of a GPU runs in seconds, in bfloat16; each has several features."""
 
-    def row(name: str, **sizes: Any) -> Case:
+    def row(name: str, *, poisoned: bool = False, **sizes: Any) -> Case:
         kind = {"attention": {"D": 64}, "decode_attention": {"D": 64, "C": 136}}.get(op, {"M": 64, "F": 128})
         workload = dataclasses.replace(
             workloads.get(op, f"features: {name}"), name=f"simulated: {name}", **kind | sizes
         )
-        return Case(workload, "bfloat16")
+        return Case(workload, "bfloat16", poisoned)
 
     if op == "attention":
         return [
-            row("window", T=130, S=200, window=70, H=4, gate="elementwise"),
+            row("window", T=130, S=230, window=70, H=4, gate="elementwise", poisoned=True),
             row("full", T=200, S=130, gate="head"),
             row("segments", T=200, S=200, softcap=2.0, B=2),
             row("several tiles", T=200, S=200, scale=0.5),
         ]
     if op == "grouped_matmul":
         sizes = {"uneven groups": (70, 1, 50, 9), "empty groups, rows past the sum": (0, 64, 3, 0)}
-        return [row(name, N=130, sizes=each) for name, each in sizes.items()]
+        return [row(name, N=130, sizes=each, poisoned="empty" in name) for name, each in sizes.items()]
     if op == "moe_mlp":
-        return [row(name, N=70) for name in ("top 2", "experts without tokens", "top 1, uneven groups")]
+        names = ("top 2", "experts without tokens", "top 1, uneven groups")
+        return [row(name, N=70, poisoned="without" in name) for name in names]
     return [
-        row("part-filled ring", lengths=(50, 70, 130), H=4, gate="head"),
-        row("ragged lengths", lengths=(0, 63, 64, 136, 300), window=70, gate="elementwise"),
+        row("part-filled ring", lengths=(50, 70, 130), H=4, gate="head", poisoned=True),
+        row("ragged lengths", lengths=(0, 63, 64, 136, 300), window=70, gate="elementwise", poisoned=True),
         row("wrapped ring", lengths=(137, 200, 271), softcap=2.0, scale=0.5),
     ]

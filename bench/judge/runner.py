@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from unittest import mock
 
 from bench.judge import outcomes, presence, subject
@@ -21,30 +22,39 @@ GRACE = 60.0  # seconds after the deadline for the cases that run
 FIRST_CASES = 24  # that run before those in a simulator, which take longer
 
 
-def run(op: str, kernel: str, name: str, cases: list[Case], deadline: float) -> tuple[list[Outcome], dict[str, str]]:
-    """Run cases in processes of their own.
+def run(
+    op: str, kernel: str, name: str, cases: list[Case], forms: tuple[str, ...], deadline: float
+) -> tuple[list[Outcome], str]:
+    """Run cases in processes of their own: in NumPy and in Triton's interpreter all of them, in a simulator a few.
 
     Args:
         op: the operation.
         kernel: the name or the file of the kernel, which each process loads.
         name: the name of its implementation.
         cases: the cases, in the order in which they start.
+        forms: the forms to judge.
         deadline: of `time.monotonic()`; no case starts after it.
 
     Returns:
-        (the outcomes, why each form that is missing among them is not judged).
+        (the outcomes, how many cases no time was left for, or "").
+
+    Raises:
+        ValueError: a case ended its process.
     """
-    found, absent = presence.forms_of(op, name)
-    numpy_forms = tuple(form for form in found if form in IN_NUMPY)
+    numpy_forms = tuple(form for form in forms if form in IN_NUMPY)
     small = presence.simulated_cases(op)
-    in_numpy = [(numpy_forms, case) for case in cases if case not in small]
+    large = [case for case in cases if case not in small]
+    in_numpy = [(numpy_forms, case) for case in large if numpy_forms]
+    in_triton = [(("Triton",), case) for case in large if "Triton" in forms]
     if len(cases) < FIRST_CASES:  # chosen by their ids
         small = [case for case in small if case in cases]
-    simulated = [((form,), case) for form in found if form not in IN_NUMPY for case in small]
-    queue = [*in_numpy[:FIRST_CASES], *simulated, *in_numpy[FIRST_CASES:]]
+    simulated = [((form,), case) for form in forms if form not in IN_NUMPY for case in small]
+    queue = [*in_numpy[:FIRST_CASES], *simulated, *in_numpy[FIRST_CASES:], *in_triton]
+    number = len(queue)
     results: list[Outcome] = []
     workers = min(len(queue), max(1, len(os.sched_getaffinity(0))))
     context = multiprocessing.get_context("spawn")
+    finished = 0
     progress = Progress(f"judging {name} in {len(queue)} cases", len(queue))
     with progress, mock.patch.dict(os.environ, ENVIRONMENT):
         pool = ProcessPoolExecutor(workers, context, _initialize, (op, kernel))
@@ -58,14 +68,20 @@ def run(op: str, kernel: str, name: str, cases: list[Case], deadline: float) -> 
                 if not done:  # nothing is left to start, or a case hangs: a barrier that no one arrives at
                     break
                 for future in done:
-                    results += future.result()
+                    try:
+                        results += future.result()
+                    except BrokenProcessPool:
+                        raise ValueError(f"{name} ended the process that ran it; --case runs a single case") from None
+                    finished += 1
                     progress.advance()
         finally:
             for process in list((pool._processes or {}).values()) if pending else ():
                 process.kill()
             pool.shutdown(cancel_futures=True)
     order = {case.id: number for number, case in enumerate(cases)}
-    return sorted(results, key=lambda outcome: order.get(outcome.case.id, -1)), absent
+    left = number - finished
+    results.sort(key=lambda outcome: order.get(outcome.case.id, -1))
+    return results, f"{left} of {number} cases; --seconds gives more" if left else ""
 
 
 def _initialize(op: str, kernel: str) -> None:

@@ -4,7 +4,10 @@ The environment needs TRITON_INTERPRET=1 before triton is imported. The interpre
 `HostTensor` implements all that it calls on them.
 """
 
-from collections.abc import Callable
+import contextlib
+import traceback
+from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import Any
 from unittest import mock
 
@@ -88,9 +91,14 @@ def triton_call(
     name: str = "",
     **constants: Any,
 ) -> Any:
-    """Call a kernel as `jax_triton.triton_call` does; outputs hold NaN, or the lowest integer, before it runs."""
-    leaves, tree = jax.tree.flatten(out_type if out_shape is None else out_shape)
+    """Call a kernel as `jax_triton.triton_call` does; outputs hold NaN, or the lowest integer, before it runs.
+
+    A kernel writes in place to references (`jax.new_ref`) and to the outputs of `input_output_aliases`.
+    """
+    leaves, tree = jax.tree.flatten(out_shape if out_type is None else out_type)
     shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+    refs = {number: x for number, x in enumerate(args) if _is_ref(x)}
+    args = tuple(x[...] if number in refs else x for number, x in enumerate(args))
     is_array = [hasattr(x, "shape") for x in args]
     aliases = {out: arg for arg, out in (input_output_aliases or {}).items()}
     zeroed = zeroed_outputs(constants) if callable(zeroed_outputs) else zeroed_outputs
@@ -107,16 +115,82 @@ def triton_call(
                 outputs.append(np.full(shape.shape, empty, shape.dtype))
         tensors = [HostTensor(x) if isinstance(x, np.ndarray) else x for x in (*operands, *outputs)]
         names = [name for name in kernel.arg_names if name not in constants]
-        kernel[grid(constants) if callable(grid) else grid](**dict(zip(names, tensors, strict=True)), **constants)
-        return tuple(outputs)
+        launch = kernel[grid(constants) if callable(grid) else grid]
+        arrays_by_name = dict(zip(names, (*operands, *outputs), strict=True))
+        try:
+            with _only_memory_of({name: x for name, x in arrays_by_name.items() if isinstance(x, np.ndarray)}):
+                launch(**dict(zip(names, tensors, strict=True)), **constants)
+        except Exception as error:  # JAX would print it with pages of its own frames
+            _failures.append(_at_line_of(kernel, error))
+        return *outputs, *(operands[number] for number in refs)
 
-    results = jax.pure_callback(on_host, tuple(shapes), *(x for x, array in zip(args, is_array) if array))
-    return jax.tree.unflatten(tree, results)
+    shapes_in_place = [jax.ShapeDtypeStruct(args[number].shape, args[number].dtype) for number in refs]
+    arrays = [x for x, array in zip(args, is_array) if array]
+    results = jax.pure_callback(on_host, (*shapes, *shapes_in_place), *arrays)
+    for ref, result in zip(refs.values(), results[len(shapes) :], strict=True):
+        ref[...] = result
+    return jax.tree.unflatten(tree, results[: len(shapes)])
+
+
+def _is_ref(x: Any) -> bool:
+    return isinstance(x, jax.Ref)
 
 
 def _garbage(dtype: Any) -> Any:
     dtype = np.dtype(dtype)
     return np.iinfo(dtype).min if dtype.kind == "i" else 0 if dtype.kind in "ub" else np.nan
+
+
+_failures: list[Exception] = []  # of the kernels that `run` runs
+
+
+def _at_line_of(kernel: Any, error: Exception) -> Exception:
+    """Return the error that a kernel met, with a traceback that ends at a line of the kernel's file."""
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    frames = list(traceback.walk_tb(cause.__traceback__))
+    file = kernel.fn.__code__.co_filename
+    for frame, line in reversed(frames):
+        if frame.f_code.co_filename == file:
+            return cause.with_traceback(TracebackType(None, frame, frame.f_lasti, line))
+    return cause
+
+
+@contextlib.contextmanager
+def _only_memory_of(arrays: dict[str, np.ndarray]) -> Iterator[None]:
+    """Raise IndexError where a kernel touches memory that is not one of its arrays: else this process may crash."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    spans = sorted((x.ctypes.data, x.ctypes.data + x.nbytes, name) for name, x in arrays.items() if x.size)
+    starts, ends = (np.array([span[i] for span in spans], np.uint64) for i in (0, 1))
+
+    def check(action: str, pointers: Any, mask: Any) -> None:
+        address = np.asarray(pointers.data)
+        touched = address[np.broadcast_to(mask.data, address.shape).astype(bool)].astype(np.uint64)
+        index = np.searchsorted(starts, touched, side="right").astype(np.int64) - 1
+        outside = (index < 0) | (touched >= ends[index])
+        if outside.any():
+            where = touched[outside][0]
+            nearest = min(spans, key=lambda span: max(span[0] - int(where), int(where) - span[1]))
+            raise IndexError(
+                f"it {action} {outside.sum()} of {touched.size} elements outside of its arrays: a mask is too wide, or "
+                f"an index is wrong; the nearest array is {nearest[2]}"
+            )
+
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        check("loads", pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        check("stores", pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    with (
+        mock.patch.object(InterpreterBuilder, "create_masked_load", checked_load),
+        mock.patch.object(InterpreterBuilder, "create_masked_store", checked_store),
+    ):
+        yield
 
 
 def _dot(self: Any, a: Any, b: Any, c: Any, *_: Any) -> Any:
@@ -142,4 +216,8 @@ def run(f: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         mock.patch.object(jax_triton, "triton_call", triton_call),
         mock.patch.object(interpreter.InterpreterBuilder, "create_dot", _dot),
     ):
-        return jax.tree.map(np.asarray, jax.block_until_ready(jax.jit(lambda *args: f(*args))(*args)))
+        _failures.clear()
+        results = jax.block_until_ready(jax.jit(lambda *args: f(*args))(*args))
+        if _failures:
+            raise _failures[0]
+        return jax.tree.map(np.asarray, results)
