@@ -49,9 +49,10 @@ def run(q, k, v, *, causal, window, scale, softcap, segment_ids):
         v,
         *ids,
         kernel=forward_kernel,
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         grid=(triton.cdiv(T, TILE), H, B),
         num_warps=4,
+        backend_options={"ptx_version": 87, "enable_fp_fusion": True},  # assemblers of CUDA 12.8 and newer read 8.7
         T=T,
         S=S,
         H=H,
