@@ -160,6 +160,7 @@ def _show_compiled(process: subprocess.Popen[str], target: str, console: Console
             line += f"{result['status']}: {result['reason']}"
         else:
             line += "; ".join(map(_describe_kernel, result["kernels"]))
+            line += f"; {result['temp_bytes'] / 2**20:.1f} MiB of temporary memory"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return all(result["status"] != "failed" for result in row["directions"].values())
 

@@ -48,7 +48,7 @@ def compile_row(op: str, name_or_file: str, target_name: str) -> dict[str, Any]:
                     if direction == "both" and (reason := _no_gradient(program, build("forward"))):
                         row[direction] = {"status": "no gradient", "reason": reason}
                         continue
-                    compile_program(program.function, program.shapes, program.donate)
+                    compiled = compile_program(program.function, program.shapes, program.donate)
             except NotImplementedError as error:
                 row[direction] = {"status": "refused", "reason": str(error)}
             except Exception as error:  # a compiler may raise anything; its whole message is the answer
@@ -56,7 +56,8 @@ def compile_row(op: str, name_or_file: str, target_name: str) -> dict[str, Any]:
             else:
                 printed = (dumps / "printed.txt").read_text("utf-8", "replace")
                 kernels, _ = gpu_compiler.read(target, dumps, printed) if is_gpu else tpu_compiler.read(dumps)
-                row[direction] = {"status": "compiled", "kernels": kernels}
+                temp_bytes = compiled.memory_analysis().temp_size_in_bytes
+                row[direction] = {"status": "compiled", "kernels": kernels, "temp_bytes": temp_bytes}
                 if is_gpu:
                     break
         return {"spec": workload.name, "directions": row}
