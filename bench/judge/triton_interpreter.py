@@ -5,6 +5,7 @@ The environment needs TRITON_INTERPRET=1 before triton is imported. The interpre
 """
 
 import contextlib
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -118,7 +119,10 @@ def triton_call(
         launch = kernel[grid(constants) if callable(grid) else grid]
         arrays_by_name = dict(zip(names, (*operands, *outputs), strict=True))
         try:
-            with _only_memory_of({name: x for name, x in arrays_by_name.items() if isinstance(x, np.ndarray)}):
+            with (
+                _INTERPRETER,
+                _only_memory_of({name: x for name, x in arrays_by_name.items() if isinstance(x, np.ndarray)}),
+            ):
                 launch(**dict(zip(names, tensors, strict=True)), **constants)
         except Exception as error:  # JAX would print it with pages of its own frames
             _failures.append(_at_line_of(kernel, error))
@@ -141,6 +145,7 @@ def _garbage(dtype: Any) -> Any:
     return np.iinfo(dtype).min if dtype.kind == "i" else 0 if dtype.kind in "ub" else np.nan
 
 
+_INTERPRETER = threading.Lock()  # it has one state for all threads, and each device of a program has its own
 _failures: list[Exception] = []  # of the kernels that `run` runs
 
 

@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dantinox.kernels.dispatch import current_device, is_sm90
+from dantinox.kernels.dispatch import current_device, on_hopper
 from dantinox.kernels.ops.decode_attention.kv_cache import append_token
 from dantinox.kernels.vma import call_invariant
 
@@ -37,7 +37,7 @@ ROW, COLUMN = MATRIX.reduce(0), MATRIX.reduce(1)  # and a number per column, or 
 def decode_attention(q, k, v, cache, *, gate, window, scale, softcap):
     """See `dantinox.kernels.decode_attention`, which has checked the arguments."""
     platform, kind = current_device()
-    if platform not in ("cpu", "gpu") or (platform == "gpu" and not is_sm90(kind)):
+    if platform not in ("cpu", "gpu") or (platform == "gpu" and not on_hopper()):
         raise NotImplementedError(f"my Hopper decode attention runs on Hopper, and simulated on a CPU; this is {kind}")
     (_, H, D), (_, K, C, _) = q.shape, cache.k.shape
     if q.dtype not in (jnp.bfloat16, jnp.float16) or D not in (64, 128) or H // K > TILE or C % 8:

@@ -23,7 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dantinox.kernels.dispatch import current_device, is_sm90
+from dantinox.kernels.dispatch import current_device, on_hopper
 from dantinox.kernels.ops.grouped_matmul import xla
 from dantinox.kernels.vma import call_invariant
 
@@ -34,7 +34,7 @@ MATRIX = plgpu.Layout.WGMMA  # how the registers of a warpgroup hold a tile
 def grouped_matmul(x, w, group_sizes):
     """See `dantinox.kernels.grouped_matmul`, which has checked the arguments."""
     platform, kind = current_device()
-    if platform not in ("cpu", "gpu") or (platform == "gpu" and not is_sm90(kind)):
+    if platform not in ("cpu", "gpu") or (platform == "gpu" and not on_hopper()):
         raise NotImplementedError(f"my Hopper grouped matmul runs on Hopper, and simulated on a CPU; this is {kind}")
     if x.dtype not in (jnp.bfloat16, jnp.float16) or x.shape[1] % DEPTH or w.shape[2] % COLUMNS:
         raise NotImplementedError(

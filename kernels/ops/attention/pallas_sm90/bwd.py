@@ -34,13 +34,13 @@ import jax
 import jax.numpy as jnp
 
 from dantinox.kernels.ops.attention import segment_ids
+from dantinox.kernels.ops.attention.pallas_sm90.block_sizes import bwd_block_sizes
 from dantinox.kernels.ops.attention.pallas_sm90.common import (
     BLOCK_ROWS,
     TMA_ROWS,
     BwdInputs,
     Segments,
     Sm90AttentionConfig,
-    bwd_block_sizes,
 )
 from dantinox.kernels.ops.attention.pallas_sm90.dkv_kernel import block_kv, dkv
 from dantinox.kernels.ops.attention.pallas_sm90.dq_kernel import dq

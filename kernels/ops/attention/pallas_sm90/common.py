@@ -12,7 +12,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dantinox.kernels.mosaic_gpu import TMA_ROWS as TMA_ROWS
-from dantinox.kernels.mosaic_gpu import tuned_head_dim
 from dantinox.kernels.mosaic_gpu import wgmma_smem as wgmma_smem
 
 Array = jax.Array
@@ -44,23 +43,6 @@ class Sm90AttentionConfig(NamedTuple):
     interpret: plgpu.InterpretGPUParams | None = None  # None compiles; the parameters interpret the kernel on the CPU
 
 
-class BwdBlockSizes(NamedTuple):
-    """Block sizes of the backward loops and the number of stages of their pipelines."""
-
-    block_kv: int  # of the loop for dq
-    k_stages: int
-    v_stages: int  # v is released before k is
-    block_q: int  # of the loop for dk and dv
-    q_stages: int
-
-
-BWD_BLOCK_SIZES = {
-    64: BwdBlockSizes(block_kv=128, k_stages=2, v_stages=2, block_q=64, q_stages=3),
-    128: BwdBlockSizes(block_kv=64, k_stages=2, v_stages=2, block_q=64, q_stages=2),
-    256: BwdBlockSizes(block_kv=64, k_stages=2, v_stages=1, block_q=64, q_stages=2),
-}
-
-
 class BwdInputs(NamedTuple):
     """Inputs of both backward kernels, in global memory; see `bwd.backward`, which pads them."""
 
@@ -74,11 +56,6 @@ class BwdInputs(NamedTuple):
     kv_ids: Any = None
     segment_ranges: Any = None  # per block of rows, the `SegmentRange` of the blocks to loop over
     unscale: Any = None  # [B, K] float32, factor on all gradients; None: 1
-
-
-def bwd_block_sizes(D: int) -> BwdBlockSizes:
-    """Return the block sizes of the backward kernels for a head dim."""
-    return BWD_BLOCK_SIZES[tuned_head_dim(D)]
 
 
 def split_refs(refs: Sequence[Ref], *types: type[NamedTuple]) -> list[Any]:

@@ -9,6 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dantinox.kernels.ops.attention.pallas_sm90.block_sizes import BwdBlockSizes, bwd_block_sizes
 from dantinox.kernels.ops.attention.pallas_sm90.common import (
     COL_LAYOUT,
     COMPUTE_WARPGROUPS,
@@ -16,13 +17,11 @@ from dantinox.kernels.ops.attention.pallas_sm90.common import (
     PRODUCER_REGISTERS,
     ROW_LAYOUT,
     WARPGROUP_ROWS,
-    BwdBlockSizes,
     BwdInputs,
     Ref,
     SegmentRange,
     Sm90AttentionConfig,
     apply_mask,
-    bwd_block_sizes,
     drain_pipeline,
     interpret_operand_smem,
     per_column,

@@ -35,6 +35,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dantinox.kernels.ops.attention import segment_ids
+from dantinox.kernels.ops.attention.pallas_sm90.block_sizes import fwd_block_sizes
 from dantinox.kernels.ops.attention.pallas_sm90.common import (
     COMPUTE_WARPGROUPS,
     Ref,
@@ -48,7 +49,6 @@ from dantinox.kernels.ops.attention.pallas_sm90.fwd_kernel import (
     FwdInputs,
     FwdOutputs,
     FwdScratch,
-    fwd_block_sizes,
 )
 from dantinox.kernels.vma import varying_shape
 

@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dantinox.kernels.mosaic_gpu import tuned_head_dim
+from dantinox.kernels.ops.attention.pallas_sm90.block_sizes import FwdBlockSizes
 from dantinox.kernels.ops.attention.pallas_sm90.common import (
     COL_LAYOUT,
     COMPUTE_WARPGROUPS,
@@ -35,22 +35,6 @@ Array = jax.Array
 Carry = tuple[Array, Array, Array]  # accumulator, maximum and sum of a row
 M_INIT = float(jnp.finfo(jnp.float32).min)  # no finite score is below it
 STORE_COLUMNS = 128  # columns of the output that are gated and stored at a time
-
-
-class FwdBlockSizes(NamedTuple):
-    """Queries per warpgroup, keys per block, stages of the K and V ring buffers (a power of two)."""
-
-    block_q: int
-    block_kv: int
-    stages: int
-
-
-FWD_BLOCK_SIZES = {64: FwdBlockSizes(64, 128, 4), 128: FwdBlockSizes(64, 128, 2), 256: FwdBlockSizes(64, 64, 2)}
-
-
-def fwd_block_sizes(D: int) -> FwdBlockSizes:
-    """Return the block sizes of the forward kernel for a head dim."""
-    return FWD_BLOCK_SIZES[tuned_head_dim(D)]
 
 
 class FwdInputs(NamedTuple):

@@ -1,0 +1,169 @@
+"""Checks of the Triton attention in Triton's interpreter: needs Triton, no GPU.
+
+`python -m tests.helpers.triton_attention NAME...` runs the named checks, or all, and prints one line for each; it fails
+at the first that does not hold. The cases of single features and of pairs are those of `bench.judge`.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from bench.judge import triton_interpreter
+from dantinox import kernels
+from dantinox.kernels.dispatch import target_device
+
+Array = jax.Array
+DEVICE = "gpu", "NVIDIA A100-SXM4-80GB"
+
+
+def draw(T: int, S: int, *, B: int = 1, H: int = 2, K: int = 1, D: int = 16, gate: int = 0, dtype: str = "float32"):
+    """Return q, k, v, gate or None, and a cotangent."""
+    rng = np.random.default_rng(T + 1000 * S)
+    shapes = (B, T, H, D), (B, S, K, D), (B, S, K, D), (B, T, H, gate), (B, T, H, D)
+    q, k, v, g, do = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
+    return q, k, v, (g if gate else None), do
+
+
+def with_gradients(implementation: str, **options: Any) -> Callable[..., Any]:
+    """Return a function of the arrays of `draw` that returns the output and the gradients."""
+
+    def run(q: Array, k: Array, v: Array, gate: Array | None, do: Array) -> tuple[Any, ...]:
+        def attend(q: Array, k: Array, v: Array, gate: Array | None) -> Array:
+            return kernels.attention(q, k, v, gate=gate, implementation=implementation, **options)
+
+        o, vjp = jax.vjp(attend, q, k, v, gate)
+        return o, *vjp(do)
+
+    return run
+
+
+def interpret(f: Callable[..., Any], *args: Any, precision: str = "highest") -> Any:
+    """Return f(*args), with the Triton kernels in the interpreter."""
+    with target_device(*DEVICE), jax.default_matmul_precision(precision):
+        return triton_interpreter.run(f, args)
+
+
+def error(actual: Any, expected: Any) -> float:
+    """Return the largest difference, relative to the largest value of each array, but at least to 1."""
+    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+    errors = [np.max(np.abs(np.float64(a) - np.float64(b))) / max(1, np.max(np.abs(np.float64(b)))) for a, b in pairs]
+    return float(max(errors))
+
+
+def check_sizes() -> None:
+    """Sizes of one row, of one tile and of one more, windows of one key and past the last."""
+    worst = 0.0
+    for T, S in ((1, 1), (1, 129), (129, 1), (7, 129), (129, 7), (127, 127), (129, 129)):
+        for options in ({}, {"window": 1}, {"window": 1000}, {"causal": False}):
+            arrays = draw(T, S, gate=1)
+            worst = max(worst, error(interpret(with_gradients("triton", **options), *arrays),
+                                     with_gradients("reference", **options)(*arrays)))  # fmt: skip
+            assert worst < 5e-6, (T, S, options, worst)
+
+
+def check_tf32() -> None:
+    """By default float32 is rounded to TF32: as exact as rounding, not as cutting off, and exact where asked for."""
+    arrays = draw(160, 160, D=64)
+    expected = with_gradients("reference", window=100)(*arrays)[0]
+    f = with_gradients("triton", window=100)
+    rms = {
+        p: float(np.sqrt(np.mean((interpret(f, *arrays, precision=p)[0] - expected) ** 2))) for p in ("default", "high")
+    }
+    rms["default"] /= float(np.sqrt(np.mean(np.square(expected))))
+    assert 5e-5 < rms["default"] < 6e-4 and rms["high"] < 1e-6, rms  # cut off: 1.3e-3
+
+
+def check_vmap() -> None:
+    """A batch over any of the arrays, also of batches, and of gradients."""
+    q, k, v, gate, do = draw(33, 40, B=2, gate=16)
+    qs, many = jnp.stack([q, 2 * q, -q]), jnp.stack([k, v, k + v])
+    f = with_gradients("triton", window=20)
+    batched = interpret(jax.vmap(f, in_axes=(0, 0, None, None, None)), qs, many, v, gate, do)
+    expected = [with_gradients("reference", window=20)(qs[n], many[n], v, gate, do) for n in range(3)]
+    assert error(batched, jax.tree.map(lambda *x: jnp.stack(x), *expected)) < 5e-6
+    twice = jax.vmap(jax.vmap(f, in_axes=(0, None, None, None, None)), in_axes=(None, 0, None, None, None))
+    nested = interpret(twice, qs, many, v, gate, do)
+    assert error(jax.tree.map(lambda x: x[2, 1], nested), with_gradients("reference", window=20)(
+        qs[1], many[2], v, gate, do)) < 5e-6  # fmt: skip
+
+
+def check_shard_map() -> None:
+    """Two devices, each with a sequence, under `shard_map` with its default check; keys and values on both."""
+    q, k, v, gate, do = draw(33, 40, B=2, gate=16)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, everywhere = PartitionSpec("data"), PartitionSpec()
+    k, v = k[:1], v[:1]
+    f = with_gradients("triton")
+    sharded = jax.shard_map(f, mesh=mesh, in_specs=(rows, everywhere, everywhere, rows, rows),
+                            out_specs=(rows, rows, everywhere, everywhere, rows))  # fmt: skip
+    o, dq, dk, dv, dgate = interpret(sharded, q, k, v, gate, do)
+    both = [with_gradients("reference")(q[n : n + 1], k, v, gate[n : n + 1], do[n : n + 1]) for n in range(2)]
+    expected = [jnp.concatenate([one[n] for one in both]) for n in (0, 1, 4)]
+    assert error((o, dq, dgate), tuple(expected)) < 5e-6
+    assert error((dk, dv), tuple(both[0][n] + both[1][n] for n in (2, 3))) < 5e-6
+
+
+def check_remat_and_scan() -> None:
+    """Rematerialization, a scan over layers and x64."""
+    q, k, v, *_ = draw(33, 33)
+
+    def loss(implementation: str, q: Array) -> Array:
+        def layer(x: Array, _: None) -> tuple[Array, None]:
+            return kernels.attention(x, k, v, window=9, implementation=implementation), None
+
+        return jnp.sum(jax.lax.scan(jax.checkpoint(layer), q, length=2)[0] ** 2)
+
+    expected = jax.grad(lambda q: loss("reference", q))(q)
+    assert error(interpret(jax.grad(lambda q: loss("triton", q)), q), expected) < 5e-6
+    with jax.enable_x64(True), jax.numpy_rank_promotion("raise"):
+        assert error(interpret(jax.grad(lambda q: loss("triton", q)), q), expected) < 5e-6
+
+
+def check_determinism() -> None:
+    """Two runs are bit-equal."""
+    arrays = draw(100, 100, H=4, K=2, gate=16, dtype="bfloat16")
+    first, second = (interpret(with_gradients("triton"), *arrays) for _ in range(2))
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def check_float16_range() -> None:
+    """Gradients that fit float16, with gradients of scores that do not, and gates that are almost closed."""
+    q, k, v, gate, do = draw(40, 40, gate=16, dtype="float16")
+    arrays = q / 32, k / 32, v * 64, gate - 6, do * 2000
+    wide = [x.astype(jnp.float32) for x in arrays]
+    expected, actual = with_gradients("reference")(*wide), interpret(with_gradients("triton"), *arrays)
+    for a, b in zip(actual, expected, strict=True):
+        assert np.max(np.abs(np.float64(a) - np.float64(b))) < 4e-3 * np.max(np.abs(np.float64(b)))
+
+
+def check_second_derivative() -> None:
+    """It is refused by one sentence."""
+    q, k, v, *_ = draw(8, 8)
+    try:
+        f = jax.grad(lambda q: jnp.sum(kernels.attention(q, k, v, implementation="triton")))
+        interpret(jax.grad(lambda q: jnp.sum(f(q))), q)
+    except NotImplementedError as refusal:
+        assert "implementation='triton' has no second derivative" in str(refusal)
+    else:
+        raise AssertionError("it was not refused")
+
+
+def main(names: list[str]) -> None:
+    """Run checks by name."""
+    checks = {name.removeprefix("check_"): f for name, f in globals().items() if name.startswith("check_")}
+    for name in names or checks:
+        checks[name]()
+        print(f"{name}: right", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,77 @@
+"""The Triton attention in Triton's interpreter, in an environment that has Triton: this one, or that of `make aot`."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dantinox import kernels
+from dantinox.kernels.dispatch import target_device
+
+ROOT = Path(__file__).parents[3]
+OTHER = ROOT / ".venv-aot" / "bin" / "python"
+PYTHON = sys.executable if importlib.util.find_spec("jax_triton") else str(OTHER) if OTHER.exists() else None
+needs_triton = pytest.mark.skipif(PYTHON is None, reason="no Python here has jax-triton; `make aot` installs it")
+slow = pytest.mark.slow
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [str(PYTHON), "-m", *words]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=3000)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "checks",
+    [
+        ("tf32", "vmap", "second_derivative"),
+        pytest.param(("sizes", "determinism"), marks=slow),
+        pytest.param(("shard_map", "remat_and_scan", "float16_range"), marks=slow),
+    ],
+)
+def test_checks_hold(checks):
+    done = run("tests.helpers.triton_attention", *checks)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert done.stdout.splitlines() == [f"{check}: right" for check in checks]
+
+
+# A window with several tiles of keys, a gate, a soft cap, segments, other numbers of queries than keys, 16 bits.
+SMALL = (
+    "simulated: window, bfloat16",
+    "simulated: segments, bfloat16",
+    "7 of 129, window, float32",
+    "full, cap, float32",
+)
+
+
+@needs_triton
+@pytest.mark.parametrize("cases", [SMALL, pytest.param((), id="all", marks=slow)])
+def test_judge_finds_nothing_wrong(cases):
+    chosen = ["--case", *cases] if cases else ["--seconds", "2500"]
+    done = run("bench.judge", "attention", "triton", "--no-bench", "--no-compile", *chosen)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    number = len(cases) or 66
+    assert f"nothing wrong found: Triton {number} ok" in done.stdout, done.stdout[-3000:]
+
+
+def test_unsupported_inputs_raise_with_the_reason(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    for kind, D, reason in (
+        ("NVIDIA L4", 264, "D is 264; its Triton kernels take at most 256; implementation='xla' runs here"),
+        ("Tesla T4", 64, r"require compute capability 8.0 and this is 'Tesla T4' \(7.5\)"),
+        ("AMD Instinct MI300X", 64, "for NVIDIA GPUs and this is 'AMD Instinct MI300X'"),
+        ("NVIDIA X1", 64, "the compute capability of 'NVIDIA X1' is not known here"),
+    ):
+        x = jnp.ones((1, 8, 2, D))
+        with target_device("gpu", kind), pytest.raises(NotImplementedError, match=reason):
+            kernels.attention(x, x, x, implementation="triton")
+    x = np.ones((1, 8, 2, 8))
+    with target_device("gpu", "NVIDIA L4"), jax.enable_x64(True), pytest.raises(NotImplementedError, match="float64"):
+        kernels.attention(x, x, x, implementation="triton")
