@@ -5,6 +5,8 @@ Peak rates are dense (no structured sparsity) and come from the vendors' documen
     a100    NVIDIA A100 datasheet (80 GB SXM) and "CUDA C++ Programming Guide", compute capabilities, 8.0
     h100    NVIDIA H100 datasheet (80 GB SXM) and the same tables, 9.0
     b200    NVIDIA Blackwell HGX B200 datasheet (one of its eight GPUs) and the same tables, 10.0
+    rtx4090 "NVIDIA Ada GPU Architecture" whitepaper (tensor cores with float32 accumulation), 8.9
+    rtx5090 "NVIDIA RTX Blackwell GPU Architecture" whitepaper, 12.0
     v5e     cloud.google.com/tpu/docs/v5e: 197 TFLOP/s, 819 GB/s, 16 GB per chip; one core with four 128 x 128 MXUs
     v6e     cloud.google.com/tpu/docs/v6e: 918 TFLOP/s, 1640 GB/s, 32 GB per chip; one core with two 256 x 256 MXUs
     tpu7x   cloud.google.com/tpu/docs/tpu7x: 2307 TFLOP/s bf16, 7380 GB/s, 192 GB per chip. JAX sees a chip as two
@@ -117,6 +119,36 @@ TARGETS: dict[str, Target] = {
             l2_bytes=40 * MIB,
             smem_per_sm=164 * KIB,
             smem_per_block=163 * KIB,
+        ),
+        Gpu(
+            name="rtx4090",
+            kind="NVIDIA GeForce RTX 4090",
+            capability=(8, 9),
+            flops={"bfloat16": 165.2e12, "float16": 165.2e12, "float32": 82.6e12},
+            bytes_per_second=1.008e12,
+            memory_bytes=24 * GIB,
+            num_sms=128,
+            clock_ghz=2.52,
+            l2_bytes=72 * MIB,
+            smem_per_sm=100 * KIB,
+            smem_per_block=99 * KIB,
+            threads_per_sm=1536,
+            blocks_per_sm=24,
+        ),
+        Gpu(
+            name="rtx5090",
+            kind="NVIDIA GeForce RTX 5090",
+            capability=(12, 0),
+            flops={"bfloat16": 209.5e12, "float16": 209.5e12, "float32": 104.8e12},
+            bytes_per_second=1.792e12,
+            memory_bytes=32 * GIB,
+            num_sms=170,
+            clock_ghz=2.41,
+            l2_bytes=96 * MIB,
+            smem_per_sm=100 * KIB,
+            smem_per_block=99 * KIB,
+            threads_per_sm=1536,
+            blocks_per_sm=24,
         ),
         Tpu(
             name="v5e",

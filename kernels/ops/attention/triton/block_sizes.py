@@ -52,7 +52,7 @@ DQ: Table = {
 }
 DKV: Table = {
     (2, 32): TritonBlockSizes(64, 128, 8, 2),
-    (2, 64): TritonBlockSizes(32, 128, 8, 2),
+    (2, 64): TritonBlockSizes(32, 64, 8, 2),
     (2, 128): TritonBlockSizes(64, 64, 8, 2),
     (2, 256): TritonBlockSizes(32, 32, 8, 1),
     (4, 32): TritonBlockSizes(32, 64, 4, 2),
@@ -60,10 +60,14 @@ DKV: Table = {
     (4, 128): TritonBlockSizes(32, 32, 8, 1),
     (4, 256): TritonBlockSizes(16, 32, 8, 1),
 }
-# Where a capability needs others: (capability, bytes per operand, columns of a block).
-FWD_OF_CAPABILITY: dict[tuple[tuple[int, int], int, int], TritonBlockSizes] = {}
-DQ_OF_CAPABILITY: dict[tuple[tuple[int, int], int, int], TritonBlockSizes] = {}
-DKV_OF_CAPABILITY: dict[tuple[tuple[int, int], int, int], TritonBlockSizes] = {}
+# Where the GPUs of a major capability need others: with these no kernel of bfloat16 spills up to D 128.
+FWD_OF_MAJOR: dict[int, Table] = {
+    10: {(2, 32): TritonBlockSizes(128, 64, 8, 3), (2, 64): TritonBlockSizes(128, 64, 8, 3)},
+}
+DKV_OF_MAJOR: dict[int, Table] = {
+    10: {(2, 128): TritonBlockSizes(64, 64, 8, 1)},
+    12: {(2, 128): TritonBlockSizes(32, 64, 8, 2)},
+}
 
 
 def head_block(D: int) -> int:
@@ -74,19 +78,18 @@ def head_block(D: int) -> int:
 def fwd_block_sizes(capability: tuple[int, int], dtype: Any, D: int) -> TritonBlockSizes:
     """Return the sizes of the forward kernel."""
     key = jnp.dtype(dtype).itemsize, max(32, head_block(D))
-    return FWD_OF_CAPABILITY.get((capability, *key), FWD[key])
+    return (FWD | FWD_OF_MAJOR.get(capability[0], {}))[key]
 
 
-def dq_block_sizes(capability: tuple[int, int], dtype: Any, D: int) -> TritonBlockSizes:
-    """Return the sizes of the kernel of dq."""
-    key = _bwd_operand_bytes(dtype), max(32, head_block(D))
-    return DQ_OF_CAPABILITY.get((capability, *key), DQ[key])
+def dq_block_sizes(dtype: Any, D: int) -> TritonBlockSizes:
+    """Return the sizes of the kernel of dq, which are the same on all GPUs."""
+    return DQ[_bwd_operand_bytes(dtype), max(32, head_block(D))]
 
 
 def dkv_block_sizes(capability: tuple[int, int], dtype: Any, D: int) -> TritonBlockSizes:
     """Return the sizes of the kernel of dk and dv."""
     key = _bwd_operand_bytes(dtype), max(32, head_block(D))
-    return DKV_OF_CAPABILITY.get((capability, *key), DKV[key])
+    return (DKV | DKV_OF_MAJOR.get(capability[0], {}))[key]
 
 
 def _bwd_operand_bytes(dtype: Any) -> int:

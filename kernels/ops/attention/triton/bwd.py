@@ -84,7 +84,7 @@ def backward(
             **constants,
         )
 
-    dq_sizes, dkv_sizes = (f(config.capability, q.dtype, D) for f in (dq_block_sizes, dkv_block_sizes))
+    dq_sizes, dkv_sizes = dq_block_sizes(q.dtype, D), dkv_block_sizes(config.capability, q.dtype, D)
     dq_ranges = dkv_ranges = jnp.zeros(1, jnp.int32)
     if segments is not None:
         q_ids, kv_ids = segments
