@@ -1,0 +1,104 @@
+"""Compile whole training steps of the presets for GPUs: do they compile, and what memory do they need?
+
+    python -m bench.aot.gpu.train_steps [TARGET...] [--preset NAME...] [--dtype D] [--implementation I...]
+
+Prints the temporary memory of a step with each implementation of attention, and its ratio to that with plain XLA. A step
+takes a minute to compile; the settings are those of the preset.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from bench.aot import hardware
+from bench.aot.gpu import compiler
+
+PRESETS = ("dante", "dante-moe", "nano", "h100")
+
+
+def temp_bytes(target: hardware.Gpu, preset: str, attn: str, dtype: str | None) -> int:
+    """Compile the training step of a preset; return its temporary memory in bytes."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from dantinox.checkpoint.train_state import TrainState
+    from dantinox.config import Config
+    from dantinox.kernels.dispatch import target_device
+    from dantinox.model.params import abstract_params
+    from dantinox.training.optimizer import make_optimizer
+    from dantinox.training.train_step import make_train_step
+
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology="1x1x1", target_config=compiler.target_config(target)
+    )
+    everywhere = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
+    settings = {"attn": attn, "moe": "xla"} | ({} if dtype is None else {"dtype": dtype})
+    jax.clear_caches()
+    with target_device(target.platform, target.kind):
+        config = Config.from_preset(preset).replace(vocab_size=4096, **settings)
+        model_def, params = abstract_params(config.model)
+        optimizer = make_optimizer(config.optim, config.train.steps)
+        state = TrainState(params, jax.eval_shape(optimizer.init, params))
+        A, B, T = config.train.grad_accum, config.train.batch_size, config.train.seq_len
+        tokens, number = jax.ShapeDtypeStruct((A, B // A, T), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+        arguments = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), (state, tokens, tokens, number)
+        )
+        step = make_train_step(model_def, config, optimizer, None, None)
+        with jax.default_device(topology.devices[0]):
+            memory = step.lower(*arguments).compile().memory_analysis()
+    return memory.temp_size_in_bytes
+
+
+@contextlib.contextmanager
+def compiler_environment() -> Iterator[None]:
+    """Set what the compiler reads, before JAX is imported."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "triton").mkdir()
+        os.environ.update(compiler.environment(Path(folder)))
+        os.environ.pop("MOSAIC_GPU_DUMP_PTX")
+        os.environ.pop("MOSAIC_GPU_DUMP_RESOURCES")
+        os.environ.pop("XLA_FLAGS")
+        yield
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compile, print a row per target and preset, and return 1 if a step does not compile."""
+    gpus = [target.name for target in hardware.TARGETS.values() if isinstance(target, hardware.Gpu)]
+    parser = argparse.ArgumentParser(prog="bench.aot.gpu.train_steps", description=__doc__.split("\n")[0])
+    parser.add_argument("target", nargs="*", choices=[[], *gpus], default=[], help=f"of {', '.join(gpus)}")
+    parser.add_argument("--preset", nargs="+", default=PRESETS, help=f"presets ({', '.join(PRESETS)})")
+    parser.add_argument("--implementation", nargs="+", default=["triton", "xla"], help="of attention (triton xla)")
+    parser.add_argument("--dtype", help="instead of the preset's")
+    arguments = parser.parse_args(argv)
+    failed = False
+    with compiler_environment():
+        for name in arguments.target or gpus:
+            target = hardware.get(name)
+            assert isinstance(target, hardware.Gpu)
+            for preset in arguments.preset:
+                found: dict[str, int] = {}
+                for implementation in arguments.implementation:
+                    row = f"{name}, {preset}, attn {implementation}"
+                    try:
+                        found[implementation] = temp_bytes(target, preset, implementation, arguments.dtype)
+                        print(f"{row}: {found[implementation] / 2**20:.0f} MiB of temporaries", flush=True)
+                    except NotImplementedError as error:
+                        print(f"{row}: refused: {error}", flush=True)
+                    except Exception as error:  # a compiler may raise anything, and the next step must be compiled
+                        failed = True
+                        print(f"{row}: {type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)
+                if "xla" in found:
+                    ratios = [f"{n} {x / found['xla']:.2f}" for n, x in found.items() if n != "xla"]
+                    print(f"{name}, {preset}: ratio to xla: {', '.join(ratios)}", flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
