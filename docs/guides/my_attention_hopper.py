@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dantinox.kernels.dispatch import current_device, on_hopper
 from dantinox.kernels.ops.attention import xla
+from dantinox.kernels.vma import call_invariant
 
 TILE = 64
 M_INIT = -1e30  # finite, so that exp(-inf - M_INIT) is 0 while a row has seen no key
@@ -31,7 +32,7 @@ def attention(q, k, v, *, gate, causal, window, scale, softcap, segment_ids):
     options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap}
 
     def forward(q, k, v, gate):
-        o = run(q, k, v, **options)
+        o = call_invariant(run, q, k, v, **options)
         return o if gate is None else (o * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(q.dtype)
 
     def backward(inputs, do):

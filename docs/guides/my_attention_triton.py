@@ -10,6 +10,7 @@ import triton.language as tl
 
 from dantinox.kernels.dispatch import triton_unsupported_device
 from dantinox.kernels.ops.attention import xla
+from dantinox.kernels.vma import call_invariant
 
 TILE = 64
 
@@ -20,22 +21,23 @@ def attention(q, k, v, *, gate, causal, window, scale, softcap, segment_ids):
         raise NotImplementedError(reason)
     if q.dtype == jnp.float64 or q.shape[-1] > 256:
         raise NotImplementedError("my Triton attention takes no float64, and heads of at most 256")
-    options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap, "segment_ids": segment_ids}
+    options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap}
 
-    def forward(q, k, v, gate):
-        o = run(q, k, v, **options)
+    def forward(q, k, v, gate, segment_ids):
+        o = call_invariant(run, q, k, v, segment_ids, **options)
         return o if gate is None else (o * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(q.dtype)
 
     def backward(inputs, do):
-        _, pull = jax.vjp(lambda q, k, v, gate: xla.attention(q, k, v, gate=gate, **options), *inputs)
-        return pull(do)
+        *arrays, segment_ids = inputs
+        plain = lambda q, k, v, gate: xla.attention(q, k, v, gate=gate, segment_ids=segment_ids, **options)
+        return *jax.vjp(plain, *arrays)[1](do), None
 
     mine = jax.custom_vjp(forward)
     mine.defvjp(lambda *inputs: (forward(*inputs), inputs), backward)
-    return mine(q, k, v, gate)
+    return mine(q, k, v, gate, segment_ids)  # every array is an argument: JAX differentiates no closure over one
 
 
-def run(q, k, v, *, causal, window, scale, softcap, segment_ids):
+def run(q, k, v, segment_ids, *, causal, window, scale, softcap):
     """Attention without a gate [B, T, H, D]."""
     import jax_triton
 
