@@ -92,7 +92,8 @@ def cases(
     ):
         for name in given:
             if name not in known:
-                raise ValueError(f"{argument} is {name!r}; allowed: {', '.join(known)}")
+                other = "; that of another package, where it is installed in .venv-aot" * (argument == "implementation")
+                raise ValueError(f"{argument} is {name!r}; allowed: {', '.join(known)}{other}")
     chosen: list[Case] = []
     for op in ops or OPERATIONS:
         for name in compiled_implementations(op):

@@ -21,6 +21,7 @@ from bench.aot import hardware
 from bench.aot.cases import Case
 from bench.aot.gpu import compiler as gpu_compiler
 from bench.aot.tpu import compiler as tpu_compiler
+from bench.report import results
 
 
 def main(argv: list[str]) -> None:
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         case = Case(**request["case"])
-        if case.implementation == "triton" and triton_dumped:
+        if triton_dumped and may_be_triton(case):
             # jax-triton dumps a kernel once per process, and this row may share one with an earlier row.
             answers.write(json.dumps({"status": "again"}) + "\n")
             continue
@@ -46,6 +47,11 @@ def main(argv: list[str]) -> None:
         if request.get("keep"):
             shutil.copytree(dumps, request["keep"], dirs_exist_ok=True)
         answers.write(json.dumps(row) + "\n")  # last: the reader may look into the folder of `keep`
+
+
+def may_be_triton(case: Case) -> bool:
+    """Return whether an implementation may have Triton kernels: one that is not built in may have any."""
+    return case.implementation == "triton" or bool(results.custom_implementations({case.op}, [case.implementation]))
 
 
 def versions(target: hardware.Target) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 `python -m bench.judge attention mine.py` runs the kernel without its device: its form for a CPU, its form for a TPU in
 NumPy, a Hopper kernel in JAX's simulator and a Triton kernel in Triton's interpreter. Then it times the kernel on this
-machine and compiles it for a TPU, or a kernel of GPUs alone for an H100.
+machine and compiles it for a TPU and for an H100.
 """
 
 import importlib.util
@@ -45,7 +45,7 @@ class Arguments:
     bench: bool = True
     """Time the kernel on this machine."""
     compile: bool = True
-    """Compile the kernel for a TPU v6e, or for an H100 if only GPUs have it, where the compilers are installed."""
+    """Compile the kernel for a TPU v6e, an H100 or both, as its forms are, where the compilers are installed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,8 +76,9 @@ def judge(arguments: Arguments) -> int:
     if arguments.dump:
         return _dump(op, name, chosen[0], arguments, console)
     found, absent = presence.forms_of(op, name)
-    target = "h100" if "TPU" not in found and {"Hopper", "Triton"} & {*found} else "v6e"
-    compiling = _start_compiling(arguments, target) if arguments.compile else None
+    on_gpu = bool({"Hopper", "Triton"} & {*found})
+    targets = ["v6e"] * ("TPU" in found or not on_gpu) + ["h100"] * on_gpu
+    compiling = {target: _start_compiling(arguments, target) for target in targets if arguments.compile}
     outcomes, no_time = runner.run(op, arguments.kernel, name, chosen, found, start + arguments.seconds)
     judged = tuple(form for form in dict.fromkeys(o.form for o in outcomes))
     features = (*cases.FEATURES[op], *cases.DTYPES)
@@ -92,15 +93,16 @@ def judge(arguments: Arguments) -> int:
     report.show_reasons(outcomes, console)
     if no_time:
         absent["no time left"] = no_time
-    if compiling is None:
-        missing = "no Python here has the compilers; `make aot` builds one in .venv-aot"
-        absent[f"compiled for {target}"] = missing if arguments.compile else "--no-compile"
+    for target in targets:
+        if compiling.get(target) is None:
+            missing = f'no Python here has the compilers; `make aot ARGS="--short --target {target}"` builds .venv-aot'
+            absent[f"compiled for {target}"] = missing if arguments.compile else "--no-compile"
     report.show_not_judged(table, absent, console)
     console.print()
     wrong = any(verdict.is_wrong for column in table.values() for verdict in column.values())
     if arguments.bench:
         _show_bench_row(op, name, console, wrong)
-    compiles = compiling is None or _show_compiled(compiling, target, console)
+    compiles = all([_show_compiled(process, target, console) for target, process in compiling.items() if process])
     judged_any = any("ok" in outcome.states.values() for outcome in outcomes)
     right = "[bold green]nothing wrong found[/]" if judged_any else "[bold magenta]NOTHING JUDGED[/]"
     verdict = "[bold red]WRONG[/]" if wrong else right

@@ -32,8 +32,12 @@ def compile_row(op: str, name_or_file: str, target_name: str) -> dict[str, Any]:
         os.environ |= gpu_compiler.environment(dumps) if is_gpu else tpu_compiler.environment(target, dumps)
         from bench.aot import programs, worker
         from bench.judge import subject
+        from dantinox import kernels
         from dantinox.kernels import dispatch, workloads
 
+        if not name_or_file.endswith(".py") and name_or_file not in kernels.implementation_names(op):
+            reason = f"{sys.prefix} has no {name_or_file}; install its package there too"
+            return {"spec": SPECS[op], "directions": {"forward": {"status": "refused", "reason": reason}}}
         name = subject.load(op, name_or_file)
         compile_program = (gpu_compiler if is_gpu else tpu_compiler).make_compiler(target)
         workload, row = workloads.get(op, SPECS[op]), {}
@@ -55,9 +59,9 @@ def compile_row(op: str, name_or_file: str, target_name: str) -> dict[str, Any]:
                 row[direction] = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
             else:
                 printed = (dumps / "printed.txt").read_text("utf-8", "replace")
-                kernels, _ = gpu_compiler.read(target, dumps, printed) if is_gpu else tpu_compiler.read(dumps)
+                found, _ = gpu_compiler.read(target, dumps, printed) if is_gpu else tpu_compiler.read(dumps)
                 temp_bytes = compiled.memory_analysis().temp_size_in_bytes
-                row[direction] = {"status": "compiled", "kernels": kernels, "temp_bytes": temp_bytes}
+                row[direction] = {"status": "compiled", "kernels": found, "temp_bytes": temp_bytes}
                 if is_gpu:
                     break
         return {"spec": workload.name, "directions": row}
