@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 GUIDES = ROOT / "docs" / "guides"
 GUIDE = (GUIDES / "index.md").read_text()
 FILE = (GUIDES / "my_attention.py").read_text()
-(LINE,) = re.findall(r"```text\n(.*?)```", GUIDE, re.S)
-COMMANDS = re.findall(r"```sh\n(.*?)```", GUIDE, re.S)[-1].strip().splitlines()
+LINE = re.findall(r"```text\n(.*?)```", GUIDE, re.S)[0]
+(COMMANDS,) = (block.splitlines() for block in re.findall(r"```sh\n(.*?)```", GUIDE, re.S) if "dantinox.train" in block)
 OTHER = ROOT / ".venv-aot" / "bin" / "python"
 COMPILER = sys.executable if util.find_spec("libtpu") else str(OTHER) if OTHER.exists() else None
 TOPS = (
@@ -49,12 +49,11 @@ def copy(tmp_path_factory):
             shutil.copy(source, folder / name)
     (folder / "kernels" / "ops" / "attention" / "mine.py").write_text(FILE)
     table = folder / "kernels" / "ops" / "attention" / "api.py"
-    text, below = (
-        table.read_text(),
-        '        dispatch.Implementation.missing("triton", "attention has no Triton kernel yet"),\n',
+    head, triton, tail = re.split(
+        r"(^ {8}dispatch.Implementation\(\n {12}\"triton\".*?^ {8}\),\n)", table.read_text(), flags=re.M | re.S
     )
-    assert text.count(below) == 1 and LINE.count("\n") == 1
-    table.write_text(text.replace(below, below + LINE))
+    assert LINE.count("\n") == 1
+    table.write_text(head + triton + LINE + tail)
     return folder
 
 

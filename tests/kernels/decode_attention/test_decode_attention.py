@@ -222,7 +222,7 @@ def test_donated_cache_is_updated_in_place(implementation):
     inputs = {name: jnp.ones(shape) for name, shape in case.shapes().items()}
     memory = program(implementation, case, donate=True).lower(inputs, cache).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= cache.k.nbytes + cache.v.nbytes
-    if implementation != "reference":
+    if implementation in kernels.IMPLEMENTATION_NAMES and implementation != "reference":  # others may be interpreted
         assert memory.temp_size_in_bytes < cache.k.nbytes + cache.v.nbytes, "the cache is copied on the way"
 
 
