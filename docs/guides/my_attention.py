@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dantinox.kernels.dispatch import current_device
 from dantinox.kernels.precision import matmul_precision
+from dantinox.kernels.vma import call_invariant, varying_shape
 
 Array = jax.Array
 TILE = 128
@@ -163,7 +164,7 @@ def forward(problem: Problem, q: Array, k: Array, v: Array, ids: Any) -> tuple[A
     tables = segment_tables(ids)
     call = pl.pallas_call(
         functools.partial(forward_kernel, problem=problem),
-        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, H, T, 1), jnp.float32)],
+        out_shape=[varying_shape(q.shape, q.dtype), varying_shape((B, H, T, 1), jnp.float32)],
         grid=(B, H, pl.cdiv(T, TILE), problem.steps(S)),
         in_specs=[rows(D), keys, keys, *id_specs[: len(tables)]],
         out_specs=[rows(D), rows(1)],
@@ -171,7 +172,7 @@ def forward(problem: Problem, q: Array, k: Array, v: Array, ids: Any) -> tuple[A
         interpret=current_device().platform == "cpu",
         name="my_attention",
     )
-    return call(q, k, v, *tables)
+    return call_invariant(call, q, k, v, *tables)  # also under `shard_map`
 
 
 # Backward
@@ -252,16 +253,17 @@ def backward(problem: Problem, q: Array, k: Array, v: Array, ids: Any, o: Array,
         rows = lambda n: spec((None, None, TILE, n), 0, 1, 2, None)
         keys = spec((None, None, TILE, D), 0, 3, 4, None)
         id_specs = [spec((None, TILE, 1), 0, 2, None), spec((None, 1, TILE), 0, None, 4)][: len(tables)]
-        return pl.pallas_call(
+        backward = pl.pallas_call(
             functools.partial(kernel, problem=problem),
-            out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
+            out_shape=[varying_shape(x.shape, x.dtype) for x in outputs],
             grid=grid,
             in_specs=[rows(D), rows(D), rows(1), rows(1), keys, keys, *id_specs],
             out_specs=[rows(D)] if outputs[0] is q else [keys, keys],
             scratch_shapes=[pltpu.VMEM((TILE, D), jnp.float32)] * len(outputs),
             interpret=current_device().platform == "cpu",
             name="my_attention_backward",
-        )(*inputs)
+        )
+        return call_invariant(backward, *inputs)
 
     def dq_index(b, h, i, step):
         first, last = problem.key_tiles(i)

@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dantinox.kernels.dispatch import current_device, on_hopper
 from dantinox.kernels.ops.attention import xla
-from dantinox.kernels.vma import call_invariant
+from dantinox.kernels.vma import call_invariant, varying_shape
 
 TILE = 64
 M_INIT = -1e30  # finite, so that exp(-inf - M_INIT) is 0 while a row has seen no key
@@ -121,7 +121,7 @@ def run(q, k, v, *, causal, window, scale, softcap):
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # the layout that wgmma reads
     o = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_type=varying_shape(q.shape, q.dtype),
         scratch_types=(
             *[plgpu.SMEM((TILE, columns), q.dtype, transforms=transforms) for columns in (D, D, D, TILE)],
             *[plgpu.Barrier()] * 3,

@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dantinox.kernels.dispatch import current_device
 from dantinox.kernels.precision import matmul_precision
+from dantinox.kernels.vma import call_invariant, varying_shape
 
 Array = jax.Array
 M_INIT = -1e30  # finite, so that exp(-inf - M_INIT) is 0 while the kernel has seen no token
@@ -55,7 +56,7 @@ def decode_attention(q, k, v, cache, *, gate, window, scale, softcap):
         inputs, in_specs = [*inputs, gate.reshape(B, K, G, -1)], [*in_specs, token(G, gate.shape[-1])]
     call = pl.pallas_call(
         functools.partial(kernel, C=C, size=size, blocks=blocks, scale=scale, softcap=softcap),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (inputs[0], cache.k, cache.v)],
+        out_shape=[varying_shape(x.shape, x.dtype) for x in (inputs[0], cache.k, cache.v)],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(B, steps),
@@ -67,7 +68,8 @@ def decode_attention(q, k, v, cache, *, gate, window, scale, softcap):
         interpret=current_device().platform == "cpu",
         name="my_decode_attention",
     )
-    o, new_k, new_v = call(newest, visible, count, *inputs, cache.k, cache.v)
+    arrays = (newest, visible, count, *inputs, cache.k, cache.v)
+    o, new_k, new_v = call_invariant(call, *arrays)  # also under `shard_map`
     return o.reshape(B, H, D), cache._replace(k=new_k, v=new_v, length=cache.length + 1)
 
 

@@ -27,7 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dantinox.kernels.dispatch import current_device, on_hopper
 from dantinox.kernels.ops.decode_attention.kv_cache import append_token
-from dantinox.kernels.vma import call_invariant
+from dantinox.kernels.vma import call_invariant, varying_shape
 
 TILE = 64  # slots per block, and rows of a wgmma
 MATRIX = plgpu.Layout.WGMMA  # how the registers of a warpgroup hold a tile
@@ -138,7 +138,7 @@ def run(q, k, v, cache_k, cache_v, length, *, window, scale, softcap):
     new_k, new_v = jax.new_ref(cache_k), jax.new_ref(cache_v)  # the kernel writes to them in place
     o = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct(q.shape, jnp.float32),
+        out_type=varying_shape(q.shape, jnp.float32),
         scratch_types=(
             *[smem(D), smem(D), smem(D), smem(D, jnp.float32), smem(TILE), plgpu.SMEM((2, D), q.dtype)],
             *[plgpu.Barrier(num_arrivals=2), plgpu.Barrier(), plgpu.Barrier()],

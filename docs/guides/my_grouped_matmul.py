@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dantinox.kernels.dispatch import current_device
 from dantinox.kernels.precision import matmul_precision
+from dantinox.kernels.vma import call_invariant, varying_shape
 
 Array = jax.Array
 ROWS, COLUMNS = 128, 512  # sizes of a tile
@@ -67,13 +68,14 @@ def dot(a: Array, b: Array, contract: int) -> Array:
 def call(kernel, table, inputs, **options):
     """Call a kernel with the intervals in scalar memory."""
     out = options.pop("out_shape")
-    return pl.pallas_call(
+    run = pl.pallas_call(
         kernel,
         out_shape=out,
         grid_spec=pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=len(table), **options),
         interpret=current_device().platform == "cpu",
         name="my_grouped_matmul",
-    )(*table, *inputs)
+    )
+    return call_invariant(run, *table, *inputs)  # also under `shard_map`
 
 
 def rows_kernel(start, end, group, x_ref, w_ref, y_ref, *, N, E):
@@ -99,7 +101,7 @@ def multiply_rows(x: Array, w: Array, group_sizes: Array) -> Array:
         functools.partial(rows_kernel, N=N, E=E),
         table := cut(group_sizes, N),
         (x, w),
-        out_shape=jax.ShapeDtypeStruct((N, F), x.dtype),
+        out_shape=varying_shape((N, F), x.dtype),
         grid=(pl.cdiv(F, columns), table.start.size),
         in_specs=[
             pl.BlockSpec((ROWS, M), lambda f, t, *table: (tile(t, table), 0)),
@@ -134,7 +136,7 @@ def multiply_columns(x: Array, dy: Array, group_sizes: Array) -> Array:
         functools.partial(weights_kernel, N=N, E=E),
         table := cut(group_sizes, N),
         (x, dy),
-        out_shape=jax.ShapeDtypeStruct((E, M, F), x.dtype),
+        out_shape=varying_shape((E, M, F), x.dtype),
         grid=(pl.cdiv(M, m_tile), pl.cdiv(F, f_tile), table.start.size),
         in_specs=[
             pl.BlockSpec((ROWS, m_tile), lambda m, f, t, *table: (tile(t, table), m)),

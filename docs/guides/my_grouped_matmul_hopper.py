@@ -25,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dantinox.kernels.dispatch import current_device, on_hopper
 from dantinox.kernels.ops.grouped_matmul import xla
-from dantinox.kernels.vma import call_invariant
+from dantinox.kernels.vma import call_invariant, varying_shape
 
 ROWS, COLUMNS, DEPTH = 64, 128, 64  # wgmma multiplies 64 rows
 MATRIX = plgpu.Layout.WGMMA  # how the registers of a warpgroup hold a tile
@@ -108,7 +108,7 @@ def multiply(x, w, group_sizes):
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # the layout that wgmma reads
     y = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((x.shape[0], F), x.dtype),
+        out_type=varying_shape((x.shape[0], F), x.dtype),
         scratch_types=(
             *[
                 plgpu.SMEM(shape, x.dtype, transforms=transforms)

@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dantinox.kernels.dispatch import current_device
 from dantinox.kernels.precision import matmul_precision
+from dantinox.kernels.vma import call_invariant, varying_shape
 
 Array = jax.Array
 ROWS, COLUMNS = 128, 512  # sizes of a tile
@@ -70,7 +71,7 @@ def dot(a: Array, b: Array, contract: int) -> Array:
 
 def call(kernel, table, inputs, out, grid, in_specs, out_spec, scratch=()):
     """Call a kernel with the intervals in scalar memory."""
-    return pl.pallas_call(
+    run = pl.pallas_call(
         kernel,
         out_shape=out,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -78,7 +79,8 @@ def call(kernel, table, inputs, out, grid, in_specs, out_spec, scratch=()):
         ),
         interpret=current_device().platform == "cpu",
         name="my_moe_mlp",
-    )(*table, *inputs)
+    )
+    return call_invariant(run, *table, *inputs)  # also under `shard_map`
 
 
 def rows_kernel(start, end, expert, x_ref, *refs, N, E):
@@ -114,7 +116,7 @@ def multiply_rows(x: Array, weights: list[Array], sizes: Array, dtype: Any) -> A
         functools.partial(rows_kernel, N=N, E=E),
         table,
         (x, *weights),
-        jax.ShapeDtypeStruct((N, F), dtype),
+        varying_shape((N, F), dtype),
         (pl.cdiv(F, columns), table.start.size),
         [x_spec] + [w_spec] * len(weights),
         y_spec,
@@ -145,7 +147,7 @@ def multiply_columns(x: Array, dy: Array, sizes: Array) -> Array:
         functools.partial(weights_kernel, N=N, E=E),
         table,
         (x, dy),
-        jax.ShapeDtypeStruct((E, M, F), x.dtype),
+        varying_shape((E, M, F), x.dtype),
         (pl.cdiv(M, m_tile), pl.cdiv(F, f_tile), table.start.size),
         [
             pl.BlockSpec((ROWS, m_tile), lambda m, f, t, *table: (tile_of(t, table, N), m)),

@@ -11,9 +11,14 @@ import sys
 from importlib import util
 from pathlib import Path
 
+import jax
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from dantinox.kernels.dispatch import OPERATIONS
+from bench.judge import cases, forms, presence
+from dantinox import kernels
+from dantinox.kernels import registry
+from dantinox.kernels.dispatch import OPERATIONS, target_device
 
 ROOT = Path(__file__).parents[2]
 GUIDES = ROOT / "docs" / "guides"
@@ -84,6 +89,28 @@ def test_guide_shows_file_of_operation(op):
     function = runpy.run_path(str(GUIDES / f"my_{op}.py"))[op]
     signature = str(inspect.signature(function)).replace("'", "")
     assert f"`{op}{signature}`" in GUIDE
+
+
+DEVICES = {"": ("cpu", "cpu"), "_hopper": ("gpu", "NVIDIA H100 80GB HBM3"), "_triton": ("gpu", "NVIDIA H100 80GB HBM3")}
+
+
+@pytest.mark.parametrize("form", DEVICES)
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_files_of_the_guides_support_shard_map(monkeypatch, op, form):
+    """Traced forward and backward, with arrays that vary over an axis of a mesh."""
+    path = GUIDES / f"my_{op}{form}.py"
+    if form == "_triton":
+        pytest.importorskip("jax_triton")
+    if not path.exists():
+        pytest.skip("moe_mlp has files for TPUs only")
+    monkeypatch.setattr(registry, "_registered", {})
+    kernels.register(op, "mine", runpy.run_path(str(path))[op])
+    case = presence.simulated_cases(op)[0]
+    function = forms.program(op, "mine", case.workload, gradients=op != "decode_attention")
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharded = jax.shard_map(lambda *args: function(*args), mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    with target_device(*DEVICES[form]):
+        jax.make_jaxpr(lambda *args: sharded(*args))(*forms.arguments(case, cases.draw(case)))
 
 
 @pytest.mark.slow
