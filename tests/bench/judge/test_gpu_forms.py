@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.judge import outcomes, presence, subject
+from bench.judge import cases, outcomes, presence, runner, subject
 
 ROOT = Path(__file__).parents[3]
 GUIDES = ROOT / "docs" / "guides"
@@ -39,6 +39,14 @@ def test_hopper_kernels_of_the_guides_are_right(op, case):
     name = subject.load(op, str(GUIDES / f"my_{op}_hopper.py"))
     (outcome,) = outcomes.judge(op, name, ("Hopper",), case)
     assert set(outcome.states.values()) == {outcomes.OK}, outcome.lines
+
+
+@pytest.mark.parametrize("op", cases.FEATURES)
+def test_cheapest_case_of_each_feature_comes_first(op):
+    every = cases.cases(op)
+    found = runner._each_feature_first(every)
+    assert {case.id for case in found} == {case.id for case in every} and len(found) == len(every)
+    assert frozenset().union(*(case.features() for case in found[:20])) >= {*cases.FEATURES[op], *cases.DTYPES}
 
 
 # Operation -> (what a fault replaces, by what, what the report says)
