@@ -16,7 +16,8 @@ def describe(config: Config) -> str:
     attention = ", ".join(
         f"{windows.count(w)} x {'full' if w is None else f'window {w}'}" for w in dict.fromkeys(windows)
     )
-    experts = f"{m.n_experts} experts, {m.experts_per_token} per token" if m.n_experts else "dense"
+    dense = "dense" if m.moe == "auto" else f"dense: without n_experts, moe {m.moe!r} serves nothing"
+    experts = f"{m.n_experts} experts, {m.experts_per_token} per token" if m.n_experts else dense
     heads = f"{m.n_heads} heads over {m.n_kv_heads} kv heads of {m.resolved_head_dim}"
     rows = {
         "model": f"{m.n_layers} blocks, width {m.dim}, vocabulary {m.vocab_size:,}, {m.dtype}",
