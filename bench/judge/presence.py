@@ -66,8 +66,10 @@ def simulated_cases(op: str) -> list[Case]:
             row("several tiles", T=200, S=200, scale=0.5),
         ]
     if op == "grouped_matmul":
-        sizes = {"uneven groups": (70, 1, 50, 9), "empty groups, rows past the sum": (0, 64, 3, 0)}
-        return [row(name, N=130, sizes=each, poisoned="empty" in name) for name, each in sizes.items()]
+        return [
+            row("uneven groups", N=130, sizes=(70, 1, 50, 9)),
+            row("empty groups, rows past the sum", N=130, sizes=(0, 64, 3, 0), M=128, F=256, poisoned=True),
+        ]
     if op == "moe_mlp":
         names = ("top 2", "experts without tokens", "top 1, uneven groups")
         return [row(name, N=70, poisoned="without" in name) for name in names]

@@ -50,6 +50,7 @@ def run(q, k, v, cache_k, cache_v, length, *, window, scale, softcap):
     import jax_triton
 
     (B, H, D), (_, K, C, _) = q.shape, cache_k.shape
+    g_tile = max(16, triton.next_power_of_2(H // K))  # tl.dot multiplies at least 16 rows
     d_tile = max(16, triton.next_power_of_2(D))
     new_k, new_v = jax.new_ref(cache_k), jax.new_ref(cache_v)  # the kernel writes to them in place
     o = jax_triton.triton_call(
@@ -62,14 +63,14 @@ def run(q, k, v, cache_k, cache_v, length, *, window, scale, softcap):
         kernel=decode_kernel,
         out_type=jax.ShapeDtypeStruct(q.shape, jnp.float32),
         grid=(K, B),
-        num_warps=4,
+        num_warps=8 if g_tile * d_tile > 2048 else 4,  # the registers hold [G, D] of output
         num_stages=2,  # two steps of keys and values fit the 99 KiB of shared memory of the smaller GPUs
         backend_options={"ptx_version": 87, "enable_fp_fusion": True},  # assemblers of CUDA 12.8 and newer read 8.7
         C=C,
         K=K,
         G=H // K,
         D=D,
-        G_TILE=max(16, triton.next_power_of_2(H // K)),  # tl.dot multiplies at least 16 rows
+        G_TILE=g_tile,
         D_TILE=d_tile,
         VISIBLE=C if window is None else min(C, window),
         SCALE=scale,
@@ -125,7 +126,7 @@ def decode_kernel(
         is_new = (token == visible - 1)[:, None]
         k_tile = tl.where(is_new, k_new[None, :], tl.load(cache_k + slots, mask=stored, other=0.0))
         v_tile = tl.where(is_new, v_new[None, :], tl.load(cache_v + slots, mask=stored, other=0.0))
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * SCALE
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3") * SCALE
         if CAP > 0:
             s = CAP * (2 * tl.sigmoid(2 * s / CAP) - 1)  # tanh
         s = tl.where((token < visible)[None, :], s, float("-inf"))
@@ -134,7 +135,7 @@ def decode_kernel(
         decay = tl.exp(m - new_m)
         m = new_m
         l = decay * l + tl.sum(p, axis=1)
-        acc = decay[:, None] * acc + tl.dot(p.to(v_tile.dtype), v_tile, input_precision="ieee")
+        acc = decay[:, None] * acc + tl.dot(p.to(v_tile.dtype), v_tile, input_precision="tf32x3")
     tl.store(o + heads, acc / l[:, None], mask=in_heads)
     new_slot = ring + newest * D + d
     tl.store(cache_k + new_slot, k_new, mask=d < D)

@@ -139,7 +139,7 @@ def rows_kernel(
         x_tile = tl.load(x + row * M + m[None, :], mask=in_group[:, None] & (m < M)[None, :], other=0.0)
         w_rows = w + e.to(tl.int64) * M * F + m[:, None] * W_M
         w_tile = tl.load(w_rows + f[None, :] * W_F, mask=(m < M)[:, None] & (f < F)[None, :], other=0.0)
-        acc = tl.dot(x_tile, w_tile, acc, input_precision="ieee")
+        acc = tl.dot(x_tile, w_tile, acc, input_precision="tf32x3")
     tl.store(y + row * F + f[None, :], acc.to(y.dtype.element_ty), mask=in_group[:, None] & (f < F)[None, :])
 
 
@@ -167,6 +167,6 @@ def columns_kernel(
         row = n.to(tl.int64)[:, None]
         x_tile = tl.load(x + row * M + m[None, :], mask=in_group & (m < M)[None, :], other=0.0)
         dy_tile = tl.load(dy + row * F + f[None, :], mask=in_group & (f < F)[None, :], other=0.0)
-        acc = tl.dot(tl.trans(x_tile), dy_tile, acc, input_precision="ieee")
+        acc = tl.dot(tl.trans(x_tile), dy_tile, acc, input_precision="tf32x3")
     out = dw + (e.to(tl.int64) * M + m[:, None]) * F + f[None, :]
     tl.store(out, acc.to(dw.dtype.element_ty), mask=(m < M)[:, None] & (f < F)[None, :])
