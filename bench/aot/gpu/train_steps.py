@@ -17,7 +17,8 @@ from pathlib import Path
 from bench.aot import hardware
 from bench.aot.gpu import compiler
 
-PRESETS = ("dante", "dante-moe", "nano", "h100")
+DEFAULT = "default"  # the settings without a preset
+PRESETS = (DEFAULT, "dante", "dante-moe", "nano", "h100")
 
 
 def temp_bytes(target: hardware.Gpu, preset: str, attn: str, dtype: str | None) -> int:
@@ -41,7 +42,8 @@ def temp_bytes(target: hardware.Gpu, preset: str, attn: str, dtype: str | None) 
     settings = {"attn": attn, "moe": "xla"} | ({} if dtype is None else {"dtype": dtype})
     jax.clear_caches()
     with target_device(target.platform, target.kind):
-        config = Config.from_preset(preset).replace(vocab_size=4096, **settings)
+        config = Config() if preset == DEFAULT else Config.from_preset(preset)
+        config = config.replace(vocab_size=4096, **settings)
         model_def, params = abstract_params(config.model)
         optimizer = make_optimizer(config.optim, config.train.steps)
         state = TrainState(params, jax.eval_shape(optimizer.init, params))
@@ -73,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpus = [target.name for target in hardware.TARGETS.values() if isinstance(target, hardware.Gpu)]
     parser = argparse.ArgumentParser(prog="bench.aot.gpu.train_steps", description=__doc__.split("\n")[0])
     parser.add_argument("target", nargs="*", choices=[[], *gpus], default=[], help=f"of {', '.join(gpus)}")
-    parser.add_argument("--preset", nargs="+", default=PRESETS, help=f"presets ({', '.join(PRESETS)})")
+    parser.add_argument("--preset", nargs="+", default=PRESETS, help=f"presets, or {DEFAULT}: the settings without one ({', '.join(PRESETS)})")
     parser.add_argument("--implementation", nargs="+", default=["triton", "xla"], help="of attention (triton xla)")
     parser.add_argument("--dtype", help="instead of the preset's")
     arguments = parser.parse_args(argv)

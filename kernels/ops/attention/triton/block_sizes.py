@@ -53,21 +53,16 @@ DQ: Table = {
 DKV: Table = {
     (2, 32): TritonBlockSizes(64, 128, 8, 2),
     (2, 64): TritonBlockSizes(32, 64, 8, 2),
-    (2, 128): TritonBlockSizes(64, 64, 8, 2),
+    (2, 128): TritonBlockSizes(32, 64, 8, 2),
     (2, 256): TritonBlockSizes(32, 32, 8, 1),
     (4, 32): TritonBlockSizes(32, 64, 4, 2),
     (4, 64): TritonBlockSizes(32, 32, 4, 1),
     (4, 128): TritonBlockSizes(32, 32, 8, 1),
     (4, 256): TritonBlockSizes(16, 32, 8, 1),
 }
-# Where the GPUs of a major capability need others: with these no kernel of bfloat16 spills up to D 128.
-FWD_OF_MAJOR: dict[int, Table] = {
-    10: {(2, 32): TritonBlockSizes(128, 64, 8, 3), (2, 64): TritonBlockSizes(128, 64, 8, 3)},
-}
-DKV_OF_MAJOR: dict[int, Table] = {
-    10: {(2, 128): TritonBlockSizes(64, 64, 8, 1)},
-    12: {(2, 128): TritonBlockSizes(32, 64, 8, 2)},
-}
+# On 10.x, other blocks keep the kernels of bfloat16 from spilling up to D 128.
+FWD_SM100: Table = {(2, 32): TritonBlockSizes(128, 64, 8, 3), (2, 64): TritonBlockSizes(128, 64, 8, 3)}
+DKV_SM100: Table = {(2, 128): TritonBlockSizes(64, 64, 8, 1)}
 
 
 def head_block(D: int) -> int:
@@ -78,7 +73,7 @@ def head_block(D: int) -> int:
 def fwd_block_sizes(capability: tuple[int, int], dtype: Any, D: int) -> TritonBlockSizes:
     """Return the sizes of the forward kernel."""
     key = jnp.dtype(dtype).itemsize, max(32, head_block(D))
-    return (FWD | FWD_OF_MAJOR.get(capability[0], {}))[key]
+    return (FWD | FWD_SM100 if capability[0] == 10 else FWD)[key]
 
 
 def dq_block_sizes(dtype: Any, D: int) -> TritonBlockSizes:
@@ -89,7 +84,7 @@ def dq_block_sizes(dtype: Any, D: int) -> TritonBlockSizes:
 def dkv_block_sizes(capability: tuple[int, int], dtype: Any, D: int) -> TritonBlockSizes:
     """Return the sizes of the kernel of dk and dv."""
     key = _bwd_operand_bytes(dtype), max(32, head_block(D))
-    return (DKV | DKV_OF_MAJOR.get(capability[0], {}))[key]
+    return (DKV | DKV_SM100 if capability[0] == 10 else DKV)[key]
 
 
 def _bwd_operand_bytes(dtype: Any) -> int:
