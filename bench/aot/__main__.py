@@ -32,7 +32,7 @@ class Arguments:
     """What to compile."""
 
     target: tuple[str, ...] = ()
-    """Accelerators: h100, b200, a100, v5e, v6e, tpu7x (default: all)."""
+    """Accelerators: h100, b200, a100, rtx4090, rtx5090, v5e, v6e, tpu7x (default: all)."""
     op: tuple[str, ...] = ()
     """Operations (default: all)."""
     spec: tuple[str, ...] = ()
@@ -46,7 +46,8 @@ class Arguments:
     """Compile one program of each kind, for h100 and v6e; takes a minute."""
     check: bool = False
     """Compare with the committed profiles, write nothing, and fail if a program got worse. Without names of operations,
-    workloads or implementations, also compile the sizes that break kernels for the TPUs."""
+    workloads or implementations, also compile the sizes that break kernels for the TPUs, and the Triton attention with
+    every feature for the GPUs."""
     out: Path | None = None
     """Folder of the profiles (default: profiles/aot, or runs/aot if an implementation is not built in)."""
     keep: Path | None = None
@@ -101,7 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in worse:
         print(f"{PROG}: worse: {line}", file=sys.stderr)
     failed = arguments.check and not (arguments.op or arguments.spec or arguments.implementation)
-    failed = failed and any([compile_edge_cases(target) for target in work if isinstance(target, hardware.Tpu)])
+    if failed:
+        failed = any([compile_edge_cases(target) for target in work if isinstance(target, hardware.Tpu)])
+        gpus = [target.name for target in work if isinstance(target, hardware.Gpu)]
+        failed |= bool(gpus) and compile_triton_cases(["--short"] if arguments.short else gpus)
     return 1 if worse or failed else 0
 
 
@@ -114,6 +118,12 @@ def compile_edge_cases(target: hardware.Tpu) -> bool:
     return any(
         [subprocess.run([sys.executable, "-m", *words], stderr=subprocess.DEVNULL).returncode for words in commands]
     )
+
+
+def compile_triton_cases(words: Sequence[str]) -> bool:
+    """Compile the Triton attention with its features; return whether the compiler made something unfit of it."""
+    command = [sys.executable, "-m", "bench.aot.gpu.triton_cases", *words]
+    return subprocess.run(command, stderr=subprocess.DEVNULL).returncode != 0
 
 
 def plan(arguments: Arguments) -> dict[hardware.Target, list[Case]]:

@@ -25,7 +25,7 @@ GROUPED = {  # part -> (operation, workload) of grouped matmul and experts
     "time-grouped-128-groups": ("grouped_matmul", "128 groups"),
 }
 DECODE = {"time-decode": ("decode_attention", "Mixtral-8x7B 8k, B=32")}
-ATTENTION_CANDIDATES = ("pallas", "jax.nn cudnn", "tokamax", "xla")
+ATTENTION_CANDIDATES = ("pallas", "triton", "jax.nn cudnn", "tokamax", "xla")
 # With hundreds of groups, plain XLA would take all the time or all the memory, so it runs in the last parts only.
 GROUPED_CANDIDATES = ("pallas", "one dense matmul", "tokamax")
 FEW_GROUPS_CANDIDATES = ("lax.ragged_dot", "triton", "xla")

@@ -2,8 +2,8 @@
 
     python -m bench.aot.gpu.train_steps [TARGET...] [--preset NAME...] [--dtype D] [--implementation I...]
 
-Prints the temporary memory of a step with each implementation of attention, and its ratio to that with plain XLA. A step
-takes a minute to compile; the settings are those of the preset.
+Prints the temporary memory of a step with each implementation of attention, and its ratio to that with plain XLA. A
+step takes a minute to compile; the settings are those of the preset.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from pathlib import Path
 from bench.aot import hardware
 from bench.aot.gpu import compiler
 
-DEFAULT = "default"  # the settings without a preset
-PRESETS = (DEFAULT, "dante", "dante-moe", "nano", "h100")
+WITHOUT = "default"  # the settings without a preset
+PRESETS = (WITHOUT, "dante", "dante-moe", "nano", "h100")
 
 
 def temp_bytes(target: hardware.Gpu, preset: str, attn: str, dtype: str | None) -> int:
@@ -42,7 +42,7 @@ def temp_bytes(target: hardware.Gpu, preset: str, attn: str, dtype: str | None) 
     settings = {"attn": attn, "moe": "xla"} | ({} if dtype is None else {"dtype": dtype})
     jax.clear_caches()
     with target_device(target.platform, target.kind):
-        config = Config() if preset == DEFAULT else Config.from_preset(preset)
+        config = Config() if preset == WITHOUT else Config.from_preset(preset)
         config = config.replace(vocab_size=4096, **settings)
         model_def, params = abstract_params(config.model)
         optimizer = make_optimizer(config.optim, config.train.steps)
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpus = [target.name for target in hardware.TARGETS.values() if isinstance(target, hardware.Gpu)]
     parser = argparse.ArgumentParser(prog="bench.aot.gpu.train_steps", description=__doc__.split("\n")[0])
     parser.add_argument("target", nargs="*", choices=[[], *gpus], default=[], help=f"of {', '.join(gpus)}")
-    parser.add_argument("--preset", nargs="+", default=PRESETS, help=f"presets, or {DEFAULT}: the settings without one ({', '.join(PRESETS)})")
+    parser.add_argument("--preset", nargs="+", default=PRESETS, help=f"of {', '.join(PRESETS)}; default: all")
     parser.add_argument("--implementation", nargs="+", default=["triton", "xla"], help="of attention (triton xla)")
     parser.add_argument("--dtype", help="instead of the preset's")
     arguments = parser.parse_args(argv)

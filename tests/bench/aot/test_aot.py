@@ -59,7 +59,7 @@ def test_target_hardware_figures():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--target", "h200"], "target is 'h200'; allowed: h100, b200, a100, v5e, v6e, tpu7x"),
+        (["--target", "h200"], "target is 'h200'; allowed: h100, b200, a100, rtx4090, rtx5090, v5e, v6e, tpu7x"),
         (["--op", "conv"], "op is 'conv'"),
         (["--spec", "none"], "spec is 'none'"),
         (["--implementation", "cutlass"], "implementation is 'cutlass'"),

@@ -1,4 +1,4 @@
-"""The Pallas attention at the sizes and dtypes of tensor cores, with every feature: outputs and all gradients.
+"""The Pallas and Triton attention at the sizes and dtypes of tensor cores, with every feature: outputs and all gradients.
 
 The tests also run the output alone: without gradients the forward kernel stores no residuals, and is another program.
 On a GPU, where `make gpu` starts with these tests, they run the compiled Hopper kernels, large cases before small ones;
@@ -19,8 +19,9 @@ from dantinox.kernels import workloads
 from tests.helpers import cases, tolerance
 
 ON_GPU = jax.default_backend() == "gpu"
-UNSUPPORTED = kernels.implementations("attention")["pallas"]
-pytestmark = pytest.mark.skipif(UNSUPPORTED is not None, reason=str(UNSUPPORTED))
+UNSUPPORTED = kernels.implementations("attention")
+needs_pallas = pytest.mark.skipif(UNSUPPORTED["pallas"] is not None, reason=str(UNSUPPORTED["pallas"]))
+needs_triton = pytest.mark.skipif(UNSUPPORTED["triton"] is not None, reason=str(UNSUPPORTED["triton"]))
 slow_off_gpu = () if ON_GPU else pytest.mark.slow
 
 
@@ -70,14 +71,30 @@ def name(value: Any) -> str:
     return value if isinstance(value, str) else value.label()
 
 
+@needs_pallas
 @pytest.mark.parametrize(
     ("case", "dtype", "wanted"),
     [pytest.param(*pair, wanted, marks=() if pair == PAIRS[0] else slow_off_gpu) for pair, wanted in CASES],
     ids=name,
 )
 def test_attention_matches_reference_at_tensor_core_sizes(case, dtype, wanted):
+    assert_matches_reference("pallas", case, dtype, wanted)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [*((case, "float32") for case in SMALL), *PAIRS, (row(70, 70, D=80, window=30), "bfloat16")],
+    ids=name,
+)
+def test_triton_attention_matches_reference_at_tensor_core_sizes(case, dtype):
+    with jax.default_matmul_precision("highest"):
+        assert_matches_reference("triton", case, dtype, "gradients")
+
+
+def assert_matches_reference(implementation: str, case: workloads.Attention, dtype: str, wanted: str) -> None:
     (inputs, aux, dout), plain, oracle = expected(case, dtype)
-    run = tolerance.program("attention", "pallas", cases.options(case), fast_compile=not ON_GPU)
+    run = tolerance.program("attention", implementation, cases.options(case), fast_compile=not ON_GPU)
     got = run(inputs, aux, dout if wanted == "gradients" else None)
     tolerance.assert_outputs_match(got, plain, oracle if wanted == "gradients" else {"o": oracle["o"]}, dtype)
     if case.causal and case.T > case.S:
@@ -85,6 +102,7 @@ def test_attention_matches_reference_at_tensor_core_sizes(case, dtype, wanted):
             assert not np.any(got[output][:, : case.T - case.S]), f"{output}: a query that sees no key"
 
 
+@needs_pallas
 @pytest.mark.parametrize("D", [pytest.param(D, id=f"D={D}", marks=slow_off_gpu) for D in (64, 128, 256)])
 def test_masked_keys_do_not_affect_output_at_tensor_core_sizes(D):
     case = row(65, 300, D=D, window=100, segments="unmatched", gate="head")
