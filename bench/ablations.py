@@ -44,8 +44,9 @@ class Arguments:
 
 
 def base_config(preset: str) -> Config:
-    """Load the preset, with the vocabulary size that its tokenizer would have."""
+    """Load the preset, with the dtype of this device and the vocabulary size that its tokenizer would have."""
     config = Config.from_preset(preset)
+    config = config.replace(dtype=config.model.resolved_dtype)
     return config.replace(vocab_size=config.data.bpe_vocab_size) if config.data.tokenizer == "bpe" else config
 
 
@@ -192,7 +193,7 @@ def run(arguments: Arguments) -> int:
             changes = {name: change for name, change in changes.items() if name == "base" or name in arguments.only}
         rows = measure(base, changes, arguments.rounds)
         device = jax.devices()[0].device_kind
-        title = f"{arguments.preset} on {device}, jax {jax.__version__}: a training step"
+        title = f"{arguments.preset} in {base.model.dtype} on {device}, jax {jax.__version__}: a training step"
         show(rows, title, Console(width=max(100, Console().width)))
         today = str(datetime.date.today())
         tried = ["auto", *(name for change in changes.values() for name in (change.get("attn"), change.get("moe")))]
@@ -201,6 +202,7 @@ def run(arguments: Arguments) -> int:
         folder = Path(out) / results.device_folder(jax.default_backend(), device)
         folder.mkdir(parents=True, exist_ok=True)
         document = {"date": today, "device": device, "versions": {"jax": jax.__version__}, "preset": arguments.preset}
+        document["dtype"] = base.model.dtype
         path = folder / f"{today}-ablations.json"
         path.write_text(json.dumps(document | {"rows": rows}, indent=1) + "\n", "utf-8")
         path.with_suffix(".svg").write_text(plot(rows, title), "utf-8")

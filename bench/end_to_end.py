@@ -45,6 +45,7 @@ BASE = {
     "max_context": 256,
     "seq_len": 256,
     "batch_size": 8,
+    "dtype": "float32",
 }
 MOE = {"n_experts": 8, "experts_per_token": 2}
 

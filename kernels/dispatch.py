@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib.util
 import logging
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ PREFERENCE = ("pallas", "triton", "xla", "reference")
 OPERATIONS = ("attention", "grouped_matmul", "moe_mlp", "decode_attention")
 SM90 = (9, 0)  # Hopper
 MIN_TRITON_CAPABILITY = (8, 0)
+MIN_BFLOAT16_CAPABILITY = (8, 0)  # Ampere, whose tensor cores multiply bfloat16
 
 
 class Device(NamedTuple):
@@ -70,6 +72,15 @@ def compute_capability() -> tuple[int, int] | None:
     if announced is None:
         return nvidia.capability_of_device(jax.devices()[0])
     return nvidia.capability_of_kind(announced.kind) if announced.platform == "gpu" else None
+
+
+def has_fast_bfloat16() -> bool:
+    """Return whether the matmul units of the current device take bfloat16; False for a device that is not known."""
+    platform, kind = current_device()
+    capability = compute_capability()
+    if capability is not None:
+        return capability >= MIN_BFLOAT16_CAPABILITY
+    return platform == "tpu" or (platform == "gpu" and re.search(r"\bInstinct MI[1-9]\d\d", kind) is not None)
 
 
 @contextlib.contextmanager

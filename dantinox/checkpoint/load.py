@@ -40,7 +40,7 @@ def read_config(run: str | Path) -> Config:
         raise ConfigError(f"config {path}: has no settings; the file is damaged")
     if unknown := [name for name in names if name not in Config().flat()]:
         raise ConfigError(f"config {path}: unknown setting {unknown[0]!r}; a newer version may have written it")
-    return Config.from_yaml(path)
+    return Config.from_yaml(path, Config().replace(dtype="float32"))  # the default of runs that do not name theirs
 
 
 def _run_names(folder: Path) -> Iterator[str]:

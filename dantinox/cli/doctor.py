@@ -18,6 +18,7 @@ logging.getLogger("jax").setLevel(logging.CRITICAL)
 import jax  # noqa: E402
 
 from dantinox import cli, kernels  # noqa: E402
+from dantinox.config import ModelConfig  # noqa: E402
 from dantinox.kernels.dispatch import OPERATIONS, PREFERENCE  # noqa: E402
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tokenizers", "safetensors", "numpy")
@@ -66,7 +67,7 @@ def machine() -> Iterator[Row]:
 
 
 def devices() -> Iterator[Row]:
-    """Yield JAX's backend and its devices, or the error."""
+    """Yield JAX's backend, the dtype that models have here by default, and the devices, or the error."""
     platforms = os.environ.get("JAX_PLATFORMS")
     try:
         available = jax.devices()
@@ -74,6 +75,7 @@ def devices() -> Iterator[Row]:
         yield "backend", f"none{f' (JAX_PLATFORMS={platforms})' if platforms else ''}: {str(error).partition('\n')[0]}"
         return
     yield "backend", jax.default_backend() + (f" (JAX_PLATFORMS={platforms})" if platforms else "")
+    yield "--dtype auto", ModelConfig().resolved_dtype
     for device in available:
         try:
             memory = (device.memory_stats() or {}).get("bytes_limit")

@@ -118,7 +118,9 @@ def find_run(argv: Sequence[str], base: Mapping[str, Any]) -> tuple[str, str]:
 
 def print_ignored(named: Mapping[str, Any], saved: Config, flags: str) -> None:
     """Print which settings of --preset or --config a resumed run does not take."""
-    old, follow = saved.flat(), ("vocab_size", "head_dim", "run", "runs_dir")
+    old, follow = saved.flat(), ["vocab_size", "head_dim", "run", "runs_dir"]
+    if named["dtype"] == "auto":
+        follow.append("dtype")
     if names := [name for name in old if named[name] != old[name] and name not in follow]:
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         text = "; ".join(f"{name} {old[name]!r}, not {named[name]!r}" for name in names[:4])

@@ -30,6 +30,8 @@ FLAG_ALIASES = ALIASES | {"lines": "prompt_per_line", "to": "out"}
 """Earlier name -> name, of flags: those of the settings and those of single programs."""
 VALUE_ALIASES = {("kv_cache_dtype", "model"): "auto"}
 """(name, earlier value) -> value."""
+ORIGINAL_DEFAULTS = {("dtype", "auto"): "float32"}
+"""(name, default) -> the default that it replaced."""
 
 
 def current_value(name: str, value: Any) -> Any:
@@ -62,7 +64,7 @@ def conflict_message(first: str, first_value: Any, second: str, second_value: An
 
 def original_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings under their earliest names and values, for hashes that must not change with a rename."""
-    values = {(name, new): old for (name, old), new in VALUE_ALIASES.items()}
+    values = {(name, new): old for (name, old), new in VALUE_ALIASES.items()} | ORIGINAL_DEFAULTS
     return {
         original_name(name): values.get((name, value), value) if isinstance(value, str) else value
         for name, value in settings.items()

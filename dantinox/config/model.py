@@ -5,6 +5,7 @@ from typing import Literal
 
 from dantinox import kernels
 from dantinox.config.validation import check, check_fields, check_fraction, check_positive
+from dantinox.kernels import dispatch
 
 KVDtype = Literal["auto", "int8", "fp8"]
 Implementation = Literal["auto", "reference", "xla", "pallas", "triton"] | str  # or the name of a kernel of your own
@@ -70,8 +71,8 @@ class ModelConfig:
     """Dropout rate on both residual branches, in training only."""
     norm_eps: float = 1e-6
     """Epsilon of every RMSNorm."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of all matmuls; parameters are float32."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of all matmuls; parameters are float32. auto: bfloat16 on devices with fast bfloat16, else float32."""
     remat: Literal["none", "block", "dots"] = "none"
     """Recomputation in the backward pass: none, whole blocks, or everything except matmuls (dots)."""
     attn: Implementation = "auto"
@@ -141,6 +142,17 @@ class ModelConfig:
     def resolved_head_dim(self) -> int:
         """Width D of one head: head_dim, or dim // n_heads."""
         return self.dim // self.n_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def resolved_dtype(self) -> str:
+        """Dtype of all matmuls: dtype, or what auto is on the current device."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "bfloat16" if dispatch.has_fast_bfloat16() else "float32"
+
+    def with_resolved_dtype(self) -> "ModelConfig":
+        """Return the settings with the dtype that auto is on the current device."""
+        return replace(self, dtype=self.resolved_dtype)
 
     def without_default_head_dim(self) -> "ModelConfig":
         """Return the settings with head_dim None if it equals dim // n_heads, so that it follows a new dim."""

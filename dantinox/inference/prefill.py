@@ -38,7 +38,7 @@ def round_up_to_bucket(size: int, smallest: int, largest: int | None = None) -> 
 
 def init_caches(config: ModelConfig, batch: int, slots: Sequence[int]) -> list[KVCache]:
     """Return empty caches with `slots` per layer, in the dtype of `config.kv_cache_dtype`."""
-    dtype = jnp.dtype({"auto": config.dtype, "int8": "int8", "fp8": "float8_e4m3fn"}[config.kv_cache_dtype])
+    dtype = jnp.dtype({"auto": config.resolved_dtype, "int8": "int8", "fp8": "float8_e4m3fn"}[config.kv_cache_dtype])
     return [KVCache.zeros(batch, config.n_kv_heads, C, config.resolved_head_dim, dtype) for C in slots]
 
 

@@ -20,7 +20,7 @@ def describe(config: Config) -> str:
     experts = f"{m.n_experts} experts, {m.experts_per_token} per token" if m.n_experts else dense
     heads = f"{m.n_heads} heads over {m.n_kv_heads} kv heads of {m.resolved_head_dim}"
     rows = {
-        "model": f"{m.n_layers} blocks, width {m.dim}, vocabulary {m.vocab_size:,}, {m.dtype}",
+        "model": f"{m.n_layers} blocks, width {m.dim}, vocabulary {m.vocab_size:,}, {m.resolved_dtype}",
         "attention": f"{heads}; {attention}; gate {m.attn_gate}",
         "mlp": f"{m.mlp}, hidden {m.hidden}, {experts}",
         "parameters": f"{flops.total_parameters(m):,} total, {flops.active_parameters(m):,} active per token",

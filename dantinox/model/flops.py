@@ -45,7 +45,7 @@ def kv_cache_bytes(config: ModelConfig, context: int, batch: int = 1) -> int:
 
 def _layer_kv_bytes(config: ModelConfig) -> int:
     """Bytes of the keys and values of one token in one layer; an 8-bit vector has a scale of 4 bytes."""
-    vector_bytes = config.resolved_head_dim * {"float32": 4, "bfloat16": 2}[config.dtype]
+    vector_bytes = config.resolved_head_dim * {"float32": 4, "bfloat16": 2}[config.resolved_dtype]
     if config.kv_cache_dtype != "auto":
         vector_bytes = config.resolved_head_dim + 4
     return 2 * config.n_kv_heads * vector_bytes

@@ -71,13 +71,13 @@ class Transformer(nnx.Module):
     """A decoder-only language model.
 
     Args:
-        config: the settings of the network.
+        config: the settings of the network; dtype auto becomes that of the current device.
         rngs: `nnx.Rngs(seed)`; initial weights are drawn from its "params" stream.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         key = _KeyStream(rngs)
-        self.config = config
+        self.config = config = config.with_resolved_dtype()
         self.token_embedding = parameter(key(), "VM", (config.vocab_size, config.dim), 0.02)
         learned = config.pos_encoding == "learned"
         self.pos_embedding = parameter(key(), "TM", (config.max_context, config.dim), 0.02) if learned else None

@@ -40,7 +40,10 @@ def resume_run(config: Config, saved: Config, run: Path, make_trainer: Callable[
         FileNotFoundError: the run got past its first checkpoint but has none.
         ValueError: all checkpoints are corrupt, or the text is not the one that the run was trained on.
     """
+    if config.model.dtype == "auto":  # the dtype of the run, not of this device
+        config = config.replace(dtype=saved.model.dtype)
     changed = diff_settings(config, saved)
+    print_other_dtype(config)
     if absent := saved.flat().keys() - read_settings(run / "config.yaml").keys():
         print(f"config {run / 'config.yaml'} does not set {', '.join(sorted(absent))}; resuming with the defaults")
     checkpoints = Checkpoints(run, config.train.max_checkpoints)
@@ -57,6 +60,13 @@ def resume_run(config: Config, saved: Config, run: Path, make_trainer: Callable[
     if changed:
         print(f"resumed with {changed}: later steps differ from those of an uninterrupted run")
     return Start(trainer, state, step, LoopState(**metadata["loop"]))
+
+
+def print_other_dtype(config: Config) -> None:
+    """Print the dtype of a run if it is not the one that auto is on this device."""
+    dtype, here = config.model.resolved_dtype, config.replace(dtype="auto").model.resolved_dtype
+    if dtype != here:
+        print(f"resuming in {dtype}, the dtype of the run; --dtype auto of a new run is {here} here")
 
 
 def check_restart_from_scratch(run: Path, config: Config) -> None:

@@ -37,7 +37,7 @@ class Trainer:
             val_fraction=c.data.val_fraction,
             seq_len=c.train.seq_len,
         )
-        self.config = c = c.replace(vocab_size=self.corpus.tokenizer.vocab_size)
+        self.config = c = c.replace(vocab_size=self.corpus.tokenizer.vocab_size, dtype=c.model.resolved_dtype)
         self.model_def, shapes = abstract_params(c.model)
         self.optimizer = make_optimizer(c.optim, c.train.steps)
         self.learning_rate = make_schedule(c.optim, c.train.steps)

@@ -142,7 +142,9 @@ def training_programs(mesh: Any) -> dict[str, Callable[[], Any]]:
 
     return {
         "training step": lambda: lower(dtype="bfloat16"),
-        "training step, experts": lambda: lower(n_experts=4, moe="pallas", grad_accum=2, remat="block"),
+        "training step, experts": lambda: lower(
+            dtype="float32", n_experts=4, moe="pallas", grad_accum=2, remat="block"
+        ),
     }
 
 

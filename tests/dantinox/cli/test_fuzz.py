@@ -44,7 +44,7 @@ VALUES = {
     "tie-embeddings": "True False",
     "dropout": "0 0.1 0.5 0.99 1 -0.1",
     "norm-eps": "1e-6 1e-3 1 1e-30 0",
-    "dtype": "float32 bfloat16 float16",
+    "dtype": "auto float32 bfloat16 float16",
     "remat": "none block dots all",
     "attn": "auto xla reference triton flash",
     "moe": "auto xla reference triton",

@@ -26,7 +26,7 @@ from dantinox.training.resume import RESUME_EFFECTS, diff_settings
 BASE = Config().replace(
     n_layers=1, dim=16, n_heads=2, n_kv_heads=1, window=8, max_context=32, mlp_ratio=1.0, dropout=0.2, seq_len=16,
     batch_size=4, ema_decay=0.9, steps=4, lr=0.01, warmup_ratio=0.0, schedule="constant", log_every=1, eval_every=4,
-    eval_batches=2, save_every=4, sample_tokens=0, data="text.txt",
+    eval_batches=2, save_every=4, sample_tokens=0, data="text.txt", dtype="float32",
 )  # fmt: skip
 # Another value of each setting, by what it does to a resumed run.
 NONE = {
