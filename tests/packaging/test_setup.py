@@ -243,6 +243,12 @@ def test_nvidia_gpu_selects_cuda_extra(box, driver, env, package):
     assert box.setup(**env) == ""
 
 
+@pytest.mark.parametrize("extra", ["cuda", "cuda12", "triton"])
+def test_extras_of_gpus_bring_triton(extra):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {"jax-triton", "triton"} <= {canonical(each) for each in extras[extra]}
+
+
 def test_unknown_accelerator_is_rejected(box):
     assert "ACCEL=npu is not known; use cpu, cuda or tpu" in box.setup(ACCEL="npu", code=1)
 
