@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: Arguments) -> int:
     """Measure and print a table."""
     malloc.tune_glibc_malloc()
-    with cli.one_line_errors(PROG):
+    with cli.one_line_errors(PROG, implementation_flags=cli.IMPLEMENTATION_FLAGS):
         rows = measure(arguments)
     table = Table(title=f"model on {jax.devices()[0].device_kind}, jax {jax.__version__}")
     table.add_column("row")

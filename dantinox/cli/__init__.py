@@ -1,9 +1,18 @@
 """Command-line programs, one per file, and their shared helpers (`dantinox.cli.args`)."""
 
-from dantinox.cli.args import USER_ERRORS, exit_with_error, one_line_errors, parse, peek_flag, positional_run
+from dantinox.cli.args import (
+    IMPLEMENTATION_FLAGS,
+    USER_ERRORS,
+    exit_with_error,
+    one_line_errors,
+    parse,
+    peek_flag,
+    positional_run,
+)
 from dantinox.system.streams import run_main
 
 __all__ = [
+    "IMPLEMENTATION_FLAGS",
     "USER_ERRORS",
     "exit_with_error",
     "one_line_errors",

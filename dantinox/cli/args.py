@@ -6,7 +6,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from dantinox.cli.argv import normalize
@@ -22,6 +22,10 @@ USER_ERRORS = (
     PermissionError,
     NotImplementedError,
 )
+
+
+IMPLEMENTATION_FLAGS = {"attention": "--attn", "moe_mlp": "--moe", "decode_attention": "--decode"}
+"""Operation -> the flag that chooses its implementation."""
 
 
 def positional_run(argv: Sequence[str] | None, *flags: str) -> list[str]:
@@ -86,10 +90,15 @@ def exit_with_error(prog: str, message: object, code: int = 2) -> NoReturn:
 
 
 @contextlib.contextmanager
-def one_line_errors(prog: str, verbose: bool = False) -> Iterator[None]:
+def one_line_errors(
+    prog: str, verbose: bool = False, implementation_flags: Mapping[str, str] | None = None
+) -> Iterator[None]:
     """Turn user errors into one line and exit code 2, other errors of the system into one line and exit code 1.
 
-    With `verbose` the traceback is shown instead.
+    Args:
+        prog: name of the program.
+        verbose: show the traceback instead.
+        implementation_flags: those of `IMPLEMENTATION_FLAGS` that the program has.
     """
     try:
         yield
@@ -99,6 +108,8 @@ def one_line_errors(prog: str, verbose: bool = False) -> Iterator[None]:
         text = str(error)
         if isinstance(error, OSError) and error.strerror is not None:
             text = (f"{str(error.filename)[:200]}: " if error.filename is not None else "") + error.strerror
+        if isinstance(error, NotImplementedError):
+            text = _with_flags(text, implementation_flags or {})
         is_user_error = isinstance(error, USER_ERRORS) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS)
         exit_with_error(prog, text, code=2 if is_user_error else 1)
 
@@ -111,6 +122,12 @@ def peek_flag(argv: Sequence[str], *flags: str) -> str | None:
         if name in flags:
             flag_value = value if equals else (argv[i + 1] if i + 1 < len(argv) else None)
     return flag_value
+
+
+def _with_flags(refusal: str, flags: Mapping[str, str]) -> str:
+    """Write the refusal of an implementation with a flag: `--attn xla` instead of `implementation='xla'`."""
+    flag = flags.get(refusal.partition(":")[0])
+    return refusal if flag is None else re.sub(r"implementation='([^']*)'", rf"{flag} \1", refusal)
 
 
 @contextlib.contextmanager

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog=PROG,
         description=__doc__.splitlines()[0].split(":")[0] + ".",
     )
-    with cli.one_line_errors(PROG, arguments.verbose):
+    with cli.one_line_errors(PROG, arguments.verbose, cli.IMPLEMENTATION_FLAGS):
         report(arguments)
     return 0
 

@@ -65,6 +65,10 @@ class Arguments:
     """Print the text while it is generated; several texts are printed in order."""
     prefill_chunk: int = generate.PREFILL_CHUNK
     """Tokens per prompt and prefill step; fewer take less memory."""
+    attn: Implementation | None = None
+    """Implementation of attention, in prompts; None: that of the run."""
+    moe: Implementation | None = None
+    """Implementation of the mixture of experts; None: that of the run."""
     decode: Implementation | None = None
     """Implementation of cached decoding; None: that of the run."""
     kv_cache_dtype: KVDtype | None = None
@@ -90,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.verbose:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
         logging.getLogger("jax").setLevel(logging.WARNING)
-    with cli.one_line_errors(PROG, arguments.verbose):
+    with cli.one_line_errors(PROG, arguments.verbose, cli.IMPLEMENTATION_FLAGS):
         generate_text(arguments)
     return 0
 
@@ -111,7 +115,7 @@ def generate_text(arguments: Arguments) -> None:
     if "" in stop:
         raise ValueError("stop is ''; allowed: text that is not empty")
     prompts = read_prompts(arguments)
-    names = ("checkpoint", "decode", "kv_cache_dtype")
+    names = ("checkpoint", "attn", "moe", "decode", "kv_cache_dtype")
     overrides = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     model, tokenizer = load(find_run(arguments.run), **overrides)
     ids = [tokenizer.encode(prompt) if prompt else [tokenizer.eos_id] for prompt in prompts]

@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in ("kernels", "dantinox"):
             logging.getLogger(name).setLevel(logging.INFO)
     try:
-        with sigterm_as_exception(), cli.one_line_errors(PROG, arguments.verbose):
+        with sigterm_as_exception(), cli.one_line_errors(PROG, arguments.verbose, cli.IMPLEMENTATION_FLAGS):
             if arguments.dry_run:
                 dry_run(arguments.settings)
             else:

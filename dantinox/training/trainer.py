@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dantinox import kernels
 from dantinox.checkpoint.train_state import TrainState
 from dantinox.config import Config
 from dantinox.data.corpus import Corpus, eval_batches, get_batch, load_corpus
 from dantinox.distributed import mesh
+from dantinox.inference import prefill
 from dantinox.inference.generate import generate
 from dantinox.model.params import Params, abstract_params, split_params
 from dantinox.model.transformer import Transformer
@@ -57,9 +57,16 @@ class Trainer:
     def check_implementations(self) -> None:
         """Raise if a named implementation does not support this model, before any file is written."""
         jax.eval_shape(self.eval_step, self.shapes.params, *self.eval_set[0])
-        reason = kernels.unsupported_reason("decode_attention", self.config.model.decode)
-        if reason is not None:
-            raise NotImplementedError(f"decode_attention: implementation={self.config.model.decode!r}: {reason}")
+        config = self.config.model
+        if config.decode == "auto":
+            return
+        slots = prefill.layer_cache_slots(config, config.max_context)
+        jax.eval_shape(
+            lambda params: prefill.decode_step(
+                self.model_def.merge(params), jnp.zeros(1, jnp.int32), prefill.init_caches(config, 1, slots)
+            ),
+            self.shapes.params,
+        )
 
     def init_state(self) -> TrainState:
         """Return the initial parameters and optimizer state, sharded over the mesh."""

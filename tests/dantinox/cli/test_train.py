@@ -275,8 +275,9 @@ WRONG = {
     "--seq-len 9999": r"seq_len is 9999 but max_context is",
     "--grad-accum 3": r"batch_size must be a multiple of grad_accum",
     "--profile-steps 5": r"profile_steps is '5'; allowed: FIRST:LAST",
-    "--attn triton --steps 1": r"attention: implementation='triton' cannot run here: ",
-    "--moe triton --n-experts 4 --steps 1": r"moe_mlp: implementation='triton' cannot run here: ",
+    "--attn triton --steps 1": r"attention: --attn triton cannot run here: .*; --attn \w+ runs here",
+    "--moe triton --n-experts 4 --steps 1": r"moe_mlp: --moe triton cannot run here: .*; --moe \w+ runs here",
+    "--decode triton --steps 1": r"decode_attention: --decode triton cannot run here: .*; --decode \w+ runs here",
     "--attn cuda": r"attn is 'cuda'; allowed: auto, reference",
 }
 
