@@ -121,6 +121,12 @@ def test_settings_table_is_current():
     assert held.strip() == done.stdout.strip()
 
 
+def test_table_of_attention_by_card_is_current():
+    done = subprocess.run([sys.executable, "scripts/attention_table.py"], cwd=ROOT, capture_output=True, text=True)
+    held = re.search(r"<!-- attention: .*?-->\n(.*?)<!-- end of attention -->", PAGES["README.md"], re.S).group(1)
+    assert done.stdout and held == done.stdout, done.stderr
+
+
 def test_every_promised_message_is_compared_with_the_real_one():
     tests = [path.read_text() for path in (ROOT / "tests" / "dantinox").rglob("test_*.py")]
     compared = {name for text in tests for name in re.findall(r'message_pattern\("(.*?)"\)', text)}
