@@ -1,4 +1,4 @@
-"""The Pallas and Triton attention at the sizes and dtypes of tensor cores, with every feature: outputs and all gradients.
+"""The Pallas and Triton attention at sizes and dtypes of tensor cores, with every feature: outputs and all gradients.
 
 The tests also run the output alone: without gradients the forward kernel stores no residuals, and is another program.
 On a GPU, where `make gpu` starts with these tests, they run the compiled Hopper kernels, large cases before small ones;
