@@ -1,6 +1,6 @@
 """Compile the Triton attention for the GPUs of each generation, with each feature, and check what the compiler made.
 
-    python -m bench.aot.gpu.triton_cases [TARGET...] [--short] [--write]
+    python -m bench.aot.gpu.triton_cases [TARGET...] [--short] [--jobs N] [--write]
 
 A row fails if it does not compile, if a block needs more shared memory than the card has (jax-triton finds out at the
 launch), if a product does not run on the tensor cores, or if bfloat16 spills registers at a head dim of up to 128.
@@ -8,12 +8,14 @@ XLA takes no part, so a row takes seconds. --write keeps the table in profiles/a
 """
 
 import argparse
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +36,9 @@ TENSOR_CORES = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}
 FILE = Path("profiles/aot/triton_attention.md")
 MAX_HEAD_DIM_WITHOUT_SPILLS = 128
+
+
+Row = tuple[str, int, str]  # dtype, head dim, features
 
 
 class Kernel(NamedTuple):
@@ -115,7 +120,7 @@ def problems(target: hardware.Gpu, dtype: str, D: int, kernel: Kernel) -> list[s
     return found
 
 
-def rows(short: bool) -> Iterator[tuple[str, int, str]]:
+def rows(short: bool) -> Iterator[Row]:
     """Yield (dtype, head dim, features)."""
     if short:
         yield from SHORT
@@ -124,6 +129,23 @@ def rows(short: bool) -> Iterator[tuple[str, int, str]]:
         for dtype in DTYPES:
             for features in FEATURES:
                 yield dtype, D, features
+
+
+def compile_rows(name: str, short: bool) -> list[tuple[Row, list[Kernel], list[str]]]:
+    """Compile the rows of a card; return each with its kernels and its problems."""
+    target = hardware.get(name)
+    assert isinstance(target, hardware.Gpu)
+    found = []
+    for row in rows(short):
+        dtype, D, features = row
+        try:
+            made = compile_attention(target, dtype, D, FEATURES[features])
+            wrong = [f"{k.name}: {text}" for k in made for text in problems(target, dtype, D, k)]
+        except Exception as error:  # a compiler may raise anything, and the next row must still be compiled
+            made, wrong = [], [f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"]
+        print(f"{name}, {dtype}, D {D}, {features}: {'; '.join(wrong) or 'right'}", file=sys.stderr, flush=True)
+        found.append((row, made, wrong))
+    return found
 
 
 def table(results: dict[tuple[str, str, int], list[Kernel]]) -> str:
@@ -157,24 +179,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.aot.gpu.triton_cases", description=__doc__.split("\n")[0])
     parser.add_argument("target", nargs="*", choices=[[], *gpus], default=[], help=f"of {', '.join(gpus)}")
     parser.add_argument("--short", action="store_true", help="two rows per card")
+    parser.add_argument("--jobs", type=int, default=2, help="cards that are compiled for at once (2)")
     parser.add_argument("--write", action="store_true", help=f"write {FILE}")
     arguments = parser.parse_args(argv)
     results: dict[tuple[str, str, int], list[Kernel]] = {}
     failed = count = 0
-    for name in arguments.target or gpus:
-        target = hardware.get(name)
-        assert isinstance(target, hardware.Gpu)
-        for dtype, D, features in rows(arguments.short):
-            row = f"{name}, {dtype}, D {D}, {features}"
-            try:
-                made = compile_attention(target, dtype, D, FEATURES[features])
-                wrong = [f"{k.name}: {text}" for k in made for text in problems(target, dtype, D, k)]
-            except Exception as error:  # a compiler may raise anything, and the next row must still be compiled
-                made, wrong = [], [f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"]
-            results.setdefault((name, dtype, D), []).extend(made)
-            count += len(made)
-            failed += len(wrong)
-            print(f"{row}: {'; '.join(wrong) or 'right'}", file=sys.stdout if wrong else sys.stderr, flush=True)
+    with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as processes:
+        pending = [processes.submit(compile_rows, name, arguments.short) for name in arguments.target or gpus]
+        for name, future in zip(arguments.target or gpus, pending):
+            for (dtype, D, features), made, wrong in future.result():
+                results.setdefault((name, dtype, D), []).extend(made)
+                count += len(made)
+                failed += len(wrong)
+                if wrong:
+                    print(f"{name}, {dtype}, D {D}, {features}: {'; '.join(wrong)}", flush=True)
     print(f"Triton attention: {count} kernels compiled, {failed} problems")
     if arguments.write and not failed:
         FILE.write_text(table(results), "utf-8")

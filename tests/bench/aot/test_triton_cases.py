@@ -25,22 +25,47 @@ def test_problems_of_a_kernel(change, dtype, D, expected):
     assert triton_cases.problems(target, dtype, D, RIGHT._replace(**change)) == expected
 
 
-def test_rows_have_every_feature_dtype_and_head_dim_and_fail_the_program(monkeypatch, capsys):
-    made = {name: RIGHT._replace(name=name, tensor_core_instructions=4) for name in triton_cases.PRODUCTS}
-    monkeypatch.setattr(triton_cases, "compile_attention", lambda *_: list(made.values()))
-    assert triton_cases.main(["a100", "rtx5090"]) == 0
-    number = 2 * len(triton_cases.HEAD_DIMS) * len(triton_cases.DTYPES) * len(triton_cases.FEATURES) * len(made)
-    assert f"{number} kernels compiled, 0 problems" in capsys.readouterr().out
-    made["dq"] = made["dq"]._replace(spill_bytes=4)
-    assert triton_cases.main(["a100", "--short"]) == 1
-    assert "a100, bfloat16, D 64, all, soft cap: dq: 4 bytes spilled" in capsys.readouterr().out
+def test_rows_have_every_feature_dtype_and_head_dim(monkeypatch):
+    made = [RIGHT._replace(name=name, tensor_core_instructions=4) for name in triton_cases.PRODUCTS]
+    monkeypatch.setattr(triton_cases, "compile_attention", lambda *_: made)
+    found = triton_cases.compile_rows("a100", short=False)
+    number = len(triton_cases.HEAD_DIMS) * len(triton_cases.DTYPES) * len(triton_cases.FEATURES)
+    assert len({row for row, _, _ in found}) == number and not any(wrong for _, _, wrong in found)
 
-    def refuse(*_):
-        raise ValueError("ptxas: too old")
 
-    monkeypatch.setattr(triton_cases, "compile_attention", refuse)
-    assert triton_cases.main(["a100", "--short"]) == 1
-    assert "ValueError: ptxas: too old" in capsys.readouterr().out
+def test_problem_or_error_of_a_row_does_not_stop_the_next(monkeypatch):
+    answers = iter([[RIGHT._replace(spill_bytes=4)], ValueError("ptxas: too\n  old")])
+
+    def answer(*_):
+        made = next(answers)
+        if isinstance(made, Exception):
+            raise made
+        return made
+
+    monkeypatch.setattr(triton_cases, "compile_attention", answer)
+    wrong = [wrong for _, _, wrong in triton_cases.compile_rows("a100", short=True)]
+    assert wrong == [["dq: 4 bytes spilled"], ["ValueError: ptxas: too old"]]
+
+
+def test_a_problem_fails_the_program(monkeypatch, capsys):
+    class Now:
+        def __init__(self, *_): ...
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_): ...
+        def submit(self, f, *args):
+            return type("Done", (), {"result": lambda _: f(*args)})()
+
+    monkeypatch.setattr(triton_cases, "ProcessPoolExecutor", Now)
+    row = "bfloat16", 64, "causal"
+    monkeypatch.setattr(
+        triton_cases, "compile_rows", lambda name, short: [(row, [RIGHT], ["too big"] * (name == "b200"))]
+    )
+    assert triton_cases.main(["a100", "h100"]) == 0
+    assert "2 kernels compiled, 0 problems" in capsys.readouterr().out
+    assert triton_cases.main(["a100", "b200"]) == 1
+    assert "b200, bfloat16, D 64, causal: too big" in capsys.readouterr().out
 
 
 def test_table_shows_the_worst_kernel_of_a_dtype_and_head_dim():
