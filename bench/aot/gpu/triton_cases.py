@@ -148,8 +148,13 @@ def compile_rows(name: str, short: bool) -> list[tuple[Row, list[Kernel], list[s
     return found
 
 
-def table(results: dict[tuple[str, str, int], list[Kernel]]) -> str:
-    """Return the table of profiles/aot: the most that a kernel needs over the features, by card, dtype and head dim."""
+def table(results: dict[tuple[str, str, int], list[Kernel]], old: str = "") -> str:
+    """Return the table of profiles/aot: the most that a kernel needs over the features, by card, dtype and head dim.
+
+    Args:
+        results: kernels by card, dtype and head dim.
+        old: the table before, whose rows of other cards stay.
+    """
     lines = [
         "# The Triton attention, compiled for GPUs that were not there",
         "",
@@ -160,17 +165,28 @@ def table(results: dict[tuple[str, str, int], list[Kernel]]) -> str:
         "| card | dtype | D | registers: fwd, dq, dkv | spilled bytes | shared memory, KiB |",
         "|---|---|--:|---|---|---|",
     ]
+    new_cards = {card for card, _, _ in results}
+    for card in (target.name for target in hardware.TARGETS.values()):
+        if card not in new_cards:
+            lines += [line for line in old.splitlines() if line.startswith(f"| {card} |")]
+            continue
+        lines += _rows_of_card(card, results)
+    return "\n".join(lines) + "\n"
+
+
+def _rows_of_card(card: str, results: dict[tuple[str, str, int], list[Kernel]]) -> Iterator[str]:
     for (target, dtype, D), made in results.items():
+        if target != card:
+            continue
         largest = [
             max((kernel for kernel in made if kernel.name == name), key=lambda k: (k.spill_bytes, k.registers))
             for name in PRODUCTS
         ]
         smem = [max(k.smem_bytes for k in made if k.name == name) / 1024 for name in PRODUCTS]
-        lines.append(
+        yield (
             f"| {target} | {dtype} | {D} | {', '.join(str(k.registers) for k in largest)} "
             f"| {', '.join(str(k.spill_bytes) for k in largest)} | {', '.join(f'{x:.0f}' for x in smem)} |"
         )
-    return "\n".join(lines) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -195,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     print(f"{name}, {dtype}, D {D}, {features}: {'; '.join(wrong)}", flush=True)
     print(f"Triton attention: {count} kernels compiled, {failed} problems")
     if arguments.write and not failed:
-        FILE.write_text(table(results), "utf-8")
+        FILE.write_text(table(results, FILE.read_text("utf-8") if FILE.exists() else ""), "utf-8")
     return 1 if failed else 0
 
 

@@ -68,8 +68,9 @@ def test_a_problem_fails_the_program(monkeypatch, capsys):
     assert "b200, bfloat16, D 64, causal: too big" in capsys.readouterr().out
 
 
-def test_table_shows_the_worst_kernel_of_a_dtype_and_head_dim():
-    results = {
-        ("a100", "float32", 64): [RIGHT._replace(name=n, spill_bytes=s) for n in triton_cases.PRODUCTS for s in (0, 9)]
-    }
-    assert "| a100 | float32 | 64 | 255, 255, 255 | 9, 9, 9 | 99, 99, 99 |" in triton_cases.table(results)
+def test_table_shows_the_worst_kernel_and_keeps_the_rows_of_other_cards():
+    made = [RIGHT._replace(name=name, spill_bytes=spilled) for name in triton_cases.PRODUCTS for spilled in (0, 9)]
+    old = "| h100 | old |\n| a100 | old |\n| rtx5090 | old |\n"
+    text = triton_cases.table({("a100", "float32", 64): made}, old)
+    row = "| a100 | float32 | 64 | 255, 255, 255 | 9, 9, 9 | 99, 99, 99 |"
+    assert text.splitlines()[-3:] == ["| h100 | old |", row, "| rtx5090 | old |"]

@@ -62,7 +62,7 @@ DKV: Table = {
 }
 # On 10.x, other blocks keep the kernels of bfloat16 from spilling up to D 128.
 FWD_SM100: Table = {(2, 32): TritonBlockSizes(128, 64, 8, 3), (2, 64): TritonBlockSizes(128, 64, 8, 3)}
-DKV_SM100: Table = {(2, 128): TritonBlockSizes(64, 64, 8, 1)}
+DKV_SM100: Table = {(2, 32): TritonBlockSizes(64, 64, 8, 2), (2, 128): TritonBlockSizes(64, 64, 8, 1)}
 
 
 def head_block(D: int) -> int:
