@@ -176,7 +176,7 @@ def _gpu_disagreement(implementation: str, dtype: str, D: int) -> str | None:
 @functools.cache
 def _gpu_probe(dtype: str, D: int) -> first_use.Probe:
     """Return the probe of one dtype and head dim, which determine the blocks of a GPU's kernels."""
-    return functools.partial(probe.run, attention, dtypes=(dtype,), D=D)
+    return functools.partial(probe.run, attention, dtypes=(dtype,), D=D, tf32=True)
 
 
 _PROBE = functools.partial(probe.run, attention)

@@ -20,7 +20,7 @@ from dantinox.kernels.ops.attention.triton.block_sizes import head_block
 
 Array = jax.Array
 LOG2_E = math.log2(math.e)
-THREE_PASSES = ("high", "highest", "float32", "bfloat16_3x", "BF16_BF16_F32_X3", "tensorfloat32_3x", "TF32_TF32_F32_X3")
+ONE_PASS = (None, "default", "fastest", "bfloat16", "tensorfloat32", "BF16_BF16_F32", "TF32_TF32_F32")
 NO_GATE, HEAD_GATE, ELEMENTWISE_GATE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 NO_CAP, SIMPLE_CAP, EXTREME_CAP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 LOWEST = tl.constexpr(M_INIT)
@@ -56,7 +56,7 @@ class TritonAttentionConfig(NamedTuple):
 
 def float32_precision() -> str:
     """Return how float32 operands are multiplied: like XLA, with TF32 unless a higher precision is asked for."""
-    return "tf32x3" if jax.config.jax_default_matmul_precision in THREE_PASSES else "tf32"
+    return "tf32" if jax.config.jax_default_matmul_precision in ONE_PASS else "tf32x3"
 
 
 def score_constants(scale: float, softcap: float | None) -> dict[str, Any]:
