@@ -131,12 +131,12 @@ def rows(short: bool) -> Iterator[Row]:
                 yield dtype, D, features
 
 
-def compile_rows(name: str, short: bool) -> list[tuple[Row, list[Kernel], list[str]]]:
+def compile_rows(name: str, chosen: Sequence[Row]) -> list[tuple[Row, list[Kernel], list[str]]]:
     """Compile the rows of a card; return each with its kernels and its problems."""
     target = hardware.get(name)
     assert isinstance(target, hardware.Gpu)
     found = []
-    for row in rows(short):
+    for row in chosen:
         dtype, D, features = row
         try:
             made = compile_attention(target, dtype, D, FEATURES[features])
@@ -195,13 +195,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.aot.gpu.triton_cases", description=__doc__.split("\n")[0])
     parser.add_argument("target", nargs="*", choices=[[], *gpus], default=[], help=f"of {', '.join(gpus)}")
     parser.add_argument("--short", action="store_true", help="two rows per card")
+    parser.add_argument("--head-dim", nargs="+", type=int, default=HEAD_DIMS, help=f"of {HEAD_DIMS}; default: all")
+    parser.add_argument("--features", nargs="+", choices=FEATURES, default=list(FEATURES), help="default: all")
     parser.add_argument("--jobs", type=int, default=2, help="cards that are compiled for at once (2)")
     parser.add_argument("--write", action="store_true", help=f"write {FILE}")
     arguments = parser.parse_args(argv)
+    chosen = [row for row in rows(arguments.short) if row[1] in arguments.head_dim and row[2] in arguments.features]
     results: dict[tuple[str, str, int], list[Kernel]] = {}
     failed = count = 0
     with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as processes:
-        pending = [processes.submit(compile_rows, name, arguments.short) for name in arguments.target or gpus]
+        pending = [processes.submit(compile_rows, name, chosen) for name in arguments.target or gpus]
         for name, future in zip(arguments.target or gpus, pending):
             for (dtype, D, features), made, wrong in future.result():
                 results.setdefault((name, dtype, D), []).extend(made)

@@ -28,7 +28,7 @@ def test_problems_of_a_kernel(change, dtype, D, expected):
 def test_rows_have_every_feature_dtype_and_head_dim(monkeypatch):
     made = [RIGHT._replace(name=name, tensor_core_instructions=4) for name in triton_cases.PRODUCTS]
     monkeypatch.setattr(triton_cases, "compile_attention", lambda *_: made)
-    found = triton_cases.compile_rows("a100", short=False)
+    found = triton_cases.compile_rows("a100", list(triton_cases.rows(short=False)))
     number = len(triton_cases.HEAD_DIMS) * len(triton_cases.DTYPES) * len(triton_cases.FEATURES)
     assert len({row for row, _, _ in found}) == number and not any(wrong for _, _, wrong in found)
 
@@ -43,7 +43,7 @@ def test_problem_or_error_of_a_row_does_not_stop_the_next(monkeypatch):
         return made
 
     monkeypatch.setattr(triton_cases, "compile_attention", answer)
-    wrong = [wrong for _, _, wrong in triton_cases.compile_rows("a100", short=True)]
+    wrong = [wrong for _, _, wrong in triton_cases.compile_rows("a100", triton_cases.SHORT)]
     assert wrong == [["dq: 4 bytes spilled"], ["ValueError: ptxas: too old"]]
 
 
@@ -60,7 +60,7 @@ def test_a_problem_fails_the_program(monkeypatch, capsys):
     monkeypatch.setattr(triton_cases, "ProcessPoolExecutor", Now)
     row = "bfloat16", 64, "causal"
     monkeypatch.setattr(
-        triton_cases, "compile_rows", lambda name, short: [(row, [RIGHT], ["too big"] * (name == "b200"))]
+        triton_cases, "compile_rows", lambda name, rows: [(row, [RIGHT], ["too big"] * (name == "b200"))]
     )
     assert triton_cases.main(["a100", "h100"]) == 0
     assert "2 kernels compiled, 0 problems" in capsys.readouterr().out
