@@ -159,8 +159,8 @@ def table(results: dict[tuple[str, str, int], list[Kernel]], old: str = "") -> s
         "# The Triton attention, compiled for GPUs that were not there",
         "",
         "Written by `python -m bench.aot.gpu.triton_cases --write`: the largest figures over the features that were "
-        "compiled, at 1024 tokens, 4 heads on 2. Every product runs on the tensor cores, and every kernel fits the card's "
-        "shared memory.",
+        "compiled, at 1024 tokens, 4 heads on 2. Every product runs on the tensor cores, and every kernel fits the "
+        "card's shared memory.",
         "",
         "| card | dtype | D | registers: fwd, dq, dkv | spilled bytes | shared memory, KiB |",
         "|---|---|--:|---|---|---|",
