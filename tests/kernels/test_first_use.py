@@ -106,6 +106,16 @@ def test_agreement_is_remembered_for_the_same_device_sources_and_versions(monkey
     assert [reason(), reason()] == [(None, 2), (None, 2)]
 
 
+def test_hash_depends_on_every_source(monkeypatch, tmp_path):
+    def source_hash(text):
+        (tmp_path / "ops" / "kernel.py").write_text(text)
+        return first_use._source_hash.__wrapped__()
+
+    (tmp_path / "ops").mkdir()
+    monkeypatch.setattr(first_use, "__file__", str(tmp_path / "first_use.py"))
+    assert source_hash("a = 1") == source_hash("a = 1") != source_hash("a = 2")
+
+
 @pytest.mark.parametrize("api", APIS, ids=lambda api: api.OPERATION.name)
 def test_right_kernels_pass_and_wrong_ones_do_not(api, monkeypatch):
     """The kernels of CPUs stand for those of the device."""

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 
 from dantinox import kernels
 from dantinox.kernels.dispatch import target_device
+from dantinox.kernels.triton_call import call_triton
 
 ROOT = Path(__file__).parents[3]
 OTHER = ROOT / ".venv-aot" / "bin" / "python"
@@ -31,9 +33,10 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "checks",
     [
-        ("tf32", "vmap", "second_derivative"),
+        pytest.param(("features",), id="features"),
+        pytest.param(("tf32", "vmap", "float16_range", "second_derivative"), id="precision, transformations"),
         pytest.param(("sizes", "determinism"), marks=slow),
-        pytest.param(("shard_map", "remat_and_scan", "float16_range"), marks=slow),
+        pytest.param(("shard_map", "remat_and_scan"), marks=slow),
     ],
 )
 def test_checks_hold(checks):
@@ -59,6 +62,14 @@ def test_judge_finds_nothing_wrong(cases):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     number = len(cases) or 66
     assert f"nothing wrong found: Triton {number} ok" in done.stdout, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize(("capability", "ptx_version"), [((9, 0), 87), ((10, 3), 88), ((12, 0), 87), ((12, 1), 88)])
+def test_kernel_is_compiled_for_the_capability_in_ptx_that_has_it(monkeypatch, capability, ptx_version):
+    monkeypatch.setitem(sys.modules, "jax_triton", SimpleNamespace(triton_call=lambda *arrays, **options: options))
+    options = call_triton(None, out_type=None, grid=(1,), capability=capability, num_warps=8, name="kernel")
+    assert options["compute_capability"] == 10 * capability[0] + capability[1]
+    assert (options["backend_options"]["num_warps"], options["backend_options"]["ptx_version"]) == (8, ptx_version)
 
 
 def test_unsupported_inputs_raise_with_the_reason(monkeypatch):
