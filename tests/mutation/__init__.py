@@ -1,9 +1,17 @@
 """Mutants of the kernels, each with one planted fault: `python -m tests.mutation` checks that a test notices each."""
 
-from tests.mutation import attention, attention_sm90, decode_attention, grouped_matmul, grouped_matmul_sm90, shared
+from tests.mutation import (
+    attention,
+    attention_sm90,
+    attention_triton,
+    decode_attention,
+    grouped_matmul,
+    grouped_matmul_sm90,
+    shared,
+)
 from tests.mutation.mutant import SUITES, Mutant
 
-PARTS = (attention, attention_sm90, decode_attention, grouped_matmul, grouped_matmul_sm90, shared)
+PARTS = (attention, attention_sm90, attention_triton, decode_attention, grouped_matmul, grouped_matmul_sm90, shared)
 MUTANTS: list[Mutant] = [mutant for part in PARTS for mutant in part.MUTANTS]
 
 __all__ = ["MUTANTS", "SUITES", "Mutant"]
