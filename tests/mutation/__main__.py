@@ -8,6 +8,7 @@ failed run without any fault: they must pass. Exit status: 0 if at least 95% of 
 """
 
 import argparse
+import importlib.util
 import os
 import shutil
 import signal
@@ -27,6 +28,7 @@ import pytest
 from tests.mutation import MUTANTS, Mutant
 
 ROOT = Path(__file__).parents[2]
+AOT_ENVIRONMENT = ROOT / ".venv-aot"  # tests of Triton kernels run in it where this one has no Triton
 COPIED = ("kernels", "reference", "dantinox", "bench", "tests", "pyproject.toml")
 MIN_CAUGHT = 0.95
 TIMEOUTS = (300, 900)  # seconds: the tests that a mutant names, all files of its suite
@@ -40,6 +42,17 @@ def copy_tree(folder: Path) -> None:
             shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / name, folder / name)
+    if AOT_ENVIRONMENT.exists():
+        (folder / AOT_ENVIRONMENT.name).symlink_to(AOT_ENVIRONMENT)
+
+
+def can_run(mutant: Mutant) -> bool:
+    """Return whether the tests of a mutant run here: those of Triton kernels need Triton."""
+    return (
+        "triton" not in mutant.suite
+        or importlib.util.find_spec("jax_triton") is not None
+        or (AOT_ENVIRONMENT / "bin" / "python").exists()
+    )
 
 
 class Runner:
@@ -164,6 +177,9 @@ def main() -> int:
     if options.list or not mutants:
         print("\n".join(mutant.title for mutant in mutants) or f"no mutant's title contains {options.only!r}")
         return 0 if mutants else 2
+    if left_out := [mutant for mutant in mutants if not can_run(mutant)]:
+        print(f"{len(left_out)} mutants left out: no Python here has jax-triton; `make aot` installs it", flush=True)
+        mutants = [mutant for mutant in mutants if can_run(mutant)]
     # Either signal must leave no process and no folder behind.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)

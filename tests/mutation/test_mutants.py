@@ -45,6 +45,16 @@ def test_slow_cases_run_only_if_named_by_id():
     assert program.selections(function) == [[f"{file}::test_x"], [file]]
 
 
+def test_mutants_of_triton_kernels_need_triton(monkeypatch, tmp_path):
+    triton, other = (mutation.Mutant("", suite, "", "", "", ()) for suite in ("attention_triton", "workloads"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(program, "AOT_ENVIRONMENT", tmp_path / ".venv-aot")
+    assert (program.can_run(triton), program.can_run(other)) == (False, True)
+    (tmp_path / ".venv-aot" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv-aot" / "bin" / "python").touch()
+    assert program.can_run(triton)
+
+
 def test_mutants_are_unique():
     assert len(mutation.MUTANTS) >= 40
     assert len({mutant.title for mutant in mutation.MUTANTS}) == len(mutation.MUTANTS)
