@@ -47,7 +47,7 @@ def test_checks_hold(checks):
 
 # A window with several tiles of keys, a gate, a soft cap, segments, other numbers of queries than keys, 16 bits.
 SMALL = (
-    "simulated: window, bfloat16",
+    "simulated: window, unseen NaN, bfloat16",
     "simulated: segments, bfloat16",
     "7 of 129, window, float32",
     "full, cap, float32",
