@@ -46,7 +46,7 @@ MUTANTS: list[Mutant] = [
         ("float32 is cut off", "(bits + 0x1000) & -0x2000", "bits & -0x2000", PRECISION),
         ("a NaN is rounded to a number", "tl.where(is_finite, (bits + 0x1000) & -0x2000, bits)",
          "((bits + 0x1000) & -0x2000)", PRECISION),
-        ("the matmul precision is ignored", 'return "tf32x3" if', 'return "tf32" if', FEATURES),
+        ("the matmul precision is ignored", 'in ONE_PASS else "tf32x3"', 'in ONE_PASS else "tf32"', FEATURES),
     ),
     *mutants_of(
         "ops/attention/triton/fwd",
