@@ -82,7 +82,8 @@ MUTANTS: list[Mutant] = [
         "dispatch",
         ("Triton is never offered", 'importlib.util.find_spec("jax_triton") is None', "True",
          "test_triton_is_offered_on_nvidia_gpus_with_jax_triton[NVIDIA A100-SXM4-40GB-installed=True-reason=None]"),
-        ("silent fallback", "if reason: raise", "if reason: return self.implementations[1].function; raise",
+        ("silent fallback", 'if "implementation=" not in reason:',
+         'if True: return self.implementations[1].function\n            if "implementation=" not in reason:',
          "test_named_implementation_runs_or_raises_with_the_reason"),
         ("the target device is ignored", "_target_device = jax.make_user_context(default_value=None)",
          "import types; _target_device = type('Context', (), {'value': None, '__call__': lambda self, device: "
