@@ -172,7 +172,9 @@ def _describe_kernel(kernel: dict[str, Any]) -> str:
         smem = f"{kernel['smem_bytes'] / 2**10:.0f} KiB of shared memory"
         return f"{kernel['name']} {kernel['registers']} registers, {kernel['spill_bytes']} bytes spilled, {smem}"
     vmem = f"{(kernel['vmem_bytes'] or 0) / 2**20:.1f} MiB of VMEM"
-    return f"{kernel['name']} {kernel['bundles']} bundles, {kernel['spills']} spills, {vmem}"
+    places = [f"{region['spills']} in {region['name']}" for region in kernel.get("regions", ()) if region["spills"]]
+    spills = f"{kernel['spills']} spills" + (f" ({', '.join(places)})" if places else "")
+    return f"{kernel['name']} {kernel['bundles']} bundles, {spills}, {vmem}"
 
 
 def _show_bench_row(op: str, name: str, console: Console, wrong: bool) -> None:

@@ -5,6 +5,7 @@ python -m bench.judge.compile_row OP NAME|FILE v6e|h100
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -28,9 +29,10 @@ def compile_row(op: str, name_or_file: str, target_name: str) -> dict[str, Any]:
     is_gpu = isinstance(target, hardware.Gpu)
     with tempfile.TemporaryDirectory() as folder:
         dumps = Path(folder)
-        (dumps / "triton").mkdir()
         os.environ |= gpu_compiler.environment(dumps) if is_gpu else tpu_compiler.environment(target, dumps)
         from bench.aot import programs, worker
+        from bench.aot.cases import Case
+        from bench.aot.tpu import executed_bundles
         from bench.judge import subject
         from dantinox import kernels
         from dantinox.kernels import dispatch, workloads
@@ -46,6 +48,9 @@ def compile_row(op: str, name_or_file: str, target_name: str) -> dict[str, Any]:
             return programs.build_workload(workload, name, "bfloat16", direction)
 
         for direction in _directions(op, is_gpu):
+            for path in dumps.iterdir():  # of the direction before
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            (dumps / "triton").mkdir()
             try:
                 with dispatch.target_device(target.platform, target.kind), worker.stdout_to(dumps / "printed.txt"):
                     program = build(direction)
@@ -60,6 +65,9 @@ def compile_row(op: str, name_or_file: str, target_name: str) -> dict[str, Any]:
             else:
                 printed = (dumps / "printed.txt").read_text("utf-8", "replace")
                 found, _ = gpu_compiler.read(target, dumps, printed) if is_gpu else tpu_compiler.read(dumps)
+                if not is_gpu:  # where the spills are
+                    case = Case(op, workload.name, name, "bfloat16", direction)
+                    executed_bundles.add({"kernels": found}, case, target, dumps)
                 temp_bytes = compiled.memory_analysis().temp_size_in_bytes
                 row[direction] = {"status": "compiled", "kernels": found, "temp_bytes": temp_bytes}
                 if is_gpu:
