@@ -92,7 +92,7 @@ def test_module_imports_only_numpy(tmp_path):
     code = "import bench.verification.wrong_places, sys; print('numpy' in sys.modules, 'jax' in sys.modules)"
     environment, root = (
         absent_packages.environment_without(tmp_path, *absent_packages.OPTIONAL_PACKAGES, "jax", "rich"),
-        Path(__file__).parents[2],
+        Path(__file__).parents[3],
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "True False", done.stderr

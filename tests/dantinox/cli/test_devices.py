@@ -12,7 +12,8 @@ import pytest
 from dantinox.cli import evaluate, generate, train
 from dantinox.config import presets
 from dantinox.kernels.dispatch import target_device
-from dantinox.kernels.ops.attention import xla
+from dantinox.kernels.ops.attention import xla as attention_xla
+from dantinox.kernels.ops.moe import xla as moe_xla
 from dantinox.metrics import logger as metrics_log
 from dantinox.metrics import model_summary
 
@@ -45,9 +46,13 @@ def stand_ins(folder, monkeypatch):
         "importlib.util.find_spec",
         lambda name, *package: installed if name == "jax_triton" else find_spec(name, *package),
     )
-    stand_in = types.ModuleType("vjp")
-    stand_in.attention = xla.attention
-    monkeypatch.setitem(sys.modules, "dantinox.kernels.ops.attention.triton.vjp", stand_in)
+    for module, name, function in (
+        ("attention.triton.vjp", "attention", attention_xla.attention),
+        ("moe.triton", "moe_mlp", moe_xla.moe_mlp),
+    ):
+        stand_in = types.ModuleType(module)
+        setattr(stand_in, name, function)
+        monkeypatch.setitem(sys.modules, f"dantinox.kernels.ops.{module}", stand_in)
     monkeypatch.setattr(model_summary, "compiled_memory", trace)
     monkeypatch.setenv("DANTINOX_CACHE", str(folder / "cache"))
     monkeypatch.chdir(folder)
@@ -88,7 +93,7 @@ def check(kind, words, capsys):
 @pytest.mark.parametrize("attn", ["auto", "triton", "pallas"])
 @pytest.mark.parametrize("kind", DEVICES)
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(8)
 def test_preset_runs_on_a_card_or_the_refusal_names_what_does(model, kind, attn, capsys):
     assert check(kind, [*MODELS[model], "--attn", attn], capsys) == (attn != "pallas" or "H100" in kind)
 
@@ -109,6 +114,7 @@ def test_card_without_triton_is_told_how_to_get_it(monkeypatch, capsys):
     assert code == 2 and "EXTRAS=triton brings it; --attn xla runs here" in line
 
 
+@pytest.mark.slow
 def test_run_of_another_card_generates_and_is_scored_with_the_flag_that_the_refusal_names(folder, monkeypatch, capsys):
     monkeypatch.setattr(metrics_log, "matmul_rate", lambda dtype: 1e9)
     monkeypatch.setattr(metrics_log, "plot_loss", lambda *_: None)

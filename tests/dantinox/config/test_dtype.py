@@ -99,7 +99,11 @@ def has_fast_bfloat16(monkeypatch, value):
     monkeypatch.setattr("dantinox.kernels.dispatch.has_fast_bfloat16", lambda: value)
 
 
-@pytest.mark.parametrize("flags", [[], ["--dtype", "auto"], ["--preset", "nano"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "flags",
+    [[], *(pytest.param(flags, marks=pytest.mark.slow) for flags in (["--dtype", "auto"], ["--preset", "nano"]))],
+    ids=" ".join,
+)
 def test_run_keeps_its_dtype_on_another_device(flags, here, monkeypatch, capsys):
     has_fast_bfloat16(monkeypatch, True)
     run = train.train(Config().replace(run="mine", **TINY))

@@ -86,7 +86,7 @@ def test_reference_matches_python_loops(case):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("case", "dtype"), cases.workload_parameters("attention"))
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_implementation_matches_reference(case, dtype, implementation):
     inputs, aux, dout = cases.draw(case)
     small = case.T * case.S < 2**18
@@ -152,7 +152,7 @@ CHUNKED = {
     "case",
     [pytest.param(case, id=name, marks=pytest.mark.slow if "," in name else ()) for name, case in CHUNKED.items()],
 )
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_chunked_scores_match_python_loops(case, monkeypatch):
     """The chunked path for long sequences, on short ones that `loops` can check: five chunks of two one-row blocks."""
     monkeypatch.setattr(xla, "MAX_DENSE_SCORES", 0)
@@ -207,7 +207,7 @@ def test_masked_keys_do_not_affect_output(name, implementation, compared):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ["127 grouped, gate, window", "packed, window"])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_two_runs_are_bit_equal(name, implementation):
     case = workloads.get("attention", name)
     inputs, aux, dout = cases.draw(case)

@@ -51,7 +51,7 @@ def parameters() -> list[Any]:
 
 
 @pytest.mark.parametrize(("name", "dtype", "implementation"), parameters())
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 def test_finite_values_of_hidden_keys_have_no_effect(name, dtype, implementation):
     case, key, _ = CASES[name]
     hidden = hidden_queries(name, cases.draw(case)[1])

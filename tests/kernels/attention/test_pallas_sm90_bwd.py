@@ -151,7 +151,7 @@ LONG = [
         *(pytest.param(case, id=str(case), marks=pytest.mark.slow) for case in LONG),
     ],
 )
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_gradients_match_reference_in_interpret_mode(case: Case):
     assert_gradients_match_reference(case)
 

@@ -130,7 +130,7 @@ FORWARD_SLOW = {
     ],
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=slow)])
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_output_and_residuals_match_float64_without_races(case, dtype):
     out = forward(case, dtype)
     inputs, aux = arrays(case, dtype)

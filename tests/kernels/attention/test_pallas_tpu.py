@@ -128,7 +128,7 @@ def span_parameters() -> list[Any]:
 
 
 @pytest.mark.parametrize(("name", "dtype"), span_parameters())
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_gradients_summed_over_kv_spans_match_reference(name, dtype, use_block_sizes):
     case, kv_heads, sizes = SPAN_CASES[name]
     assert -(-case.S // sizes.block_kv) * sizes.block_kv > sizes.kv_span, "one span"
@@ -284,7 +284,7 @@ def test_cost_estimates_match_the_cost_model(name, device, spans, use_block_size
 def test_kernel_docstrings_have_six_parts():
     names = ("fwd", "bwd", "gmm", "tgmm", "kernel", "pallas_cpu", "up_proj", "down_proj_bwd")
     files = [file for file in (ROOT / "kernels" / "ops").rglob("*.py") if file.stem in names]
-    assert len(files) == 17
+    assert len(files) == 19
     for file in files:
         parts = re.findall(r"^(?:\"\"\")?(Math|Tiling|State|Traffic|Limits|Source) {2,}\S", file.read_text(), re.M)
         assert parts == ["Math", "Tiling", "State", "Traffic", "Limits", "Source"], file

@@ -55,7 +55,8 @@ SMALL = (
 
 
 @needs_triton
-@pytest.mark.parametrize("cases", [SMALL, pytest.param((), id="all", marks=slow)])
+@slow
+@pytest.mark.parametrize("cases", [SMALL, pytest.param((), id="all")])
 def test_judge_finds_nothing_wrong(cases):
     chosen = ["--case", *cases] if cases else ["--seconds", "2500"]
     done = run("bench.judge", "attention", "triton", "--no-bench", "--no-compile", *chosen)

@@ -49,7 +49,7 @@ def test_quantize_rounds_to_nearest(dtype):
 @DTYPES
 @pytest.mark.parametrize("implementation", ALL)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_output_matches_dequantized_cache(name, implementation, dtype):
     """In float64, with the new token quantized as the others are."""
     case = find(name)

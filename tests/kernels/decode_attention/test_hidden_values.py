@@ -61,7 +61,7 @@ def decode(implementation: str, window: int | None, x: Arrays) -> jax.Array:
 @pytest.mark.parametrize("window", [None, WINDOW], ids=["no window", "window"])
 @pytest.mark.parametrize("dtype", ["float32", "int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("implementation", ALL)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_hidden_slots_do_not_change_the_output(implementation, dtype, window):
     run = jit_fast_compile(lambda x: decode(implementation, window, x))
     expected = {"o": run(inputs(dtype, FILLS[0], window))}

@@ -101,7 +101,7 @@ def test_tpu_kernel_appends_and_attends(name, run, monkeypatch):
     [(600, None), (1100, 300), (1537, 513)],
     ids=["C=600", "C=1100 window=300", "C=1537 window=513"],
 )
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_several_blocks_match_python_loops(C, window, min_filled):
     """Block by block, and batched if every ring buffer is at least half full."""
     lengths = (int(min_filled * C) - 1, C - 2, C - 1, 3 * C + 7) if min_filled else (0, C // 2 - 2, C - 1, 3 * C + 7)

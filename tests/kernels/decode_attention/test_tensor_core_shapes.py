@@ -154,7 +154,7 @@ def faults(
 
 
 @pytest.mark.parametrize(("case", "num_splits", "dtype"), NAMED)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_three_decode_steps_match_reference_at_tensor_core_sizes(case, num_splits, dtype, monkeypatch):
     rng, dtype = np.random.default_rng(0), jnp.dtype(dtype)
     expected = {"k": random_ring_buffer(rng, case, dtype), "v": random_ring_buffer(rng, case, dtype)}

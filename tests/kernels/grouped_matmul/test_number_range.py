@@ -17,7 +17,7 @@ FLOAT32_MAX = float(jnp.finfo(jnp.float32).max)
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_numbers_of_any_magnitude(implementation, dtype):
     run = tolerance.program("grouped_matmul", implementation)
 

@@ -23,7 +23,7 @@ FLOAT32_MAX = float(jnp.finfo(jnp.float32).max)
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("N", [2, 20], ids=["few rows", "many rows"])
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_hidden_rows_beyond_float16(N, implementation):
     """Hidden rows of 83,000 with an output of 995, and outputs of single experts of 80,000 that weights halve."""
     inputs = {"x": np.full((N, 8), 36), "w_gate": np.ones((2, 8, 16)), "w_up": np.ones((2, 8, 16))}
@@ -106,7 +106,7 @@ def bounded_results(
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_numbers_of_any_magnitude(ids, implementation, dtype):
     run, N = tolerance.program("moe_mlp", implementation), len(ids)
     shapes = {"x": (N, M), "w_gate": (E, M, F), "w_up": (E, M, F), "w_down": (E, F, M), "expert_weights": ids.shape}
