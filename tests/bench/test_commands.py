@@ -70,6 +70,7 @@ def test_run_measures_prints_and_writes(tmp_path):
     assert "nano" in (tmp_path / "page.html").read_text()
 
 
+@pytest.mark.slow
 def test_run_out_of_time_reports_it_and_writes_partial_results(tmp_path):
     chosen = ("--op", "grouped_matmul", "--spec", "E=1", "E=8", "--direction", "forward", "--implementation", "xla")
     out = ("--budget", "0.05", "--seconds", "0.001", "--out", str(tmp_path), "--html", str(tmp_path / "page.html"))

@@ -116,7 +116,11 @@ def test_hash_depends_on_every_source(monkeypatch, tmp_path):
     assert source_hash("a = 1") == source_hash("a = 1") != source_hash("a = 2")
 
 
-@pytest.mark.parametrize("api", APIS, ids=lambda api: api.OPERATION.name)
+@pytest.mark.parametrize(
+    "api",
+    [pytest.param(api, marks=pytest.mark.slow if api in (moe_api, decode_api) else ()) for api in APIS],
+    ids=lambda api: api.OPERATION.name,
+)
 def test_right_kernels_pass_and_wrong_ones_do_not(api, monkeypatch):
     """The kernels of CPUs stand for those of the device."""
     op = api.OPERATION.name

@@ -193,6 +193,7 @@ def test_own_experts_come_before_the_lifted_ones():
     np.testing.assert_array_equal(run(), jnp.full_like(MOE["x"], 7))
 
 
+@pytest.mark.slow
 def test_pieces_are_replaced_one_by_one():
     calls = []
 

@@ -285,6 +285,7 @@ def test_table_cell_shows_best_block_spills_or_reason():
 
 
 @pytest.mark.skipif(not PYTHON.exists(), reason="needs the aot extra: make aot")
+@pytest.mark.slow
 def test_tpu_attention_compiles_without_spills():
     case = Case("attention", "aot d128 causal", "pallas", "bfloat16", "both")
     with worker_pool.Worker(V6E, 240, python=str(PYTHON)) as worker:
