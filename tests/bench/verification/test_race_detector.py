@@ -277,9 +277,7 @@ TILED = {  # two heads, for the two cores
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if n else ()) for n, name in enumerate(TILED)]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in TILED])
 def test_attention_with_several_blocks_subtiles_and_spans(name, monkeypatch):
     """What only a TPU makes of the kernel: pieces in turn, gradients of keys summed on the chip; and its values."""
     case, chosen = TILED[name]
