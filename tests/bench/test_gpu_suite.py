@@ -205,6 +205,7 @@ def sleeper(name: str, code: str, share: float = 1.0, group: str = "") -> Part:
     return Part(name, [sys.executable, "-c", code], share, group)
 
 
+@pytest.mark.slow
 def test_hung_or_failed_part_loses_only_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "MARGIN", 0.5)
     monkeypatch.setattr(process, "DEBUGGER_SECONDS", 1.0)

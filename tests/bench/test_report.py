@@ -197,6 +197,7 @@ def test_dense_and_expert_ablations_match_active_parameters(preset):
     assert flops.active_parameters(base_model) - flops.active_parameters(changed_model) == router
 
 
+@pytest.mark.slow
 def test_ablations_measure_the_changed_config():
     tiny = {"dim": 32, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 64}
     base = ablations.base_config("nano").replace(**tiny, batch_size=2, seq_len=16, max_context=16, window=8)

@@ -58,6 +58,7 @@ def test_chunked_prefill_equals_single_pass(changes):
         assert one.length.tolist() == length.tolist()
 
 
+@pytest.mark.slow
 def test_generated_ids_do_not_depend_on_chunk_size():
     model = build(n_layers=1, window=6)
     prompts = [ids(3, 33), ids(4, 3), ids(5, 16)]

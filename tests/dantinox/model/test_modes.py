@@ -112,6 +112,7 @@ def test_no_switch_changes_the_types_of_a_program(name, program, switch):
     assert found == expected
 
 
+@pytest.mark.slow
 def test_nothing_in_generation_or_training_is_nan_or_infinite():
     name = "rotary, gated, bfloat16"
     with jax.debug_nans(True), jax.debug_infs(True):

@@ -175,6 +175,7 @@ def resume_with(run: Path, changes: dict[str, object]) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_changes_without_effect_leave_every_later_number_equal(run, whole, capsys):
     """All at once: if this fails, the slow test below says which."""
     changes = {name: value for name, value in NONE.items() if name != "profile_steps"}
