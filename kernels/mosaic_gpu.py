@@ -15,7 +15,7 @@ TUNED_HEAD_DIMS = (64, 128, 256)
 def wgmma_smem(shape: tuple[int, ...], dtype: Any) -> Any:
     """Return the type of shared memory in the layout that wgmma reads: swizzled tiles of 8 rows.
 
-    A row of a tile has as many bytes as the widest swizzle that divides a row of the array.
+    A tile's rows are as wide as the widest swizzle that divides the array's row length in bytes.
     """
     itemsize = jnp.dtype(dtype).itemsize
     swizzle = next(size for size in SWIZZLES if shape[-1] * itemsize % size == 0)

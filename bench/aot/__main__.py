@@ -101,11 +101,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 console.print("only the main workloads; --all compiles the others too", highlight=False)
     for line in worse:
         print(f"{PROG}: worse: {line}", file=sys.stderr)
-    failed = arguments.check and not (arguments.op or arguments.spec or arguments.implementation)
-    if failed:
+    failed = False
+    if arguments.check and not (arguments.op or arguments.spec or arguments.implementation):
         failed = any([compile_edge_cases(target) for target in work if isinstance(target, hardware.Tpu)])
-        gpus = [target.name for target in work if isinstance(target, hardware.Gpu)]
-        failed |= bool(gpus) and compile_triton_cases(["--short"] if arguments.short else gpus)
+        if gpus := [target.name for target in work if isinstance(target, hardware.Gpu)]:
+            failed |= compile_triton_cases(["--short"] if arguments.short else gpus)
     return 1 if worse or failed else 0
 
 

@@ -71,9 +71,7 @@ def answer(target: hardware.Target, compile_: Callable[..., Any], dumps: Path, c
     from bench.aot.tpu import attention_bundles, executed_bundles, gmm_bundles, xla_cycles
     from dantinox.kernels import dispatch
 
-    for path in dumps.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (dumps / "triton").mkdir()  # a missing folder fails a compile
+    clear(dumps)
     start = time.perf_counter()
     try:
         with stdout_to(dumps / "printed.txt"), dispatch.target_device(target.platform, target.kind):
@@ -106,6 +104,13 @@ def answer(target: hardware.Target, compile_: Callable[..., Any], dumps: Path, c
     finally:
         jax.clear_caches()
     return row
+
+
+def clear(dumps: Path) -> None:
+    """Remove what the compilers dumped before, and make the folder that jax-triton expects."""
+    for path in dumps.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (dumps / "triton").mkdir()
 
 
 @contextlib.contextmanager

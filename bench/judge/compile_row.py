@@ -5,7 +5,6 @@ python -m bench.judge.compile_row OP NAME|FILE v6e|h100
 
 import json
 import os
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -48,9 +47,7 @@ def compile_row(op: str, name_or_file: str, target_name: str) -> dict[str, Any]:
             return programs.build_workload(workload, name, "bfloat16", direction)
 
         for direction in _directions(op, is_gpu):
-            for path in dumps.iterdir():  # of the direction before
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            (dumps / "triton").mkdir()
+            worker.clear(dumps)
             try:
                 with dispatch.target_device(target.platform, target.kind), worker.stdout_to(dumps / "printed.txt"):
                     program = build(direction)

@@ -193,9 +193,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compile, print a line per problem, and return 1 if there is one."""
     gpus = [target.name for target in hardware.TARGETS.values() if isinstance(target, hardware.Gpu)]
     parser = argparse.ArgumentParser(prog="bench.aot.gpu.triton_cases", description=__doc__.split("\n")[0])
-    parser.add_argument("target", nargs="*", choices=[[], *gpus], default=[], help=f"of {', '.join(gpus)}")
+    parser.add_argument("target", nargs="*", choices=gpus, default=gpus, help="default: all")
     parser.add_argument("--short", action="store_true", help="two rows per card")
-    parser.add_argument("--head-dim", nargs="+", type=int, default=HEAD_DIMS, help=f"of {HEAD_DIMS}; default: all")
+    parser.add_argument("--head-dim", nargs="+", type=int, choices=HEAD_DIMS, default=HEAD_DIMS, help="default: all")
     parser.add_argument("--features", nargs="+", choices=FEATURES, default=list(FEATURES), help="default: all")
     parser.add_argument("--jobs", type=int, default=2, help="cards that are compiled for at once (2)")
     parser.add_argument("--write", action="store_true", help=f"write {FILE}")
@@ -204,8 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     results: dict[tuple[str, str, int], list[Kernel]] = {}
     failed = count = 0
     with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as processes:
-        pending = [processes.submit(compile_rows, name, chosen) for name in arguments.target or gpus]
-        for name, future in zip(arguments.target or gpus, pending):
+        pending = [processes.submit(compile_rows, name, chosen) for name in arguments.target]
+        for name, future in zip(arguments.target, pending):
             for (dtype, D, features), made, wrong in future.result():
                 results.setdefault((name, dtype, D), []).extend(made)
                 count += len(made)

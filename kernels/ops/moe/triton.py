@@ -120,8 +120,8 @@ def call_triton(kernel, *arrays: Array, out: jax.ShapeDtypeStruct, grid: tuple[i
     assert capability is not None  # `dispatch.triton_unsupported_device` has seen it
     constants |= {"TILE_ROWS": BLOCK_M, "TILE_COLUMNS": BLOCK_N}
     name = f"moe_{kernel.__name__.removesuffix('_kernel')}"
-    options = {"capability": capability, "num_warps": 4, "num_stages": 3, "name": name}
-    return triton_call.call_triton(kernel, *arrays, out_type=out, grid=grid, **options, **constants)
+    options = {"out_type": out, "grid": grid, "capability": capability, "name": name}
+    return triton_call.call_triton(kernel, *arrays, **options, **constants)
 
 
 def launch_grid(rows: int, width: int) -> tuple[int, int]:

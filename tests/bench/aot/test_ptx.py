@@ -105,7 +105,7 @@ def test_thunk_sequence_is_parsed():
         ("h100", 168, 384, 163840, 1),  # shared memory: 228 KiB hold one of 161
         ("h100", 168, 384, 0, 1),  # registers: 65536 / (12 warps x 5376) = 1.02
         ("h100", 128, 256, 0, 2),  # 65536 / (8 x 4096)
-        ("h100", 129, 256, 0, 1),  # one register more is a step of 256 a warp: 15 warps, 12 in fours
+        ("h100", 129, 256, 0, 1),  # one register more takes 256 more per warp: 15 warps, 12 in fours
         ("h100", 32, 1024, 0, 2),  # threads: 2048 / 1024
         ("h100", 16, 32, 0, 32),  # no more than 32 blocks
         ("h100", 32, 128, 233472, 0),  # more than the 227 KiB a block may have

@@ -53,7 +53,7 @@ def weights_and_score_gradients(
     CAPPED: tl.constexpr,
     INTERIOR: tl.constexpr,
 ):
-    """Return p and ds in float32; what belongs to the queries is a column and to the keys a row, or the reverse."""
+    """Return p and ds in float32; values per query form a column and those per key form a row, or the reverse."""
     s = scale_scores(qk, CAP, FACTOR, BOUND, CAPPED)
     if not INTERIOR:
         s = mask_scores(s, position, key, q_segment, kv_segment, S, CAUSAL, WINDOW, SEGMENTS)

@@ -161,7 +161,7 @@ def mask_scores(
 ):
     """Set the scores of pairs that are not visible to -inf.
 
-    The positions and segments of the queries are a column and those of the keys a row, or the reverse.
+    The queries' positions and segments form a column and the keys' form a row, or the reverse.
     """
     visible = key < S
     if CAUSAL:
