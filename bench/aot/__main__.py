@@ -115,15 +115,21 @@ def compile_edge_cases(target: hardware.Tpu) -> bool:
     if target.name == "v6e":
         commands.append(["bench.aot.tpu.mesh_cases"])
     # Each in a process of its own, as libtpu compiles for one kind of machine per process.
-    return any(
-        [subprocess.run([sys.executable, "-m", *words], stderr=subprocess.DEVNULL).returncode for words in commands]
-    )
+    return any([fails(*words) for words in commands])
 
 
 def compile_triton_cases(words: Sequence[str]) -> bool:
     """Compile the Triton attention with its features; return whether the compiler made something unfit of it."""
-    command = [sys.executable, "-m", "bench.aot.gpu.triton_cases", *words]
-    return subprocess.run(command, stderr=subprocess.DEVNULL).returncode != 0
+    return fails("bench.aot.gpu.triton_cases", *words)
+
+
+def fails(*words: str) -> bool:
+    """Run a module; return whether it fails, after printing the end of what it wrote to stderr."""
+    done = subprocess.run([sys.executable, "-m", *words], stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
+    if done.returncode:
+        end = "\n".join(done.stderr.strip().splitlines()[-20:])
+        print(f"{PROG}: {' '.join(words)} failed with exit code {done.returncode}:\n{end}", file=sys.stderr)
+    return done.returncode != 0
 
 
 def plan(arguments: Arguments) -> dict[hardware.Target, list[Case]]:

@@ -74,14 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compile, print a row per target and preset, and return 1 if a step does not compile."""
     gpus = [target.name for target in hardware.TARGETS.values() if isinstance(target, hardware.Gpu)]
     parser = argparse.ArgumentParser(prog="bench.aot.gpu.train_steps", description=__doc__.split("\n")[0])
-    parser.add_argument("target", nargs="*", choices=gpus, default=gpus, help="default: all")
+    parser.add_argument("target", nargs="*", choices=gpus, help="default: all")
     parser.add_argument("--preset", nargs="+", choices=PRESETS, default=PRESETS, help="default: all")
     parser.add_argument("--implementation", nargs="+", default=["triton", "xla"], help="of attention (triton xla)")
     parser.add_argument("--dtype", help="instead of the preset's")
     arguments = parser.parse_args(argv)
     failed = False
     with compiler_environment():
-        for name in arguments.target:
+        for name in arguments.target or gpus:
             target = hardware.get(name)
             assert isinstance(target, hardware.Gpu)
             for preset in arguments.preset:

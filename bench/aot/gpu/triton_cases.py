@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compile, print a line per problem, and return 1 if there is one."""
     gpus = [target.name for target in hardware.TARGETS.values() if isinstance(target, hardware.Gpu)]
     parser = argparse.ArgumentParser(prog="bench.aot.gpu.triton_cases", description=__doc__.split("\n")[0])
-    parser.add_argument("target", nargs="*", choices=gpus, default=gpus, help="default: all")
+    parser.add_argument("target", nargs="*", choices=gpus, help="default: all")
     parser.add_argument("--short", action="store_true", help="two rows per card")
     parser.add_argument("--head-dim", nargs="+", type=int, choices=HEAD_DIMS, default=HEAD_DIMS, help="default: all")
     parser.add_argument("--features", nargs="+", choices=FEATURES, default=list(FEATURES), help="default: all")
@@ -201,11 +201,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help=f"write {FILE}")
     arguments = parser.parse_args(argv)
     chosen = [row for row in rows(arguments.short) if row[1] in arguments.head_dim and row[2] in arguments.features]
+    targets = arguments.target or gpus
     results: dict[tuple[str, str, int], list[Kernel]] = {}
     failed = count = 0
     with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as processes:
-        pending = [processes.submit(compile_rows, name, chosen) for name in arguments.target]
-        for name, future in zip(arguments.target, pending):
+        pending = [processes.submit(compile_rows, name, chosen) for name in targets]
+        for name, future in zip(targets, pending):
             for (dtype, D, features), made, wrong in future.result():
                 results.setdefault((name, dtype, D), []).extend(made)
                 count += len(made)

@@ -144,3 +144,9 @@ def test_row_compiles_for_absent_hardware(tmp_path, target):
     assert all(row["totals"]["kernels"] > 0 for row in rows.values())
     again = subprocess.run([*command, "--check"], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert again.returncode == 0, again.stderr
+
+
+def test_failure_of_a_further_check_shows_why(capfd):
+    assert program.fails("bench.aot.gpu.triton_cases", "v6e")
+    assert "bench.aot.gpu.triton_cases v6e failed with exit code 2:" in (error := capfd.readouterr().err)
+    assert "invalid choice: 'v6e'" in error

@@ -1,11 +1,14 @@
 """The check of what the compilers made of the Triton attention."""
 
+import contextlib
+
 import pytest
 
 from bench.aot import hardware
-from bench.aot.gpu import triton_cases
+from bench.aot.gpu import train_steps, triton_cases
 from bench.aot.gpu.triton_cases import Kernel
 
+GPUS = [target.name for target in hardware.TARGETS.values() if isinstance(target, hardware.Gpu)]
 RIGHT = Kernel("dq", registers=255, spill_bytes=0, smem_bytes=99 * 1024, tensor_core_instructions=3)
 
 
@@ -66,6 +69,23 @@ def test_a_problem_fails_the_program(monkeypatch, capsys):
     assert "2 kernels compiled, 0 problems" in capsys.readouterr().out
     assert triton_cases.main(["a100", "b200"]) == 1
     assert "b200, bfloat16, D 64, causal: too big" in capsys.readouterr().out
+    assert triton_cases.main([]) == 1
+    assert f"{len(GPUS)} kernels compiled, 1 problems" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("main", [triton_cases.main, train_steps.main])
+def test_unknown_card_is_named(main, capsys):
+    with pytest.raises(SystemExit):
+        main(["v6e"])
+    assert "'v6e'" in capsys.readouterr().err
+
+
+def test_train_steps_compile_for_every_card_by_default(monkeypatch, capsys):
+    monkeypatch.setattr(train_steps, "compiler_environment", contextlib.nullcontext)
+    monkeypatch.setattr(train_steps, "temp_bytes", lambda *_: 2**20)
+    assert train_steps.main(["--preset", "nano"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"{name}, nano, attn triton: 1 MiB" in printed for name in GPUS)
 
 
 def test_table_shows_the_worst_kernel_and_keeps_the_rows_of_other_cards():
