@@ -70,6 +70,7 @@ def test_tables_name_the_parts_of_the_model(traced):
     platform.machine() == "aarch64",
     reason="TensorBoard's profile plugin has no build for ARM Linux",
 )
+@pytest.mark.slow
 def test_tensorboard_shows_the_trace_with_model_scopes(traced):
     with tensorboard(traced[0]) as board:
         (run,) = board.profile("runs")

@@ -78,7 +78,7 @@ def parameters() -> list[Any]:
 
 
 @pytest.mark.parametrize(("op", "implementation", "derivative"), parameters())
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_second_eager_call_compiles_nothing(op, implementation, derivative, compilations):
     call = eager_calls(op, implementation, derivative)
     jax.block_until_ready(call())
@@ -105,7 +105,7 @@ def resident_bytes() -> int:
         if parameter[1:] != ("reference", "gradient")  # a program per operation of jnp
     ],
 )
-@pytest.mark.sampled(9)
+@pytest.mark.sampled(4)
 def test_memory_does_not_grow_over_a_thousand_eager_calls(op, implementation, derivative):
     call = eager_calls(op, implementation, derivative)
     for _ in range(200):

@@ -118,7 +118,7 @@ def test_hash_depends_on_every_source(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     "api",
-    [pytest.param(api, marks=pytest.mark.slow if api in (moe_api, decode_api) else ()) for api in APIS],
+    [pytest.param(api, marks=() if api is grouped_matmul_api else pytest.mark.slow) for api in APIS],
     ids=lambda api: api.OPERATION.name,
 )
 def test_right_kernels_pass_and_wrong_ones_do_not(api, monkeypatch):

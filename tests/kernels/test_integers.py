@@ -32,6 +32,7 @@ def equal_pairs(q_ids: np.ndarray, kv_ids: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize("on_device", [(False, False), (True, True), (True, False), (False, True)])
+@pytest.mark.sampled(3)
 def test_segment_ids_of_any_dtypes_are_equal_where_the_given_ones_are(on_device, x64):
     refused = 0
     with jax.enable_x64(x64):
@@ -90,6 +91,7 @@ def test_expert_id_outside_the_experts_becomes_their_number(dtype, on_device):
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", "pallas"])
 @pytest.mark.parametrize("num_tokens", [3, 40], ids=["single rows", "sorted rows"])
+@pytest.mark.sampled(3)
 def test_choice_of_no_expert_contributes_nothing(num_tokens, implementation):
     """-1 and E, as padding: the output and every gradient are those of a weight of zero, whatever its weight."""
     rng = np.random.default_rng(0)

@@ -288,7 +288,7 @@ def parameters() -> list[Any]:
 
 
 @pytest.mark.parametrize(("switch", "transformation", "op", "implementation"), parameters())
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 def test_operation_is_right_in_every_mode(switch, transformation, op, implementation):
     expected(op, 0), expected(op, 1)  # computed without the switch
     with SWITCHES[switch]():

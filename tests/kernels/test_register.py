@@ -75,6 +75,7 @@ def no_registrations(monkeypatch):
 
 @pytest.mark.parametrize("op", CALLS)
 @pytest.mark.parametrize("form", ["function", "path"])
+@pytest.mark.sampled(2)
 def test_registered_implementation_runs_and_is_listed(op, form):
     before = kernels.implementation_names(op)
     f = FUNCTIONS[op]
@@ -96,6 +97,7 @@ def test_settings_accept_a_registered_name():
 
 
 @pytest.mark.parametrize("op", CALLS)
+@pytest.mark.sampled(2)
 def test_second_registration_replaces_the_first_in_compiled_programs_too(op):
     compiled = jax.jit(lambda: CALLS[op]("mine"))
     for factor in (2, 3):

@@ -182,6 +182,7 @@ def test_compiled_row_of_any_implementation_gets_its_bundles(monkeypatch, tmp_pa
 
 
 @pytest.mark.skipif(not PYTHON.exists(), reason="needs the aot extra: make aot")
+@pytest.mark.slow
 def test_compiled_attention_is_counted_by_its_own_regions():
     case = Case("attention", "aot d128 causal", "pallas", "bfloat16", "forward")
     with worker_pool.Worker(V6E, 240, python=str(PYTHON)) as worker:

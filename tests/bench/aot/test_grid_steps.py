@@ -241,6 +241,7 @@ def traced(op: str, spec: str, implementation: str) -> list[tuple[str, block_tra
         "aot tpu d256 32k causal",
     ],
 )
+@pytest.mark.sampled(2)
 def test_attention_takes_its_branches_as_its_schedule_of_blocks_says(spec):
     workload = workloads.get("attention", spec)
     config, heads = attention_bundles.pallas_config(workload, V6E)
@@ -274,6 +275,7 @@ def test_splash_takes_its_branches_as_its_mask_says(spec, implementation):
 
 
 @pytest.mark.parametrize("spec", ["aot E=8 uniform", "Qwen3-30B-A3B zipf", "Mixtral-8x7B uniform"])
+@pytest.mark.sampled(2)
 def test_grouped_matmul_takes_its_branches_as_its_visits_say(spec):
     workload = workloads.get("grouped_matmul", spec)
     sizes = products.with_skews(workload)["uniform"].integer_inputs()["group_sizes"]

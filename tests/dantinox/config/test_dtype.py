@@ -122,6 +122,7 @@ def test_run_keeps_its_dtype_on_another_device(flags, here, monkeypatch, capsys)
     assert "--resume cannot change dtype 'bfloat16' -> 'float32'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_run_of_an_earlier_version_is_float32(here, monkeypatch, capsys):
     has_fast_bfloat16(monkeypatch, True)
     run = train.train(Config().replace(run="old", dtype="float32", **TINY))

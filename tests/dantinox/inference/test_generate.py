@@ -98,7 +98,7 @@ def cached_logits(graph, weights, tokens, length, slots):
     ],
     ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()) or "plain",
 )
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 def test_cached_logits_equal_uncached_after_ring_buffer_wraps(changes):
     """Fault 13: learned positions take no note of the place in the cache: cached and uncached differ."""
     model = build(**changes)

@@ -43,6 +43,7 @@ def read(graph, weights, tokens, length, slots, chunk):
     ],
     ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()),
 )
+@pytest.mark.sampled(2)
 def test_chunked_prefill_equals_single_pass(changes):
     """Ragged prompts: one ends in the first chunk, one at a chunk's end, one is as long as it gets."""
     model = build(**changes)

@@ -101,6 +101,7 @@ def dantinox_leaves(model):
     return jax.tree.leaves(nnx.state(model))
 
 
+@pytest.mark.slow
 def test_finished_runs_are_skipped_and_failed_runs_resume(finished, place):
     folder, _ = finished
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/metrics.jsonl")}
@@ -113,6 +114,7 @@ def test_finished_runs_are_skipped_and_failed_runs_resume(finished, place):
     assert listed.count("(done)") == listed.count("(refused: n_heads is 2 and n_kv_heads is 4") == 1
 
 
+@pytest.mark.slow
 def test_sweep_interrupted_by_ctrl_c_resumes(place):
     fixed = {name: {"value": value} for name, value in (("steps", 100_000), ("eval_every", 0), ("save_every", 0))}
     write(place, "long", {"lr": {"values": [0.01, 0.02]}, **fixed})

@@ -278,6 +278,7 @@ MESH = """
 
 
 @pytest.mark.parametrize(("experts", "attn"), [pytest.param(4, "pallas", marks=pytest.mark.slow), (0, "xla")])
+@pytest.mark.slow
 def test_eight_device_mesh_gives_single_device_losses(experts, attn):
     """Fault 8: a model over several devices gives other numbers than on one."""
     code = textwrap.dedent(MESH).replace("EXPERTS", str(experts)).replace("ATTN", attn)

@@ -80,6 +80,7 @@ def test_finite_values_of_hidden_keys_have_no_effect(name, dtype, implementation
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ["causal, cap", "window", "segments"])
+@pytest.mark.sampled(2)
 def test_nan_stays_in_its_sequence_and_head(name, implementation):
     case, key, _ = CASES[name]
     before = run(name, "float32", implementation, lambda k, v: None, None)

@@ -139,7 +139,7 @@ def test_implementation_matches_reference(case, dtype, implementation):
 @random_shapes.examples(40)
 @given(
     implementation=st.sampled_from(IMPLEMENTATIONS),
-    shape=random_shapes.shapes(30),
+    shape=random_shapes.shapes(20),
     lengths=st.lists(st.integers(0, 40), min_size=10, max_size=10),
     seed=st.integers(0, 99),
 )

@@ -72,7 +72,7 @@ EDGES = [63, 64, 65, 127, 128, 129, 191, 255, 256, 257, 330]
 @random_shapes.examples(32)
 @given(
     implementation=st.sampled_from(IMPLEMENTATIONS),
-    shape=random_shapes.shapes(18),
+    shape=random_shapes.shapes(12),
     cuts=st.lists(st.floats(0, 1), min_size=7, max_size=7),
     full=st.booleans(),
     seed=st.integers(0, 99),

@@ -85,7 +85,7 @@ def assert_within_tolerance(step: str, case: workloads.Attention, dtype: str, ti
 
 @pytest.mark.parametrize("step", FORWARD_STEPS)
 @pytest.mark.parametrize("name", RULE_CASES)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 def test_each_step_matches_reference(step, name):
     case = CASES[name]
     o = assert_within_tolerance(step, case, "float32")
@@ -205,6 +205,7 @@ def test_default_block_sizes_match_reference(step, dtype):
 
 
 @pytest.mark.parametrize("step", attention.STEPS)
+@pytest.mark.sampled(2)
 def test_masked_keys_do_not_affect_output(step):
     case = row(7, 100, window=30)  # no query sees the first 64 keys, and the last tile reaches past the last key
     inputs = {name: np.float32(x) for name, x in cases.draw(case)[0].items()}
