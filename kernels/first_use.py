@@ -85,24 +85,33 @@ def disagreement(op: str, probe: Probe, implementation: str = "pallas", subject:
 def _check_once(op: str, probe: Probe, implementation: str, subject: str, device: Device) -> str | None:
     """Check, unless the same kernel agreed on such a device before; a disagreement is not remembered."""
     file = _record(op, implementation, subject, device)
-    if file.exists():
+    if file and file.exists():
         return None
     reason = _check(op, probe, device, implementation)
-    if reason is None:
+    if reason is None and file:
         with contextlib.suppress(OSError):  # it is checked again
             file.parent.mkdir(parents=True, exist_ok=True)
             file.touch()
     return reason
 
 
-def _record(op: str, implementation: str, subject: str, device: Device) -> Path:
+def _record(op: str, implementation: str, subject: str, device: Device) -> Path | None:
     """Return the file that exists if the check has passed: its name is a hash of all that the result depends on."""
     settings = [f"{name}={os.environ.get(name, '')}" for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     versions = [f"{name} {_version(name)}" for name in ("jax", "jaxlib", "libtpu", "jax-triton", "triton")]
     backend = jax.extend.backend.get_backend().platform_version
     parts = (op, implementation, subject, *device, backend, _source_hash(), *versions, *settings)
-    base = os.environ.get("DANTINOX_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "dantinox")
-    return Path(base, "first_use", hashlib.sha256("\0".join(parts).encode()).hexdigest()).expanduser()
+    folder = _cache_folder()
+    return folder and folder / "first_use" / hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _cache_folder() -> Path | None:
+    """Return $DANTINOX_CACHE, or dantinox in $XDG_CACHE_HOME or ~/.cache; None where a container has no home."""
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    default = os.path.join(xdg if os.path.isabs(xdg) else "~/.cache", "dantinox")
+    with contextlib.suppress(RuntimeError):
+        return Path(os.environ.get("DANTINOX_CACHE") or default).expanduser()
+    return None
 
 
 def _version(distribution: str) -> str:

@@ -227,9 +227,23 @@ def test_auto_prefers_hopper_kernels_then_triton_then_xla(kind, dtype, D, monkey
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     with dispatch.target_device("gpu", kind), jax.enable_x64(dtype == "float64"):
         x = jnp.ones((1, 4, 1, D), dtype)
-        chosen = api.OPERATION.select("auto", x, x, None, True, False)
+        chosen = api.OPERATION.select("auto", x, x, None, True, False, None)
     by_name = {i.name: i.function for i in api.OPERATION.implementations}
     assert chosen is by_name[CHOICES[kind, dtype, D]]
+
+
+@pytest.mark.parametrize(("softcap", "expected"), [(30.0, "pallas"), (1e-20, "triton"), (1e20, "triton")])
+def test_auto_leaves_the_largest_and_smallest_soft_caps_to_triton(softcap, expected, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    with dispatch.target_device("gpu", "NVIDIA H100 80GB HBM3"):
+        x = jnp.ones((1, 4, 1, 64), jnp.bfloat16)
+        chosen = api.OPERATION.select("auto", x, x, None, True, False, softcap)
+        if expected != "pallas":
+            with pytest.raises(
+                NotImplementedError, match=r"Hopper's kernels take 2\*\*-40 to 2\*\*40; impl.*'triton' runs"
+            ):
+                kernels.attention(x, x, x, softcap=softcap, implementation="pallas")
+    assert chosen is {i.name: i.function for i in api.OPERATION.implementations}[expected]
 
 
 def test_refusal_names_an_implementation_that_runs(monkeypatch):

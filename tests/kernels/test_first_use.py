@@ -2,7 +2,10 @@
 
 import functools
 import logging
+import os
+import pwd
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +107,34 @@ def test_agreement_is_remembered_for_the_same_device_sources_and_versions(monkey
         assert "differs from the reference" in found and count == 2
     monkeypatch.setenv("DANTINOX_CACHE", "/proc/none")  # cannot be written
     assert [reason(), reason()] == [(None, 2), (None, 2)]
+    monkeypatch.setattr(first_use, "_cache_folder", lambda: None)
+    assert [reason(), reason()] == [(None, 2), (None, 2)]
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"DANTINOX_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, "/a"),
+        ({"DANTINOX_CACHE": "~/a"}, "/h/a"),
+        ({"XDG_CACHE_HOME": "/b"}, "/b/dantinox"),
+        ({"XDG_CACHE_HOME": "b"}, "/h/.cache/dantinox"),  # its specification has absolute paths only
+        ({}, "/h/.cache/dantinox"),
+        ({"HOME": ""}, None),
+    ],
+)
+def test_passed_checks_are_kept_in_the_cache_folder(variables, expected, monkeypatch):
+    for name in ("DANTINOX_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"HOME": "/h"} | variables).items():
+        monkeypatch.setenv(name, value)
+    if not os.environ["HOME"]:  # a container may run as a user without a home folder
+
+        def unknown(uid):
+            raise KeyError(uid)
+
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert first_use._cache_folder() == (expected and Path(expected))
 
 
 def test_hash_depends_on_every_source(monkeypatch, tmp_path):
@@ -145,7 +176,7 @@ def test_auto_takes_xla_where_the_check_fails(api, monkeypatch, caplog):
     monkeypatch.setattr(first_use, "current_device", lambda: TPU)
     q, cache = jnp.ones((1, 4, 2, 8)), kernels.KVCache(jnp.ones((1, 2, 128, 8)), jnp.ones((1, 2, 128, 8)), jnp.ones(1))
     matrices = (jnp.ones((16, 8)), jnp.ones((2, 8, 8)))
-    inputs = {"attention": (q, q, None, True, False), "decode_attention": (q[:, 0], cache)}.get(op, matrices)
+    inputs = {"attention": (q, q, None, True, False, None), "decode_attention": (q[:, 0], cache)}.get(op, matrices)
 
     def chosen(difference):
         first_use._check.cache_clear()

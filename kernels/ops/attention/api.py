@@ -79,7 +79,7 @@ def attention(
     if window is not None:  # a longer window shows no more keys
         window = min(window, max(S, 1)) if isinstance(S, int) else min(window, integers.INT32.max)
 
-    function = OPERATION.select(implementation, q, k, window, causal, ids is not None)
+    function = OPERATION.select(implementation, q, k, window, causal, ids is not None, softcap)
     if 0 in (B, T, H, D):
         return q
     return call_implementation(
@@ -132,13 +132,15 @@ def _pallas(*args: Any, **options: Any) -> Array:
     return pallas.attention(*args, **options)
 
 
-def _pallas_unsupported_inputs(q: Array, k: Array, window: int | None, causal: bool, packed: bool) -> str | None:
+def _pallas_unsupported_inputs(
+    q: Array, k: Array, window: int | None, causal: bool, packed: bool, softcap: float | None
+) -> str | None:
     if reason := dispatch.symbolic_unsupported(q, k):
         return reason
     if dispatch.on_gpu():
         from dantinox.kernels.ops.attention.pallas_sm90 import vjp as sm90
 
-        return sm90.unsupported_inputs(q.dtype, q.shape[-1])
+        return sm90.unsupported_inputs(q.dtype, q.shape[-1], softcap)
     if reason := dispatch.float32_accumulation_unsupported(q.dtype):
         return reason
     if dispatch.on_tpu():
@@ -147,14 +149,18 @@ def _pallas_unsupported_inputs(q: Array, k: Array, window: int | None, causal: b
     return None
 
 
-def _triton_unsupported_inputs(q: Array, k: Array, window: int | None, causal: bool, packed: bool) -> str | None:
+def _triton_unsupported_inputs(
+    q: Array, k: Array, window: int | None, causal: bool, packed: bool, softcap: float | None
+) -> str | None:
     D = q.shape[-1]
     if reason := dispatch.symbolic_unsupported(q, k) or dispatch.float32_accumulation_unsupported(q.dtype):
         return reason
     return f"D is {D}; its Triton kernels take at most {MAX_TRITON_HEAD_DIM}" if D > MAX_TRITON_HEAD_DIM else None
 
 
-def _pallas_not_auto(q: Array, k: Array, window: int | None, causal: bool, packed: bool) -> str | None:
+def _pallas_not_auto(
+    q: Array, k: Array, window: int | None, causal: bool, packed: bool, softcap: float | None
+) -> str | None:
     if dispatch.on_gpu():
         return _gpu_disagreement("pallas", q.dtype.name, q.shape[-1])
     B, T, H, _ = q.shape
@@ -165,7 +171,9 @@ def _pallas_not_auto(q: Array, k: Array, window: int | None, causal: bool, packe
     return None
 
 
-def _triton_not_auto(q: Array, k: Array, window: int | None, causal: bool, packed: bool) -> str | None:
+def _triton_not_auto(
+    q: Array, k: Array, window: int | None, causal: bool, packed: bool, softcap: float | None
+) -> str | None:
     return _gpu_disagreement("triton", q.dtype.name, q.shape[-1])
 
 

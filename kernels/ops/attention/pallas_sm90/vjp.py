@@ -29,10 +29,12 @@ DTYPES = (jnp.bfloat16, jnp.float16)
 SOFTCAPS = (2.0**-40, 2.0**40)  # beyond them, tanh(s / softcap) needs more than float32's range
 
 
-def unsupported_inputs(dtype: jnp.dtype, D: int) -> str | None:
-    """Return why the kernels do not support these arrays, or None if they do."""
+def unsupported_inputs(dtype: jnp.dtype, D: int, softcap: float | None) -> str | None:
+    """Return why the kernels do not support these arrays and this soft cap, or None if they do."""
     if dtype not in DTYPES:
         return f"q has dtype {jnp.dtype(dtype)} and Hopper's tensor cores take bfloat16 and float16 here"
+    if softcap is not None and not SOFTCAPS[0] <= softcap <= SOFTCAPS[1]:
+        return f"softcap is {softcap:g} and Hopper's kernels take 2**-40 to 2**40"
     return unsupported_head_dim(D)
 
 
@@ -52,15 +54,10 @@ def attention(
     """See `dantinox.kernels.attention`, which checks the arguments; with `interpret` the kernels run on the CPU.
 
     Raises:
-        NotImplementedError: the kernels do not support the dtype or head dim.
+        NotImplementedError: the kernels do not support the dtype, the head dim or the soft cap.
     """
-    if (reason := unsupported_inputs(q.dtype, q.shape[-1])) is not None:
+    if (reason := unsupported_inputs(q.dtype, q.shape[-1], softcap)) is not None:
         raise NotImplementedError(f"attention: implementation='pallas' cannot run here: {reason}")
-    if softcap is not None and not SOFTCAPS[0] <= softcap <= SOFTCAPS[1]:
-        raise NotImplementedError(
-            f"attention: implementation='pallas' cannot run here: softcap is {softcap:g} and Hopper's kernels take "
-            f"2**-40 to 2**40; implementation='xla' takes every cap"
-        )
     (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
     if 0 in (B, T, S, H, D):
         return jnp.zeros_like(q)

@@ -236,6 +236,27 @@ def seeing_queries(
 
 
 @triton.jit
+def loop_range(PART: tl.constexpr, start, interior_start, interior_end, end):
+    """Return the first and the last position, exclusive, of one of the three parts of a loop; 1 is the interior."""
+    if PART == 0:
+        return start, interior_start
+    elif PART == 1:
+        return interior_start, interior_end
+    else:
+        return interior_end, end
+
+
+@triton.jit
+def query_program(T: tl.constexpr, H: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """Return the sequence, the head and the query block of this program: heads fastest, the last block first."""
+    Q_BLOCKS: tl.constexpr = (T + BLOCK_Q - 1) // BLOCK_Q
+    h = tl.program_id(0) % H
+    q_block_index = Q_BLOCKS - 1 - tl.program_id(0) // H % Q_BLOCKS
+    sequence = (tl.program_id(0) // (H * Q_BLOCKS)).to(tl.int64)
+    return sequence, h, q_block_index
+
+
+@triton.jit
 def floor(x, BLOCK: tl.constexpr):
     """Round down to a block's start, from 0 on."""
     return tl.maximum(x, 0) // BLOCK * BLOCK

@@ -4,7 +4,13 @@ import triton
 import triton.language as tl
 
 from dantinox.kernels.ops.attention.triton.bwd_common import load_operand, weights_and_score_gradients
-from dantinox.kernels.ops.attention.triton.common import LOWEST, round_operand, seeing_queries, store_block
+from dantinox.kernels.ops.attention.triton.common import (
+    LOWEST,
+    loop_range,
+    round_operand,
+    seeing_queries,
+    store_block,
+)
 
 
 @triton.jit
@@ -125,12 +131,7 @@ def dkv_kernel(
         query = (sequence * T * H + h) * D
         row = (sequence * H + h) * T
         for part in tl.static_range(3):
-            if part == 0:
-                first, last = start, interior_start
-            elif part == 1:
-                first, last = interior_start, interior_end
-            else:
-                first, last = interior_end, end
+            first, last = loop_range(part, start, interior_start, interior_end, end)
             if part == 1 or SEGMENTS or (part == 0 and CAUSAL) or (part == 2 and WINDOW > 0):
                 dk_sum, dv_sum = accumulate_dkv(
                     dk_sum, dv_sum, k_block, v_block, q + query, do + query, lse + row, delta + row, q_ids, key,

@@ -4,7 +4,14 @@ import triton
 import triton.language as tl
 
 from dantinox.kernels.ops.attention.triton.bwd_common import load_operand, weights_and_score_gradients
-from dantinox.kernels.ops.attention.triton.common import LOWEST, round_operand, store_block, visible_keys
+from dantinox.kernels.ops.attention.triton.common import (
+    LOWEST,
+    loop_range,
+    query_program,
+    round_operand,
+    store_block,
+    visible_keys,
+)
 
 
 @triton.jit
@@ -89,13 +96,10 @@ def dq_kernel(
 ):
     """Compute dq of one block of queries of one head."""
     Q_BLOCKS: tl.constexpr = (T + BLOCK_Q - 1) // BLOCK_Q
-    h = tl.program_id(0) % H
-    q_block_index = Q_BLOCKS - 1 - tl.program_id(0) // H % Q_BLOCKS
-    b = tl.program_id(0) // (H * Q_BLOCKS)
+    sequence, h, q_block_index = query_program(T, H, BLOCK_Q)
     q_start = q_block_index * BLOCK_Q
     t = q_start + tl.arange(0, BLOCK_Q)
 
-    sequence = b.to(tl.int64)
     query = (sequence * T * H + h) * D
     key = (sequence * S * K + h // (H // K)) * D
     row = (sequence * H + h) * T + t
@@ -115,12 +119,7 @@ def dq_kernel(
     )
     acc = tl.zeros((BLOCK_Q, D_BLOCK), tl.float32)
     for part in tl.static_range(3):
-        if part == 0:
-            first, last = start, interior_start
-        elif part == 1:
-            first, last = interior_start, interior_end
-        else:
-            first, last = interior_end, end
+        first, last = loop_range(part, start, interior_start, interior_end, end)
         if part > 0 or WINDOW > 0 or SEGMENTS:
             acc = accumulate_dq(
                 acc, q_block, do_block, row_lse, row_delta, k + key, v + key, t + (S - T), q_segment, kv_ids, first,

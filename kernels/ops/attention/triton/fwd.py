@@ -31,7 +31,9 @@ from dantinox.kernels.ops.attention.triton.common import (
     NO_GATE,
     TritonAttentionConfig,
     load_block,
+    loop_range,
     mask_scores,
+    query_program,
     round_operand,
     scale_scores,
     store_block,
@@ -126,13 +128,10 @@ def forward_kernel(
 ):
     """Compute one block of queries of one head."""
     Q_BLOCKS: tl.constexpr = (T + BLOCK_Q - 1) // BLOCK_Q
-    h = tl.program_id(0) % H
-    q_block_index = Q_BLOCKS - 1 - tl.program_id(0) // H % Q_BLOCKS
-    b = tl.program_id(0) // (H * Q_BLOCKS)
+    sequence, h, q_block_index = query_program(T, H, BLOCK_Q)
     q_start = q_block_index * BLOCK_Q
     t = q_start + tl.arange(0, BLOCK_Q)
 
-    sequence = b.to(tl.int64)
     query = (sequence * T * H + h) * D
     key = (sequence * S * K + h // (H // K)) * D
     q_ids += sequence * T
@@ -150,12 +149,7 @@ def forward_kernel(
     m = tl.full((BLOCK_Q,), LOWEST, tl.float32)
     l = tl.zeros((BLOCK_Q,), tl.float32)
     for part in tl.static_range(3):
-        if part == 0:
-            first, last = start, interior_start
-        elif part == 1:
-            first, last = interior_start, interior_end
-        else:
-            first, last = interior_end, end
+        first, last = loop_range(part, start, interior_start, interior_end, end)
         if part > 0 or WINDOW > 0 or SEGMENTS:
             acc, m, l = attend(
                 acc, m, l, q_block, k + key, v + key, t + (S - T), q_segment, kv_ids, first, last, S, D, K * D,
