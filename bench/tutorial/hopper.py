@@ -155,8 +155,7 @@ def assembled(module: str, dumps: Path) -> list[sass.Instruction]:
     """Assemble a PTX module of one kernel and return its machine code."""
     source, cubin = dumps / "kernel.ptx-source", dumps / "kernel.cubin"
     source.write_text(module, "utf-8")
-    command = [gpu_compiler.PTXAS, f"-arch={TARGET.arch}", source, "-o", cubin]
-    subprocess.run(command, check=True, capture_output=True)
+    gpu_compiler.assemble(TARGET, source, cubin)
     dumped = subprocess.run(
         [gpu_compiler.CUOBJDUMP, "--dump-sass", cubin], capture_output=True, text=True, check=True, encoding="utf-8"
     )

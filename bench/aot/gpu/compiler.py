@@ -111,11 +111,11 @@ def read(target: Gpu, dumps: Path, printed: str) -> tuple[list[dict[str, Any]], 
 
     kernels = []
     for module, size in zip(mosaic, smem):
-        kernels += [{**kernel, "hand": True} for kernel in _assemble(target, module, dumps, {}, size, True)]
+        kernels += [{**kernel, "hand": True} for kernel in _read_kernels(target, module, dumps, {}, size, True)]
     for path in sorted(dumps.rglob("*.ptx")):
         module = path.read_text("utf-8")
         hand = path.is_relative_to(dumps / "triton") or not triton_kernels.isdisjoint(ptx.entry_threads(module))
-        kernels += [{**k, "hand": hand} for k in _assemble(target, module, dumps, launches, None, hand)]
+        kernels += [{**k, "hand": hand} for k in _read_kernels(target, module, dumps, launches, None, hand)]
 
     totals = {"kernels": len(kernels)}
     for name in ("spill_bytes", "wgmma", "tcgen05", "mma"):
@@ -135,7 +135,20 @@ def _pallas_triton_kernels(dumps: Path) -> set[str]:
     return names
 
 
-def _assemble(
+def assemble(target: Gpu, source: Path, cubin: str | Path, *flags: str) -> dict[str, ptx.Usage]:
+    """Assemble a file of PTX; return what each entry function uses.
+
+    Raises:
+        ValueError: the assembler refuses it.
+    """
+    command = [str(PTXAS), f"-arch={target.arch}", "-v", *flags, str(source), "-o", str(cubin)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, encoding="utf-8")
+    if done.returncode:
+        raise ValueError(f"ptxas: {(done.stderr.strip().splitlines() or ['failed'])[0]}")
+    return ptx.ptxas_usage(done.stderr + done.stdout)
+
+
+def _read_kernels(
     target: Gpu,
     module: str,
     dumps: Path,
@@ -146,10 +159,7 @@ def _assemble(
     """Assemble one PTX module and read the figures of each entry function."""
     source, cubin = dumps / "kernel.ptxas-input", dumps / "kernel.cubin"
     source.write_text(module, "utf-8")
-    command = [str(PTXAS), f"-arch={target.arch}", "-v", "-lineinfo", str(source), "-o", str(cubin)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, encoding="utf-8")
-    if done.returncode:
-        raise ValueError(f"ptxas: {(done.stderr.strip().splitlines() or ['failed'])[0]}")
+    usage_by_name = assemble(target, source, cubin, "-lineinfo")
     counts: dict[str, dict[str, int]] = {}
     code: dict[str, list[sass.Instruction]] = {}
     if hand_written or "mma" in module:  # disassembling XLA's many small fusions would take longer than compiling them
@@ -164,7 +174,7 @@ def _assemble(
         for name in code:
             (dumps / f"{name}.sass").write_text(with_lines, "utf-8")
     kernels = []
-    for name, usage in ptx.ptxas_usage(done.stderr + done.stdout).items():
+    for name, usage in usage_by_name.items():
         launch_threads, launch_smem = launches.get(name, (None, 0))
         threads = launch_threads or ptx.entry_threads(module).get(name)
         # Mosaic declares one byte of static memory in order to address the dynamic part.

@@ -11,7 +11,6 @@ import argparse
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.aot import hardware
-from bench.aot.gpu import compiler, ptx
+from bench.aot.gpu import compiler
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
 FEATURES: dict[str, dict[str, Any]] = {
@@ -98,11 +97,7 @@ def assemble(target: hardware.Gpu, text: str, smem_bytes: int) -> Kernel:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(text, "utf-8")
-        command = [str(compiler.PTXAS), f"-arch={target.arch}", "-v", str(source), "-o", os.devnull]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, encoding="utf-8")
-    if done.returncode:
-        raise ValueError(f"ptxas: {(done.stderr.strip().splitlines() or ['failed'])[0]}")
-    ((name, usage),) = ptx.ptxas_usage(done.stderr + done.stdout).items()
+        ((name, usage),) = compiler.assemble(target, source, os.devnull).items()
     instructions = len(TENSOR_CORES.findall(text))
     name = name.removesuffix("_kernel")
     return Kernel(name, usage.registers, usage.spill_bytes, smem_bytes, instructions)
