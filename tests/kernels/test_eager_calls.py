@@ -106,6 +106,7 @@ def resident_bytes() -> int:
     ],
 )
 @pytest.mark.sampled(4)
+@pytest.mark.slow
 def test_memory_does_not_grow_over_a_thousand_eager_calls(op, implementation, derivative):
     call = eager_calls(op, implementation, derivative)
     for _ in range(200):

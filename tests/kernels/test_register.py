@@ -97,7 +97,7 @@ def test_settings_accept_a_registered_name():
 
 
 @pytest.mark.parametrize("op", CALLS)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_second_registration_replaces_the_first_in_compiled_programs_too(op):
     compiled = jax.jit(lambda: CALLS[op]("mine"))
     for factor in (2, 3):

@@ -158,7 +158,7 @@ def cases():
 
 
 @pytest.mark.parametrize("workload", cases())
-@pytest.mark.sampled(10)
+@pytest.mark.sampled(20)
 def test_traffic_matches_a_simulated_pipeline(monkeypatch, workload):
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal(shape).astype(np.float32) for shape in workload.shapes().values()]
@@ -202,6 +202,7 @@ def test_minimum_traffic_is_each_array_once():
 
 @pytest.mark.parametrize("target", products.TPUS)
 @pytest.mark.sampled(2)
+@pytest.mark.slow
 def test_profiles_contain_the_traffic_of_every_kernel(target):
     rows = profile.load(profile.path(ROOT / "profiles/aot", target))["rows"]
     seen = set()

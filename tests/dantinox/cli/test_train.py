@@ -208,6 +208,7 @@ def test_folder_of_runs_that_is_none_is_refused(place, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_prints_the_resume_command(text, tmp_path, monkeypatch, capsys):
     words = [*TINY, "--data", str(text), "--run", "stopped", "--steps", "100000", "--eval-every=0", "--save-every=0"]
     words += ["--tokenizer", "char", "--sample-tokens", "0"]

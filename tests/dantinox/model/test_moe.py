@@ -129,6 +129,7 @@ def test_router_loss_is_the_mean_over_layers():
     ("switch", "value"),
     [("jax_enable_x64", True), ("jax_numpy_rank_promotion", "raise"), ("jax_numpy_dtype_promotion", "strict")],
 )
+@pytest.mark.sampled(3)
 def test_router_under_switches_of_jax(switch, value):
     logits = jnp.float32(np.random.default_rng(0).standard_normal((6, 4)))
     expected, before = route(logits, 2), getattr(jax.config, switch)

@@ -32,6 +32,7 @@ class Pipe:
         os.close(self.read_fd)
 
 
+@pytest.mark.slow
 def test_closed_pipe_saves_and_the_resumed_run_equals_an_uninterrupted_one(whole, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(Interrupted) as stop:
         runs.at_step(patch, 7, Pipe(patch).close)

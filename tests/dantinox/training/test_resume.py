@@ -97,6 +97,7 @@ def at_step(monkeypatch, number: int, what) -> None:
     monkeypatch.setattr(Trainer, "batch", lambda self, i: (what() if i == number - 1 else None, make(self, i))[1])
 
 
+@pytest.mark.slow
 def test_two_runs_with_one_seed_are_bit_equal(whole):
     again = run("again")
     assert rows(again) == rows(whole) and weights(again) == weights(whole)

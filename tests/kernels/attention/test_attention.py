@@ -183,7 +183,7 @@ def poisoned_parameters() -> list[Any]:
 
 @pytest.mark.parametrize("compared", ["output", "gradients"])
 @pytest.mark.parametrize(("name", "implementation"), poisoned_parameters())
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 def test_masked_keys_do_not_affect_output(name, implementation, compared):
     case = POISONED[name]
     inputs, aux, dout = cases.draw(case)

@@ -128,7 +128,7 @@ def test_new_token_is_stored_in_its_slot_only(case, implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("case", "dtype"), cases.workload_parameters("decode_attention"))
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 def test_implementation_matches_reference(case, dtype, implementation):
     step = draw(case, dtype)
     o, reference = (run(name, case, step, dtype)[0] for name in (implementation, "reference"))

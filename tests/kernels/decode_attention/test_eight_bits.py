@@ -90,7 +90,7 @@ def test_new_token_is_stored_in_its_slot_only(implementation, dtype):
 @DTYPES
 @pytest.mark.parametrize("implementation", ALL)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 def test_unused_slots_do_not_affect_output(name, implementation, dtype):
     case = find(name)
     step, outputs = draw(case), []

@@ -56,7 +56,7 @@ def test_reference_matches_python_loops(sizes):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("case", "dtype"), cases.workload_parameters("grouped_matmul"))
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 def test_implementation_matches_reference(case, dtype, implementation):
     inputs, aux, dout = cases.draw(case)
     sizes = aux["group_sizes"]

@@ -56,6 +56,7 @@ CASES = [
     ids=lambda x: x.label() if isinstance(x, workloads.GroupedMatmul) else f"width={x or 'auto'}",
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=slow)])
+@pytest.mark.slow
 def test_output_and_gradients_match_without_races(case, width, dtype):
     inputs, aux, dout = cases.draw(case)
     aux = {name: jnp.asarray(x) for name, x in aux.items()}

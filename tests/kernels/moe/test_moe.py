@@ -140,6 +140,7 @@ def second_derivatives(inputs: dict, aux: dict, dout: jax.Array, implementation:
 @pytest.mark.parametrize(
     "N", [pytest.param(3, id="few rows", marks=pytest.mark.slow), pytest.param(33, id="many rows")]
 )
+@pytest.mark.slow
 def test_second_derivative_of_xla_matches_reference(N):
     inputs, aux, dout = cases.draw(row(N, 5, 4, 3, 2))
     aux = {"expert_ids": jnp.asarray(aux["expert_ids"]).at[0, 1].set(3)}  # one id without an expert
