@@ -34,7 +34,9 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     "checks",
     [
         pytest.param(("features",), id="features"),
-        pytest.param(("tf32", "vmap", "float16_range", "second_derivative"), id="precision, transformations"),
+        pytest.param(
+            ("tf32", "vmap", "float16_range", "second_derivative"), id="precision, transformations", marks=slow
+        ),
         pytest.param(("sizes", "determinism"), marks=slow),
         pytest.param(("shard_map", "remat_and_scan"), marks=slow),
     ],

@@ -22,6 +22,7 @@ def interpreted(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_triton_kernels_match_numpy():
     done = interpreted(ROOT)
