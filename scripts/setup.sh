@@ -174,9 +174,9 @@ install() { # install EXTRAS
 }
 
 warm_up() { # checks the imports that every program needs, and compiles their bytecode only
-    modules='flax.nnx, jax.experimental.pallas, optax, orbax.checkpoint, rich, tokenizers, tyro, yaml, dantinox.cli.train,
-        matplotlib.figure, tensorboard.summary.writer.event_file_writer'
-    PYTHONDONTWRITEBYTECODE='' "$venv/bin/python" -c "import $(echo $modules)" ||
+    PYTHONDONTWRITEBYTECODE='' "$venv/bin/python" -c '
+import flax.nnx, jax.experimental.pallas, optax, orbax.checkpoint, rich, tokenizers, tyro, yaml
+import dantinox.cli.train, matplotlib.figure, tensorboard.summary.writer.event_file_writer' ||
         die "installed, but an import fails; the lines above say which"
 }
 

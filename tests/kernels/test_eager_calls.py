@@ -105,7 +105,6 @@ def resident_bytes() -> int:
         if parameter[1:] != ("reference", "gradient")  # a program per operation of jnp
     ],
 )
-@pytest.mark.sampled(4)
 @pytest.mark.slow
 def test_memory_does_not_grow_over_a_thousand_eager_calls(op, implementation, derivative):
     call = eager_calls(op, implementation, derivative)

@@ -201,7 +201,6 @@ def test_minimum_traffic_is_each_array_once():
 
 
 @pytest.mark.parametrize("target", products.TPUS)
-@pytest.mark.sampled(2)
 @pytest.mark.slow
 def test_profiles_contain_the_traffic_of_every_kernel(target):
     rows = profile.load(profile.path(ROOT / "profiles/aot", target))["rows"]

@@ -72,9 +72,7 @@ def test_file_that_cannot_be_imported_gives_one_line(tmp_path, capsys):
     assert "nor defines a function attention" in one_line(("attention", str(tmp_path / "mine.py")), capsys)
 
 
-@pytest.mark.parametrize(
-    ("fault", "code"), [pytest.param("", 0, id="right", marks=pytest.mark.slow), pytest.param(" * 1.01", 1, id="wrong")]
-)
+@pytest.mark.parametrize(("fault", "code"), [pytest.param("", 0, id="right"), pytest.param(" * 1.01", 1, id="wrong")])
 @pytest.mark.slow
 def test_forward_only_kernel_is_judged_forward(tmp_path, fault, code):
     (tmp_path / "mine.py").write_text(FORWARD_ONLY.replace("{fault}", fault))

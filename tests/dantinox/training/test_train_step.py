@@ -277,7 +277,7 @@ MESH = """
 """
 
 
-@pytest.mark.parametrize(("experts", "attn"), [pytest.param(4, "pallas", marks=pytest.mark.slow), (0, "xla")])
+@pytest.mark.parametrize(("experts", "attn"), [(4, "pallas"), (0, "xla")])
 @pytest.mark.slow
 def test_eight_device_mesh_gives_single_device_losses(experts, attn):
     """Fault 8: a model over several devices gives other numbers than on one."""

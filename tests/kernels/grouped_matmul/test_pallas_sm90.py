@@ -36,17 +36,17 @@ run_two_blocks_checked = functools.partial(two_blocks.run_two_blocks_checked, vj
 CASES = [
     # Tiles of two groups, runs of every size, an empty group, unassigned rows, a last tile past N; more steps than
     # stages, a quarter of a tile of columns, and one warpgroup's half of dw.
-    pytest.param(row(3, 0, 73, 51, N=129, M=192, F=320), 256, marks=slow),
+    (row(3, 0, 73, 51, N=129, M=192, F=320), 256),
     (row(0, 200, M=128, F=320), 128),
-    pytest.param(row(300, 0, 0, M=192, F=128), None, marks=slow),  # all to the first; one warpgroup's half of dw
-    pytest.param(row(0, 0, 257), 256, marks=slow),
-    pytest.param(row(0, 1), None, marks=slow),
-    pytest.param(row(0, 0, N=1), None, marks=slow),
-    pytest.param(row(127), 256, marks=slow),
-    pytest.param(row(128, 64, 64, N=264), 64, marks=slow),  # all edges at edges of tiles
-    pytest.param(row(0, 0, 0, N=200, F=192), 192, marks=slow),  # all rows unassigned
-    pytest.param(row(1, 2, 3, 4, 5, 6, 7, 8, 9, N=63), None, marks=slow),
-    pytest.param(row(63, 65, 130, 2, M=256, F=512), 192, marks=slow),
+    (row(300, 0, 0, M=192, F=128), None),  # all to the first; one warpgroup's half of dw
+    (row(0, 0, 257), 256),
+    (row(0, 1), None),
+    (row(0, 0, N=1), None),
+    (row(127), 256),
+    (row(128, 64, 64, N=264), 64),  # all edges at edges of tiles
+    (row(0, 0, 0, N=200, F=192), 192),  # all rows unassigned
+    (row(1, 2, 3, 4, 5, 6, 7, 8, 9, N=63), None),
+    (row(63, 65, 130, 2, M=256, F=512), 192),
 ]
 
 
@@ -55,7 +55,7 @@ CASES = [
     CASES,
     ids=lambda x: x.label() if isinstance(x, workloads.GroupedMatmul) else f"width={x or 'auto'}",
 )
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=slow)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.slow
 def test_output_and_gradients_match_without_races(case, width, dtype):
     inputs, aux, dout = cases.draw(case)

@@ -137,9 +137,7 @@ def second_derivatives(inputs: dict, aux: dict, dout: jax.Array, implementation:
     return {f"d{name}": x for name, x in dinputs.items()} | {"ddout": ddout}
 
 
-@pytest.mark.parametrize(
-    "N", [pytest.param(3, id="few rows", marks=pytest.mark.slow), pytest.param(33, id="many rows")]
-)
+@pytest.mark.parametrize("N", [pytest.param(3, id="few rows"), pytest.param(33, id="many rows")])
 @pytest.mark.slow
 def test_second_derivative_of_xla_matches_reference(N):
     inputs, aux, dout = cases.draw(row(N, 5, 4, 3, 2))
