@@ -46,7 +46,8 @@ def compile_row(op: str, name_or_file: str, target_name: str) -> dict[str, Any]:
         def build(direction: str) -> programs.Program:
             return programs.build_workload(workload, name, "bfloat16", direction)
 
-        for direction in _directions(op, is_gpu):
+        # With gradients a program has all kernels; without them it is compiled where it has no gradient.
+        for direction in ("both", "forward") if op != "decode_attention" else ("forward",):
             worker.clear(dumps)
             try:
                 with dispatch.target_device(target.platform, target.kind), worker.stdout_to(dumps / "printed.txt"):
@@ -67,16 +68,8 @@ def compile_row(op: str, name_or_file: str, target_name: str) -> dict[str, Any]:
                     executed_bundles.add({"kernels": found}, case, target, dumps)
                 temp_bytes = compiled.memory_analysis().temp_size_in_bytes
                 row[direction] = {"status": "compiled", "kernels": found, "temp_bytes": temp_bytes}
-                if is_gpu:
-                    break
+                break
         return {"spec": workload.name, "directions": row}
-
-
-def _directions(op: str, is_gpu: bool) -> tuple[str, ...]:
-    """The directions to compile: on a GPU that with gradients has all kernels, and jax-triton dumps each but once."""
-    if op == "decode_attention":
-        return ("forward",)
-    return ("both", "forward") if is_gpu else ("forward", "both")
 
 
 def _no_gradient(both: Any, forward: Any) -> str:

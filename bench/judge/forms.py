@@ -110,11 +110,17 @@ HOPPER_MODULES = {
 
 
 def _interpreted_hopper_kernels(op: str) -> contextlib.AbstractContextManager[Any]:
-    """Our own Hopper kernels have a variant for the simulator, which cannot multiply from registers."""
+    """Our own Hopper kernels have a variant for the simulator, which cannot multiply from registers.
+
+    Their persistent kernels get two thread blocks in place of one per SM: each takes seconds to simulate, idle or not.
+    """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     module = importlib.import_module(f"dantinox.kernels.ops.{HOPPER_MODULES[op]}")
-    function = functools.partial(getattr(module, op), interpret=plgpu.InterpretGPUParams(detect_races=True))
+    options: dict[str, Any] = {"interpret": plgpu.InterpretGPUParams(detect_races=True)}
+    if op in ("grouped_matmul", "moe_mlp"):
+        options["blocks"] = 2
+    function = functools.partial(getattr(module, op), **options)
     return mock.patch.object(module, op, function)
 
 

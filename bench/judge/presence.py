@@ -71,7 +71,7 @@ def simulated_cases(op: str) -> list[Case]:
             row("empty groups, rows past the sum", N=130, sizes=(0, 64, 3, 0), M=128, F=256, poisoned=True),
         ]
     if op == "moe_mlp":
-        names = ("top 2", "experts without tokens", "top 1, uneven groups")
+        names = ("experts without tokens", "top 1, uneven groups")
         return [row(name, N=70, poisoned="without" in name) for name in names]
     return [
         row("part-filled ring", lengths=(50, 70, 130), H=4, gate="head", poisoned=True),
