@@ -1,6 +1,7 @@
 """The operations of DantinoX, each behind one signature with several implementations.
 
     attention          sliding-window gated grouped-query attention
+    merge_attention    merge attention to two parts of the keys
     grouped_matmul     rows sorted by group, each times its group's matrix
     moe_mlp            dropless mixture of SwiGLU experts
     decode_attention   append one token to a key/value ring and attend, in place
@@ -20,6 +21,7 @@ from dantinox.kernels import registry
 from dantinox.kernels.dispatch import IMPLEMENTATION_NAMES, OPERATIONS, Operation
 from dantinox.kernels.ops.attention.api import OPERATION as _ATTENTION
 from dantinox.kernels.ops.attention.api import attention
+from dantinox.kernels.ops.attention.lse import merge_attention
 from dantinox.kernels.ops.decode_attention.api import OPERATION as _DECODE_ATTENTION
 from dantinox.kernels.ops.decode_attention.api import KVCache, decode_attention
 from dantinox.kernels.ops.grouped_matmul.api import OPERATION as _GROUPED_MATMUL
@@ -38,6 +40,7 @@ __all__ = [
     "grouped_matmul",
     "implementation_names",
     "implementations",
+    "merge_attention",
     "moe_mlp",
     "register",
     "unsupported_reason",

@@ -111,6 +111,7 @@ def attention(
     H: int,
     K: int,
     D: int,
+    Dv: int | None = None,
     causal: bool = True,
     window: int | None = None,
     gate: str = "none",
@@ -126,10 +127,11 @@ def attention(
         S: keys per sequence.
         H: query heads.
         K: key/value heads.
-        D: head dim.
+        D: head dim of queries and keys.
+        Dv: head dim of values; None: D.
         causal: whether a query sees no later key.
         window: number of keys that a query sees, its own included; None: no limit.
-        gate: none, head ([B, T, H, 1]) or elementwise ([B, T, H, D]).
+        gate: none, head ([B, T, H, 1]) or elementwise ([B, T, H, Dv]).
         segment_ids: (q_ids [B, T], kv_ids [B, S]) on the host, or None.
         itemsize: bytes per element of q, k, v, gate and o. Row sums (log-sum-exp) count as float32.
         backward: whether to count the backward pass instead of the forward pass.
@@ -139,15 +141,16 @@ def attention(
     """
     pairs = visible_pairs(T, S, causal=causal, window=window, segment_ids=segment_ids)
     pairs *= H if segment_ids is not None else B * H
-    kv = 2 * B * num_visible_keys(T, S, window if causal else None) * K * D
+    Dv = D if Dv is None else Dv
+    kv = B * num_visible_keys(T, S, window if causal else None) * K * (D + Dv)
     rows = B * T * H
-    gates = {"none": 0, "head": rows, "elementwise": rows * D}[gate]
+    gates = {"none": 0, "head": rows, "elementwise": rows * Dv}[gate]
     ids = 4 * B * (T + S) if segment_ids is not None else 0
     if not backward:  # read q, k, v, gate; write o
-        return Cost(4 * D * pairs, itemsize * (2 * rows * D + kv + gates) + ids, pairs + gates)
+        return Cost(2 * (D + Dv) * pairs, itemsize * (rows * (D + Dv) + kv + gates) + ids, pairs + gates)
     # Read q, o, do, k, v, gate and the log-sum-exp; write dq, dk, dv (for every key) and dgate.
-    moved = itemsize * (4 * rows * D + kv + 2 * B * S * K * D + 2 * gates)
-    return Cost(10 * D * pairs, moved + 4 * rows + ids, pairs + gates)
+    moved = itemsize * (2 * rows * (D + Dv) + kv + B * S * K * (D + Dv) + 2 * gates)
+    return Cost(2 * (3 * D + 2 * Dv) * pairs, moved + 4 * rows + ids, pairs + gates)
 
 
 def grouped_matmul(

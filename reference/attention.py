@@ -6,6 +6,7 @@ gradients can be beyond 65504 where the results are not.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,33 +61,38 @@ def _sigmoid_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, 
 def attention(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S K D"],
-    v: Float[Array, "B S K D"],
+    v: Float[Array, "B S K Dv"],
     *,
-    gate: Float[Array, "B T H #D"] | None = None,
+    gate: Float[Array, "B T H #Dv"] | None = None,
     causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     segment_ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
-) -> Float[Array, "B T H D"]:
+    sinks: Float[Array, "H"] | None = None,
+    return_lse: bool = False,
+) -> Any:
     """Compute o = sigmoid(gate) * softmax(softcap * tanh(scale * q k^T / softcap) + mask) v.
 
     Args:
         q: queries [B, T, H, D].
         k: keys [B, S, K, D]; H is a multiple of K.
-        v: values [B, S, K, D].
-        gate: logits [B, T, H, D] or [B, T, H, 1], or None for no gate.
+        v: values [B, S, K, Dv].
+        gate: logits [B, T, H, Dv] or [B, T, H, 1], or None for no gate.
         causal: whether a query sees no later key; query t is at position S - T + t of the keys (bottom-right).
         window: number of keys that a query sees, its own included; needs causal. None: no limit.
         scale: factor on the scores; None: D**-0.5.
         softcap: caps the scores s at softcap * tanh(s / softcap); None: no cap.
         segment_ids: (q_ids [B, T], kv_ids [B, S]); a query sees only keys of its own segment. None: one segment.
+        sinks: logits [H], each the score of one more key of its head, which every query sees and whose value is zero.
+        return_lse: whether to return the log-sum-exp of the scores too.
 
     Returns:
-        [B, T, H, D] in q's dtype; zeros for a query that sees no key.
+        o [B, T, H, Dv] in q's dtype; zeros for a query that sees no key. With `return_lse`, (o, lse [B, T, H]): natural
+        logarithms, -inf for a query that sees neither a key nor a sink.
     """
     B, T, H, D = q.shape
-    S, K = k.shape[1], k.shape[2]
+    S, K, Dv = k.shape[1], k.shape[2], v.shape[3]
     dtype = q.dtype
     scale = D**-0.5 if scale is None else scale
     if dtype == jnp.float16:
@@ -112,12 +118,19 @@ def attention(
     if softcap is not None:
         scores = rounded(soft_cap(jnp.where(mask, scores, 0), softcap))
     scores = jnp.where(mask, scores, -jnp.inf)
+    sink = jnp.full(H, -jnp.inf) if sinks is None else sinks
+    sink = sink.astype(scores.dtype).reshape(K, H // K, 1, 1)
     row_max = jnp.max(scores, axis=-1, keepdims=True, initial=jnp.finfo(scores.dtype).min)
-    weights = rounded(jnp.exp(scores - jax.lax.stop_gradient(row_max)))
-    total = rounded(jnp.sum(weights, axis=-1, keepdims=True))
+    row_max = jax.lax.stop_gradient(jnp.maximum(row_max, sink))
+    weights = rounded(jnp.exp(scores - row_max))
+    total = rounded(jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sink - row_max))
     # The weight of a masked value has a gradient too, which may be infinite: the mask removes it.
     weights = rounded(jnp.where(mask, weights / jnp.where(total == 0, 1, total), 0))
-    o = rounded(jnp.einsum("BKGTS,BSKD->BTKGD", weights, v).reshape(B, T, H, D))
+    o = rounded(jnp.einsum("BKGTS,BSKD->BTKGD", weights, v).reshape(B, T, H, Dv))
     if gate is not None:
         o = o * sigmoid(gate.astype(o.dtype))
-    return o.astype(dtype)
+    if not return_lse:
+        return o.astype(dtype)
+    lse = jnp.where(total == 0, -jnp.inf, row_max + jnp.log(jnp.where(total == 0, 1, total)))
+    lse = jnp.moveaxis(lse[..., 0], 3, 1).reshape(B, T, H)
+    return o.astype(dtype), lse.astype(jnp.promote_types(dtype, jnp.float32))

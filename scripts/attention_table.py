@@ -36,7 +36,7 @@ def chosen(kind: str, dtype: str, D: int) -> str:
     """Return the name of the implementation that `auto` takes."""
     x = jax.ShapeDtypeStruct((1, 1024, 8, D), dtype)
     with target_device("gpu", kind), mock.patch("importlib.util.find_spec", lambda name: name):
-        function = OPERATION.select("auto", x, x, None, True, False, None)
+        function = OPERATION.select("auto", x, x, x, None, True, False, None)
     return NAMES[next(i.name for i in OPERATION.implementations if i.function is function)]
 
 

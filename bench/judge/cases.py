@@ -15,7 +15,7 @@ UNSEEN_NAN = "unseen NaN"
 Arrays = dict[str, Any]
 # The letters of the axes of each result; a gradient has those of its input.
 AXES = {
-    "attention": {"o": "BTHD", "dq": "BTHD", "dk": "BSKD", "dv": "BSKD", "dgate": "BTHD"},
+    "attention": {"o": "BTHD", "dq": "BTHD", "dk": "BSKD", "dv": "BSKD", "dgate": "BTHD", "dsinks": "H"},
     "grouped_matmul": {"o": "NF", "dx": "NM", "dw": "EMF"},
     "moe_mlp": {"o": "NM", "dx": "NM", "dw_gate": "EMF", "dw_up": "EMF", "dw_down": "EFM", "dexpert_weights": "Nk"},
     "decode_attention": {
@@ -31,7 +31,8 @@ AXES = {
 FEATURES = {
     "attention": (
         *("one tile", "several tiles", "causal", "full", "window", "GQA", "gate per head", "gate per element"),
-        *("soft cap", "segments", "T < S", "T > S", "scale", "batch", "odd sizes", UNSEEN_NAN),
+        *("soft cap", "segments", "T < S", "T > S", "scale", "batch", "sinks", "other width of values", "odd sizes"),
+        UNSEEN_NAN,
     ),
     "grouped_matmul": (
         *("one tile", "several tiles", "several tiles of M", "several tiles of F", "uniform groups", "uneven groups"),
@@ -142,6 +143,10 @@ def _attention_features(row: workloads.Attention) -> Iterator[str]:
         yield "T < S" if row.T < row.S else "T > S"
     if row.B > 1:
         yield "batch"
+    if row.sinks:
+        yield "sinks"
+    if row.Dv not in (None, row.D):
+        yield "other width of values"
     if {row.T % 8, row.S % 8, row.D % 8} != {0} and max(row.T, row.S) <= TILE:
         yield "odd sizes"
 

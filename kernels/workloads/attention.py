@@ -43,6 +43,11 @@ EDGE_CASES_ATTENTION = (
     _long("chunked packed", 1030, 1030, H=1, K=1, segments="packed", softcap=2.0),
     _long("chunked 257 of 4100", 257, 4100, H=1, K=1),
     _long("chunked 4100 on 257", 4100, 257, H=1, K=1),
+    _parity("sinks, window, gate", 129, 127, H=4, window=16, gate="head", sinks=True, dtypes=ALL),
+    _parity("narrow values, sinks, packed", 127, 127, D=24, Dv=16, gate="elementwise", segments="packed", sinks=True),
+    _long("wide values", 129, 200, H=4, D=8, Dv=24, softcap=2.0, dtypes=ALL),
+    _long("banded, sinks", 600, 600, H=4, window=64, sinks=True, dtypes=BOTH),
+    _long("chunked, sinks, wide values", 1100, 1100, H=1, K=1, Dv=16, sinks=True),
 )
 
 

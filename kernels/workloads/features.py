@@ -43,6 +43,8 @@ def _attention() -> tuple[Workload, ...]:
         "T > S": {"S": SHORT, "T": LONG},
         "scale": {"scale": 0.5},
         "batch": {"B": 2},
+        "sinks": {"sinks": True},
+        "other width of values": {"Dv": 64},
     }
     paired = ("window", "full", "GQA", "gate per head", "soft cap", "segments", "T < S", "T > S")
     rows = []

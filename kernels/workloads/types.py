@@ -55,7 +55,9 @@ class Attention(Workload):
     """One attention call.
 
     Attributes:
+        Dv: head dim of the values; None: D.
         segments: None, "packed" (one array), "separate" (query and key ids) or "unmatched" (a segment without queries).
+        sinks: whether each head has a sink.
     """
 
     op: ClassVar[str] = "attention"
@@ -71,18 +73,23 @@ class Attention(Workload):
     softcap: float | None = None
     scale: float | None = None
     segments: str | None = None
+    Dv: int | None = None
+    sinks: bool = False
 
     def shapes(self) -> Shapes:
         """The differentiable arguments."""
         B, T, S, H, K, D = self.B, self.T, self.S, self.H, self.K, self.D
-        shapes: Shapes = {"q": (B, T, H, D), "k": (B, S, K, D), "v": (B, S, K, D)}
+        Dv = self.Dv or D
+        shapes: Shapes = {"q": (B, T, H, D), "k": (B, S, K, D), "v": (B, S, K, Dv)}
         if self.gate != "none":
-            shapes["gate"] = (B, T, H, D if self.gate == "elementwise" else 1)
+            shapes["gate"] = (B, T, H, Dv if self.gate == "elementwise" else 1)
+        if self.sinks:
+            shapes["sinks"] = (H,)
         return shapes
 
     def out_shape(self) -> tuple[int, ...]:
         """The shape of the output."""
-        return (self.B, self.T, self.H, self.D)
+        return (self.B, self.T, self.H, self.Dv or self.D)
 
     def options(self) -> dict[str, Any]:
         """The static arguments."""
@@ -106,7 +113,7 @@ class Attention(Workload):
 
     def cost(self, backward: bool = False) -> cost.Cost:
         """FLOPs and bytes of one pass."""
-        names = ("B", "T", "S", "H", "K", "D", "causal", "window", "gate", "itemsize")
+        names = ("B", "T", "S", "H", "K", "D", "Dv", "causal", "window", "gate", "itemsize")
         ids = self.integer_inputs().get("segment_ids")
         ids = (ids, ids) if isinstance(ids, np.ndarray) else ids
         return cost.attention(**{n: getattr(self, n) for n in names}, segment_ids=ids, backward=backward)

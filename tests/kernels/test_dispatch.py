@@ -227,7 +227,7 @@ def test_auto_prefers_hopper_kernels_then_triton_then_xla(kind, dtype, D, monkey
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     with dispatch.target_device("gpu", kind), jax.enable_x64(dtype == "float64"):
         x = jnp.ones((1, 4, 1, D), dtype)
-        chosen = api.OPERATION.select("auto", x, x, None, True, False, None)
+        chosen = api.OPERATION.select("auto", x, x, x, None, True, False, None)
     by_name = {i.name: i.function for i in api.OPERATION.implementations}
     assert chosen is by_name[CHOICES[kind, dtype, D]]
 
@@ -237,7 +237,7 @@ def test_auto_leaves_the_largest_and_smallest_soft_caps_to_triton(softcap, expec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     with dispatch.target_device("gpu", "NVIDIA H100 80GB HBM3"):
         x = jnp.ones((1, 4, 1, 64), jnp.bfloat16)
-        chosen = api.OPERATION.select("auto", x, x, None, True, False, softcap)
+        chosen = api.OPERATION.select("auto", x, x, x, None, True, False, softcap)
         if expected != "pallas":
             with pytest.raises(
                 NotImplementedError, match=r"Hopper's kernels take 2\*\*-40 to 2\*\*40; impl.*'triton' runs"

@@ -125,6 +125,23 @@ def split_small_scale(q: Array, k: Array, scale: float) -> tuple[Array, Array, f
     return q * half, k * half, scale / half / half
 
 
+def with_equal_head_dims(q: Array, k: Array, v: Array, gate: Array | None) -> tuple[Array, Array, Array, Array | None]:
+    """Append zeros to the narrower of (q, k) and (v, gate), for kernels that have one head dim."""
+    D, Dv = q.shape[-1], v.shape[-1]
+
+    def widen(x: Array) -> Array:
+        missing = max(D, Dv) - x.shape[-1]
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing))) if missing else x
+
+    return widen(q), widen(k), widen(v), gate if gate is None or gate.shape[-1] != Dv else widen(gate)
+
+
+def without_keys(q: Array, Dv: int, return_lse: bool) -> Array | tuple[Array, Array]:
+    """Return the results of attention to no key: o [B, T, H, Dv] and, if requested, lse [B, T, H]."""
+    o = jnp.broadcast_to(jnp.zeros_like(q[..., :1]), (*q.shape[:3], Dv))
+    return (o, jnp.full_like(q[..., 0], -jnp.inf, jnp.float32)) if return_lse else o
+
+
 def dot_per_head(a: Array, b: Array, contract: tuple[tuple[int], tuple[int]]) -> Array:
     """Compute a b in float32 over the last two axes; the axes before them are heads."""
     heads = tuple(range(a.ndim - 2))

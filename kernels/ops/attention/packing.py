@@ -74,9 +74,9 @@ def ungroup_queries(x: Array, config: AttentionConfig, B: int) -> Array:
     return x.reshape(B, -1, T, D).transpose(0, 2, 1, 3)[:, : config.T]
 
 
-def is_elementwise_gate(gate: Array, q: Array) -> bool:
-    """Return whether a gate has the layout of q, and not that of one number per row."""
-    return gate.shape == q.shape
+def is_elementwise_gate(gate: Array, o: Array | jax.ShapeDtypeStruct) -> bool:
+    """Return whether a gate has the layout of the output, and not that of one number per row."""
+    return gate.shape == o.shape
 
 
 def pack_rows(x: Array, config: AttentionConfig) -> Array:

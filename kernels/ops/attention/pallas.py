@@ -1,6 +1,7 @@
 """The Pallas attention of TPUs and CPUs with its derivative; CPUs have separate kernels."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from dantinox.kernels.ops.attention.common import (
     ForwardResult,
     SegmentTables,
     split_small_scale,
+    without_keys,
 )
 from dantinox.kernels.ops.attention.packing import (
     group_queries,
@@ -50,13 +52,14 @@ def attention(
     scale: float,
     softcap: float | None,
     segment_ids: tuple[Array, Array] | None,
-) -> Array:
+    return_lse: bool = False,
+) -> Array | tuple[Array, Array]:
     """See `dantinox.kernels.attention`, which checks the arguments."""
     B, T, H, D = q.shape
-    S, K = k.shape[1:3]
+    S, K, Dv = k.shape[1], k.shape[2], v.shape[3]
     dtype = q.dtype
     if S == 0:
-        return jnp.zeros_like(q)
+        return without_keys(q, Dv, return_lse)
     if dtype == jnp.float16:  # has no room for small weights and large gradients of scores, and neither device uses it
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
         gate = None if gate is None else gate.astype(jnp.float32)
@@ -73,7 +76,7 @@ def attention(
             G=G,
             T=T,
             S=S,
-            D=D,
+            D=max(D, Dv),
             causal=causal,
             window=window,
             itemsize=q.dtype.itemsize,
@@ -85,7 +88,9 @@ def attention(
     if gate is not None:
         gate = pack_queries(gate, config) if gate.shape[-1] == 1 else pack(gate, config)
     q, k, v = pack(q, config), pack_keys(k, config), pack_keys(v, config)
-    return unpack(_attention(q, k, v, gate, segments, config), config, B).astype(dtype)
+    o, lse = _attention(q, k, v, gate, segments, config, return_lse)
+    o = unpack(o, config, B).astype(dtype)
+    return o if lse is None else (o, unpack_queries(lse, config, B)[..., 0])
 
 
 class Residuals(NamedTuple):
@@ -101,32 +106,46 @@ class Residuals(NamedTuple):
     inv_l: Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _attention(
-    q: Array, k: Array, v: Array, gate: Array | None, segments: SegmentTables | None, config: AttentionConfig
-) -> Array:
-    run_fwd = functools.partial(_run_fwd, config=config, residuals=False)
-    return call_invariant(run_fwd, q, k, v, gate, segments).o
+    q: Array,
+    k: Array,
+    v: Array,
+    gate: Array | None,
+    segments: SegmentTables | None,
+    config: AttentionConfig,
+    return_lse: bool,
+) -> tuple[Array, Array | None]:
+    """Return the output and, if requested, the log-sum-exp of each row: [heads, query subtiles, 1, rows]."""
+    run_fwd = functools.partial(_run_fwd, config=config, residuals=return_lse)
+    result = call_invariant(run_fwd, q, k, v, gate, segments)
+    return result.o, _lse(result, config) if return_lse else None
 
 
-def _attention_fwd(q, k, v, gate, segments, config):
+def _attention_fwd(q, k, v, gate, segments, config, return_lse):
     run_fwd = functools.partial(_run_fwd, config=config, residuals=True)
     result = _call_kernel(run_fwd, q, k, v, gate, segments)
-    return result.o, Residuals(q, k, v, gate, segments, result.o_ungated, result.m, result.inv_l)
+    residuals = Residuals(q, k, v, gate, segments, result.o_ungated, result.m, result.inv_l)
+    return (result.o, _lse(result, config) if return_lse else None), residuals
 
 
-def _attention_bwd(config: AttentionConfig, residuals: Residuals, do: Array) -> tuple:
+def _attention_bwd(
+    config: AttentionConfig, return_lse: bool, residuals: Residuals, cotangents: tuple[Array, Array | None]
+) -> tuple:
     q, k, v, gate, segments, o_ungated, m, inv_l = residuals
+    do, dlse = cotangents
     if _for_cpu(config):
         attention_bwd = cpu_bwd.attention_bwd
         do_ungated, dgate, delta = _bwd_preprocess(do, o_ungated, gate, D_axis=-2)
     else:
         attention_bwd = tpu_bwd.attention_bwd
-        in_rows = gate is not None and not is_elementwise_gate(gate, q)
+        in_rows = gate is not None and not is_elementwise_gate(gate, do)
         gate_of_queries = unpack_rows(gate, config) if in_rows else gate
         do_ungated, dgate, delta = _bwd_preprocess(do, o_ungated, gate_of_queries, D_axis=-1)
         dgate, delta = pack_rows(dgate, config) if in_rows else dgate, pack_rows(delta, config)
-    run_bwd = functools.partial(attention_bwd, config=config, cost=_cost(q, k, gate, config, backward=True))
+    if dlse is not None:
+        delta = delta - dlse  # both reach a score by way of its weight: ds = p (dp - delta + dlse)
+    run_bwd = functools.partial(attention_bwd, config=config, cost=_cost(q, k, v, gate, config, backward=True))
     dq, dk, dv = _call_kernel(run_bwd, q, k, v, do_ungated, m, inv_l, delta, segments)
     return dq, dk, dv, dgate, None
 
@@ -150,7 +169,14 @@ def _run_fwd(
     residuals: bool,
 ) -> ForwardResult:
     attention_fwd = cpu_fwd.attention_fwd if _for_cpu(config) else tpu_fwd.attention_fwd
-    return attention_fwd(q, k, v, gate, segments, config, residuals=residuals, cost=_cost(q, k, gate, config))
+    return attention_fwd(q, k, v, gate, segments, config, residuals=residuals, cost=_cost(q, k, v, gate, config))
+
+
+def _lse(result: ForwardResult, config: AttentionConfig) -> Array:
+    """Return the log-sum-exp of each row from its two parts."""
+    assert result.m is not None and result.inv_l is not None
+    m = result.m if _for_cpu(config) else result.m * math.log(2)  # scores of the TPU kernels are exponents of 2
+    return jnp.where(result.inv_l == 0, -jnp.inf, m - jnp.log(jnp.where(result.inv_l == 0, 1, result.inv_l)))
 
 
 def _for_cpu(config: AttentionConfig) -> bool:
@@ -177,9 +203,12 @@ def _bwd_preprocess(do: Array, o_ungated: Array, gate: Array | None, D_axis: int
     )
 
 
-def _cost(q: Array, k: Array, gate: Array | None, config: AttentionConfig, backward: bool = False) -> cost.Cost:
+def _cost(
+    q: Array, k: Array, v: Array, gate: Array | None, config: AttentionConfig, backward: bool = False
+) -> cost.Cost:
     """Return the cost of all heads; packed segments count as one, since their ids are unknown at trace time."""
-    gate_kind = "none" if gate is None else "elementwise" if is_elementwise_gate(gate, q) else "head"
+    num_rows = q.size // k.shape[-1]
+    gate_kind = "none" if gate is None else "head" if gate.size == num_rows else "elementwise"
     return cost.attention(
         B=q.shape[0],
         T=config.T,
@@ -187,6 +216,7 @@ def _cost(q: Array, k: Array, gate: Array | None, config: AttentionConfig, backw
         H=config.G,
         K=1,
         D=k.shape[-1],
+        Dv=v.shape[-1],
         causal=config.causal,
         window=config.window,
         gate=gate_kind,

@@ -15,6 +15,7 @@ Three algorithms share one softmax:
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,8 @@ def attention(
     scale: float,
     softcap: float | None,
     segment_ids: tuple[Array, Array] | None,
-) -> Array:
+    return_lse: bool = False,
+) -> Array | tuple[Array, Array]:
     """See `dantinox.kernels.attention`, which checks the arguments."""
     B, T, H, D = q.shape
     S, K = k.shape[1:3]
@@ -49,29 +51,41 @@ def attention(
     # Heads first: [B, K, G, T, D] and [B, K, S, D].
     q = q.reshape(B, T, K, H // K, D).transpose(0, 2, 3, 1, 4)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    core = _SoftmaxAttention(scale, softcap)
+    core = _SoftmaxAttention(scale, softcap, return_lse)
     is_symbolic = not (isinstance(T, int) and isinstance(S, int))
     block = T if is_symbolic else _band_block_q(window, T)
     if window is not None and not is_symbolic and window + 2 * block < S:
-        o = _banded(core, q, k, v, *ids, window, block)
+        out = _banded(core, q, k, v, *ids, window, block)
     elif is_symbolic or T * S <= MAX_DENSE_SCORES:
-        o = core(q, k, v, *_visible_mask(jnp.arange(T) + S - T, jnp.arange(S), *ids, causal, window))
+        out = core(q, k, v, *_visible_mask(jnp.arange(T) + S - T, jnp.arange(S), *ids, causal, window))
     else:
-        o = _chunked(core, q, k, v, *ids, causal, window)
-    o = o.transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
-    if gate is not None:
-        o = o * _sigmoid(gate.astype(o.dtype))
-    return o.astype(k.dtype)
+        out = _chunked(core, q, k, v, *ids, causal, window)
+    out = jax.tree.map(lambda x: x.transpose(0, 3, 1, 2, 4).reshape(B, T, H, x.shape[-1]), out)
+    o = out.o if gate is None else out.o * _sigmoid(gate.astype(out.o.dtype))
+    o = o.astype(k.dtype)
+    return o if out.lse is None else (o, out.lse[..., 0])
+
+
+class BlockOutput(NamedTuple):
+    """Results for one block of queries, in float32 or wider.
+
+    Attributes:
+        o: [..., t, Dv].
+        lse: [..., t, 1], or None.
+    """
+
+    o: Array
+    lse: Array | None
 
 
 class _SoftmaxAttention:
     """Softmax attention of one block: q [..., G, t, D], k and v [..., s, D], mask broadcast to [..., G, t, s]."""
 
-    def __init__(self, scale: float, softcap: float | None) -> None:
-        self.scale, self.softcap = scale, softcap
+    def __init__(self, scale: float, softcap: float | None, return_lse: bool) -> None:
+        self.scale, self.softcap, self.return_lse = scale, softcap, return_lse
 
-    def __call__(self, q: Array, k: Array, v: Array, mask: Array, attended: Array | None) -> Array:
-        """Return [..., G, t, D] in float32 or wider; keys outside `attended` [..., s] become zeros."""
+    def __call__(self, q: Array, k: Array, v: Array, mask: Array, attended: Array | None) -> BlockOutput:
+        """Return the results of [..., G, t] queries; keys outside `attended` [..., s] become zeros."""
         acc_dtype = accumulation_dtype(q.dtype)
         batch = "BKn"[: q.ndim - 3]
         if attended is not None:
@@ -82,12 +96,14 @@ class _SoftmaxAttention:
             scores = soft_cap(jnp.where(mask, scores, 0), self.softcap)
         scores = jnp.where(mask, scores, -jnp.inf)
         m = jnp.max(scores, axis=-1, keepdims=True, initial=jnp.finfo(acc_dtype).min)
-        p = jnp.exp(scores - jax.lax.stop_gradient(m))
+        m = jax.lax.stop_gradient(m)
+        p = jnp.exp(scores - m)
         l = jnp.sum(p, axis=-1, keepdims=True)
         # Float16 has no room for small weights: p v in float32, or TF32 on a GPU.
         p = p if v.dtype == jnp.float16 else p.astype(v.dtype)
         o = einsum(f"{batch}GTS,{batch}SD->{batch}GTD", p, v, acc_dtype)
-        return o / jnp.where(l == 0, 1, l)
+        safe_l = jnp.where(l == 0, 1, l)
+        return BlockOutput(o / safe_l, jnp.where(l == 0, -jnp.inf, m + jnp.log(safe_l)) if self.return_lse else None)
 
 
 @jax.custom_jvp
@@ -134,7 +150,7 @@ def _banded(
     kv_ids: Array | None,
     window: int,
     block: int,
-) -> Array:
+) -> BlockOutput:
     B, K, G, T, D = q.shape
     S = k.shape[2]
     num_q_blocks, num_past_blocks = -(-T // block), -(-(window - 1) // block)  # the latter before a query's own
@@ -164,8 +180,10 @@ def _banded(
         q_ids = jnp.pad(q_ids, ((0, 0), (0, pad_right))).reshape(B, num_q_blocks, block)
         mask = mask & (q_ids[..., None] == gather_bands(kv_ids, 1)[:, :, None])
     attended = None if q_ids is None and T == S else jnp.any(mask, axis=2)[:, None]
-    o = core(q, gather_bands(k, 2), gather_bands(v, 2), mask[:, None, :, None], attended)
-    return o.swapaxes(2, 3).reshape(B, K, G, num_q_blocks * block, D)[:, :, :, :T]
+    out = core(q, gather_bands(k, 2), gather_bands(v, 2), mask[:, None, :, None], attended)
+    return jax.tree.map(
+        lambda x: x.swapaxes(2, 3).reshape(B, K, G, num_q_blocks * block, x.shape[-1])[:, :, :, :T], out
+    )
 
 
 def _chunked(
@@ -177,7 +195,7 @@ def _chunked(
     kv_ids: Array | None,
     causal: bool,
     window: int | None,
-) -> Array:
+) -> BlockOutput:
     B, K, G, T, D = q.shape
     S = k.shape[2]
     block = min(CHUNK_BLOCK_Q, T)
@@ -210,6 +228,12 @@ def _chunked(
             )
             return core(q_block, keys, values, mask, attended)
 
-        _, o = jax.lax.scan(lambda c, xs, kv=(keys, values), f=attend_block: (c, f(*kv, *xs)), None, tuple(scan_inputs))
-        chunk_outputs.append(jnp.moveaxis(o, 0, 3).reshape(B, K, G, num_blocks * block, D)[:, :, :, :chunk_T])
-    return jnp.concatenate(chunk_outputs, axis=3)
+        _, out = jax.lax.scan(
+            lambda c, xs, kv=(keys, values), f=attend_block: (c, f(*kv, *xs)), None, tuple(scan_inputs)
+        )
+
+        def join_blocks(x, length=num_blocks * block, chunk_T=chunk_T):
+            return jnp.moveaxis(x, 0, 3).reshape(B, K, G, length, x.shape[-1])[:, :, :, :chunk_T]
+
+        chunk_outputs.append(jax.tree.map(join_blocks, out))
+    return jax.tree.map(lambda *chunks: jnp.concatenate(chunks, axis=3), *chunk_outputs)

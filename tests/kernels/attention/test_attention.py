@@ -20,14 +20,14 @@ from tests.helpers import cases, random_shapes, tolerance
 IMPLEMENTATIONS = tolerance.runnable_implementations("attention")
 
 
-def loops(q, k, v, gate=None, *, causal=True, window=None, scale=None, softcap=None, segment_ids=None):
+def loops(q, k, v, gate=None, sinks=None, *, causal=True, window=None, scale=None, softcap=None, segment_ids=None):
     """The formula, one query and one key at a time, in float64."""
-    (B, T, H, D), (_, S, K, _) = q.shape, k.shape
+    (B, T, H, D), (_, S, K, Dv) = q.shape, v.shape
     if segment_ids is not None and not isinstance(segment_ids, tuple):
         segment_ids = (segment_ids, segment_ids)
-    o = np.zeros((B, T, H, D))
+    o = np.zeros((B, T, H, Dv))
     for b, t, h in np.ndindex(B, T, H):
-        scores, values = [], []
+        scores, values = ([], []) if sinks is None else ([sinks[h]], [np.zeros(Dv)])
         for s in range(S):
             distance = (S - T + t) - s
             if (causal and distance < 0) or (window is not None and distance >= window):
@@ -125,15 +125,17 @@ def assert_matches_loops(case: workloads.Attention, *runs: Callable[..., Any], s
     window=st.none() | st.integers(1, 26),
     softcap=st.none() | st.floats(1, 4),
     scale=st.none() | st.floats(-1, 1, width=32, allow_subnormal=False),
+    Dv=st.none() | st.integers(1, 6),
+    sinks=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_random_shapes_match_python_loops(
-    implementation, sizes, heads, B, D, gate, segments, causal, window, softcap, scale, seed
+    implementation, sizes, heads, B, D, gate, segments, causal, window, softcap, scale, Dv, sinks, seed
 ):
     (T, S), (H, K) = sizes, heads
     S, window = T if segments == "packed" else S, window if causal else None
-    case = row(T, S, B=B, H=H, K=K, D=D, gate=gate, segments=segments, causal=causal, window=window, softcap=softcap,
-               scale=scale)  # fmt: skip
+    case = row(T, S, B=B, H=H, K=K, D=D, Dv=Dv, gate=gate, segments=segments, causal=causal, window=window,
+               softcap=softcap, scale=scale, sinks=sinks)  # fmt: skip
     with contextlib.suppress(pytest.skip.Exception):  # of one shape, not of all
         compiled = tolerance.program("attention", implementation, cases.options(case))
         assert_matches_loops(case, *tolerance.kernel_variants(implementation, compiled).values(), seed=seed)

@@ -115,11 +115,11 @@ def attention_bwd(
     Args:
         q: [heads, query blocks, D, rows].
         k: [heads, key blocks, keys, D].
-        v: as k.
-        do: cotangent of the ungated output, as q.
+        v: [heads, key blocks, keys, Dv].
+        do: cotangent of the ungated output [heads, query blocks, Dv, rows].
         m: [heads, query blocks, 1, rows]; see `ForwardResult`.
         inv_l: as m.
-        delta: row sums of do times the ungated output, as m.
+        delta: row sums of do times the ungated output, less the cotangent of the log-sum-exp, as m.
         segments: segment ids, or None.
         config: static parameters of the kernel.
         cost: cost estimate for the compiler.
@@ -128,16 +128,22 @@ def attention_bwd(
         The gradients of q, k and v.
     """
     k_transposed = k.swapaxes(-1, -2)
-    dkv = varying_shape(k_transposed.shape, jnp.float32, q, k)
-    gradients = QKVGradients(varying_shape(q.shape, q.dtype, q, k), dkv, dkv)
-    dkv_spec = kv_block_spec(config, dkv)
+    gradients = QKVGradients(
+        varying_shape(q.shape, q.dtype, q, k),
+        varying_shape(k_transposed.shape, jnp.float32, q, k),
+        varying_shape((*v.shape[:2], v.shape[3], v.shape[2]), jnp.float32, q, k),
+    )
     dq, dk, dv = call_over_blocks(
         _bwd_kernel,
         config,
         config.block_schedule(),
         BwdInputs(q, do, m, inv_l, delta, k, v, k_transposed, segments),
         gradients,
-        QKVGradients(q_block_spec(config, gradients.dq), dkv_spec, dkv_spec),
+        QKVGradients(
+            q_block_spec(config, gradients.dq),
+            kv_block_spec(config, gradients.dk),
+            kv_block_spec(config, gradients.dv),
+        ),
         [block_scratch(config, *q.shape[2:])],
         name="attention_backward",
         cost=cost,

@@ -100,8 +100,8 @@ def attention_fwd(
     Args:
         q: [heads, query blocks, D, rows].
         k: [heads, key blocks, keys, D].
-        v: as k.
-        gate: as q, or [heads, query blocks, 1, rows], or None.
+        v: [heads, key blocks, keys, Dv].
+        gate: [heads, query blocks, Dv, rows], or [heads, query blocks, 1, rows], or None.
         segments: segment ids, or None.
         config: static parameters of the kernel.
         residuals: whether to write the residuals of the backward pass.
@@ -110,9 +110,11 @@ def attention_fwd(
     Returns:
         The output and, if requested, the residuals.
     """
-    *blocks, D, rows = q.shape
+    *blocks, _, rows = q.shape
+    Dv = v.shape[-1]
     v = v.swapaxes(-1, -2)
-    o, row = varying_shape(q.shape, q.dtype, q, k), varying_shape((*blocks, 1, rows), jnp.float32, q, k)
+    o = varying_shape((*blocks, Dv, rows), q.dtype, q, k)
+    row = varying_shape((*blocks, 1, rows), jnp.float32, q, k)
     outputs = ForwardResult(o, None if gate is None else o, row, row) if residuals else ForwardResult(o)
     schedule, kv_blocks_per_step = config.block_schedule(), config.block_sizes.kv_blocks_per_step
     if kv_blocks_per_step > 1:
@@ -124,7 +126,7 @@ def attention_fwd(
         FwdInputs(q, k, v, gate, segments),
         outputs,
         jax.tree.map(functools.partial(q_block_spec, config), outputs),
-        [block_scratch(config, 1, rows), block_scratch(config, 1, rows), block_scratch(config, D, rows)],
+        [block_scratch(config, 1, rows), block_scratch(config, 1, rows), block_scratch(config, Dv, rows)],
         num_kv_blocks=kv_blocks_per_step,
         name="attention_forward",
         cost=cost,

@@ -69,7 +69,7 @@ def backward(
         v: values [B, S, K, D].
         do: cotangent of the ungated output [B, T, H, D], in q's dtype or in float32.
         lse: [B, H, T] float32, log2 of the sum of a row's 2^(s log2(e)); +inf where a row sees no key.
-        delta: [B, H, T] float32, rowsum(do * o), o the ungated output.
+        delta: [B, H, T] float32, rowsum(do * o) less the cotangent of lse, o the ungated output.
         segments: (q_ids [B, T], kv_ids [B, S]) int32, or None.
         config: static parameters of the kernels.
     """
@@ -95,12 +95,13 @@ def backward(
 def _scale_cotangent(do: Array, delta: Array, v: Array) -> tuple[Array, Array, Array]:
     """Scale do and delta by a power of two per sequence and key head, so that float16 holds ds; return its inverse too.
 
-    |ds| <= |do v^T| + |delta| <= 2 max|do| max|v|, by the inequality of Cauchy and Schwarz.
+    |ds| <= |do v^T| + |delta| <= max|do| max|v| + max|delta|, by the inequality of Cauchy and Schwarz.
     """
     (B, T, H, D), K = do.shape, v.shape[2]
     do_norm = jnp.max(jnp.linalg.norm(do.reshape(B, T, K, H // K, D), axis=-1), axis=(1, 3))  # [B, K]
     v_norm = jnp.max(jnp.linalg.norm(v.astype(jnp.float32), axis=-1), axis=1)
-    bound = do_norm * jnp.maximum(2 * v_norm, 1)
+    largest_delta = jnp.max(jnp.abs(delta).reshape(B, K, -1), axis=-1)
+    bound = jnp.maximum(do_norm, do_norm * v_norm + largest_delta)
     power = jax.lax.reduce_precision(LARGEST_DS / jnp.where(bound == 0, LARGEST_DS, bound), 8, 0)
     per_head = jnp.repeat(power, H // K, axis=1)  # [B, H]
     return do * per_head[:, None, :, None], delta * per_head[:, :, None], 1 / power

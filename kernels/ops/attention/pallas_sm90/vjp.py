@@ -16,7 +16,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dantinox.kernels.derivatives import first_order
 from dantinox.kernels.mosaic_gpu import unsupported_head_dim
-from dantinox.kernels.ops.attention.common import split_small_scale
+from dantinox.kernels.ops.attention.common import split_small_scale, with_equal_head_dims, without_keys
+from dantinox.kernels.ops.attention.lse import natural_lse
 from dantinox.kernels.ops.attention.pallas_sm90 import bwd, fwd
 from dantinox.kernels.ops.attention.pallas_sm90.common import TMA_ROWS, Segments, Sm90AttentionConfig
 from dantinox.kernels.ops.attention.pallas_sm90.fwd_kernel import FwdOutputs
@@ -49,45 +50,63 @@ def attention(
     scale: float,
     softcap: float | None,
     segment_ids: Segments | None,
+    return_lse: bool = False,
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> Array:
+) -> Array | tuple[Array, Array]:
     """See `dantinox.kernels.attention`, which checks the arguments; with `interpret` the kernels run on the CPU.
 
     Raises:
         NotImplementedError: the kernels do not support the dtype, the head dim or the soft cap.
     """
+    Dv = v.shape[-1]
+    q, k, v, gate = with_equal_head_dims(q, k, v, gate)
     if (reason := unsupported_inputs(q.dtype, q.shape[-1], softcap)) is not None:
         raise NotImplementedError(f"attention: implementation='pallas' cannot run here: {reason}")
-    (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
-    if 0 in (B, T, S, H, D):
-        return jnp.zeros_like(q)
+    T, (S, K) = q.shape[1], k.shape[1:3]
+    if 0 in q.shape or S == 0:
+        return without_keys(q, Dv, return_lse)
     q, k, scale = split_small_scale(q, k, scale)
     k, v, segment_ids = zero_unattended_keys(k, v, segment_ids, T=T, causal=causal, window=window)
     S = k.shape[1]
     if segment_ids is not None:
         segment_ids = segment_ids[0].astype(jnp.int32), segment_ids[1].astype(jnp.int32)
-    config = Sm90AttentionConfig(T, S, H // K, causal, window, float(scale), softcap, interpret)
-    return _attention(q, k, v, gate, segment_ids, config)
+    config = Sm90AttentionConfig(T, S, q.shape[2] // K, causal, window, float(scale), softcap, interpret)
+    o, lse = _attention(q, k, v, gate, segment_ids, config, return_lse)
+    return o[..., :Dv] if lse is None else (o[..., :Dv], lse)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _attention(
-    q: Array, k: Array, v: Array, gate: Array | None, segments: Segments | None, config: Sm90AttentionConfig
-) -> Array:
-    run = functools.partial(padded_forward, config=config, residuals=False)
-    return call_invariant(run, q, k, v, gate, segments).o
+    q: Array,
+    k: Array,
+    v: Array,
+    gate: Array | None,
+    segments: Segments | None,
+    config: Sm90AttentionConfig,
+    return_lse: bool,
+) -> tuple[Array, Array | None]:
+    """Return the output and, if requested, the log-sum-exp [B, T, H], natural and -inf where a row sees no key."""
+    run = functools.partial(padded_forward, config=config, residuals=return_lse)
+    out = call_invariant(run, q, k, v, gate, segments)
+    return out.o, natural_lse(out.lse) if return_lse else None
 
 
-def _attention_fwd(q, k, v, gate, segments, config) -> tuple[Array, Residuals]:
+def _attention_fwd(q, k, v, gate, segments, config, return_lse) -> tuple[tuple[Array, Array | None], Residuals]:
     out = _call_kernel(functools.partial(padded_forward, config=config, residuals=True), q, k, v, gate, segments)
     # Rows without a key have an infinite lse, which `jax_debug_infs` would report.
     lse = jnp.minimum(out.lse, jnp.finfo(jnp.float32).max)
-    return out.o, (q, k, v, gate, segments, out.o if out.o_ungated is None else out.o_ungated, lse)
+    o_ungated = out.o if out.o_ungated is None else out.o_ungated
+    return (out.o, natural_lse(lse) if return_lse else None), (q, k, v, gate, segments, o_ungated, lse)
 
 
-def _attention_bwd(config: Sm90AttentionConfig, residuals: Residuals, do: Array) -> tuple:
+def _attention_bwd(
+    config: Sm90AttentionConfig, return_lse: bool, residuals: Residuals, cotangents: tuple[Array, Array | None]
+) -> tuple:
     q, k, v, gate, segments, o_ungated, lse = residuals
+    do, dlse = cotangents
     do, dgate, delta = bwd_preprocess(do, o_ungated, gate)
+    if dlse is not None:
+        delta -= dlse.swapaxes(1, 2)  # both reach a score by way of its weight: ds = p (dp - delta + dlse)
     run = functools.partial(bwd.backward, config=config)
     return *_call_kernel(run, q, k, v, do, lse, delta, segments), dgate, None
 

@@ -191,11 +191,11 @@ def attention_bwd(
     Args:
         q: [heads, G, T, D].
         k: [heads, key subtiles, keys, D].
-        v: as k.
-        do: cotangent of the ungated output, as q.
+        v: [heads, key subtiles, keys, Dv].
+        do: cotangent of the ungated output [heads, G, T, Dv].
         m: [heads, query subtiles, 1, rows]; see `ForwardResult`.
         inv_l: as m.
-        delta: row sums of do times the ungated output, as m.
+        delta: row sums of do times the ungated output, less the cotangent of the log-sum-exp, as m.
         segments: segment ids, or None.
         config: static parameters of the kernel.
         cost: cost estimate of all spans for the compiler.
@@ -203,7 +203,7 @@ def attention_bwd(
     Returns:
         The gradients of q, k and v.
     """
-    D, (num_q_subtiles, num_kv_subtiles) = q.shape[3], config.num_subtiles
+    (D, Dv), (num_q_subtiles, num_kv_subtiles) = (q.shape[3], v.shape[3]), config.num_subtiles
     rows, keys = config.block_sizes.subtile(config.G)
     inputs = {
         "q": query_blocks(config, q),
@@ -218,7 +218,7 @@ def attention_bwd(
     scratch = {
         "dq_acc": ScratchShape((num_q_subtiles, D, rows), jnp.float32),
         "q_transposed": ScratchShape((num_q_subtiles, D, rows), q.dtype),
-        "do_transposed": ScratchShape((num_q_subtiles, D, rows), do.dtype),
+        "do_transposed": ScratchShape((num_q_subtiles, Dv, rows), do.dtype),
         "k_transposed": ScratchShape((num_kv_subtiles, D, keys), k.dtype),
         "s": ScratchShape(subtile_shape, jnp.float32),
         "dp": ScratchShape(subtile_shape, jnp.float32),
@@ -227,15 +227,17 @@ def attention_bwd(
     }
     spans = kv_spans(config)
     num_blocks = sum(len(span.schedule) for span in spans)
-    for name in ("dk", "dv"):
-        scratch[f"{name}_acc"] = ScratchShape((spans[0].stop, num_kv_subtiles, D, keys), jnp.float32)
+    widths = {"dk": D, "dv": Dv}
+    for name, width in widths.items():
+        scratch[f"{name}_acc"] = ScratchShape((spans[0].stop, num_kv_subtiles, width, keys), jnp.float32)
     # The first queries may see no key, so that no step writes their rows.
     results = {"dq": jnp.zeros_like(q)} if spans[0].q_start > 0 else {}
     for n, span in enumerate(spans):
         outputs = _dq_outputs(q, span, config)
-        # A block of dk and dv is a span.
-        spec = pl.BlockSpec((1, spans[0].stop * num_kv_subtiles, keys, D), lambda g, *_, n=n: (g, n, 0, 0))
-        outputs |= {name: Blocked(varying_shape(k.shape, k.dtype, q, k), spec) for name in ("dk", "dv")}
+        for name, x in (("dk", k), ("dv", v)):  # their blocks are spans
+            block_shape = (1, spans[0].stop * num_kv_subtiles, keys, widths[name])
+            spec = pl.BlockSpec(block_shape, lambda g, *_, n=n: (g, n, 0, 0))
+            outputs[name] = Blocked(varying_shape(x.shape, x.dtype, q, k), spec)
         span_inputs = inputs
         if span.q_start < span.continued_stop:
             before = QBlockRange(spans[n - 1].shared_start, span.continued_stop)

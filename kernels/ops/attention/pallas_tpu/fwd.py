@@ -164,8 +164,8 @@ def attention_fwd(
     Args:
         q: [heads, G, T, D].
         k: [heads, key subtiles, keys, D].
-        v: as k.
-        gate: as q, or [heads, query subtiles, 1, rows], or None.
+        v: [heads, key subtiles, keys, Dv].
+        gate: [heads, G, T, Dv], or [heads, query subtiles, 1, rows], or None.
         segments: segment ids, or None.
         config: static parameters of the kernel.
         residuals: whether to write the residuals of the backward pass.
@@ -175,11 +175,13 @@ def attention_fwd(
         The output and, if requested, the residuals.
     """
     (heads, G, T, D), (num_q_subtiles, num_kv_subtiles) = q.shape, config.num_subtiles
+    Dv = v.shape[3]
     rows, keys = config.block_sizes.subtile(G)
     inputs = {"q": query_blocks(config, q), "k": key_blocks(config, k), "v": key_blocks(config, v)}
-    outputs = {"o": query_blocks(config, varying_shape(q.shape, q.dtype, q, k))}
+    o = varying_shape((heads, G, T, Dv), q.dtype, q, k)
+    outputs = {"o": query_blocks(config, o)}
     if gate is not None:
-        inputs["gate"] = query_blocks(config, gate) if is_elementwise_gate(gate, q) else row_blocks(config, gate)
+        inputs["gate"] = query_blocks(config, gate) if is_elementwise_gate(gate, o) else row_blocks(config, gate)
         if residuals:
             outputs["o_ungated"] = outputs["o"]
     if residuals:
@@ -189,12 +191,12 @@ def attention_fwd(
     scratch = {
         "m": ScratchShape(row_shape, jnp.float32),
         "l": ScratchShape(row_shape, jnp.float32),
-        "acc": ScratchShape((num_q_subtiles, D, rows), jnp.float32),
+        "acc": ScratchShape((num_q_subtiles, Dv, rows), jnp.float32),
         "s": ScratchShape((num_q_subtiles, num_kv_subtiles, keys, rows), jnp.float32),
         "s_max": ScratchShape((num_q_subtiles, num_kv_subtiles, 1, rows), jnp.float32),
         "p": ScratchShape((num_q_subtiles, num_kv_subtiles, keys, rows), v.dtype),
         "decay": ScratchShape(row_shape, jnp.float32),
-        "v_transposed": ScratchShape((num_kv_subtiles, D, keys), v.dtype),
+        "v_transposed": ScratchShape((num_kv_subtiles, Dv, keys), v.dtype),
     }
     if D < MIN_D_TO_TRANSPOSE_ON_LOAD:
         scratch["q_transposed"] = ScratchShape((num_q_subtiles, D, rows), q.dtype)
@@ -209,7 +211,7 @@ def attention_fwd(
         name="attention_forward",
         cost=cost,
     )
-    o = results["o"]
     if not residuals:
-        return ForwardResult(o)
-    return ForwardResult(o, results.get("o_ungated", o), results["m_out"], results["inv_l"])
+        return ForwardResult(results["o"])
+    o_ungated = results.get("o_ungated", results["o"])
+    return ForwardResult(results["o"], o_ungated, results["m_out"], results["inv_l"])

@@ -11,18 +11,22 @@ from dantinox.kernels.ops.attention.pallas_tpu import block_sizes
 from dantinox.kernels.ops.attention.pallas_tpu.common import MAX_KV_BLOCKS, MAX_Q_BLOCKS
 
 
-def unsupported_reason(q: Any, k: Any, device: Device, *, causal: bool, window: int | None, packed: bool) -> str | None:
-    """Return why the kernels do not support q [B, T, H, D] and k [B, S, K, D], or None if they do.
+def unsupported_reason(
+    q: Any, k: Any, v: Any, device: Device, *, causal: bool, window: int | None, packed: bool
+) -> str | None:
+    """Return why the kernels do not support q [B, T, H, D], k [B, S, K, D] and v [B, S, K, Dv], or None if they do.
 
     Args:
         q: queries, or their shape and dtype.
         k: keys, or their shape and dtype.
+        v: values, or their shape and dtype.
         device: the chip.
         causal: whether a query sees no later key.
         window: keys that a query sees, or None.
         packed: whether there are segment ids.
     """
     (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
+    D = max(D, v.shape[3])
     if 0 in (B, T, S, D):
         return None
     S = S if window is None else min(S, T + window - 1)

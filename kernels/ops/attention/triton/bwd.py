@@ -52,7 +52,7 @@ def backward(
         v: values [B, S, K, D].
         do: cotangent of the ungated output [B, T, H, D], in q's dtype or float32.
         lse: log2-sum-exp2 of the scores [B, H, T], float32.
-        delta: inner products of output and cotangent [B, H, T], float32.
+        delta: inner products of output and cotangent, less the cotangent of the log-sum-exp, [B, H, T], float32.
         segments: (q_ids [B, T], kv_ids [B, S]) int32, or None.
         config: static parameters of the kernels.
     """

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from dantinox.kernels import dispatch
 from dantinox.kernels.derivatives import first_order
-from dantinox.kernels.ops.attention.common import split_small_scale
+from dantinox.kernels.ops.attention.common import split_small_scale, with_equal_head_dims, without_keys
+from dantinox.kernels.ops.attention.lse import natural_lse
 from dantinox.kernels.ops.attention.segment_ids import zero_unattended_keys
 from dantinox.kernels.ops.attention.triton.bwd import backward
 from dantinox.kernels.ops.attention.triton.common import TritonAttentionConfig, float32_precision
@@ -32,11 +33,13 @@ def attention(
     scale: float,
     softcap: float | None,
     segment_ids: Segments | None,
-) -> Array:
+    return_lse: bool = False,
+) -> Array | tuple[Array, Array]:
     """See `dantinox.kernels.attention`, which checks the arguments."""
-    T, S = q.shape[1], k.shape[1]
+    T, S, Dv = q.shape[1], k.shape[1], v.shape[3]
     if S == 0:
-        return jnp.zeros_like(q)
+        return without_keys(q, Dv, return_lse)
+    q, k, v, gate = with_equal_head_dims(q, k, v, gate)
     q, k, scale = split_small_scale(q, k, scale)
     k, v, segment_ids = zero_unattended_keys(k, v, segment_ids, T=T, causal=causal, window=window)
     if segment_ids is not None:
@@ -44,26 +47,32 @@ def attention(
     capability = dispatch.compute_capability()
     assert capability is not None  # `dispatch.triton_unsupported_device` has seen it
     config = TritonAttentionConfig(causal, window, float(scale), softcap, float32_precision(), capability)
-    return _attention(q, k, v, gate, segment_ids, config)
+    o, lse = _attention(q, k, v, gate, segment_ids, config)
+    o = o[..., :Dv]
+    return (o, lse) if return_lse else o
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attention(
     q: Array, k: Array, v: Array, gate: Array | None, segments: Segments | None, config: TritonAttentionConfig
-) -> Array:
-    return _run(forward, config)(q, k, v, gate, segments)[0]
+) -> tuple[Array, Array]:
+    """Return the output and the log-sum-exp [B, T, H], natural and -inf where a row sees no key."""
+    o, lse = _run(forward, config)(q, k, v, gate, segments)
+    return o, natural_lse(lse)
 
 
 def _attention_fwd(
     q: Array, k: Array, v: Array, gate: Array | None, segments: Segments | None, config: TritonAttentionConfig
-) -> tuple[Array, Residuals]:
+) -> tuple[tuple[Array, Array], Residuals]:
     o, lse = first_order(_run(forward, config), "attention", "triton")(q, k, v, gate, segments)
-    return o, (q, k, v, gate, segments, o, lse)
+    return (o, natural_lse(lse)), (q, k, v, gate, segments, o, lse)
 
 
-def _attention_bwd(config: TritonAttentionConfig, residuals: Residuals, do: Array) -> tuple:
+def _attention_bwd(config: TritonAttentionConfig, residuals: Residuals, cotangents: tuple[Array, Array]) -> tuple:
     q, k, v, gate, segments, o, lse = residuals
+    do, dlse = cotangents
     do, dgate, delta = _bwd_preprocess(do, o, gate)
+    delta -= dlse.swapaxes(1, 2)  # both reach a score by way of its weight: ds = p (dp - delta + dlse)
     run = first_order(_run(backward, config), "attention", "triton")
     return *run(q, k, v, do, lse, delta, segments), dgate, None
 
