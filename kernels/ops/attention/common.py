@@ -88,7 +88,7 @@ class SegmentTables(NamedTuple):
 
 
 class ForwardResult(NamedTuple):
-    """Results of a forward kernel; without residuals only `o`.
+    """Results of a forward kernel: `o`, and what the caller asks for.
 
     `m` and `inv_l` are the log-sum-exp of a row in two parts, because the rounding error of a single number would scale
     every p of the row.

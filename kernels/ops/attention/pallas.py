@@ -117,13 +117,13 @@ def _attention(
     return_lse: bool,
 ) -> tuple[Array, Array | None]:
     """Return the output and, if requested, the log-sum-exp of each row: [heads, query subtiles, 1, rows]."""
-    run_fwd = functools.partial(_run_fwd, config=config, residuals=return_lse)
+    run_fwd = functools.partial(_run_fwd, config=config, residuals=False, lse=return_lse)
     result = call_invariant(run_fwd, q, k, v, gate, segments)
     return result.o, _lse(result, config) if return_lse else None
 
 
 def _attention_fwd(q, k, v, gate, segments, config, return_lse):
-    run_fwd = functools.partial(_run_fwd, config=config, residuals=True)
+    run_fwd = functools.partial(_run_fwd, config=config, residuals=True, lse=True)
     result = _call_kernel(run_fwd, q, k, v, gate, segments)
     residuals = Residuals(q, k, v, gate, segments, result.o_ungated, result.m, result.inv_l)
     return (result.o, _lse(result, config) if return_lse else None), residuals
@@ -167,9 +167,11 @@ def _run_fwd(
     config: AttentionConfig,
     *,
     residuals: bool,
+    lse: bool,
 ) -> ForwardResult:
     attention_fwd = cpu_fwd.attention_fwd if _for_cpu(config) else tpu_fwd.attention_fwd
-    return attention_fwd(q, k, v, gate, segments, config, residuals=residuals, cost=_cost(q, k, v, gate, config))
+    kernel_cost = _cost(q, k, v, gate, config)
+    return attention_fwd(q, k, v, gate, segments, config, residuals=residuals, lse=lse, cost=kernel_cost)
 
 
 def _lse(result: ForwardResult, config: AttentionConfig) -> Array:

@@ -93,6 +93,7 @@ def attention_fwd(
     config: CpuAttentionConfig,
     *,
     residuals: bool,
+    lse: bool,
     cost: Cost,
 ) -> ForwardResult:
     """Run the forward kernel.
@@ -104,18 +105,23 @@ def attention_fwd(
         gate: [heads, query blocks, Dv, rows], or [heads, query blocks, 1, rows], or None.
         segments: segment ids, or None.
         config: static parameters of the kernel.
-        residuals: whether to write the residuals of the backward pass.
+        residuals: whether to write all residuals of the backward pass.
+        lse: whether to write the log-sum-exp, which is one of them, in any case.
         cost: cost estimate for the compiler.
 
     Returns:
-        The output and, if requested, the residuals.
+        The output and what was requested.
     """
     *blocks, _, rows = q.shape
     Dv = v.shape[-1]
     v = v.swapaxes(-1, -2)
     o = varying_shape((*blocks, Dv, rows), q.dtype, q, k)
     row = varying_shape((*blocks, 1, rows), jnp.float32, q, k)
-    outputs = ForwardResult(o, None if gate is None else o, row, row) if residuals else ForwardResult(o)
+    outputs = ForwardResult(o)
+    if residuals or lse:
+        outputs = outputs._replace(m=row, inv_l=row)
+    if residuals and gate is not None:
+        outputs = outputs._replace(o_ungated=o)
     schedule, kv_blocks_per_step = config.block_schedule(), config.block_sizes.kv_blocks_per_step
     if kv_blocks_per_step > 1:
         schedule = merge_kv_blocks(schedule, k.shape[1], kv_blocks_per_step)

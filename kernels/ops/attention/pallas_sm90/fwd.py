@@ -64,8 +64,9 @@ def forward(
     config: Sm90AttentionConfig,
     *,
     residuals: bool,
+    lse: bool,
 ) -> FwdOutputs:
-    """Return the output and, with `residuals`, lse and (if there is a gate) the ungated output.
+    """Return the output, with `residuals` or `lse` the lse, and with `residuals` and a gate the ungated output.
 
     Args:
         q: queries [B, T, H, D]; T is a multiple of `common.TMA_ROWS`.
@@ -75,6 +76,7 @@ def forward(
         segments: (q_ids, kv_ids) int32, of the lengths before padding, or None.
         config: static parameters of the kernel.
         residuals: whether the backward pass needs lse and the ungated output.
+        lse: whether the caller needs the lse.
     """
     B, T, H, D = q.shape
     sizes = fwd_block_sizes(D)
@@ -92,9 +94,10 @@ def forward(
         inputs = inputs._replace(q_ids=q_ids, kv_ids=kv_ids, segment_ranges=ranges)
 
     outputs = FwdOutputs(o=varying_shape(q.shape, q.dtype, q))
-    if residuals:
-        lse = varying_shape((B, H, pl.cdiv(T, rows) * rows), jnp.float32, q)
-        outputs = outputs._replace(lse=lse, o_ungated=None if gate is None else outputs.o)
+    if residuals or lse:
+        outputs = outputs._replace(lse=varying_shape((B, H, pl.cdiv(T, rows) * rows), jnp.float32, q))
+    if residuals and gate is not None:
+        outputs = outputs._replace(o_ungated=outputs.o)
 
     stages, has_segments = sizes.stages, segments is not None
     kv_smem = wgmma_smem((stages, sizes.block_kv, D), q.dtype)
@@ -104,7 +107,7 @@ def forward(
         k_empty=plgpu.Barrier(num_barriers=stages, num_arrivals=COMPUTE_WARPGROUPS),
         k_full=plgpu.Barrier(num_barriers=stages, num_arrivals=2 if has_segments else 1),
         k_smem=kv_smem,
-        lse_smem=plgpu.SMEM((COMPUTE_WARPGROUPS, sizes.block_q), jnp.float32) if residuals else None,
+        lse_smem=plgpu.SMEM((COMPUTE_WARPGROUPS, sizes.block_q), jnp.float32) if residuals or lse else None,
         q_full=plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
         q_smem=wgmma_smem((COMPUTE_WARPGROUPS, sizes.block_q, D), q.dtype),
         schedule_barrier=plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),

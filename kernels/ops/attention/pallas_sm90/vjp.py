@@ -86,13 +86,14 @@ def _attention(
     return_lse: bool,
 ) -> tuple[Array, Array | None]:
     """Return the output and, if requested, the log-sum-exp [B, T, H], natural and -inf where a row sees no key."""
-    run = functools.partial(padded_forward, config=config, residuals=return_lse)
+    run = functools.partial(padded_forward, config=config, residuals=False, lse=return_lse)
     out = call_invariant(run, q, k, v, gate, segments)
     return out.o, natural_lse(out.lse) if return_lse else None
 
 
 def _attention_fwd(q, k, v, gate, segments, config, return_lse) -> tuple[tuple[Array, Array | None], Residuals]:
-    out = _call_kernel(functools.partial(padded_forward, config=config, residuals=True), q, k, v, gate, segments)
+    run = functools.partial(padded_forward, config=config, residuals=True, lse=True)
+    out = _call_kernel(run, q, k, v, gate, segments)
     # Rows without a key have an infinite lse, which `jax_debug_infs` would report.
     lse = jnp.minimum(out.lse, jnp.finfo(jnp.float32).max)
     o_ungated = out.o if out.o_ungated is None else out.o_ungated
@@ -128,13 +129,14 @@ def padded_forward(
     config: Sm90AttentionConfig,
     *,
     residuals: bool,
+    lse: bool,
 ) -> FwdOutputs:
     """Run the forward kernel on lengths padded to whole TMA tiles and slice its outputs to T."""
 
     def pad(x: Array | None) -> Array | None:
         return x if x is None else jnp.pad(x, ((0, 0), (0, -x.shape[1] % TMA_ROWS), (0, 0), (0, 0)))
 
-    out = fwd.forward(pad(q), pad(k), pad(v), pad(gate), segments, config, residuals=residuals)
+    out = fwd.forward(pad(q), pad(k), pad(v), pad(gate), segments, config, residuals=residuals, lse=lse)
     return FwdOutputs(
         o=out.o[:, : config.T],
         lse=None if out.lse is None else out.lse[..., : config.T],

@@ -157,6 +157,7 @@ def attention_fwd(
     config: AttentionConfig[TpuBlockSizes],
     *,
     residuals: bool,
+    lse: bool,
     cost: Cost,
 ) -> ForwardResult:
     """Run the forward kernel.
@@ -168,11 +169,12 @@ def attention_fwd(
         gate: [heads, G, T, Dv], or [heads, query subtiles, 1, rows], or None.
         segments: segment ids, or None.
         config: static parameters of the kernel.
-        residuals: whether to write the residuals of the backward pass.
+        residuals: whether to write all residuals of the backward pass.
+        lse: whether to write the log-sum-exp, which is one of them, in any case.
         cost: cost estimate for the compiler.
 
     Returns:
-        The output and, if requested, the residuals.
+        The output and what was requested.
     """
     (heads, G, T, D), (num_q_subtiles, num_kv_subtiles) = q.shape, config.num_subtiles
     Dv = v.shape[3]
@@ -184,7 +186,7 @@ def attention_fwd(
         inputs["gate"] = query_blocks(config, gate) if is_elementwise_gate(gate, o) else row_blocks(config, gate)
         if residuals:
             outputs["o_ungated"] = outputs["o"]
-    if residuals:
+    if residuals or lse:
         row_output = row_blocks(config, varying_shape((heads, G * T // rows, 1, rows), jnp.float32, q, k))
         outputs |= {"m_out": row_output, "inv_l": row_output}
     row_shape = (num_q_subtiles, 1, rows)
@@ -211,7 +213,5 @@ def attention_fwd(
         name="attention_forward",
         cost=cost,
     )
-    if not residuals:
-        return ForwardResult(results["o"])
-    o_ungated = results.get("o_ungated", results["o"])
-    return ForwardResult(results["o"], o_ungated, results["m_out"], results["inv_l"])
+    o_ungated = results.get("o_ungated", results["o"] if residuals else None)
+    return ForwardResult(results["o"], o_ungated, results.get("m_out"), results.get("inv_l"))
