@@ -4,7 +4,8 @@
     merge_attention    merge attention to two parts of the keys
     grouped_matmul     rows sorted by group, each times its group's matrix
     moe_mlp            dropless mixture of SwiGLU experts
-    decode_attention   append one token to a key/value ring and attend, in place
+    decode_attention   append one token, or a few, to a key/value ring and attend, in place
+    rewind             take the last tokens of a ring back
     implementations    which implementations of an operation can run here, and why each other one cannot
     unsupported_reason      the same of one implementation
     implementation_names    allowed values of `implementation`: "auto" and the names of the operation's implementations
@@ -24,6 +25,7 @@ from dantinox.kernels.ops.attention.api import attention
 from dantinox.kernels.ops.attention.lse import merge_attention
 from dantinox.kernels.ops.decode_attention.api import OPERATION as _DECODE_ATTENTION
 from dantinox.kernels.ops.decode_attention.api import KVCache, decode_attention
+from dantinox.kernels.ops.decode_attention.kv_cache import rewind
 from dantinox.kernels.ops.grouped_matmul.api import OPERATION as _GROUPED_MATMUL
 from dantinox.kernels.ops.grouped_matmul.api import grouped_matmul
 from dantinox.kernels.ops.moe.api import OPERATION as _MOE_MLP
@@ -43,6 +45,7 @@ __all__ = [
     "merge_attention",
     "moe_mlp",
     "register",
+    "rewind",
     "unsupported_reason",
 ]
 

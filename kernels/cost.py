@@ -207,6 +207,8 @@ def decode_attention(
     gate: str = "none",
     itemsize: int = 2,
     kv_itemsize: float | None = None,
+    T: int = 1,
+    sinks: bool = False,
 ) -> Cost:
     """Return the cost of one `dantinox.kernels.decode_attention` step.
 
@@ -216,19 +218,24 @@ def decode_attention(
         D: head dim.
         C: slots per ring buffer.
         lengths: [B], tokens in the cache of each sequence before the step.
-        window: number of keys that the query sees, its own included; None: C.
-        gate: none, head ([B, H, 1]) or elementwise ([B, H, D]).
+        window: number of keys that a query sees, its own included; None: C.
+        gate: none, head ([B, T, H, 1]) or elementwise ([B, T, H, D]).
         itemsize: bytes per element of q, the new k and v, gate and o.
         kv_itemsize: bytes per element of the cache, its share of a scale included; None: itemsize.
+        T: new tokens per sequence.
+        sinks: whether each head has a sink.
 
     Returns:
         The cost of the step for all B sequences.
     """
     lengths = np.asarray(lengths).astype(np.int64)
     B = len(lengths)
-    visible = int(np.minimum(lengths + 1, C if window is None else min(C, window)).sum())
-    gates = {"none": 0, "head": B * H, "elementwise": B * H * D}[gate]
-    # Read q, the new k and v, the gate and the visible slots but the new one; write o and the new slot.
+    most = C if window is None else min(C, window)
+    # Query t sees no token that the T new ones overwrite.
+    pairs = sum(int(np.minimum(np.minimum(lengths + t + 1, most), C - T + t + 1).sum()) for t in range(T))
+    moved_slots = int(np.minimum(lengths + T, min(C, most + T - 1)).sum())
+    gates = {"none": 0, "head": B * T * H, "elementwise": B * T * H * D}[gate]
+    # Read q, the new k and v, the gate and the visible slots but the new ones; write o and the new slots.
     cache_itemsize = itemsize if kv_itemsize is None else kv_itemsize
-    moved = itemsize * (2 * B * H * D + gates + 2 * B * K * D) + round(cache_itemsize * 2 * K * D * visible) + 8 * B
-    return Cost(4 * H * D * visible, moved, H * visible + gates)
+    moved = itemsize * (2 * B * T * H * D + gates + 2 * B * T * K * D) + round(cache_itemsize * 2 * K * D * moved_slots)
+    return Cost(4 * H * D * pairs, moved + 8 * B + 4 * H * sinks, H * pairs + gates + B * T * H * sinks)

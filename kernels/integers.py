@@ -1,7 +1,8 @@
 """Ids, lengths and sizes of any integer dtype as int32, and which of their values are taken.
 
 Values of an array on a device are not read back, so that nothing waits for it: what such an array may not hold is
-clamped, as each function says. Values that are already on the host, in a NumPy array or a list, are checked.
+clamped, as each function says. Values that are already on the host, in a NumPy array or a list, are checked. Two checks
+of eager calls do read values back, those that use `concrete_value`.
 """
 
 from typing import Any
@@ -55,6 +56,16 @@ def check_range(name: str, x: Integers, low: int, high: int) -> None:
         raise ValueError(f"{name} holds {wrong}; allowed: {low} to {high}")
 
 
+def concrete_value(x: Any) -> np.ndarray | None:
+    """Return the value of an array on the host, or of one on a device that is not traced; None for any other.
+
+    It waits for the device. Only checks of eager calls use it whose failure would go unseen otherwise.
+    """
+    if isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+        return None
+    return np.asarray(x)
+
+
 def group_sizes_within(group_sizes: Integers, N: int) -> Array:
     """Return sizes [E] int32, each at least 0, that sum to at most N rows.
 
@@ -76,19 +87,21 @@ def expert_ids_within(expert_ids: Integers, E: int) -> Array:
     return jnp.where((ids >= 0) & (ids < E), ids, jnp.int32(E))
 
 
-def ring_positions(length: Integers, C: int) -> Array:
+def ring_positions(length: Integers, C: int, T: int = 1) -> Array:
     """Return int32 lengths with the same slot, length % C, and as many cached tokens, min(length, C).
+
+    T tokens are about to be appended.
 
     On a device, negative lengths count as 0.
 
     Raises:
         ValueError: the dtype is narrower than 32 bits, so that counting would overflow; or a length on the host is
-            negative or the last of its dtype.
+            negative or among the last T of its dtype.
     """
     if length.dtype.itemsize < 4:
         raise ValueError(f"cache.length has dtype {length.dtype}; allowed: int32, or an integer dtype as wide or wider")
     info = jnp.iinfo(length.dtype)
-    check_range("cache.length", length, 0, int(info.max) - 1)
+    check_range("cache.length", length, 0, int(info.max) - T)
     length = jnp.maximum(length, jnp.zeros_like(length))
     if length.dtype == jnp.int32:
         return length

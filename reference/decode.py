@@ -4,75 +4,111 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
-from dantinox.reference.attention import attention
+from dantinox.reference.attention import attention, sigmoid, soft_cap, visible
 
 Array = jax.Array
 
 
 def decode_attention(
-    q: Float[Array, "B H D"],
-    k: Float[Array, "B K D"],
-    v: Float[Array, "B K D"],
+    q: Float[Array, "B *T H D"],
+    k: Float[Array, "B *T K D"],
+    v: Float[Array, "B *T K D"],
     cache: Any,
     *,
-    gate: Float[Array, "B H #D"] | None = None,
+    gate: Float[Array, "B *T H #D"] | None = None,
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-) -> tuple[Float[Array, "B H D"], Any]:
-    """Append one token per sequence at slot length % C, then attend to the last min(length + 1, C, window) tokens.
+    sinks: Float[Array, "H"] | None = None,
+) -> tuple[Float[Array, "B *T H D"], Any]:
+    """Append T tokens per sequence at slots (length + t) % C; query t sees the last min(length + t + 1, C, window).
+
+    A query sees only tokens that are still in the ring buffer: none at a position of length + T - 1 - C or before.
 
     Args:
-        q: query of the new token [B, H, D].
-        k: key of the new token [B, K, D]; H is a multiple of K.
-        v: value of the new token [B, K, D].
+        q: queries of the new tokens [B, T, H, D], or [B, H, D] of one token.
+        k: their keys [B, T, K, D] or [B, K, D]; H is a multiple of K, and T at most C.
+        v: their values [B, T, K, D] or [B, K, D].
         cache: a named tuple (k [B, K, C, D], v [B, K, C, D], length [B] int32), such as `dantinox.kernels.KVCache`: a
             ring buffer of C slots per sequence, with the token of position p in slot p % C; length counts all tokens
             ever appended. If k and v are int8 or float8_e4m3fn, the cache also has k_scale and v_scale [B, K, C]
             float32: a slot's vector is the stored one times its scale, chosen so that the vector's largest magnitude
             is stored as the dtype's largest value.
-        gate: logits [B, H, D] or [B, H, 1], or None for no gate.
-        window: number of keys that the query sees, its own included; None or more than C: all C slots.
+        gate: logits [B, T, H, D] or [B, T, H, 1], without T if q has none, or None for no gate.
+        window: number of keys that a query sees, its own included; None: all C slots.
         scale: factor on the scores; None: D**-0.5.
         softcap: caps the scores s at softcap * tanh(s / softcap); None: no cap.
+        sinks: logits [H] that join the softmax of their head as one more key without a value, neither scaled nor
+            capped; None: no sinks.
 
     Returns:
-        (o [B, H, D], the cache with length + 1).
+        (o in q's shape, the cache with length + T).
     """
-    B, _, C, _ = cache.k.shape
+    if q.ndim == 3:
+        one = None if gate is None else gate[:, None]
+        options = {"window": window, "scale": scale, "softcap": softcap, "sinks": sinks}
+        o, cache = decode_attention(q[:, None], k[:, None], v[:, None], cache, gate=one, **options)
+        return o[:, 0], cache
+
+    T, C = q.shape[1], cache.k.shape[2]
     length = cache.length
-    slot = jnp.arange(C)[None] == (length % C)[:, None]  # [B, C]
+    # A slot gets the new token of this index, if it is less than T.
+    token = (jnp.arange(C)[None] - length[:, None]) % C  # [B, C]
+    is_new, token = token < T, jnp.minimum(token, T - 1)
     new, rings = {}, []
     for name, x in (("k", k), ("v", v)):
         ring, scales = getattr(cache, name), getattr(cache, f"{name}_scale", None)
+        values, new_scales = (x.astype(ring.dtype), None) if scales is None else _quantize(x, ring.dtype)
+        by_slot = jnp.take_along_axis(values, token[:, :, None, None], axis=1).swapaxes(1, 2)  # [B, K, C, D]
+        new[name] = jnp.where(is_new[:, None, :, None], by_slot, ring)
         if scales is None:
-            new[name] = jnp.where(slot[:, None, :, None], x[:, :, None].astype(ring.dtype), ring)
             rings.append(new[name])
         else:
-            values, new_scales = _quantize(x, ring.dtype)
-            new[name] = jnp.where(slot[:, None, :, None], values[:, :, None], ring)
-            new[f"{name}_scale"] = jnp.where(slot[:, None], new_scales[:, :, None], scales)
+            by_slot = jnp.take_along_axis(new_scales, token[:, :, None], axis=1).swapaxes(1, 2)  # [B, K, C]
+            new[f"{name}_scale"] = jnp.where(is_new[:, None], by_slot, scales)
             rings.append(new[name].astype(jnp.float32) * new[f"{name}_scale"][..., None])
 
     # Read the ring buffer in order: entry C - 1 is the newest token, entry C - 1 - a the token of age a.
     age = jnp.arange(C - 1, -1, -1)[None]  # [1, C]
-    order = (length[:, None] - age) % C  # [B, C] slot of each age
-    in_order = [jnp.take_along_axis(x, order[:, None, :, None], axis=2).swapaxes(1, 2) for x in rings]
-    visible = age <= length[:, None]
-    if window is not None:
-        visible &= age < window
+    order = (length[:, None] % C + T - 1 - age) % C  # [B, C] slot of each age
+    keys, values = (
+        jnp.take_along_axis(x, order[:, None, :, None], axis=2).swapaxes(1, 2).astype(q.dtype) for x in rings
+    )
+    holds_token = age - (T - 1) <= length[:, None]
     o = attention(
-        q[:, None],
-        *(x.astype(q.dtype) for x in in_order),
-        gate=None if gate is None else gate[:, None],
-        causal=False,
+        q,
+        keys,
+        values,
+        gate=gate if sinks is None else None,
+        window=window,
         scale=scale,
         softcap=softcap,
-        segment_ids=(jnp.ones((B, 1), jnp.int32), visible.astype(jnp.int32)),
+        segment_ids=(jnp.ones(q.shape[:2], jnp.int32), holds_token.astype(jnp.int32)),
     )
-    return o[:, 0], cache._replace(**new, length=length + 1)
+    if sinks is not None:
+        mask = visible(T, C, causal=True, window=window)[None] & holds_token[:, None]
+        o = o * _share_without_sinks(q, keys, mask, sinks, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
+        o = (o if gate is None else o * sigmoid(gate.astype(o.dtype))).astype(q.dtype)
+    return o, cache._replace(**new, length=length + T)
+
+
+def _share_without_sinks(
+    q: Array, k: Array, mask: Bool[Array, "B T C"], sinks: Array, scale: float, softcap: float | None
+) -> Float[Array, "B T H 1"]:
+    """Return which part of each query's softmax over [scores, sink] falls to the scores, in float32 or more."""
+    B, T, H, _ = q.shape
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    k = jnp.where(jnp.any(mask, axis=1)[:, :, None, None], k, 0)
+    q, k, sinks = q.astype(dtype), jnp.repeat(k, H // k.shape[2], axis=2).astype(dtype), sinks.astype(dtype)
+    scores = jnp.einsum("BTHD,BSHD->BHTS", q, k) * scale
+    if softcap is not None:
+        scores = soft_cap(jnp.where(mask[:, None], scores, 0), softcap)
+    scores = jnp.where(mask[:, None], scores, -jnp.inf)
+    logits = jnp.concatenate([scores, jnp.broadcast_to(sinks[:, None, None], (B, H, T, 1))], axis=-1)
+    weights = jax.nn.softmax(logits, axis=-1)
+    return jnp.sum(weights[..., :-1], axis=-1, keepdims=True).swapaxes(1, 2)
 
 
 def _quantize(x: Array, dtype: jnp.dtype) -> tuple[Array, Array]:

@@ -22,8 +22,10 @@ M_INIT = -1e30  # finite, so that exp(-inf - M_INIT) is 0 while the kernel has s
 NT, NN = ((2,), (2,)), ((2,), (1,))  # a b^T and a b, of every head
 
 
-def decode_attention(q, k, v, cache, *, gate, window, scale, softcap):
+def decode_attention(q, k, v, cache, *, gate, window, scale, softcap, sinks=None):
     """See `dantinox.kernels.decode_attention`, which has checked the arguments."""
+    if sinks is not None or q.ndim == 4:
+        raise NotImplementedError("my decode attention takes one new token per sequence, and no sinks")
     if current_device().platform == "gpu" or q.dtype == jnp.float64:
         raise NotImplementedError("my decode attention runs on TPU and CPU, and not in float64")
     if (cache.k.dtype, cache.v.dtype) != (q.dtype, q.dtype):

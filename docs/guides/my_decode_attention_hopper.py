@@ -34,8 +34,10 @@ MATRIX = plgpu.Layout.WGMMA  # how the registers of a warpgroup hold a tile
 ROW, COLUMN = MATRIX.reduce(0), MATRIX.reduce(1)  # and a number per column, or per row
 
 
-def decode_attention(q, k, v, cache, *, gate, window, scale, softcap):
+def decode_attention(q, k, v, cache, *, gate, window, scale, softcap, sinks=None):
     """See `dantinox.kernels.decode_attention`, which has checked the arguments."""
+    if sinks is not None or q.ndim == 4:
+        raise NotImplementedError("my decode attention takes one new token per sequence, and no sinks")
     platform, kind = current_device()
     if platform not in ("cpu", "gpu") or (platform == "gpu" and not on_hopper()):
         raise NotImplementedError(f"my Hopper decode attention runs on Hopper, and simulated on a CPU; this is {kind}")

@@ -28,8 +28,10 @@ from dantinox.kernels.ops.decode_attention.kv_cache import append_token
 from dantinox.kernels.vma import call_invariant
 
 
-def decode_attention(q, k, v, cache, *, gate, window, scale, softcap):
+def decode_attention(q, k, v, cache, *, gate, window, scale, softcap, sinks=None):
     """See `dantinox.kernels.decode_attention`, which has checked the arguments."""
+    if sinks is not None or q.ndim == 4:
+        raise NotImplementedError("my decode attention takes one new token per sequence, and no sinks")
     if reason := triton_unsupported_device():
         raise NotImplementedError(reason)
     (_, H, D), K = q.shape, k.shape[1]

@@ -208,6 +208,8 @@ class Decode(Workload):
     Attributes:
         lengths: the tokens that each sequence has seen.
         C: slots of the ring buffer of each sequence.
+        new_tokens: tokens that are appended to each sequence; more than one are an axis T of the arrays.
+        sinks: whether each head has a sink.
         kv_dtype: dtype of the cache; None: that of the model.
     """
 
@@ -222,6 +224,8 @@ class Decode(Workload):
     softcap: float | None = None
     scale: float | None = None
     kv_dtype: str | None = None
+    new_tokens: int = 1
+    sinks: bool = False
 
     @property
     def B(self) -> int:
@@ -229,11 +233,14 @@ class Decode(Workload):
         return len(self.lengths)
 
     def shapes(self) -> Shapes:
-        """The arguments q, k, v and gate; `cache` has the shapes of the cache."""
-        B, H, K, D = self.B, self.H, self.K, self.D
-        shapes: Shapes = {"q": (B, H, D), "k": (B, K, D), "v": (B, K, D)}
+        """The arguments q, k, v, gate and sinks; `cache` has the shapes of the cache."""
+        H, K, D = self.H, self.K, self.D
+        tokens = (self.B,) if self.new_tokens == 1 else (self.B, self.new_tokens)
+        shapes: Shapes = {"q": (*tokens, H, D), "k": (*tokens, K, D), "v": (*tokens, K, D)}
         if self.gate != "none":
-            shapes["gate"] = (B, H, D if self.gate == "elementwise" else 1)
+            shapes["gate"] = (*tokens, H, D if self.gate == "elementwise" else 1)
+        if self.sinks:
+            shapes["sinks"] = (H,)
         return shapes
 
     def cache_shape(self) -> tuple[int, ...]:
@@ -249,7 +256,7 @@ class Decode(Workload):
 
     def out_shape(self) -> tuple[int, ...]:
         """The shape of the output."""
-        return (self.B, self.H, self.D)
+        return self.shapes()["q"]
 
     def options(self) -> dict[str, Any]:
         """The static arguments."""
@@ -266,7 +273,9 @@ class Decode(Workload):
         names = ("H", "K", "D", "C", "window", "gate", "itemsize")
         kv_itemsize = None if self.kv_dtype is None else 1 + 4 / self.D
         sizes = {name: getattr(self, name) for name in names}
-        return cost.decode_attention(**sizes, lengths=np.array(self.lengths), kv_itemsize=kv_itemsize)
+        return cost.decode_attention(
+            **sizes, lengths=np.array(self.lengths), kv_itemsize=kv_itemsize, T=self.new_tokens, sinks=self.sinks
+        )
 
 
 def spread(N: int, E: int, skew: str) -> np.ndarray:

@@ -3,7 +3,8 @@
 from tests.mutation.mutant import Mutant, mutants_of
 
 MATCHES = "test_implementation_matches_reference"
-SLOT = "test_new_token_is_stored_in_its_slot_only"
+SLOT = "test_new_tokens_are_stored_in_their_slots_only"
+SLOT_EIGHT_BITS = "test_new_token_is_stored_in_its_slot_only"
 UNUSED_SLOTS = "test_unused_slots_do_not_affect_output"
 DEQUANTIZED = "test_output_matches_dequantized_cache"
 QUANTIZE = "test_quantize_rounds_to_nearest"
@@ -34,16 +35,16 @@ MUTANTS: list[Mutant] = [
     *mutants_of(
         "ops/decode_attention/api",
         "decode_attention",
-        ("length not incremented", "jnp.asarray(length) + 1", "jnp.asarray(length)", SLOT),
+        ("length not incremented", "jnp.asarray(length) + (1 if T is None else T)", "jnp.asarray(length)", SLOT),
     ),
     *mutants_of(
         "ops/decode_attention/xla",
         "decode_attention",
-        ("ages shifted by one", "age = length % C -", "age = (length + 1) % C -", f"{MATCHES}[grouped-float32-xla]"),
+        ("ages shifted by one", "newest = length % C if", "newest = (length + 1) % C if", f"{MATCHES}[grouped-float32-xla]"),
         ("window dropped", "(age <= length) & (age < window)", "age <= length", f"{MATCHES}[window-float32-xla]"),
         ("window one too wide", "(age < window)", "(age <= window)", f"{MATCHES}[window-float32-xla]"),
         ("oldest token unseen", "age <= length if", "age < length if", f"{MATCHES}[grouped-float32-xla]"),
-        ("unused slots count", "jnp.where(visible_heads, jnp.exp(exponents), 0)", "jnp.exp(exponents)",
+        ("unused slots count", "jnp.where(visible_rows, jnp.exp(exponents), 0)", "jnp.exp(exponents)",
          f"{MATCHES}[grouped-float32-xla]"),
         ("cap does not restore the size", "soft_cap(scores * scale, softcap), 1.0",
          "soft_cap(scores * scale, softcap) / softcap, 1.0", f"{MATCHES}[multi-query, head gate, cap-float32-xla]"),
@@ -63,8 +64,9 @@ MUTANTS: list[Mutant] = [
     *mutants_of(
         "ops/decode_attention/kv_cache",
         "decode_attention_eight_bits",
-        ("scales are not stored", "length + 1, k_scale, v_scale)", "length + 1, cache.k_scale, cache.v_scale)",
-         f"{SLOT}[xla-int8]"),
+        ("scales are not stored", "KVCache(k, v, cache.length, k_scale, v_scale)",
+         "KVCache(k, v, cache.length, cache.k_scale, cache.v_scale)",
+         f"{SLOT_EIGHT_BITS}[xla-int8]"),
     ),
     *mutants_of(
         "ops/decode_attention/kv_cache",
@@ -147,7 +149,7 @@ MUTANTS: list[Mutant] = [
         "decode_attention_numbers",
         ("scores are scaled before their difference", "- row_max) * scale", "* scale - row_max * scale)",
          f"{EXTREMES}[the largest scale-xla]"),
-        ("the largest score may be that of a hidden slot", "jnp.max(jnp.where(visible_heads, scores, lowest),",
+        ("the largest score may be that of a hidden slot", "jnp.max(jnp.where(visible_rows, scores, lowest),",
          "jnp.max(scores,", f"{EXTREMES}[scores below -1e30-xla]"),
     ),
     *mutants_of(
@@ -169,7 +171,7 @@ MUTANTS: list[Mutant] = [
         "decode_attention_hidden",
         ("hidden keys reach gradients", "jnp.where(visible[..., None], b, 0), *tangents", "b, *tangents",
          f"{HIDDEN_GRADIENTS}[xla-float32]"),
-        ("hidden scores reach gradients", "scores = jnp.where(visible_heads, scores, 0)", "pass",
+        ("hidden scores reach gradients", "scores = jnp.where(visible_rows, scores, 0)", "pass",
          f"{HIDDEN_GRADIENTS}[xla-float32]"),
     ),
     *mutants_of(

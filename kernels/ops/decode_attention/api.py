@@ -1,10 +1,11 @@
-"""One decode step: write the new token into the KV cache and attend to the visible tokens, in place."""
+"""One decode step: write the new tokens into the KV cache and attend to the visible tokens, in place."""
 
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float
 
 from dantinox.kernels import dispatch, first_use, integers, validation
@@ -20,53 +21,67 @@ __all__ = ["KVCache", "decode_attention"]
 
 
 def decode_attention(
-    q: Float[Array, "B H D"],
-    k: Float[Array, "B K D"],
-    v: Float[Array, "B K D"],
+    q: Float[Array, "B *T H D"],
+    k: Float[Array, "B *T K D"],
+    v: Float[Array, "B *T K D"],
     cache: KVCache,
     *,
-    gate: Float[Array, "B H #D"] | None = None,
+    gate: Float[Array, "B *T H #D"] | None = None,
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Float[Array, "H"] | None = None,
     implementation: str = "auto",
-) -> tuple[Float[Array, "B H D"], KVCache]:
-    """Append one token per sequence at slot length % C, then attend to the last min(length + 1, C, window) tokens.
+) -> tuple[Float[Array, "B *T H D"], KVCache]:
+    """Append one token per sequence, or T, and attend to the last min(length + 1, C, window) tokens of each.
 
-    Under `jit` with the cache donated, no implementation copies the cache. Slots that the query does not see may hold
-    anything, NaN included.
+    With T tokens, such as those of a draft or of a chunk of a prompt, all are appended, at slots (length + t) % C, then
+    query t attends to the last min(length + t + 1, C, window) tokens up to its own. Tokens that the new ones overwrite
+    are gone: no query sees a position up to length + T - 1 - C. So a ring buffer that wraps needs a window, and
+    C >= window + T - 1 slots; without a window, length + T may not exceed C.
+
+    Under `jit` with the cache donated, no implementation copies the cache. Slots that no query sees may hold anything,
+    NaN included. `rewind` takes tokens back.
 
     Args:
-        q: query of the new token [B, H, D].
-        k: key of the new token [B, K, D]; H is a multiple of K.
-        v: value of the new token [B, K, D]; q, k and v have one floating dtype.
+        q: query of the new token [B, H, D], or of T new tokens [B, T, H, D].
+        k: key of the new token [B, K, D], or [B, T, K, D]; H is a multiple of K.
+        v: value of the new token [B, K, D], or [B, T, K, D]; q, k and v have one floating dtype.
         cache: `KVCache`, k and v [B, K, C, D], length [B] int32. An int8 or float8_e4m3fn cache also has k_scale and
-            v_scale [B, K, C] float32; the new token is quantized before this step attends to it, so this step reads the
+            v_scale [B, K, C] float32; a new token is quantized before this step attends to it, so this step reads the
             values that later steps read.
-        gate: logits [B, H, D] or [B, H, 1] in q's dtype, or None.
-        window: number of keys that the query sees, its own included; None or more than C: all C slots.
+        gate: logits [B, H, D] or [B, H, 1] in q's dtype, with T after B if q has it, or None.
+        window: number of keys that a query sees, its own included; None: all C slots, as with one token and a window of
+            more than C.
         scale: factor on the scores; None: D**-0.5.
         softcap: caps the scores s at softcap * tanh(s / softcap); None: no cap.
+        sinks: logits [H], converted to float32: each joins the softmax of its head as one more key without a value.
+            They are neither scaled nor capped. None: no sinks.
         implementation: auto, reference, xla, pallas or triton.
 
     Returns:
-        (o [B, H, D] in q's dtype, the updated cache with length + 1).
+        (o in q's shape and dtype, the updated cache with length + T, or + 1).
 
     Raises:
-        ValueError: an argument's shape, dtype or value is not allowed.
+        ValueError: an argument's shape, dtype or value is not allowed. Under `jit`, where length has no value yet,
+            tokens that overwrite visible ones without a window go unseen.
         NotImplementedError: the named implementation cannot run here.
+
+    Source of the sinks: OpenAI, gpt-oss (2025), after Xiao et al., Efficient Streaming Language Models (2023).
     """
-    q, k, v = validation.as_array("q", q, "BHD"), validation.as_array("k", k, "BKD"), validation.as_array("v", v, "BKD")
-    gate = None if gate is None else validation.as_array("gate", gate, "BHD")
+    T = q.shape[1] if np.ndim(q) == 4 else None
+    axes = "B" if T is None else "BT"
+    q, k, v = (validation.as_array(*x) for x in (("q", q, f"{axes}HD"), ("k", k, f"{axes}KD"), ("v", v, f"{axes}KD")))
+    gate = None if gate is None else validation.as_array("gate", gate, f"{axes}HD")
     validation.check_floating(q=q, k=k, v=v, gate=gate)
     if not all(hasattr(cache, name) for name in KVCache._fields):
         raise ValueError(f"cache is a {type(cache).__name__}; allowed: dantinox.kernels.KVCache")
     cache_k, cache_v = validation.as_array("cache.k", cache.k, "BKCD"), validation.as_array("cache.v", cache.v, "BKCD")
     length = integers.as_integers("cache.length", cache.length, "B")
-    B, H, D = q.shape
-    K, C = k.shape[1], cache_k.shape[2]
-    validation.check_shape("k", k, (B, K, D))
-    validation.check_shape("v", v, (B, K, D))
+    *tokens, H, D = q.shape
+    B, K, C = q.shape[0], k.shape[-2], cache_k.shape[2]
+    validation.check_shape("k", k, (*tokens, K, D))
+    validation.check_shape("v", v, (*tokens, K, D))
     validation.check_heads(H, K)
     validation.check_shape("cache.k", cache_k, (B, K, C, D))
     validation.check_shape("cache.v", cache_v, (B, K, C, D))
@@ -75,16 +90,23 @@ def decode_attention(
     if C < 1:
         raise ValueError("cache has 0 slots; allowed: 1 or more")
     if gate is not None:
-        validation.check_shape("gate", gate, (B, H, D), (B, H, 1))
+        validation.check_shape("gate", gate, (*tokens, H, D), (*tokens, H, 1))
     window = validation.check_window(window, causal=True)
     scale, softcap = validation.check_scale(scale, D), validation.check_softcap(softcap)
+    options = {} if sinks is None else {"sinks": _check_sinks(sinks, q)}
+    if T is not None:
+        _check_tokens(T, C, window, length)
 
-    cache = KVCache(cache_k, cache_v, integers.ring_positions(length, C), *scales)
-    function = OPERATION.select(implementation, q, cache)
+    cache = KVCache(cache_k, cache_v, integers.ring_positions(length, C, 1 if T is None else T), *scales)
+    one_of_many = T == 1
+    if one_of_many:
+        q, k, v = (x[:, 0] for x in (q, k, v))
+        gate = None if gate is None else gate[:, 0]
+    function = OPERATION.select(implementation, q, cache, sinks)
     o, cache = call_implementation(
         "decode_attention",
         function,
-        _out_specs,
+        functools.partial(_out_specs, has_scales=scales[0] is not None),
         q,
         k,
         v,
@@ -93,14 +115,48 @@ def decode_attention(
         window=window,
         scale=scale,
         softcap=softcap,
+        **options,
     )
-    return o, cache._replace(length=jnp.asarray(length) + 1)
+    new_length = jnp.asarray(length) + (1 if T is None else T)
+    return o[:, None] if one_of_many else o, cache._replace(length=new_length)
 
 
-def _out_specs(q: Any, k: Any, v: Any, cache_k: Any, cache_v: Any, length: Any, *rest: Any) -> tuple[Any, KVCache]:
+def _out_specs(
+    q: Any, k: Any, v: Any, cache_k: Any, cache_v: Any, length: Any, *rest: Any, has_scales: bool
+) -> tuple[Any, KVCache]:
     """Return the partition specs of the output and of the cache, which are those of q and of the given cache."""
-    k_scale, v_scale = rest[:2] if len(rest) >= 2 else (None, None)
+    k_scale, v_scale = rest[:2] if has_scales else (None, None)
     return q, KVCache(cache_k, cache_v, length, k_scale, v_scale)
+
+
+def _check_sinks(sinks: Any, q: Array) -> Array:
+    """Return the sinks [H] in float32, or in float64 beside float64 queries."""
+    sinks = validation.as_array("sinks", sinks, "H")
+    if sinks.dtype not in validation.FLOATS:
+        raise ValueError(f"sinks has dtype {sinks.dtype}; allowed: float32")
+    validation.check_shape("sinks", sinks, (q.shape[-2],))
+    return sinks.astype(jnp.promote_types(q.dtype, jnp.float32))
+
+
+def _check_tokens(T: int, C: int, window: int | None, length: integers.Integers) -> None:
+    """Check that a ring buffer of C slots takes T tokens and keeps what the first of them sees."""
+    if not (isinstance(T, int) and isinstance(C, int)):  # symbolic
+        return
+    if not 1 <= T <= C:
+        raise ValueError(f"q has {T} tokens; allowed: 1 to {C}, the slots of the cache")
+    if T == 1:
+        return
+    if window is not None:
+        if window + T - 1 > C:
+            raise ValueError(
+                f"cache has {C} slots; allowed with a window of {window} and {T} tokens: {window + T - 1} or more"
+            )
+        return
+    lengths = integers.concrete_value(length)
+    if lengths is not None and lengths.size and int(lengths.max()) > C - T:
+        raise ValueError(
+            f"cache.length holds {int(lengths.max())}; allowed with {T} tokens, {C} slots and no window: 0 to {C - T}"
+        )
 
 
 def _check_scales(cache: KVCache, k: Array, v: Array) -> tuple[Array | None, Array | None]:
@@ -140,9 +196,13 @@ def _pallas(*args: Any, **options: Any) -> tuple[Array, KVCache]:
     return pallas.decode_attention(*args, **options)
 
 
-def _pallas_unsupported_inputs(q: Array, cache: KVCache) -> str | None:
+def _pallas_unsupported_inputs(q: Array, cache: KVCache, sinks: Array | None = None) -> str | None:
     if reason := dispatch.symbolic_unsupported(q, cache.k):
         return reason
+    if q.ndim == 4:
+        return f"q has {q.shape[1]} new tokens per sequence and the kernel takes one"
+    if sinks is not None:
+        return "sinks are not supported by the kernel"
     if dispatch.on_gpu():
         from dantinox.kernels.ops.decode_attention.pallas_sm90 import limits
 
@@ -152,7 +212,7 @@ def _pallas_unsupported_inputs(q: Array, cache: KVCache) -> str | None:
     return dispatch.float32_accumulation_unsupported(q.dtype)
 
 
-def _pallas_not_auto(q: Array, cache: KVCache) -> str | None:
+def _pallas_not_auto(q: Array, cache: KVCache, sinks: Array | None = None) -> str | None:
     if dispatch.on_gpu():
         return "the Hopper kernel has not run on a GPU yet; pass implementation='pallas' to use it"
     if dispatch.current_device().platform == "cpu" and cpu_kernel.xla_is_faster(cache.k.shape[2]):

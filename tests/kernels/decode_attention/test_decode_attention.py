@@ -51,23 +51,31 @@ def draw(case: workloads.Decode, dtype: str = "float32", fill: float = 0, seed: 
     normal = lambda *shape: tolerance.to_float64(jnp.asarray(rng.standard_normal(shape), dtype))
     inputs = {name: normal(*shape) for name, shape in case.shapes().items()}
     cache_k, cache_v = (np.full(case.cache_shape(), fill, float) for _ in "kv")
-    o = np.zeros(case.out_shape())
+    T, per_token = case.new_tokens, {name: x for name, x in inputs.items() if name != "sinks"}
+    if T == 1:
+        per_token = {name: x[:, None] for name, x in per_token.items()}
+    o = np.zeros(per_token["q"].shape)
     for b, length in enumerate(case.lengths):
         keys, values = normal(length, K, D), normal(length, K, D)
         for p in range(length):
             cache_k[b, :, p % C], cache_v[b, :, p % C] = keys[p], values[p]
-        keys, values = [*keys, inputs["k"][b]], [*values, inputs["v"][b]]
-        first = max(0, len(keys) - min(C, case.window or C))
-        for h in range(H):
+        keys, values = [*keys, *per_token["k"][b]], [*values, *per_token["v"][b]]
+        for t, h in np.ndindex(T, H):
+            last = length + t
+            # The T tokens, which are all appended first, overwrite the oldest ones.
+            first = max(0, last + 1 - min(C, case.window or C), length + T - C)
             scores = []
-            for p in range(first, len(keys)):
-                score = float(inputs["q"][b, h] @ keys[p][h // (H // K)])
+            for p in range(first, last + 1):
+                score = float(per_token["q"][b, t, h] @ keys[p][h // (H // K)])
                 score *= 1 / math.sqrt(D) if case.scale is None else case.scale
                 scores.append(score if case.softcap is None else case.softcap * math.tanh(score / case.softcap))
-            weights = np.exp(np.array(scores) - max(scores))
-            o[b, h] = sum(w * values[first + i][h // (H // K)] for i, w in enumerate(weights / weights.sum()))
+            sink = [inputs["sinks"][h]] if case.sinks else []
+            weights = np.exp(np.array(scores + sink) - max(scores + sink))
+            for p, w in zip(range(first, last + 1), weights / weights.sum(), strict=False):
+                o[b, t, h] += w * values[p][h // (H // K)]
             if case.gate != "none":
-                o[b, h] /= 1 + np.exp(-inputs["gate"][b, h])
+                o[b, t, h] /= 1 + np.exp(-per_token["gate"][b, t, h])
+    o = o.reshape(case.out_shape())
     return Step(inputs, cache_k, cache_v, o)
 
 
@@ -114,15 +122,16 @@ def test_reference_matches_python_loops(case):
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
 @pytest.mark.parametrize("case", [*WORKLOADS, LARGE_BATCH], ids=lambda case: case.name or "large batch")
 @pytest.mark.sampled(4)
-def test_new_token_is_stored_in_its_slot_only(case, implementation):
+def test_new_tokens_are_stored_in_their_slots_only(case, implementation):
     step = draw(case, fill=np.nan)
     _, cache = run(implementation, case, step, "float32")
-    np.testing.assert_array_equal(cache.length, np.array(case.lengths) + 1)
+    T = case.new_tokens
+    np.testing.assert_array_equal(cache.length, np.array(case.lengths) + T)
     assert cache.length.dtype == jnp.int32
     for ring_buffer, old, new in ((cache.k, step.cache_k, "k"), (cache.v, step.cache_v, "v")):
-        expected = old.copy()
-        for b, length in enumerate(case.lengths):
-            expected[b, :, length % case.C] = step.inputs[new][b]
+        expected, tokens = old.copy(), step.inputs[new].reshape(case.B, T, case.K, case.D)
+        for b, t in np.ndindex(case.B, T):
+            expected[b, :, (case.lengths[b] + t) % case.C] = tokens[b, t]
         np.testing.assert_array_equal(ring_buffer, expected)
 
 
