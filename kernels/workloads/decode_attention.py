@@ -31,6 +31,10 @@ KV_CACHES = (
     _parity("window past C", window=100),
     _parity("one slot", 1, gate="elementwise"),
     _parity("129 slots", 129, D=16, window=70),
+    _parity("sinks", H=3, K=1, gate="head", window=3, softcap=1.5, sinks=True),
+    _parity("two tokens, sinks", new_tokens=2, window=4, sinks=True),
+    _parity("five tokens", 21, new_tokens=5, window=17, gate="elementwise", scale=0.3),
+    _parity("129 slots, seven tokens", 129, D=16, H=2, K=1, new_tokens=7, window=70, gate="head"),
     # For tensor cores: blocks of 64 slots and a partial one.
     _parity("72 slots, heads of 64", 72, H=4, K=1, D=64, gate="head"),
     _parity("136 slots, heads of 128", 136, H=2, D=128, window=70, gate="elementwise", softcap=2.0),

@@ -199,10 +199,6 @@ def _pallas(*args: Any, **options: Any) -> tuple[Array, KVCache]:
 def _pallas_unsupported_inputs(q: Array, cache: KVCache, sinks: Array | None = None) -> str | None:
     if reason := dispatch.symbolic_unsupported(q, cache.k):
         return reason
-    if q.ndim == 4:
-        return f"q has {q.shape[1]} new tokens per sequence and the kernel takes one"
-    if sinks is not None:
-        return "sinks are not supported by the kernel"
     if dispatch.on_gpu():
         from dantinox.kernels.ops.decode_attention.pallas_sm90 import limits
 

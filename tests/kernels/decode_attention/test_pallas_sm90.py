@@ -54,15 +54,15 @@ def run(
 
 
 CASES = [
-    # The ring buffer ends inside its third block; the four heads do not fill a tile; one split.
-    (kv_cache(136, H=4, gate="head"), 1),
+    # The ring buffer ends inside its third block; the four heads, with sinks, do not fill a tile; one split.
+    (kv_cache(136, H=4, gate="head", sinks=True), 1),
     # A window of three blocks across the end of the ring buffer, two in a split; two KV heads; empty splits.
     (kv_cache(200, K=2, D=128, window=70, gate="elementwise", softcap=2.0), 2),
     *(
         pytest.param(*case, marks=slow)
         for case in (
             (kv_cache(256, H=8), 1),
-            (kv_cache(256, H=8, K=8, window=64), 3),
+            (kv_cache(256, H=8, K=8, window=64, sinks=True), 3),
             (kv_cache(256, H=24, K=2, window=1, gate="head"), 2),  # 12 heads: two tiles of 8 rows
             (kv_cache(136, D=256, gate="head", scale=-0.05), 2),
             (kv_cache(136, 200, D=80, gate="elementwise", window=70), 2),
@@ -185,6 +185,8 @@ def test_split_without_visible_tokens_has_no_weight():
     o = jnp.stack([jnp.full((2, 3), 4.0), jnp.full((2, 3), jnp.nan), jnp.full((2, 3), 1.0)])
     lse = jnp.stack([jnp.full(2, 5.0), jnp.full(2, -jnp.inf), jnp.full(2, 6.0)])
     np.testing.assert_allclose(splits.combine_splits(o, lse), np.full((2, 3), 2.0), rtol=1e-6)
+    sinks = jnp.array([-jnp.inf, 5.0])  # as a split without an output
+    np.testing.assert_allclose(splits.combine_splits(o, lse, sinks), [[2.0] * 3, [1.5] * 3], rtol=1e-6)
 
 
 def traffic_ratio(row: workloads.Decode) -> float:

@@ -45,15 +45,40 @@ def test_block_table_lists_blocks_with_visible_tokens(block_size):
         np.testing.assert_array_equal(table.num_visible, np.minimum(lengths + 1, max_visible))
 
 
+@pytest.mark.parametrize("T", [2, 5, 8])
+def test_block_table_of_several_tokens_writes_each_block_once(T):
+    """The blocks that hold new tokens, each in consecutive steps among which is the block's own."""
+    for C, max_visible, block_size in itertools.product((8, 10, 13), (1, 3, 13), (1, 3, 4)):
+        max_visible, lengths = min(max_visible, C), np.arange(3 * C + 2)
+        make_table = functools.partial(make_block_table, C=C, max_visible=max_visible, block_size=block_size, T=T)
+        table = numpy_interpreter.run(make_table, np.int32(lengths))
+        steps = list(zip(table.sequence.tolist(), table.block.tolist(), table.written.tolist(), strict=True))
+        steps = steps[: int(table.num_steps)]
+        for b, length in enumerate(lengths):
+            seen = range(max(0, length + 1 - max_visible, length + T - C), length + T)
+            blocks = [block for sequence, block, _ in steps if sequence == b]
+            assert blocks == list(dict.fromkeys(p % C // block_size for p in seen))
+            written = [block for block, _ in itertools.groupby(to for sequence, _, to in steps if sequence == b)]
+            assert sorted(written) == sorted({p % C // block_size for p in range(length, length + T)})
+            own_steps = {block for sequence, block, to in steps if sequence == b and block == to}
+            assert own_steps == set(written)
+
+
 TILED = {  # whole blocks of 16 slots: the simulator supports no others
     "a window across the end of the ring buffer": row(5, 40, 48, 100, C=48, D=128, window=11, gate="elementwise"),
     "a ring buffer of three blocks, cap, gate": row(0, 47, 48, 150, C=48, D=128, softcap=1.5, gate="head"),
     "one head, one token": row(0, 16, C=32, H=1, K=1, D=128, window=1),
+    # Tokens in one block, in two, across the end; all blocks; more tokens than a block has slots.
+    "five tokens, window": row(5, 30, 45, 100, C=48, D=128, window=11, new_tokens=5, gate="elementwise"),
+    "three tokens": row(0, 44, 47, 152, C=48, D=128, H=3, K=1, new_tokens=3, softcap=1.5, sinks=True),
+    "twenty tokens": row(0, 12, 39, 62, C=48, H=2, K=1, D=128, window=25, new_tokens=20, gate="head"),
 }
 TOKENS_IN_LANES = {  # blocks of 128 slots
     "tokens in lanes, a window across the end": row(5, 250, 384, 700, C=384, D=8, window=150, gate="elementwise"),
     "tokens in lanes, cap, gate": row(0, 383, 385, C=384, H=3, K=1, D=40, softcap=1.5, gate="head"),
     "tokens in lanes, one token": row(0, 256, C=256, H=1, K=1, D=64, window=1),
+    "tokens in lanes, five tokens": row(5, 254, 381, C=384, D=8, window=150, new_tokens=5, sinks=True),
+    "tokens in lanes, two tokens": row(0, 382, 900, C=384, H=3, K=1, D=40, new_tokens=2, gate="head"),
 }
 TPU_CASES = TILED | TOKENS_IN_LANES
 
@@ -74,24 +99,24 @@ def run_with_race_detection(operation: Callable[..., Any], *args: Any) -> Any:
 )
 @pytest.mark.parametrize("name", TPU_CASES)
 def test_tpu_kernel_appends_and_attends(name, run, monkeypatch):
-    """The kernel writes the memory tile of the new token and nothing else of the cache."""
+    """The kernel writes the new tokens' slots and nothing else of the cache."""
     case = TPU_CASES[name]
     assert block_sizes.tokens_in_lanes(case.C, case.D) == (name in TOKENS_IN_LANES)
     monkeypatch.setattr(block_sizes, "choose_block_size", lambda *_: 128 if name in TOKENS_IN_LANES else 16)
     step = draw(case, fill=np.nan)
     inputs = {key: jnp.float32(x) for key, x in step.inputs.items()}
     cache = kernels.KVCache(jnp.float32(step.cache_k), jnp.float32(step.cache_v), **case.integer_inputs())
-    operation = lambda inputs, cache: kernels.decode_attention(
-        **inputs, cache=cache, **case.options(), implementation="pallas"
+    operation = lambda implementation, inputs, cache: kernels.decode_attention(
+        **inputs, cache=cache, **case.options(), implementation=implementation
     )
     with target_device(*V6E):
-        o, new_cache = run(operation, inputs, cache)
-    reference, _ = kernels.decode_attention(**inputs, cache=cache, **case.options(), implementation="reference")
+        o, new_cache = run(functools.partial(operation, "pallas"), inputs, cache)
+    reference, _ = numpy_interpreter.run(functools.partial(operation, "reference"), inputs, cache)
     tolerance.assert_within_bound({"o": o}, {"o": reference}, {"o": step.o}, "float32")
     for ring_buffer, old, new in ((new_cache.k, step.cache_k, "k"), (new_cache.v, step.cache_v, "v")):
-        expected = old.copy()
-        for b, length in enumerate(case.lengths):
-            expected[b, :, length % case.C] = step.inputs[new][b]
+        expected, tokens = old.copy(), step.inputs[new].reshape(case.B, -1, case.K, case.D)
+        for b, t in np.ndindex(case.B, case.new_tokens):
+            expected[b, :, (case.lengths[b] + t) % case.C] = tokens[b, t]
         np.testing.assert_array_equal(ring_buffer, expected)
 
 

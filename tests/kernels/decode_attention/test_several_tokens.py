@@ -17,7 +17,7 @@ from dantinox.kernels import dispatch
 from dantinox.kernels.ops.decode_attention.kv_cache import quantize
 from tests.helpers import tolerance
 
-FORMS = ("reference", "xla")
+FORMS = ("reference", "xla", "pallas for a CPU", "pallas for a TPU")
 B, H, K, D = 3, 4, 2, 8
 Tokens = dict[str, np.ndarray]
 
@@ -201,7 +201,7 @@ def test_tokens_that_no_query_sees_do_not_matter(form):
     tolerance.assert_bit_equal(*outputs)
 
 
-@pytest.mark.parametrize("implementation", ["xla"])
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
 def test_donated_cache_is_updated_in_place_by_several_tokens(implementation):
     C, T = 1024, 4
     cache = kernels.KVCache.zeros(B, K, C, 32, jnp.float32)

@@ -8,9 +8,9 @@ Tiling    one grid step per block of slots that holds visible tokens, as in `pal
               sequence 0           █████████████████░░░░░░░░░     ░ read, multiplied and masked
               sequence 1           ████████████████████░░░░░░
 
-State     m, l [K, G, 1] and the output [K, G, D] of one sequence, or of all, in float32.
-Traffic   reads the visible blocks of k and v once, for any C, or all C slots; 4 H D FLOPs per slot read. XLA writes
-          the new token to its slot, in place.
+State     m, l [K, T G, 1] and the output [K, T G, D] of one sequence, or of all, in float32.
+Traffic   reads the visible blocks of k and v once, for any C and T, or all C slots; 4 H D FLOPs per slot read and new
+          token. XLA writes the new tokens to their slots, in place.
 Limits    float32, bfloat16, float16; caches of int8 and float8_e4m3fn too; any B, H, K, D, C. The scaled scores of
           float32 and bfloat16 operands have to fit float32; float16 has no such limit. No gradient.
 Source    that of the TPU kernel.
@@ -31,21 +31,24 @@ from jax.experimental.pallas import tpu as pltpu
 from dantinox.kernels.cost import Cost
 from dantinox.kernels.ops.decode_attention.block_table import BlockTable, make_block_table
 from dantinox.kernels.ops.decode_attention.common import (
+    NewTokens,
     OnlineSoftmax,
     ScoreOptions,
     TokenInputs,
     attention_scores,
     cached_token_mask,
     estimate_cost,
-    group_heads,
     is_first_step,
-    quantize_token,
+    quantize_tokens,
     sequence_spec,
     token_inputs,
     weigh_values,
+    whole_spec,
+    window_mask,
 )
-from dantinox.kernels.ops.decode_attention.kv_cache import KVCache, append_token
+from dantinox.kernels.ops.decode_attention.kv_cache import KVCache, append_token, append_tokens
 from dantinox.kernels.ops.decode_attention.numbers import split_scale
+from dantinox.kernels.ops.decode_attention.rows import group_rows, group_sinks, ungroup_rows
 from dantinox.kernels.vma import varying_shape
 
 Array = jax.Array
@@ -60,12 +63,14 @@ class DecodeConfig(NamedTuple):
         C: slots of a ring buffer.
         block_size: slots per step, unless it processes all sequences.
         scores: options of the scores.
+        tokens: the new tokens.
         batched: whether one step processes all slots of all sequences, with their heads along one axis.
     """
 
     C: int
     block_size: int
     scores: ScoreOptions
+    tokens: NewTokens
     batched: bool = False
 
 
@@ -103,20 +108,26 @@ def decode_attention(
     max_visible: int,
     scale: float,
     softcap: float | None,
+    sinks: Array | None = None,
 ) -> tuple[Array, KVCache]:
-    """Append a token and attend to the last `max_visible` ones; see `dantinox.kernels.decode_attention`."""
-    (B, H, D), (K, C) = q.shape, cache.k.shape[1:3]
-    block_size = choose_block_size(C, max_visible, cache.k.dtype.itemsize, cache.k_scale is not None)
-    q, scale = split_scale(q, scale)
-    config = DecodeConfig(C, block_size, ScoreOptions(scale, softcap))
-    table = make_block_table(cache.length, C, max_visible, block_size)
+    """Append tokens and attend to the last `max_visible` ones of each; see `dantinox.kernels.decode_attention`."""
+    K, C, T = *cache.k.shape[1:3], 1 if q.ndim == 3 else q.shape[1]
+    tokens = NewTokens(T, q.shape[-2] // K, None if max_visible == C else max_visible)
+    block_size = choose_block_size(C, min(C, max_visible + T - 1), cache.k.dtype.itemsize, cache.k_scale is not None)
+    queries, scale = split_scale(q, scale)
+    config = DecodeConfig(C, block_size, ScoreOptions(scale, softcap), tokens)
+    table = make_block_table(cache.length, C, max_visible, block_size, T)._replace(written=None)
     call_cost = estimate_cost(q, cache, gate, max_visible)
-    new_cache = append_token(cache, k, v)
+    new_cache = (append_token if q.ndim == 3 else append_tokens)(cache, k, v)
+    token = token_inputs(
+        group_rows(queries, K),
+        quantize_tokens(k, v, cache),
+        None if gate is None else group_rows(gate, K),
+        None if sinks is None else group_sinks(sinks, K, T),
+    )
 
     def attend_by_blocks() -> Array:
-        q_heads, gate_heads = group_heads(q, K), None if gate is None else group_heads(gate, K)
-        o = _pallas_attend(q_heads, k, v, gate_heads, new_cache, table, config, call_cost)
-        return o.reshape(B, H, D)
+        return ungroup_rows(_pallas_attend(token, new_cache, table, config, call_cost), q.shape)
 
     def attend_batched() -> Array:
         def merge_batch(x: Array) -> Array:
@@ -125,12 +136,10 @@ def decode_attention(
         merged_cache = new_cache._replace(k=merge_batch(new_cache.k), v=merge_batch(new_cache.v))
         sequence, block, ends = jnp.int32([[0], [0], [1]])
         one_step = BlockTable(jnp.int32(1), sequence, block, ends, table.num_visible, table.slot)
-        q_heads, gate_heads = group_heads(q, K), None if gate is None else group_heads(gate, K)
-        merged_q, merged_k, merged_v = (merge_batch(x) for x in (q_heads, k, v))
-        merged_gate = None if gate_heads is None else merge_batch(gate_heads)
-        batched = config._replace(batched=True)
-        o = _pallas_attend(merged_q, merged_k, merged_v, merged_gate, merged_cache, one_step, batched, call_cost)
-        return o.reshape(B, H, D)
+        repeated = None if token.sinks is None else jnp.broadcast_to(token.sinks, (q.shape[0], *token.sinks.shape[1:]))
+        merged = jax.tree.map(merge_batch, token._replace(sinks=repeated))
+        o = _pallas_attend(merged, merged_cache, one_step, config._replace(batched=True), call_cost)
+        return ungroup_rows(o.reshape(token.q.shape), q.shape)
 
     # If the cache has another dtype, converting it would copy all of it.
     if block_size < C == max_visible and cache.k.dtype == q.dtype:
@@ -161,15 +170,16 @@ def _decode_kernel(
     first, size = block * config.block_size, config.C if config.batched else config.block_size
 
     @pl.when(is_first_step(table, step, b))
-    def init_with_new_token() -> None:
-        s = attention_scores(token.q[0], token.new_k[0], config.scores)
-        softmax.init_with_token(s, token.new_v[0])
+    def init_with_new_tokens() -> None:
+        q = token.q[0]
+        s = attention_scores(q, token.new_k[0], config.scores)
+        softmax.init_with_tokens(s, token.new_v[0], config.tokens, config.scores.exp_scale, q.dtype)
 
     # A partial last block begins earlier; the mask hides the slots that it repeats.
     start = jnp.minimum(first, config.C - size)
 
     def slot_mask(*shape: int) -> Array:
-        return cached_token_mask(shape, start, first, slot=slot, num_visible=num_visible, C=config.C)
+        return cached_token_mask(shape, start, first, slot=slot, num_visible=num_visible, C=config.C, T=config.tokens.T)
 
     q, slots = token.q[0], (b, slice(None), pl.ds(start, size))
     k_scale, v_scale = (None if scale is None else scale[slots][:, None] for scale in (cache.k_scale, cache.v_scale))
@@ -190,25 +200,22 @@ def _decode_kernel(
 
         return jax.lax.cond(jnp.all(jnp.isfinite(wv)), lambda: wv, masked_wv)
 
-    # The mask also hides the new token, which the cache holds too.
-    softmax.add_slots(slice(None), s, slot_mask(1, size), config.scores.exp_scale, weigh)
+    # The mask also hides the new tokens, which the cache holds too.
+    visible, in_window = slot_mask(1, size), window_mask(start, size, slot=slot, C=config.C, tokens=config.tokens)
+    visible = visible if in_window is None else visible & in_window
+    softmax.add_slots(slice(None), s, visible, config.scores.exp_scale, weigh)
 
     @pl.when(step == table.ends[b] - 1)
     def write_output() -> None:
-        o_ref[0] = softmax.output(token.gate).astype(o_ref.dtype)
+        o = softmax.output(token.gate, token.sinks, config.scores.exp_scale)
+        o_ref[0] = o.astype(o_ref.dtype)
 
 
 def _pallas_attend(
-    q: Array,
-    k: Array,
-    v: Array,
-    gate: Array | None,
-    cache: KVCache,
-    table: BlockTable,
-    config: DecodeConfig,
-    call_cost: Cost,
+    token: TokenInputs, cache: KVCache, table: BlockTable, config: DecodeConfig, call_cost: Cost
 ) -> Array:
-    """Return o [B, K, G, D] for q and gate [B, K, G, n]; `cache` already holds the token k and v [B, K, D]."""
+    """Return o in the shape of token.q [B, K, T * G, D]; `cache` already holds the new tokens."""
+    q = token.q
 
     def decode_kernel(table: BlockTable, cache: KVCache, token: TokenInputs, o_ref: Ref, *softmax: Ref) -> None:
         _decode_kernel(config, table, cache, token, o_ref, OnlineSoftmax(*softmax))
@@ -216,13 +223,16 @@ def _pallas_attend(
     # JAX's own batching rule drops the number of steps if the caches are batched and that number is not.
     @jax.custom_batching.sequential_vmap
     def call_kernel(num_steps: Array, table: BlockTable, cache: KVCache, token: TokenInputs) -> Array:
+        in_specs = jax.tree.map(sequence_spec, token)
+        if token.sinks is not None:
+            in_specs = in_specs._replace(sinks=whole_spec(token.sinks))
         return pl.pallas_call(
             decode_kernel,
             out_shape=varying_shape(q.shape, q.dtype, q),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=2,
                 grid=(num_steps,),
-                in_specs=[jax.tree.map(sequence_spec, token)],
+                in_specs=[in_specs],
                 out_specs=sequence_spec(q),
                 scratch_shapes=OnlineSoftmax.scratch_shapes(q),
             ),
@@ -231,6 +241,4 @@ def _pallas_attend(
             name="decode_attention",
         )(table, cache, token)
 
-    ring_buffers, tables = cache._replace(length=None), table._replace(num_steps=None)
-    token = token_inputs(q, quantize_token(k, v, cache), gate)
-    return call_kernel(table.num_steps, tables, ring_buffers, token)
+    return call_kernel(table.num_steps, table._replace(num_steps=None), cache._replace(length=None), token)

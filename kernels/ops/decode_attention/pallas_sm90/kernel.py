@@ -1,7 +1,8 @@
 """Decode attention on Hopper: one kernel appends to the ring buffers and attends in splits, a reduction combines them.
 
 Math      s = cap(scale q k^T) log2(e);  p = 2^(s - m);  o = sum(p v) / sum(p);  lse = m + log2(sum(p));
-          o = sigmoid(gate) * sum(2^lse o) / sum(2^lse) over the splits in a fixed order, so two runs are bit-equal.
+          o = sigmoid(gate) * sum(2^lse o) / sum(2^lse) over the splits in a fixed order, so two runs are bit-equal;
+          a sink joins as one more split whose o is 0 and whose lse is its logit times log2(e).
 Tiling    grid (splits, K, B), one thread block of one warpgroup each. The blocks of slots that hold visible tokens are
           numbered from the oldest on and divided evenly between the splits; a thread block never reads another's.
 
@@ -18,8 +19,8 @@ Traffic   reads the visible blocks of k and v once, for any C, and q once per sp
           buffer, in place, and o [ceil8(G), D] and lse [64] per split in float32. 4 H D FLOPs per visible token, times
           64 / G because rows without a query head are multiplied too: still less time than the loads take.
 Limits    bfloat16, float16, with a cache of the same dtype; D a multiple of 16 up to 256; G up to 64; C a multiple of
-          8. The scaled scores times log2(e) and the sum of the visible values have to fit float32. No gradient.
-          `dantinox.kernels.decode_attention` raises ValueError, and NotImplementedError beyond these limits.
+          8; one new token. The scaled scores times log2(e) and the sum of the visible values have to fit float32. No
+          gradient. `dantinox.kernels.decode_attention` raises ValueError, and NotImplementedError beyond these limits.
 Source    Dao, Flash-Decoding (2023).
 """
 
@@ -123,6 +124,7 @@ def decode_attention(
     window: int | None,
     scale: float,
     softcap: float | None,
+    sinks: Array | None = None,
     num_splits: int | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[Array, KVCache]:
@@ -144,12 +146,12 @@ def decode_attention(
         num_splits = choose_num_splits(B, K, max_visible_blocks(C, max_visible), RESIDENT_BLOCKS[tuned_head_dim(D)])
     q, scale = split_scale(q, scale)
     config = SplitConfig(C, max_visible, num_splits, scale, softcap, interpret)
-    q, k, v, cache, gate = without_gradient((q, k, v, cache, gate))
-    return call_invariant(functools.partial(_append_and_attend, config), q, k, v, cache, gate)
+    q, k, v, cache, gate, sinks = without_gradient((q, k, v, cache, gate, sinks))
+    return call_invariant(functools.partial(_append_and_attend, config), q, k, v, cache, gate, sinks)
 
 
 def _append_and_attend(
-    config: SplitConfig, q: Array, k: Array, v: Array, cache: KVCache, gate: Array | None
+    config: SplitConfig, q: Array, k: Array, v: Array, cache: KVCache, gate: Array | None, sinks: Array | None
 ) -> tuple[Array, KVCache]:
     """Run the kernel and combine its splits -> (o [B, H, D], the updated cache)."""
     (B, H, D), K = q.shape, k.shape[1]
@@ -157,7 +159,8 @@ def _append_and_attend(
     grouped_q = jnp.pad(q.reshape(B, K, G, D), ((0, 0), (0, 0), (0, -G % TMA_ROWS), (0, 0)))
     cache_k, cache_v = jax.new_ref(cache.k), jax.new_ref(cache.v)
     o, lse = _attend_in_splits(grouped_q, k.astype(q.dtype), v.astype(q.dtype), length, cache_k, cache_v, config)
-    o = combine_splits(o[..., :G, :], lse[..., :G]).reshape(B, H, D)
+    log2_sinks = None if sinks is None else sinks.reshape(K, G).astype(jnp.float32) * LOG2E
+    o = combine_splits(o[..., :G, :], lse[..., :G], log2_sinks).reshape(B, H, D)
     if gate is not None:
         o = o * jax.nn.sigmoid(gate.astype(jnp.float32))
     return o.astype(q.dtype), KVCache(jax.freeze(cache_k), jax.freeze(cache_v), cache.length + 1)

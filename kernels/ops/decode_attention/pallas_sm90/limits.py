@@ -13,6 +13,8 @@ STAGES = {64: (4, 4), 128: (3, 2), 256: (3, 3)}  # by D, for keys and values; `R
 
 def unsupported_reason(q: jax.ShapeDtypeStruct, cache: KVCache) -> str | None:
     """Return why the kernel does not support q [B, H, D] and the cache, or None if it does."""
+    if q.ndim == 4:
+        return f"q has {q.shape[1]} new tokens per sequence and Hopper's kernel takes one"
     (_, H, D), (K, C) = q.shape, cache.k.shape[1:3]
     if q.dtype not in DTYPES:
         return f"q has dtype {jnp.dtype(q.dtype)} and Hopper's tensor cores take bfloat16 and float16 here"

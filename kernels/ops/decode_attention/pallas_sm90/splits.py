@@ -85,16 +85,21 @@ def choose_num_splits(B: int, K: int, num_blocks: int, resident_blocks: int) -> 
     return next(n for n in candidates if estimate_time(n) <= 1.1 * best)
 
 
-def combine_splits(o: Array, lse: Array) -> Array:
+def combine_splits(o: Array, lse: Array, sinks: Array | None = None) -> Array:
     """Combine the outputs of the splits into [..., D].
 
     Args:
         o: outputs [splits, ..., D].
         lse: log2-sum-exps [splits, ...]; -inf marks a split without visible tokens.
+        sinks: logits times log2(e), which broadcast to lse[0]; each joins as one more split without an output.
     """
-    if o.shape[0] == 1:
+    if o.shape[0] == 1 and sinks is None:
         return o[0]
-    weight = jnp.exp2(lse - jnp.max(lse, axis=0))
-    weight = (weight / jnp.sum(weight, axis=0))[..., None]
+    largest = jnp.max(lse, axis=0)
+    largest = largest if sinks is None else jnp.maximum(largest, sinks)
+    weight = jnp.exp2(lse - largest)
+    total = jnp.sum(weight, axis=0)
+    total = total if sinks is None else total + jnp.exp2(sinks - largest)
+    weight = (weight / total)[..., None]
     # A split without visible tokens leaves its output unwritten, so it may be NaN.
     return jnp.sum(jnp.where(weight > 0, o, 0) * weight, axis=0)
