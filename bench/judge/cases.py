@@ -46,10 +46,16 @@ FEATURES = {
     "decode_attention": (
         *("one block", "several blocks", "empty ring", "part-filled ring", "full ring", "wrapped ring"),
         *("ragged lengths", "window", "GQA", "gate per head", "gate per element", "soft cap", "scale", "odd sizes"),
-        *("int8", "float8_e4m3fn", UNSEEN_NAN),
+        *("sinks", "several tokens", "int8", "float8_e4m3fn", UNSEEN_NAN),
     ),
 }
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+def axes_of(op: str, name: str, ndim: int) -> str:
+    """Return the letters of the axes of a result; the output of several new tokens has their axis too."""
+    axes = AXES[op].get(name) or AXES[op].get(name.removeprefix("d"), "")
+    return "BTHD" if op == "decode_attention" and name == "o" and ndim == 4 else axes
 
 
 class Case(NamedTuple):
@@ -119,6 +125,7 @@ def _special_cases(op: str) -> list[Case]:
             *(Case(row(name), "float32", without_expert=True) for name in ("top 2", "top 1", "uneven groups")),
         ]
     names = ("part-filled ring", "empty ring", "ragged lengths", "window", "wrapped ring, window")
+    names = (*names, "window, several tokens", "ragged lengths, several tokens")
     return [Case(row(name), "float32", poisoned=True) for name in names]
 
 
@@ -210,6 +217,10 @@ def _decode_attention_features(row: workloads.Decode) -> Iterator[str]:
     if row.window is not None:
         yield "window"
     yield from _head_features(row)
+    if row.sinks:
+        yield "sinks"
+    if row.new_tokens > 1:
+        yield "several tokens"
     if row.kv_dtype is not None:
         yield row.kv_dtype
     if row.C <= TILE and (row.C % 8 or row.D % 8):
@@ -278,10 +289,10 @@ def _unseen(row: workloads.Workload, aux: Arrays) -> dict[str, np.ndarray]:
 def _draw_cache(row: workloads.Decode, case: Case, rng: np.random.Generator) -> Arrays:
     """The cache of a step: unseen slots hold numbers, or NaN where the case is poisoned; zeros in the clean cache."""
     lengths = np.asarray(row.lengths)[:, None]
-    slots = np.arange(row.C)[None]
-    age = (lengths - 1 - slots) % row.C  # 0: the newest; of slots that hold a token
-    held = slots < lengths
-    seen = held & (age < min(row.C, row.window or row.C) - 1)  # the new token is one of those that are seen
+    newest = lengths + row.new_tokens - 1
+    age = (newest - np.arange(row.C)[None]) % row.C  # once the new tokens are appended; 0: the newest
+    held = (age >= row.new_tokens) & (age <= newest)
+    seen = held & (age < min(row.C, row.window or row.C) + row.new_tokens - 1)
     kv_dtype = jnp.dtype(row.kv_dtype or case.dtype)
     arrays: Arrays = {"clean": {}, "given": {}}
     for name in ("k", "v"):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.judge import cases, forms, pictures
-from bench.judge.cases import AXES, Case, Problem
+from bench.judge.cases import AXES, Case, Problem, axes_of
 from bench.judge.forms import Results
 from bench.verification import error_bound, wrong_places
 
@@ -95,7 +95,7 @@ def _difference(op: str, name: str, case: Case, actual: Any, plain: Any, exact: 
     actual, exact = np.asarray(actual), np.asarray(exact)
     if actual.shape != exact.shape or actual.dtype != plain.dtype:
         return f"{actual.dtype}{list(actual.shape)}, not {plain.dtype}{list(exact.shape)}"
-    axes = AXES[op].get(name) or AXES[op].get(name.removeprefix("d"), "")
+    axes = axes_of(op, name, exact.ndim)
     if name.startswith("cache") or name == "length":
         return _stored_difference(actual, exact, axes)
     plain_error, ulp = error_bound.error_terms(name, plain, error_bound.to_float64(exact), case.dtype)

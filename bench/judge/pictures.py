@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bench.judge import forms
-from bench.judge.cases import AXES, Case, Problem
+from bench.judge.cases import Case, Problem, axes_of
 from bench.judge.forms import Results
 from dantinox.kernels import workloads
 
@@ -39,7 +39,7 @@ def draw(
             return _attention_tiles(implementation, form, case, problem, by_query=name == "dv")
         except Exception:
             pass  # a picture is a help, and the verdict stands without it
-    return _blocks(AXES[op].get(name) or AXES[op].get(name.removeprefix("d"), ""), actual[name], exact[name])
+    return _blocks(axes_of(op, name, exact[name].ndim), actual[name], exact[name])
 
 
 def _attention_tiles(implementation: str, form: str, case: Case, problem: Problem, *, by_query: bool) -> str:

@@ -115,10 +115,13 @@ def _decode_attention() -> tuple[Workload, ...]:
         "gate per element": {"gate": "elementwise"},
         "soft cap": {"softcap": 2.0},
         "scale": {"scale": 0.5},
+        "sinks": {"sinks": True},
+        "several tokens": {"new_tokens": 5},
         "int8": {"kv_dtype": "int8"},
         "float8_e4m3fn": {"kv_dtype": "float8_e4m3fn"},
     }
     paired = ("full ring", "wrapped ring", "ragged lengths", "window", "GQA", "gate per head", "soft cap", "int8")
+    paired = (*paired, "sinks", "several tokens")
     return _rows(base, alone, paired)
 
 

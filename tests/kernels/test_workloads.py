@@ -168,20 +168,28 @@ def test_moe_mlp_cost_matches_its_rows_and_arrays(sizes, E, data, skew, dtypes):
     D=st.integers(1, 5),
     gate=gates,
     dtypes=dtypes,
+    T=st.integers(1, 3),
+    sinks=st.booleans(),
 )
-def test_decode_attention_cost_matches_its_slots_and_arrays(lengths, C, window, heads, D, gate, dtypes):
-    (H, K), B = heads, len(lengths)
-    row = workloads.Decode(lengths=lengths, C=C, window=window, H=H, K=K, D=D, gate=gate, dtypes=dtypes, **ANYWHERE)
-    item, tokens = (4 if dtypes[0] == "float32" else 2), 0
+def test_decode_attention_cost_matches_its_slots_and_arrays(lengths, C, window, heads, D, gate, dtypes, T, sinks):
+    (H, K), B, T = heads, len(lengths), min(T, C)
+    options = {"window": window, "gate": gate, "dtypes": dtypes, "new_tokens": T, "sinks": sinks}
+    row = workloads.Decode(lengths=lengths, C=C, H=H, K=K, D=D, **options, **ANYWHERE)
+    item, pairs, old = (4 if dtypes[0] == "float32" else 2), 0, 0
     for length in lengths:
-        tokens += sum(1 for age in range(length + 1) if age < C and (window is None or age < window))
-    q = B * H * D * item
-    k = B * K * D * item
-    old = (tokens - B) * K * D * item
-    g = gate_size(gate, B * H, D) * item
-    length = B * 4
-    moved = (q + k + k + old + old + g + length) + (q + k + k + length)
-    assert row.cost() == (2 * H * tokens * 2 * D, moved, H * tokens + g // item)
+        seen = [
+            {p for p in range(length + t + 1) if p >= length + T - C and (window is None or p > length + t - window)}
+            for t in range(T)
+        ]
+        pairs += sum(map(len, seen))
+        old += len({p for p in set.union(*seen) if p < length})
+    q = B * T * H * D * item
+    k = B * T * K * D * item
+    cached = old * K * D * item
+    g = gate_size(gate, B * T * H, D) * item
+    length, sink_bytes = B * 4, H * 4 * sinks
+    moved = (q + k + k + cached + cached + g + length + sink_bytes) + (q + k + k + length)
+    assert row.cost() == (2 * H * pairs * 2 * D, moved, H * pairs + g // item + B * T * H * sinks)
     with pytest.raises(ValueError, match="no backward pass"):
         row.cost(backward=True)
 
