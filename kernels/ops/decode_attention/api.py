@@ -69,8 +69,7 @@ def decode_attention(
 
     Source of the sinks: OpenAI, gpt-oss (2025), after Xiao et al., Efficient Streaming Language Models (2023).
     """
-    T = q.shape[1] if np.ndim(q) == 4 else None
-    axes = "B" if T is None else "BT"
+    axes = "BT" if _rank(k) == 4 else "B"
     q, k, v = (validation.as_array(*x) for x in (("q", q, f"{axes}HD"), ("k", k, f"{axes}KD"), ("v", v, f"{axes}KD")))
     gate = None if gate is None else validation.as_array("gate", gate, f"{axes}HD")
     validation.check_floating(q=q, k=k, v=v, gate=gate)
@@ -78,10 +77,10 @@ def decode_attention(
         raise ValueError(f"cache is a {type(cache).__name__}; allowed: dantinox.kernels.KVCache")
     cache_k, cache_v = validation.as_array("cache.k", cache.k, "BKCD"), validation.as_array("cache.v", cache.v, "BKCD")
     length = integers.as_integers("cache.length", cache.length, "B")
-    *tokens, H, D = q.shape
-    B, K, C = q.shape[0], k.shape[-2], cache_k.shape[2]
-    validation.check_shape("k", k, (*tokens, K, D))
-    validation.check_shape("v", v, (*tokens, K, D))
+    B, *tokens, H, D = q.shape
+    T, K, C = tokens[0] if tokens else None, k.shape[-2], cache_k.shape[2]
+    validation.check_shape("k", k, (B, *tokens, K, D))
+    validation.check_shape("v", v, (B, *tokens, K, D))
     validation.check_heads(H, K)
     validation.check_shape("cache.k", cache_k, (B, K, C, D))
     validation.check_shape("cache.v", cache_v, (B, K, C, D))
@@ -90,7 +89,7 @@ def decode_attention(
     if C < 1:
         raise ValueError("cache has 0 slots; allowed: 1 or more")
     if gate is not None:
-        validation.check_shape("gate", gate, (*tokens, H, D), (*tokens, H, 1))
+        validation.check_shape("gate", gate, (B, *tokens, H, D), (B, *tokens, H, 1))
     window = validation.check_window(window, causal=True)
     scale, softcap = validation.check_scale(scale, D), validation.check_softcap(softcap)
     options = {} if sinks is None else {"sinks": _check_sinks(sinks, q)}
@@ -119,6 +118,14 @@ def decode_attention(
     )
     new_length = jnp.asarray(length) + (1 if T is None else T)
     return o[:, None] if one_of_many else o, cache._replace(length=new_length)
+
+
+def _rank(x: Any) -> int:
+    """Return the number of axes of an argument, or 0 if it is not an array."""
+    try:
+        return np.ndim(x)
+    except ValueError:  # lists of unequal lengths
+        return 0
 
 
 def _out_specs(
