@@ -71,9 +71,11 @@ CALLS = {
          "expert_weights": "b, 2"},
     ),
     "decode_attention": Call(
-        cases.make_workload(workloads.Decode, lengths=(3, 9), C=8, H=4, K=2, D=4, window=5, gate="head", softcap=2.0),
-        {},
-        {"q": "b, 4, 4", "k": "b, 2, 4", "v": "b, 2, 4", "gate": "b, 4, 1", "cache.k": "b, 2, c, 4",
+        cases.make_workload(
+            workloads.Decode, lengths=(3, 9), C=8, H=4, K=2, D=4, window=5, gate="head", softcap=2.0, sinks=True
+        ),
+        {"sinks": WHOLE},
+        {"q": "b, 4, 4", "k": "b, 2, 4", "v": "b, 2, 4", "gate": "b, 4, 1", "sinks": "4", "cache.k": "b, 2, c, 4",
          "cache.v": "b, 2, c, 4", "length": "b"},
     ),
 }  # fmt: skip

@@ -3,17 +3,21 @@
 The values themselves are compared with Python loops in `test_decode_attention.py`.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from bench import numpy_interpreter
 from bench.verification.fast_compile import jit_fast_compile
 from dantinox import kernels
-from dantinox.kernels import dispatch
+from dantinox.kernels import dispatch, registry
 from dantinox.kernels.ops.decode_attention.kv_cache import quantize
 from tests.helpers import tolerance
 
@@ -75,6 +79,7 @@ def assert_same_cache(a: kernels.KVCache, b: kernels.KVCache) -> None:
     ids=["no window", "wraps", "window of one, whole ring", "window past the end", "one token"],
 )
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.sampled(5)
 def test_tokens_at_once_equal_single_steps(form, T, C, lengths, options, dtype):
     options = dict(options)
     tokens = draw_tokens(T, options.pop("gate", "none"))
@@ -91,6 +96,7 @@ def test_tokens_at_once_equal_single_steps(form, T, C, lengths, options, dtype):
 
 @pytest.mark.parametrize(("window", "C"), [(None, 37), (9, 15)], ids=["no window", "ring that wraps"])
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.sampled(2)
 def test_prompt_in_chunks_equals_attention_over_the_prompt(form, window, C):
     S, chunk = 37, 7
     prompt = draw_tokens(S, gate="head")
@@ -106,6 +112,7 @@ def test_prompt_in_chunks_equals_attention_over_the_prompt(form, window, C):
 
 @pytest.mark.parametrize("lengths", [[4, 5, 6], [10, 13, 40]], ids=["short", "ring that wraps"])
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.sampled(2)
 def test_rewound_draft_leaves_no_trace(form, lengths):
     """Four tokens are drafted, of which each sequence accepts another number."""
     C, window, T = 12, 9, 4
@@ -151,7 +158,7 @@ def test_rewind_takes_integers_and_refuses_what_is_not_there():
 
 
 def call(T: int, C: int, lengths: Any = (0,), **options: Any) -> Any:
-    cache = kernels.KVCache.zeros(1, 1, C, 8, jnp.float32)._replace(length=jnp.int32(lengths))
+    cache = kernels.KVCache.zeros(1, 1, C, 8, jnp.float32)._replace(length=np.int32(lengths))
     x = jnp.ones((1, T, 1, 8))
     return kernels.decode_attention(x, x, x, cache, **options)
 
@@ -178,13 +185,15 @@ def test_tokens_that_do_not_fit_are_refused_by_name(arguments, message):
 
 
 def test_largest_sizes_that_fit_are_taken():
-    call(8, 8)
-    call(3, 8, [5])
-    call(3, 9, [100], window=7)
-    call(1, 8, [100], window=20)
+    """The lengths are on the host, so their values are checked in a trace too."""
+    for arguments in ((8, 8), (3, 8, [5]), (3, 9, [100], 7), (1, 8, [100], 20)):
+        T, C, lengths, window = (*arguments, *((), (), [0], None)[len(arguments) :])
+        o, cache = jax.eval_shape(functools.partial(call, T, C, lengths, window=window))
+        assert o.shape == (1, T, 1, 8) and cache.k.shape == (1, 1, C, 8)
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.sampled(2)
 def test_tokens_that_no_query_sees_do_not_matter(form):
     """Empty slots, tokens behind every window, and those that the new ones overwrite."""
     T, window, C, lengths = 3, 5, 12, [0, 11, 40]
@@ -212,7 +221,7 @@ def test_donated_cache_is_updated_in_place_by_several_tokens(implementation):
     assert memory.temp_size_in_bytes < cache.k.nbytes + cache.v.nbytes, "the cache is copied on the way"
 
 
-@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("T", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_gradients_match_reference_in_float64(T):
     """Those of q, k, v, gate, the sinks and the cached tokens."""
     with jax.enable_x64(True), jax.numpy_rank_promotion("raise"):
@@ -236,6 +245,7 @@ def test_gradients_match_reference_in_float64(T):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.sampled(2)
 def test_vmap_and_two_runs_equal_a_loop(implementation):
     tokens = [draw_tokens(3, "head", seed) for seed in (4, 5)]
     cache, sinks = draw_cache(12, [0, 11, 30]), jnp.linspace(-1.0, 1.0, H)
@@ -251,3 +261,79 @@ def test_vmap_and_two_runs_equal_a_loop(implementation):
     batched, expected = jit_fast_compile(jax.vmap(run))(stacked), jax.tree.map(lambda *x: jnp.stack(x), *loop)
     for a, b in zip(jax.tree.leaves(batched), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["shard_map", "explicit axes"])
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+@pytest.mark.sampled(2)
+def test_sharded_tokens_with_gate_and_sinks_equal_unsharded_ones(implementation, kind):
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(kind,), devices=jax.devices()[:1])
+    tokens, cache, sinks = draw_tokens(3, "head"), draw_cache(12, [0, 11, 30]), np.linspace(-1, 1, H, dtype=np.float32)
+    data, whole = P("data"), P()
+
+    def run(tokens: Any, cache: Any, sinks: Any) -> Any:
+        return kernels.decode_attention(**tokens, cache=cache, window=8, sinks=sinks, implementation=implementation)
+
+    arguments, expected = (tokens, cache, sinks), numpy_interpreter.run(run, tokens, cache, sinks)
+    if kind == AxisType.Auto:
+        specs = (data, data, whole)
+        result = jit_fast_compile(jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=data))(*arguments)
+    else:
+        put = lambda x, spec: jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, spec)), x)
+        with jax.set_mesh(mesh):
+            result = jit_fast_compile(run)(put(tokens, data), put(cache, data), put(sinks, whole))
+    for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        assert a.sharding.is_equivalent_to(NamedSharding(mesh, data), a.ndim)
+
+
+def test_xla_exports_with_symbolic_batch_and_slots_and_pallas_refuses_them():
+    T, scope = 3, export.SymbolicScope()
+    tokens, cache = draw_tokens(T), draw_cache(12, [0, 11, 30])
+    shape = lambda text: jax.ShapeDtypeStruct(export.symbolic_shape(text, scope=scope), jnp.float32)
+    shapes = {"q": shape("b, 3, 4, 8"), "k": shape("b, 3, 2, 8"), "v": shape("b, 3, 2, 8")}
+    rings = [shape("b, 2, c, 8")] * 2
+    length = jax.ShapeDtypeStruct(export.symbolic_shape("b", scope=scope), jnp.int32)
+
+    def run(implementation: str, tokens: Any, *cache: Any) -> jax.Array:
+        options = {"window": 8, "implementation": implementation}
+        return kernels.decode_attention(**tokens, cache=kernels.KVCache(*cache), **options)[0]
+
+    exported = export.export(jax.jit(functools.partial(run, "xla")))(shapes, *rings, length)
+    expected = numpy_interpreter.run(functools.partial(run, "reference"), tokens, *cache[:3])
+    np.testing.assert_allclose(exported.call(tokens, *cache[:3]), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(NotImplementedError, match="implementation='xla' takes symbolic sizes"):
+        export.export(jax.jit(functools.partial(run, "pallas")))(shapes, *rings, length)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.sampled(2)
+def test_sinks_of_any_size_give_the_exact_softmax(form):
+    """A sink of -inf is none; a large one takes all; scales and soft caps leave it as it is."""
+    tokens, cache = draw_tokens(2), draw_cache(8, [0, 4, 6])
+    plain, _ = decode(form, tokens, cache, softcap=0.5, scale=3.0)
+    without, _ = decode(form, tokens, cache, softcap=0.5, scale=3.0, sinks=np.full(H, -np.inf, np.float32))
+    np.testing.assert_allclose(without, plain, rtol=1e-6)
+    o, _ = decode(form, tokens, cache, softcap=0.5, scale=3.0, sinks=np.float32([-1e30, -1.5, 60, 1e30]))
+    np.testing.assert_allclose(o[:, :, 0], plain[:, :, 0], rtol=1e-6)
+    assert (o[:, :, 3] == 0).all()
+    # Scores are within the cap: one token, of weight e^s, beside a sink.
+    s = 0.5 * np.tanh(3.0 * np.sum(tokens["q"][0, 0] * np.repeat(tokens["k"][0, 0], H // K, axis=0), axis=-1) / 0.5)
+    kept = np.exp(s[1:3].astype(np.float64)) / (np.exp(s[1:3]) + np.exp(np.float64([-1.5, 60])))
+    expected = kept[:, None] * np.repeat(tokens["v"][0, 0], H // K, axis=0)[1:3]
+    np.testing.assert_allclose(o[0, 0, 1:3], expected, rtol=2e-5)
+
+
+def test_registered_implementation_gets_sinks_only_from_a_call_with_sinks(monkeypatch):
+    monkeypatch.setattr(registry, "_registered", {})
+    calls = []
+
+    def mine(q: Any, k: Any, v: Any, cache: Any, **options: Any) -> Any:
+        calls.append((q.ndim, sorted(options)))
+        return q, cache
+
+    kernels.register("decode_attention", "mine", mine)
+    names = ["gate", "scale", "softcap", "window"]
+    call(2, 8, implementation="mine")
+    call(1, 8, implementation="mine", sinks=jnp.ones(1))
+    assert calls == [(4, names), (3, sorted([*names, "sinks"]))]
