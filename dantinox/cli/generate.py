@@ -65,6 +65,8 @@ class Arguments:
     """Print the text while it is generated; several texts are printed in order."""
     prefill_chunk: int = generate.PREFILL_CHUNK
     """Tokens per prompt and prefill step; fewer take less memory."""
+    speculate: int = 0
+    """Tokens that each step drafts from what the text repeats, and verifies; the text stays the same. 0: none."""
     attn: Implementation | None = None
     """Implementation of attention, in prompts; None: that of the run."""
     moe: Implementation | None = None
@@ -128,14 +130,16 @@ def generate_text(arguments: Arguments) -> None:
         stop_tokens=(tokenizer.eos_id,),
         samples=range(count),
         prefill_chunk=arguments.prefill_chunk,
+        speculate=arguments.speculate,
     )
     texts = [IncrementalDetokenizer(tokenizer, header, stop) for header in prompt_headers(prompts, count)]
     printer = StreamPrinter(texts, arguments.stream)
-    start, first_seconds, first_tokens = time.perf_counter(), 0.0, 0
+    start, first_seconds, first_tokens, steps, drawn = time.perf_counter(), 0.0, 0, 0, 0
     chunks = generate.generate_chunks(model, request, latency=generate.STREAM_LATENCY_S if arguments.stream else None)
     try:
         for chunk in chunks:
-            printer.add(*chunk)
+            printer.add(chunk.ids, chunk.done)
+            steps, drawn = steps + sum(chunk.steps), drawn + sum(map(len, chunk.ids))
             if not first_seconds:
                 first_seconds, first_tokens = time.perf_counter() - start, sum(text.num_tokens for text in texts)
             if printer.done:
@@ -147,6 +151,8 @@ def generate_text(arguments: Arguments) -> None:
     if tokens > first_tokens:
         rate = (tokens - first_tokens) / (seconds - first_seconds)
         line += f"; {rate:.0f} tokens/s after the first {first_tokens} in {first_seconds:.2f} s"
+    if arguments.speculate and steps:
+        line += f"; {drawn / steps:.2f} tokens per step"
     streams.report(line)
     if is_capped and any(text.num_tokens == max_new_tokens for text in texts):
         limit = generate.context_limit(model.config)

@@ -70,7 +70,7 @@ def complete(
     )
     texts = [IncrementalDetokenizer(tokenizer, "", stop) for _ in range(len(prompts) * n)]
     for chunk in generate.generate_chunks(model, request):
-        for text, ids, done in zip(texts, *chunk, strict=True):
+        for text, ids, done in zip(texts, chunk.ids, chunk.done, strict=True):
             text.add(ids, done)
         if all(text.done for text in texts):
             break

@@ -19,18 +19,18 @@ from flax import nnx
 
 from dantinox.config import ModelConfig
 from dantinox.config.validation import check_int
-from dantinox.inference import prefill
+from dantinox.inference import prefill, speculation
+from dantinox.inference.checks import DONE_TOKEN, Ids, check_prompts, check_stop_tokens
 from dantinox.inference.sampling import Sampling, apply_repetition_penalty, sample
 from dantinox.kernels import KVCache
 from dantinox.model.transformer import Transformer
 
 Array = jax.Array
-Ids = Sequence[int] | np.ndarray
 
 PREFILL_CHUNK = 2048  # tokens per prompt and prefill step
 CHUNK = 64  # tokens per sequence and host sync, which is also when Ctrl-C is handled
 STREAM_LATENCY_S = 0.05  # seconds per chunk of streamed text
-DONE_TOKEN = -1  # in place of a token id after the end of a sequence
+MAX_SPECULATE = 64  # tokens of a draft; longer ones are rarely right
 
 
 def generate(
@@ -48,6 +48,7 @@ def generate(
     n: int = 1,
     max_context: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
+    speculate: int = 0,
 ) -> list[list[int]]:
     """Continue each prompt.
 
@@ -68,6 +69,8 @@ def generate(
             length is unlimited.
         prefill_chunk: tokens per prompt and prefill step; prefill takes the memory of one such chunk. It changes the
             ids by rounding only.
+        speculate: tokens that each step drafts from what is repeated in the text, and verifies; 0: none. It changes
+            the ids by rounding only, and is fastest for few sequences.
 
     Returns:
         len(prompts) * n lists of new ids, all samples of the first prompt first.
@@ -77,7 +80,9 @@ def generate(
     """
     sampling = Sampling.create(temperature, top_k, top_p, min_p, repetition_penalty)
     samples = range(check_int("n", n, 1))
-    request = Request(prompts, max_new_tokens, sampling, seed, stop_tokens, samples, max_context, prefill_chunk)
+    request = Request(
+        prompts, max_new_tokens, sampling, seed, stop_tokens, samples, max_context, prefill_chunk, speculate
+    )
     chunks = [chunk.ids for chunk in generate_chunks(model, request)]
     return [[token for ids in row for token in ids] for row in zip(*chunks, strict=True)]
 
@@ -97,13 +102,16 @@ def stream(
     sample: int = 0,
     max_context: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
+    speculate: int = 0,
 ) -> Iterator[int]:
     """Yield the new ids of one sequence as they are decoded: `generate(model, [prompt], n=sample + 1, ...)[sample]`.
 
     Arguments and errors are those of `generate`; they are checked before the first id is decoded.
     """
     sampling = Sampling.create(temperature, top_k, top_p, min_p, repetition_penalty)
-    request = Request([prompt], max_new_tokens, sampling, seed, stop_tokens, (sample,), max_context, prefill_chunk)
+    request = Request(
+        [prompt], max_new_tokens, sampling, seed, stop_tokens, (sample,), max_context, prefill_chunk, speculate
+    )
     return (token for chunk in generate_chunks(model, request, latency=STREAM_LATENCY_S) for token in chunk.ids[0])
 
 
@@ -123,6 +131,7 @@ class Request:
     samples: Sequence[int] = (0,)
     max_context: int | None = None
     prefill_chunk: int = PREFILL_CHUNK
+    speculate: int = 0
 
 
 class Chunk(NamedTuple):
@@ -131,10 +140,12 @@ class Chunk(NamedTuple):
     Attributes:
         ids: new ids per sequence, all samples of the first prompt first.
         done: whether each sequence has ended.
+        steps: steps of the model that each sequence took.
     """
 
     ids: list[list[int]]
     done: list[bool]
+    steps: list[int]
 
 
 def generate_chunks(model: Transformer, request: Request, latency: float | None = None) -> Iterator[Chunk]:
@@ -149,11 +160,11 @@ def generate_chunks(model: Transformer, request: Request, latency: float | None 
         ValueError: as `generate`, before the first chunk.
     """
     config = model.config
-    prompts = _check_prompts(request.prompts, config.vocab_size)
+    prompts = check_prompts(request.prompts, config.vocab_size)
     count = check_int("max_new_tokens", request.max_new_tokens, 1)
     seed = check_int("seed", request.seed, 0, 2**32)
     samples = [check_int("sample", s, 0, 2**31) for s in request.samples]
-    stop_ids = _check_stop_tokens(request.stop_tokens, config.vocab_size)
+    stop_ids = check_stop_tokens(request.stop_tokens, config.vocab_size)
     limit = context_limit(config, request.max_context)
     longest = max(map(len, prompts))
     if limit is not None and longest + count > limit:
@@ -161,9 +172,10 @@ def generate_chunks(model: Transformer, request: Request, latency: float | None 
             f"a prompt of {longest} tokens and max_new_tokens {count} make {longest + count}; "
             f"allowed: max_context {limit} ({why_context_limited(config)})"
         )
-    slots = prefill.layer_cache_slots(
-        config, prefill.round_up_to_bucket(longest + count, prefill.SMALLEST_CONTEXT, limit)
-    )
+    drafts = check_int("speculate", request.speculate, 0, MAX_SPECULATE + 1)
+    context = prefill.round_up_to_bucket(longest + count, prefill.SMALLEST_CONTEXT, limit)
+    # Drafts that are not accepted must not overwrite what the window still shows.
+    slots = tuple(C + drafts for C in prefill.layer_cache_slots(config, context))
     chunk = check_int("prefill_chunk", request.prefill_chunk, 1)
     size = prefill.round_up_to_bucket(longest, prefill.SMALLEST_PROMPT, limit)
     if size > chunk:
@@ -176,6 +188,8 @@ def generate_chunks(model: Transformer, request: Request, latency: float | None 
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     chunks = np.split(tokens, range(chunk, size, chunk), axis=1)
     inputs = _Inputs(chunks, lengths, seen, np.uint32(seed), np.array(samples, np.int32), request.sampling, stop_ids)
+    if drafts:
+        return _speculate(model, slots, inputs, prompts, drafts, count, latency)
     return _decode_chunks(model, slots, inputs, count, latency)
 
 
@@ -205,6 +219,44 @@ def _decode_chunks(
     model: Transformer, slots: tuple[int, ...], inputs: _Inputs, count: int, latency: float | None
 ) -> Iterator[Chunk]:
     """Prefill the prompts, then decode up to `count` tokens per sequence."""
+    graph, weights, state = _prefill(model, slots, inputs)
+    size = CHUNK if latency is None else 1
+    while count:
+        size = min(size, count)
+        chunk_start = time.perf_counter()
+        state, new = _decode_steps(graph, weights, state, inputs.sampling, inputs.stop_ids, np.int32(size))
+        ids = np.asarray(new)[:, :size]
+        running = ids[:, -1] != DONE_TOKEN
+        count = count - size if running.any() else 0
+        rows = [row[row != DONE_TOKEN].tolist() for row in ids]
+        yield Chunk(rows, (~running | (count == 0)).tolist(), list(map(len, rows)))
+        if latency is not None:
+            size = max(1, min(CHUNK, int(size * latency / (time.perf_counter() - chunk_start))))
+
+
+def _speculate(
+    model: Transformer,
+    slots: tuple[int, ...],
+    inputs: _Inputs,
+    prompts: list[np.ndarray],
+    drafts: int,
+    count: int,
+    latency: float | None,
+) -> Iterator[Chunk]:
+    """Prefill the prompts, then decode up to `count` tokens per sequence with drafts."""
+    graph, weights, state = _prefill(model, slots, inputs)
+    size = prefill.round_up_to_bucket(max(map(len, prompts)) + count + 1 + drafts, prefill.SMALLEST_CONTEXT)
+    start = speculation.initial_state(
+        state.caches, state.logits, state.keys, state.seen, prompts, inputs.samples.size, size
+    )
+    outputs = speculation.decode(
+        (graph, weights), start, inputs.sampling, inputs.stop_ids, num_drafts=drafts, count=count, latency=latency
+    )
+    return (Chunk(*output) for output in outputs)
+
+
+def _prefill(model: Transformer, slots: tuple[int, ...], inputs: _Inputs) -> tuple[Any, Any, "_State"]:
+    """Prefill the prompts -> (graph, weights, state) of decoding."""
     graph, weights = nnx.split(model)
     weights = _cast_weights(weights, model.config.dtype)
     prefilled: prefill.PrefillState | None = None
@@ -216,17 +268,7 @@ def _decode_chunks(
     assert prefilled is not None, "a prompt has at least one chunk"
     init_decode = _init_decode_in_place if len(inputs.samples) == 1 else _init_decode_jit
     state = init_decode(graph, weights, prefilled.last, inputs.seed, inputs.samples, prefilled.caches, inputs.seen)
-    size = CHUNK if latency is None else 1
-    while count:
-        size = min(size, count)
-        chunk_start = time.perf_counter()
-        state, new = _decode_steps(graph, weights, state, inputs.sampling, inputs.stop_ids, np.int32(size))
-        ids = np.asarray(new)[:, :size]
-        running = ids[:, -1] != DONE_TOKEN
-        count = count - size if running.any() else 0
-        yield Chunk([row[row != DONE_TOKEN].tolist() for row in ids], (~running | (count == 0)).tolist())
-        if latency is not None:
-            size = max(1, min(CHUNK, int(size * latency / (time.perf_counter() - chunk_start))))
+    return graph, weights, state
 
 
 # --- compiled -------------------------------------------------------------------------------------
@@ -324,39 +366,6 @@ def _cast(weights: Any, dtype: str) -> Any:
 
 
 # --- checks ---------------------------------------------------------------------------------------
-
-
-def _check_prompts(prompts: Sequence[Ids], vocab_size: int) -> list[np.ndarray]:
-    if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence | np.ndarray):
-        raise ValueError(f"prompts are a {type(prompts).__name__}; allowed: a list of lists of token ids")
-    if len(prompts) == 0:
-        raise ValueError("prompts are empty; allowed: at least one prompt")
-    return [_check_ids(f"prompts[{i}]", prompt, vocab_size) for i, prompt in enumerate(prompts)]
-
-
-def _check_ids(name: str, ids: Any, vocab_size: int) -> np.ndarray:
-    """int32 [T] with T >= 1."""
-    try:
-        array = np.asarray(ids)
-    except ValueError:  # lists of different lengths
-        array = np.asarray(None)
-    if array.ndim != 1:
-        raise ValueError(f"{name} is {ids!s:.50}; allowed: a list of token ids")
-    if array.size == 0:
-        raise ValueError(f"{name} is empty; allowed: at least one token id")
-    if not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{name} contains {array.dtype} values; allowed: integers")
-    bad = (array < 0) | (array >= vocab_size)
-    if bad.any():
-        raise ValueError(f"{name} contains id {array[bad][0]}; allowed: 0 to {vocab_size - 1}")
-    return array.astype(np.int32)
-
-
-def _check_stop_tokens(stop_tokens: Iterable[int], vocab_size: int) -> np.ndarray:
-    """Return the stop tokens as int32, padded with DONE_TOKEN to a power of two to compile few sizes."""
-    stop_ids = list(stop_tokens) if isinstance(stop_tokens, Iterable) else stop_tokens
-    array = np.zeros(0, np.int32) if stop_ids == [] else _check_ids("stop_tokens", stop_ids, vocab_size)
-    return np.pad(array, (0, prefill.round_up_to_bucket(len(array), 16) - len(array)), constant_values=DONE_TOKEN)
 
 
 def context_limit(config: ModelConfig, max_context: int | None = None) -> int | None:

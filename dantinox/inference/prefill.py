@@ -155,11 +155,17 @@ def prefill(model: Transformer, tokens: Array, length: Array, slots: Sequence[in
 
 def decode_step(model: Transformer, token: Array, caches: Sequence[KVCache]) -> tuple[Array, list[KVCache]]:
     """Decode one token per row: ids [B] int32 -> (logits [B, V] float32 of the next token, the longer caches)."""
+    logits, caches = decode_tokens(model, token[:, None], caches)
+    return logits[:, 0], caches
+
+
+def decode_tokens(model: Transformer, tokens: Array, caches: Sequence[KVCache]) -> tuple[Array, list[KVCache]]:
+    """Decode T tokens per row: ids [B, T] int32 -> (logits [B, T, V] float32 after each token, the longer caches)."""
     length = caches[0].length  # of every layer: as one array, so that layers share the tables of their kernels
-    h, rope = model.embed(token[:, None], length[:, None])
+    h, rope = model.embed(tokens, length[:, None] + jnp.arange(tokens.shape[1])[None])
     new_caches = []
     for layer, (block, cache) in enumerate(zip(model.blocks, caches, strict=True)):
         with jax.named_scope(f"block{layer}"):
             h, cache = block.decode_step(h, rope, cache._replace(length=length))
         new_caches.append(cache)
-    return model.logits(rms_norm(h, model.final_norm, model.config.norm_eps))[:, 0], new_caches
+    return model.logits(rms_norm(h, model.final_norm, model.config.norm_eps)), new_caches

@@ -115,17 +115,20 @@ class Attention(nnx.Module):
     def decode_step(
         self, x: Array, rope: tuple[Array, Array] | None, cache: kernels.KVCache
     ) -> tuple[Array, kernels.KVCache]:
-        """Decode one token per sequence: x [B, 1, M] -> (output [B, 1, M], cache with the token appended)."""
+        """Decode T tokens per sequence: x [B, T, M] -> (output [B, T, M], cache with the tokens appended)."""
         q, k, v, gate = self.qkv_proj(x, rope)
+        window = self.window
+        if window is not None and window + x.shape[1] - 1 > cache.k.shape[2]:
+            window = None  # the cache has room for the whole text, which is shorter than the window
         with jax.named_scope("attend"):
             o, cache = kernels.decode_attention(
-                q[:, 0],
-                k[:, 0],
-                v[:, 0],
+                q,
+                k,
+                v,
                 cache,
-                gate=None if gate is None else gate[:, 0],
-                window=self.window,
+                gate=gate,
+                window=window,
                 softcap=self.config.attn_softcap,
                 implementation=self.config.decode,
             )
-        return self.out_proj(o)[:, None], cache
+        return self.out_proj(o), cache

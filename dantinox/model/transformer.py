@@ -42,7 +42,7 @@ class Block(nnx.Module):
     def decode_step(
         self, h: Array, rope: tuple[Array, Array] | None, cache: kernels.KVCache
     ) -> tuple[Array, kernels.KVCache]:
-        """Decode one token per sequence: h [B, 1, M] -> (h, cache with the token appended)."""
+        """Decode T tokens per sequence: h [B, T, M] -> (h, cache with the tokens appended)."""
         with jax.named_scope("attention"):
             o, cache = self.attention.decode_step(rms_norm(h, self.attention_norm, self.config.norm_eps), rope, cache)
             h = h + o

@@ -219,8 +219,8 @@ def test_invalid_input_prints_one_line_and_exits_2(program, capsys, tmp_path, fl
 
 def test_ctrl_c_keeps_the_text_generated_so_far(program, capsys, monkeypatch):
     def interrupted(*args, **kwargs):
-        yield generate.Chunk([[ord("a") + 1]], [False])
-        yield generate.Chunk([[ord("b") + 1, 0xE2 + 1]], [False])  # and the first byte of a character
+        yield generate.Chunk([[ord("a") + 1]], [False], [1])
+        yield generate.Chunk([[ord("b") + 1, 0xE2 + 1]], [False], [2])  # and the first byte of a character
         raise KeyboardInterrupt
 
     monkeypatch.setattr(generate, "generate_chunks", interrupted)
