@@ -232,6 +232,14 @@ def test_unsupported_inputs_raise_with_the_reason():
         kernels.decode_attention(q, k, k, cache, **options)  # auto takes another implementation for the last one
 
 
+def test_several_tokens_are_refused_and_auto_takes_xla():
+    q, cache = jnp.ones((1, 3, 2, 64), jnp.bfloat16), kernels.KVCache.zeros(1, 2, 16, 64, jnp.bfloat16)
+    with dispatch.target_device(*H100):
+        with pytest.raises(NotImplementedError, match="'pallas' cannot run here: q has 3 new tokens per sequence"):
+            kernels.decode_attention(q, q, q, cache, implementation="pallas")
+        assert jax.eval_shape(kernels.decode_attention, q, q, q, cache)[0].shape == q.shape
+
+
 def test_pallas_gpu_requires_hopper(monkeypatch):
     cache = kernels.KVCache.zeros(1, 1, 16, 64, jnp.bfloat16)
     x = jnp.ones((1, 1, 64), jnp.bfloat16)

@@ -120,6 +120,17 @@ def test_tpu_kernel_appends_and_attends(name, run, monkeypatch):
         np.testing.assert_array_equal(ring_buffer, expected)
 
 
+def test_tokens_of_too_many_rows_are_refused_and_auto_takes_xla():
+    case = row(0, C=256, H=8, K=1, D=128, new_tokens=17)
+    arrays = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in case.shapes().items()}
+    cache = kernels.KVCache.zeros(1, 1, 256, 128, jnp.bfloat16)
+    step = lambda name, arrays, cache: kernels.decode_attention(**arrays, cache=cache, implementation=name)
+    with target_device(*V6E):
+        with pytest.raises(NotImplementedError, match="17 tokens of 8 heads per KV head and the kernel takes 128 rows"):
+            jax.eval_shape(functools.partial(step, "pallas"), arrays, cache)
+        assert jax.eval_shape(functools.partial(step, "auto"), arrays, cache)[0].shape == (1, 17, 8, 128)
+
+
 @pytest.mark.parametrize("min_filled", [0, 0.5], ids=["any length", "half full"])
 @pytest.mark.parametrize(
     ("C", "window"),
