@@ -10,6 +10,7 @@ DEQUANTIZED = "test_output_matches_dequantized_cache"
 QUANTIZE = "test_quantize_rounds_to_nearest"
 BLOCK_TABLE = "test_block_table_lists_blocks_with_visible_tokens"
 SEVERAL_BLOCKS = "test_several_blocks_match_python_loops"
+HALF_FULL = f"{SEVERAL_BLOCKS}[C=600-half full]"
 APPENDS = "test_tpu_kernel_appends_and_attends"
 EXTREMES = "test_extreme_numbers_give_the_exact_softmax"
 EIGHT_BITS_FLOAT16 = "test_values_of_an_eight_bit_cache_fit_float16"
@@ -130,10 +131,10 @@ MUTANTS: list[Mutant] = [
         "decode_attention_tpu",
         ("values of unused slots count", "v = jnp.where(slot_mask(size, 1), v, 0)", "pass", SEVERAL_BLOCKS),
         ("a batched step is not masked", "s, visible, config",
-         "s, None if config.batched else visible, config", SEVERAL_BLOCKS),
-        ("unused slots of a batched step count", "jnp.all(jnp.isfinite(wv))", "True", SEVERAL_BLOCKS),
-        ("a batched step mixes up the sequences", "jnp.repeat(per_sequence", "jnp.tile(per_sequence", SEVERAL_BLOCKS),
-        ("a batched step writes nothing", "[[0], [0], [1]]", "[[0], [0], [2]]", SEVERAL_BLOCKS),
+         "s, None if config.batched else visible, config", HALF_FULL),
+        ("unused slots of a batched step count", "jnp.all(jnp.isfinite(wv))", "True", HALF_FULL),
+        ("a batched step mixes up the sequences", "jnp.repeat(per_sequence", "jnp.tile(per_sequence", HALF_FULL),
+        ("a batched step writes nothing", "[[0], [0], [1]]", "[[0], [0], [2]]", HALF_FULL),
     ),
     *mutants_of(
         "ops/decode_attention/pallas_tpu/kernel",

@@ -137,6 +137,13 @@ def test_rewound_draft_leaves_no_trace(form, lengths):
             np.testing.assert_allclose(o[b], expected[t[b]][b], rtol=2e-5, atol=2e-6, err_msg=f"token {t[b]} of {b}")
 
 
+@pytest.mark.parametrize("lengths", [[400, 590, 3000], [0, 512, 1807]], ids=["half full", "any length"])
+def test_cpu_kernel_takes_several_tokens_block_by_block_and_all_blocks_at_once(lengths):
+    tokens, cache, sinks = draw_tokens(3, "head"), draw_cache(600, lengths), np.linspace(-1, 1, H, dtype=np.float32)
+    expected, o = (decode(form, tokens, cache, sinks=sinks)[0] for form in ("reference", "pallas for a CPU"))
+    np.testing.assert_allclose(o, expected, rtol=2e-5, atol=2e-6)
+
+
 def test_rewind_takes_integers_and_refuses_what_is_not_there():
     cache = kernels.KVCache.zeros(2, 1, 4, 8, jnp.float32)._replace(length=jnp.int32([3, 9]))
     for n, left in ((2, [1, 7]), (np.int64(0), [3, 9]), ([3, 1], [0, 8]), (jnp.int32(1), [2, 8])):
