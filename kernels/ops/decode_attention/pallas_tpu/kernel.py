@@ -27,8 +27,8 @@ scores, those of the values the softmax weights, which takes D times fewer multi
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,6 @@ from dantinox.kernels.ops.decode_attention.block_table import BlockTable, make_b
 from dantinox.kernels.ops.decode_attention.common import (
     NewTokens,
     OnlineSoftmax,
-    QuantizedToken,
     ScoreOptions,
     attention_scores,
     cached_token_mask,
@@ -49,7 +48,6 @@ from dantinox.kernels.ops.decode_attention.common import (
     is_first_step,
     quantize_tokens,
     sequence_spec,
-    token_inputs,
     weigh_values,
     whole_spec,
     window_mask,
@@ -57,63 +55,12 @@ from dantinox.kernels.ops.decode_attention.common import (
 from dantinox.kernels.ops.decode_attention.kv_cache import KVCache
 from dantinox.kernels.ops.decode_attention.numbers import split_scale
 from dantinox.kernels.ops.decode_attention.pallas_tpu import block_sizes
+from dantinox.kernels.ops.decode_attention.pallas_tpu.operands import DecodeConfig, TokenBlock, token_block
 from dantinox.kernels.ops.decode_attention.rows import group_rows, group_sinks, ungroup_rows
 from dantinox.kernels.vma import varying_shape
 
 Array = jax.Array
 Ref = Any  # a reference in VMEM or SMEM
-
-
-class DecodeConfig(NamedTuple):
-    """Static parameters of the kernel.
-
-    Attributes:
-        C: slots of a ring buffer.
-        block_size: slots per block.
-        tile_slots, tile_lanes: slots of a memory tile of k and v, and of their scales.
-        heads_per_iteration: heads of a block that the core processes at a time.
-        tokens_in_lanes: whether the ring buffers are [B, K, D, C] for the kernel; see `block_sizes.tokens_in_lanes`.
-        scores: options of the scores.
-        tokens: the new tokens.
-    """
-
-    C: int
-    block_size: int
-    tile_slots: int
-    tile_lanes: int
-    heads_per_iteration: int
-    tokens_in_lanes: bool
-    scores: ScoreOptions
-    tokens: NewTokens
-
-
-class TokenBlock(NamedTuple):
-    """Inputs of one decode step: arrays, their block specs, or references to those of one sequence.
-
-    Attributes:
-        q: queries [B, K, T * G, D].
-        vectors: keys and values of the new tokens, [B, K, n * T, D] in float32, which holds every other dtype exactly:
-            k and v as later steps read them from the cache, then, for an 8-bit cache, k and v as it stores them.
-        gate: logits [B, K, T * G, D] or [B, K, T * G, 1], or None.
-        k_scale, v_scale: the new tokens' scales [B, K, T] for an 8-bit cache, or None.
-        sinks: logits [1, K, T * G, 1], or None.
-    """
-
-    q: Any
-    vectors: Any
-    gate: Any = None
-    k_scale: Any = None
-    v_scale: Any = None
-    sinks: Any = None
-
-    def load(self, n: int, T: int) -> Array:
-        """Return the n-th vectors of each head, [K, T, D]; a reference only."""
-        return self.vectors[0, :, n * T : (n + 1) * T]
-
-    def load_stored(self, T: int, t: Array | int) -> tuple[Array, Array]:
-        """Return the key and the value of one token as the cache stores them, [K, 1, D]; references only."""
-        first = self.vectors.shape[2] // T - 2
-        return self.vectors[0, :, pl.ds(first * T + t, 1)], self.vectors[0, :, pl.ds((first + 1) * T + t, 1)]
 
 
 @in_32_bits
@@ -151,7 +98,7 @@ def decode_attention(
         C, block_size, tile_slots, tile_lanes, num_heads, in_lanes, ScoreOptions(scale, softcap), tokens
     )
     table = make_block_table(cache.length, C, max_visible, block_size, T)
-    token = _token_block(
+    token = token_block(
         group_rows(q, K),
         quantize_tokens(k, v, cache),
         None if gate is None else group_rows(gate, K),
@@ -189,20 +136,6 @@ def decode_attention(
     )(table._replace(num_steps=None), token, ring_buffers)
     new_cache = _with_layout(tiles, config)._replace(length=cache.length + 1)
     return ungroup_rows(o, shape).astype(dtype), new_cache
-
-
-def _token_block(q: Array, stored: QuantizedToken, gate: Array | None, sinks: Array | None) -> TokenBlock:
-    """Lay out the inputs of a step; one array of vectors takes less padding, and one copy, instead of four."""
-    token = token_inputs(q, stored, gate)
-    vectors = [token.new_k, token.new_v]
-    if stored.k_scale is None:
-        return TokenBlock(q, _stack(vectors), gate, sinks=sinks)
-    return TokenBlock(q, _stack([*vectors, stored.k, stored.v]), gate, stored.k_scale, stored.v_scale, sinks)
-
-
-def _stack(vectors: Sequence[Array]) -> Array:
-    """Concatenate [B, K, T, D] arrays in float32."""
-    return jnp.concatenate([x.astype(jnp.float32) for x in vectors], axis=2)
 
 
 def _with_layout(ring_buffers: KVCache, config: DecodeConfig) -> KVCache:
