@@ -149,9 +149,15 @@ def initial_state(
     for row, prompt in enumerate(prompts):
         text[row, : len(prompt)] = prompt
     length = np.array([len(prompt) for prompt in prompts], np.int32)
-    text, length = (jnp.asarray(np.repeat(x, samples, axis=0)) for x in (text, length))
-    done, num = jnp.zeros(length.shape, bool), jnp.zeros(length.shape, jnp.int32)
-    return State(caches, logits, done, keys, num, jnp.asarray(seen), text, length)
+    text, length = (np.repeat(x, samples, axis=0) for x in (text, length))
+    done, num = np.zeros(length.shape, bool), np.zeros(length.shape, np.int32)
+    return _as_outputs(State(caches, logits, done, keys, num, seen, text, length))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _as_outputs(state: State) -> State:
+    """Return the state as results of a program, or `_steps` would be compiled twice, first for arrays of the host."""
+    return state
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
