@@ -6,6 +6,7 @@
     moe_mlp            dropless mixture of SwiGLU experts
     decode_attention   append one token, or a few, to a key/value ring and attend, in place
     rewind             take the last tokens of a ring back
+    linear_cross_entropy    the loss of a projection to a vocabulary, without its logits
     implementations    which implementations of an operation can run here, and why each other one cannot
     unsupported_reason      the same of one implementation
     implementation_names    allowed values of `implementation`: "auto" and the names of the operation's implementations
@@ -28,6 +29,8 @@ from dantinox.kernels.ops.decode_attention.api import KVCache, decode_attention
 from dantinox.kernels.ops.decode_attention.kv_cache import rewind
 from dantinox.kernels.ops.grouped_matmul.api import OPERATION as _GROUPED_MATMUL
 from dantinox.kernels.ops.grouped_matmul.api import grouped_matmul
+from dantinox.kernels.ops.linear_cross_entropy.api import OPERATION as _LINEAR_CROSS_ENTROPY
+from dantinox.kernels.ops.linear_cross_entropy.api import linear_cross_entropy
 from dantinox.kernels.ops.moe.api import OPERATION as _MOE_MLP
 from dantinox.kernels.ops.moe.api import moe_mlp
 from dantinox.kernels.ops.moe.compose import compose_moe_mlp
@@ -42,6 +45,7 @@ __all__ = [
     "grouped_matmul",
     "implementation_names",
     "implementations",
+    "linear_cross_entropy",
     "merge_attention",
     "moe_mlp",
     "register",
@@ -49,7 +53,10 @@ __all__ = [
     "unsupported_reason",
 ]
 
-_REGISTRY = {operation.name: operation for operation in (_ATTENTION, _GROUPED_MATMUL, _MOE_MLP, _DECODE_ATTENTION)}
+_REGISTRY = {
+    operation.name: operation
+    for operation in (_ATTENTION, _GROUPED_MATMUL, _MOE_MLP, _DECODE_ATTENTION, _LINEAR_CROSS_ENTROPY)
+}
 
 
 def _get_operation(op: str) -> Operation:
@@ -89,7 +96,7 @@ def register(op: str, name: str, f: Callable[..., Any] | str) -> None:
     drops JAX's compiled programs, which may contain it.
 
     Args:
-        op: attention, grouped_matmul, moe_mlp or decode_attention.
+        op: attention, grouped_matmul, moe_mlp, decode_attention or linear_cross_entropy.
         name: the value of `implementation` that selects it, such as "mine".
         f: takes the operation's arguments after their checks, all but `implementation`, and computes its result with
             its gradients; it raises NotImplementedError for what it does not support. Or its path as

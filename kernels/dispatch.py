@@ -24,7 +24,7 @@ log = logging.getLogger("dantinox.kernels")
 
 IMPLEMENTATION_NAMES = ("auto", "reference", "xla", "pallas", "triton")  # of every operation; one may have more
 PREFERENCE = ("pallas", "triton", "xla", "reference")
-OPERATIONS = ("attention", "grouped_matmul", "moe_mlp", "decode_attention")
+OPERATIONS = ("attention", "grouped_matmul", "moe_mlp", "decode_attention", "linear_cross_entropy")
 SM90 = (9, 0)  # Hopper
 MIN_TRITON_CAPABILITY = (8, 0)
 MIN_BFLOAT16_CAPABILITY = (8, 0)  # Ampere, whose tensor cores multiply bfloat16

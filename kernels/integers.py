@@ -87,6 +87,20 @@ def expert_ids_within(expert_ids: Integers, E: int) -> Array:
     return jnp.where((ids >= 0) & (ids < E), ids, jnp.int32(E))
 
 
+def targets_within(targets: Integers, V: int) -> Array:
+    """Return targets int32 in [-1, V); -1 stands for every negative one, whose row takes no part.
+
+    On a device, a target of V or more becomes -1 too.
+
+    Raises:
+        ValueError: a target on the host is V or more.
+    """
+    if isinstance(targets, np.ndarray) and targets.size and (largest := int(targets.max())) >= V:
+        raise ValueError(f"targets holds {largest}; allowed: 0 to {V - 1}, or negative for a row that takes no part")
+    ids = saturate_int32(targets)
+    return jnp.where((ids >= 0) & (ids < V), ids, jnp.int32(-1))
+
+
 def ring_positions(length: Integers, C: int, T: int = 1) -> Array:
     """Return int32 lengths with the same slot, length % C, and as many cached tokens, min(length, C).
 

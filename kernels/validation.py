@@ -88,6 +88,14 @@ def check_softcap(value: Any) -> float | None:
     return softcap
 
 
+def check_z_loss(value: Any) -> float:
+    """Check that the weight of the squared logsumexp is 0 or a positive normal float32 number."""
+    z_loss = _as_float(value)
+    if z_loss is None or not (z_loss == 0 or _is_normal(z_loss)):
+        raise ValueError(f"z_loss is {_describe(value)}; allowed: 0, or a positive finite number that float32 holds")
+    return z_loss
+
+
 def _as_float(value: Any) -> float | None:
     """Return a real number as a float, or None for anything else."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):

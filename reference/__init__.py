@@ -8,6 +8,7 @@ compute in the dtype they are given; the oracle of a test is the same function i
 from dantinox.reference.attention import attention, visible
 from dantinox.reference.decode import decode_attention
 from dantinox.reference.grouped_matmul import grouped_matmul
+from dantinox.reference.linear_cross_entropy import linear_cross_entropy
 from dantinox.reference.moe import moe_mlp
 
-__all__ = ["attention", "decode_attention", "grouped_matmul", "moe_mlp", "visible"]
+__all__ = ["attention", "decode_attention", "grouped_matmul", "linear_cross_entropy", "moe_mlp", "visible"]

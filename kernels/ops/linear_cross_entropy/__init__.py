@@ -1,0 +1,1 @@
+"""The cross-entropy of a linear projection to a vocabulary, without its logits."""

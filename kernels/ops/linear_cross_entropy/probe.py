@@ -1,0 +1,24 @@
+"""The problem on which "auto" checks the Pallas linear cross-entropy before it first chooses it; see `first_use.py`."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from dantinox.kernels.first_use import Result, output_and_gradients
+
+TOLERANCES = {"float32": 1e-4, "bfloat16": 2.0**-6}
+
+
+def run(linear_cross_entropy: Callable[..., Any], implementation: str) -> dict[str, Result]:
+    """Return the loss and the gradients by dtype, over several tiles, with rows that take no part."""
+    N, M, V = 600, 256, 2300
+    rng = np.random.default_rng(0)
+    inputs = {"h": rng.standard_normal((N, M)), "w": rng.standard_normal((V, M)) / 16}
+    targets = jnp.asarray(np.where(np.arange(N) % 5 == 1, -1, rng.integers(0, V, N)), jnp.int32)
+    f = functools.partial(
+        linear_cross_entropy, targets=targets, softcap=30.0, z_loss=1e-2, implementation=implementation
+    )
+    return output_and_gradients(f, inputs, rng.standard_normal(N), TOLERANCES)
