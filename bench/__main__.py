@@ -21,8 +21,15 @@ PROG = "bench"
 # On Ctrl-C the child ends silently, because this process prints the message.
 SILENT_ON_CTRL_C = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
 PYTEST = SILENT_ON_CTRL_C + "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
-Subject = Literal["attention", "grouped_matmul", "moe_mlp", "decode_attention", "model"]
-SUBJECTS: tuple[Subject, ...] = ("attention", "grouped_matmul", "moe_mlp", "decode_attention", "model")
+Subject = Literal["attention", "grouped_matmul", "moe_mlp", "decode_attention", "linear_cross_entropy", "model"]
+SUBJECTS: tuple[Subject, ...] = (
+    "attention",
+    "grouped_matmul",
+    "moe_mlp",
+    "decode_attention",
+    "linear_cross_entropy",
+    "model",
+)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ bytes, nor do keys behind every window and experts without rows. An implementati
 fraction of the roofline. Keys that only segment ids mask count as read: they are few, and only the device knows them.
 
 Backward passes count what the literature counts, so that figures are comparable: five products per visible pair in
-attention (recomputed scores, dV, dP, dQ, dK), two in a matmul.
+attention (recomputed scores, dV, dP, dQ, dK), two in a matmul, three in a linear cross-entropy (recomputed logits, dh,
+dw).
 """
 
 from typing import NamedTuple
@@ -14,7 +15,16 @@ from typing import NamedTuple
 import numpy as np
 from jax.experimental import pallas as pl
 
-__all__ = ["Cost", "attention", "decode_attention", "grouped_matmul", "moe_mlp", "num_visible_keys", "visible_pairs"]
+__all__ = [
+    "Cost",
+    "attention",
+    "decode_attention",
+    "grouped_matmul",
+    "linear_cross_entropy",
+    "moe_mlp",
+    "num_visible_keys",
+    "visible_pairs",
+]
 
 
 class Cost(NamedTuple):
@@ -194,6 +204,32 @@ def moe_mlp(
         return Cost(6 * rows * M * F, itemsize * (2 * N * M + num_active_experts * weights) + 8 * rows, rows * F)
     # Read x, dy, the active experts, ids and weights; write dx, every expert's gradients and the weights' gradient.
     return Cost(12 * rows * M * F, itemsize * (3 * N * M + (num_active_experts + E) * weights) + 12 * rows, rows * F)
+
+
+def linear_cross_entropy(
+    *, N: int, M: int, V: int, num_targets: int, itemsize: int = 2, backward: bool = False
+) -> Cost:
+    """Return the cost of `dantinox.kernels.linear_cross_entropy`, or of its backward pass.
+
+    Targets, losses and row sums (log-sum-exp) have 4 bytes.
+
+    Args:
+        N: rows.
+        M: model width.
+        V: size of the vocabulary.
+        num_targets: rows that take part.
+        itemsize: bytes per element of h and w.
+        backward: whether to count the backward pass instead of the forward pass.
+
+    Returns:
+        The cost of all N rows.
+    """
+    product, exponentials = 2 * num_targets * M * V, num_targets * V
+    read = itemsize * (num_targets * M + (V * M if num_targets else 0))
+    if not backward:  # read h, w and the targets; write the losses
+        return Cost(product, read + 8 * N, exponentials)
+    # Read h, w, the targets, the log-sum-exp and the losses' gradient; write dh and dw.
+    return Cost(3 * product, read + itemsize * (N * M + V * M) + 12 * N, exponentials)
 
 
 def decode_attention(

@@ -57,7 +57,7 @@ def output_and_gradients(
     @jax.jit
     def run(inputs: dict[str, Array], dout: Array) -> tuple[Array, dict[str, Array]]:
         o, vjp = jax.vjp(lambda inputs: f(**inputs), inputs)
-        return o, *vjp(dout)
+        return o, *vjp(dout.astype(o.dtype))
 
     results: dict[str, Result] = {}
     for dtype, tolerance in tolerances.items():

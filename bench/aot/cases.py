@@ -8,7 +8,7 @@ from bench.aot import hardware
 from dantinox import kernels
 from dantinox.kernels import workloads
 
-OPERATIONS = ("attention", "grouped_matmul", "moe_mlp", "decode_attention")
+OPERATIONS = ("attention", "grouped_matmul", "moe_mlp", "decode_attention", "linear_cross_entropy")
 DIRECTIONS = ("forward", "both")  # both: forward and backward, by jax.vjp
 
 # (op, workload, implementations, direction) of what CI compiles: one of each kind of program, in a minute
@@ -17,6 +17,7 @@ SHORT = (
     ("grouped_matmul", "aot E=8 uniform", ("pallas", "xla"), "forward"),
     ("moe_mlp", "aot top 2 of 8", ("pallas",), "forward"),
     ("decode_attention", "aot ring", ("pallas", "xla"), "forward"),
+    ("linear_cross_entropy", "aot V=32000", ("pallas", "xla"), "forward"),
 )
 SHORT_TARGETS = ("h100", "v6e")
 

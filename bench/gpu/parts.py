@@ -41,6 +41,7 @@ TINY_WORKLOADS = {
     "grouped_matmul": "E=8",
     "moe_mlp": "nano-moe",
     "decode_attention": "C=512, full",
+    "linear_cross_entropy": "nano",
 }
 
 
@@ -183,7 +184,7 @@ def _final_parts(out: Path, tiny: bool, seconds: float) -> list[Part]:
                 ),
                 share,
             )
-            for op, share in zip(TINY_WORKLOADS, (0.3, 0.2, 0.15, 0.1), strict=True)
+            for op, share in zip(TINY_WORKLOADS, (0.3, 0.2, 0.15, 0.1, 0.1), strict=True)
         ),
     ]
     return [Part("model", model, 0.15), *([] if tiny else all_cases), Part("ablations", ablations, 0.15)]

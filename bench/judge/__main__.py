@@ -32,7 +32,7 @@ class Arguments:
     """What to judge."""
 
     op: str = ""
-    """Operation: attention, grouped_matmul, moe_mlp or decode_attention."""
+    """Operation: attention, grouped_matmul, moe_mlp, decode_attention or linear_cross_entropy."""
     kernel: str = ""
     """Name of an implementation, or a Python file that registers one or defines a function of the operation's name."""
     case: tuple[str, ...] = ()

@@ -18,6 +18,7 @@ AXES = {
     "attention": {"o": "BTHD", "dq": "BTHD", "dk": "BSKD", "dv": "BSKD", "dgate": "BTHD", "dsinks": "H"},
     "grouped_matmul": {"o": "NF", "dx": "NM", "dw": "EMF"},
     "moe_mlp": {"o": "NM", "dx": "NM", "dw_gate": "EMF", "dw_up": "EMF", "dw_down": "EFM", "dexpert_weights": "Nk"},
+    "linear_cross_entropy": {"o": "N", "dh": "NM", "dw": "VM"},
     "decode_attention": {
         "o": "BHD",
         "cache k": "BKCD",
@@ -42,6 +43,10 @@ FEATURES = {
         *("one tile", "several tiles", "several tiles of M", "several tiles of F", "top 1", "top 2"),
         *("uneven groups", "one expert takes all", "experts without tokens", "ids of no expert", "odd sizes"),
         UNSEEN_NAN,
+    ),
+    "linear_cross_entropy": (
+        *("one tile", "several tiles of N", "several tiles of V", "several tiles of M", "soft cap", "z-loss"),
+        *("rows without part", "no row takes part", "odd sizes", UNSEEN_NAN),
     ),
     "decode_attention": (
         *("one block", "several blocks", "empty ring", "part-filled ring", "full ring", "wrapped ring"),
@@ -124,6 +129,8 @@ def _special_cases(op: str) -> list[Case]:
             Case(row("experts without tokens", E=5), "float32", poisoned=True, without_expert=True),
             *(Case(row(name), "float32", without_expert=True) for name in ("top 2", "top 1", "uneven groups")),
         ]
+    if op == "linear_cross_entropy":
+        return [Case(row(name), "float32", poisoned=True) for name in ("rows without part", "no row takes part")]
     names = ("part-filled ring", "empty ring", "ragged lengths", "window", "wrapped ring, window")
     names = (*names, "window, several tokens", "ragged lengths, several tokens")
     return [Case(row(name), "float32", poisoned=True) for name in names]
@@ -136,6 +143,8 @@ def _features(row: workloads.Workload) -> set[str]:
         return set(_grouped_matmul_features(row))
     if isinstance(row, workloads.MoE):
         return set(_moe_features(row))
+    if isinstance(row, workloads.LinearCrossEntropy):
+        return set(_linear_cross_entropy_features(row))
     assert isinstance(row, workloads.Decode)
     return set(_decode_attention_features(row))
 
@@ -197,6 +206,22 @@ def _moe_features(row: workloads.MoE) -> Iterator[str]:
         yield "experts without tokens"
     if row.skew != "uniform":
         yield "uneven groups"
+
+
+def _linear_cross_entropy_features(row: workloads.LinearCrossEntropy) -> Iterator[str]:
+    if max(row.N, row.V) <= TILE:
+        yield "one tile"
+    for axis in "NVM":
+        if getattr(row, axis) > TILE:
+            yield f"several tiles of {axis}"
+    if row.softcap is not None:
+        yield "soft cap"
+    if row.z_loss:
+        yield "z-loss"
+    if row.absent != "none":
+        yield "no row takes part" if row.absent == "all" else "rows without part"
+    if row.N % 8 or row.M % 8 or row.V % 8:
+        yield "odd sizes"
 
 
 def _width_features(row: workloads.GroupedMatmul | workloads.MoE) -> Iterator[str]:
@@ -279,6 +304,8 @@ def _unseen(row: workloads.Workload, aux: Arrays) -> dict[str, np.ndarray]:
     if isinstance(row, workloads.GroupedMatmul):
         sizes = aux["group_sizes"]
         return {"x": (np.arange(row.N) >= sizes.sum())[:, None], "w": (sizes == 0)[:, None, None]}
+    if isinstance(row, workloads.LinearCrossEntropy):
+        return {"h": (aux["targets"] < 0)[:, None]}
     if isinstance(row, workloads.MoE):
         idle = np.bincount(aux["expert_ids"].reshape(-1), minlength=row.E)[: row.E] == 0
         alone = (aux["expert_ids"] == row.E).all(axis=1, keepdims=True)

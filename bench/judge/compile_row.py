@@ -19,6 +19,7 @@ SPECS = {
     "grouped_matmul": "aot E=8 uniform",
     "moe_mlp": "aot top 2 of 8",
     "decode_attention": "aot ring",
+    "linear_cross_entropy": "aot V=32000",
 }
 
 

@@ -58,7 +58,7 @@ def program(op: str, implementation: str, workload: workloads.Workload, gradient
         if not gradients:
             return {"o": call(inputs)}
         o, pull = jax.vjp(call, inputs)
-        return {"o": o} | {f"d{name}": gradient for name, gradient in pull(cotangent)[0].items()}
+        return {"o": o} | {f"d{name}": gradient for name, gradient in pull(cotangent.astype(o.dtype))[0].items()}
 
     return decode if op == "decode_attention" else differentiable
 
@@ -114,6 +114,8 @@ def _interpreted_hopper_kernels(op: str) -> contextlib.AbstractContextManager[An
 
     Their persistent kernels get two thread blocks in place of one per SM: each takes seconds to simulate, idle or not.
     """
+    if op not in HOPPER_MODULES:  # it has no Hopper kernel
+        return contextlib.nullcontext()
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     module = importlib.import_module(f"dantinox.kernels.ops.{HOPPER_MODULES[op]}")

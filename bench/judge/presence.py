@@ -52,7 +52,12 @@ def simulated_cases(op: str) -> list[Case]:
     """Return cases at sizes that a simulator of a GPU runs in seconds, in bfloat16; each has several features."""
 
     def row(name: str, *, poisoned: bool = False, **sizes: Any) -> Case:
-        kind = {"attention": {"D": 64}, "decode_attention": {"D": 64, "C": 136}}.get(op, {"M": 64, "F": 128})
+        kinds = {
+            "attention": {"D": 64},
+            "decode_attention": {"D": 64, "C": 136},
+            "linear_cross_entropy": {"M": 64, "V": 200},
+        }
+        kind = kinds.get(op, {"M": 64, "F": 128})
         workload = dataclasses.replace(
             workloads.get(op, f"features: {name}"), name=f"simulated: {name}", **kind | sizes
         )
@@ -73,6 +78,11 @@ def simulated_cases(op: str) -> list[Case]:
     if op == "moe_mlp":
         names = ("experts without tokens", "top 1, uneven groups")
         return [row(name, N=70, poisoned="without" in name) for name in names]
+    if op == "linear_cross_entropy":
+        return [
+            row("soft cap, rows without part", N=130, poisoned=True),
+            row("z-loss, rows without part", N=70, V=300, poisoned=True),
+        ]
     return [
         row("part-filled ring", lengths=(50, 70, 130), H=4, gate="head", poisoned=True),
         row("ragged lengths", lengths=(0, 63, 64, 136, 300), window=70, gate="elementwise", poisoned=True),

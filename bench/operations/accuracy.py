@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dantinox.kernels.workloads.types import Attention, GroupedMatmul, MoE, Workload
+from dantinox.kernels.workloads.types import Attention, GroupedMatmul, LinearCrossEntropy, MoE, Workload
 
 Tree = dict[str, Any]
 MAX_SCORES = 2**27  # the most scores of attention that the reference computes
@@ -37,7 +37,7 @@ class CheckedSample:
         self.mask, self.inputs, self.aux, self.restrict = ones, inputs, aux, lambda name, x: x
         if isinstance(workload, Attention) and workload.B * workload.H * workload.T * workload.S > MAX_SCORES:
             self._take_one_head(workload, inputs, aux)
-        elif isinstance(workload, GroupedMatmul | MoE) and workload.N > NUM_ROWS:
+        elif isinstance(workload, GroupedMatmul | MoE | LinearCrossEntropy) and workload.N > NUM_ROWS:
             self._take_rows(workload, inputs, aux)
 
     def _take_one_head(self, workload: Attention, inputs: Tree, aux: Tree) -> None:
@@ -49,15 +49,17 @@ class CheckedSample:
         self.inputs = {name: self.restrict(name, x) for name, x in inputs.items()}
         self.aux = jax.tree.map(lambda ids: ids[:1], aux)
 
-    def _take_rows(self, workload: GroupedMatmul | MoE, inputs: Tree, aux: Tree) -> None:
+    def _take_rows(self, workload: GroupedMatmul | MoE | LinearCrossEntropy, inputs: Tree, aux: Tree) -> None:
         rows = np.sort(np.random.default_rng(0).choice(workload.N, NUM_ROWS, replace=False))
-        row_arrays = {"x", "o", "dx", "expert_weights", "dexpert_weights"}
+        row_arrays = {"x", "h", "o", "dx", "dh", "expert_weights", "dexpert_weights"}
         self.restrict = lambda name, x: x[rows] if name in row_arrays else x
         self.mask = np.zeros_like(self.mask)
         self.mask[rows] = 1
         self.inputs = {name: self.restrict(name, x) for name, x in inputs.items()}
         if isinstance(workload, MoE):
             self.aux = {"expert_ids": aux["expert_ids"][rows]}
+        elif isinstance(workload, LinearCrossEntropy):
+            self.aux = {"targets": aux["targets"][rows]}
         else:  # the sampled rows are still sorted by group
             ends = np.concatenate([[0], np.cumsum(aux["group_sizes"])])
             counts = np.searchsorted(rows, ends[1:]) - np.searchsorted(rows, ends[:-1])

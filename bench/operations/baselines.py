@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dantinox.kernels.workloads.types import Attention, Decode, GroupedMatmul, MoE, Workload
+from dantinox.kernels.workloads.types import Attention, Decode, GroupedMatmul, LinearCrossEntropy, MoE, Workload
 
 Tree = dict[str, Any]
 Forward = Callable[[Tree, Tree, Tree], tuple[jax.Array, Tree]]  # (inputs, state, aux) -> (output, state)
@@ -250,6 +250,24 @@ def _jax_nn_decode(workload: Decode) -> Forward:
     return forward
 
 
+# --- linear cross-entropy ---
+
+
+def _all_logits(workload: LinearCrossEntropy) -> Forward:
+    """All logits in memory, as optax.softmax_cross_entropy_with_integer_labels takes them."""
+
+    def forward(inputs: Tree, state: Tree, aux: Tree) -> tuple[jax.Array, Tree]:
+        s = jnp.einsum("NM,VM->NV", inputs["h"], inputs["w"], preferred_element_type=jnp.float32)
+        if workload.softcap is not None:
+            s = workload.softcap * jnp.tanh(s / workload.softcap)
+        takes_part = aux["targets"] >= 0
+        lse = jax.nn.logsumexp(s, axis=1)
+        target = jnp.take_along_axis(s, jnp.where(takes_part, aux["targets"], 0)[:, None], axis=1)[:, 0]
+        return jnp.where(takes_part, lse - target + workload.z_loss * lse**2, 0), state
+
+    return forward
+
+
 BUILDERS: dict[str, dict[str, Callable[[Any], Forward]]] = {
     "attention": {
         "jax.nn xla": _jax_nn_xla,
@@ -265,4 +283,5 @@ BUILDERS: dict[str, dict[str, Callable[[Any], Forward]]] = {
     },
     "moe_mlp": {"lax.ragged_dot": _ragged_moe},
     "decode_attention": {"jax.nn xla": _jax_nn_decode},
+    "linear_cross_entropy": {"all logits": _all_logits},
 }

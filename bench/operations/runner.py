@@ -153,6 +153,8 @@ def _reference_cost_reason(workload: Workload) -> str | None:
         flops, floats = 4 * w.B * w.H * w.T * w.S * w.D, 3 * w.B * w.H * w.T * w.S
     elif isinstance(w, workloads.MoE):
         flops, floats = 6 * w.E * w.N * w.M * w.F, 3 * w.N * w.F
+    elif isinstance(w, workloads.LinearCrossEntropy):
+        flops, floats = 2 * w.N * w.M * w.V, 3 * w.N * w.V
     elif isinstance(w, workloads.GroupedMatmul):
         flops, floats = 2 * w.E * w.N * w.M * w.F, 3 * w.N * max(w.F, w.M)
     else:
@@ -172,7 +174,7 @@ def build_program(forward: Forward, backward: bool) -> Callable[..., tuple[Tree,
             o, state = forward(inputs, state, aux)
             return {"o": o}, state
         o, vjp = jax.vjp(lambda inputs: forward(inputs, state, aux)[0], inputs)
-        return {"o": o} | {f"d{name}": gradient for name, gradient in vjp(dout)[0].items()}, state
+        return {"o": o} | {f"d{name}": gradient for name, gradient in vjp(dout.astype(o.dtype))[0].items()}, state
 
     return program
 
@@ -212,7 +214,8 @@ def random_arguments(workload: Workload, seed: int = 0) -> ArgumentSet:
     rng = np.random.default_rng(seed)
     inputs: Tree = {}
     for name, shape in workload.shapes().items():
-        scale = shape[-2] ** -0.5 if name.startswith("w") else 1.0
+        fan_in = workload.M if isinstance(workload, workloads.LinearCrossEntropy) else shape[-2]
+        scale = fan_in**-0.5 if name.startswith("w") else 1.0
         if name == "expert_weights":  # as a router makes them: float32 in every dtype, and they sum to 1
             weights = rng.random(shape, np.float32)
             inputs[name] = jnp.asarray(weights / weights.sum(axis=-1, keepdims=True))

@@ -17,10 +17,23 @@ from dantinox.kernels.workloads.attention import EDGE_CASES_ATTENTION, MODEL_ATT
 from dantinox.kernels.workloads.decode_attention import KV_CACHES
 from dantinox.kernels.workloads.features import FEATURES
 from dantinox.kernels.workloads.grouped_matmul import EDGE_CASES_GROUPED_MATMUL, MODEL_GROUPED_MATMUL
+from dantinox.kernels.workloads.linear_cross_entropy import LINEAR_CROSS_ENTROPY
 from dantinox.kernels.workloads.moe import EXPERTS
-from dantinox.kernels.workloads.types import Attention, Decode, GroupedMatmul, MoE, Workload
+from dantinox.kernels.workloads.types import Attention, Decode, GroupedMatmul, LinearCrossEntropy, MoE, Workload
 
-__all__ = ["DEVICES", "ROWS", "SUITES", "Attention", "Decode", "GroupedMatmul", "MoE", "Workload", "get", "select"]
+__all__ = [
+    "DEVICES",
+    "ROWS",
+    "SUITES",
+    "Attention",
+    "Decode",
+    "GroupedMatmul",
+    "LinearCrossEntropy",
+    "MoE",
+    "Workload",
+    "get",
+    "select",
+]
 SUITES = ("parity", "long", "bench", "aot", "tune", "tutorial", "features")
 DEVICES = ("small", "cpu", "h100", "tpu")
 ROWS: tuple[Workload, ...] = (
@@ -30,6 +43,7 @@ ROWS: tuple[Workload, ...] = (
     *MODEL_GROUPED_MATMUL,
     *EXPERTS,
     *KV_CACHES,
+    *LINEAR_CROSS_ENTROPY,
     *FEATURES,
 )
 

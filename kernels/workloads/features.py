@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dantinox.kernels.workloads.common import ALL, BOTH
-from dantinox.kernels.workloads.types import Attention, Decode, GroupedMatmul, MoE, Workload
+from dantinox.kernels.workloads.types import Attention, Decode, GroupedMatmul, LinearCrossEntropy, MoE, Workload
 
 KIND: dict[str, Any] = {"suites": ("features",), "devices": ("small",)}
 LONG, SHORT = 1040, 530  # three tiles of 512 and two, with a partial one
@@ -125,7 +125,21 @@ def _decode_attention() -> tuple[Workload, ...]:
     return _rows(base, alone, paired)
 
 
+def _linear_cross_entropy() -> tuple[Workload, ...]:
+    base = LinearCrossEntropy(name="several tiles of V", N=72, M=48, V=LONG, dtypes=ALL, **KIND)
+    alone: dict[str, Sizes] = {
+        "several tiles of N": {"N": LONG},
+        "several tiles of M": {"M": LONG},
+        "odd sizes": {"N": 67, "M": 77, "V": 1031},
+        "soft cap": {"softcap": 2.0},
+        "z-loss": {"z_loss": 0.05},
+        "rows without part": {"absent": "some"},
+        "no row takes part": {"absent": "all"},
+    }
+    return _rows(base, alone, tuple(alone)[:-1])
+
+
 FEATURES: tuple[Workload, ...] = tuple(
     dataclasses.replace(row, name=f"features: {row.name}")
-    for row in (*_attention(), *_grouped_matmul(), *_moe(), *_decode_attention())
+    for row in (*_attention(), *_grouped_matmul(), *_moe(), *_decode_attention(), *_linear_cross_entropy())
 )

@@ -278,6 +278,50 @@ class Decode(Workload):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class LinearCrossEntropy(Workload):
+    """One linear cross-entropy.
+
+    Attributes:
+        absent: which rows take no part: "none", "some" (every third, and the last quarter) or "all".
+    """
+
+    op: ClassVar[str] = "linear_cross_entropy"
+    N: int
+    M: int
+    V: int
+    softcap: float | None = None
+    z_loss: float = 0.0
+    absent: str = "none"
+
+    def shapes(self) -> Shapes:
+        """The differentiable arguments."""
+        return {"h": (self.N, self.M), "w": (self.V, self.M)}
+
+    def out_shape(self) -> tuple[int, ...]:
+        """The shape of the output."""
+        return (self.N,)
+
+    def options(self) -> dict[str, Any]:
+        """The static arguments."""
+        return {name: getattr(self, name) for name in ("softcap", "z_loss")}
+
+    def integer_inputs(self, seed: int = 0) -> dict[str, Any]:
+        """The targets; -1 in rows that take no part."""
+        targets = np.random.default_rng(seed).integers(0, self.V, self.N).astype(np.int32)
+        targets[: min(2, self.N)] = (0, self.V - 1)[: min(2, self.N)]
+        row = np.arange(self.N)
+        absent = {"none": row < 0, "some": (row % 3 == 2) | (row > 3 * self.N // 4), "all": row >= 0}[self.absent]
+        return {"targets": np.where(absent, np.int32(-1), targets)}
+
+    def cost(self, backward: bool = False) -> cost.Cost:
+        """FLOPs and bytes of one pass."""
+        num_targets = int(np.count_nonzero(self.integer_inputs()["targets"] >= 0))
+        return cost.linear_cross_entropy(
+            N=self.N, M=self.M, V=self.V, num_targets=num_targets, itemsize=self.itemsize, backward=backward
+        )
+
+
 def spread(N: int, E: int, skew: str) -> np.ndarray:
     """Spread N rows over E groups; returns group sizes [E] int32 that sum to N.
 

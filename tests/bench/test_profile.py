@@ -103,7 +103,7 @@ def test_profile_of_one_operation(op, name, backward, tmp_path, capsys):
 
 
 WRONG = {
-    "--op attentoin --spec nano": r"op is 'attentoin'; allowed: attention, decode_attention, grouped_matmul, moe_mlp",
+    "--op attentoin --spec nano": r"op is 'attentoin'; allowed: attention, decode_attention, grouped_matmul, linear",
     "--op attention --spec nan": r"attention has no spec 'nan'; allowed: .*nano",
     "--op attention": r"attention has no spec ''; allowed: .*nano",
     "--op attention --spec nano --implementation cuda": r"implementation is 'cuda'; allowed: auto, reference",

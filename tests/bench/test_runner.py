@@ -16,6 +16,9 @@ ROWS = {
     "attention": workloads.Attention(name="a", T=128, S=128, H=4, K=2, D=8, B=2, window=20, gate="head", **KIND),
     "grouped_matmul": workloads.GroupedMatmul(name="g", N=200, M=16, F=24, E=5, skew="empty", **KIND),
     "moe_mlp": workloads.MoE(name="m", N=100, M=8, F=12, E=4, k=2, skew="zipf", **KIND),
+    "linear_cross_entropy": workloads.LinearCrossEntropy(
+        name="l", N=100, M=8, V=37, softcap=2.0, z_loss=0.1, absent="some", **KIND
+    ),
     "decode_attention": workloads.Decode(name="d", lengths=(3, 30), C=16, H=4, K=2, D=8, window=5, **KIND),
 }
 
@@ -46,7 +49,7 @@ def small_ceilings(monkeypatch):
 def test_run_case_times_candidates_and_reports_unsupported_ones(op, backward, small_ceilings):
     if op == "decode_attention" and backward:
         pytest.skip("decoding has no gradient")
-    only = ("reference", "xla", "triton", "lax.ragged_dot", "jax.nn xla")
+    only = ("reference", "xla", "triton", "lax.ragged_dot", "jax.nn xla", "all logits")
     outcome = runner.run_case(runner.BenchmarkCase(ROWS[op], backward), small_ceilings, budget=0.01, only=only)
     assert set(outcome.results) <= set(only) and {"reference", "xla", "triton"} <= set(outcome.results)
     ran = {name: result for name, result in outcome.results.items() if result.skip_reason is None}
@@ -88,7 +91,7 @@ def test_wrong_result_has_a_large_error(monkeypatch, small_ceilings):
     assert outcome.results["wrong"].error > 0.1
 
 
-@pytest.mark.parametrize("op", ["attention", "grouped_matmul", "moe_mlp"])
+@pytest.mark.parametrize("op", ["attention", "grouped_matmul", "moe_mlp", "linear_cross_entropy"])
 def test_checked_subset_equals_the_full_result(op, monkeypatch):
     """The gradients of the part equal those of the whole call, so judging the part is judging the implementation."""
     monkeypatch.setattr(accuracy, "MAX_SCORES", 0)

@@ -76,7 +76,7 @@ def output_and_gradients(
     if dout is None:
         return {"o": f(inputs)}
     o, pull = jax.vjp(f, inputs)
-    return {"o": o} | {f"d{name}": gradient for name, gradient in pull(dout)[0].items()}
+    return {"o": o} | {f"d{name}": gradient for name, gradient in pull(dout.astype(o.dtype))[0].items()}
 
 
 INTERPRETED_DEVICES = {"CPU": Device("cpu", "cpu"), "TPU": Device("tpu", "TPU v6 lite")}

@@ -26,6 +26,7 @@ CALLS = {
         "expert_ids": jnp.zeros((6, 2), jnp.int32),
         "expert_weights": jnp.ones((6, 2)),
     },
+    "linear_cross_entropy": {"h": X, "w": jnp.ones((5, 3)), "targets": jnp.zeros(6, jnp.int32)},
     "decode_attention": {"q": Q[:, 0], "k": KV[:, 0], "v": KV[:, 0], "cache": CACHE, "gate": Q[:, 0]},
 }
 

@@ -119,6 +119,30 @@ def test_invalid_moe_mlp_argument_raises_with_its_name(message, bad):
         kernels.moe_mlp(**(MOE_GOOD | bad))
 
 
+LOSS_GOOD = {"h": X, "w": W[0].T, "targets": jnp.zeros(6, jnp.int32)}
+LOSS = {
+    "h has shape": {"h": X[0]},
+    "h has dtype": {"h": X.astype(jnp.int32)},
+    "w has shape": {"w": W[0]},
+    "w has dtype": {"w": W[0].T.astype(jnp.bfloat16)},
+    "targets has shape (5,)": {"targets": jnp.zeros(5, jnp.int32)},
+    "targets has dtype": {"targets": jnp.zeros(6)},
+    "targets holds 5; allowed: 0 to 4, or negative": {"targets": [0, 1, -1, 5, 2, 3]},
+    "softcap is 0": {"softcap": 0.0},
+    "softcap is nan": {"softcap": float("nan")},
+    "z_loss is -0.1": {"z_loss": -0.1},
+    "z_loss is None": {"z_loss": None},
+    "z_loss is inf": {"z_loss": float("inf")},
+    "implementation is 'cpu'": {"implementation": "cpu"},
+}
+
+
+@pytest.mark.parametrize(("message", "bad"), LOSS.items(), ids=LOSS)
+def test_invalid_linear_cross_entropy_argument_raises_with_its_name(message, bad):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        kernels.linear_cross_entropy(**(LOSS_GOOD | bad))
+
+
 CACHE = kernels.KVCache.zeros(1, 2, 6, 8, jnp.float32)
 DECODE = {
     "q has shape": {"q": Q},
@@ -153,6 +177,7 @@ CALLS = {
     "grouped_matmul": lambda name: kernels.grouped_matmul(X, W, SIZES, implementation=name),
     "moe_mlp": lambda name: kernels.moe_mlp(**MOE_GOOD, implementation=name),
     "decode_attention": lambda name: kernels.decode_attention(Q[:, 0], KV[:, 0], KV[:, 0], CACHE, implementation=name),
+    "linear_cross_entropy": lambda name: kernels.linear_cross_entropy(**LOSS_GOOD, implementation=name),
 }
 
 

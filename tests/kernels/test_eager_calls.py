@@ -37,11 +37,16 @@ def decode(name: str) -> Callable[..., Any]:
     return lambda q: kernels.decode_attention(q, KV[:, 0], KV[:, 0], CACHE, implementation=name)
 
 
+def lose(name: str) -> Callable[..., Any]:
+    return lambda h: kernels.linear_cross_entropy(h, W[:, 0, :8], IDS[:, 0], softcap=2.0, implementation=name)
+
+
 CALLS = {
     "attention": (attend, Q),
     "grouped_matmul": (multiply, X),
     "moe_mlp": (mix, X),
     "decode_attention": (decode, Q[:, 0]),
+    "linear_cross_entropy": (lose, X),
 }
 
 

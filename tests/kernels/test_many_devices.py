@@ -36,6 +36,11 @@ PROGRAM = """
         y, pull = jax.vjp(f, x, weights, *w)
         return y, *pull(y)
 
+    def linear_cross_entropy(h, w, targets):
+        f = lambda *x: kernels.linear_cross_entropy(*x, targets, z_loss=0.1, implementation=NAME)
+        loss, pull = jax.vjp(f, h, w)
+        return loss, *pull(loss)
+
     def decode_attention(q, k, v, cache_k, cache_v, length):
         o, cache = kernels.decode_attention(q, k, v, kernels.KVCache(cache_k, cache_v, length), implementation=NAME)
         return o, *cache[:3]
@@ -48,6 +53,8 @@ PROGRAM = """
     calls = [
         (attention, (*tokens, ids), (DATA,) * 5, (DATA,) * 5),
         (decode_attention, (draw(8, 4, 8), draw(8, 2, 8), draw(8, 2, 8), *ring), (DATA,) * 6, (DATA,) * 4),
+        (linear_cross_entropy, (draw(24, 8), draw(11, 8), jnp.asarray(rng.integers(-1, 11, 24))),
+         (DATA, WHOLE, DATA), (DATA, DATA, WHOLE)),
         (moe_mlp, (draw(24, 8), jnp.asarray(rng.integers(-1, 4, (24, 2))), draw(24, 2), *experts),
          (DATA,) * 3 + (WHOLE,) * 3, (DATA,) * 3 + (WHOLE,) * 3),
     ]

@@ -70,6 +70,11 @@ CALLS = {
         {"x": "b, 3", "w_gate": "3, 3, 4", "w_up": "3, 3, 4", "w_down": "3, 4, 3", "expert_ids": "b, 2",
          "expert_weights": "b, 2"},
     ),
+    "linear_cross_entropy": Call(
+        cases.make_workload(workloads.LinearCrossEntropy, N=7, M=3, V=5, softcap=2.0, z_loss=0.1, absent="some"),
+        {"h": DATA, "targets": DATA, "o": DATA},
+        {"h": "b, 3", "w": "5, 3", "targets": "b", "o": "b"},
+    ),
     "decode_attention": Call(
         cases.make_workload(
             workloads.Decode, lengths=(3, 9), C=8, H=4, K=2, D=4, window=5, gate="head", softcap=2.0, sinks=True
@@ -211,7 +216,7 @@ def call_exported(op: str, implementation: str) -> None:
     """With a symbolic batch and length, where the implementation does not need the sizes."""
     arrays = arguments(op)
     scope, symbols = export.SymbolicScope(), CALLS[op].symbols
-    symbols = symbols | {"o": symbols["q" if "q" in symbols else "x"]}
+    symbols = {"o": symbols.get("q", symbols.get("x"))} | symbols
     if op == "grouped_matmul":
         symbols["o"] = "b, 4"
 
@@ -297,7 +302,7 @@ def test_operation_is_right_in_every_mode(switch, transformation, op, implementa
         TRANSFORMATIONS[transformation](op, implementation)
 
 
-@pytest.mark.parametrize("op", ["attention", "grouped_matmul", "moe_mlp"])
+@pytest.mark.parametrize("op", ["attention", "grouped_matmul", "moe_mlp", "linear_cross_entropy"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.sampled(4)
 def test_second_derivative_is_right_or_refused(op, implementation):

@@ -127,7 +127,10 @@ def test_callable_that_cannot_be_hashed_runs():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("softmax", "mine", len), "op is 'softmax'; allowed: attention, grouped_matmul, moe_mlp, decode_attention"),
+        (
+            ("softmax", "mine", len),
+            "op is 'softmax'; allowed: attention, grouped_matmul, moe_mlp, decode_attention",
+        ),
         ((["attention"], "mine", len), "op is ['attention']; allowed: attention"),
         (("attention", "xla", len), "name is 'xla'; allowed: any other than auto, reference, xla, pallas, triton"),
         (("attention", "auto", len), "name is 'auto'; allowed: any other than auto, reference, xla"),

@@ -14,7 +14,7 @@ from dantinox.kernels.tutorial import TUTORIALS
 from dantinox.kernels.workloads import types as workload_types
 from dantinox.reference import visible
 
-OPS = ("attention", "grouped_matmul", "moe_mlp", "decode_attention")
+OPS = ("attention", "grouped_matmul", "moe_mlp", "decode_attention", "linear_cross_entropy")
 # Pure counting: many examples cost little.
 MANY = settings(max_examples=5 * settings().max_examples)
 
@@ -157,6 +157,28 @@ def test_moe_mlp_cost_matches_its_rows_and_arrays(sizes, E, data, skew, dtypes):
     ids = weights = N * k * 4
     assert row.cost() == (flops, x + experts + ids + weights + x, hidden)
     assert row.cost(backward=True) == (2 * flops, (x + x + experts + ids + weights) + (x + every + weights), hidden)
+
+
+@MANY
+@given(
+    sizes=st.tuples(st.integers(1, 9), st.integers(1, 5), st.integers(1, 9)),
+    absent=st.sampled_from(["none", "some", "all"]),
+    dtypes=dtypes,
+)
+def test_linear_cross_entropy_cost_matches_its_rows_and_arrays(sizes, absent, dtypes):
+    N, M, V = sizes
+    row = workloads.LinearCrossEntropy(N=N, M=M, V=V, absent=absent, dtypes=dtypes, **ANYWHERE)
+    item, flops, read, logits = (4 if dtypes[0] == "float32" else 2), 0, 0, 0
+    for target in row.integer_inputs()["targets"]:
+        if target >= 0:
+            flops += 2 * M * V
+            read += M * item
+            logits += V
+    w = V * M * item
+    targets = losses = lse = N * 4
+    assert row.cost() == (flops, read + (w if read else 0) + targets + losses, logits)
+    moved = (read + (w if read else 0) + targets + lse + losses) + (N * M * item + w)
+    assert row.cost(backward=True) == (3 * flops, moved, logits)
 
 
 @MANY
@@ -311,6 +333,11 @@ def test_workload_is_valid(row):
         assert (
             row.integer_inputs()["group_sizes"].shape == (row.E,) and row.integer_inputs()["group_sizes"].sum() <= row.N
         )
+    elif row.op == "linear_cross_entropy":
+        targets = row.integer_inputs()["targets"]
+        assert declared["h"][:1] == targets.shape == row.out_shape() and declared["h"][1:] == declared["w"][1:]
+        assert targets.dtype == np.int32 and targets.max() < row.V
+        assert (targets < 0).any() == (row.absent != "none") and (targets < 0).all() == (row.absent == "all")
     else:
         assert declared["x"] == row.out_shape() and 1 <= row.k <= row.E
 
@@ -331,7 +358,10 @@ def test_every_suite_has_workloads(op):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("softmax", "parity"), "op is 'softmax'; allowed: attention, decode_attention, grouped_matmul, moe_mlp"),
+        (
+            ("softmax", "parity"),
+            "op is 'softmax'; allowed: attention, decode_attention, grouped_matmul, linear",
+        ),
         (("attention", "speed"), "suite is 'speed'; allowed: parity, long, bench, aot, tune"),
         (("attention", "bench", "moon"), "device is 'moon'; allowed: small, cpu, h100, tpu"),
     ],

@@ -137,11 +137,18 @@ def _decode_attention(rng: np.random.Generator, common: dict[str, Any]) -> workl
     )
 
 
+def _linear_cross_entropy(rng: np.random.Generator, common: dict[str, Any]) -> workloads.Workload:
+    sizes = {"N": _size(rng, 8000), "M": _size(rng, 3000), "V": _size(rng, 40000)}
+    options = {"softcap": _any_of(rng, None, 20.0), "z_loss": _any_of(rng, 0.0, 1e-4)}
+    return workloads.LinearCrossEntropy(**sizes, **options, **common)
+
+
 _RANDOM: dict[str, Callable[..., workloads.Workload]] = {
     "attention": _attention,
     "grouped_matmul": _grouped_matmul,
     "moe_mlp": _moe,
     "decode_attention": _decode_attention,
+    "linear_cross_entropy": _linear_cross_entropy,
 }
 
 

@@ -49,7 +49,7 @@ def with_skews(workload: Any) -> dict[str, Any]:
     """The workload with its rows spread over groups evenly and by Zipf's law; one without groups as it is."""
     if workload.op == "decode_attention":
         return {"lengths": workload}
-    if workload.op == "attention":
+    if workload.op in ("attention", "linear_cross_entropy"):
         return {"all": workload}
     return {skew: dataclasses.replace(workload, skew=skew) for skew in SKEWS}
 

@@ -1,6 +1,5 @@
 """The public linear cross-entropy: argument checks and the choice of an implementation."""
 
-import functools
 from typing import Any
 
 import jax
@@ -47,21 +46,19 @@ def linear_cross_entropy(
         NotImplementedError: the named implementation cannot run here.
     """
     h, w = validation.as_array("h", h, "NM"), validation.as_array("w", w, "VM")
-    targets = integers.as_integers("targets", targets, "N")
+    ids = integers.as_integers("targets", targets, "N")
     validation.check_floating(h=h, w=w)
     (N, M), V = h.shape, w.shape[0]
     validation.check_shape("w", w, (V, M))
-    validation.check_shape("targets", targets, (N,))
+    validation.check_shape("targets", ids, (N,))
     softcap, z_loss = validation.check_softcap(softcap), validation.check_z_loss(z_loss)
-    targets = integers.targets_within(targets, V)
+    ids = integers.targets_within(ids, V)
     function = OPERATION.select(implementation, h, w)
     if 0 in (N, V):
         return jnp.zeros(N, jnp.promote_types(h.dtype, jnp.float32))
     if M == 0:  # every logit is 0
         h, w = jnp.zeros((N, 1), h.dtype), jnp.zeros((V, 1), w.dtype)
-    return call_implementation(
-        "linear_cross_entropy", function, _out_specs, h, w, targets, softcap=softcap, z_loss=z_loss
-    )
+    return call_implementation("linear_cross_entropy", function, _out_specs, h, w, ids, softcap=softcap, z_loss=z_loss)
 
 
 def _out_specs(h: PartitionSpec, w: PartitionSpec, targets: PartitionSpec) -> PartitionSpec:

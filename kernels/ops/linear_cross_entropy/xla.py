@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dantinox.kernels.einsum import accumulation_dtype
 from dantinox.kernels.softcap import cap_derivative, cap_scores
@@ -77,7 +78,9 @@ def _loop_tiles(V: int, block_v: int, body: Callable[[Any, int, Any], Any], carr
     """Run carry = body(first column, columns, carry) over the tiles of the vocabulary; the last may be smaller."""
     num_full, rest = V // block_v, V % block_v
     if num_full:
-        carry = jax.lax.fori_loop(0, num_full, lambda i, carry: body(i * block_v, block_v, carry), carry)
+        # Bounds of 32 bits: targets have as many, with 64-bit defaults too.
+        bounds = np.int32(0), np.int32(num_full)
+        carry = jax.lax.fori_loop(*bounds, lambda i, carry: body(i * block_v, block_v, carry), carry)
     return body(V - rest, rest, carry) if rest else carry
 
 
@@ -130,9 +133,7 @@ def _backward(residuals: _Residuals, dloss: Array, options: Options) -> tuple[Ar
         dh, dw = carry
         w_tile = jax.lax.dynamic_slice_in_dim(w, v, size)
         s = _tile_logits(h, w_tile, options.softcap)
-        ds = jnp.exp(s - lse[:, None]) * dlse[:, None] - jnp.where(
-            _is_target(targets, v, size), dloss[:, None], 0
-        )
+        ds = jnp.exp(s - lse[:, None]) * dlse[:, None] - jnp.where(_is_target(targets, v, size), dloss[:, None], 0)
         if options.softcap is not None:
             ds = ds * cap_derivative(s, softcap=options.softcap)
         ds = ds.astype(product_dtype)

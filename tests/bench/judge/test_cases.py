@@ -25,9 +25,12 @@ def test_features_come_alone_and_in_pairs_over_three_tiles_of_512(op):
     rows = workloads.select(op, "features")
     assert any("," in row.name for row in rows)
     for row in rows:
-        length = {"attention": lambda r: max(r.T, r.S), "decode_attention": lambda r: r.C}.get(
-            op, lambda r: r.N * getattr(r, "k", 1)
-        )(row)
+        lengths = {
+            "attention": lambda r: max(r.T, r.S),
+            "decode_attention": lambda r: r.C,
+            "linear_cross_entropy": lambda r: max(r.N, r.V),
+        }
+        length = lengths.get(op, lambda r: r.N * getattr(r, "k", 1))(row)
         assert -(-length // 512) >= (3 if "top 1" not in row.name else 2), row.name
 
 

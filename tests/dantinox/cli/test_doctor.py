@@ -40,7 +40,7 @@ def test_doctor_lists_what_runs_and_reasons_for_the_rest(tmp_path):
     assert str(tmp_path / "runs") in report and "writable" in report and list(tmp_path.iterdir()) == []
     if jax.default_backend() == "cpu":
         rows = {tuple(line.split()[:2]): line for line in report.splitlines()}
-        for op in ("attention", "grouped_matmul", "moe_mlp", "decode_attention"):
+        for op in ("attention", "grouped_matmul", "moe_mlp", "decode_attention", "linear_cross_entropy"):
             for name, why in kernels.implementations(op).items():
                 assert rows[op, name].endswith("can run" if why is None else why)
 
