@@ -1,5 +1,6 @@
 """The public linear cross-entropy: argument checks and the choice of an implementation."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,9 +8,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
-from dantinox.kernels import dispatch, integers, validation
+from dantinox.kernels import dispatch, first_use, integers, validation
 from dantinox.kernels.call import call_implementation
-from dantinox.kernels.ops.linear_cross_entropy import xla
+from dantinox.kernels.ops.linear_cross_entropy import pallas, probe, xla
+from dantinox.kernels.ops.linear_cross_entropy.pallas_tpu import limits as tpu_limits
 
 Array = jax.Array
 
@@ -72,12 +74,39 @@ def _reference(*args: Any, **options: Any) -> Array:
     return specification(*args, **options)
 
 
+def _pallas_unsupported_device() -> str | None:
+    if dispatch.on_gpu():
+        return "linear_cross_entropy has no Pallas GPU kernel yet"
+    return dispatch.pallas_unsupported_device("linear_cross_entropy")
+
+
+def _pallas_unsupported_inputs(h: Array, w: Array) -> str | None:
+    if reason := dispatch.symbolic_unsupported(h, w):
+        return reason
+    if dispatch.on_tpu() and (reason := tpu_limits.unsupported_reason(h.dtype, h.shape[1])):
+        return reason
+    return dispatch.float32_accumulation_unsupported(h.dtype)
+
+
+def _pallas_not_auto(*_: Any) -> str | None:
+    if dispatch.on_tpu():
+        return first_use.disagreement("linear_cross_entropy", _PROBE)
+    return "interpreted, it computes the logits once more"
+
+
+_PROBE = functools.partial(probe.run, linear_cross_entropy)
 OPERATION = dispatch.Operation(
     "linear_cross_entropy",
     (
         dispatch.Implementation("reference", _reference),
         dispatch.Implementation("xla", xla.linear_cross_entropy),
-        dispatch.Implementation.missing("pallas", "linear_cross_entropy has no Pallas kernel yet"),
+        dispatch.Implementation(
+            "pallas",
+            pallas.linear_cross_entropy,
+            unsupported_device=_pallas_unsupported_device,
+            unsupported_inputs=_pallas_unsupported_inputs,
+            not_auto=_pallas_not_auto,
+        ),
         dispatch.Implementation.missing("triton", "linear_cross_entropy has no Triton kernel yet"),
     ),
 )
