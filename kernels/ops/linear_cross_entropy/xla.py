@@ -4,6 +4,8 @@
     forward           running max, sum of exponentials and target's logit of every row
     backward          the tile's logits again, its part of dh added up, its rows of dw written once
 
+A problem of one tile keeps it for the backward pass.
+
 With gradients this is four products, 8 N M V FLOPs, one more than with all logits in memory, which it does not write
 and read. Computing dh and dw in the forward pass, over tiles of rows, takes three: dh can be scaled by the cotangent
 later, dw only if all rows have the same one, and otherwise takes two more. It keeps a float32 dw between the passes,
@@ -41,6 +43,15 @@ class _Residuals(NamedTuple):
     w: Array
     targets: Array
     lse: Array
+    only_tile: Array | None
+
+
+class _State(NamedTuple):
+    """Running maximum, sum of exponentials and target's logit of each row, [N]."""
+
+    row_max: Array
+    total: Array
+    target: Array
 
 
 def choose_block_v(N: int) -> int:
@@ -63,8 +74,8 @@ def _linear_cross_entropy(h: Array, w: Array, targets: Array, options: Options) 
 
 
 def _linear_cross_entropy_fwd(h: Array, w: Array, targets: Array, options: Options) -> tuple[Array, _Residuals]:
-    loss, lse = _forward(h, w, targets, options)
-    return loss, _Residuals(h, w, targets, lse)
+    loss, *residuals = _forward(h, w, targets, options)
+    return loss, _Residuals(h, w, targets, *residuals)
 
 
 def _linear_cross_entropy_bwd(options: Options, residuals: _Residuals, dloss: Array) -> tuple:
@@ -100,28 +111,35 @@ def _is_target(targets: Array, v: Any, size: int) -> Array:
     return jnp.arange(size, dtype=jnp.int32)[None] == (targets - v)[:, None]
 
 
-def _forward(h: Array, w: Array, targets: Array, options: Options) -> tuple[Array, Array]:
-    """Return (loss [N], logsumexp [N])."""
+def _add_logits(carry: _State, s: Array, is_target: Array) -> _State:
+    new_max = jnp.maximum(carry.row_max, jnp.max(s, axis=1))
+    total = carry.total * jnp.exp(carry.row_max - new_max) + jnp.sum(jnp.exp(s - new_max[:, None]), axis=1)
+    return _State(new_max, total, carry.target + jnp.sum(jnp.where(is_target, s, 0), axis=1))
+
+
+def _forward(h: Array, w: Array, targets: Array, options: Options) -> tuple[Array, Array, Array | None]:
+    """Return (loss [N], logsumexp [N], the logits if one tile has all of them)."""
     N, V, dtype = h.shape[0], w.shape[0], accumulation_dtype(h.dtype)
-
-    def add_tile(v: Any, size: int, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        old_max, total, target = carry
-        s = _tile_logits(h, jax.lax.dynamic_slice_in_dim(w, v, size), options.softcap)
-        new_max = jnp.maximum(old_max, jnp.max(s, axis=1))
-        total = total * jnp.exp(old_max - new_max) + jnp.sum(jnp.exp(s - new_max[:, None]), axis=1)
-        return new_max, total, target + jnp.sum(jnp.where(_is_target(targets, v, size), s, 0), axis=1)
-
     start = (jnp.full(N, -jnp.inf, dtype), jnp.zeros(N, dtype), jnp.zeros(N, dtype))
-    start = tuple(match_vma(x, h, w, targets) for x in start)
-    row_max, total, target = _loop_tiles(V, choose_block_v(N), add_tile, start)
+    start = _State(*(match_vma(x, h, w, targets) for x in start))
+
+    def add_tile(v: Any, size: int, carry: _State) -> _State:
+        s = _tile_logits(h, jax.lax.dynamic_slice_in_dim(w, v, size), options.softcap)
+        return _add_logits(carry, s, _is_target(targets, v, size))
+
+    only_tile = _tile_logits(h, w, options.softcap) if V <= choose_block_v(N) else None
+    if only_tile is None:
+        row_max, total, target = _loop_tiles(V, choose_block_v(N), add_tile, start)
+    else:
+        row_max, total, target = _add_logits(start, only_tile, _is_target(targets, 0, V))
     lse = row_max + jnp.log(total)
     loss = lse - target + options.z_loss * lse * lse if options.z_loss else lse - target
-    return jnp.where(targets >= 0, loss, 0), lse
+    return jnp.where(targets >= 0, loss, 0), lse, only_tile
 
 
 def _backward(residuals: _Residuals, dloss: Array, options: Options) -> tuple[Array, Array]:
     """Return (dh, dw)."""
-    h, w, targets, lse = residuals
+    h, w, targets, lse, only_tile = residuals
     N, V, dtype = h.shape[0], w.shape[0], lse.dtype
     dloss = jnp.where(targets >= 0, dloss, 0)
     dlse = (1 + 2 * options.z_loss * lse) * dloss if options.z_loss else dloss
@@ -129,18 +147,24 @@ def _backward(residuals: _Residuals, dloss: Array, options: Options) -> tuple[Ar
     product_dtype = dtype if h.dtype == jnp.float16 else h.dtype
     h_wide = h.astype(product_dtype)
 
-    def add_tile(v: Any, size: int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        dh, dw = carry
-        w_tile = jax.lax.dynamic_slice_in_dim(w, v, size)
-        s = _tile_logits(h, w_tile, options.softcap)
-        ds = jnp.exp(s - lse[:, None]) * dlse[:, None] - jnp.where(_is_target(targets, v, size), dloss[:, None], 0)
+    def gradients(s: Array, w_tile: Array, v: Any) -> tuple[Array, Array]:
+        """Return (the part of dh, the rows of dw) of the logits s from column v on."""
+        is_target = _is_target(targets, v, s.shape[1])
+        ds = jnp.exp(s - lse[:, None]) * dlse[:, None] - jnp.where(is_target, dloss[:, None], 0)
         if options.softcap is not None:
             ds = ds * cap_derivative(s, softcap=options.softcap)
         ds = ds.astype(product_dtype)
-        dh = dh + _dot(ds, w_tile.astype(product_dtype), (1, 0))
-        dw_tile = _dot(ds, h_wide, (0, 0)).astype(w.dtype)
-        return dh, jax.lax.dynamic_update_slice_in_dim(dw, dw_tile, v, 0)
+        return _dot(ds, w_tile.astype(product_dtype), (1, 0)), _dot(ds, h_wide, (0, 0)).astype(w.dtype)
 
+    def add_tile(v: Any, size: int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        dh, dw = carry
+        w_tile = jax.lax.dynamic_slice_in_dim(w, v, size)
+        dh_part, dw_rows = gradients(_tile_logits(h, w_tile, options.softcap), w_tile, v)
+        return dh + dh_part, jax.lax.dynamic_update_slice_in_dim(dw, dw_rows, v, 0)
+
+    if only_tile is not None:
+        dh, dw = gradients(only_tile, w, 0)
+        return dh.astype(h.dtype), dw
     start = (jnp.zeros(h.shape, dtype), jnp.zeros(w.shape, w.dtype))
     start = tuple(match_vma(x, h, w, targets, dloss) for x in start)
     dh, dw = _loop_tiles(V, choose_block_v(N), add_tile, start)

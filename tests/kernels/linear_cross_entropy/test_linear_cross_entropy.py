@@ -62,7 +62,7 @@ def test_reference_matches_python_loops(options, targets):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("case", "dtype"), cases.workload_parameters(OP))
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(10)
 def test_implementation_matches_reference(case, dtype, implementation):
     inputs, aux, dout = cases.draw(case)
     got = tolerance.assert_matches_reference(
@@ -73,7 +73,7 @@ def test_implementation_matches_reference(case, dtype, implementation):
         assert not np.any(tolerance.to_float64(got[name])[aux["targets"] < 0]), f"{name}: rows that take no part"
 
 
-@random_shapes.examples(24)
+@random_shapes.examples(6)
 @given(
     implementation=st.sampled_from(IMPLEMENTATIONS),
     shape=random_shapes.shapes(12),
@@ -95,7 +95,7 @@ def test_random_sizes_match_python_loops(implementation, shape, softcap, z_loss,
     random_shapes.clear_programs()
 
 
-@pytest.mark.parametrize("block_v", [1, 7, 16, 50], ids="block_v={}".format)
+@pytest.mark.parametrize("block_v", [7, 50], ids="block_v={}".format)
 def test_tile_size_does_not_change_xla(monkeypatch, block_v):
     inputs, aux, dout = cases.draw(row(9, 5, 37, absent="some"))
     options = {"softcap": 2.0, "z_loss": 0.1}

@@ -63,10 +63,9 @@ def dh_kernel(
     def init_state() -> None:
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
-    store_logits(s_ref, w_ref[...], h_ref[...], config.softcap)
-
     def add_tile(masked: bool) -> None:
         for n in strips(config):
+            store_logits(s_ref, w_ref, h_ref, n, config.softcap)
             for tile in subtiles(config, v_block, n):
                 ds = logit_gradients(config, tile, s_ref[tile.v, n], rows, masked=masked)
                 ds_ref[n, tile.v] = ds.T.astype(ds_ref.dtype)
@@ -100,8 +99,8 @@ def dw_kernel(
     def init_state() -> None:
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
-    store_logits(s_ref, w_ref[...], h_ref[...], config.softcap)
     for n in strips(config):
+        store_logits(s_ref, w_ref, h_ref, n, config.softcap)
         for tile in subtiles(config, v_block, n):
             ds = logit_gradients(config, tile, s_ref[tile.v, n], rows, masked=False)
             ds_ref[tile.v, n] = ds.astype(ds_ref.dtype)

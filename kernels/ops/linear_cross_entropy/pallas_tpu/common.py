@@ -72,9 +72,7 @@ class Subtile(NamedTuple):
 def dot_f32(a: Array, b: Array, axes: tuple[int, int]) -> Array:
     """Multiply in float32, contracting axis axes[0] of a with axis axes[1] of b."""
     dims = (((axes[0],), (axes[1],)), ((), ()))
-    return jax.lax.dot_general(
-        a, b, dims, precision=matmul_precision(a, b), preferred_element_type=jnp.float32
-    )
+    return jax.lax.dot_general(a, b, dims, precision=matmul_precision(a, b), preferred_element_type=jnp.float32)
 
 
 def strips(config: Config) -> Iterator[Any]:
@@ -92,10 +90,10 @@ def _slices(size: int, step: int) -> list[Any]:
     return [pl.ds(start, min(step, size - start)) for start in range(0, size, step)]
 
 
-def store_logits(s_ref: Ref, w: Array, h: Array, softcap: float | None) -> None:
-    """Write the logits [block_v, block_n] of a tile."""
-    s = dot_f32(w, h, (1, 1))
-    s_ref[...] = s if softcap is None else cap_scores(s, scale=1.0, softcap=softcap)
+def store_logits(s_ref: Ref, w_ref: Ref, h_ref: Ref, n: Any, softcap: float | None) -> None:
+    """Write the logits of one strip of columns."""
+    s = dot_f32(w_ref[...], h_ref[n], (1, 1))
+    s_ref[:, n] = s if softcap is None else cap_scores(s, scale=1.0, softcap=softcap)
 
 
 def logit_gradients(config: Config, tile: Subtile, s: Array, rows: "RowRefs", *, masked: bool) -> Array:

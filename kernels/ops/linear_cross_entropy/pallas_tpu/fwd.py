@@ -59,10 +59,9 @@ def fwd_kernel(
         sum_ref[...] = jnp.zeros_like(sum_ref)
         target_logit_ref[...] = jnp.zeros_like(target_logit_ref)
 
-    store_logits(s_ref, w_ref[...], h_ref[...], config.softcap)
-
     def add_tile(masked: bool) -> None:
         for n in strips(config):
+            store_logits(s_ref, w_ref, h_ref, n, config.softcap)
             old_max = new_max = max_ref[:, n]
             for tile in subtiles(config, v_block, n):
                 s = s_ref[tile.v, n]
