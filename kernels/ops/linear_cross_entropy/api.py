@@ -91,7 +91,7 @@ def _pallas_unsupported_inputs(h: Array, w: Array) -> str | None:
 def _pallas_not_auto(*_: Any) -> str | None:
     if dispatch.on_tpu():
         return first_use.disagreement("linear_cross_entropy", _PROBE)
-    return "interpreted, it computes the logits once more"
+    return "interpreted, it computes the logits twice in the backward pass"
 
 
 _PROBE = functools.partial(probe.run, linear_cross_entropy)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from dantinox.kernels.derivatives import first_order
-from dantinox.kernels.dispatch import Device, current_device
+from dantinox.kernels.dispatch import current_device
 from dantinox.kernels.ops.linear_cross_entropy.pallas_tpu import bwd, fwd
 from dantinox.kernels.ops.linear_cross_entropy.pallas_tpu.block_sizes import block_sizes
 from dantinox.kernels.ops.linear_cross_entropy.pallas_tpu.common import Config
@@ -32,7 +32,7 @@ def linear_cross_entropy(h: Array, w: Array, targets: Array, *, softcap: float |
     h = jnp.where((targets >= 0)[:, None], h, jnp.zeros_like(h))
     rest = -N % sizes.block_n
     h, targets = jnp.pad(h, ((0, rest), (0, 0))), jnp.pad(targets, (0, rest), constant_values=-1)
-    if V < sizes.block_v:
+    if sizes.block_v > V:
         w = jnp.pad(w, ((0, sizes.block_v - V), (0, 0)))
     config = Config(sizes, V, softcap, z_loss, device)
     return _linear_cross_entropy(h, w, targets[None], config)[0, :N]

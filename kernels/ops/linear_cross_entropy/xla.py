@@ -127,7 +127,7 @@ def _forward(h: Array, w: Array, targets: Array, options: Options) -> tuple[Arra
         s = _tile_logits(h, jax.lax.dynamic_slice_in_dim(w, v, size), options.softcap)
         return _add_logits(carry, s, _is_target(targets, v, size))
 
-    only_tile = _tile_logits(h, w, options.softcap) if V <= choose_block_v(N) else None
+    only_tile = _tile_logits(h, w, options.softcap) if choose_block_v(N) >= V else None
     if only_tile is None:
         row_max, total, target = _loop_tiles(V, choose_block_v(N), add_tile, start)
     else:

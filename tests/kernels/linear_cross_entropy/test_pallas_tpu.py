@@ -81,12 +81,12 @@ def test_tile_sizes_do_not_change_results(monkeypatch, device, sizes, N):
 
         def run(inputs, dout, aux=aux, options=options, implementation="pallas"):
             f = functools.partial(kernels.linear_cross_entropy, **aux, **options, implementation=implementation)
-            return tolerance.output_and_gradients(lambda x: f(**x), inputs, dout)
+            return tolerance.output_and_gradients(lambda arrays: f(**arrays), inputs, dout)
 
         expected = numpy_interpreter.run(functools.partial(run, implementation="reference"), inputs, np.float32(dout))
         poisoned = inputs | {"h": np.where(absent, np.float32(np.nan), inputs["h"])}
         with target_device(*device):
-            got = numpy_interpreter.run(lambda *args: run(*args), poisoned, np.float32(dout))
+            got = numpy_interpreter.run(functools.partial(run), poisoned, np.float32(dout))
         for name, value in expected.items():
             np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-5, err_msg=f"V={V}: {name}")
 

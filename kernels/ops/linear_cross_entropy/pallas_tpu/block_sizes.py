@@ -36,7 +36,7 @@ def round_up(size: int, multiple: int) -> int:
 
 
 def vmem_bytes(block_n: int, block_v: int, M: int, itemsize: int) -> int:
-    """Return the VMEM of a step of the larger backward kernel: two buffers per block, the sums, logits and gradients."""
+    """Return the VMEM of a step of the larger backward kernel: two buffers per block, sums, logits, gradients."""
     width = round_up(M, LANES)
     blocks = 2 * itemsize * width * (block_n + block_v + max(block_n, block_v))
     return blocks + 4 * width * max(block_n, block_v) + (4 + itemsize) * block_n * block_v

@@ -1,8 +1,8 @@
 """The backward pass of the linear cross-entropy on Mosaic TPU: two kernels, each with the logits' gradients of a tile.
 
 Math      ds = ((1 + 2 z_loss lse) exp(s - lse) - [v = target]) dloss cap'(s);  dh = ds w;  dw = ds^T h
-Tiling    dh: grid (blocks of rows, blocks of the vocabulary); dw: the other way round. Both compute the logits of a tile
-          again, as columns of [block_v, block_n], from the logsumexp of the forward pass.
+Tiling    dh: grid (blocks of rows, blocks of the vocabulary); dw: the other way round. Both compute the logits of a
+          tile again, [block_v, block_n], whose gradients follow from the forward pass's logsumexp.
 
               dh    vocabulary ->  ██▞   one row of tiles after the other: sums over the vocabulary
                                    ██▞
