@@ -17,11 +17,12 @@ from dantinox.kernels.dispatch import Device, target_device
 from dantinox.kernels.ops.attention import api as attention_api
 from dantinox.kernels.ops.decode_attention import api as decode_api
 from dantinox.kernels.ops.grouped_matmul import api as grouped_matmul_api
+from dantinox.kernels.ops.linear_cross_entropy import api as linear_cross_entropy_api
 from dantinox.kernels.ops.moe import api as moe_api
 from tests import conftest
 
 TPU = Device("tpu", "TPU v6 lite")
-APIS = (attention_api, grouped_matmul_api, moe_api, decode_api)
+APIS = (attention_api, grouped_matmul_api, moe_api, decode_api, linear_cross_entropy_api)
 
 
 @pytest.fixture(autouse=True)

@@ -7,11 +7,21 @@ from tests.mutation import (
     decode_attention,
     grouped_matmul,
     grouped_matmul_sm90,
+    linear_cross_entropy,
     shared,
 )
 from tests.mutation.mutant import SUITES, Mutant
 
-PARTS = (attention, attention_sm90, attention_triton, decode_attention, grouped_matmul, grouped_matmul_sm90, shared)
+PARTS = (
+    attention,
+    attention_sm90,
+    attention_triton,
+    decode_attention,
+    grouped_matmul,
+    grouped_matmul_sm90,
+    linear_cross_entropy,
+    shared,
+)
 MUTANTS: list[Mutant] = [mutant for part in PARTS for mutant in part.MUTANTS]
 
 __all__ = ["MUTANTS", "SUITES", "Mutant"]

@@ -46,6 +46,11 @@ SUITES = {
         "kernels/grouped_matmul/test_grouped_matmul",
         "kernels/moe/test_moe",
     ),
+    "linear_cross_entropy": ("kernels/linear_cross_entropy/test_linear_cross_entropy",),
+    "linear_cross_entropy_tpu": (
+        "kernels/linear_cross_entropy/test_pallas_tpu",
+        "kernels/linear_cross_entropy/test_linear_cross_entropy",
+    ),
     "moe_hidden_values": ("kernels/moe/test_hidden_values", "kernels/moe/test_moe"),
     "moe_number_range": ("kernels/moe/test_number_range", "kernels/moe/test_moe"),
     "moe": ("kernels/moe/test_moe", "kernels/test_dispatch"),

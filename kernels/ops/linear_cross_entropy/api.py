@@ -74,6 +74,10 @@ def _reference(*args: Any, **options: Any) -> Array:
     return specification(*args, **options)
 
 
+def _pallas(*args: Any, **options: Any) -> Array:
+    return pallas.linear_cross_entropy(*args, **options)
+
+
 def _pallas_unsupported_device() -> str | None:
     if dispatch.on_gpu():
         return "linear_cross_entropy has no Pallas GPU kernel yet"
@@ -102,7 +106,7 @@ OPERATION = dispatch.Operation(
         dispatch.Implementation("xla", xla.linear_cross_entropy),
         dispatch.Implementation(
             "pallas",
-            pallas.linear_cross_entropy,
+            _pallas,
             unsupported_device=_pallas_unsupported_device,
             unsupported_inputs=_pallas_unsupported_inputs,
             not_auto=_pallas_not_auto,

@@ -206,7 +206,7 @@ def test_function_without_kernel_raises():
 
 
 V6E = ("tpu", "TPU v6 lite")
-OPS = ("attention", "grouped_matmul", "moe_mlp", "decode_attention")
+OPS = ("attention", "grouped_matmul", "moe_mlp", "decode_attention", "linear_cross_entropy")
 
 
 def small(op: str) -> list[workloads.Workload]:
@@ -232,8 +232,9 @@ def both_passes(row: workloads.Workload, implementation: str) -> tuple:
 
 
 def checked_parameters() -> list[Any]:
-    """(op, row) parameters; one row of an operation in every run."""
-    found = [(op, row, pytest.mark.slow if n else ()) for op in OPS for n, row in enumerate(small(op))]
+    """(op, row) parameters; one row of an operation in every run, but those whose smallest block takes seconds."""
+    slow = lambda op, n: pytest.mark.slow if n or op == "linear_cross_entropy" else ()
+    found = [(op, row, slow(op, n)) for op in OPS for n, row in enumerate(small(op))]
     return [pytest.param(op, row, id=f"{op}: {row.name}", marks=marks) for op, row, marks in found]
 
 
