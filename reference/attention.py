@@ -119,7 +119,7 @@ def attention(
         scores = rounded(soft_cap(jnp.where(mask, scores, 0), softcap))
     scores = jnp.where(mask, scores, -jnp.inf)
     sink = jnp.full(H, -jnp.inf) if sinks is None else sinks
-    sink = sink.astype(scores.dtype).reshape(K, H // K, 1, 1)
+    sink = sink.astype(scores.dtype).reshape(1, K, H // K, 1, 1)
     row_max = jnp.max(scores, axis=-1, keepdims=True, initial=jnp.finfo(scores.dtype).min)
     row_max = jax.lax.stop_gradient(jnp.maximum(row_max, sink))
     weights = rounded(jnp.exp(scores - row_max))

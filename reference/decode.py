@@ -4,9 +4,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
-from dantinox.reference.attention import attention, sigmoid, soft_cap, visible
+from dantinox.reference.attention import attention
 
 Array = jax.Array
 
@@ -81,34 +81,14 @@ def decode_attention(
         q,
         keys,
         values,
-        gate=gate if sinks is None else None,
+        gate=gate,
         window=window,
         scale=scale,
         softcap=softcap,
         segment_ids=(jnp.ones(q.shape[:2], jnp.int32), holds_token.astype(jnp.int32)),
+        sinks=sinks,
     )
-    if sinks is not None:
-        mask = visible(T, C, causal=True, window=window)[None] & holds_token[:, None]
-        o = o * _share_without_sinks(q, keys, mask, sinks, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
-        o = (o if gate is None else o * sigmoid(gate.astype(o.dtype))).astype(q.dtype)
     return o, cache._replace(**new, length=length + T)
-
-
-def _share_without_sinks(
-    q: Array, k: Array, mask: Bool[Array, "B T C"], sinks: Array, scale: float, softcap: float | None
-) -> Float[Array, "B T H 1"]:
-    """Return which part of each query's softmax over [scores, sink] falls to the scores, in float32 or more."""
-    B, T, H, _ = q.shape
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
-    k = jnp.where(jnp.any(mask, axis=1)[:, :, None, None], k, 0)
-    q, k, sinks = q.astype(dtype), jnp.repeat(k, H // k.shape[2], axis=2).astype(dtype), sinks.astype(dtype)
-    scores = jnp.einsum("BTHD,BSHD->BHTS", q, k) * scale
-    if softcap is not None:
-        scores = soft_cap(jnp.where(mask[:, None], scores, 0), softcap)
-    scores = jnp.where(mask[:, None], scores, -jnp.inf)
-    logits = jnp.concatenate([scores, jnp.broadcast_to(sinks[:, None, None], (B, H, T, 1))], axis=-1)
-    weights = jax.nn.softmax(logits, axis=-1)
-    return jnp.sum(weights[..., :-1], axis=-1, keepdims=True).swapaxes(1, 2)
 
 
 def _quantize(x: Array, dtype: jnp.dtype) -> tuple[Array, Array]:

@@ -29,7 +29,7 @@ def natural_lse(lse: Array) -> Array:
 
 def add_sinks(o: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
     """Return (o [B, T, H, Dv], lse [B, T, H]) of attention whose heads have sinks [H] too."""
-    sinks = sinks.astype(lse.dtype)
+    sinks = jnp.broadcast_to(sinks.astype(lse.dtype), lse.shape)
     sees_key = lse > -jnp.inf
     some_lse = jnp.where(sees_key, lse, 0)  # -inf - -inf is NaN, also in derivatives
     share = jnp.where(sees_key, jax.nn.sigmoid(some_lse - sinks), 0)
