@@ -25,9 +25,47 @@ SCORES = "test_every_finite_score_counts"
 GATES = "test_gates_of_every_size"
 CAPS = "test_soft_caps_of_every_size"
 EACH_CAP = "test_soft_cap_and_its_derivative_for_scores_of_every_size[unit=1.0]"
+LSE = "test_lse_and_its_gradients"
+MERGED = "test_merge_of_two_parts_equals_the_whole"
 SHARDS = 'test_shard_map_over_sequences_and_heads_equals_one_device[P("data", None, "heads")-check_vma=True]'
 
 MUTANTS: list[Mutant] = [
+    *mutants_of(
+        "ops/attention/lse",
+        "attention",
+        ("a sink counts twice", "jax.nn.sigmoid(some_lse - sinks)", "jax.nn.sigmoid(some_lse - sinks - 0.7)",
+         f"{MATCHES}[sinks, window, gate-float32-xla]"),
+    ),
+    *mutants_of(
+        "ops/attention/lse",
+        "attention_lse",
+        ("sinks do not join the lse", "jnp.logaddexp(some_lse, sinks)", "some_lse",
+         "test_sinks_that_are_nothing_and_sinks_that_are_all[xla]"),
+        ("rows without a key give NaN", "some_lse = jnp.where(sees_key, lse, 0)", "some_lse = lse",
+         "test_sinks_of_minus_infinity_have_no_gradient[xla]"),
+        ("the parts change places", "o_a * (a / total)[..., None] + o_b * (b / total)[..., None]",
+         "o_a * (b / total)[..., None] + o_b * (a / total)[..., None]", f"{MERGED}[xla-queries without a key]"),
+        ("the weights do not add up to 1", "total = jnp.where(sees_key, a + b, 1)", "total = jnp.where(sees_key, a + b + 0.1, 1)",
+         f"{MERGED}[xla-queries without a key]"),
+        ("no part gives NaN", "largest = jnp.where(largest > -jnp.inf, largest, 0)", "pass",
+         f"{MERGED}[xla-queries without a key]"),
+    ),
+    *mutants_of(
+        "ops/attention/pallas",
+        "attention_lse",
+        ("the cotangent of the lse is dropped", "delta = delta - dlse", "delta = delta",
+         (f"{LSE}[pallas-window, gate per head]", f"{LSE}[pallas on TPU-window, gate per head]")),
+        ("the lse of a TPU stays to base 2", "result.m * math.log(2)", "result.m", f"{LSE}[pallas on TPU-window, gate per head]"),
+        ("the lse lacks the sum", "m - jnp.log(jnp.where(result.inv_l == 0, 1, result.inv_l))", "m",
+         f"{LSE}[pallas-window, gate per head]"),
+    ),
+    *mutants_of(
+        "ops/attention/xla",
+        "attention_lse",
+        ("the lse lacks the maximum", "m + jnp.log(safe_l)", "jnp.log(safe_l)", f"{LSE}[xla-banded]"),
+        ("no key has an lse of 0", "jnp.where(l == 0, -jnp.inf, m + jnp.log(safe_l))", "m + jnp.log(safe_l)",
+         f"{LSE}[xla-queries without a key]"),
+    ),
     *mutants_of(
         "einsum",
         "attention_number_range",
@@ -67,7 +105,7 @@ MUTANTS: list[Mutant] = [
     *mutants_of(
         "ops/attention/pallas",
         "attention_transformations",
-        ("the forward kernel varies", "call_invariant(run_fwd, q, k, v, gate, segments).o", "run_fwd(q, k, v, gate, segments).o",
+        ("the forward kernel varies", "call_invariant(run_fwd, q, k, v, gate, segments)", "run_fwd(q, k, v, gate, segments)",
          "test_ids_of_shards_vary"),
         ("the kernels of derivatives vary", "functools.partial(call_invariant, kernel)", "kernel", SHARDS),
     ),
@@ -140,7 +178,7 @@ MUTANTS: list[Mutant] = [
         ("masked keys of segments are not zeroed", "all_attended = q_ids is None and window", "all_attended = window",
          (f"{MASKED_KEYS}[full, segments-xla-output]", f"{MASKED_KEYS}[full, segments-xla-gradients]")),
         ("scale dropped", "q, k, acc_dtype) * self.scale", "q, k, acc_dtype)", f"{MATCHES}[7-float32-xla]"),
-        ("gate dropped", "o = o * _sigmoid(gate.astype(o.dtype))", "pass",
+        ("gate dropped", "out.o * _sigmoid(gate.astype(out.o.dtype))", "out.o",
          f"{MATCHES}[7 of 129, window-float32-xla]"),
         ("no key gives NaN", "jnp.where(l == 0, 1, l)", "l", f"{MATCHES}[129 on 7, window-float32-xla]"),
         (

@@ -14,6 +14,7 @@ SUITES = {
     ),
     "attention_hidden_values": ("kernels/attention/test_hidden_values", "kernels/attention/test_attention"),
     "attention_number_range": ("kernels/attention/test_number_range", "kernels/attention/test_attention"),
+    "attention_lse": ("kernels/attention/test_lse",),
     "attention_transformations": ("kernels/test_transformations",),
     "attention_segment_ids": (
         "kernels/attention/test_segment_ids",
