@@ -35,7 +35,7 @@ def test_draft(text, length, draft):
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({}, id="full"),
+        pytest.param({}, id="full", marks=pytest.mark.slow),
         pytest.param({"window": 6}, id="ring that wraps"),
         pytest.param({"window": 6, "decode": "pallas", "attn_gate": "head"}, id="pallas", marks=pytest.mark.slow),
         pytest.param({"kv_cache_dtype": "int8"}, id="int8", marks=pytest.mark.slow),
