@@ -282,6 +282,7 @@ echo "=> 0x7fff00001230 <attention_forward+560>: SYNCS.PHASECHK"
 """
 
 
+@pytest.mark.slow
 def test_debugger_is_attached_before_a_hung_process_is_killed(tmp_path, monkeypatch):
     program_path = tmp_path / "bin" / "cuda-gdb"
     program_path.parent.mkdir()

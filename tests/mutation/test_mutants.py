@@ -19,6 +19,7 @@ def test_mutant_applies_to_its_file(mutant):
     assert mutant.apply(text) != text
 
 
+@pytest.mark.slow
 def test_every_named_test_exists():
     """Collects the first file of every suite once."""
     files = sorted({mutant.files[0] for mutant in mutation.MUTANTS})

@@ -71,7 +71,7 @@ def test_implementation_matches_reference(case, dtype, implementation):
         assert not np.any(tolerance.to_float64(got[name])[idle]), f"{name} of an expert without tokens"
 
 
-@random_shapes.examples(24)
+@random_shapes.examples(12)
 @given(
     implementation=st.sampled_from(IMPLEMENTATIONS),
     shape=random_shapes.shapes(10),
