@@ -16,7 +16,12 @@ MUTANTS: list[Mutant] = [
         "ops/linear_cross_entropy/xla",
         "linear_cross_entropy",
         ("NaN of a row without part reaches dw", "h = jnp.where((targets >= 0)[:, None], h, 0)", "", NAN),
-        ("cotangent of a row without part", "dloss = jnp.where(targets >= 0, dloss, 0)", "", NAN),
+        (
+            "cotangent of a row without part",
+            "dloss, lse = jnp.where(targets >= 0, dloss, 0), row_max + jnp.log(total)",
+            "lse = row_max + jnp.log(total)",
+            NAN,
+        ),
         ("the sum is not rescaled", "carry.total * jnp.exp(carry.row_max - new_max)", "carry.total", TILES),
         (
             "each tile has a maximum of its own",
@@ -51,8 +56,8 @@ MUTANTS: list[Mutant] = [
         ("gradients of logits in float16", "dtype if h.dtype == jnp.float16 else h.dtype", "h.dtype", FLOAT16),
         (
             "loss of a row without part",
-            "return jnp.where(targets >= 0, loss, 0), lse, only_tile",
-            "return loss, lse, only_tile",
+            "return jnp.where(targets >= 0, loss, 0), row_max, total, only_tile",
+            "return loss, row_max, total, only_tile",
             NAN,
         ),
     ),

@@ -19,7 +19,8 @@ class _Residuals(NamedTuple):
     h: Array
     w: Array
     targets: Array
-    lse: Array
+    row_max: Array
+    total: Array
 
 
 def linear_cross_entropy(h: Array, w: Array, targets: Array, *, softcap: float | None, z_loss: float) -> Array:
@@ -38,7 +39,7 @@ def linear_cross_entropy(h: Array, w: Array, targets: Array, *, softcap: float |
     return _linear_cross_entropy(h, w, targets[None], config)[0, :N]
 
 
-def _forward(h: Array, w: Array, targets: Array, config: Config) -> tuple[Array, Array]:
+def _forward(h: Array, w: Array, targets: Array, config: Config) -> tuple[Array, Array, Array]:
     run = functools.partial(fwd.forward, config=config)
     return first_order(run, "linear_cross_entropy")(h, w, targets)
 
@@ -49,16 +50,16 @@ def _linear_cross_entropy(h: Array, w: Array, targets: Array, config: Config) ->
 
 
 def _linear_cross_entropy_fwd(h: Array, w: Array, targets: Array, config: Config) -> tuple[Array, _Residuals]:
-    loss, lse = _forward(h, w, targets, config)
-    return loss, _Residuals(h, w, targets, lse)
+    loss, row_max, total = _forward(h, w, targets, config)
+    return loss, _Residuals(h, w, targets, row_max, total)
 
 
 def _linear_cross_entropy_bwd(config: Config, residuals: _Residuals, dloss: Array) -> tuple:
-    h, w, targets, lse = residuals
-    dloss = jnp.where(targets >= 0, dloss, jnp.zeros_like(dloss))
+    h, w, targets, row_max, total = residuals
+    dloss, lse = jnp.where(targets >= 0, dloss, jnp.zeros_like(dloss)), row_max + jnp.log(total)
     dlse = (1 + 2 * config.z_loss * lse) * dloss
     run = functools.partial(bwd.backward, config=config)
-    return *first_order(run, "linear_cross_entropy")(h, w, targets, lse, dlse, dloss), None
+    return *first_order(run, "linear_cross_entropy")(h, w, targets, row_max, dlse / total, dloss), None
 
 
 _linear_cross_entropy.defvjp(_linear_cross_entropy_fwd, _linear_cross_entropy_bwd)

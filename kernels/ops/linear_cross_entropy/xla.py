@@ -43,7 +43,8 @@ class _Residuals(NamedTuple):
     h: Array
     w: Array
     targets: Array
-    lse: Array
+    row_max: Array  # the logsumexp in two parts: the rounding of one number would scale every p of its row
+    total: Array
     only_tile: Array | None
 
 
@@ -118,8 +119,8 @@ def _add_logits(carry: _State, s: Array, is_target: Array) -> _State:
     return _State(new_max, total, carry.target + jnp.sum(jnp.where(is_target, s, 0), axis=1))
 
 
-def _forward(h: Array, w: Array, targets: Array, options: Options) -> tuple[Array, Array, Array | None]:
-    """Return (loss [N], logsumexp [N], the logits if one tile has all of them)."""
+def _forward(h: Array, w: Array, targets: Array, options: Options) -> tuple[Array, Array, Array, Array | None]:
+    """Return (loss, maximum and sum of exponentials [N], the logits if one tile has all of them)."""
     N, V, dtype = h.shape[0], w.shape[0], accumulation_dtype(h.dtype)
     start = (jnp.full(N, -jnp.inf, dtype), jnp.zeros(N, dtype), jnp.zeros(N, dtype))
     start = _State(*(match_vma(x, h, w, targets) for x in start))
@@ -135,14 +136,14 @@ def _forward(h: Array, w: Array, targets: Array, options: Options) -> tuple[Arra
         row_max, total, target = _add_logits(start, only_tile, _is_target(targets, 0, V))
     lse = row_max + jnp.log(total)
     loss = lse - target + options.z_loss * lse * lse if options.z_loss else lse - target
-    return jnp.where(targets >= 0, loss, 0), lse, only_tile
+    return jnp.where(targets >= 0, loss, 0), row_max, total, only_tile
 
 
 def _backward(residuals: _Residuals, dloss: Array, options: Options) -> tuple[Array, Array]:
     """Return (dh, dw)."""
-    h, w, targets, lse, only_tile = residuals
-    N, V, dtype = h.shape[0], w.shape[0], lse.dtype
-    dloss = jnp.where(targets >= 0, dloss, 0)
+    h, w, targets, row_max, total, only_tile = residuals
+    N, V, dtype = h.shape[0], w.shape[0], total.dtype
+    dloss, lse = jnp.where(targets >= 0, dloss, 0), row_max + jnp.log(total)
     dlse = (1 + 2 * options.z_loss * lse) * dloss if options.z_loss else dloss
     # The logits' gradients need float16's range, and more: those of a mean over many rows are below it.
     product_dtype = dtype if h.dtype == jnp.float16 else h.dtype
@@ -151,7 +152,7 @@ def _backward(residuals: _Residuals, dloss: Array, options: Options) -> tuple[Ar
     def gradients(s: Array, w_tile: Array, v: Any) -> tuple[Array, Array]:
         """Return (the part of dh, the rows of dw) of the logits s from column v on."""
         is_target = _is_target(targets, v, s.shape[1])
-        ds = jnp.exp(s - lse[:, None]) * dlse[:, None] - jnp.where(is_target, dloss[:, None], 0)
+        ds = jnp.exp(s - row_max[:, None]) * (dlse / total)[:, None] - jnp.where(is_target, dloss[:, None], 0)
         if options.softcap is not None:
             ds = ds * cap_derivative(s, softcap=options.softcap)
         ds = ds.astype(product_dtype)

@@ -51,7 +51,7 @@ def test_ids_are_those_of_plain_decoding(changes):
     ):
         plain = generate(network, PROMPTS, max_new_tokens=25, **options)
         assert generate(network, PROMPTS, max_new_tokens=25, speculate=3, **options) == plain
-        assert options["temperature"] == 0 or len({*map(len, plain)}) > 1  # some row stops
+        assert options["temperature"] == 0 or any(len(row) < 25 for row in plain)  # some row stops
 
 
 def test_steps_are_fewer_and_counted():

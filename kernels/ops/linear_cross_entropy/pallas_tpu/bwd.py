@@ -1,6 +1,6 @@
 """The backward pass of the linear cross-entropy on Mosaic TPU: two kernels, each with the logits' gradients of a tile.
 
-Math      ds = ((1 + 2 z_loss lse) exp(s - lse) - [v = target]) dloss cap'(s);  dh = ds w;  dw = ds^T h
+Math      ds = ((1 + 2 z_loss lse) exp(s - m) / l - [v = target]) dloss cap'(s);  dh = ds w;  dw = ds^T h
 Tiling    dh: grid (blocks of rows, blocks of the vocabulary); dw: the other way round. Both compute the logits of a
           tile again, [block_v, block_n], whose gradients follow from the forward pass's logsumexp.
 
@@ -45,7 +45,7 @@ Array = jax.Array
 def dh_kernel(
     h_ref: Ref,
     w_ref: Ref,
-    lse_ref: Ref,
+    max_ref: Ref,
     dlse_ref: Ref,
     dloss_ref: Ref,
     targets_ref: Ref,
@@ -57,7 +57,7 @@ def dh_kernel(
     config: Config,
 ) -> None:
     """Add one tile of the vocabulary to dh of its rows."""
-    v_block, rows = pl.program_id(1), RowRefs(lse_ref, dlse_ref, dloss_ref, targets_ref)
+    v_block, rows = pl.program_id(1), RowRefs(max_ref, dlse_ref, dloss_ref, targets_ref)
 
     @pl.when(v_block == 0)
     def init_state() -> None:
@@ -81,7 +81,7 @@ def dh_kernel(
 def dw_kernel(
     h_ref: Ref,
     w_ref: Ref,
-    lse_ref: Ref,
+    max_ref: Ref,
     dlse_ref: Ref,
     dloss_ref: Ref,
     targets_ref: Ref,
@@ -93,7 +93,7 @@ def dw_kernel(
     config: Config,
 ) -> None:
     """Add one block of rows to dw of its words; those past the vocabulary reach no word of it."""
-    v_block, rows = pl.program_id(0), RowRefs(lse_ref, dlse_ref, dloss_ref, targets_ref)
+    v_block, rows = pl.program_id(0), RowRefs(max_ref, dlse_ref, dloss_ref, targets_ref)
 
     @pl.when(pl.program_id(1) == 0)
     def init_state() -> None:
@@ -113,7 +113,7 @@ def dw_kernel(
 
 @in_32_bits
 def backward(
-    h: Array, w: Array, targets: Array, lse: Array, dlse: Array, dloss: Array, config: Config
+    h: Array, w: Array, targets: Array, row_max: Array, dlse: Array, dloss: Array, config: Config
 ) -> tuple[Array, Array]:
     """Return (dh, dw).
 
@@ -121,15 +121,15 @@ def backward(
         h: [N, M], whole blocks of rows; zeros in rows that take no part.
         w: [V, M].
         targets: [1, N] int32; -1 in rows that take no part.
-        lse: logsumexps of the forward pass, [1, N] float32.
-        dlse: gradient of the logsumexps, [1, N] float32; 0 in rows that take no part.
+        row_max: maxima m of the logits, [1, N] float32.
+        dlse: gradient of the logsumexps over the sums l of exponentials, [1, N] float32; 0 in rows that take no part.
         dloss: gradient of the losses, [1, N] float32; 0 in rows that take no part.
         config: static parameters.
     """
     (N, M), V, dtype = h.shape, config.V, h.dtype
     block_n, block_v = config.sizes.block_n, config.sizes.block_v
     num_n_blocks, num_v_blocks = N // block_n, config.num_v_blocks
-    operands = [h, w, lse, dlse, dloss, targets]
+    operands = [h, w, row_max, dlse, dloss, targets]
     logits = pltpu.VMEM((block_v, block_n), jnp.float32)
     h_spec = pl.BlockSpec((block_n, M), lambda n, v: (n, 0))
     w_spec = pl.BlockSpec((block_v, M), lambda n, v: (v, 0))

@@ -98,8 +98,8 @@ def store_logits(s_ref: Ref, w_ref: Ref, h_ref: Ref, n: Any, softcap: float | No
 
 def logit_gradients(config: Config, tile: Subtile, s: Array, rows: "RowRefs", *, masked: bool) -> Array:
     """Return the gradients of the logits s of one part; 0 past the vocabulary if `masked`."""
-    lse, dlse, dloss, targets = (ref[:, tile.n] for ref in rows)
-    ds = jnp.exp(s - lse) * dlse - jnp.where(tile.is_target(targets), dloss, 0.0)
+    row_max, dlse, dloss, targets = (ref[:, tile.n] for ref in rows)
+    ds = jnp.exp(s - row_max) * dlse - jnp.where(tile.is_target(targets), dloss, 0.0)
     if config.softcap is not None:
         ds = ds * cap_derivative(s, softcap=config.softcap)
     return jnp.where(tile.in_vocabulary(config.V, s.shape[1]), ds, 0.0) if masked else ds
@@ -108,7 +108,7 @@ def logit_gradients(config: Config, tile: Subtile, s: Array, rows: "RowRefs", *,
 class RowRefs(NamedTuple):
     """One value per row of h, [1, block_n]: logsumexp, its gradient, the loss's gradient, the target."""
 
-    lse: Ref
+    row_max: Ref
     dlse: Ref
     dloss: Ref
     targets: Ref

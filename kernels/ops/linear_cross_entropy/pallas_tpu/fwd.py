@@ -42,7 +42,8 @@ def fwd_kernel(
     w_ref: Ref,
     targets_ref: Ref,
     loss_ref: Ref,
-    lse_ref: Ref,
+    max_out_ref: Ref,
+    sum_out_ref: Ref,
     s_ref: Ref,
     max_ref: Ref,
     sum_ref: Ref,
@@ -87,12 +88,14 @@ def fwd_kernel(
         if config.z_loss:
             loss += config.z_loss * lse * lse
         loss_ref[...] = jnp.where(targets_ref[...] >= 0, loss, 0.0)
-        lse_ref[...] = lse
+        max_out_ref[...], sum_out_ref[...] = max_ref[...], sum_ref[...]
 
 
 @in_32_bits
-def forward(h: Array, w: Array, targets: Array, config: Config) -> tuple[Array, Array]:
-    """Return the losses and the logsumexps, [1, N].
+def forward(h: Array, w: Array, targets: Array, config: Config) -> tuple[Array, Array, Array]:
+    """Return the losses, and the maxima and sums of exponentials of the logits, [1, N].
+
+    The logsumexp is in two parts, because the rounding error of one number would scale every weight of the row.
 
     Args:
         h: [N, M], whole blocks of rows.
@@ -104,8 +107,8 @@ def forward(h: Array, w: Array, targets: Array, config: Config) -> tuple[Array, 
     block_n, block_v = config.sizes.block_n, config.sizes.block_v
     row_spec = pl.BlockSpec((1, block_n), lambda n, v: (0, n))
     row_scratch = pltpu.VMEM((1, block_n), jnp.float32)
-    moved = h.dtype.itemsize * (h.size + V * M * (N // block_n)) + 12 * N
-    loss, lse = call_kernel(
+    moved = h.dtype.itemsize * (h.size + V * M * (N // block_n)) + 16 * N
+    loss, row_max, total = call_kernel(
         fwd_kernel,
         config,
         (N // block_n, config.num_v_blocks),
@@ -114,11 +117,11 @@ def forward(h: Array, w: Array, targets: Array, config: Config) -> tuple[Array, 
             pl.BlockSpec((block_v, M), lambda n, v: (v, 0)),
             row_spec,
         ],
-        [row_spec, row_spec],
-        [((1, N), jnp.float32)] * 2,
+        [row_spec] * 3,
+        [((1, N), jnp.float32)] * 3,
         [pltpu.VMEM((block_v, block_n), jnp.float32), *[row_scratch] * 3],
         [h, w, targets],
         Cost(2 * N * M * V, moved, N * V),
         "linear_cross_entropy",
     )
-    return loss, lse
+    return loss, row_max, total
