@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from dantinox.inference import prefill
+from dantinox.inference.chunk import DONE_TOKEN
 
 Ids = Sequence[int] | np.ndarray
-DONE_TOKEN = -1  # in place of a token id that does not exist, such as after the end of a sequence
 
 
 def check_prompts(prompts: Sequence[Ids], vocab_size: int) -> list[np.ndarray]:

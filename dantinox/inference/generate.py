@@ -20,7 +20,8 @@ from flax import nnx
 from dantinox.config import ModelConfig
 from dantinox.config.validation import check_int
 from dantinox.inference import prefill, speculation
-from dantinox.inference.checks import DONE_TOKEN, Ids, check_prompts, check_stop_tokens
+from dantinox.inference.checks import Ids, check_prompts, check_stop_tokens
+from dantinox.inference.chunk import DONE_TOKEN, Chunk
 from dantinox.inference.sampling import Sampling, apply_repetition_penalty, sample
 from dantinox.kernels import KVCache
 from dantinox.model.transformer import Transformer
@@ -134,20 +135,6 @@ class Request:
     speculate: int = 0
 
 
-class Chunk(NamedTuple):
-    """New ids of all sequences.
-
-    Attributes:
-        ids: new ids per sequence, all samples of the first prompt first.
-        done: whether each sequence has ended.
-        steps: steps of the model that each sequence took.
-    """
-
-    ids: list[list[int]]
-    done: list[bool]
-    steps: list[int]
-
-
 def generate_chunks(model: Transformer, request: Request, latency: float | None = None) -> Iterator[Chunk]:
     """Yield the new ids of every sequence in chunks. Each prompt is prefilled once, for all its samples.
 
@@ -249,10 +236,9 @@ def _speculate(
     start = speculation.initial_state(
         state.caches, state.logits, state.keys, state.seen, prompts, inputs.samples.size, size
     )
-    outputs = speculation.decode(
+    return speculation.decode(
         (graph, weights), start, inputs.sampling, inputs.stop_ids, num_drafts=drafts, count=count, latency=latency
     )
-    return (Chunk(*output) for output in outputs)
 
 
 def _prefill(model: Transformer, slots: tuple[int, ...], inputs: _Inputs) -> tuple[Any, Any, "_State"]:

@@ -24,7 +24,7 @@ import numpy as np
 from flax import nnx
 
 from dantinox.inference import prefill
-from dantinox.inference.checks import DONE_TOKEN
+from dantinox.inference.chunk import DONE_TOKEN, Chunk
 from dantinox.inference.sampling import Sampling, apply_repetition_penalty, sample
 from dantinox.kernels import KVCache, rewind
 
@@ -55,20 +55,6 @@ class State(NamedTuple):
     seen: Array
     text: Array
     length: Array
-
-
-class StepOutput(NamedTuple):
-    """New ids of some steps.
-
-    Attributes:
-        ids: new ids of each row.
-        done: whether each row has ended.
-        steps: steps of the model that each row took.
-    """
-
-    ids: list[list[int]]
-    done: list[bool]
-    steps: list[int]
 
 
 def propose(text: Array, length: Array, num_tokens: int) -> Array:
@@ -109,7 +95,7 @@ def decode(
     num_drafts: int,
     count: int,
     latency: float | None,
-) -> Iterator[StepOutput]:
+) -> Iterator[Chunk]:
     """Decode up to `count` tokens per row.
 
     Args:
@@ -130,7 +116,7 @@ def decode(
         ids, row_done = np.asarray(out).reshape(len(out), -1), np.asarray(state.done)
         done = bool(row_done.all())
         new = [row[row != DONE_TOKEN].tolist() for row in ids]
-        yield StepOutput(new, row_done.tolist(), np.asarray(steps).tolist())
+        yield Chunk(new, row_done.tolist(), np.asarray(steps).tolist())
         if latency is not None:
             size = max(1, min(STEPS, int(size * latency / (time.perf_counter() - start))))
 
