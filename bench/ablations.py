@@ -79,7 +79,7 @@ def make_variants(base: Config) -> dict[str, dict[str, Any]]:
         "recompute all but matmuls": {"remat": "dots"},
         "accumulate 4" if train.grad_accum == 1 else "accumulate 1": {"grad_accum": 4 if train.grad_accum == 1 else 1},
     }
-    for field, op in (("attn", "attention"), ("moe", "moe_mlp")):
+    for field, op in (("attn", "attention"), ("moe", "moe_mlp"), ("loss", "linear_cross_entropy")):
         if field == "moe" and not model.n_experts:
             continue
         for name, reason in kernels.implementations(op).items():

@@ -24,7 +24,12 @@ USER_ERRORS = (
 )
 
 
-IMPLEMENTATION_FLAGS = {"attention": "--attn", "moe_mlp": "--moe", "decode_attention": "--decode"}
+IMPLEMENTATION_FLAGS = {
+    "attention": "--attn",
+    "moe_mlp": "--moe",
+    "decode_attention": "--decode",
+    "linear_cross_entropy": "--loss",
+}
 """Operation -> the flag that chooses its implementation."""
 
 

@@ -35,6 +35,8 @@ class Arguments:
     """Implementation of attention; None: that of the run."""
     moe: Implementation | None = None
     """Implementation of the mixture of experts; None: that of the run."""
+    loss: Implementation | None = None
+    """Implementation of the loss; None: that of the run."""
     json: bool = False
     """Print one line of JSON instead of a table."""
     verbose: bool = False
@@ -67,7 +69,7 @@ def report(arguments: Arguments) -> None:
     if arguments.data is None:
         raise ValueError("data is missing; give --data a text file, a folder, a glob or stdlib")
     overrides = {
-        name: value for name in ("checkpoint", "attn", "moe") if (value := getattr(arguments, name)) is not None
+        name: value for name in ("checkpoint", "attn", "moe", "loss") if (value := getattr(arguments, name)) is not None
     }
     model, tokenizer = load(find_run(arguments.run), **overrides)
     documents = find_documents(arguments.data)

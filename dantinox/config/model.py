@@ -81,12 +81,20 @@ class ModelConfig:
     """Implementation of the mixture of experts."""
     decode: Implementation = "auto"
     """Implementation of cached decoding."""
+    loss: Implementation = "auto"
+    """Implementation of the loss; reference keeps the logits of all tokens."""
     kv_cache_dtype: KVDtype = "auto"
     """Storage of the KV cache: the model's dtype (auto), or 8 bits per value and one scale per vector."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name, op in (("attn", "attention"), ("moe", "moe_mlp"), ("decode", "decode_attention")):
+        operations = {
+            "attn": "attention",
+            "moe": "moe_mlp",
+            "decode": "decode_attention",
+            "loss": "linear_cross_entropy",
+        }
+        for name, op in operations.items():
             value, allowed = getattr(self, name), kernels.implementation_names(op)
             check(value in allowed, f"{name} is {value!r}; allowed: {', '.join(allowed)}")
         check_positive(self, "vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "max_context")

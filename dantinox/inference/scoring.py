@@ -15,7 +15,6 @@ from itertools import batched
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -131,6 +130,5 @@ def _scoring_windows(
 @functools.partial(jax.jit, static_argnums=0)
 def _negative_log_probs(graph: Any, weights: Any, inputs: jax.Array, targets: jax.Array) -> jax.Array:
     """Return -log p of each target, float32 [B, T]; inputs and targets are [B, T] int32."""
-    logits = nnx.merge(graph, weights)(inputs)
-    target_logits = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - target_logits
+    model = nnx.merge(graph, weights)
+    return model.token_losses(model.hidden(inputs)[0], targets)

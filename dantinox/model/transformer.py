@@ -9,6 +9,7 @@ from flax import nnx
 
 from dantinox import kernels
 from dantinox.config import ModelConfig
+from dantinox.distributed.shard_map import shard_map_over_batch
 from dantinox.model.attention import Attention, PastKeyValues, _KeyStream
 from dantinox.model.layers import MLP, dense, dropout, filled_parameter, parameter, rms_norm
 from dantinox.model.moe import MoE, RouterStats, mean_over_layers
@@ -168,3 +169,28 @@ class Transformer(nnx.Module):
         logits = dense(h, w, jnp.float32)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    @jax.named_scope("loss")
+    def token_losses(self, h: Array, targets: Array) -> Array:
+        """Compute -log p of each target without keeping the logits of all tokens.
+
+        Args:
+            h: final hidden states [B, T, M].
+            targets: [B, T] int32; negative ones are ignored.
+
+        Returns:
+            [B, T] float32 in nats; 0 where the target is negative.
+        """
+
+        def losses(w: Array, h: Array, targets: Array) -> Array:
+            flat = kernels.linear_cross_entropy(
+                h.reshape(-1, h.shape[-1]),
+                w,
+                targets.reshape(-1),
+                softcap=self.config.logit_softcap,
+                implementation=self.config.loss,
+            )
+            return flat.reshape(targets.shape)
+
+        w = self.token_embedding[...] if self.lm_head is None else self.lm_head[...].T
+        return shard_map_over_batch(losses, num_weights=1)(w.astype(h.dtype), h, targets)

@@ -210,10 +210,11 @@ RESUME_EFFECTS: dict[str, Effect | Callable[[Config, Config], Effect]] = {
     "dropout": "numbers",
     "norm_eps": "impossible",
     "dtype": "impossible",
-    # These three compute the same in another order, so that sums are rounded differently.
+    # These four compute the same in another order, so that sums are rounded differently.
     "remat": "numbers",
     "attn": "numbers",
     "moe": "numbers",
+    "loss": "numbers",
     "decode": "none",  # of text samples only
     "kv_cache_dtype": "none",
     # data

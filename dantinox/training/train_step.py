@@ -18,20 +18,15 @@ from dantinox.model.params import ModelDef, Params, param_axes
 Array = jax.Array
 
 
-@jax.named_scope("loss")
-def cross_entropy(logits: Array, targets: Array, count: Array | float | None = None) -> Array:
-    """Return the mean of -log softmax(logits)[target] in nats over targets >= 0; 0 if there are none.
+def mean_over_targets(losses: Array, targets: Array, count: Array | float | None = None) -> Array:
+    """Return the mean of the losses over targets >= 0; 0 if there are none.
 
     Args:
-        logits: [..., V] float32.
-        targets: [...] int32; negative ones are padding and ignored.
+        losses: [...] float32; 0 where the target is negative.
+        targets: [...] int32.
         count: divisor instead of the number of targets, such as the targets of a batch per micro-batch.
     """
-    # A masked sum, not a gather: its gradient needs no scatter, and XLA fuses both passes.
-    ids, is_target = jnp.expand_dims(jnp.arange(logits.shape[-1]), tuple(range(targets.ndim))), targets >= 0
-    target_logits = jnp.sum(jnp.where(ids == targets[..., None], logits, 0), axis=-1)
-    nats = jnp.where(is_target, jax.nn.logsumexp(logits, axis=-1) - target_logits, 0)
-    return jnp.sum(nats) / jnp.maximum(jnp.sum(is_target) if count is None else count, 1)
+    return jnp.sum(losses) / jnp.maximum(jnp.sum(targets >= 0) if count is None else count, 1)
 
 
 def compute_loss(
@@ -52,7 +47,7 @@ def compute_loss(
         inputs: [B, T] int32.
         targets: [B, T] int32.
         key: random key of dropout; None turns dropout off.
-        count: as in `cross_entropy`.
+        count: as in `mean_over_targets`.
 
     Returns:
         (objective, metrics). The metric loss is the cross-entropy without auxiliary losses; a sparse model adds balance
@@ -60,7 +55,7 @@ def compute_loss(
     """
     model = model_def.merge(params)
     h, router_stats = model.hidden(inputs, key=key)
-    loss = cross_entropy(model.logits(h), targets, count)
+    loss = mean_over_targets(model.token_losses(h, targets), targets, count)
     metrics = {"loss": loss}
     total = loss
     if router_stats is not None:
@@ -154,7 +149,8 @@ def make_eval_step(
 
     def evaluate(params: Params, inputs: Array, targets: Array) -> Array:
         with batch_sharded_mesh(mesh, sharded=False):
-            return cross_entropy(model_def.merge(params)(inputs), targets)
+            model = model_def.merge(params)
+            return mean_over_targets(model.token_losses(model.hidden(inputs)[0], targets), targets)
 
     if mesh is None:
         return jax.jit(evaluate)

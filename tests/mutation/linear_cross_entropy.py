@@ -2,8 +2,12 @@
 
 from tests.mutation.mutant import Mutant, mutants_of
 
-TILES = "test_tile_size_does_not_change_xla[block_v=7]"
-ONE_TILE = "test_tile_size_does_not_change_xla[block_v=50]"
+TILES = "test_tile_size_does_not_change_xla[random-block_v=7-block_n=4]"
+EQUAL = "test_tile_size_does_not_change_xla[equal-block_v=7-block_n=4]"
+ONE_TILE = "test_tile_size_does_not_change_xla[random-block_v=50-block_n=4]"
+SYMBOL = "test_tiles_of_rows_below_transformations[export]"
+NAN_IN_TILES = "test_rows_without_part_do_not_affect_tiles[value=nan]"
+PRODUCTS = "test_equal_cotangents_take_three_products"
 NAN = "test_rows_without_part_do_not_affect_results[xla]"
 FLOAT16 = "test_float16_gradients_of_a_mean_do_not_vanish[xla]"
 RANGE = "test_logits_beyond_the_range_of_exponentials[xla]"
@@ -16,28 +20,62 @@ MUTANTS: list[Mutant] = [
         "ops/linear_cross_entropy/xla",
         "linear_cross_entropy",
         ("NaN of a row without part reaches dw", "h = jnp.where((targets >= 0)[:, None], h, 0)", "", NAN),
-        (
-            "cotangent of a row without part",
-            "dloss, lse = jnp.where(targets >= 0, dloss, 0), row_max + jnp.log(total)",
-            "lse = row_max + jnp.log(total)",
-            NAN,
-        ),
-        ("the sum is not rescaled", "carry.total * jnp.exp(carry.row_max - new_max)", "carry.total", TILES),
+        ("cotangent of a row without part", "dloss = jnp.where(takes_part, dloss, 0)", "pass", (NAN, NAN_IN_TILES)),
+        ("the sum is not rescaled", "stats.total * jnp.exp(stats.row_max - row_max)", "stats.total", SYMBOL),
         (
             "each tile has a maximum of its own",
-            "jnp.maximum(carry.row_max, jnp.max(s, axis=1))",
+            "jnp.maximum(stats.row_max, jnp.max(s, axis=1))",
             "jnp.max(s, axis=1)",
             RANGE,
         ),
-        ("the last words are skipped", "return body(V - rest, rest, carry) if rest else carry", "return carry", TILES),
+        (
+            "the last words are skipped",
+            "return body(size - rest, rest, carry) if rest else carry",
+            "return carry",
+            TILES,
+        ),
         ("the first tile is skipped", "np.int32(0), np.int32(num_full)", "np.int32(1), np.int32(num_full)", TILES),
-        ("the last tile's target only", "carry.target + jnp.sum(", "jnp.sum(", TILES),
-        ("targets of the first tile in every tile", "== (targets - v)[:, None]", "== targets[:, None]", TILES),
-        ("dh of the last tile only", "return dh + dh_part,", "return dh_part,", TILES),
+        ("the last tile's target only", "stats.target + target)", "target)", SYMBOL),
+        (
+            "targets of the first tile in every tile of logits",
+            "_tile_logits(h, _slice(w, v, size), options), targets - v)",
+            "_tile_logits(h, _slice(w, v, size), options), targets)",
+            SYMBOL,
+        ),
+        (
+            "targets of the first tile in every tile of gradients",
+            "_gradients(s, h, w_tile, targets - v, stats, dloss, options)",
+            "_gradients(s, h, w_tile, targets, stats, dloss, options)",
+            (SYMBOL, TILES),
+        ),
+        (
+            "targets of the first columns in all columns",
+            "_slice(w, v, width), targets_tile - v, stats, dloss, options)",
+            "_slice(w, v, width), targets_tile, stats, dloss, options)",
+            (TILES, EQUAL),
+        ),
+        ("dh of the last tile only", "return dh + dh_part,", "return dh_part,", SYMBOL),
+        ("dh of the last columns only", "return dh_tile + dh_part,", "return dh_part,", (TILES, EQUAL)),
+        ("dw of the last rows only", "_slice(dw, v, width) + dw_part", "dw_part", EQUAL),
+        ("dh is not scaled", "dh = dh * dloss[:, None]", "pass", (TILES, EQUAL)),
+        ("dw is not scaled", "lambda: dw * common,", "lambda: dw,", EQUAL),
+        (
+            "dw is scaled by one cotangent of several",
+            "jnp.all(jnp.where(takes_part, dloss == common, True))",
+            "jnp.any(takes_part)",
+            TILES,
+        ),
+        (
+            "rows without part are compared",
+            "jnp.all(jnp.where(takes_part, dloss == common, True))",
+            "jnp.all(dloss == common)",
+            PRODUCTS,
+        ),
+        ("the first row's cotangent", "jnp.argmax(takes_part)", "0", PRODUCTS),
         (
             "no gradient of the z-loss",
-            "dlse = (1 + 2 * options.z_loss * lse) * dloss",
-            "dlse = (1 + 0 * lse) * dloss",
+            "dlse = (1 + 2 * options.z_loss * stats.lse) * dloss",
+            "dlse = (1 + 0 * stats.lse) * dloss",
             (TILES, ONE_TILE),
         ),
         ("half a gradient of the z-loss", "1 + 2 * options.z_loss", "1 + options.z_loss", (TILES, ONE_TILE)),
@@ -49,17 +87,12 @@ MUTANTS: list[Mutant] = [
         ),
         (
             "the target's gradient has the z-loss",
-            "jnp.where(is_target, dloss[:, None], 0)",
-            "jnp.where(is_target, dlse[:, None], 0)",
+            "jnp.where(_is_target(targets, s.shape[1]), dloss[:, None], 0)",
+            "jnp.where(_is_target(targets, s.shape[1]), dlse[:, None], 0)",
             (TILES, ONE_TILE),
         ),
-        ("gradients of logits in float16", "dtype if h.dtype == jnp.float16 else h.dtype", "h.dtype", FLOAT16),
-        (
-            "loss of a row without part",
-            "return jnp.where(targets >= 0, loss, 0), row_max, total, only_tile",
-            "return loss, row_max, total, only_tile",
-            NAN,
-        ),
+        ("gradients of logits in float16", "s.dtype if h.dtype == jnp.float16 else h.dtype", "h.dtype", FLOAT16),
+        ("loss of a row without part", "return jnp.where(targets >= 0, loss, 0)", "return loss", NAN),
     ),
     *mutants_of(
         "integers",

@@ -49,6 +49,7 @@ VALUES = {
     "attn": "auto xla reference triton flash",
     "moe": "auto xla reference triton",
     "decode": "auto xla reference triton",
+    "loss": "auto xla reference triton",
     "kv-cache-dtype": "auto int8 fp8 int4",
     "tokenizer": "char bpe word",
     "bpe-vocab-size": "300 320 299 0",

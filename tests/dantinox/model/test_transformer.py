@@ -321,3 +321,32 @@ def test_learned_positions_past_max_context_raise():
     assert model(text(T=64)).shape == (2, 64, 23)
     with pytest.raises(ValueError, match=r"65.*max_context 64"):
         model(text(T=65))
+
+
+@pytest.mark.parametrize("changes", [{"logit_softcap": 0.2}, {"tie_embeddings": False}], ids=str)
+def test_token_losses_are_those_of_the_logits(changes):
+    """Values and gradients, where some targets are negative."""
+    graph, state = nnx.split(build(**changes))
+    tokens, targets = text(2, 7), jnp.where(jnp.arange(7) % 3 == 1, -1, text(2, 7, seed=1))
+
+    def from_logits(state):
+        logp = jax.nn.log_softmax(nnx.merge(graph, state)(tokens))
+        return jnp.where(targets < 0, 0, -jnp.take_along_axis(logp, jnp.maximum(targets, 0)[..., None], -1)[..., 0])
+
+    def without_logits(state):
+        model = nnx.merge(graph, state)
+        return model.token_losses(model.hidden(tokens)[0], targets)
+
+    def run(losses, state, dout):
+        o, pull = jax.vjp(losses, state)
+        return o, pull(dout)[0]
+
+    dout = jnp.linspace(-1, 1, 14).reshape(2, 7)
+    expected, got = (jax.jit(functools.partial(run, f))(state, dout) for f in (from_logits, without_logits))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), got, expected)
+
+
+def test_token_losses_of_bfloat16_are_float32():
+    model = build(dtype="bfloat16")
+    losses = jax.eval_shape(lambda tokens: model.token_losses(model.hidden(tokens)[0], tokens), text())
+    assert (losses.dtype, losses.shape) == (jnp.float32, (2, 24))

@@ -95,16 +95,112 @@ def test_random_sizes_match_python_loops(implementation, shape, softcap, z_loss,
     random_shapes.clear_programs()
 
 
-@pytest.mark.parametrize("block_v", [7, 50], ids="block_v={}".format)
-def test_tile_size_does_not_change_xla(monkeypatch, block_v):
-    inputs, aux, dout = cases.draw(row(9, 5, 37, absent="some"))
-    options = {"softcap": 2.0, "z_loss": 0.1}
+def force_tiles(monkeypatch, block_v, block_n=4):
+    """Give `xla` small tiles; with a block_v of all columns it has one."""
     monkeypatch.setattr(xla, "choose_block_v", lambda N: block_v)
-    f = functools.partial(kernels.linear_cross_entropy, **aux, **options, implementation="xla")
-    narrow = {name: jnp.float32(x) for name, x in inputs.items()}
-    got = jax.jit(lambda *args: tolerance.output_and_gradients(lambda x: f(**x), *args))(narrow, jnp.float32(dout))
-    for name, value in expected_by_loops(inputs, aux["targets"], dout, **options).items():
+    monkeypatch.setattr(xla, "choose_block_n", lambda V: block_n)
+    monkeypatch.setattr(xla, "MAX_BLOCK_V", block_v)
+
+
+OPTIONS = {"softcap": 2.0, "z_loss": 0.1}
+
+
+@functools.cache
+def program_in_tiles(block_v, block_n):
+    """The loss and its gradients by `xla`, in the tiles that are set when it runs first."""
+
+    def run(inputs, targets, dout):
+        f = functools.partial(kernels.linear_cross_entropy, targets=targets, **OPTIONS, implementation="xla")
+        return tolerance.output_and_gradients(lambda x: f(**x), inputs, dout)
+
+    return jax.jit(run)
+
+
+def run_in_tiles(monkeypatch, inputs, targets, dout, block_v=7, block_n=4):
+    force_tiles(monkeypatch, block_v, block_n)
+    narrow = {name: np.float32(x) for name, x in inputs.items()}
+    return program_in_tiles(block_v, block_n)(narrow, targets, np.float32(dout))
+
+
+@pytest.mark.parametrize("block_n", [1, 4, 9], ids="block_n={}".format)
+@pytest.mark.parametrize("block_v", [7, 50], ids="block_v={}".format)
+@pytest.mark.parametrize("cotangents", ["equal", "random"])
+def test_tile_size_does_not_change_xla(monkeypatch, block_v, block_n, cotangents):
+    inputs, aux, dout = cases.draw(row(9, 5, 37, absent="some"))
+    if cotangents == "equal":  # among the rows that take part
+        dout = np.where(aux["targets"] >= 0, -0.3, dout)
+    got = run_in_tiles(monkeypatch, inputs, **aux, dout=dout, block_v=block_v, block_n=block_n)
+    for name, value in expected_by_loops(inputs, aux["targets"], dout, **OPTIONS).items():
         np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("value", [0, 0.7, np.inf, np.nan])
+def test_rows_without_part_do_not_affect_tiles(monkeypatch, value):
+    """Neither their values nor their cotangents do; an infinite or NaN cotangent of a row with part reaches dw."""
+    inputs, aux, _ = cases.draw(row(9, 5, 37, absent="some"))
+    run = functools.partial(run_in_tiles, monkeypatch)
+    absent = aux["targets"] < 0
+    clean = run(inputs, **aux, dout=np.where(absent, 0, 0.7))
+    filled = inputs | {"h": np.where(absent[:, None], value, inputs["h"])}
+    tolerance.assert_bit_equal(clean, run(filled, **aux, dout=np.where(absent, value, 0.7)))
+    assert absent.any() and not absent.all()
+    if not np.isfinite(value):
+        assert not np.isfinite(run(inputs, **aux, dout=np.full(9, value))["dw"]).any()
+    nothing = run(inputs, np.full(9, -1, np.int32), dout=np.full(9, value))
+    assert not any(np.any(x) for x in nothing.values())
+
+
+def test_equal_cotangents_take_three_products(monkeypatch):
+    """Those of rows that take part: dw is computed again for unequal ones only, here as NaN."""
+    inputs, _, dout = cases.draw(row(9, 5, 37))
+    targets = np.where(np.arange(9) % 4 == 0, -1, 3).astype(np.int32)
+    force_tiles(monkeypatch, 7)
+    monkeypatch.setattr(xla, "_column_tiles_gradients", lambda h, w, *_: (h * jnp.nan, w * jnp.nan))
+    run = jax.jit(program_in_tiles.__wrapped__(7, 4))
+    narrow = {name: np.float32(x) for name, x in inputs.items()}
+    assert np.isfinite(run(narrow, targets, np.full(9, 0.2, np.float32))["dw"]).all()
+    assert np.isnan(run(narrow, targets, np.float32(dout))["dw"]).all()
+
+
+@pytest.mark.parametrize("transformation", ["vmap", "scan", "remat", "shard_map", "x64", "ranks", "export"])
+def test_tiles_of_rows_below_transformations(monkeypatch, transformation):
+    inputs, aux, dout = cases.draw(row(10, 5, 37, absent="some"))
+    wide = transformation == "x64"
+    dtype = np.float64 if wide else np.float32
+    h, w, targets, dout = inputs["h"].astype(dtype), inputs["w"].astype(dtype), aux["targets"], dout.astype(dtype)
+    force_tiles(monkeypatch, 7)
+
+    def f(h, w, targets, dout):
+        o, pull = jax.vjp(
+            lambda h, w: kernels.linear_cross_entropy(h, w, targets, **OPTIONS, implementation="xla"), h, w
+        )
+        return o, *pull(dout)
+
+    def two(function):
+        return lambda *args: [x[1] for x in function(*(jnp.stack([jnp.ones_like(x), x]) for x in args))]
+
+    mesh = jax.make_mesh((1,), ("x",), (jax.sharding.AxisType.Auto,))
+    P = jax.sharding.PartitionSpec
+    symbols = jax.export.symbolic_shape("n, 5")
+    shapes = [jax.ShapeDtypeStruct(s, d) for s, d in ((symbols, dtype), (w.shape, dtype), (symbols[:1], np.int32))]
+    form = {
+        "vmap": lambda: two(jax.vmap(f)),
+        "scan": lambda: two(lambda *args: jax.lax.scan(lambda c, x: (c, f(*x)), 0, args)[1]),
+        "remat": lambda: jax.checkpoint(f),
+        "shard_map": lambda: jax.shard_map(
+            f, mesh=mesh, in_specs=(P("x"), P(), P("x"), P("x")), out_specs=(P("x"), P("x"), P())
+        ),
+        "x64": lambda: f,
+        "ranks": lambda: f,
+        "export": lambda: jax.export.export(jax.jit(f))(*shapes, jax.ShapeDtypeStruct(symbols[:1], dtype)).call,
+    }[transformation]
+    with jax.enable_x64(wide), jax.numpy_rank_promotion("raise"):
+        got = jax.jit(form())(h, w, targets, dout)
+    expected = expected_by_loops(inputs, targets, dout, **OPTIONS)
+    for name, value, actual in zip(expected, expected.values(), got, strict=True):
+        assert actual.dtype == dtype
+        scale = 1e-10 if wide else 1e-4
+        np.testing.assert_allclose(actual, value, rtol=scale, atol=scale, err_msg=name)
 
 
 def test_xla_keeps_a_tile_of_logits():
@@ -112,12 +208,18 @@ def test_xla_keeps_a_tile_of_logits():
         block_v = xla.choose_block_v(N)
         assert xla.MIN_BLOCK_V <= block_v <= xla.MAX_BLOCK_V and block_v & (block_v - 1) == 0
         assert N * block_v <= max(xla.MAX_TILE_LOGITS, N * xla.MIN_BLOCK_V)
+    for V in (1, 100, 32_768, 151_936):
+        block_n = xla.choose_block_n(V)
+        assert block_n >= xla.MIN_BLOCK_N_CPU and block_n & (block_n - 1) == 0
+        assert block_n * V <= max(xla.MAX_TILE_LOGITS, xla.MIN_BLOCK_N_CPU * V)
     N, M, V = 8192, 16, 60_000
     h, w = jax.ShapeDtypeStruct((N, M), jnp.float32), jax.ShapeDtypeStruct((V, M), jnp.float32)
     targets = jax.ShapeDtypeStruct((N,), jnp.int32)
     f = functools.partial(kernels.linear_cross_entropy, implementation="xla")
-    jaxpr = jax.make_jaxpr(jax.grad(lambda h, w, targets: f(h, w, targets).mean(), argnums=(0, 1)))(h, w, targets)
+    jaxpr = jax.make_jaxpr(f)(h, w, targets)
     assert largest_intermediate(jaxpr) <= xla.MAX_TILE_LOGITS < N * V // 16
+    jaxpr = jax.make_jaxpr(jax.grad(lambda h, w, targets: f(h, w, targets).mean(), argnums=(0, 1)))(h, w, targets)
+    assert largest_intermediate(jaxpr) <= max(xla.MAX_TILE_LOGITS, xla.MIN_BLOCK_N_CPU * V)
 
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
