@@ -43,7 +43,7 @@ def temp_bytes(target: hardware.Gpu, preset: str, attn: str, dtype: str | None) 
     jax.clear_caches()
     with target_device(target.platform, target.kind):
         config = Config() if preset == WITHOUT else Config.from_preset(preset)
-        config = config.replace(vocab_size=4096, **settings)
+        config = config.replace(vocab_size=config.data.bpe_vocab_size, **settings)
         model_def, params = abstract_params(config.model)
         optimizer = make_optimizer(config.optim, config.train.steps)
         state = TrainState(params, jax.eval_shape(optimizer.init, params))
