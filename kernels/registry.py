@@ -169,9 +169,9 @@ def _entry_points(op: str, built_in: tuple[str, ...]) -> dict[str, Implementatio
 
 @functools.cache
 def _compose(grouped_matmul: Implementation) -> Implementation:
-    def moe_mlp(*args: Any) -> Any:
+    def moe_mlp(*args: Any, **options: Any) -> Any:
         from dantinox.kernels.ops.moe.compose import compose_moe_mlp
 
-        return compose_moe_mlp(grouped_matmul.function)(*args)
+        return compose_moe_mlp(grouped_matmul.function)(*args, **options)
 
     return dataclasses.replace(grouped_matmul, function=moe_mlp)

@@ -6,7 +6,7 @@ Those of ids, lengths and sizes are in `integers.py`.
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +94,20 @@ def check_z_loss(value: Any) -> float:
     if z_loss is None or not (z_loss == 0 or _is_normal(z_loss)):
         raise ValueError(f"z_loss is {_describe(value)}; allowed: 0, or a positive finite number that float32 holds")
     return z_loss
+
+
+def check_moe_activation(value: Any) -> Literal["swiglu"] | tuple[Literal["swiglu_clamped"], float, float]:
+    """Check an activation of the experts: "swiglu", or ("swiglu_clamped", limit, alpha) of positive numbers."""
+    if isinstance(value, str) and value == "swiglu":
+        return "swiglu"
+    if isinstance(value, tuple | list) and len(value) == 3 and value[0] == "swiglu_clamped":
+        limit, alpha = _as_float(value[1]), _as_float(value[2])
+        if limit is not None and alpha is not None and _is_normal(limit) and _is_normal(alpha):
+            return ("swiglu_clamped", limit, alpha)
+    raise ValueError(
+        f"activation is {_describe(value)}; allowed: 'swiglu', or ('swiglu_clamped', limit, alpha) with positive "
+        "finite numbers that float32 holds"
+    )
 
 
 def _as_float(value: Any) -> float | None:

@@ -1,11 +1,19 @@
-"""SwiGLU and its derivative in float32, as the kernels' epilogues compute them; `vjp.py` has the formulas."""
+"""SwiGLU and its derivative in float32, as the kernels' epilogues compute them; `vjp.py` has the formulas.
 
-from typing import NamedTuple
+The clamped SwiGLU is that of OpenAI's gpt-oss (2025):
+
+    h = g' sigmoid(alpha g') (u' + 1),  g' = min(gate, limit),  u' = up clipped to [-limit, limit]
+
+The derivative of a clamp is 1 up to the limit, that included, and 0 beyond it.
+"""
+
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+Activation = Literal["swiglu"] | tuple[Literal["swiglu_clamped"], float, float]  # with limit and alpha
 
 
 class SwigluGrads(NamedTuple):
@@ -26,6 +34,19 @@ class SwigluGrads(NamedTuple):
 def swiglu(gate: Array, up: Array) -> Array:
     """Return h [n, F] = silu(gate) * up."""
     return gate * jax.nn.sigmoid(gate) * up
+
+
+def clamped_swiglu(gate: Array, up: Array, limit: float, alpha: float) -> Array:
+    """Return h [n, F] = g' sigmoid(alpha g') (u' + 1)."""
+    gate, up = clamp(gate, up, limit)
+    return gate * jax.nn.sigmoid(alpha * gate) * (up + 1)
+
+
+def clamp(gate: Array, up: Array, limit: float) -> tuple[Array, Array]:
+    """Return min(gate, limit), and up clipped to [-limit, limit]; NaN stays NaN."""
+    # Not jnp.minimum, whose derivative at the limit is 1/2.
+    clipped_up = jnp.where(up > limit, limit, jnp.where(up < -limit, -limit, up))
+    return jnp.where(gate > limit, limit, gate), clipped_up
 
 
 def swiglu_bwd(dh: Array, gate: Array, up: Array, router_weight: Array) -> SwigluGrads:

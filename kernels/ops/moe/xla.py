@@ -5,6 +5,7 @@ expert's products, so that a tile's hidden rows are used while they are in cache
 one. Other devices use `lax.ragged_dot`.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -23,8 +24,10 @@ from dantinox.kernels.ops.grouped_matmul.xla import (
     slice_rows,
     update_rows,
 )
+from dantinox.kernels.ops.moe.biases import ExpertBiases
 from dantinox.kernels.ops.moe.ragged_dot import ragged_dot_experts
 from dantinox.kernels.ops.moe.routing import combine_rows, permute_rows, sort_by_expert
+from dantinox.kernels.ops.moe.swiglu import Activation
 from dantinox.kernels.ops.moe.wide import widen_float16
 from dantinox.kernels.vma import match_vma
 
@@ -151,7 +154,7 @@ def _experts_grads_cpu_bwd(args: tuple, cotangents: tuple) -> tuple:
     padded, *floats, group_sizes, dy = args
 
     def run(x: Array, w_gate: Array, w_up: Array, w_down: Array) -> Array:
-        return ragged_dot_experts(x, w_gate, w_up, w_down, group_sizes, loop_gmm)
+        return ragged_dot_experts(x, w_gate, w_up, w_down, group_sizes, gmm=loop_gmm)
 
     def grads(*args: Array) -> tuple[Array, ...]:
         *floats, dy = args
@@ -228,21 +231,46 @@ def _moe_single_rows_cpu_bwd(residuals: tuple, dy: Array) -> tuple:
 _moe_single_rows_cpu.defvjp(_moe_single_rows_cpu_fwd, _moe_single_rows_cpu_bwd)
 
 
-def moe_mlp(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array) -> Array:
-    """See `dantinox.kernels.moe_mlp`, which checks the arguments."""
+def moe_mlp(
+    x: Array,
+    w_gate: Array,
+    w_up: Array,
+    w_down: Array,
+    expert_ids: Array,
+    expert_weights: Array,
+    **options: Any,
+) -> Array:
+    """See `dantinox.kernels.moe_mlp`, which checks the arguments; `options` has those of the biases and activation."""
     args = (x, w_gate, w_up, w_down, expert_ids, expert_weights)
     size = expert_ids.size
+    if options:
+        return _moe_sorted(*args, **options)
     if isinstance(size, int) and size <= MAX_SINGLE_ROWS:
         return call_for_platform(*args, cpu=_moe_single_rows_cpu, default=_moe_sorted)
     return _moe_sorted(*args)
 
 
 @widen_float16
-def _moe_sorted(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array) -> Array:
+def _moe_sorted(
+    x: Array,
+    w_gate: Array,
+    w_up: Array,
+    w_down: Array,
+    expert_ids: Array,
+    expert_weights: Array,
+    *,
+    b_gate: Array | None = None,
+    b_up: Array | None = None,
+    b_down: Array | None = None,
+    activation: Activation = "swiglu",
+) -> Array:
     """Sort the N * k routed rows by expert, run the experts, unsort their outputs and sum them by token."""
     routing = sort_by_expert(expert_ids, w_gate.shape[0])
-    rows = permute_rows(x, routing)
-    y = call_for_platform(
-        rows, w_gate, w_up, w_down, routing.group_sizes, cpu=_run_experts_cpu, default=ragged_dot_experts
-    )
+    args = (permute_rows(x, routing), w_gate, w_up, w_down, routing.group_sizes)
+    biases = ExpertBiases(b_gate, b_up, b_down)
+    if activation == "swiglu" and all(b is None for b in biases):
+        y = call_for_platform(*args, cpu=_run_experts_cpu, default=ragged_dot_experts)
+    else:
+        run = functools.partial(ragged_dot_experts, activation=activation)
+        y = call_for_platform(*args, biases, cpu=functools.partial(run, gmm=loop_gmm), default=run)
     return combine_rows(y, expert_weights, routing)
