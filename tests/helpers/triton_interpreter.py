@@ -34,7 +34,7 @@ def run_kernel(kernel: Any, grid: tuple[int, int], *arrays: np.ndarray, out: np.
     return out
 
 
-def moe_mlp_error() -> float:
+def moe_mlp_error(*, biases: bool = False, **options: Any) -> float:
     """Returns the largest relative error of `moe_mlp` and its gradients against the reference."""
 
     def interpreted(kernel: Any, *arrays: jax.Array, out: jax.ShapeDtypeStruct, grid: tuple[int, int], **sizes: Any):
@@ -46,11 +46,14 @@ def moe_mlp_error() -> float:
     rng = np.random.default_rng(0)
     N, M, F, E, k = 21, 20, 12, 5, 3
     shapes = (N, M), (E, M, F), (E, M, F), (E, F, M), (N, k)
+    shapes += ((E, F), (E, F), (E, M)) if biases else ()
     inputs = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+    names = ("b_gate", "b_up", "b_down")
     ids = jnp.asarray(rng.integers(0, E - 1, (N, k)))  # the last expert gets nothing
 
     def both(operation: Any) -> tuple[jax.Array, ...]:
-        y, pull = jax.vjp(lambda *i: operation(*i[:4], ids, i[4]), *inputs)
+        f = lambda *i: operation(*i[:4], ids, i[4], **dict(zip(names, i[5:])), **options)
+        y, pull = jax.vjp(f, *inputs)
         return y, *pull(jnp.cos(y))
 
     with mock.patch.object(kernels, "call_triton", interpreted):
@@ -61,7 +64,7 @@ def moe_mlp_error() -> float:
 
 def main() -> int:
     """Compare every kernel in every case; returns 1 if any differs, else 0."""
-    error = moe_mlp_error()
+    error = max(moe_mlp_error(), moe_mlp_error(biases=True, activation=("swiglu_clamped", 3.0, 1.702)))
     print(f"moe_mlp and its gradients: {error:.1e}")
     if not error < 1e-4:
         return 1

@@ -12,6 +12,7 @@ TPU_SPLIT = (
 SECOND = "test_second_derivative_of_xla_matches_reference"
 CPU_TILES = "test_cpu_tiles_cover_each_row_of_a_group_once"
 CPU_GMM = "test_cpu_tile_size_does_not_change_grouped_matmul"
+ACTIVATION = "test_output_and_gradients_match_numpy"
 CPU_MOE = "test_cpu_tile_sizes_do_not_change_moe_mlp"
 
 MUTANTS: list[Mutant] = [
@@ -166,7 +167,7 @@ MUTANTS: list[Mutant] = [
         "ops/moe/pallas_cpu",
         "grouped_matmul_tpu",
         ("the router's weights dropped", " * router_weights_ref[rows][:, None]", "", CPU_MOE),
-        ("gate and up projections swapped", "swiglu(gate, up)", "swiglu(up, gate)", CPU_MOE),
+        ("gate and up projections swapped", "swiglu(gate, up, activation)", "swiglu(up, gate, activation)", CPU_MOE),
         ("dx without dup", " + dot_f32(dup, w_up, (1, 1))", "", CPU_MOE),
         ("dw_gate and dw_up swapped", "dot_f32(x, dgate, (0, 0)), dot_f32(x, dup, (0, 0))",
          "dot_f32(x, dup, (0, 0)), dot_f32(x, dgate, (0, 0))",
@@ -212,5 +213,56 @@ MUTANTS: list[Mutant] = [
         "moe",
         ("only the first choice of a token counts", "return functools.reduce(jnp.add, per_choice)", "return next(per_choice)",
          f"{MATCHES}[top 2, zipf-float32-pallas]"),
+    ),
+    *mutants_of(
+        "ops/moe/swiglu",
+        "moe_activation",
+        ("gates have no limit", "jnp.where(gate > limit, limit, gate), clipped_up", "gate, clipped_up",
+         f"{ACTIVATION}[clamped-pallas]"),
+        ("up projections have no lower limit", "jnp.where(up < -limit, -limit, up)", "up", f"{ACTIVATION}[clamped-xla]"),
+        ("alpha is 1", "sigmoid_gate = jax.nn.sigmoid(alpha * clamped_gate)", "sigmoid_gate = jax.nn.sigmoid(clamped_gate)",
+         f"{ACTIVATION}[clamped-pallas]"),
+        ("gradients of gates pass their limit", "jnp.where(gate > limit, 0, dgate)", "dgate", f"{ACTIVATION}[clamped-pallas]"),
+        ("gradients stop at the limit", "jnp.where(jnp.abs(up) > limit,", "jnp.where(jnp.abs(up) >= limit,",
+         "test_derivative_of_clamp_at_its_limit"),
+        ("clamped dw_down without the weight", "weighted_dh * glu), router_weight * h", "weighted_dh * glu), h", f"{ACTIVATION}[clamped-pallas]"),
+    ),
+    *mutants_of(
+        "ops/moe/biases",
+        "moe_activation",
+        ("the first row of an expert has the bias of the one before", "[:, None] >= ends[None]", "[:, None] > ends[None]",
+         f"{ACTIVATION}[swiglu-xla]"),
+        ("the sum of the first row of an expert", "return sum_rows([dy], group_sizes)[0], None",
+         "return sum_rows([dy[::-1]], group_sizes)[0], None", f"{ACTIVATION}[swiglu-xla]"),
+        ("biases of the down projection without weights", "router_weights.astype(wide)[..., None] * chosen", "chosen",
+         f"{ACTIVATION}[swiglu-pallas]"),
+        ("gradients of the down biases in the order of tokens", "dy.reshape(-1, dy.shape[-1])[routing.permutation]",
+         "dy.reshape(-1, dy.shape[-1])", f"{ACTIVATION}[swiglu-pallas]"),
+        ("an id of no expert has the last one's bias", "jnp.where((expert_ids < E)[..., None],", "jnp.where(True,",
+         "test_values_that_no_choice_names[swiglu-pallas]"),
+        ("both biases are the first", "tile + next(rest) if has", "tile + biases[0] if has", f"{ACTIVATION}[swiglu-pallas]"),
+    ),
+    *mutants_of(
+        "ops/grouped_matmul/pallas_tpu/gmm",
+        "moe_activation",
+        ("compiled: the biases of the first expert", "lambda j, v, k, tables: (tables.group[v], 0, j)",
+         "lambda j, v, k, tables: (0, 0, j)", f"{ACTIVATION}[swiglu-pallas]"),
+    ),
+    *mutants_of(
+        "ops/grouped_matmul/pallas_tpu/gmm_kernel",
+        "moe_activation",
+        ("compiled: the biases of the first columns", "ref[0, :, tile.columns]", "ref[0, :, pl.ds(0, tile.columns.size)]",
+         f"{ACTIVATION}[swiglu-pallas]"),
+    ),
+    *mutants_of(
+        "ops/moe/vjp",
+        "moe_activation",
+        ("compiled: both gradients are that of the up bias", "zip((dgate, dup), has_bias", "zip((dup, dup), has_bias",
+         f"{ACTIVATION}[swiglu-pallas]"),
+    ),
+    *mutants_of(
+        "ops/moe/pallas_cpu",
+        "moe_activation",
+        ("gradients of biases swapped", "zip(grads[:2], has_bias", "zip(grads[1::-1], has_bias", f"{ACTIVATION}[swiglu-pallas]"),
     ),
 ]  # fmt: skip

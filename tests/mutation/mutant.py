@@ -54,6 +54,7 @@ SUITES = {
     ),
     "moe_hidden_values": ("kernels/moe/test_hidden_values", "kernels/moe/test_moe"),
     "moe_number_range": ("kernels/moe/test_number_range", "kernels/moe/test_moe"),
+    "moe_activation": ("kernels/moe/test_activation", "kernels/moe/test_moe"),
     "moe": ("kernels/moe/test_moe", "kernels/test_dispatch"),
     "moe_sm90": ("kernels/moe/test_pallas_sm90", "kernels/grouped_matmul/test_pallas_sm90"),
     "race_detector": ("bench/verification/test_race_detector", "kernels/attention/test_pallas_tpu"),

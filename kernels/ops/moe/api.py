@@ -92,11 +92,11 @@ def moe_mlp(
         raise ValueError(f"w_gate has shape {w_gate.shape}; allowed: 1 expert or more")
     if k < 1:
         raise ValueError(f"expert_ids has shape {ids.shape}; allowed: 1 expert per token or more")
-    function = OPERATION.select(implementation, x, w_gate, tuple(options))
+    function = OPERATION.select(implementation, x, w_gate)
     if 0 in (N, M) or (F == 0 and b_down is None):
         return jnp.zeros_like(x)
-    if F == 0:
-        function = xla.moe_mlp
+    if F == 0:  # b_down remains
+        function = _reference
     elif options and function not in _BUILT_IN:
         function = _refuse_options(function)
     ids = integers.expert_ids_within(ids, E)
@@ -128,27 +128,21 @@ def _reference(*args: Any, **options: Any) -> Array:
     return specification(*args, **options)
 
 
-def _pallas(*args: Any) -> Array:
+def _pallas(*args: Any, **options: Any) -> Array:
     if dispatch.on_gpu():
         from dantinox.kernels.ops.moe.pallas_sm90 import vjp as sm90
 
-        return sm90.moe_mlp(*args)
-    return pallas.moe_mlp(*args)
+        return sm90.moe_mlp(*args, **options)
+    return pallas.moe_mlp(*args, **options)
 
 
-def _triton(*args: Any) -> Array:
+def _triton(*args: Any, **options: Any) -> Array:
     from dantinox.kernels.ops.moe import triton
 
-    return triton.moe_mlp(*args)
+    return triton.moe_mlp(*args, **options)
 
 
-def _options_unsupported(x: Array, w_gate: Array, options: tuple[str, ...]) -> str | None:
-    return f"it does not take {', '.join(options)} yet" if options else None
-
-
-def _pallas_unsupported_inputs(x: Array, w_gate: Array, options: tuple[str, ...]) -> str | None:
-    if reason := _options_unsupported(x, w_gate, options):
-        return reason
+def _pallas_unsupported_inputs(x: Array, w_gate: Array) -> str | None:
     if reason := dispatch.symbolic_unsupported(x, w_gate):
         return reason
     if dispatch.on_gpu():
@@ -181,7 +175,6 @@ OPERATION = dispatch.Operation(
             "triton",
             _triton,
             unsupported_device=dispatch.triton_unsupported_device,
-            unsupported_inputs=_options_unsupported,
             not_auto=_triton_not_auto,
         ),
     ),

@@ -27,8 +27,10 @@ import triton
 import triton.language as tl
 
 from dantinox.kernels import dispatch, triton_call
+from dantinox.kernels.ops.moe.biases import ExpertBiases
 from dantinox.kernels.ops.moe.ragged_dot import ragged_dot_experts
 from dantinox.kernels.ops.moe.routing import sort_by_expert
+from dantinox.kernels.ops.moe.swiglu import Activation
 from dantinox.kernels.ops.moe.wide import widen_float16
 
 Array = jax.Array
@@ -187,10 +189,23 @@ combine.defvjp(_combine_fwd, _combine_bwd)
 
 
 @widen_float16
-def moe_mlp(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array) -> Array:
+def moe_mlp(
+    x: Array,
+    w_gate: Array,
+    w_up: Array,
+    w_down: Array,
+    expert_ids: Array,
+    expert_weights: Array,
+    *,
+    b_gate: Array | None = None,
+    b_up: Array | None = None,
+    b_down: Array | None = None,
+    activation: Activation = "swiglu",
+) -> Array:
     """See `dantinox.kernels.moe_mlp`, which checks the arguments."""
     permutation, inverse_permutation, group_sizes = sort_by_expert(expert_ids, w_gate.shape[0])
     inverse_permutation = inverse_permutation.reshape(expert_ids.shape)
     rows = permute(x, permutation, inverse_permutation)
-    y = ragged_dot_experts(rows, w_gate, w_up, w_down, group_sizes)
+    biases = ExpertBiases(b_gate, b_up, b_down)
+    y = ragged_dot_experts(rows, w_gate, w_up, w_down, group_sizes, biases, activation=activation)
     return combine(y, expert_weights.astype(jnp.float32), permutation, inverse_permutation)

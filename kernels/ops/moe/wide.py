@@ -26,7 +26,7 @@ def widen_float16(moe_mlp: Callable[..., Array]) -> Callable[..., Array]:
     ) -> Array:
         dtype = jnp.float32 if x.dtype == jnp.float16 else x.dtype
         floats = (array.astype(dtype) for array in (x, w_gate, w_up, w_down))
-        options |= {name: b.astype(dtype) for name, b in options.items() if name in BIAS_NAMES}
+        options |= {name: b.astype(dtype) for name, b in options.items() if name in BIAS_NAMES and b is not None}
         return moe_mlp(*floats, expert_ids, expert_weights, **options).astype(x.dtype)
 
     return widened

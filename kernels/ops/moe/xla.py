@@ -1,8 +1,8 @@
 """The mixture of experts in plain XLA.
 
 On a CPU it loops over the rows of an expert in tiles, as `grouped_matmul/xla.py` does, and one pass computes all of an
-expert's products, so that a tile's hidden rows are used while they are in cache. A few rows are multiplied one by
-one. Other devices use `lax.ragged_dot`.
+expert's products, so that a tile's hidden rows are used while they are in cache; with biases or another activation it
+runs the products one after the other. A few rows are multiplied one by one. Other devices use `lax.ragged_dot`.
 """
 
 import functools
@@ -27,7 +27,7 @@ from dantinox.kernels.ops.grouped_matmul.xla import (
 from dantinox.kernels.ops.moe.biases import ExpertBiases
 from dantinox.kernels.ops.moe.ragged_dot import ragged_dot_experts
 from dantinox.kernels.ops.moe.routing import combine_rows, permute_rows, sort_by_expert
-from dantinox.kernels.ops.moe.swiglu import Activation
+from dantinox.kernels.ops.moe.swiglu import Activation, clamped_swiglu
 from dantinox.kernels.ops.moe.wide import widen_float16
 from dantinox.kernels.vma import match_vma
 
@@ -193,19 +193,32 @@ def _matvec(x: Array, ws: tuple[Array, ...], e: Array) -> tuple[Array, ...]:
     return tuple(y[0] for y in ys)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
 def _moe_single_rows_cpu(
-    x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_ids: Array, expert_weights: Array
+    x: Array,
+    w_gate: Array,
+    w_up: Array,
+    w_down: Array,
+    expert_ids: Array,
+    expert_weights: Array,
+    biases: ExpertBiases,
+    activation: Activation,
 ) -> Array:
     """Run the experts of a few rows, one row at a time: decoding is bound by reading the weights of their experts."""
     (N, k), E = expert_ids.shape, w_gate.shape[0]
     acc_dtype = accumulation_dtype(x.dtype)
     dtype = acc_dtype if x.dtype == jnp.float16 else x.dtype  # see `wide.py`; here no whole matrix is converted
 
+    def add_bias_of(e: Array, value: Array, b: Array | None) -> Array:
+        return value if b is None else value + b[e].astype(acc_dtype)
+
     def add_row(r: Array, y: Array) -> Array:
         n, e = r // k, expert_ids.reshape(-1)[r]
         gate, up = _matvec(x[n], (w_gate, w_up), e)
-        (y_r,) = _matvec((jax.nn.silu(gate) * up).astype(dtype), (w_down,), e)
+        gate, up = add_bias_of(e, gate, biases.b_gate), add_bias_of(e, up, biases.b_up)
+        h = jax.nn.silu(gate) * up if activation == "swiglu" else clamped_swiglu(gate, up, *activation[1:])
+        (y_r,) = _matvec(h.astype(dtype), (w_down,), e)
+        y_r = add_bias_of(e, y_r, biases.b_down)
         weighted = expert_weights.reshape(-1)[r].astype(acc_dtype) * y_r.astype(dtype).astype(acc_dtype)
         return y.at[n].add(jnp.where(e < E, weighted, 0))
 
@@ -213,19 +226,22 @@ def _moe_single_rows_cpu(
     return jax.lax.fori_loop(0, N * k, add_row, y).astype(x.dtype)
 
 
-def _moe_single_rows_cpu_fwd(*args: Array) -> tuple[Array, tuple]:
-    return _moe_single_rows_cpu(*args), args
+def _moe_single_rows_cpu_fwd(*args: Any) -> tuple[Array, tuple]:
+    return _moe_single_rows_cpu(*args), args[:-1]
 
 
-def _moe_single_rows_cpu_bwd(residuals: tuple, dy: Array) -> tuple:
-    x, w_gate, w_up, w_down, expert_ids, expert_weights = residuals
+def _moe_single_rows_cpu_bwd(activation: Activation, residuals: tuple, dy: Array) -> tuple:
+    x, w_gate, w_up, w_down, expert_ids, expert_weights, biases = residuals
 
-    def sorted_moe(x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_weights: Array) -> Array:
-        return _moe_sorted(x, w_gate, w_up, w_down, expert_ids, expert_weights)
+    def sorted_moe(
+        x: Array, w_gate: Array, w_up: Array, w_down: Array, expert_weights: Array, biases: ExpertBiases
+    ) -> Array:
+        options = {**biases._asdict(), "activation": activation}
+        return _moe_sorted(x, w_gate, w_up, w_down, expert_ids, expert_weights, **options)
 
-    _, pull_back = jax.vjp(sorted_moe, x, w_gate, w_up, w_down, expert_weights)
-    *grads, dexpert_weights = pull_back(dy)
-    return *grads, None, dexpert_weights
+    _, pull_back = jax.vjp(sorted_moe, x, w_gate, w_up, w_down, expert_weights, biases)
+    *grads, dexpert_weights, dbiases = pull_back(dy)
+    return *grads, None, dexpert_weights, dbiases
 
 
 _moe_single_rows_cpu.defvjp(_moe_single_rows_cpu_fwd, _moe_single_rows_cpu_bwd)
@@ -243,11 +259,18 @@ def moe_mlp(
     """See `dantinox.kernels.moe_mlp`, which checks the arguments; `options` has those of the biases and activation."""
     args = (x, w_gate, w_up, w_down, expert_ids, expert_weights)
     size = expert_ids.size
-    if options:
+    if not (isinstance(size, int) and size <= MAX_SINGLE_ROWS):
         return _moe_sorted(*args, **options)
-    if isinstance(size, int) and size <= MAX_SINGLE_ROWS:
-        return call_for_platform(*args, cpu=_moe_single_rows_cpu, default=_moe_sorted)
-    return _moe_sorted(*args)
+    activation = options.get("activation", "swiglu")
+    biases = ExpertBiases(*(options.get(name) for name in ExpertBiases._fields))
+
+    def single_rows(*args: Any) -> Array:
+        return _moe_single_rows_cpu(*args, activation)
+
+    def sorted_rows(*args: Any) -> Array:
+        return _moe_sorted(*args[:-1], **args[-1]._asdict(), activation=activation)
+
+    return call_for_platform(*args, biases, cpu=single_rows, default=sorted_rows)
 
 
 @widen_float16

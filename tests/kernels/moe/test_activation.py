@@ -84,6 +84,22 @@ def test_reference_matches_numpy(biases, activation):
         np.testing.assert_allclose(got[name], value, rtol=1e-11, atol=1e-12, err_msg=name)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("activation", ["swiglu", CLAMPED], ids=["swiglu", "clamped"])
+def test_output_and_gradients_match_numpy(activation, implementation):
+    """Every variant of the kernels, over several blocks of columns, with ids of no expert; few rows and many."""
+    run = tolerance.program("moe_mlp", implementation, options(activation))
+    for ids in (NONE[:4], np.tile(NONE, (5, 1))):
+        inputs, _, dout = draw(len(ids), 10, 300, 4, 2)
+        expected = by_hand(inputs, ids, dout, activation)
+        narrow = {name: np.float32(x) for name, x in inputs.items()}
+        for form, evaluate in tolerance.kernel_variants(implementation, run).items():
+            got = evaluate(narrow, {"expert_ids": ids}, np.float32(dout))
+            for name, value in expected.items():
+                scale = np.abs(value).max()
+                np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-5 * scale, err_msg=f"{form}: {name}")
+
+
 SIZES = {
     "1 row": (1, 1, 1, 1, 1),
     "7 rows": (7, 5, 3, 3, 2),
@@ -101,7 +117,7 @@ SIZES = {
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("activation", ["swiglu", CLAMPED], ids=["swiglu", "clamped"])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(3)
 def test_implementation_matches_reference(sizes, activation, dtype, implementation):
     inputs, aux, dout = draw(*sizes)
     tolerance.assert_matches_reference(

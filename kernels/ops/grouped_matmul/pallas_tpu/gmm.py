@@ -66,10 +66,11 @@ def gmm(
     epilogue: Epilogue | None = None,
     matrices: Sequence[Array] = (),
     row_vectors: Sequence[Array] = (),
+    group_vectors: Sequence[Array] = (),
     out_kinds: Sequence[str] = ("matrix",),
     name: str,
 ) -> list[Array]:
-    """Return the outputs of `epilogue(*sums, *matrices, *row_vectors)`, with zeros in unassigned rows.
+    """Return the outputs of `epilogue(*sums, *matrices, *row_vectors, *group_vectors)`; zeros in unassigned rows.
 
     Args:
         xs: [N, K], one per weight array, or one for all.
@@ -78,10 +79,11 @@ def gmm(
         device: the chip to choose block sizes for.
         transposed: see `ws`.
         sum_products: pass the sum of the products to the epilogue, not one after the other.
-        epilogue: takes float32 [rows, J], the same rows of the matrices, and of the row vectors a column that
-            broadcasts; None: the output is the sum itself.
+        epilogue: takes float32 [rows, J], the same rows of the matrices, of the row vectors a column and of the group
+            vectors a row that broadcasts; None: the output is the sum itself.
         matrices: [N, J].
         row_vectors: [1, N].
+        group_vectors: [E, J] float32; the epilogue gets that of the rows' group.
         out_kinds: per output "matrix", [N, J] in x's dtype, or "row_sum", [1, N] in float32: the epilogue's
             [rows, J] summed over columns.
         name: name of the kernel.
@@ -118,9 +120,14 @@ def gmm(
         w_spec = pl.BlockSpec((1, block_k, block_n), index_map(lambda j, v, k, tables: (tables.group[v], k, j)))
     matrix_spec = pl.BlockSpec((block_m, block_n), index_map(lambda j, v, k, tables: (tables.tile[v], j)))
     row_vector_spec = pl.BlockSpec((1, block_m), index_map(lambda j, v, k, tables: (0, tables.tile[v])))
+    group_vector_spec = pl.BlockSpec((1, 1, block_n), index_map(lambda j, v, k, tables: (tables.group[v], 0, j)))
     row_sum_spec = pl.BlockSpec((1, 1, block_m), index_map(lambda j, v, k, tables: (j, 0, tables.tile[v])))
     in_specs = GmmInputs(
-        [x_spec] * len(xs), [w_spec] * len(ws), [matrix_spec] * len(matrices), [row_vector_spec] * len(row_vectors)
+        [x_spec] * len(xs),
+        [w_spec] * len(ws),
+        [matrix_spec] * len(matrices),
+        [row_vector_spec] * len(row_vectors),
+        [group_vector_spec] * len(group_vectors),
     )
     out_shapes = {
         "matrix": varying_shape((N, J), dtype, xs[0]),
@@ -153,7 +160,7 @@ def gmm(
         ),
         cost_estimate=Cost(2 * N * K * J * len(ws), moved).to_pallas(),
         name=name,
-    )(tables, GmmInputs(list(xs), list(ws), list(matrices), list(row_vectors)))
+    )(tables, GmmInputs(list(xs), list(ws), list(matrices), list(row_vectors), [b[:, None] for b in group_vectors]))
     return [x if kind == "matrix" else jnp.sum(x, axis=0) for x, kind in zip(outs, out_kinds, strict=True)]
 
 

@@ -55,6 +55,7 @@ class GmmInputs(NamedTuple):
     ws: Sequence[Any]
     matrices: Sequence[Any]
     row_vectors: Sequence[Any]
+    group_vectors: Sequence[Any]
 
 
 class GmmScratch(NamedTuple):
@@ -298,7 +299,8 @@ class GmmKernelStep:
                 end = self.config.J - self.j * self.sizes.block_n - tile.column_start
                 values = [mask_to_zero(value, index_lt(end, value.shape, 1)) for value in values]
             weights = (tile_lanes(ref[tile.rows], tile.columns.size) for ref in self.scratch.lanes)
-            values = self.config.epilogue(*values, *weights)
+            vectors = (ref[0, :, tile.columns] for ref in self.inputs.group_vectors)
+            values = self.config.epilogue(*values, *weights, *vectors)
         self.write_outputs(tile, values)
 
     @property
