@@ -179,7 +179,16 @@ def grouped_matmul(
 
 
 def moe_mlp(
-    *, N: int, M: int, F: int, E: int, k: int, num_active_experts: int, itemsize: int = 2, backward: bool = False
+    *,
+    N: int,
+    M: int,
+    F: int,
+    E: int,
+    k: int,
+    num_active_experts: int,
+    biases: bool = False,
+    itemsize: int = 2,
+    backward: bool = False,
 ) -> Cost:
     """Return the cost of `dantinox.kernels.moe_mlp`, or of its backward pass.
 
@@ -192,14 +201,15 @@ def moe_mlp(
         E: number of experts.
         k: experts per token.
         num_active_experts: experts with at least one row.
-        itemsize: bytes per element of x, y and the matrices.
+        biases: whether each of an expert's three projections has biases.
+        itemsize: bytes per element of x, y, the matrices and the biases.
         backward: whether to count the backward pass instead of the forward pass.
 
     Returns:
         The cost of all N tokens.
     """
     rows = N * k
-    weights = 3 * M * F
+    weights = 3 * M * F + (2 * F + M) * biases
     if not backward:  # read x, the active experts, ids and weights; write y
         return Cost(6 * rows * M * F, itemsize * (2 * N * M + num_active_experts * weights) + 8 * rows, rows * F)
     # Read x, dy, the active experts, ids and weights; write dx, every expert's gradients and the weights' gradient.

@@ -17,7 +17,10 @@ Arrays = dict[str, Any]
 AXES = {
     "attention": {"o": "BTHD", "dq": "BTHD", "dk": "BSKD", "dv": "BSKD", "dgate": "BTHD", "dsinks": "H"},
     "grouped_matmul": {"o": "NF", "dx": "NM", "dw": "EMF"},
-    "moe_mlp": {"o": "NM", "dx": "NM", "dw_gate": "EMF", "dw_up": "EMF", "dw_down": "EFM", "dexpert_weights": "Nk"},
+    "moe_mlp": {
+        **{"o": "NM", "dx": "NM", "dw_gate": "EMF", "dw_up": "EMF", "dw_down": "EFM", "dexpert_weights": "Nk"},
+        **{"db_gate": "EF", "db_up": "EF", "db_down": "EM"},
+    },
     "linear_cross_entropy": {"o": "N", "dh": "NM", "dw": "VM"},
     "decode_attention": {
         "o": "BHD",
@@ -42,7 +45,7 @@ FEATURES = {
     "moe_mlp": (
         *("one tile", "several tiles", "several tiles of M", "several tiles of F", "top 1", "top 2"),
         *("uneven groups", "one expert takes all", "experts without tokens", "ids of no expert", "odd sizes"),
-        UNSEEN_NAN,
+        *("biases", "clamped activation", UNSEEN_NAN),
     ),
     "linear_cross_entropy": (
         *("one tile", "several tiles of N", "several tiles of V", "several tiles of M", "soft cap", "z-loss"),
@@ -127,6 +130,7 @@ def _special_cases(op: str) -> list[Case]:
             Case(row("experts without tokens"), "float32", poisoned=True),
             # The first and the last expert have no tokens: an id that is clamped or wrapped to them finds NaN.
             Case(row("experts without tokens", E=5), "float32", poisoned=True, without_expert=True),
+            Case(row("biases", E=5, skew="empty"), "float32", poisoned=True, without_expert=True),
             *(Case(row(name), "float32", without_expert=True) for name in ("top 2", "top 1", "uneven groups")),
         ]
     if op == "linear_cross_entropy":
@@ -206,6 +210,10 @@ def _moe_features(row: workloads.MoE) -> Iterator[str]:
         yield "experts without tokens"
     if row.skew != "uniform":
         yield "uneven groups"
+    if row.biases:
+        yield "biases"
+    if row.activation != "swiglu":
+        yield "clamped activation"
 
 
 def _linear_cross_entropy_features(row: workloads.LinearCrossEntropy) -> Iterator[str]:
@@ -309,7 +317,8 @@ def _unseen(row: workloads.Workload, aux: Arrays) -> dict[str, np.ndarray]:
     if isinstance(row, workloads.MoE):
         idle = np.bincount(aux["expert_ids"].reshape(-1), minlength=row.E)[: row.E] == 0
         alone = (aux["expert_ids"] == row.E).all(axis=1, keepdims=True)
-        return {"x": alone} | dict.fromkeys(("w_gate", "w_up", "w_down"), idle[:, None, None])
+        unseen = {"x": alone} | dict.fromkeys(("w_gate", "w_up", "w_down"), idle[:, None, None])
+        return unseen | {name: idle[:, None] for name in row.shapes() if name.startswith("b_")}
     return {}
 
 

@@ -89,6 +89,9 @@ def _moe() -> tuple[Workload, ...]:
         "several tiles of M": {"M": LONG},
         "several tiles of F": {"F": LONG},
         "odd sizes": {"M": 77, "F": 131},
+        "biases": {"biases": True},
+        "clamped activation": {"activation": ("swiglu_clamped", 7.0, 1.702)},
+        "biases, clamped activation": {"biases": True, "activation": ("swiglu_clamped", 7.0, 1.702)},
     }
     paired = (
         "top 1",

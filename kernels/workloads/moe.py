@@ -8,6 +8,7 @@ def _experts(name: str, N: int, M: int, F: int, E: int, k: int = 2, skew: str = 
     return MoE(name=name, N=N, M=M, F=F, E=E, k=k, skew=skew, **kind)
 
 
+CLAMPED = ("swiglu_clamped", 1.25, 1.702)  # the limit is low, so that it clamps gates near 1
 PARITY = {"suites": ("parity",), "devices": ("small",)}
 EXPERTS = (
     _experts("top 1", 65, 16, 24, 4, 1, dtypes=BOTH, **PARITY),
@@ -17,6 +18,9 @@ EXPERTS = (
     _experts("all experts", 64, 8, 24, 3, 3, **PARITY),
     _experts("one expert", 257, 8, 24, 1, 1, **PARITY),
     _experts("one token", 1, 8, 16, 4, 3, **PARITY),
+    _experts("biases", 127, 16, 24, 4, skew="empty", biases=True, dtypes=BOTH, **PARITY),
+    _experts("clamped SwiGLU", 129, 8, 24, 3, activation=CLAMPED, dtypes=BOTH, **PARITY),
+    _experts("biases, clamped SwiGLU", 300, 17, 33, 5, skew="zipf", biases=True, activation=CLAMPED, **PARITY),
     # The shapes of decoding.
     _experts("top 2, few rows of wide matrices", 4, 200, 300, 4, dtypes=BOTH, **PARITY),
     _experts("nano-moe", 2048, 128, 192, 8, skew="zipf", **CPU),

@@ -165,6 +165,8 @@ class MoE(Workload):
 
     Attributes:
         skew: how the tokens are spread over the experts (see `spread`).
+        biases: whether the three projections have biases.
+        activation: that of `moe_mlp`.
     """
 
     op: ClassVar[str] = "moe_mlp"
@@ -174,19 +176,25 @@ class MoE(Workload):
     E: int
     k: int = 2
     skew: str = "uniform"
+    biases: bool = False
+    activation: str | tuple[str, float, float] = "swiglu"
 
     def shapes(self) -> Shapes:
         """The differentiable arguments."""
         N, M, F, E, k = self.N, self.M, self.F, self.E, self.k
-        return {"x": (N, M), "w_gate": (E, M, F), "w_up": (E, M, F), "w_down": (E, F, M), "expert_weights": (N, k)}
+        shapes: Shapes = {"x": (N, M), "w_gate": (E, M, F), "w_up": (E, M, F), "w_down": (E, F, M)}
+        shapes["expert_weights"] = (N, k)
+        if self.biases:
+            shapes |= {"b_gate": (E, F), "b_up": (E, F), "b_down": (E, M)}
+        return shapes
 
     def out_shape(self) -> tuple[int, ...]:
         """The shape of the output."""
         return (self.N, self.M)
 
     def options(self) -> dict[str, Any]:
-        """The static arguments: none."""
-        return {}
+        """The static arguments: the activation, unless it is the default."""
+        return {} if self.activation == "swiglu" else {"activation": self.activation}
 
     def integer_inputs(self, seed: int = 0) -> dict[str, Any]:
         """The integer arguments."""
@@ -195,7 +203,7 @@ class MoE(Workload):
     def cost(self, backward: bool = False) -> cost.Cost:
         """FLOPs and bytes of one pass."""
         num_active_experts = len(np.unique(self.integer_inputs()["expert_ids"]))
-        names = ("N", "M", "F", "E", "k", "itemsize")
+        names = ("N", "M", "F", "E", "k", "biases", "itemsize")
         return cost.moe_mlp(
             **{n: getattr(self, n) for n in names}, num_active_experts=num_active_experts, backward=backward
         )

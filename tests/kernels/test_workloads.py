@@ -146,14 +146,15 @@ def test_grouped_matmul_cost_matches_its_rows_and_arrays(widths, sizes, spare, d
     dtypes=dtypes,
 )
 def test_moe_mlp_cost_matches_its_rows_and_arrays(sizes, E, data, skew, dtypes):
-    (N, M, F), k = sizes, data.draw(st.integers(1, E))
-    row = workloads.MoE(N=N, M=M, F=F, E=E, k=k, skew=skew, dtypes=dtypes, **ANYWHERE)
+    (N, M, F), k, biases = sizes, data.draw(st.integers(1, E)), data.draw(st.booleans())
+    row = workloads.MoE(N=N, M=M, F=F, E=E, k=k, skew=skew, biases=biases, dtypes=dtypes, **ANYWHERE)
     item, flops, hidden, touched = (4 if dtypes[0] == "float32" else 2), 0, 0, set()
     for e in row.integer_inputs()["expert_ids"].reshape(-1):
         touched.add(int(e))
         flops += 2 * M * F + 2 * M * F + 2 * F * M
         hidden += F
-    x, experts, every = N * M * item, len(touched) * 3 * M * F * item, E * 3 * M * F * item
+    expert = sum(math.prod(shape[1:]) for name, shape in row.shapes().items() if name[:2] in ("w_", "b_")) * item
+    x, experts, every = N * M * item, len(touched) * expert, E * expert
     ids = weights = N * k * 4
     assert row.cost() == (flops, x + experts + ids + weights + x, hidden)
     assert row.cost(backward=True) == (2 * flops, (x + x + experts + ids + weights) + (x + every + weights), hidden)

@@ -23,8 +23,11 @@ H100 = "NVIDIA H100 80GB HBM3"
 slow = pytest.mark.slow
 
 
-def row(N: int, E: int, k: int, M: int = 64, F: int = 64, skew: str = "uniform") -> workloads.MoE:
-    return cases.make_workload(workloads.MoE, N=N, M=M, F=F, E=E, k=k, skew=skew)
+CLAMPED = ("swiglu_clamped", 1.25, 1.702)
+
+
+def row(N: int, E: int, k: int, M: int = 64, F: int = 64, skew: str = "uniform", **kind) -> workloads.MoE:
+    return cases.make_workload(workloads.MoE, N=N, M=M, F=F, E=E, k=k, skew=skew, **kind)
 
 
 def draw_scaled(case: workloads.MoE) -> cases.DrawnArrays:
@@ -36,7 +39,6 @@ def draw_scaled(case: workloads.MoE) -> cases.DrawnArrays:
 
 
 run_on_two_blocks = functools.partial(two_blocks.run_on_two_blocks, experts_vjp.moe_mlp)
-run_two_blocks_checked = functools.partial(two_blocks.run_two_blocks_checked, experts_vjp.moe_mlp)
 
 
 CASES = [
@@ -49,6 +51,8 @@ CASES = [
     pytest.param(row(150, 6, 1, skew="empty", M=192), 256, marks=slow),
     pytest.param(row(140, 1, 1, F=320), 256, marks=slow),  # everything to one expert
     pytest.param(row(20, 9, 3, skew="zipf", M=64, F=256), 256, marks=slow),
+    pytest.param(row(75, 4, 2, F=128, skew="one", biases=True, activation=CLAMPED), 128, marks=slow),
+    pytest.param(row(70, 4, 2, skew="empty", biases=True), 64, marks=slow),
 ]
 
 
@@ -61,10 +65,19 @@ CASES = [
 @pytest.mark.slow
 def test_output_and_gradients_match_without_races(case, width, dtype):
     inputs, aux, dout = draw_scaled(case)
-    run = functools.partial(run_two_blocks_checked, width)
+    operation = functools.partial(experts_vjp.moe_mlp, **case.options())
+    run = functools.partial(two_blocks.run_two_blocks_checked, operation, width)
     keep_float32 = ("expert_weights",)
     got = tolerance.assert_matches_reference(
-        "moe_mlp", "hopper", inputs, dout, dtype, aux=aux, run=run, keep_float32=keep_float32
+        "moe_mlp",
+        "hopper",
+        inputs,
+        dout,
+        dtype,
+        aux=aux,
+        run=run,
+        keep_float32=keep_float32,
+        options=cases.options(case),
     )
     idle = [e for e in range(case.E) if e not in np.asarray(aux["expert_ids"])]
     for name in ("dw_gate", "dw_up", "dw_down"):
@@ -148,3 +161,19 @@ def test_gradients_trace_under_vmap_and_shard_map(around):
         args, lead = (x, ids), ()
     shapes = jax.tree.map(lambda x: x.shape, jax.eval_shape(run, *args))
     assert shapes == tuple((*lead, *each.shape) for each in (x, x, *experts))
+
+
+def test_gradients_of_biases_trace_under_shard_map():
+    x, *experts, ids, weights = moe_inputs()
+    biases = {name: jnp.ones((2, width), x.dtype) for name, width in (("b_gate", 128), ("b_up", 128), ("b_down", 64))}
+
+    def gradients(x: jax.Array, ids: jax.Array) -> dict[str, jax.Array]:
+        f = lambda biases: experts_vjp.moe_mlp(x, *experts, ids, weights, activation=CLAMPED, **biases)
+        y, pull = jax.vjp(f, biases)
+        return pull(y)[0]
+
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    run = jax.shard_map(gradients, mesh=mesh, in_specs=(spec, spec), out_specs=jax.sharding.PartitionSpec())
+    shapes = jax.tree.map(lambda x: x.shape, jax.eval_shape(run, x, ids))
+    assert shapes == {name: b.shape for name, b in biases.items()}
