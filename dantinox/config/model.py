@@ -37,6 +37,10 @@ class ModelConfig:
     """Sigmoid gate on the attention output, one value per element or one per head."""
     qk_norm: bool = False
     """RMSNorm on queries and keys, per head."""
+    attn_bias: bool = False
+    """Biases on the projections q, k, v and o."""
+    attn_sinks: bool = False
+    """Attention sinks: one learned logit per query head joins the sum of its softmax."""
     attn_softcap: float | None = None
     """Replace attention scores s by softcap * tanh(s / softcap)."""
     logit_softcap: float | None = None
@@ -51,8 +55,14 @@ class ModelConfig:
     """Factor of rope_scaling: new context over trained context."""
     rope_original_context: int | None = None
     """Context trained on, for yarn and llama3; None: max_context / rope_factor."""
-    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    rope_truncate: bool = True
+    """Round the bounds of yarn's ramp to whole pairs of features."""
+    mlp: Literal["swiglu", "gelu", "swiglu_clamped"] = "swiglu"
     """Kind of feed-forward network."""
+    mlp_limit: float = 7.0
+    """Limit of swiglu_clamped: u g sigmoid(alpha g) with g = min(gate, limit) and u = 1 + clip(up, -limit, limit)."""
+    mlp_alpha: float = 1.702
+    """The alpha of swiglu_clamped."""
     mlp_ratio: float = 4.0
     """Hidden width F of the MLP (or of each expert) over dim."""
     n_experts: int = 0
@@ -61,6 +71,8 @@ class ModelConfig:
     """Experts k per token."""
     shared_expert: bool = False
     """Add an unweighted expert that processes every token."""
+    moe_bias: bool = False
+    """Biases on the router and on the projections of its experts."""
     router_aux_loss_coef: float = 0.01
     """Weight of the load-balancing loss E * sum_e f_e P_e, averaged over layers."""
     router_z_loss_coef: float = 0.001
@@ -99,6 +111,7 @@ class ModelConfig:
             check(value in allowed, f"{name} is {value!r}; allowed: {', '.join(allowed)}")
         check_positive(self, "vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "max_context")
         check_positive(self, "rope_original_context", "mlp_ratio", "norm_eps", "attn_softcap", "logit_softcap")
+        check_positive(self, "mlp_limit", "mlp_alpha")
         check(self.rope_theta > 1, f"rope_theta is {self.rope_theta}; allowed: more than 1")
         check_fraction(self, "dropout")
         check(
@@ -140,8 +153,8 @@ class ModelConfig:
                 "experts_per_token must not exceed n_experts",
             )
             check(
-                self.mlp == "swiglu",
-                f"mlp is {self.mlp!r} with n_experts {self.n_experts}; experts are swiglu",
+                self.mlp != "gelu",
+                f"mlp is {self.mlp!r} with n_experts {self.n_experts}; experts are swiglu or swiglu_clamped",
             )
         for name in ("router_aux_loss_coef", "router_z_loss_coef"):
             check(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; allowed: 0 or more")

@@ -27,14 +27,14 @@ def shard_map_over_batch(fn: Callable[..., Array], *, num_weights: int = 0) -> C
     """Wrap `fn` so that each device of the active mesh computes its own batch shard.
 
     Args:
-        fn: a function of arrays with a leading batch axis.
+        fn: a function of arrays with a leading batch axis, any of them None.
         num_weights: number of leading arrays that have no batch axis; every device gathers them.
     """
     if (active := _active_mesh.get()) is None:
         return fn
     mesh, spec = active
 
-    def sharded(*arrays: Array) -> Array:
+    def sharded(*arrays: Array | None) -> Array:
         specs = tuple(PartitionSpec() if i < num_weights else spec for i in range(len(arrays)))
         return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=spec)(*arrays)
 

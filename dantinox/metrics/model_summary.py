@@ -19,9 +19,10 @@ def describe(config: Config) -> str:
     dense = "dense" if m.moe == "auto" else f"dense: without n_experts, moe {m.moe!r} serves nothing"
     experts = f"{m.n_experts} experts, {m.experts_per_token} per token" if m.n_experts else dense
     heads = f"{m.n_heads} heads over {m.n_kv_heads} kv heads of {m.resolved_head_dim}"
+    extras = "".join(text for on, text in ((m.attn_bias, ", biases"), (m.attn_sinks, ", sinks")) if on)
     rows = {
         "model": f"{m.n_layers} blocks, width {m.dim}, vocabulary {m.vocab_size:,}, {m.resolved_dtype}",
-        "attention": f"{heads}; {attention}; gate {m.attn_gate}",
+        "attention": f"{heads}; {attention}; gate {m.attn_gate}{extras}",
         "mlp": f"{m.mlp}, hidden {m.hidden}, {experts}",
         "parameters": f"{flops.total_parameters(m):,} total, {flops.active_parameters(m):,} active per token",
         "FLOPs per token": f"{flops.flops_per_token(m, T):,.0f} in training at length {T}",

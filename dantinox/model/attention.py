@@ -7,7 +7,7 @@ from flax import nnx
 from dantinox import kernels
 from dantinox.config import ModelConfig
 from dantinox.distributed.shard_map import shard_map_over_batch
-from dantinox.model.layers import dense, filled_parameter, parameter, rms_norm
+from dantinox.model.layers import dense, filled_parameter, parameter, rms_norm, value_of, zero_bias
 from dantinox.model.rope import apply_rope
 
 Array = jax.Array
@@ -31,7 +31,7 @@ class _KeyStream:
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with optional window, gate, QK-norm and soft cap."""
+    """Grouped-query attention with optional window, gate, QK-norm, biases, sinks and soft cap."""
 
     def __init__(self, config: ModelConfig, layer: int, key: _KeyStream, out_std: float) -> None:
         M, H, K, D = config.dim, config.n_heads, config.n_kv_heads, config.resolved_head_dim
@@ -44,11 +44,18 @@ class Attention(nnx.Module):
         self.gate = parameter(key(), "MHD", (M, H, gate_width), 0.02) if gate_width else None
         self.q_norm = filled_parameter(1, "D", (D,)) if config.qk_norm else None
         self.k_norm = filled_parameter(1, "D", (D,)) if config.qk_norm else None
+        self.q_bias = zero_bias(config.attn_bias, "HD", (H, D))
+        self.k_bias = zero_bias(config.attn_bias, "KD", (K, D))
+        self.v_bias = zero_bias(config.attn_bias, "KD", (K, D))
+        self.o_bias = zero_bias(config.attn_bias, "M", (M,))
+        self.sinks = filled_parameter(0, "H", (H,)) if config.attn_sinks else None
 
     def qkv_proj(self, x: Array, rope: tuple[Array, Array] | None) -> tuple[Array, Array, Array, Array | None]:
         """Project x [B, T, M] to q [B, T, H, D], k and v [B, T, K, D], and gate logits [B, T, H, D or 1] or None."""
         with jax.named_scope("qkv"):
-            q, k, v = dense(x, self.q), dense(x, self.k), dense(x, self.v)
+            q = dense(x, self.q, bias=self.q_bias)
+            k = dense(x, self.k, bias=self.k_bias)
+            v = dense(x, self.v, bias=self.v_bias)
             gate = None if self.gate is None else dense(x, self.gate)
         if self.q_norm is not None:
             q = rms_norm(q, self.q_norm, self.config.norm_eps)
@@ -61,7 +68,7 @@ class Attention(nnx.Module):
     def out_proj(self, o: Array) -> Array:
         """Project the heads [..., H, D] back to the residual width [..., M]."""
         w = self.o[...]
-        return dense(o.reshape(*o.shape[:-2], -1), w.reshape(-1, w.shape[-1]))
+        return dense(o.reshape(*o.shape[:-2], -1), w.reshape(-1, w.shape[-1]), bias=self.o_bias)
 
     def __call__(
         self, x: Array, rope: tuple[Array, Array] | None, past: PastKeyValues | None = None
@@ -77,10 +84,10 @@ class Attention(nnx.Module):
             (output [B, T, M], keys and values [B, T, K, D] of x, for a cache).
         """
         q, k, v, gate = self.qkv_proj(x, rope)
-        gates = () if gate is None else (gate,)
+        sinks = value_of(self.sinks)
         with jax.named_scope("attend"):
             if past is None:
-                o = shard_map_over_batch(self.attend)(q, k, v, *gates)
+                o = shard_map_over_batch(self.attend, num_weights=1)(sinks, q, k, v, gate)
             else:
                 past_keys, past_values, past_valid = past
                 keys = jnp.concatenate([past_keys, k], axis=1)
@@ -88,15 +95,16 @@ class Attention(nnx.Module):
                 # Positions that do not exist are in a segment of their own, which no query attends to.
                 q_ids = jnp.zeros(x.shape[:2], jnp.int32)
                 kv_ids = jnp.concatenate([jnp.where(past_valid, 0, 1), q_ids], axis=1)
-                o = self.attend(q, keys, values, *gates, segment_ids=(q_ids, kv_ids))
+                o = self.attend(sinks, q, keys, values, gate, segment_ids=(q_ids, kv_ids))
         return self.out_proj(o), k, v
 
     def attend(
         self,
+        sinks: Array | None,
         q: Array,
         k: Array,
         v: Array,
-        gate: Array | None = None,
+        gate: Array | None,
         segment_ids: tuple[Array, Array] | None = None,
     ) -> Array:
         """Attend from q [B, T, H, D] to the k and v [B, S, K, D] inside the layer's window and the query's segment."""
@@ -109,6 +117,7 @@ class Attention(nnx.Module):
             window=self.window,
             softcap=config.attn_softcap,
             segment_ids=segment_ids,
+            sinks=sinks,
             implementation=config.attn,
         )
 
@@ -129,6 +138,7 @@ class Attention(nnx.Module):
                 gate=gate,
                 window=window,
                 softcap=self.config.attn_softcap,
+                sinks=value_of(self.sinks),
                 implementation=self.config.decode,
             )
         return self.out_proj(o), cache

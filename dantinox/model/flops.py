@@ -6,7 +6,7 @@ from dantinox.kernels.cost import visible_pairs
 
 def total_parameters(config: ModelConfig) -> int:
     """Number of trained values; a tied embedding is one array and counts once."""
-    return _non_mlp_parameters(config) + config.n_layers * _mlp_weights(config, config.n_experts)
+    return _non_mlp_parameters(config) + config.n_layers * _mlp_parameters(config, config.n_experts)
 
 
 def active_parameters(config: ModelConfig) -> int:
@@ -14,7 +14,7 @@ def active_parameters(config: ModelConfig) -> int:
 
     By convention all of the embedding counts, although a token reads one row of it; a tied one counts once.
     """
-    return _non_mlp_parameters(config) + config.n_layers * _mlp_weights(config, config.experts_per_token)
+    return _non_mlp_parameters(config) + config.n_layers * _mlp_parameters(config, config.experts_per_token)
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, training: bool = True) -> float:
@@ -55,8 +55,15 @@ def _mlp_weights(config: ModelConfig, experts: int) -> int:
     """Weights of one layer's MLP with `experts` of its experts; router and shared expert included."""
     M, F = config.dim, config.hidden
     if not config.n_experts:
-        return (3 if config.mlp == "swiglu" else 2) * M * F
+        return (2 if config.mlp == "gelu" else 3) * M * F
     return M * config.n_experts + 3 * M * F * (experts + config.shared_expert)
+
+
+def _mlp_parameters(config: ModelConfig, experts: int) -> int:
+    """Weights and biases of one layer's MLP with `experts` of its experts."""
+    has_bias = config.n_experts and config.moe_bias
+    biases = config.n_experts + experts * (2 * config.hidden + config.dim) if has_bias else 0
+    return _mlp_weights(config, experts) + biases
 
 
 def _attention_weights(config: ModelConfig) -> int:
@@ -68,8 +75,9 @@ def _attention_weights(config: ModelConfig) -> int:
 
 def _non_mlp_parameters(config: ModelConfig) -> int:
     """All parameters except those of the MLPs."""
-    M = config.dim
-    attention = _attention_weights(config) + (2 * config.resolved_head_dim if config.qk_norm else 0)
+    M, H, K, D = config.dim, config.n_heads, config.n_kv_heads, config.resolved_head_dim
+    attention = _attention_weights(config) + (2 * D if config.qk_norm else 0)
+    attention += (H * D + 2 * K * D + M if config.attn_bias else 0) + (H if config.attn_sinks else 0)
     embeddings = config.vocab_size * M * (1 if config.tie_embeddings else 2)
     if config.pos_encoding == "learned":
         embeddings += config.max_context * M

@@ -30,10 +30,24 @@ def filled_parameter(value: float, axes: str, shape: tuple[int, ...]) -> nnx.Par
     return nnx.Param(jnp.full(shape, value, jnp.float32), axes=tuple(axes))
 
 
-def dense(x: Array, w: nnx.Param | Array, out_dtype: jnp.dtype | None = None) -> Array:
-    """Multiply x [..., M] by w [M, ...] in the dtype of x, as one two-dimensional matmul."""
+def zero_bias(enabled: bool, axes: str, shape: tuple[int, ...]) -> nnx.Param | None:
+    """Return a bias of zeros if a setting enables it; `axes` as in `parameter`."""
+    return filled_parameter(0, axes, shape) if enabled else None
+
+
+def value_of(param: nnx.Param | None, dtype: jnp.dtype = jnp.float32) -> Array | None:
+    """Return the array of a parameter in `dtype`; None for a parameter that the settings leave out."""
+    return None if param is None else param[...].astype(dtype)
+
+
+def dense(
+    x: Array, w: nnx.Param | Array, out_dtype: jnp.dtype | None = None, *, bias: nnx.Param | None = None
+) -> Array:
+    """Multiply x [..., M] by w [M, ...] in the dtype of x, as one two-dimensional matmul, and add bias [...]."""
     w = w[...]
     y = einsum("NM,MF->NF", x.reshape(-1, x.shape[-1]), w.reshape(w.shape[0], -1), out_dtype)
+    if bias is not None:
+        y = y + bias[...].reshape(1, -1).astype(y.dtype)
     return y.reshape(*x.shape[:-1], *w.shape[1:])
 
 
@@ -75,19 +89,29 @@ def _swiglu_bwd(residuals: tuple[Array, Array], dh: Array) -> tuple[Array, Array
 swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
+def swiglu_clamped(g: Array, u: Array, limit: float, alpha: float) -> Array:
+    """Compute min(g, limit) * sigmoid(alpha * min(g, limit)) * (1 + clip(u, -limit, limit)), the SwiGLU of gpt-oss."""
+    g_f32, u_f32 = jnp.minimum(g.astype(jnp.float32), limit), jnp.clip(u.astype(jnp.float32), -limit, limit)
+    return (g_f32 * jax.nn.sigmoid(alpha * g_f32) * (1 + u_f32)).astype(g.dtype)
+
+
 class MLP(nnx.Module):
-    """SwiGLU or GELU feed-forward network: [..., M] -> [..., F] -> [..., M]."""
+    """SwiGLU, clamped SwiGLU or GELU feed-forward network: [..., M] -> [..., F] -> [..., M]."""
 
     def __init__(self, config: ModelConfig, key: Callable[[], Array], out_std: float) -> None:
         M, F = config.dim, config.hidden
-        self.kind = config.mlp
-        if self.kind == "swiglu":
+        self.config = config
+        if config.mlp != "gelu":
             self.gate = parameter(key(), "MF", (M, F), 0.02)
         self.up = parameter(key(), "MF", (M, F), 0.02)
         self.down = parameter(key(), "FM", (F, M), out_std)
 
     def __call__(self, x: Array) -> Array:
         """Apply the network to x [..., M]."""
-        if self.kind == "swiglu":
-            return dense(swiglu(dense(x, self.gate), dense(x, self.up)), self.down)
-        return dense(jax.nn.gelu(dense(x, self.up)), self.down)
+        config = self.config
+        if config.mlp == "gelu":
+            return dense(jax.nn.gelu(dense(x, self.up)), self.down)
+        gate, up = dense(x, self.gate), dense(x, self.up)
+        if config.mlp == "swiglu":
+            return dense(swiglu(gate, up), self.down)
+        return dense(swiglu_clamped(gate, up, config.mlp_limit, config.mlp_alpha), self.down)

@@ -11,7 +11,7 @@ from flax import nnx
 from dantinox import kernels
 from dantinox.config import ModelConfig
 from dantinox.distributed.shard_map import shard_map_over_batch
-from dantinox.model.layers import MLP, dense, parameter
+from dantinox.model.layers import MLP, dense, parameter, value_of, zero_bias
 
 Array = jax.Array
 
@@ -83,27 +83,58 @@ class MoE(nnx.Module):
 
     def __init__(self, config: ModelConfig, key: Callable[[], Array], out_std: float) -> None:
         E, M, F = config.n_experts, config.dim, config.hidden
-        self.k, self.implementation = config.experts_per_token, config.moe
+        self.config = config
         self.router = parameter(key(), "ME", (M, E), 0.02)
         self.gate = parameter(key(), "EMF", (E, M, F), 0.02)
         self.up = parameter(key(), "EMF", (E, M, F), 0.02)
         self.down = parameter(key(), "EFM", (E, F, M), out_std)
+        self.router_bias = zero_bias(config.moe_bias, "E", (E,))
+        self.gate_bias = zero_bias(config.moe_bias, "EF", (E, F))
+        self.up_bias = zero_bias(config.moe_bias, "EF", (E, F))
+        self.down_bias = zero_bias(config.moe_bias, "EM", (E, M))
         self.shared = MLP(config, key, out_std) if config.shared_expert else None
 
     def __call__(self, x: Array) -> tuple[Array, RouterStats]:
         """Return the output for x [..., M] and the statistics of the router."""
         tokens = x.reshape(-1, x.shape[-1])
         with jax.named_scope("router"):
-            ids, weights, stats = route(dense(tokens, self.router, jnp.float32), self.k)
+            logits = dense(tokens, self.router, jnp.float32, bias=self.router_bias)
+            ids, weights, stats = route(logits, self.config.experts_per_token)
         with jax.named_scope("experts"):
-            w_gate, w_up, w_down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
-            y = shard_map_over_batch(self.experts, num_weights=3)(w_gate, w_up, w_down, tokens, ids, weights)
+            matrices = [value_of(w, x.dtype) for w in (self.gate, self.up, self.down)]
+            biases = [value_of(b, x.dtype) for b in (self.gate_bias, self.up_bias, self.down_bias)]
+            y = shard_map_over_batch(self.experts, num_weights=6)(*matrices, *biases, tokens, ids, weights)
         y = y.reshape(x.shape)
         if self.shared is not None:
             with jax.named_scope("shared"):
                 y = y + self.shared(x)
         return y, stats
 
-    def experts(self, w_gate: Array, w_up: Array, w_down: Array, tokens: Array, ids: Array, weights: Array) -> Array:
+    def experts(
+        self,
+        w_gate: Array,
+        w_up: Array,
+        w_down: Array,
+        b_gate: Array | None,
+        b_up: Array | None,
+        b_down: Array | None,
+        tokens: Array,
+        ids: Array,
+        weights: Array,
+    ) -> Array:
         """Apply the chosen experts to tokens [N, M]."""
-        return kernels.moe_mlp(tokens, w_gate, w_up, w_down, ids, weights, implementation=self.implementation)
+        config = self.config
+        clamped = ("swiglu_clamped", config.mlp_limit, config.mlp_alpha)
+        return kernels.moe_mlp(
+            tokens,
+            w_gate,
+            w_up,
+            w_down,
+            ids,
+            weights,
+            b_gate=b_gate,
+            b_up=b_up,
+            b_down=b_down,
+            activation=clamped if config.mlp == "swiglu_clamped" else "swiglu",
+            implementation=config.moe,
+        )

@@ -17,7 +17,8 @@ def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     linear   divides every frequency by rope_factor
     ntk      enlarges the base: the highest frequency stays, the lowest is divided by rope_factor
     yarn     interpolates over the frequencies: those with 32 rotations or more over the original context stay, those
-             with one or fewer are divided; scales the vectors too (Peng et al., 2023, as implemented by Hugging Face)
+             with one or fewer are divided; rope_truncate rounds these bounds to whole pairs; scales the vectors too
+             (Peng et al., 2023, as implemented by Hugging Face)
     llama3   as yarn, between 4 rotations and 1 and linear in the number of rotations; no scaling (Llama 3.1)
 
     Returns:
@@ -36,7 +37,9 @@ def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
         high, low = (
             D * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta)) for rotations in (32, 1)
         )
-        first, last = max(math.floor(high), 0), min(math.ceil(low), D - 1)
+        if config.rope_truncate:
+            high, low = math.floor(high), math.ceil(low)
+        first, last = max(high, 0), min(low, D - 1)
         unscaled_fraction = 1 - np.clip((np.arange(D // 2) - first) / (last - first or 0.001), 0, 1)
         attention_factor = 0.1 * math.log(factor) + 1
     elif scaling == "llama3":

@@ -30,7 +30,7 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Return gradient clipping by global norm followed by the optimizer; 1-D parameters are not decayed."""
+    """Return gradient clipping by global norm followed by the optimizer; biases and 1-D parameters are not decayed."""
     return optax.chain(
         optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity(),
         update_rule(config, make_schedule(config, steps)),
@@ -71,21 +71,21 @@ def update_rule(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTran
 
 
 def is_matrix(params: Tree) -> dict[str, bool]:
-    """Return which parameters have more than one axis."""
-    return jax.tree.map(lambda p: p.ndim > 1, params)
+    """Return which parameters are matrices, or stacks of them; biases of several heads or experts are not."""
+    return {name: getattr(p, "ndim", 0) > 1 and not name.endswith("_bias") for name, p in params.items()}
 
 
 def muon_dimension_numbers(params: Tree) -> dict[str, MuonDimensionNumbers | None]:
     """Return how Muon views each parameter as a matrix: its reduction axes and its output axes.
 
-    None, for an update by Adam, for 1-D parameters, embeddings and the output projection.
+    None, for an update by Adam, for 1-D parameters, biases, embeddings and the output projection.
     """
     # optax calls this again with the parameters of Adam masked out.
     return {name: _muon_dimension_numbers(name, getattr(p, "ndim", 0)) for name, p in params.items()}
 
 
 def _muon_dimension_numbers(name: str, ndim: int) -> MuonDimensionNumbers | None:
-    if ndim < 2 or not name.startswith("blocks."):
+    if ndim < 2 or not name.startswith("blocks.") or name.endswith("_bias"):
         return None
     if ".attention." in name:
         *_, last = name.split(".")

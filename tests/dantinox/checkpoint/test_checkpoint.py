@@ -72,6 +72,10 @@ def test_stored_parameter_names_are_the_earliest_ones():
     """Attributes of the modules may be renamed; a checkpoint written before must keep its tree."""
     config = ModelConfig(n_layers=1, n_experts=2, shared_expert=True, qk_norm=True, attn_gate="head")
     config = dataclasses.replace(config, tie_embeddings=False, pos_encoding="learned")
+    gpt_oss = dataclasses.replace(config, attn_bias=True, attn_sinks=True, moe_bias=True)
+    added = [f"attention.{name}" for name in ("sinks", "q_bias", "k_bias", "v_bias", "o_bias")]
+    added += [f"mlp.{name}" for name in ("router_bias", "gate_bias", "up_bias", "down_bias")]
+    assert params.param_axes(gpt_oss).keys() - params.param_axes(config).keys() == {f"blocks.0.{x}" for x in added}
     attention = [f"blocks.0.attention.{name}" for name in ("gate", "k", "k_scale", "o", "q", "q_scale", "v")]
     mlp = [
         f"blocks.0.mlp.{name}" for name in ("down", "gate", "router", "shared.down", "shared.gate", "shared.up", "up")

@@ -95,6 +95,16 @@ def cached_logits(graph, weights, tokens, length, slots):
         ),
         dict(n_layers=1, window=6, n_experts=4, experts_per_token=2, shared_expert=True),
         dict(n_layers=1, window=6, dtype="bfloat16"),
+        dict(
+            window=6,
+            window_pattern="SL",
+            attn_sinks=True,
+            attn_bias=True,
+            n_experts=4,
+            mlp="swiglu_clamped",
+            mlp_limit=1.0,
+            moe_bias=True,
+        ),
     ],
     ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()) or "plain",
 )

@@ -40,6 +40,7 @@ def read(graph, weights, tokens, length, slots, chunk):
         dict(n_layers=4, window_pattern="SSSL", window=3, qk_norm=True),
         dict(n_layers=1, window=6, n_experts=4, experts_per_token=2),
         dict(n_layers=1, window=100, pos_encoding="none"),
+        dict(window=6, window_pattern="SL", attn_sinks=True, attn_bias=True, attn="pallas"),
     ],
     ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()),
 )

@@ -40,6 +40,7 @@ def test_draft(text, length, draft):
         pytest.param({"window": 6, "decode": "pallas", "attn_gate": "head"}, id="pallas", marks=pytest.mark.slow),
         pytest.param({"kv_cache_dtype": "int8"}, id="int8", marks=pytest.mark.slow),
         pytest.param({"n_experts": 4}, id="experts", marks=pytest.mark.slow),
+        pytest.param({"attn_sinks": True, "attn_bias": True, "window": 6}, id="sinks", marks=pytest.mark.slow),
         pytest.param({"pos_encoding": "learned"}, id="learned positions", marks=pytest.mark.slow),
     ],
 )

@@ -21,6 +21,8 @@ CONFIGS = {
     "untied gelu": {"tie_embeddings": False, "mlp": "gelu"},
     "experts": {"n_experts": 5, "experts_per_token": 2},
     "shared expert": {"n_experts": 4, "experts_per_token": 4, "shared_expert": True},
+    "biases, sinks": {"attn_bias": True, "attn_sinks": True, "n_experts": 4, "moe_bias": True},
+    "clamped, dense": {"attn_bias": True, "moe_bias": True, "mlp": "swiglu_clamped"},
     "head gate, qk norm": {"attn_gate": "head", "qk_norm": True},
     "elementwise gate, learned": {"attn_gate": "elementwise", "pos_encoding": "learned", "n_kv_heads": 1},
     "wide heads": {"head_dim": 10, "window": 7, "window_pattern": "SL"},
@@ -43,8 +45,9 @@ def test_parameter_count_matches_the_model(name):
     for _, leaf in leaves:
         size = math.prod(leaf.get_value().shape)
         total += size
-        # A token uses k of the E slices of an array with an expert axis, and all of a router [M, E].
-        sparse = leaf.get_metadata()["axes"][0] == "E"
+        # A token uses k of the E slices of an array with an expert axis, and all of a router [M, E] and its bias [E].
+        axes = leaf.get_metadata()["axes"]
+        sparse = axes[0] == "E" and len(axes) > 1
         active += size * config(name).experts_per_token // config(name).n_experts if sparse else size
     assert count.total_parameters(config(name)) == total
     assert count.active_parameters(config(name)) == active
@@ -61,7 +64,9 @@ def forward_flops(config: ModelConfig, T: int, backward: bool = False) -> int:
     return sum(dot_flops(e) for e in matmuls(jaxpr))
 
 
-@pytest.mark.parametrize("name", ["dense", "untied gelu", "head gate, qk norm", "elementwise gate, learned"])
+@pytest.mark.parametrize(
+    "name", ["dense", "untied gelu", "head gate, qk norm", "elementwise gate, learned", "clamped, dense"]
+)
 def test_flops_match_the_jaxpr(name):
     T, full = 20, dataclasses.replace(config(name), attn="reference")
     # The reference computes all T * T pairs of which a causal query sees (T + 1) / 2 on average.

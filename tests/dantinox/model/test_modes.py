@@ -39,6 +39,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "experts_per_token": 2,
         "shared_expert": True,
     },
+    "sinks, biases, clamped": {
+        "dtype": "bfloat16",
+        "attn_sinks": True,
+        "attn_bias": True,
+        "n_experts": 4,
+        "mlp": "swiglu_clamped",
+        "moe_bias": True,
+        "shared_expert": True,
+    },
     "learned, float32": {"pos_encoding": "learned", "mlp": "gelu", "tie_embeddings": True, "attn_gate": "elementwise"},
 }
 SIZES = {"vocab_size": 23, "dim": 16, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "window": 5, "max_context": 64}

@@ -74,6 +74,20 @@ def test_yarn_scales_low_frequencies(original):
     assert magnitude == pytest.approx(0.1 * math.log(4) + 1)
 
 
+def test_yarn_without_rounding_matches_the_formula():
+    """rope_truncate False, as in gpt-oss: the ramp begins and ends between two pairs."""
+    config = dataclasses.replace(CONFIG, rope_scaling="yarn", rope_factor=32.0, rope_theta=150_000.0, head_dim=64)
+    config = dataclasses.replace(config, rope_original_context=4096, rope_truncate=False)
+    inverse, _ = rope_frequencies(config)
+    low, high = (32 * math.log(4096 / (turns * 2 * math.pi)) / math.log(150_000) for turns in (32, 1))
+    assert (round(low, 2), round(high, 2)) == (8.09, 17.4)
+    for i, got in enumerate(inverse):
+        theta, ramp = 150_000 ** (-2 * i / 64), min(max((i - low) / (high - low), 0), 1)
+        assert got == pytest.approx(theta * (1 - ramp) + theta / 32 * ramp, rel=1e-6), i
+    rounded, _ = rope_frequencies(dataclasses.replace(config, rope_truncate=True))
+    assert np.any(np.abs(rounded / inverse - 1) > 1e-2)
+
+
 def test_llama3_scales_frequencies_below_four_rotations():
     """By wavelengths, as Llama 3.1 was published: past the context / 1, short of the context / 4, and between."""
     factor, context = 8.0, 2048

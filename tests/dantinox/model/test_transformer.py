@@ -41,6 +41,9 @@ def sharpen(model: dantinox.Transformer, by: float = 20.0) -> dantinox.Transform
     for block in model.blocks:
         for w in (block.attention.q, block.attention.k, block.attention.v, block.attention.o):
             w[...] = w[...] * by
+    for path, w in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        if path[-1].endswith("_bias"):  # zeros, which would not show either
+            w[...] = w[...] + jnp.linspace(-0.5, 0.5, w[...].size).reshape(w[...].shape)
     return model
 
 
@@ -85,7 +88,12 @@ TOGGLES = {
     "linear": {"rope_scaling": "linear", "rope_factor": 4.0},
     "llama3": {"rope_scaling": "llama3", "rope_factor": 4.0},
     "yarn": {"rope_scaling": "yarn", "rope_factor": 4.0},
+    "yarn, bounds not rounded": {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_truncate": False},
     "gelu": {"mlp": "gelu"},
+    "clamped": {"mlp": "swiglu_clamped"},
+    "biases": {"attn_bias": True},
+    "sinks": {"attn_sinks": True},
+    "experts, clamped, biases": {"n_experts": 4, "mlp": "swiglu_clamped", "moe_bias": True, "shared_expert": True},
     "experts": {"n_experts": 4},
     "shared expert": {"n_experts": 4, "shared_expert": True},
     "untied": {"tie_embeddings": False},
@@ -227,6 +235,7 @@ def test_remat_saves_memory():
 NARROW = {
     "dense": ({}, 32),
     "experts": ({"n_experts": 4, "shared_expert": True}, 32),
+    "gpt-oss": ({"n_experts": 4, "mlp": "swiglu_clamped", "moe_bias": True, "attn_bias": True, "attn_sinks": True}, 32),
     "windowed": ({"window": 8, "attn_gate": "elementwise", "qk_norm": True, "attn_softcap": 5.0}, 128),
     "long": ({}, 1200),
     "long, a window that hardly limits": ({"window": 1000}, 1200),
@@ -284,6 +293,7 @@ def test_initial_weights_depend_only_on_the_seed():
         {},
         {"n_experts": 4, "shared_expert": True},
         {"pos_encoding": "learned", "tie_embeddings": False, "attn_gate": "head"},
+        {"n_experts": 4, "attn_bias": True, "attn_sinks": True, "moe_bias": True},
     ],
 )
 def test_every_parameter_names_its_axes(changes):

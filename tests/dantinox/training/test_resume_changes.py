@@ -43,8 +43,10 @@ NUMBERS = {
 }  # fmt: skip
 IMPOSSIBLE = {
     "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 4, "window": None, "window_pattern": "SL",
-    "attn_gate": "head", "qk_norm": True, "attn_softcap": 5.0, "logit_softcap": 5.0, "pos_encoding": "none",
-    "rope_theta": 500.0, "rope_scaling": "ntk", "rope_factor": 2.0, "rope_original_context": 16, "mlp": "gelu",
+    "attn_gate": "head", "qk_norm": True, "attn_bias": True, "attn_sinks": True, "attn_softcap": 5.0,
+    "logit_softcap": 5.0, "pos_encoding": "none", "rope_theta": 500.0, "rope_scaling": "ntk", "rope_factor": 2.0,
+    "rope_original_context": 16, "rope_truncate": False, "mlp": "gelu", "mlp_limit": 5.0, "mlp_alpha": 1.0,
+    "moe_bias": True,
     "mlp_ratio": 2.0, "n_experts": 4, "experts_per_token": 1, "shared_expert": True, "tie_embeddings": False,
     "norm_eps": 1e-5, "dtype": "bfloat16", "tokenizer": "bpe", "val_fraction": 0.2, "optimizer": "lion",
 }  # fmt: skip

@@ -24,6 +24,7 @@ from dantinox.training.train_step import compute_loss, make_eval_step, make_trai
 
 ROOT = Path(__file__).parents[3]
 TINY = {"vocab_size": 50, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "window": 5, "max_context": 16}
+BIASED = {"attn_bias": True, "attn_sinks": True, "moe_bias": True}
 RUN = {"seq_len": 16, "batch_size": 8, "steps": 10, "lr": 1e-2}
 
 
@@ -107,7 +108,7 @@ def test_ema_weights_follow_the_formula():
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon"])
 def test_optimizer_descends_and_decays_only_matrices(name):
-    _, shapes = abstract_params(Config().replace(**TINY | RUN | {"n_layers": 1, "n_experts": 4}).model)
+    _, shapes = abstract_params(Config().replace(**TINY | RUN | {"n_layers": 1, "n_experts": 4} | BIASED).model)
     draw = np.random.default_rng(0)
     goal = {key: jnp.asarray(draw.standard_normal(shape.shape), jnp.float32) for key, shape in shapes.items()}
     optimizer = make_optimizer(
@@ -130,21 +131,27 @@ def test_optimizer_descends_and_decays_only_matrices(name):
     assert distance(params) < 0.9 * start
     still, _ = step(goal, optimizer.init(goal), 0.0)  # no gradient: only the decay is left
     moved = {key for key in goal if (still[key] != goal[key]).any()}
-    assert moved == {key for key in goal if goal[key].ndim > 1}  # with muon the embedding, which goes by Adam, too
+    matrices = {key for key in goal if goal[key].ndim > 1 and not key.endswith("_bias")}
+    assert moved == matrices  # with muon the embedding, which goes by Adam, too
     for key in moved:
         np.testing.assert_allclose(still[key], goal[key] * (1 - 0.02 * 0.1), rtol=1e-5)
 
 
 def test_muon_reduction_axes_match_the_matmul_axes():
     config = Config().replace(
-        **TINY | RUN, n_experts=4, shared_expert=True, attn_gate="elementwise", tie_embeddings=False, qk_norm=True
+        **TINY | RUN | BIASED,
+        n_experts=4,
+        shared_expert=True,
+        attn_gate="elementwise",
+        tie_embeddings=False,
+        qk_norm=True,
     )
     _, shapes = abstract_params(config.model)
     numbers, letters = muon_dimension_numbers(shapes), param_axes(config.model)
     assert numbers.keys() == letters.keys()
     for name, axes in letters.items():
         if numbers[name] is None:
-            assert not name.startswith("blocks.") or len(axes) == 1, name
+            assert not name.startswith("blocks.") or len(axes) == 1 or name.endswith("_bias"), name
             continue
         takes, makes = (np.atleast_1d(numbers[name].reduction_axis), np.atleast_1d(numbers[name].output_axis))
         summed = {"o": "HD", "down": "F"}.get(name.split(".")[-1], "M")
@@ -238,7 +245,8 @@ MESH = """
     from dantinox.training.train_step import state_shardings
     losses = {}
     for mesh in ("", "data=8", "fsdp=8", "data=2,fsdp=4"):
-        config, model_def, current, step = build(mesh=mesh, grad_accum=1, n_experts=EXPERTS, attn="ATTN", moe="ATTN")
+        settings = dict(mesh=mesh, grad_accum=1, n_experts=EXPERTS, attn="ATTN", moe="ATTN", **MORE)
+        config, model_def, current, step = build(**settings)
         laid = make_mesh(config.train.mesh_axes())
         if laid is not None:
             optimizer = make_optimizer(config.optim, config.train.steps)
@@ -260,11 +268,15 @@ MESH = """
 """
 
 
-@pytest.mark.parametrize(("experts", "attn"), [(4, "pallas"), (0, "xla")])
+@pytest.mark.parametrize(
+    ("experts", "attn", "more"),
+    [(4, "pallas", {}), (0, "xla", {}), (4, "xla", BIASED | {"mlp": "swiglu_clamped"})],
+    ids=["pallas, experts", "xla", "xla, biases and sinks"],
+)
 @pytest.mark.slow
-def test_eight_device_mesh_gives_single_device_losses(experts, attn):
+def test_eight_device_mesh_gives_single_device_losses(experts, attn, more):
     """Fault 8: a model over several devices gives other numbers than on one."""
-    code = textwrap.dedent(MESH).replace("EXPERTS", str(experts)).replace("ATTN", attn)
+    code = textwrap.dedent(MESH).replace("EXPERTS", str(experts)).replace("ATTN", attn).replace("MORE", repr(more))
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PATH": "", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
