@@ -1,7 +1,7 @@
 """Export a trained model: `python -m dantinox.export --run runs/NAME --out DIR`.
 
-The program writes config.json and safetensors to DIR in the Hugging Face layout of Llama, Mistral or Mixtral, and the
-tokenizer, in the format of DantinoX, to DIR/dantinox. `dantinox.load_hf(DIR)` loads them.
+The program writes config.json and safetensors to DIR in the Hugging Face layout of Llama, Mistral, Mixtral or gpt-oss,
+and the tokenizer, in the format of DantinoX, to DIR/dantinox. `dantinox.load_hf(DIR)` loads them.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class Arguments:
     out: str | None = None
     """Folder to write; it must not exist, or be empty."""
     layout: Layout | None = None
-    """Layout to write; None: mixtral with experts, mistral with a window, llama otherwise."""
+    """Layout to write; None: gpt_oss with sinks, mixtral with experts, mistral with a window, llama otherwise."""
     shard_mb: int = 5000
     """Maximum size of a file of weights, in megabytes."""
     verbose: bool = False

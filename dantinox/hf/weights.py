@@ -1,15 +1,4 @@
-"""Save and load weights as safetensors and config.json in the Hugging Face layouts of Llama, Mistral and Mixtral.
-
-DantinoX                  Hugging Face, [out, in]
-embedding          VM     model.embed_tokens.weight                lm_head.weight if it is not tied
-blocks.i.attention        model.layers.i.self_attn
-  q  MHD, o  HDM            q_proj.weight, o_proj.weight           k and v like q
-blocks.i.mlp              model.layers.i.mlp
-  gate, up  MF, down FM     gate_proj.weight, up_proj, down_proj
-blocks.i.mlp, experts     model.layers.i.block_sparse_moe
-  router  ME                gate.weight
-  gate, up  EMF, down EFM   experts.e.w1.weight, w3, w2
-"""
+"""Save and load weights as safetensors and config.json in the Hugging Face layouts of `dantinox.hf.tensor_mappings`."""
 
 import dataclasses
 import json
@@ -17,9 +6,9 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +18,9 @@ from safetensors.numpy import save_file
 from dantinox.config import ConfigError, ModelConfig
 from dantinox.config.aliases import current_names
 from dantinox.config.validation import did_you_mean
-from dantinox.hf.config import Layout, from_hf, to_hf
+from dantinox.hf import mxfp4
+from dantinox.hf.config import Layout, from_hf, is_mxfp4, layout_of, to_hf
+from dantinox.hf.tensor_mappings import MXFP4_SUFFIXES, TensorMapping, tensor_mappings
 from dantinox.model.params import abstract_params, split_params
 from dantinox.model.transformer import Transformer
 
@@ -37,64 +28,6 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 SHARD_BYTES = 5 * 10**9
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"  # rotary frequencies in old files, which follow from the config
-
-
-class TensorMapping(NamedTuple):
-    """A tensor of Hugging Face and the parameter, or the slice of one, that it corresponds to.
-
-    Attributes:
-        hf_name, param_name: names of the tensor and of the parameter.
-        expert: index on the first axis of the parameter; None if it has no expert axis.
-        in_features: number of inputs of a matrix, which is stored transposed; None for other tensors.
-    """
-
-    hf_name: str
-    param_name: str
-    expert: int | None = None
-    in_features: int | None = None
-
-    def export_tensor(self, param: np.ndarray) -> np.ndarray:
-        """Return the tensor of a parameter."""
-        x = param if self.expert is None else param[self.expert]
-        return x if self.in_features is None else np.ascontiguousarray(x.reshape(self.in_features, -1).T)
-
-    def import_tensor(self, tensor: np.ndarray, param: np.ndarray) -> None:
-        """Copy the tensor into the parameter."""
-        destination = param[...] if self.expert is None else param[self.expert]
-        destination[...] = tensor if self.in_features is None else tensor.T.reshape(destination.shape)
-
-    def hf_shape(self, param_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of the tensor for the shape of its parameter."""
-        shape = param_shape if self.expert is None else param_shape[1:]
-        return shape if self.in_features is None else (int(np.prod(shape)) // self.in_features, self.in_features)
-
-
-def tensor_mappings(config: ModelConfig) -> Iterator[TensorMapping]:
-    """Yield the mapping of every tensor of a model, from input to output."""
-    M, F, H, D = config.dim, config.hidden, config.n_heads, config.resolved_head_dim
-    yield TensorMapping("model.embed_tokens.weight", "embedding")
-    for i in range(config.n_layers):
-        hf_block, block = f"model.layers.{i}", f"blocks.{i}"
-        yield TensorMapping(f"{hf_block}.input_layernorm.weight", f"{block}.attention_norm")
-        for name in "qkvo":
-            names = f"{hf_block}.self_attn.{name}_proj.weight", f"{block}.attention.{name}"
-            yield TensorMapping(*names, in_features=H * D if name == "o" else M)
-        yield TensorMapping(f"{hf_block}.post_attention_layernorm.weight", f"{block}.mlp_norm")
-        matrices = {"gate": M, "up": M, "down": F}
-        if not config.n_experts:
-            for name, in_features in matrices.items():
-                names = f"{hf_block}.mlp.{name}_proj.weight", f"{block}.mlp.{name}"
-                yield TensorMapping(*names, in_features=in_features)
-            continue
-        yield TensorMapping(f"{hf_block}.block_sparse_moe.gate.weight", f"{block}.mlp.router", in_features=M)
-        for e in range(config.n_experts):
-            for name, in_features in matrices.items():
-                hf_matrix = {"gate": "w1", "up": "w3", "down": "w2"}[name]
-                names = f"{hf_block}.block_sparse_moe.experts.{e}.{hf_matrix}.weight", f"{block}.mlp.{name}"
-                yield TensorMapping(*names, expert=e, in_features=in_features)
-    yield TensorMapping("model.norm.weight", "norm")
-    if not config.tie_embeddings:
-        yield TensorMapping("lm_head.weight", "head", in_features=M)
 
 
 def save_hf(
@@ -105,7 +38,8 @@ def save_hf(
     Args:
         model: the model.
         folder: must not exist, or be empty.
-        layout: "llama", "mistral" or "mixtral"; None: mixtral with experts, mistral with a window, llama otherwise.
+        layout: "llama", "mistral", "mixtral" or "gpt_oss"; None: gpt_oss with sinks, mixtral with experts, mistral with
+            a window, llama otherwise.
         shard_bytes: maximum bytes of tensors per file; a larger tensor has a file of its own.
 
     Raises:
@@ -121,9 +55,9 @@ def save_hf(
     params = {name: np.asarray(x, np.float32) for name, x in split_params(model)[1].items()}
     shards: list[list[TensorMapping]] = [[]]
     shard_size, total_size = 0, 0
-    for mapping in tensor_mappings(model.config):
-        param = params[mapping.param_name]
-        size = param.nbytes // (1 if mapping.expert is None else len(param))
+    for mapping in tensor_mappings(model.config, layout or layout_of(model.config)):
+        arrays = [params[name] for name in mapping.param_names]
+        size = sum(x.nbytes // (1 if mapping.expert is None else len(x)) for x in arrays)
         if shards[-1] and shard_size + size > shard_bytes:
             shards.append([])
             shard_size = 0
@@ -137,7 +71,7 @@ def save_hf(
     try:
         draft.mkdir()
         for name, shard in zip(file_names, shards, strict=True):
-            tensors = {mapping.hf_name: mapping.export_tensor(params[mapping.param_name]) for mapping in shard}
+            tensors = {mapping.hf_name: mapping.export_tensor(params) for mapping in shard}
             save_file(tensors, draft / name, metadata={"format": "pt"})
         if len(shards) > 1:
             named_shards = zip(file_names, shards, strict=True)
@@ -151,7 +85,9 @@ def save_hf(
 
 
 def load_hf(folder: str | Path, **overrides: Any) -> Transformer:
-    """Load a model from a folder in the layout of Llama, Mistral or Mixtral; its parameters are float32.
+    """Load a model from a folder in the layout of Llama, Mistral, Mixtral or gpt-oss; its parameters are float32.
+
+    Weights in mxfp4, which gpt-oss stores its experts in, are unpacked.
 
     Args:
         folder: contains config.json and model.safetensors, or the files of model.safetensors.index.json.
@@ -169,19 +105,23 @@ def load_hf(folder: str | Path, **overrides: Any) -> Transformer:
     except ConfigError as error:
         raise ConfigError(f"{folder / CONFIG}: {error}") from None
     model_def, shapes = abstract_params(config)
-    expected = {mapping.hf_name: mapping for mapping in tensor_mappings(config)}
+    mappings = list(tensor_mappings(config, hf_config["model_type"]))
+    param_shapes = {name: x.shape for name, x in shapes.items()}
     with _SafetensorsFiles(folder) as files:
-        _check_tensor_names(folder, expected, files.file_names, config.tie_embeddings)
+        packed = _packed_tensors(mappings, files.file_names) if is_mxfp4(hf_config) else set()
+        _check_tensor_names(folder, _stored_names(mappings, packed), files.file_names, config.tie_embeddings)
         dtype = hf_config.get("dtype") or hf_config.get("torch_dtype")
         allowed = {_DTYPES[dtype]} if dtype in _DTYPES else set(_DTYPES.values())
-        params = {name: np.empty(x.shape, np.float32) for name, x in shapes.items()}
-        for name, mapping in expected.items():
-            tensor = files.read_tensor(name, mapping.hf_shape(shapes[mapping.param_name].shape), allowed)
-            mapping.import_tensor(tensor, params[mapping.param_name])
+        params = {name: np.empty(shape, np.float32) for name, shape in param_shapes.items()}
+        for mapping in mappings:
+            name, shape = mapping.hf_name, mapping.hf_shape(param_shapes)
+            tensor = files.read_packed(name, shape) if name in packed else files.read_tensor(name, shape, allowed)
+            mapping.import_tensor(tensor, params)
         lm_head = "lm_head.weight"
         if config.tie_embeddings and lm_head in files.file_names:
             shape = shapes["embedding"].shape
-            if not np.array_equal(files.read_tensor(lm_head, shape, allowed), params["embedding"]):
+            stored = files.read_tensor(lm_head, shape, allowed).astype(np.float32)
+            if not np.array_equal(stored, params["embedding"]):
                 raise ValueError(
                     f"{folder}: {lm_head} differs from the embedding, but config.json has tie_word_embeddings"
                 )
@@ -249,25 +189,51 @@ class _SafetensorsFiles:
         return self.open[name]
 
     def read_tensor(self, name: str, shape: tuple[int, ...], dtypes: set[str]) -> np.ndarray:
-        """Return a tensor as float32; a ValueError if it has another shape or dtype."""
+        """Return a tensor; a ValueError if it has another shape or dtype."""
         path, file = self.folder / self.file_names[name], self._open_file(self.file_names[name])
         stored = file.get_slice(name)
         if tuple(stored.get_shape()) != shape:
             raise ValueError(f"{path}: {name} has shape {stored.get_shape()}; allowed: {list(shape)}")
         if stored.get_dtype() not in dtypes:
             raise ValueError(f"{path}: {name} is {stored.get_dtype()}; allowed: {', '.join(sorted(dtypes))}")
-        return file.get_tensor(name).astype(np.float32)
+        return file.get_tensor(name)
+
+    def read_packed(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Return a tensor [E, in, out] in mxfp4 as float32; a ValueError if its parts are not those of this shape."""
+        E, in_features, out_features = shape
+        names = mxfp4.packed_names(name)
+        if in_features % mxfp4.BLOCK:
+            raise ValueError(
+                f"{self.folder / self.file_names[names[0]]}: {names[0]} cannot hold {in_features} inputs; allowed: a "
+                f"multiple of {mxfp4.BLOCK}, the values per block of mxfp4"
+            )
+        shapes = mxfp4.packed_shapes((E, in_features, out_features))
+        tensor = mxfp4.unpack(*(self.read_tensor(*x, {"U8"}) for x in zip(names, shapes, strict=True)))
+        if not np.isfinite(tensor).all():
+            path = self.folder / self.file_names[names[1]]
+            raise ValueError(f"{path}: {names[1]} has a scale that is NaN (255) or gives a value of 2^128 or more")
+        return tensor
 
 
-def _check_tensor_names(
-    folder: Path, expected: Mapping[str, TensorMapping], names: Mapping[str, str], tie: bool
-) -> None:
+def _packed_tensors(mappings: Collection[TensorMapping], stored: Collection[str]) -> set[str]:
+    """Return the names of the tensors that the files hold in mxfp4."""
+    names = [mapping.hf_name for mapping in mappings if mapping.hf_name.endswith(MXFP4_SUFFIXES)]
+    return {name for name in names if name not in stored and any(part in stored for part in mxfp4.packed_names(name))}
+
+
+def _stored_names(mappings: Collection[TensorMapping], packed: Collection[str]) -> list[str]:
+    """Return the names of the tensors in the files, with two for each of those in mxfp4."""
+    names = [mapping.hf_name for mapping in mappings]
+    return [part for name in names for part in (mxfp4.packed_names(name) if name in packed else (name,))]
+
+
+def _check_tensor_names(folder: Path, expected: Collection[str], names: Mapping[str, str], tie: bool) -> None:
     """Check that the files contain all expected tensors and no others.
 
     Raises:
         ValueError: a tensor is missing or unknown.
     """
-    unknown = names.keys() - expected.keys() - ({"lm_head.weight"} if tie else set())
+    unknown = names.keys() - set(expected) - ({"lm_head.weight"} if tie else set())
     unknown = {name for name in unknown if not name.endswith(_IGNORED_SUFFIX)}
     for fault, faulty in (
         ("is missing", [name for name in expected if name not in names]),

@@ -24,6 +24,22 @@ LAYOUTS = {
     "mixtral": dict(
         window=7, n_experts=4, experts_per_token=3, tie_embeddings=False, router_aux_loss_coef=0.02, dtype="bfloat16"
     ),
+    "gpt_oss": dict(
+        n_layers=3,
+        window=7,
+        window_pattern="LLS",
+        n_experts=4,
+        attn_bias=True,
+        attn_sinks=True,
+        moe_bias=True,
+        mlp="swiglu_clamped",
+        mlp_limit=3.0,
+        mlp_alpha=1.5,
+        rope_scaling="yarn",
+        rope_factor=2.0,
+        rope_original_context=24,
+        rope_truncate=False,
+    ),
 }
 
 
@@ -74,7 +90,12 @@ def test_ntk_scaled_base_is_saved_as_rope_theta(tmp_path):
         (dict(window=4), "llama", "llama layout cannot represent window 4"),
         (dict(n_experts=2), "mistral", "mistral layout cannot represent n_experts 2"),
         (dict(), "mixtral", "mixtral layout cannot represent n_experts 0"),
-        (dict(), "gpt2", "layout is 'gpt2'; allowed: llama, mistral, mixtral"),
+        (dict(attn_bias=True), None, "llama layout cannot represent attn_bias True"),
+        (dict(n_experts=2, moe_bias=True), None, "mixtral layout cannot represent moe_bias True"),
+        (dict(mlp="swiglu_clamped"), None, "llama layout cannot represent mlp 'swiglu_clamped'"),
+        (dict(attn_sinks=True), None, "gpt_oss layout cannot represent mlp 'swiglu', moe_bias False, n_experts 0"),
+        (dict(attn_sinks=True), "llama", "llama layout cannot represent attn_sinks True"),
+        (dict(), "gpt2", "layout is 'gpt2'; allowed: llama, mistral, mixtral, gpt_oss"),
     ],
 )
 def test_feature_missing_in_the_layout_raises_with_its_name(changes, layout, lost, tmp_path):
@@ -273,7 +294,9 @@ THEIRS = {
     "window of one": ("Mistral", dict(num_key_value_heads=4, sliding_window=1)),
     "experts": ("Mixtral", dict(num_key_value_heads=2, num_local_experts=4, sliding_window=None)),
     "experts, window": ("Mixtral", dict(num_key_value_heads=1, num_local_experts=5, num_experts_per_tok=3)),
+    "sinks, window": ("GptOss", dict(num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2)),
 }
+THEIRS["sinks, window"][1].update(sliding_window=9, swiglu_limit=2.0, rope_parameters=YARN | dict(truncate=False))
 THEIRS["experts, window"][1].update(sliding_window=9, tie_word_embeddings=True, rope_parameters=YARN, head_dim=8)
 
 
@@ -301,7 +324,7 @@ def test_logits_match_transformers(name, tmp_path):
     want = run(theirs)
     assert np.std(want) > 0.5
     np.testing.assert_allclose(logits(ours, tokens), want, rtol=1e-5, atol=1e-5)
-    save_hf(ours, tmp_path / "ours", family.lower(), shard_bytes=20_000)
+    save_hf(ours, tmp_path / "ours", config.model_type, shard_bytes=20_000)
     back = kind.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
     np.testing.assert_array_equal(run(back), want)
 

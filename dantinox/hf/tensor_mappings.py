@@ -1,0 +1,124 @@
+"""Correspondence of parameters to the tensors of the Hugging Face layouts of Llama, Mistral, Mixtral and gpt-oss.
+
+DantinoX                  Hugging Face, [out, in]
+embedding          VM     model.embed_tokens.weight                lm_head.weight if it is not tied
+blocks.i.attention        model.layers.i.self_attn
+  q  MHD, o  HDM            q_proj.weight, o_proj.weight           k and v like q
+  q_bias  HD, o_bias  M     q_proj.bias, o_proj.bias               gpt-oss
+  sinks  H                  sinks                                  gpt-oss
+blocks.i.mlp              model.layers.i.mlp
+  gate, up  MF, down FM     gate_proj.weight, up_proj, down_proj
+blocks.i.mlp, experts     model.layers.i.block_sparse_moe
+  router  ME                gate.weight
+  gate, up  EMF, down EFM   experts.e.w1.weight, w3, w2
+                          model.layers.i.mlp                       gpt-oss
+  router  ME                router.weight                          with router.bias
+  gate and up  EMF          experts.gate_up_proj  [E, M, 2F]       gate in the even columns, up in the odd ones
+  down  EFM                 experts.down_proj  [E, F, M]           each with experts.X_bias
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from dantinox.config import ModelConfig
+from dantinox.hf.config import Layout
+
+MXFP4_SUFFIXES = ("experts.gate_up_proj", "experts.down_proj")
+"""Ends of the names of the tensors [E, in, out] that gpt-oss stores in mxfp4."""
+
+
+class TensorMapping(NamedTuple):
+    """A tensor of Hugging Face and the parameter, the slice of one, or the parameters that it corresponds to.
+
+    Attributes:
+        hf_name: name of the tensor.
+        param_names: names of the parameters; several are interleaved along the last axis of the tensor.
+        expert: index on the first axis of the parameter; None if the tensor holds all experts, or there are none.
+        in_features: number of inputs of a matrix, which is stored transposed; None for other tensors.
+        flat: whether the tensor has one axis for all of the parameter's.
+    """
+
+    hf_name: str
+    param_names: tuple[str, ...]
+    expert: int | None = None
+    in_features: int | None = None
+    flat: bool = False
+
+    def export_tensor(self, params: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return the tensor of the parameters."""
+        arrays = [params[name] if self.expert is None else params[name][self.expert] for name in self.param_names]
+        shape = self.hf_shape({name: params[name].shape for name in self.param_names})
+        if self.in_features is not None:
+            return np.ascontiguousarray(arrays[0].reshape(self.in_features, -1).T)
+        return np.stack(arrays, axis=-1).reshape(shape) if len(arrays) > 1 else arrays[0].reshape(shape)
+
+    def import_tensor(self, tensor: np.ndarray, params: Mapping[str, np.ndarray]) -> None:
+        """Copy the tensor into the parameters."""
+        for i, name in enumerate(self.param_names):
+            destination = params[name] if self.expert is None else params[name][self.expert]
+            part = tensor[..., i :: len(self.param_names)] if self.in_features is None else tensor.T
+            destination[...] = part.reshape(destination.shape)
+
+    def hf_shape(self, param_shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+        """Return the shape of the tensor for the shapes of the parameters."""
+        shape = param_shapes[self.param_names[0]]
+        shape = shape if self.expert is None else shape[1:]
+        if self.flat:
+            return (int(np.prod(shape)),)
+        if self.in_features is not None:
+            return int(np.prod(shape)) // self.in_features, self.in_features
+        return *shape[:-1], shape[-1] * len(self.param_names)
+
+
+def tensor_mappings(config: ModelConfig, layout: Layout) -> Iterator[TensorMapping]:
+    """Yield the mapping of every tensor of a model, from input to output."""
+    M, H, D = config.dim, config.n_heads, config.resolved_head_dim
+    mlp_mappings = {"mixtral": _mixtral_experts, "gpt_oss": _gpt_oss_experts}.get(layout, _dense_mlp)
+    yield TensorMapping("model.embed_tokens.weight", ("embedding",))
+    for i in range(config.n_layers):
+        hf_block, block = f"model.layers.{i}", f"blocks.{i}"
+        yield TensorMapping(f"{hf_block}.input_layernorm.weight", (f"{block}.attention_norm",))
+        for name in "qkvo":
+            hf_name, param_name = f"{hf_block}.self_attn.{name}_proj", f"{block}.attention.{name}"
+            yield TensorMapping(f"{hf_name}.weight", (param_name,), in_features=H * D if name == "o" else M)
+            if config.attn_bias:
+                yield TensorMapping(f"{hf_name}.bias", (f"{param_name}_bias",), flat=True)
+        if config.attn_sinks:
+            yield TensorMapping(f"{hf_block}.self_attn.sinks", (f"{block}.attention.sinks",))
+        yield TensorMapping(f"{hf_block}.post_attention_layernorm.weight", (f"{block}.mlp_norm",))
+        yield from mlp_mappings(config, hf_block, f"{block}.mlp")
+    yield TensorMapping("model.norm.weight", ("norm",))
+    if not config.tie_embeddings:
+        yield TensorMapping("lm_head.weight", ("head",), in_features=M)
+
+
+def _dense_mlp(config: ModelConfig, hf_block: str, mlp: str) -> Iterator[TensorMapping]:
+    for name, in_features in _in_features(config).items():
+        yield TensorMapping(f"{hf_block}.mlp.{name}_proj.weight", (f"{mlp}.{name}",), in_features=in_features)
+
+
+def _mixtral_experts(config: ModelConfig, hf_block: str, mlp: str) -> Iterator[TensorMapping]:
+    hf_mlp = f"{hf_block}.block_sparse_moe"
+    yield TensorMapping(f"{hf_mlp}.gate.weight", (f"{mlp}.router",), in_features=config.dim)
+    for e in range(config.n_experts):
+        for name, in_features in _in_features(config).items():
+            hf_matrix = {"gate": "w1", "up": "w3", "down": "w2"}[name]
+            hf_name = f"{hf_mlp}.experts.{e}.{hf_matrix}.weight"
+            yield TensorMapping(hf_name, (f"{mlp}.{name}",), expert=e, in_features=in_features)
+
+
+def _gpt_oss_experts(config: ModelConfig, hf_block: str, mlp: str) -> Iterator[TensorMapping]:
+    hf_mlp = f"{hf_block}.mlp"
+    yield TensorMapping(f"{hf_mlp}.router.weight", (f"{mlp}.router",), in_features=config.dim)
+    yield TensorMapping(f"{hf_mlp}.router.bias", (f"{mlp}.router_bias",))
+    yield TensorMapping(f"{hf_mlp}.experts.gate_up_proj", (f"{mlp}.gate", f"{mlp}.up"))
+    yield TensorMapping(f"{hf_mlp}.experts.gate_up_proj_bias", (f"{mlp}.gate_bias", f"{mlp}.up_bias"))
+    yield TensorMapping(f"{hf_mlp}.experts.down_proj", (f"{mlp}.down",))
+    yield TensorMapping(f"{hf_mlp}.experts.down_proj_bias", (f"{mlp}.down_bias",))
+
+
+def _in_features(config: ModelConfig) -> dict[str, int]:
+    """Return the number of inputs of each matrix of an MLP or an expert."""
+    return {"gate": config.dim, "up": config.dim, "down": config.hidden}
