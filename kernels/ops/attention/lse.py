@@ -33,7 +33,7 @@ def add_sinks(o: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
     sees_key = lse > -jnp.inf
     some_lse = jnp.where(sees_key, lse, 0)  # -inf - -inf is NaN, also in derivatives
     share = jnp.where(sees_key, jax.nn.sigmoid(some_lse - sinks), 0)
-    o = (o * share[..., None]).astype(o.dtype)
+    o = (o.astype(lse.dtype) * share[..., None]).astype(o.dtype)
     return o, jnp.where(sees_key, jnp.logaddexp(some_lse, sinks), sinks)
 
 

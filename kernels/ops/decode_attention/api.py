@@ -142,7 +142,7 @@ def _check_sinks(sinks: Any, q: Array) -> Array:
     if sinks.dtype not in validation.FLOATS:
         raise ValueError(f"sinks has dtype {sinks.dtype}; allowed: float32")
     validation.check_shape("sinks", sinks, (q.shape[-2],))
-    return sinks.astype(jnp.promote_types(q.dtype, jnp.float32))
+    return sinks.astype(jnp.float64 if q.dtype == jnp.float64 else jnp.float32)
 
 
 def _check_tokens(T: int, C: int, window: int | None, length: integers.Integers) -> None:
