@@ -8,6 +8,7 @@ from tests.mutation import (
     grouped_matmul,
     grouped_matmul_sm90,
     linear_cross_entropy,
+    linear_cross_entropy_triton,
     shared,
 )
 from tests.mutation.mutant import SUITES, Mutant
@@ -20,6 +21,7 @@ PARTS = (
     grouped_matmul,
     grouped_matmul_sm90,
     linear_cross_entropy,
+    linear_cross_entropy_triton,
     shared,
 )
 MUTANTS: list[Mutant] = [mutant for part in PARTS for mutant in part.MUTANTS]

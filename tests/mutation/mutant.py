@@ -52,6 +52,7 @@ SUITES = {
         "kernels/linear_cross_entropy/test_pallas_tpu",
         "kernels/linear_cross_entropy/test_linear_cross_entropy",
     ),
+    "linear_cross_entropy_triton": ("kernels/linear_cross_entropy/test_triton",),
     "moe_hidden_values": ("kernels/moe/test_hidden_values", "kernels/moe/test_moe"),
     "moe_number_range": ("kernels/moe/test_number_range", "kernels/moe/test_moe"),
     "moe_activation": ("kernels/moe/test_activation", "kernels/moe/test_moe"),

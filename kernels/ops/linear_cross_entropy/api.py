@@ -98,6 +98,21 @@ def _pallas_not_auto(*_: Any) -> str | None:
     return "interpreted, it computes the logits twice in the backward pass"
 
 
+def _triton_unsupported_inputs(h: Array, w: Array) -> str | None:
+    return dispatch.symbolic_unsupported(h, w) or dispatch.float32_accumulation_unsupported(h.dtype)
+
+
+def _triton_not_auto(h: Array, w: Array) -> str | None:
+    dtype = h.dtype.name
+    return first_use.disagreement("linear_cross_entropy", _gpu_probe(dtype), "triton", dtype)
+
+
+@functools.cache
+def _gpu_probe(dtype: str) -> first_use.Probe:
+    """Return the probe of one dtype, which determines the tiles of a GPU's kernels."""
+    return functools.partial(probe.run, linear_cross_entropy, dtypes=(dtype,), tf32=True)
+
+
 _PROBE = functools.partial(probe.run, linear_cross_entropy)
 OPERATION = dispatch.Operation(
     "linear_cross_entropy",
@@ -111,6 +126,12 @@ OPERATION = dispatch.Operation(
             unsupported_inputs=_pallas_unsupported_inputs,
             not_auto=_pallas_not_auto,
         ),
-        dispatch.Implementation.missing("triton", "linear_cross_entropy has no Triton kernel yet"),
+        dispatch.Implementation(
+            "triton",
+            dispatch.lazy("dantinox.kernels.ops.linear_cross_entropy.triton.vjp:linear_cross_entropy"),
+            unsupported_device=dispatch.triton_unsupported_device,
+            unsupported_inputs=_triton_unsupported_inputs,
+            not_auto=_triton_not_auto,
+        ),
     ),
 )

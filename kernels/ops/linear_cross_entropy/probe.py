@@ -1,19 +1,27 @@
-"""The problem on which "auto" checks the Pallas linear cross-entropy before it first chooses it; see `first_use.py`."""
+"""The problem on which "auto" checks a linear cross-entropy before it first chooses it; see `first_use.py`."""
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dantinox.kernels.first_use import Result, output_and_gradients
 
-TOLERANCES = {"float32": 1e-4, "bfloat16": 2.0**-6}
+TOLERANCES = {"float32": 1e-4, "bfloat16": 2.0**-6, "float16": 2.0**-8}
+TF32_TOLERANCE = 2.0**-8
 
 
-def run(linear_cross_entropy: Callable[..., Any], implementation: str) -> dict[str, Result]:
-    """Return the loss and the gradients by dtype, over several tiles, with rows that take no part."""
+def run(
+    linear_cross_entropy: Callable[..., Any],
+    implementation: str,
+    dtypes: tuple[str, ...] = ("float32", "bfloat16"),
+    *,
+    tf32: bool = False,
+) -> dict[str, Result]:
+    """Return loss and gradients by dtype, over several tiles, with rows without part; with `tf32` in TF32 too."""
     N, M, V = 600, 256, 2300
     rng = np.random.default_rng(0)
     inputs = {"h": rng.standard_normal((N, M)), "w": rng.standard_normal((V, M)) / 16}
@@ -21,4 +29,10 @@ def run(linear_cross_entropy: Callable[..., Any], implementation: str) -> dict[s
     f = functools.partial(
         linear_cross_entropy, targets=targets, softcap=30.0, z_loss=1e-2, implementation=implementation
     )
-    return output_and_gradients(f, inputs, rng.standard_normal(N), TOLERANCES)
+    dloss = rng.standard_normal(N)
+    results = output_and_gradients(f, inputs, dloss, {dtype: TOLERANCES[dtype] for dtype in dtypes})
+    if tf32 and "float32" in dtypes:
+        with jax.default_matmul_precision("default"):
+            rounded = output_and_gradients(f, inputs, dloss, {"float32": TF32_TOLERANCE})
+        results |= {f"{name} in TF32": result for name, result in rounded.items()}
+    return results

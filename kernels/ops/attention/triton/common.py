@@ -59,18 +59,18 @@ def float32_precision() -> str:
     return "tf32" if jax.config.jax_default_matmul_precision in ONE_PASS else "tf32x3"
 
 
-def score_constants(scale: float, softcap: float | None) -> dict[str, Any]:
-    """Return the constants of `scale_scores` and `cap_derivative`, for scores times log2(e); see `kernels.softcap`."""
+def score_constants(scale: float, softcap: float | None, unit: float = LOG2_E) -> dict[str, Any]:
+    """Return the constants of `scale_scores` and `cap_derivative`, for scores times `unit`; see `kernels.softcap`."""
     if softcap is None:
-        return {"CAP": NO_CAP.value, "FACTOR": scale * LOG2_E, "BOUND": 1.0, "INVERSE": 1.0, "CAPPED": 1.0}
+        return {"CAP": NO_CAP.value, "FACTOR": scale * unit, "BOUND": 1.0, "INVERSE": 1.0, "CAPPED": 1.0}
     bound = max(softcap, caps.MIN_CAPPED_SCORE)
     ratio = abs(scale) / softcap
-    inverse_bound = 1 / (bound * LOG2_E)
+    inverse_bound = 1 / (bound * unit)
     if softcap < caps.MAX_SIMPLE_SOFTCAP and (ratio == 0 or caps.SIMPLE_RATIOS[0] <= ratio <= caps.SIMPLE_RATIOS[1]):
         return {
             "CAP": SIMPLE_CAP.value,
             "FACTOR": scale / softcap,
-            "BOUND": bound * LOG2_E,
+            "BOUND": bound * unit,
             "INVERSE": inverse_bound,
             "CAPPED": 1.0,
         }
@@ -127,8 +127,15 @@ def tanh(x):
 
 
 @triton.jit
-def scale_scores(qk, CAP: tl.constexpr, FACTOR: tl.constexpr, BOUND: tl.constexpr, CAPPED: tl.constexpr):
-    """Compute log2(e) * cap(scale * qk); see `kernels.softcap.cap_scores`."""
+def scale_scores(
+    qk,
+    CAP: tl.constexpr,
+    FACTOR: tl.constexpr,
+    BOUND: tl.constexpr,
+    CAPPED: tl.constexpr,
+    UNIT: tl.constexpr = 1.4426950408889634,
+):
+    """Compute UNIT * cap(scale * qk), times log2(e) by default; see `kernels.softcap.cap_scores`."""
     if CAP == NO_CAP:
         return qk * FACTOR
     if CAP == SIMPLE_CAP:
@@ -137,7 +144,7 @@ def scale_scores(qk, CAP: tl.constexpr, FACTOR: tl.constexpr, BOUND: tl.constexp
     is_linear = tl.abs(s) < CAPPED * LINEAR
     SHRINK: tl.constexpr = 0.0625
     t = tanh(tl.where(is_linear, 0.0, s * SHRINK) * (1.0 / (CAPPED * SHRINK)))
-    return tl.where(is_linear, s, t * BOUND) * 1.4426950408889634
+    return tl.where(is_linear, s, t * BOUND) * UNIT
 
 
 @triton.jit
