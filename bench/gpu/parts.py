@@ -25,6 +25,7 @@ GROUPED = {  # part -> (operation, workload) of grouped matmul and experts
     "time-grouped-128-groups": ("grouped_matmul", "128 groups"),
 }
 DECODE = {"time-decode": ("decode_attention", "Mixtral-8x7B 8k, B=32")}
+LOSS = {"time-linear-cross-entropy": ("linear_cross_entropy", "8k tokens, V=32768")}
 ATTENTION_CANDIDATES = ("pallas", "triton", "jax.nn cudnn", "tokamax", "xla")
 # With hundreds of groups, plain XLA would take all the time or all the memory, so it runs in the last parts only.
 GROUPED_CANDIDATES = ("pallas", "one dense matmul", "tokamax")
@@ -76,7 +77,7 @@ def suite(out: Path, tiny: bool, seconds: float, smoke_cases: Sequence[str]) -> 
     grouped = [
         # The gradients of a mixture compile seven kernels, those of a grouped matmul three.
         _timing(out, name, op, workload, _candidates(op, name), 0.13 if op == "moe_mlp" else 0.08, seconds, tiny)
-        for name, (op, workload) in (GROUPED | DECODE).items()
+        for name, (op, workload) in (GROUPED | DECODE | LOSS).items()
     ]
     if tiny:  # one of each suffices for a rehearsal
         attention, grouped = attention[:1], grouped[:1]
@@ -101,6 +102,8 @@ def suite(out: Path, tiny: bool, seconds: float, smoke_cases: Sequence[str]) -> 
 def _candidates(op: str, name: str) -> tuple[str, ...]:
     if op == "decode_attention":
         return ("pallas", "xla", "jax.nn xla")
+    if op == "linear_cross_entropy":
+        return ("triton", "xla", "all logits")
     return (*GROUPED_CANDIDATES, *(FEW_GROUPS_CANDIDATES if name.endswith("mixtral") else ()))
 
 

@@ -165,7 +165,7 @@ def test_parts_are_ordered_by_what_only_hardware_can_show(tmp_path):
     stages = ("environment", "smoke", "parity", "time", "block-sizes", "moe-kernel-times", "trace", "model")
     first = [next(i for i, name in enumerate(names) if name.startswith(stage)) for stage in stages]
     assert first == sorted(first)
-    assert set(parts.ATTENTION) | set(parts.GROUPED) | set(parts.DECODE) <= set(names)
+    assert {*parts.ATTENTION, *parts.GROUPED, *parts.DECODE, *parts.LOSS} <= set(names)
     assert tuple(smoke.CASES) == program.SMOKE_CASES
     assert names[1:9] == [f"smoke-{name}" for name in smoke.CASES]
 
@@ -196,6 +196,16 @@ def test_grouped_rows_are_compared_with_existing_implementations(tmp_path):
         known = {*kernels.implementation_names(op), *(baseline.name for baseline in baselines.for_workload(row))}
         assert taken[0] == "pallas" and set(taken) & known >= {"pallas"}
         assert op == "decode_attention" or ("lax.ragged_dot" in taken) == (row.E <= 8)
+
+
+def test_timed_loss_compares_triton_with_xla_and_with_all_logits(tmp_path):
+    commands = {part.name: part.command for part in parts.suite(tmp_path, False, 510, program.SMOKE_CASES)}
+    for name, (op, spec) in parts.LOSS.items():
+        row = workloads.get(op, spec)
+        assert row in workloads.select(op, "bench", "h100")
+        known = {*kernels.implementation_names(op), *(baseline.name for baseline in baselines.for_workload(row))}
+        assert json.loads(commands[name][-1])["implementation"] == ["triton", "xla", "all logits"]
+        assert known >= {"triton", "xla", "all logits"}
 
 
 # --- running them ---

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,14 +50,36 @@ class Kernel(NamedTuple):
     tensor_core_instructions: int
 
 
+def compile_kernels(target: hardware.Gpu, run: Callable[..., Any], arguments: Sequence[Any]) -> list[Kernel]:
+    """Compile the Triton kernels of a function of arrays, of which only the shapes matter."""
+    import jax
+    from jax_triton import triton_lib
+
+    from dantinox.kernels.dispatch import target_device
+
+    made: list[Any] = []
+    compile_ptx = triton_lib.compile_ttir_to_ptx_inplace
+
+    def keep(*args: Any, **settings: Any) -> Any:
+        made.append(compile_ptx(*args, **settings))
+        return made[-1]
+
+    jax.clear_caches()
+    triton_lib.compile_ttir_to_ptx_inplace = keep
+    try:
+        with target_device(target.platform, target.kind):
+            jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",))
+    finally:
+        triton_lib.compile_ttir_to_ptx_inplace = compile_ptx
+    return [assemble(target, result.binary, result.shared_mem_bytes) for result in made]
+
+
 def compile_attention(target: hardware.Gpu, dtype: str, D: int, options: dict[str, Any]) -> list[Kernel]:
     """Compile the forward and the backward pass of attention at 1024 tokens; return its kernels."""
     import jax
     import jax.numpy as jnp
-    from jax_triton import triton_lib
 
     from dantinox import kernels
-    from dantinox.kernels.dispatch import target_device
 
     options = dict(options)
     q, k = (jax.ShapeDtypeStruct((1, 1024, heads, D), dtype) for heads in (4, 2))
@@ -71,21 +93,7 @@ def compile_attention(target: hardware.Gpu, dtype: str, D: int, options: dict[st
         o, vjp = jax.vjp(attend, q, k, v, gate)
         return vjp(o)
 
-    made: list[Any] = []
-    compile_ptx = triton_lib.compile_ttir_to_ptx_inplace
-
-    def keep(*args: Any, **settings: Any) -> Any:
-        made.append(compile_ptx(*args, **settings))
-        return made[-1]
-
-    jax.clear_caches()
-    triton_lib.compile_ttir_to_ptx_inplace = keep
-    try:
-        with target_device(target.platform, target.kind):
-            jax.jit(run).trace(q, k, k, gate, ids).lower(lowering_platforms=("cuda",))
-    finally:
-        triton_lib.compile_ttir_to_ptx_inplace = compile_ptx
-    return [assemble(target, result.binary, result.shared_mem_bytes) for result in made]
+    return compile_kernels(target, run, (q, k, k, gate, ids))
 
 
 def assemble(target: hardware.Gpu, text: str, smem_bytes: int) -> Kernel:
