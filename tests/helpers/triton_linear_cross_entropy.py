@@ -76,7 +76,7 @@ def small_blocks() -> Iterator[None]:
     kinds = [(8, kind) for kind in ("16 bits", "tf32", "tf32x3")]
     with (
         mock.patch.multiple(block_sizes, **{name: dict.fromkeys(kinds, x) for name, x in tables.items()}),
-        mock.patch.multiple(block_sizes, MAX_CHUNK_LOGITS=70 * 64, MIN_CHUNK=32, MIN_PROGRAMS=6, MIN_SPLITS=3),
+        mock.patch.multiple(block_sizes, MAX_CHUNK_LOGITS=70 * 64, MIN_CHUNK=32, MIN_PROGRAMS=3, MIN_SPLITS=3),
         mock.patch.object(common, "GROUP", 2),
     ):
         yield
@@ -94,9 +94,10 @@ def check_features() -> None:
         again = interpret(with_gradients("triton", softcap=2.0**41), *poisoned)
         assert jax.tree.all(jax.tree.map(np.array_equal, again, kept)), "rows that take no part have an effect"
         assert not np.any(kept[0][absent]) and not np.any(kept[1][absent])
-        # Exponentials of these logits overflow, and so would a maximum per split.
-        big = jnp.float32([[100.0], [-100.0], [3.0]]), jnp.concatenate([jnp.linspace(-1, 1, 70), jnp.float32([120.0])])
-        assert_right((big[0], big[1][:, None], jnp.int32([70, 0, 3]), jnp.ones(3)))
+        # The largest logits are in the first tile of the second split. Their exponentials overflow, and so do those of
+        # their difference to the maximum of another tile or split.
+        w = jnp.linspace(-1, 1, 71).at[32].set(120)
+        assert_right((jnp.float32([[100], [-100], [3]]), w[:, None], jnp.int32([32, 0, 3]), jnp.ones(3)))
 
 
 def check_sizes() -> None:
@@ -151,8 +152,8 @@ def check_tf32() -> None:
         return {name: float(np.sqrt(np.mean(np.square(a - b)) / np.mean(np.square(b)))) for name, a, b in squares}
 
     rms, exact_rms = relative_rms(rounded), relative_rms(exact)
-    for name, limit in {"loss": 4e-4, "dh": 3e-3, "dw": 3e-3}.items():
-        assert limit / 30 < rms[name] < limit and exact_rms[name] < 2e-6, (name, rms, exact_rms)
+    for name, limit in {"loss": 2.5e-4, "dh": 4.2e-4, "dw": 4.3e-4}.items():
+        assert 1e-4 < rms[name] < limit and exact_rms[name] < 2e-6, (name, rms, exact_rms)
 
 
 def check_vmap() -> None:
