@@ -48,7 +48,7 @@ FWD: Table = {
     (12, "tf32"): TritonBlockSizes(128, 128, 32, 8, 3),
     (12, "tf32x3"): TritonBlockSizes(64, 128, 32, 8, 3),
 }
-BWD: Table = FWD | {(10, "16 bits"): TritonBlockSizes(128, 256, 64, 8, 3)}
+BWD: Table = FWD
 # The soft cap needs registers of its own.
 FWD_CAPPED: Table = FWD | {(10, "16 bits"): TritonBlockSizes(128, 64, 64, 4, 4)}
 BWD_CAPPED: Table = BWD | {(9, "16 bits"): TritonBlockSizes(128, 128, 64, 8, 3)}
