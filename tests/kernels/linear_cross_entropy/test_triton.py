@@ -44,7 +44,7 @@ def test_checks_hold(checks):
     assert done.stdout.splitlines() == [f"{check}: right" for check in checks]
 
 
-SMALL = ("simulated: soft cap, rows without part, unseen NaN, bfloat16", "one tile, float32")
+SMALL = ("simulated: soft cap, rows without part, unseen NaN, bfloat16", "one row, float32")
 
 
 @needs_triton
