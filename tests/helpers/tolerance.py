@@ -47,6 +47,7 @@ def program(
     """Make a jitted (inputs, aux, dout) -> {"o": output, "dNAME": gradient of each input}.
 
     With dout None the program computes the output alone, in which case kernels store no residuals and may be others.
+    Of attention with `return_lse`, the output is that of `join_lse`.
     The program skips the test if it asks for what a custom implementation does not support.
 
     Args:
@@ -60,13 +61,19 @@ def program(
 
     def call(inputs: Arrays, aux: Arrays) -> jax.Array:
         with skip_if_unsupported(implementation):
-            return operation(**inputs, **aux, **dict(options), implementation=implementation)
+            result = operation(**inputs, **aux, **dict(options), implementation=implementation)
+        return join_lse(*result) if isinstance(result, tuple) else result
 
     def run(inputs: Arrays, aux: Arrays, dout: jax.Array | None) -> dict[str, jax.Array]:
         return output_and_gradients(lambda inputs: call(inputs, aux), inputs, dout)
 
     fast = fast_compile or implementation == "reference"
     return jax.jit(run, compiler_options=FAST_COMPILE_OPTIONS if fast else None)
+
+
+def join_lse(o: jax.Array, lse: jax.Array) -> jax.Array:
+    """Make one array [..., Dv + 1] of attention's results, to take one cotangent; 0 where no key gives a lse."""
+    return jnp.concatenate([o, jnp.where(lse > -jnp.inf, lse, 0)[..., None]], axis=-1)
 
 
 def output_and_gradients(

@@ -20,12 +20,15 @@ from tests.helpers import cases, random_shapes, tolerance
 IMPLEMENTATIONS = tolerance.runnable_implementations("attention")
 
 
-def loops(q, k, v, gate=None, sinks=None, *, causal=True, window=None, scale=None, softcap=None, segment_ids=None):
-    """The formula, one query and one key at a time, in float64."""
+def loops(
+    q, k, v, gate=None, sinks=None, *, causal=True, window=None, scale=None, softcap=None, segment_ids=None,
+    return_lse=False,
+):  # fmt: skip
+    """The formula, one query and one key at a time, in float64; with `return_lse` the array of `join_lse`."""
     (B, T, H, D), (_, S, K, Dv) = q.shape, v.shape
     if segment_ids is not None and not isinstance(segment_ids, tuple):
         segment_ids = (segment_ids, segment_ids)
-    o = np.zeros((B, T, H, Dv))
+    o, lse = np.zeros((B, T, H, Dv)), np.zeros((B, T, H, 1))
     for b, t, h in np.ndindex(B, T, H):
         scores, values = ([], []) if sinks is None else ([sinks[h]], [np.zeros(Dv)])
         for s in range(S):
@@ -40,23 +43,30 @@ def loops(q, k, v, gate=None, sinks=None, *, causal=True, window=None, scale=Non
         if scores:
             weights = [math.exp(score - max(scores)) for score in scores]
             o[b, t, h] = sum(w * value for w, value in zip(weights, values, strict=True)) / sum(weights)
+            lse[b, t, h] = max(scores) + math.log(sum(weights))
             if gate is not None:
                 o[b, t, h] *= 1 / (1 + np.exp(-gate[b, t, h]))
-    return o
+    return np.concatenate([o, lse], axis=-1) if return_lse else o
 
 
 row = cases.attention
 
 
 def directional_derivatives(
-    case: workloads.Attention, inputs: dict, aux: dict, dout: np.ndarray, result: dict, by_hand: float | None = None
+    case: workloads.Attention,
+    inputs: dict,
+    aux: dict,
+    dout: np.ndarray,
+    result: dict,
+    by_hand: float | None = None,
+    **options: bool,
 ) -> tuple[float, float]:
     """The gradient along one random direction: (as computed, by the loops, unless that is given)."""
     direction = {name: np.random.default_rng(1).standard_normal(x.shape) for name, x in inputs.items()}
     along = sum(np.sum(tolerance.to_float64(result[f"d{name}"]) * direction[name]) for name in inputs)
     if by_hand is None:
         by_hand = tolerance.directional_derivative(
-            lambda **x: loops(**x, **aux, **case.options()), inputs, direction, dout
+            lambda **x: loops(**x, **aux, **case.options(), **options), inputs, direction, dout
         )
     return along, by_hand
 
@@ -99,16 +109,21 @@ def test_implementation_matches_reference(case, dtype, implementation):
             assert not np.any(result[name][:, : case.T - case.S]), f"{name}: a query that sees no key"
 
 
-def assert_matches_loops(case: workloads.Attention, *runs: Callable[..., Any], seed: int = 0) -> None:
+def assert_matches_loops(
+    case: workloads.Attention, *runs: Callable[..., Any], seed: int = 0, return_lse: bool = False
+) -> None:
     """Output and gradients of programs in float32 against the loops."""
     inputs, aux, dout = cases.draw(case, seed)
+    if return_lse:
+        dlse = np.random.default_rng(seed + 1).standard_normal((*dout.shape[:-1], 1))
+        dout = np.concatenate([dout, dlse], axis=-1)
     inputs = {name: x.astype(np.float32).astype(np.float64) for name, x in inputs.items()}
     inputs_f32 = {name: jnp.float32(x) for name, x in inputs.items()}
-    o, by_hand = loops(**inputs, **aux, **case.options()), None
+    o, by_hand = loops(**inputs, **aux, **case.options(), return_lse=return_lse), None
     for run in runs:
         result = run(inputs_f32, aux, jnp.float32(dout))
         np.testing.assert_allclose(result["o"], o, rtol=2e-5, atol=2e-6)
-        along, by_hand = directional_derivatives(case, inputs, aux, dout, result, by_hand)
+        along, by_hand = directional_derivatives(case, inputs, aux, dout, result, by_hand, return_lse=return_lse)
         assert along == pytest.approx(by_hand, rel=1e-4, abs=1e-3)
 
 
@@ -127,18 +142,21 @@ def assert_matches_loops(case: workloads.Attention, *runs: Callable[..., Any], s
     scale=st.none() | st.floats(-1, 1, width=32, allow_subnormal=False),
     Dv=st.none() | st.integers(1, 6),
     sinks=st.booleans(),
+    return_lse=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_random_shapes_match_python_loops(
-    implementation, sizes, heads, B, D, gate, segments, causal, window, softcap, scale, Dv, sinks, seed
+    implementation, sizes, heads, B, D, gate, segments, causal, window, softcap, scale, Dv, sinks, return_lse, seed
 ):
     (T, S), (H, K) = sizes, heads
     S, window = T if segments == "packed" else S, window if causal else None
     case = row(T, S, B=B, H=H, K=K, D=D, Dv=Dv, gate=gate, segments=segments, causal=causal, window=window,
                softcap=softcap, scale=scale, sinks=sinks)  # fmt: skip
     with contextlib.suppress(pytest.skip.Exception):  # of one shape, not of all
-        compiled = tolerance.program("attention", implementation, cases.options(case))
-        assert_matches_loops(case, *tolerance.kernel_variants(implementation, compiled).values(), seed=seed)
+        options = (*cases.options(case), ("return_lse", return_lse))
+        compiled = tolerance.program("attention", implementation, options)
+        variants = tolerance.kernel_variants(implementation, compiled).values()
+        assert_matches_loops(case, *variants, seed=seed, return_lse=return_lse)
     random_shapes.clear_programs()
 
 

@@ -156,25 +156,34 @@ def test_random_caches_match_python_loops(implementation, shape, lengths, seed):
     H, K = shape.choice([(1, 1), (2, 1), (3, 3), (4, 2), (6, 2)]).tolist()
     pick = lambda *values: values[shape.integers(len(values))]
     lengths = lengths[: shape.integers(1, 11)]
+    C = int(shape.integers(1, 13))
+    T = int(shape.integers(1, min(C, 6) + 1)) if shape.integers(2) else 1
+    window = pick(None, int(shape.integers(1, 16 if T == 1 else C - T + 2)))
+    if T > 1 and window is None:  # then the ring may not wrap
+        lengths = [length % (C - T + 1) for length in lengths]
     case = row(
         *lengths,
-        C=int(shape.integers(1, 13)),
+        C=C,
         H=H,
         K=K,
         D=int(shape.integers(1, 7)),
-        window=pick(None, int(shape.integers(1, 16))),
+        window=window,
         gate=pick("none", "elementwise", "head"),
         softcap=pick(None, 1.5),
         scale=pick(None, -0.4),
+        new_tokens=T,
+        sinks=bool(shape.integers(2)),
     )
     step = draw(case, fill=7.0, seed=seed)
     for form, step_function in tolerance.kernel_variants(implementation, any_lengths(implementation, case)).items():
         o, cache = run(implementation, case, step, "float32", step_function)
         np.testing.assert_allclose(o, step.o, rtol=2e-5, atol=2e-6, err_msg=form)
-        np.testing.assert_array_equal(cache.length, np.array(lengths) + 1)
-        for b, length in enumerate(lengths):
-            np.testing.assert_array_equal(cache.k[b, :, length % case.C], np.float32(step.inputs["k"][b]))
-            np.testing.assert_array_equal(cache.v[b, :, length % case.C], np.float32(step.inputs["v"][b]))
+        np.testing.assert_array_equal(cache.length, np.array(lengths) + T)
+        k, v = (step.inputs[name].reshape(case.B, T, K, case.D).astype(np.float32) for name in "kv")
+        for b, t in np.ndindex(case.B, T):
+            slot = (lengths[b] + t) % C
+            np.testing.assert_array_equal(cache.k[b, :, slot], k[b, t])
+            np.testing.assert_array_equal(cache.v[b, :, slot], v[b, t])
     random_shapes.clear_programs()
 
 
