@@ -12,7 +12,7 @@ PY     := .venv/bin/python
 SETUP  := sh scripts/setup.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sweep generate test test-long test-crash test-mutants judge bench bench-compare ablations toggles tutorial ladder aot aot-check profile \
+.PHONY: help setup train sweep generate test test-long test-crash test-peers test-mutants judge bench bench-compare ablations toggles tutorial ladder aot aot-check profile \
         tensorboard gpu docs docs-serve test-newest lint format doctor clean
 
 help: ## show this list
@@ -52,6 +52,10 @@ test-newest: ## the fast tests on the newest releases of all dependencies, in an
 test-crash: ## what does a run survive? 50 kills, 200 damaged checkpoints (about ten minutes)
 	@$(SETUP) dev
 	@$(PY) -m pytest -q -s -m slow tests/dantinox/training/test_crash.py $(ARGS)
+
+test-peers: ## do other projects' own tests pass with our operations? tokamax's and JAX's (half an hour)
+	@$(SETUP) dev peers
+	@$(PY) -m pytest -q -rs -n $(JOBS) --dist worksteal -m "" tests/peers $(ARGS)
 
 test-mutants: ## do the tests notice? Breaks the kernels on purpose and expects failures
 	@$(SETUP) dev
