@@ -134,7 +134,7 @@ def assert_matches_jax(implementation: str, arrays: Any, vmap: bool = False, **o
 @pytest.mark.parametrize("vmap", [False, True])
 @pytest.mark.parametrize("group", [1, 2, 4])
 @pytest.mark.parametrize("dtype", list(TOLERANCES))
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(24)
 def test_groups_of_heads(dtype, group, vmap, implementation):
     assert_matches_jax(implementation, draw(dtype, H // group), vmap)
 
@@ -142,7 +142,7 @@ def test_groups_of_heads(dtype, group, vmap, implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(24)
 def test_masks(dtype, name, implementation):
     if name not in NOT_MAPPED:
         assert_matches_jax(implementation, draw(dtype), **MASKS[name])
@@ -156,7 +156,7 @@ def test_masks(dtype, name, implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("sizes", [(7, 128), (128, 7), (1, 129), (127, 127)], ids=str)
 @pytest.mark.parametrize("name", ["causal", "sliding window", "sliding window to both sides", "none"])
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(24)
 def test_other_lengths(name, sizes, implementation):
     """JAX aligns causal masks and windows top-left, ours are aligned bottom-right."""
     T, S = sizes

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dantinox import kernels, reference
@@ -145,6 +145,10 @@ def assert_matches_loops(
     return_lse=st.booleans(),
     seed=st.integers(0, 99),
 )
+@example(  # a window of more than all keys
+    sizes=(3, 4), heads=(2, 1), B=1, D=3, gate="head", segments=None, causal=True, window=6, softcap=None, scale=None,
+    Dv=2, sinks=True, return_lse=True, seed=0,
+)  # fmt: skip
 def test_random_shapes_match_python_loops(
     implementation, sizes, heads, B, D, gate, segments, causal, window, softcap, scale, Dv, sinks, return_lse, seed
 ):
