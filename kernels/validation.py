@@ -132,6 +132,16 @@ def _describe(value: Any) -> str:
     return " ".join(repr(value).split())[:80]
 
 
+def check_sinks(sinks: Any, H: int, dtype: jnp.dtype) -> jax.Array:
+    """Convert sinks to an array and check that it is [H], in float32 or in `dtype`, that of q."""
+    sinks = as_array("sinks", sinks, "H")
+    check_shape("sinks", sinks, (H,))
+    if sinks.dtype not in (jnp.float32, dtype):
+        other = "" if dtype == jnp.float32 else f" or {dtype}, the dtype of q"
+        raise ValueError(f"sinks has dtype {sinks.dtype}; allowed: float32{other}")
+    return sinks
+
+
 def check_heads(H: int, K: int) -> None:
     """Check that the number of query heads is a multiple of the number of key/value heads."""
     if K < 1 or H % K:

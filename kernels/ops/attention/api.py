@@ -120,10 +120,7 @@ def attention(
     if gate is not None:
         validation.check_shape("gate", gate, (B, T, H, Dv), (B, T, H, 1))
     if sinks is not None:
-        sinks = validation.as_array("sinks", sinks, "H")
-        validation.check_shape("sinks", sinks, (H,))
-        if sinks.dtype not in (jnp.float32, q.dtype):
-            raise ValueError(f"sinks has dtype {sinks.dtype}; allowed: float32 or {q.dtype}, the dtype of q")
+        sinks = validation.check_sinks(sinks, H, q.dtype)
     causal = validation.check_flag("causal", causal)
     return_lse = validation.check_flag("return_lse", return_lse)
     window = validation.check_window(window, causal)

@@ -55,7 +55,7 @@ def decode_attention(
             more than C.
         scale: factor on the scores; None: D**-0.5.
         softcap: caps the scores s at softcap * tanh(s / softcap); None: no cap.
-        sinks: logits [H], converted to float32: each joins the softmax of its head as one more key without a value.
+        sinks: logits [H] in float32 or q's dtype: each joins the softmax of its head as one more key without a value.
             They are neither scaled nor capped. None: no sinks.
         implementation: auto, reference, xla, pallas or triton.
 
@@ -92,7 +92,10 @@ def decode_attention(
         validation.check_shape("gate", gate, (B, *tokens, H, D), (B, *tokens, H, 1))
     window = validation.check_window(window, causal=True)
     scale, softcap = validation.check_scale(scale, D), validation.check_softcap(softcap)
-    options = {} if sinks is None else {"sinks": _check_sinks(sinks, q)}
+    options = {}
+    if sinks is not None:
+        sinks = validation.check_sinks(sinks, H, q.dtype)
+        options["sinks"] = sinks.astype(jnp.float64 if q.dtype == jnp.float64 else jnp.float32)
     if T is not None:
         _check_tokens(T, C, window, length)
 
@@ -134,15 +137,6 @@ def _out_specs(
     """Return the partition specs of the output and of the cache, which are those of q and of the given cache."""
     k_scale, v_scale = rest[:2] if has_scales else (None, None)
     return q, KVCache(cache_k, cache_v, length, k_scale, v_scale)
-
-
-def _check_sinks(sinks: Any, q: Array) -> Array:
-    """Return the sinks [H] in float32, or in float64 beside float64 queries."""
-    sinks = validation.as_array("sinks", sinks, "H")
-    if sinks.dtype not in validation.FLOATS:
-        raise ValueError(f"sinks has dtype {sinks.dtype}; allowed: float32")
-    validation.check_shape("sinks", sinks, (q.shape[-2],))
-    return sinks.astype(jnp.float64 if q.dtype == jnp.float64 else jnp.float32)
 
 
 def _check_tokens(T: int, C: int, window: int | None, length: integers.Integers) -> None:

@@ -1,5 +1,7 @@
 """Attention that returns the log-sum-exp of its scores, the merge of two parts of the keys, and sinks."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -186,11 +188,25 @@ def test_bad_sinks_and_flags_are_refused():
     for options, words in (
         ({"sinks": jnp.ones(3)}, r"sinks has shape \(3,\); allowed: \(2,\)"),
         ({"sinks": jnp.ones((1, 2))}, "sinks has shape"),
-        ({"sinks": jnp.ones(2, jnp.int32)}, "sinks has dtype int32; allowed: float32"),
+        ({"sinks": jnp.ones(2, jnp.int32)}, "sinks has dtype int32; allowed: float32$"),
+        ({"sinks": jnp.ones(2, jnp.bfloat16)}, "sinks has dtype bfloat16; allowed: float32$"),
         ({"return_lse": 1}, "return_lse is 1; allowed: True or False"),
     ):
         with pytest.raises(ValueError, match=words):
             kernels.attention(q, q, q, **options)
+
+
+@pytest.mark.parametrize("op", ["attention", "decode_attention"])
+def test_sinks_are_float32_or_of_the_dtype_of_the_queries(op):
+    q = jnp.ones((1, 2, 4), jnp.bfloat16)
+    if op == "attention":
+        call = functools.partial(kernels.attention, q[:, None], q[:, None], q[:, None])
+    else:
+        call = functools.partial(kernels.decode_attention, q, q, q, kernels.KVCache.zeros(1, 2, 8, 4, jnp.bfloat16))
+    outputs = [jax.tree.leaves(call(sinks=jnp.ones(2, dtype)))[0] for dtype in (jnp.float32, jnp.bfloat16)]
+    np.testing.assert_array_equal(*(np.float32(o) for o in outputs))
+    with pytest.raises(ValueError, match="sinks has dtype float16; allowed: float32 or bfloat16, the dtype of q"):
+        call(sinks=jnp.ones(2, jnp.float16))
 
 
 def test_kernels_from_elsewhere_get_one_head_dim_and_are_refused_without_lse(monkeypatch):

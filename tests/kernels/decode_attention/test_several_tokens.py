@@ -183,6 +183,7 @@ def call(T: int, C: int, lengths: Any = (0,), **options: Any) -> Any:
         ({"T": 2, "C": 8, "gate": jnp.ones((1, 1, 8))}, "gate has shape"),
         ({"T": 2, "C": 8, "sinks": jnp.ones(2)}, r"sinks has shape \(2,\); allowed: \(1,\)"),
         ({"T": 2, "C": 8, "sinks": jnp.int32([1])}, "sinks has dtype int32; allowed: float32"),
+        ({"T": 2, "C": 8, "sinks": jnp.float16([1])}, "sinks has dtype float16; allowed: float32$"),
     ],
     ids=lambda x: str(x)[:40],
 )
