@@ -63,8 +63,8 @@ class Arguments:
     """Samples per prompt, which is prefilled once."""
     stream: bool = False
     """Print the text while it is generated; several texts are printed in order."""
-    prefill_chunk: int = generate.PREFILL_CHUNK
-    """Tokens per prompt and prefill step; fewer take less memory."""
+    prefill_chunk: int | None = None
+    """Tokens per prompt and prefill step; fewer take less memory. None: 2048."""
     speculate: int = 0
     """Tokens that each step drafts from what the text repeats, and verifies; the text stays the same. 0: none."""
     attn: Implementation | None = None

@@ -24,7 +24,7 @@ def complete(
     repetition_penalty: float = 1.0,
     seed: int = 0,
     n: int = 1,
-    prefill_chunk: int = generate.PREFILL_CHUNK,
+    prefill_chunk: int | None = None,
 ) -> list[str]:
     """Continue each text.
 
@@ -41,7 +41,7 @@ def complete(
         repetition_penalty: above 1 makes tokens of the prompt and of the text so far less likely.
         seed: seed of all draws, 0 <= seed < 2**32.
         n: samples per prompt.
-        prefill_chunk: tokens per prompt and prefill step; prefill takes the memory of one such chunk.
+        prefill_chunk: tokens per prompt and prefill step; prefill takes the memory of one such chunk. None: 2048.
 
     Returns:
         len(prompts) * n continuations without their prompts, all samples of the first prompt first. An incomplete

@@ -48,7 +48,7 @@ def generate(
     stop_tokens: Iterable[int] = (),
     n: int = 1,
     max_context: int | None = None,
-    prefill_chunk: int = PREFILL_CHUNK,
+    prefill_chunk: int | None = None,
     speculate: int = 0,
 ) -> list[list[int]]:
     """Continue each prompt.
@@ -69,7 +69,7 @@ def generate(
             applies to models with full attention or learned positions; if every layer has a window, the
             length is unlimited.
         prefill_chunk: tokens per prompt and prefill step; prefill takes the memory of one such chunk. It changes the
-            ids by rounding only.
+            ids by rounding only. None: 2048.
         speculate: tokens that each step drafts from what is repeated in the text, and verifies; 0: none. It changes
             the ids by rounding only, and is fastest for few sequences.
 
@@ -102,7 +102,7 @@ def stream(
     stop_tokens: Iterable[int] = (),
     sample: int = 0,
     max_context: int | None = None,
-    prefill_chunk: int = PREFILL_CHUNK,
+    prefill_chunk: int | None = None,
     speculate: int = 0,
 ) -> Iterator[int]:
     """Yield the new ids of one sequence as they are decoded: `generate(model, [prompt], n=sample + 1, ...)[sample]`.
@@ -131,7 +131,7 @@ class Request:
     stop_tokens: Iterable[int] = ()
     samples: Sequence[int] = (0,)
     max_context: int | None = None
-    prefill_chunk: int = PREFILL_CHUNK
+    prefill_chunk: int | None = None
     speculate: int = 0
 
 
@@ -163,7 +163,9 @@ def generate_chunks(model: Transformer, request: Request, latency: float | None 
     context = prefill.round_up_to_bucket(longest + count, prefill.SMALLEST_CONTEXT, limit)
     # Drafts that are not accepted must not overwrite what the window still shows.
     slots = tuple(C + drafts for C in prefill.layer_cache_slots(config, context))
-    chunk = check_int("prefill_chunk", request.prefill_chunk, 1)
+    chunk = PREFILL_CHUNK
+    if request.prefill_chunk is not None:
+        chunk = check_int("prefill_chunk", request.prefill_chunk, 1, off="None")
     size = prefill.round_up_to_bucket(longest, prefill.SMALLEST_PROMPT, limit)
     if size > chunk:
         size = -(-longest // chunk) * chunk
@@ -173,10 +175,11 @@ def generate_chunks(model: Transformer, request: Request, latency: float | None 
         tokens[row, : len(prompt)] = prompt
         seen[row, prompt] = True
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    chunks = np.split(tokens, range(chunk, size, chunk), axis=1)
-    inputs = _Inputs(chunks, lengths, seen, np.uint32(seed), np.array(samples, np.int32), request.sampling, stop_ids)
+    inputs = _Inputs(
+        tokens, chunk, lengths, seen, np.uint32(seed), np.array(samples, np.int32), request.sampling, stop_ids
+    )
     if drafts:
-        return _speculate(model, slots, inputs, prompts, drafts, count, latency)
+        return _speculate(model, slots, inputs, drafts, count, latency)
     return _decode_chunks(model, slots, inputs, count, latency)
 
 
@@ -184,7 +187,8 @@ class _Inputs(NamedTuple):
     """Validated inputs of a request for B prompts.
 
     Attributes:
-        chunks: token ids of the prompts in prefill chunks, each [B, T] int32, padded with zeros.
+        tokens: token ids of the prompts, [B, T] int32, padded with zeros.
+        chunk: tokens per prompt and prefill step.
         lengths: number of tokens per prompt, [B] int32.
         seen: which tokens occur in each prompt, bool [B, V].
         seed: seed of all draws, uint32.
@@ -193,7 +197,8 @@ class _Inputs(NamedTuple):
         stop_ids: ids that end a sequence, int32.
     """
 
-    chunks: list[np.ndarray]
+    tokens: np.ndarray
+    chunk: int
     lengths: np.ndarray
     seen: np.ndarray
     seed: np.uint32
@@ -225,16 +230,23 @@ def _speculate(
     model: Transformer,
     slots: tuple[int, ...],
     inputs: _Inputs,
-    prompts: list[np.ndarray],
     drafts: int,
     count: int,
     latency: float | None,
 ) -> Iterator[Chunk]:
     """Prefill the prompts, then decode up to `count` tokens per sequence with drafts."""
     graph, weights, state = _prefill(model, slots, inputs)
-    size = prefill.round_up_to_bucket(max(map(len, prompts)) + count + 1 + drafts, prefill.SMALLEST_CONTEXT)
+    longest = int(inputs.lengths.max())
+    size = prefill.round_up_to_bucket(longest + count + 1 + drafts, prefill.SMALLEST_CONTEXT)
     start = speculation.initial_state(
-        state.caches, state.logits, state.keys, state.seen, prompts, inputs.samples.size, size
+        state.caches,
+        state.logits,
+        state.keys,
+        state.seen,
+        inputs.tokens[:, :longest],
+        inputs.lengths,
+        inputs.samples.size,
+        size,
     )
     return speculation.decode(
         (graph, weights), start, inputs.sampling, inputs.stop_ids, num_drafts=drafts, count=count, latency=latency
@@ -246,8 +258,8 @@ def _prefill(model: Transformer, slots: tuple[int, ...], inputs: _Inputs) -> tup
     graph, weights = nnx.split(model)
     weights = _cast_weights(weights, model.config.dtype)
     prefilled: prefill.PrefillState | None = None
-    for i, tokens in enumerate(inputs.chunks):
-        start = i * inputs.chunks[0].shape[1]
+    for start in range(0, inputs.tokens.shape[1], inputs.chunk):
+        tokens = inputs.tokens[:, start : start + inputs.chunk]
         # Rounded up to a power of two too; positions before the prompt are masked.
         past = prefill.round_up_to_bucket(start, 1) if start else 0
         prefilled = _prefill_chunk(graph, slots, past, weights, tokens, np.int32(start), inputs.lengths, prefilled)

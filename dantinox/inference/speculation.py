@@ -15,7 +15,7 @@ Source  Leviathan et al., Fast Inference from Transformers via Speculative Decod
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -126,16 +126,17 @@ def initial_state(
     logits: Array,
     keys: Array,
     seen: Array,
-    prompts: Sequence[np.ndarray],
+    tokens: np.ndarray,
+    lengths: np.ndarray,
     samples: int,
     size: int,
 ) -> State:
-    """Return the state after the prompts, for `samples` rows per prompt and texts of up to `size` tokens."""
-    text = np.zeros((len(prompts), size), np.int32)
-    for row, prompt in enumerate(prompts):
-        text[row, : len(prompt)] = prompt
-    length = np.array([len(prompt) for prompt in prompts], np.int32)
-    text, length = (np.repeat(x, samples, axis=0) for x in (text, length))
+    """Return the state after the prompts, for `samples` rows per prompt and texts of up to `size` tokens.
+
+    `tokens` [B, T], T <= size, are the ids of the prompts, padded; `lengths` [B] is the number of ids of each.
+    """
+    text = np.pad(tokens, ((0, 0), (0, size - tokens.shape[1])))
+    text, length = (np.repeat(x, samples, axis=0) for x in (text, lengths))
     done, num = np.zeros(length.shape, bool), np.zeros(length.shape, np.int32)
     return _as_outputs(State(caches, logits, done, keys, num, seen, text, length))
 

@@ -60,12 +60,27 @@ def test_chunked_prefill_equals_single_pass(changes):
         assert one.length.tolist() == length.tolist()
 
 
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        (dict(window=6), dict(temperature=0)),
+        (dict(window=6), dict(temperature=0, speculate=3)),
+        (dict(pos_encoding="learned"), dict(temperature=0.7, seed=3, n=2)),
+        (dict(n_experts=4, experts_per_token=2, window=20), dict(temperature=1.0, seed=5, repetition_penalty=1.3)),
+        (dict(n_layers=2, window_pattern="SL", window=6, kv_cache_dtype="int8"), dict(temperature=0)),
+        (dict(kv_cache_dtype="int8", window=6), dict(temperature=1.0, seed=7, speculate=2)),
+    ],
+    ids=lambda x: "-".join(f"{k}={v}" for k, v in x.items()),
+)
 @pytest.mark.slow
-def test_generated_ids_do_not_depend_on_chunk_size():
-    model = build(n_layers=1, window=6)
+def test_generated_ids_do_not_depend_on_chunk_size(changes, options):
+    """Ragged prompts: one ends within its last chunk, one within the first, one at the end of a chunk."""
+    model = build(**({"n_layers": 1} | changes))
     prompts = [ids(3, 33), ids(4, 3), ids(5, 16)]
-    made = [generate(model, prompts, max_new_tokens=9, temperature=0, prefill_chunk=chunk) for chunk in (2048, 16, 5)]
-    assert made[0] == made[1] == made[2]
+    whole, *chunked = (
+        generate(model, prompts, max_new_tokens=9, prefill_chunk=chunk, **options) for chunk in (None, 16, 5)
+    )
+    assert chunked == [whole] * 2 and all(whole)
 
 
 @pytest.mark.parametrize(("kv_cache_dtype", "most"), [("int8", 0.05), ("fp8", 0.2)])
@@ -138,7 +153,7 @@ def test_single_sample_reuses_the_prefilled_caches():
     assert compiled.memory_analysis().alias_size_in_bytes >= 2 * caches[0].k.nbytes
 
 
-@pytest.mark.parametrize("bad", [0, -1, 2.5, None])
+@pytest.mark.parametrize("bad", [0, -1, 2.5, True])
 def test_invalid_chunk_size_raises(bad):
-    with pytest.raises(ValueError, match="prefill_chunk is"):
+    with pytest.raises(ValueError, match=r"prefill_chunk is .*; allowed: an integer, 1 or more, or None"):
         generate(build(n_layers=1), [[1, 2]], max_new_tokens=1, prefill_chunk=bad)
