@@ -1,6 +1,6 @@
 """The workloads of decoding attention."""
 
-from dantinox.kernels.workloads.common import ALL, AOT, BIG, BOTH, BUNDLES, CPU, TPU
+from dantinox.kernels.workloads.common import ALL, AOT, BF16, BIG, BOTH, BUNDLES, CPU, REGISTERS, TPU
 from dantinox.kernels.workloads.types import Decode
 
 
@@ -21,6 +21,8 @@ def _step(name: str, C: int, *lengths: int, H: int, K: int, D: int = 128, **kind
 
 
 TUTORIAL = {"suites": ("tutorial",), "devices": ("cpu",), "dtypes": BOTH}
+
+DRAFTS = AOT | {"dtypes": BF16}
 
 KV_CACHES = (
     _parity("grouped"),
@@ -62,5 +64,21 @@ KV_CACHES = (
     *(
         _step(f"aot ring, {dtype}", 2048, 5000, 100, H=8, K=2, window=1024, gate="head", kv_dtype=dtype, **BUNDLES)
         for dtype in ("int8", "float8_e4m3fn")
+    ),
+    _step(
+        "aot ring, 5 tokens, sinks",
+        *(2048, 5000, 100),
+        **{"H": 8, "K": 2, "window": 1024, "gate": "head", "new_tokens": 5, "sinks": True},
+        **DRAFTS,
+    ),
+    # The last of these spills registers.
+    *(
+        _step(
+            f"aot d{D} 8 tokens, window, softcap",
+            *(1000, 2000, 100),
+            **{"H": 8, "K": 2, "D": D, "window": 256, "softcap": 50.0, "new_tokens": 8},
+            **(REGISTERS | {"dtypes": BF16}),
+        )
+        for D in (64, 80, 128, 256)
     ),
 )

@@ -19,9 +19,11 @@ HIDDEN_GRADIENTS = "test_hidden_slots_do_not_change_gradients"
 SPLITS = "test_splits_divide_visible_blocks_evenly"
 EMPTY_SPLIT = "test_split_without_visible_tokens_has_no_weight"
 SM90_OUTPUT = (
-    "test_output_matches_python_loops_and_token_is_stored[bfloat16-C=136 D=64-splits=1]",
-    "test_output_matches_python_loops_and_token_is_stored[bfloat16-C=200 D=128-splits=2]",
+    "test_output_matches_python_loops_and_tokens_are_stored[bfloat16-C=136 D=64-splits=1]",
+    "test_output_matches_python_loops_and_tokens_are_stored[bfloat16-C=200 D=128-splits=2]",
 )
+
+SM90_TOKENS = "test_output_matches_python_loops_and_tokens_are_stored[bfloat16-C=136 D=64 T=5-splits=2]"
 
 MUTANTS: list[Mutant] = [
     *mutants_of(
@@ -206,11 +208,21 @@ MUTANTS: list[Mutant] = [
         ("an empty split has a weight", "refs.lse_smem[...] = fill_rows(-jnp.inf)", "refs.lse_smem[...] = fill_rows(0.0)",
          SM90_OUTPUT),
         ("the query does not see the new token",
-         "pl.when(has_new_token)(lambda: self.insert_new_token(self.keys, k_stage, first_slot))", "pass", SM90_OUTPUT),
-        ("the new token is not stored", "pl.when(has_new_token)(self.store_new_token)", "pass", SM90_OUTPUT),
+         "pl.when(has_new_token)(lambda: self.insert_new_tokens(self.keys, k_stage, first_slot))", "pass", SM90_OUTPUT),
+        ("the new token is not stored", "pl.when(has_new_token)(lambda: self.store_new_tokens(first_slot))", "pass",
+         SM90_OUTPUT),
+        ("a query sees later tokens", "(distance >= 0) & ", "", SM90_TOKENS),
+        ("a query sees more than its window", "(config.C if config.window is None else config.window))",
+         "(config.C if config.window is None else config.window + 1))", SM90_TOKENS),
+        ("the rows of a token are those of the next", "jnp.int32(config.G))", "jnp.int32(config.G + 1))", SM90_TOKENS),
+        ("new tokens before the end of the ring buffer are lost", "jnp.where(slot < 0, slot + config.C, slot)", "slot",
+         SM90_TOKENS),
+        ("a block of older new tokens is not one", "+ 1 < config.T\n", "+ 1 < 1\n", SM90_TOKENS),
+        ("a block that some queries see is not masked", "has_new_token | ~seen_by_all | ", "has_new_token | ",
+         SM90_TOKENS),
         ("values of unused slots count", "x = jnp.where(self.visible_slots(x.shape, 0, first_slot), x, 0)", "pass",
          SM90_OUTPUT),
-        ("keys of unused slots count", "jnp.where(self.visible_slots(s.shape, 1, first_slot), s, -jnp.inf)", "s",
+        ("keys of unused slots count", "jnp.where(self.visible_scores(s.shape, first_slot), s, -jnp.inf)", "s",
          SM90_OUTPUT),
         ("a window's oldest block is not masked", " | (i == 0)", "", SM90_OUTPUT),
         ("slots past the end of the ring buffer count", " & (slots < self.config.C)", "", SM90_OUTPUT),

@@ -8,24 +8,25 @@ Tiling    grid (splits, K, B), one thread block of one warpgroup each. The block
 
               blocks of slots ->   0   1   2   3   4   5
               split 0              ░   ░   ░   ▞   █   ░      ▞ edge: scores masked, invisible rows of v zeroed
-              split 1              █   n   ░   ░   ░   █      n edge that also receives the new token
+              split 1              █   n   ░   ░   ░   █      n edge that also receives new tokens
                                                               ░ neither loaded nor computed
-          The G query heads of a KV head are the first of the 64 rows of a wgmma. TMA loads blocks of keys and of values
-          into two pipelines of SMEM stages; each stage is refilled as soon as it has been read.
-          The kernel inserts the new token into its block in SMEM and stores it from there to the ring buffer: no
-          other thread block reads that block.
+          The G query heads of a KV head, times T new tokens, are the first of the 64 rows of a wgmma. TMA loads blocks
+          of keys and of values into two pipelines of SMEM stages; each stage is refilled as soon as it has been read.
+          The kernel inserts new tokens into their blocks in SMEM and stores them from SMEM to the ring buffer: no
+          other thread block reads these blocks.
 State     m, l [64] and the output [64, D] of one split, in float32 registers.
 Traffic   reads the visible blocks of k and v once, for any C, and q once per split; writes one slot of each ring
-          buffer, in place, and o [ceil8(G), D] and lse [64] per split in float32. 4 H D FLOPs per visible token, times
-          64 / G because rows without a query head are multiplied too: still less time than the loads take.
-Limits    bfloat16, float16, with a cache of the same dtype; D a multiple of 16 up to 256; G up to 64; C a multiple of
-          8; one new token. The scaled scores times log2(e) and the sum of the visible values have to fit float32. No
+          buffer per new token, in place, and o [ceil8(T G), D] and lse [64] per split in float32. 256 K D FLOPs per
+          visible token, as rows without a query are multiplied too: still less time than the loads take.
+Limits    bfloat16, float16, with a cache of the same dtype; D a multiple of 16 up to 256; T G up to 64; C a multiple of
+          8. The scaled scores times log2(e) and the sum of the visible values have to fit float32. No
           gradient. `dantinox.kernels.decode_attention` raises ValueError, and NotImplementedError beyond these limits.
 Source    Dao, Flash-Decoding (2023).
 """
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -36,9 +37,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dantinox.kernels.mosaic_gpu import TMA_ROWS, tuned_head_dim, wgmma_smem
 from dantinox.kernels.ops.decode_attention.gradient import without_gradient
-from dantinox.kernels.ops.decode_attention.kv_cache import KVCache, append_token
+from dantinox.kernels.ops.decode_attention.kv_cache import KVCache, append_token, append_tokens
 from dantinox.kernels.ops.decode_attention.numbers import split_scale
-from dantinox.kernels.ops.decode_attention.pallas_sm90.limits import BLOCK_H, STAGES, unsupported_reason
+from dantinox.kernels.ops.decode_attention.pallas_sm90.limits import BLOCK_H, num_stages, unsupported_reason
+from dantinox.kernels.ops.decode_attention.pallas_sm90.refs import CacheRefs, SplitRefs, SplitScratch
 from dantinox.kernels.ops.decode_attention.pallas_sm90.splits import (
     BLOCK_KV,
     RESIDENT_BLOCKS,
@@ -49,6 +51,7 @@ from dantinox.kernels.ops.decode_attention.pallas_sm90.splits import (
     max_visible_blocks,
     split_range,
 )
+from dantinox.kernels.ops.decode_attention.rows import group_rows, group_sinks, ungroup_rows
 from dantinox.kernels.softcap import cap_scores
 from dantinox.kernels.vma import call_invariant, varying_shape
 
@@ -56,62 +59,10 @@ Array = jax.Array
 Ref = Any  # a reference in GMEM or SMEM, or a barrier
 LOG2E = math.log2(math.e)
 M_INIT = float(jnp.finfo(jnp.float32).min)  # every block has a visible slot
+TMA_COLUMNS = 64  # of 16 bits: TMA reads SMEM from multiples of 128 bytes on
 ROW_LAYOUT, COL_LAYOUT = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+INVISIBLE = 2**30  # the age of a slot that no query sees
 INSERT_COLUMNS = 64  # columns held in registers at once while the new token is inserted
-
-
-class SplitScratch(NamedTuple):
-    """Scratch memory of one thread block, in order of allocation."""
-
-    k_full: Ref
-    k_smem: Ref
-    v_or_out_smem: Ref
-    new_kv_smem: Ref
-    q_full: Ref
-    q_smem: Ref
-    v_full: Ref
-
-
-class SplitRefs(NamedTuple):
-    """References of one thread block: operands and results in GMEM, then SMEM and barriers."""
-
-    q: Ref
-    new_k: Ref
-    new_v: Ref
-    o: Ref
-    lse: Ref
-    q_smem: Ref
-    q_full: Ref
-    o_smem: Ref
-    lse_smem: Ref
-
-
-class CacheRefs(NamedTuple):
-    """The keys or the values of one thread block.
-
-    Attributes:
-        ring_buffer: [B, K, C, D] in GMEM.
-        blocks: [stages, BLOCK_KV, D] in SMEM.
-        full: one barrier per stage.
-        new_kv: key and value of the new token, [2, D] in SMEM.
-        index: index of this cache in new_kv: 0 for keys, 1 for values.
-    """
-
-    ring_buffer: Ref
-    blocks: Ref
-    full: Ref
-    new_kv: Ref
-    index: int
-
-    @property
-    def new_token(self) -> Ref:
-        """The new token's vector, [D] in SMEM."""
-        return self.new_kv.at[self.index]
-
-    @property
-    def num_stages(self) -> int:
-        """Number of SMEM stages."""
-        return self.blocks.shape[0]
 
 
 def decode_attention(
@@ -138,14 +89,16 @@ def decode_attention(
     """
     if (reason := unsupported_reason(q, cache)) is not None:
         raise NotImplementedError(f"decode_attention: implementation='pallas' cannot run here: {reason}")
-    (B, H, D), (K, C) = q.shape, cache.k.shape[1:3]
+    (B, *tokens, H, D), (K, C) = q.shape, cache.k.shape[1:3]
+    T = tokens[0] if tokens else 1
     if 0 in (B, H):
-        return jnp.zeros_like(q), append_token(cache, k, v)
+        return jnp.zeros_like(q), append_tokens(cache, k, v) if tokens else append_token(cache, k, v)
     max_visible = C if window is None else min(C, int(window))
     if num_splits is None:
-        num_splits = choose_num_splits(B, K, max_visible_blocks(C, max_visible), RESIDENT_BLOCKS[tuned_head_dim(D)])
+        num_blocks = max_visible_blocks(C, min(C, max_visible + T - 1))
+        num_splits = choose_num_splits(B, K, num_blocks, RESIDENT_BLOCKS[tuned_head_dim(D)])
     q, scale = split_scale(q, scale)
-    config = SplitConfig(C, max_visible, num_splits, scale, softcap, interpret)
+    config = SplitConfig(C, max_visible, num_splits, scale, softcap, interpret, T, H // K)
     q, k, v, cache, gate, sinks = without_gradient((q, k, v, cache, gate, sinks))
     return call_invariant(functools.partial(_append_and_attend, config), q, k, v, cache, gate, sinks)
 
@@ -153,28 +106,33 @@ def decode_attention(
 def _append_and_attend(
     config: SplitConfig, q: Array, k: Array, v: Array, cache: KVCache, gate: Array | None, sinks: Array | None
 ) -> tuple[Array, KVCache]:
-    """Run the kernel and combine its splits -> (o [B, H, D], the updated cache)."""
-    (B, H, D), K = q.shape, k.shape[1]
-    length, G = cache.length.astype(jnp.int32), H // K
-    grouped_q = jnp.pad(q.reshape(B, K, G, D), ((0, 0), (0, 0), (0, -G % TMA_ROWS), (0, 0)))
+    """Run the kernel and combine its splits -> (o in q's shape, the updated cache)."""
+    K, num_rows = k.shape[-2], config.T * config.G
+    rows = jnp.pad(group_rows(q, K), ((0, 0), (0, 0), (0, -num_rows % TMA_ROWS), (0, 0)))
+    new_k, new_v = (_pad_columns(group_rows(x.astype(q.dtype), K)) for x in (k, v))
     cache_k, cache_v = jax.new_ref(cache.k), jax.new_ref(cache.v)
-    o, lse = _attend_in_splits(grouped_q, k.astype(q.dtype), v.astype(q.dtype), length, cache_k, cache_v, config)
-    log2_sinks = None if sinks is None else sinks.reshape(K, G).astype(jnp.float32) * LOG2E
-    o = combine_splits(o[..., :G, :], lse[..., :G], log2_sinks).reshape(B, H, D)
+    o, lse = _attend_in_splits(rows, new_k, new_v, cache.length.astype(jnp.int32), cache_k, cache_v, config)
+    log2_sinks = None if sinks is None else group_sinks(sinks, K, config.T)[..., 0].astype(jnp.float32) * LOG2E
+    o = ungroup_rows(combine_splits(o[..., :num_rows, :], lse[..., :num_rows], log2_sinks), q.shape)
     if gate is not None:
         o = o * jax.nn.sigmoid(gate.astype(jnp.float32))
-    return o.astype(q.dtype), KVCache(jax.freeze(cache_k), jax.freeze(cache_v), cache.length + 1)
+    return o.astype(q.dtype), KVCache(jax.freeze(cache_k), jax.freeze(cache_v), cache.length + config.T)
+
+
+def _pad_columns(x: Array) -> Array:
+    """Pad the last axis so that each vector begins at an address in SMEM that TMA reads from."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % TMA_COLUMNS)])
 
 
 def _attend_in_splits(
     q: Array, k: Array, v: Array, length: Array, cache_k: Ref, cache_v: Ref, config: SplitConfig
 ) -> tuple[Array, Array]:
-    """Return (o [splits, B, K, G, D], lse [splits, B, K, BLOCK_H]) float32; update the cache references.
+    """Return (o [splits, B, K, rows, D], lse [splits, B, K, BLOCK_H]) float32; update the cache references.
 
-    q is [B, K, G, D] with G a multiple of `TMA_ROWS`; k and v [B, K, D] are the new token.
+    q is [B, K, rows, D] with rows a multiple of `TMA_ROWS`; k and v [B, K, T, padded D] are the new tokens.
     """
-    B, K, G, D = q.shape
-    k_stages, v_stages = STAGES[tuned_head_dim(D)]
+    B, K, num_rows, D = q.shape
+    k_stages, v_stages = num_stages(D, config.T)
 
     scratch_types = SplitScratch(
         k_full=plgpu.Barrier(num_barriers=k_stages),
@@ -184,7 +142,7 @@ def _attend_in_splits(
             [wgmma_smem((v_stages, BLOCK_KV, D), q.dtype)],
             [wgmma_smem((BLOCK_H, D), jnp.float32), plgpu.SMEM((BLOCK_H,), jnp.float32)],
         ),
-        new_kv_smem=plgpu.SMEM((2, D), q.dtype),
+        new_kv_smem=plgpu.SMEM((2, *k.shape[2:]), q.dtype),
         q_full=plgpu.Barrier(num_arrivals=3),
         q_smem=wgmma_smem((BLOCK_H, D), q.dtype),
         v_full=plgpu.Barrier(num_barriers=v_stages),
@@ -192,7 +150,7 @@ def _attend_in_splits(
     return plgpu.kernel(
         functools.partial(_split_kernel, config),
         out_type=(
-            varying_shape((config.num_splits, B, K, G, D), jnp.float32, q),
+            varying_shape((config.num_splits, B, K, num_rows, D), jnp.float32, q),
             varying_shape((config.num_splits, B, K, BLOCK_H), jnp.float32, q),
         ),
         scratch_types=scratch_types,
@@ -284,10 +242,10 @@ class SplitKernel(NamedTuple):
         """Store the output of this split, and its log-sum-exp in SMEM."""
         refs, (*_, start, stop) = self.refs, self.block_range
         D = refs.q.shape[-1]
-        padded_heads = refs.q.at[self.batch, self.kv_head, pl.ds(0, BLOCK_H)]  # TMA fills missing heads with zeros
-        plgpu.copy_gmem_to_smem(padded_heads, refs.q_smem, refs.q_full)
-        for token, cache in ((refs.new_k, self.keys), (refs.new_v, self.values)):
-            plgpu.copy_gmem_to_smem(token.at[self.batch, self.kv_head], cache.new_token, refs.q_full)
+        padded_rows = refs.q.at[self.batch, self.kv_head, pl.ds(0, BLOCK_H)]  # TMA fills missing rows with zeros
+        plgpu.copy_gmem_to_smem(padded_rows, refs.q_smem, refs.q_full)
+        for tokens, cache in ((refs.new_k, self.keys), (refs.new_v, self.values)):
+            plgpu.copy_gmem_to_smem(tokens.at[self.batch, self.kv_head], cache.new_tokens, refs.q_full)
         for n in range(max(self.keys.num_stages, self.values.num_stages)):
             for cache in (self.keys, self.values):
                 if n < cache.num_stages:
@@ -298,20 +256,19 @@ class SplitKernel(NamedTuple):
         refs.lse_smem[...] = m + jnp.log2(l)
         refs.o_smem[...] = acc * broadcast_rows(1 / l, acc.shape)
         plgpu.commit_smem()
-        heads = pl.ds(0, refs.o.shape[-2])
-        plgpu.copy_smem_to_gmem(refs.o_smem.at[heads], refs.o.at[self.split, self.batch, self.kv_head])
+        rows = pl.ds(0, refs.o.shape[-2])
+        plgpu.copy_smem_to_gmem(refs.o_smem.at[rows], refs.o.at[self.split, self.batch, self.kv_head])
 
     def kv_block_step(self, i: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         """Update (acc, m, l) with the i-th visited block."""
         config, refs = self.config, self.refs
         acc, m, l = carry
         first_slot = self.ring_block(i) * BLOCK_KV
-        has_new_token = lax.div(self.block_range.slot, jnp.int32(BLOCK_KV)) == self.ring_block(i)
-        is_edge = has_new_token | (i == 0) | (first_slot + BLOCK_KV > config.C)
+        has_new_token, is_edge = self.classify(i, first_slot)
 
         k_stage = self.stage(self.keys, i)
         plgpu.barrier_wait(self.keys.full.at[k_stage])
-        pl.when(has_new_token)(lambda: self.insert_new_token(self.keys, k_stage, first_slot))
+        pl.when(has_new_token)(lambda: self.insert_new_tokens(self.keys, k_stage, first_slot))
         s = self.qk_scores(refs.q_smem, self.keys.blocks.at[k_stage])
         self.load(self.keys, i + self.keys.num_stages)
 
@@ -322,7 +279,7 @@ class SplitKernel(NamedTuple):
             s, score_scale = s * score_scale, 1.0
 
         def mask_scores(s: Array) -> Array:
-            return jnp.where(self.visible_slots(s.shape, 1, first_slot), s, -jnp.inf)
+            return jnp.where(self.visible_scores(s.shape, first_slot), s, -jnp.inf)
 
         s = lax.cond(is_edge, mask_scores, lambda s: s, s)
         m_new = jnp.maximum(m, jnp.max(s, axis=1) * score_scale)
@@ -333,8 +290,8 @@ class SplitKernel(NamedTuple):
 
         v_stage = self.stage(self.values, i)
         plgpu.barrier_wait(self.values.full.at[v_stage])
-        pl.when(is_edge)(lambda: self.insert_new_token(self.values, v_stage, first_slot))
-        pl.when(has_new_token)(self.store_new_token)
+        pl.when(is_edge)(lambda: self.insert_new_tokens(self.values, v_stage, first_slot))
+        pl.when(has_new_token)(lambda: self.store_new_tokens(first_slot))
         acc = self.accumulate_pv(acc, p.astype(self.values.ring_buffer.dtype), self.values.blocks.at[v_stage])
         self.load(self.values, i + self.values.num_stages)
         return acc, m_new, l
@@ -343,30 +300,80 @@ class SplitKernel(NamedTuple):
         """Return the slot indices along one axis of a block that begins at `first_slot`."""
         return first_slot + plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
-    def visible_slots(self, shape: tuple[int, int], axis: int, first_slot: Any) -> Array:
-        """Return a mask of the slots of a block that hold visible tokens, the new one included."""
-        slots = self.slots(shape, axis, first_slot)
-        age = self.block_range.slot - slots
-        age = jnp.where(age < 0, age + self.config.C, age)
-        return (age < self.block_range.num_visible) & (slots < self.config.C)
+    def classify(self, i: Any, first_slot: Any) -> tuple[Any, Any]:
+        """Return whether the i-th visited block receives new tokens, and whether a query does not see all of it."""
+        config, num_slots = self.config, self.config.C - first_slot
+        if config.T == 1:
+            has_new_token = lax.div(self.block_range.slot, jnp.int32(BLOCK_KV)) == self.ring_block(i)
+            return has_new_token, has_new_token | (i == 0) | (num_slots < BLOCK_KV)
+        age = self.age(first_slot)  # the largest of the block, unless it holds the newest token
+        has_new_token = age - lax.min(num_slots, jnp.int32(BLOCK_KV)) + 1 < config.T
+        seen_by_all = age < (self.block_range.num_visible if config.window is None else config.window)
+        return has_new_token, has_new_token | ~seen_by_all | (num_slots < BLOCK_KV)
 
-    def insert_new_token(self, cache: CacheRefs, stage: Any, first_slot: Any) -> None:
-        """Write the new token into a block in SMEM and zero invisible values, which may be NaN."""
-        for start in range(0, cache.blocks.shape[-1], INSERT_COLUMNS):
-            columns = slice(start, min(start + INSERT_COLUMNS, cache.blocks.shape[-1]))
-            x = plgpu.load(cache.blocks.at[stage, :, columns], layout=plgpu.Layout.WGMMA)
-            if cache is self.values:
-                x = jnp.where(self.visible_slots(x.shape, 0, first_slot), x, 0)
-            token = lax.broadcast_in_dim(plgpu.load(cache.new_token.at[columns], layout=COL_LAYOUT), x.shape, [1])
-            is_new = self.slots(x.shape, 0, first_slot) == self.block_range.slot
-            cache.blocks[stage, :, columns] = jnp.where(is_new, token, x)
+    def age(self, slots: Any) -> Any:
+        """Return how many tokens after the token of each slot the newest one comes, modulo the ring buffer."""
+        age = self.block_range.slot - slots
+        return jnp.where(age < 0, age + self.config.C, age)
+
+    def visible_slots(self, shape: tuple[int, int], axis: int, first_slot: Any) -> Array:
+        """Return a mask of the slots of a block that hold tokens that a query sees, the new ones included."""
+        slots = self.slots(shape, axis, first_slot)
+        return (self.age(slots) < self.block_range.num_visible) & (slots < self.config.C)
+
+    def visible_scores(self, shape: tuple[int, int], first_slot: Any) -> Array:
+        """Return a mask of the scores of a block: which slots the query of each row sees."""
+        config, visible = self.config, self.visible_slots(shape, 1, first_slot)
+        if config.T == 1:
+            return visible
+        age = jnp.where(visible, self.age(self.slots(shape, 1, first_slot)), INVISIBLE)
+        token = lax.div(self.slots(shape, 0, 0), jnp.int32(config.G))  # T or more in rows without a query
+        distance = age + token - (config.T - 1)
+        return (distance >= 0) & (distance < (config.C if config.window is None else config.window))
+
+    def for_each_new_token(self, first_slot: Any, body: Callable[[Any, Any], None]) -> None:
+        """Run body(t, slot) for each new token t of a block that has at least one."""
+        config, newest = self.config, self.block_range.slot
+        if config.T == 1:
+            body(0, newest)
+            return
+
+        def run(t: Any, _: None) -> None:
+            slot = newest - (config.T - 1) + t
+            slot = jnp.where(slot < 0, slot + config.C, slot)
+            pl.when((slot >= first_slot) & (slot < first_slot + BLOCK_KV))(lambda: body(t, slot))
+
+        lax.fori_loop(0, config.T, run, None)
+
+    def insert_new_tokens(self, cache: CacheRefs, stage: Any, first_slot: Any) -> None:
+        """Write the new tokens into a block in SMEM and zero values that no query sees, which may be NaN."""
+
+        def rewrite(t: Any = None, slot: Any = None) -> None:
+            for start in range(0, cache.blocks.shape[-1], INSERT_COLUMNS):
+                columns = slice(start, min(start + INSERT_COLUMNS, cache.blocks.shape[-1]))
+                x = plgpu.load(cache.blocks.at[stage, :, columns], layout=plgpu.Layout.WGMMA)
+                if cache is self.values:
+                    x = jnp.where(self.visible_slots(x.shape, 0, first_slot), x, 0)
+                if t is not None:
+                    new = plgpu.load(cache.new_tokens.at[t, columns], layout=COL_LAYOUT)
+                    is_new = self.slots(x.shape, 0, first_slot) == slot
+                    x = jnp.where(is_new, lax.broadcast_in_dim(new, x.shape, [1]), x)
+                cache.blocks[stage, :, columns] = x
+
+        if self.config.T > 1 and cache is self.values:
+            rewrite()
+        self.for_each_new_token(first_slot, rewrite)
         plgpu.commit_smem()
 
-    def store_new_token(self) -> None:
-        """Store the new token in its slot of the ring buffers, after the load of its block."""
-        for cache in (self.keys, self.values):
-            slot = cache.ring_buffer.at[self.batch, self.kv_head, self.block_range.slot]
-            plgpu.copy_smem_to_gmem(cache.new_token, slot)
+    def store_new_tokens(self, first_slot: Any) -> None:
+        """Store the new tokens of a block in their slots of the ring buffers, after the loads of the block."""
+
+        def store(t: Any, slot: Any) -> None:
+            for cache in (self.keys, self.values):
+                token = cache.new_tokens.at[t, pl.ds(0, cache.blocks.shape[-1])]
+                plgpu.copy_smem_to_gmem(token, cache.ring_buffer.at[self.batch, self.kv_head, slot])
+
+        self.for_each_new_token(first_slot, store)
 
     # The interpreter has no wgmma, so it loads the operands from SMEM and multiplies values.
 

@@ -14,7 +14,17 @@ SPLIT_OVERHEAD = 2  # prologue and epilogue of a thread block, in block loads
 
 
 class SplitConfig(NamedTuple):
-    """Static parameters of the kernel; `max_visible` bounds the tokens that a query attends to."""
+    """Static parameters of the kernel.
+
+    Attributes:
+        C: slots of a ring buffer.
+        max_visible: bounds the tokens that a query attends to.
+        num_splits: splits per sequence.
+        scale, softcap: options of the scores.
+        interpret: parameters of the interpreter, or None.
+        T: new tokens per sequence.
+        G: query heads per KV head.
+    """
 
     C: int
     max_visible: int
@@ -22,14 +32,21 @@ class SplitConfig(NamedTuple):
     scale: float
     softcap: float | None
     interpret: plgpu.InterpretGPUParams | None
+    T: int = 1
+    G: int = 1
+
+    @property
+    def window(self) -> int | None:
+        """The window, or None if it is the whole ring buffer."""
+        return self.max_visible if self.max_visible < self.C else None
 
 
 class SplitRange(NamedTuple):
     """The blocks of one split: first + i, modulo the ring buffer, for start <= i < stop.
 
     Attributes:
-        num_visible: tokens that the query attends to, the new one included.
-        slot: slot of the new token.
+        num_visible: tokens that a query attends to, the new ones included.
+        slot: slot of the newest token.
         first: block of the oldest visible token.
         start, stop: range of visited blocks of this split, counted from `first`.
     """
@@ -46,6 +63,8 @@ def split_range(length: Any, split: Any, config: SplitConfig) -> SplitRange:
     C, num_blocks = jnp.int32(config.C), -(-config.C // BLOCK_KV)
     # The largest int32 has no successor.
     num_older, slot = lax.min(length, jnp.int32(config.max_visible - 1)), lax.rem(length, C)
+    if config.T > 1:
+        num_older, slot = lax.min(num_older, C - config.T), lax.rem(slot + (config.T - 1), C)
     oldest = lax.rem(length - num_older, C)
     first, last = lax.div(oldest, jnp.int32(BLOCK_KV)), lax.div(slot, jnp.int32(BLOCK_KV))
     wrapped_count = lax.min(jnp.int32(num_blocks), num_blocks - first + last + 1)
@@ -54,7 +73,7 @@ def split_range(length: Any, split: Any, config: SplitConfig) -> SplitRange:
     def split_start(n: Any) -> Any:
         return lax.div(count * n, jnp.int32(config.num_splits))
 
-    return SplitRange(num_older + 1, slot, first, split_start(split), split_start(split + 1))
+    return SplitRange(num_older + config.T, slot, first, split_start(split), split_start(split + 1))
 
 
 def max_visible_blocks(C: int, max_visible: int) -> int:
