@@ -77,7 +77,7 @@ def expected(tensors):
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])
 def test_logits_match_numpy(implementation, folder, expected):
-    model = dantinox.load_hf(folder, attn=implementation, moe="xla")
+    model = dantinox.load_hf(folder, attn=implementation, moe=implementation)
     definition, params = split_params(model)
     assert np.std(expected) > 0.5
     logits = quickly(lambda params: definition.merge(params)(TOKENS))(params)
