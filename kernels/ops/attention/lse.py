@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from dantinox.kernels import validation
+from dantinox.kernels.einsum import accumulation_dtype
 
 Array = jax.Array
 LARGEST_LSE = 1e38  # a GPU kernel's lse of a row without a key is beyond it, so that the row's weights are zero
@@ -67,10 +68,12 @@ def merge_attention(
     validation.check_shape("o_b", o_b, o_a.shape)
     validation.check_shape("lse_a", lse_a, o_a.shape[:3])
     validation.check_shape("lse_b", lse_b, o_a.shape[:3])
+    o_dtype, dtype = o_a.dtype, accumulation_dtype(o_a.dtype)
+    o_a, o_b, lse_a, lse_b = (x.astype(dtype) for x in (o_a, o_b, lse_a, lse_b))
     largest = jax.lax.stop_gradient(jnp.maximum(lse_a, lse_b))
     largest = jnp.where(largest > -jnp.inf, largest, 0)
     a, b = jnp.exp(lse_a - largest), jnp.exp(lse_b - largest)
     sees_key = a + b > 0
     total = jnp.where(sees_key, a + b, 1)
     o = o_a * (a / total)[..., None] + o_b * (b / total)[..., None]
-    return o.astype(o_a.dtype), jnp.where(sees_key, largest + jnp.log(total), -jnp.inf)
+    return o.astype(o_dtype), jnp.where(sees_key, largest + jnp.log(total), -jnp.inf)

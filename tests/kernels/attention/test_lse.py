@@ -260,3 +260,18 @@ def test_vmap_and_remat_without_rank_promotion():
             with jax.numpy_rank_promotion("raise"):
                 alone = jax.jit(grad)(jax.tree.map(lambda x, n=n: x[n], stacked))
             assert_close(jax.tree.map(lambda x, n=n: x[n], batched), alone)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_under_strict_dtype_promotion(implementation):
+    """With float32 sinks and log-sum-exps; two halves of the keys merge to the whole."""
+    arguments, _, _ = draw(cases.attention(9, 12, H=4, K=2), jnp.bfloat16)
+    q, k, v = (arguments[name] for name in "qkv")
+    sinks = jnp.linspace(-1, 1, 4, dtype=jnp.float32)
+    f = functools.partial(kernels.attention, causal=False, return_lse=True, implementation=implementation)
+    with jax.numpy_dtype_promotion("strict"):
+        whole = f(q, k, v, sinks=sinks)
+        merged = kernels.merge_attention(*f(q, k[:, :5], v[:, :5], sinks=sinks), *f(q, k[:, 5:], v[:, 5:]))
+    for a, b in zip(merged, whole, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=2e-2, atol=2e-2)
