@@ -104,6 +104,11 @@ class AttentionTest(Mapped, test_base.AttentionTestBase):
     def __init__(self, name: str = "runTest"):
         super().__init__(name, attention_fn=attention_fn(self.IMPLEMENTATION))
 
+    def _test_small_sequences(self, seq_q, seq_kv):
+        # Sums over 256 queries of up to 15: in float32, plain jnp has an error of 2.4e-5, more than the 2e-5 allowed.
+        with test_base.override_test_args(atol_grads=4e-5):
+            super()._test_small_sequences(seq_q, seq_kv)
+
 
 class XlaTest(AttentionTest):
     IMPLEMENTATION = "xla"
