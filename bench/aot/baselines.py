@@ -58,6 +58,8 @@ def _check_features(workload: Any, **supported: bool) -> None:
         "segments": getattr(workload, "segments", None) is not None,
         "softcap": getattr(workload, "softcap", None) is not None,
         "window": getattr(workload, "window", None) is not None,
+        "sinks": getattr(workload, "sinks", False),
+        "several tokens": getattr(workload, "new_tokens", 1) > 1,
     }
     missing = [name for name, needed in required.items() if needed and not supported.get(name, False)]
     if missing:

@@ -1,6 +1,6 @@
 """The workloads of attention."""
 
-from dantinox.kernels.workloads.common import ALL, AOT, BIG, BOTH, BUNDLES, CPU, FEATURES, H100, REGISTERS, small
+from dantinox.kernels.workloads.common import ALL, AOT, BF16, BIG, BOTH, BUNDLES, CPU, FEATURES, H100, REGISTERS, small
 from dantinox.kernels.workloads.types import Attention, Workload
 
 
@@ -112,5 +112,6 @@ MODEL_ATTENTION = (
         )
     ),
     _square("aot d128 full, segments", 1000, H=4, K=2, D=128, causal=False, segments="packed", **REGISTERS),
+    _square("aot d128 window, sinks", 1024, H=4, K=2, D=128, window=256, sinks=True, **(AOT | {"dtypes": BF16})),
     _square("aot odd lengths", 1000, H=4, K=2, D=128, window=300, softcap=50.0, segments="packed", **AOT),
 )

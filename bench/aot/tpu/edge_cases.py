@@ -10,6 +10,7 @@ simulation of the tests knows what Mosaic cannot compile, or where XLA adds copi
 import argparse
 import dataclasses
 import importlib.util
+import itertools
 import os
 import time
 from collections import Counter
@@ -55,10 +56,12 @@ def parity_cases(suites: tuple[str, ...]) -> Iterator[EdgeCase]:
 
 
 def in_place_cases() -> Iterator[EdgeCase]:
-    """Yield decoding steps on large caches of every head dim."""
-    for D in HEAD_DIMS:
+    """Yield decoding steps on large caches of every head dim; those of several tokens have sinks too."""
+    for D, T in itertools.product(HEAD_DIMS, (1, 5)):
         row = workloads.Decode(
-            name=f"in place, heads of {D}", suites=(), devices=(), lengths=(9000,) * 8, C=16384, H=16, K=8, D=D
+            name=f"in place, heads of {D}, {T} tokens",
+            **{"suites": (), "devices": (), "lengths": (9000,) * 8, "C": 16384, "H": 16, "K": 8, "D": D},
+            **{"new_tokens": T, "sinks": T > 1},
         )
         for dtype, kv_dtype in (("bfloat16", None), ("float32", None), *(("bfloat16", x) for x in EIGHT_BITS)):
             yield EdgeCase(dataclasses.replace(row, kv_dtype=kv_dtype), dtype, "forward", in_place=True)
@@ -107,6 +110,7 @@ def _attention(rng: np.random.Generator, common: dict[str, Any]) -> workloads.Wo
         gate=_any_of(rng, "none", "head", "elementwise"),
         softcap=_any_of(rng, None, 20.0),
         segments=_any_of(rng, None, None, "separate"),
+        sinks=bool(rng.integers(2)),
         **common,
     )
 
@@ -123,14 +127,17 @@ def _moe(rng: np.random.Generator, common: dict[str, Any]) -> workloads.Workload
 
 
 def _decode_attention(rng: np.random.Generator, common: dict[str, Any]) -> workloads.Workload:
-    K = _any_of(rng, 1, 2, 5, 8, 32)
+    K, C, window = _any_of(rng, 1, 2, 5, 8, 32), _size(rng, 9000), _any_of(rng, None, _size(rng, 9000))
+    T = min(C, _any_of(rng, 1, 1, 2, 5, 16))
     return workloads.Decode(
         lengths=(1,) * _size(rng, 65),
-        C=_size(rng, 9000),
+        C=C if window is None or T == 1 else max(C, window + T - 1),
+        new_tokens=T,
+        sinks=bool(rng.integers(2)),
         H=K * _any_of(rng, 1, 2, 3, 8),
         K=K,
         D=_any_of(rng, 1, 7, 16, 32, 64, 72, 80, 96, 128, 192, 256, 576),
-        window=_any_of(rng, None, _size(rng, 9000)),
+        window=window,
         gate=_any_of(rng, "none", "head", "elementwise"),
         softcap=_any_of(rng, None, 20.0),
         **common,

@@ -40,6 +40,8 @@ def test_baselines_report_what_they_lack():
     gated = workloads.get("attention", "aot d128 window, gate")
     with pytest.raises(NotImplementedError, match="no gate and no window"):
         baselines.BASELINES["jax_mgpu"].build["attention"](gated)
+    with pytest.raises(NotImplementedError, match="no sinks"):
+        baselines.BASELINES["splash"].build["attention"](workloads.get("attention", "aot d128 window, sinks"))
     with pytest.raises(NotImplementedError, match="N is 1000"):
         baselines.BASELINES["megablox"].build["grouped_matmul"](workloads.get("grouped_matmul", "aot odd sizes"))
 
