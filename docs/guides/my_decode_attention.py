@@ -18,14 +18,14 @@ from dantinox.kernels.precision import matmul_precision
 from dantinox.kernels.vma import call_invariant, varying_shape
 
 Array = jax.Array
-M_INIT = -1e30  # finite, so that exp(-inf - M_INIT) is 0 while the kernel has seen no token
+M_INIT = -1e30  # a score without a weight; finite, so that exp(-inf - M_INIT) is 0 before any token
 NT, NN = ((2,), (2,)), ((2,), (1,))  # a b^T and a b, of every head
 
 
 def decode_attention(q, k, v, cache, *, gate, window, scale, softcap, sinks=None):
     """See `dantinox.kernels.decode_attention`, which has checked the arguments."""
-    if sinks is not None or q.ndim == 4:
-        raise NotImplementedError("my decode attention takes one new token per sequence, and no sinks")
+    if q.ndim == 4:
+        raise NotImplementedError("my decode attention takes one new token per sequence")
     if current_device().platform == "gpu" or q.dtype == jnp.float64:
         raise NotImplementedError("my decode attention runs on TPU and CPU, and not in float64")
     if (cache.k.dtype, cache.v.dtype) != (q.dtype, q.dtype):
@@ -56,6 +56,10 @@ def decode_attention(q, k, v, cache, *, gate, window, scale, softcap, sinks=None
     inputs, in_specs = [q.reshape(B, K, G, D), k[:, :, None], v[:, :, None]], [token(G, D), token(1, D), token(1, D)]
     if gate is not None:
         inputs, in_specs = [*inputs, gate.reshape(B, K, G, -1)], [*in_specs, token(G, gate.shape[-1])]
+    # A sink is one more key, which the softmax begins with; without sinks it has no weight.
+    first_score = jnp.full(H, M_INIT) if sinks is None else jnp.maximum(sinks, M_INIT)
+    inputs.append(first_score.astype(jnp.float32).reshape(K, G, 1))
+    in_specs.append(pl.BlockSpec((K, G, 1), lambda b, *_: (0, 0, 0)))
     call = pl.pallas_call(
         functools.partial(kernel, C=C, size=size, blocks=blocks, scale=scale, softcap=softcap),
         out_shape=[varying_shape(x.shape, x.dtype) for x in (inputs[0], cache.k, cache.v)],
@@ -90,7 +94,7 @@ def dot(a: Array, b: Array, contract: Any) -> Array:
 
 def kernel(newest_ref, visible_ref, count_ref, q_ref, k_new_ref, v_new_ref, *refs, C, size, blocks, scale, softcap):
     """One block of slots of one sequence, of all heads."""
-    *gate_ref, k_ref, v_ref, o_ref, k_out_ref, v_out_ref, m_ref, l_ref, acc_ref = refs
+    *gate_ref, sink_ref, k_ref, v_ref, o_ref, k_out_ref, v_out_ref, m_ref, l_ref, acc_ref = refs
     b, step = pl.program_id(0), pl.program_id(1)
     newest, visible = newest_ref[b], visible_ref[b]
     first = block_of(step, newest, size, blocks) * size
@@ -104,8 +108,8 @@ def kernel(newest_ref, visible_ref, count_ref, q_ref, k_new_ref, v_new_ref, *ref
 
     @pl.when(step == 0)
     def init():
-        m_ref[...] = jnp.full(m_ref.shape, M_INIT, jnp.float32)
-        l_ref[...] = jnp.zeros_like(l_ref)
+        m_ref[...] = sink_ref[...]
+        l_ref[...] = jnp.ones_like(l_ref)
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
     @pl.when(step < count_ref[b])

@@ -30,8 +30,8 @@ from dantinox.kernels.vma import call_invariant
 
 def decode_attention(q, k, v, cache, *, gate, window, scale, softcap, sinks=None):
     """See `dantinox.kernels.decode_attention`, which has checked the arguments."""
-    if sinks is not None or q.ndim == 4:
-        raise NotImplementedError("my decode attention takes one new token per sequence, and no sinks")
+    if q.ndim == 4:
+        raise NotImplementedError("my decode attention takes one new token per sequence")
     if reason := triton_unsupported_device():
         raise NotImplementedError(reason)
     (_, H, D), K = q.shape, k.shape[1]
@@ -41,13 +41,16 @@ def decode_attention(q, k, v, cache, *, gate, window, scale, softcap, sinks=None
         raise NotImplementedError(f"my cache is {q.dtype} as q is; this one is {cache.k.dtype} and {cache.v.dtype}")
     if 0 in q.shape:
         return jnp.zeros_like(q), append_token(cache, k, v)
-    o, new_k, new_v = call_invariant(run, q, k, v, *cache[:3], window=window, scale=scale, softcap=softcap)
+    # A sink is one more key, which the softmax begins with; without sinks it has no weight.
+    first_score = jnp.full(H, -1e30) if sinks is None else jnp.maximum(sinks, -1e30)
+    arrays = q, k, v, *cache[:3], first_score.astype(jnp.float32)
+    o, new_k, new_v = call_invariant(run, *arrays, window=window, scale=scale, softcap=softcap)
     if gate is not None:
         o *= jax.nn.sigmoid(gate.astype(jnp.float32))
     return o.astype(q.dtype), cache._replace(k=new_k, v=new_v, length=cache.length + 1)
 
 
-def run(q, k, v, cache_k, cache_v, length, *, window, scale, softcap):
+def run(q, k, v, cache_k, cache_v, length, first_score, *, window, scale, softcap):
     """Attend without a gate -> (o [B, H, D] float32, the new keys, the new values)."""
     import jax_triton
 
@@ -60,6 +63,7 @@ def run(q, k, v, cache_k, cache_v, length, *, window, scale, softcap):
         k.astype(q.dtype),
         v.astype(q.dtype),
         length,
+        first_score,
         new_k,
         new_v,
         kernel=decode_kernel,
@@ -88,6 +92,7 @@ def decode_kernel(
     k,
     v,
     length,
+    first_score,
     cache_k,
     cache_v,
     C: tl.constexpr,
@@ -117,8 +122,8 @@ def decode_kernel(
     oldest = newest - visible + 1
     oldest = tl.where(oldest < 0, oldest + C, oldest)
 
-    m = tl.full((G_TILE,), -1e30, tl.float32)
-    l = tl.zeros((G_TILE,), tl.float32)
+    m = tl.load(first_score + tl.program_id(0) * G + g, mask=g < G, other=-1e30)
+    l = tl.full((G_TILE,), 1.0, tl.float32)
     acc = tl.zeros((G_TILE, D_TILE), tl.float32)
     for first in range(0, visible, TILE_SIZE):
         token = first + tl.arange(0, TILE_SIZE)  # 0: the oldest; visible - 1: the new one
