@@ -74,6 +74,7 @@ def by_hand(inputs: dict[str, np.ndarray], ids: np.ndarray, dout: np.ndarray, ac
 
 @pytest.mark.parametrize("activation", ["swiglu", CLAMPED], ids=["swiglu", "clamped"])
 @pytest.mark.parametrize("biases", [BIASES, ("b_gate",), ("b_up",), ("b_down",), ()], ids=lambda names: "+".join(names))
+@pytest.mark.sampled(4)
 def test_reference_matches_numpy(biases, activation):
     inputs, _, dout = draw(len(NONE), 5, 7, 4, 2, biases)
     with jax.enable_x64(True):
@@ -213,6 +214,7 @@ def test_two_runs_are_bit_equal(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.sampled(1)
 def test_transformations(implementation):
     """vmap, remat and shard_map with its default, and float64 and ranks that do not promote."""
     inputs, aux, dout = draw(16, 8, 12, 3, 2)
