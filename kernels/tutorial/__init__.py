@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-TUTORIALS = ("attention", "grouped_matmul", "decode_attention", "hopper")  # in reading order
+TUTORIALS = ("attention", "grouped_matmul", "linear_cross_entropy", "decode_attention", "hopper")  # in reading order
 
 
 def steps(tutorial: str) -> tuple[str, ...]:

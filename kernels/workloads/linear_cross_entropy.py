@@ -20,6 +20,7 @@ LINEAR_CROSS_ENTROPY = (
     _loss("one column", 9, 1, 12, **PARITY),
     _loss("nano", 2048, 128, 512, **CPU),
     *(_loss(f"V={V}", 1024, 512, V, sweep=("V",), **CPU) for V in (4096, 32768)),
+    _loss("tutorial", 2048, 512, 4000, absent="some", suites=("tutorial",), devices=("cpu",), dtypes=BOTH),
     _loss("8k tokens, V=32768", 8192, 1024, 32768, **BIG),
     _loss("8k tokens, V=151936", 8192, 1024, 151936, **BIG),
     _loss("aot V=32000", 1024, 512, 32000, **AOT),
