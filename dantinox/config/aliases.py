@@ -32,6 +32,16 @@ VALUE_ALIASES = {("kv_cache_dtype", "model"): "auto"}
 """(name, earlier value) -> value."""
 ORIGINAL_DEFAULTS = {("dtype", "auto"): "float32"}
 """(name, default) -> the default that it replaced."""
+NEW_SETTINGS = {
+    "attn_bias": False,
+    "attn_sinks": False,
+    "rope_truncate": True,
+    "mlp_limit": 7.0,
+    "mlp_alpha": 1.702,
+    "moe_bias": False,
+    "loss": "auto",
+}
+"""Settings that came after the first sweeps, and their defaults."""
 
 
 def current_value(name: str, value: Any) -> Any:
@@ -63,11 +73,15 @@ def conflict_message(first: str, first_value: Any, second: str, second_value: An
 
 
 def original_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings under their earliest names and values, for hashes that must not change with a rename."""
+    """Return the settings under their earliest names and values, for hashes that must not change with a rename.
+
+    A setting that is newer than the hashes is left out where it has its default value.
+    """
     values = {(name, new): old for (name, old), new in VALUE_ALIASES.items()} | ORIGINAL_DEFAULTS
     return {
         original_name(name): values.get((name, value), value) if isinstance(value, str) else value
         for name, value in settings.items()
+        if name not in NEW_SETTINGS or value != NEW_SETTINGS[name]
     }
 
 

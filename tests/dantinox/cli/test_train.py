@@ -95,7 +95,7 @@ def test_tensorboard_shows_scalars_samples_and_trace(finished):
     planes = {event["pid"]: event["args"]["name"] for event in traced if event.get("name") == "process_name"}
     (ours,) = (pid for pid, name in planes.items() if name.endswith("named scopes"))
     drawn = {event["name"] for event in traced if event["pid"] == ours and event["ph"] == "X"}
-    assert drawn >= {"block0/attention/attend", "block0/moe/experts (backward)", "logits", "optimizer"}
+    assert drawn >= {"block0/attention/attend", "block0/moe/experts (backward)", "loss", "optimizer"}
     lanes = {e["tid"]: e["args"]["name"] for e in traced if e["pid"] == ours and e.get("name") == "thread_name"}
     for event in (e for e in traced if e["pid"] == ours and e["ph"] == "X"):
         part = event["name"].removesuffix(" (backward)").replace("block0", "block")
@@ -116,7 +116,7 @@ def test_metrics_file_keeps_its_names(finished):
 def test_profile_steps_end_with_the_table_of_parts_and_the_path(finished):
     folder, out = finished
     table = out[out.index("parts, all blocks together; ms per step") : out.index("traced steps 2 to 3: ")]
-    for part in ("block/attention/attend", "block/moe/experts", "logits", "optimizer"):
+    for part in ("block/attention/attend", "block/moe/experts", "loss", "optimizer"):
         (line,) = (line for line in table.splitlines() if f" {part} " in line)
         ms, backward, share = re.findall(r"[\d.]+", line.split(part)[1])
         assert 0 <= float(backward) <= float(ms) and float(share) > 0
