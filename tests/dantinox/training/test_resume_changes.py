@@ -37,9 +37,9 @@ NONE = {
 }  # fmt: skip
 NUMBERS = {
     "router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.5, "dropout": 0.1, "remat": "block", "attn": "reference",
-    "moe": "xla", "lr": 0.02, "schedule": "cosine", "warmup_ratio": 0.9, "min_lr_ratio": 0.5, "weight_decay": 0.5,
-    "beta1": 0.5, "beta2": 0.5, "grad_clip": 0.1, "ema_decay": 0.1, "batch_size": 2, "seq_len": 8, "grad_accum": 2,
-    "seed": 1, "mesh": "data=2", "eval_batches": 1,
+    "moe": "xla", "loss": "reference", "lr": 0.02, "schedule": "cosine", "warmup_ratio": 0.9, "min_lr_ratio": 0.5,
+    "weight_decay": 0.5, "beta1": 0.5, "beta2": 0.5, "grad_clip": 0.1, "ema_decay": 0.1, "batch_size": 2, "seq_len": 8,
+    "grad_accum": 2, "seed": 1, "mesh": "data=2", "eval_batches": 1,
 }  # fmt: skip
 IMPOSSIBLE = {
     "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 4, "window": None, "window_pattern": "SL",
@@ -207,6 +207,7 @@ def test_change_of_numbers_resumes_and_says_so(name, run, whole, capsys):
         "remat",
         "attn",
         "moe",
+        "loss",
         "min_lr_ratio",
         "eval_batches",
     ):
