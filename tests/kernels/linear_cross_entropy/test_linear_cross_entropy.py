@@ -125,6 +125,7 @@ def run_in_tiles(monkeypatch, inputs, targets, dout, block_v=7, block_n=4):
 @pytest.mark.parametrize("block_n", [1, 4, 9], ids="block_n={}".format)
 @pytest.mark.parametrize("block_v", [7, 50], ids="block_v={}".format)
 @pytest.mark.parametrize("cotangents", ["equal", "random"])
+@pytest.mark.sampled(3)
 def test_tile_size_does_not_change_xla(monkeypatch, block_v, block_n, cotangents):
     inputs, aux, dout = cases.draw(row(9, 5, 37, absent="some"))
     if cotangents == "equal":  # among the rows that take part
@@ -163,6 +164,7 @@ def test_equal_cotangents_take_three_products(monkeypatch):
 
 
 @pytest.mark.parametrize("transformation", ["vmap", "scan", "remat", "shard_map", "x64", "ranks", "export"])
+@pytest.mark.sampled(2)
 def test_tiles_of_rows_below_transformations(monkeypatch, transformation):
     inputs, aux, dout = cases.draw(row(10, 5, 37, absent="some"))
     wide = transformation == "x64"
