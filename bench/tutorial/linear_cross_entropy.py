@@ -71,7 +71,7 @@ def wrong(document: Mapping[str, Any]) -> list[str]:
 
 
 def step_function(name: str) -> runner.Forward:
-    """Return a function that calls a step."""
+    """Return a function that runs one step of the tutorial."""
     step = steps.load_step(name)
     return lambda inputs, state, aux: (step(**inputs, **aux), state)
 

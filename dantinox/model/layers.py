@@ -8,6 +8,7 @@ from flax import nnx
 
 from dantinox.config import ModelConfig
 from dantinox.kernels.einsum import einsum
+from dantinox.kernels.ops.moe.swiglu import clamped_swiglu
 
 Array = jax.Array
 
@@ -89,12 +90,6 @@ def _swiglu_bwd(residuals: tuple[Array, Array], dh: Array) -> tuple[Array, Array
 swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
-def swiglu_clamped(g: Array, u: Array, limit: float, alpha: float) -> Array:
-    """Compute min(g, limit) * sigmoid(alpha * min(g, limit)) * (1 + clip(u, -limit, limit)), the SwiGLU of gpt-oss."""
-    g_f32, u_f32 = jnp.minimum(g.astype(jnp.float32), limit), jnp.clip(u.astype(jnp.float32), -limit, limit)
-    return (g_f32 * jax.nn.sigmoid(alpha * g_f32) * (1 + u_f32)).astype(g.dtype)
-
-
 class MLP(nnx.Module):
     """SwiGLU, clamped SwiGLU or GELU feed-forward network: [..., M] -> [..., F] -> [..., M]."""
 
@@ -114,4 +109,6 @@ class MLP(nnx.Module):
         gate, up = dense(x, self.gate), dense(x, self.up)
         if config.mlp == "swiglu":
             return dense(swiglu(gate, up), self.down)
-        return dense(swiglu_clamped(gate, up, config.mlp_limit, config.mlp_alpha), self.down)
+        gate_f32, up_f32 = gate.astype(jnp.float32), up.astype(jnp.float32)
+        h = clamped_swiglu(gate_f32, up_f32, config.mlp_limit, config.mlp_alpha)
+        return dense(h.astype(x.dtype), self.down)

@@ -79,8 +79,8 @@ def gmm(
         device: the chip to choose block sizes for.
         transposed: see `ws`.
         sum_products: pass the sum of the products to the epilogue, not one after the other.
-        epilogue: takes float32 [rows, J], the same rows of the matrices, of the row vectors a column and of the group
-            vectors a row that broadcasts; None: the output is the sum itself.
+        epilogue: takes float32 [rows, J], the same rows of the matrices, a column of each row vector and a row of each
+            group vector, which broadcasts; None: the output is the sum itself.
         matrices: [N, J].
         row_vectors: [1, N].
         group_vectors: [E, J] float32; the epilogue gets that of the rows' group.
