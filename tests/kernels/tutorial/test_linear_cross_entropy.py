@@ -159,13 +159,14 @@ def test_tiles_without_targets_are_not_active():
 def test_logsumexp_in_two_parts_keeps_the_sum_of_the_weights():
     """One number for the logsumexp would scale all weights of a row by its rounding."""
     inputs, targets, _ = draw(row(64, 96), "float32")
-    h, w = 100 * inputs["h"], inputs["w"]
+    # Few digits, so that the products are exact: a CPU may sum tiles of other sizes in another order.
+    h, w = jnp.round(100 * inputs["h"]), jnp.round(256 * inputs["w"]) / 256
     stats = step3_tile_skipping.row_stats(h, w, targets[:, None], common.Tiles(32, 48))
     s = common.dot(h, w, common.NT)
     sums = lambda p: np.abs(np.sum(np.float64(p), axis=1) - 1).max()
     in_two_parts = sums(jnp.exp(s - stats.row_max) / stats.total)
     in_one = sums(jnp.exp(s - (stats.row_max + jnp.log(stats.total))))
-    assert in_two_parts < 1e-6 < 2e-5 < in_one
+    assert in_two_parts < 1e-6 < 5e-6 < in_one
 
 
 def test_common_cotangent_scales_and_another_one_computes_again(monkeypatch):
