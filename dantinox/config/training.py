@@ -1,9 +1,12 @@
 """Settings of a training run."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from dantinox.config.validation import ConfigError, check, check_fields, check_positive
+
+ROWS = ("slices", "data", "fsdp", "expert")  # what the sequences of a micro-batch are dealt over
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of the initial weights, the data order and dropout."""
     mesh: str = ""
-    """Device mesh as data=N,fsdp=M; empty: one device."""
+    """Device mesh such as data=2,fsdp=4, of data, fsdp, tensor, context, expert and slices; empty: one device."""
     eval_every: int = 100
     """Steps between evaluations; 0: only after the last step."""
     eval_batches: int = 8
@@ -73,17 +76,22 @@ class TrainConfig:
         self.profile_range()
 
     def mesh_axes(self) -> dict[str, int]:
-        """Return the number of devices along each mesh axis; {"data": 1, "fsdp": 1} without a mesh."""
-        axes = {"data": 1, "fsdp": 1}
+        """Return the number of devices along each mesh axis, and of slices; 1 each without a mesh."""
+        axes = dict.fromkeys(("slices", "data", "fsdp", "tensor", "context", "expert"), 1)
         for part in filter(None, self.mesh.split(",")):
             name, _, size = part.strip().partition("=")
             if name not in axes or not size.isdigit() or int(size) < 1:
-                raise ConfigError(f"mesh is {self.mesh!r}; allowed: data=N,fsdp=M with N and M at least 1")
+                raise ConfigError(f"mesh is {self.mesh!r}; allowed: NAME=N,... with N at least 1 and {', '.join(axes)}")
             axes[name] = int(size)
+        rows, devices = self.batch_size // self.grad_accum, math.prod(axes[name] for name in axes if name in ROWS)
         check(
-            (self.batch_size // self.grad_accum) % (axes["data"] * axes["fsdp"]) == 0,
-            f"mesh is {self.mesh!r} but a micro-batch holds {self.batch_size // self.grad_accum} sequences; "
-            "it must be a multiple of the devices",
+            rows % devices == 0,
+            f"mesh is {self.mesh!r} but a micro-batch holds {rows} sequences; "
+            f"it must be a multiple of the {devices} devices along {', '.join(ROWS)}",
+        )
+        check(
+            self.seq_len % axes["context"] == 0,
+            f"mesh is {self.mesh!r} but seq_len is {self.seq_len}; it must be a multiple of context",
         )
         return axes
 

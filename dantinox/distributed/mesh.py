@@ -1,32 +1,79 @@
-"""Parameter sharding rules, derived from the axis names of each parameter."""
+"""The mesh of devices, and which of its axes cuts which axis of the parameters and of the batch.
 
+    data       sequences; parameters are copied. `slices` of it are joined by the slower network between pods or hosts
+    fsdp       sequences, and the model width M of every matrix; a layer gathers its matrices while it runs
+    expert     sequences, and the experts E; tokens travel to their experts. Matrices without experts: as fsdp
+    context    the tokens of each sequence. Matrices: as fsdp
+    tensor     heads H and K, hidden width F and, if it divides, the vocabulary V
+
+The training step runs once per device (`jax.shard_map`), so that every exchange is written in `distributed/` and no
+array is ever larger than these rules say.
+"""
+
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dantinox.config import ConfigError
-from dantinox.distributed.shard_map import BATCH
 
-# Logical axis -> mesh axis. Every matrix has the model width M exactly once, so fsdp shards every matrix along it.
-RULES = {"M": "fsdp"}
+AXES = ("data", "fsdp", "expert", "context", "tensor")  # neighbours along the last axis are joined best
+BATCH_AXES = ("data", "fsdp", "expert")
+TOKEN_AXES = (*BATCH_AXES, "context")
 
 
-def make_mesh(axes: dict[str, int]) -> Mesh | None:
-    """Return a mesh over the first local devices; None if a single device is requested.
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh | None:
+    """Return a mesh with all of `AXES`; None for a single device.
+
+    Args:
+        sizes: devices along each axis, 1 by default, and the number of `slices` that axis data is repeated over.
+        devices: the devices to take the first of; None: all devices of all processes.
 
     Raises:
         ConfigError: fewer devices than the mesh needs.
     """
-    needed, available = axes["data"] * axes["fsdp"], jax.local_devices()
+    slices, shape = sizes.get("slices", 1), tuple(sizes.get(axis, 1) for axis in AXES)
+    needed, available = slices * math.prod(shape), jax.devices() if devices is None else list(devices)
     if needed == 1:
         return None
     if needed > len(available):
-        raise ConfigError(
-            f"mesh data={axes['data']},fsdp={axes['fsdp']} needs {needed} devices; only {len(available)} available"
-        )
-    auto = (jax.sharding.AxisType.Auto,) * 2
-    return jax.make_mesh((axes["data"], axes["fsdp"]), ("data", "fsdp"), auto, devices=available[:needed])
+        text = ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
+        raise ConfigError(f"mesh {text} needs {needed} devices; only {len(available)} available")
+    return Mesh(_device_grid(slices, shape, available[:needed]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _device_grid(slices: int, shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+    """Return the devices as an array of `shape` with axis data repeated over slices, neighbours next to each other."""
+    dcn_shape = (slices,) + (1,) * (len(shape) - 1)
+    if len({getattr(device, "slice_index", 0) for device in devices}) == slices > 1:
+        return mesh_utils.create_hybrid_device_mesh(shape, dcn_shape, devices)
+    if len({device.process_index for device in devices}) == slices > 1:
+        return mesh_utils.create_hybrid_device_mesh(shape, dcn_shape, devices, process_is_granule=True)
+    return mesh_utils.create_device_mesh((slices * shape[0], *shape[1:]), devices)
+
+
+def cut_axes(letters: Sequence[str], shape: Sequence[int], mesh: Mesh) -> list[tuple[str, ...]]:
+    """Return, for each axis of a parameter, the mesh axes of more than one device that cut it.
+
+    Args:
+        letters: one letter per axis, as in the legend of axes.
+        shape: sizes of the whole parameter.
+        mesh: from `make_mesh`.
+    """
+    is_stack, is_vector = letters[0] == "E" and len(letters) > 1, len(letters) == 1
+    rules: dict[str, tuple[str, ...]] = {letter: ("tensor",) for letter in "HKFV"}
+    if is_stack:
+        rules |= {"E": ("expert",), "M": ("fsdp", "context")}
+    elif not is_vector:  # the scales of norms are copied
+        rules["M"] = ("fsdp", "expert", "context")
+    cuts = []
+    for letter, size in zip(letters, shape, strict=True):
+        names = tuple(name for name in rules.get(letter, ()) if mesh.shape[name] > 1)
+        cuts.append(() if letter == "V" and size % _count(mesh, names) else names)
+    return cuts
 
 
 def parameter_shardings(
@@ -43,20 +90,31 @@ def parameter_shardings(
         ConfigError: the size of an axis is not a multiple of the devices along it.
     """
     shardings = {}
-    for name, axes in axes_by_name.items():
-        spec = [RULES.get(axis) if len(axes) > 1 else None for axis in axes]  # norm scales are replicated
-        for axis, mesh_axis, size in zip(axes, spec, params[name].shape, strict=True):
-            if mesh_axis and size % mesh.shape[mesh_axis]:
-                raise ConfigError(
-                    f"axis {axis} of {name} is {size}; allowed: a multiple of {mesh_axis}={mesh.shape[mesh_axis]}"
-                )
-        shardings[name] = NamedSharding(mesh, PartitionSpec(*spec))
+    for name, letters in axes_by_name.items():
+        shape = params[name].shape
+        cuts = cut_axes(letters, shape, mesh)
+        for letter, names, size in zip(letters, cuts, shape, strict=True):
+            if size % _count(mesh, names):
+                text = ",".join(f"{axis}={mesh.shape[axis]}" for axis in names)
+                raise ConfigError(f"axis {letter} of {name} is {size}; allowed: a multiple of {text}")
+        shardings[name] = NamedSharding(mesh, PartitionSpec(*[names or None for names in cuts]))
     return shardings
+
+
+def _count(mesh: Mesh, names: Sequence[str]) -> int:
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def batch_spec(mesh: Mesh, num_leading_axes: int = 0) -> PartitionSpec:
+    """Return the partition of token arrays [..., B, T]: sequences over `BATCH_AXES`, their tokens over context."""
+    batch = tuple(name for name in BATCH_AXES if mesh.shape[name] > 1)
+    context = "context" if mesh.shape["context"] > 1 else None
+    return PartitionSpec(*[None] * num_leading_axes, batch or None, context)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Return the sharding of token arrays [micro-batches, B, T]."""
-    return NamedSharding(mesh, PartitionSpec(None, BATCH))
+    return NamedSharding(mesh, batch_spec(mesh, 1))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

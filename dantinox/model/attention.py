@@ -6,7 +6,7 @@ from flax import nnx
 
 from dantinox import kernels
 from dantinox.config import ModelConfig
-from dantinox.distributed.shard_map import shard_map_over_batch
+from dantinox.distributed.context import attend_over_context
 from dantinox.model.layers import dense, filled_parameter, parameter, rms_norm, value_of, zero_bias
 from dantinox.model.rope import apply_rope
 
@@ -67,8 +67,7 @@ class Attention(nnx.Module):
     @jax.named_scope("out")
     def out_proj(self, o: Array) -> Array:
         """Project the heads [..., H, D] back to the residual width [..., M]."""
-        w = self.o[...]
-        return dense(o.reshape(*o.shape[:-2], -1), w.reshape(-1, w.shape[-1]), bias=self.o_bias)
+        return dense(o, self.o, bias=self.o_bias, num_summed=2)
 
     def __call__(
         self, x: Array, rope: tuple[Array, Array] | None, past: PastKeyValues | None = None
@@ -87,7 +86,7 @@ class Attention(nnx.Module):
         sinks = value_of(self.sinks)
         with jax.named_scope("attend"):
             if past is None:
-                o = shard_map_over_batch(self.attend, num_weights=1)(sinks, q, k, v, gate)
+                o = attend_over_context(self.attend, sinks, q, k, v, gate, self.window)
             else:
                 past_keys, past_values, past_valid = past
                 keys = jnp.concatenate([past_keys, k], axis=1)

@@ -1,14 +1,18 @@
 """Parameters annotated with their axes, and the small layers of a block: dense, RMSNorm, dropout, MLP."""
 
+import math
 from collections.abc import Callable
+from typing import overload
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from dantinox.config import ModelConfig
+from dantinox.distributed import collectives
 from dantinox.kernels.einsum import einsum
 from dantinox.kernels.ops.moe.swiglu import clamped_swiglu
+from dantinox.kernels.vma import match_vma
 
 Array = jax.Array
 
@@ -36,20 +40,46 @@ def zero_bias(enabled: bool, axes: str, shape: tuple[int, ...]) -> nnx.Param | N
     return filled_parameter(0, axes, shape) if enabled else None
 
 
+@overload
+def value_of(param: nnx.Param, dtype: jnp.dtype = ...) -> Array: ...
+@overload
+def value_of(param: None, dtype: jnp.dtype = ...) -> None: ...
+@overload
+def value_of(param: nnx.Param | None, dtype: jnp.dtype = ...) -> Array | None: ...
 def value_of(param: nnx.Param | None, dtype: jnp.dtype = jnp.float32) -> Array | None:
-    """Return the array of a parameter in `dtype`; None for a parameter that the settings leave out."""
-    return None if param is None else param[...].astype(dtype)
+    """Return the array of a parameter in `dtype`; None for a parameter that the settings leave out.
+
+    On a mesh its heads, hidden width and experts are those of this device.
+    """
+    return None if param is None else collectives.whole_weight(param[...], param.axes, dtype)
 
 
 def dense(
-    x: Array, w: nnx.Param | Array, out_dtype: jnp.dtype | None = None, *, bias: nnx.Param | None = None
+    x: Array,
+    w: nnx.Param,
+    out_dtype: jnp.dtype | None = None,
+    *,
+    bias: nnx.Param | None = None,
+    num_summed: int = 1,
 ) -> Array:
-    """Multiply x [..., M] by w [M, ...] in the dtype of x, as one two-dimensional matmul, and add bias [...]."""
-    w = w[...]
-    y = einsum("NM,MF->NF", x.reshape(-1, x.shape[-1]), w.reshape(w.shape[0], -1), out_dtype)
+    """Multiply x by w in the dtype of x, as one two-dimensional matmul, and add the bias.
+
+    Args:
+        x: [..., the summed axes].
+        w: [the summed axes, the axes of the result].
+        out_dtype: dtype of the result; None: that of x.
+        bias: [the axes of the result].
+        num_summed: number of summed axes.
+    """
+    matrix = value_of(w, x.dtype)
+    x, matrix = match_vma(x, matrix), match_vma(matrix, x)
+    leading, out = x.shape[: x.ndim - num_summed], matrix.shape[num_summed:]
+    summed = math.prod(matrix.shape[:num_summed])
+    y = einsum("NM,MF->NF", x.reshape(-1, summed), matrix.reshape(summed, -1), out_dtype)
+    y = collectives.sum_partial_products(y, w.axes[:num_summed])
     if bias is not None:
-        y = y + bias[...].reshape(1, -1).astype(y.dtype)
-    return y.reshape(*x.shape[:-1], *w.shape[1:])
+        y = y + value_of(bias, y.dtype).reshape(1, -1)
+    return y.reshape(*leading, *out)
 
 
 @jax.named_scope("norm")
@@ -62,10 +92,14 @@ def rms_norm(x: Array, scale: nnx.Param, eps: float) -> Array:
 
 @jax.named_scope("dropout")
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Zero a fraction `rate` of x and scale up the rest; without a key (evaluation) return x unchanged."""
+    """Zero a fraction `rate` of x [B, T, M] and scale up the rest; without a key (evaluation) return x unchanged."""
     if key is None or rate == 0:
         return x
-    keep_mask = jax.random.bernoulli(key, 1 - rate, x.shape)
+    # One key per sequence of the whole batch, so that devices draw different masks.
+    key = jax.random.fold_in(key, collectives.axis_index("context"))
+    rows = collectives.first_sequence(x.shape[0]) + jnp.arange(x.shape[0])
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+    keep_mask = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
     return jnp.where(keep_mask, x / (1 - rate), 0).astype(x.dtype)
 
 

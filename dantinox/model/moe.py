@@ -10,7 +10,9 @@ from flax import nnx
 
 from dantinox import kernels
 from dantinox.config import ModelConfig
-from dantinox.distributed.shard_map import shard_map_over_batch
+from dantinox.distributed import collectives
+from dantinox.distributed.collectives import mean_over_tokens
+from dantinox.distributed.experts import send_to_experts
 from dantinox.model.layers import MLP, dense, parameter, value_of, zero_bias
 
 Array = jax.Array
@@ -59,6 +61,8 @@ def router_metrics(stats: RouterStats, k: int) -> dict[str, Array]:
 def route(logits: Array, k: int) -> tuple[Array, Array, RouterStats]:
     """Pick the k likeliest experts per token and renormalise their probabilities.
 
+    On a mesh the statistics are those of the tokens of all devices.
+
     Args:
         logits: router logits [N, E] float32.
         k: experts per token.
@@ -72,10 +76,11 @@ def route(logits: Array, k: int) -> tuple[Array, Array, RouterStats]:
     weights, ids = jax.lax.top_k(probabilities, k)
     weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     chosen = ids.reshape(-1)[:, None] == jnp.arange(E, dtype=ids.dtype)[None]
-    load = jnp.sum(chosen, axis=0, dtype=jnp.float32) / N  # f_e, sums to k
-    balance = E * jnp.sum(load * jnp.mean(probabilities, axis=0))
-    entropy = -jnp.mean(jnp.sum(probabilities * (logits - log_z), axis=-1)) / math.log(max(2, E))
-    return ids.astype(jnp.int32), weights, RouterStats(balance, jnp.mean(log_z**2), load, entropy)
+    load = mean_over_tokens(jnp.sum(chosen, axis=0, dtype=jnp.float32) / N)  # f_e, sums to k
+    balance = E * jnp.sum(load * mean_over_tokens(jnp.mean(probabilities, axis=0)))
+    entropy = -mean_over_tokens(jnp.mean(jnp.sum(probabilities * (logits - log_z), axis=-1))) / math.log(max(2, E))
+    z = mean_over_tokens(jnp.mean(log_z**2))
+    return ids.astype(jnp.int32), weights, RouterStats(balance, z, load, entropy)
 
 
 class MoE(nnx.Module):
@@ -103,8 +108,9 @@ class MoE(nnx.Module):
         with jax.named_scope("experts"):
             matrices = [value_of(w, x.dtype) for w in (self.gate, self.up, self.down)]
             biases = [value_of(b, x.dtype) for b in (self.gate_bias, self.up_bias, self.down_bias)]
-            y = shard_map_over_batch(self.experts, num_weights=6)(*matrices, *biases, tokens, ids, weights)
-        y = y.reshape(x.shape)
+            biases[-1] = collectives.once_over(biases[-1], "tensor")  # it is added to partial sums
+            y = send_to_experts(self.experts, (*matrices, *biases), tokens, ids, weights, self.config.n_experts)
+            y = collectives.sum_over(y, ("tensor",)).reshape(x.shape)
         if self.shared is not None:
             with jax.named_scope("shared"):
                 y = y + self.shared(x)

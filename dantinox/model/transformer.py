@@ -9,9 +9,11 @@ from flax import nnx
 
 from dantinox import kernels
 from dantinox.config import ModelConfig
-from dantinox.distributed.shard_map import shard_map_over_batch
+from dantinox.distributed import collectives, vocabulary
+from dantinox.kernels.einsum import einsum
+from dantinox.model import layer_loop
 from dantinox.model.attention import Attention, PastKeyValues, _KeyStream
-from dantinox.model.layers import MLP, dense, dropout, filled_parameter, parameter, rms_norm
+from dantinox.model.layers import MLP, dropout, filled_parameter, parameter, rms_norm, value_of
 from dantinox.model.moe import MoE, RouterStats, mean_over_layers
 from dantinox.model.rope import rope_cos_sin
 
@@ -61,13 +63,6 @@ class Block(nnx.Module):
             return h + dropout(y, self.config.dropout, key), router_stats
 
 
-_REMAT = {
-    "none": lambda f: f,
-    "block": jax.checkpoint,
-    "dots": lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.dots_saveable),
-}
-
-
 class Transformer(nnx.Module):
     """A decoder-only language model.
 
@@ -102,7 +97,7 @@ class Transformer(nnx.Module):
             tokens: [B, T] int32.
             key: random key of dropout; None turns dropout off.
         """
-        h, router_stats, _ = self.forward(tokens, key=key)
+        h, router_stats, _ = self.forward(tokens, key=key, with_kv=False)
         return h, router_stats
 
     def forward(
@@ -112,6 +107,7 @@ class Transformer(nnx.Module):
         key: Array | None = None,
         start: int | Array = 0,
         past: Sequence[PastKeyValues] | None = None,
+        with_kv: bool = True,
     ) -> tuple[Array, RouterStats | None, list[tuple[Array, Array]]]:
         """Run all blocks.
 
@@ -120,6 +116,7 @@ class Transformer(nnx.Module):
             key: random key of dropout; None turns dropout off.
             start: position of the first token.
             past: per layer, the keys and values of earlier positions.
+            with_kv: return the keys and values; False, without a past, lets a deep model run as a loop.
 
         Returns:
             (final hidden states [B, T, M], `mean_over_layers` of the router statistics, per layer the keys and values
@@ -135,14 +132,13 @@ class Transformer(nnx.Module):
             bad = ids[(ids < 0) | (ids >= V)]
             if bad.size:
                 raise ValueError(f"tokens contain id {bad[0]}; allowed: 0 to {V - 1}")
+        start = start + collectives.first_position(tokens.shape[1])
         h, rope = self.embed(tokens, start + jnp.arange(tokens.shape[1])[None])
-        layer_stats, kv = [], []
-        for layer, block in enumerate(self.blocks):
-            layer_key = None if key is None else jax.random.fold_in(key, layer)
-            with jax.named_scope(f"block{layer}"):
-                h, stats, layer_kv = _REMAT[self.config.remat](block)(h, rope, layer_key, past and past[layer])
-            layer_stats.append(stats)
-            kv.append(layer_kv)
+        if with_kv or not layer_loop.runs_as_loop(self.config):
+            h, layer_stats, kv = layer_loop.run_blocks(self.blocks, self.config, h, rope, key, past)
+        else:
+            h, layer_stats = layer_loop.loop_over_blocks(self.blocks, self.config, h, rope, key)
+            kv = []
         router_stats = mean_over_layers(layer_stats) if self.config.n_experts else None
         return rms_norm(h, self.final_norm, self.config.norm_eps), router_stats, kv
 
@@ -155,20 +151,31 @@ class Transformer(nnx.Module):
                 f"the length of tokens is {tokens.shape[1]}; allowed: max_context {limit} with learned positions"
             )
         dtype = jnp.dtype(self.config.dtype)
-        h = self.token_embedding[...].astype(dtype)[tokens]
+        h = vocabulary.embed(self.token_embedding[...], tokens, dtype)
         if self.pos_embedding is not None:
             # Padding may be past the last position.
-            h = h + self.pos_embedding[...].astype(dtype)[jnp.minimum(positions, limit - 1)]
+            h = h + value_of(self.pos_embedding, dtype)[jnp.minimum(positions, limit - 1)]
         rope = rope_cos_sin(self.config, positions) if self.config.pos_encoding == "rope" else None
         return h, rope
 
     @jax.named_scope("logits")
     def logits(self, h: Array) -> Array:
         """Return the logits [..., V] float32 of final hidden states [..., M]."""
-        w = self.token_embedding[...].T if self.lm_head is None else self.lm_head[...]
-        logits = dense(h, w, jnp.float32)
+        w = self.output_projection(h.dtype)
+        return self.cap_logits(einsum("NM,VM->NV", h.reshape(-1, h.shape[-1]), w, jnp.float32)).reshape(
+            *h.shape[:-1], -1
+        )
+
+    def cap_logits(self, logits: Array) -> Array:
+        """Apply the soft cap of the settings to logits."""
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def output_projection(self, dtype: jnp.dtype) -> Array:
+        """Return the weights [V, M] of the logits in `dtype`."""
+        if self.lm_head is None:
+            return value_of(self.token_embedding, dtype)
+        return value_of(self.lm_head, dtype).T
 
     @jax.named_scope("loss")
     def token_losses(self, h: Array, targets: Array) -> Array:
@@ -192,5 +199,5 @@ class Transformer(nnx.Module):
             )
             return flat.reshape(targets.shape)
 
-        w = self.token_embedding[...] if self.lm_head is None else self.lm_head[...].T
-        return shard_map_over_batch(losses, num_weights=1)(w.astype(h.dtype), h, targets)
+        w = self.output_projection(h.dtype)
+        return vocabulary.losses_over_vocabulary(losses, w, h, targets, self.cap_logits)

@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dantinox.checkpoint.train_state import TrainState
 from dantinox.config import Config
-from dantinox.distributed.mesh import batch_sharding, parameter_shardings, replicated
-from dantinox.distributed.shard_map import batch_sharded_mesh
+from dantinox.distributed.collectives import per_device, sum_over_tokens
+from dantinox.distributed.mesh import batch_sharding, batch_spec, parameter_shardings, replicated
 from dantinox.model.moe import router_metrics
 from dantinox.model.params import ModelDef, Params, param_axes
 
@@ -26,7 +26,8 @@ def mean_over_targets(losses: Array, targets: Array, count: Array | float | None
         targets: [...] int32.
         count: divisor instead of the number of targets, such as the targets of a batch per micro-batch.
     """
-    return jnp.sum(losses) / jnp.maximum(jnp.sum(targets >= 0) if count is None else count, 1)
+    total = sum_over_tokens(jnp.sum(losses))
+    return total / jnp.maximum(sum_over_tokens(jnp.sum(targets >= 0)) if count is None else count, 1)
 
 
 def compute_loss(
@@ -90,11 +91,21 @@ def make_train_step(
         params: Params, inputs: Array, targets: Array, key: Array | None, count: Array
     ) -> tuple[dict, Params]:
         def objective(params: Params) -> tuple[Array, dict[str, Array]]:
-            with batch_sharded_mesh(mesh, sharded=True):
-                return compute_loss(model_def, config, params, inputs, targets, key, count)
+            return compute_loss(model_def, config, params, inputs, targets, key, count)
 
-        (_, metrics), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        with per_device(mesh):
+            (_, metrics), grads = jax.value_and_grad(objective, has_aux=True)(params)
         return metrics, grads
+
+    if mesh is not None and shardings is not None:
+        param_specs = jax.tree.map(lambda sharding: sharding.spec, shardings.params)
+        tokens, everywhere = batch_spec(mesh), PartitionSpec()
+        gradients = jax.shard_map(
+            gradients,
+            mesh=mesh,
+            in_specs=(param_specs, tokens, tokens, everywhere, everywhere),
+            out_specs=(everywhere, param_specs),
+        )
 
     def step(state: TrainState, inputs: Array, targets: Array, number: Array) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(root, number) if config.model.dropout else None
@@ -148,16 +159,16 @@ def make_eval_step(
     """
 
     def evaluate(params: Params, inputs: Array, targets: Array) -> Array:
-        with batch_sharded_mesh(mesh, sharded=False):
+        with per_device(mesh):
             model = model_def.merge(params)
             return mean_over_targets(model.token_losses(model.hidden(inputs)[0], targets), targets)
 
     if mesh is None:
         return jax.jit(evaluate)
-    replicated_sharding = replicated(mesh)
-    return jax.jit(
-        evaluate, in_shardings=(shardings, replicated_sharding, replicated_sharding), out_shardings=replicated_sharding
-    )
+    param_specs, tokens = jax.tree.map(lambda sharding: sharding.spec, shardings), batch_spec(mesh)
+    sharded = jax.shard_map(evaluate, mesh=mesh, in_specs=(param_specs, tokens, tokens), out_specs=PartitionSpec())
+    batch = NamedSharding(mesh, tokens)
+    return jax.jit(sharded, in_shardings=(shardings, batch, batch), out_shardings=replicated(mesh))
 
 
 def state_shardings(config: Config, mesh: Mesh, state: TrainState) -> TrainState:
