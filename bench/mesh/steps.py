@@ -22,17 +22,18 @@ def lower_train_step(config: Config, devices: Sequence[jax.Device] | None = None
         config: the settings; the vocabulary is `config.model.vocab_size`.
         devices: the devices of the mesh, which need not exist; None: those of this machine.
     """
-    model_def, params = abstract_params(config.model)
-    optimizer = make_optimizer(config.optim, config.train.steps)
-    ema = params if config.optim.ema_decay else None
-    state = TrainState(params, jax.eval_shape(optimizer.init, params), ema)
     mesh = make_mesh(config.train.mesh_axes(), devices)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # nothing runs on a device that does not exist
+        model_def, params = abstract_params(config.model)
+        optimizer = make_optimizer(config.optim, config.train.steps)
+        ema = params if config.optim.ema_decay else None
+        state = TrainState(params, jax.eval_shape(optimizer.init, params), ema)
+        shardings = None if mesh is None else state_shardings(config, mesh, state)
+        step = make_train_step(model_def, config, optimizer, mesh, shardings)
     A, B, T = config.train.grad_accum, config.train.batch_size, config.train.seq_len
     tokens, number = jax.ShapeDtypeStruct((A, B // A, T), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
-    if mesh is None:
-        return make_train_step(model_def, config, optimizer).lower(state, tokens, tokens, number)
-    shardings = state_shardings(config, mesh, state)
-    step = make_train_step(model_def, config, optimizer, mesh, shardings)
+    if mesh is None or shardings is None:
+        return step.lower(state, tokens, tokens, number)
 
     def laid(shapes: Any, sharding: Any) -> Any:
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, sharding)

@@ -7,6 +7,7 @@ without a mesh each of them returns what it is given.
 import contextlib
 import contextvars
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from dantinox.distributed.mesh import BATCH_AXES, TOKEN_AXES, cut_axes
 from dantinox.kernels.vma import varying_axes
 
 Array = jax.Array
+LANES = 128  # columns of a TPU's tile
 _mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
 
 
@@ -125,7 +127,14 @@ def _gather_bwd(
 ) -> tuple[Array]:
     dw = dw.astype(like.dtype)
     if cut:
-        dw = jax.lax.psum_scatter(dw, cut, scatter_dimension=axis, tiled=True)
+        devices = math.prod(axis_size(name) for name in cut)
+        if axis and dw.shape[axis] // devices % LANES:
+            # One block per device along a new first axis: TPUs scatter the last axis only in whole tiles, and else
+            # reduce the whole gradient everywhere.
+            blocks = jnp.stack(jnp.split(dw, devices, axis))
+            dw = jax.lax.psum_scatter(blocks, cut, scatter_dimension=0)
+        else:
+            dw = jax.lax.psum_scatter(dw, cut, scatter_dimension=axis, tiled=True)
     return (jax.lax.psum(dw, copied) if copied else dw,)
 
 

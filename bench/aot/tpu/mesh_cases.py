@@ -3,7 +3,7 @@
     python -m bench.aot.tpu.mesh_cases
 
 Every Pallas kernel runs under `shard_map` with its default check, forward and with gradients, and a model with
-attention and experts trains on a mesh of data=2, fsdp=2. Mosaic kernels cannot be partitioned automatically; the
+attention and experts trains on meshes. Mosaic kernels cannot be partitioned automatically; the
 interpreter on a CPU can.
 """
 
@@ -35,7 +35,7 @@ def main() -> int:
     mesh = jax.make_mesh((2, 2), ("data", "fsdp"), auto, devices=devices)
     failed = False
     with dispatch.target_device(target.platform, target.kind), jax.default_device(devices[0]):
-        for name, lower in (kernel_programs(mesh) | training_programs(mesh)).items():
+        for name, lower in (kernel_programs(mesh) | training_programs(devices)).items():
             try:
                 lower().compile()
                 print(f"{TOPOLOGY}: {name}: compiled", flush=True)
@@ -108,43 +108,23 @@ def kernel_programs(mesh: Any) -> dict[str, Callable[[], Any]]:
     return programs
 
 
-def training_programs(mesh: Any) -> dict[str, Callable[[], Any]]:
+def training_programs(devices: Any) -> dict[str, Callable[[], Any]]:
     """Return functions that lower training steps of a dense model and of a mixture of experts."""
-    import jax
-    import jax.numpy as jnp
-    from flax import nnx
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    from dantinox import Transformer
-    from dantinox.checkpoint.train_state import TrainState
+    from bench.mesh.steps import lower_train_step
     from dantinox.config import Config
-    from dantinox.distributed.mesh import batch_sharding
-    from dantinox.model.params import split_params
-    from dantinox.training.optimizer import make_optimizer
-    from dantinox.training.train_step import make_train_step, state_shardings
 
     sizes = {"vocab_size": 512, "dim": 256, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "window": 64}
-    run = {"max_context": 256, "seq_len": 256, "batch_size": 16, "mesh": "data=2,fsdp=2", "attn": "pallas"}
+    run = {"max_context": 256, "seq_len": 256, "batch_size": 16, "attn": "pallas"}
+    experts = {"dtype": "float32", "n_experts": 4, "moe": "pallas", "grad_accum": 2, "remat": "block"}
 
     def lower(**settings: Any) -> Any:
-        config = Config().replace(**sizes, **run, **settings)
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):  # no weight can be made on the chips
-            model_def, params = split_params(Transformer(config.model, rngs=nnx.Rngs(0)))
-            optimizer = make_optimizer(config.optim, config.train.steps)
-            state = TrainState(params, optimizer.init(params))
-            shardings = state_shardings(config, mesh, state)
-            step = make_train_step(model_def, config, optimizer, mesh, shardings)
-        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
-        A = config.train.grad_accum
-        tokens = jax.ShapeDtypeStruct((A, 16 // A, 256), jnp.int32, sharding=batch_sharding(mesh))
-        number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
-        return step.lower(abstract, tokens, tokens, number)
+        return lower_train_step(Config().replace(**sizes, **run, **settings), devices)
 
     return {
-        "training step": lambda: lower(dtype="bfloat16"),
-        "training step, experts": lambda: lower(
-            dtype="float32", n_experts=4, moe="pallas", grad_accum=2, remat="block"
-        ),
+        "training step": lambda: lower(mesh="data=2,fsdp=2", dtype="bfloat16"),
+        "training step, experts": lambda: lower(mesh="data=2,fsdp=2", **experts),
+        "training step, context and tensor": lambda: lower(mesh="context=2,tensor=2", dtype="bfloat16"),
+        "training step, experts over devices": lambda: lower(mesh="expert=2,tensor=2", **experts),
     }
 
 
