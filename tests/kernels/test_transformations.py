@@ -111,13 +111,14 @@ SHARDED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "check_vma"),
     [
         ('P("data", None, "heads")', True),
-        pytest.param('P("data", None, "heads")', False, marks=pytest.mark.slow),
-        pytest.param('P("data")', True, marks=pytest.mark.slow),
-        pytest.param('P(None, None, "heads")', True, marks=pytest.mark.slow),
+        ('P("data", None, "heads")', False),
+        ('P("data")', True),
+        ('P(None, None, "heads")', True),
     ],
 )
 def test_shard_map_over_sequences_and_heads_equals_one_device(where, check_vma):

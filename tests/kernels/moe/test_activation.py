@@ -118,7 +118,7 @@ SIZES = {
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("activation", ["swiglu", CLAMPED], ids=["swiglu", "clamped"])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(8)
 def test_implementation_matches_reference(sizes, activation, dtype, implementation):
     inputs, aux, dout = draw(*sizes)
     tolerance.assert_matches_reference(
