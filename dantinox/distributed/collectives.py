@@ -66,6 +66,16 @@ def sum_over_tokens(x: Array) -> Array:
     return sum_over(x, TOKEN_AXES)
 
 
+def separate_copies[T](params: T) -> T:
+    """Return parameters of which each device along the axis data has its own, so that gradients stay apart."""
+    return jax.tree.map(lambda x: jax.lax.pcast(x, "data", to="varying"), params) if axis_size("data") > 1 else params
+
+
+def sum_over_copies[T](grads: T) -> T:
+    """Add up the gradients of `separate_copies`."""
+    return jax.tree.map(lambda x: jax.lax.psum(x, "data"), grads) if axis_size("data") > 1 else grads
+
+
 def sum_partial_products(y: Array, summed_letters: Sequence[str]) -> Array:
     """Complete a product whose summed axes, given by their letters, may be cut over the axis tensor."""
     return sum_over(y, ("tensor",)) if set(summed_letters) & set("HKF") else y

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dantinox.checkpoint.train_state import TrainState
 from dantinox.config import Config
-from dantinox.distributed.collectives import per_device, sum_over_tokens
+from dantinox.distributed.collectives import per_device, separate_copies, sum_over_copies, sum_over_tokens
 from dantinox.distributed.mesh import batch_sharding, batch_spec, parameter_shardings, replicated
 from dantinox.model.moe import router_metrics
 from dantinox.model.params import ModelDef, Params, param_axes
@@ -87,19 +87,39 @@ def make_train_step(
     A = config.train.grad_accum
     root = jax.random.key(config.train.seed + 1)
 
-    def gradients(
+    def micro_batch_gradients(
         params: Params, inputs: Array, targets: Array, key: Array | None, count: Array
     ) -> tuple[dict, Params]:
         def objective(params: Params) -> tuple[Array, dict[str, Array]]:
             return compute_loss(model_def, config, params, inputs, targets, key, count)
 
-        with per_device(mesh):
-            (_, metrics), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        (_, metrics), grads = jax.value_and_grad(objective, has_aux=True)(params)
         return metrics, grads
+
+    def gradients(
+        params: Params, inputs: Array, targets: Array, key: Array | None, count: Array
+    ) -> tuple[dict, Params]:
+        """Return metrics and gradients, averaged over the micro-batches; on a mesh, of one device's share."""
+        with per_device(mesh):
+            params = separate_copies(params)  # their gradients are summed over the axis data once, at the end
+            if A == 1:
+                metrics, grads = micro_batch_gradients(params, inputs[0], targets[0], key, count)
+                return metrics, sum_over_copies(grads)
+
+            def accumulate(total: Any, batch: tuple) -> tuple[Any, None]:
+                x, y, i = batch
+                micro_key = None if key is None else jax.random.fold_in(key, i)
+                return jax.tree.map(jnp.add, total, micro_batch_gradients(params, x, y, micro_key, count)), None
+
+            shapes, _ = jax.eval_shape(micro_batch_gradients, params, inputs[0], targets[0], key, count)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), jax.tree.map(jnp.zeros_like, params)
+            totals, _ = jax.lax.scan(accumulate, zeros, (inputs, targets, jnp.arange(A)))
+            metrics, grads = jax.tree.map(lambda x: x / A, totals)
+            return metrics, sum_over_copies(grads)
 
     if mesh is not None and shardings is not None:
         param_specs = jax.tree.map(lambda sharding: sharding.spec, shardings.params)
-        tokens, everywhere = batch_spec(mesh), PartitionSpec()
+        tokens, everywhere = batch_spec(mesh, 1), PartitionSpec()
         gradients = jax.shard_map(
             gradients,
             mesh=mesh,
@@ -110,19 +130,7 @@ def make_train_step(
     def step(state: TrainState, inputs: Array, targets: Array, number: Array) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(root, number) if config.model.dropout else None
         count = jnp.sum(targets >= 0, dtype=jnp.float32) / A
-        if A == 1:
-            metrics, grads = gradients(state.params, inputs[0], targets[0], key, count)
-        else:
-
-            def accumulate(total: Any, batch: tuple) -> tuple[Any, None]:
-                x, y, i = batch
-                micro_key = None if key is None else jax.random.fold_in(key, i)
-                return jax.tree.map(jnp.add, total, gradients(state.params, x, y, micro_key, count)), None
-
-            shapes = jax.eval_shape(gradients, state.params, inputs[0], targets[0], key, count)
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            totals, _ = jax.lax.scan(accumulate, zeros, (inputs, targets, jnp.arange(A)))
-            metrics, grads = jax.tree.map(lambda x: x / A, totals)
+        metrics, grads = gradients(state.params, inputs, targets, key, count)
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(grads)
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)

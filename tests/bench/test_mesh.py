@@ -1,0 +1,93 @@
+"""What meshes cost: the reader of compiled programs, and bounds on the memory and the exchanges of training steps."""
+
+import importlib.util
+import json
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from bench.aot import pods
+from bench.mesh import collectives
+
+ROOT = Path(__file__).parents[2]
+spec = importlib.util.spec_from_file_location(
+    "simulated_devices", ROOT / "tests/dantinox/distributed/simulated_devices.py"
+)
+simulated_devices = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(simulated_devices)
+
+HLO = """
+    %add (x: f32[], y: f32[]) -> f32[] {
+      ROOT %sum = f32[] add(%x, %y)
+    }
+
+    %body (state: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+      %shift = bf16[4,8]{1,0} collective-permute(%x), channel_id=1, source_target_pairs={{0,1}}
+      %gather = (f32[1,8]{1,0}, f32[4,8]{1,0}) all-gather-start(%y), channel_id=2, replica_groups=[2,4]<=[8]
+      %done = f32[4,8]{1,0} all-gather-done(%gather)
+    }
+
+    ENTRY %main (p: f32[4,8]) -> f32[4,8] {
+      %loop = (s32[], f32[4,8]) while(%init), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+      %reduce = (f32[16]{0}, f32[2,2]{1,0}) all-reduce(%a, %b), replica_groups={{0,1,2,3}}, to_apply=%add
+      %scatter = f32[2,8]{1,0} reduce-scatter(%c), replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}, to_apply=%add
+      ROOT %swap = s8[64]{0} all-to-all(%d), replica_groups={{0,1}}
+    }
+"""
+
+
+def test_collectives_are_read_with_their_loops_and_groups():
+    found = collectives.collectives(textwrap.dedent(HLO))
+    assert collectives.totals(found) == {
+        "collective-permute": (5, 5 * 4 * 8 * 2),
+        "all-gather": (5, 5 * 4 * 8 * 4),
+        "all-reduce": (1, 16 * 4 + 2 * 2 * 4),
+        "reduce-scatter": (1, 4 * 2 * 8 * 4),
+        "all-to-all": (1, 64),
+    }
+    assert {one.kind: one.largest for one in found}["all-reduce"] == 64
+
+
+PROGRAM = """
+    import json
+    from bench.mesh.__main__ import SMALL
+    from bench.mesh.steps import step_cost
+    from dantinox.config import Config, coerce_numbers
+
+    def cost(mesh, **more):
+        settings = coerce_numbers(dict(pair.split("=") for pair in SMALL), "test")
+        found = step_cost(Config().replace(**(settings | more), mesh=mesh))
+        return [found.temporary, {one.kind: one.largest for one in sorted(found.exchanged, key=lambda x: x.largest)}]
+
+    experts = {"n_experts": 8, "mlp_ratio": 1.0}
+    dense = {mesh: cost(mesh) for mesh in ("data=8", "fsdp=8", "data=2,fsdp=4", "context=8")}
+    print(json.dumps([dense, {mesh: cost(mesh, **experts) for mesh in ("", "data=8", "fsdp=8", "expert=8")}]))
+"""
+
+
+@pytest.mark.slow
+def test_memory_and_exchanges_of_meshes_are_bounded():
+    """A device keeps no more under fsdp than under data, and exchanges nothing as large as the activation."""
+    dense, experts = json.loads(simulated_devices.run_with_devices("-c", textwrap.dedent(PROGRAM)).splitlines()[-1])
+    activation, table = 16 * 128 * 256 * 4, 1024 * 256 * 4
+    for mesh in ("fsdp=8", "data=2,fsdp=4"):
+        assert dense[mesh][0] <= 1.02 * dense["data=8"][0]
+        assert max(dense[mesh][1].values()) <= table < activation  # a gathered matrix
+        assert dense[mesh][1]["all-to-all"] <= activation / 8 * 2
+        assert dense[mesh][1]["reduce-scatter"] == table
+    assert dense["context=8"][1]["collective-permute"] <= activation / 8 * 2
+    assert experts["data=8"][0] < 0.4 * experts[""][0]  # each device computes its own rows
+    assert experts["fsdp=8"][0] <= experts["data=8"][0]
+    assert experts["expert=8"][0] <= 0.6 * experts["data=8"][0]
+    assert max(experts["expert=8"][1].values()) < activation
+
+
+def test_committed_pods_fit_and_exchange_by_reduce_scatter():
+    profile = json.loads(pods.PROFILE.read_text("utf-8"))
+    assert list(profile) == list(pods.CASES)
+    for name, row in profile.items():
+        assert not pods.worse(name, row, row)
+        assert row["compile_cpu_s"] <= 2 * row["one_period"]["compile_cpu_s"]
+        if "fsdp" in pods.CASES[name].mesh:
+            assert row["exchanged"]["reduce-scatter"]["bytes"] > 0
