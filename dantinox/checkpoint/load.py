@@ -10,6 +10,8 @@ import jax
 from dantinox.checkpoint.manager import Checkpoints
 from dantinox.config import Config, ConfigError, read_settings
 from dantinox.data.tokenizer import Tokenizer, load_tokenizer
+from dantinox.distributed.inference import inference_mesh
+from dantinox.distributed.mesh import parameter_shardings
 from dantinox.model import params
 from dantinox.model.transformer import Transformer
 
@@ -47,15 +49,19 @@ def _run_names(folder: Path) -> Iterator[str]:
     return (path.parent.name for path in folder.glob("*/config.yaml") if path.is_file())
 
 
-def load(run: str | Path, *, checkpoint: int | str = "last", **overrides: Any) -> tuple[Transformer, Tokenizer]:
+def load(
+    run: str | Path, *, checkpoint: int | str = "last", mesh: str = "", **overrides: Any
+) -> tuple[Transformer, Tokenizer]:
     """Return (model, tokenizer) of a run, with the moving average of the weights if it has one.
 
     Args:
         run: the run's folder, such as runs/nano.
         checkpoint: "last" (the latest valid one), "best" (lowest validation loss) or a step, such as 400 or "400".
+        mesh: devices to lay the model over, such as data=2,tensor=4; "": one device.
         overrides: model settings to change by name, such as decode="xla".
 
     Raises:
+        ConfigError: the mesh needs more devices, has another axis, or does not divide a size of the model.
         FileNotFoundError: the run or the checkpoint does not exist.
         ValueError: the checkpoint is corrupt, or for "last", all of them are; or `checkpoint` is another word.
     """
@@ -72,9 +78,13 @@ def load(run: str | Path, *, checkpoint: int | str = "last", **overrides: Any) -
         metadata = checkpoints.verify(step)
     if metadata.get("tokenizer") not in (None, tokenizer.fingerprint):
         raise ValueError(f"{Path(run) / 'tokenizer.json'} is not the tokenizer that the run was trained with")
-    single_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings: dict[str, jax.sharding.Sharding] = dict.fromkeys(
+        shapes, jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    )
+    if (laid := inference_mesh(mesh)) is not None:
+        shardings |= parameter_shardings(params.param_axes(config.model), shapes, laid)
     abstract_params = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=single_device) for name, x in shapes.items()
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name]) for name, x in shapes.items()
     }
     return model_def.merge(
         checkpoints.restore_weights(step, abstract_params, averaged=config.optim.ema_decay > 0)

@@ -37,6 +37,8 @@ class Arguments:
     """Implementation of the mixture of experts; None: that of the run."""
     loss: Implementation | None = None
     """Implementation of the loss; None: that of the run."""
+    mesh: str | None = None
+    """Devices to lay the model over, such as data=2,tensor=4; None: one device."""
     json: bool = False
     """Print one line of JSON instead of a table."""
     verbose: bool = False
@@ -68,9 +70,8 @@ def report(arguments: Arguments) -> None:
 
     if arguments.data is None:
         raise ValueError("data is missing; give --data a text file, a folder, a glob or stdlib")
-    overrides = {
-        name: value for name in ("checkpoint", "attn", "moe", "loss") if (value := getattr(arguments, name)) is not None
-    }
+    names = ("checkpoint", "attn", "moe", "loss", "mesh")
+    overrides = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     model, tokenizer = load(find_run(arguments.run), **overrides)
     documents = find_documents(arguments.data)
     start = time.perf_counter()

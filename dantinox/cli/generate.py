@@ -75,6 +75,8 @@ class Arguments:
     """Implementation of cached decoding; None: that of the run."""
     kv_cache_dtype: KVDtype | None = None
     """Storage of the KV cache: the model's dtype (auto), or 8 bits per value; None: that of the run."""
+    mesh: str | None = None
+    """Devices to lay the model and its cache over, such as data=2,tensor=4; None: one device."""
     verbose: bool = False
     """Log the chosen implementations and show tracebacks."""
 
@@ -117,7 +119,7 @@ def generate_text(arguments: Arguments) -> None:
     if "" in stop:
         raise ValueError("stop is ''; allowed: text that is not empty")
     prompts = read_prompts(arguments)
-    names = ("checkpoint", "attn", "moe", "decode", "kv_cache_dtype")
+    names = ("checkpoint", "attn", "moe", "decode", "kv_cache_dtype", "mesh")
     overrides = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     model, tokenizer = load(find_run(arguments.run), **overrides)
     ids = [tokenizer.encode(prompt) if prompt else [tokenizer.eos_id] for prompt in prompts]

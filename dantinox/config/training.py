@@ -9,6 +9,24 @@ from dantinox.config.validation import ConfigError, check, check_fields, check_p
 ROWS = ("slices", "data", "fsdp", "expert")  # what the sequences of a micro-batch are dealt over
 
 
+def parse_mesh(text: str) -> dict[str, int]:
+    """Return the number of devices along each mesh axis, and of slices, 1 by default.
+
+    Args:
+        text: such as data=2,fsdp=4; empty for one device.
+
+    Raises:
+        ConfigError: it is not of this form.
+    """
+    axes = dict.fromkeys(("slices", "data", "fsdp", "tensor", "context", "expert"), 1)
+    for part in filter(None, text.split(",")):
+        name, _, size = part.strip().partition("=")
+        if name not in axes or not size.isdigit() or int(size) < 1:
+            raise ConfigError(f"mesh is {text!r}; allowed: NAME=N,... with N at least 1 and {', '.join(axes)}")
+        axes[name] = int(size)
+    return axes
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of a training run."""
@@ -77,12 +95,7 @@ class TrainConfig:
 
     def mesh_axes(self) -> dict[str, int]:
         """Return the number of devices along each mesh axis, and of slices; 1 each without a mesh."""
-        axes = dict.fromkeys(("slices", "data", "fsdp", "tensor", "context", "expert"), 1)
-        for part in filter(None, self.mesh.split(",")):
-            name, _, size = part.strip().partition("=")
-            if name not in axes or not size.isdigit() or int(size) < 1:
-                raise ConfigError(f"mesh is {self.mesh!r}; allowed: NAME=N,... with N at least 1 and {', '.join(axes)}")
-            axes[name] = int(size)
+        axes = parse_mesh(self.mesh)
         rows, devices = self.batch_size // self.grad_accum, math.prod(axes[name] for name in axes if name in ROWS)
         check(
             rows % devices == 0,

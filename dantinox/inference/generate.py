@@ -19,6 +19,7 @@ from flax import nnx
 
 from dantinox.config import ModelConfig
 from dantinox.config.validation import check_int
+from dantinox.distributed.inference import kernels_on, mesh_of
 from dantinox.inference import prefill, speculation
 from dantinox.inference.checks import Ids, check_prompts, check_stop_tokens
 from dantinox.inference.chunk import DONE_TOKEN, Chunk
@@ -179,8 +180,19 @@ def generate_chunks(model: Transformer, request: Request, latency: float | None 
         tokens, chunk, lengths, seen, np.uint32(seed), np.array(samples, np.int32), request.sampling, stop_ids
     )
     if drafts:
-        return _speculate(model, slots, inputs, drafts, count, latency)
-    return _decode_chunks(model, slots, inputs, count, latency)
+        return _on_mesh(model, _speculate(model, slots, inputs, drafts, count, latency))
+    return _on_mesh(model, _decode_chunks(model, slots, inputs, count, latency))
+
+
+def _on_mesh(model: Transformer, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """Yield the chunks, computed on the mesh that the weights of the model are on."""
+    mesh = mesh_of(nnx.state(model))
+    while True:
+        with kernels_on(mesh):
+            chunk = next(chunks, None)
+        if chunk is None:
+            return
+        yield chunk
 
 
 class _Inputs(NamedTuple):

@@ -21,6 +21,7 @@ from flax import nnx
 from dantinox.config.validation import check_int
 from dantinox.data.corpus import Document
 from dantinox.data.tokenizer import Tokenizer
+from dantinox.distributed.inference import kernels_on, mesh_of
 from dantinox.inference import generate
 from dantinox.model.transformer import Transformer
 
@@ -98,12 +99,15 @@ def score_documents(
     longest = max(len(text) for text in texts) - 1
     width = min(context, 1 << (longest - 1).bit_length())
     graph, weights = nnx.split(model)
+    mesh = mesh_of(weights)
     nats, tokens = 0.0, 0
     for batch in batched((pair for text in texts for pair in _scoring_windows(text, context, stride, width)), rows):
         padding = (np.zeros(width, np.int32), np.full(width, _IGNORED_TARGET, np.int32))
         inputs, targets = (np.stack(x) for x in zip(*batch, *[padding] * (rows - len(batch)), strict=True))
         scored = targets != _IGNORED_TARGET
-        nats += np.asarray(_negative_log_probs(graph, weights, inputs, targets))[scored].sum(dtype=np.float64)
+        with kernels_on(mesh):
+            losses = _negative_log_probs(graph, weights, inputs, targets)
+        nats += np.asarray(losses)[scored].sum(dtype=np.float64)
         tokens += int(scored.sum())
     return Score(len(texts), tokens, sum(document.size for document in documents), float(nats), context, stride)
 

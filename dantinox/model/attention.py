@@ -1,5 +1,8 @@
 """The attention layer: projections, rotary positions and the gate around `dantinox.kernels.attention`."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,6 +10,7 @@ from flax import nnx
 from dantinox import kernels
 from dantinox.config import ModelConfig
 from dantinox.distributed.context import attend_over_context
+from dantinox.distributed.inference import call_kernel
 from dantinox.model.layers import dense, filled_parameter, parameter, rms_norm, value_of, zero_bias
 from dantinox.model.rope import apply_rope
 
@@ -108,17 +112,22 @@ class Attention(nnx.Module):
     ) -> Array:
         """Attend from q [B, T, H, D] to the k and v [B, S, K, D] inside the layer's window and the query's segment."""
         config = self.config
-        return kernels.attention(
-            q,
-            k,
-            v,
-            gate=gate,
-            window=self.window,
-            softcap=config.attn_softcap,
-            segment_ids=segment_ids,
-            sinks=sinks,
-            implementation=config.attn,
-        )
+
+        def run(sinks: Array | None, q: Array, k: Array, v: Array, gate: Array | None, ids: Any) -> Array:
+            return kernels.attention(
+                q,
+                k,
+                v,
+                gate=gate,
+                window=self.window,
+                softcap=config.attn_softcap,
+                segment_ids=ids,
+                sinks=sinks,
+                implementation=config.attn,
+            )
+
+        letters = ["H", "BTHD", "BSKD", "BSKD", "BTHD", ("BT", "BS")]
+        return call_kernel(run, [sinks, q, k, v, gate, segment_ids], letters, "BTHD")
 
     def decode_step(
         self, x: Array, rope: tuple[Array, Array] | None, cache: kernels.KVCache
@@ -129,15 +138,30 @@ class Attention(nnx.Module):
         if window is not None and window + x.shape[1] - 1 > cache.k.shape[2]:
             window = None  # the cache has room for the whole text, which is shorter than the window
         with jax.named_scope("attend"):
-            o, cache = kernels.decode_attention(
-                q,
-                k,
-                v,
-                cache,
-                gate=gate,
-                window=window,
-                softcap=self.config.attn_softcap,
-                sinks=value_of(self.sinks),
-                implementation=self.config.decode,
-            )
+            sinks = value_of(self.sinks)
+            cuts = kernels.KVCache("BKCD", "BKCD", "B", *["BKC" if x is not None else None for x in cache[3:]])
+            arguments, letters = [sinks, q, k, v, gate, cache], ["H", "BTHD", "BTKD", "BTKD", "BTHD", cuts]
+            o, cache = call_kernel(functools.partial(self._decode, window), arguments, letters, ("BTHD", cuts))
         return self.out_proj(o), cache
+
+    def _decode(
+        self,
+        window: int | None,
+        sinks: Array | None,
+        q: Array,
+        k: Array,
+        v: Array,
+        gate: Array | None,
+        cache: kernels.KVCache,
+    ) -> tuple[Array, kernels.KVCache]:
+        return kernels.decode_attention(
+            q,
+            k,
+            v,
+            cache,
+            gate=gate,
+            window=window,
+            softcap=self.config.attn_softcap,
+            sinks=sinks,
+            implementation=self.config.decode,
+        )

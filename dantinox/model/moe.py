@@ -13,6 +13,7 @@ from dantinox.config import ModelConfig
 from dantinox.distributed import collectives
 from dantinox.distributed.collectives import mean_over_tokens
 from dantinox.distributed.experts import send_to_experts
+from dantinox.distributed.inference import call_kernel
 from dantinox.model.layers import MLP, dense, parameter, value_of, zero_bias
 
 Array = jax.Array
@@ -108,13 +109,17 @@ class MoE(nnx.Module):
         with jax.named_scope("experts"):
             matrices = [value_of(w, x.dtype) for w in (self.gate, self.up, self.down)]
             biases = [value_of(b, x.dtype) for b in (self.gate_bias, self.up_bias, self.down_bias)]
-            biases[-1] = collectives.once_over(biases[-1], "tensor")  # it is added to partial sums
-            y = send_to_experts(self.experts, (*matrices, *biases), tokens, ids, weights, self.config.n_experts)
+            y = send_to_experts(self.run_experts, (*matrices, *biases), tokens, ids, weights, self.config.n_experts)
             y = collectives.sum_over(y, ("tensor",)).reshape(x.shape)
         if self.shared is not None:
             with jax.named_scope("shared"):
                 y = y + self.shared(x)
         return y, stats
+
+    def run_experts(self, *arguments: Array | None) -> Array:
+        """Call `experts`; without a training mesh perhaps on a mesh of inference."""
+        letters = ["EMF", "EMF", "EFM", "EF", "EF", "EM", "NM", "Nk", "Nk"]
+        return call_kernel(self.experts, arguments, letters, "NM", summed=True)
 
     def experts(
         self,
@@ -128,8 +133,9 @@ class MoE(nnx.Module):
         ids: Array,
         weights: Array,
     ) -> Array:
-        """Apply the chosen experts to tokens [N, M]."""
+        """Apply the chosen experts to tokens [N, M]; on a mesh the result is a partial sum over the axis tensor."""
         config = self.config
+        b_down = collectives.once_over(b_down, "tensor")
         clamped = ("swiglu_clamped", config.mlp_limit, config.mlp_alpha)
         return kernels.moe_mlp(
             tokens,

@@ -10,6 +10,7 @@ from flax import nnx
 from dantinox import kernels
 from dantinox.config import ModelConfig
 from dantinox.distributed import collectives, vocabulary
+from dantinox.distributed.inference import call_kernel
 from dantinox.kernels.einsum import einsum
 from dantinox.model import layer_loop
 from dantinox.model.attention import Attention, PastKeyValues, _KeyStream
@@ -199,5 +200,8 @@ class Transformer(nnx.Module):
             )
             return flat.reshape(targets.shape)
 
+        def run(*arguments: Array) -> Array:
+            return call_kernel(losses, arguments, ["VM", "BTM", "BT"], "BT")
+
         w = self.output_projection(h.dtype)
-        return vocabulary.losses_over_vocabulary(losses, w, h, targets, self.cap_logits)
+        return vocabulary.losses_over_vocabulary(run, w, h, targets, self.cap_logits)

@@ -8,6 +8,7 @@ import pytest
 
 from dantinox import ConfigError
 from dantinox.config import Config
+from dantinox.distributed.inference import inference_mesh
 from dantinox.distributed.mesh import make_mesh
 
 HERE = Path(__file__).parent
@@ -81,6 +82,26 @@ def test_every_mesh_equals_one_device(settings):
 def test_meshes_with_pallas_kernels_equal_one_device(settings):
     meshes = ["data=8", "fsdp=4,tensor=2", "data=2,context=4", "expert=2,context=2,tensor=2"]
     assert_equal_to_one_device(meshes, settings | {"attn": "pallas", "moe": "pallas", "loss": "pallas"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("implementations", "meshes", "flags"),
+    [
+        (["pallas"], ["data=2,tensor=4"], ["--short"]),
+        (["xla", "pallas"], ["tensor=2", "data=2,tensor=4"], []),
+    ],
+    ids=["short", "long"],
+)
+def test_generation_and_evaluation_on_a_mesh_equal_one_device(implementations, meshes, flags):
+    """Greedy, sampled and speculative ids, and losses; a single prompt does not divide over data."""
+    program = str(HERE / "generation.py")
+    simulated_devices.run_with_devices(program, json.dumps(implementations), json.dumps(meshes), *flags)
+
+
+def test_mesh_of_inference_has_data_and_tensor_only():
+    with pytest.raises(ConfigError, match="with fsdp; allowed in generation and evaluation: data and tensor"):
+        inference_mesh("data=2,fsdp=4")
 
 
 def test_invalid_mesh_raises():
