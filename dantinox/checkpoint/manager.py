@@ -12,9 +12,11 @@ from typing import Any
 
 import jax
 
-from dantinox.checkpoint import log_filters, manifest
+from dantinox.checkpoint import log_filters, manifest, shared_save
 from dantinox.checkpoint.manifest import CorruptCheckpointError
 from dantinox.checkpoint.train_state import TrainState
+from dantinox.distributed import processes
+from dantinox.distributed.agreement import AgreedError, ask_first, everywhere
 from dantinox.model import params
 
 PARTIAL = ".partial-"
@@ -50,13 +52,17 @@ class Checkpoints:
         self.folder = self.display_path.absolute()
         self._writer: Any = None
         self._thread: threading.Thread | None = None
-        self._failure: CheckpointWriteError | None = None
+        self._failure: CheckpointWriteError | AgreedError | None = None
 
     def steps(self) -> list[int]:
         """Return the steps of all checkpoints, also corrupt ones, oldest first."""
         if not self.folder.is_dir():
             return []
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isascii() and path.name.isdigit())
+
+    def has(self, step: int) -> bool:
+        """Return whether there is a checkpoint of this step; all processes call it at the same time."""
+        return ask_first("is it saved", lambda: step in self.steps())
 
     def best(self) -> int | None:
         """Return the step with the lowest validation loss; None if no checkpoint has one."""
@@ -80,49 +86,77 @@ class Checkpoints:
             LockLostError: another process writes the run.
         """
         self.wait()
-        self._check_lock()
-        if step in self.steps():
+        if self.has(step):
             return
         if self._writer is None:
-            self._writer = self._ocp.AsyncCheckpointer(self._ocp.PyTreeCheckpointHandler())
+            self._writer = self._ocp.AsyncCheckpointer(**shared_save.writer_options(self._ocp))
         partial = self.folder / f"{PARTIAL}{step}"
+        ask_first("a folder to save in", lambda: self._make_folder(step, partial, _max_bytes(state)))
+        error = None
+        try:
+            self._writer.save(partial / "state", args=self._ocp.args.PyTreeSave(_tree(state)))
+        except Exception as caught:
+            if processes.count() == 1:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise self._write_error(step, shared_save.describe_error(caught)) from caught
+            error = caught  # of which the thread tells the others
+        metadata = {"step": step, "val_loss": None, "due": due} | metadata
+        finish = self._finish_save if processes.count() == 1 else self._finish_shared_save
+        self._thread = threading.Thread(target=finish, args=(step, partial, metadata, error), name=f"save {step}")
+        self._thread.start()
+
+    def _make_folder(self, step: int, partial: Path, needed: int) -> None:
+        self._check_lock()
         try:
             for old in self.folder.glob(f"{PARTIAL}*"):  # from a killed run
                 shutil.rmtree(old)
             partial.mkdir(parents=True)
-            needed, free = _max_bytes(state), shutil.disk_usage(self.folder).free
+            free = shutil.disk_usage(self.folder).free
             if free < needed:
                 raise OSError(
                     errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {_format_mb(needed)} needed, {_format_mb(free)} free"
                 )
-            self._writer.save(partial / "state", args=self._ocp.args.PyTreeSave(_tree(state)))
         except Exception as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise self._write_error(step, error) from error
-        metadata = {"step": step, "val_loss": None, "due": due} | metadata
-        self._thread = threading.Thread(target=self._finish_save, args=(step, partial, metadata), name=f"save {step}")
-        self._thread.start()
+            raise self._write_error(step, shared_save.describe_error(error)) from error
 
-    def _finish_save(self, step: int, partial: Path, metadata: dict[str, Any]) -> None:
+    def _finish_save(self, step: int, partial: Path, metadata: dict[str, Any], _: Exception | None) -> None:
         try:
             self._writer.wait_until_finished()
-            manifest.write_manifest(partial, metadata)
-            self._check_lock()
-            partial.rename(self.folder / str(step))
-            _fsync_folder(self.folder)
-            self._prune()
+            self._publish(step, partial, metadata)
         except Exception as error:
             shutil.rmtree(partial, ignore_errors=True)
-            self._failure = self._write_error(step, error)
+            self._failure = self._write_error(step, shared_save.describe_error(error))
 
-    def _write_error(self, step: int, error: Exception) -> CheckpointWriteError:
-        # The errors of TensorStore are long; the message of the system is at their end.
-        text = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-        if os.strerror(errno.ENOSPC) in text and not isinstance(error, OSError):
-            text = os.strerror(errno.ENOSPC)
+    def _finish_shared_save(self, step: int, partial: Path, metadata: dict[str, Any], error: Exception | None) -> None:
+        """Do as `_finish_save` in each of several processes, all of which succeed or fail."""
+
+        def publish(files: manifest.Checksums) -> None:
+            self._publish(step, partial, metadata, files)
+
+        try:
+            failure = shared_save.finish(self._writer, partial, publish, error)
+        except AgreedError as ended:  # another process
+            self._failure = ended
+            return
+        if failure is not None:
+            if processes.is_first():
+                shutil.rmtree(partial, ignore_errors=True)
+            self._failure = everywhere(self._write_error(step, failure))
+
+    def _publish(
+        self, step: int, partial: Path, metadata: dict[str, Any], files: manifest.Checksums | None = None
+    ) -> None:
+        manifest.write_manifest(partial, metadata, files)
+        self._check_lock()
+        partial.rename(self.folder / str(step))
+        _fsync_folder(self.folder)
+        self._prune()
+
+    def _write_error(self, step: int, reason: str) -> CheckpointWriteError:
         others = [other for other in self.steps() if other != step]
         status = f"the checkpoint of step {others[-1]} is intact" if others else "there is no earlier checkpoint"
-        return CheckpointWriteError(f"step {step} could not be saved in {self.display_path}: {text[:300]}; {status}")
+        return CheckpointWriteError(f"step {step} could not be saved in {self.display_path}: {reason[:300]}; {status}")
 
     def _prune(self) -> None:
         metadata = self._all_metadata()
@@ -134,9 +168,11 @@ class Checkpoints:
     def update_metadata(self, step: int, metadata: dict[str, Any]) -> None:
         """Update the metadata of a valid checkpoint."""
         self.wait()
+        ask_first("metadata", lambda: self._update_metadata(step, metadata))
+
+    def _update_metadata(self, step: int, metadata: dict[str, Any]) -> None:
         self._check_lock()
-        folder = self.folder / str(step)
-        manifest.write_manifest(folder, self.verify(step) | metadata)
+        manifest.write_manifest(self.folder / str(step), self.verify(step) | metadata)
 
     def _all_metadata(self) -> dict[int, dict[str, Any]]:
         """Return the metadata of each checkpoint with a valid manifest; other files are not verified."""
@@ -219,7 +255,7 @@ class Checkpoints:
 
     def _restore(self, step: int, abstract_tree: Any, whole: bool = False) -> Any:
         ocp, folder = self._ocp, self.folder / str(step) / "state"
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        with ocp.Checkpointer(**shared_save.reader_options(ocp)) as reader:
             # Orbax reports other arrays with an error of many lines, or fills or truncates them.
             stored = _array_types(reader.metadata(folder).item_metadata.tree)
             self._check_arrays(step, stored, _array_types(abstract_tree), whole)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ class CorruptCheckpointError(ValueError):
     """A checkpoint differs from what was written; the message names the file and the difference."""
 
 
-def write_manifest(folder: Path, metadata: dict[str, Any]) -> None:
-    """Write the manifest: `about`, and the size and SHA-256 of every file in the folder."""
-    files = {name: [path.stat().st_size, _sha256(path)] for name, path in _files(folder).items()}
-    body = {"about": metadata, "files": files}
+Checksums = dict[str, list[Any]]  # name -> [size, SHA-256]
+
+
+def write_manifest(folder: Path, metadata: dict[str, Any], files: Checksums | None = None) -> None:
+    """Write the manifest: `about`, and the size and SHA-256 of every file in the folder, or those in `files`."""
+    body = {"about": metadata, "files": checksums(folder) if files is None else files}
     with open_atomic(folder / NAME) as file:
         file.write(json.dumps(body | {"sha256": _digest(body)}, indent=1).encode())
 
@@ -55,6 +58,11 @@ def verify_files(folder: Path) -> dict[str, Any]:
         if _sha256(files[name]) != digest:
             raise CorruptCheckpointError(f"{name} was modified (SHA-256 differs)")
     return body["about"]
+
+
+def checksums(folder: Path, choose: Callable[[str], bool] = lambda name: True) -> Checksums:
+    """Return the size and SHA-256 of the files in a folder, or of those whose name `choose` takes."""
+    return {name: [path.stat().st_size, _sha256(path)] for name, path in _files(folder).items() if choose(name)}
 
 
 def _files(folder: Path) -> dict[str, Path]:

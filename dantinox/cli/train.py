@@ -10,7 +10,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,9 +19,11 @@ from dantinox import cli
 from dantinox.checkpoint.load import read_config
 from dantinox.checkpoint.manager import Checkpoints
 from dantinox.config import Config, ConfigError, presets, read_settings
+from dantinox.distributed import processes, startup_check, watch
+from dantinox.distributed.agreement import AgreedError, ask_first, check_same, together
 from dantinox.metrics import logger as metrics_log
 from dantinox.metrics import model_summary, wandb_logger
-from dantinox.system import malloc
+from dantinox.system import malloc, streams
 from dantinox.system.atomic_io import open_atomic
 from dantinox.system.run_lock import RunLock, require_unlocked
 from dantinox.training.loop import Loop, LoopState, NonFiniteError
@@ -47,6 +49,12 @@ class Arguments:
     """Print the cost of the configuration (parameters, FLOPs, compiled memory, KV cache) without training."""
     verbose: bool = False
     """Log the chosen implementations and show tracebacks."""
+    coordinator: str | None = None
+    """HOST:PORT of the first of several processes; SLURM, Open MPI, Kubernetes and Cloud TPU need no such flags."""
+    processes: int | None = None
+    """Number of processes of the run, for --coordinator."""
+    process: int | None = None
+    """Number of this process, from 0, for --coordinator."""
 
 
 def parse(argv: Sequence[str]) -> Arguments:
@@ -173,21 +181,33 @@ def train(config: Config, resume: bool = False) -> Path:
     if config.train.wandb:
         wandb_logger.require_wandb()
     folder = Path(config.train.runs_dir) / config.train.run
-    if resume:
-        saved = read_config(folder)
-        with RunLock(folder) as lock:
+    startup_check.check_code_and_settings(config)
+    with contextlib.ExitStack() as stack:
+
+        def enter(make: Callable[[], RunLock]) -> RunLock | None:
+            lock = ask_first("the run's folder", lambda: stack.enter_context(make()), share=False)
+            startup_check.check_folder(folder)
+            return lock
+
+        if resume:
+            saved = read_config(folder)
+            lock = enter(lambda: RunLock(folder))
             train_locked(resume_run(config, saved, folder, Trainer), lock, resume)
-    else:
-        require_unlocked(folder)  # before the text is read
-        start = Start(Trainer(config), None, 0, LoopState())
-        with lock_new_run(config) as lock:
-            train_locked(start, lock, resume)
+        else:
+            ask_first("the run's name", lambda: require_unlocked(folder))  # before the text is read
+            start = Start(together("text", lambda: Trainer(config), in_turn=True), None, 0, LoopState())
+            train_locked(start, enter(lambda: lock_new_run(config)), resume)
     return folder
 
 
-def train_locked(start: Start, lock: RunLock, resume: bool) -> None:
-    """Train in a folder that this process has locked."""
-    trainer, run, config = start.trainer, lock.folder, start.trainer.config
+def train_locked(start: Start, lock: RunLock | None, resume: bool) -> None:
+    """Train in a folder that this process, or process 0 of several, has locked."""
+    trainer, config = start.trainer, start.trainer.config
+    run = Path(config.train.runs_dir) / config.train.run
+    check_same(
+        {"text": trainer.corpus.content_id, "tokenizer": trainer.corpus.tokenizer.fingerprint, "step": start.step}
+    )
+    is_first = processes.is_first()
     text = model_summary.describe(config)
     print(text)
     stats = trainer.corpus.stats
@@ -195,21 +215,27 @@ def train_locked(start: Start, lock: RunLock, resume: bool) -> None:
         f"{'data':15} {config.data.data}: {len(trainer.corpus.train):,} training tokens, "
         f"{len(trainer.corpus.val):,} validation tokens; unigram entropy {stats.unigram_entropy:.3f} nats per token"
     )
-    for name, content in (("summary.txt", text + "\n"), ("config.yaml", config.to_yaml())):
-        with open_atomic(run / name) as file:
-            file.write(content.encode())
-    trainer.corpus.tokenizer.save(run)
+    if is_first:
+        for name, content in (("summary.txt", text + "\n"), ("config.yaml", config.to_yaml())):
+            with open_atomic(run / name) as file:
+                file.write(content.encode())
+        trainer.corpus.tokenizer.save(run)
     tokens_per_step = config.train.batch_size * config.train.seq_len
     with (
-        wandb_logger.WandbLogger(run, config, resume) if config.train.wandb else contextlib.nullcontext() as tracker,
-        contextlib.closing(Checkpoints(run, config.train.max_checkpoints, lock.check)) as checkpoints,
+        wandb_logger.WandbLogger(run, config, resume)
+        if config.train.wandb and is_first
+        else contextlib.nullcontext() as tracker,
         contextlib.closing(
-            metrics_log.MetricsLog(run, start.step if resume else None, tracker, tokens_per_step)
-        ) as log,
+            Checkpoints(run, config.train.max_checkpoints, *(() if lock is None else (lock.check,)))
+        ) as checkpoints,
+        contextlib.closing(metrics_log.MetricsLog(run, start.step if resume else None, tracker, tokens_per_step))
+        if is_first
+        else contextlib.nullcontext() as log,
     ):
         loop = Loop(trainer, run, checkpoints, log, resume_command(config), start.progress)
         loop.run(trainer.init_state() if start.state is None else start.state, start.step)
-    metrics_log.plot_loss(run, config.train.run, stats.unigram_entropy)
+    if is_first:
+        metrics_log.plot_loss(run, config.train.run, stats.unigram_entropy)
 
 
 def dry_run(config: Config) -> None:
@@ -222,13 +248,30 @@ def dry_run(config: Config) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     malloc.tune_glibc_malloc()
-    arguments = parse(sys.argv[1:] if argv is None else argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    with cli.one_line_errors(PROG):
+        place = [cli.peek_flag(argv, flag) for flag in ("--coordinator", "--processes", "--process")]
+        if "--help" in argv or "-h" in argv or not processes.join(*place):
+            return run(argv)
+    return watch.run(lambda: run(argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the program in a process that has joined those of its run, if there are others."""
+    try:
+        arguments = together("the command line", lambda: parse(argv), quiet=True)
+    except AgreedError as error:
+        return report_agreed(error)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     if arguments.verbose:
         for name in ("kernels", "dantinox"):
             logging.getLogger(name).setLevel(logging.INFO)
     try:
-        with sigterm_as_exception(), cli.one_line_errors(PROG, arguments.verbose, cli.IMPLEMENTATION_FLAGS):
+        with (
+            sigterm_as_exception(),
+            cli.one_line_errors(PROG, arguments.verbose, cli.IMPLEMENTATION_FLAGS),
+            watch.watched(),
+        ):
             if arguments.dry_run:
                 dry_run(arguments.settings)
             else:
@@ -239,11 +282,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return interruption.code
     except KeyboardInterrupt:
         return 130
+    except AgreedError as error:
+        return report_agreed(error)
     except (NonFiniteError, OSError) as error:  # runtime failures: a full disk, a NaN
         if arguments.verbose:
             raise
         cli.exit_with_error(PROG, error, code=1)
     return 0
+
+
+def report_agreed(error: AgreedError) -> int:
+    """Print an error of which several processes know, unless process 0 does so, and return the exit code."""
+    if processes.is_first() or not error.silent:
+        streams.report(f"{PROG}: error: {error}")
+    return error.code
 
 
 def program() -> NoReturn:

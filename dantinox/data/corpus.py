@@ -187,13 +187,21 @@ def train_val_split(documents: list[Document], val_fraction: float) -> tuple[lis
 
 
 def get_batch(
-    tokens: np.ndarray, *, seed: int, step: int, batch_size: int, seq_len: int
+    tokens: np.ndarray, *, seed: int, step: int, batch_size: int, seq_len: int, rows: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return random windows of `tokens` [N] as (inputs, targets), int32 [B, T]; targets are one token later.
 
     A pure function of (seed, step), so there is no state to save; row b does not depend on batch_size. Documents are
     concatenated, so windows are never padded. Callers that pad sequences use any input id and a negative target, which
     the loss ignores.
+
+    Args:
+        tokens: the text.
+        seed: of the run; it and the step decide about the windows.
+        step: from 0.
+        batch_size: B.
+        seq_len: T.
+        rows: numbers of the rows to return, by default all.
 
     Raises:
         ValueError: an argument is negative, or N < seq_len + 1.
@@ -203,6 +211,7 @@ def get_batch(
         raise ValueError(f"seed, step, batch_size are {seed}, {step}, {batch_size}; allowed: at least 0, 0, 1")
     # NumPy guarantees that the raw bits of a counter-based generator are the same in every version.
     bits = np.random.Philox(key=np.array([seed, step], np.uint64)).random_raw(batch_size)
+    bits = bits if rows is None else bits[rows]
     return _gather_windows(tokens, (bits % np.uint64(len(tokens) - seq_len)).astype(np.int64), seq_len)
 
 

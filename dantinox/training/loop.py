@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dantinox.checkpoint.manager import Checkpoints
 from dantinox.checkpoint.train_state import TrainState
+from dantinox.distributed import processes, watch
+from dantinox.distributed.agreement import everywhere
+from dantinox.distributed.stop_vote import StopVote
 from dantinox.metrics import logger as metrics_log
 from dantinox.metrics.progress_bar import ProgressLine
 from dantinox.model import flops
@@ -49,12 +51,17 @@ class LoopState:
 
 @dataclass
 class Loop:
-    """Training of one run. `resume` is the command that resumes it."""
+    """Training of one run.
+
+    Attributes:
+        log: None in all processes but the first.
+        resume: the command that resumes the run.
+    """
 
     trainer: Trainer
     run_dir: Path
     checkpoints: Checkpoints
-    log: metrics_log.MetricsLog
+    log: metrics_log.MetricsLog | None
     resume: str
     progress: LoopState = field(default_factory=LoopState)
 
@@ -68,7 +75,13 @@ class Loop:
         """
         t = self.trainer.config.train
         self.peak = metrics_log.matmul_rate(self.trainer.config.model.dtype) * max(1, _num_devices(self.trainer))
-        with SignalHandler() as self.signals, ProgressLine(t.steps, start) as self.line, StepTracer(self) as tracer:
+        several = processes.count() > 1
+        self.vote = StopVote(self.trainer.mesh) if several and self.trainer.mesh is not None else None
+        with (
+            SignalHandler(deferred=several) as self.signals,
+            ProgressLine(t.steps, start) as self.line,
+            StepTracer(self) as tracer,
+        ):
             self.last_log_time, self.last_log_step = time.perf_counter(), start
             if start >= t.steps:
                 self.line.print_line(f"nothing to train: the run is at step {start} and --steps is {t.steps}")
@@ -87,9 +100,11 @@ class Loop:
                 with jax.profiler.StepTraceAnnotation("train", step_num=number):
                     if step == start:  # the first step is mostly compilation, and no progress is lost
                         with self.signals.interruptible(lambda: self.report_saved(start)):
-                            state, metrics = tracer.step(state, *batch, jnp.int32(step))
+                            state, metrics = tracer.step(state, *batch, np.int32(step))
                     else:
-                        state, metrics = tracer.step(state, *batch, jnp.int32(step))
+                        state, metrics = tracer.step(state, *batch, np.int32(step))
+                    ballots = None if self.vote is None else self.vote.cast(self.stop_signal())
+                    watch.mark()
                     step_batch, batch = batch, self.trainer.batch(number)  # while the device computes
                     is_finite = bool(metrics.pop("finite"))
                 if not is_finite:
@@ -98,11 +113,22 @@ class Loop:
                 step = number
                 tracer.after_step(step, state)
                 self.on_step_end(step, state, metrics)
-                stop_signal = self.signals.received or (SIGPIPE if self.line.is_closed else None)
-                if stop_signal is not None and step < t.steps:
-                    self.save_on_interrupt(step, state)
-                    raise Interrupted(stop_signal)
+                watch.mark()
+                stop = self.agreed_stop(ballots)
+                if stop is not None and step < t.steps:
+                    self.save_on_interrupt(step, state, stop[1])
+                    raise everywhere(Interrupted(stop[0]))
             self.checkpoints.wait()
+
+    def stop_signal(self) -> int | None:
+        """Return the signal that asked this process to stop, if one did."""
+        return self.signals.received or (SIGPIPE if self.line.is_closed else None)
+
+    def agreed_stop(self, ballots: jax.Array | None) -> tuple[int, int] | None:
+        """Return (signal, process that got it) if the run stops after this step."""
+        if self.vote is not None:
+            return self.vote.count(ballots)
+        return None if (signal := self.stop_signal()) is None else (signal, 0)
 
     def on_step_end(self, step: int, state: TrainState, metrics: dict[str, jax.Array]) -> None:
         """Log, evaluate, save and sample, each at its own interval, and all of them at the last step.
@@ -133,7 +159,7 @@ class Loop:
                 row["val_loss"] = self.trainer.validation_loss(state.weights)
             is_best = self.update_best(step, row["val_loss"])
             self.line.print_line(f"step {step}: validation loss {row['val_loss']:.4f}{' (best)' if is_best else ''}")
-        if row is not None:
+        if row is not None and self.log is not None:
             self.log.write(row)
         self.progress.pending = None
         stop_early = self.stopped_early(step)
@@ -144,7 +170,8 @@ class Loop:
             with self.signals.interruptible(lambda: self.save_on_interrupt(step, state)):
                 text = self.trainer.sample_text(state.weights, t.sample_tokens)
             self.line.print_line(f"--- sample at step {step} ---\n{text}\n---")
-            self.log.write_text("sample", text, step)
+            if self.log is not None:
+                self.log.write_text("sample", text, step)
         if stop_early and step < t.steps:
             best_loss, stale = self.progress.best_loss, self.progress.stale
             self.line.print_line(
@@ -182,22 +209,23 @@ class Loop:
             "corpus": corpus.path.name,
             "tokenizer": corpus.tokenizer.fingerprint,
         }
-        if step in self.checkpoints.steps():  # saved at an interrupt, before its evaluation
+        if self.checkpoints.has(step):  # saved at an interrupt, before its evaluation
             self.checkpoints.update_metadata(step, metadata)
         else:
             self.checkpoints.save(step, state, metadata)
 
-    def save_on_interrupt(self, step: int, state: TrainState) -> None:
-        """Save a checkpoint and print how to resume."""
-        if step not in self.checkpoints.steps():
+    def save_on_interrupt(self, step: int, state: TrainState, process: int = 0) -> None:
+        """Save a checkpoint and print how to resume; `process` was interrupted."""
+        if not self.checkpoints.has(step):
             self.save(step, state, None)
         self.checkpoints.wait()
-        self.report_saved(step)
+        self.report_saved(step, process)
 
-    def report_saved(self, step: int) -> None:
-        """Print how to resume after a signal."""
+    def report_saved(self, step: int, process: int = 0) -> None:
+        """Print how to resume after a signal to `process`."""
         if step:
-            self.line.print_last(f"interrupted; step {step} is saved. Resume with: {self.resume}")
+            subject = "interrupted" if self.vote is None else f"process {process} was interrupted"
+            self.line.print_last(f"{subject}; step {step} is saved. Resume with: {self.resume}")
         else:
             self.line.print_last("interrupted before the first step; there is nothing to save")
 
@@ -210,8 +238,10 @@ class Loop:
         t = self.trainer.config.train
         path = self.run_dir / f"nan-{step}.npz"
         values = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
-        with open_atomic(path) as file:
-            np.savez(file, inputs=batch[0], targets=batch[1], step=step, seed=t.seed, **values)
+        if processes.is_first():
+            inputs, targets = batch if self.vote is None else self.trainer.host_batch(step - 1)
+            with open_atomic(path) as file:
+                np.savez(file, inputs=inputs, targets=targets, step=step, seed=t.seed, **values)
         text = ", ".join(f"{name} {value:g}" for name, value in values.items())
         message = f"step {step} is not finite ({text}): its update was discarded, and its batch is in {path}"
         if t.on_nan == "skip" and self.progress.skipped + 1 < MAX_SKIPPED:
@@ -219,13 +249,13 @@ class Loop:
             return
         advice = "there is no earlier step to save"
         if step > 1:
-            if step - 1 not in self.checkpoints.steps():
+            if not self.checkpoints.has(step - 1):
                 self.save(step - 1, state, None)
             self.checkpoints.wait()
             advice = f"step {step - 1} is saved. Skip the batch with: {self.resume} --on-nan skip"
         if t.on_nan == "skip":
             advice = f"{MAX_SKIPPED} steps in a row; step {step - 1} is saved. Resume with: {self.resume}"
-        raise NonFiniteError(f"{message}; {advice}")
+        raise everywhere(NonFiniteError(f"{message}; {advice}"))
 
     def rates(self, step: int) -> dict[str, float]:
         """Return tokens per second since the last row, and the MFU relative to the measured matmul rate."""

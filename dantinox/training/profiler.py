@@ -3,9 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from dantinox.checkpoint.train_state import TrainState
+from dantinox.distributed import processes
 from dantinox.training import profile_report, profile_table
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ class StepTracer:
 
     def __init__(self, loop: "Loop") -> None:
         self.range, self.folder = loop.trainer.config.train.profile_range(), loop.run_dir / "tensorboard"
+        if not processes.is_first():  # another one on the same host would have the same name
+            self.folder /= f"process-{processes.index()}"
         self.step: Any = loop.trainer.step
         self.signals, self.report_saved, self.line = loop.signals, loop.report_saved, loop.line
         self.running, self.first, self.last = False, 0, 0
@@ -38,7 +41,7 @@ class StepTracer:
             return
         if not hasattr(self.step, "as_text"):
             with self.signals.interruptible(lambda: self.report_saved(step - 1)):
-                self.step = self.step.lower(state, *batch, jnp.int32(0)).compile()
+                self.step = self.step.lower(state, *batch, np.int32(0)).compile()
         if step >= self.range[0] and not self.running:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # no event per Python call

@@ -10,6 +10,7 @@ from dantinox.checkpoint.train_state import TrainState
 from dantinox.config import Config, ConfigError, TrainConfig, read_settings
 from dantinox.data.corpus import STDLIB, Corpus, cached_corpus, load_corpus
 from dantinox.data.tokenizer import load_tokenizer
+from dantinox.distributed.agreement import ask_first, together
 from dantinox.metrics import logger as metrics_log
 from dantinox.training.loop import LoopState
 from dantinox.training.trainer import Trainer
@@ -32,7 +33,7 @@ def resume_run(config: Config, saved: Config, run: Path, make_trainer: Callable[
     Args:
         config: the settings to resume with.
         saved: the settings of the run.
-        run: folder of the run, which this process has locked.
+        run: folder of the run, which process 0 has locked.
         make_trainer: `Trainer`.
 
     Raises:
@@ -47,16 +48,28 @@ def resume_run(config: Config, saved: Config, run: Path, make_trainer: Callable[
     if absent := saved.flat().keys() - read_settings(run / "config.yaml").keys():
         print(f"config {run / 'config.yaml'} does not set {', '.join(sorted(absent))}; resuming with the defaults")
     checkpoints = Checkpoints(run, config.train.max_checkpoints)
-    if not checkpoints.steps():
-        check_restart_from_scratch(run, config)
-        return Start(make_trainer(config), None, 0, LoopState())
-    step, metadata, errors = checkpoints.latest_valid()
-    trainer = trainer_for_text(config, run, metadata, make_trainer)
-    state = checkpoints.restore(step, trainer.abstract_state())
+
+    def latest_valid() -> tuple[int, dict[str, Any], list[str]] | None:
+        if not checkpoints.steps():
+            check_restart_from_scratch(run, config)
+            return None
+        step, metadata, errors = checkpoints.latest_valid()
+        return step, metadata, list(map(str, errors))
+
+    found = ask_first("newest checkpoint", latest_valid)
+    if found is None:
+        return Start(together("text", lambda: make_trainer(config), in_turn=True), None, 0, LoopState())
+    step, metadata, errors = found
+    trainer = together("text", lambda: trainer_for_text(config, run, metadata, make_trainer), in_turn=True)
+    state = together("weights", lambda: checkpoints.restore(step, trainer.abstract_state()))
     for error in errors:
         print(f"{error}; resuming from step {step}")
-    for newer_step in [other for other in checkpoints.steps() if other > step]:
-        print(f"moved it to {checkpoints.quarantine(newer_step)}")
+
+    def quarantine_newer() -> None:
+        for newer_step in [other for other in checkpoints.steps() if other > step]:
+            print(f"moved it to {checkpoints.quarantine(newer_step)}")
+
+    ask_first("damaged checkpoints", quarantine_newer)
     if changed:
         print(f"resumed with {changed}: later steps differ from those of an uninterrupted run")
     return Start(trainer, state, step, LoopState(**metadata["loop"]))

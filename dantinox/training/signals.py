@@ -52,8 +52,10 @@ class SignalHandler:
     thread calls `on_signal` and ends the process. A second SIGINT or SIGTERM always interrupts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, deferred: bool = False) -> None:
+        """Make the handler; `deferred`: `interruptible` interrupts nothing, for other processes take part in it."""
         self.received: int | None = None
+        self._deferred = deferred
         self._on_signal: Callable[[], None] | None = None
         self._handled, self._saving = threading.Event(), threading.Lock()
 
@@ -87,6 +89,9 @@ class SignalHandler:
         Raises:
             Interrupted: a signal arrived.
         """
+        if self._deferred:
+            yield
+            return
         self._on_signal = on_signal
         try:
             if self.received is not None:

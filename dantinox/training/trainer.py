@@ -1,6 +1,7 @@
 """Data, model and compiled functions of a run; no files and no loop."""
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from flax import nnx
 from dantinox.checkpoint.train_state import TrainState
 from dantinox.config import Config
 from dantinox.data.corpus import Corpus, eval_batches, get_batch, load_corpus
-from dantinox.distributed import mesh
+from dantinox.distributed import agreement, global_arrays, mesh, processes
 from dantinox.inference import prefill
 from dantinox.inference.generate import generate
 from dantinox.model.params import Params, abstract_params, split_params
@@ -30,6 +31,7 @@ class Trainer:
     def __post_init__(self) -> None:
         c = self.config
         self.mesh = mesh.make_mesh(c.train.mesh_axes())
+        processes.check_mesh(self.mesh)
         self.corpus = self.prepared or load_corpus(
             c.data.data,
             tokenizer=c.data.tokenizer,
@@ -80,7 +82,7 @@ class Trainer:
 
     def device_shardings(self) -> TrainState:
         """Return the sharding of each array of a train state."""
-        single_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        single_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         return self.shardings or jax.tree.map(lambda _: single_device, self.shapes)
 
     def abstract_state(self) -> TrainState:
@@ -91,22 +93,56 @@ class Trainer:
             self.device_shardings(),
         )
 
-    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (inputs, targets) of a step, each [A, B, T] int32: A micro-batches."""
+    def batch(self, step: int) -> tuple[np.ndarray | jax.Array, np.ndarray | jax.Array]:
+        """Return (inputs, targets) of a step, each [A, B, T] int32: A micro-batches.
+
+        Of several processes each makes the rows of its own devices.
+        """
+        if self.mesh is None or processes.count() == 1:
+            return self.host_batch(step)
         t = self.config.train
-        pair = get_batch(self.corpus.train, seed=t.seed, step=step, batch_size=t.batch_size, seq_len=t.seq_len)
-        inputs, targets = (x.reshape(t.grad_accum, -1, t.seq_len) for x in pair)
+        numbers = np.arange(t.batch_size).reshape(t.grad_accum, -1)
+
+        def rows(of_pair: int, index: tuple[slice, ...]) -> np.ndarray:
+            own = numbers[index[:2]]
+            return self._rows(step, own.ravel())[of_pair].reshape(*own.shape, t.seq_len)[..., index[2]]
+
+        shape, sharding = (*numbers.shape, t.seq_len), mesh.batch_sharding(self.mesh)
+        inputs, targets = (jax.make_array_from_callback(shape, sharding, partial(rows, i)) for i in (0, 1))
         return inputs, targets
+
+    def host_batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the whole batch of a step, as `batch` does for one process."""
+        t = self.config.train
+        inputs, targets = (x.reshape(t.grad_accum, -1, t.seq_len) for x in self._rows(step))
+        return inputs, targets
+
+    def _rows(self, step: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        t = self.config.train
+        return get_batch(
+            self.corpus.train, seed=t.seed, step=step, batch_size=t.batch_size, seq_len=t.seq_len, rows=rows
+        )
 
     def validation_loss(self, params: Params) -> float:
         """Return the cross-entropy per token over the evaluation set, in nats."""
-        losses = [(self.eval_step(params, x, y), int((y >= 0).sum())) for x, y in self.eval_set]
+        losses = [(self.eval_step(params, *self._on_devices(x, y)), int((y >= 0).sum())) for x, y in self.eval_set]
         return sum(float(loss) * n for loss, n in losses) / sum(n for _, n in losses)
 
+    def _on_devices(self, *arrays: np.ndarray) -> tuple[np.ndarray | jax.Array, ...]:
+        if self.mesh is None or processes.count() == 1:
+            return arrays
+        return tuple(global_arrays.from_host(array, mesh.replicated(self.mesh)) for array in arrays)
+
     def sample_text(self, params: Params, tokens: int) -> str:
-        """Generate text from the start of a document."""
+        """Generate text from the start of a document; of several processes in the first."""
+        if self.mesh is not None and processes.count() > 1:
+            params = global_arrays.to_local_device(params, self.mesh)
+            # The others wait here, not in a collective, which has a time limit of its own.
+            return agreement.ask_first("a sample", lambda: self._generate(params, tokens))
         # One sequence does not need many devices, and the kernels of TPUs and GPUs cannot be partitioned.
-        params = jax.device_put(params, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+        return self._generate(jax.device_put(params, jax.sharding.SingleDeviceSharding(jax.local_devices()[0])), tokens)
+
+    def _generate(self, params: Params, tokens: int) -> str:
         model, tokenizer = self.model_def.merge(params), self.corpus.tokenizer
         max_tokens = self.config.model.max_context - 1
         ids = generate(

@@ -1,0 +1,115 @@
+"""Training programs of several processes on this machine, each with simulated CPU devices."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+# Imports take most of a start: one process makes them, and each program is a fork of it from before JAX's own start.
+STARTER = """
+import json, os, sys
+import jax, orbax.checkpoint, tensorboard.summary.writer.event_file_writer
+from dantinox.cli import train
+for line in sys.stdin:
+    order = json.loads(line)
+    read, write = os.pipe()
+    if os.fork() == 0:  # it waits for the program, which the test may kill
+        pid = os.fork()
+        if pid:
+            os.write(write, str(pid).encode()), os.close(write)
+            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            with open(order["place"] + ".code.part", "w") as file:
+                file.write(str(status))
+            os.rename(order["place"] + ".code.part", order["place"] + ".code")
+            os._exit(0)
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(order["place"] + "." + name, os.O_WRONLY | os.O_CREAT, 0o644), number)
+        os.chdir(order["folder"])
+        os.environ.update(order["environment"])
+        sys.argv = ["dantinox-train", *order["words"]]
+        exec(order["code"])
+        train.program()
+    os.close(write)
+    print(os.read(read, 20).decode(), flush=True)
+    os.close(read)
+"""
+
+
+@dataclass
+class Program:
+    """A program that was started."""
+
+    place: Path
+    pid: int
+
+    def code(self, limit: float = 90) -> int:
+        """Wait for the exit code: that of the program, or the negative number of the signal that killed it."""
+        path, deadline = self.place.with_suffix(".code"), time.monotonic() + limit
+        while not path.exists():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.place} did not end in {limit} s: {self.out()[-1000:]} {self.err()[-3000:]}")
+            time.sleep(0.02)
+        return int(path.read_text())
+
+    def out(self) -> str:
+        """Its output so far, without the lines of the library that connects CPUs."""
+        text = self.place.with_suffix(".out").read_text(errors="replace")
+        return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("[Gloo]"))
+
+    def err(self) -> str:
+        """Its errors so far."""
+        return self.place.with_suffix(".err").read_text(errors="replace")
+
+
+class Starter:
+    """Starts programs in a folder."""
+
+    def __init__(self, folder: Path, devices: int = 2) -> None:
+        self.folder, self.devices, self.number = folder, devices, 0
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "JAX_PLATFORMS": "cpu"}
+        environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_ENABLE_COMPILATION_CACHE": "true"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen([sys.executable, "-c", STARTER], cwd=folder, env=environment, **pipes)
+
+    def start(self, words: Sequence[object], code: str = "", devices: int | None = None, **variables: str) -> Program:
+        """Start a program.
+
+        Args:
+            words: its command line.
+            code: run before it.
+            devices: number of simulated devices.
+            variables: of the environment.
+        """
+        self.number += 1
+        flags = f"--xla_force_host_platform_device_count={self.devices if devices is None else devices}"
+        variables = {"XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0"} | variables
+        place = self.folder / "programs" / str(self.number)
+        place.parent.mkdir(exist_ok=True)
+        order = {"words": list(map(str, words)), "code": code, "environment": variables}
+        order |= {"folder": str(self.folder), "place": str(place)}
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        return Program(place, int(self.process.stdout.readline()))
+
+    def group(self, *words: object, codes: Sequence[str] = ("", "")) -> list[Program]:
+        """Start the processes of one run, each with one of the `codes`."""
+        place = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", len(codes)]
+        return [self.start([*words, *place, "--process", i], code) for i, code in enumerate(codes)]
+
+    def close(self) -> None:
+        """End the starter."""
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+def free_port() -> int:
+    """A port that no program listens to."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
