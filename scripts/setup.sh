@@ -2,7 +2,7 @@
 # Make the environment ready: find a Python, create .venv, install DantinoX with the extras asked for.
 # Returns at once if everything is installed already.
 #
-#   scripts/setup.sh [extra...]     the extras of pyproject.toml; an NVIDIA GPU adds `cuda` by itself
+#   scripts/setup.sh [extra...]     the extras of pyproject.toml; an NVIDIA GPU adds `cuda` by itself, a TPU `tpu`
 #
 #   ACCEL=cpu|cuda|tpu   overrides the detected accelerator
 #   PYTHON=...           the Python to build with: 3.12, 3.13 or 3.14
@@ -25,7 +25,10 @@ has_word() { case " $1 " in *" $2 "*) ;; *) return 1 ;; esac; }
 # --- the key of the environment, and the extras including the accelerator's ---
 
 key="$(cat pyproject.toml "$constraints" | cksum) $PWD"
-probe="$(command -v nvidia-smi || :) $(echo /dev/nvidia[0-9]*)" # nvidia-smi itself is too slow for every call
+root=${SYSTEM_ROOT:-} # where /dev and /sys are, for tests
+# What decides about the accelerator: nvidia-smi itself is too slow for every call.
+probe="$(command -v nvidia-smi || :) $(echo /dev/nvidia[0-9]* "$root"/dev/accel[0-9]* "$root"/dev/vfio/[0-9]*)"
+probe="$probe ${TPU_WORKER_ID:-}${TPU_ACCELERATOR_TYPE:-}"
 
 read_stamp() {
     old_key='' old_extras='' old_probe='' old_gpu=''
@@ -42,13 +45,38 @@ detect_gpu() { # prints the extra for the GPU of this machine, or nothing
     esac
 }
 
+has_tpu() { # whether this is a Cloud TPU VM, or a container with TPUs
+    for file in "$root"/dev/accel[0-9]* "$root"/dev/vfio/[0-9]*; do
+        [ -e "$file" ] || continue
+        case $file in "$root"/dev/accel*) return 0 ;; esac
+        # Newer TPUs have the same files as any device that is passed to a virtual machine.
+        [ -z "${TPU_WORKER_ID:-}${TPU_ACCELERATOR_TYPE:-}" ] || return 0
+        for device in "$root"/sys/bus/pci/devices/*; do
+            [ -r "$device/vendor" ] && [ -r "$device/device" ] || continue
+            read -r vendor <"$device/vendor" || :
+            read -r model <"$device/device" || :
+            case $vendor:$model in # Google's v3, v4, v5p, v5e, v6e, 7x, 8i, 8t; its network card is another model
+                0x1ae0:0x0027 | 0x1ae0:0x005[6e] | 0x1ae0:0x006[23f] | 0x1ae0:0x007[6c] | 0x1ae0:0x0083) return 0 ;;
+            esac
+        done
+        return 1
+    done
+    return 1
+}
+
+detect() { # prints the extra for the accelerator of this machine, or nothing
+    found=$(detect_gpu)
+    if [ -z "$found" ] && has_tpu; then found=tpu; fi
+    echo "$found"
+}
+
 set_wanted() {
     gpu=$old_gpu
-    [ "$probe" = "$old_probe" ] || gpu=$(detect_gpu)
+    [ "$probe" = "$old_probe" ] || gpu=$(detect)
     case ${ACCEL:-auto} in
         auto) accel=$gpu ;;
         cpu) accel='' ;;
-        cuda) accel=${gpu:-cuda} ;;
+        cuda) case $gpu in cuda*) accel=$gpu ;; *) accel=cuda ;; esac ;;
         tpu) accel=tpu ;;
         *) die "ACCEL=$ACCEL is not known; use cpu, cuda or tpu" ;;
     esac

@@ -243,6 +243,40 @@ def test_nvidia_gpu_selects_cuda_extra(box, driver, env, package):
     assert box.setup(**env) == ""
 
 
+def pci(box, vendor, model):
+    """A PCI device of the machine."""
+    folder = box.home / "sys/bus/pci/devices" / f"0000:00:{len(list(box.home.rglob('vendor'))):02}.0"
+    folder.mkdir(parents=True)
+    (folder / "vendor").write_text(f"{vendor}\n")
+    (folder / "device").write_text(f"{model}\n")
+
+
+@pytest.mark.parametrize(
+    ("files", "devices", "env", "package"),
+    [
+        (["accel0", "accel1"], [], {}, ".[tpu]"),  # v4
+        (["vfio/vfio", "vfio/0"], [("0x8086", "0x1237"), ("0x1ae0", "0x0063")], {}, ".[tpu]"),  # v5e
+        (["vfio/vfio", "vfio/0"], [], {"TPU_WORKER_ID": "0"}, ".[tpu]"),  # in a container
+        (["vfio/vfio", "vfio/0"], [], {"TPU_WORKER_ID": "0", "ACCEL": "cpu"}, "."),
+        (["vfio/vfio", "vfio/0"], [("0x10de", "0x2330"), ("0x1ae0", "0x0042")], {}, "."),  # a GPU, a network card
+        (["vfio/vfio", "accel/accel0"], [], {"TPU_WORKER_ID": "0"}, "."),  # of another vendor
+        ([], [("0x1ae0", "0x0063")], {"TPU_WORKER_ID": "0"}, "."),
+    ],
+)
+def test_tpu_selects_tpu_extra(box, files, devices, env, package):
+    box.python("python3", "3.13.0")
+    for file in files:
+        path = box.home / "dev" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    for vendor, model in devices:
+        pci(box, vendor, model)
+    env = {"SYSTEM_ROOT": str(box.home), **env}
+    box.setup(**env)
+    assert box.installs[0].endswith(f"-e {package}")
+    assert box.setup(**env) == ""
+
+
 @pytest.mark.parametrize("extra", ["cuda", "cuda12", "triton"])
 def test_extras_of_gpus_bring_triton(extra):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
