@@ -203,6 +203,8 @@ def exit_code(error: BaseException) -> int:
     """Return the exit code that the programs have for an error: 2 for invalid input, 1 for others."""
     if isinstance(code := getattr(error, "code", None), int):
         return code
+    if isinstance(error, KeyboardInterrupt):
+        return 130
     kinds = (ValueError, NotImplementedError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
     return 2 if isinstance(error, (*kinds, FileExistsError, PermissionError)) else 1
 

@@ -5,6 +5,7 @@ A run of one process never joins: `count` is 1 and nothing below costs anything.
 
 import contextlib
 import os
+import signal
 import sys
 import threading
 import warnings
@@ -16,6 +17,7 @@ from dantinox.config import ConfigError
 from dantinox.system.progress import Progress
 
 JOIN_S = 300  # seconds in which all processes have to start
+SHUTDOWN_S = 60  # that they wait for each other at the end
 FLAGS = "--coordinator HOST:PORT, --processes N and --process I"
 
 
@@ -77,15 +79,21 @@ def join(coordinator: str | None, processes: str | None, process: str | None) ->
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # It would listen to SIGTERM instead of Python.
     jax.config.update("jax_enable_preemption_service", False)
+    method = None if named is None else "deactivate"
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python would hear Ctrl-C only once all have joined
     try:
-        if named is None:
-            jax.distributed.initialize(initialization_timeout=JOIN_S)
-        else:
-            jax.distributed.initialize(*named, initialization_timeout=JOIN_S, cluster_detection_method="deactivate")
+        jax.distributed.initialize(
+            *(named or ()),
+            cluster_detection_method=method,
+            initialization_timeout=JOIN_S,
+            shutdown_timeout_seconds=SHUTDOWN_S,
+        )
         jax.devices()  # exchanges the devices of all processes, so all must ask at the same time
     except (RuntimeError, ValueError, OSError) as error:
         where = f" at {named[0]}" if named is not None else ""
         raise ConnectionError(f"the processes of the run did not join{where}: {_first_sentence(error)}") from None
+    finally:
+        signal.signal(signal.SIGINT, before)
     # JAX has no public name for them.
     from jax._src import distributed
 

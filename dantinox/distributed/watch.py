@@ -30,7 +30,6 @@ STUCK_S = 1800.0  # without a step, and ten times as long as the longest step so
 GRACE_S = 3.0  # that the main thread has to end by itself
 UNWIND_S = 30.0  # that the main thread has to end once another process, or itself, has failed
 LEAVE_S = 10.0  # that process 0, which serves the store, waits for the others to have read why they end
-SHUTDOWN_S = 60.0  # that the processes wait for each other at the end
 FAILED = f"{ROOT}/failed"
 
 
@@ -125,7 +124,12 @@ class Watch:
             except JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" in str(error):
                     continue
-                failure = AgreedError(f"{agreement.describe(0)} has died, or cannot be reached", silent=False)
+                if not self._leaving.is_set():
+                    # At once: JAX aborts processes that lose the store.
+                    streams.report(f"error: {agreement.describe(0)} has died, or cannot be reached")
+                    run_lock.release_all()
+                    _exit(1)
+                return
             self._end(failure)
             return
 
@@ -151,7 +155,7 @@ class Watch:
         agreement.failure = failure
         if self._leaving.wait(GRACE_S):
             return
-        if processes.is_first() or not failure.silent:
+        if processes.is_first():
             streams.report(f"error: {failure}")
         run_lock.release_all()
         self.wait_for_readers()
@@ -200,14 +204,15 @@ def run(program: Callable[[], int]) -> int:
     except SystemExit as stop:
         code = agreement.exit_code(stop)
     except KeyboardInterrupt as interruption:
-        code = getattr(interruption, "code", 130)
+        watch.tear(interruption)
+        code = agreement.exit_code(interruption)
     except BaseException as error:
         traceback.print_exc()
         watch.tear(error)
         code = 1
     if not watch.torn:
         try:
-            agreement.gather("end", None, SHUTDOWN_S)
+            agreement.gather("end", None)
             watch.leave()
             jax.distributed.shutdown()
             return code
