@@ -6,14 +6,17 @@ A run of one process never joins: `count` is 1 and nothing below costs anything.
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 
 from dantinox.config import ConfigError
+from dantinox.system import streams
 from dantinox.system.progress import Progress
 
 JOIN_S = 300  # seconds in which all processes have to start
@@ -79,21 +82,20 @@ def join(coordinator: str | None, processes: str | None, process: str | None) ->
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # It would listen to SIGTERM instead of Python.
     jax.config.update("jax_enable_preemption_service", False)
-    method = None if named is None else "deactivate"
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python would hear Ctrl-C only once all have joined
+    where = f" at {named[0]}" if named is not None else ""
+    if named is not None and named[2] == 0:
+        _check_port(named[0])
     try:
-        jax.distributed.initialize(
-            *(named or ()),
-            cluster_detection_method=method,
-            initialization_timeout=JOIN_S,
-            shutdown_timeout_seconds=SHUTDOWN_S,
-        )
-        jax.devices()  # exchanges the devices of all processes, so all must ask at the same time
+        with Progress(f"waiting for the other processes of the run{where}"), _deadline(where):
+            jax.distributed.initialize(
+                *(named or ()),
+                cluster_detection_method=None if named is None else "deactivate",
+                initialization_timeout=JOIN_S + SHUTDOWN_S,
+                shutdown_timeout_seconds=SHUTDOWN_S,
+            )
+            jax.devices()  # exchanges the devices of all processes, so all must ask at the same time
     except (RuntimeError, ValueError, OSError) as error:
-        where = f" at {named[0]}" if named is not None else ""
         raise ConnectionError(f"the processes of the run did not join{where}: {_first_sentence(error)}") from None
-    finally:
-        signal.signal(signal.SIGINT, before)
     # JAX has no public name for them.
     from jax._src import distributed
 
@@ -115,6 +117,43 @@ def check_mesh(mesh: jax.sharding.Mesh | None) -> None:
             f"mesh is over {size} of the {available} devices of {count()} processes; allowed: all of them, "
             f"such as data={available}"
         )
+
+
+def _check_port(coordinator: str) -> None:
+    """Check that the port of process 0 is free: JAX would end with a segmentation fault.
+
+    Raises:
+        ConnectionError: it is not.
+    """
+    port = int(coordinator.rpartition(":")[2])
+    dual = socket.has_dualstack_ipv6()
+    try:
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
+    except OSError as error:
+        raise ConnectionError(
+            f"coordinator is {coordinator!r}, and port {port} cannot be used: {error.strerror}"
+        ) from None
+
+
+@contextlib.contextmanager
+def _deadline(where: str) -> Iterator[None]:
+    """End this process with one line after `JOIN_S` seconds, before JAX aborts it with many, and at once by Ctrl-C."""
+
+    def end() -> None:
+        streams.report(f"error: not all processes of the run joined{where} in {JOIN_S} s")
+        os._exit(1)
+
+    timer = threading.Timer(JOIN_S, end)
+    timer.daemon = True
+    timer.start()
+    # Python would hear it only once all have joined.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        timer.cancel()
 
 
 def _named_place(coordinator: str | None, processes: str | None, process: str | None) -> tuple[str, int, int] | None:

@@ -4,12 +4,14 @@ import os
 import re
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 
 import pytest
 
 from dantinox.checkpoint.manager import Checkpoints
+from dantinox.cli import train as cli_train
 from dantinox.metrics.logger import read_metrics
 from tests.helpers.process_group import Program, Starter, free_port
 
@@ -328,3 +330,35 @@ def test_slurm_starts_several_processes_without_flags(starter):
     ]
     assert ended(programs) == [0, 0], said(programs)
     assert "step 2/2" in programs[0].out() and programs[1].out() == ""
+
+
+@pytest.mark.slow
+def test_coordinator_that_cannot_be_reached_is_one_line(starter):
+    quick = "from dantinox.distributed import processes; processes.JOIN_S = 3"
+    port = free_port()
+    alone = [*FLAGS, *MESH, "--run", "alone", "--coordinator", f"localhost:{port}", "--processes", 2, "--process"]
+    program = starter.start([*alone, 1], quick)
+    assert ended([program]) == [1]
+    assert program.err().splitlines()[-1] == f"error: not all processes of the run joined at localhost:{port} in 3 s"
+    with socket.create_server(("", port)):
+        program = starter.start([*alone, 0])
+        assert ended([program]) == [1]
+        assert f"port {port} cannot be used: Address already in use" in program.err()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--coordinator a:1", "--processes and --process missing; several processes need --coordinator HOST:PORT"),
+        ("--processes 2 --process 0", "--coordinator missing"),
+        ("--coordinator a --processes 2 --process 1", "coordinator is 'a'; allowed: HOST:PORT of process 0"),
+        ("--coordinator a:1 --processes 2 --process 2", "process is 2; allowed: 0 to 1, for --processes 2"),
+        ("--coordinator a:1 --processes 0 --process 0", "processes is '0'; allowed: an integer, 1 or more"),
+    ],
+)
+def test_flags_that_do_not_fit_are_one_line(words, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli_train.main(words.split())
+    assert stop.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"dantinox-train: error: {message}") and line.count("\n") == 1
