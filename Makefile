@@ -49,7 +49,7 @@ test-newest: ## the fast tests on the newest releases of all dependencies, in an
 	@VENV=.venv-newest ACCEL=cpu CONSTRAINTS=/dev/null $(SETUP) dev
 	@.venv-newest/bin/python -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
 
-test-crash: ## what does a run survive? 50 kills, 200 damaged checkpoints (about ten minutes)
+test-crash: ## what does a run survive? 50 kills, 30 of one of two processes, 200 damaged checkpoints (about 15 minutes)
 	@$(SETUP) dev
 	@$(PY) -m pytest -q -s -m slow tests/dantinox/training/test_crash.py $(ARGS)
 

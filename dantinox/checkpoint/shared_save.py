@@ -5,6 +5,7 @@ mix with those of a training step.
 """
 
 import errno
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from dantinox.distributed import agreement, processes
 from dantinox.distributed.agreement import AgreedError
 
 FAILED = f"{agreement.ROOT}/save failed"
+FILES = f"{agreement.ROOT}/files"
 
 
 def reader_options(ocp: Any) -> dict[str, Any]:
@@ -68,15 +70,19 @@ def finish(
             reason = describe_error(caught)
         processes.client().key_value_set(FAILED, reason or "", allow_overwrite=True)
         own = {}
-    outcomes = agreement.gather("save", [own, reason])
-    failed = next((index for index, (files, reason) in enumerate(outcomes) if reason or not files), None)
+    store = processes.client()
+    # Only process 0 reads them: of many processes they are too long for a message to all.
+    store.key_value_set(f"{FILES}/{processes.index()}", json.dumps(own), allow_overwrite=True)
+    outcomes = agreement.gather("save", [bool(own), reason])
+    failed = next((index for index, (has_files, reason) in enumerate(outcomes) if reason or not has_files), None)
     failed = next((index for index, (_, reason) in enumerate(outcomes) if reason), failed)
     if failed is not None:
         return f"{agreement.describe(failed)}: {outcomes[failed][1] or 'no files were written'}"
     reason = None
     if processes.is_first():
         try:
-            publish({name: checksum for files, _ in outcomes for name, checksum in files.items()})
+            parts = [json.loads(store.key_value_try_get(f"{FILES}/{index}")) for index in range(processes.count())]
+            publish({name: checksum for files in parts for name, checksum in files.items()})
         except Exception as caught:
             reason = describe_error(caught)
     return agreement.gather("publish", reason)[0]

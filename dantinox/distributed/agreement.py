@@ -5,6 +5,7 @@ failed. With one process they only do the work.
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import sys
@@ -171,15 +172,17 @@ def check_same(facts: Mapping[str, Any]) -> None:
     """
     if processes.count() == 1:
         return
-    first, *others = gather("start-up check", dict(facts))
-    for index, other in enumerate(others, 1):
-        for name in first:
-            if other.get(name) != first[name]:
-                raise everywhere(
-                    ValueError(
-                        f"{describe(index)} differs from process 0: {name} {other.get(name)!r}, not {first[name]!r}"
-                    )
-                )
+    text = json.dumps(dict(facts), sort_keys=True)
+    digests = gather("start-up check", hashlib.sha256(text.encode()).hexdigest())
+    differs = next((index for index, digest in enumerate(digests) if digest != digests[0]), None)
+    if differs is None:
+        return
+    shown = gather("difference", text if processes.index() in (0, differs) else None)
+    first, other = json.loads(shown[0]), json.loads(shown[differs])
+    name = next(name for name in first | other if first.get(name) != other.get(name))
+    raise everywhere(
+        ValueError(f"{describe(differs)} differs from process 0: {name} {other.get(name)!r}, not {first.get(name)!r}")
+    )
 
 
 def everywhere[E: BaseException](error: E) -> E | AgreedError:

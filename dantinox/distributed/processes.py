@@ -183,12 +183,12 @@ def _in_cluster() -> bool:
     """
     from jax._src.clusters import ClusterEnv
 
-    if "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" not in os.environ:
-        return False  # a pod that is not one of an indexed job
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a cluster whose package is not installed
         try:
-            known = (kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method)
+            known = [kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method]
+            if "JOB_COMPLETION_INDEX" not in os.environ:  # maybe a pod, but not one of an indexed Job
+                known = [kind for kind in known if kind.__name__ != "K8sCluster"]
             cluster = next((kind for kind in known if kind.is_env_present()), None)
             return cluster is not None and cluster.get_process_count() > 1
         except Exception as error:  # of a request to the cluster

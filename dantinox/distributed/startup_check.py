@@ -17,13 +17,15 @@ VISIBLE_S = 60.0  # in which a new file is to be seen by all; file servers cache
 
 
 def check_code_and_settings(config: Config) -> None:
-    """Check that all processes have the same code, version of JAX and settings.
+    """Check that all processes have the same code, JAX, kind of device and settings.
 
     Raises:
         ValueError: the message names the first difference and its process.
     """
     if processes.count() > 1:
-        check_same({"code": f"{__version__} {_hash_of_sources()}", "jax": jax.__version__} | config.flat())
+        facts = {"code": f"{__version__} {_hash_of_sources()}", "jax": jax.__version__}
+        facts |= {"device": jax.local_devices()[0].device_kind}
+        check_same(facts | config.flat())
 
 
 def check_folder(folder: Path) -> None:

@@ -18,11 +18,13 @@ from dantinox.checkpoint.manifest import CorruptCheckpointError
 from dantinox.config import Config
 from dantinox.metrics.logger import read_metrics
 from dantinox.training.trainer import Trainer
+from tests.helpers import process_group
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
 KILLS, DAMAGES, SAVE_EVERY, MANY = 50, 200, 5, 1_000_000
+KILLS_OF_TWO = int(os.environ.get("KILLS_OF_TWO", "30"))
 FLAGS = f"""--data text.txt --tokenizer char --n-layers 1 --dim 16 --n-heads 2 --n-kv-heads 1 --window 8
 --max-context 32 --seq-len 16 --batch-size 2 --dropout 0.2 --ema-decay 0.9 --warmup-ratio 0 --schedule constant
 --log-every 1 --eval-every 0 --eval-batches 1 --sample-tokens 0 --save-every {SAVE_EVERY} --max-checkpoints 2""".split()
@@ -131,6 +133,60 @@ def test_random_kills_lose_only_steps_since_the_last_save(folder, programs):
     assert programs.status() == 0, Path("out.txt").read_text()[-3000:]
     assert rows(run) == rows(Path("runs/whole"))
     assert same(run, Path("runs/whole"), last)
+
+
+# A dead process is named after seconds, not half a minute.
+QUICK = """
+from dantinox.distributed import processes, watch
+watch.DEAD_S, watch.BEAT_S, processes.JOIN_S = 5.0, 0.5, 40
+"""
+
+
+def test_random_kills_of_a_random_process_end_both_and_lose_only_steps_since_the_last_save(folder):
+    """A run of two processes with two devices each."""
+    run, draw, lost, seconds = Path("runs/killed-in-two"), random.Random(2), [], []
+    starter = process_group.Starter(folder)
+    words = [*FLAGS, "--batch-size", 4, "--dtype", "float32", "--mesh", "data=2,fsdp=2", "--run", run.name]
+    for _ in range(KILLS_OF_TWO):
+        resumed = ["--resume", "--run", run.name] if Checkpoints(run).steps() else words
+        programs = starter.group(*resumed, "--steps", MANY, codes=[QUICK, QUICK])
+        if draw.random() < 0.8:
+            limit = time.monotonic() + 120
+            while " | compiled" not in programs[0].out() and time.monotonic() < limit:  # the first step
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0, 1.5))
+        else:
+            time.sleep(draw.uniform(0, 8))
+        killed = draw.randrange(2)
+        start = time.monotonic()
+        os.kill(programs[killed].pid, signal.SIGKILL)
+        assert programs[killed].code() == -signal.SIGKILL
+        assert programs[1 - killed].code(60) in (1, -signal.SIGABRT)  # JAX aborts processes that lose process 0
+        seconds.append(time.monotonic() - start)
+        text, named = (
+            programs[1 - killed].err(),
+            (f"process {killed} on ", "leader task", "not all processes of the run"),
+        )
+        assert any(name in text for name in named), text[-3000:]
+        step = 0
+        if Checkpoints(run).steps():
+            step, _, wrong = Checkpoints(run).latest_valid()
+            assert wrong == []
+        lost.append(reported(run) - step)
+        assert lost[-1] <= SAVE_EVERY, lost
+    print(
+        f"\n{len(lost)} of {KILLS_OF_TWO} kills of one of two processes survived; at step {reported(run)}; steps lost: "
+        f"{sum(lost) / len(lost):.1f} in the mean, {max(lost)} at most; the other process ended within "
+        f"{max(seconds):.1f} s, {sum(seconds) / len(seconds):.1f} s in the mean"
+    )
+    last = reported(run) + 1
+    programs = starter.group("--run", run.name, "--resume", "--steps", last)
+    assert [program.code(300) for program in programs] == [0, 0], programs[0].err()
+    single = starter.start([*words, "--run", "whole-of-two", "--mesh", "", "--steps", last, "--save-every", 0])
+    assert single.code(600) == 0, single.err()
+    starter.close()
+    for row, other in zip(rows(run), rows(Path("runs/whole-of-two")), strict=True):
+        assert row["step"] == other["step"] and abs(row["loss"] - other["loss"]) < 1e-5
 
 
 def rows(run: Path) -> list[dict]:
