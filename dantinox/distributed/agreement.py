@@ -126,7 +126,7 @@ def together[T](topic: str, work: Callable[[], T], *, in_turn: bool = False, qui
         error = caught
     if in_turn and processes.is_first():
         gather(f"{topic} in process 0", None)
-    outcome = None if error is None else [said.getvalue().strip() or _text(error), exit_code(error)]
+    outcome = None if error is None else [said.getvalue().strip() or message_of(error), exit_code(error)]
     outcomes = gather(topic, outcome)
     failed = next((i for i, other in enumerate(outcomes) if other is not None), None)
     if failed is None or failed == processes.index():
@@ -155,7 +155,7 @@ def ask_first[T](topic: str, question: Callable[[], T], share: bool = True) -> T
             answer = question()
         except (Exception, SystemExit) as caught:
             error = caught
-    outcome = {"error": _text(error), "code": exit_code(error)} if error else {"answer": answer if share else None}
+    outcome = {"error": message_of(error), "code": exit_code(error)} if error else {"answer": answer if share else None}
     shared = gather(topic, outcome)[0]
     if error is not None:
         raise settled(error)
@@ -212,8 +212,9 @@ def exit_code(error: BaseException) -> int:
     return 2 if isinstance(error, (*kinds, FileExistsError, PermissionError)) else 1
 
 
-def _text(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
+    """Return the message of an error in one line."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {text}"
-    return " ".join(text.split()) or type(error).__name__
+    return " ".join(text.split())[:500] or type(error).__name__

@@ -48,12 +48,15 @@ class Watch:
         self.torn = False  # this process ends without the others
         self.progress, self._moved, self._longest = 0, time.monotonic(), 0.0
         self._leaving, self._peers = threading.Event(), [_Peer() for _ in range(processes.count())]
+        self._heard = time.monotonic()  # from the store
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def start(self) -> None:
         """Exchange the names of the hosts and start the thread."""
         agreement.hosts[:] = agreement.gather("hosts", socket.gethostname(), processes.JOIN_S)
         self._thread.start()
+        if not processes.is_first():
+            threading.Thread(target=self._guard, name="watch of process 0", daemon=True).start()
 
     def mark(self) -> None:
         """Note that the main thread has made progress, such as a step."""
@@ -74,7 +77,7 @@ class Watch:
         self.torn = True
         self._leaving.set()
         if error is not agreement.failure:
-            text = " ".join(str(error).split())[:300] or type(error).__name__
+            text = agreement.message_of(error)
             self._tell(processes.index(), f"has ended: {text}")
             agreement.failure = AgreedError(text)
         timer = threading.Timer(UNWIND_S, _exit, [1])
@@ -109,6 +112,18 @@ class Watch:
             time.sleep(0.1)
         return agreement.failure
 
+    def _guard(self) -> None:
+        """End this process if the store is silent, as in a frozen process 0: calls to it have no time limit."""
+        silent = 0  # seen so in a row: after a pause of this whole process, the other thread is first
+        while not self._leaving.wait(BEAT_S):
+            silent = silent + 1 if time.monotonic() - self._heard > DEAD_S else 0
+            if silent > 2:
+                self._end_without_store(f"has died or hangs: it was not heard for {DEAD_S:.0f} s")
+
+    def _end_without_store(self, text: str) -> NoReturn:
+        streams.report(f"error: {agreement.describe(0)} {text}")
+        _exit(1)
+
     def _run(self) -> None:
         store, own = processes.client(), processes.index()
         beat = -BEAT_S
@@ -117,6 +132,7 @@ class Watch:
                 if time.monotonic() - beat >= BEAT_S:
                     beat = time.monotonic()
                     store.key_value_set(f"{ROOT}/beat/{own}", f"{self.progress} {beat}", allow_overwrite=True)
+                    self._heard = time.monotonic()
                     if own == 0:
                         self._look(store.key_value_dir_get(f"{ROOT}/beat/"))
                 index, text = json.loads(store.blocking_key_value_get(FAILED, agreement.POLL_MS))
@@ -124,11 +140,10 @@ class Watch:
             except JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" in str(error):
                     continue
-                if not self._leaving.is_set():
-                    # At once: JAX aborts processes that lose the store.
-                    streams.report(f"error: {agreement.describe(0)} has died, or cannot be reached")
-                    run_lock.release_all()
-                    _exit(1)
+                if (
+                    not self._leaving.is_set()
+                ):  # at once: JAX aborts processes that lose the store, with its own message
+                    self._end_without_store("has died, or cannot be reached")
                 return
             self._end(failure)
             return
@@ -179,8 +194,9 @@ def watched() -> Iterator[None]:
         return
     try:
         yield
-    except JaxRuntimeError as error:  # of a collective, perhaps because another process is gone
-        if (verdict := watch.verdict(DEAD_S + 3 * BEAT_S)) is not None:
+    except JaxRuntimeError as error:  # of a collective, perhaps because another process is gone, or of full memory
+        is_own = "RESOURCE_EXHAUSTED" in str(error)
+        if not is_own and (verdict := watch.verdict(DEAD_S + 3 * BEAT_S)) is not None:
             watch.tear(verdict)
             raise verdict from None
         watch.tear(error)

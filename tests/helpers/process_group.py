@@ -59,12 +59,16 @@ class Program:
 
     def out(self) -> str:
         """Its output so far, without the lines of the library that connects CPUs."""
-        text = self.place.with_suffix(".out").read_text(errors="replace")
+        text = self._read(".out")
         return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("[Gloo]"))
 
     def err(self) -> str:
         """Its errors so far."""
-        return self.place.with_suffix(".err").read_text(errors="replace")
+        return self._read(".err")
+
+    def _read(self, suffix: str) -> str:
+        path = self.place.with_suffix(suffix)
+        return path.read_text(errors="replace") if path.exists() else ""
 
 
 class Starter:
