@@ -1,11 +1,16 @@
-"""Shared by the Hopper kernels: memory in the layout of the tensor cores, and the size of the chip."""
+"""Shared by the Hopper kernels: memory in the layout of the tensor cores, an exact tanh, and the size of the chip."""
 
 import re
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+Array = jax.Array
+LOG2E = 1.4426950408889634
+SOFTCAPS = (2.0**-40, 2.0**40)  # beyond them, tanh(s / softcap) needs more than float32's range
+LARGE_SOFTCAP = 2.0**8  # far above common scores, so that tanh(s / softcap) is small and needs its relative precision
 TMA_ROWS = 8  # rows of a tile in the layout that wgmma reads
 SWIZZLES = (128, 64, 32)  # bytes of a row of a tile
 HEAD_DIM_MULTIPLE, MAX_HEAD_DIM = 16, 256  # the narrowest swizzle has 16 columns; a wgmma has at most 256
@@ -21,6 +26,23 @@ def wgmma_smem(shape: tuple[int, ...], dtype: Any) -> Any:
     swizzle = next(size for size in SWIZZLES if shape[-1] * itemsize % size == 0)
     tile = (TMA_ROWS, swizzle // itemsize)
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform(tile), plgpu.SwizzleTransform(swizzle)))
+
+
+def softcap_unsupported(softcap: float | None) -> str | None:
+    """Return why the kernels do not take a soft cap, or None."""
+    if softcap is None or SOFTCAPS[0] <= softcap <= SOFTCAPS[1]:
+        return None
+    return f"softcap is {softcap:g} and Hopper's kernels take 2**-40 to 2**40"
+
+
+def softcap_tanh(s: Array, *, scale: float, softcap: float) -> Array:
+    """Return tanh(scale s / softcap) in float32, where the hardware's tanh has a relative error of 2^-11."""
+    # For large products 2^x is infinite and the quotient is 0.
+    t = 1.0 - 2.0 / (jnp.exp2(s * (2 * LOG2E * scale / softcap)) + 1.0)
+    if softcap <= LARGE_SOFTCAP:
+        return t
+    x = s * (scale / softcap)  # near zero the first terms of the series are exact, and t is not
+    return jnp.where(jnp.abs(x) < 2**-4, x - x * x * x * (1 / 3 - x * x * (2 / 15)), t)
 
 
 def unsupported_head_dim(D: int) -> str | None:

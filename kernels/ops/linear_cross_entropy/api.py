@@ -55,7 +55,7 @@ def linear_cross_entropy(
     validation.check_shape("targets", ids, (N,))
     softcap, z_loss = validation.check_softcap(softcap), validation.check_z_loss(z_loss)
     ids = integers.targets_within(ids, V)
-    function = OPERATION.select(implementation, h, w)
+    function = OPERATION.select(implementation, h, w, softcap)
     if 0 in (N, V):
         return jnp.zeros(N, jnp.promote_types(h.dtype, jnp.float32))
     if M == 0:  # every logit is 0
@@ -75,36 +75,43 @@ def _reference(*args: Any, **options: Any) -> Array:
 
 
 def _pallas(*args: Any, **options: Any) -> Array:
+    if dispatch.on_gpu():
+        from dantinox.kernels.ops.linear_cross_entropy.pallas_sm90 import vjp as sm90
+
+        return sm90.linear_cross_entropy(*args, **options)
     return pallas.linear_cross_entropy(*args, **options)
 
 
-def _pallas_unsupported_device() -> str | None:
-    if dispatch.on_gpu():
-        return "linear_cross_entropy has no Pallas GPU kernel yet"
-    return dispatch.pallas_unsupported_device("linear_cross_entropy")
-
-
-def _pallas_unsupported_inputs(h: Array, w: Array) -> str | None:
+def _pallas_unsupported_inputs(h: Array, w: Array, softcap: float | None) -> str | None:
     if reason := dispatch.symbolic_unsupported(h, w):
         return reason
+    if dispatch.on_gpu():
+        from dantinox.kernels.ops.linear_cross_entropy.pallas_sm90 import vjp as sm90
+
+        return sm90.unsupported_inputs(h.dtype, softcap)
     if dispatch.on_tpu() and (reason := tpu_limits.unsupported_reason(h.dtype, h.shape[1])):
         return reason
     return dispatch.float32_accumulation_unsupported(h.dtype)
 
 
-def _pallas_not_auto(*_: Any) -> str | None:
+def _pallas_not_auto(h: Array, w: Array, softcap: float | None) -> str | None:
+    if dispatch.on_gpu():
+        return _gpu_disagreement("pallas", h.dtype.name)
     if dispatch.on_tpu():
         return first_use.disagreement("linear_cross_entropy", _PROBE)
     return "interpreted, it computes the logits twice in the backward pass"
 
 
-def _triton_unsupported_inputs(h: Array, w: Array) -> str | None:
+def _triton_unsupported_inputs(h: Array, w: Array, softcap: float | None) -> str | None:
     return dispatch.symbolic_unsupported(h, w) or dispatch.float32_accumulation_unsupported(h.dtype)
 
 
-def _triton_not_auto(h: Array, w: Array) -> str | None:
-    dtype = h.dtype.name
-    return first_use.disagreement("linear_cross_entropy", _gpu_probe(dtype), "triton", dtype)
+def _triton_not_auto(h: Array, w: Array, softcap: float | None) -> str | None:
+    return _gpu_disagreement("triton", h.dtype.name)
+
+
+def _gpu_disagreement(implementation: str, dtype: str) -> str | None:
+    return first_use.disagreement("linear_cross_entropy", _gpu_probe(dtype), implementation, dtype)
 
 
 @functools.cache
@@ -122,7 +129,7 @@ OPERATION = dispatch.Operation(
         dispatch.Implementation(
             "pallas",
             _pallas,
-            unsupported_device=_pallas_unsupported_device,
+            unsupported_device=functools.partial(dispatch.pallas_unsupported_device, "linear_cross_entropy"),
             unsupported_inputs=_pallas_unsupported_inputs,
             not_auto=_pallas_not_auto,
         ),

@@ -11,6 +11,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dantinox.kernels import mosaic_gpu
+from dantinox.kernels.mosaic_gpu import LOG2E as LOG2E
 from dantinox.kernels.mosaic_gpu import TMA_ROWS as TMA_ROWS
 from dantinox.kernels.mosaic_gpu import wgmma_smem as wgmma_smem
 
@@ -19,8 +21,6 @@ Ref = Any
 Index = Array | int
 Segments = tuple[Array, Array]  # ids of the queries and of the keys
 
-LOG2E = 1.4426950408889634
-LARGE_SOFTCAP = 2.0**8  # far above common scores, so that tanh(s / softcap) is small and needs its relative precision
 FAR_FUTURE = 2**24  # tokens; more than any block has
 WARPGROUP_ROWS = 64  # of one wgmma
 COMPUTE_WARPGROUPS = 2  # consumers; a third warpgroup is the producer
@@ -244,12 +244,7 @@ def softcap_tanh(qk: Array, config: Sm90AttentionConfig) -> Array:
     error, but weights from exact scores and a log-sum-exp of approximate scores do not sum to one: in float16, with a
     cap of 50 and scores near it, the gradients exceed the tolerance of the tests.
     """
-    # For large products 2^x is infinite and the quotient is 0.
-    t = 1.0 - 2.0 / (jnp.exp2(qk * (2 * LOG2E * config.scale / config.softcap)) + 1.0)
-    if config.softcap <= LARGE_SOFTCAP:
-        return t
-    x = qk * (config.scale / config.softcap)  # near zero the first terms of the series are exact, and t is not
-    return jnp.where(jnp.abs(x) < 2**-4, x - x * x * x * (1 / 3 - x * x * (2 / 15)), t)
+    return mosaic_gpu.softcap_tanh(qk, scale=config.scale, softcap=config.softcap)
 
 
 def softmax_weights(qk: Array, lse: Array, config: Sm90AttentionConfig) -> tuple[Array, Array | None]:

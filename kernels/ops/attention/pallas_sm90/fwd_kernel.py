@@ -10,12 +10,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dantinox.kernels.mosaic_gpu import LARGE_SOFTCAP
 from dantinox.kernels.ops.attention.pallas_sm90.block_sizes import FwdBlockSizes
 from dantinox.kernels.ops.attention.pallas_sm90.common import (
     COL_LAYOUT,
     COMPUTE_WARPGROUPS,
     CONSUMER_REGISTERS,
-    LARGE_SOFTCAP,
     LOG2E,
     PRODUCER_REGISTERS,
     ROW_LAYOUT,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dantinox.kernels.derivatives import first_order
-from dantinox.kernels.mosaic_gpu import unsupported_head_dim
+from dantinox.kernels.mosaic_gpu import softcap_unsupported, unsupported_head_dim
 from dantinox.kernels.ops.attention.common import split_small_scale, with_equal_head_dims, without_keys
 from dantinox.kernels.ops.attention.lse import natural_lse
 from dantinox.kernels.ops.attention.pallas_sm90 import bwd, fwd
@@ -27,16 +27,13 @@ from dantinox.kernels.vma import call_invariant
 Array = jax.Array
 Residuals = tuple[Array, Array, Array, Array | None, Segments | None, Array, Array]
 DTYPES = (jnp.bfloat16, jnp.float16)
-SOFTCAPS = (2.0**-40, 2.0**40)  # beyond them, tanh(s / softcap) needs more than float32's range
 
 
 def unsupported_inputs(dtype: jnp.dtype, D: int, softcap: float | None) -> str | None:
     """Return why the kernels do not support these arrays and this soft cap, or None if they do."""
     if dtype not in DTYPES:
         return f"q has dtype {jnp.dtype(dtype)} and Hopper's tensor cores take bfloat16 and float16 here"
-    if softcap is not None and not SOFTCAPS[0] <= softcap <= SOFTCAPS[1]:
-        return f"softcap is {softcap:g} and Hopper's kernels take 2**-40 to 2**40"
-    return unsupported_head_dim(D)
+    return softcap_unsupported(softcap) or unsupported_head_dim(D)
 
 
 def attention(

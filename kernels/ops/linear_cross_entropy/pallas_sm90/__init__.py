@@ -1,0 +1,1 @@
+"""Linear cross-entropy in Pallas for Hopper GPUs."""
