@@ -103,7 +103,7 @@ def _candidates(op: str, name: str) -> tuple[str, ...]:
     if op == "decode_attention":
         return ("pallas", "xla", "jax.nn xla")
     if op == "linear_cross_entropy":
-        return ("triton", "xla", "all logits")
+        return ("pallas", "triton", "xla", "all logits")
     return (*GROUPED_CANDIDATES, *(FEW_GROUPS_CANDIDATES if name.endswith("mixtral") else ()))
 
 

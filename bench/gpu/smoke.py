@@ -27,8 +27,9 @@ from dantinox.kernels import workloads
 from dantinox.kernels.ops.attention.pallas_sm90 import vjp as attention_sm90
 from dantinox.kernels.ops.decode_attention.pallas_sm90 import kernel as decode_sm90
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import vjp
+from dantinox.kernels.ops.linear_cross_entropy.pallas_sm90 import vjp as loss_sm90
 from dantinox.kernels.ops.moe.pallas_sm90 import vjp as experts_vjp
-from dantinox.kernels.workloads.types import Attention, Decode, GroupedMatmul, MoE, Workload
+from dantinox.kernels.workloads.types import Attention, Decode, GroupedMatmul, LinearCrossEntropy, MoE, Workload
 
 REPEATS = 50
 SPLITS = 5
@@ -78,6 +79,15 @@ def _decode_workload(C: int, *lengths: int, H: int, K: int, D: int, **options: A
     return _workload(Decode, C=C, lengths=lengths, H=H, K=K, D=D, **options)
 
 
+def _loss_workload(N: int, M: int, V: int, **options: Any) -> LinearCrossEntropy:
+    return _workload(LinearCrossEntropy, N=N, M=M, V=V, **options)
+
+
+OPERATIONS = {  # those whose kernels are persistent
+    GroupedMatmul: vjp.grouped_matmul,
+    MoE: experts_vjp.moe_mlp,
+    LinearCrossEntropy: loss_sm90.linear_cross_entropy,
+}
 RAGGED_WORKLOAD = _grouped_workload(1100, 512, 768, 300, 0, 129, 1, 513)  # an empty group, 157 unassigned rows
 EXPERTS_WORKLOAD = _workload(MoE, N=600, M=256, F=512, E=6, k=2, skew="zipf")
 CASES: Mapping[str, SmokeCase] = {  # in the order in which they run
@@ -112,6 +122,12 @@ CASES: Mapping[str, SmokeCase] = {  # in the order in which they run
         EXPERTS_WORKLOAD,
         workloads.get("moe_mlp", "Mixtral-8x7B uniform"),
         _workload(MoE, N=20, M=64, F=64, E=2, k=1),
+        backward=True,
+    ),
+    "loss-gradients": SmokeCase(
+        _loss_workload(1100, 520, 5001, softcap=30.0, z_loss=1e-2, absent="some"),
+        workloads.get("linear_cross_entropy", "8k tokens, V=32768"),
+        _loss_workload(20, 64, 70, softcap=30.0, z_loss=1e-2, absent="some"),
         backward=True,
     ),
     "attention-d256": SmokeCase(
@@ -168,8 +184,8 @@ def sm90_function(workload: Workload, tiny: bool) -> Forward:
                 **with_gate, cache=cache, **options, num_splits=num_splits, interpret=interpret
             )
             return o, {"k": cache.k, "v": cache.v}
-        operation = experts_vjp.moe_mlp if isinstance(workload, MoE) else vjp.grouped_matmul
-        return operation(**inputs, **aux, interpret=interpret, blocks=2 if tiny else 0), state
+        operation = OPERATIONS[type(workload)]
+        return operation(**inputs, **aux, **options, interpret=interpret, blocks=2 if tiny else 0), state
 
     return forward
 

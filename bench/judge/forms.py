@@ -106,6 +106,7 @@ HOPPER_MODULES = {
     "grouped_matmul": "grouped_matmul.pallas_sm90.vjp",
     "moe_mlp": "moe.pallas_sm90.vjp",
     "decode_attention": "decode_attention.pallas_sm90.kernel",
+    "linear_cross_entropy": "linear_cross_entropy.pallas_sm90.vjp",
 }
 
 
@@ -114,13 +115,11 @@ def _interpreted_hopper_kernels(op: str) -> contextlib.AbstractContextManager[An
 
     Their persistent kernels get two thread blocks in place of one per SM: each takes seconds to simulate, idle or not.
     """
-    if op not in HOPPER_MODULES:  # it has no Hopper kernel
-        return contextlib.nullcontext()
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     module = importlib.import_module(f"dantinox.kernels.ops.{HOPPER_MODULES[op]}")
     options: dict[str, Any] = {"interpret": plgpu.InterpretGPUParams(detect_races=True)}
-    if op in ("grouped_matmul", "moe_mlp"):
+    if op in ("grouped_matmul", "moe_mlp", "linear_cross_entropy"):
         options["blocks"] = 2
     function = functools.partial(getattr(module, op), **options)
     return mock.patch.object(module, op, function)

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 
 from bench.judge import triton_interpreter
 from dantinox import kernels
+from dantinox.kernels.ops.linear_cross_entropy import common as shared
 from dantinox.kernels.ops.linear_cross_entropy.triton import block_sizes, common
 
 Array = jax.Array
@@ -76,7 +77,8 @@ def small_blocks() -> Iterator[None]:
     kinds = [(8, kind) for kind in ("16 bits", "tf32", "tf32x3")]
     with (
         mock.patch.multiple(block_sizes, **{name: dict.fromkeys(kinds, x) for name, x in tables.items()}),
-        mock.patch.multiple(block_sizes, MAX_CHUNK_LOGITS=70 * 64, MIN_CHUNK=32, MIN_PROGRAMS=3, MIN_SPLITS=3),
+        mock.patch.multiple(shared, MAX_CHUNK_LOGITS=70 * 64, MIN_CHUNK=32),
+        mock.patch.multiple(block_sizes, MIN_PROGRAMS=3, MIN_SPLITS=3),
         mock.patch.object(common, "GROUP", 2),
     ):
         yield
@@ -118,11 +120,11 @@ def check_tilings() -> None:
     sizes = block_sizes.FWD[8, "16 bits"]
     for N in (1, 129, 4096, 65536, 10**6):
         for V in (1, 129, 32000, 151936):
-            split, chunk = (f(N, V, x) for f, x in ((block_sizes.split_size, sizes), (block_sizes.chunk_size, 128)))
+            split, chunk = (f(N, V, x) for f, x in ((block_sizes.split_size, sizes), (shared.chunk_size, 128)))
             assert split % sizes.block_v == 0 and -(-V // split) >= min(-(-V // sizes.block_v), 9), (N, V, split)
             assert chunk == V or chunk % 128 == 0, (N, V, chunk)
-            assert N * chunk <= max(block_sizes.MAX_CHUNK_LOGITS, N * block_sizes.MIN_CHUNK), (N, V, chunk)
-    assert block_sizes.chunk_size(8192, 151936, 256) == 2048 and block_sizes.chunk_size(1024, 16384, 128) == 16384
+            assert N * chunk <= max(shared.MAX_CHUNK_LOGITS, N * shared.MIN_CHUNK), (N, V, chunk)
+    assert shared.chunk_size(8192, 151936, 256) == 2048 and shared.chunk_size(1024, 16384, 128) == 16384
 
 
 def check_dtypes() -> None:

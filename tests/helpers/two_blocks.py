@@ -14,7 +14,7 @@ def run_on_two_blocks(
 ) -> dict[str, Any]:
     """Compute the output and the gradients of a Hopper operation with two thread blocks."""
     o, pull = jax.vjp(lambda x: operation(**x, **aux, blocks=2, **options), inputs)
-    return {"o": o} | {f"d{name}": gradient for name, gradient in pull(dout)[0].items()}
+    return {"o": o} | {f"d{name}": gradient for name, gradient in pull(dout.astype(o.dtype))[0].items()}
 
 
 def run_two_blocks_checked(

@@ -8,6 +8,7 @@ from tests.mutation import (
     grouped_matmul,
     grouped_matmul_sm90,
     linear_cross_entropy,
+    linear_cross_entropy_sm90,
     linear_cross_entropy_triton,
     shared,
 )
@@ -21,6 +22,7 @@ PARTS = (
     grouped_matmul,
     grouped_matmul_sm90,
     linear_cross_entropy,
+    linear_cross_entropy_sm90,
     linear_cross_entropy_triton,
     shared,
 )

@@ -74,11 +74,16 @@ MUTANTS: list[Mutant] = [
         ("the first row's cotangent", "jnp.argmax(takes_part)", "0", PRODUCTS),
         (
             "no gradient of the z-loss",
-            "dlse = (1 + 2 * options.z_loss * stats.lse) * dloss",
-            "dlse = (1 + 0 * stats.lse) * dloss",
+            "dlse = lse_gradient(dloss, stats.lse, options.z_loss)",
+            "dlse = dloss",
             (TILES, ONE_TILE),
         ),
-        ("half a gradient of the z-loss", "1 + 2 * options.z_loss", "1 + options.z_loss", (TILES, ONE_TILE)),
+        (
+            "half a gradient of the z-loss",
+            "stats.lse, options.z_loss)",
+            "stats.lse, options.z_loss / 2)",
+            (TILES, ONE_TILE),
+        ),
         (
             "no derivative of the soft cap",
             "ds = ds * cap_derivative(s, softcap=options.softcap)",
@@ -91,7 +96,12 @@ MUTANTS: list[Mutant] = [
             "jnp.where(_is_target(targets, s.shape[1]), dlse[:, None], 0)",
             (TILES, ONE_TILE),
         ),
-        ("gradients of logits in float16", "s.dtype if h.dtype == jnp.float16 else h.dtype", "h.dtype", FLOAT16),
+        (
+            "gradients of logits in float16",
+            "product_dtype = gradient_dtype(h.dtype)",
+            "product_dtype = h.dtype",
+            FLOAT16,
+        ),
         ("loss of a row without part", "return jnp.where(targets >= 0, loss, 0)", "return loss", NAN),
     ),
     *mutants_of(
@@ -165,6 +175,6 @@ MUTANTS: list[Mutant] = [
         "ops/linear_cross_entropy/pallas",
         "linear_cross_entropy_tpu",
         ("NaN of a row without part", "h = jnp.where((targets >= 0)[:, None], h, jnp.zeros_like(h))", "", PARTS),
-        ("no gradient of the z-loss", "dlse = (1 + 2 * config.z_loss * lse) * dloss", "dlse = dloss", PARTS),
+        ("no gradient of the z-loss", "dlse = lse_gradient(dloss, lse, config.z_loss)", "dlse = dloss", PARTS),
     ),
 ]

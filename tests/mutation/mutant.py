@@ -48,6 +48,7 @@ SUITES = {
         "kernels/moe/test_moe",
     ),
     "linear_cross_entropy": ("kernels/linear_cross_entropy/test_linear_cross_entropy",),
+    "linear_cross_entropy_sm90": ("kernels/linear_cross_entropy/test_pallas_sm90",),
     "linear_cross_entropy_tpu": (
         "kernels/linear_cross_entropy/test_pallas_tpu",
         "kernels/linear_cross_entropy/test_linear_cross_entropy",

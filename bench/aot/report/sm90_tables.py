@@ -12,7 +12,7 @@ from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import block_sizes, gmm, tg
 MARKS = ("<!-- hopper: written by `make aot`, from the profile -->\n", "<!-- end of hopper -->")
 TARGET = "h100"
 IMPLEMENTATIONS = ("pallas", "tokamax", "jax_mgpu")
-OPERATIONS = ("attention", "grouped_matmul", "moe_mlp")
+OPERATIONS = ("attention", "grouped_matmul", "moe_mlp", "linear_cross_entropy")
 ATTENTION_KERNELS = ("forward", "dq", "dkv")
 STEADY_STATE_WORKLOADS = tuple(f"aot d{D} causal" for D in (64, 128, 256))
 TENSOR_CORE_RATE = 2048  # multiply-adds per cycle of an SM's tensor cores

@@ -5,21 +5,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
 
 Array = jax.Array
 
 MAX_CHUNK_LOGITS = 2**24  # gradients of logits in memory: 32 MiB in 16 bits, which the L2 of most cards holds
 MIN_CHUNK = 256
-
-
-def loss_of(row_max: Array, total: Array, target_logit: Array, targets: Array, z_loss: float) -> Array:
-    """Return the loss of each row from its maximum, its sum of exponentials and its target's logit."""
-    log_total = jnp.log(total)
-    loss = row_max - target_logit + log_total
-    if z_loss:
-        lse = row_max + log_total
-        loss += z_loss * lse * lse
-    return jnp.where(targets >= 0, loss, 0)
 
 
 def lse_gradient(dloss: Array, lse: Array, z_loss: float) -> Array:
@@ -43,7 +34,12 @@ def combine_splits(
     """
     row_max = jnp.max(maxima, axis=0)
     total = jnp.sum(totals * jnp.exp(maxima - row_max[None]), axis=0)
-    return loss_of(row_max, total, jnp.sum(target_logits, axis=0), targets, z_loss), row_max, total
+    log_total = jnp.log(total)
+    loss = row_max - jnp.sum(target_logits, axis=0) + log_total
+    if z_loss:
+        lse = row_max + log_total
+        loss += z_loss * lse * lse
+    return jnp.where(targets >= 0, loss, 0), row_max, total
 
 
 def chunk_size(N: int, V: int, block_v: int) -> int:
@@ -51,8 +47,8 @@ def chunk_size(N: int, V: int, block_v: int) -> int:
     most = max(MIN_CHUNK, MAX_CHUNK_LOGITS // N) // block_v * block_v
     if most >= V:
         return V
-    num_chunks = -(-V // most)
-    return -(-(-(-V // num_chunks)) // block_v) * block_v
+    num_chunks = pl.cdiv(V, most)
+    return pl.cdiv(pl.cdiv(V, num_chunks), block_v) * block_v
 
 
 def gradient_dtype(dtype: jnp.dtype) -> jnp.dtype:

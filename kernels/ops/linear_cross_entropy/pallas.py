@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from dantinox.kernels.derivatives import first_order
 from dantinox.kernels.dispatch import current_device
+from dantinox.kernels.ops.linear_cross_entropy.common import lse_gradient
 from dantinox.kernels.ops.linear_cross_entropy.pallas_tpu import bwd, fwd
 from dantinox.kernels.ops.linear_cross_entropy.pallas_tpu.block_sizes import block_sizes
 from dantinox.kernels.ops.linear_cross_entropy.pallas_tpu.common import Config
@@ -57,7 +58,7 @@ def _linear_cross_entropy_fwd(h: Array, w: Array, targets: Array, config: Config
 def _linear_cross_entropy_bwd(config: Config, residuals: _Residuals, dloss: Array) -> tuple:
     h, w, targets, row_max, total = residuals
     dloss, lse = jnp.where(targets >= 0, dloss, jnp.zeros_like(dloss)), row_max + jnp.log(total)
-    dlse = (1 + 2 * config.z_loss * lse) * dloss
+    dlse = lse_gradient(dloss, lse, config.z_loss)
     run = functools.partial(bwd.backward, config=config)
     return *first_order(run, "linear_cross_entropy")(h, w, targets, row_max, dlse / total, dloss), None
 

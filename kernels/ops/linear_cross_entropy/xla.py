@@ -28,6 +28,7 @@ import numpy as np
 
 from dantinox.kernels import dispatch
 from dantinox.kernels.einsum import accumulation_dtype
+from dantinox.kernels.ops.linear_cross_entropy.common import gradient_dtype, lse_gradient
 from dantinox.kernels.softcap import cap_derivative, cap_scores
 from dantinox.kernels.vma import match_vma
 
@@ -195,9 +196,9 @@ def _gradients(
 
     w holds the columns' rows; targets are relative to the first column.
     """
-    dlse = (1 + 2 * options.z_loss * stats.lse) * dloss if options.z_loss else dloss
+    dlse = lse_gradient(dloss, stats.lse, options.z_loss)
     # The logits' gradients need float16's range, and more: those of a mean over many rows are below it.
-    product_dtype = s.dtype if h.dtype == jnp.float16 else h.dtype
+    product_dtype = gradient_dtype(h.dtype)
     p = jnp.exp(s - stats.row_max[:, None])
     ds = p * (dlse / stats.total)[:, None] - jnp.where(_is_target(targets, s.shape[1]), dloss[:, None], 0)
     if options.softcap is not None:

@@ -52,12 +52,6 @@ def test_float16_is_wider_in_vmem_than_bfloat16():
     assert widest["float16"] == widest["float32"] < widest["bfloat16"]
 
 
-def test_gpu_has_no_kernel():
-    with target_device("gpu", "NVIDIA H100 80GB HBM3"):
-        reason = kernels.implementations("linear_cross_entropy")["pallas"]
-    assert reason == "linear_cross_entropy has no Pallas GPU kernel yet"
-
-
 SIZES = {  # one tile, several of rows and words, parts of tiles, a last tile of one word
     "one tile": BlockSizes(128, 64, 128, 64),
     "several tiles": BlockSizes(32, 16, 32, 16),

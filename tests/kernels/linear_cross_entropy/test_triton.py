@@ -58,7 +58,8 @@ def test_judge_finds_nothing_wrong(cases):
 
 
 CHOICES = {  # what auto takes where jax-triton is installed
-    ("NVIDIA H100 80GB HBM3", "bfloat16"): "triton",
+    ("NVIDIA H100 80GB HBM3", "bfloat16"): "pallas",
+    ("NVIDIA H100 80GB HBM3", "float32"): "triton",
     ("NVIDIA A100-SXM4-80GB", "float32"): "triton",
     ("NVIDIA GeForce RTX 5090", "float16"): "triton",
     ("NVIDIA L4", "float64"): "xla",
@@ -68,10 +69,10 @@ CHOICES = {  # what auto takes where jax-triton is installed
 
 
 @pytest.mark.parametrize(("kind", "dtype"), CHOICES)
-def test_auto_prefers_triton_on_nvidia_gpus(kind, dtype, monkeypatch):
+def test_auto_prefers_kernels_on_nvidia_gpus(kind, dtype, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     with target_device("gpu", kind), jax.enable_x64(dtype == "float64"):
-        chosen = api.OPERATION.select("auto", *(jnp.ones((4, 8), dtype),) * 2)
+        chosen = api.OPERATION.select("auto", *(jnp.ones((4, 8), dtype),) * 2, None)
     by_name = {i.name: i.function for i in api.OPERATION.implementations}
     assert chosen is by_name[CHOICES[kind, dtype]]
 
@@ -81,7 +82,9 @@ def test_auto_checks_triton_in_the_dtype_of_a_call(monkeypatch):
     monkeypatch.setattr(api.first_use, "disagreement", lambda *args: asked.append(args) or "it differs")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     with target_device("gpu", "NVIDIA L4"):
-        chosen = [api.OPERATION.select("auto", *(jnp.ones((4, 8), dtype),) * 2) for dtype in ("float16", "bfloat16")]
+        chosen = [
+            api.OPERATION.select("auto", *(jnp.ones((4, 8), dtype),) * 2, None) for dtype in ("float16", "bfloat16")
+        ]
     by_name = {i.name: i.function for i in api.OPERATION.implementations}
     assert chosen == [by_name["xla"]] * 2
     assert [(op, name, subject) for op, _, name, subject in asked] == [

@@ -3,14 +3,8 @@
 import triton
 import triton.language as tl
 
-from dantinox.kernels.ops.attention.triton.common import (
-    NO_CAP,
-    cap_derivative,
-    load_block,
-    mask_scores,
-    round_operand,
-    scale_scores,
-)
+from dantinox.kernels.ops.attention.triton.common import load_block, mask_scores
+from dantinox.kernels.triton_math import NO_CAP, cap_derivative, round_operand, scale_scores
 
 
 @triton.jit

@@ -4,14 +4,8 @@ import triton
 import triton.language as tl
 
 from dantinox.kernels.ops.attention.triton.bwd_common import load_operand, weights_and_score_gradients
-from dantinox.kernels.ops.attention.triton.common import (
-    LOWEST,
-    loop_range,
-    query_program,
-    round_operand,
-    store_block,
-    visible_keys,
-)
+from dantinox.kernels.ops.attention.triton.common import loop_range, query_program, store_block, visible_keys
+from dantinox.kernels.triton_math import LOWEST, round_operand
 
 
 @triton.jit

@@ -27,19 +27,17 @@ from dantinox.kernels.ops.attention.triton.block_sizes import fwd_block_sizes
 from dantinox.kernels.ops.attention.triton.common import (
     ELEMENTWISE_GATE,
     HEAD_GATE,
-    LOWEST,
     NO_GATE,
     TritonAttentionConfig,
     load_block,
     loop_range,
     mask_scores,
     query_program,
-    round_operand,
-    scale_scores,
     store_block,
     visible_keys,
 )
 from dantinox.kernels.triton_call import call_triton
+from dantinox.kernels.triton_math import LOWEST, round_operand, scale_scores
 
 Array = jax.Array
 Segments = tuple[Array, Array]

@@ -13,9 +13,10 @@ from dantinox.kernels.ops.attention.common import split_small_scale, with_equal_
 from dantinox.kernels.ops.attention.lse import natural_lse
 from dantinox.kernels.ops.attention.segment_ids import zero_unattended_keys
 from dantinox.kernels.ops.attention.triton.bwd import backward
-from dantinox.kernels.ops.attention.triton.common import TritonAttentionConfig, float32_precision
+from dantinox.kernels.ops.attention.triton.common import TritonAttentionConfig
 from dantinox.kernels.ops.attention.triton.fwd import Segments, forward
 from dantinox.kernels.triton_call import fold_vmap
+from dantinox.kernels.triton_math import float32_precision
 from dantinox.kernels.vma import call_invariant
 
 Array = jax.Array

@@ -198,9 +198,7 @@ class BwdKernel:
         gmem, smem, row = self.gmem, self.smem, tile.row + self.warpgroup * WARPGROUP_ROWS
         targets = load_rows(gmem.targets, row)
         m, dweight, dtarget = (load_rows(x, row) for x in (gmem.row_max, gmem.weight_gradient, gmem.target_gradient))
-        products = tile_products(
-            self.pipeline, tile.first_step, self.k_steps, smem.h_smem, smem.w_smem, self.warpgroup
-        )
+        products = tile_products(self.pipeline, tile.first_step, self.k_steps, smem.h_smem, smem.w_smem, self.warpgroup)
         finder, buffers = TargetFinder(targets, tile.word), smem.store_smem.at[self.warpgroup]
         columns = buffers.shape[-1]
 
@@ -215,9 +213,6 @@ class BwdKernel:
             start_copy = functools.partial(plgpu.copy_smem_to_gmem, dst=target, commit_group=False)
             warp_specialized.store_chunk_async(buffers, n // columns, ds, start_copy)
 
-        block_v, width = self.config.block_v, self.out.ds.shape[1]
-        for n in range(0, block_v, columns):
-            if width % block_v == 0:
-                store_chunk(n)
-            else:
-                pl.when(tile.word + n < width)(functools.partial(store_chunk, n))
+        for n in range(0, self.config.block_v, columns):
+            # A branch, even where it is always taken: the compiler would start all chunks at once, and spill.
+            pl.when(tile.word + n < self.out.ds.shape[1])(functools.partial(store_chunk, n))

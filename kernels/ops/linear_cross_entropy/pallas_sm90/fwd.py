@@ -120,9 +120,7 @@ def forward(h: Array, w: Array, targets: Array, config: Sm90LossConfig) -> tuple
     N, V, block_v = h.shape[0], w.shape[0], config.block_v
     split_tiles = tiles_per_split(N, V, block_v, config.launch.num_sms)
     splits, rows = pl.cdiv(V, split_tiles * block_v), pl.cdiv(N, BLOCK_N) * BLOCK_N
-    inputs = FwdInputs(
-        h, jnp.pad(w, ((0, -V % TMA_ROWS), (0, 0))), jnp.pad(targets, (0, rows - N), constant_values=-1)
-    )
+    inputs = FwdInputs(h, jnp.pad(w, ((0, -V % TMA_ROWS), (0, 0))), jnp.pad(targets, (0, rows - N), constant_values=-1))
 
     def make_roles(
         gmem: FwdInputs, out: FwdOutputs, smem: FwdScratch, pipeline: SmemPipeline, warpgroup: Array
@@ -216,15 +214,18 @@ class FwdKernel:
         products = tile_products(
             self.pipeline, self.first_step(task, tile), self.k_steps, smem.h_smem, smem.w_smem, self.warpgroup
         )
-        finder = TargetFinder(targets, tile * block_v)
-        columns = range(0, block_v, COLUMNS)
-        s = [cap(products[:, n : n + COLUMNS], self.config.softcap) for n in columns]
-        if masked:
-            column = plgpu.broadcasted_iota(jnp.int32, s[0].shape, 1, layout=plgpu.Layout.WGMMA)
-            s = [jnp.where(column < self.V - tile * block_v - n, x, -jnp.inf) for n, x in zip(columns, s, strict=True)]
-        found = [jnp.where(finder.is_target(n, COLUMNS), x, 0.0) for n, x in zip(columns, s, strict=True)]
-        target_logit += jnp.sum(functools.reduce(jnp.add, found), axis=1)
-        m_next = jnp.maximum(m, jnp.max(functools.reduce(jnp.maximum, s), axis=1))
+        finder, s, found, largest = TargetFinder(targets, tile * block_v), [], None, None
+        for n in range(0, block_v, COLUMNS):
+            x = cap(products[:, n : n + COLUMNS], self.config.softcap)
+            if masked:
+                column = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=plgpu.Layout.WGMMA)
+                x = jnp.where(column < self.V - tile * block_v - n, x, -jnp.inf)
+            target = jnp.where(finder.is_target(n, COLUMNS), x, 0.0)
+            found = target if found is None else found + target
+            largest = x if largest is None else jnp.maximum(largest, x)
+            s.append(x)
+        target_logit += jnp.sum(found, axis=1)
+        m_next = jnp.maximum(m, jnp.max(largest, axis=1))
         weights = [jnp.exp(x - per_row(m_next, COLUMNS)) for x in s]
         l = l * jnp.exp(m - m_next) + jnp.sum(functools.reduce(jnp.add, weights), axis=1)
         return m_next, l, target_logit

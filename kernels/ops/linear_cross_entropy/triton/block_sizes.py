@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import triton
 
-MAX_CHUNK_LOGITS = 2**24  # gradients of logits in memory: 32 MiB in 16 bits, which the L2 of most cards holds
-MIN_CHUNK = 256
 MIN_PROGRAMS = 1024  # of the forward kernel, several per SM
 MIN_SPLITS = 16
 
@@ -74,11 +72,3 @@ def split_size(N: int, V: int, sizes: TritonBlockSizes) -> int:
     num_n_blocks, num_v_blocks = triton.cdiv(N, sizes.block_n), triton.cdiv(V, sizes.block_v)
     splits = min(num_v_blocks, max(MIN_SPLITS, triton.cdiv(MIN_PROGRAMS, num_n_blocks)))
     return triton.cdiv(num_v_blocks, splits) * sizes.block_v
-
-
-def chunk_size(N: int, V: int, block_v: int) -> int:
-    """Return the words whose logits have gradients in memory at a time: V, or whole tiles in chunks of one size."""
-    most = max(MIN_CHUNK, MAX_CHUNK_LOGITS // N) // block_v * block_v
-    if most >= V:
-        return V
-    return triton.cdiv(triton.cdiv(V, triton.cdiv(V, most)), block_v) * block_v

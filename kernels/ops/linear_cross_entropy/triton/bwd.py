@@ -24,14 +24,13 @@ Source    Hsu et al., Liger Kernel (arXiv:2410.10989), for chunks of logits betw
 """
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import triton
 import triton.language as tl
 
-from dantinox.kernels.ops.attention.triton.common import NO_CAP, cap_derivative, scale_scores
-from dantinox.kernels.ops.linear_cross_entropy.triton.block_sizes import bwd_block_sizes, chunk_size
+from dantinox.kernels.ops.linear_cross_entropy.common import chunk_size, chunked_gradients, gradient_dtype
+from dantinox.kernels.ops.linear_cross_entropy.triton.block_sizes import bwd_block_sizes
 from dantinox.kernels.ops.linear_cross_entropy.triton.common import TritonConfig, call, program_tile, tile_products
+from dantinox.kernels.triton_math import NO_CAP, cap_derivative, scale_scores
 
 Array = jax.Array
 
@@ -100,30 +99,18 @@ def backward(
         target_gradient: gradient of the loss [N] float32, 0 in rows that take no part.
         config: static parameters.
     """
-    (N, M), V = h.shape, w.shape[0]
+    N, V = h.shape[0], w.shape[0]
     sizes = bwd_block_sizes(config.capability, h.dtype, config.precision, config.softcap is not None)
-    dtype = jnp.float32 if h.dtype == jnp.float16 else h.dtype
-    h_operand, chunk = h.astype(dtype), chunk_size(N, V, sizes.block_v)
 
-    def add_chunk(start: Array | int, size: int, dh: Array, dw: Array) -> tuple[Array, Array]:
-        w_chunk = jax.lax.dynamic_slice_in_dim(w, start, size)
-        ds = call(
+    def logit_gradients(w_chunk: Array, targets: Array) -> Array:
+        return call(
             logit_gradients_kernel,
             config,
             sizes,
-            triton.cdiv(size, sizes.block_v),
-            (h, w_chunk, targets - start, row_max, weight_gradient, target_gradient),
-            jax.ShapeDtypeStruct((N, size), dtype),
+            triton.cdiv(w_chunk.shape[0], sizes.block_v),
+            (h, w_chunk, targets, row_max, weight_gradient, target_gradient),
+            jax.ShapeDtypeStruct((N, w_chunk.shape[0]), gradient_dtype(h.dtype)),
             "linear_cross_entropy_logit_gradients",
         )
-        dh += jnp.matmul(ds, w_chunk.astype(dtype), preferred_element_type=jnp.float32)
-        dw_chunk = jnp.matmul(ds.T, h_operand, preferred_element_type=jnp.float32).astype(w.dtype)
-        return dh, jax.lax.dynamic_update_slice_in_dim(dw, dw_chunk, start, 0)
 
-    num_chunks, rest = V // chunk, V % chunk
-    gradients = jnp.zeros((N, M), jnp.float32), jnp.zeros_like(w)
-    bounds = np.int32(0), np.int32(num_chunks)  # 32 bits like the targets, with 64-bit defaults too
-    gradients = jax.lax.fori_loop(*bounds, lambda i, carry: add_chunk(i * chunk, chunk, *carry), gradients)
-    if rest:
-        gradients = add_chunk(V - rest, rest, *gradients)
-    return gradients[0].astype(h.dtype), gradients[1]
+    return chunked_gradients(h, w, targets, chunk_size(N, V, sizes.block_v), logit_gradients)

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from dantinox.kernels.ops.attention.triton.common import round_operand, score_constants
 from dantinox.kernels.ops.linear_cross_entropy.triton.block_sizes import TritonBlockSizes
 from dantinox.kernels.triton_call import call_triton
+from dantinox.kernels.triton_math import round_operand, score_constants
 
 Array = jax.Array
 GROUP = 8  # blocks of rows

@@ -21,11 +21,10 @@ Source    Milakov and Gimelshein, Online normalizer calculation for softmax (arX
 """
 
 import jax
-import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from dantinox.kernels.ops.attention.triton.common import LOWEST, scale_scores
+from dantinox.kernels.ops.linear_cross_entropy.common import combine_splits
 from dantinox.kernels.ops.linear_cross_entropy.triton.block_sizes import fwd_block_sizes, split_size
 from dantinox.kernels.ops.linear_cross_entropy.triton.common import (
     TritonConfig,
@@ -34,6 +33,7 @@ from dantinox.kernels.ops.linear_cross_entropy.triton.common import (
     program_tile,
     tile_products,
 )
+from dantinox.kernels.triton_math import LOWEST, scale_scores
 
 Array = jax.Array
 
@@ -87,8 +87,6 @@ def forward_kernel(
 def forward(h: Array, w: Array, targets: Array, config: TritonConfig) -> tuple[Array, Array, Array]:
     """Return (losses, maxima m of the logits, their sums of exponentials l), [N] float32.
 
-    The logsumexp is in two parts, because the rounding error of one number would scale every weight of the row.
-
     Args:
         h: [N, M].
         w: [V, M].
@@ -109,11 +107,4 @@ def forward(h: Array, w: Array, targets: Array, config: TritonConfig) -> tuple[A
         "linear_cross_entropy",
         SPLIT=split,
     )
-    row_max = jnp.max(maxima, axis=0)
-    total = jnp.sum(totals * jnp.exp(maxima - row_max[None]), axis=0)
-    log_total = jnp.log(total)
-    loss = row_max - jnp.sum(target_logits, axis=0) + log_total
-    if config.z_loss:
-        lse = row_max + log_total
-        loss += config.z_loss * lse * lse
-    return jnp.where(targets >= 0, loss, 0), row_max, total
+    return combine_splits(maxima, totals, target_logits, targets, config.z_loss)

@@ -10,10 +10,11 @@ from jax.custom_batching import sequential_vmap
 
 from dantinox.kernels import dispatch
 from dantinox.kernels.derivatives import first_order
-from dantinox.kernels.ops.attention.triton.common import float32_precision
+from dantinox.kernels.ops.linear_cross_entropy.common import lse_gradient
 from dantinox.kernels.ops.linear_cross_entropy.triton.bwd import backward
 from dantinox.kernels.ops.linear_cross_entropy.triton.common import TritonConfig
 from dantinox.kernels.ops.linear_cross_entropy.triton.fwd import forward
+from dantinox.kernels.triton_math import float32_precision
 from dantinox.kernels.vma import call_invariant
 
 Array = jax.Array
@@ -55,9 +56,7 @@ def _linear_cross_entropy_fwd(h: Array, w: Array, targets: Array, config: Triton
 def _linear_cross_entropy_bwd(config: TritonConfig, residuals: _Residuals, dloss: Array) -> tuple:
     h, w, targets, row_max, total = residuals
     dloss = jnp.where(targets >= 0, dloss, 0)
-    dlse = dloss
-    if config.z_loss:
-        dlse = (1 + 2 * config.z_loss * (row_max + jnp.log(total))) * dloss
+    dlse = lse_gradient(dloss, row_max + jnp.log(total), config.z_loss)
     return *_run(backward, config)(h, w, targets, row_max, dlse / total, dloss), None
 
 
