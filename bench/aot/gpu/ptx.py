@@ -99,11 +99,18 @@ def match_smem(modules: list[str], resources: list[tuple[int, int]]) -> list[int
     """Match the bytes of shared memory to the PTX modules.
 
     Kernels are lowered in one order and compiled in another, and neither text names the kernel of the other. Both show
-    the number of barriers (the PTX initialises one or two more), so both are sorted by it and matched in order.
+    the number of barriers (the PTX initializes one or two more). Of as many barriers, the PTX has the bytes before the
+    first one as an address. So both are sorted by these and matched in order.
     """
     if len(modules) != len(resources):
         return [None] * len(modules)
-    order = sorted(range(len(modules)), key=lambda i: (modules[i].count("mbarrier.init"), len(modules[i])))
+    starts = {size - 8 * barriers for barriers, size in resources}
+
+    def key(i: int) -> tuple[int, int, int]:
+        addresses = starts.intersection(map(int, re.findall(r"\b\d+\b", modules[i])))
+        return modules[i].count("mbarrier.init"), max(addresses, default=0), len(modules[i])
+
+    order = sorted(range(len(modules)), key=key)
     smem: list[int | None] = [None] * len(modules)
     for i, (_, size) in zip(order, sorted(resources)):
         smem[i] = size

@@ -81,6 +81,14 @@ def test_resources_match_kernels_in_any_order():
     assert ptx.match_smem(modules, ptx.mosaic_smem(text)[:2]) == [None] * 3
 
 
+def test_memory_of_kernels_with_as_many_barriers_is_found_by_its_address():
+    modules = [
+        f"{'mbarrier.init;' * 8} add.s32 %r, %base, {start}; {rest}"
+        for start, rest in ((4096, "ret"), (2048, "ret; ret"))
+    ]
+    assert ptx.match_smem(modules, [(8, 2048 + 64), (8, 4096 + 64)]) == [4096 + 64, 2048 + 64]
+
+
 def test_threads_per_block_are_parsed():
     assert ptx.entry_threads(module("a", 0) + module("b", 0, ".reqntid 16, 8, 2") + module("c", 0, "")) == {
         "a": 384,
