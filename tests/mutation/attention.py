@@ -61,6 +61,12 @@ MUTANTS: list[Mutant] = [
     ),
     *mutants_of(
         "ops/attention/xla",
+        "attention",
+        ("gradients of weights in bfloat16", "if v.dtype == jnp.bfloat16:", "p = p.astype(v.dtype)\n        if False:",
+         "test_queries_of_one_key_have_no_gradient[window of one-xla]"),
+    ),
+    *mutants_of(
+        "ops/attention/xla",
         "attention_lse",
         ("the lse lacks the maximum", "m + jnp.log(safe_l)", "jnp.log(safe_l)", f"{LSE}[xla-banded]"),
         ("no key has an lse of 0", "jnp.where(l == 0, -jnp.inf, m + jnp.log(safe_l))", "m + jnp.log(safe_l)",
@@ -112,7 +118,7 @@ MUTANTS: list[Mutant] = [
     *mutants_of(
         "ops/attention/xla",
         "attention_number_range",
-        ("float16 weights are narrowed", "p if v.dtype == jnp.float16 else p.astype(v.dtype)", "p.astype(v.dtype)",
+        ("float16 weights are narrowed", "if v.dtype == jnp.bfloat16:", "if v.dtype != jnp.float32:",
          f"{MAGNITUDE}[float16-xla]"),
         ("1 - sigmoid rounds to zero", "dx * (sigmoid * _sigmoid(-x))", "dx * (sigmoid * (1 - sigmoid))", f"{GATES}[xla]"),
         ("products of a small scale overflow", "q, k, scale = split_small_scale(q, k, scale)", "pass",

@@ -99,9 +99,12 @@ class _SoftmaxAttention:
         m = jax.lax.stop_gradient(m)
         p = jnp.exp(scores - m)
         l = jnp.sum(p, axis=-1, keepdims=True)
-        # Float16 has no room for small weights: p v in float32, or TF32 on a GPU.
-        p = p if v.dtype == jnp.float16 else p.astype(v.dtype)
-        o = einsum(f"{batch}GTS,{batch}SD->{batch}GTD", p, v, acc_dtype)
+        if v.dtype == jnp.bfloat16:
+            # v p, so that the gradient of p stays in float32: the softmax subtracts two of them, and a query that sees
+            # one key has none.
+            o = einsum(f"{batch}SD,{batch}GTS->{batch}GTD", v, p, acc_dtype)
+        else:  # float16 has no room for small weights: p v in float32, or TF32 on a GPU
+            o = einsum(f"{batch}GTS,{batch}SD->{batch}GTD", p, v, acc_dtype)
         safe_l = jnp.where(l == 0, 1, l)
         return BlockOutput(o / safe_l, jnp.where(l == 0, -jnp.inf, m + jnp.log(safe_l)) if self.return_lse else None)
 

@@ -12,12 +12,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from bench.verification import error_bound
 from dantinox import kernels, reference
 from dantinox.kernels import workloads
 from dantinox.kernels.ops.attention import xla
 from tests.helpers import cases, random_shapes, tolerance
 
 IMPLEMENTATIONS = tolerance.runnable_implementations("attention")
+CANCELLATION = error_bound.CANCELLATION_ULPS * float(jnp.finfo(jnp.float32).eps)
 
 
 def loops(
@@ -183,6 +185,19 @@ def test_chunked_scores_match_python_loops(case, monkeypatch):
     monkeypatch.setattr(xla, "CHUNK_BLOCK_Q", 1)
     # Bypass the cache of programs: its key does not include these two numbers.
     assert_matches_loops(case, tolerance.program.__wrapped__("attention", "xla", cases.options(case)))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("T", "S", "options"), [(40, 40, {"window": 1}), (6, 1, {"causal": False})], ids=["window of one", "one key"]
+)
+def test_queries_of_one_key_have_no_gradient(T, S, options, implementation):
+    """The weight is 1 whatever q and k are: both terms of its score's gradient are equal, in bfloat16 too."""
+    inputs, _, dout = cases.draw(cases.attention(T, S, H=8, K=2, D=32, **options))
+    run = tolerance.program("attention", implementation, tuple(options.items()))
+    outputs = run({name: jnp.asarray(x, "bfloat16") for name, x in inputs.items()}, {}, jnp.asarray(dout, "bfloat16"))
+    for name in ("dq", "dk"):
+        assert np.abs(tolerance.to_float64(outputs[name])).max() < CANCELLATION, name
 
 
 POISONED = {  # no query attends to some of the keys
