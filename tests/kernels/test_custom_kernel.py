@@ -27,7 +27,7 @@ FILE = (GUIDES / "my_attention.py").read_text()
 LINE = re.findall(r"```text\n(.*?)```", GUIDE, re.S)[0]
 (COMMANDS,) = (block.splitlines() for block in re.findall(r"```sh\n(.*?)```", GUIDE, re.S) if "dantinox.train" in block)
 OTHER = ROOT / ".venv-aot" / "bin" / "python"
-GUIDED = ("attention", "grouped_matmul", "moe_mlp", "decode_attention")
+GUIDED = ("attention", "grouped_matmul", "moe_mlp", "decode_attention", "linear_cross_entropy")
 COMPILER = sys.executable if util.find_spec("libtpu") else str(OTHER) if OTHER.exists() else None
 TOPS = (
     "reference",
@@ -103,7 +103,7 @@ def test_files_of_the_guides_support_shard_map(monkeypatch, op, form):
     if form == "_triton":
         pytest.importorskip("jax_triton")
     if not path.exists():
-        pytest.skip("moe_mlp has files for TPUs only")
+        pytest.skip("it has a file for TPUs only")
     monkeypatch.setattr(registry, "_registered", {})
     kernels.register(op, "mine", runpy.run_path(str(path))[op])
     case = presence.simulated_cases(op)[0]

@@ -10,7 +10,7 @@ from bench.judge import cases, outcomes, verdicts
 from dantinox import kernels
 
 MAX_CASES, PLAIN_CASES = 8, 2
-OPS = ("attention", "grouped_matmul", "moe_mlp", "decode_attention")  # those that have a guide
+OPS = ("attention", "grouped_matmul", "moe_mlp", "decode_attention", "linear_cross_entropy")
 GUIDES = Path(__file__).parents[3] / "docs" / "guides"
 
 

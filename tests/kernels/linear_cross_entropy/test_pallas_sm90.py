@@ -1,7 +1,6 @@
 """The Hopper linear cross-entropy on a simulated GPU that checks memory: values, gradients, races, limits."""
 
 import functools
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from dantinox import kernels
 from dantinox.kernels import dispatch, workloads
 from dantinox.kernels.mosaic_gpu import softcap_tanh
 from dantinox.kernels.ops.linear_cross_entropy import common
-from dantinox.kernels.ops.linear_cross_entropy.pallas_sm90 import block_sizes, vjp
+from dantinox.kernels.ops.linear_cross_entropy.pallas_sm90 import block_sizes, fwd, vjp
 from tests.helpers import cases, tolerance, two_blocks
 from tests.helpers.jaxpr_walk import largest_intermediate
 
@@ -26,8 +25,9 @@ def row(N: int, M: int, V: int, **kind) -> workloads.LinearCrossEntropy:
 
 
 @pytest.fixture
-def small_chunks(monkeypatch):
-    """Let small problems have several chunks of several tiles, and a rest."""
+def small_parts(monkeypatch):
+    """Let small problems have several splits of two tiles, and several chunks and a rest."""
+    monkeypatch.setattr(fwd, "tiles_per_split", lambda *_: 2)
     monkeypatch.setattr(common, "MAX_CHUNK_LOGITS", 128 * 152)
     monkeypatch.setattr(common, "MIN_CHUNK", 128)
 
@@ -49,7 +49,7 @@ CASES = [
     ("sizes", "width"), CASES, ids=lambda x: row(*x[:3], **x[3]).label() if isinstance(x, tuple) else f"width={x}"
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=slow)])
-def test_output_and_gradients_match_without_races(sizes, width, dtype, small_chunks, monkeypatch):
+def test_output_and_gradients_match_without_races(sizes, width, dtype, small_parts, monkeypatch):
     monkeypatch.setattr(common, "MIN_CHUNK", max(128, width or 256))  # a chunk has at least one tile
     *shape, kind = sizes
     case = row(*shape, **kind)
@@ -69,9 +69,9 @@ def test_output_and_gradients_match_without_races(sizes, width, dtype, small_chu
     np.testing.assert_allclose(outputs["o"], exact, rtol=2e-6, atol=2e-5)
 
 
-def simulate(h, w, targets, dloss, **options):
+def simulate(h, w, targets, dloss, *, width=64):
     """The losses, dh and dw on two simulated thread blocks, without the checks of memory."""
-    f = functools.partial(vjp.linear_cross_entropy, blocks=2, width=64, interpret=plgpu.InterpretGPUParams(), **options)
+    f = functools.partial(vjp.linear_cross_entropy, blocks=2, width=width, interpret=plgpu.InterpretGPUParams())
 
     @jax.jit
     def run(h, w, dloss):
@@ -81,7 +81,7 @@ def simulate(h, w, targets, dloss, **options):
     return dict(zip(("o", "dh", "dw"), run(h, w, dloss), strict=True))
 
 
-def test_rows_without_part_have_no_effect_and_runs_are_equal(small_chunks):
+def test_rows_without_part_have_no_effect_and_runs_are_equal(small_parts):
     case = row(70, 64, 200, absent="some")
     inputs, aux, dout = cases.draw(case)
     h, w = (jnp.asarray(inputs[name], "bfloat16") for name in "hw")
@@ -91,13 +91,12 @@ def test_rows_without_part_have_no_effect_and_runs_are_equal(small_chunks):
     tolerance.assert_bit_equal(simulate(h, w, targets, dout), simulate(*poisoned))
 
 
-def test_large_logits_and_small_gradients_fit(small_chunks):
-    """Logits whose exponentials overflow, in the second of three splits; a row of logits far below 0; float16."""
-    w = jnp.linspace(-1, 1, 131).at[70].set(120).astype(jnp.float16)[:, None]
+def test_large_logits_and_small_gradients_fit(small_parts):
+    """Logits whose exponentials overflow, in the second split and in the first columns of a tile; float16."""
+    w = jnp.linspace(-1, 1, 300).at[260].set(120).astype(jnp.float16)[:, None]
     h = jnp.asarray([[100], [-100], [3], [-500]], jnp.float16)
-    targets, dloss = jnp.int32([70, 0, 3, 70]), jnp.full(4, 2.0**-20, jnp.float32)
-    with mock.patch.object(block_sizes, "TASK_OVERHEAD", 0):
-        got = simulate(h, w, targets, dloss)
+    targets, dloss = jnp.int32([260, 0, 3, 260]), jnp.full(4, 2.0**-20, jnp.float32)
+    got = simulate(h, w, targets, dloss, width=128)
 
     def losses(h, w):
         return kernels.linear_cross_entropy(h, w, targets, implementation="reference")
