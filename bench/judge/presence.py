@@ -87,4 +87,5 @@ def simulated_cases(op: str) -> list[Case]:
         row("part-filled ring", lengths=(50, 70, 130), H=4, gate="head", poisoned=True),
         row("ragged lengths", lengths=(0, 63, 64, 136, 300), window=70, gate="elementwise", poisoned=True),
         row("wrapped ring", lengths=(137, 200, 271), softcap=2.0, scale=0.5),
+        row("sinks", lengths=(0, 200), H=4, K=2),
     ]

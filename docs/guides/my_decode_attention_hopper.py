@@ -1,7 +1,7 @@
 """Decode attention for Hopper GPUs in Pallas, simulated on a CPU: one launch appends to the cache and attends.
 
-Math      s = cap(scale q k^T), o = softmax(s) v over the visible tokens, by an online softmax that starts with the new
-          token; o *= sigmoid(gate), which XLA computes.
+Math      s = cap(scale q k^T), o = softmax(s) v over the visible tokens and the head's sink, by an online softmax that
+          starts with the sink and the new token; o *= sigmoid(gate), which XLA computes.
 Tiling    grid (KV heads, sequences), one warpgroup each. It goes through the blocks of 64 slots from that of the oldest
           visible token to that of the new one, around the end of the ring. C = 256, length 500, window 140:
 
@@ -36,8 +36,8 @@ ROW, COLUMN = MATRIX.reduce(0), MATRIX.reduce(1)  # and a number per column, or 
 
 def decode_attention(q, k, v, cache, *, gate, window, scale, softcap, sinks=None):
     """See `dantinox.kernels.decode_attention`, which has checked the arguments."""
-    if sinks is not None or q.ndim == 4:
-        raise NotImplementedError("my decode attention takes one new token per sequence, and no sinks")
+    if q.ndim == 4:
+        raise NotImplementedError("my decode attention takes one new token per sequence")
     platform, kind = current_device()
     if platform not in ("cpu", "gpu") or (platform == "gpu" and not on_hopper()):
         raise NotImplementedError(f"my Hopper decode attention runs on Hopper, and simulated on a CPU; this is {kind}")
@@ -50,16 +50,19 @@ def decode_attention(q, k, v, cache, *, gate, window, scale, softcap, sinks=None
         raise NotImplementedError(f"my cache is {q.dtype} as q is; this one is {cache.k.dtype} and {cache.v.dtype}")
     if 0 in q.shape:
         return jnp.zeros_like(q), append_token(cache, k, v)
-    o, new_k, new_v = call_invariant(run, q, k, v, *cache[:3], window=window, scale=scale, softcap=softcap)
+    # A sink is one more key, without a value; without sinks it has no weight.
+    sinks = jnp.full(H, -1e30) if sinks is None else jnp.maximum(sinks, -1e30)
+    o, new_k, new_v = call_invariant(run, q, k, v, sinks, *cache[:3], window=window, scale=scale, softcap=softcap)
     if gate is not None:
         o *= jax.nn.sigmoid(gate.astype(jnp.float32))
     return o.astype(q.dtype), cache._replace(k=new_k, v=new_v, length=cache.length + 1)
 
 
-def run(q, k, v, cache_k, cache_v, length, *, window, scale, softcap):
+def run(q, k, v, sinks, cache_k, cache_v, length, *, window, scale, softcap):
     """Attend without a gate -> (o [B, H, D] float32, the new keys, the new values)."""
     (B, H, D), (_, K, C, _) = q.shape, cache_k.shape
     q = jnp.pad(q.reshape(B, K, H // K, D), ((0, 0), (0, 0), (0, TILE - H // K), (0, 0)))
+    sinks = jnp.pad(sinks.astype(jnp.float32).reshape(K, H // K), ((0, 0), (0, TILE - H // K)))
     token = jnp.stack([k, v], axis=2).astype(q.dtype)  # [B, K, 2, D]
     # Tables: the slot of the new token, the number of visible ones, the first block and the number of blocks.
     newest = length % C
@@ -70,7 +73,8 @@ def run(q, k, v, cache_k, cache_v, length, *, window, scale, softcap):
     count = jnp.where(oldest > newest, count + blocks, count)  # one block more, where both ends are in the same
     tables = [x.astype(jnp.int32) for x in (newest, visible, oldest // TILE, jnp.minimum(count, blocks))]
 
-    def kernel(q_gmem, token_gmem, newest_gmem, visible_gmem, first_gmem, count_gmem, k_gmem, v_gmem, o_gmem, *scratch):
+    def kernel(q_gmem, token_gmem, sinks_gmem, *refs):
+        newest_gmem, visible_gmem, first_gmem, count_gmem, k_gmem, v_gmem, o_gmem, *scratch = refs
         q_smem, k_smem, v_smem, o_smem, p_smem, token_smem, token_full, k_full, v_full = scratch
         b, head = lax.axis_index("batch"), lax.axis_index("head")
         newest, visible, first, count = (x[b] for x in (newest_gmem, visible_gmem, first_gmem, count_gmem))
@@ -123,9 +127,12 @@ def run(q, k, v, cache_k, cache_v, length, *, window, scale, softcap):
             row = plgpu.load(token_smem.at[i], layout=ROW).astype(jnp.float32)
             return lax.broadcast_in_dim(row, (TILE, D), [1])
 
-        m = cap(jnp.sum(plgpu.load(q_smem, layout=MATRIX).astype(jnp.float32) * new_token(0), axis=1))
-        one = plgpu.layout_cast(jnp.ones((TILE,), jnp.float32), COLUMN)
-        acc, _, l = lax.fori_loop(0, count, add_block, (new_token(1), m, one))
+        s = cap(jnp.sum(plgpu.load(q_smem, layout=MATRIX).astype(jnp.float32) * new_token(0), axis=1))
+        sink = plgpu.load(sinks_gmem.at[head], layout=COLUMN, optimized=False)
+        m = jnp.maximum(s, sink)
+        p = jnp.exp(s - m)
+        acc = new_token(1) * lax.broadcast_in_dim(p, (TILE, D), [0])
+        acc, _, l = lax.fori_loop(0, count, add_block, (acc, m, p + jnp.exp(sink - m)))
         o_smem[...] = acc / lax.broadcast_in_dim(l, acc.shape, [0])
         plgpu.commit_smem()  # makes the write visible to the copy
         plgpu.copy_smem_to_gmem(o_smem, o_gmem.at[b, head])
@@ -149,5 +156,5 @@ def run(q, k, v, cache_k, cache_v, length, *, window, scale, softcap):
         grid_names=("head", "batch"),
         interpret=plgpu.InterpretGPUParams() if current_device().platform == "cpu" else False,
         kernel_name="my_decode_attention_hopper",
-    )(q, token, *tables, new_k, new_v)
+    )(q, token, sinks, *tables, new_k, new_v)
     return o[:, :, : H // K].reshape(B, H, D), jax.freeze(new_k), jax.freeze(new_v)
