@@ -23,13 +23,13 @@ M_INIT = -1e30  # finite, so that exp(-inf - M_INIT) is 0 while a row has seen n
 NT, NN, TN = ((1,), (1,)), ((1,), (0,)), ((0,), (0,))  # a b^T, a b, a^T b
 
 
-def attention(q, k, v, *, gate, causal, window, scale, softcap, segment_ids):
+def attention(q, k, v, *, gate, causal, window, scale, softcap, segment_ids, return_lse=False):
     """See `dantinox.kernels.attention`, which has checked the arguments."""
     if current_device().platform == "gpu" or q.dtype == jnp.float64:
         raise NotImplementedError("my attention runs on TPU and CPU, and not in float64")
     dtype, (T, S) = q.dtype, (q.shape[1], k.shape[1])
     if S == 0:
-        return jnp.zeros_like(q)
+        return (jnp.zeros_like(q), jnp.full(q.shape[:3], -jnp.inf)) if return_lse else jnp.zeros_like(q)
     problem = Problem(T, S, causal, window, scale, softcap)
     if window is not None or segment_ids is not None:  # keys that no query sees may hold NaN, and 0 * NaN is NaN
         seen = jnp.any(problem.visible((T, S), 0, 0, *segment_tables(segment_ids)), axis=-2)[..., None, None]
@@ -37,7 +37,9 @@ def attention(q, k, v, *, gate, causal, window, scale, softcap, segment_ids):
     if dtype == jnp.float16:  # a TPU does not multiply it
         q, k, v, gate = jax.tree.map(lambda x: x.astype(jnp.float32), (q, k, v, gate))
     q, k, v, gate = jax.tree.map(heads_first, (q, k, v, gate))
-    return heads_first(gated(problem, q, k, v, gate, segment_ids)).astype(dtype)
+    o, lse = gated(problem, q, k, v, gate, segment_ids)
+    o = heads_first(o).astype(dtype)
+    return (o, heads_first(jnp.where(lse > M_INIT, lse, -jnp.inf))[..., 0]) if return_lse else o
 
 
 def heads_first(x: Array) -> Array:
@@ -237,11 +239,12 @@ def dkv_kernel(q_ref, do_ref, lse_ref, delta_ref, k_ref, v_ref, *refs, problem):
         dv_ref[...] = dv_acc_ref[...].astype(dv_ref.dtype)
 
 
-def backward(problem: Problem, q: Array, k: Array, v: Array, ids: Any, o: Array, lse: Array, do: Array):
-    """dq, dk and dv, from the gradient of the output without the gate."""
+def backward(problem: Problem, q: Array, k: Array, v: Array, ids: Any, o: Array, lse: Array, do: Array, dlse: Array):
+    """dq, dk and dv, from the gradients of the output without the gate and of the log-sum-exp."""
     (B, H, T, D), (_, K, S, _) = q.shape, k.shape
     G, tables = H // K, segment_tables(ids)
-    delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1, keepdims=True)
+    # Both reach a score by way of its weight: ds = p (dp - delta + dlse).
+    delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1, keepdims=True) - dlse
     inputs = (q, do, lse, delta, k, v, *tables)
 
     def call(kernel, grid, index, outputs):
@@ -288,19 +291,20 @@ def apply_gate(o: Array, gate: Array | None) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def gated(problem, q, k, v, gate, ids):
-    """Attention of arrays with the heads first."""
-    return apply_gate(forward(problem, q, k, v, ids)[0], gate)
+    """Attention of arrays with the heads first, and the log-sum-exp; M_INIT where a query sees no key."""
+    return gated_forward(problem, q, k, v, gate, ids)[0]
 
 
 def gated_forward(problem, q, k, v, gate, ids):
     """What the backward pass needs is the output without the gate, and the log-sum-exp."""
     o, lse = forward(problem, q, k, v, ids)
-    return apply_gate(o, gate), (q, k, v, gate, ids, o, lse)
+    return (apply_gate(o, gate), lse), (q, k, v, gate, ids, o, lse)
 
 
-def gated_backward(problem, residuals, do):
+def gated_backward(problem, residuals, cotangents):
     """Gradients of q, k, v and the gate; the ids have none."""
     q, k, v, gate, ids, o, lse = residuals
+    do, dlse = cotangents
     dgate = None
     if gate is not None:
         x = gate.astype(jnp.float32)
@@ -308,7 +312,7 @@ def gated_backward(problem, residuals, do):
         if gate.shape[-1] == 1:
             dgate = jnp.sum(dgate, axis=-1, keepdims=True)
         dgate = dgate.astype(gate.dtype)
-    dq, dk, dv = backward(problem, q, k, v, ids, o, lse, apply_gate(do, gate))
+    dq, dk, dv = backward(problem, q, k, v, ids, o, lse, apply_gate(do, gate), dlse)
     return dq, dk, dv, dgate, None
 
 

@@ -198,10 +198,11 @@ FAULTS = {
     # Gradients
     "delta forgotten": ("ds = p * (dot(do, v, NT) - delta)", "ds = p * dot(do, v, NT)", ("float32",)),
     "delta with the gated output": (
-        "do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1, keepdims=True)\n    inputs",
-        "do.astype(jnp.float32) * o.astype(jnp.float32) * 0.5, axis=-1, keepdims=True)\n    inputs",
+        "do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1, keepdims=True) - dlse",
+        "do.astype(jnp.float32) * o.astype(jnp.float32) * 0.5, axis=-1, keepdims=True) - dlse",
         ("float32",),
     ),
+    "gradient of the log-sum-exp forgotten": ("keepdims=True) - dlse", "keepdims=True)", ("sinks",)),
     "scale forgotten in dq": (
         "dq_ref[...] = (acc_ref[...] * problem.scale)",
         "dq_ref[...] = (acc_ref[...])",
@@ -259,8 +260,8 @@ FAULTS = {
         ("gate per head",),
     ),
     "gradient of the output without the gate": (
-        "backward(problem, q, k, v, ids, o, lse, apply_gate(do, gate))",
-        "backward(problem, q, k, v, ids, o, lse, do)",
+        "backward(problem, q, k, v, ids, o, lse, apply_gate(do, gate), dlse)",
+        "backward(problem, q, k, v, ids, o, lse, do, dlse)",
         ("gate per head", "gate per element"),
     ),
     "gate of exp instead of sigmoid": (
