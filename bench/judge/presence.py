@@ -69,6 +69,7 @@ def simulated_cases(op: str) -> list[Case]:
             row("full", T=200, S=130, gate="head"),
             row("segments", T=200, S=200, softcap=2.0, B=2),
             row("several tiles", T=200, S=200, scale=0.5),
+            row("sinks", T=100, S=130),
         ]
     if op == "grouped_matmul":
         return [

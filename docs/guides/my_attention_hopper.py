@@ -20,7 +20,7 @@ MATRIX = plgpu.Layout.WGMMA  # how the registers of a warpgroup hold a tile
 COLUMN = MATRIX.reduce(1)  # and a number per row
 
 
-def attention(q, k, v, *, gate, causal, window, scale, softcap, segment_ids):
+def attention(q, k, v, *, gate, causal, window, scale, softcap, segment_ids, return_lse=False):
     """See `dantinox.kernels.attention`, which has checked the arguments."""
     platform, kind = current_device()
     if platform not in ("cpu", "gpu") or (platform == "gpu" and not on_hopper()):
@@ -32,29 +32,31 @@ def attention(q, k, v, *, gate, causal, window, scale, softcap, segment_ids):
     options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap}
 
     def forward(q, k, v, gate):
-        o = call_invariant(run, q, k, v, **options)
-        return o if gate is None else (o * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(q.dtype)
+        o, lse = call_invariant(run, q, k, v, **options)
+        return o if gate is None else (o * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(q.dtype), lse
 
-    def backward(inputs, do):
-        plain = lambda q, k, v, gate: xla.attention(q, k, v, gate=gate, segment_ids=None, **options)
-        return jax.vjp(plain, *inputs)[1](do)
+    def backward(inputs, cotangents):
+        plain = lambda q, k, v, gate: xla.attention(q, k, v, gate=gate, segment_ids=None, return_lse=True, **options)
+        return jax.vjp(plain, *inputs)[1](cotangents)
 
     mine = jax.custom_vjp(forward)
     mine.defvjp(lambda *inputs: (forward(*inputs), inputs), backward)
-    return mine(q, k, v, gate)
+    o, lse = mine(q, k, v, gate)
+    return (o, lse) if return_lse else o
 
 
 def run(q, k, v, *, causal, window, scale, softcap):
-    """Attention without a gate [B, T, H, D]."""
+    """Attention without a gate [B, T, H, D], and the log-sum-exp [B, T, H]."""
     (B, T, H, D), (_, S, K, _) = q.shape, k.shape
     if S == 0:
-        return jnp.zeros_like(q)
+        return jnp.zeros_like(q), jnp.full((B, T, H), -jnp.inf)
     if window is not None:  # keys before every window may hold NaN, and 0 * NaN is NaN
         seen = (jnp.arange(S) > S - T - window)[:, None, None]
         k, v = jnp.where(seen, k, 0), jnp.where(seen, v, 0)
     q, k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % TILE), (0, 0), (0, 0))) for x in (q, k, v))
 
-    def kernel(q_gmem, k_gmem, v_gmem, o_gmem, q_smem, k_smem, v_smem, p_smem, q_full, k_full, v_full):
+    def kernel(q_gmem, k_gmem, v_gmem, o_gmem, lse_gmem, q_smem, k_smem, v_smem, p_smem, lse_smem, *barriers):
+        q_full, k_full, v_full = barriers
         b, h = lax.axis_index("batch"), lax.axis_index("head")
         first_query = lax.axis_index("tile") * TILE
         rows = pl.ds(first_query, TILE)
@@ -111,19 +113,23 @@ def run(q, k, v, *, causal, window, scale, softcap):
             plgpu.layout_cast(jnp.full((TILE,), M_INIT, jnp.float32), COLUMN),
             plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), COLUMN),
         )
-        acc, _, l = lax.fori_loop(start, end, add_tile, carry)
-        l = jnp.where(l == 0, 1, l)  # a query that sees no key gives zeros
+        acc, m, l = lax.fori_loop(start, end, add_tile, carry)
+        sees_no_key = l == 0
+        l = jnp.where(sees_no_key, 1, l)  # a query that sees no key gives zeros
+        lse_smem[...] = jnp.where(sees_no_key, -jnp.inf, m + jnp.log(l))
         q_smem[...] = (acc / lax.broadcast_in_dim(l, acc.shape, [0])).astype(q_smem.dtype)
         plgpu.commit_smem()  # makes the write visible to the copy
         plgpu.copy_smem_to_gmem(q_smem, o_gmem.at[b, rows, h])
+        plgpu.copy_smem_to_gmem(lse_smem, lse_gmem.at[b, h, rows])
         plgpu.wait_smem_to_gmem(0)
 
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # the layout that wgmma reads
-    o = plgpu.kernel(
+    o, lse = plgpu.kernel(
         kernel,
-        out_type=varying_shape(q.shape, q.dtype),
+        out_type=(varying_shape(q.shape, q.dtype), varying_shape((B, H, q.shape[1]), jnp.float32)),
         scratch_types=(
             *[plgpu.SMEM((TILE, columns), q.dtype, transforms=transforms) for columns in (D, D, D, TILE)],
+            plgpu.SMEM((TILE,), jnp.float32),
             *[plgpu.Barrier()] * 3,
         ),
         grid=(q.shape[1] // TILE, H, B),
@@ -131,4 +137,4 @@ def run(q, k, v, *, causal, window, scale, softcap):
         interpret=plgpu.InterpretGPUParams() if current_device().platform == "cpu" else False,
         kernel_name="my_attention_hopper",
     )(q, k, v)
-    return o[:, :T]
+    return o[:, :T], lse[..., :T].swapaxes(1, 2)

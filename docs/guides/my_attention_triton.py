@@ -15,7 +15,7 @@ from dantinox.kernels.vma import call_invariant
 TILE = 64
 
 
-def attention(q, k, v, *, gate, causal, window, scale, softcap, segment_ids):
+def attention(q, k, v, *, gate, causal, window, scale, softcap, segment_ids, return_lse=False):
     """See `dantinox.kernels.attention`, which has checked the arguments."""
     if reason := triton_unsupported_device():
         raise NotImplementedError(reason)
@@ -24,26 +24,29 @@ def attention(q, k, v, *, gate, causal, window, scale, softcap, segment_ids):
     options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap}
 
     def forward(q, k, v, gate, segment_ids):
-        o = call_invariant(run, q, k, v, segment_ids, **options)
-        return o if gate is None else (o * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(q.dtype)
+        o, lse = call_invariant(run, q, k, v, segment_ids, **options)
+        return o if gate is None else (o * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(q.dtype), lse
 
-    def backward(inputs, do):
+    def backward(inputs, cotangents):
         *arrays, segment_ids = inputs
-        plain = lambda q, k, v, gate: xla.attention(q, k, v, gate=gate, segment_ids=segment_ids, **options)
-        return *jax.vjp(plain, *arrays)[1](do), None
+        plain = lambda q, k, v, gate: xla.attention(
+            q, k, v, gate=gate, segment_ids=segment_ids, return_lse=True, **options
+        )
+        return *jax.vjp(plain, *arrays)[1](cotangents), None
 
     mine = jax.custom_vjp(forward)
     mine.defvjp(lambda *inputs: (forward(*inputs), inputs), backward)
-    return mine(q, k, v, gate, segment_ids)  # every array is an argument: JAX differentiates no closure over one
+    o, lse = mine(q, k, v, gate, segment_ids)  # every array is an argument: JAX differentiates no closure over one
+    return (o, lse) if return_lse else o
 
 
 def run(q, k, v, segment_ids, *, causal, window, scale, softcap):
-    """Attention without a gate [B, T, H, D]."""
+    """Attention without a gate [B, T, H, D], and the log-sum-exp [B, T, H]."""
     import jax_triton
 
     (B, T, H, D), (_, S, K, _) = q.shape, k.shape
     if S == 0:
-        return jnp.zeros_like(q)
+        return jnp.zeros_like(q), jnp.full((B, T, H), -jnp.inf)
     ids = segment_ids if segment_ids is not None else (jnp.zeros((B, T), jnp.int32), jnp.zeros((B, S), jnp.int32))
     return jax_triton.triton_call(
         q,
@@ -51,7 +54,7 @@ def run(q, k, v, segment_ids, *, causal, window, scale, softcap):
         v,
         *ids,
         kernel=forward_kernel,
-        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, T, H), jnp.float32)),
         grid=(triton.cdiv(T, TILE), H, B),
         num_warps=4,
         backend_options={"ptx_version": 87, "enable_fp_fusion": True},  # assemblers of CUDA 12.8 and newer read 8.7
@@ -88,6 +91,7 @@ def forward_kernel(
     CAP: tl.constexpr,  # 0: none
     TILE_SIZE: tl.constexpr,
     o,
+    lse,
 ):
     """One tile of queries against the keys that it sees."""
     h, b = tl.program_id(1), tl.program_id(2)
@@ -133,5 +137,7 @@ def forward_kernel(
         seen = tl.max(visible.to(tl.int32), axis=0) > 0
         v_tile = tl.where(seen[:, None], v_tile, 0.0)  # other keys may hold NaN, and 0 * NaN is NaN
         acc = decay[:, None] * acc + tl.dot(p.to(v_tile.dtype), v_tile, input_precision="ieee")
-    acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]  # a query that sees no key gives zeros
+    safe_l = tl.where(l == 0.0, 1.0, l)
+    acc = acc / safe_l[:, None]  # a query that sees no key gives zeros
+    tl.store(lse + (b * T + t) * H + h, tl.where(l == 0.0, float("-inf"), m + tl.log(safe_l)), mask=t < T)
     tl.store(o + q_rows, acc.to(o.dtype.element_ty), mask=(t < T)[:, None] & in_head)

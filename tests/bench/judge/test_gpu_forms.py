@@ -21,8 +21,8 @@ def test_hopper_attention_of_the_guide_is_right_and_refuses_segments():
     name = subject.load("attention", str(GUIDES / "my_attention_hopper.py"))
     found, absent = presence.forms_of("attention", name)
     assert "Hopper" in found and "TPU" in absent
-    _, full, segments, _ = presence.simulated_cases("attention")
-    for case, state in ((full, outcomes.OK), (segments, outcomes.REFUSED)):
+    _, full, segments, _, sinks = presence.simulated_cases("attention")
+    for case, state in ((full, outcomes.OK), (sinks, outcomes.OK), (segments, outcomes.REFUSED)):
         (outcome,) = outcomes.judge("attention", name, ("Hopper",), case)
         assert set(outcome.states.values()) == {state}, outcome.lines
 
