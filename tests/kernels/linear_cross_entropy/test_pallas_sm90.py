@@ -1,6 +1,8 @@
 """The Hopper linear cross-entropy on a simulated GPU that checks memory: values, gradients, races, limits."""
 
 import functools
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +126,16 @@ def test_splits_are_not_empty_and_keep_the_sms_busy(V):
         rounds = -(-rows * -(-tiles // per_split) // 132)
         least = max(1, rows * tiles / 132)  # tiles of an SM, if all had the same number
         assert least / (rounds * per_split) > (0.95 if rows * tiles > 40 * 132 else 0.5), (N, per_split)
+
+
+def test_compiled_kernels_do_not_spill_and_use_the_tensor_cores():
+    rows = json.loads((Path(__file__).parents[3] / "profiles/aot/h100.json").read_text())["rows"]
+    ours = {key: row for key, row in rows.items() if key.startswith("linear_cross_entropy") and " / pallas / " in key}
+    assert {key.split(" / ")[3] for key in ours} == {"bfloat16", "float16"} and len(ours) >= 12
+    for key, row in ours.items():
+        assert row["kernels"], key
+        for kernel in row["kernels"]:
+            assert kernel["spill_bytes"] == kernel["local"] == kernel["mma"] == 0 and kernel["wgmma"] > 0, key
 
 
 def test_no_more_than_a_chunk_of_logits_is_kept():

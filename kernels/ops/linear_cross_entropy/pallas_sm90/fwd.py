@@ -142,7 +142,8 @@ def forward(h: Array, w: Array, targets: Array, config: Sm90LossConfig) -> tuple
         stages=STAGES,
         name="linear_cross_entropy",
     )
-    return combine_splits(*(outputs.stats[:, i, :N] for i in range(NUM_STATS)), targets, config.z_loss)
+    maxima, totals, target_logits = (outputs.stats[:, i, :N] for i in range(NUM_STATS))
+    return combine_splits(maxima, totals, target_logits, targets, config.z_loss)
 
 
 @dataclass(frozen=True, eq=False)
