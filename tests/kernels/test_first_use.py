@@ -177,7 +177,11 @@ def test_auto_takes_xla_where_the_check_fails(api, monkeypatch, caplog):
     monkeypatch.setattr(first_use, "current_device", lambda: TPU)
     q, cache = jnp.ones((1, 4, 2, 8)), kernels.KVCache(jnp.ones((1, 2, 128, 8)), jnp.ones((1, 2, 128, 8)), jnp.ones(1))
     matrices = (jnp.ones((16, 8)), jnp.ones((2, 8, 8)))
-    inputs = {"attention": (q, q, q, None, True, False, None), "decode_attention": (q[:, 0], cache)}.get(op, matrices)
+    inputs = {
+        "attention": (q, q, q, None, True, False, None),
+        "decode_attention": (q[:, 0], cache),
+        "linear_cross_entropy": (*matrices, None),
+    }.get(op, matrices)
 
     def chosen(difference):
         first_use._check.cache_clear()
