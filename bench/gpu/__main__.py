@@ -23,6 +23,7 @@ SMOKE_CASES = (  # bench.gpu.smoke.CASES, which needs JAX
     "decode-5-splits",
     "grouped-gradients",
     "experts-gradients",
+    "loss-gradients",
     "attention-d256",
     "attention-d64-segments-window",
 )

@@ -167,7 +167,7 @@ def test_parts_are_ordered_by_what_only_hardware_can_show(tmp_path):
     assert first == sorted(first)
     assert {*parts.ATTENTION, *parts.GROUPED, *parts.DECODE, *parts.LOSS} <= set(names)
     assert tuple(smoke.CASES) == program.SMOKE_CASES
-    assert names[1:9] == [f"smoke-{name}" for name in smoke.CASES]
+    assert names[1:10] == [f"smoke-{name}" for name in smoke.CASES]
 
 
 def test_every_part_is_a_command_with_a_time_share(tmp_path):
@@ -198,14 +198,14 @@ def test_grouped_rows_are_compared_with_existing_implementations(tmp_path):
         assert op == "decode_attention" or ("lax.ragged_dot" in taken) == (row.E <= 8)
 
 
-def test_timed_loss_compares_triton_with_xla_and_with_all_logits(tmp_path):
+def test_timed_loss_compares_kernels_with_xla_and_with_all_logits(tmp_path):
     commands = {part.name: part.command for part in parts.suite(tmp_path, False, 510, program.SMOKE_CASES)}
     for name, (op, spec) in parts.LOSS.items():
         row = workloads.get(op, spec)
         assert row in workloads.select(op, "bench", "h100")
         known = {*kernels.implementation_names(op), *(baseline.name for baseline in baselines.for_workload(row))}
-        assert json.loads(commands[name][-1])["implementation"] == ["triton", "xla", "all logits"]
-        assert known >= {"triton", "xla", "all logits"}
+        assert json.loads(commands[name][-1])["implementation"] == ["pallas", "triton", "xla", "all logits"]
+        assert known >= {"pallas", "triton", "xla", "all logits"}
 
 
 # --- running them ---
