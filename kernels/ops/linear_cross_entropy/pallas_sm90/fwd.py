@@ -11,7 +11,9 @@ Tiling    One persistent thread block per SM takes task after task: 128 rows and
               128 rows        █   █   █   █   █   █   █   ▞        █ a tile   ▞ masked past the vocabulary
               128 rows        █   █   █   █   █   █   █   ▞
 
-          While one consumer takes maxima and exponentials, the other multiplies: they are at most four stages apart.
+          The exponentials of a tile take 2048 cycles of an SM, at 16 per cycle, and its products 16 M: an eighth more
+          at M = 1024. One consumer's exponentials overlap the other's products by the stages that they are apart, one
+          of 512 cycles as a rule and four at most; meanwhile the producer loads the next tile.
 State     m, l and the target's logit, three registers for each of a thread's two rows; one tile of logits, 64 x 256
           float32, 128 of the 240 registers per thread. Four stages of h and w, 64 columns wide.
 Traffic   A tile reads 128 rows of h and 256 of w from L2, 85 FLOPs per byte. From memory, w is read once per 16 blocks
