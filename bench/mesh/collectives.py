@@ -11,7 +11,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _OPERATION = re.compile(r"= (.*?) (" + "|".join(KINDS) + r")(-start)?\(")
 _CALLED = re.compile(r"(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
@@ -50,20 +50,30 @@ def _walk(bodies: dict[str, list[str]], name: str, count: int) -> Iterator[Colle
         if match := _OPERATION.search(line):
             yield _collective(line, match, count)
             continue
-        trips = _TRIPS.search(line)
         called = _CALLED.findall(line) + [
             branch.strip(" %") for group in _BRANCHES.findall(line) for branch in group.split(",")
         ]
         for other in called:
-            yield from _walk(bodies, other, count * int(trips[1]) if trips and " while(" in line else count)
+            yield from _walk(bodies, other, count * _trips(bodies, line))
+
+
+def _trips(bodies: dict[str, list[str]], line: str) -> int:
+    """Return how often an operation runs what it calls: 1, or the trips of a loop that counts from 0."""
+    if " while(" not in line:
+        return 1
+    if match := _KNOWN_TRIPS.search(line):
+        return int(match[1])
+    condition = "\n".join(bodies.get(re.search(r"condition=%?([\w.\-]+)", line)[1], []))
+    bounds = re.findall(r"= s32\[\]\S* constant\((\d+)\)", condition)
+    return int(bounds[0]) if len(bounds) == 1 and "direction=LT" in condition else 1
 
 
 def _collective(line: str, match: re.Match[str], count: int) -> Collective:
     sizes = [_size(*shape) for shape in _SHAPE.findall(match[1])]
     kind = match[2]
     if match[3]:  # an asynchronous one returns its operands too, and then perhaps its state
-        sizes = sizes[len(sizes) // 2 :] if kind != "all-reduce" else sizes
         sizes = [size for size in sizes if size > 4] or sizes
+        sizes = sizes[len(sizes) // 2 :] if kind != "all-reduce" else sizes
     if kind == "reduce-scatter":
         sizes = [size * _group_size(line) for size in sizes]
     return Collective(kind, sum(sizes), count, max(sizes, default=0))

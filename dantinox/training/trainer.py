@@ -131,7 +131,8 @@ class Trainer:
     def _on_devices(self, *arrays: np.ndarray) -> tuple[np.ndarray | jax.Array, ...]:
         if self.mesh is None or processes.count() == 1:
             return arrays
-        return tuple(global_arrays.from_host(array, mesh.replicated(self.mesh)) for array in arrays)
+        sharding = jax.sharding.NamedSharding(self.mesh, mesh.batch_spec(self.mesh))
+        return tuple(global_arrays.from_host(array, sharding) for array in arrays)
 
     def sample_text(self, params: Params, tokens: int) -> str:
         """Generate text from the start of a document; of several processes in the first."""

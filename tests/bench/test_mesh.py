@@ -28,7 +28,17 @@ HLO = """
       %done = f32[4,8]{1,0} all-gather-done(%gather)
     }
 
+    %below.9 (state: (s32[], f32[2])) -> pred[] {
+      %bound = s32[]{:T(128)} constant(7), metadata={op_name="step"}
+      ROOT %lt = pred[]{:T(512)} compare(%i, %bound), direction=LT
+    }
+
+    %other (state: (s32[], f32[2])) -> (s32[], f32[2]) {
+      %halo = (f32[4]{0}, f32[4]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x), channel_id=3
+    }
+
     ENTRY %main (p: f32[4,8]) -> f32[4,8] {
+      %tpu = (s32[], f32[2]) while(%state), condition=%below.9, body=%other
       %loop = (s32[], f32[4,8]) while(%init), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
       %reduce = (f32[16]{0}, f32[2,2]{1,0}) all-reduce(%a, %b), replica_groups={{0,1,2,3}}, to_apply=%add
       %scatter = f32[2,8]{1,0} reduce-scatter(%c), replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}, to_apply=%add
@@ -40,7 +50,7 @@ HLO = """
 def test_collectives_are_read_with_their_loops_and_groups():
     found = collectives.collectives(textwrap.dedent(HLO))
     assert collectives.totals(found) == {
-        "collective-permute": (5, 5 * 4 * 8 * 2),
+        "collective-permute": (5 + 7, 5 * 4 * 8 * 2 + 7 * 16),
         "all-gather": (5, 5 * 4 * 8 * 4),
         "all-reduce": (1, 16 * 4 + 2 * 2 * 4),
         "reduce-scatter": (1, 4 * 2 * 8 * 4),
