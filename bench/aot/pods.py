@@ -81,7 +81,7 @@ CASES = {
     "h100 on 2 x 8 H100": Pod(
         "h100", "1x2x8", "slices=2,fsdp=8", H100_PRESET | {"batch_size": 64, "grad_accum": 4, "attn": "triton"}
     ),
-    "mistral-7b on v5e:16x16": Pod("v5e", "16x16", "fsdp=64,tensor=4", MISTRAL_7B | LARGE | {"batch_size": 64}),
+    "mistral-7b on v5e:16x16": Pod("v5e", "16x16", "data=4,fsdp=16,tensor=4", MISTRAL_7B | LARGE | {"batch_size": 64}),
     "mistral-7b, 131072 tokens on v6e:4x4": Pod(
         "v6e", "4x4", "context=16", MISTRAL_7B | LARGE | {"batch_size": 1, "seq_len": 131072}
     ),

@@ -7,7 +7,6 @@ without a mesh each of them returns what it is given.
 import contextlib
 import contextvars
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -123,8 +122,8 @@ def whole_weight(w: Array, letters: Sequence[str], dtype: jnp.dtype) -> Array:
 def _gather(w: Array, axis: int, cut: tuple[str, ...], copied: tuple[str, ...], dtype: jnp.dtype) -> Array:
     """Return w in `dtype`, gathered along `axis` over the mesh axes `cut`, varying over `copied` too."""
     w = w.astype(dtype)
-    if cut:
-        w = jax.lax.all_gather(w, cut, axis=axis, tiled=True)
+    for name in reversed(cut):  # one axis at a time: a ring each, where a TPU has one
+        w = jax.lax.all_gather(w, name, axis=axis, tiled=True)
     return jax.lax.pcast(w, copied, to="varying") if copied else w
 
 
@@ -136,16 +135,19 @@ def _gather_bwd(
     axis: int, cut: tuple[str, ...], copied: tuple[str, ...], dtype: jnp.dtype, like: Array, dw: Array
 ) -> tuple[Array]:
     dw = dw.astype(like.dtype)
-    if cut:
-        devices = math.prod(axis_size(name) for name in cut)
-        if axis and dw.shape[axis] // devices % LANES:
-            # One block per device along a new first axis: TPUs scatter the last axis only in whole tiles, and else
-            # reduce the whole gradient everywhere.
-            blocks = jnp.stack(jnp.split(dw, devices, axis))
-            dw = jax.lax.psum_scatter(blocks, cut, scatter_dimension=0)
-        else:
-            dw = jax.lax.psum_scatter(dw, cut, scatter_dimension=axis, tiled=True)
+    for name in cut:
+        dw = _scatter_sum(dw, axis, name)
     return (jax.lax.psum(dw, copied) if copied else dw,)
+
+
+def _scatter_sum(dw: Array, axis: int, name: str) -> Array:
+    """Sum dw over the devices along a mesh axis and return this device's share along `axis`."""
+    devices = axis_size(name)
+    if axis == 0 or dw.shape[axis] // devices % LANES == 0:
+        return jax.lax.psum_scatter(dw, name, scatter_dimension=axis, tiled=True)
+    # One block per device along a new first axis: TPUs scatter the last axis only in whole tiles, and else reduce the
+    # whole gradient everywhere.
+    return jax.lax.psum_scatter(jnp.stack(jnp.split(dw, devices, axis)), name, scatter_dimension=0)
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)
