@@ -118,8 +118,8 @@ MUTANTS: list[Mutant] = [
     *mutants_of(
         "ops/attention/xla",
         "attention_number_range",
-        ("float16 weights are narrowed", "if v.dtype == jnp.bfloat16:", "if v.dtype != jnp.float32:",
-         f"{MAGNITUDE}[float16-xla]"),
+        ("float16 weights are narrowed", "if v.dtype == jnp.bfloat16:",
+         "p = p.astype(v.dtype)\n        if v.dtype == jnp.bfloat16:", f"{MAGNITUDE}[float16-xla]"),
         ("1 - sigmoid rounds to zero", "dx * (sigmoid * _sigmoid(-x))", "dx * (sigmoid * (1 - sigmoid))", f"{GATES}[xla]"),
         ("products of a small scale overflow", "q, k, scale = split_small_scale(q, k, scale)", "pass",
          f"{MAGNITUDE}[float32, small scale-xla]"),
