@@ -35,6 +35,10 @@ OTHER_NAMES = {
     "seed": "random_seed rng_seed manual_seed init_weights_seed",
     "mesh": "devices gpus num_gpus n_gpus ngpu num_devices n_devices nproc_per_node world_size fsdp dp_size "
     "data_parallel_size ici_fsdp_parallelism ici_data_parallelism dcn_data_parallelism num_nodes",
+    "coordinator": "coordinator_address jax_coordinator_address coordinator_ip coordinator_ip_address master_addr "
+    "main_process_ip rdzv_endpoint dist_url",
+    "processes": "num_processes n_processes process_count nnodes",
+    "process": "process_id process_index rank node_rank machine_rank",
     "eval_every": "eval_interval eval_steps eval_freq eval_iter val_interval val_every val_freq val_check_interval "
     "validation_interval validate_every test_every evaluation_strategy eval_strategy",
     "eval_batches": "eval_iters eval_max_iters val_batches limit_val_batches num_eval_batches",
@@ -130,6 +134,7 @@ EXPLANATIONS = {
     "max_new_tokens": "without the prompt",
     "resume": "the run that --run names",
     "mesh": "data=N,fsdp=M",
+    "coordinator": "HOST:PORT",
     "wandb": "WANDB_PROJECT and other variables name the destination",
 }
 """Flag here -> what differs from the other names."""

@@ -227,6 +227,9 @@ def test_batch_depends_only_on_seed_and_step(seed, step, size, seq_len):
     np.random.random()
     again, _ = get_batch(TOKENS, seed=seed, step=step, batch_size=size + 3, seq_len=seq_len)
     assert np.array_equal(again[:size], inputs)
+    rows = np.arange(size)[::-2]
+    part = get_batch(TOKENS, seed=seed, step=step, batch_size=size, seq_len=seq_len, rows=rows)
+    assert np.array_equal(part[0], inputs[rows]) and np.array_equal(part[1], targets[rows])
 
 
 def test_batches_differ_by_step_and_seed_and_cover_every_start():
