@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+FLAGS = """--data text.txt --tokenizer char --n-layers 1 --dim 16 --n-heads 2 --n-kv-heads 1 --window 8 --max-context 32
+--seq-len 16 --batch-size 16 --grad-accum 2 --ema-decay 0.9 --warmup-ratio 0 --schedule constant --dtype float32
+--log-every 1 --eval-every 4 --eval-batches 2 --sample-tokens 0 --save-every 5 --max-checkpoints 2""".split()
+MESH = ["--mesh", "data=2,fsdp=2"]
 # Imports take most of a start: one process makes them, and each program is a fork of it from before JAX's own start.
 STARTER = """
 import json, os, sys
@@ -110,6 +115,22 @@ class Starter:
         """End the starter."""
         self.process.stdin.close()
         self.process.wait(60)
+
+
+def ended(programs: list[Program], limit: float = 90) -> list[int]:
+    """Wait for the exit codes; programs that run longer are killed."""
+    deadline = time.monotonic() + limit
+    try:
+        return [program.code(max(1.0, deadline - time.monotonic())) for program in programs]
+    finally:
+        for program in programs:
+            if not program.place.with_suffix(".code").exists():
+                os.kill(program.pid, signal.SIGKILL)
+
+
+def said(programs: list[Program]) -> str:
+    """The ends of all outputs, for a message."""
+    return "\n".join(f"{program.out()[-2000:]}\n{program.err()[-3000:]}" for program in programs)
 
 
 def free_port() -> int:

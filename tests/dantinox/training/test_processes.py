@@ -4,60 +4,21 @@ import os
 import re
 import shutil
 import signal
-import socket
 import time
 from pathlib import Path
 
 import pytest
 
 from dantinox.checkpoint.manager import Checkpoints
-from dantinox.cli import train as cli_train
-from dantinox.distributed import processes
 from dantinox.metrics.logger import read_metrics
-from tests.helpers.process_group import Program, Starter, free_port
+from tests.helpers.process_group import FLAGS, MESH, Program, Starter, ended, said
 
 MANY = 1_000_000
-FLAGS = """--data text.txt --tokenizer char --n-layers 1 --dim 16 --n-heads 2 --n-kv-heads 1 --window 8 --max-context 32
---seq-len 16 --batch-size 16 --grad-accum 2 --ema-decay 0.9 --warmup-ratio 0 --schedule constant --dtype float32
---log-every 1 --eval-every 4 --eval-batches 2 --sample-tokens 0 --save-every 5 --max-checkpoints 2""".split()
-MESH = ["--mesh", "data=2,fsdp=2"]
 # Times that a test can wait for.
 QUICK = """
 from dantinox.distributed import watch
 watch.DEAD_S, watch.BEAT_S = 4.0, 0.5
 """
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path, before = tmp_path_factory.mktemp("processes"), Path.cwd()
-    (path / "text.txt").write_text("".join(f"{i} Nel mezzo del cammin di nostra vita\n" for i in range(300)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DANTINOX_CACHE", str(path / "cache"))
-        os.chdir(path)
-        yield path
-        os.chdir(before)
-
-
-@pytest.fixture(scope="module")
-def starter(folder):
-    starter = Starter(folder)
-    yield starter
-    starter.close()
-
-
-def ended(programs: list[Program], limit: float = 90) -> list[int]:
-    deadline = time.monotonic() + limit
-    try:
-        return [program.code(max(1.0, deadline - time.monotonic())) for program in programs]
-    finally:
-        for program in programs:
-            if not program.place.with_suffix(".code").exists():
-                os.kill(program.pid, signal.SIGKILL)
-
-
-def said(programs: list[Program]) -> str:
-    return "\n".join(f"{program.out()[-2000:]}\n{program.err()[-3000:]}" for program in programs)
 
 
 def train(starter: Starter, *words: object) -> str:
@@ -283,81 +244,6 @@ def test_full_disk_of_one_process_ends_both(process, fault, starter):
 
 
 @pytest.mark.slow
-def test_two_starts_at_once_on_one_name(starter):
-    runs = [starter.group(*FLAGS, "--run", "race", *MESH, "--steps", 200) for _ in (0, 1)]
-    codes = sorted(tuple(ended(programs)) for programs in runs)
-    assert codes == [(0, 0), (2, 2)], [said(programs) for programs in runs]
-    (loser,) = [programs for programs in runs if programs[0].code() == 2]
-    assert re.search(r"error: runs/race is in use by process \d+", loser[0].err()) and loser[1].err() == ""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        (["--mesh", ""], "mesh is over 1 of the 4 devices of 2 processes; allowed: all of them, such as data=4"),
-        (["--mesh", "data=2"], "mesh is over 2 of the 4 devices"),
-        (["--windw", "3", *MESH], "Unrecognized options: --windw; did you mean --window?"),
-        (["--data", "absent.txt", *MESH], "no file, folder or match of a pattern at absent.txt"),
-    ],
-)
-def test_mistake_in_all_processes_is_one_line(words, message, starter):
-    programs = starter.group(*FLAGS, "--run", "mistake", "--steps", 2, *words)
-    assert ended(programs) == [2, 2], said(programs)
-    assert programs[1].err() == "" and programs[0].err().count("\n") == 1 and message in programs[0].err()
-    assert not Path("runs/mistake").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "words, code, message",
-    [
-        (["--lr", "0.5"], "", r"process 1 on \S+ differs from process 0: lr 0.5, not 0.003"),
-        (["--data", "other.txt"], "", r"process 1 on \S+ differs from process 0: data 'other.txt', not 'text.txt'"),
-        ([], "import os; os.chdir('elsewhere')", r"process 1 on \S+: .*elsewhere/runs/differs is not the folder"),
-        (
-            [],
-            "from dantinox.distributed import startup_check as s; s._hash_of_sources = lambda: 'x'",
-            "code '.* x', not ",
-        ),
-    ],
-)
-def test_process_that_differs_is_named(words, code, message, starter, folder):
-    (folder / "other.txt").write_text("Nel mezzo " * 500)
-    (folder / "elsewhere").mkdir(exist_ok=True)
-    shutil.copy(folder / "text.txt", folder / "elsewhere")
-    quick = "from dantinox.distributed import startup_check; startup_check.VISIBLE_S = 1.0\n"
-    place = [*FLAGS, "--run", "differs", *MESH, "--steps", 2]
-    place += ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", 2]
-    programs = [
-        starter.start([*place, "--process", 0], quick),
-        starter.start([*place, "--process", 1, *words], quick + code),
-    ]
-    assert ended(programs) == [2, 2], said(programs)
-    assert re.search(message, programs[0].err()) and programs[0].err().count("\n") == 1
-
-
-def test_cluster_of_one_process_and_other_pods_are_no_group(monkeypatch):
-    monkeypatch.setattr(processes, "_joined", None)
-    assert not processes.join(None, None, None)
-    for name, value in {
-        "JOB_ID": "7",
-        "STEP_NODELIST": "localhost",
-        "NTASKS": "1",
-        "PROCID": "0",
-        "LOCALID": "0",
-    }.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    assert not processes.join(None, None, None)
-    for name in ("JOB_ID", "NTASKS"):
-        monkeypatch.delenv(f"SLURM_{name}")
-    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
-    assert not processes.join(None, None, None)
-    assert not processes.join("10.0.0.1:7654", "1", "0")
-    assert processes.count() == 1 and processes.is_first()
-
-
-@pytest.mark.slow
 def test_profile_of_each_process_is_written(starter):
     words = ["--run", "profiled", *MESH, "--steps", 4, "--profile-steps", "2:3", "--verbose"]
     programs = starter.group(*FLAGS, *words)
@@ -366,57 +252,3 @@ def test_profile_of_each_process_is_written(starter):
     folder = Path("runs/profiled/tensorboard")
     assert len(list(folder.glob("plugins/profile/*/*.xplane.pb"))) == 1
     assert len(list(folder.glob("process-1/plugins/profile/*/*.xplane.pb"))) == 1
-
-
-@pytest.mark.slow
-def test_dry_run_of_two_processes_writes_nothing(starter):
-    programs = starter.group(*FLAGS, "--run", "dry", *MESH, "--dry-run")
-    assert ended(programs) == [0, 0], said(programs)
-    assert "MiB per device at the peak of a step" in programs[0].out() and programs[1].out() == ""
-    assert not Path("runs/dry").exists()
-
-
-@pytest.mark.slow
-def test_slurm_starts_several_processes_without_flags(starter):
-    variables = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
-    variables["JAX_COORDINATOR_PORT"] = str(free_port())
-    programs = [
-        starter.start(
-            [*FLAGS, "--run", "slurm", *MESH, "--steps", 2], **variables, SLURM_PROCID=str(i), SLURM_LOCALID=str(i)
-        )
-        for i in (0, 1)
-    ]
-    assert ended(programs) == [0, 0], said(programs)
-    assert "step 2/2" in programs[0].out() and programs[1].out() == ""
-
-
-@pytest.mark.slow
-def test_coordinator_that_cannot_be_reached_is_one_line(starter):
-    quick = "from dantinox.distributed import processes; processes.JOIN_S = 3"
-    port = free_port()
-    alone = [*FLAGS, *MESH, "--run", "alone", "--coordinator", f"localhost:{port}", "--processes", 2, "--process"]
-    program = starter.start([*alone, 1], quick)
-    assert ended([program]) == [1]
-    assert program.err().splitlines()[-1] == f"error: not all processes of the run joined at localhost:{port} in 3 s"
-    with socket.create_server(("", port)):
-        program = starter.start([*alone, 0])
-        assert ended([program]) == [1]
-        assert f"port {port} cannot be used: Address already in use" in program.err()
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--coordinator a:1", "--processes and --process missing; several processes need --coordinator HOST:PORT"),
-        ("--processes 2 --process 0", "--coordinator missing"),
-        ("--coordinator a --processes 2 --process 1", "coordinator is 'a'; allowed: HOST:PORT of process 0"),
-        ("--coordinator a:1 --processes 2 --process 2", "process is 2; allowed: 0 to 1, for --processes 2"),
-        ("--coordinator a:1 --processes 0 --process 0", "processes is '0'; allowed: an integer, 1 or more"),
-    ],
-)
-def test_flags_that_do_not_fit_are_one_line(words, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli_train.main(words.split())
-    assert stop.value.code == 2
-    line = capsys.readouterr().err
-    assert line.startswith(f"dantinox-train: error: {message}") and line.count("\n") == 1
