@@ -1,1 +1,1 @@
-"""Device meshes and sharding."""
+"""Meshes of devices, what their devices exchange, and several processes."""

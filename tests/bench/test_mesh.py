@@ -101,3 +101,46 @@ def test_committed_pods_fit_and_exchange_by_reduce_scatter():
         assert row["compile_cpu_s"] <= 2 * row["one_period"]["compile_cpu_s"]
         if "fsdp" in pods.CASES[name].mesh:
             assert row["exchanged"]["reduce-scatter"]["bytes"] > 0
+
+
+HALO = """
+    import json
+    import jax, jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec as P
+    from bench.mesh.collectives import collectives
+    from dantinox import kernels
+    from dantinox.distributed.collectives import per_device
+    from dantinox.distributed.context import attend_over_context
+    from dantinox.distributed.mesh import make_mesh
+
+    mesh, cut = make_mesh({"context": 16}), P(None, "context")
+
+    def exchanged(window):
+        def attend(sinks, q, k, v, gate, segment_ids=None):
+            return kernels.attention(q, k, v, window=window, segment_ids=segment_ids, implementation="xla")
+
+        def share(q, k, v):
+            with per_device(mesh):
+                f = lambda *x: attend_over_context(attend, None, *x, None, window)
+                o, pull = jax.vjp(f, q, k, v)
+                return pull(o)
+
+        laid = NamedSharding(mesh, cut)
+        shape = lambda heads: jax.ShapeDtypeStruct((1, 131072, heads, 128), jnp.float32, sharding=laid)
+        on_mesh = jax.jit(jax.shard_map(share, mesh=mesh, in_specs=(cut,) * 3, out_specs=(cut,) * 3))
+        text = on_mesh.lower(shape(32), shape(8), shape(8)).compile().as_text()
+        return sum(one.count * one.bytes for one in collectives(text))
+
+    print(json.dumps([exchanged(1024), exchanged(None)]))
+"""
+
+
+@pytest.mark.slow
+def test_halo_exchanges_a_hundredth_of_a_ring():
+    """A layer of window 1024 over 131,072 tokens on 16 devices, forward and backward, from the compiled programs."""
+    text = simulated_devices.run_with_devices("-c", textwrap.dedent(HALO), devices=16)
+    halo, gathered = json.loads(text.splitlines()[-1])
+    row, devices, T, W = 8 * 128 * 4, 16, 131072, 1024
+    ring = 6 * (devices - 1) * T // devices * row  # k and v forward; k, v, dk and dv backward
+    assert halo == 4 * (W - 1) * row
+    assert halo <= ring / 100 and halo <= gathered / 100, (halo, ring, gathered)
