@@ -47,12 +47,13 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 def _device_grid(slices: int, shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
     """Return the devices as an array of `shape` with axis data repeated over slices, neighbours next to each other."""
+    options = {"devices": devices, "allow_split_physical_axes": True}  # axes of 4 on a torus of 16 x 16
     dcn_shape = (slices,) + (1,) * (len(shape) - 1)
     if len({getattr(device, "slice_index", 0) for device in devices}) == slices > 1:
-        return mesh_utils.create_hybrid_device_mesh(shape, dcn_shape, devices)
+        return mesh_utils.create_hybrid_device_mesh(shape, dcn_shape, **options)
     if len({device.process_index for device in devices}) == slices > 1:
-        return mesh_utils.create_hybrid_device_mesh(shape, dcn_shape, devices, process_is_granule=True)
-    return mesh_utils.create_device_mesh((slices * shape[0], *shape[1:]), devices)
+        return mesh_utils.create_hybrid_device_mesh(shape, dcn_shape, process_is_granule=True, **options)
+    return mesh_utils.create_device_mesh((slices * shape[0], *shape[1:]), **options)
 
 
 def cut_axes(letters: Sequence[str], shape: Sequence[int], mesh: Mesh) -> list[tuple[str, ...]]:
