@@ -106,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         failed = any([compile_edge_cases(target) for target in work if isinstance(target, hardware.Tpu)])
         if gpus := [target.name for target in work if isinstance(target, hardware.Gpu)]:
             failed |= compile_triton_cases(["--short"] if arguments.short else gpus)
+        if not (arguments.short or arguments.target):
+            failed |= fails("bench.aot.pods", "--check")
     return 1 if worse or failed else 0
 
 

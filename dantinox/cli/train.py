@@ -21,6 +21,7 @@ from dantinox.checkpoint.manager import Checkpoints
 from dantinox.config import Config, ConfigError, presets, read_settings
 from dantinox.distributed import processes, startup_check, watch
 from dantinox.distributed.agreement import AgreedError, ask_first, check_same, together
+from dantinox.distributed.mesh import uneven_cuts
 from dantinox.metrics import logger as metrics_log
 from dantinox.metrics import model_summary, wandb_logger
 from dantinox.system import malloc, streams
@@ -215,6 +216,9 @@ def train_locked(start: Start, lock: RunLock | None, resume: bool) -> None:
         f"{'data':15} {config.data.data}: {len(trainer.corpus.train):,} training tokens, "
         f"{len(trainer.corpus.val):,} validation tokens; unigram entropy {stats.unigram_entropy:.3f} nats per token"
     )
+    if trainer.mesh is not None:
+        for line in uneven_cuts(trainer.mesh, config.model.vocab_size, config.model.dim):
+            print(f"{'mesh':15} {line}")
     if is_first:
         for name, content in (("summary.txt", text + "\n"), ("config.yaml", config.to_yaml())):
             with open_atomic(run / name) as file:

@@ -14,11 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dantinox.distributed.mesh import BATCH_AXES, TOKEN_AXES, cut_axes
+from dantinox.distributed.mesh import BATCH_AXES, LANES, TOKEN_AXES, cut_axes
 from dantinox.kernels.vma import varying_axes
 
 Array = jax.Array
-LANES = 128  # columns of a TPU's tile
 _mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
 
 

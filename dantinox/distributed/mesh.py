@@ -23,6 +23,7 @@ from dantinox.config import ConfigError
 AXES = ("data", "fsdp", "expert", "context", "tensor")  # neighbours along the last axis are joined best
 BATCH_AXES = ("data", "fsdp", "expert")
 TOKEN_AXES = (*BATCH_AXES, "context")
+LANES = 128  # columns of a TPU's tile
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh | None:
@@ -104,6 +105,25 @@ def parameter_shardings(
 
 def _count(mesh: Mesh, names: Sequence[str]) -> int:
     return math.prod(mesh.shape[name] for name in names)
+
+
+def uneven_cuts(mesh: Mesh, vocab_size: int, dim: int) -> list[str]:
+    """Return one line for each size that the mesh divides badly, though it trains.
+
+    Args:
+        mesh: from `make_mesh`.
+        vocab_size: V.
+        dim: M.
+    """
+    lines = []
+    if vocab_size % mesh.shape["tensor"]:
+        lines.append(
+            f"vocab_size {vocab_size} is not a multiple of tensor={mesh.shape['tensor']}: each device keeps all of it"
+        )
+    share = dim // _count(mesh, ("fsdp", "expert", "context"))
+    if share < dim and share % LANES:
+        lines.append(f"a device has {share} of the {dim} columns of dim; a TPU works on {LANES} at a time")
+    return lines
 
 
 def batch_spec(mesh: Mesh, num_leading_axes: int = 0) -> PartitionSpec:

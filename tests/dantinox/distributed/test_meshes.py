@@ -4,12 +4,13 @@ import importlib.util
 import json
 from pathlib import Path
 
+import jax
 import pytest
 
 from dantinox import ConfigError
 from dantinox.config import Config
 from dantinox.distributed.inference import inference_mesh
-from dantinox.distributed.mesh import make_mesh
+from dantinox.distributed.mesh import AXES, make_mesh, uneven_cuts
 
 HERE = Path(__file__).parent
 
@@ -97,6 +98,14 @@ def test_generation_and_evaluation_on_a_mesh_equal_one_device(implementations, m
     """Greedy, sampled and speculative ids, and losses; a single prompt does not divide over data."""
     program = str(HERE / "generation.py")
     simulated_devices.run_with_devices(program, json.dumps(implementations), json.dumps(meshes), *flags)
+
+
+def test_sizes_that_divide_badly_are_told():
+    mesh = jax.sharding.AbstractMesh((1, 4, 1, 2, 2), AXES)
+    assert uneven_cuts(mesh, 1024, 1024) == []
+    vocabulary, columns = uneven_cuts(mesh, 257, 96)
+    assert "vocab_size 257 is not a multiple of tensor=2" in vocabulary
+    assert "has 12 of the 96 columns" in columns
 
 
 def test_mesh_of_inference_has_data_and_tensor_only():
