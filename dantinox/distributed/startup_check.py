@@ -36,13 +36,13 @@ def check_folder(folder: Path) -> None:
     """
     if processes.count() == 1:
         return
-    lock = ask_first("the lock", (folder / NAME).read_text)
+    lock = ask_first("the lock", lambda: (folder / NAME).read_text("utf-8"))
     together("the run's folder in all processes", lambda: _wait_for(folder, lock))
 
 
 def _wait_for(folder: Path, lock: str) -> None:
     deadline = time.monotonic() + VISIBLE_S
-    while not ((folder / NAME).is_file() and (folder / NAME).read_text() == lock):
+    while not ((folder / NAME).is_file() and (folder / NAME).read_text("utf-8") == lock):
         if time.monotonic() > deadline:
             raise FileNotFoundError(
                 f"{folder.absolute()} is not the folder that process 0 writes; all processes of a run need one that "

@@ -95,7 +95,7 @@ def test_memory_and_exchanges_of_meshes_are_bounded():
 
 def test_committed_pods_fit_and_exchange_by_reduce_scatter():
     profile = json.loads(pods.PROFILE.read_text("utf-8"))
-    assert list(profile) == list(pods.CASES)
+    assert profile and list(profile) == [name for name in pods.CASES if name in profile]
     for name, row in profile.items():
         assert not pods.worse(name, row, row)
         assert row["compile_cpu_s"] <= 2 * row["one_period"]["compile_cpu_s"]
