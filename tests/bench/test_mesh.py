@@ -98,7 +98,7 @@ def test_committed_pods_fit_and_exchange_by_reduce_scatter():
     assert profile and list(profile) == [name for name in pods.CASES if name in profile]
     for name, row in profile.items():
         assert not pods.worse(name, row, row)
-        assert row["compile_cpu_s"] <= 2 * row["one_period"]["compile_cpu_s"]
+        assert row["compile_cpu_s"] <= max(60, 2 * row["one_period"]["compile_cpu_s"])
         if "fsdp" in pods.CASES[name].mesh:
             assert row["exchanged"]["reduce-scatter"]["bytes"] > 0
 

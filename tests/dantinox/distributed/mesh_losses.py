@@ -14,6 +14,7 @@ from dantinox import Transformer
 from dantinox.checkpoint.train_state import TrainState
 from dantinox.config import Config
 from dantinox.distributed.mesh import AXES, make_mesh
+from dantinox.model import layer_loop
 from dantinox.model.params import split_params
 from dantinox.training.optimizer import make_optimizer
 from dantinox.training.train_step import make_eval_step, make_train_step, state_shardings
@@ -78,8 +79,11 @@ def run(mesh: str, settings: dict[str, Any]) -> tuple[np.ndarray, dict[str, np.n
 def main() -> None:
     """Compare the meshes of argv[1] with one device, with the settings of argv[2]; print the differences as JSON."""
     meshes, settings = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+    loop = settings.pop("loop", False)
     numbers, gradients = run("", settings)
     differences = {}
+    if loop:  # what TPUs and GPUs run for deep models
+        layer_loop.runs_as_loop = lambda config: True
     for mesh in meshes:
         other_numbers, other_gradients = run(mesh, settings)
         worst = max(np.abs(other_gradients[name] - g).max() / (np.abs(g).max() + 1e-9) for name, g in gradients.items())

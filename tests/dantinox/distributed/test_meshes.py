@@ -79,6 +79,12 @@ def test_every_mesh_equals_one_device(settings):
 
 
 @pytest.mark.slow
+def test_loop_over_layers_on_meshes_equals_one_device():
+    settings = {"loop": True, "n_layers": 4} | EXPERTS
+    assert_equal_to_one_device(["data=2,fsdp=4", "expert=2,context=2,tensor=2"], settings)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, EXPERTS], ids=["dense", "experts"])
 def test_meshes_with_pallas_kernels_equal_one_device(settings):
     meshes = ["data=8", "fsdp=4,tensor=2", "data=2,context=4", "expert=2,context=2,tensor=2"]
