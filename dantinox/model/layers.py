@@ -95,11 +95,15 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
     """Zero a fraction `rate` of x [B, T, M] and scale up the rest; without a key (evaluation) return x unchanged."""
     if key is None or rate == 0:
         return x
-    # One key per sequence of the whole batch, so that devices draw different masks.
-    key = jax.random.fold_in(key, collectives.axis_index("context"))
-    rows = collectives.first_sequence(x.shape[0]) + jnp.arange(x.shape[0])
-    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-    keep_mask = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    # A key per token of the whole batch, so that the devices of a mesh draw the masks of one device.
+    B, T, M = x.shape
+    rows = collectives.first_sequence(B) + jnp.arange(B)
+    positions = collectives.first_position(T) + jnp.arange(T)
+
+    def keep(row: Array, position: Array) -> Array:
+        return jax.random.bernoulli(jax.random.fold_in(jax.random.fold_in(key, row), position), 1 - rate, (M,))
+
+    keep_mask = jax.vmap(lambda row: jax.vmap(lambda position: keep(row, position))(positions))(rows)
     return jnp.where(keep_mask, x / (1 - rate), 0).astype(x.dtype)
 
 
