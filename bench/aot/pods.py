@@ -3,7 +3,7 @@
     python -m bench.aot.pods [CASE...] [--check]
 
 Each case is compiled twice in processes of their own: whole, and with the layers of one period of its window pattern.
-Writes profiles/aot/pods.json; with --check compares with it instead and exits with 1 if a case got worse.
+Writes profiles/pods.json; with --check compares with it instead and exits with 1 if a case got worse.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from bench.aot import hardware
 from bench.aot.gpu import compiler as gpu_compiler
 from bench.aot.tpu import compiler as tpu_compiler
 
-PROFILE = Path("profiles/aot/pods.json")
+PROFILE = Path("profiles/pods.json")
 TOLERANCE = 1.05  # of bytes, against the committed ones
 MISTRAL_7B = {
     "vocab_size": 32768,
