@@ -1,21 +1,13 @@
 """What meshes cost: the reader of compiled programs, and bounds on the memory and the exchanges of training steps."""
 
-import importlib.util
 import json
 import textwrap
-from pathlib import Path
 
 import pytest
 
 from bench.aot import pods
 from bench.mesh import collectives
-
-ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location(
-    "simulated_devices", ROOT / "tests/dantinox/distributed/simulated_devices.py"
-)
-simulated_devices = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(simulated_devices)
+from tests.helpers.simulated_devices import run_with_devices
 
 HLO = """
     %add (x: f32[], y: f32[]) -> f32[] {
@@ -79,7 +71,7 @@ PROGRAM = """
 @pytest.mark.slow
 def test_memory_and_exchanges_of_meshes_are_bounded():
     """A device keeps no more under fsdp than under data, and exchanges nothing as large as the activation."""
-    dense, experts = json.loads(simulated_devices.run_with_devices("-c", textwrap.dedent(PROGRAM)).splitlines()[-1])
+    dense, experts = json.loads(run_with_devices("-c", textwrap.dedent(PROGRAM)).splitlines()[-1])
     activation, table = 16 * 128 * 256 * 4, 1024 * 256 * 4
     for mesh in ("fsdp=8", "data=2,fsdp=4"):
         assert dense[mesh][0] <= 1.02 * dense["data=8"][0]
@@ -138,7 +130,7 @@ HALO = """
 @pytest.mark.slow
 def test_halo_exchanges_a_hundredth_of_a_ring():
     """A layer of window 1024 over 131,072 tokens on 16 devices, forward and backward, from the compiled programs."""
-    text = simulated_devices.run_with_devices("-c", textwrap.dedent(HALO), devices=16)
+    text = run_with_devices("-c", textwrap.dedent(HALO), devices=16)
     halo, gathered = json.loads(text.splitlines()[-1])
     row, devices, T, W = 8 * 128 * 4, 16, 131072, 1024
     ring = 6 * (devices - 1) * T // devices * row  # k and v forward; k, v, dk and dv backward

@@ -1,5 +1,6 @@
 """Training programs of several processes on this machine, each with simulated CPU devices."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,9 +8,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 FLAGS = """--data text.txt --tokenizer char --n-layers 1 --dim 16 --n-heads 2 --n-kv-heads 1 --window 8 --max-context 32
@@ -44,6 +47,18 @@ for line in sys.stdin:
     print(os.read(read, 20).decode(), flush=True)
     os.close(read)
 """
+
+
+@contextlib.contextmanager
+def training_folder(path: Path) -> Iterator[Path]:
+    """Within this context a folder has a text, and the test and its programs run in it."""
+    before = Path.cwd()
+    (path / "text.txt").write_text("".join(f"{i} Nel mezzo del cammin di nostra vita\n" for i in range(300)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DANTINOX_CACHE", str(path / "cache"))
+        os.chdir(path)
+        yield path
+        os.chdir(before)
 
 
 @dataclass

@@ -1,12 +1,11 @@
 """Every operation on four simulated devices, against one device: `shard_map` with its check, and explicit axes."""
 
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.simulated_devices import run_with_devices
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -94,7 +93,4 @@ PROGRAM = """
 )
 def test_four_devices_equal_one(implementation):
     code = textwrap.dedent(PROGRAM).replace("NAME", repr(implementation))
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_with_devices("-c", code, devices=4)

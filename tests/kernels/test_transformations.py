@@ -1,9 +1,6 @@
 """Attention under vmap, remat, scan, shard_map, second derivatives and export with symbolic sizes."""
 
 import functools
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import pytest
 from bench.verification.fast_compile import jit_fast_compile
 from dantinox import kernels
 from tests.helpers import cases
+from tests.helpers.simulated_devices import run_with_devices
 
 ROOT = Path(__file__).parents[2]
 CASE = cases.attention(20, 24, H=4, window=9, gate="elementwise", softcap=2.0)
@@ -123,11 +121,7 @@ SHARDED = """
 )
 def test_shard_map_over_sequences_and_heads_equals_one_device(where, check_vma):
     code = textwrap.dedent(SHARDED).replace("WHERE", f"[{where}]").replace("CHECK", str(check_vma))
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    environment |= {"PATH": os.environ.get("PATH", ""), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_with_devices("-c", code, devices=4)
 
 
 def test_ids_of_shards_vary():

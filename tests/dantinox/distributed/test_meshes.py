@@ -1,6 +1,5 @@
 """Training on meshes of eight simulated devices gives the losses and gradients of one device."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -11,18 +10,10 @@ from dantinox import ConfigError
 from dantinox.config import Config
 from dantinox.distributed.inference import inference_mesh
 from dantinox.distributed.mesh import AXES, make_mesh, uneven_cuts
+from tests.dantinox.distributed.mesh_losses import all_meshes
+from tests.helpers.simulated_devices import run_with_devices
 
 HERE = Path(__file__).parent
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-mesh_losses, simulated_devices = load("mesh_losses"), load("simulated_devices")
 EXPERTS = {"n_experts": 8, "mlp_ratio": 1.0}
 EVERYTHING = {
     "n_experts": 8,
@@ -45,7 +36,7 @@ DROPOUT = {"dropout": 0.2, "remat": "block"}
 
 def assert_equal_to_one_device(meshes, settings, devices=8):
     program = str(HERE / "mesh_losses.py")
-    output = simulated_devices.run_with_devices(program, json.dumps(meshes), json.dumps(settings), devices=devices)
+    output = run_with_devices(program, json.dumps(meshes), json.dumps(settings), devices=devices)
     found = json.loads(output.splitlines()[-1])
     assert found.keys() == set(meshes)
     for mesh, (losses, gradients) in found.items():
@@ -61,7 +52,7 @@ def test_mesh_over_four_axes_equals_one_device():
 @pytest.mark.parametrize("short", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["short", "long"])
 def test_exchanges_equal_one_device(short):
     """Skewed routings and their rounds, windows across devices, gathered weights, with gradients."""
-    simulated_devices.run_with_devices(str(HERE / "exchanges.py"), *["--short"] * short, devices=4)
+    run_with_devices(str(HERE / "exchanges.py"), *["--short"] * short, devices=4)
 
 
 @pytest.mark.slow
@@ -71,7 +62,7 @@ def test_exchanges_equal_one_device(short):
     ids=["windowed", "full", "experts", "every setting", "dropout"],
 )
 def test_every_mesh_equals_one_device(settings):
-    meshes = mesh_losses.all_meshes(8)
+    meshes = all_meshes(8)
     assert len(meshes) == 35
     if "n_experts" not in settings:  # without experts the axis deals sequences only; a few meshes have it
         meshes = [mesh for mesh in meshes if "expert" not in mesh or mesh == "expert=8"]
@@ -103,7 +94,7 @@ def test_meshes_with_pallas_kernels_equal_one_device(settings):
 def test_generation_and_evaluation_on_a_mesh_equal_one_device(implementations, meshes, flags):
     """Greedy, sampled and speculative ids, and losses; a single prompt does not divide over data."""
     program = str(HERE / "generation.py")
-    simulated_devices.run_with_devices(program, json.dumps(implementations), json.dumps(meshes), *flags)
+    run_with_devices(program, json.dumps(implementations), json.dumps(meshes), *flags)
 
 
 def test_sizes_that_divide_badly_are_told():

@@ -50,13 +50,8 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path, before = tmp_path_factory.mktemp("crash"), Path.cwd()
-    (path / "text.txt").write_text("".join(f"{i} Nel mezzo del cammin di nostra vita\n" for i in range(300)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DANTINOX_CACHE", str(path / "cache"))
-        os.chdir(path)
+    with process_group.training_folder(tmp_path_factory.mktemp("crash")) as path:
         yield path
-        os.chdir(before)
 
 
 class Programs:
