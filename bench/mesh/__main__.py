@@ -36,13 +36,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     base = SMALL if arguments.preset is None else []
     pairs = [pair.partition("=") for pair in (*base, *arguments.set)]
-    settings = coerce_numbers({name: value for name, _, value in pairs}, "--set")
+    try:
+        settings = coerce_numbers({name: value for name, _, value in pairs}, "--set")
+        preset = Config() if arguments.preset is None else Config.from_preset(arguments.preset)
+        base_config = preset.replace(**settings)
+    except ConfigError as error:
+        parser.error(str(error))
     failed = False
     print(f"{'mesh':26} {'temporary':>10} {'arguments':>10}  exchanged in a step: count, MiB (largest array, MiB)")
     for mesh in ("", *arguments.mesh):
         try:
-            config = Config() if arguments.preset is None else Config.from_preset(arguments.preset)
-            cost = steps.step_cost(config.replace(**settings, mesh=mesh))
+            cost = steps.step_cost(base_config.replace(mesh=mesh))
         except (ConfigError, NotImplementedError) as error:
             failed = True
             print(f"{mesh}: {error}", flush=True)
