@@ -1,9 +1,10 @@
 """Compile whole training steps of the presets for GPUs: do they compile, and what memory do they need?
 
-    python -m bench.aot.gpu.train_steps [TARGET...] [--preset NAME...] [--dtype D] [--implementation I...]
+    python -m bench.aot.gpu.train_steps [TARGET...] [--preset NAME...] [--dtype D] [--implementation I...] [--write]
 
 Prints the temporary memory of a step with each implementation of attention, and its ratio to that with plain XLA. A
-step takes a minute to compile; the settings are those of the preset.
+step takes a minute to compile; the settings are those of the preset. --write keeps the rows in profiles/aot/, beside
+those of other targets and presets.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from bench.aot import hardware
@@ -19,6 +20,7 @@ from bench.aot.gpu import compiler
 
 WITHOUT = "default"  # the settings without a preset
 PRESETS = (WITHOUT, "dante", "dante-moe", "nano", "h100")
+FILE = Path("profiles/aot/train_steps.md")
 
 
 def temp_bytes(target: hardware.Gpu, preset: str, attn: str, dtype: str | None) -> int:
@@ -70,6 +72,33 @@ def compiler_environment() -> Iterator[None]:
         yield
 
 
+def table(found: Mapping[tuple[str, str], Mapping[str, int]], old: str = "") -> str:
+    """Return the table of profiles/aot.
+
+    Args:
+        found: bytes of temporaries by implementation of attention, by card and preset.
+        old: the table before, whose other rows stay.
+    """
+    rows = {tuple(line.split(" | ")[:2]): line for line in old.splitlines() if line.startswith("| ")}
+    for (card, preset), by_implementation in found.items():
+        xla, triton = by_implementation["xla"], by_implementation["triton"]
+        row = f"| {card} | {preset} | {xla / 2**20:.0f} | {triton / 2**20:.0f} | {triton / xla:.2f} |"
+        rows[f"| {card}", preset] = row
+    cards = [target.name for target in hardware.TARGETS.values() if isinstance(target, hardware.Gpu)]
+    return "\n".join(
+        [
+            "# Whole training steps, compiled for GPUs that were not there",
+            "",
+            "Written by `python -m bench.aot.gpu.train_steps --write`: MiB of temporaries of a step of each preset in "
+            "its own settings, `default` without a preset. The mixture of experts runs by XLA in both.",
+            "",
+            "| card | preset | attention by XLA | by Triton | ratio |",
+            "|---|---|---|---|---|",
+            *(rows[key] for card in cards for preset in PRESETS if (key := (f"| {card}", preset)) in rows),
+        ]
+    ) + "\n"  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile, print a row per target and preset, and return 1 if a step does not compile."""
     gpus = [target.name for target in hardware.TARGETS.values() if isinstance(target, hardware.Gpu)]
@@ -78,7 +107,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", nargs="+", choices=PRESETS, default=PRESETS, help="default: all")
     parser.add_argument("--implementation", nargs="+", default=["triton", "xla"], help="of attention (triton xla)")
     parser.add_argument("--dtype", help="instead of the preset's")
+    parser.add_argument("--write", action="store_true", help=f"write {FILE}, with both implementations")
     arguments = parser.parse_args(argv)
+    if arguments.write and (arguments.dtype or set(arguments.implementation) != {"triton", "xla"}):
+        parser.error("--write is for both implementations and the presets' own dtypes")
     failed = False
     with compiler_environment():
         for name in arguments.target or gpus:
@@ -99,6 +131,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if "xla" in found:
                     ratios = [f"{n} {x / found['xla']:.2f}" for n, x in found.items() if n != "xla"]
                     print(f"{name}, {preset}: ratio to xla: {', '.join(ratios)}", flush=True)
+                if arguments.write and len(found) == 2:
+                    old = FILE.read_text("utf-8") if FILE.exists() else ""
+                    FILE.write_text(table({(name, preset): found}, old), "utf-8")
     return int(failed)
 
 

@@ -88,6 +88,16 @@ def test_train_steps_compile_for_every_card_by_default(monkeypatch, capsys):
     assert all(f"{name}, nano, attn triton: 1 MiB" in printed for name in GPUS)
 
 
+def test_table_of_train_steps_keeps_other_rows(monkeypatch, tmp_path):
+    monkeypatch.setattr(train_steps, "compiler_environment", contextlib.nullcontext)
+    monkeypatch.setattr(train_steps, "FILE", tmp_path / "steps.md")
+    monkeypatch.setattr(train_steps, "temp_bytes", lambda target, preset, attn, dtype: 2**20 * (4 - (attn == "triton")))
+    assert train_steps.main(["h100", "--preset", "nano", "--write"]) == 0
+    assert train_steps.main(["a100", "--preset", "nano", "dante", "--write"]) == 0
+    rows = [line for line in (tmp_path / "steps.md").read_text("utf-8").splitlines() if "0.75" in line]
+    assert rows == [f"| {row} | 4 | 3 | 0.75 |" for row in ("h100 | nano", "a100 | dante", "a100 | nano")]
+
+
 def test_table_shows_the_worst_kernel_and_keeps_the_rows_of_other_cards():
     made = [RIGHT._replace(name=name, spill_bytes=spilled) for name in triton_cases.PRODUCTS for spilled in (0, 9)]
     old = "| h100 | old |\n| a100 | old |\n| rtx5090 | old |\n"
