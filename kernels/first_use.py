@@ -3,6 +3,9 @@
 A kernel that compiles may still be wrong on a chip that it has never run on. So "auto" compares it with the
 reference on a few small problems and takes another implementation if they disagree. A file in the cache folder
 remembers that they agreed, for this kind of device, these sources and these versions.
+
+Several processes that run one program must choose the same kernels: within `verdicts_by`, a kernel that fails its check
+in one of them is taken by none.
 """
 
 import contextlib
@@ -12,7 +15,7 @@ import importlib.metadata
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +43,24 @@ class Result(NamedTuple):
 
 
 Probe = Callable[[str], Mapping[str, Result]]
+Vote = Callable[[str, str | None], str | None]
+_vote: Vote | None = None
+
+
+@contextlib.contextmanager
+def verdicts_by(vote: Vote | None) -> Iterator[None]:
+    """Within this context, "auto" follows the verdict that the processes of a run make of their own ones.
+
+    Args:
+        vote: takes the name of a check and why it failed here, or None, and returns why it failed anywhere; every
+            process calls it. None: this process traces a program that the others do not.
+    """
+    global _vote
+    before, _vote = _vote, vote
+    try:
+        yield
+    finally:
+        _vote = before
 
 
 def output_and_gradients(
@@ -78,7 +99,20 @@ def disagreement(op: str, probe: Probe, implementation: str = "pallas", subject:
     """
     if announced_device() is not None:  # the device is not here
         return None
-    return _check_once(op, probe, implementation, subject, current_device())
+    device = current_device()
+    reason = _check_once(op, probe, implementation, subject, device)
+    if _vote is None:
+        return reason
+    return _verdict(_vote, ", ".join(filter(None, (op, implementation, subject))), device, reason)
+
+
+@functools.cache
+def _verdict(vote: Vote, check: str, device: Device, reason: str | None) -> str | None:
+    """Return the verdict of all processes, which vote once."""
+    verdict = vote(check, reason)
+    if verdict is not None and reason is None:
+        log.warning("%s is not used: %s", check, verdict)
+    return verdict
 
 
 @functools.cache

@@ -35,6 +35,7 @@ OTHER_NAMES = {
     "seed": "random_seed rng_seed manual_seed init_weights_seed",
     "mesh": "devices gpus num_gpus n_gpus ngpu num_devices n_devices nproc_per_node world_size fsdp dp_size "
     "data_parallel_size ici_fsdp_parallelism ici_data_parallelism dcn_data_parallelism num_nodes",
+    "expert_exchange": "use_ragged_all_to_all ragged_all_to_all use_ragged_dispatch moe_dispatch",
     "coordinator": "coordinator_address jax_coordinator_address coordinator_ip coordinator_ip_address master_addr "
     "main_process_ip rdzv_endpoint dist_url",
     "processes": "num_processes n_processes process_count nnodes",

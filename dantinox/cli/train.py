@@ -20,8 +20,9 @@ from dantinox.checkpoint.load import read_config
 from dantinox.checkpoint.manager import Checkpoints
 from dantinox.config import Config, ConfigError, presets, read_settings
 from dantinox.distributed import processes, startup_check, watch
-from dantinox.distributed.agreement import AgreedError, ask_first, check_same, together
+from dantinox.distributed.agreement import AgreedError, ask_first, check_same, first_failure, together
 from dantinox.distributed.mesh import uneven_cuts
+from dantinox.kernels import first_use
 from dantinox.metrics import logger as metrics_log
 from dantinox.metrics import model_summary, wandb_logger
 from dantinox.system import malloc, streams
@@ -235,6 +236,7 @@ def train_locked(start: Start, lock: RunLock | None, resume: bool) -> None:
         contextlib.closing(metrics_log.MetricsLog(run, start.step if resume else None, tracker, tokens_per_step))
         if is_first
         else contextlib.nullcontext() as log,
+        first_use.verdicts_by(first_failure if processes.count() > 1 else None),
     ):
         loop = Loop(trainer, run, checkpoints, log, resume_command(config), start.progress)
         loop.run(trainer.init_state() if start.state is None else start.state, start.step)

@@ -40,6 +40,7 @@ NEW_SETTINGS = {
     "mlp_alpha": 1.702,
     "moe_bias": False,
     "loss": "auto",
+    "expert_exchange": "padded",
 }
 """Settings that came after the first sweeps, and their defaults."""
 

@@ -47,6 +47,8 @@ class TrainConfig:
     """Seed of the initial weights, the data order and dropout."""
     mesh: str = ""
     """Device mesh such as data=2,fsdp=4, of data, fsdp, tensor, context, expert and slices; empty: one device."""
+    expert_exchange: Literal["padded", "ragged"] = "padded"
+    """What travels along the mesh axis expert: equally many rows to each device, or only those that exist (TPU)."""
     eval_every: int = 100
     """Steps between evaluations; 0: only after the last step."""
     eval_batches: int = 8

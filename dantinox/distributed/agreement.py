@@ -164,6 +164,18 @@ def ask_first[T](topic: str, question: Callable[[], T], share: bool = True) -> T
     return answer if processes.is_first() else shared["answer"]  # type: ignore[return-value]
 
 
+def first_failure(topic: str, reason: str | None) -> str | None:
+    """Return why something failed in the first process in which it did, or None.
+
+    Args:
+        topic: as in `gather`.
+        reason: why it failed in this process, or None.
+    """
+    reasons = gather(topic, reason)
+    failed = next((i for i, other in enumerate(reasons) if other is not None), None)
+    return None if failed is None else f"{describe(failed)}: {reasons[failed]}"
+
+
 def check_same(facts: Mapping[str, Any]) -> None:
     """Check that all processes have the same facts, JSON values by name.
 

@@ -19,16 +19,28 @@ from dantinox.kernels.vma import varying_axes
 
 Array = jax.Array
 _mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
+_ragged: contextvars.ContextVar[bool] = contextvars.ContextVar("ragged", default=False)
 
 
 @contextlib.contextmanager
-def per_device(mesh: Mesh | None) -> Iterator[None]:
-    """Within this context the model computes the share of one device of `mesh`; inside the function of a shard_map."""
-    token = _mesh.set(mesh)
+def per_device(mesh: Mesh | None, *, ragged: bool = False) -> Iterator[None]:
+    """Within this context the model computes the share of one device; inside the function of a shard_map.
+
+    Args:
+        mesh: the mesh of the shard_map.
+        ragged: whether the axis expert exchanges only the rows that exist, by a collective of TPUs.
+    """
+    tokens = _mesh.set(mesh), _ragged.set(ragged)
     try:
         yield
     finally:
-        _mesh.reset(token)
+        _mesh.reset(tokens[0])
+        _ragged.reset(tokens[1])
+
+
+def exchanges_ragged() -> bool:
+    """Return whether the axis expert exchanges only the rows that exist."""
+    return _ragged.get()
 
 
 def axis_size(axis: str) -> int:

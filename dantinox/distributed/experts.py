@@ -4,6 +4,9 @@ A device has a queue of tokens for each device of the axis: a token is in it onc
 one round every device sends up to C tokens of each queue (`all_to_all`), the experts run, and the outputs return. A
 balanced router needs one round. A skewed one needs more, and no token is dropped: the number of rounds is that of the
 longest queue of all, and memory is that of one round.
+
+By default the rows that a queue leaves empty travel too. `ragged_all_to_all`, of TPUs only, leaves them out: the slack
+over a balanced router, and most of the rounds of a skewed one, whose other queues are empty.
 """
 
 import functools
@@ -14,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dantinox.distributed.collectives import TOKEN_AXES, axis_index, axis_size, used_axes
+from dantinox.distributed.collectives import TOKEN_AXES, axis_index, axis_size, exchanges_ragged, used_axes
 from dantinox.kernels.vma import match_vma
 
 Array = jax.Array
@@ -48,16 +51,21 @@ def send_to_experts(
     tokens, ids, weights = (
         match_vma(x, tokens, *[m for m in matrices if m is not None]) for x in (tokens, ids, weights)
     )
-    return _exchange(_Mixture(experts, E // devices, devices, rows), matrices, tokens, ids, weights)
+    mixture = _Mixture(experts, E // devices, devices, rows, exchanges_ragged())
+    return _exchange(mixture, matrices, tokens, ids, weights)
 
 
 class _Mixture(NamedTuple):
-    """What is static: the experts of one device, their number, the devices and the rows of a queue per round."""
+    """What is static: the experts of one device, their number, the devices and the rows of a queue per round.
+
+    With `ragged`, only the rows that exist travel.
+    """
 
     experts: Callable[..., Array]
     num_local: int
     devices: int
     rows: int
+    ragged: bool
 
 
 class _Queues(NamedTuple):
@@ -70,6 +78,7 @@ class _Queues(NamedTuple):
         target: for each token and choice the device of the expert, [N, k] int32; `devices` for a choice whose token is
             in the queue already, or of no expert.
         rounds: rounds that the longest queue of all devices needs, int32 scalar.
+        expected: lengths of the queues for this device, [devices] int32; None unless only rows that exist travel.
     """
 
     order: Array
@@ -77,6 +86,7 @@ class _Queues(NamedTuple):
     place: Array
     target: Array
     rounds: Array
+    expected: Array | None
 
 
 def _make_queues(mixture: _Mixture, ids: Array) -> _Queues:
@@ -93,7 +103,30 @@ def _make_queues(mixture: _Mixture, ids: Array) -> _Queues:
     places = jnp.cumsum(queued, axis=1, dtype=jnp.int32) - 1
     place = jnp.take_along_axis(places.T, jnp.minimum(target, mixture.devices - 1), axis=1)
     longest = jax.lax.pmax(jnp.max(count), used_axes((*TOKEN_AXES, "tensor")))
-    return _Queues(order, count, place, target, -(-longest // mixture.rows))
+    expected = jax.lax.all_to_all(count, "expert", 0, 0, tiled=True) if mixture.ragged else None
+    return _Queues(order, count, place, target, -(-longest // mixture.rows), expected)
+
+
+def _all_to_all(mixture: _Mixture, queues: _Queues, number: Array, x: Array, *, back: bool = False) -> Array:
+    """Exchange the rows x [devices, rows, ...] of one round; return them by sender.
+
+    Args:
+        mixture: what is static.
+        queues: those of this device.
+        number: of the round.
+        x: rows by receiver.
+        back: whether rows of other devices' queues return.
+    """
+    if queues.expected is None:
+        return jax.lax.all_to_all(x, "expert", 0, 0)
+    counts = (queues.expected, queues.count) if back else (queues.count, queues.expected)
+    sent, received = (jnp.clip(count - number * mixture.rows, 0, mixture.rows) for count in counts)
+    starts = jnp.arange(mixture.devices, dtype=jnp.int32) * mixture.rows
+    own = jnp.full(mixture.devices, mixture.rows, jnp.int32) * axis_index("expert")
+    starts, own = match_vma(starts, sent), match_vma(own, sent)
+    flat = x.reshape(-1, *x.shape[2:])
+    rows = jax.lax.ragged_all_to_all(flat, jnp.zeros_like(flat), starts, sent, own, received, axis_name="expert")
+    return rows.reshape(x.shape)
 
 
 def _send(mixture: _Mixture, queues: _Queues, number: Array, x: Array, empty: float = 0) -> Array:
@@ -104,13 +137,19 @@ def _send(mixture: _Mixture, queues: _Queues, number: Array, x: Array, empty: fl
     start = number * mixture.rows
     order = jax.lax.dynamic_slice_in_dim(queues.order, start, mixture.rows, axis=1)
     exists = start + jnp.arange(mixture.rows)[None] < queues.count[:, None]
-    sent = jnp.where(exists[..., None], x[order], jnp.asarray(empty, x.dtype))
-    return jax.lax.all_to_all(sent, "expert", 0, 0).reshape(-1, *x.shape[1:])
+    fill = jnp.asarray(empty, x.dtype)
+    rows = jnp.where(exists[..., None], x[order], fill)
+    rows = _all_to_all(mixture, queues, number, rows)
+    if queues.expected is not None:
+        exists = start + jnp.arange(mixture.rows)[None] < queues.expected[:, None]
+        rows = jnp.where(exists[..., None], rows, fill)
+    return rows.reshape(-1, *x.shape[1:])
 
 
 def _return(mixture: _Mixture, queues: _Queues, number: Array, y: Array) -> Array:
     """Return received rows y [devices * rows, ...] to their devices and add up each token's, [N, ...]."""
-    y = jax.lax.all_to_all(y.reshape(mixture.devices, mixture.rows, *y.shape[1:]), "expert", 0, 0)
+    y = y.reshape(mixture.devices, mixture.rows, *y.shape[1:])
+    y = _all_to_all(mixture, queues, number, y, back=True)
     y = y.reshape(-1, *y.shape[2:])
     total = jnp.zeros((queues.target.shape[0], *y.shape[1:]), jnp.float32)
     for j in range(queues.target.shape[1]):  # a gather per choice: the order of the sum is fixed

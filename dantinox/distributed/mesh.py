@@ -46,6 +46,16 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     return Mesh(_device_grid(slices, shape, available[:needed]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def check_expert_exchange(exchange: str, mesh: Mesh | None) -> None:
+    """Check that the devices of a mesh can exchange the tokens of experts in the given way, padded or ragged.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if exchange == "ragged" and mesh is not None and mesh.shape["expert"] > 1 and jax.default_backend() == "cpu":
+        raise ConfigError("expert_exchange is 'ragged'; allowed on CPUs: padded")
+
+
 def _device_grid(slices: int, shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
     """Return the devices as an array of `shape` with axis data repeated over slices, neighbours next to each other."""
     options = {"devices": devices, "allow_split_physical_axes": True}  # axes of 4 on a torus of 16 x 16

@@ -1,6 +1,8 @@
 """What the processes of a run compare before they train: code, settings and the folder of the run."""
 
+import contextlib
 import hashlib
+import importlib.metadata
 import time
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from dantinox.distributed.agreement import ask_first, check_same, together
 from dantinox.system.run_lock import NAME
 from dantinox.version import __version__
 
+PACKAGES = ("jaxlib", "jax-triton", "triton", "libtpu")  # "auto" chooses by what is installed
 VISIBLE_S = 60.0  # in which a new file is to be seen by all; file servers cache that there is none
 
 
@@ -25,6 +28,7 @@ def check_code_and_settings(config: Config) -> None:
     if processes.count() > 1:
         facts = {"code": f"{__version__} {_hash_of_sources()}", "jax": jax.__version__}
         facts |= {"device": jax.local_devices()[0].device_kind}
+        facts |= {package: _version(package) for package in PACKAGES}
         check_same(facts | config.flat())
 
 
@@ -49,6 +53,12 @@ def _wait_for(folder: Path, lock: str) -> None:
                 "they share, such as --runs-dir on a file server"
             )
         time.sleep(0.2)
+
+
+def _version(package: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
 
 
 def _hash_of_sources() -> str:

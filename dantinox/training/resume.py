@@ -261,6 +261,7 @@ RESUME_EFFECTS: dict[str, Effect | Callable[[Config, Config], Effect]] = {
     "grad_accum": "numbers",
     "seed": "numbers",
     "mesh": "numbers",  # the order of sums
+    "expert_exchange": "none",
     "eval_every": "none",
     "eval_batches": "numbers",  # of validation
     "patience": "none",

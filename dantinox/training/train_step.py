@@ -100,7 +100,7 @@ def make_train_step(
         params: Params, inputs: Array, targets: Array, key: Array | None, count: Array
     ) -> tuple[dict, Params]:
         """Return metrics and gradients, averaged over the micro-batches; on a mesh, of one device's share."""
-        with per_device(mesh):
+        with per_device(mesh, ragged=config.train.expert_exchange == "ragged"):
             params = separate_copies(params)  # their gradients are summed over the axis data once, at the end
             if A == 1:
                 metrics, grads = micro_batch_gradients(params, inputs[0], targets[0], key, count)
@@ -167,7 +167,7 @@ def make_eval_step(
     """
 
     def evaluate(params: Params, inputs: Array, targets: Array) -> Array:
-        with per_device(mesh):
+        with per_device(mesh, ragged=config.train.expert_exchange == "ragged"):
             model = model_def.merge(params)
             return mean_over_targets(model.token_losses(model.hidden(inputs)[0], targets), targets)
 

@@ -14,6 +14,7 @@ from dantinox.data.corpus import Corpus, eval_batches, get_batch, load_corpus
 from dantinox.distributed import agreement, global_arrays, mesh, processes
 from dantinox.inference import prefill
 from dantinox.inference.generate import generate
+from dantinox.kernels import first_use
 from dantinox.model.params import Params, abstract_params, split_params
 from dantinox.model.transformer import Transformer
 from dantinox.training.optimizer import make_optimizer, make_schedule
@@ -32,6 +33,7 @@ class Trainer:
         c = self.config
         self.mesh = mesh.make_mesh(c.train.mesh_axes())
         processes.check_mesh(self.mesh)
+        mesh.check_expert_exchange(c.train.expert_exchange, self.mesh)
         self.corpus = self.prepared or load_corpus(
             c.data.data,
             tokenizer=c.data.tokenizer,
@@ -138,8 +140,13 @@ class Trainer:
         """Generate text from the start of a document; of several processes in the first."""
         if self.mesh is not None and processes.count() > 1:
             params = global_arrays.to_local_device(params, self.mesh)
+
+            def generate_alone() -> str:
+                with first_use.verdicts_by(None):
+                    return self._generate(params, tokens)
+
             # The others wait here, not in a collective, which has a time limit of its own.
-            return agreement.ask_first("a sample", lambda: self._generate(params, tokens))
+            return agreement.ask_first("a sample", generate_alone)
         # One sequence does not need many devices, and the kernels of TPUs and GPUs cannot be partitioned.
         return self._generate(jax.device_put(params, jax.sharding.SingleDeviceSharding(jax.local_devices()[0])), tokens)
 

@@ -44,6 +44,24 @@ def refuse():
     raise RuntimeError("Mosaic failed\nto compile")
 
 
+@pytest.mark.parametrize(("own", "verdict"), [(None, "process 1: nan"), ("nan", "process 0: nan"), (None, None)])
+def test_verdict_of_all_processes_counts_and_is_asked_for_once(own, verdict, monkeypatch, caplog):
+    votes, name = [], "attention, triton, float32, D 64"
+    monkeypatch.setattr(first_use, "_check_once", functools.cache(lambda *_: own))
+
+    def vote(check, reason):
+        votes.append((check, reason))
+        return verdict
+
+    with first_use.verdicts_by(vote):
+        assert [first_use.disagreement("attention", None, "triton", "float32, D 64") for _ in range(2)] == [verdict] * 2
+        with first_use.verdicts_by(None):
+            assert first_use.disagreement("attention", None) == own
+    assert first_use.disagreement("attention", None) == own
+    assert votes == [(name, own)]
+    assert caplog.messages == [f"{name} is not used: {verdict}"] * (own is None and verdict is not None)
+
+
 @pytest.mark.parametrize(
     ("pallas", "message"),
     [

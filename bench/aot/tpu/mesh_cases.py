@@ -125,6 +125,7 @@ def training_programs(devices: Any) -> dict[str, Callable[[], Any]]:
         "training step, experts": lambda: lower(mesh="data=2,fsdp=2", **experts),
         "training step, context and tensor": lambda: lower(mesh="context=2,tensor=2", dtype="bfloat16"),
         "training step, experts over devices": lambda: lower(mesh="expert=2,tensor=2", **experts),
+        "training step, ragged exchange": lambda: lower(mesh="expert=4", expert_exchange="ragged", **experts),
     }
 
 

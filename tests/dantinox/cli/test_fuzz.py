@@ -67,6 +67,7 @@ VALUES = {
     "seq-len": "1 2 8 16 17 33 0",
     "grad-accum": "1 2 3 0",
     "seed": "0 1 4294967295 4294967296 -1",
+    "expert-exchange": "padded ragged dense",
     "mesh": "data=1 fsdp=1 data=1,fsdp=1 data=2 tensor=1 slices=2 context=3 model=1 data=0 ,",
     "eval-every": "0 1 -1",
     "eval-batches": "1 2 0",

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.sharding import AbstractMesh
 
 from dantinox import ConfigError
 from dantinox.config import Config
 from dantinox.distributed.inference import inference_mesh
-from dantinox.distributed.mesh import AXES, make_mesh, uneven_cuts
+from dantinox.distributed.mesh import AXES, check_expert_exchange, make_mesh, uneven_cuts
 from tests.dantinox.distributed.mesh_losses import all_meshes
 from tests.helpers.simulated_devices import run_with_devices
 
@@ -67,6 +68,14 @@ def test_every_mesh_equals_one_device(settings):
     if "n_experts" not in settings:  # without experts the axis deals sequences only; a few meshes have it
         meshes = [mesh for mesh in meshes if "expert" not in mesh or mesh == "expert=8"]
     assert_equal_to_one_device(meshes, settings)
+
+
+def test_ragged_exchange_is_refused_on_a_cpu():
+    mesh = AbstractMesh((2,), ("expert",))
+    check_expert_exchange("padded", mesh)
+    check_expert_exchange("ragged", AbstractMesh((1,), ("expert",)))
+    with pytest.raises(ConfigError, match=r"^expert_exchange is 'ragged'; allowed on CPUs: padded$"):
+        check_expert_exchange("ragged", mesh)
 
 
 @pytest.mark.slow

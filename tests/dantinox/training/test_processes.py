@@ -201,6 +201,31 @@ def test_nan_in_the_rows_of_one_process_ends_both(starter):
     assert Path("runs/nan/nan-7.npz").is_file() and Checkpoints(Path("runs/nan")).steps()[-1] == 6
 
 
+CHECKED = """
+import logging
+from dantinox.kernels import dispatch, first_use
+from dantinox.kernels.ops.attention import api
+logging.getLogger("dantinox.kernels").addHandler(logging.FileHandler(f"chosen-{OWN}.txt", encoding="utf-8"))
+first_use._record = lambda *_: None
+first_use._check = lambda op, *_: "it failed its check on this card" if op == "attention" and OWN else None
+for implementation in api.OPERATION.implementations:
+    if implementation.name == "pallas":
+        object.__setattr__(implementation, "not_auto", lambda *_: first_use.disagreement("attention", None))
+"""
+
+
+@pytest.mark.slow
+def test_kernel_that_fails_its_check_in_one_process_is_taken_by_none(starter):
+    codes = [f"OWN = {i}\n{CHECKED}" for i in (0, 1)]
+    words = ["--run", "checked", *MESH, "--steps", 3, "--attn", "auto", "--verbose", "--sample-tokens", 2]
+    programs = starter.group(*FLAGS, *words, codes=codes)
+    assert ended(programs) == [0, 0], said(programs)
+    for process in (0, 1):
+        chosen = Path(f"chosen-{process}.txt").read_text("utf-8")
+        assert re.search(r"auto chose xla on cpu; not pallas: process 1 on \S+: it failed its check", chosen), chosen
+    assert "attention, pallas is not used: process 1" in Path("chosen-0.txt").read_text("utf-8")
+
+
 FULL = """
 import errno, os
 from dantinox.checkpoint import shared_save

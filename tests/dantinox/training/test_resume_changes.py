@@ -33,7 +33,7 @@ NONE = {
     "vocab_size": 999, "max_context": 64, "decode": "reference", "kv_cache_dtype": "int8", "data": "moved/inferno.txt",
     "bpe_vocab_size": 400, "run": "renamed", "runs_dir": "elsewhere", "eval_every": 3, "patience": 50, "save_every": 3,
     "max_checkpoints": 1, "on_nan": "skip", "sample_every": 6, "sample_tokens": 3, "log_every": 3,
-    "profile_steps": "6:7", "steps": 8,
+    "profile_steps": "6:7", "steps": 8, "expert_exchange": "ragged",
 }  # fmt: skip
 NUMBERS = {
     "router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.5, "dropout": 0.1, "remat": "block", "attn": "reference",
