@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dantinox.distributed.mesh import BATCH_AXES, LANES, TOKEN_AXES, cut_axes
+from dantinox.kernels import dispatch
 from dantinox.kernels.vma import varying_axes
 
 Array = jax.Array
@@ -154,11 +155,28 @@ def _gather_bwd(
 def _scatter_sum(dw: Array, axis: int, name: str) -> Array:
     """Sum dw over the devices along a mesh axis and return this device's share along `axis`."""
     devices = axis_size(name)
-    if axis == 0 or dw.shape[axis] // devices % LANES == 0:
-        return jax.lax.psum_scatter(dw, name, scatter_dimension=axis, tiled=True)
-    # One block per device along a new first axis: TPUs scatter the last axis only in whole tiles, and else reduce the
-    # whole gradient everywhere.
-    return jax.lax.psum_scatter(jnp.stack(jnp.split(dw, devices, axis)), name, scatter_dimension=0)
+    in_blocks = axis and dw.shape[axis] // devices % LANES
+    if in_blocks:
+        # One block per device along a new first axis: TPUs scatter the last axis only in whole tiles, and else reduce
+        # the whole gradient everywhere.
+        dw, axis = jnp.stack(jnp.split(dw, devices, axis)), 0
+    for groups in _scatter_groups(name):
+        dw = jax.lax.psum_scatter(dw, name, scatter_dimension=axis, axis_index_groups=groups, tiled=True)
+    return dw[0] if in_blocks else dw
+
+
+def _scatter_groups(name: str) -> list[list[list[int]] | None]:
+    """Return the groups of devices along a mesh axis for each step of a reduce-scatter; None: one group.
+
+    XLA for TPUs reduces everywhere what is scattered over all devices of a mesh, so there are two steps then: device
+    b i + j gets the i-th of a blocks from those with the same j, and of that the j-th of b from those with the same i.
+    """
+    mesh, devices = _mesh.get(), axis_size(name)
+    a = next((a for a in range(int(devices**0.5), 1, -1) if devices % a == 0), 1)
+    if mesh is None or mesh.size != devices or a == 1 or not dispatch.on_tpu():
+        return [None]
+    b = devices // a
+    return [[[b * i + j for i in range(a)] for j in range(b)], [[b * i + j for j in range(b)] for i in range(a)]]
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)

@@ -15,6 +15,7 @@ from dantinox.distributed.collectives import per_device, whole_weight
 from dantinox.distributed.context import attend_over_context
 from dantinox.distributed.experts import send_to_experts
 from dantinox.distributed.mesh import make_mesh
+from dantinox.kernels.dispatch import Device, target_device
 
 E, K, N, M, F = 8, 2, 256, 16, 24
 
@@ -137,26 +138,31 @@ def check_context(windows: Sequence[int | None]) -> None:
         assert_close(on_mesh(*arguments), jax.jit(whole)(*arguments), f"window {window}")
 
 
-def check_weights() -> None:
-    """A bfloat16 weight's gradient is summed in float32, and each device keeps its share."""
-    mesh = mesh_of(data=2, fsdp=2)
-    w, dy = draw(6, M), draw(4, 6, M, seed=1)
+def check_weights(device: Device, letters: str, **sizes: int) -> None:
+    """A bfloat16 weight's gradient is summed in float32, and each device keeps its share of M."""
+    mesh, shape = mesh_of(**sizes), (6, M) if letters == "FM" else (M, 6)
+    w, dy = draw(*shape), draw(4, *shape, seed=1)
 
     def share(w, dy):
-        with per_device(mesh):
-            y, pull = jax.vjp(lambda w: whole_weight(w, "FM", jnp.dtype("bfloat16")), w)
+        with per_device(mesh), target_device(*device):
+            y, pull = jax.vjp(lambda w: whole_weight(w, letters, jnp.dtype("bfloat16")), w)
             return y[None], pull(dy[0].astype(jnp.bfloat16))[0]
 
-    batch = P(("data", "fsdp"))
-    on_mesh = jax.shard_map(share, mesh=mesh, in_specs=(P(None, "fsdp"), batch), out_specs=(batch, P(None, "fsdp")))
-    y, dw = jax.jit(on_mesh)(w, dy)
-    np.testing.assert_array_equal(y, np.broadcast_to(w.astype(jnp.bfloat16), (4, 6, M)))
+    batch, cut = P(tuple(sizes)), P(*("fsdp" if letter == "M" else None for letter in letters))
+    on_mesh = jax.jit(jax.shard_map(share, mesh=mesh, in_specs=(cut, batch), out_specs=(batch, cut)))
+    y, dw = on_mesh(w, dy)
+    np.testing.assert_array_equal(y, np.broadcast_to(w.astype(jnp.bfloat16), (4, *shape)))
     np.testing.assert_allclose(dw, dy.astype(jnp.bfloat16).astype(jnp.float32).sum(0), rtol=1e-6)
     assert dw.dtype == jnp.float32
+    steps = 2 if device.platform == "tpu" and mesh.size == sizes["fsdp"] else 1
+    assert on_mesh.lower(w, dy).as_text().count("stablehlo.reduce_scatter") == steps
 
 
 if __name__ == "__main__":
-    check_weights()
+    for device in (Device("cpu", "cpu"), Device("tpu", "TPU v6 lite")):
+        for letters in ("FM", "MF"):
+            check_weights(device, letters, data=2, fsdp=2)
+            check_weights(device, letters, fsdp=4)
     check_context((9, 26, None) if "--short" in sys.argv else (1, 2, 8, 9, 10, 17, 25, 26, 31, 32, 100, None))
     check_experts(ragged=False)
     jax.lax.ragged_all_to_all = ragged_all_to_all
