@@ -12,7 +12,7 @@ PY     := .venv/bin/python
 SETUP  := sh scripts/setup.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sweep generate test test-long test-crash test-peers test-mutants judge bench bench-compare ablations toggles tutorial ladder aot aot-check profile \
+.PHONY: help setup train sweep generate test test-long test-crash test-peers test-mutants judge bench tune bench-compare ablations toggles tutorial ladder aot aot-check profile \
         tensorboard gpu docs docs-serve test-newest lint format doctor clean
 
 help: ## show this list
@@ -68,6 +68,10 @@ judge: ## is my kernel right, and with which features? In a minute (OP=attention
 bench: ## is it fast? Times every operation and the model (BENCH="attention model")
 	@$(SETUP) dev
 	@$(PY) -m bench $(if $(BENCH),--op $(BENCH)) $(ARGS)
+
+tune: ## which block sizes and implementations are fastest here? ARGS="--op attention --minutes 5"
+	@$(SETUP) dev
+	@$(PY) -m bench.tune $(ARGS)
 
 bench-compare: ## did it get slower? The newest measurement against the last committed one
 	@$(SETUP) dev

@@ -6,6 +6,7 @@ bench.ablations             measures what each feature of the model costs
 bench.end_to_end            measures training, decoding and first-token speed
 bench.profile               traces training steps or one operation
 bench.tutorial              measures the steps of kernels/tutorial
+bench.tune                  measures block sizes and implementations, for kernels/tuned
 bench.tune_block_sizes      times Hopper's grouped kernels at every block width
 bench.aot, bench.gpu        compile for other hardware; check and measure everything on a GPU
 

@@ -172,15 +172,20 @@ class Operation:
         raise ValueError(f"implementation is {implementation!r}; allowed: {', '.join(self.names())}")
 
     def _select_automatically(self, *inputs: Any) -> Callable[..., Any]:
+        from dantinox.kernels import tuning  # it imports this module
+
         by_name = {i.name: i for i in self.implementations}
         skipped: dict[str, str] = {}
-        for name in PREFERENCE:
+        measured, platform = tuning.measured_implementation(self.name, inputs), current_device().platform
+        for name in sorted(PREFERENCE, key=lambda name: name != measured):
             candidate = by_name[name]
-            reason = (
-                candidate.unsupported_device() or candidate.unsupported_inputs(*inputs) or candidate.not_auto(*inputs)
-            )
+            reason = candidate.unsupported_device() or candidate.unsupported_inputs(*inputs)
+            # On a CPU, whose kernels are interpreted, the reasons against a kernel are of speed only.
+            if reason is None and not (name == measured and platform == "cpu"):
+                reason = candidate.not_auto(*inputs)
             if reason is None:
-                _log_choice(self.name, name, current_device().platform, tuple(skipped.items()))
+                label = f"{name}, the fastest when measured," if name == measured else name
+                _log_choice(self.name, label, platform, tuple(skipped.items()))
                 return candidate.function
             skipped[name] = reason
         raise NotImplementedError(f"{self.name}: no implementation can run here")

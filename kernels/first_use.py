@@ -158,7 +158,8 @@ def _version(distribution: str) -> str:
 @functools.cache
 def _source_hash() -> str:
     found = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    folder = Path(__file__).parent
+    for path in (*sorted(folder.rglob("*.py")), *sorted(folder.glob("tuned/*.json"))):  # block sizes count, too
         found.update(path.read_bytes())
     return found.hexdigest()
 

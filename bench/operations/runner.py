@@ -4,6 +4,7 @@ All candidates are compiled first. Then they take turns, so that a drift of the 
 arguments are random, and differ from turn to turn where one set of them would stay in the cache.
 """
 
+import contextlib
 import functools
 import math
 import time
@@ -23,7 +24,7 @@ from bench.operations.baselines import Candidate, Forward
 from bench.operations.roofline import Ceilings
 from bench.operations.timer import clock
 from dantinox import kernels
-from dantinox.kernels import workloads
+from dantinox.kernels import dispatch, tuning, workloads
 from dantinox.kernels.cost import Cost
 from dantinox.kernels.ops.decode_attention.kv_cache import quantize
 from dantinox.kernels.workloads.types import Decode, Workload
@@ -129,7 +130,35 @@ def candidates(workload: Workload) -> dict[str, Candidate]:
     elif workload.sweep and workload.devices == ("cpu",) and not isinstance(workload, Decode):
         reason = "left out of the sweeps on a CPU, where it would take most of the time"
         ours["reference"] = Candidate("reference", None, reason)
-    return ours | {baseline.name: baseline for baseline in baselines.for_workload(workload)}
+    untuned = {
+        f"{name}, untuned": Candidate(f"{name}, untuned", untuned_function(workload, name))
+        for name, candidate in ours.items()
+        if candidate.unsupported_reason is None and uses_measurements(workload, name)
+    }
+    return ours | untuned | {baseline.name: baseline for baseline in baselines.for_workload(workload)}
+
+
+def uses_measurements(workload: Workload, implementation: str) -> bool:
+    """Return whether an implementation has block sizes that were measured on this device for a workload."""
+    measured = tuning.table(dispatch.current_device()).block_sizes
+    if not measured:
+        return False
+    inputs, state, _ = jax.eval_shape(functools.partial(random_arguments, workload))
+    aux = workload.integer_inputs()
+    with tuning.recording() as seen, contextlib.suppress(NotImplementedError):
+        jax.eval_shape(implementation_function(workload, implementation), inputs, state, aux)
+    return not measured.keys().isdisjoint(seen.choices)
+
+
+def untuned_function(workload: Workload, implementation: str) -> Forward:
+    """Return `implementation_function` with the block sizes of the heuristics."""
+    forward = implementation_function(workload, implementation)
+
+    def untuned(inputs: Tree, state: Tree, aux: Tree) -> tuple[jax.Array, Tree]:
+        with tuning.forcing({}):
+            return forward(inputs, state, aux)
+
+    return untuned
 
 
 def implementation_function(workload: Workload, implementation: str) -> Forward:

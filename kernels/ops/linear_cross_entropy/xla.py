@@ -30,6 +30,7 @@ from dantinox.kernels import dispatch
 from dantinox.kernels.einsum import accumulation_dtype
 from dantinox.kernels.ops.linear_cross_entropy.common import gradient_dtype, lse_gradient
 from dantinox.kernels.softcap import cap_derivative, cap_scores
+from dantinox.kernels.tuning import tunable
 from dantinox.kernels.vma import match_vma
 
 Array = jax.Array
@@ -73,6 +74,7 @@ class _Residuals(NamedTuple):
     unit_gradients: tuple[Array, Array] | None = None
 
 
+@tunable
 def choose_block_v(N: int) -> int:
     """Return the columns of a tile of all rows: a power of two."""
     if not isinstance(N, int):  # the size of an exported program's argument may be a symbol
@@ -80,6 +82,7 @@ def choose_block_v(N: int) -> int:
     return max(MIN_BLOCK_V, min(MAX_BLOCK_V, 1 << (MAX_TILE_LOGITS // N).bit_length() - 1))
 
 
+@tunable
 def choose_block_n(V: int) -> int:
     """Return the rows of a tile of all columns: a power of two."""
     accelerated = dispatch.on_gpu() or dispatch.on_tpu()

@@ -36,6 +36,7 @@ from dantinox.kernels.ops.grouped_matmul.pallas_cpu.gmm import (
 from dantinox.kernels.ops.moe.biases import add_tiles, sum_rows
 from dantinox.kernels.ops.moe.swiglu import Activation, swiglu, swiglu_bwd
 from dantinox.kernels.ops.moe.vjp import ExpertsGrads, ExpertsOutput, ExpertWeights
+from dantinox.kernels.tuning import tunable
 
 __all__ = ["backward", "forward", "sum_rows"]
 Array = jax.Array
@@ -44,6 +45,12 @@ Ref = Any
 # Rows per tile. Without sizes below 128 the gradients of 8 experts of 256 x 1024 take 1.07 times as long; without sizes
 # below 32 those of 8 experts with 16 rows each take 1.8 times as long.
 TILE_SIZES = (512, 128, 16)
+
+
+@tunable
+def tile_sizes(R: int, E: int) -> tuple[int, ...]:
+    """Return the rows per tile, decreasing, for R rows of E experts."""
+    return limit_tile_sizes(TILE_SIZES, R, E)
 
 
 def forward(
@@ -153,5 +160,5 @@ def backward(
 
 def _for_each_expert_tile(R: int, offsets_ref: Ref, e: Array, run_tile: Callable[..., Any], carry: Any = None) -> Any:
     """Loop over the tiles of expert e; large tiles may be partial, since a mask costs less than a product."""
-    sizes = limit_tile_sizes(TILE_SIZES, R, offsets_ref.shape[0] - 1)
+    sizes = tile_sizes(R, offsets_ref.shape[0] - 1)
     return for_each_row_tile(R, offsets_ref[e], offsets_ref[e + 1], sizes, run_tile, carry, full_large_tiles=False)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dantinox.kernels.ops.attention.block_schedule import make_block_schedule
+from dantinox.kernels.tuning import tunable
 
 MAX_SCORES = 2**18  # per step: 1 MiB of float32; twice that in a step of several key blocks
 MAX_KEYS_PER_STEP, MAX_WASTE = 512, 1.25  # of a forward step; computed scores over needed scores
@@ -36,6 +37,7 @@ class CpuBlockSizes(NamedTuple):
         return G * self.block_q, self.block_kv
 
 
+@tunable
 def heuristic_block_sizes(*, heads: int, G: int, T: int, S: int, causal: bool, window: int | None) -> CpuBlockSizes:
     """Choose the block sizes of a problem; `heads` is the number of key heads of all sequences."""
     side = 64 if window is not None and window <= 256 else 128

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from dantinox.kernels.mosaic_gpu import tuned_head_dim
+from dantinox.kernels.tuning import tunable
 
 
 class FwdBlockSizes(NamedTuple):
@@ -16,6 +17,7 @@ class FwdBlockSizes(NamedTuple):
 FWD_BLOCK_SIZES = {64: FwdBlockSizes(64, 128, 4), 128: FwdBlockSizes(64, 128, 2), 256: FwdBlockSizes(64, 64, 2)}
 
 
+@tunable
 def fwd_block_sizes(D: int) -> FwdBlockSizes:
     """Return the block sizes of the forward kernel for a head dim."""
     return FWD_BLOCK_SIZES[tuned_head_dim(D)]
@@ -38,6 +40,7 @@ BWD_BLOCK_SIZES = {
 }
 
 
+@tunable
 def bwd_block_sizes(D: int) -> BwdBlockSizes:
     """Return the block sizes of the backward kernels for a head dim."""
     return BWD_BLOCK_SIZES[tuned_head_dim(D)]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from dantinox.kernels.dispatch import Device
 from dantinox.kernels.mosaic_tpu import SMEM_BYTES
 from dantinox.kernels.ops.attention.block_schedule import FIRST_KV_BLOCK, NEEDS_MASK, make_block_schedule
+from dantinox.kernels.tuning import tunable
 
 MAX_SCORES = 2**20  # per block: 12 MiB of scratch in the backward pass, and programs of about 7000 bundles
 BUNDLES_PER_STEP, BUNDLES_PER_Q_BLOCK = 330, 160  # the latter for the start and end of a query block
@@ -40,6 +41,7 @@ class TpuBlockSizes(NamedTuple):
         return self.block_q_compute, self.block_kv_compute
 
 
+@tunable
 def heuristic_block_sizes(
     device: Device,
     *,

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import triton
 
+from dantinox.kernels.tuning import tunable
+
 MIN_HEAD_BLOCK = 16
 
 
@@ -70,17 +72,20 @@ def head_block(D: int) -> int:
     return max(MIN_HEAD_BLOCK, triton.next_power_of_2(D))
 
 
+@tunable
 def fwd_block_sizes(capability: tuple[int, int], dtype: Any, D: int) -> TritonBlockSizes:
     """Return the sizes of the forward kernel."""
     key = jnp.dtype(dtype).itemsize, max(32, head_block(D))
     return (FWD | FWD_SM100 if capability[0] == 10 else FWD)[key]
 
 
+@tunable
 def dq_block_sizes(dtype: Any, D: int) -> TritonBlockSizes:
     """Return the sizes of the kernel of dq, which are the same on all GPUs."""
     return DQ[_bwd_operand_bytes(dtype), max(32, head_block(D))]
 
 
+@tunable
 def dkv_block_sizes(capability: tuple[int, int], dtype: Any, D: int) -> TritonBlockSizes:
     """Return the sizes of the kernel of dk and dv."""
     key = _bwd_operand_bytes(dtype), max(32, head_block(D))

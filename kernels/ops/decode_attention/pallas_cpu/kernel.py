@@ -49,6 +49,7 @@ from dantinox.kernels.ops.decode_attention.common import (
 from dantinox.kernels.ops.decode_attention.kv_cache import KVCache, append_token, append_tokens
 from dantinox.kernels.ops.decode_attention.numbers import split_scale
 from dantinox.kernels.ops.decode_attention.rows import group_rows, group_sinks, ungroup_rows
+from dantinox.kernels.tuning import tunable
 from dantinox.kernels.vma import varying_shape
 
 Array = jax.Array
@@ -74,6 +75,7 @@ class DecodeConfig(NamedTuple):
     batched: bool = False
 
 
+@tunable
 def choose_block_size(C: int, max_visible: int, itemsize: int, eight_bits: bool) -> int:
     """Return the slots per block: all of a short ring buffer, otherwise a power of two.
 

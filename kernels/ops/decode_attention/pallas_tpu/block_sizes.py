@@ -1,5 +1,7 @@
 """Block sizes and memory layout of decode attention on TPU."""
 
+from dantinox.kernels.tuning import tunable
+
 LANES = 128
 TILE_BYTES = 32  # rows x bytes per value of a memory tile
 MAX_BLOCK_BYTES = 2**20  # of a block of keys; values take as much, and both are double-buffered
@@ -28,6 +30,7 @@ def smallest_block_bytes(*, H: int, K: int, C: int, D: int, itemsize: int) -> in
     return 4 * tile_slots * slot_bytes(K=K, C=C, D=D, itemsize=itemsize) + 8 * queries
 
 
+@tunable
 def choose_block_size(C: int, max_visible: int, tile_slots: int, slot_bytes: int) -> int:
     """Return the slots per block: a power of two, or C if a short ring buffer consists of whole memory tiles.
 

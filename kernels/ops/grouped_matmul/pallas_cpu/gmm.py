@@ -32,6 +32,7 @@ from jax.experimental.pallas import tpu as pltpu
 from dantinox.kernels.cost import Cost
 from dantinox.kernels.ops.grouped_matmul.common import dot_f32, mask_to_zero
 from dantinox.kernels.ops.grouped_matmul.group_metadata import broadcast_row_mask
+from dantinox.kernels.tuning import tunable
 from dantinox.kernels.vma import call_invariant, varying_shape
 
 Array = jax.Array
@@ -42,6 +43,7 @@ MAX_TILE_ROWS, MIN_TILE_ROWS = 512, 16
 EXTRA_TILE_COST_ROWS = 16
 
 
+@tunable
 def tile_sizes(N: int, E: int) -> tuple[int, ...]:
     """Return the rows per tile, decreasing: the largest size, about as many as a group has, a quarter of that."""
     group = min(MAX_TILE_ROWS, max(MIN_TILE_ROWS, 1 << max(0, round(N / E).bit_length() - 1)))

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from dantinox.kernels.mosaic_gpu import TMA_ROWS as TMA_ROWS
+from dantinox.kernels.tuning import tunable
 
 BLOCK_M = 128  # rows of the output per tile
 BLOCK_K = 64  # of the contraction per stage
@@ -46,6 +47,7 @@ class Sm90GmmBlockSizes(NamedTuple):
     stages: int
 
 
+@tunable
 def gmm_block_sizes(
     N: int, E: int, K: int, J: int, num_sms: int, *, widths: tuple[int, ...], num_weights: int = 1
 ) -> Sm90GmmBlockSizes:
@@ -64,6 +66,7 @@ def gmm_block_sizes(
     return _widest_fast(widths, num_weights, lambda sizes: estimate_cycles(work, sizes, num_weights, num_sms))
 
 
+@tunable
 def tgmm_block_sizes(N: int, E: int, M: int, F: int, num_sms: int, *, widths: tuple[int, ...]) -> Sm90GmmBlockSizes:
     """Choose the sizes for the sums over rows [N, M]^T [N, F]: [E, M, F]."""
     work = tgmm_work(N, E, M, F)

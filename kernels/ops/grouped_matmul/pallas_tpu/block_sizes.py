@@ -7,6 +7,7 @@ VMEM. The model counts the bytes that a kernel moves with given blocks. A CPU's 
 from typing import NamedTuple
 
 from dantinox.kernels.dispatch import Device
+from dantinox.kernels.tuning import tunable
 
 VMEM_BYTES = 56 * 2**20  # of the 64 MiB of the smallest chip
 BLOCK_BYTES = 36 * 2**20  # of these for double-buffered blocks; the rest serves sums and the compiler
@@ -82,6 +83,7 @@ def choose_block_m(device: Device, N: int, E: int, *, transposed: bool = False) 
     return block_m, min(block_m, 128 if "v5" in device.kind or ("v6" in device.kind and not transposed) else 256)
 
 
+@tunable
 def gmm_block_sizes(
     device: Device,
     N: int,
@@ -161,6 +163,7 @@ def gmm_block_sizes(
     )
 
 
+@tunable
 def tgmm_block_sizes(device: Device, N: int, E: int, M: int, F: int, *, num_dy: int, itemsize: int) -> GmmBlockSizes:
     """Choose the sizes for the sums over rows [N, M]^T [N, F]: [E, M, F], `num_dy` of them at once."""
     block_m, _ = choose_block_m(device, N, E)

@@ -7,6 +7,7 @@ element of w, of which a TPU v6e needs 570 per byte in bfloat16. So blocks of ro
 from typing import NamedTuple
 
 from dantinox.kernels.dispatch import Device
+from dantinox.kernels.tuning import tunable
 
 VMEM_BYTES = 56 * 2**20  # of the 64 MiB of the smallest chip
 BLOCK_BYTES = 40 * 2**20  # of these for blocks and scratch memory; the rest serves the compiler
@@ -47,6 +48,7 @@ def fitting_sizes(M: int, itemsize: int) -> tuple[int, int] | None:
     return next((sizes for sizes in SIZES if vmem_bytes(*sizes, M, itemsize) <= BLOCK_BYTES), None)
 
 
+@tunable
 def block_sizes(device: Device, N: int, V: int, M: int, itemsize: int) -> BlockSizes:
     """Return the block sizes for N rows and a vocabulary of V; small problems are one block.
 

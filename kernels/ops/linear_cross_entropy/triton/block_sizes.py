@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import triton
 
+from dantinox.kernels.tuning import tunable
+
 MIN_PROGRAMS = 1024  # of the forward kernel, several per SM
 MIN_SPLITS = 16
 
@@ -53,11 +55,13 @@ FWD_CAPPED: Table = FWD | {(10, "16 bits"): TritonBlockSizes(128, 64, 64, 4, 4)}
 BWD_CAPPED: Table = BWD | {(9, "16 bits"): TritonBlockSizes(128, 128, 64, 8, 3)}
 
 
+@tunable
 def fwd_block_sizes(capability: tuple[int, int], dtype: Any, precision: str, capped: bool) -> TritonBlockSizes:
     """Return the sizes of the forward kernel."""
     return (FWD_CAPPED if capped else FWD)[_key(capability, dtype, precision)]
 
 
+@tunable
 def bwd_block_sizes(capability: tuple[int, int], dtype: Any, precision: str, capped: bool) -> TritonBlockSizes:
     """Return the sizes of the kernel of the logits' gradients."""
     return (BWD_CAPPED if capped else BWD)[_key(capability, dtype, precision)]

@@ -1,0 +1,1 @@
+"""Measure block sizes and implementations on the device at hand."""
