@@ -1,7 +1,7 @@
 """Export a trained model: `python -m dantinox.export --run runs/NAME --out DIR`.
 
-The program writes config.json and safetensors to DIR in the Hugging Face layout of Llama, Mistral, Mixtral or gpt-oss,
-and the tokenizer, in the format of DantinoX, to DIR/dantinox. `dantinox.load_hf(DIR)` loads them.
+The program writes config.json and safetensors to DIR in the Hugging Face layout of Llama, Mistral, Mixtral, Qwen3 or
+gpt-oss, and the tokenizer, in the format of DantinoX, to DIR/dantinox. `dantinox.load_hf(DIR)` loads them.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,8 @@ from typing import NoReturn
 
 from dantinox import cli
 from dantinox.config.validation import check_int
-from dantinox.hf.config import Layout, layout_of, to_hf
+from dantinox.hf.config import layout_of, to_hf
+from dantinox.hf.families import Layout
 
 PROG = "dantinox-export"
 
@@ -27,7 +28,8 @@ class Arguments:
     out: str | None = None
     """Folder to write; it must not exist, or be empty."""
     layout: Layout | None = None
-    """Layout to write; None: gpt_oss with sinks, mixtral with experts, mistral with a window, llama otherwise."""
+    """Layout to write; None: gpt_oss with sinks, qwen3 or qwen3_moe with qk_norm, mixtral with experts, mistral with a
+    window, llama otherwise."""
     shard_mb: int = 5000
     """Maximum size of a file of weights, in megabytes."""
     verbose: bool = False

@@ -1,85 +1,34 @@
-"""Convert the settings of a model to and from config.json of Hugging Face, for Llama, Mistral, Mixtral and gpt-oss."""
+"""Convert the settings of a model to and from config.json of Hugging Face, by the tables of `families`."""
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any
 
 from dantinox.config import ConfigError, ModelConfig
 from dantinox.config.aliases import current_names
+from dantinox.hf.families import COMMON_FIELDS, FAMILIES, Family, Layout
 from dantinox.model.rope import original_context
 
-Layout = Literal["llama", "mistral", "mixtral", "gpt_oss"]
-
-_CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "gpt_oss": "GptOssForCausalLM",
-}
-_DEFAULT_THETA = {"llama": 1e4, "mistral": 1e4, "mixtral": 1e6, "gpt_oss": 150_000.0}
 _YARN = {"beta_fast": 32, "beta_slow": 1}  # the constants of our yarn; _LLAMA3: of our llama3
 _LLAMA3 = {"low_freq_factor": 1, "high_freq_factor": 4}
 _EXTRA_FIELDS = ("dropout", "router_z_loss_coef", "dtype", "remat", "kv_cache_dtype")  # stored under "dantinox"
-_HF_NAMES = {
-    "vocab_size": "vocab_size",
-    "dim": "hidden_size",
-    "hidden": "intermediate_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "resolved_head_dim": "head_dim",
-    "max_context": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-    "tie_embeddings": "tie_word_embeddings",
-}
-_MOE_HF_NAMES = {
-    "n_experts": "num_local_experts",
-    "experts_per_token": "num_experts_per_tok",
-    "router_aux_loss_coef": "router_aux_loss_coef",
-}
-_GPT_OSS_HF_NAMES = _MOE_HF_NAMES | {
-    "attn_bias": "attention_bias",
-    "mlp_limit": "swiglu_limit",
-    "mlp_alpha": "swiglu_alpha",
-}
-_EXTRA_HF_NAMES = {"mixtral": _MOE_HF_NAMES, "gpt_oss": _GPT_OSS_HF_NAMES}  # beside _HF_NAMES
-# Defaults of transformers that are not ours, for settings that config.json leaves out.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "mixtral": {"n_experts": 8},
-    "gpt_oss": {
-        "n_experts": 128,
-        "experts_per_token": 4,
-        "n_kv_heads": 8,
-        "resolved_head_dim": 64,
-        "norm_eps": 1e-5,
-        "router_aux_loss_coef": 0.001,
-        "attn_bias": True,
-    },
-}
 _DEFAULT_GPT_OSS_ROPE = {
     "rope_type": "yarn",
     "factor": 32.0,
     "truncate": False,
     "original_max_position_embeddings": 4096,
 }
-# Settings that a layout takes one value of.
-_FIXED: dict[str, Any] = {
-    "pos_encoding": "rope",
-    "attn_gate": "none",
-    "qk_norm": False,
-    "attn_softcap": None,
-    "logit_softcap": None,
-    "shared_expert": False,
-}
-_FIXED_LLAMA = _FIXED | {"mlp": "swiglu", "attn_bias": False, "attn_sinks": False, "moe_bias": False}
-_FIXED_GPT_OSS = _FIXED | {"mlp": "swiglu_clamped", "attn_sinks": True, "moe_bias": True}
 _LAYER_TYPES = {"S": "sliding_attention", "L": "full_attention"}  # by the letter of window_pattern
+_DEFAULT_WINDOW = {"qwen3": 4096, "qwen3_moe": 4096, "gpt_oss": 128}
+_DEFAULT_MAX_WINDOW_LAYERS = 28
 
 
 def layout_of(config: ModelConfig) -> Layout:
     """Return the default layout of a model."""
     if config.attn_sinks:
         return "gpt_oss"
+    if config.qk_norm:
+        return "qwen3_moe" if config.n_experts else "qwen3"
     if config.n_experts:
         return "mixtral"
     return "llama" if config.layer_window(0) is None else "mistral"
@@ -92,9 +41,10 @@ def to_hf(config: ModelConfig, layout: Layout | None = None) -> dict[str, Any]:
         ConfigError: the layout cannot represent a setting; the message names every such setting.
     """
     layout = layout_of(config) if layout is None else layout
-    if layout not in get_args(Layout):
-        raise ConfigError(f"layout is {layout!r}; allowed: {', '.join(get_args(Layout))}")
-    _check_representable(config, layout)
+    if layout not in FAMILIES:
+        raise ConfigError(f"layout is {layout!r}; allowed: {', '.join(FAMILIES)}")
+    family = FAMILIES[layout]
+    _check_representable(config, layout, family)
     D, factor = config.resolved_head_dim, config.rope_factor
     theta, scaling = config.rope_theta, None
     original = {"original_max_position_embeddings": original_context(config)}
@@ -112,7 +62,7 @@ def to_hf(config: ModelConfig, layout: Layout | None = None) -> dict[str, Any]:
     if layout == "gpt_oss" and scaling is None:  # transformers takes the scaling of the published models otherwise
         scaling = {"rope_type": "default"}
     hf_config = {
-        "architectures": [_CLASSES[layout]],
+        "architectures": [family.class_name],
         "model_type": layout,
         "dtype": "float32",
         "torch_dtype": "float32",  # name before transformers 5
@@ -123,31 +73,32 @@ def to_hf(config: ModelConfig, layout: Layout | None = None) -> dict[str, Any]:
         "rope_scaling": scaling,
         "attention_dropout": 0.0,
     }
-    names = _HF_NAMES | _EXTRA_HF_NAMES.get(layout, {})
-    hf_config |= {hf_name: getattr(config, field) for field, hf_name in names.items()}
-    if layout == "llama":
-        hf_config |= {"attention_bias": False, "mlp_bias": False}
-    elif layout == "gpt_oss":
+    names = COMMON_FIELDS | family.fields
+    hf_config |= {hf_name: getattr(config, field) for field, hf_name in names.items()} | family.required
+    if layout == "qwen3_moe":
+        hf_config["intermediate_size"] = config.hidden  # of dense layers, of which there are none
+    if family.windows == "pattern":
         pattern = ["L" if config.layer_window(layer) is None else "S" for layer in range(config.n_layers)]
         hf_config["layer_types"] = [_LAYER_TYPES[letter] for letter in pattern]
         hf_config["sliding_window"] = config.window or config.max_context  # transformers wants a number always
-    else:
+    elif family.windows == "one":
         hf_config["sliding_window"] = config.layer_window(0)
+    if family.switch:
+        hf_config["use_sliding_window"] = any(config.layer_window(layer) for layer in range(config.n_layers))
     return hf_config | {"dantinox": {name: getattr(config, name) for name in _EXTRA_FIELDS}}
 
 
-def _check_representable(config: ModelConfig, layout: Layout) -> None:
+def _check_representable(config: ModelConfig, layout: Layout, family: Family) -> None:
     """Raise `ConfigError` if the layout cannot represent every setting."""
-    allowed = _FIXED_GPT_OSS if layout == "gpt_oss" else _FIXED_LLAMA
     unsupported = [
-        f"{name} {getattr(config, name)!r}" for name, value in allowed.items() if getattr(config, name) != value
+        f"{name} {getattr(config, name)!r}" for name, value in family.fixed.items() if getattr(config, name) != value
     ]
     windows = {config.layer_window(layer) for layer in range(config.n_layers)}
-    if len(windows) > 1 and layout != "gpt_oss":
+    if len(windows) > 1 and family.windows != "pattern":
         unsupported.append(f"window_pattern {config.window_pattern!r} with window {config.window}")
-    elif layout == "llama" and windows != {None}:
+    elif family.windows == "full" and windows != {None}:
         unsupported.append(f"window {config.window}")
-    if (layout in _EXTRA_HF_NAMES) != bool(config.n_experts):
+    if (family.experts is not None) != bool(config.n_experts):
         unsupported.append(f"n_experts {config.n_experts}")
     if unsupported:
         raise ConfigError(f"the {layout} layout cannot represent {', '.join(unsupported)}")
@@ -160,23 +111,28 @@ def from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
         ConfigError: a setting is missing, invalid, or not supported by DantinoX.
     """
     layout = hf_config.get("model_type")
-    if layout not in _CLASSES:
-        raise ConfigError(f"model_type is {layout!r}; allowed: {', '.join(_CLASSES)}")
+    if layout not in FAMILIES:
+        raise ConfigError(f"model_type is {layout!r}; allowed: {', '.join(FAMILIES)}")
+    family = FAMILIES[layout]
     for name, allowed in {
         "hidden_act": "silu",
         "mlp_bias": False,
         "attention_dropout": 0,
         "router_jitter_noise": 0,
         "partial_rotary_factor": 1,
+        **family.required,
+        **({} if "attn_bias" in family.fields else {"attention_bias": False}),
     }.items():
         _check_value(hf_config, name, allowed)
-    if layout != "gpt_oss":
-        _check_value(hf_config, "attention_bias", False)
+    if layout == "qwen3_moe" and hf_config.get("norm_topk_prob") is None:  # the default of transformers
+        raise ConfigError("norm_topk_prob is False, which DantinoX does not support; allowed: True")
     if not is_mxfp4(hf_config):
         _check_value(hf_config, "quantization_config", None)
-    names = _HF_NAMES | _EXTRA_HF_NAMES.get(layout, {})
+    if layout == "qwen3_moe" and "num_local_experts" in hf_config:  # its name in some versions of transformers
+        hf_config = {"num_experts": hf_config["num_local_experts"]} | hf_config
+    names = COMMON_FIELDS | family.fields
     given = {field: hf_config[hf_name] for field, hf_name in names.items() if hf_config.get(hf_name) is not None}
-    settings = _DEFAULTS.get(layout, {}) | given
+    settings = dict(family.defaults) | given
     for field in ("vocab_size", "dim", "hidden", "n_layers", "n_heads", "max_context"):
         value = settings.get(field)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -186,8 +142,7 @@ def from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
     settings["mlp_ratio"] = settings.pop("hidden") / settings["dim"]
     settings["head_dim"] = settings.pop("resolved_head_dim", None)
     settings.setdefault("n_experts", 0)
-    if layout == "gpt_oss":
-        settings |= {"mlp": "swiglu_clamped", "attn_sinks": True, "moe_bias": True}
+    settings |= {name: family.fixed[name] for name in ("mlp", "qk_norm", "attn_sinks", "moe_bias")}
     extra = current_names(hf_config.get("dantinox") or {})
     extra = {name: extra[name] for name in _EXTRA_FIELDS if name in extra}
     stored_dtype = hf_config.get("dtype") or hf_config.get("torch_dtype") or (is_mxfp4(hf_config) and "bfloat16")
@@ -204,18 +159,21 @@ def is_mxfp4(hf_config: Mapping[str, Any]) -> bool:
 
 
 def _window_settings(hf_config: Mapping[str, Any], layout: Layout, n_layers: int) -> dict[str, Any]:
-    """Return the settings of the windows; only gpt-oss has layers of two types."""
-    if layout == "llama":
+    """Return the settings of the windows."""
+    family = FAMILIES[layout]
+    window, layer_types = hf_config.get("sliding_window", _DEFAULT_WINDOW.get(layout)), hf_config.get("layer_types")
+    if family.windows == "full" or (family.switch and not hf_config.get("use_sliding_window")):
         return {}
-    default_window = 128 if layout == "gpt_oss" else None
-    window, layer_types = hf_config.get("sliding_window", default_window), hf_config.get("layer_types") or ()
-    if layout != "gpt_oss":
-        if window is not None and set(layer_types) - {"sliding_attention"}:
-            names = ", ".join(sorted(map(str, set(layer_types))))
+    if family.windows == "one":
+        if window is not None and set(layer_types or ()) - {"sliding_attention"}:
+            names = ", ".join(sorted(map(str, set(layer_types or ()))))
             raise ConfigError(f"layer_types are {names}; allowed: one type for all layers")
         return {"window": window}
     letters = {name: letter for letter, name in _LAYER_TYPES.items()}
-    layer_types = layer_types or [_LAYER_TYPES["SL"[i % 2]] for i in range(n_layers)]
+    if not layer_types:
+        first = hf_config.get("max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS)
+        pattern = ["LS"[i >= first] if layout == "qwen3" else "SL"[i % 2] for i in range(n_layers)]
+        layer_types = [_LAYER_TYPES[letter] for letter in pattern]
     if len(layer_types) != n_layers or set(layer_types) - letters.keys():
         names = ", ".join(map(str, layer_types))
         raise ConfigError(f"layer_types are {names}; allowed: {' or '.join(letters)} for each of {n_layers} layers")
@@ -237,7 +195,7 @@ def _rope_settings(hf_config: Mapping[str, Any], layout: Layout) -> dict[str, An
         rope = _DEFAULT_GPT_OSS_ROPE
     if not isinstance(rope, Mapping):
         raise ConfigError(f"rope_scaling is {rope!r}; allowed: a table")
-    theta = float(rope.get("rope_theta") or hf_config.get("rope_theta") or _DEFAULT_THETA[layout])
+    theta = float(rope.get("rope_theta") or hf_config.get("rope_theta") or FAMILIES[layout].rope_theta)
     scaling = rope.get("rope_type") or rope.get("type") or "default"
     if scaling not in ("default", "linear", "yarn", "llama3"):
         raise ConfigError(f"rope_scaling has type {scaling!r}; allowed: default, linear, yarn, llama3")

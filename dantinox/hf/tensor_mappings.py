@@ -1,16 +1,20 @@
-"""Correspondence of parameters to the tensors of the Hugging Face layouts of Llama, Mistral, Mixtral and gpt-oss.
+"""Correspondence of parameters to the tensors of the Hugging Face layouts of `families`.
 
 DantinoX                  Hugging Face, [out, in]
 embedding          VM     model.embed_tokens.weight                lm_head.weight if it is not tied
 blocks.i.attention        model.layers.i.self_attn
   q  MHD, o  HDM            q_proj.weight, o_proj.weight           k and v like q
   q_bias  HD, o_bias  M     q_proj.bias, o_proj.bias               gpt-oss
+  q_scale, k_scale  D       q_norm.weight, k_norm.weight           Qwen3
   sinks  H                  sinks                                  gpt-oss
 blocks.i.mlp              model.layers.i.mlp
   gate, up  MF, down FM     gate_proj.weight, up_proj, down_proj
 blocks.i.mlp, experts     model.layers.i.block_sparse_moe
   router  ME                gate.weight
   gate, up  EMF, down EFM   experts.e.w1.weight, w3, w2
+                          model.layers.i.mlp                       Qwen3-MoE
+  router  ME                gate.weight
+  gate, up  EMF, down EFM   experts.e.gate_proj.weight, up_proj, down_proj
                           model.layers.i.mlp                       gpt-oss
   router  ME                router.weight                          with router.bias
   gate and up  EMF          experts.gate_up_proj  [E, M, 2F]       gate in the even columns, up in the odd ones
@@ -23,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dantinox.config import ModelConfig
-from dantinox.hf.config import Layout
+from dantinox.hf.families import FAMILIES, Layout
 
 MXFP4_SUFFIXES = ("experts.gate_up_proj", "experts.down_proj")
 """Ends of the names of the tensors [E, in, out] that gpt-oss stores in mxfp4."""
@@ -75,7 +79,7 @@ class TensorMapping(NamedTuple):
 def tensor_mappings(config: ModelConfig, layout: Layout) -> Iterator[TensorMapping]:
     """Yield the mapping of every tensor of a model, from input to output."""
     M, H, D = config.dim, config.n_heads, config.resolved_head_dim
-    mlp_mappings = {"mixtral": _mixtral_experts, "gpt_oss": _gpt_oss_experts}.get(layout, _dense_mlp)
+    mlp_mappings = _MLP_MAPPINGS[FAMILIES[layout].experts]
     yield TensorMapping("model.embed_tokens.weight", ("embedding",))
     for i in range(config.n_layers):
         hf_block, block = f"model.layers.{i}", f"blocks.{i}"
@@ -85,6 +89,9 @@ def tensor_mappings(config: ModelConfig, layout: Layout) -> Iterator[TensorMappi
             yield TensorMapping(f"{hf_name}.weight", (param_name,), in_features=H * D if name == "o" else M)
             if config.attn_bias:
                 yield TensorMapping(f"{hf_name}.bias", (f"{param_name}_bias",), flat=True)
+        if config.qk_norm:
+            for name in "qk":
+                yield TensorMapping(f"{hf_block}.self_attn.{name}_norm.weight", (f"{block}.attention.{name}_scale",))
         if config.attn_sinks:
             yield TensorMapping(f"{hf_block}.self_attn.sinks", (f"{block}.attention.sinks",))
         yield TensorMapping(f"{hf_block}.post_attention_layernorm.weight", (f"{block}.mlp_norm",))
@@ -100,12 +107,20 @@ def _dense_mlp(config: ModelConfig, hf_block: str, mlp: str) -> Iterator[TensorM
 
 
 def _mixtral_experts(config: ModelConfig, hf_block: str, mlp: str) -> Iterator[TensorMapping]:
-    hf_mlp = f"{hf_block}.block_sparse_moe"
+    return _single_experts(config, f"{hf_block}.block_sparse_moe", mlp, {"gate": "w1", "up": "w3", "down": "w2"})
+
+
+def _qwen3_experts(config: ModelConfig, hf_block: str, mlp: str) -> Iterator[TensorMapping]:
+    names = {name: f"{name}_proj" for name in ("gate", "up", "down")}
+    return _single_experts(config, f"{hf_block}.mlp", mlp, names)
+
+
+def _single_experts(config: ModelConfig, hf_mlp: str, mlp: str, names: Mapping[str, str]) -> Iterator[TensorMapping]:
+    """Yield the mappings of experts with a tensor per expert and matrix."""
     yield TensorMapping(f"{hf_mlp}.gate.weight", (f"{mlp}.router",), in_features=config.dim)
     for e in range(config.n_experts):
         for name, in_features in _in_features(config).items():
-            hf_matrix = {"gate": "w1", "up": "w3", "down": "w2"}[name]
-            hf_name = f"{hf_mlp}.experts.{e}.{hf_matrix}.weight"
+            hf_name = f"{hf_mlp}.experts.{e}.{names[name]}.weight"
             yield TensorMapping(hf_name, (f"{mlp}.{name}",), expert=e, in_features=in_features)
 
 
@@ -117,6 +132,14 @@ def _gpt_oss_experts(config: ModelConfig, hf_block: str, mlp: str) -> Iterator[T
     yield TensorMapping(f"{hf_mlp}.experts.gate_up_proj_bias", (f"{mlp}.gate_bias", f"{mlp}.up_bias"))
     yield TensorMapping(f"{hf_mlp}.experts.down_proj", (f"{mlp}.down",))
     yield TensorMapping(f"{hf_mlp}.experts.down_proj_bias", (f"{mlp}.down_bias",))
+
+
+_MLP_MAPPINGS = {
+    None: _dense_mlp,
+    "mixtral": _mixtral_experts,
+    "qwen3_moe": _qwen3_experts,
+    "gpt_oss": _gpt_oss_experts,
+}
 
 
 def _in_features(config: ModelConfig) -> dict[str, int]:

@@ -19,7 +19,8 @@ from dantinox.config import ConfigError, ModelConfig
 from dantinox.config.aliases import current_names
 from dantinox.config.validation import did_you_mean
 from dantinox.hf import mxfp4
-from dantinox.hf.config import Layout, from_hf, is_mxfp4, layout_of, to_hf
+from dantinox.hf.config import from_hf, is_mxfp4, layout_of, to_hf
+from dantinox.hf.families import Layout
 from dantinox.hf.tensor_mappings import MXFP4_SUFFIXES, TensorMapping, tensor_mappings
 from dantinox.model.params import abstract_params, split_params
 from dantinox.model.transformer import Transformer
@@ -38,8 +39,8 @@ def save_hf(
     Args:
         model: the model.
         folder: must not exist, or be empty.
-        layout: "llama", "mistral", "mixtral" or "gpt_oss"; None: gpt_oss with sinks, mixtral with experts, mistral with
-            a window, llama otherwise.
+        layout: a name in `families.FAMILIES`; None: gpt_oss with sinks, qwen3 or qwen3_moe with qk_norm, mixtral with
+            experts, mistral with a window, llama otherwise.
         shard_bytes: maximum bytes of tensors per file; a larger tensor has a file of its own.
 
     Raises:
@@ -85,7 +86,7 @@ def save_hf(
 
 
 def load_hf(folder: str | Path, **overrides: Any) -> Transformer:
-    """Load a model from a folder in the layout of Llama, Mistral, Mixtral or gpt-oss; its parameters are float32.
+    """Load a model, with float32 parameters, from a folder in the layout of Llama, Mistral, Mixtral, Qwen3 or gpt-oss.
 
     Weights in mxfp4, which gpt-oss stores its experts in, are unpacked.
 

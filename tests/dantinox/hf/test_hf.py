@@ -79,7 +79,8 @@ def test_ntk_scaled_base_is_saved_as_rope_theta(tmp_path):
     ("changes", "layout", "lost"),
     [
         (dict(attn_gate="head"), None, "llama layout cannot represent attn_gate 'head'"),
-        (dict(qk_norm=True, attn_gate="elementwise"), None, "attn_gate 'elementwise', qk_norm True"),
+        (dict(qk_norm=True, attn_gate="elementwise"), None, "qwen3 layout cannot represent attn_gate 'elementwise'"),
+        (dict(qk_norm=True), "llama", "llama layout cannot represent qk_norm True"),
         (dict(attn_softcap=5.0, window=4), None, "mistral layout cannot represent attn_softcap 5.0"),
         (dict(logit_softcap=5.0), None, "logit_softcap 5.0"),
         (dict(pos_encoding="learned"), None, "pos_encoding 'learned'"),
@@ -95,7 +96,7 @@ def test_ntk_scaled_base_is_saved_as_rope_theta(tmp_path):
         (dict(mlp="swiglu_clamped"), None, "llama layout cannot represent mlp 'swiglu_clamped'"),
         (dict(attn_sinks=True), None, "gpt_oss layout cannot represent mlp 'swiglu', moe_bias False, n_experts 0"),
         (dict(attn_sinks=True), "llama", "llama layout cannot represent attn_sinks True"),
-        (dict(), "gpt2", "layout is 'gpt2'; allowed: llama, mistral, mixtral, gpt_oss"),
+        (dict(), "gpt2", "layout is 'gpt2'; allowed: llama, mistral, mixtral, qwen3, qwen3_moe, gpt_oss"),
     ],
 )
 def test_feature_missing_in_the_layout_raises_with_its_name(changes, layout, lost, tmp_path):
