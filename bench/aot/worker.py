@@ -79,9 +79,12 @@ def answer(target: hardware.Target, compile_: Callable[..., Any], dumps: Path, c
             compiled = compile_(program.function, program.shapes, program.donate)
             seconds = time.perf_counter() - start
         printed = (dumps / "printed.txt").read_text(errors="replace", encoding="utf-8")
-        kernels, totals = (
-            gpu_compiler.read(target, dumps, printed) if isinstance(target, hardware.Gpu) else tpu_compiler.read(dumps)
-        )
+        if isinstance(target, hardware.Gpu):
+            # The rules know what our kernels do; those of other packages may do more.
+            apply_rules = case.implementation == "pallas"
+            kernels, totals = gpu_compiler.read(target, dumps, printed, apply_rules=apply_rules)
+        else:
+            kernels, totals = tpu_compiler.read(dumps)
         memory = compiled.memory_analysis()
         row = {
             "status": "compiled",

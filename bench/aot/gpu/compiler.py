@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.aot.gpu import ptx, sass
+from bench.aot.gpu import ptx, ptx_rules, sass
+from bench.aot.gpu.ptx_rules import launch, program
 from bench.aot.hardware import Gpu
 
 SITE = Path(sysconfig.get_paths()["platlib"])
@@ -92,13 +93,19 @@ def version() -> str:
     return f"ptxas {number[1]}" if number else "ptxas ?"
 
 
-def read(target: Gpu, dumps: Path, printed: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
+def read(
+    target: Gpu, dumps: Path, printed: str, *, apply_rules: bool = False
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Read the hand-written kernels, and totals over all kernels, of the program that was compiled into `dumps`.
 
     Args:
         target: the GPU.
         dumps: folder of the dumps.
         printed: what the compiler printed.
+        apply_rules: whether the kernels of Mosaic GPU have to satisfy `ptx_rules`.
+
+    Raises:
+        ValueError: ptxas refuses a kernel, or a rule finds something.
     """
     mosaic = ptx.split_modules(printed)
     smem = ptx.match_smem(mosaic, ptx.mosaic_smem(printed))
@@ -110,8 +117,12 @@ def read(target: Gpu, dumps: Path, printed: str) -> tuple[list[dict[str, Any]], 
     triton_kernels = _pallas_triton_kernels(dumps)
 
     kernels = []
+    mosaic_launches = launch.read_all(dumps) if mosaic and apply_rules else []
     for module, size in zip(mosaic, smem):
-        kernels += [{**kernel, "hand": True} for kernel in _read_kernels(target, module, dumps, {}, size, True)]
+        of_module = _read_kernels(target, module, dumps, {}, size, True)
+        kernels += [{**kernel, "hand": True} for kernel in of_module]
+        if apply_rules:
+            check_rules(module, mosaic_launches, {kernel["name"]: kernel["registers"] for kernel in of_module})
     for path in sorted(dumps.rglob("*.ptx")):
         module = path.read_text("utf-8")
         hand = path.is_relative_to(dumps / "triton") or not triton_kernels.isdisjoint(ptx.entry_threads(module))
@@ -122,6 +133,18 @@ def read(target: Gpu, dumps: Path, printed: str) -> tuple[list[dict[str, Any]], 
         totals[name] = sum(kernel[name] for kernel in kernels)
     chosen = [{k: v for k, v in kernel.items() if k != "hand"} for kernel in kernels if kernel["hand"]]
     return sorted(chosen, key=lambda kernel: (kernel["name"], str(kernel))), totals
+
+
+def check_rules(module: str, launches: list[launch.Launch], registers: dict[str, int]) -> None:
+    """Check the kernels of a module of Mosaic GPU.
+
+    Raises:
+        ValueError: a rule finds something.
+    """
+    for kernel in program.parse(module):
+        report = ptx_rules.check_launched(kernel, launches, registers[kernel.name])
+        if report.findings:
+            raise ValueError(report.first_finding())
 
 
 def _pallas_triton_kernels(dumps: Path) -> set[str]:
