@@ -28,6 +28,7 @@ from dantinox.kernels.dispatch import Device, announced_device, current_device
 
 log = logging.getLogger("dantinox.kernels")
 Array = jax.Array
+TF32_TOLERANCE = 2.0**-8
 
 
 class Result(NamedTuple):
@@ -64,7 +65,12 @@ def verdicts_by(vote: Vote | None) -> Iterator[None]:
 
 
 def output_and_gradients(
-    f: Callable[..., Array], inputs: Mapping[str, np.ndarray], dout: np.ndarray, tolerances: Mapping[str, float]
+    f: Callable[..., Array],
+    inputs: Mapping[str, np.ndarray],
+    dout: np.ndarray,
+    tolerances: Mapping[str, float],
+    *,
+    tf32: bool = False,
 ) -> dict[str, Result]:
     """Return the output "o" of f and the gradients "d<name>" of its inputs, for each dtype.
 
@@ -73,6 +79,7 @@ def output_and_gradients(
         inputs: the differentiable inputs by name.
         dout: cotangent of the output.
         tolerances: tolerance by dtype.
+        tf32: whether to compute float32 results by the default matmul precision too, which is TF32 on a GPU.
     """
 
     @jax.jit
@@ -85,6 +92,10 @@ def output_and_gradients(
         o, gradients = run(*jax.tree.map(lambda x, dtype=dtype: jnp.asarray(x, dtype), (dict(inputs), dout)))
         arrays = {"o": o} | {f"d{name}": gradients[name] for name in inputs}
         results |= {f"{name} ({dtype})": Result(x, tolerance) for name, x in arrays.items()}
+    if tf32 and "float32" in tolerances:
+        with jax.default_matmul_precision("default"):
+            rounded = output_and_gradients(f, inputs, dout, {"float32": TF32_TOLERANCE})
+        results |= {f"{name} in TF32": result for name, result in rounded.items()}
     return results
 
 

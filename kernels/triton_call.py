@@ -1,10 +1,14 @@
 """The call of a Triton kernel from JAX, by jax-triton."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.custom_batching import custom_vmap
+from jax.custom_batching import custom_vmap, sequential_vmap
+
+from dantinox.kernels.derivatives import first_order
+from dantinox.kernels.vma import call_invariant
 
 Array = jax.Array
 
@@ -76,3 +80,15 @@ def fold_vmap[R](f: Callable[..., R]) -> Callable[..., R]:
         return split, jax.tree.map(lambda _: True, results)
 
     return folded
+
+
+def transformable(kernel: Callable[..., Any], op: str, **static: Any) -> Callable[..., Any]:
+    """Return a kernel's call that knows `shard_map`, `vmap` (one after the other) and its order of derivatives.
+
+    Args:
+        kernel: a function of arrays, in any structure, and of `static`.
+        op: name of the operation.
+        static: values that are no arrays, by parameter.
+    """
+    call = functools.partial(call_invariant, sequential_vmap(functools.partial(kernel, **static)))
+    return first_order(call, op, "triton")

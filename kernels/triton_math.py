@@ -1,4 +1,4 @@
-"""Shared by the Triton kernels: float32 operands of tensor cores, and the soft cap on scores and logits."""
+"""Shared by the Triton kernels: order of programs, float32 operands of tensor cores, soft cap on scores and logits."""
 
 import math
 from typing import Any
@@ -38,6 +38,18 @@ def score_constants(scale: float, softcap: float | None, unit: float = LOG2_E) -
             "CAPPED": 1.0,
         }
     return {"CAP": EXTREME_CAP.value, "FACTOR": scale, "BOUND": bound, "INVERSE": inverse_bound, "CAPPED": softcap}
+
+
+@triton.jit
+def program_tile(program, ROW_BLOCKS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr, GROUP_BLOCKS: tl.constexpr):
+    """Return the block of rows and of columns of a program.
+
+    Programs that run at the same time have GROUP_BLOCKS blocks of rows and many blocks of columns.
+    """
+    group_start = program // (GROUP_BLOCKS * COLUMN_BLOCKS) * GROUP_BLOCKS
+    index = program % (GROUP_BLOCKS * COLUMN_BLOCKS)
+    blocks = tl.minimum(ROW_BLOCKS - group_start, GROUP_BLOCKS)
+    return group_start + index % blocks, index // blocks
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-from tests.helpers.triton_attention import dot_of_tensor_cores, error, interpret  # isort: skip (sets the environment)
+from tests.helpers.triton_attention import dot_of_tensor_cores, error, interpret, run_checks  # isort: skip (sets the environment)
 
 import jax
 import jax.numpy as jnp
@@ -229,16 +229,5 @@ def check_second_derivative() -> None:
             raise AssertionError("a second derivative came out")
 
 
-CHECKS = {name.removeprefix("check_"): f for name, f in list(globals().items()) if name.startswith("check_")}
-
-
-def main(names: list[str]) -> int:
-    """Run the checks of these names, or all."""
-    for name in names or CHECKS:
-        CHECKS[name]()
-        print(f"{name}: right", flush=True)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_checks(globals(), sys.argv[1:]))

@@ -24,10 +24,14 @@ MUTANTS: list[Mutant] = [
         ("half a gradient of the z-loss", "1 + 2 * z_loss", "1 + z_loss", FEATURES),
     ),
     *mutants_of(
-        "ops/linear_cross_entropy/triton/common",
+        "triton_math",
         SUITE,
         ("every group has the first rows", "group_start + index % blocks", "index % blocks", FEATURES),
-        ("the last group is a whole one", "tl.minimum(N_BLOCKS - group_start, GROUP_BLOCKS)", "GROUP_BLOCKS", FEATURES),
+        ("the last group is a whole one", "tl.minimum(ROW_BLOCKS - group_start, GROUP_BLOCKS)", "GROUP_BLOCKS", FEATURES),
+    ),
+    *mutants_of(
+        "ops/linear_cross_entropy/triton/common",
+        SUITE,
         ("columns past M count", "(start + m < M)[None, :]", "(start + m >= 0)[None, :]", FEATURES),
         ("rows past the end are read", "tl.minimum(n, N - 1)", "n", FEATURES),
         ("words past the end are read", "tl.minimum(v, V - 1)", "v", FEATURES),
@@ -66,6 +70,10 @@ MUTANTS: list[Mutant] = [
         ("cotangent of a row without part", "dloss = jnp.where(targets >= 0, dloss, 0)", "pass", FEATURES),
         ("weights are not normalized", "dlse / total", "dlse", FEATURES),
         ("the matmul precision is ignored", "float32_precision(), capability", '"tf32", capability', FEATURES),
-        ("a second derivative comes out", 'return first_order(call, "linear_cross_entropy", "triton")', "return call", DTYPES),
+    ),
+    *mutants_of(
+        "triton_call",
+        SUITE,
+        ("a second derivative comes out", 'return first_order(call, op, "triton")', "return call", DTYPES),
     ),
 ]  # fmt: skip

@@ -4,13 +4,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from dantinox.kernels.first_use import Result, output_and_gradients
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2.0**-5, "float16": 2.0**-8}
-TF32_TOLERANCE = 2.0**-8
 
 
 def run(
@@ -29,10 +27,4 @@ def run(
     ids = np.repeat(np.arange(3, dtype=np.int32), T // 3)[None]
     f = functools.partial(attention, window=150, segment_ids=ids, implementation=implementation)
     tolerances = {dtype: TOLERANCES[dtype] for dtype in dtypes}
-    do = rng.standard_normal((1, T, H, D))
-    results = output_and_gradients(f, inputs, do, tolerances)
-    if tf32 and "float32" in dtypes:
-        with jax.default_matmul_precision("default"):
-            rounded = output_and_gradients(f, inputs, do, {"float32": TF32_TOLERANCE})
-        results |= {f"{name} in TF32": result for name, result in rounded.items()}
-    return results
+    return output_and_gradients(f, inputs, rng.standard_normal((1, T, H, D)), tolerances, tf32=tf32)

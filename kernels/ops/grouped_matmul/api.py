@@ -104,6 +104,20 @@ def pallas_not_auto(op: str, check: first_use.Probe) -> str | None:
     return "interpreted, it takes longer to compile"
 
 
+def _triton_unsupported_inputs(x: Array, w: Array) -> str | None:
+    return dispatch.symbolic_unsupported(x, w) or dispatch.float32_accumulation_unsupported(x.dtype)
+
+
+def _triton_not_auto(x: Array, w: Array) -> str | None:
+    return first_use.disagreement("grouped_matmul", _gpu_probe(x.dtype.name), "triton", x.dtype.name)
+
+
+@functools.cache
+def _gpu_probe(dtype: str) -> first_use.Probe:
+    """Return the probe of one dtype, which determines the tiles of a GPU's kernels."""
+    return functools.partial(probe.run, grouped_matmul, dtypes=(dtype,), tf32=True)
+
+
 _PROBE = functools.partial(probe.run, grouped_matmul)
 OPERATION = dispatch.Operation(
     "grouped_matmul",
@@ -117,6 +131,12 @@ OPERATION = dispatch.Operation(
             unsupported_inputs=_pallas_unsupported_inputs,
             not_auto=lambda *_: pallas_not_auto("grouped_matmul", _PROBE),
         ),
-        dispatch.Implementation.missing("triton", "grouped_matmul has no Triton kernel yet"),
+        dispatch.Implementation(
+            "triton",
+            dispatch.lazy("dantinox.kernels.ops.grouped_matmul.triton.vjp:grouped_matmul"),
+            unsupported_device=dispatch.triton_unsupported_device,
+            unsupported_inputs=_triton_unsupported_inputs,
+            not_auto=_triton_not_auto,
+        ),
     ),
 )

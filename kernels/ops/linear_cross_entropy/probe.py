@@ -4,14 +4,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dantinox.kernels.first_use import Result, output_and_gradients
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2.0**-6, "float16": 2.0**-8}
-TF32_TOLERANCE = 2.0**-8
 
 
 def run(
@@ -29,10 +27,5 @@ def run(
     f = functools.partial(
         linear_cross_entropy, targets=targets, softcap=30.0, z_loss=1e-2, implementation=implementation
     )
-    dloss = rng.standard_normal(N)
-    results = output_and_gradients(f, inputs, dloss, {dtype: TOLERANCES[dtype] for dtype in dtypes})
-    if tf32 and "float32" in dtypes:
-        with jax.default_matmul_precision("default"):
-            rounded = output_and_gradients(f, inputs, dloss, {"float32": TF32_TOLERANCE})
-        results |= {f"{name} in TF32": result for name, result in rounded.items()}
-    return results
+    tolerances = {dtype: TOLERANCES[dtype] for dtype in dtypes}
+    return output_and_gradients(f, inputs, rng.standard_normal(N), tolerances, tf32=tf32)

@@ -29,8 +29,8 @@ import triton.language as tl
 
 from dantinox.kernels.ops.linear_cross_entropy.common import chunk_size, chunked_gradients, gradient_dtype
 from dantinox.kernels.ops.linear_cross_entropy.triton.block_sizes import bwd_block_sizes
-from dantinox.kernels.ops.linear_cross_entropy.triton.common import TritonConfig, call, program_tile, tile_products
-from dantinox.kernels.triton_math import NO_CAP, cap_derivative, scale_scores
+from dantinox.kernels.ops.linear_cross_entropy.triton.common import TritonConfig, call, tile_products
+from dantinox.kernels.triton_math import NO_CAP, cap_derivative, program_tile, scale_scores
 
 Array = jax.Array
 
@@ -60,7 +60,7 @@ def logit_gradients_kernel(
     ds,
 ):
     """Compute the gradients of one tile of logits, before the cap."""
-    n_block, v_block = program_tile((N + BLOCK_N - 1) // BLOCK_N, V_PARTS, GROUP_BLOCKS)
+    n_block, v_block = program_tile(tl.program_id(0), (N + BLOCK_N - 1) // BLOCK_N, V_PARTS, GROUP_BLOCKS)
     n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     v = v_block * BLOCK_V + tl.arange(0, BLOCK_V)
     s = tile_products(h, w, n, v, N, V, M, BLOCK_N, BLOCK_V, BLOCK_M, PRECISION)

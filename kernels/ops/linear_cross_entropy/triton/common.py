@@ -2,7 +2,7 @@
 
 A program has a block of rows and goes over tiles of the vocabulary. The product of a tile is a loop over M. Programs
 that run at the same time have a group of blocks of rows and many parts of the vocabulary, so that the rows stay in L2
-and each word is read from memory once per group:
+and each word is read from memory once per group (`triton_math.program_tile`):
 
     vocabulary ->          0    1    2    3
     rows, group 0     0    0    2    4    6        the order in which programs start, for groups of two blocks
@@ -39,15 +39,6 @@ class TritonConfig(NamedTuple):
     z_loss: float
     precision: str
     capability: tuple[int, int]
-
-
-@triton.jit
-def program_tile(N_BLOCKS: tl.constexpr, V_PARTS: tl.constexpr, GROUP_BLOCKS: tl.constexpr):
-    """Return the block of rows and the part of the vocabulary of this program."""
-    group_start = tl.program_id(0) // (GROUP_BLOCKS * V_PARTS) * GROUP_BLOCKS
-    index = tl.program_id(0) % (GROUP_BLOCKS * V_PARTS)
-    blocks = tl.minimum(N_BLOCKS - group_start, GROUP_BLOCKS)
-    return group_start + index % blocks, index // blocks
 
 
 @triton.jit

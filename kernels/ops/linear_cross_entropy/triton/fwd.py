@@ -30,10 +30,9 @@ from dantinox.kernels.ops.linear_cross_entropy.triton.common import (
     TritonConfig,
     call,
     float32_rows,
-    program_tile,
     tile_products,
 )
-from dantinox.kernels.triton_math import LOWEST, scale_scores
+from dantinox.kernels.triton_math import LOWEST, program_tile, scale_scores
 
 Array = jax.Array
 
@@ -63,7 +62,7 @@ def forward_kernel(
     target_logit,
 ):
     """Compute the maximum, the sum and the target's logit of a block of rows over one split of the vocabulary."""
-    n_block, split = program_tile((N + BLOCK_N - 1) // BLOCK_N, V_PARTS, GROUP_BLOCKS)
+    n_block, split = program_tile(tl.program_id(0), (N + BLOCK_N - 1) // BLOCK_N, V_PARTS, GROUP_BLOCKS)
     n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     target = tl.load(targets + n, mask=n < N, other=-1)
     m = tl.full((BLOCK_N,), LOWEST, tl.float32)

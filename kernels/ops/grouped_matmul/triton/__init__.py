@@ -1,0 +1,1 @@
+"""Grouped matmul on NVIDIA GPUs of compute capability 8.0 and newer, in Triton."""
