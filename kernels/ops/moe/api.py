@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from dantinox.kernels import dispatch, integers, validation
+from dantinox.kernels import dispatch, first_use, integers, validation
 from dantinox.kernels.call import call_implementation
 from dantinox.kernels.ops.grouped_matmul.api import pallas_not_auto
 from dantinox.kernels.ops.grouped_matmul.pallas_tpu import limits as tpu_limits
@@ -136,12 +136,6 @@ def _pallas(*args: Any, **options: Any) -> Array:
     return pallas.moe_mlp(*args, **options)
 
 
-def _triton(*args: Any, **options: Any) -> Array:
-    from dantinox.kernels.ops.moe import triton
-
-    return triton.moe_mlp(*args, **options)
-
-
 def _pallas_unsupported_inputs(x: Array, w_gate: Array) -> str | None:
     if reason := dispatch.symbolic_unsupported(x, w_gate):
         return reason
@@ -154,8 +148,18 @@ def _pallas_unsupported_inputs(x: Array, w_gate: Array) -> str | None:
     return dispatch.float32_accumulation_unsupported(x.dtype)
 
 
-def _triton_not_auto(*_: Any) -> str:
-    return "it has not run on a GPU yet; pass implementation='triton' to use it"
+def _triton_unsupported_inputs(x: Array, w_gate: Array) -> str | None:
+    return dispatch.symbolic_unsupported(x, w_gate) or dispatch.float32_accumulation_unsupported(x.dtype)
+
+
+def _triton_not_auto(x: Array, w_gate: Array) -> str | None:
+    return first_use.disagreement("moe_mlp", _gpu_probe(x.dtype.name), "triton", x.dtype.name)
+
+
+@functools.cache
+def _gpu_probe(dtype: str) -> first_use.Probe:
+    """Return the probe of one dtype, which determines the tiles of a GPU's kernels."""
+    return functools.partial(probe.run, moe_mlp, dtypes=(dtype,), tf32=True)
 
 
 _PROBE = functools.partial(probe.run, moe_mlp)
@@ -173,8 +177,9 @@ OPERATION = dispatch.Operation(
         ),
         dispatch.Implementation(
             "triton",
-            _triton,
+            dispatch.lazy("dantinox.kernels.ops.moe.triton.vjp:moe_mlp"),
             unsupported_device=dispatch.triton_unsupported_device,
+            unsupported_inputs=_triton_unsupported_inputs,
             not_auto=_triton_not_auto,
         ),
     ),

@@ -68,6 +68,10 @@ class ExpertsGrads(NamedTuple):
 class ExpertsBackend(Protocol):
     """Runs the experts of R rows sorted by expert: `group_sizes` [E] rows of each, `router_weights` [R] float32."""
 
+    @property
+    def implementation(self) -> str:
+        """The name by which callers know it."""
+
     def forward(
         self,
         x: Array,
@@ -141,6 +145,7 @@ class KernelsBackend(NamedTuple):
     """A backend that runs one kernel per product."""
 
     kernels: ExpertsKernels
+    implementation: str = "pallas"
 
     def forward(
         self,
@@ -270,7 +275,7 @@ def _forward(
     rows = x[routing.permutation // router_weights.shape[1]]
     row_weights = permute_router_weights(router_weights, routing.permutation)
     options = {"save_residuals": save_residuals, "activation": activation}
-    forward = first_order(functools.partial(backend.forward, **options), "moe_mlp")
+    forward = first_order(functools.partial(backend.forward, **options), "moe_mlp", backend.implementation)
     y, gate, up = forward(rows, ws, row_weights, routing.group_sizes)
     return unpermute_and_sum(y, routing.inverse_permutation), gate, up
 
@@ -280,7 +285,8 @@ def _experts_bwd(backend: ExpertsBackend, activation: Activation, residuals: _Re
     permutation, inverse_permutation, group_sizes = routing
     token = permutation // router_weights.shape[1]
     x, dy, row_weights = x[token], dout[token], permute_router_weights(router_weights, permutation)
-    backward = first_order(functools.partial(backend.backward, activation=activation), "moe_mlp")
+    run = functools.partial(backend.backward, activation=activation)
+    backward = first_order(run, "moe_mlp", backend.implementation)
     dx, dws, drouter_weights = backward(x, dy, ws, row_weights, group_sizes, gate, up)
     dx = unpermute_and_sum(dx, inverse_permutation)
     drouter_weights = drouter_weights[inverse_permutation].astype(router_weights.dtype)

@@ -51,7 +51,7 @@ def stand_ins(folder, monkeypatch):
     for module, name, function in (
         ("attention.triton.vjp", "attention", attention_xla.attention),
         ("grouped_matmul.triton.vjp", "grouped_matmul", grouped_matmul_xla.grouped_matmul),
-        ("moe.triton", "moe_mlp", moe_xla.moe_mlp),
+        ("moe.triton.vjp", "moe_mlp", moe_xla.moe_mlp),
         ("linear_cross_entropy.triton.vjp", "linear_cross_entropy", linear_cross_entropy_xla.linear_cross_entropy),
     ):
         stand_in = types.ModuleType(module)

@@ -34,7 +34,7 @@ def run(*words: str, timeout: float = 3000) -> subprocess.CompletedProcess[str]:
     "checks",
     [
         pytest.param(("features",), id="features"),
-        pytest.param(("dtypes", "tf32", "tiles", "second_derivative"), id="dtypes", marks=slow),
+        pytest.param(("dtypes", "tf32", "hidden_values", "tiles", "second_derivative"), id="dtypes", marks=slow),
         pytest.param(("sizes", "determinism"), id="sizes", marks=slow),
         pytest.param(("workloads",), id="workloads", marks=slow),
         pytest.param(("vmap", "shard_map", "remat_and_scan"), id="transformations", marks=slow),

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import triton
 
 MIN_BLOCK = 32  # columns, and summands per step
-FEW_ROWS = 32  # per group
+MAX_TILE_OF_FOUR_WARPS = 64 * 128
+MAX_FEW_ROWS = 32  # per group, on average
 
 
 class TritonBlockSizes(NamedTuple):
@@ -33,71 +34,83 @@ class TritonBlockSizes(NamedTuple):
 
 Table = dict[tuple[int, str], TritonBlockSizes]  # by major compute capability and kind of operands
 MAJORS = (8, 9, 10, 12)
+ALIGNMENT = 8  # columns of 16 bits; others are copied through registers, which hold a pointer per element
 
 
-def _table(sixteen_bits: TritonBlockSizes, tf32: TritonBlockSizes, tf32x3: TritonBlockSizes) -> Table:
+def _table(
+    sixteen_bits: TritonBlockSizes, unaligned: TritonBlockSizes, tf32: TritonBlockSizes, tf32x3: TritonBlockSizes
+) -> Table:
     """Return a table of the same sizes on every GPU."""
-    sizes = {"16 bits": sixteen_bits, "tf32": tf32, "tf32x3": tf32x3}
+    sizes = {"16 bits": sixteen_bits, "16 bits, unaligned": unaligned, "tf32": tf32, "tf32x3": tf32x3}
     return {(major, kind): size for major in MAJORS for kind, size in sizes.items()}
 
 
-PRODUCT: Table = _table(
-    TritonBlockSizes(128, 128, 64, 8, 3), TritonBlockSizes(128, 128, 32, 8, 3), TritonBlockSizes(64, 128, 32, 8, 3)
+MANY_ROWS: Table = _table(
+    TritonBlockSizes(128, 128, 64, 8, 3),
+    TritonBlockSizes(128, 128, 32, 8, 3),
+    TritonBlockSizes(128, 128, 32, 8, 3),
+    TritonBlockSizes(64, 128, 32, 8, 3),
 ) | {(9, "16 bits"): TritonBlockSizes(128, 256, 64, 8, 3)}
-SUM_OVER_ROWS: Table = PRODUCT
-TWO_PRODUCTS: Table = _table(
-    TritonBlockSizes(128, 64, 64, 8, 3), TritonBlockSizes(128, 64, 32, 8, 3), TritonBlockSizes(64, 64, 32, 8, 3)
-)
-SWIGLU_BWD: Table = _table(
-    TritonBlockSizes(128, 64, 64, 8, 3), TritonBlockSizes(128, 64, 32, 8, 3), TritonBlockSizes(64, 64, 32, 8, 3)
-)
+MANY_ROWS_OF_TWO: Table = _table(
+    TritonBlockSizes(128, 64, 64, 8, 3),
+    TritonBlockSizes(64, 64, 32, 8, 3),
+    TritonBlockSizes(128, 64, 32, 8, 3),
+    TritonBlockSizes(64, 64, 32, 8, 3),
+) | {(8, "16 bits"): TritonBlockSizes(128, 64, 32, 8, 4)}
 # Groups of a few rows are bound by reading their matrices: their tiles have few rows and more stages.
-PRODUCT_OF_FEW_ROWS: Table = _table(
-    TritonBlockSizes(32, 128, 64, 4, 4), TritonBlockSizes(32, 128, 32, 4, 4), TritonBlockSizes(32, 64, 32, 4, 4)
+FEW_ROWS: Table = _table(
+    TritonBlockSizes(32, 128, 64, 4, 4),
+    TritonBlockSizes(32, 128, 32, 4, 4),
+    TritonBlockSizes(32, 128, 32, 4, 4),
+    TritonBlockSizes(32, 64, 32, 4, 4),
 )
-TWO_PRODUCTS_OF_FEW_ROWS: Table = _table(
-    TritonBlockSizes(32, 64, 64, 4, 4), TritonBlockSizes(32, 64, 32, 4, 4), TritonBlockSizes(32, 32, 32, 4, 4)
+FEW_ROWS_OF_TWO: Table = _table(
+    TritonBlockSizes(32, 64, 64, 4, 4),
+    TritonBlockSizes(32, 64, 32, 4, 4),
+    TritonBlockSizes(32, 64, 32, 4, 4),
+    TritonBlockSizes(32, 32, 32, 4, 4),
 )
+SUM_OVER_ROWS: Table = MANY_ROWS
 
 
 def product_block_sizes(
-    capability: tuple[int, int], dtype: Any, precision: str, N: int, E: int, K: int, J: int
+    capability: tuple[int, int],
+    dtype: Any,
+    precision: str,
+    dims: tuple[int, int, int, int],
+    *,
+    has_two_tiles: bool = False,
 ) -> TritonBlockSizes:
-    """Return the sizes of the product of N rows, [N, K], with the matrices [K, J] of their E groups."""
-    table = PRODUCT_OF_FEW_ROWS if N <= FEW_ROWS * E else PRODUCT
-    return _fit(table[_key(capability, dtype, precision)], J, K)
+    """Return the sizes of a product of rows with the matrices of their groups.
 
-
-def two_products_block_sizes(
-    capability: tuple[int, int], dtype: Any, precision: str, N: int, E: int, K: int, J: int
-) -> TritonBlockSizes:
-    """Return the sizes of the products of rows with two matrices."""
-    table = TWO_PRODUCTS_OF_FEW_ROWS if N <= FEW_ROWS * E else TWO_PRODUCTS
-    return _fit(table[_key(capability, dtype, precision)], J, K)
-
-
-def swiglu_bwd_block_sizes(
-    capability: tuple[int, int], dtype: Any, precision: str, N: int, E: int, K: int, J: int
-) -> TritonBlockSizes:
-    """Return the sizes of the product whose epilogue is the derivative of SwiGLU."""
-    table = TWO_PRODUCTS_OF_FEW_ROWS if N <= FEW_ROWS * E else SWIGLU_BWD
-    return _fit(table[_key(capability, dtype, precision)], J, K)
+    Args:
+        capability: compute capability of the device.
+        dtype: dtype of the operands.
+        precision: how float32 is multiplied.
+        dims: (N, E, K, J), of rows [N, K] and matrices [E, K, J].
+        has_two_tiles: whether a program has two accumulators, or other tiles beside one.
+    """
+    N, E, K, J = dims
+    if N <= MAX_FEW_ROWS * E:
+        table = FEW_ROWS_OF_TWO if has_two_tiles else FEW_ROWS
+    else:
+        table = MANY_ROWS_OF_TWO if has_two_tiles else MANY_ROWS
+    sizes = table[_key(capability, dtype, precision, K, J)]
+    return sizes._replace(block_j=_limit(sizes.block_j, J), block_k=_limit(sizes.block_k, K))
 
 
 def sum_block_sizes(capability: tuple[int, int], dtype: Any, precision: str, M: int, F: int) -> TritonBlockSizes:
     """Return the sizes of the sums [M, F] over rows."""
-    sizes = SUM_OVER_ROWS[_key(capability, dtype, precision)]
-    return _fit(sizes._replace(block_n=_limit(sizes.block_n, M)), F)
+    sizes = SUM_OVER_ROWS[_key(capability, dtype, precision, M, F)]
+    block_n, block_j = _limit(sizes.block_n, M), _limit(sizes.block_j, F)
+    num_warps = 4 if block_n * block_j <= MAX_TILE_OF_FOUR_WARPS else sizes.num_warps
+    return sizes._replace(block_n=block_n, block_j=block_j, num_warps=num_warps)
 
 
-def _key(capability: tuple[int, int], dtype: Any, precision: str) -> tuple[int, str]:
-    return capability[0], precision if dtype == jnp.float32 else "16 bits"
-
-
-def _fit(sizes: TritonBlockSizes, J: int, K: int | None = None) -> TritonBlockSizes:
-    """Return the sizes, no larger than narrow matrices need."""
-    block_k = sizes.block_k if K is None else _limit(sizes.block_k, K)
-    return sizes._replace(block_j=_limit(sizes.block_j, J), block_k=block_k)
+def _key(capability: tuple[int, int], dtype: Any, precision: str, *widths: int) -> tuple[int, str]:
+    if dtype == jnp.float32:
+        return capability[0], precision
+    return capability[0], "16 bits" if all(width % ALIGNMENT == 0 for width in widths) else "16 bits, unaligned"
 
 
 def _limit(block: int, size: int) -> int:

@@ -15,7 +15,7 @@ Tiling    A program per tile of rows of one group (`common.py`) and block of col
 State     [block_n, block_j] accumulators in float32 registers; tiles of x and w, block_k summands wide, in stages of
           shared memory.
 Traffic   a tile of 128 x 128 reads 128 rows of x and 128 columns of w, 64 FLOPs per byte in 16 bits, from L2. Writes y
-          once. 2 N K J FLOPs, and those of the last rows of each group's last tile in vain.
+          once. 2 N K J FLOPs, and wasted ones for the rows that a group's last tile lacks.
 Limits    float32 (rounded to TF32, or in three passes where the matmul precision asks for it), bfloat16, float16; any
           N, K, J and E. Rows of other groups, NaN included, only enter accumulator rows that are not stored.
 Source    Gale et al., MegaBlocks (arXiv:2211.15841), for tiles of one group's rows; Tillet et al., Triton, for the
@@ -102,13 +102,14 @@ def gmm(
     x, w = xs[0], ws[0]
     (N, K), E = x.shape, w.shape[0]
     J = w.shape[1] if transposed else w.shape[2]
+    dims = N, E, K, J
     return call_on_rows(
         gmm_kernel,
         config,
-        product_block_sizes(config.capability, x.dtype, config.precision, N, E, K, J),
+        product_block_sizes(config.capability, x.dtype, config.precision, dims),
         group_sizes,
         (x, w, xs[-1], ws[-1], group_sizes if row_weights is None else row_weights),
-        (N, E, K, J),
+        dims,
         jax.ShapeDtypeStruct((N, J), x.dtype),
         name,
         TRANSPOSED=transposed,

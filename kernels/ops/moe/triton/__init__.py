@@ -1,0 +1,1 @@
+"""The mixture of experts on NVIDIA GPUs of compute capability 8.0 and newer, in Triton."""
