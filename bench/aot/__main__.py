@@ -122,7 +122,8 @@ def compile_edge_cases(target: hardware.Tpu) -> bool:
 
 def compile_triton_cases(words: Sequence[str]) -> bool:
     """Compile the Triton kernels with their features; return whether the compiler made something unfit of one."""
-    return any([fails(f"bench.aot.gpu.{module}", *words) for module in ("triton_cases", "triton_loss_cases")])
+    modules = ("triton_cases", "triton_loss_cases", "triton_gmm_cases")
+    return any([fails(f"bench.aot.gpu.{module}", *words) for module in modules])
 
 
 def fails(*words: str) -> bool:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import triton
 
 MIN_BLOCK = 32  # columns, and summands per step
-MAX_TILE_OF_FOUR_WARPS = 64 * 128
+MAX_NARROW_TILE, NARROW_WARPS = 64 * 128, 4  # of a sum over rows
 MAX_FEW_ROWS = 32  # per group, on average
 
 
@@ -103,7 +103,8 @@ def sum_block_sizes(capability: tuple[int, int], dtype: Any, precision: str, M: 
     """Return the sizes of the sums [M, F] over rows."""
     sizes = SUM_OVER_ROWS[_key(capability, dtype, precision, M, F)]
     block_n, block_j = _limit(sizes.block_n, M), _limit(sizes.block_j, F)
-    num_warps = 4 if block_n * block_j <= MAX_TILE_OF_FOUR_WARPS else sizes.num_warps
+    is_narrow = (block_n, block_j) != sizes[:2] and block_n * block_j <= MAX_NARROW_TILE
+    num_warps = NARROW_WARPS if is_narrow else sizes.num_warps
     return sizes._replace(block_n=block_n, block_j=block_j, num_warps=num_warps)
 
 
