@@ -42,6 +42,7 @@ SUITES = {
     "grouped_matmul": ("kernels/grouped_matmul/test_grouped_matmul", "kernels/moe/test_moe", "kernels/test_dispatch"),
     "grouped_matmul_sm90": ("kernels/grouped_matmul/test_pallas_sm90",),
     "grouped_matmul_sm90_block_sizes": ("kernels/grouped_matmul/test_pallas_sm90_block_sizes",),
+    "grouped_matmul_triton": ("kernels/grouped_matmul/test_triton", "kernels/moe/test_triton"),
     "grouped_matmul_tpu": (
         "kernels/grouped_matmul/test_pallas_tpu",
         "kernels/grouped_matmul/test_grouped_matmul",
@@ -54,6 +55,7 @@ SUITES = {
         "kernels/linear_cross_entropy/test_linear_cross_entropy",
     ),
     "linear_cross_entropy_triton": ("kernels/linear_cross_entropy/test_triton",),
+    "moe_triton": ("kernels/moe/test_triton",),
     "moe_hidden_values": ("kernels/moe/test_hidden_values", "kernels/moe/test_moe"),
     "moe_number_range": ("kernels/moe/test_number_range", "kernels/moe/test_moe"),
     "moe_activation": ("kernels/moe/test_activation", "kernels/moe/test_moe"),
