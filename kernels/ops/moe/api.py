@@ -148,6 +148,10 @@ def _pallas_unsupported_inputs(x: Array, w_gate: Array) -> str | None:
     return dispatch.float32_accumulation_unsupported(x.dtype)
 
 
+def _pallas_not_auto(x: Array, w_gate: Array) -> str | None:
+    return pallas_not_auto("moe_mlp", _PROBE, _gpu_probe(x.dtype.name), x.dtype.name)
+
+
 def _triton_unsupported_inputs(x: Array, w_gate: Array) -> str | None:
     return dispatch.symbolic_unsupported(x, w_gate) or dispatch.float32_accumulation_unsupported(x.dtype)
 
@@ -173,7 +177,7 @@ OPERATION = dispatch.Operation(
             _pallas,
             unsupported_device=functools.partial(dispatch.pallas_unsupported_device, "moe_mlp"),
             unsupported_inputs=_pallas_unsupported_inputs,
-            not_auto=lambda *_: pallas_not_auto("moe_mlp", _PROBE),
+            not_auto=_pallas_not_auto,
         ),
         dispatch.Implementation(
             "triton",

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import triton
 
+from dantinox.kernels.tuning import tunable
+
 MIN_BLOCK = 32  # columns, and summands per step
 MAX_NARROW_TILE, NARROW_WARPS = 64 * 128, 4  # of a sum over rows
 MAX_FEW_ROWS = 32  # per group, on average
@@ -73,6 +75,7 @@ FEW_ROWS_OF_TWO: Table = _table(
 SUM_OVER_ROWS: Table = MANY_ROWS
 
 
+@tunable
 def product_block_sizes(
     capability: tuple[int, int],
     dtype: Any,
@@ -99,6 +102,7 @@ def product_block_sizes(
     return sizes._replace(block_j=_limit(sizes.block_j, J), block_k=_limit(sizes.block_k, K))
 
 
+@tunable
 def sum_block_sizes(capability: tuple[int, int], dtype: Any, precision: str, M: int, F: int) -> TritonBlockSizes:
     """Return the sizes of the sums [M, F] over rows."""
     sizes = SUM_OVER_ROWS[_key(capability, dtype, precision, M, F)]
