@@ -15,6 +15,8 @@ Array = jax.Array
 # Triton writes the newest PTX that its own assembler reads. XLA assembles it with another one, which may be older: CUDA
 # 12.8 reads 8.7, which has every compute capability up to 12.0 but not 10.3 and 12.1.
 PTX_VERSION, PTX_VERSION_OF_MINOR_CAPABILITIES = 87, 88
+# Before 8.9, Triton refuses even pointers to fp8e4nv, JAX's float8_e4m3fn, which a kernel may read as bytes.
+FLOAT8_DTYPES = ("fp8e4b15", "fp8e4nv", "fp8e5")
 
 
 def call_triton(
@@ -32,7 +34,7 @@ def call_triton(
 
     Args:
         kernel: a `triton.jit` function of the inputs, its compile-time constants and the outputs.
-        arrays: the inputs.
+        arrays: the inputs; references to arrays (`jax.new_ref`), which the kernel may write to, are in place.
         out_type: shapes and dtypes of the outputs, in a pytree.
         grid: programs along each axis.
         capability: compute capability of the device, (major, minor).
@@ -44,6 +46,7 @@ def call_triton(
     import jax_triton
 
     newer = capability in ((10, 3), (12, 1))
+    float8 = {"supported_fp8_dtypes": FLOAT8_DTYPES} if any(x.dtype == "float8_e4m3fn" for x in arrays) else {}
     return jax_triton.triton_call(
         *arrays,
         kernel=kernel,
@@ -56,6 +59,7 @@ def call_triton(
             "num_stages": num_stages,
             "ptx_version": PTX_VERSION_OF_MINOR_CAPABILITIES if newer else PTX_VERSION,
             "enable_fp_fusion": True,
+            **float8,
         },
         **constants,
     )

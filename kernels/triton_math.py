@@ -1,4 +1,4 @@
-"""Shared by the Triton kernels: order of programs, float32 operands of tensor cores, soft cap on scores and logits."""
+"""Shared by the Triton kernels: order of programs, operands of tensor cores, soft cap on scores and logits."""
 
 import math
 from typing import Any
@@ -15,6 +15,12 @@ ONE_PASS = (None, "default", "fastest", "bfloat16", "tensorfloat32", "BF16_BF16_
 NO_CAP, SIMPLE_CAP, EXTREME_CAP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 LOWEST = tl.constexpr(float(np.finfo(np.float32).min))  # no finite score is below it
 LINEAR = tl.constexpr(caps.LINEAR)
+MIN_HEAD_BLOCK = 16
+
+
+def head_block(D: int) -> int:
+    """Return the columns of a tile of heads: a power of two, of at least 16."""
+    return max(MIN_HEAD_BLOCK, triton.next_power_of_2(D))
 
 
 def float32_precision() -> str:

@@ -20,6 +20,7 @@ NAMES = {
     np.dtype(np.float32): "fp32",
     np.dtype(np.float16): "fp16",
     np.dtype(ml_dtypes.bfloat16): "bf16",
+    np.dtype(ml_dtypes.float8_e4m3fn): "fp8e4nv",
     np.dtype(np.int32): "i32",
     np.dtype(np.int64): "i64",
     np.dtype(np.int8): "i8",
@@ -212,6 +213,15 @@ def _dot(self: Any, a: Any, b: Any, c: Any, *_: Any) -> Any:
     return interpreter.TensorHandle(product + c.data, c.dtype.scalar)
 
 
+def _integer_to_float(self: Any, x: Any, dtype: Any) -> Any:
+    """Convert integers: the interpreter's own `create_si_to_fp` takes the integers for the bits of bfloat16."""
+    import triton.language as tl
+
+    if dtype.scalar != tl.bfloat16:
+        return self.cast_impl(x, dtype)
+    return self.cast_impl(self.cast_impl(x, tl.float32), dtype)
+
+
 def run(f: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """Return f(*args) as NumPy arrays, with its Triton kernels interpreted."""
     import jax_triton
@@ -220,6 +230,7 @@ def run(f: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     with (
         mock.patch.object(jax_triton, "triton_call", triton_call),
         mock.patch.object(interpreter.InterpreterBuilder, "create_dot", _dot),
+        mock.patch.object(interpreter.InterpreterBuilder, "create_si_to_fp", _integer_to_float),
     ):
         _failures.clear()
         results = jax.block_until_ready(jax.jit(lambda *args: f(*args))(*args))

@@ -16,6 +16,7 @@ from dantinox.kernels.ops.decode_attention.pallas_cpu import kernel as cpu_kerne
 from dantinox.kernels.ops.decode_attention.pallas_tpu import limits as tpu_limits
 
 Array = jax.Array
+MAX_TRITON_HEAD_DIM = 256
 
 __all__ = ["KVCache", "decode_attention"]
 
@@ -219,6 +220,31 @@ def _pallas_not_auto(q: Array, cache: KVCache, sinks: Array | None = None) -> st
     return None
 
 
+def _triton_unsupported_inputs(q: Array, cache: KVCache, sinks: Array | None = None) -> str | None:
+    if reason := dispatch.symbolic_unsupported(q, cache.k):
+        return reason
+    if reason := dispatch.float32_accumulation_unsupported(q.dtype):
+        return reason
+    for name, ring_buffer in (("cache.k", cache.k), ("cache.v", cache.v)):
+        if ring_buffer.dtype == jnp.float64:
+            return f"{name} is float64 and its Triton kernels multiply at most float32"
+    D = q.shape[-1]
+    return f"D is {D}; its Triton kernels take at most {MAX_TRITON_HEAD_DIM}" if D > MAX_TRITON_HEAD_DIM else None
+
+
+def _triton_not_auto(q: Array, cache: KVCache, sinks: Array | None = None) -> str | None:
+    dtype, D, cache_dtype = q.dtype.name, q.shape[-1], cache.k.dtype.name
+    subject = f"{dtype}, D {D}, cache {cache_dtype}"
+    return first_use.disagreement("decode_attention", _gpu_probe(dtype, D, cache_dtype), "triton", subject)
+
+
+@functools.cache
+def _gpu_probe(dtype: str, D: int, cache_dtype: str) -> first_use.Probe:
+    """Return the probe of what determines the tiles and the conversions of a GPU's kernels."""
+    kind = {"dtypes": (dtype,), "head_dims": (D,), "cache_dtype": cache_dtype, "tf32": True}
+    return functools.partial(probe.run, decode_attention, **kind)
+
+
 _PROBE = functools.partial(probe.run, decode_attention)
 OPERATION = dispatch.Operation(
     "decode_attention",
@@ -232,6 +258,12 @@ OPERATION = dispatch.Operation(
             unsupported_inputs=_pallas_unsupported_inputs,
             not_auto=_pallas_not_auto,
         ),
-        dispatch.Implementation.missing("triton", "decode_attention has no Triton kernel yet"),
+        dispatch.Implementation(
+            "triton",
+            dispatch.lazy("dantinox.kernels.ops.decode_attention.triton.decode_step:decode_attention"),
+            unsupported_device=dispatch.triton_unsupported_device,
+            unsupported_inputs=_triton_unsupported_inputs,
+            not_auto=_triton_not_auto,
+        ),
     ),
 )

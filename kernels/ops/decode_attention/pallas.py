@@ -33,6 +33,6 @@ def decode_attention(
     C = cache.k.shape[2]
     max_visible = C if window is None else min(C, int(window))
     backend = cpu_kernel if current_device().platform == "cpu" else tpu_kernel
-    q, k, v, cache, gate, sinks = without_gradient((q, k, v, cache, gate, sinks))
+    q, k, v, cache, gate, sinks = without_gradient((q, k, v, cache, gate, sinks), "pallas")
     kernel = functools.partial(backend.decode_attention, max_visible=max_visible, scale=scale, softcap=softcap)
     return call_invariant(kernel, q, k, v, cache, gate=gate, sinks=sinks)

@@ -13,6 +13,7 @@ from dantinox.cli import evaluate, generate, train
 from dantinox.config import presets
 from dantinox.kernels.dispatch import target_device
 from dantinox.kernels.ops.attention import xla as attention_xla
+from dantinox.kernels.ops.decode_attention import xla as decode_attention_xla
 from dantinox.kernels.ops.grouped_matmul import xla as grouped_matmul_xla
 from dantinox.kernels.ops.linear_cross_entropy import xla as linear_cross_entropy_xla
 from dantinox.kernels.ops.moe import xla as moe_xla
@@ -52,6 +53,7 @@ def stand_ins(folder, monkeypatch):
         ("attention.triton.vjp", "attention", attention_xla.attention),
         ("grouped_matmul.triton.vjp", "grouped_matmul", grouped_matmul_xla.grouped_matmul),
         ("moe.triton.vjp", "moe_mlp", moe_xla.moe_mlp),
+        ("decode_attention.triton.decode_step", "decode_attention", decode_attention_xla.decode_attention),
         ("linear_cross_entropy.triton.vjp", "linear_cross_entropy", linear_cross_entropy_xla.linear_cross_entropy),
     ):
         stand_in = types.ModuleType(module)

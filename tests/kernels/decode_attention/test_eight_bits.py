@@ -11,7 +11,8 @@ from dantinox.kernels.dispatch import target_device
 from dantinox.kernels.ops.decode_attention.kv_cache import QMAX, dequantize, quantize
 from dantinox.kernels.ops.decode_attention.pallas_tpu import block_sizes
 from tests.helpers import tolerance
-from tests.kernels.decode_attention.test_decode_attention import IMPLEMENTATIONS, Step, draw, find, program, row
+from tests.helpers.decode_steps import Step, draw
+from tests.kernels.decode_attention.test_decode_attention import IMPLEMENTATIONS, find, program, row
 from tests.kernels.decode_attention.test_pallas_tpu import run_with_race_detection
 
 ALL = ["reference", *IMPLEMENTATIONS]

@@ -16,9 +16,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dantinox import kernels
 from dantinox.kernels import dispatch, workloads
+from dantinox.kernels.ops.decode_attention.num_splits import choose_num_splits
 from dantinox.kernels.ops.decode_attention.pallas_sm90 import kernel, splits
 from tests.helpers import cases, tolerance
-from tests.kernels.decode_attention.test_decode_attention import Step, draw
+from tests.helpers.decode_steps import Step, draw
 
 slow = pytest.mark.slow
 H100 = ("cuda", "NVIDIA H100 80GB HBM3")
@@ -183,12 +184,12 @@ def simulated_time(row: workloads.Decode, num_splits: int) -> int:
 
 def chosen_num_splits(row: workloads.Decode) -> int:
     num_blocks = splits.max_visible_blocks(row.C, min(row.C, row.window or row.C))
-    return splits.choose_num_splits(row.B, row.K, num_blocks, splits.RESIDENT_BLOCKS[row.D])
+    return choose_num_splits(row.B, row.K, num_blocks, splits.RESIDENT_BLOCKS[row.D])
 
 
 def test_chosen_splits_fill_the_sms():
     for B, K, num_blocks in itertools.product((1, 2, 20, 150), (1, 2, 8), (1, 2, 9, 128, 512)):
-        assert 1 <= splits.choose_num_splits(B, K, num_blocks, 264) <= max(1, num_blocks // 2)
+        assert 1 <= choose_num_splits(B, K, num_blocks, 264) <= max(1, num_blocks // 2)
     for row in workloads.select("decode_attention", "bench", "h100"):
         if row.name != "nearly empty, B=8":  # the lengths are not known when the splits are chosen
             best = min(simulated_time(row, num_splits) for num_splits in (1, 2, 4, 8, 11, 16, 32))

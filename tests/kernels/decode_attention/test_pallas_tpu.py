@@ -19,7 +19,7 @@ from dantinox.kernels.dispatch import target_device
 from dantinox.kernels.ops.decode_attention.block_table import make_block_table
 from dantinox.kernels.ops.decode_attention.pallas_tpu import block_sizes
 from tests.helpers import cases, tolerance
-from tests.kernels.decode_attention.test_decode_attention import draw
+from tests.helpers.decode_steps import draw
 
 V6E = ("tpu", "TPU v6 lite")
 

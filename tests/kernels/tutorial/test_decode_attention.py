@@ -19,7 +19,8 @@ from dantinox.kernels.ops.decode_attention.kv_cache import quantize
 from dantinox.kernels.tutorial import decode_attention as tutorial
 from dantinox.kernels.tutorial.decode_attention import common, step3_ring_buffer
 from tests.helpers import tolerance
-from tests.kernels.decode_attention.test_decode_attention import Step, draw, row
+from tests.helpers.decode_steps import Step, draw
+from tests.kernels.decode_attention.test_decode_attention import row
 from tests.kernels.decode_attention.test_pallas_tpu import V6E, run_with_race_detection
 
 FOLDER = Path(common.__file__).parent

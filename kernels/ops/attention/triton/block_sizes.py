@@ -8,11 +8,9 @@ have not been timed on a GPU.
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import triton
 
+from dantinox.kernels.triton_math import head_block
 from dantinox.kernels.tuning import tunable
-
-MIN_HEAD_BLOCK = 16
 
 
 class TritonBlockSizes(NamedTuple):
@@ -65,11 +63,6 @@ DKV: Table = {
 # On 10.x, other blocks keep the kernels of bfloat16 from spilling up to D 128.
 FWD_SM100: Table = {(2, 32): TritonBlockSizes(128, 64, 8, 3), (2, 64): TritonBlockSizes(128, 64, 8, 3)}
 DKV_SM100: Table = {(2, 32): TritonBlockSizes(64, 64, 8, 2), (2, 128): TritonBlockSizes(64, 64, 8, 1)}
-
-
-def head_block(D: int) -> int:
-    """Return the columns of a block in registers: a power of two, of at least 16."""
-    return max(MIN_HEAD_BLOCK, triton.next_power_of_2(D))
 
 
 @tunable

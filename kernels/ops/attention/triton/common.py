@@ -13,8 +13,7 @@ import jax
 import triton
 import triton.language as tl
 
-from dantinox.kernels.ops.attention.triton.block_sizes import head_block
-from dantinox.kernels.triton_math import score_constants
+from dantinox.kernels.triton_math import head_block, score_constants
 
 Array = jax.Array
 NO_GATE, HEAD_GATE, ELEMENTWISE_GATE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)

@@ -38,6 +38,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dantinox.kernels.mosaic_gpu import TMA_ROWS, tuned_head_dim, wgmma_smem
 from dantinox.kernels.ops.decode_attention.gradient import without_gradient
 from dantinox.kernels.ops.decode_attention.kv_cache import KVCache, append_token, append_tokens
+from dantinox.kernels.ops.decode_attention.num_splits import choose_num_splits
 from dantinox.kernels.ops.decode_attention.numbers import split_scale
 from dantinox.kernels.ops.decode_attention.pallas_sm90.limits import BLOCK_H, num_stages, unsupported_reason
 from dantinox.kernels.ops.decode_attention.pallas_sm90.refs import CacheRefs, SplitRefs, SplitScratch
@@ -46,7 +47,6 @@ from dantinox.kernels.ops.decode_attention.pallas_sm90.splits import (
     RESIDENT_BLOCKS,
     SplitConfig,
     SplitRange,
-    choose_num_splits,
     combine_splits,
     max_visible_blocks,
     split_range,
@@ -99,7 +99,7 @@ def decode_attention(
         num_splits = choose_num_splits(B, K, num_blocks, RESIDENT_BLOCKS[tuned_head_dim(D)])
     q, scale = split_scale(q, scale)
     config = SplitConfig(C, max_visible, num_splits, scale, softcap, interpret, T, H // K)
-    q, k, v, cache, gate, sinks = without_gradient((q, k, v, cache, gate, sinks))
+    q, k, v, cache, gate, sinks = without_gradient((q, k, v, cache, gate, sinks), "pallas")
     return call_invariant(functools.partial(_append_and_attend, config), q, k, v, cache, gate, sinks)
 
 

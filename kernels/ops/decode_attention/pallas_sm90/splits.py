@@ -10,7 +10,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 Array = jax.Array
 BLOCK_KV = 64  # slots per block
 RESIDENT_BLOCKS = {64: 396, 128: 264, 256: 132}  # by D, thread blocks that the 132 SMs of an H100 hold at a time
-SPLIT_OVERHEAD = 2  # prologue and epilogue of a thread block, in block loads
 
 
 class SplitConfig(NamedTuple):
@@ -79,29 +78,6 @@ def split_range(length: Any, split: Any, config: SplitConfig) -> SplitRange:
 def max_visible_blocks(C: int, max_visible: int) -> int:
     """Return the largest number of blocks that a sequence visits."""
     return min(-(-C // BLOCK_KV), -(-(max_visible - 1) // BLOCK_KV) + 1 + (C % BLOCK_KV > 0))
-
-
-def choose_num_splits(B: int, K: int, num_blocks: int, resident_blocks: int) -> int:
-    """Return the splits per sequence that fill the SMs; a batch gets more, because its lengths may differ.
-
-    Args:
-        B: sequences.
-        K: KV heads.
-        num_blocks: largest number of blocks that a sequence visits.
-        resident_blocks: thread blocks that run at a time.
-    """
-
-    def estimate_time(n: int) -> float:
-        """Return the block loads of a batch of equal lengths plus those of a batch of evenly spread lengths."""
-        waves, blocks_per_split = -(-B * K * n // resident_blocks), num_blocks / n
-        equal = waves * (blocks_per_split + SPLIT_OVERHEAD)
-        if B == 1:
-            return equal
-        return equal + B * K * num_blocks / 2 / resident_blocks + blocks_per_split + waves * SPLIT_OVERHEAD
-
-    candidates = range(1, max(1, min(num_blocks // 2, 4 * resident_blocks // (B * K))) + 1)
-    best = min(map(estimate_time, candidates))
-    return next(n for n in candidates if estimate_time(n) <= 1.1 * best)
 
 
 def combine_splits(o: Array, lse: Array, sinks: Array | None = None) -> Array:
