@@ -46,8 +46,8 @@ class Arguments:
     """Compile one program of each kind, for h100 and v6e; takes a minute."""
     check: bool = False
     """Compare with the committed profiles, write nothing, and fail if a program got worse. Without names of operations,
-    workloads or implementations, also compile the sizes that break kernels for the TPUs, and the Triton attention and
-    linear cross-entropy with every feature for the GPUs."""
+    workloads or implementations, also compile the sizes that break kernels for the TPUs, and the Triton kernels with
+    every feature for the GPUs."""
     out: Path | None = None
     """Folder of the profiles (default: profiles/aot, or runs/aot if an implementation is not built in)."""
     keep: Path | None = None
@@ -122,7 +122,7 @@ def compile_edge_cases(target: hardware.Tpu) -> bool:
 
 def compile_triton_cases(words: Sequence[str]) -> bool:
     """Compile the Triton kernels with their features; return whether the compiler made something unfit of one."""
-    modules = ("triton_cases", "triton_loss_cases", "triton_gmm_cases")
+    modules = ("triton_cases", "triton_loss_cases", "triton_gmm_cases", "triton_decode_cases")
     return any([fails(f"bench.aot.gpu.{module}", *words) for module in modules])
 
 

@@ -101,7 +101,7 @@ def suite(out: Path, tiny: bool, seconds: float, smoke_cases: Sequence[str]) -> 
 
 def _candidates(op: str, name: str) -> tuple[str, ...]:
     if op == "decode_attention":
-        return ("pallas", "xla", "jax.nn xla")
+        return ("pallas", "triton", "xla", "jax.nn xla")
     if op == "linear_cross_entropy":
         return ("pallas", "triton", "xla", "all logits")
     return (*GROUPED_CANDIDATES, *(FEW_GROUPS_CANDIDATES if name.endswith("mixtral") else ()))

@@ -34,6 +34,7 @@ SUITES = {
         "kernels/decode_attention/test_pallas_tpu",
         "kernels/decode_attention/test_decode_attention",
     ),
+    "decode_attention_triton": ("kernels/decode_attention/test_triton",),
     "first_use": ("kernels/test_first_use",),
     "integers": ("kernels/test_integers",),
     "eager_calls": ("kernels/test_eager_calls", "kernels/test_modes"),

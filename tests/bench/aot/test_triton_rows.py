@@ -81,7 +81,7 @@ def test_committed_table_has_every_row_of_every_card(suite):
     assert not missing
 
 
-MODULES = ("triton_cases", "triton_loss_cases", "triton_gmm_cases")
+MODULES = ("triton_cases", "triton_loss_cases", "triton_gmm_cases", "triton_decode_cases")
 
 
 @pytest.mark.parametrize("failing", [None, *MODULES])

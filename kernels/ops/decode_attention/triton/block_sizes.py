@@ -11,6 +11,7 @@ import triton
 
 from dantinox.kernels.ops.decode_attention.num_splits import choose_num_splits
 from dantinox.kernels.triton_math import head_block
+from dantinox.kernels.tuning import tunable
 
 MIN_ROWS = 16  # of a tile on the tensor cores
 
@@ -49,8 +50,9 @@ RESIDENT_PROGRAMS = {(8, 0): 216, (8, 6): 168, (8, 7): 32, (8, 9): 284, (9, 0): 
 OTHER_RESIDENT_PROGRAMS = 264
 
 
-def block_sizes(dtype: Any, D: int) -> TritonBlockSizes:
-    """Return the sizes for queries of a dtype and head dim."""
+@tunable
+def split_block_sizes(dtype: Any, D: int) -> TritonBlockSizes:
+    """Return the sizes for queries of a dtype and head dim, which are the same on all GPUs."""
     return SIZES[jnp.dtype(dtype).itemsize, head_block(D)]
 
 
@@ -59,14 +61,15 @@ def rows_per_tile(num_rows: int, sizes: TritonBlockSizes) -> int:
     return min(sizes.max_rows, max(MIN_ROWS, triton.next_power_of_2(num_rows)))
 
 
-def splits(capability: tuple[int, int], programs: int, num_visible: int, sizes: TritonBlockSizes) -> int:
+def splits(capability: tuple[int, int], B: int, programs: int, num_visible: int, sizes: TritonBlockSizes) -> int:
     """Return the splits per sequence.
 
     Args:
         capability: compute capability of the device.
-        programs: sequences times KV heads times tiles of rows.
+        B: sequences.
+        programs: KV heads times tiles of rows.
         num_visible: tokens in the ring buffer that a query sees, at most.
         sizes: sizes of the kernel.
     """
     resident = RESIDENT_PROGRAMS.get(capability, OTHER_RESIDENT_PROGRAMS)
-    return choose_num_splits(programs, 1, triton.cdiv(num_visible, sizes.block_kv) + 1, resident)
+    return choose_num_splits(B, programs, triton.cdiv(num_visible, sizes.block_kv) + 1, resident)

@@ -14,6 +14,7 @@ from dantinox.kernels.triton_call import call_triton
 from dantinox.kernels.triton_math import LOWEST
 
 Array = jax.Array
+MAX_CHUNK = 16  # splits whose sums are in registers at a time
 
 
 @triton.jit
@@ -29,6 +30,7 @@ def combine_kernel(
     D_BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLITS_BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
     SCALE: tl.constexpr,
     UNIT: tl.constexpr,
     GATE_WIDTH: tl.constexpr,
@@ -37,20 +39,26 @@ def combine_kernel(
 ):
     """Combine the splits of one query."""
     query = tl.program_id(0).to(tl.int64)
-    split, d = tl.arange(0, SPLITS_BLOCK), tl.arange(0, D_BLOCK)
-    part = split.to(tl.int64) * QUERIES + query
-    m = tl.load(stats + part, mask=split < SPLITS, other=LOWEST)
-    l = tl.load(stats + SPLITS * QUERIES + part, mask=split < SPLITS, other=0.0)
-    has_weight = l != 0
-    largest = tl.max(tl.where(has_weight, m, LOWEST), axis=0)
-    weight = tl.where(has_weight, tl.exp((m - largest) * SCALE), 0.0)
-    in_bounds = has_weight[:, None] & (d < D)[None, :]
-    sums = tl.load((parts + part * D)[:, None] + d[None, :], mask=in_bounds, other=0.0)
-    acc = tl.sum(sums * weight[:, None], axis=0)[None, :]
+    d = tl.arange(0, D_BLOCK)
+    every = tl.arange(0, SPLITS_BLOCK)
+    largest = tl.max(tl.load(stats + every.to(tl.int64) * QUERIES + query, mask=every < SPLITS, other=LOWEST), axis=0)
+    acc = tl.zeros((1, D_BLOCK), tl.float32)
+    total = tl.zeros((1,), tl.float32)
+    for first in tl.range(0, SPLITS, CHUNK):
+        split = first + tl.arange(0, CHUNK)
+        part = split.to(tl.int64) * QUERIES + query
+        m = tl.load(stats + part, mask=split < SPLITS, other=LOWEST)
+        l = tl.load(stats + SPLITS * QUERIES + part, mask=split < SPLITS, other=0.0)
+        has_weight = l != 0
+        weight = tl.where(has_weight, tl.exp((m - largest) * SCALE), 0.0)
+        in_bounds = has_weight[:, None] & (d < D)[None, :]
+        sums = tl.load((parts + part * D)[:, None] + d[None, :], mask=in_bounds, other=0.0)
+        acc += tl.sum(sums * weight[:, None], axis=0)[None, :]
+        total += tl.sum(l * weight, axis=0)
     row = tl.arange(0, 1)
     finish(
-        acc, largest + row.to(tl.float32), tl.sum(l * weight, axis=0) + row.to(tl.float32), query + row, row == 0,
-        gate, sinks, o, H, ROWS_PER_SEQUENCE, D, D_BLOCK, SCALE, UNIT, GATE_WIDTH, SINKS,
+        acc, largest + row.to(tl.float32), total, query + row, row == 0, gate, sinks, o, H, ROWS_PER_SEQUENCE, D,
+        D_BLOCK, SCALE, UNIT, GATE_WIDTH, SINKS,
     )  # fmt: skip
 
 
@@ -72,5 +80,6 @@ def combine(
         QUERIES=B * T * H,
         ROWS_PER_SEQUENCE=T * H,
         SPLITS_BLOCK=triton.next_power_of_2(splits),
+        CHUNK=min(MAX_CHUNK, triton.next_power_of_2(splits)),
         **config.row_constants(splits, gate, sinks),
     )

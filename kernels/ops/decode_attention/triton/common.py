@@ -43,7 +43,7 @@ class TritonDecodeConfig(NamedTuple):
     @property
     def sizes(self) -> block_sizes.TritonBlockSizes:
         """Sizes of the split kernel."""
-        return block_sizes.block_sizes(self.dtype, self.D)
+        return block_sizes.split_block_sizes(self.dtype, self.D)
 
     @property
     def rows(self) -> int:
@@ -58,7 +58,7 @@ class TritonDecodeConfig(NamedTuple):
     def splits(self, B: int) -> int:
         """Return the splits per sequence."""
         num_visible = min(self.C - self.T, self.max_visible - 1)
-        return block_sizes.splits(self.capability, B * self.K * self.row_tiles, num_visible, self.sizes)
+        return block_sizes.splits(self.capability, B, self.K * self.row_tiles, num_visible, self.sizes)
 
     def row_constants(self, splits: int, gate: Array | None, sinks: Array | None) -> dict[str, Any]:
         """Return the compile-time constants that both kernels have."""

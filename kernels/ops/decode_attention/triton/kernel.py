@@ -3,22 +3,22 @@
 Math      s = cap(scale q k^T);  p = u exp(s - m);  o = sigmoid(gate) * sum(p v) / sum(p); a sink adds u exp(sink - m)
           to the sum. The power of two u keeps sums of huge values within float32.
 Tiling    A program per split, tile of rows, KV head and sequence. The rows are the G query heads of a KV head, times T
-          new tokens, filled up to 16 for tensor cores. The tokens that a tile sees, from the oldest in the ring buffer
-          to the newest, are numbered in tiles of block_kv; the last tiles are the new tokens. Each split has as many:
+          new tokens, filled up to 16 for tensor cores. The tokens that they see, from the oldest in the ring buffer to
+          the newest, form tiles of block_kv, of which each split has as many; the last tiles are the new tokens. For
+          tiles of 4, a window of 17 and 4 new tokens, which get slots 4 to 7:
 
-              slots ->     ▒▒▒▒████████░░░░████████      oldest at the third █ from the right, wrapped around the end
-              split 0                      ▞▞▞▞████      █ tokens in the ring buffer: every one is read once
-              split 1      ▒▒▒▒                          ▒ slots that the new tokens get: written, never read
-                               ████                      ░ neither read nor written
-              split 2      new ████                      new tokens are read from k and v
+              slots ->     0   4   8   12  16  20
+              split 0      ░░░░░░░░░░░░████████░░░░                                █ read once
+              split 1      ████▒▒▒▒░░░░░░░░░░░░████  and the new tokens in k, v    ▒ written, never read
+                                                                                   ░ neither read nor written
 
 State     m, l [rows] and the output [rows, D] in float32 registers; tiles of keys and values in stages of shared
           memory.
 Traffic   Reads the visible tokens of each ring buffer once per tile of rows, for any C, q once per split, and writes
           one slot of each ring buffer per new token. With several splits it writes their outputs and two numbers per
-          query in float32, which `combine.py` reads: splits * T G * 8 (D + 2) bytes per KV head, at 8 splits of 1024
-          tokens and G 4 1.6% of what bfloat16 ring buffers of 8192 tokens take, most of it from L2. 4 D FLOPs per query
-          and visible token.
+          query in float32, which `combine.py` reads: splits * T G * 8 (D + 2) bytes per KV head, most of them from
+          L2. At 8 splits of 1024 tokens, G 4 and D 128, they are 0.8% of what bfloat16 ring buffers hold. 4 D FLOPs
+          per query and visible token.
 Limits    q in float32 (rounded to TF32, or in three passes where the matmul precision asks for it), bfloat16, float16;
           a ring buffer in any of them, int8 or float8_e4m3fn; D up to 256, filled up to a power of two in registers;
           any C, T and G. The scaled scores of float32 and bfloat16 operands have to fit float32. No gradient.
