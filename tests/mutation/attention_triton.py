@@ -137,7 +137,7 @@ MUTANTS: list[Mutant] = [
         ("one dtype speaks for all", "(op, implementation, subject, *device,", "(op, implementation, *device,", REMEMBERED),
         ("one device speaks for all", "(op, implementation, subject, *device,", "(op, implementation, subject,", REMEMBERED),
         ("edited sources are trusted", "_source_hash(), *versions", "*versions", REMEMBERED),
-        ("sources in folders do not count", "parent.rglob(", "parent.glob(", SOURCES),
+        ("sources in folders do not count", "folder.rglob(", "folder.glob(", SOURCES),
         ("a disagreement is remembered", "if reason is None and file:", "if file:", REMEMBERED),
         ("NaN agrees", "if not error <= tolerance:", "if error > tolerance:", "test_wrong_or_failing_kernel_is_reported_once[nan]"),
         ("a check sees the caller's settings", "thread.start()\n    thread.join()", "compare()",

@@ -212,7 +212,7 @@ def _pallas_unsupported_inputs(q: Array, cache: KVCache, sinks: Array | None = N
 
 def _pallas_not_auto(q: Array, cache: KVCache, sinks: Array | None = None) -> str | None:
     if dispatch.on_gpu():
-        return "the Hopper kernel has not run on a GPU yet; pass implementation='pallas' to use it"
+        return _gpu_disagreement("pallas", q, cache)
     if dispatch.current_device().platform == "cpu" and cpu_kernel.xla_is_faster(cache.k.shape[2]):
         return "interpreted, it is slow at these sizes"
     if dispatch.on_tpu():
@@ -233,9 +233,13 @@ def _triton_unsupported_inputs(q: Array, cache: KVCache, sinks: Array | None = N
 
 
 def _triton_not_auto(q: Array, cache: KVCache, sinks: Array | None = None) -> str | None:
+    return _gpu_disagreement("triton", q, cache)
+
+
+def _gpu_disagreement(implementation: str, q: Array, cache: KVCache) -> str | None:
     dtype, D, cache_dtype = q.dtype.name, q.shape[-1], cache.k.dtype.name
     subject = f"{dtype}, D {D}, cache {cache_dtype}"
-    return first_use.disagreement("decode_attention", _gpu_probe(dtype, D, cache_dtype), "triton", subject)
+    return first_use.disagreement("decode_attention", _gpu_probe(dtype, D, cache_dtype), implementation, subject)
 
 
 @functools.cache
