@@ -138,6 +138,7 @@ def candidates(workload: Workload) -> dict[str, Candidate]:
     return ours | untuned | {baseline.name: baseline for baseline in baselines.for_workload(workload)}
 
 
+@functools.cache  # the second trace of a call would be that of the first, and choose nothing
 def uses_measurements(workload: Workload, implementation: str) -> bool:
     """Return whether an implementation has block sizes that were measured on this device for a workload."""
     measured = tuning.table(dispatch.current_device()).block_sizes

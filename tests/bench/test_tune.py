@@ -5,14 +5,18 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+from bench.operations import runner
 from bench.operations.runner import BenchmarkCase, benchmark_cases
 from bench.tune import __main__ as tune
 from bench.tune import measurement, results
 from bench.tune.measurement import Order
 from bench.tune.neighbors import neighbors
+from dantinox.kernels import tuning
 from dantinox.system.console import Console
+from tests.conftest import clear_traces
 
 KEY = "attention.pallas_cpu.heuristic_block_sizes(...)"
 HEURISTIC = {"block_q": 64, "stages": 2}
@@ -150,3 +154,31 @@ def test_wrong_results_are_not_measured(monkeypatch):
     case = BenchmarkCase(benchmark_cases("attention")[0].workload)
     with pytest.raises(ValueError, match="the results differ by nan of the largest value"):
         measurement.measure(Order("attention", case.workload.name, False, "pallas", {}, {KEY: 8}, 1))
+
+
+def test_bench_shows_untuned_beside_tuned(monkeypatch, tmp_path):
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    tuning.table.cache_clear()
+    workload = benchmark_cases("attention")[0].workload
+    assert "pallas, untuned" not in runner.candidates(workload)
+    runner.uses_measurements.cache_clear()
+    inputs, state, _ = runner.random_arguments(workload)
+    with tuning.recording() as seen:
+        expected, _ = runner.implementation_function(workload, "pallas")(inputs, state, workload.integer_inputs())
+    ((key, own),) = seen.choices.items()
+    measured = own | {"block_q": own["block_q"] // 2, "kv_blocks_per_step": 1}
+    content = {"block_sizes": {key: {"choice": measured}}, "implementations": {}}
+    (tmp_path / "cpu.json").write_text(json.dumps(content), "utf-8")
+    tuning.table.cache_clear()
+    clear_traces()
+    found = runner.candidates(workload)
+    assert [name for name in found if "untuned" in name] == ["pallas, untuned"]
+    assert "pallas, untuned" in runner.candidates(workload)
+    clear_traces()
+    for name, choice in (("pallas, untuned", own), ("pallas", measured)):
+        with tuning.recording() as seen:
+            o, _ = found[name].function(inputs, state, workload.integer_inputs())
+        assert seen.choices == {key: choice}
+        np.testing.assert_allclose(o, expected, atol=1e-5)
+    for function in (tuning.table, runner.uses_measurements):
+        function.cache_clear()
