@@ -131,7 +131,7 @@ def candidates(workload: Workload) -> dict[str, Candidate]:
         reason = "left out of the sweeps on a CPU, where it would take most of the time"
         ours["reference"] = Candidate("reference", None, reason)
     untuned = {
-        f"{name}, untuned": Candidate(f"{name}, untuned", untuned_function(workload, name))
+        f"{name}, untuned": Candidate(f"{name}, untuned", tuning.forcing({})(implementation_function(workload, name)))
         for name, candidate in ours.items()
         if candidate.unsupported_reason is None and uses_measurements(workload, name)
     }
@@ -149,17 +149,6 @@ def uses_measurements(workload: Workload, implementation: str) -> bool:
     with tuning.recording() as seen, contextlib.suppress(NotImplementedError):
         jax.eval_shape(implementation_function(workload, implementation), inputs, state, aux)
     return not measured.keys().isdisjoint(seen.choices)
-
-
-def untuned_function(workload: Workload, implementation: str) -> Forward:
-    """Return `implementation_function` with the block sizes of the heuristics."""
-    forward = implementation_function(workload, implementation)
-
-    def untuned(inputs: Tree, state: Tree, aux: Tree) -> tuple[jax.Array, Tree]:
-        with tuning.forcing({}):
-            return forward(inputs, state, aux)
-
-    return untuned
 
 
 def implementation_function(workload: Workload, implementation: str) -> Forward:

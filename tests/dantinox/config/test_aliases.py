@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dantinox.cli import export, generate, train
-from dantinox.config import Config, ConfigError, ModelConfig
+from dantinox.config import Config, ConfigError
 from dantinox.config.aliases import ALIASES, FLAG_ALIASES, NEW_SETTINGS, VALUE_ALIASES, original_names
 from dantinox.sweep import search_space
 
@@ -131,7 +131,7 @@ def test_sweeps_find_earlier_runs_by_their_folders():
     assert today.name == f"n_{run.name}"
     assert original_names({"n_kv_heads": 1, "kv_cache_dtype": "auto"}) == {"kv_heads": 1, "kv_dtype": "model"}
     assert original_names({"loss": "auto", "attn_sinks": True}) == {"attn_sinks": True}
-    assert all(getattr(ModelConfig(), name) == default for name, default in NEW_SETTINGS.items())
+    assert all(Config().flat()[name] == default for name, default in NEW_SETTINGS.items())
 
 
 def test_sweep_parameter_under_two_names_raises(tmp_path):

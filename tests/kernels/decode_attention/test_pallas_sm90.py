@@ -15,9 +15,10 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dantinox import kernels
-from dantinox.kernels import dispatch, workloads
-from dantinox.kernels.ops.decode_attention.num_splits import choose_num_splits
+from dantinox.kernels import dispatch, first_use, workloads
+from dantinox.kernels.ops.decode_attention.num_splits import SPLIT_OVERHEAD, choose_num_splits
 from dantinox.kernels.ops.decode_attention.pallas_sm90 import kernel, splits
+from tests.conftest import clear_traces
 from tests.helpers import cases, tolerance
 from tests.helpers.decode_steps import Step, draw
 
@@ -178,7 +179,7 @@ def simulated_time(row: workloads.Decode, num_splits: int) -> int:
         count = len(visible_blocks(length, row.C, max_visible))
         for _, split in itertools.product(range(row.K), range(num_splits)):
             loads = count * (split + 1) // num_splits - count * split // num_splits
-            heapq.heapreplace(end_times, end_times[0] + loads + splits.SPLIT_OVERHEAD)
+            heapq.heapreplace(end_times, end_times[0] + loads + SPLIT_OVERHEAD)
     return max(end_times)
 
 
@@ -244,7 +245,7 @@ def test_unsupported_inputs_raise_with_the_reason():
         with dispatch.target_device(*H100), pytest.raises(NotImplementedError, match=f"'pallas' cannot run.*{reason}"):
             kernels.decode_attention(q, k, k, cache, **options, implementation="pallas")
     with dispatch.target_device(*H100):
-        kernels.decode_attention(q, k, k, cache, **options)  # auto takes another implementation for the last one
+        jax.eval_shape(lambda: kernels.decode_attention(q, k, k, cache, **options))  # auto takes another one
 
 
 def test_more_tokens_than_a_tile_has_rows_are_refused_and_auto_takes_xla():
@@ -264,10 +265,13 @@ def test_pallas_gpu_requires_hopper(monkeypatch):
     monkeypatch.setattr(kernel, "decode_attention", lambda *args, **options: calls.append(options) or args[::3])
     with dispatch.target_device(*H100):
         assert kernels.implementations("decode_attention")["pallas"] is None
-        kernels.decode_attention(x, x, x, cache)
-        assert not calls, "auto takes what has run on its device"
-        kernels.decode_attention(x, x, x, cache, implementation="pallas")
-        assert calls == [{"gate": None, "window": None, "scale": 0.125, "softcap": None}]
+        for implementation in ("pallas", "auto"):
+            kernels.decode_attention(x, x, x, cache, implementation=implementation)
+            clear_traces()
+        assert calls == [{"gate": None, "window": None, "scale": 0.125, "softcap": None}] * 2
+        monkeypatch.setattr(first_use, "disagreement", lambda *_: "it failed its check")
+        jax.eval_shape(kernels.decode_attention, x, x, x, cache)
+        assert len(calls) == 2
     with dispatch.target_device("cuda", "NVIDIA A100-SXM4-80GB"):
         assert "requires Hopper" in kernels.implementations("decode_attention")["pallas"]
 

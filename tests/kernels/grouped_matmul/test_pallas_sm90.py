@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bench.verification import race_detector
 from dantinox import kernels
-from dantinox.kernels import dispatch, workloads
+from dantinox.kernels import dispatch, first_use, workloads
 from dantinox.kernels.ops.grouped_matmul.group_metadata import make_group_metadata
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import gmm, tgmm, tile_scheduler, vjp
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90.warp_specialized import Sm90GmmConfig
@@ -182,12 +182,14 @@ OPERANDS = {
 
 
 @pytest.mark.parametrize("op", OPERANDS)
-def test_pallas_gpu_requires_hopper(op):
+def test_pallas_gpu_requires_hopper(op, monkeypatch):
     names = lambda **how: str(jax.make_jaxpr(functools.partial(getattr(kernels, op), **how))(*OPERANDS[op]))
     with dispatch.target_device("cuda", H100):
         assert kernels.implementations(op)["pallas"] is None
         assert "warpgroup" in names(implementation="pallas")
-        assert "warpgroup" not in names(), "auto leaves it until it has run on a GPU"
+        assert "warpgroup" in names()
+        monkeypatch.setattr(first_use, "disagreement", lambda *_: "it failed its check")
+        assert "warpgroup" not in names()
     with dispatch.target_device("cuda", "NVIDIA A100-SXM4-80GB"):
         assert "requires Hopper" in kernels.implementations(op)["pallas"]
 
