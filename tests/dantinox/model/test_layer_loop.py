@@ -14,7 +14,9 @@ from dantinox.model import layer_loop
 TINY = {"vocab_size": 50, "dim": 32, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "window": 5, "max_context": 16}
 
 
-@pytest.mark.parametrize("experts", [0, 4], ids=["dense", "experts"])
+@pytest.mark.parametrize(
+    "experts", [pytest.param(0, id="dense", marks=pytest.mark.slow), pytest.param(4, id="experts")]
+)
 def test_loop_over_the_window_pattern_equals_repeated_blocks(monkeypatch, experts):
     settings = {"window_pattern": "SL", "n_experts": experts, "dropout": 0.1, "remat": "block", "seq_len": 16}
     config = Config().replace(**TINY, **settings).model

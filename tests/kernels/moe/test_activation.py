@@ -213,7 +213,10 @@ def test_two_runs_are_bit_equal(implementation):
     tolerance.assert_bit_equal(run(*arguments), run(*arguments))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "implementation",
+    [pytest.param(name, marks=pytest.mark.slow if name == "xla" else ()) for name in IMPLEMENTATIONS],
+)
 @pytest.mark.sampled(1)
 def test_transformations(implementation):
     """vmap, remat and shard_map with its default, and float64 and ranks that do not promote."""
