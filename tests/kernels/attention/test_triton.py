@@ -1,10 +1,6 @@
 """The Triton attention in Triton's interpreter, in an environment that has Triton: this one, or that of `make aot`."""
 
-import importlib.util
-import os
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -15,18 +11,9 @@ import pytest
 from dantinox import kernels
 from dantinox.kernels.dispatch import target_device
 from dantinox.kernels.triton_call import call_triton
+from tests.helpers.triton_programs import assert_checks_hold, assert_judge_finds_nothing_wrong, needs_triton
 
-ROOT = Path(__file__).parents[3]
-OTHER = ROOT / ".venv-aot" / "bin" / "python"
-PYTHON = sys.executable if importlib.util.find_spec("jax_triton") else str(OTHER) if OTHER.exists() else None
-needs_triton = pytest.mark.skipif(PYTHON is None, reason="no Python here has jax-triton; `make aot` installs it")
 slow = pytest.mark.slow
-
-
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [str(PYTHON), "-m", *words]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=3000)
 
 
 @needs_triton
@@ -42,9 +29,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_checks_hold(checks):
-    done = run("tests.helpers.triton_attention", *checks)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert done.stdout.splitlines() == [f"{check}: right" for check in checks]
+    assert_checks_hold("triton_attention", checks)
 
 
 # A window with several tiles of keys, a gate, a soft cap, segments, other numbers of queries than keys, 16 bits.
@@ -60,11 +45,7 @@ SMALL = (
 @slow
 @pytest.mark.parametrize("cases", [SMALL, pytest.param((), id="all")])
 def test_judge_finds_nothing_wrong(cases):
-    chosen = ["--case", *cases] if cases else ["--seconds", "2500"]
-    done = run("bench.judge", "attention", "triton", "--no-bench", "--no-compile", *chosen)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    number = len(cases) or 66
-    assert f"nothing wrong found: Triton {number} ok" in done.stdout, done.stdout[-3000:]
+    assert_judge_finds_nothing_wrong("attention", cases, f"Triton {len(cases) or 66} ok")
 
 
 @pytest.mark.parametrize(("capability", "ptx_version"), [((9, 0), 87), ((10, 3), 88), ((12, 0), 87), ((12, 1), 88)])

@@ -1,11 +1,7 @@
 """The Triton decode attention in Triton's interpreter, in this environment or in that of `make aot`."""
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +11,9 @@ from dantinox import kernels
 from dantinox.kernels.dispatch import target_device
 from dantinox.kernels.ops.decode_attention import api
 from tests.helpers import random_shapes
+from tests.helpers.triton_programs import assert_checks_hold, assert_judge_finds_nothing_wrong, needs_triton
 
-ROOT = Path(__file__).parents[3]
-OTHER = ROOT / ".venv-aot" / "bin" / "python"
-PYTHON = sys.executable if importlib.util.find_spec("jax_triton") else str(OTHER) if OTHER.exists() else None
-needs_triton = pytest.mark.skipif(PYTHON is None, reason="no Python here has jax-triton; `make aot` installs it")
 slow = pytest.mark.slow
-
-
-def run(*words: str, timeout: float = 3000) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
-    command = [str(PYTHON), "-m", *words]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
 
 
 CHECKS = ("workloads", "sizes", "hidden_slots", "number_range", "eight_bits", "dtypes", "tf32", "determinism")
@@ -35,26 +22,21 @@ CHECKS = ("workloads", "sizes", "hidden_slots", "number_range", "eight_bits", "d
 @needs_triton
 @pytest.mark.parametrize("check", ["features", *(pytest.param(check, marks=slow) for check in CHECKS)])
 def test_check_holds(check):
-    done = run("tests.helpers.triton_decode_attention", check)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert done.stdout == f"{check}: right\n"
+    assert_checks_hold("triton_decode_attention", [check])
 
 
 @needs_triton
 @slow
 @pytest.mark.parametrize("transformation", ["vmap", "shard_map", "scan", "gradient"])
 def test_transformation_is_right(transformation):
-    done = run("tests.helpers.triton_decode_transformations", transformation)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert done.stdout == f"{transformation}: right\n"
+    assert_checks_hold("triton_decode_transformations", [transformation])
 
 
 @needs_triton
 @slow
 def test_random_shapes_match_python_loops():
     number = random_shapes.scale_examples(10)
-    done = run("tests.helpers.triton_decode_attention", f"random_shapes={number}", timeout=300 + 10 * number)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert_checks_hold("triton_decode_attention", [f"random_shapes={number}"], timeout=300 + 10 * number)
 
 
 SMALL = ("simulated: ragged lengths, unseen NaN, bfloat16", "five tokens, float32", "sinks, float32")
@@ -64,10 +46,7 @@ SMALL = ("simulated: ragged lengths, unseen NaN, bfloat16", "five tokens, float3
 @slow
 @pytest.mark.parametrize("cases", [SMALL, pytest.param((), id="all")])
 def test_judge_finds_nothing_wrong(cases):
-    chosen = ["--case", *cases] if cases else ["--seconds", "2500"]
-    done = run("bench.judge", "decode_attention", "triton", "--no-bench", "--no-compile", *chosen)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "nothing wrong found: Triton " in done.stdout, done.stdout[-3000:]
+    assert_judge_finds_nothing_wrong("decode_attention", cases)
 
 
 def step(dtype: str = "float32", D: int = 8, cache_dtype: str | None = None):

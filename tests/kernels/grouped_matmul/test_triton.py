@@ -1,11 +1,5 @@
 """The Triton grouped matmul in Triton's interpreter, in this environment or in that of `make aot`."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,18 +9,9 @@ from dantinox import kernels
 from dantinox.kernels.dispatch import target_device
 from dantinox.kernels.ops.grouped_matmul import api
 from tests.helpers import random_shapes
+from tests.helpers.triton_programs import assert_checks_hold, assert_judge_finds_nothing_wrong, needs_triton
 
-ROOT = Path(__file__).parents[3]
-OTHER = ROOT / ".venv-aot" / "bin" / "python"
-PYTHON = sys.executable if importlib.util.find_spec("jax_triton") else str(OTHER) if OTHER.exists() else None
-needs_triton = pytest.mark.skipif(PYTHON is None, reason="no Python here has jax-triton; `make aot` installs it")
 slow = pytest.mark.slow
-
-
-def run(*words: str, timeout: float = 3000) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
-    command = [str(PYTHON), "-m", *words]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
 
 
 @needs_triton
@@ -41,9 +26,7 @@ def run(*words: str, timeout: float = 3000) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_checks_hold(checks):
-    done = run("tests.helpers.triton_grouped_matmul", *checks)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert done.stdout.splitlines() == [f"{check}: right" for check in checks]
+    assert_checks_hold("triton_grouped_matmul", checks)
 
 
 @needs_triton
@@ -51,8 +34,7 @@ def test_checks_hold(checks):
 def test_random_shapes_keep_the_error_rule():
     """EXAMPLES in the environment is the number of shapes; a failure names its seed."""
     check = f"random_shapes={random_shapes.scale_examples(10)}"
-    done = run("tests.helpers.triton_grouped_matmul", check, timeout=24 * 3600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert_checks_hold("triton_grouped_matmul", [check], timeout=24 * 3600)
 
 
 SMALL = ("empty groups, rows past the sum, unseen NaN, float32", "uneven groups, bfloat16")
@@ -62,10 +44,7 @@ SMALL = ("empty groups, rows past the sum, unseen NaN, float32", "uneven groups,
 @slow
 @pytest.mark.parametrize("cases", [SMALL, pytest.param((), id="all")])
 def test_judge_finds_nothing_wrong(cases):
-    chosen = ["--case", *cases] if cases else ["--seconds", "2500"]
-    done = run("bench.judge", "grouped_matmul", "triton", "--no-bench", "--no-compile", *chosen)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "nothing wrong found: Triton " in done.stdout, done.stdout[-3000:]
+    assert_judge_finds_nothing_wrong("grouped_matmul", cases)
 
 
 CHOICES = {  # what auto takes where jax-triton is installed

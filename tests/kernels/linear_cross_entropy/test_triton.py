@@ -1,11 +1,5 @@
 """The Triton linear cross-entropy in Triton's interpreter, in this environment or in that of `make aot`."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,18 +8,9 @@ import pytest
 from dantinox import kernels
 from dantinox.kernels.dispatch import target_device
 from dantinox.kernels.ops.linear_cross_entropy import api
+from tests.helpers.triton_programs import assert_checks_hold, assert_judge_finds_nothing_wrong, needs_triton
 
-ROOT = Path(__file__).parents[3]
-OTHER = ROOT / ".venv-aot" / "bin" / "python"
-PYTHON = sys.executable if importlib.util.find_spec("jax_triton") else str(OTHER) if OTHER.exists() else None
-needs_triton = pytest.mark.skipif(PYTHON is None, reason="no Python here has jax-triton; `make aot` installs it")
 slow = pytest.mark.slow
-
-
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
-    command = [str(PYTHON), "-m", *words]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=3000)
 
 
 @needs_triton
@@ -39,9 +24,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_checks_hold(checks):
-    done = run("tests.helpers.triton_linear_cross_entropy", *checks)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert done.stdout.splitlines() == [f"{check}: right" for check in checks]
+    assert_checks_hold("triton_linear_cross_entropy", checks)
 
 
 SMALL = ("simulated: soft cap, rows without part, unseen NaN, bfloat16", "one row, float32")
@@ -51,10 +34,7 @@ SMALL = ("simulated: soft cap, rows without part, unseen NaN, bfloat16", "one ro
 @slow
 @pytest.mark.parametrize("cases", [SMALL, pytest.param((), id="all")])
 def test_judge_finds_nothing_wrong(cases):
-    chosen = ["--case", *cases] if cases else ["--seconds", "2500"]
-    done = run("bench.judge", "linear_cross_entropy", "triton", "--no-bench", "--no-compile", *chosen)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "nothing wrong found: Triton " in done.stdout, done.stdout[-3000:]
+    assert_judge_finds_nothing_wrong("linear_cross_entropy", cases)
 
 
 CHOICES = {  # what auto takes where jax-triton is installed
