@@ -10,14 +10,12 @@ from typing import Any
 from tests.helpers.triton_decode_attention import (  # isort: skip (sets the environment)
     arguments,
     assert_same_cache,
-    checks_of,
     decode,
     interpret,
-    main,
     row,
     small_blocks,
 )
-from tests.helpers.triton_attention import error  # isort: skip
+from tests.helpers.triton_attention import error, run_checks  # isort: skip
 
 import jax
 import jax.numpy as jnp
@@ -111,4 +109,4 @@ def check_gradient() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], checks_of(dict(globals()))))
+    sys.exit(run_checks(globals(), sys.argv[1:]))
