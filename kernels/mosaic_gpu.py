@@ -17,15 +17,21 @@ HEAD_DIM_MULTIPLE, MAX_HEAD_DIM = 16, 256  # the narrowest swizzle has 16 column
 TUNED_HEAD_DIMS = (64, 128, 256)
 
 
-def wgmma_smem(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Return the type of shared memory in the layout that wgmma reads: swizzled tiles of 8 rows.
+def widest_swizzle(dtype: Any, *row_lengths: int) -> int:
+    """Return the widest swizzle, in bytes, that divides rows of these lengths: TMA takes whole tiles of an array."""
+    row_bytes = [length * jnp.dtype(dtype).itemsize for length in row_lengths]
+    return next(size for size in SWIZZLES if not any(length % size for length in row_bytes))
 
-    A tile's rows are as wide as the widest swizzle that divides the array's row length in bytes.
-    """
-    itemsize = jnp.dtype(dtype).itemsize
-    swizzle = next(size for size in SWIZZLES if shape[-1] * itemsize % size == 0)
-    tile = (TMA_ROWS, swizzle // itemsize)
+
+def swizzled_smem(shape: tuple[int, ...], dtype: Any, swizzle: int, *, tile_rows: int = TMA_ROWS) -> Any:
+    """Return the type of shared memory in tiles whose rows have `swizzle` bytes."""
+    tile = (tile_rows, swizzle // jnp.dtype(dtype).itemsize)
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform(tile), plgpu.SwizzleTransform(swizzle)))
+
+
+def wgmma_smem(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Return the type of shared memory in the layout that wgmma reads, with the widest swizzle of its row length."""
+    return swizzled_smem(shape, dtype, widest_swizzle(dtype, shape[-1]))
 
 
 def softcap_unsupported(softcap: float | None) -> str | None:

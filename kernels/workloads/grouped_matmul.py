@@ -54,4 +54,6 @@ MODEL_GROUPED_MATMUL = (
         dtypes=BOTH,
     ),
     _gmm("aot odd sizes", 1000, 384, 640, 5, skew="zipf", **AOT),
+    _gmm("aot multiples of 16", 1000, 176, 400, 5, skew="zipf", **H100),
+    _gmm("aot multiples of 32", 1000, 160, 1376, 5, skew="zipf", **H100),
 )

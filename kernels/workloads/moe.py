@@ -30,4 +30,6 @@ EXPERTS = (
     *(_experts(f"Qwen3-30B-A3B {s}", 8192, 2048, 768, 128, 8, s, **BIG) for s in ("uniform", "zipf")),
     _experts("Qwen3-30B-A3B decode", 32, 2048, 768, 128, 8, "zipf", **BIG),
     _experts("aot top 2 of 8", 1024, 512, 1024, 8, skew="zipf", **AOT),
+    _experts("aot multiples of 16", 1024, 176, 400, 8, skew="zipf", **H100),
+    _experts("aot multiples of 32", 1024, 160, 1376, 8, skew="zipf", **H100),
 )

@@ -4,6 +4,7 @@ from tests.mutation.mutant import Mutant, mutants_of
 
 SNAKE_ORDER = "test_snake_order_visits_each_tile_once_panel_by_panel"
 GMM = "test_output_and_gradients_match_without_races[bfloat16-N=129 M=192 F=320 E=4 sizes=3,0,73,51-width=256]"
+NARROW_GMM = GMM.replace("M=192 F=320", "M=80 F=176")
 MOE = "test_output_and_gradients_match_without_races[bfloat16-N=75 M=64 F=320 E=4 skew=one-width=256]"
 CYCLES = "test_cycle_estimate_counts_rounds_of_the_slowest_sm"
 
@@ -26,10 +27,13 @@ MUTANTS: list[Mutant] = [
         ("a stage is filled before it is free", "pl.when(step >= self.stages)", "pl.when(step >= 2 * self.stages)", GMM),
         ("a stage is released while it is multiplied", "plgpu.wgmma_wait(len(accs))", "plgpu.wgmma_wait(2 * len(accs))",
          "test_stage_is_released_after_its_wgmmas"),
-        ("all chunks use one store buffer", "buffers.at[n % STORE_BUFFERS]", "buffers.at[0]", GMM),
+        ("all chunks use one store buffer", "buffers.at[n % STORE_BUFFERS, i]", "buffers.at[0, i]", GMM),
         ("a chunk is overwritten while it is stored", "STORE_BUFFERS - 1 if n else 0, wait_read_only",
          "STORE_BUFFERS, wait_read_only", GMM),
-        ("a chunk is stored before it is committed", "plgpu.commit_smem() start_copy(buffer)", "start_copy(buffer)", GMM),
+        ("a chunk is stored before it is committed", "plgpu.commit_smem() for first, buffer in pieces: start_copy",
+         "for first, buffer in pieces: start_copy", GMM),
+        ("all pieces of a chunk are stored at its first column", "start_copy(first, buffer)", "start_copy(0, buffer)",
+         NARROW_GMM),
         ("every run of rows starts at the first row", "start = rows.offset + (rows.count & -(2 * size))", "start = rows.offset", GMM),
         ("the last single row is not written", "while size:", "while size > 1:", GMM),
     ),

@@ -47,6 +47,10 @@ CASES = [
     (row(0, 0, 0, N=200, F=192), 192),  # all rows unassigned
     (row(1, 2, 3, 4, 5, 6, 7, 8, 9, N=63), None),
     (row(63, 65, 130, 2, M=256, F=512), 192),
+    # Narrower swizzles, and a last tile of columns and of the contraction past the ends.
+    (row(3, 0, 73, 51, N=129, M=80, F=176), 256),
+    (row(130, 1, M=96, F=16), 128),
+    (row(5, 60, N=70, M=16, F=400), None),
 ]
 
 
@@ -160,7 +164,7 @@ def test_unsupported_inputs_raise_with_the_reason():
     sizes = jnp.array([8], jnp.int32)
     for dtype, M, F, reason in (
         ("float32", 64, 64, "float32"),
-        ("bfloat16", 96, 64, "M = 96"),
+        ("bfloat16", 24, 64, "M = 24"),
         ("float16", 64, 40, "F = 40"),
     ):
         x, w = jnp.ones((8, M), dtype), jnp.ones((1, M, F), dtype)

@@ -22,7 +22,7 @@ State     64 x 256 accumulators per warpgroup in float32 registers, 128 of the 2
 Traffic   a tile reads 128 rows of x and 256 columns of w, 85 FLOPs per byte, from L2; a panel reads its rows and its
           groups' matrices once from memory. Writes y once; p takes two registers per thread and 4 bytes per row read.
           Weighting the rows outside would read and write y again: 4 bytes per feature. 2 N K J FLOPs.
-Limits    bfloat16, float16; K and J multiples of 64; `vjp.unsupported_inputs` names the rest. Values of other groups'
+Limits    bfloat16, float16; K and J multiples of 16; `vjp.unsupported_inputs` names the rest. Values of other groups'
           rows and of unassigned rows, NaN included, only enter accumulator rows that are not stored.
 Source    Gale et al., MegaBlocks (arXiv:2211.15841), for the tiles; NVIDIA's CUTLASS for the warp specialization.
 """
@@ -38,7 +38,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dantinox.kernels.mosaic_gpu import wgmma_smem
+from dantinox.kernels.mosaic_gpu import swizzled_smem, widest_swizzle
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import block_sizes, tile_scheduler, warp_specialized
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90.block_sizes import (
     BLOCK_K,
@@ -101,7 +101,7 @@ def gmm(
 
     Args:
         xs: arrays [N, K], rows sorted by group; their products are summed.
-        ws: one [E, K, J] per array, or [E, J, K] if `transposed`; K and J multiples of 64.
+        ws: one [E, K, J] per array, or [E, J, K] if `transposed`; K and J multiples of 16.
         group_sizes: [E] int32.
         config: see `Sm90GmmConfig`.
         row_scale: [N] float32, multiplies the rows of the result.
@@ -131,7 +131,7 @@ def gmm(
         make_roles,
         inputs,
         GmmOutputs(y=jax.ShapeDtypeStruct((N, J), dtype)),
-        gmm_scratch(sizes, dtype, transposed=transposed),
+        gmm_scratch(sizes, dtype, (K, J), transposed=transposed),
         config,
         stages=sizes.stages,
         name=name,
@@ -140,25 +140,32 @@ def gmm(
 
 
 def gmm_scratch(
-    sizes: Sm90GmmBlockSizes, dtype: Any, *, transposed: bool = False, num_weights: int | None = None
+    sizes: Sm90GmmBlockSizes,
+    dtype: Any,
+    features: tuple[int, int],
+    *,
+    transposed: bool = False,
+    num_weights: int | None = None,
 ) -> GmmScratch:
     """Return the scratch memory of a kernel whose stages hold rows of x and columns of a weight.
 
     Args:
         sizes: the block sizes.
         dtype: of the operands and the results.
+        features: row lengths of the arrays in global memory.
         transposed: whether the weights are transposed.
         num_weights: weights per stage, stacked; None for one that is not stacked.
     """
     w_shape = (sizes.block_n, BLOCK_K) if transposed else (BLOCK_K, sizes.block_n)
     stacked = () if num_weights is None else (num_weights,)
+    swizzle = widest_swizzle(dtype, *features)  # one for all: both operands of a wgmma have the same
     return GmmScratch(
         empty=warp_specialized.empty_barriers(sizes.stages),
         full=warp_specialized.full_barriers(sizes.stages, copies=1 + (num_weights or 1)),
         row_sums_smem=None,
-        store_smem=warp_specialized.store_smem(dtype),
-        w_smem=wgmma_smem((sizes.stages, *stacked, *w_shape), dtype),
-        x_smem=wgmma_smem((sizes.stages, BLOCK_M, BLOCK_K), dtype),
+        store_smem=warp_specialized.store_smem(dtype, swizzle),
+        w_smem=swizzled_smem((sizes.stages, *stacked, *w_shape), dtype, swizzle),
+        x_smem=swizzled_smem((sizes.stages, BLOCK_M, BLOCK_K), dtype, swizzle),
     )
 
 

@@ -29,7 +29,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dantinox.kernels.mosaic_gpu import wgmma_smem
+from dantinox.kernels.mosaic_gpu import swizzled_smem, widest_swizzle
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90 import block_sizes, tile_scheduler, warp_specialized
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90.block_sizes import BLOCK_K, BLOCK_M, TMA_ROWS, WARPGROUP_ROWS
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90.gmm import pad_rows
@@ -98,8 +98,8 @@ def tgmm(x: Array, dy: Array, group_sizes: Array, config: Sm90GmmConfig, *, name
     """Sum x_n^T dy_n over the rows n of each group.
 
     Args:
-        x: [N, M], rows sorted by group; M a multiple of 64.
-        dy: [N, F]; F a multiple of 64.
+        x: [N, M], rows sorted by group; M a multiple of 16.
+        dy: [N, F]; F a multiple of 16.
         group_sizes: [E] int32.
         config: see `Sm90GmmConfig`.
         name: name of the kernel.
@@ -117,13 +117,14 @@ def tgmm(x: Array, dy: Array, group_sizes: Array, config: Sm90GmmConfig, *, name
     ) -> TgmmKernel:
         return TgmmKernel(gmem, out, smem, pipeline, warpgroup, E, M, F, sizes.block_n)
 
+    swizzle = widest_swizzle(dtype, M, F)
     scratch = TgmmScratch(
         rows_zeroed=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
-        dy_smem=wgmma_smem((sizes.stages, BLOCK_K, sizes.block_n), dtype),
+        dy_smem=swizzled_smem((sizes.stages, BLOCK_K, sizes.block_n), dtype, swizzle),
         empty=warp_specialized.empty_barriers(sizes.stages),
         full=warp_specialized.full_barriers(sizes.stages, copies=COMPUTE_WARPGROUPS + 1),
-        store_smem=warp_specialized.store_smem(dtype),
-        x_smem=wgmma_smem((sizes.stages, COMPUTE_WARPGROUPS, BLOCK_K, WARPGROUP_ROWS), dtype),
+        store_smem=warp_specialized.store_smem(dtype, swizzle),
+        x_smem=swizzled_smem((sizes.stages, COMPUTE_WARPGROUPS, BLOCK_K, WARPGROUP_ROWS), dtype, swizzle),
     )
     outputs = warp_specialized.launch_warp_specialized(
         make_roles,
@@ -199,10 +200,9 @@ class TgmmKernel:
         rows = pl.ds(tile.dw_row + self.warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
         def store_chunk(n: int) -> None:
-            target = self.out.dw.at[tile.group, rows, pl.ds(tile.dw_column + n, CHUNK_COLUMNS)]
-
-            def start_copy(buffer: Ref) -> None:
-                plgpu.copy_smem_to_gmem(buffer, target, commit_group=False)
+            def start_copy(first: int, buffer: Ref) -> None:
+                columns = pl.ds(tile.dw_column + n + first, buffer.shape[-1])
+                plgpu.copy_smem_to_gmem(buffer, self.out.dw.at[tile.group, rows, columns], commit_group=False)
 
             buffers, chunk = self.smem.store_smem.at[self.warpgroup], acc[:, n : n + CHUNK_COLUMNS]
             warp_specialized.store_chunk_async(buffers, n // CHUNK_COLUMNS, chunk, start_copy)

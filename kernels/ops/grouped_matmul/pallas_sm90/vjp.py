@@ -20,7 +20,7 @@ from dantinox.kernels.vma import match_vma
 
 Array = jax.Array
 DTYPES = (jnp.bfloat16, jnp.float16)
-FEATURE_MULTIPLE = 64  # of M and F: columns of a swizzled SMEM tile
+FEATURE_MULTIPLE = 16  # of M and F: columns of a tile of the narrowest swizzle
 
 
 def unsupported_inputs(dtype: jnp.dtype, M: int, F: int, *, weight: str = "w") -> str | None:

@@ -20,13 +20,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dantinox.kernels.mosaic_gpu import SWIZZLES, swizzled_smem
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90.block_sizes import BLOCK_M, WARPGROUP_ROWS
 from dantinox.kernels.ops.grouped_matmul.pallas_sm90.tile_scheduler import WarpgroupRows
 
 Array = jax.Array
 Ref = Any  # a reference in GMEM or SMEM, or barriers
 COMPUTE_WARPGROUPS = BLOCK_M // WARPGROUP_ROWS  # consumers; a third warpgroup is the producer
-CHUNK_COLUMNS = 64  # columns per store: those of a swizzled SMEM tile of 16-bit values
+CHUNK_COLUMNS = 64  # columns per store: those of the widest swizzle of 16-bit values; TMA drops those past the last
 STORE_BUFFERS = 2  # SMEM buffers of one chunk, per consumer
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
 ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)  # one value per row of an accumulator
@@ -96,11 +97,12 @@ class SmemPipeline(NamedTuple):
             plgpu.barrier_wait(self.empty.at[self.slot(step)])
 
 
-def store_smem(dtype: Any) -> Any:
-    """Return the type of the buffers from which the consumers store chunks of a tile."""
-    shape = COMPUTE_WARPGROUPS, STORE_BUFFERS, WARPGROUP_ROWS, CHUNK_COLUMNS
-    # TMA tiles of one row, because a store may begin at any row.
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((1, CHUNK_COLUMNS)), plgpu.SwizzleTransform(128)))
+def store_smem(dtype: Any, swizzle: int) -> Any:
+    """Return the type of the buffers from which the consumers store chunks of a tile, in rows of `swizzle` bytes."""
+    columns = CHUNK_COLUMNS if swizzle > SWIZZLES[-1] else swizzle // jnp.dtype(dtype).itemsize
+    # The narrowest tiles side by side would have bank conflicts, so each is an array of its own.
+    shape = COMPUTE_WARPGROUPS, STORE_BUFFERS, CHUNK_COLUMNS // columns, WARPGROUP_ROWS, columns
+    return swizzled_smem(shape, dtype, swizzle, tile_rows=1)  # a store may begin at any row
 
 
 def full_barriers(stages: int, *, copies: int) -> Any:
@@ -229,21 +231,25 @@ def wgmma_reduce(
     return pl.run_scoped(accumulate, *(plgpu.ACC((WARPGROUP_ROWS, n)) for n in columns))
 
 
-def store_chunk_async(buffers: Ref, n: int, value: Array, start_copy: Callable[[Ref], None]) -> None:
+def store_chunk_async(buffers: Ref, n: int, value: Array, start_copy: Callable[[int, Ref], None]) -> None:
     """Start to store the n-th chunk of a tile, [WARPGROUP_ROWS, CHUNK_COLUMNS], through shared memory.
 
     Args:
         buffers: the consumer's part of `store_smem`.
         n: index of the chunk.
         value: the chunk.
-        start_copy: starts the copies of a buffer to global memory.
+        start_copy: called as start_copy(column of the chunk, buffer of some columns); starts their copies to global
+            memory.
     """
-    buffer = buffers.at[n % STORE_BUFFERS]
+    _, parts, _, columns = buffers.shape
+    pieces = [(i * columns, buffers.at[n % STORE_BUFFERS, i]) for i in range(parts)]
     # For n = 0 this waits for the stores of the previous tile, which ended long before.
     plgpu.wait_smem_to_gmem(STORE_BUFFERS - 1 if n else 0, wait_read_only=True)
-    buffer[...] = value.astype(buffer.dtype)
+    for first, buffer in pieces:
+        buffer[...] = value[:, first : first + columns].astype(buffer.dtype)
     plgpu.commit_smem()
-    start_copy(buffer)
+    for first, buffer in pieces:
+        start_copy(first, buffer)
     plgpu.commit_smem_to_gmem_group()
 
 
@@ -256,11 +262,11 @@ def for_each_chunk(columns: int, remaining: Any, run_chunk: Callable[[int], None
             pl.when(first_column < remaining)(functools.partial(run_chunk, first_column))
 
 
-def copy_rows_by_powers_of_two(rows: WarpgroupRows, target: Ref, column: Array, buffer: Ref) -> None:
-    """Start the copies of a consumer's rows of one chunk to `target`, at `column`: TMA needs static sizes."""
+def copy_rows_by_powers_of_two(rows: WarpgroupRows, target: Ref, chunk_column: Array, first: int, buffer: Ref) -> None:
+    """Start the copies of a consumer's rows of some columns of a chunk to `target`: TMA needs static sizes."""
 
     def copy(start: Any, size: int) -> None:
-        destination = target.at[pl.ds(rows.first + start, size), pl.ds(column, CHUNK_COLUMNS)]
+        destination = target.at[pl.ds(rows.first + start, size), pl.ds(chunk_column + first, buffer.shape[-1])]
         plgpu.copy_smem_to_gmem(buffer.at[pl.ds(start, size)], destination, commit_group=False)
 
     @pl.when(rows.count == WARPGROUP_ROWS)

@@ -93,7 +93,7 @@ def down_proj_bwd(
 
     Args:
         dy: [N, M], rows sorted by expert.
-        w_down: [E, F, M]; M and F multiples of 64.
+        w_down: [E, F, M]; M and F multiples of 16.
         gate: [N, F], from `up_proj`.
         up: [N, F], from `up_proj`.
         router_weights: [N] float32, p.
@@ -123,7 +123,7 @@ def down_proj_bwd(
         make_roles,
         inputs,
         outputs,
-        gmm.gmm_scratch(sizes, dtype, transposed=True)._replace(row_sums_smem=row_sums_smem),
+        gmm.gmm_scratch(sizes, dtype, (M, F), transposed=True)._replace(row_sums_smem=row_sums_smem),
         config,
         stages=sizes.stages,
         name=name,
@@ -156,7 +156,7 @@ class DownProjBwdKernel:
         """Run run_tile(tile) for the tiles of this thread block; return the number of pipeline steps."""
 
         def num_steps(column: Array) -> Array:
-            return self.k_steps + lax.div(jnp.minimum(self.block_n, self.F - column), CHUNK_COLUMNS)
+            return self.k_steps + pl.cdiv(jnp.minimum(self.block_n, self.F - column), CHUNK_COLUMNS)
 
         fields, column_tiles = self.gmem.task_table.fields, pl.cdiv(self.F, self.block_n)
         return tile_scheduler.for_each_gmm_tile(

@@ -72,7 +72,7 @@ def up_proj(
 
     Args:
         x: [N, M], rows sorted by expert.
-        w_gate: [E, M, F]; M and F multiples of 64.
+        w_gate: [E, M, F]; M and F multiples of 16.
         w_up: [E, M, F].
         group_sizes: [E] int32.
         config: see `Sm90GmmConfig`.
@@ -100,7 +100,7 @@ def up_proj(
         make_roles,
         inputs,
         UpProjOutputs(out, out, out) if save_residuals else UpProjOutputs(out),
-        gmm.gmm_scratch(sizes, x.dtype, num_weights=NUM_UP_WEIGHTS),
+        gmm.gmm_scratch(sizes, x.dtype, (M, F), num_weights=NUM_UP_WEIGHTS),
         config,
         stages=sizes.stages,
         name=name,
