@@ -8,6 +8,7 @@ from dantinox.config.validation import check, check_fields, check_fraction, chec
 from dantinox.kernels import dispatch
 
 KVDtype = Literal["auto", "int8", "fp8"]
+CACHE_SLOT_MULTIPLE = 8  # the decode kernels of GPUs and TPUs copy slots in eights
 Implementation = Literal["auto", "reference", "xla", "pallas", "triton"] | str  # or the name of a kernel of your own
 
 
@@ -190,7 +191,8 @@ class ModelConfig:
         """Return the window of one layer; None if it has full attention."""
         return self.window if self.window_pattern[layer % len(self.window_pattern)] == "S" else None
 
-    def layer_slots(self, layer: int, context: int) -> int:
-        """Return the slots C of one layer's key/value cache for a context length."""
+    def layer_slots(self, layer: int, context: int, drafts: int = 0) -> int:
+        """Return the slots C of one layer's key/value cache for a context length, and for drafted tokens."""
         window = self.layer_window(layer)
-        return context if window is None else min(window, context)
+        slots = (context if window is None else min(window, context)) + drafts
+        return -(-slots // CACHE_SLOT_MULTIPLE) * CACHE_SLOT_MULTIPLE

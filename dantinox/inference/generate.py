@@ -162,8 +162,7 @@ def generate_chunks(model: Transformer, request: Request, latency: float | None 
         )
     drafts = check_int("speculate", request.speculate, 0, MAX_SPECULATE + 1)
     context = prefill.round_up_to_bucket(longest + count, prefill.SMALLEST_CONTEXT, limit)
-    # Drafts that are not accepted must not overwrite what the window still shows.
-    slots = tuple(C + drafts for C in prefill.layer_cache_slots(config, context))
+    slots = prefill.layer_cache_slots(config, context, drafts)
     chunk = PREFILL_CHUNK
     if request.prefill_chunk is not None:
         chunk = check_int("prefill_chunk", request.prefill_chunk, 1, off="None")

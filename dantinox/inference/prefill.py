@@ -25,9 +25,12 @@ SMALLEST_PROMPT = 16  # tokens; a smaller program would not be faster
 SMALLEST_CONTEXT = 64
 
 
-def layer_cache_slots(config: ModelConfig, context: int) -> tuple[int, ...]:
-    """Return the slots C of each layer's ring buffer, for texts of up to `context` tokens."""
-    return tuple(config.layer_slots(layer, context) for layer in range(config.n_layers))
+def layer_cache_slots(config: ModelConfig, context: int, drafts: int = 0) -> tuple[int, ...]:
+    """Return the slots C of each layer's ring buffer, for texts of up to `context` tokens.
+
+    Drafts that are not accepted must not overwrite what the window still shows, so they have slots of their own.
+    """
+    return tuple(config.layer_slots(layer, context, drafts) for layer in range(config.n_layers))
 
 
 def round_up_to_bucket(size: int, smallest: int, largest: int | None = None) -> int:

@@ -38,7 +38,7 @@ def kv_bytes_per_token(config: ModelConfig) -> int:
 
 
 def kv_cache_bytes(config: ModelConfig, context: int, batch: int = 1) -> int:
-    """Bytes of the keys and values of `batch` sequences; a windowed layer keeps min(window, context) tokens."""
+    """Bytes of the keys and values of `batch` sequences; windowed layers keep min(window, context), in eights."""
     slots = sum(config.layer_slots(layer, context) for layer in range(config.n_layers))
     return batch * slots * _layer_kv_bytes(config)
 

@@ -153,7 +153,7 @@ def test_padding_does_not_affect_output(windowed):
 def test_empty_caches_and_bucket_sizes():
     config = build(n_layers=4, window_pattern="SSSL", window=6).config
     caches = prefill.init_caches(config, 3, prefill.layer_cache_slots(config, 40))
-    assert [cache.k.shape for cache in caches] == [(3, 2, 6, 4)] * 3 + [(3, 2, 40, 4)]
+    assert [cache.k.shape for cache in caches] == [(3, 2, 8, 4)] * 3 + [(3, 2, 40, 4)]  # slots come in eights
     assert all(cache.v.shape == cache.k.shape and cache.length.tolist() == [0, 0, 0] for cache in caches)
     assert [prefill.round_up_to_bucket(n, 16, 100) for n in (1, 16, 17, 64, 65, 100)] == [16, 16, 32, 64, 100, 100]
     assert prefill.round_up_to_bucket(3000, 16) == 4096 and prefill.round_up_to_bucket(3, 16, 5) == 5
