@@ -87,7 +87,8 @@ def main() -> None:
     for mesh in meshes:
         other_numbers, other_gradients = run(mesh, settings)
         worst = max(np.abs(other_gradients[name] - g).max() / (np.abs(g).max() + 1e-9) for name, g in gradients.items())
-        differences[mesh] = [float(np.abs(other_numbers - numbers).max()), float(worst)]
+        apart = np.abs(other_numbers - numbers) / np.maximum(np.abs(numbers), 1)
+        differences[mesh] = [float(apart.max()), float(worst)]
         jax.clear_caches()
     print(json.dumps(differences))
 

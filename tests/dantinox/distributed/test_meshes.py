@@ -40,9 +40,8 @@ def assert_equal_to_one_device(meshes, settings, devices=8):
     output = run_with_devices(program, json.dumps(meshes), json.dumps(settings), devices=devices)
     found = json.loads(output.splitlines()[-1])
     assert found.keys() == set(meshes)
-    for mesh, (losses, gradients) in found.items():
-        assert losses < 3e-6, (mesh, losses)
-        assert gradients < 1e-5, (mesh, gradients)
+    apart = {mesh: worst for mesh, worst in found.items() if worst[0] >= 1e-6 or worst[1] >= 1e-5}
+    assert not apart, apart
 
 
 def test_mesh_over_four_axes_equals_one_device():
