@@ -42,7 +42,7 @@ def check_call(function, arguments):
 
 @pytest.mark.parametrize("module", [kernels, reference], ids=["kernels", "reference"])
 @pytest.mark.parametrize("op", kernels.OPERATIONS)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_annotations_accept_valid_arguments(module, op):
     check_call(getattr(module, op), CALLS[op])
 

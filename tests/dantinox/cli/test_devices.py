@@ -99,14 +99,14 @@ def check(kind, words, capsys):
 @pytest.mark.parametrize("attn", ["auto", "triton", "pallas"])
 @pytest.mark.parametrize("kind", DEVICES)
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(24)
 def test_preset_runs_on_a_card_or_the_refusal_names_what_does(model, kind, attn, capsys):
     assert check(kind, [*MODELS[model], "--attn", attn], capsys) == (attn != "pallas" or "H100" in kind)
 
 
 @pytest.mark.parametrize("flag", ["--moe pallas", "--moe triton", "--decode pallas", "--decode triton"])
 @pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"])
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 def test_experts_and_decoding_run_or_the_refusal_names_what_does(kind, flag, capsys):
     check(kind, ["--preset", "nano-moe", *flag.split()], capsys)
 

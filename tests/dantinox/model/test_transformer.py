@@ -246,7 +246,7 @@ NARROW = {
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "gradient"])
 @pytest.mark.parametrize("name", NARROW)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_every_matmul_runs_in_bfloat16(name, backward):
     """Fault 6: with bfloat16 asked for, matrix products still run in float32."""
     changes, T = NARROW[name]

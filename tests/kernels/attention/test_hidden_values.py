@@ -51,7 +51,7 @@ def parameters() -> list[Any]:
 
 
 @pytest.mark.parametrize(("name", "dtype", "implementation"), parameters())
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(12)
 def test_finite_values_of_hidden_keys_have_no_effect(name, dtype, implementation):
     case, key, _ = CASES[name]
     hidden = hidden_queries(name, cases.draw(case)[1])
@@ -80,7 +80,7 @@ def test_finite_values_of_hidden_keys_have_no_effect(name, dtype, implementation
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ["causal, cap", "window", "segments"])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_nan_stays_in_its_sequence_and_head(name, implementation):
     case, key, _ = CASES[name]
     before = run(name, "float32", implementation, lambda k, v: None, None)

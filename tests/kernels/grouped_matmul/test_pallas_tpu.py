@@ -48,7 +48,7 @@ def test_each_row_is_visited_once_by_its_group(visit_empty_groups):
 
 @pytest.mark.parametrize("full_large_tiles", [True, False], ids=["full large tiles", "partial large tiles"])
 @pytest.mark.parametrize("sizes", [(8, 4, 1), (8, 2), (6, 5, 4, 3), (3,), (16, 8, 4), (1,)], ids=str)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 def test_cpu_tiles_cover_each_row_of_a_group_once(monkeypatch, sizes, full_large_tiles):
     monkeypatch.setattr(gmm, "EXTRA_TILE_COST_ROWS", 1)
     N = 17
@@ -95,7 +95,7 @@ def output_and_gradients(x: jax.Array, w: jax.Array, sizes: jax.Array, name: str
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 37], ids="rows={}".format)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_cpu_tile_size_does_not_change_grouped_matmul(monkeypatch, rows):
     (x, w), sizes = arrays(37, 6, 5, 4), jnp.array([9, 0, 13, 8])
     expected = output_and_gradients(x, w, sizes, "reference")
@@ -113,7 +113,7 @@ def mixture(name: str, x: jax.Array, w: jax.Array, ids: jax.Array, weights: jax.
 
 
 @pytest.mark.parametrize("sizes", [(1,), (3,), (64,), (64, 20), (8, 1), (32, 8, 3)], ids=str)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 def test_cpu_tile_sizes_do_not_change_moe_mlp(monkeypatch, sizes):
     """One expert has no rows, and some rows are of an expert that is not there."""
     (x, w), rng = arrays(37, 6, 5, 4), np.random.default_rng(1)
@@ -146,7 +146,7 @@ MAPPED = {"ids": (0, 0, None, 0), "experts": (0, None, 0, 0), "all but the ids":
 
 @pytest.mark.parametrize("name", ["xla", "pallas"])
 @pytest.mark.parametrize("shared", MAPPED)
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(10)
 def test_vmap_equals_a_loop(name, shared):
     """With gradients, of what is kept and of what is recomputed, where some inputs are the same along the axis."""
     (x, w), rng, axes = arrays(20, 6, 5, 4), np.random.default_rng(1), MAPPED[shared]
@@ -239,7 +239,7 @@ def test_row_sums_equal_jnp_sum(width):
 
 
 @pytest.mark.parametrize("sides", CUTS.values(), ids=CUTS)
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 def test_tpu_kernels_match_reference_with_each_block_size(monkeypatch, sides):
     """The body that is compiled for a TPU, with NaN in all memory that was never written."""
     monkeypatch.setattr(block_sizes, "choose_block_m", lambda *_, **__: (32 if "max_chunks" in sides else 16, 8))

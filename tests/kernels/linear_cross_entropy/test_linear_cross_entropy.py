@@ -62,7 +62,7 @@ def test_reference_matches_python_loops(options, targets):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("case", "dtype"), cases.workload_parameters(OP))
-@pytest.mark.sampled(10)
+@pytest.mark.sampled(20)
 def test_implementation_matches_reference(case, dtype, implementation):
     inputs, aux, dout = cases.draw(case)
     got = tolerance.assert_matches_reference(
@@ -125,7 +125,7 @@ def run_in_tiles(monkeypatch, inputs, targets, dout, block_v=7, block_n=4):
 @pytest.mark.parametrize("block_n", [1, 4, 9], ids="block_n={}".format)
 @pytest.mark.parametrize("block_v", [7, 50], ids="block_v={}".format)
 @pytest.mark.parametrize("cotangents", ["equal", "random"])
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 def test_tile_size_does_not_change_xla(monkeypatch, block_v, block_n, cotangents):
     inputs, aux, dout = cases.draw(row(9, 5, 37, absent="some"))
     if cotangents == "equal":  # among the rows that take part
@@ -164,7 +164,7 @@ def test_equal_cotangents_take_three_products(monkeypatch):
 
 
 @pytest.mark.parametrize("transformation", ["vmap", "scan", "remat", "shard_map", "x64", "ranks", "export"])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_tiles_of_rows_below_transformations(monkeypatch, transformation):
     inputs, aux, dout = cases.draw(row(10, 5, 37, absent="some"))
     wide = transformation == "x64"

@@ -85,7 +85,7 @@ def assert_within_tolerance(step: str, case: workloads.Attention, dtype: str, ti
 
 @pytest.mark.parametrize("step", FORWARD_STEPS)
 @pytest.mark.parametrize("name", RULE_CASES)
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(24)
 def test_each_step_matches_reference(step, name):
     case = CASES[name]
     o = assert_within_tolerance(step, case, "float32")
@@ -95,7 +95,7 @@ def test_each_step_matches_reference(step, name):
 
 @pytest.mark.parametrize("step", FORWARD_STEPS)
 @pytest.mark.parametrize("name", [FEW[0], pytest.param(FEW[1], marks=pytest.mark.slow)])
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 def test_each_step_matches_reference_in_bfloat16(step, name):
     assert_within_tolerance(step, CASES[name], "bfloat16")
 
@@ -151,7 +151,7 @@ def drawn(case: workloads.Attention, dtype: str) -> tuple[dict[str, jax.Array], 
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in FAST_GRADIENTS else pytest.mark.slow) for n in GRADIENT_CASES]
 )
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 def test_gradients_match_reference(step, dtype, name):
     case = GRADIENT_CASES[name]
     result = step_gradients(step, case)(*drawn(case, dtype))
@@ -205,7 +205,7 @@ def test_default_block_sizes_match_reference(step, dtype):
 
 
 @pytest.mark.parametrize("step", attention.STEPS)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_masked_keys_do_not_affect_output(step):
     case = row(7, 100, window=30)  # no query sees the first 64 keys, and the last tile reaches past the last key
     inputs = {name: np.float32(x) for name, x in cases.draw(case)[0].items()}

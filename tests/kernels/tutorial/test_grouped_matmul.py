@@ -89,7 +89,7 @@ def assert_within_tolerance(
 
 @pytest.mark.parametrize("step", tutorial.STEPS)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(10)
 def test_each_step_matches_reference(step, name):
     assert_within_tolerance(step, CASES[name], "float32")
 
@@ -125,7 +125,7 @@ def test_unassigned_rows_and_weights_of_empty_groups_do_not_affect_output(step):
 
 
 @pytest.mark.parametrize("step", tutorial.STEPS)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_rows_of_other_groups_may_be_nan(step):
     """A row that is NaN makes no other row of its tile NaN."""
     case = CASES["129, unassigned rows"]
