@@ -94,6 +94,9 @@ OTHER_NAMES = {
     "attn": "attention attention_type attn_implementation attn_impl attention_impl attention_backend flash flash_attn "
     "flash_attention use_flash use_flash_attention sdpa",
     "loss": "loss_fn loss_type loss_impl cross_entropy fused_linear_cross_entropy fused_cross_entropy chunked_loss",
+    "lora_rank": "lora_r use_lora lora peft lora_dim adapter_rank",
+    "lora_alpha": "lora_scale lora_scaling",
+    "lora_targets": "target_modules lora_target_modules lora_modules lora_attn_modules lora_layers",
     "kv_cache_dtype": "cache_dtype kv_quant kv_cache_quant kv_cache_quantization cache_type_k quantize_kvcache",
     # data
     "data": "dataset dataset_name dataset_path data_path data_dir data_file train_data train_file text text_file input "

@@ -41,6 +41,9 @@ NEW_SETTINGS = {
     "moe_bias": False,
     "loss": "auto",
     "expert_exchange": "padded",
+    "lora_rank": 0,
+    "lora_alpha": 16.0,
+    "lora_targets": "q,k,v,o,gate,up,down",
 }
 """Settings that came after the first sweeps, and their defaults."""
 

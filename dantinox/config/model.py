@@ -8,6 +8,7 @@ from dantinox.config.validation import check, check_fields, check_fraction, chec
 from dantinox.kernels import dispatch
 
 KVDtype = Literal["auto", "int8", "fp8"]
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 CACHE_SLOT_MULTIPLE = 8  # the decode kernels of GPUs and TPUs copy slots in eights
 Implementation = Literal["auto", "reference", "xla", "pallas", "triton"] | str  # or the name of a kernel of your own
 
@@ -99,6 +100,14 @@ class ModelConfig:
     kv_cache_dtype: KVDtype = "auto"
     """Storage of the KV cache: the model's dtype (auto), or 8 bits per value and one scale per vector."""
 
+    # Fine-tuning
+    lora_rank: int = 0
+    """Train updates of this rank of the lora_targets, and freeze everything else; 0: train all parameters."""
+    lora_alpha: float = 16.0
+    """Factor of these updates, over lora_rank."""
+    lora_targets: str = "q,k,v,o,gate,up,down"
+    """Weights of each block that the updates are added to."""
+
     def __post_init__(self) -> None:
         check_fields(self)
         operations = {
@@ -112,9 +121,15 @@ class ModelConfig:
             check(value in allowed, f"{name} is {value!r}; allowed: {', '.join(allowed)}")
         check_positive(self, "vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "max_context")
         check_positive(self, "rope_original_context", "mlp_ratio", "norm_eps", "attn_softcap", "logit_softcap")
-        check_positive(self, "mlp_limit", "mlp_alpha")
+        check_positive(self, "mlp_limit", "mlp_alpha", "lora_alpha")
         check(self.rope_theta > 1, f"rope_theta is {self.rope_theta}; allowed: more than 1")
         check_fraction(self, "dropout")
+        check(self.lora_rank >= 0, f"lora_rank is {self.lora_rank}; allowed: 0 (no LoRA) or more")
+        targets = self.lora_targets.split(",")
+        check(
+            set(targets) <= set(LORA_TARGETS) and len(set(targets)) == len(targets),
+            f"lora_targets is {self.lora_targets!r}; allowed: some of {','.join(LORA_TARGETS)}",
+        )
         check(
             self.n_heads % self.n_kv_heads == 0,
             f"n_heads is {self.n_heads} and n_kv_heads is {self.n_kv_heads}; n_heads must be a multiple of n_kv_heads",

@@ -1,5 +1,6 @@
 """Cost of a configuration before it runs: parameters, FLOPs, compiled memory, KV cache."""
 
+import math
 from typing import Any
 
 import jax
@@ -7,6 +8,8 @@ import jax.numpy as jnp
 
 from dantinox.config import Config
 from dantinox.model import flops
+from dantinox.model.lora import split_trained
+from dantinox.model.params import abstract_params
 
 
 def describe(config: Config) -> str:
@@ -30,6 +33,10 @@ def describe(config: Config) -> str:
         "KV cache": f"{flops.kv_bytes_per_token(m):,} bytes per token; "
         f"{flops.kv_cache_bytes(m, m.max_context, 1):,} bytes per sequence of {m.max_context}",
     }
+    if m.lora_rank:
+        trained, _ = split_trained(abstract_params(m)[1])
+        count = sum(math.prod(x.shape) for x in trained.values())
+        rows["LoRA"] = f"{count:,} trained parameters: rank {m.lora_rank} of {m.lora_targets}; the rest is frozen"
     return "\n".join(f"{name:15} {text}" for name, text in rows.items())
 
 

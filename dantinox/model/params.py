@@ -4,13 +4,14 @@ Checkpoints, sharding rules and optimizer states know a parameter by its name he
 maps the attributes of the modules whose names have changed since.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import jax
 from flax import nnx
 
 from dantinox.config import ModelConfig
+from dantinox.model.lora import factor_axes, factor_shapes, merge_factors
 from dantinox.model.transformer import Transformer
 
 Array = jax.Array
@@ -33,14 +34,17 @@ class ModelDef:
         graph: definition of the modules.
         tree: structure of their state.
         names: name of each leaf of the state, in order.
+        lora_scale: factor of the products that LoRA adds to weights.
     """
 
     graph: nnx.GraphDef
     tree: Any
     names: tuple[str, ...]
+    lora_scale: float = 1.0
 
     def merge(self, params: Params) -> Transformer:
-        """Return the model with these parameters."""
+        """Return the model with these parameters; factors of LoRA are added to their weights."""
+        params = merge_factors(params, self.lora_scale)
         return nnx.merge(self.graph, jax.tree.unflatten(self.tree, [params[name] for name in self.names]))
 
 
@@ -53,13 +57,25 @@ def split_params(model: Transformer) -> tuple[ModelDef, Params]:
 
 
 def abstract_params(config: ModelConfig) -> tuple[ModelDef, dict[str, jax.ShapeDtypeStruct]]:
-    """Return `split_params` of a model of this config with shapes instead of arrays; nothing is computed."""
+    """Return `split_params` of a model of this config with shapes instead of arrays, and the factors of its LoRA.
+
+    Nothing is computed.
+    """
     definition, shapes = split_params(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
-    return definition, cast("dict[str, jax.ShapeDtypeStruct]", shapes)
+    if config.lora_rank:
+        definition = replace(definition, lora_scale=config.lora_alpha / config.lora_rank)
+    return definition, cast("dict[str, jax.ShapeDtypeStruct]", shapes) | factor_shapes(
+        config, _weight_axes(config), shapes
+    )
 
 
 def param_axes(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Return the axis letters of each parameter, by name."""
+    """Return the axis letters of each parameter, by name; those of the factors of LoRA come last."""
+    axes = _weight_axes(config)
+    return axes | factor_axes(config, axes)
+
+
+def _weight_axes(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     return {
         _stored_name(path): variable.get_metadata()["axes"] for path, variable in nnx.to_flat_state(nnx.state(model))

@@ -236,6 +236,9 @@ RESUME_EFFECTS: dict[str, Effect | Callable[[Config, Config], Effect]] = {
     "loss": "numbers",
     "decode": "none",  # of text samples only
     "kv_cache_dtype": "none",
+    "lora_rank": "impossible",
+    "lora_alpha": "impossible",
+    "lora_targets": "impossible",
     # data
     "data": "none",  # the text may move; `trainer_for_text` compares its content
     "tokenizer": "impossible",

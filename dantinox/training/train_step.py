@@ -12,6 +12,7 @@ from dantinox.checkpoint.train_state import TrainState
 from dantinox.config import Config
 from dantinox.distributed.collectives import per_device, separate_copies, sum_over_copies, sum_over_tokens
 from dantinox.distributed.mesh import batch_sharding, batch_spec, parameter_shardings, replicated
+from dantinox.model.lora import split_trained
 from dantinox.model.moe import router_metrics
 from dantinox.model.params import ModelDef, Params, param_axes
 
@@ -88,55 +89,57 @@ def make_train_step(
     root = jax.random.key(config.train.seed + 1)
 
     def micro_batch_gradients(
-        params: Params, inputs: Array, targets: Array, key: Array | None, count: Array
+        params: Params, frozen: Params, inputs: Array, targets: Array, key: Array | None, count: Array
     ) -> tuple[dict, Params]:
         def objective(params: Params) -> tuple[Array, dict[str, Array]]:
-            return compute_loss(model_def, config, params, inputs, targets, key, count)
+            return compute_loss(model_def, config, params | frozen, inputs, targets, key, count)
 
         (_, metrics), grads = jax.value_and_grad(objective, has_aux=True)(params)
         return metrics, grads
 
     def gradients(
-        params: Params, inputs: Array, targets: Array, key: Array | None, count: Array
+        params: Params, frozen: Params, inputs: Array, targets: Array, key: Array | None, count: Array
     ) -> tuple[dict, Params]:
         """Return metrics and gradients, averaged over the micro-batches; on a mesh, of one device's share."""
         with per_device(mesh, ragged=config.train.expert_exchange == "ragged"):
             params = separate_copies(params)  # their gradients are summed over the axis data once, at the end
             if A == 1:
-                metrics, grads = micro_batch_gradients(params, inputs[0], targets[0], key, count)
+                metrics, grads = micro_batch_gradients(params, frozen, inputs[0], targets[0], key, count)
                 return metrics, sum_over_copies(grads)
 
             def accumulate(total: Any, batch: tuple) -> tuple[Any, None]:
                 x, y, i = batch
                 micro_key = None if key is None else jax.random.fold_in(key, i)
-                return jax.tree.map(jnp.add, total, micro_batch_gradients(params, x, y, micro_key, count)), None
+                found = micro_batch_gradients(params, frozen, x, y, micro_key, count)
+                return jax.tree.map(jnp.add, total, found), None
 
-            shapes, _ = jax.eval_shape(micro_batch_gradients, params, inputs[0], targets[0], key, count)
+            shapes, _ = jax.eval_shape(micro_batch_gradients, params, frozen, inputs[0], targets[0], key, count)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), jax.tree.map(jnp.zeros_like, params)
             totals, _ = jax.lax.scan(accumulate, zeros, (inputs, targets, jnp.arange(A)))
             metrics, grads = jax.tree.map(lambda x: x / A, totals)
             return metrics, sum_over_copies(grads)
 
     if mesh is not None and shardings is not None:
-        param_specs = jax.tree.map(lambda sharding: sharding.spec, shardings.params)
+        trained_specs, frozen_specs = split_trained(jax.tree.map(lambda sharding: sharding.spec, shardings.params))
         tokens, everywhere = batch_spec(mesh, 1), PartitionSpec()
         gradients = jax.shard_map(
             gradients,
             mesh=mesh,
-            in_specs=(param_specs, tokens, tokens, everywhere, everywhere),
-            out_specs=(everywhere, param_specs),
+            in_specs=(trained_specs, frozen_specs, tokens, tokens, everywhere, everywhere),
+            out_specs=(everywhere, trained_specs),
         )
 
     def step(state: TrainState, inputs: Array, targets: Array, number: Array) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(root, number) if config.model.dropout else None
         count = jnp.sum(targets >= 0, dtype=jnp.float32) / A
-        metrics, grads = gradients(state.params, inputs, targets, key, count)
+        trained, frozen = split_trained(state.params)
+        metrics, grads = gradients(trained, frozen, inputs, targets, key, count)
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(grads)
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
             with jax.numpy_dtype_promotion("standard"):  # Optax relies on it
-                updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+                updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+            params = frozen | optax.apply_updates(trained, updates)
             ema = state.ema
             if ema is not None:
                 # A smaller decay in the first steps, so that the initial weights fade quickly.
@@ -187,8 +190,10 @@ def state_shardings(config: Config, mesh: Mesh, state: TrainState) -> TrainState
     params = parameter_shardings(param_axes(config.model), state.params, mesh)
     replicated_sharding = replicated(mesh)
 
+    trained, _ = split_trained(params)
+
     def has_param_names(node: Any) -> bool:
-        return isinstance(node, dict) and node.keys() == params.keys()
+        return isinstance(node, dict) and node.keys() in (params.keys(), trained.keys())
 
     def param_sharding(name: str, arrays: Any) -> Any:
         shape = state.params[name].shape

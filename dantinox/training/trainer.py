@@ -15,6 +15,7 @@ from dantinox.distributed import agreement, global_arrays, mesh, processes
 from dantinox.inference import prefill
 from dantinox.inference.generate import generate
 from dantinox.kernels import first_use
+from dantinox.model.lora import init_factors, split_trained
 from dantinox.model.params import Params, abstract_params, split_params
 from dantinox.model.transformer import Transformer
 from dantinox.training.optimizer import make_optimizer, make_schedule
@@ -46,7 +47,9 @@ class Trainer:
         self.optimizer = make_optimizer(c.optim, c.train.steps)
         self.learning_rate = make_schedule(c.optim, c.train.steps)
         self.shapes = TrainState(
-            shapes, jax.eval_shape(self.optimizer.init, shapes), shapes if c.optim.ema_decay else None
+            shapes,
+            jax.eval_shape(self.optimizer.init, split_trained(shapes)[0]),
+            shapes if c.optim.ema_decay else None,
         )
         self.shardings = None if self.mesh is None else state_shardings(c, self.mesh, self.shapes)
         self.step = make_train_step(self.model_def, c, self.optimizer, self.mesh, self.shardings)
@@ -76,9 +79,12 @@ class Trainer:
         """Return the initial parameters and optimizer state, sharded over the mesh."""
 
         def init() -> TrainState:
-            _, params = split_params(Transformer(self.config.model, rngs=nnx.Rngs(self.config.train.seed)))
+            seed = self.config.train.seed
+            _, params = split_params(Transformer(self.config.model, rngs=nnx.Rngs(seed)))
+            factors = {name: x for name, x in self.shapes.params.items() if name not in params}
+            params |= init_factors(factors, jax.random.key(seed))
             ema = jax.tree.map(jnp.copy, params) if self.config.optim.ema_decay else None
-            return TrainState(params, self.optimizer.init(params), ema)
+            return TrainState(params, self.optimizer.init(split_trained(params)[0]), ema)
 
         return jax.jit(init, out_shardings=self.device_shardings())()
 

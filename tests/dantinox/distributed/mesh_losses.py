@@ -15,7 +15,8 @@ from dantinox.checkpoint.train_state import TrainState
 from dantinox.config import Config
 from dantinox.distributed.mesh import AXES, make_mesh
 from dantinox.model import layer_loop
-from dantinox.model.params import split_params
+from dantinox.model.lora import init_factors, split_trained
+from dantinox.model.params import abstract_params, split_params
 from dantinox.training.optimizer import make_optimizer
 from dantinox.training.train_step import make_eval_step, make_train_step, state_shardings
 
@@ -52,9 +53,11 @@ def all_meshes(devices: int) -> list[str]:
 def run(mesh: str, settings: dict[str, Any]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Return (the losses and metrics of two steps and of evaluations, the gradients of the first step)."""
     config = Config().replace(**(TINY | settings | {"mesh": mesh}))
-    model_def, params = split_params(Transformer(config.model, rngs=nnx.Rngs(0)))
+    model_def, shapes = abstract_params(config.model)
+    params = split_params(Transformer(config.model, rngs=nnx.Rngs(0)))[1]
+    params |= init_factors({name: x for name, x in shapes.items() if name not in params}, jax.random.key(0))
     optimizer = make_optimizer(config.optim, config.train.steps)
-    state = TrainState(params, optimizer.init(params))
+    state = TrainState(params, optimizer.init(split_trained(params)[0]))
     laid = make_mesh(config.train.mesh_axes())
     shardings = None
     if laid is not None:

@@ -85,6 +85,13 @@ def test_loop_over_layers_on_meshes_equals_one_device():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, EXPERTS], ids=["dense", "experts"])
+def test_lora_on_meshes_equals_one_device(settings):
+    meshes = ["data=8", "fsdp=4,tensor=2", "expert=2,context=2,tensor=2"]
+    assert_equal_to_one_device(meshes, settings | {"lora_rank": 2, "lr": 0.01})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, EXPERTS], ids=["dense", "experts"])
 def test_meshes_with_pallas_kernels_equal_one_device(settings):
     meshes = ["data=8", "fsdp=4,tensor=2", "data=2,context=4", "expert=2,context=2,tensor=2"]
     assert_equal_to_one_device(meshes, settings | {"attn": "pallas", "moe": "pallas", "loss": "pallas"})
