@@ -24,7 +24,7 @@ class Arguments:
     checkpoint: str | None = None
     """Checkpoint of the run: last, best (the lowest validation loss) or a step; None: last."""
     data: str | None = None
-    """A text file, a folder, a glob, or stdlib (the source of the Python standard library)."""
+    """A text, .jsonl or .parquet file, also .gz or .zst; a folder or glob of them; or stdlib (Python's own source)."""
     context: int | None = None
     """Tokens per window; None: max_context of the model."""
     stride: int | None = None

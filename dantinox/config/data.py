@@ -11,7 +11,8 @@ class DataConfig:
     """Settings of the training text."""
 
     data: str = "stdlib"
-    """A text file, a folder, a glob, or stdlib (the source of the Python standard library)."""
+    """A text, .jsonl or .parquet file, also .gz or .zst; a folder or glob of them; a folder with train.bin and val.bin;
+    or stdlib (the source of the Python standard library)."""
     tokenizer: Literal["char", "bpe"] = "char"
     """Characters, or byte-level BPE trained on the training split."""
     bpe_vocab_size: int = 2048

@@ -6,7 +6,7 @@ import glob
 import os
 import stat
 import sysconfig
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -33,25 +33,36 @@ class Skipped:
     BROKEN = "broken link(s)"
     LOOP = "link(s) to a folder around them"
     EMPTY = "empty file(s)"
+    NOT_TEXT_DOCUMENT = "document(s) that are not text"
+    BLANK = "document(s) without text"
+    KINDS = (NOT_TEXT, NOT_TEXT_DOCUMENT, UNREADABLE, SPECIAL, BROKEN, LOOP, EMPTY, BLANK)
 
     def __init__(self) -> None:
-        self.names: dict[str, list[str]] = {}
+        self._counts: Counter[str] = Counter()
+        self._names: dict[str, list[str]] = {}  # the first of each kind
 
     def add(self, kind: str, name: str, reason: str = "") -> None:
-        """Count a file; the reason is shown after its name."""
-        self.names.setdefault(kind, []).append(f"{printable(name)}{reason and f' ({reason})'}")
+        """Count a file or document; the reason is shown after its name."""
+        self._counts[kind] += 1
+        if len(names := self._names.setdefault(kind, [])) < NAMES_SHOWN:
+            names.append(f"{printable(name)}{reason and f' ({reason})'}")
 
     def __len__(self) -> int:
-        """Number of all but empty files, which have no text to miss."""
-        return sum(len(names) for kind, names in self.names.items() if kind != self.EMPTY)
+        """Number of all but those without text, of which there is none to miss."""
+        return self._counts.total() - self._counts[self.EMPTY] - self._counts[self.BLANK]
+
+    @property
+    def has_empty_files(self) -> bool:
+        """Whether there are empty files."""
+        return self._counts[self.EMPTY] > 0
 
     def __str__(self) -> str:
         """Each kind with its number and the first names, in one line."""
         parts = []
-        for kind in (self.NOT_TEXT, self.UNREADABLE, self.SPECIAL, self.BROKEN, self.LOOP, self.EMPTY):
-            if names := self.names.get(kind):
-                more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-                parts.append(f"{len(names)} {kind}: {', '.join(names[:NAMES_SHOWN])}{more}")
+        for kind in self.KINDS:
+            if count := self._counts[kind]:
+                more = f" and {count - NAMES_SHOWN} more" if count > NAMES_SHOWN else ""
+                parts.append(f"{count} {kind}: {', '.join(self._names[kind])}{more}")
         return "; ".join(parts)
 
 

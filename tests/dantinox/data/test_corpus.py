@@ -12,14 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dantinox.data import blocks
 from dantinox.data import corpus as data
-from dantinox.data import documents
 from dantinox.data.corpus import (
-    Document,
     eval_batches,
     find_documents,
     get_batch,
-    train_val_split,
 )
 from dantinox.data.tokenizer import CharTokenizer, train_tokenizer
 from dantinox.system.progress import Progress
@@ -129,30 +127,6 @@ def test_tokenizer_is_trained_on_the_train_split_only(tmp_path, make):
     assert bpe.encode("ab").size == 1 and bpe.encode("xy").size == 2
 
 
-def test_one_large_document_stays_in_train():
-    small = [Document(f"{i}", f"{i:04}" * 25) for i in range(100)]
-    large = Document("large", "x" * 900)
-    assert all(d.name != "large" for d in train_val_split([*small, large], 0.1)[1])
-
-
-@settings(deadline=None)
-@given(st.lists(st.text("ab é", min_size=1), min_size=1, max_size=30, unique=True), st.floats(0.01, 0.99))
-def test_split_partitions_random_documents(texts, fraction):
-    documents = [Document(str(i), text) for i, text in enumerate(texts)]
-    if sum(map(len, texts)) < 2:
-        with pytest.raises(ValueError, match="allowed: at least 2"):
-            train_val_split(documents, fraction)
-        return
-    train, val = train_val_split(documents, fraction)
-    assert train and val
-    cut = {d.name for d in train} & {d.name for d in val}
-    assert len(cut) <= 1
-    pieces = [d.text for d in train if d.name in cut] + [d.text for d in val if d.name in cut]
-    assert not cut or "".join(pieces) == documents[int(cut.pop())].text
-    assert sum(d.size for d in train + val) == sum(d.size for d in documents)
-    assert train_val_split(documents, fraction) == (train, val)
-
-
 def test_invalid_options_and_too_little_text_raise(folder, tmp_path, make):
     for fraction in (0, 1, -0.1, 2, math.nan):
         with pytest.raises(ValueError, match="val_fraction is"):
@@ -175,9 +149,10 @@ def test_long_preparation_shows_what_it_does(folder, make, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     for name in ("quiet_seconds", "line_seconds"):
         monkeypatch.setattr(Progress, name, 0.01)
-    for module, name in ((data, "train_tokenizer"), (documents, "read_text"), (CharTokenizer, "encode")):
+    monkeypatch.setattr(blocks, "BLOCK", 2000)
+    for module, name in ((data, "train_tokenizer"), (blocks, "decode"), (CharTokenizer, "encode")):
         real = getattr(module, name)
-        slow = lambda *arguments, real=real: (time.sleep(0.02), real(*arguments))[1]
+        slow = lambda *arguments, real=real: (time.sleep(0.01), real(*arguments))[1]
         monkeypatch.setattr(module, name, slow)
     make(folder)
     err = capsys.readouterr().err

@@ -7,14 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dantinox.data import documents
+from dantinox.data import formats
 from dantinox.data.corpus import find_documents
-from dantinox.data.documents import NotTextError, read_text
+from dantinox.data.formats import Source, read_chunks
+from dantinox.data.utf8 import NotTextError, decode
 
 PROSE = "Nel mezzo del cammin di nostra vita\nmi ritrovai per una selva oscura 😀\n" * 200
 RUSSIAN = "Все счастливые семьи похожи друг на друга, каждая несчастливая несчастлива по-своему.\n" * 50
 CHINESE = "道可道,非常道。名可名,非常名。\n一二三,一一一\n" * 100
 EMOJI = "😀👩\u200d👩\u200d👧 👍🏽\n" * 50
+
+
+def read_text(path) -> str:
+    return "".join(decode(read_chunks(Source.at(path.name, path))))
 
 
 def reason(path, raw: bytes) -> str:
@@ -69,7 +74,7 @@ def test_any_bytes_are_judged_as_python_does(tmp_path_factory, raw, chunk):
         want, bad = raw[: error.start].decode(), error.start
     nul = want.encode().find(b"\0")
     try:
-        assert "".join(documents._decode(chunks)) == want.removeprefix("\ufeff") and bad is None and nul < 0
+        assert "".join(decode(chunks)) == want.removeprefix("\ufeff") and bad is None and nul < 0
     except NotTextError as error:
         message = str(error)
         if not message.startswith("UTF-"):
@@ -78,7 +83,7 @@ def test_any_bytes_are_judged_as_python_does(tmp_path_factory, raw, chunk):
 
 
 def test_offset_is_right_at_the_border_of_a_chunk(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "CHUNK", 16)
+    monkeypatch.setattr(formats, "CHUNK", 16)
     for length, tail in itertools.product(range(12, 20), (b"\xff", b"\xe9x", "é".encode()[:1], "漢".encode()[:2])):
         message = reason(tmp_path / "x", b"a" * length + tail)
         assert message == f"not UTF-8: byte {tail[0]:#04x} at offset {length}"

@@ -1,0 +1,116 @@
+"""Processes that work on blocks: order, errors, deaths, Ctrl-C; none of them outlives its parent."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dantinox.data import corpus, indexing
+from dantinox.data.corpus import load_corpus
+from dantinox.data.pool import Pool, WorkerLostError
+from dantinox.data.tokenizer import BPETokenizer
+from tests.helpers.text_files import write
+
+
+def is_alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    return False
+
+
+def test_results_come_in_order_and_processes_end():
+    with Pool(divmod_by_7, 2) as pool:
+        pids = [process.pid for process in pool._processes]
+        assert all(map(is_alive, pids))
+        assert [pair for pair in pool.map(range(50))] == [(i, divmod(i, 7)) for i in range(50)]
+    assert not any(map(is_alive, pids))
+
+
+def divmod_by_7(number: int) -> tuple[int, int]:
+    time.sleep(0.002 * (number % 3))
+    if number == 1000:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return divmod(number, 7)
+
+
+def test_few_blocks_are_held_at_a_time():
+    taken = []
+    with Pool(divmod_by_7, 2) as pool:
+        for block, _ in pool.map(i for i in range(30) if not taken.append(i)):
+            assert len(taken) <= block + 6
+
+
+def test_errors_are_those_of_the_work():
+    with pytest.raises(ChildProcessError, match="TypeError: not all arguments"), Pool(divmod_by_7, 1) as pool:
+        pool.call("text")
+    with pytest.raises(ValueError, match=r"math domain error|expected a"), Pool(root, 1) as pool:
+        pool.call(-1)
+
+
+def root(number: float) -> float:
+    return __import__("math").sqrt(number)
+
+
+def test_process_that_is_killed_is_one_line():
+    message = r"has ended: signal 9, perhaps for want of memory$"
+    with pytest.raises(WorkerLostError, match=message), Pool(divmod_by_7, 2) as pool:
+        list(pool.map([1, 2, 1000, *range(20)]))
+
+
+def test_processes_do_not_import_jax():
+    with Pool(loaded, 1) as pool:
+        modules = pool.call(None)
+    assert "dantinox.data.corpus" in modules and not {"jax", "flax", "tyro"} & set(modules)
+
+
+def loaded(_: object) -> list[str]:
+    __import__("dantinox.data.corpus")
+    return list(sys.modules)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_error_of_the_tokenizer_names_file_and_line(tmp_path, monkeypatch, count):
+    for module in (corpus, indexing):
+        monkeypatch.setattr(module, "process_count", lambda _: count)
+    write(tmp_path / "a.jsonl", '{"text": "some text é"}\n' * 2 + '{"text": "more text"}\n' * 2)
+    broken = BPETokenizer((), max_word=1 << 40)  # no regular expression counts that far
+    with pytest.raises(ValueError, match=r"^a.jsonl: line 2 cannot be tokenized \((OverflowError|error): .*\)$"):
+        load_corpus(tmp_path / "a.jsonl", cache_dir=tmp_path / "cache", existing_tokenizer=broken)
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGTERM, signal.SIGKILL))]
+)
+def test_signal_ends_all_processes(tmp_path, number):
+    """With one line and without a cache that is half written."""
+    for i in range(12):
+        write(tmp_path / "in" / f"{i}.txt", "".join(f"{i} words {j * j} and {j} more\n" for j in range(60_000)))
+    command = [sys.executable, "-m", "dantinox.train", "--data", str(tmp_path / "in"), "--tokenizer", "bpe"]
+    environment = os.environ | {"DANTINOX_CACHE": str(tmp_path / "cache"), "PYTHONPATH": os.getcwd()}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    children: list[int] = []
+    while len(children) < 2 and process.poll() is None:
+        time.sleep(0.05)
+        tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
+        with contextlib.suppress(OSError):
+            children = [int(pid) for path in tasks for pid in path.read_text().split()]
+    time.sleep(0.3)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
+    for _ in range(100):
+        if not any(map(is_alive, children)):
+            break
+        time.sleep(0.1)
+    assert not any(map(is_alive, children))
+    if number != signal.SIGKILL:
+        lines = [line for line in err.splitlines() if not line.startswith(("reading", "training", "tokenizing"))]
+        assert lines == [f"interrupted while preparing the text of {tmp_path / 'in'}; nothing of it is kept"]
+        assert not list((tmp_path / "cache" / "corpus").iterdir())
