@@ -1,7 +1,8 @@
 """Export a trained model: `python -m dantinox.export --run runs/NAME --out DIR`.
 
 The program writes config.json and safetensors to DIR in the Hugging Face layout of Llama, Mistral, Mixtral, Qwen3 or
-gpt-oss, and the tokenizer, in the format of DantinoX, to DIR/dantinox. `dantinox.load_hf(DIR)` loads them.
+gpt-oss, with tokenizer.json, tokenizer_config.json and generation_config.json, and the tokenizer in the format of
+DantinoX to DIR/dantinox. `dantinox.load_hf(DIR)` and transformers load them.
 """
 
 from collections.abc import Sequence
@@ -65,7 +66,7 @@ def export(arguments: Arguments) -> None:
     run = find_run(arguments.run)
     to_hf(read_config(run).model, arguments.layout)  # before the weights are read
     model, tokenizer = load(run) if arguments.checkpoint is None else load(run, checkpoint=arguments.checkpoint)
-    files = save_hf(model, arguments.out, arguments.layout, size)
+    files = save_hf(model, arguments.out, arguments.layout, size, tokenizer)
     tokenizer.save(Path(arguments.out) / "dantinox")
     total = sum(file.stat().st_size for file in files)
     print(f"{arguments.out}: {arguments.layout or layout_of(model.config)}, {total:,} bytes in {len(files)} file(s)")

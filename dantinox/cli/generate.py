@@ -18,6 +18,7 @@ from dantinox import cli
 from dantinox.cli.stream_printer import StreamPrinter, prompt_headers
 from dantinox.config import Implementation, KVDtype, ModelConfig
 from dantinox.config.validation import check_int
+from dantinox.data.tokenizer_protocol import prompt_ids
 from dantinox.inference import generate
 from dantinox.inference.detokenizer import IncrementalDetokenizer
 from dantinox.inference.sampling import Sampling
@@ -122,14 +123,14 @@ def generate_text(arguments: Arguments) -> None:
     names = ("checkpoint", "attn", "moe", "decode", "kv_cache_dtype", "mesh")
     overrides = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     model, tokenizer = load(find_run(arguments.run), **overrides)
-    ids = [tokenizer.encode(prompt) if prompt else [tokenizer.eos_id] for prompt in prompts]
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     max_new_tokens, is_capped = new_token_limit(arguments.max_new_tokens, model.config, max(map(len, ids)))
     request = generate.Request(
         prompts=ids,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         seed=arguments.seed,
-        stop_tokens=(tokenizer.eos_id,),
+        stop_tokens=tokenizer.stop_ids,
         samples=range(count),
         prefill_chunk=arguments.prefill_chunk,
         speculate=arguments.speculate,

@@ -1,7 +1,6 @@
 """Settings of the training text."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from dantinox.config.validation import check, check_fields
 
@@ -13,8 +12,8 @@ class DataConfig:
     data: str = "stdlib"
     """A text, .jsonl or .parquet file, also .gz or .zst; a folder or glob of them; a folder with train.bin and val.bin;
     or stdlib (the source of the Python standard library)."""
-    tokenizer: Literal["char", "bpe"] = "char"
-    """Characters, or byte-level BPE trained on the training split."""
+    tokenizer: str = "char"
+    """char or bpe (byte-level), trained on the training split; or the path of a tokenizer.json or of its folder."""
     bpe_vocab_size: int = 2048
     """Vocabulary size of the BPE tokenizer."""
     val_fraction: float = 0.1
@@ -23,6 +22,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         check(self.data != "", "data is empty; give a file, a folder, a glob or stdlib")
+        check(self.tokenizer != "", "tokenizer is empty; allowed: char, bpe, or a tokenizer.json or its folder")
         check(
             300 <= self.bpe_vocab_size <= 1_000_000,
             f"bpe_vocab_size is {self.bpe_vocab_size}; allowed: 300 to 1000000 (256 bytes, one special token, merges)",

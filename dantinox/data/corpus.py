@@ -49,7 +49,7 @@ from dantinox.data.formats import Source
 from dantinox.data.index import Index, IndexPlan
 from dantinox.data.indexing import index_documents
 from dantinox.data.pool import Pool, process_count
-from dantinox.data.tokenizer import DEFAULT_VOCAB, Tokenizer, train_tokenizer
+from dantinox.data.tokenizer import DEFAULT_VOCAB, Tokenizer, load_tokenizer_at, train_tokenizer
 from dantinox.system import streams
 from dantinox.system.paths import make_cache_folder
 from dantinox.system.progress import Progress, megabytes
@@ -89,7 +89,8 @@ def load_corpus(
 
     Args:
         data: as `spec` of `find_documents`, or a folder with train.bin and val.bin, ids as nanoGPT writes them.
-        tokenizer: "char" or "bpe", trained on the training split, or on 32 MB evenly spread over a larger one.
+        tokenizer: "char" or "bpe", trained on the training split, or on 32 MB evenly spread over a larger one; or the
+            path of a tokenizer.json or of its folder.
         bpe_vocab_size: vocabulary size of the BPE tokenizer.
         val_fraction: fraction of the text held out for validation, 0 < val_fraction < 1.
         seq_len: if positive, both splits must have a window of this length.
@@ -103,8 +104,8 @@ def load_corpus(
     """
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction is {val_fraction}; allowed: between 0 and 1, exclusive")
-    if tokenizer not in DEFAULT_VOCAB:
-        raise ValueError(f"tokenizer is {tokenizer!r}; allowed: char, bpe")
+    if tokenizer not in DEFAULT_VOCAB and existing_tokenizer is None:
+        existing_tokenizer = load_tokenizer_at(tokenizer)
     if folder := token_folder.find(data):
         corpus = token_folder.load(folder, existing_tokenizer)
     else:

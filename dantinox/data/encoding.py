@@ -74,7 +74,7 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer, self._dtype = tokenizer, id_dtype(tokenizer.vocab_size)
         self.takes_parts = tokenizer.kind in DEFAULT_VOCAB  # others may have tokens with a space inside
-        self._prefix = np.array(getattr(tokenizer, "prefix", ()), np.int32)
+        self._prefix = np.array(tokenizer.prefix, np.int32)
 
     def __call__(self, block: Texts | Lines | Part | Failed) -> tuple[list[bytes], list[int]]:
         """Return (ids, bytes of text) of the training and of the validation text of a block."""

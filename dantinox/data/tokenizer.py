@@ -1,4 +1,4 @@
-"""Lossless tokenizers: characters, or byte-level BPE.
+"""Lossless tokenizers: characters, or byte-level BPE; those of Hugging Face are in `hf_tokenizer`.
 
 Both have one layout of ids: 0 is `<|endoftext|>`, 1..256 are the 256 bytes, the rest is trained (frequent
 characters, or byte-pair merges). Every byte has a token, so any text round-trips.
@@ -14,17 +14,18 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import numpy as np
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models, pre_tokenizers, trainers
 
+from dantinox.data.tokenizer_protocol import Ids, Tokenizer, check_ids, utf8
 from dantinox.system.atomic_io import open_atomic
 
 FILE_NAME = "tokenizer.json"
@@ -38,34 +39,6 @@ MAX_CACHED_LENGTH = 32  # longer words hardly repeat
 # DNA, base64, minified programs and text in scripts without spaces do not.
 MAX_WORD = 128
 PIECE = 1 << 20
-Ids = Sequence[int] | np.ndarray
-
-
-class Tokenizer(Protocol):
-    """Interface of a tokenizer."""
-
-    kind: ClassVar[str]  # "char" or "bpe"
-    eos_id: ClassVar[int]
-
-    @property
-    def vocab_size(self) -> int:
-        """V, the number of ids; each of 0..V-1 can be decoded."""
-
-    @property
-    def fingerprint(self) -> str:
-        """16 hex digits of a hash of the content; equal if and only if the ids have the same meaning."""
-
-    def encode(self, text: str) -> np.ndarray:
-        """Return the ids of `text`, int32 [N], without an end of document. ValueError on a lone surrogate."""
-
-    def decode(self, ids: Ids) -> str:
-        """Return the text of `ids` [N]; bytes that are not UTF-8 become U+FFFD. ValueError on an id out of range."""
-
-    def decode_bytes(self, ids: Ids) -> bytes:
-        """Return the UTF-8 of `ids` [N], which may end inside a character. ValueError on an id out of range."""
-
-    def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Write `directory`/tokenizer.json atomically and return its path."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +51,12 @@ class CharTokenizer:
 
     chars: str
     kind: ClassVar[str] = "char"
-    eos_id: ClassVar[int] = 0
+    eos_id: int = field(default=0, init=False, repr=False)
+    stop_ids: tuple[int, ...] = field(default=(0,), init=False, repr=False)
+    prefix: tuple[int, ...] = field(default=(), init=False, repr=False)
 
     def __post_init__(self) -> None:
-        _utf8(self.chars)
+        utf8(self.chars)
         if sorted(set(self.chars)) != list(self.chars) or min(self.chars, default="\x80") < "\x80":
             raise ValueError(f"chars is {self.chars!r:.60}; allowed: distinct non-ASCII characters in code point order")
 
@@ -149,7 +124,9 @@ class BPETokenizer:
     merges: tuple[tuple[int, int], ...]
     max_word: int | None = None
     kind: ClassVar[str] = "bpe"
-    eos_id: ClassVar[int] = 0
+    eos_id: int = field(default=0, init=False, repr=False)
+    stop_ids: tuple[int, ...] = field(default=(0,), init=False, repr=False)
+    prefix: tuple[int, ...] = field(default=(), init=False, repr=False)
     _ids_of_word: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -180,10 +157,15 @@ class BPETokenizer:
                 tokens.append(joined)
         return tokens
 
+    @property
+    def token_strings(self) -> list[str]:
+        """Each token with a printable character per byte."""
+        return [token.decode("latin-1").translate(BYTE_CHARS) for token in self._tokens]
+
     @cached_property
     def _hf(self) -> HFTokenizer:
         # Without the end of document, so that no text is encoded as its id.
-        token_strings = [token.decode("latin-1").translate(_BYTE_CHARS) for token in self._tokens]
+        token_strings = self.token_strings
         vocab = {token: i for i, token in enumerate(token_strings) if i}
         hf = HFTokenizer(
             models.BPE(vocab, [(token_strings[left], token_strings[right]) for left, right in self.merges])
@@ -193,7 +175,7 @@ class BPETokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of `text`, int32 [N], without an end of document. ValueError on a lone surrogate."""
-        _utf8(text)
+        utf8(text)
         words = _word_pattern(self.max_word).findall(text)
         cache = self._ids_of_word
         # Words repeat, so each is encoded once: three times as fast as encoding the text directly.
@@ -238,7 +220,7 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int | None = No
             f"vocab_size is {vocab_size}; allowed: at least {FIRST_TRAINED_ID} (256 bytes, one special token)"
         )
     texts = [texts] if isinstance(texts, str) else texts
-    pieces = (piece for text in texts if _utf8(text) for piece in split_text(text))
+    pieces = (piece for text in texts if utf8(text) for piece in split_text(text))
     return _train_char(pieces, vocab_size) if kind == "char" else _train_bpe(pieces, vocab_size)
 
 
@@ -256,17 +238,33 @@ def split_text(text: str, size: int = PIECE) -> Iterator[str]:
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
-    """Load a tokenizer that was written by `save`.
+    """Load a tokenizer that was written by `save`, or one of Hugging Face.
+
+    Args:
+        directory: the folder of tokenizer.json, or that file.
 
     Raises:
         FileNotFoundError: there is no tokenizer.
         ValueError: the file is damaged.
     """
-    path = Path(directory) / FILE_NAME
+    path = Path(directory)
     if not path.is_file():
-        raise FileNotFoundError(f"no tokenizer at {path}")
+        path = path / FILE_NAME
+    if not path.is_file():
+        sentencepiece = path.with_name("tokenizer.model").is_file()
+        raise FileNotFoundError(
+            f"no tokenizer at {path}"
+            + ("; tokenizer.model alone is not supported, transformers converts it" if sentencepiece else "")
+        )
     try:
         record = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or not a tokenizer: {error}") from None
+    if isinstance(record, dict) and "model" in record:
+        from dantinox.data.hf_tokenizer import load_hf_tokenizer
+
+        return load_hf_tokenizer(path.parent, path.name)
+    try:
         if record["format"] != FORMAT or record["kind"] not in DEFAULT_VOCAB:
             raise ValueError(f"format {record['format']!r}, kind {record['kind']!r}")
         if record["kind"] == "char":
@@ -279,6 +277,19 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or not a DantinoX tokenizer: {error}") from error
     return tokenizer
+
+
+def load_tokenizer_at(path: str) -> Tokenizer:
+    """Load the tokenizer that the setting `tokenizer` names by a path.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    try:
+        return load_tokenizer(path)
+    except FileNotFoundError as error:
+        allowed = f"char, bpe, or a tokenizer.json or its folder ({error})"
+        raise ValueError(f"tokenizer is {path!r}; allowed: {allowed}") from None
 
 
 _BOUNDARY = re.compile(r"(?<=\S)(?=\s)")
@@ -302,7 +313,7 @@ def _byte_chars() -> dict[int, str]:
     return {byte: chr(byte if byte in printable else next(others)) for byte in range(256)}
 
 
-_BYTE_CHARS = _byte_chars()
+BYTE_CHARS = _byte_chars()
 
 
 def _byte_level() -> pre_tokenizers.PreTokenizer:
@@ -330,7 +341,7 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
         show_progress=False,
     )
     hf.train_from_iterator((_word_pattern(MAX_WORD).findall(text) for text in texts), trainer)
-    id_of = {char: byte + 1 for byte, char in _BYTE_CHARS.items()}
+    id_of = {char: byte + 1 for byte, char in BYTE_CHARS.items()}
     merges = []
     for left, right in json.loads(hf.to_str())["model"]["merges"]:
         merges.append((id_of[left], id_of[right]))
@@ -338,32 +349,16 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     return BPETokenizer(tuple(merges), MAX_WORD)
 
 
-def _utf8(text: str) -> bytes:
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        surrogate = f"lone surrogate U+{ord(text[error.start]):04X} at index {error.start}"
-        raise ValueError(f"text has a {surrogate}, which UTF-8 cannot encode") from None
-
-
 def _codepoints(text: str) -> np.ndarray:
     try:
         return np.frombuffer(text.encode("utf-32-le"), "<u4")
     except UnicodeEncodeError:
-        _utf8(text)  # raises a ValueError with a clearer message
+        utf8(text)  # raises a ValueError with a clearer message
         raise
 
 
 def _concatenate_tokens(tokens: list[bytes], ids: Ids) -> bytes:
-    array = np.asarray(ids)
-    if array.size == 0:
-        return b""
-    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"ids are {array.dtype} of shape {array.shape}; allowed: a 1-D array of integers")
-    bad = (array < 0) | (array >= len(tokens))
-    if bad.any():
-        raise ValueError(f"token id is {array[bad][0]}; allowed: 0 to {len(tokens) - 1}")
-    return b"".join(map(tokens.__getitem__, array.tolist()))
+    return b"".join(map(tokens.__getitem__, check_ids(ids, len(tokens)).tolist()))
 
 
 def _fingerprint(kind: str, content: object) -> str:

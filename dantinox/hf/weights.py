@@ -18,6 +18,8 @@ from safetensors.numpy import save_file
 from dantinox.config import ConfigError, ModelConfig
 from dantinox.config.aliases import current_names
 from dantinox.config.validation import did_you_mean
+from dantinox.data.hf_tokenizer_export import to_hf_tokenizer
+from dantinox.data.tokenizer_protocol import Tokenizer
 from dantinox.hf import mxfp4
 from dantinox.hf.config import from_hf, is_mxfp4, layout_of, to_hf
 from dantinox.hf.families import Layout
@@ -32,7 +34,11 @@ _IGNORED_SUFFIX = "rotary_emb.inv_freq"  # rotary frequencies in old files, whic
 
 
 def save_hf(
-    model: Transformer, folder: str | Path, layout: Layout | None = None, shard_bytes: int = SHARD_BYTES
+    model: Transformer,
+    folder: str | Path,
+    layout: Layout | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    tokenizer: Tokenizer | None = None,
 ) -> list[Path]:
     """Save a model atomically, with float32 weights, and return the files of the weights.
 
@@ -42,12 +48,16 @@ def save_hf(
         layout: a name in `families.FAMILIES`; None: gpt_oss with sinks, qwen3 or qwen3_moe with qk_norm, mixtral with
             experts, mistral with a window, llama otherwise.
         shard_bytes: maximum bytes of tensors per file; a larger tensor has a file of its own.
+        tokenizer: saved too, in the format of Hugging Face, with a generation_config.json.
 
     Raises:
         ConfigError: the layout cannot represent a setting; the message names it.
         FileExistsError: the folder is not empty.
     """
     hf_config = to_hf(model.config, layout)
+    hf_tokenizer = None if tokenizer is None else to_hf_tokenizer(tokenizer)
+    if hf_tokenizer is not None:
+        hf_config |= {"bos_token_id": hf_tokenizer.token_id("bos_token"), "eos_token_id": hf_tokenizer.eos_id}
     if shard_bytes < 1:
         raise ConfigError(f"shard_bytes is {shard_bytes}; allowed: 1 or more")
     folder = Path(folder)
@@ -78,6 +88,8 @@ def save_hf(
             named_shards = zip(file_names, shards, strict=True)
             weight_map = {mapping.hf_name: name for name, shard in named_shards for mapping in shard}
             _write_json(draft / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+        if hf_tokenizer is not None:
+            hf_tokenizer.save(draft)
         _write_json(draft / CONFIG, hf_config)
         os.replace(draft, folder)
     finally:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from dantinox.config.validation import check_int
-from dantinox.data.tokenizer import Tokenizer
+from dantinox.data.tokenizer_protocol import Tokenizer, prompt_ids
 from dantinox.inference import generate
 from dantinox.inference.detokenizer import IncrementalDetokenizer
 from dantinox.inference.sampling import Sampling
@@ -60,11 +60,11 @@ def complete(
     if "" in stop:
         raise ValueError("stop contains ''; allowed: texts that are not empty")
     request = generate.Request(
-        prompts=[tokenizer.encode(prompt) if prompt else [tokenizer.eos_id] for prompt in prompts],
+        prompts=[prompt_ids(tokenizer, prompt) for prompt in prompts],
         max_new_tokens=max_new_tokens,
         sampling=Sampling.create(temperature, top_k, top_p, min_p, repetition_penalty),
         seed=seed,
-        stop_tokens=(tokenizer.eos_id,),
+        stop_tokens=tokenizer.stop_ids,
         samples=range(check_int("n", n, 1)),
         prefill_chunk=prefill_chunk,
     )

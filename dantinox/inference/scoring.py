@@ -88,13 +88,15 @@ def score_documents(
         )
     stride = max(1, context // 2) if stride is None else check_int("stride", stride, 1, context + 1)
     rows = check_int("batch_size", batch_size, 1)
-    if tokenizer.vocab_size > model.config.vocab_size:
+    start = tokenizer.prefix or (tokenizer.eos_id,)
+    texts = [np.append(np.int32(start[-1]), tokenizer.encode(document.text)) for document in documents]
+    if sum(len(text) - 1 for text in texts) == 0:
+        raise ValueError("there is no text to score")
+    # A tokenizer may have more tokens than the model, such as one for images, as long as the text has none of them.
+    if max(text.max() for text in texts) >= model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model's vocab_size is {model.config.vocab_size}"
         )
-    texts = [np.append(np.int32(tokenizer.eos_id), tokenizer.encode(document.text)) for document in documents]
-    if sum(len(text) - 1 for text in texts) == 0:
-        raise ValueError("there is no text to score")
     # All windows have one width, no larger than the longest text needs, so that only one program is compiled.
     longest = max(len(text) for text in texts) - 1
     width = min(context, 1 << (longest - 1).bit_length())

@@ -9,7 +9,7 @@ from dantinox.checkpoint.manager import Checkpoints
 from dantinox.checkpoint.train_state import TrainState
 from dantinox.config import Config, ConfigError, TrainConfig, read_settings
 from dantinox.data.corpus import STDLIB, Corpus, cached_corpus, load_corpus
-from dantinox.data.tokenizer import load_tokenizer
+from dantinox.data.tokenizer import DEFAULT_VOCAB, load_tokenizer
 from dantinox.distributed.agreement import ask_first, together
 from dantinox.metrics import logger as metrics_log
 from dantinox.training.loop import LoopState
@@ -108,6 +108,10 @@ def trainer_for_text(
     """
     data, expected, missing = config.data.data, metadata["corpus"], None
     try:
+        if config.data.tokenizer not in DEFAULT_VOCAB:  # that of the run, wherever its file is now
+            corpus = corpus_of_tokenizer(config, run, metadata)
+            if corpus is not None and corpus.content_id == expected:
+                return make_trainer(config, corpus)
         trainer = make_trainer(config)
         if trainer.corpus.content_id == expected and has_tokenizer(trainer.corpus, metadata):
             return trainer

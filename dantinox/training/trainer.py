@@ -11,6 +11,7 @@ from flax import nnx
 from dantinox.checkpoint.train_state import TrainState
 from dantinox.config import Config
 from dantinox.data.corpus import Corpus, eval_batches, get_batch, load_corpus
+from dantinox.data.tokenizer_protocol import prompt_ids
 from dantinox.distributed import agreement, global_arrays, mesh, processes
 from dantinox.inference import prefill
 from dantinox.inference.generate import generate
@@ -158,8 +159,7 @@ class Trainer:
 
     def _generate(self, params: Params, tokens: int) -> str:
         model, tokenizer = self.model_def.merge(params), self.corpus.tokenizer
-        max_tokens = self.config.model.max_context - 1
-        ids = generate(
-            model, [[tokenizer.eos_id]], max_new_tokens=min(tokens, max_tokens), temperature=0.8, top_p=0.95, seed=0
-        )
+        prompt = prompt_ids(tokenizer, "")
+        count = min(tokens, self.config.model.max_context - len(prompt))
+        ids = generate(model, [prompt], max_new_tokens=count, temperature=0.8, top_p=0.95, seed=0)
         return tokenizer.decode(ids[0])
