@@ -13,6 +13,7 @@ from dantinox.version import __version__
 if TYPE_CHECKING:
     from dantinox.checkpoint.load import load
     from dantinox.config import Config, ConfigError, ModelConfig
+    from dantinox.data.tokenizer import load_tokenizer
     from dantinox.hf.weights import load_hf, save_hf
     from dantinox.inference.complete import complete
     from dantinox.inference.generate import generate, stream
@@ -28,6 +29,7 @@ __all__ = [
     "generate",
     "load",
     "load_hf",
+    "load_tokenizer",
     "save_hf",
     "stream",
 ]
@@ -40,6 +42,7 @@ _MODULES = {
     "generate": "dantinox.inference.generate",
     "load": "dantinox.checkpoint.load",
     "load_hf": "dantinox.hf.weights",
+    "load_tokenizer": "dantinox.data.tokenizer",
     "save_hf": "dantinox.hf.weights",
     "stream": "dantinox.inference.generate",
 }

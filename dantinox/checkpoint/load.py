@@ -3,15 +3,14 @@
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
 from dantinox.checkpoint.manager import Checkpoints
 from dantinox.config import Config, ConfigError, read_settings
 from dantinox.data.tokenizer import Tokenizer, load_tokenizer
-from dantinox.distributed.inference import inference_mesh
-from dantinox.distributed.mesh import parameter_shardings
+from dantinox.distributed.inference import inference_shardings
 from dantinox.model import params
 from dantinox.model.transformer import Transformer
 
@@ -33,6 +32,8 @@ def read_config(run: str | Path) -> Config:
     """
     run = Path(run)
     if not (run / "config.yaml").is_file():
+        if (run / "config.json").is_file():
+            raise FileNotFoundError(f"{run} is not a run but a model in the format of Hugging Face; give --from {run}")
         names = sorted(_run_names(run.parent))
         listing = f"runs in {run.parent}: {', '.join(names)}" if names else f"no runs in {run.parent}"
         raise FileNotFoundError(f"run {run} does not exist (it has no config.yaml); {listing}")
@@ -50,7 +51,12 @@ def _run_names(folder: Path) -> Iterator[str]:
 
 
 def load(
-    run: str | Path, *, checkpoint: int | str = "last", mesh: str = "", **overrides: Any
+    run: str | Path,
+    *,
+    checkpoint: int | str = "last",
+    mesh: str = "",
+    param_dtype: Literal["float32", "bfloat16"] = "float32",
+    **overrides: Any,
 ) -> tuple[Transformer, Tokenizer]:
     """Return (model, tokenizer) of a run, with the moving average of the weights if it has one.
 
@@ -58,13 +64,17 @@ def load(
         run: the run's folder, such as runs/nano.
         checkpoint: "last" (the latest valid one), "best" (lowest validation loss) or a step, such as 400 or "400".
         mesh: devices to lay the model over, such as data=2,tensor=4; "": one device.
+        param_dtype: dtype of the matrices; vectors, such as norms, are float32.
         overrides: model settings to change by name, such as decode="xla".
 
     Raises:
-        ConfigError: the mesh needs more devices, has another axis, or does not divide a size of the model.
+        ConfigError: param_dtype is another word; the mesh needs more devices, has another axis, or does not divide a
+            size of the model.
         FileNotFoundError: the run or the checkpoint does not exist.
         ValueError: the checkpoint is corrupt, or for "last", all of them are; or `checkpoint` is another word.
     """
+    if param_dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"param_dtype is {param_dtype!r}; allowed: float32, bfloat16")
     config = read_config(run).replace(**overrides)
     tokenizer = load_tokenizer(run)
     model_def, shapes = params.abstract_params(config.model)
@@ -78,17 +88,15 @@ def load(
         metadata = checkpoints.verify(step)
     if metadata.get("tokenizer") not in (None, tokenizer.fingerprint):
         raise ValueError(f"{Path(run) / 'tokenizer.json'} is not the tokenizer that the run was trained with")
-    shardings: dict[str, jax.sharding.Sharding] = dict.fromkeys(
-        shapes, jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    )
-    if (laid := inference_mesh(mesh)) is not None:
-        shardings |= parameter_shardings(params.param_axes(config.model), shapes, laid)
+    shardings = inference_shardings(params.param_axes(config.model), shapes, mesh)
     abstract_params = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name]) for name, x in shapes.items()
     }
-    return model_def.merge(
-        checkpoints.restore_weights(step, abstract_params, averaged=config.optim.ema_decay > 0)
-    ), tokenizer
+    weights = checkpoints.restore_weights(step, abstract_params, averaged=config.optim.ema_decay > 0)
+    if param_dtype == "bfloat16":
+        for name in [name for name, x in weights.items() if x.ndim > 1]:
+            weights[name] = weights.pop(name).astype("bfloat16")
+    return model_def.merge(weights), tokenizer
 
 
 def _find_step(checkpoints: Checkpoints, run: str | Path, checkpoint: int | str) -> int:

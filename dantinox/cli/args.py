@@ -34,12 +34,16 @@ IMPLEMENTATION_FLAGS = {
 
 
 def positional_run(argv: Sequence[str] | None, *flags: str) -> list[str]:
-    """Return argv (None: that of the process) with `flags`, by default --run, before the words it begins with."""
+    """Return argv (None: that of the process) with `flags`, by default --run, before the words it begins with.
+
+    A folder of weights in the format of Hugging Face gets --from instead of --run.
+    """
     rest = list(sys.argv[1:] if argv is None else argv)
     words = []
     for flag in flags or ("--run",):
         if rest and not rest[0].startswith("-"):
-            words += [flag, rest.pop(0)]
+            is_folder = flag == "--run" and os.path.isfile(os.path.join(rest[0], "config.json"))
+            words += ["--from" if is_folder else flag, rest.pop(0)]
     return words + rest
 
 

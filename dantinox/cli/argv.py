@@ -127,6 +127,7 @@ def _field_types(cls: type) -> tuple[dict[str, Any], set[str]]:
             inner_types, inner_repeated = _field_types(hint)
             types, repeated = types | inner_types, repeated | inner_repeated
         else:
+            name = name.rstrip("_")  # of a field that would be a word of Python
             types[name] = hint
             if getattr(hint, "__origin__", None) is tuple and not hasattr(hint, "__metadata__"):
                 repeated.add(name)

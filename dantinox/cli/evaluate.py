@@ -6,6 +6,12 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from dantinox import cli
+from dantinox.cli.model_source import (
+    Folder,
+    ParamDtype,
+    load_model,
+    name_of_source,
+)
 from dantinox.config import Implementation
 from dantinox.data.corpus import find_documents
 from dantinox.inference.scoring import score_documents
@@ -19,10 +25,14 @@ PROG = "dantinox-evaluate"
 class Arguments:
     """Score a text with a trained model."""
 
-    run: str = "nano"
-    """The run: runs/NAME or NAME."""
+    run: str | None = None
+    """The run: runs/NAME or NAME; None: nano."""
+    from_: Folder = None
+    """Instead of a run: a folder with config.json and safetensors, in the format of Hugging Face."""
     checkpoint: str | None = None
     """Checkpoint of the run: last, best (the lowest validation loss) or a step; None: last."""
+    tokenizer: str | None = None
+    """A tokenizer.json or its folder, for a --from without its own."""
     data: str | None = None
     """A text, .jsonl or .parquet file, also .gz or .zst; a folder or glob of them; or stdlib (Python's own source)."""
     context: int | None = None
@@ -37,6 +47,8 @@ class Arguments:
     """Implementation of the mixture of experts; None: that of the run."""
     loss: Implementation | None = None
     """Implementation of the loss; None: that of the run."""
+    param_dtype: ParamDtype | None = None
+    """Dtype of the weights in memory; None: float32 for a run, for --from that of the file if matmuls are bfloat16."""
     mesh: str | None = None
     """Devices to lay the model over, such as data=2,tensor=4; None: one device."""
     json: bool = False
@@ -66,14 +78,10 @@ def report(arguments: Arguments) -> None:
     Raises:
         ValueError, NotImplementedError, OSError: the input is invalid; the message is one line.
     """
-    from dantinox.checkpoint.load import find_run, load
-
     if arguments.data is None:
         raise ValueError("data is missing; give --data a text file, a folder, a glob or stdlib")
-    names = ("checkpoint", "attn", "moe", "loss", "mesh")
-    overrides = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    model, tokenizer = load(find_run(arguments.run), **overrides)
     documents = find_documents(arguments.data)
+    model, tokenizer = load_model(arguments, **{name: getattr(arguments, name) for name in ("attn", "moe", "loss")})
     start = time.perf_counter()
     score = score_documents(
         model, tokenizer, documents, context=arguments.context, stride=arguments.stride, batch_size=arguments.batch_size
@@ -81,7 +89,7 @@ def report(arguments: Arguments) -> None:
     seconds = time.perf_counter() - start
     numbers = {name: getattr(score, name) for name in ("loss", "perplexity", "bits_per_byte")}
     if arguments.json:
-        record = {"run": str(find_run(arguments.run)), "data": arguments.data} | score._asdict() | numbers
+        record = name_of_source(arguments) | {"data": arguments.data} | score._asdict() | numbers
         print(json_text(record))
     else:
         print(f"{'data':14} {arguments.data}: {score.documents:,} documents, {score.bytes:,} bytes")

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from dantinox import cli
+from dantinox.cli.model_source import DEFAULT_RUN, Folder, check_source, load_weights
 from dantinox.config.validation import check_int
 from dantinox.hf.config import layout_of, to_hf
 from dantinox.hf.families import Layout
+from dantinox.hf.folder import OWN_FOLDER
 
 PROG = "dantinox-export"
 
@@ -22,8 +24,10 @@ PROG = "dantinox-export"
 class Arguments:
     """Export a trained model in a Hugging Face layout."""
 
-    run: str = "nano"
-    """The run: runs/NAME or NAME."""
+    run: str | None = None
+    """The run: runs/NAME or NAME; None: nano."""
+    from_: Folder = None
+    """Instead of a run: a folder with config.json and safetensors, in the format of Hugging Face."""
     checkpoint: str | None = None
     """Checkpoint of the run: last, best (the lowest validation loss) or a step; None: last."""
     out: str | None = None
@@ -57,19 +61,25 @@ def export(arguments: Arguments) -> None:
     Raises:
         ValueError, OSError: the input is invalid; the message is one line, and nothing was written.
     """
-    from dantinox.checkpoint.load import find_run, load, read_config
-    from dantinox.hf.weights import save_hf
+    from dantinox.checkpoint.load import find_run, read_config
+    from dantinox.hf.weights import read_model_config, read_model_type, save_hf
 
     if arguments.out is None:
         raise ValueError("out is missing; give --out a folder")
     size = check_int("shard_mb", arguments.shard_mb, 1) * 10**6
-    run = find_run(arguments.run)
-    to_hf(read_config(run).model, arguments.layout)  # before the weights are read
-    model, tokenizer = load(run) if arguments.checkpoint is None else load(run, checkpoint=arguments.checkpoint)
-    files = save_hf(model, arguments.out, arguments.layout, size, tokenizer)
-    tokenizer.save(Path(arguments.out) / "dantinox")
+    check_source(arguments)
+    layout = arguments.layout
+    if arguments.from_ is None:
+        config = read_config(find_run(arguments.run or DEFAULT_RUN)).model
+    else:
+        config, layout = read_model_config(arguments.from_), layout or read_model_type(arguments.from_)
+    to_hf(config, layout)  # before the weights are read
+    model, tokenizer = load_weights(arguments)
+    files = save_hf(model, arguments.out, layout, size, tokenizer)
+    if tokenizer is not None and tokenizer.kind != "hf":
+        tokenizer.save(Path(arguments.out) / OWN_FOLDER)
     total = sum(file.stat().st_size for file in files)
-    print(f"{arguments.out}: {arguments.layout or layout_of(model.config)}, {total:,} bytes in {len(files)} file(s)")
+    print(f"{arguments.out}: {layout or layout_of(model.config)}, {total:,} bytes in {len(files)} file(s)")
 
 
 def program() -> NoReturn:

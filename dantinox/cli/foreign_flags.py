@@ -51,7 +51,9 @@ OTHER_NAMES = {
     "sample_every": "sample_interval sample_freq generate_every sample_steps",
     "sample_tokens": "eval_max_new_tokens sample_length sample_len",
     "patience": "early_stopping early_stopping_patience early_stop early_stopping_rounds",
-    "resume": "resume_from_checkpoint resume_from init_from restore restart continue continue_training "
+    "init_from": "pretrained_model pretrained_model_name_or_path pretrained_path finetune_from init_checkpoint "
+    "init_model load_pretrained initial_checkpoint hf_model hf_path",
+    "resume": "resume_from_checkpoint resume_from restore restart continue continue_training "
     "load_checkpoint ckpt checkpoint checkpoint_path ckpt_path load load_checkpoint_path",
     "wandb": "wandb_log use_wandb report_to wandb_project wandb_entity logger logger_name metric_logger",
     "profile_steps": "profile profiler profile_step enable_profiler profiler_steps",
@@ -88,6 +90,7 @@ OTHER_NAMES = {
     "dropout_p",
     "norm_eps": "rms_norm_eps layer_norm_eps layer_norm_epsilon norm_epsilon normalization_layer_epsilon",
     "qk_norm": "use_qk_norm qk_layernorm",
+    "param_dtype": "params_dtype weights_dtype load_dtype",
     "dtype": "precision mixed_precision fp16 bf16 half float16 bfloat16 torch_dtype weight_dtype compute_dtype amp",
     "remat": "gradient_checkpointing activation_checkpointing enable_activation_checkpointing remat_policy "
     "grad_checkpointing checkpoint_activations recompute",
@@ -119,6 +122,7 @@ OTHER_NAMES = {
     "runs_dir": "out_dir output_dir outdir save_dir log_dir logdir run_dir base_output_directory default_root_dir "
     "checkpoint_dir",
     "preset": "model_name model_type model model_size model_config",
+    "from": "hf_model hf_path hf_dir hf_folder pretrained pretrained_model",
     "run": "run_name name experiment experiment_name exp_name exp wandb_run_name wandb_name model model_path model_dir "
     "model_name_or_path checkpoint_dir checkpoint ckpt ckpt_path checkpoint_path pretrained_model_name_or_path",
     "shard_mb": "max_shard_size shard_size",
@@ -144,8 +148,8 @@ EXPLANATIONS = {
 """Flag here -> what differs from the other names."""
 
 NO_COUNTERPART = {
-    "model_path model_dir model_name_or_path pretrained_model_name_or_path pretrained": "training starts "
-    "from random weights, in the shape of --preset",
+    "model_path model_dir model_name_or_path pretrained": "training starts from random weights, in the shape of "
+    "--preset, or from those of --init-from",
     "epochs epoch num_epochs n_epochs max_epochs num_train_epochs train_epochs nb_epochs": "--steps sets the length of "
     "training",
     "lr_decay_iters lr_decay_steps decay_steps max_decay_steps learning_rate_schedule_steps": "the schedule ends at "

@@ -1,5 +1,7 @@
 """Generate text from a trained model: `python -m dantinox.generate --run runs/NAME --prompt "..."`.
 
+`--from DIR` takes a folder of weights in the format of Hugging Face instead of a run.
+
 Only the text is written to stdout; the speed is written to stderr. The function
 `dantinox.generate(model, prompts, ...)` is defined in `dantinox.inference.generate`.
 """
@@ -15,6 +17,7 @@ from typing import Annotated, NoReturn
 import tyro
 
 from dantinox import cli
+from dantinox.cli.model_source import Folder, ParamDtype, check_source, load_model
 from dantinox.cli.stream_printer import StreamPrinter, prompt_headers
 from dantinox.config import Implementation, KVDtype, ModelConfig
 from dantinox.config.validation import check_int
@@ -34,10 +37,14 @@ Texts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 class Arguments:
     """Generate text from a trained model."""
 
-    run: str = "nano"
-    """The run: runs/NAME or NAME."""
+    run: str | None = None
+    """The run: runs/NAME or NAME; None: nano."""
+    from_: Folder = None
+    """Instead of a run: a folder with config.json and safetensors, in the format of Hugging Face."""
     checkpoint: str | None = None
     """Checkpoint of the run: last, best (the lowest validation loss) or a step; None: last."""
+    tokenizer: str | None = None
+    """A tokenizer.json or its folder, for a --from without its own."""
     prompt: Texts = ()
     """Text to continue; several --prompt are one batch. Without any, start a document."""
     prompt_file: str | None = None
@@ -76,6 +83,8 @@ class Arguments:
     """Implementation of cached decoding; None: that of the run."""
     kv_cache_dtype: KVDtype | None = None
     """Storage of the KV cache: the model's dtype (auto), or 8 bits per value; None: that of the run."""
+    param_dtype: ParamDtype | None = None
+    """Dtype of the weights in memory; None: float32 for a run, for --from that of the file if matmuls are bfloat16."""
     mesh: str | None = None
     """Devices to lay the model and its cache over, such as data=2,tensor=4; None: one device."""
     verbose: bool = False
@@ -110,8 +119,6 @@ def generate_text(arguments: Arguments) -> None:
     Raises:
         ValueError, NotImplementedError, OSError: the input is invalid; the message is one line.
     """
-    from dantinox.checkpoint.load import find_run, load
-
     sampling = Sampling.create(
         arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p, arguments.repetition_penalty
     )
@@ -120,9 +127,9 @@ def generate_text(arguments: Arguments) -> None:
     if "" in stop:
         raise ValueError("stop is ''; allowed: text that is not empty")
     prompts = read_prompts(arguments)
-    names = ("checkpoint", "attn", "moe", "decode", "kv_cache_dtype", "mesh")
-    overrides = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    model, tokenizer = load(find_run(arguments.run), **overrides)
+    check_source(arguments)
+    names = ("attn", "moe", "decode", "kv_cache_dtype")
+    model, tokenizer = load_model(arguments, **{name: getattr(arguments, name) for name in names})
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     max_new_tokens, is_capped = new_token_limit(arguments.max_new_tokens, model.config, max(map(len, ids)))
     request = generate.Request(

@@ -29,6 +29,7 @@ from dantinox.system import malloc, streams
 from dantinox.system.atomic_io import open_atomic
 from dantinox.system.run_lock import RunLock, require_unlocked
 from dantinox.training.loop import Loop, LoopState, NonFiniteError
+from dantinox.training.pretrained import check_pretrained, with_pretrained
 from dantinox.training.resume import Start, resume_command, resume_run
 from dantinox.training.signals import Interrupted, sigterm_as_exception
 from dantinox.training.trainer import Trainer
@@ -75,8 +76,12 @@ def parse(argv: Sequence[str]) -> Arguments:
             if preset or file:
                 print_ignored(named, base, " and ".join(filter(None, [preset and "--preset", file and "--config"])))
         else:
+            named = {} if file is None else read_settings(file)
             if file is not None:
                 base = Config.from_yaml(file, base)
+            folder = cli.peek_flag(argv, "--init-from", "--init_from")
+            if folder := base.train.init_from if folder is None else folder:
+                base = with_pretrained(base, folder, named)
             runs_dir, run = find_run(argv, base.flat())
         if cli.peek_flag(argv, "--run") not in (None, run):  # a path
             argv = [*argv, f"--run={run}", f"--runs-dir={runs_dir}"]
@@ -197,6 +202,7 @@ def train(config: Config, resume: bool = False) -> Path:
             train_locked(resume_run(config, saved, folder, Trainer), lock, resume)
         else:
             ask_first("the run's name", lambda: require_unlocked(folder))  # before the text is read
+            check_pretrained(config)
             start = Start(together("text", lambda: Trainer(config), in_turn=True), None, 0, LoopState())
             train_locked(start, enter(lambda: lock_new_run(config)), resume)
     return folder
@@ -246,6 +252,7 @@ def train_locked(start: Start, lock: RunLock | None, resume: bool) -> None:
 
 def dry_run(config: Config) -> None:
     """Print the cost of the configuration; nothing is trained or written to runs/."""
+    check_pretrained(config)
     trainer = Trainer(config)
     print(model_summary.describe(trainer.config))
     print(model_summary.compiled_memory(trainer.step, trainer.shapes, trainer.config))

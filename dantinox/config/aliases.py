@@ -44,6 +44,7 @@ NEW_SETTINGS = {
     "lora_rank": 0,
     "lora_alpha": 16.0,
     "lora_targets": "q,k,v,o,gate,up,down",
+    "init_from": "",
 }
 """Settings that came after the first sweeps, and their defaults."""
 

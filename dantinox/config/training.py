@@ -43,6 +43,8 @@ class TrainConfig:
     """Tokens per sequence."""
     grad_accum: int = 1
     """Micro-batches per step."""
+    init_from: str = ""
+    """Folder of Hugging Face weights to begin with, in its shape and with its tokenizer; empty: random weights."""
     seed: int = 0
     """Seed of the initial weights, the data order and dropout."""
     mesh: str = ""

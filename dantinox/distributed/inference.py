@@ -5,16 +5,16 @@ hidden width, sequences over data. It cannot partition hand-written kernels, so 
 heads and the sequences of its device.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec, Sharding, SingleDeviceSharding
 
 from dantinox.config import ConfigError
 from dantinox.config.training import parse_mesh
 from dantinox.distributed.collectives import per_device
-from dantinox.distributed.mesh import AXES, make_mesh
+from dantinox.distributed.mesh import AXES, make_mesh, parameter_shardings
 
 # A user context is part of jit's cache key: a program traced for one mesh is traced again for another.
 _mesh = jax.make_user_context(default_value=None)
@@ -31,6 +31,15 @@ def inference_mesh(text: str) -> Mesh | None:
     if other := [axis for axis, size in sizes.items() if size > 1 and axis not in ("data", "tensor")]:
         raise ConfigError(f"mesh is {text!r}, with {other[0]}; allowed in generation and evaluation: data and tensor")
     return make_mesh(sizes)
+
+
+def inference_shardings(
+    axes_by_name: Mapping[str, Sequence[str]], shapes: Mapping[str, Any], mesh: str
+) -> dict[str, Sharding]:
+    """Return where each parameter of a model is, by name; `mesh` as in `inference_mesh`."""
+    if (laid := inference_mesh(mesh)) is not None:
+        return {**parameter_shardings(axes_by_name, shapes, laid)}
+    return dict.fromkeys(shapes, SingleDeviceSharding(jax.devices()[0]))
 
 
 def mesh_of(weights: Any) -> Mesh | None:

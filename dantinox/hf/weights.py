@@ -6,10 +6,12 @@ import os
 import re
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -20,15 +22,18 @@ from dantinox.config.aliases import current_names
 from dantinox.config.validation import did_you_mean
 from dantinox.data.hf_tokenizer_export import to_hf_tokenizer
 from dantinox.data.tokenizer_protocol import Tokenizer
+from dantinox.distributed.inference import inference_shardings
 from dantinox.hf import mxfp4
 from dantinox.hf.config import from_hf, is_mxfp4, layout_of, to_hf
 from dantinox.hf.families import Layout
 from dantinox.hf.tensor_mappings import MXFP4_SUFFIXES, TensorMapping, tensor_mappings
-from dantinox.model.params import abstract_params, split_params
+from dantinox.model.params import Params, abstract_params, param_axes, split_params
 from dantinox.model.transformer import Transformer
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
+REOPEN_BYTES = 1 << 26  # so that not all of a file stays mapped to memory while it is read
+ParamDtype = Literal["auto", "float32", "bfloat16"]
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"  # rotary frequencies in old files, which follow from the config
 
@@ -97,13 +102,19 @@ def save_hf(
     return [folder / name for name in file_names]
 
 
-def load_hf(folder: str | Path, **overrides: Any) -> Transformer:
-    """Load a model, with float32 parameters, from a folder in the layout of Llama, Mistral, Mixtral, Qwen3 or gpt-oss.
+def load_hf(
+    folder: str | Path, *, mesh: str = "", param_dtype: ParamDtype = "float32", **overrides: Any
+) -> Transformer:
+    """Load a model from a folder in the layout of Llama, Mistral, Mixtral, Qwen3 or gpt-oss.
 
-    Weights in mxfp4, which gpt-oss stores its experts in, are unpacked.
+    Tensors are read one by one, straight to their devices. Weights in mxfp4, which gpt-oss stores its experts in, are
+    unpacked.
 
     Args:
         folder: contains config.json and model.safetensors, or the files of model.safetensors.index.json.
+        mesh: devices to lay the model over, such as data=2,tensor=4; "": one device.
+        param_dtype: dtype of the matrices. auto: bfloat16 for those stored in 16 bits or fewer if matmuls are in
+            bfloat16 (which gives the same numbers), else float32. Vectors, such as norms, are float32.
         overrides: model settings to change by name, such as dtype="bfloat16" or attn="xla".
 
     Raises:
@@ -111,37 +122,92 @@ def load_hf(folder: str | Path, **overrides: Any) -> Transformer:
         ValueError: a file is damaged, or a tensor is missing, unknown, or has the wrong shape or dtype.
         FileNotFoundError: a file is missing.
     """
-    folder = _local_folder(folder)
+    if param_dtype not in get_args(ParamDtype):
+        raise ConfigError(f"param_dtype is {param_dtype!r}; allowed: {', '.join(get_args(ParamDtype))}")
+    config = read_model_config(folder, **overrides)
+    model_def, shapes = abstract_params(config)
+    shardings = inference_shardings(param_axes(config), shapes, mesh)
+    return model_def.merge(load_params(folder, config, shardings, param_dtype))
+
+
+def read_model_config(folder: str | Path, **overrides: Any) -> ModelConfig:
+    """Return the model settings of a folder; arguments and errors as those of `load_hf`."""
+    folder = local_folder(folder)
     hf_config = _read_json(folder / CONFIG)
     try:
-        config = _override(from_hf(hf_config), overrides)
+        return _override(from_hf(hf_config), overrides)
     except ConfigError as error:
         raise ConfigError(f"{folder / CONFIG}: {error}") from None
-    model_def, shapes = abstract_params(config)
+
+
+def read_model_type(folder: str | Path) -> str:
+    """Return the model_type of a folder."""
+    return str(_read_json(local_folder(folder) / CONFIG).get("model_type"))
+
+
+def load_params(
+    folder: str | Path, config: ModelConfig, shardings: Mapping[str, jax.sharding.Sharding], param_dtype: ParamDtype
+) -> Params:
+    """Load the parameters of a model; one parameter at a time is in the memory of the host.
+
+    Args:
+        folder: as in `load_hf`, which names the errors too.
+        config: the settings of the model in that folder.
+        shardings: where to put each parameter, by name.
+        param_dtype: as in `load_hf`.
+    """
+    folder = local_folder(folder)
+    hf_config = _read_json(folder / CONFIG)
+    _, shapes = abstract_params(config)
     mappings = list(tensor_mappings(config, hf_config["model_type"]))
     param_shapes = {name: x.shape for name, x in shapes.items()}
+    missing = Counter(name for mapping in mappings for name in mapping.param_names)
+    on_host: dict[str, np.ndarray] = {}
+    params: Params = {}
     with _SafetensorsFiles(folder) as files:
         packed = _packed_tensors(mappings, files.file_names) if is_mxfp4(hf_config) else set()
         _check_tensor_names(folder, _stored_names(mappings, packed), files.file_names, config.tie_embeddings)
         dtype = hf_config.get("dtype") or hf_config.get("torch_dtype")
         allowed = {_DTYPES[dtype]} if dtype in _DTYPES else set(_DTYPES.values())
-        params = {name: np.empty(shape, np.float32) for name, shape in param_shapes.items()}
+        _check_lm_head(folder, files, config, param_shapes["embedding"], allowed)
         for mapping in mappings:
             name, shape = mapping.hf_name, mapping.hf_shape(param_shapes)
-            tensor = files.read_packed(name, shape) if name in packed else files.read_tensor(name, shape, allowed)
-            mapping.import_tensor(tensor, params)
-        lm_head = "lm_head.weight"
-        if config.tie_embeddings and lm_head in files.file_names:
-            shape = shapes["embedding"].shape
-            stored = files.read_tensor(lm_head, shape, allowed).astype(np.float32)
-            if not np.array_equal(stored, params["embedding"]):
-                raise ValueError(
-                    f"{folder}: {lm_head} differs from the embedding, but config.json has tie_word_embeddings"
-                )
-    return model_def.merge({name: jnp.asarray(x) for name, x in params.items()})
+            is_packed = name in packed
+            tensor = files.read_packed(name, shape) if is_packed else files.read_tensor(name, shape, allowed)
+            is_short = is_packed or tensor.dtype.itemsize == 2
+            for param in mapping.param_names:
+                if param not in on_host:
+                    in_bfloat16 = param_dtype == "bfloat16" or (
+                        param_dtype == "auto" and is_short and config.dtype == "bfloat16"
+                    )
+                    kind = jnp.bfloat16 if in_bfloat16 and len(param_shapes[param]) > 1 else np.float32
+                    on_host[param] = np.empty(param_shapes[param], kind)
+            mapping.import_tensor(tensor, on_host)
+            del tensor
+            for param in mapping.param_names:
+                missing[param] -= 1
+                if not missing[param]:
+                    params[param] = _to_devices(on_host.pop(param), shardings[param])
+    return params
 
 
-def _local_folder(folder: str | Path) -> Path:
+def _to_devices(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Return an array on its devices, of which each is sent its own part."""
+    return jax.block_until_ready(jax.make_array_from_callback(array.shape, sharding, lambda index: array[index]))
+
+
+def _check_lm_head(
+    folder: Path, files: "_SafetensorsFiles", config: ModelConfig, shape: tuple[int, ...], dtypes: set[str]
+) -> None:
+    """Check that an output projection that is stored although it is tied equals the embedding."""
+    name = "lm_head.weight"
+    if config.tie_embeddings and name in files.file_names:
+        embedding = files.read_tensor("model.embed_tokens.weight", shape, dtypes)
+        if not np.array_equal(files.read_tensor(name, shape, dtypes), embedding):
+            raise ValueError(f"{folder}: {name} differs from the embedding, but config.json has tie_word_embeddings")
+
+
+def local_folder(folder: str | Path) -> Path:
     """Return the folder as a path.
 
     Raises:
@@ -152,6 +218,8 @@ def _local_folder(folder: str | Path) -> Path:
     if (path / "config.yaml").is_file() and not (path / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} is a run of DantinoX; dantinox.load loads it")
     if path.is_dir():
+        if not (path / CONFIG).is_file():
+            raise FileNotFoundError(2, "No such file or directory", str(path / CONFIG))
         return path
     if path.exists():
         raise NotADirectoryError(f"{folder} is a file; load_hf takes the folder that holds {CONFIG}")
@@ -168,7 +236,7 @@ class _SafetensorsFiles:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.open = folder, {}
+        self.folder, self.open, self.bytes_read = folder, {}, 0
         self.file_names: dict[str, str] = {}
 
     def __enter__(self) -> "_SafetensorsFiles":
@@ -209,7 +277,12 @@ class _SafetensorsFiles:
             raise ValueError(f"{path}: {name} has shape {stored.get_shape()}; allowed: {list(shape)}")
         if stored.get_dtype() not in dtypes:
             raise ValueError(f"{path}: {name} is {stored.get_dtype()}; allowed: {', '.join(sorted(dtypes))}")
-        return file.get_tensor(name)
+        tensor = file.get_tensor(name)
+        self.bytes_read += tensor.nbytes
+        if self.bytes_read > REOPEN_BYTES:
+            self.open.clear()
+            self.bytes_read = 0
+        return tensor
 
     def read_packed(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """Return a tensor [E, in, out] in mxfp4 as float32; a ValueError if its parts are not those of this shape."""

@@ -266,6 +266,7 @@ RESUME_EFFECTS: dict[str, Effect | Callable[[Config, Config], Effect]] = {
     "batch_size": "numbers",
     "seq_len": "numbers",
     "grad_accum": "numbers",
+    "init_from": "impossible",
     "seed": "numbers",
     "mesh": "numbers",  # the order of sums
     "expert_exchange": "none",

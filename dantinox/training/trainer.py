@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from dantinox.checkpoint.train_state import TrainState
-from dantinox.config import Config
+from dantinox.config import Config, ConfigError
 from dantinox.data.corpus import Corpus, eval_batches, get_batch, load_corpus
 from dantinox.data.tokenizer_protocol import prompt_ids
 from dantinox.distributed import agreement, global_arrays, mesh, processes
@@ -20,6 +20,7 @@ from dantinox.model.lora import init_factors, split_trained
 from dantinox.model.params import Params, abstract_params, split_params
 from dantinox.model.transformer import Transformer
 from dantinox.training.optimizer import make_optimizer, make_schedule
+from dantinox.training.pretrained import pretrained_params
 from dantinox.training.train_step import make_eval_step, make_train_step, state_shardings
 
 
@@ -43,7 +44,7 @@ class Trainer:
             val_fraction=c.data.val_fraction,
             seq_len=c.train.seq_len,
         )
-        self.config = c = c.replace(vocab_size=self.corpus.tokenizer.vocab_size, dtype=c.model.resolved_dtype)
+        self.config = c = c.replace(vocab_size=self.vocab_size(), dtype=c.model.resolved_dtype)
         self.model_def, shapes = abstract_params(c.model)
         self.optimizer = make_optimizer(c.optim, c.train.steps)
         self.learning_rate = make_schedule(c.optim, c.train.steps)
@@ -62,6 +63,20 @@ class Trainer:
         )
         self.check_implementations()
 
+    def vocab_size(self) -> int:
+        """Return the number of ids of the model: that of the tokenizer, or of the weights that the run begins with.
+
+        Raises:
+            ConfigError: the text has ids that the weights do not have.
+        """
+        size, corpus = self.corpus.tokenizer.vocab_size, self.corpus
+        if not self.config.train.init_from:
+            return size
+        own = self.config.model.vocab_size
+        if size > own and max(corpus.train.max(), corpus.val.max()) >= own:
+            raise ConfigError(f"the tokenizer has {size} ids, the model of {self.config.train.init_from} {own}")
+        return own
+
     def check_implementations(self) -> None:
         """Raise if a named implementation does not support this model, before any file is written."""
         jax.eval_shape(self.eval_step, self.shapes.params, *self.eval_set[0])
@@ -79,15 +94,22 @@ class Trainer:
     def init_state(self) -> TrainState:
         """Return the initial parameters and optimizer state, sharded over the mesh."""
 
-        def init() -> TrainState:
-            seed = self.config.train.seed
-            _, params = split_params(Transformer(self.config.model, rngs=nnx.Rngs(seed)))
+        seed = self.config.train.seed
+
+        def state_of(params: Params) -> TrainState:
             factors = {name: x for name, x in self.shapes.params.items() if name not in params}
             params |= init_factors(factors, jax.random.key(seed))
             ema = jax.tree.map(jnp.copy, params) if self.config.optim.ema_decay else None
             return TrainState(params, self.optimizer.init(split_trained(params)[0]), ema)
 
-        return jax.jit(init, out_shardings=self.device_shardings())()
+        def init() -> TrainState:
+            return state_of(split_params(Transformer(self.config.model, rngs=nnx.Rngs(seed)))[1])
+
+        shardings = self.device_shardings()
+        if self.config.train.init_from:
+            params = pretrained_params(self.config, shardings.params)
+            return jax.jit(state_of, out_shardings=shardings, donate_argnums=0)(params)
+        return jax.jit(init, out_shardings=shardings)()
 
     def device_shardings(self) -> TrainState:
         """Return the sharding of each array of a train state."""

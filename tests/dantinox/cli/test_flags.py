@@ -22,7 +22,7 @@ PROGRAMS = {"train": train, "generate": generate, "evaluate": evaluate, "export"
 
 def flags_of(name: str) -> set[str]:
     program = importlib.import_module("dantinox.sweep.__main__") if name == "sweep" else PROGRAMS[name]
-    fields = set(program.Arguments.__dataclass_fields__)
+    fields = {name.rstrip("_") for name in program.Arguments.__dataclass_fields__}  # from is a word of Python
     return fields - {"settings"} | (set(Config().flat()) if name == "train" else set())
 
 
@@ -97,7 +97,8 @@ MEANT = {
     n_layer:n_layers n_head:n_heads n_embd:dim context-length:seq_len per_device_train_batch_size:batch_size
     gradient_accumulation_steps:grad_accum warmup_steps:warmup_ratio warmup_iters:warmup_ratio eval_interval:eval_every
     eval_iters:eval_batches log_interval:log_every logging_steps:log_every save_steps:save_every out_dir:runs_dir
-    output_dir:runs_dir init_from:resume resume_from_checkpoint:resume max_grad_norm:grad_clip adam_beta2:beta2
+    output_dir:runs_dir pretrained_model_name_or_path:init_from resume_from_checkpoint:resume
+    max_grad_norm:grad_clip adam_beta2:beta2
     lr_scheduler_type:schedule save_total_limit:max_checkpoints wandb_log:wandb hidden_size:dim emb_dim:dim
     num_hidden_layers:n_layers base_num_decoder_layers:n_layers num_attention_heads:n_heads
     num_key_value_heads:n_kv_heads num_local_experts:n_experts num_experts_per_tok:experts_per_token
