@@ -3,7 +3,7 @@
     row 0    a a a a a b b b .      segments 0 0 0 0 0 1 1 1 -1: queries of b see keys of b; the padding has no target
     row 1    c c c c d d d e e      positions 0 1 2 3 0 1 2 0 1: each example starts at position 0
 
-Without padding to the longest example a step computes few tokens in vain; the attention kernels skip the tiles of other
+Without padding to the longest example a step wastes few tokens; the attention kernels skip the tiles of other
 segments.
 """
 

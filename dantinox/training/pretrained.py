@@ -100,7 +100,8 @@ def pretrained_params(config: Config, shardings: Mapping[str, jax.sharding.Shard
 
 
 # How a run computes is its own choice, whatever wrote the folder.
-_OURS = ("remat", "attn", "moe", "decode", "loss", "kv_cache_dtype", "dropout", "lora_rank", "lora_alpha", "lora_targets")
+_LORA = ("lora_rank", "lora_alpha", "lora_targets")
+_OURS = ("remat", "attn", "moe", "decode", "loss", "kv_cache_dtype", "dropout", *_LORA)
 
 
 def _value(model: ModelConfig, name: str) -> Any:

@@ -93,7 +93,6 @@ class Trainer:
 
     def init_state(self) -> TrainState:
         """Return the initial parameters and optimizer state, sharded over the mesh."""
-
         seed = self.config.train.seed
 
         def state_of(params: Params) -> TrainState:
