@@ -20,8 +20,10 @@ from dantinox.data.files import printable
 from dantinox.data.formats import TEXT_COLUMN, DamagedError, Source, read_chunks, read_rows
 from dantinox.data.tokenizer import split_text
 from dantinox.data.utf8 import NotTextError, decode
+from dantinox.system.malloc import release_freed_memory
 
 BLOCK = 1 << 20  # bytes or characters
+BLOCKS_PER_RELEASE = 32  # of memory, which takes some milliseconds
 MAX_DOCUMENTS = 4096  # of a block
 MAX_LINE = 1 << 28
 SKIP = -1  # in a plan
@@ -188,6 +190,15 @@ def read_blocks(
         ValueError: a table or lines of JSON are damaged, or a file has changed.
         OSError: a table or lines of JSON cannot be read.
     """
+    for number, block in enumerate(_read_blocks(sources, plan, in_parts)):
+        yield block
+        if number % BLOCKS_PER_RELEASE == BLOCKS_PER_RELEASE - 1:
+            release_freed_memory()
+
+
+def _read_blocks(
+    sources: Iterable[Source], plan: Plan | None, in_parts: bool
+) -> Iterator[Texts | Lines | Part | Failed]:
     small = Texts("", [], [])  # files that are gathered in a block
     for source in sources:
         if source.kind == "text":

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -201,3 +201,29 @@ def cache_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise explain_cache_error(error, folder.parent) from error
+
+
+@contextlib.contextmanager
+def cache_file(path: Path, *, sync: bool) -> Iterator[Callable[[bytes], None]]:
+    """Create a file of the cache and return the function that appends to it.
+
+    Args:
+        path: the file, which must not exist.
+        sync: at the end it is on the disk.
+    """
+
+    def write(raw: bytes) -> None:
+        with cache_errors(path.parent):
+            file.write(raw)
+
+    with cache_errors(path.parent):
+        file = open(path, "xb")  # noqa: SIM115 - closing it may fail, too
+    try:
+        yield write
+        with cache_errors(path.parent):
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+    finally:
+        with cache_errors(path.parent):
+            file.close()

@@ -16,7 +16,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +30,7 @@ from dantinox.data.cache import (
     Remembered,
     Stats,
     cache_errors,
+    cache_file,
     cached_corpus,
     checksum,
     cross_entropy,
@@ -89,7 +89,7 @@ def load_corpus(
 
     Args:
         data: as `spec` of `find_documents`, or a folder with train.bin and val.bin, ids as nanoGPT writes them.
-        tokenizer: "char" or "bpe", trained on the training split, or on 32 MB evenly spread over a larger one; or the
+        tokenizer: "char" or "bpe", trained on the training split, or on 34 MB evenly spread over a larger one; or the
             path of a tokenizer.json or of its folder.
         bpe_vocab_size: vocabulary size of the BPE tokenizer.
         val_fraction: fraction of the text held out for validation, 0 < val_fraction < 1.
@@ -229,30 +229,26 @@ def _train_tokenizer(files: Sequence[Source], index: Index, options: _Options) -
 def _write_cache(folder: Path, files: Sequence[Source], index: Index, tokenizer: Tokenizer) -> None:
     """Write a corpus to `folder`, with its checksums in meta.json."""
     splits, totals = ("train", "val"), index.sizes()
+    with cache_errors(folder):
+        tokenizer.save(folder)
     encoder, size = Encoder(tokenizer), sum(file.size for file in files)
     counts, sizes = np.zeros((2, tokenizer.vocab_size), np.int64), np.zeros(2, np.int64)
     text_size = sum(split.bytes for split in totals)
     with (
         Progress(f"tokenizing {megabytes(text_size)}", size) as progress,
         Pool(encoder, process_count(size)) as pool,
-        ExitStack() as stack,
+        cache_file(folder / "train.bin", sync=True) as write_train,
+        cache_file(folder / "val.bin", sync=True) as write_val,
     ):
-        with cache_errors(folder):
-            tokenizer.save(folder)
-            outputs = [stack.enter_context(open(folder / f"{split}.bin", "xb")) for split in splits]
+        writers = write_train, write_val
         blocks = read_blocks(files, IndexPlan(index), in_parts=encoder.takes_parts)
         for block, (encoded, text_sizes) in pool.map(blocks):
             sizes += text_sizes
             for i, raw in enumerate(encoded):
                 counts[i] += np.bincount(np.frombuffer(raw, id_dtype(tokenizer.vocab_size)), minlength=counts.shape[1])
-                with cache_errors(folder):
-                    outputs[i].write(raw)
+                writers[i](raw)
             os.utime(folder)  # not abandoned
             progress.advance(block.cost)
-        with cache_errors(folder):
-            for output in outputs:
-                output.flush()
-                os.fsync(output.fileno())
     stats = Stats(
         train_docs=totals[0].docs,
         val_docs=totals[1].docs,

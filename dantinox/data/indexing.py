@@ -2,14 +2,13 @@
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from dantinox.data.blocks import Block, Failed, Lines, Part, Texts, read_blocks
-from dantinox.data.cache import cache_errors
+from dantinox.data.cache import cache_file
 from dantinox.data.documents import Sources
 from dantinox.data.index import Index, records_of
 from dantinox.data.pool import Pool, process_count
@@ -27,13 +26,10 @@ def index_documents(sources: Sources, path: Path) -> Index:
     with (
         sources.reading() as progress,
         Pool(index_block, process_count(sources.size)) as pool,
-        ExitStack() as stack,
+        cache_file(path, sync=False) as write,
     ):
-        with cache_errors(path.parent):
-            file = stack.enter_context(open(path, "xb"))
         for block, (records, errors) in pool.map(_join_parts(read_blocks(sources.files), progress)):
-            with cache_errors(path.parent):
-                file.write(records.tobytes())
+            write(records.tobytes())
             has_text |= bool(records["size"].any())
             if isinstance(block, Failed):
                 sources.skip(block)
@@ -41,8 +37,6 @@ def index_documents(sources: Sources, path: Path) -> Index:
                 for i in np.flatnonzero(records["size"] == 0).tolist():
                     sources.skip(block, i, errors.get(i))
             progress.advance(block.cost)
-        with cache_errors(path.parent):
-            file.flush()
     sources.check_text(has_text)
     index = Index(path)
     index.drop_duplicates()

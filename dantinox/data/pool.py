@@ -110,7 +110,7 @@ class Pool:
         except (EOFError, OSError):
             self._idle.put((process, connection))  # so that no other thread waits for it
             code = process.wait()
-            reason = f"signal {-code}, perhaps because memory ran out" if code < 0 else f"code {code}"
+            reason = f"signal {-code} (memory may be full)" if code < 0 else f"code {code}"
             raise WorkerLostError(f"a process that prepares the text has ended: {reason}") from None
         self._idle.put((process, connection))
         if error is not None:

@@ -19,7 +19,8 @@ from jax.errors import JaxRuntimeError
 
 from dantinox.distributed import processes
 
-LIMIT_S = 1800.0  # that a process waits for the others: one may tokenize the text meanwhile
+LIMIT_S = 1800.0  # that a process waits for the others
+TURN_LIMIT_S = 86400.0  # for one that works before or after the others: it may tokenize a large text
 POLL_MS = 500
 ROOT = "dantinox"  # of the keys
 
@@ -115,8 +116,9 @@ def together[T](topic: str, work: Callable[[], T], *, in_turn: bool = False, qui
     """
     if processes.count() == 1:
         return work()
+    limit_s = TURN_LIMIT_S if in_turn else None
     if in_turn and not processes.is_first():
-        gather(f"{topic} in process 0", None)
+        gather(f"{topic} in process 0", None, limit_s)
     result, error, said = None, None, io.StringIO()
     hidden = contextlib.redirect_stderr(said) if quiet and not processes.is_first() else contextlib.nullcontext()
     try:
@@ -125,9 +127,9 @@ def together[T](topic: str, work: Callable[[], T], *, in_turn: bool = False, qui
     except (Exception, SystemExit) as caught:
         error = caught
     if in_turn and processes.is_first():
-        gather(f"{topic} in process 0", None)
+        gather(f"{topic} in process 0", None, limit_s)
     outcome = None if error is None else [said.getvalue().strip() or message_of(error), exit_code(error)]
-    outcomes = gather(topic, outcome)
+    outcomes = gather(topic, outcome, limit_s)
     failed = next((i for i, other in enumerate(outcomes) if other is not None), None)
     if failed is None or failed == processes.index():
         sys.stderr.write(said.getvalue())

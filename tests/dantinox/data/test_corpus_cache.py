@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dantinox.data import cache
 from dantinox.data import corpus as data
 from dantinox.data.corpus import (
     cached_corpus,
@@ -195,7 +196,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(folder, tmp_path, make, monkey
         return real(path, *_, **__)
 
     real, write_text = open, Path.write_text
-    monkeypatch.setattr(data, "open", full, raising=False)
+    monkeypatch.setattr(cache, "open", full, raising=False)
     monkeypatch.setattr(atomic_io, "open", full, raising=False)
     monkeypatch.setattr(
         Path, "write_text", lambda path, *options: full(path) if path.name == name else write_text(path, *options)

@@ -57,7 +57,7 @@ def root(number: float) -> float:
 
 
 def test_process_that_is_killed_is_one_line():
-    message = r"has ended: signal 9, perhaps because memory ran out$"
+    message = r"has ended: signal 9 \(memory may be full\)$"
     with pytest.raises(WorkerLostError, match=message), Pool(divmod_by_7, 2) as pool:
         list(pool.map([1, 2, 1000, *range(20)]))
 
