@@ -97,6 +97,7 @@ OTHER_NAMES = {
     "attn": "attention attention_type attn_implementation attn_impl attention_impl attention_backend flash flash_attn "
     "flash_attention use_flash use_flash_attention sdpa",
     "loss": "loss_fn loss_type loss_impl cross_entropy fused_linear_cross_entropy fused_cross_entropy chunked_loss",
+    "data_format": "dataset_format dataset_type chat_format data_type sft dataset_kind",
     "lora_rank": "lora_r use_lora lora peft lora_dim adapter_rank",
     "lora_alpha": "lora_scale lora_scaling",
     "lora_targets": "target_modules lora_target_modules lora_modules lora_attn_modules lora_layers",

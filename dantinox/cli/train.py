@@ -218,10 +218,10 @@ def train_locked(start: Start, lock: RunLock | None, resume: bool) -> None:
     is_first = processes.is_first()
     text = model_summary.describe(config)
     print(text)
-    stats = trainer.corpus.stats
+    stats, kind = trainer.corpus.stats, "learned " if config.data.has_segments else ""
     print(
-        f"{'data':15} {config.data.data}: {len(trainer.corpus.train):,} training tokens, "
-        f"{len(trainer.corpus.val):,} validation tokens; unigram entropy {stats.unigram_entropy:.3f} nats per token"
+        f"{'data':15} {config.data.data}: {stats.train_tokens:,} {kind}training tokens, "
+        f"{stats.val_tokens:,} validation tokens; unigram entropy {stats.unigram_entropy:.3f} nats per token"
     )
     if trainer.mesh is not None:
         for line in uneven_cuts(trainer.mesh, config.model.vocab_size, config.model.dim):

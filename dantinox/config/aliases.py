@@ -45,6 +45,7 @@ NEW_SETTINGS = {
     "lora_alpha": 16.0,
     "lora_targets": "q,k,v,o,gate,up,down",
     "init_from": "",
+    "data_format": "text",
 }
 """Settings that came after the first sweeps, and their defaults."""
 

@@ -1,6 +1,7 @@
 """Settings of the training text."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from dantinox.config.validation import check, check_fields
 
@@ -14,6 +15,9 @@ class DataConfig:
     or stdlib (the source of the Python standard library)."""
     tokenizer: str = "char"
     """char or bpe (byte-level), trained on the training split; or the path of a tokenizer.json or of its folder."""
+    data_format: Literal["text", "examples"] = "text"
+    """text: documents in a row; examples: each line of .jsonl and row of .parquet is an example of its own, a chat
+    (messages, of which the answers are learned) or a text."""
     bpe_vocab_size: int = 2048
     """Vocabulary size of the BPE tokenizer."""
     val_fraction: float = 0.1
@@ -31,3 +35,8 @@ class DataConfig:
             0 < self.val_fraction < 1,
             f"val_fraction is {self.val_fraction}; allowed: between 0 and 1, exclusive",
         )
+
+    @property
+    def has_segments(self) -> bool:
+        """Whether batches have a third array: which example each token belongs to."""
+        return self.data_format == "examples"

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dantinox.data.formats import Source
+from dantinox.data.packing import PackedRows
 from dantinox.data.tokenizer import Tokenizer, load_tokenizer
 from dantinox.system.atomic_io import open_atomic
 from dantinox.system.paths import cache_roots, explain_cache_error
@@ -54,10 +55,13 @@ class Stats:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenized corpus: `train` and `val` are read-only memory maps [N] of uint16, or uint32 above 65536 ids."""
+    """A tokenized corpus.
 
-    train: np.ndarray
-    val: np.ndarray
+    `train` and `val` are read-only memory maps [N] of uint16, or uint32 above 65536 ids; of examples they are rows.
+    """
+
+    train: np.ndarray | PackedRows
+    val: np.ndarray | PackedRows
     tokenizer: Tokenizer
     stats: Stats
     path: Path  # its folder, in the cache unless another program made the ids
@@ -71,6 +75,11 @@ class Corpus:
         same text only; `cached_corpus` finds the corpus again as long as it is cached.
         """
         return self.given_id or self.path.name
+
+    def largest_id(self) -> int:
+        """Return the largest id of a token."""
+        arrays = [x for part in (self.train, self.val) for x in (part[:2] if isinstance(part, PackedRows) else [part])]
+        return max(int(x.max()) for x in arrays)
 
 
 def cached_corpus(content_id: str, cache_dir: str | os.PathLike[str] | None = None) -> Corpus | None:

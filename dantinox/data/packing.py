@@ -121,3 +121,13 @@ def get_rows(
         order = np.argsort(np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(num_rows), kind="stable")
         chosen[here] = order[numbers[here] % num_rows]
     return PackedRows(*(x[chosen] for x in packed))
+
+
+def first_rows(packed: PackedRows, *, batch_size: int, n: int) -> list[PackedRows]:
+    """Return the first rows in at most `n` batches of `batch_size`, at least one; a batch may have fewer rows.
+
+    Every batch has the same number of rows, so that one program serves them; the last rows may be left out.
+    """
+    size = min(batch_size, len(packed.inputs))
+    count = min(n, len(packed.inputs) // size)
+    return [PackedRows(*(x[i * size : (i + 1) * size] for x in packed)) for i in range(count)]

@@ -74,7 +74,11 @@ class Attention(nnx.Module):
         return dense(o, self.o, bias=self.o_bias, num_summed=2)
 
     def __call__(
-        self, x: Array, rope: tuple[Array, Array] | None, past: PastKeyValues | None = None
+        self,
+        x: Array,
+        rope: tuple[Array, Array] | None,
+        past: PastKeyValues | None = None,
+        segment_ids: Array | None = None,
     ) -> tuple[Array, Array, Array]:
         """Attend causally over `past` and x.
 
@@ -82,6 +86,7 @@ class Attention(nnx.Module):
             x: [B, T, M].
             rope: (cos, sin) of the positions of x; None without rotary positions.
             past: keys and values of earlier positions.
+            segment_ids: [B, T] int32, without `past`; a token attends to its own segment only. None: one segment.
 
         Returns:
             (output [B, T, M], keys and values [B, T, K, D] of x, for a cache).
@@ -89,7 +94,9 @@ class Attention(nnx.Module):
         q, k, v, gate = self.qkv_proj(x, rope)
         sinks = value_of(self.sinks)
         with jax.named_scope("attend"):
-            if past is None:
+            if segment_ids is not None:
+                o = self.attend(sinks, q, k, v, gate, segment_ids=(segment_ids, segment_ids))
+            elif past is None:
                 o = attend_over_context(self.attend, sinks, q, k, v, gate, self.window)
             else:
                 past_keys, past_values, past_valid = past

@@ -52,6 +52,7 @@ def run_blocks(
     rope: Rope,
     key: Array | None,
     past: Sequence[Any] | None,
+    segment_ids: Array | None = None,
 ) -> tuple[Array, list[RouterStats | None], list[tuple[Array, Array]]]:
     """Apply all blocks.
 
@@ -62,6 +63,7 @@ def run_blocks(
         rope: (cos, sin) of the positions; None without rotary positions.
         key: random key of dropout; None turns dropout off.
         past: per layer, the keys and values of earlier positions.
+        segment_ids: [B, T], as in `Attention`.
 
     Returns:
         (h after the last block, per layer the router statistics, per layer the keys and values).
@@ -74,14 +76,19 @@ def run_blocks(
             block = nnx.merge(graph, state)
         layer_key = None if key is None else jax.random.fold_in(key, layer)
         with jax.named_scope(f"block{layer}"):
-            h, stats, layer_kv = remat(block, config)(h, rope, layer_key, past and past[layer])
+            h, stats, layer_kv = remat(block, config)(h, rope, layer_key, past and past[layer], segment_ids)
         all_stats.append(stats)
         kv.append(layer_kv)
     return h, all_stats, kv
 
 
 def loop_over_blocks(
-    blocks: Sequence[nnx.Module], config: ModelConfig, h: Array, rope: Rope, key: Array | None
+    blocks: Sequence[nnx.Module],
+    config: ModelConfig,
+    h: Array,
+    rope: Rope,
+    key: Array | None,
+    segment_ids: Array | None = None,
 ) -> tuple[Array, list[RouterStats | None]]:
     """Apply all blocks in a loop whose body is one period of the window pattern.
 
@@ -102,7 +109,7 @@ def loop_over_blocks(
         for place, (graph, state) in enumerate(zip(graphs, states, strict=True)):
             layer_key = None if key is None else jax.random.fold_in(key, repeat * period + place)
             with jax.named_scope(f"block{place}"):
-                h, stats, _ = remat(nnx.merge(graph, state), config)(h, rope, layer_key, None)
+                h, stats, _ = remat(nnx.merge(graph, state), config)(h, rope, layer_key, None, segment_ids)
             all_stats.append(stats)
         return h, all_stats
 

@@ -67,3 +67,12 @@ def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+def positions_in_segments(segment_ids: Array) -> Array:
+    """Return the position of each token in its segment, [B, T] int32, for contiguous segments."""
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
+    begins = jnp.concatenate(
+        [jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
+    )
+    return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)

@@ -16,7 +16,7 @@ from dantinox.model import layer_loop
 from dantinox.model.attention import Attention, PastKeyValues, _KeyStream
 from dantinox.model.layers import MLP, dropout, filled_parameter, parameter, rms_norm, value_of
 from dantinox.model.moe import MoE, RouterStats, mean_over_layers
-from dantinox.model.rope import rope_cos_sin
+from dantinox.model.rope import positions_in_segments, rope_cos_sin
 
 Array = jax.Array
 
@@ -33,12 +33,17 @@ class Block(nnx.Module):
         self.mlp = (MoE if config.n_experts else MLP)(config, key, out_std)
 
     def __call__(
-        self, h: Array, rope: tuple[Array, Array] | None, key: Array | None = None, past: PastKeyValues | None = None
+        self,
+        h: Array,
+        rope: tuple[Array, Array] | None,
+        key: Array | None = None,
+        past: PastKeyValues | None = None,
+        segment_ids: Array | None = None,
     ) -> tuple[Array, RouterStats | None, tuple[Array, Array]]:
         """Apply both branches to h [B, T, M], given `past` -> (h, router statistics, (keys, values) [B, T, K, D])."""
         keys = (None, None) if key is None else jax.random.split(key)
         with jax.named_scope("attention"):
-            o, k, v = self.attention(rms_norm(h, self.attention_norm, self.config.norm_eps), rope, past)
+            o, k, v = self.attention(rms_norm(h, self.attention_norm, self.config.norm_eps), rope, past, segment_ids)
             h = h + dropout(o, self.config.dropout, keys[0])
         h, router_stats = self.feed_forward(h, keys[1])
         return h, router_stats, (k, v)
@@ -91,14 +96,18 @@ class Transformer(nnx.Module):
         """
         return self.logits(self.hidden(tokens)[0])
 
-    def hidden(self, tokens: Array, *, key: Array | None = None) -> tuple[Array, RouterStats | None]:
+    def hidden(
+        self, tokens: Array, *, key: Array | None = None, segment_ids: Array | None = None
+    ) -> tuple[Array, RouterStats | None]:
         """Return (final hidden states [B, T, M], `mean_over_layers` of the router statistics).
 
         Args:
             tokens: [B, T] int32.
             key: random key of dropout; None turns dropout off.
+            segment_ids: [B, T] int32, texts packed into one row: each attends to itself alone and begins at position 0.
+                None: each row is one text.
         """
-        h, router_stats, _ = self.forward(tokens, key=key, with_kv=False)
+        h, router_stats, _ = self.forward(tokens, key=key, with_kv=False, segment_ids=segment_ids)
         return h, router_stats
 
     def forward(
@@ -109,6 +118,7 @@ class Transformer(nnx.Module):
         start: int | Array = 0,
         past: Sequence[PastKeyValues] | None = None,
         with_kv: bool = True,
+        segment_ids: Array | None = None,
     ) -> tuple[Array, RouterStats | None, list[tuple[Array, Array]]]:
         """Run all blocks.
 
@@ -118,6 +128,7 @@ class Transformer(nnx.Module):
             start: position of the first token.
             past: per layer, the keys and values of earlier positions.
             with_kv: return the keys and values; False, without a past, lets a deep model run as a loop.
+            segment_ids: as in `hidden`, without a past.
 
         Returns:
             (final hidden states [B, T, M], `mean_over_layers` of the router statistics, per layer the keys and values
@@ -134,11 +145,12 @@ class Transformer(nnx.Module):
             if bad.size:
                 raise ValueError(f"tokens contain id {bad[0]}; allowed: 0 to {V - 1}")
         start = start + collectives.first_position(tokens.shape[1])
-        h, rope = self.embed(tokens, start + jnp.arange(tokens.shape[1])[None])
+        positions = start + jnp.arange(tokens.shape[1])[None]
+        h, rope = self.embed(tokens, positions if segment_ids is None else positions_in_segments(segment_ids))
         if with_kv or not layer_loop.runs_as_loop(self.config):
-            h, layer_stats, kv = layer_loop.run_blocks(self.blocks, self.config, h, rope, key, past)
+            h, layer_stats, kv = layer_loop.run_blocks(self.blocks, self.config, h, rope, key, past, segment_ids)
         else:
-            h, layer_stats = layer_loop.loop_over_blocks(self.blocks, self.config, h, rope, key)
+            h, layer_stats = layer_loop.loop_over_blocks(self.blocks, self.config, h, rope, key, segment_ids)
             kv = []
         router_stats = mean_over_layers(layer_stats) if self.config.n_experts else None
         return rms_norm(h, self.final_norm, self.config.norm_eps), router_stats, kv

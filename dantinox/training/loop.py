@@ -206,7 +206,7 @@ class Loop:
             "val_loss": finite(val_loss),
             "due": due,
             "loop": finite(asdict(self.progress)),
-            "corpus": corpus.path.name,
+            "corpus": corpus.content_id,
             "tokenizer": corpus.tokenizer.fingerprint,
         }
         if self.checkpoints.has(step):  # saved at an interrupt, before its evaluation
@@ -239,9 +239,10 @@ class Loop:
         path = self.run_dir / f"nan-{step}.npz"
         values = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
         if processes.is_first():
-            inputs, targets = batch if self.vote is None else self.trainer.host_batch(step - 1)
+            arrays = batch if self.vote is None else self.trainer.host_batch(step - 1)
             with open_atomic(path) as file:
-                np.savez(file, inputs=inputs, targets=targets, step=step, seed=t.seed, **values)
+                named = dict(zip(("inputs", "targets", "segments"), arrays, strict=False))
+                np.savez(file, step=step, seed=t.seed, **named, **values)
         text = ", ".join(f"{name} {value:g}" for name, value in values.items())
         message = f"step {step} is not finite ({text}): its update was discarded, and its batch is in {path}"
         if t.on_nan == "skip" and self.progress.skipped + 1 < MAX_SKIPPED:

@@ -8,12 +8,12 @@ from typing import Any, Literal, NamedTuple
 from dantinox.checkpoint.manager import Checkpoints
 from dantinox.checkpoint.train_state import TrainState
 from dantinox.config import Config, ConfigError, TrainConfig, read_settings
-from dantinox.data.corpus import STDLIB, Corpus, cached_corpus, load_corpus
+from dantinox.data.corpus import STDLIB, Corpus, cached_corpus
 from dantinox.data.tokenizer import DEFAULT_VOCAB, load_tokenizer
 from dantinox.distributed.agreement import ask_first, together
 from dantinox.metrics import logger as metrics_log
 from dantinox.training.loop import LoopState
-from dantinox.training.trainer import Trainer
+from dantinox.training.trainer import Trainer, load_data
 
 Effect = Literal["none", "numbers", "impossible"]
 
@@ -145,7 +145,7 @@ def corpus_of_tokenizer(config: Config, run: Path, metadata: dict[str, Any]) -> 
         return None
     if tokenizer.fingerprint != metadata.get("tokenizer"):
         return None
-    return load_corpus(config.data.data, val_fraction=config.data.val_fraction, existing_tokenizer=tokenizer)
+    return load_data(config, tokenizer)
 
 
 def resume_command(config: Config) -> str:
@@ -246,6 +246,7 @@ RESUME_EFFECTS: dict[str, Effect | Callable[[Config, Config], Effect]] = {
     # data
     "data": "none",  # the text may move; `trainer_for_text` compares its content
     "tokenizer": "impossible",
+    "data_format": "impossible",
     "bpe_vocab_size": _effect_of_bpe_vocab_size,
     "val_fraction": "impossible",
     # optim

@@ -39,6 +39,7 @@ def compute_loss(
     targets: Array,
     key: Array | None,
     count: Array | float | None = None,
+    segment_ids: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Compute the training loss of one micro-batch.
 
@@ -50,13 +51,14 @@ def compute_loss(
         targets: [B, T] int32.
         key: random key of dropout; None turns dropout off.
         count: as in `mean_over_targets`.
+        segment_ids: as in `Transformer.hidden`.
 
     Returns:
         (objective, metrics). The metric loss is the cross-entropy without auxiliary losses; a sparse model adds balance
         and router_z, means over its layers, and those of `router_metrics`.
     """
     model = model_def.merge(params)
-    h, router_stats = model.hidden(inputs, key=key)
+    h, router_stats = model.hidden(inputs, key=key, segment_ids=segment_ids)
     loss = mean_over_targets(model.token_losses(h, targets), targets, count)
     metrics = {"loss": loss}
     total = loss
@@ -82,40 +84,43 @@ def make_train_step(
     """Return the jitted function step(state, inputs, targets, step_number) -> (state, metrics); it donates the state.
 
     inputs and targets are [A, B, T] int32: A micro-batches, whose gradients a scan accumulates; negative targets are
-    ignored. Dropout keys depend only on the seed, the step number and the micro-batch. If the loss or the norm of the
-    gradient is not finite, the new state equals the old one, bit for bit.
+    ignored. With examples for data, the segment of each token, [A, B, T] int32, comes after them. Dropout keys
+    depend only on the seed, the step number and the micro-batch. If the loss or the norm of the gradient is not finite,
+    the new state equals the old one, bit for bit.
     """
-    A = config.train.grad_accum
+    A, has_segments = config.train.grad_accum, config.data.has_segments
     root = jax.random.key(config.train.seed + 1)
 
     def micro_batch_gradients(
-        params: Params, frozen: Params, inputs: Array, targets: Array, key: Array | None, count: Array
+        params: Params, frozen: Params, inputs: Array, targets: Array, key: Array | None, count: Array, *segments: Array
     ) -> tuple[dict, Params]:
         def objective(params: Params) -> tuple[Array, dict[str, Array]]:
-            return compute_loss(model_def, config, params | frozen, inputs, targets, key, count)
+            return compute_loss(model_def, config, params | frozen, inputs, targets, key, count, *segments)
 
         (_, metrics), grads = jax.value_and_grad(objective, has_aux=True)(params)
         return metrics, grads
 
     def gradients(
-        params: Params, frozen: Params, inputs: Array, targets: Array, key: Array | None, count: Array
+        params: Params, frozen: Params, inputs: Array, targets: Array, key: Array | None, count: Array, *segments: Array
     ) -> tuple[dict, Params]:
         """Return metrics and gradients, averaged over the micro-batches; on a mesh, of one device's share."""
         with per_device(mesh, ragged=config.train.expert_exchange == "ragged"):
             params = separate_copies(params)  # their gradients are summed over the axis data once, at the end
             if A == 1:
-                metrics, grads = micro_batch_gradients(params, frozen, inputs[0], targets[0], key, count)
+                first = inputs[0], targets[0], key, count, *[x[0] for x in segments]
+                metrics, grads = micro_batch_gradients(params, frozen, *first)
                 return metrics, sum_over_copies(grads)
 
             def accumulate(total: Any, batch: tuple) -> tuple[Any, None]:
-                x, y, i = batch
+                x, y, i, *of_batch = batch
                 micro_key = None if key is None else jax.random.fold_in(key, i)
-                found = micro_batch_gradients(params, frozen, x, y, micro_key, count)
+                found = micro_batch_gradients(params, frozen, x, y, micro_key, count, *of_batch)
                 return jax.tree.map(jnp.add, total, found), None
 
-            shapes, _ = jax.eval_shape(micro_batch_gradients, params, frozen, inputs[0], targets[0], key, count)
+            first = inputs[0], targets[0], key, count, *[x[0] for x in segments]
+            shapes, _ = jax.eval_shape(micro_batch_gradients, params, frozen, *first)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), jax.tree.map(jnp.zeros_like, params)
-            totals, _ = jax.lax.scan(accumulate, zeros, (inputs, targets, jnp.arange(A)))
+            totals, _ = jax.lax.scan(accumulate, zeros, (inputs, targets, jnp.arange(A), *segments))
             metrics, grads = jax.tree.map(lambda x: x / A, totals)
             return metrics, sum_over_copies(grads)
 
@@ -125,15 +130,16 @@ def make_train_step(
         gradients = jax.shard_map(
             gradients,
             mesh=mesh,
-            in_specs=(trained_specs, frozen_specs, tokens, tokens, everywhere, everywhere),
+            in_specs=(trained_specs, frozen_specs, tokens, tokens, everywhere, everywhere, *[tokens] * has_segments),
             out_specs=(everywhere, trained_specs),
         )
 
-    def step(state: TrainState, inputs: Array, targets: Array, number: Array) -> tuple[TrainState, dict]:
+    def step(state: TrainState, inputs: Array, targets: Array, *rest: Array) -> tuple[TrainState, dict]:
+        *segments, number = rest
         key = jax.random.fold_in(root, number) if config.model.dropout else None
         count = jnp.sum(targets >= 0, dtype=jnp.float32) / A
         trained, frozen = split_trained(state.params)
-        metrics, grads = gradients(trained, frozen, inputs, targets, key, count)
+        metrics, grads = gradients(trained, frozen, inputs, targets, key, count, *segments)
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(grads)
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
@@ -156,7 +162,7 @@ def make_train_step(
     return jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(shardings, batch, batch, replicated_sharding),
+        in_shardings=(shardings, batch, batch, *[batch] * has_segments, replicated_sharding),
         out_shardings=(shardings, replicated_sharding),
     )
 
@@ -166,20 +172,24 @@ def make_eval_step(
 ) -> Callable[[Params, Array, Array], Array]:
     """Return the jitted function evaluate(params, inputs, targets) -> cross-entropy per token, without dropout.
 
-    inputs and targets are [B, T] int32; negative targets are ignored.
+    inputs and targets are [B, T] int32; negative targets are ignored. Segments are one more argument, as in training.
     """
 
-    def evaluate(params: Params, inputs: Array, targets: Array) -> Array:
+    def evaluate(params: Params, inputs: Array, targets: Array, segment_ids: Array | None = None) -> Array:
         with per_device(mesh, ragged=config.train.expert_exchange == "ragged"):
             model = model_def.merge(params)
-            return mean_over_targets(model.token_losses(model.hidden(inputs)[0], targets), targets)
+            return mean_over_targets(
+                model.token_losses(model.hidden(inputs, segment_ids=segment_ids)[0], targets), targets
+            )
 
     if mesh is None:
         return jax.jit(evaluate)
     param_specs, tokens = jax.tree.map(lambda sharding: sharding.spec, shardings), batch_spec(mesh)
-    sharded = jax.shard_map(evaluate, mesh=mesh, in_specs=(param_specs, tokens, tokens), out_specs=PartitionSpec())
+    num_arrays = 3 if config.data.has_segments else 2
+    in_specs = (param_specs, *[tokens] * num_arrays)
+    sharded = jax.shard_map(evaluate, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec())
     batch = NamedSharding(mesh, tokens)
-    return jax.jit(sharded, in_shardings=(shardings, batch, batch), out_shardings=replicated(mesh))
+    return jax.jit(sharded, in_shardings=(shardings, *[batch] * num_arrays), out_shardings=replicated(mesh))
 
 
 def state_shardings(config: Config, mesh: Mesh, state: TrainState) -> TrainState:

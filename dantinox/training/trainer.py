@@ -11,7 +11,10 @@ from flax import nnx
 from dantinox.checkpoint.train_state import TrainState
 from dantinox.config import Config, ConfigError
 from dantinox.data.corpus import Corpus, eval_batches, get_batch, load_corpus
-from dantinox.data.tokenizer_protocol import prompt_ids
+from dantinox.data.examples import load_examples
+from dantinox.data.packing import PackedRows, first_rows, get_rows
+from dantinox.data.tokenizer import DEFAULT_VOCAB, load_tokenizer_at
+from dantinox.data.tokenizer_protocol import Tokenizer, prompt_ids
 from dantinox.distributed import agreement, global_arrays, mesh, processes
 from dantinox.inference import prefill
 from dantinox.inference.generate import generate
@@ -37,13 +40,7 @@ class Trainer:
         self.mesh = mesh.make_mesh(c.train.mesh_axes())
         processes.check_mesh(self.mesh)
         mesh.check_expert_exchange(c.train.expert_exchange, self.mesh)
-        self.corpus = self.prepared or load_corpus(
-            c.data.data,
-            tokenizer=c.data.tokenizer,
-            bpe_vocab_size=c.data.bpe_vocab_size,
-            val_fraction=c.data.val_fraction,
-            seq_len=c.train.seq_len,
-        )
+        self.corpus = self.prepared or load_data(c)
         self.config = c = c.replace(vocab_size=self.vocab_size(), dtype=c.model.resolved_dtype)
         self.model_def, shapes = abstract_params(c.model)
         self.optimizer = make_optimizer(c.optim, c.train.steps)
@@ -58,9 +55,7 @@ class Trainer:
         self.eval_step = make_eval_step(
             self.model_def, c, self.mesh, None if self.shardings is None else self.shardings.params
         )
-        self.eval_set = eval_batches(
-            self.corpus.val, batch_size=c.train.batch_size, seq_len=c.train.seq_len, n=c.train.eval_batches
-        )
+        self.eval_set = evaluation_set(self.corpus, c)
         self.check_implementations()
 
     def vocab_size(self) -> int:
@@ -73,7 +68,7 @@ class Trainer:
         if not self.config.train.init_from:
             return size
         own = self.config.model.vocab_size
-        if size > own and max(corpus.train.max(), corpus.val.max()) >= own:
+        if size > own and corpus.largest_id() >= own:
             raise ConfigError(f"the tokenizer has {size} ids, the model of {self.config.train.init_from} {own}")
         return own
 
@@ -123,8 +118,8 @@ class Trainer:
             self.device_shardings(),
         )
 
-    def batch(self, step: int) -> tuple[np.ndarray | jax.Array, np.ndarray | jax.Array]:
-        """Return (inputs, targets) of a step, each [A, B, T] int32: A micro-batches.
+    def batch(self, step: int) -> tuple[np.ndarray | jax.Array, ...]:
+        """Return (inputs, targets) of a step, and segments of examples, each [A, B, T] int32: A micro-batches.
 
         Of several processes each makes the rows of its own devices.
         """
@@ -133,29 +128,28 @@ class Trainer:
         t = self.config.train
         numbers = np.arange(t.batch_size).reshape(t.grad_accum, -1)
 
-        def rows(of_pair: int, index: tuple[slice, ...]) -> np.ndarray:
+        def rows(of_arrays: int, index: tuple[slice, ...]) -> np.ndarray:
             own = numbers[index[:2]]
-            return self._rows(step, own.ravel())[of_pair].reshape(*own.shape, t.seq_len)[..., index[2]]
+            return self._rows(step, own.ravel())[of_arrays].reshape(*own.shape, t.seq_len)[..., index[2]]
 
         shape, sharding = (*numbers.shape, t.seq_len), mesh.batch_sharding(self.mesh)
-        inputs, targets = (jax.make_array_from_callback(shape, sharding, partial(rows, i)) for i in (0, 1))
-        return inputs, targets
+        num_arrays = 3 if self.config.data.has_segments else 2
+        return tuple(jax.make_array_from_callback(shape, sharding, partial(rows, i)) for i in range(num_arrays))
 
-    def host_batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+    def host_batch(self, step: int) -> tuple[np.ndarray, ...]:
         """Return the whole batch of a step, as `batch` does for one process."""
         t = self.config.train
-        inputs, targets = (x.reshape(t.grad_accum, -1, t.seq_len) for x in self._rows(step))
-        return inputs, targets
+        return tuple(x.reshape(t.grad_accum, -1, t.seq_len) for x in self._rows(step))
 
-    def _rows(self, step: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        t = self.config.train
-        return get_batch(
-            self.corpus.train, seed=t.seed, step=step, batch_size=t.batch_size, seq_len=t.seq_len, rows=rows
-        )
+    def _rows(self, step: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
+        t, train = self.config.train, self.corpus.train
+        if isinstance(train, PackedRows):
+            return get_rows(train, seed=t.seed, step=step, batch_size=t.batch_size, rows=rows)
+        return get_batch(train, seed=t.seed, step=step, batch_size=t.batch_size, seq_len=t.seq_len, rows=rows)
 
     def validation_loss(self, params: Params) -> float:
         """Return the cross-entropy per token over the evaluation set, in nats."""
-        losses = [(self.eval_step(params, *self._on_devices(x, y)), int((y >= 0).sum())) for x, y in self.eval_set]
+        losses = [(self.eval_step(params, *self._on_devices(*x)), int((x[1] >= 0).sum())) for x in self.eval_set]
         return sum(float(loss) * n for loss, n in losses) / sum(n for _, n in losses)
 
     def _on_devices(self, *arrays: np.ndarray) -> tuple[np.ndarray | jax.Array, ...]:
@@ -184,3 +178,34 @@ class Trainer:
         count = min(tokens, self.config.model.max_context - len(prompt))
         ids = generate(model, [prompt], max_new_tokens=count, temperature=0.8, top_p=0.95, seed=0)
         return tokenizer.decode(ids[0])
+
+
+def load_data(config: Config, tokenizer: Tokenizer | None = None) -> Corpus:
+    """Return the text or the examples that the settings name, of a given tokenizer or of that of the settings."""
+    data, seq_len = config.data, config.train.seq_len
+    if not data.has_segments:
+        return load_corpus(
+            data.data,
+            tokenizer=data.tokenizer,
+            bpe_vocab_size=data.bpe_vocab_size,
+            val_fraction=data.val_fraction,
+            seq_len=seq_len,
+            existing_tokenizer=tokenizer,
+        )
+    if tokenizer is None and data.tokenizer in DEFAULT_VOCAB:
+        raise ConfigError(
+            f"tokenizer is {data.tokenizer!r} with data_format 'examples'; allowed: the path of a tokenizer.json or of "
+            "its folder, or --init-from DIR with one"
+        )
+    if config.train.mesh_axes().get("context", 1) > 1:
+        raise ConfigError("data_format is 'examples', but the mesh cuts sequences; allowed: a mesh without context")
+    tokenizer = tokenizer or load_tokenizer_at(data.tokenizer)
+    return load_examples(data.data, tokenizer, val_fraction=data.val_fraction, seq_len=seq_len)
+
+
+def evaluation_set(corpus: Corpus, config: Config) -> list[tuple[np.ndarray, ...]]:
+    """Return the batches of the evaluation."""
+    size, seq_len, count = config.train.batch_size, config.train.seq_len, config.train.eval_batches
+    if isinstance(corpus.val, PackedRows):
+        return list(first_rows(corpus.val, batch_size=size, n=count))
+    return list(eval_batches(corpus.val, batch_size=size, seq_len=seq_len, n=count))

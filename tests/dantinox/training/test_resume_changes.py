@@ -50,6 +50,7 @@ IMPOSSIBLE = {
     "mlp_ratio": 2.0, "n_experts": 4, "experts_per_token": 1, "shared_expert": True, "tie_embeddings": False,
     "lora_rank": 2, "lora_alpha": 8.0, "lora_targets": "q,v",
     "norm_eps": 1e-5, "dtype": "bfloat16", "tokenizer": "bpe", "init_from": "folder",
+    "data_format": "examples",
     "val_fraction": 0.2, "optimizer": "lion",
 }  # fmt: skip
 UNTRIED = {"wandb"}  # needs a package; tests/dantinox/metrics has a stand-in for it
