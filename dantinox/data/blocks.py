@@ -199,24 +199,25 @@ def read_blocks(
 def _read_blocks(
     sources: Iterable[Source], plan: Plan | None, in_parts: bool
 ) -> Iterator[Texts | Lines | Part | Failed]:
-    small = Texts("", [], [])  # files that are gathered in a block
+    small, size = Texts("", [], []), 0  # files that are gathered in a block
     for source in sources:
         if source.kind == "text":
             for block in _read_text(source, plan, in_parts):
                 if not isinstance(block, Texts):
                     if small.contents:
                         yield small
-                        small = Texts("", [], [])
+                        small, size = Texts("", [], []), 0
                     yield block
                 else:
                     small = _joined(small, block)
-                    if small.cost >= BLOCK or len(small) == MAX_DOCUMENTS:
+                    size += sum(len(content or b"") for content in block.contents)
+                    if size >= BLOCK or len(small) == MAX_DOCUMENTS:
                         yield small
-                        small = Texts("", [], [])
+                        small, size = Texts("", [], []), 0
             continue
         if small.contents:
             yield small
-            small = Texts("", [], [])
+            small, size = Texts("", [], []), 0
         for block in _read_lines(source, plan) if source.kind == "lines" else _read_rows(source, plan):
             if plan is not None:
                 block.plan = plan.take(len(block))

@@ -106,7 +106,7 @@ def load_corpus(
         raise ValueError(f"val_fraction is {val_fraction}; allowed: between 0 and 1, exclusive")
     if tokenizer not in DEFAULT_VOCAB and existing_tokenizer is None:
         existing_tokenizer = load_tokenizer_at(tokenizer)
-    if folder := token_folder.find(data):
+    if data != STDLIB and (folder := token_folder.find(data)):
         corpus = token_folder.load(folder, existing_tokenizer)
     else:
         vocab_size = bpe_vocab_size if tokenizer == "bpe" else DEFAULT_VOCAB["char"]

@@ -146,8 +146,7 @@ def _zstd_chunks(source: Source, file: IO[bytes]) -> Iterator[bytes]:
                     raise NotTextError("not zstd data") from None
                 raise DamagedError(f"its compressed data is damaged ({error})") from None
             started, chunk = True, decompressor.unused_data
-            if text:
-                yield text
+            yield from (text[i : i + CHUNK] for i in range(0, len(text), CHUNK))
     if started and not decompressor.eof:
         raise EOFError
 

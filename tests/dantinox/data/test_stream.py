@@ -167,6 +167,17 @@ def test_tokenizer_is_trained_on_a_sample_of_a_large_text(tmp_path, monkeypatch)
     assert len({text.split()[0] for text in taken}) > 20
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_are_small_whatever_the_compression(tmp_path, small, kind):
+    write_all(tmp_path / "in", [f"{i} " + "word " * 25 for i in range(50)], kind)
+    paths = sorted((tmp_path / "in").iterdir())
+    found = list(blocks.read_blocks([formats.Source.at(path.name, path) for path in paths]))
+    assert len(found) > 9 or kind == "parquet"
+    for block in found:
+        content = block.content if isinstance(block, blocks.Lines) else b"".join(block.contents)
+        assert len(content) < 1000 or kind == "parquet"  # of which several rows are decoded at once
+
+
 # What is refused
 
 
