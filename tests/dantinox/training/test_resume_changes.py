@@ -244,6 +244,17 @@ def test_another_text_is_refused(run, here, capsys):
     assert line == f"data 'other.txt' is not the text that run {run} was trained on; {advice}"
 
 
+def test_folder_of_ids_is_known_again(here, capsys):
+    shutil.copytree(corpus.load_corpus("text.txt").path, here / "ids")
+    run = train.train(BASE.replace(run="ids", data="ids"))
+    assert resume(run) == 0
+    assert "nothing to train: the run is at step 4" in capsys.readouterr().out
+    ids = np.fromfile(here / "ids" / "train.bin", np.uint16)
+    ids[100] += 1
+    ids.tofile(here / "ids" / "train.bin")
+    assert refused(capsys, run).startswith(f"data 'ids' is not the text that run {run} was trained on")
+
+
 def test_lost_text_is_replaced_by_the_cache(run, here, capsys, monkeypatch):
     assert resume(run, "--data", "lost.txt") == 0
     assert "data 'lost.txt' is gone; resuming with the text of the run from the cache" in capsys.readouterr().out
