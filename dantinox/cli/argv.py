@@ -111,7 +111,7 @@ def _unknown_message(words: Sequence[str], types: dict[str, Any]) -> str:
 
 def _flag_elsewhere(name: str) -> str:
     """Return which other program has a flag; "" if none has."""
-    for program in ("train", "generate", "evaluate", "export"):
+    for program in ("train", "generate", "evaluate", "export", "chat"):
         flags, _ = _field_types(importlib.import_module(f"dantinox.cli.{program}").Arguments)
         if flag := flag_for(name, flags):
             return f"--{flag.replace('_', '-')} is a flag of python -m dantinox.{program}"

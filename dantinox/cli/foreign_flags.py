@@ -113,6 +113,7 @@ OTHER_NAMES = {
     "prompt_file": "input_file file input prompts_file",
     "max_new_tokens": "max_tokens num_tokens n_tokens tokens length gen_len max_gen_len max_length max_len "
     "max_generated_tokens n_predict predict max_output_tokens output_len new_tokens",
+    "system": "system_prompt system_message sys_prompt",
     "temperature": "temp do_sample",
     "repetition_penalty": "repeat_penalty rep_penalty rep_pen",
     "n": "num_samples n_samples samples num_return_sequences num_sequences best_of nsamples num_outputs",

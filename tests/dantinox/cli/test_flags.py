@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dantinox import cli
-from dantinox.cli import evaluate, export, generate, train
+from dantinox.cli import chat, evaluate, export, generate, train
 from dantinox.cli.argv import normalize
 from dantinox.cli.foreign_flags import NO_COUNTERPART, OTHER_NAMES
 from dantinox.cli.suggestions import suggestion
@@ -17,7 +17,7 @@ from dantinox.config import Config, ConfigError
 from dantinox.config.numbers import parse_int
 from tests.helpers.documented_messages import message_pattern
 
-PROGRAMS = {"train": train, "generate": generate, "evaluate": evaluate, "export": export}
+PROGRAMS = {"train": train, "generate": generate, "evaluate": evaluate, "export": export, "chat": chat}
 
 
 def flags_of(name: str) -> set[str]:

@@ -71,6 +71,7 @@ def test_generate_prints_the_text_of_the_folder(run, folder):
     assert run("generate", "--from=bare", "--tokenizer", "hf/tokenizer.json", "--prompt", "Nel ", *flags)[1] == want
 
 
+@pytest.mark.slow
 def test_evaluate_scores_with_the_folder(run, folder):
     code, out, _ = run("evaluate", "hf", "text.txt", "--json")
     model, tokenizer = load_hf(folder / "hf"), load_tokenizer(folder / "hf")
