@@ -91,7 +91,7 @@ class Conversation:
     def reply(
         self, new_tokens: Sequence[int], max_new_tokens: int, interrupted: Callable[[], bool] = lambda: False
     ) -> Iterator[list[int]]:
-        """Append tokens, and yield the ids with which the model goes on, in chunks as they are decoded.
+        """Append tokens, and yield the ids with which the model continues, in chunks as they are decoded.
 
         Args:
             new_tokens: at least one id.

@@ -16,7 +16,7 @@ CHATS = {
         {"role": "assistant", "content": "<think>\nhm\n</think>\n\n2 "},
         {"role": "user", "content": "And 2 + 2?"},
     ],
-    "wrong": [{"role": "assistant", "content": "I begin"}, {"role": "assistant", "content": "and go on"}],
+    "wrong": [{"role": "assistant", "content": "I begin"}, {"role": "assistant", "content": "and continue"}],
 }
 TEMPLATES = {
     "chatml": """{% for message in messages %}
