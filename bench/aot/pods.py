@@ -122,7 +122,7 @@ def compile_pod(pod: Pod, one_period: bool) -> dict[str, Any]:
         config = Config() if preset is None else Config.from_preset(preset)
         config = config.replace(**settings, mesh=pod.mesh)
         if one_period:
-            config = config.replace(n_layers=len(config.model.window_pattern))
+            config = config.replace(n_layers=config.model.period)
         start = time.process_time()
         lowered = lower_train_step(config, devices)
         traced = time.process_time()

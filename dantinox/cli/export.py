@@ -1,8 +1,8 @@
 """Export a trained model: `python -m dantinox.export --run runs/NAME --out DIR`.
 
-The program writes config.json and safetensors to DIR in the Hugging Face layout of Llama, Mistral, Mixtral, Qwen3 or
-gpt-oss, with tokenizer.json, tokenizer_config.json and generation_config.json, and the tokenizer in the format of
-DantinoX to DIR/dantinox. `dantinox.load_hf(DIR)` and transformers load them.
+The program writes config.json and safetensors to DIR in the Hugging Face layout of a family of open models, with
+tokenizer.json, tokenizer_config.json and generation_config.json, and the tokenizer in the format of DantinoX to
+DIR/dantinox. `dantinox.load_hf(DIR)` and transformers load them.
 """
 
 from collections.abc import Sequence
@@ -33,8 +33,7 @@ class Arguments:
     out: str | None = None
     """Folder to write; it must not exist, or be empty."""
     layout: Layout | None = None
-    """Layout to write; None: gpt_oss with sinks, qwen3 or qwen3_moe with qk_norm, mixtral with experts, mistral with a
-    window, llama otherwise."""
+    """Layout to write; None: the first that can represent the model."""
     shard_mb: int = 5000
     """Maximum size of a file of weights, in megabytes."""
     verbose: bool = False

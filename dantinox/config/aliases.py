@@ -46,6 +46,20 @@ NEW_SETTINGS = {
     "lora_targets": "q,k,v,o,gate,up,down",
     "init_from": "",
     "data_format": "text",
+    "attn_out_bias": True,
+    "qk_norm_all_heads": False,
+    "norms": "pre",
+    "rope_pattern": "R",
+    "rope_theta_windowed": None,
+    "scale_embeddings": False,
+    "n_dense_layers": 0,
+    "dense_ratio": None,
+    "shared_ratio": None,
+    "router": "softmax",
+    "router_renormalise": True,
+    "router_scale": 1.0,
+    "selection_bias": False,
+    "selection_bias_rate": 0.001,
 }
 """Settings that came after the first sweeps, and their defaults."""
 

@@ -1,5 +1,6 @@
 """Settings of the network."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -107,6 +108,35 @@ class ModelConfig:
     """Factor of these updates, over lora_rank."""
     lora_targets: str = "q,k,v,o,gate,up,down"
     """Weights of each block that the updates are added to."""
+    # What single families of open models add
+    attn_out_bias: bool = True
+    """With attn_bias, a bias on o too; false: on q, k and v only."""
+    qk_norm_all_heads: bool = False
+    """With qk_norm, one RMSNorm over all heads of a token instead of one per head."""
+    norms: Literal["pre", "post", "both"] = "pre"
+    """RMSNorms of the branches: on their inputs (pre), on their outputs (post), or both."""
+    rope_pattern: str = "R"
+    """Repeated over the layers: R = rotary positions, N = none; for example RRRN. For pos_encoding rope."""
+    rope_theta_windowed: float | None = None
+    """Base of the rotary frequencies of windowed layers, which are not scaled then; None: as in the others."""
+    scale_embeddings: bool = False
+    """Multiply embedded tokens by sqrt(dim)."""
+    n_dense_layers: int = 0
+    """With experts, the number of first layers that have a dense MLP instead."""
+    dense_ratio: float | None = None
+    """Hidden width of these MLPs over dim; None: mlp_ratio."""
+    shared_ratio: float | None = None
+    """Hidden width of the shared expert over dim; None: mlp_ratio."""
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    """Scores of experts: probabilities over all experts (softmax), or one by one (sigmoid)."""
+    router_renormalise: bool = True
+    """Divide the scores of a token's experts by their sum."""
+    router_scale: float = 1.0
+    """Factor on the weights of a token's experts."""
+    selection_bias: bool = False
+    """A bias per expert on the scores, for the selection only; each step moves it against the expert's load error."""
+    selection_bias_rate: float = 0.001
+    """Distance of this move."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -121,8 +151,12 @@ class ModelConfig:
             check(value in allowed, f"{name} is {value!r}; allowed: {', '.join(allowed)}")
         check_positive(self, "vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "max_context")
         check_positive(self, "rope_original_context", "mlp_ratio", "norm_eps", "attn_softcap", "logit_softcap")
-        check_positive(self, "mlp_limit", "mlp_alpha", "lora_alpha")
+        check_positive(self, "mlp_limit", "mlp_alpha", "lora_alpha", "dense_ratio", "shared_ratio", "router_scale")
         check(self.rope_theta > 1, f"rope_theta is {self.rope_theta}; allowed: more than 1")
+        check(
+            self.rope_theta_windowed is None or self.rope_theta_windowed > 1,
+            f"rope_theta_windowed is {self.rope_theta_windowed}; allowed: more than 1, or None",
+        )
         check_fraction(self, "dropout")
         check(self.lora_rank >= 0, f"lora_rank is {self.lora_rank}; allowed: 0 (no LoRA) or more")
         targets = self.lora_targets.split(",")
@@ -151,12 +185,22 @@ class ModelConfig:
             self.window_pattern != "" and set(self.window_pattern) <= set("SL"),
             f"window_pattern is {self.window_pattern!r}; allowed: the letters S (windowed) and L (full)",
         )
+        check(
+            self.rope_pattern != "" and set(self.rope_pattern) <= set("RN"),
+            f"rope_pattern is {self.rope_pattern!r}; allowed: the letters R (rotary positions) and N (none)",
+        )
         check(self.rope_factor >= 1, f"rope_factor is {self.rope_factor}; allowed: 1 or more")
         check(
             self.rope_scaling == "none" or self.pos_encoding == "rope",
             f"rope_scaling is {self.rope_scaling!r} but pos_encoding is {self.pos_encoding!r}; it needs rope",
         )
-        check(self.hidden >= 1, f"mlp_ratio is {self.mlp_ratio}; it leaves no hidden width for dim {self.dim}")
+        for name, hidden in (
+            ("mlp_ratio", self.hidden),
+            ("dense_ratio", self.dense_hidden),
+            ("shared_ratio", self.shared_hidden),
+        ):
+            check(hidden >= 1, f"{name} is {getattr(self, name)}; it leaves no hidden width for dim {self.dim}")
+        check(self.n_dense_layers >= 0, f"n_dense_layers is {self.n_dense_layers}; allowed: 0 or more")
         check(self.n_experts >= 0, f"n_experts is {self.n_experts}; allowed: 0 (dense) or more")
         check(
             self.experts_per_token >= 1,
@@ -172,7 +216,12 @@ class ModelConfig:
                 self.mlp != "gelu",
                 f"mlp is {self.mlp!r} with n_experts {self.n_experts}; experts are swiglu or swiglu_clamped",
             )
-        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+            check(
+                self.n_dense_layers < self.n_layers,
+                f"n_dense_layers is {self.n_dense_layers} but n_layers is {self.n_layers}; "
+                "with n_experts a layer must remain for them",
+            )
+        for name in ("router_aux_loss_coef", "router_z_loss_coef", "selection_bias_rate"):
             check(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; allowed: 0 or more")
 
     @property
@@ -202,9 +251,36 @@ class ModelConfig:
         """Hidden width F of the MLP."""
         return round(self.dim * self.mlp_ratio)
 
+    @property
+    def dense_hidden(self) -> int:
+        """Hidden width of the dense MLPs; those before the layers with experts may have one of their own."""
+        is_own = self.n_experts > 0 and self.dense_ratio is not None
+        return round(self.dim * self.dense_ratio) if is_own else self.hidden
+
+    @property
+    def shared_hidden(self) -> int:
+        """Hidden width of the shared expert."""
+        return self.hidden if self.shared_ratio is None else round(self.dim * self.shared_ratio)
+
+    def is_sparse(self, layer: int) -> bool:
+        """Return whether one layer has experts."""
+        return self.n_experts > 0 and layer >= self.n_dense_layers
+
     def layer_window(self, layer: int) -> int | None:
         """Return the window of one layer; None if it has full attention."""
         return self.window if self.window_pattern[layer % len(self.window_pattern)] == "S" else None
+
+    def layer_rope(self, layer: int) -> Literal["plain", "windowed"] | None:
+        """Return the kind of rotary positions of one layer: with rope_theta, rope_theta_windowed, or none."""
+        if self.pos_encoding != "rope" or self.rope_pattern[layer % len(self.rope_pattern)] == "N":
+            return None
+        is_windowed = self.rope_theta_windowed is not None and self.layer_window(layer) is not None
+        return "windowed" if is_windowed else "plain"
+
+    @property
+    def period(self) -> int:
+        """Layers after which the patterns of windows and of rotary positions repeat."""
+        return math.lcm(len(self.window_pattern), len(self.rope_pattern))
 
     def layer_slots(self, layer: int, context: int, drafts: int = 0) -> int:
         """Return the slots C of one layer's key/value cache for a context length, and for drafted tokens."""

@@ -3,6 +3,7 @@
 import difflib
 import math
 import operator
+import sys
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -67,7 +68,7 @@ def check_fields(config: Any) -> None:
             check(fits, f"{name} is {value!r}; allowed: an integer{' or None' if optional else ''}")
         elif hint in (float, float | None):
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            fits = (is_number and math.isfinite(value)) or (hint is not float and value is None)
+            fits = (is_number and abs(value) <= sys.float_info.max) or (hint is not float and value is None)
             check(fits, f"{name} is {value!r}; allowed: a finite number{'' if hint is float else ' or None'}")
         elif hint is bool:
             check(isinstance(value, bool), f"{name} is {value!r}; allowed: true or false")

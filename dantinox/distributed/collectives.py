@@ -92,6 +92,12 @@ def sum_partial_products(y: Array, summed_letters: Sequence[str]) -> Array:
     return sum_over(y, ("tensor",)) if set(summed_letters) & set("HKF") else y
 
 
+def mean_of_shares(x: Array, letters: Sequence[str]) -> Array:
+    """Average a mean over axes, given by their letters, that may be cut over the axis tensor."""
+    axes = used_axes(("tensor",))
+    return jax.lax.pmean(x, axes) if axes and set(letters) & set("HKF") else x
+
+
 def once_over(x: Array | None, axis: str) -> Array | None:
     """Return x on the first device along the axis and zeros on the others, so that a sum over them adds it once."""
     return x if x is None or axis_size(axis) == 1 else jnp.where(axis_index(axis) == 0, x, 0)

@@ -1,37 +1,54 @@
 """Convert the settings of a model to and from config.json of Hugging Face, by the tables of `families`."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, get_type_hints
 
 from dantinox.config import ConfigError, ModelConfig
 from dantinox.config.aliases import current_names
-from dantinox.hf.families import COMMON_FIELDS, FAMILIES, Family, Layout
+from dantinox.hf.families import FAMILIES, Family, Layout, listed_ropes
 from dantinox.model.rope import original_context
 
 _YARN = {"beta_fast": 32, "beta_slow": 1}  # the constants of our yarn; _LLAMA3: of our llama3
 _LLAMA3 = {"low_freq_factor": 1, "high_freq_factor": 4}
-_EXTRA_FIELDS = ("dropout", "router_z_loss_coef", "dtype", "remat", "kv_cache_dtype")  # stored under "dantinox"
-_DEFAULT_GPT_OSS_ROPE = {
-    "rope_type": "yarn",
-    "factor": 32.0,
-    "truncate": False,
-    "original_max_position_embeddings": 4096,
-}
+_EXTRA_FIELDS = (  # stored under "dantinox", unless the family has a name for them
+    "dropout",
+    "router_aux_loss_coef",
+    "router_z_loss_coef",
+    "selection_bias_rate",
+    "dtype",
+    "remat",
+    "kv_cache_dtype",
+)
 _LAYER_TYPES = {"S": "sliding_attention", "L": "full_attention"}  # by the letter of window_pattern
-_DEFAULT_WINDOW = {"qwen3": 4096, "qwen3_moe": 4096, "gpt_oss": 128}
-_DEFAULT_MAX_WINDOW_LAYERS = 28
+_NEEDS = {"attn_out_bias": "attn_bias", "qk_norm_all_heads": "qk_norm"} | dict.fromkeys(
+    ("n_dense_layers", "router", "router_renormalise", "router_scale", "selection_bias"), "n_experts"
+)
+"""A setting -> the one without which it has no effect."""
+_MAX_INT, _MAX_NUMBER = 2**31 - 1, 1e300
+_MOST = {"n_layers": 4096, "n_experts": 65536}  # more would take forever to list
+_DERIVED: dict[str, Callable[[ModelConfig], int]] = {
+    "hidden": lambda config: config.hidden,
+    "resolved_head_dim": lambda config: config.resolved_head_dim,
+    "dense_hidden": lambda config: config.dense_hidden,
+    "shared_experts": lambda config: config.shared_hidden // config.hidden,
+}
+"""Integers that families store instead of settings of ours."""
+_PLAIN_INTEGERS = {"sliding_window": 1, "max_window_layers": 0, "no_rope_layer_interval": 1}
+_PLAIN_INTEGERS["global_attn_every_n_layers"] = 1
+"""Settings of config.json that no setting of ours corresponds to -> their smallest value."""
 
 
 def layout_of(config: ModelConfig) -> Layout:
-    """Return the default layout of a model."""
-    if config.attn_sinks:
+    """Return the first layout that can represent a model; that which lacks the least if none can."""
+    if config.attn_sinks:  # no other has them
         return "gpt_oss"
-    if config.qk_norm:
-        return "qwen3_moe" if config.n_experts else "qwen3"
-    if config.n_experts:
-        return "mixtral"
-    return "llama" if config.layer_window(0) is None else "mistral"
+
+    def lacking(layout: Layout) -> tuple[bool, int]:
+        family = FAMILIES[layout]
+        return (family.experts is not None) != bool(config.n_experts), len(_unsupported(config, family))
+
+    return min(FAMILIES, key=lacking)
 
 
 def to_hf(config: ModelConfig, layout: Layout | None = None) -> dict[str, Any]:
@@ -44,7 +61,44 @@ def to_hf(config: ModelConfig, layout: Layout | None = None) -> dict[str, Any]:
     if layout not in FAMILIES:
         raise ConfigError(f"layout is {layout!r}; allowed: {', '.join(FAMILIES)}")
     family = FAMILIES[layout]
-    _check_representable(config, layout, family)
+    if unsupported := _unsupported(config, family):
+        raise ConfigError(f"the {layout} layout cannot represent {', '.join(unsupported)}")
+    hf_config = {
+        "architectures": [family.class_name],
+        "model_type": layout,
+        "dtype": "float32",
+        "torch_dtype": "float32",  # name before transformers 5
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": None,  # a default may be outside of the vocabulary
+        **_rope_to_hf(config, family),
+        **{hf_name: _value(config, field) for field, hf_name in family.names.items()},
+        **family.all_required,
+        **{hf_name: _value(config, field) for field, hf_name in family.written.items()},
+    }
+    if family.windows == "pattern":
+        pattern = ["L" if config.layer_window(layer) is None else "S" for layer in range(config.n_layers)]
+        hf_config["layer_types"] = [_LAYER_TYPES[letter] for letter in pattern]
+        hf_config["sliding_window"] = config.window or config.max_context  # transformers wants a number always
+    elif family.windows == "one":
+        hf_config["sliding_window"] = config.layer_window(0)
+    if family.switch:
+        hf_config["use_sliding_window"] = any(config.layer_window(layer) for layer in range(config.n_layers))
+    return hf_config | {"dantinox": {name: getattr(config, name) for name in _extra_fields(family)}}
+
+
+def _value(config: ModelConfig, field: str) -> Any:
+    """Return the value of a field of a family."""
+    return _DERIVED[field](config) if field in _DERIVED else getattr(config, field)
+
+
+def _extra_fields(family: Family) -> list[str]:
+    """Return the settings that only DantinoX stores."""
+    return [name for name in _EXTRA_FIELDS if name not in family.fields]
+
+
+def _rope_to_hf(config: ModelConfig, family: Family) -> dict[str, Any]:
+    """Return the rotary settings of config.json."""
     D, factor = config.resolved_head_dim, config.rope_factor
     theta, scaling = config.rope_theta, None
     original = {"original_max_position_embeddings": original_context(config)}
@@ -59,49 +113,49 @@ def to_hf(config: ModelConfig, layout: Layout | None = None) -> dict[str, Any]:
             scaling = {"rope_type": "llama3", "factor": factor} | original | _LLAMA3
         case _:
             pass
-    if layout == "gpt_oss" and scaling is None:  # transformers takes the scaling of the published models otherwise
+    if scaling is None and family.default_scaling:  # transformers takes the scaling of the published models otherwise
         scaling = {"rope_type": "default"}
-    hf_config = {
-        "architectures": [family.class_name],
-        "model_type": layout,
-        "dtype": "float32",
-        "torch_dtype": "float32",  # name before transformers 5
-        "hidden_act": "silu",
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "attention_dropout": 0.0,
-    }
-    names = COMMON_FIELDS | family.fields
-    hf_config |= {hf_name: getattr(config, field) for field, hf_name in names.items()} | family.required
-    if layout == "qwen3_moe":
-        hf_config["intermediate_size"] = config.hidden  # of dense layers, of which there are none
-    if family.windows == "pattern":
-        pattern = ["L" if config.layer_window(layer) is None else "S" for layer in range(config.n_layers)]
-        hf_config["layer_types"] = [_LAYER_TYPES[letter] for letter in pattern]
-        hf_config["sliding_window"] = config.window or config.max_context  # transformers wants a number always
-    elif family.windows == "one":
-        hf_config["sliding_window"] = config.layer_window(0)
-    if family.switch:
-        hf_config["use_sliding_window"] = any(config.layer_window(layer) for layer in range(config.n_layers))
-    return hf_config | {"dantinox": {name: getattr(config, name) for name in _EXTRA_FIELDS}}
+    settings: dict[str, Any] = {"rope_theta": theta, "rope_scaling": scaling}
+    if family.windowed_theta:
+        full = (scaling or {"rope_type": "default"}) | {"rope_theta": theta}
+        own_theta = config.rope_theta_windowed
+        windowed = full if own_theta is None else {"rope_type": "default", "rope_theta": own_theta}
+        settings[family.windowed_theta[0]] = windowed["rope_theta"]
+        settings |= {"rope_theta": theta, "rope_parameters": {_LAYER_TYPES["L"]: full, _LAYER_TYPES["S"]: windowed}}
+    if family.rope_layers == "listed":
+        settings["no_rope_layers"] = [int(has_rope) for has_rope in _has_rope(config)]
+    return settings
 
 
-def _check_representable(config: ModelConfig, layout: Layout, family: Family) -> None:
-    """Raise `ConfigError` if the layout cannot represent every setting."""
+def _has_rope(config: ModelConfig) -> list[bool]:
+    """Return for each layer whether it has rotary positions."""
+    return [config.layer_rope(layer) is not None for layer in range(config.n_layers)]
+
+
+def _unsupported(config: ModelConfig, family: Family) -> list[str]:
+    """Return the settings that a family cannot represent."""
     unsupported = [
-        f"{name} {getattr(config, name)!r}" for name, value in family.fixed.items() if getattr(config, name) != value
+        f"{name} {getattr(config, name)!r}"
+        for name, value in family.fixed.items()
+        if getattr(config, name) != value and (name not in _NEEDS or getattr(config, _NEEDS[name]))
     ]
     windows = {config.layer_window(layer) for layer in range(config.n_layers)}
     if len(windows) > 1 and family.windows != "pattern":
         unsupported.append(f"window_pattern {config.window_pattern!r} with window {config.window}")
     elif family.windows == "full" and windows != {None}:
         unsupported.append(f"window {config.window}")
+    is_windowed = [config.layer_window(layer) is not None for layer in range(config.n_layers)]
+    ropes = {"all": [True] * config.n_layers, "windowed": is_windowed, "listed": _has_rope(config)}[family.rope_layers]
+    if config.pos_encoding == "rope" and _has_rope(config) != ropes:
+        unsupported.append(f"rope_pattern {config.rope_pattern!r}")
+    if "shared_experts" in family.fields and config.shared_hidden % config.hidden:
+        unsupported.append(f"shared_ratio {config.shared_ratio} with mlp_ratio {config.mlp_ratio}")
+    own_theta = any(config.layer_rope(layer) == "windowed" for layer in range(config.n_layers))
+    if own_theta and family.windowed_theta is None:
+        unsupported.append(f"rope_theta_windowed {config.rope_theta_windowed}")
     if (family.experts is not None) != bool(config.n_experts):
         unsupported.append(f"n_experts {config.n_experts}")
-    if unsupported:
-        raise ConfigError(f"the {layout} layout cannot represent {', '.join(unsupported)}")
+    return unsupported
 
 
 def from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
@@ -111,44 +165,47 @@ def from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
         ConfigError: a setting is missing, invalid, or not supported by DantinoX.
     """
     layout = hf_config.get("model_type")
-    if layout not in FAMILIES:
+    if not isinstance(layout, str) or layout not in FAMILIES:
         raise ConfigError(f"model_type is {layout!r}; allowed: {', '.join(FAMILIES)}")
     family = FAMILIES[layout]
-    for name, allowed in {
-        "hidden_act": "silu",
-        "mlp_bias": False,
-        "attention_dropout": 0,
-        "router_jitter_noise": 0,
-        "partial_rotary_factor": 1,
-        **family.required,
-        **({} if "attn_bias" in family.fields else {"attention_bias": False}),
-    }.items():
-        _check_value(hf_config, name, allowed)
-    if layout == "qwen3_moe" and hf_config.get("norm_topk_prob") is None:  # the default of transformers
-        raise ConfigError("norm_topk_prob is False, which DantinoX does not support; allowed: True")
-    if not is_mxfp4(hf_config):
-        _check_value(hf_config, "quantization_config", None)
-    if layout == "qwen3_moe" and "num_local_experts" in hf_config:  # its name in some versions of transformers
-        hf_config = {"num_experts": hf_config["num_local_experts"]} | hf_config
-    names = COMMON_FIELDS | family.fields
+    _check_supported(hf_config, family)
+    for other, name in family.other_names.items():
+        hf_config = {name: hf_config[other]} | hf_config if other in hf_config else hf_config
+    names = family.names
     given = {field: hf_config[hf_name] for field, hf_name in names.items() if hf_config.get(hf_name) is not None}
+    for field, value in given.items():
+        _check_type(names[field], value, _type_of(field))
+    if hf_config.get("num_key_value_heads", 0) is None:
+        given["n_kv_heads"] = given.get("n_heads")
     settings = dict(family.defaults) | given
-    for field in ("vocab_size", "dim", "hidden", "n_layers", "n_heads", "max_context"):
-        value = settings.get(field)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{names[field]} is {value!r}; allowed: an integer, 1 or more")
+    sizes = ["vocab_size", "dim", "hidden", "n_layers", "n_heads", "max_context", *["n_experts"] * bool(family.experts)]
+    sizes += [field for field in _DERIVED if field in settings and field not in sizes]
+    for field in sizes:
+        _check_integer(names[field], settings.get(field), _MOST.get(field, _MAX_INT))
     settings.setdefault("n_kv_heads", settings["n_heads"])
     settings.setdefault("tie_embeddings", False)
-    settings["mlp_ratio"] = settings.pop("hidden") / settings["dim"]
+    settings |= _ratios(settings)
     settings["head_dim"] = settings.pop("resolved_head_dim", None)
     settings.setdefault("n_experts", 0)
-    settings |= {name: family.fixed[name] for name in ("mlp", "qk_norm", "attn_sinks", "moe_bias")}
-    extra = current_names(hf_config.get("dantinox") or {})
-    extra = {name: extra[name] for name in _EXTRA_FIELDS if name in extra}
-    stored_dtype = hf_config.get("dtype") or hf_config.get("torch_dtype") or (is_mxfp4(hf_config) and "bfloat16")
-    extra.setdefault("dtype", "bfloat16" if stored_dtype == "bfloat16" else "float32")
-    settings |= _window_settings(hf_config, layout, settings["n_layers"]) | _rope_settings(hf_config, layout) | extra
-    return ModelConfig(**settings).without_default_head_dim()
+    settings |= family.fixed | _window_settings(hf_config, family, settings["n_layers"])
+    settings |= _rope_settings(hf_config, family, settings["max_context"])
+    if settings.get("window") is None:
+        settings.pop("rope_theta_windowed", None)
+    settings |= _rope_pattern(hf_config, family, settings)
+    settings |= _extra_settings(hf_config, family)
+    return ModelConfig(**{name: x for name, x in settings.items() if name not in _DERIVED}).without_default_head_dim()
+
+
+def _ratios(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hidden widths as ratios to the width; None for one that equals that of the MLP, or of each expert."""
+    dim, hidden = settings["dim"], settings["hidden"]
+    dense_hidden = settings.get("dense_hidden", hidden) if settings.get("n_dense_layers") else hidden
+    shared_experts = settings.get("shared_experts", 1)
+    return {
+        "mlp_ratio": hidden / dim,
+        "dense_ratio": None if dense_hidden == hidden else dense_hidden / dim,
+        "shared_ratio": None if shared_experts == 1 else shared_experts * hidden / dim,
+    }
 
 
 def is_mxfp4(hf_config: Mapping[str, Any]) -> bool:
@@ -158,23 +215,51 @@ def is_mxfp4(hf_config: Mapping[str, Any]) -> bool:
     return is_gpt_oss and isinstance(quantization, Mapping) and quantization.get("quant_method") == "mxfp4"
 
 
-def _window_settings(hf_config: Mapping[str, Any], layout: Layout, n_layers: int) -> dict[str, Any]:
+def _check_supported(hf_config: Mapping[str, Any], family: Family) -> None:
+    """Check the settings of which DantinoX reads one value."""
+    for name, allowed in {
+        "mlp_bias": False,
+        "router_jitter_noise": 0,
+        "partial_rotary_factor": 1,
+        **family.all_required,
+        **family.checked,
+        **({} if "attn_bias" in family.fields else {"attention_bias": False}),
+    }.items():
+        _check_value(hf_config, name, allowed)
+    if not is_mxfp4(hf_config):
+        _check_value(hf_config, "quantization_config", None)
+    for name, least in _PLAIN_INTEGERS.items():
+        if hf_config.get(name) is not None:
+            _check_integer(name, hf_config[name], _MAX_INT, least)
+
+
+def _extra_settings(hf_config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Return the settings that only DantinoX stores, and the dtype."""
+    extra = hf_config.get("dantinox") or {}
+    if not isinstance(extra, Mapping):
+        raise ConfigError(f"dantinox is {extra!r}; allowed: a table")
+    extra = current_names({name: value for name, value in extra.items() if name in _extra_fields(family)})
+    dtype = hf_config.get("dtype") or hf_config.get("torch_dtype") or (is_mxfp4(hf_config) and "bfloat16")
+    if dtype and not isinstance(dtype, str):
+        raise ConfigError(f"dtype is {dtype!r}; allowed: text")
+    return {"dtype": "bfloat16" if dtype == "bfloat16" else "float32"} | extra
+
+
+def _window_settings(hf_config: Mapping[str, Any], family: Family, n_layers: int) -> dict[str, Any]:
     """Return the settings of the windows."""
-    family = FAMILIES[layout]
-    window, layer_types = hf_config.get("sliding_window", _DEFAULT_WINDOW.get(layout)), hf_config.get("layer_types")
+    window, layer_types = hf_config.get("sliding_window", family.default_window), hf_config.get("layer_types")
+    if layer_types is not None and not isinstance(layer_types, list):
+        raise ConfigError(f"layer_types is {layer_types!r}; allowed: a list")
     if family.windows == "full" or (family.switch and not hf_config.get("use_sliding_window")):
         return {}
     if family.windows == "one":
-        if window is not None and set(layer_types or ()) - {"sliding_attention"}:
-            names = ", ".join(sorted(map(str, set(layer_types or ()))))
+        if window is not None and any(name != "sliding_attention" for name in layer_types or ()):
+            names = ", ".join(sorted({str(name) for name in layer_types or ()}))
             raise ConfigError(f"layer_types are {names}; allowed: one type for all layers")
         return {"window": window}
     letters = {name: letter for letter, name in _LAYER_TYPES.items()}
-    if not layer_types:
-        first = hf_config.get("max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS)
-        pattern = ["LS"[i >= first] if layout == "qwen3" else "SL"[i % 2] for i in range(n_layers)]
-        layer_types = [_LAYER_TYPES[letter] for letter in pattern]
-    if len(layer_types) != n_layers or set(layer_types) - letters.keys():
+    layer_types = layer_types or [_LAYER_TYPES[letter] for letter in family.default_pattern(hf_config, n_layers)]
+    if len(layer_types) != n_layers or any(name not in list(letters) for name in layer_types):
         names = ", ".join(map(str, layer_types))
         raise ConfigError(f"layer_types are {names}; allowed: {' or '.join(letters)} for each of {n_layers} layers")
     pattern = "".join(letters[name] for name in layer_types)
@@ -184,28 +269,73 @@ def _window_settings(hf_config: Mapping[str, Any], layout: Layout, n_layers: int
         raise ConfigError(
             "sliding_window is None; allowed: an integer, 1 or more, with layers of type sliding_attention"
         )
-    period = next(n for n in range(1, n_layers + 1) if pattern == (pattern[:n] * n_layers)[:n_layers])
-    return {"window": window, "window_pattern": pattern[:period]}
+    return {"window": window, "window_pattern": _period(pattern)}
 
 
-def _rope_settings(hf_config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+def _period(pattern: str) -> str:
+    """Return the shortest pattern that gives this one when it is repeated."""
+    n = len(pattern)
+    return next(pattern[:size] for size in range(1, n + 1) if pattern == (pattern[:size] * n)[:n])
+
+
+def _rope_pattern(hf_config: Mapping[str, Any], family: Family, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return which layers have rotary positions, given the settings of the windows."""
+    n_layers = settings["n_layers"]
+    if family.rope_layers == "all":
+        return {}
+    if family.rope_layers == "windowed":
+        pattern = settings.get("window_pattern", "S") if settings.get("window") else "L"
+        return {"rope_pattern": pattern.replace("S", "R").replace("L", "N")}
+    has_rope = listed_ropes(hf_config, n_layers)
+    if not isinstance(has_rope, list) or len(has_rope) < n_layers or any(x not in (0, 1) for x in has_rope):
+        raise ConfigError(f"no_rope_layers is {has_rope!r}; allowed: a list of 0 or 1 for each of {n_layers} layers")
+    return {"rope_pattern": _period("".join("NR"[int(x)] for x in has_rope[:n_layers]))}
+
+
+def _rope_settings(hf_config: Mapping[str, Any], family: Family, max_context: int) -> dict[str, Any]:
     """Return the rotary settings; transformers 5 and earlier versions store them differently."""
-    rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
-    if not rope and layout == "gpt_oss":
-        rope = _DEFAULT_GPT_OSS_ROPE
-    if not isinstance(rope, Mapping):
-        raise ConfigError(f"rope_scaling is {rope!r}; allowed: a table")
-    theta = float(rope.get("rope_theta") or hf_config.get("rope_theta") or FAMILIES[layout].rope_theta)
+    by_type, scaling = _table(hf_config, "rope_parameters"), _table(hf_config, "rope_scaling")
+    theta = hf_config.get("rope_theta") or family.rope_theta
+    if family.windowed_theta is None:
+        return _read_rope(by_type or scaling or family.default_scaling or {}, hf_config, theta, max_context)
+    if by_type.keys() - set(_LAYER_TYPES.values()):
+        raise ConfigError(f"rope_parameters is {by_type!r}; allowed: a table for each type of layers")
+    full, windowed = (_table(by_type, _LAYER_TYPES[letter]) for letter in "LS")
+    name, default = family.windowed_theta
+    plain = _read_rope({**full, **scaling}, hf_config, theta, max_context)
+    own = _read_rope(windowed, hf_config, hf_config.get(name) or default, max_context)
+    if own == plain:
+        return plain
+    if "rope_scaling" in own:
+        raise ConfigError(
+            "rope_parameters scales sliding_attention in a way of its own; allowed: that of full_attention"
+        )
+    return plain | {"rope_theta_windowed": own["rope_theta"]}
+
+
+def _table(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return a table of the settings, empty if it is absent."""
+    table = settings.get(name) or {}
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{name} is {table!r}; allowed: a table")
+    return table
+
+
+def _read_rope(
+    rope: Mapping[str, Any], hf_config: Mapping[str, Any], default_theta: Any, max_context: int
+) -> dict[str, Any]:
+    """Return the rotary settings of one table of config.json."""
+    theta = rope.get("rope_theta") or default_theta
+    _check_type("rope_theta", theta, float)
     scaling = rope.get("rope_type") or rope.get("type") or "default"
     if scaling not in ("default", "linear", "yarn", "llama3"):
         raise ConfigError(f"rope_scaling has type {scaling!r}; allowed: default, linear, yarn, llama3")
     _check_value(rope, "partial_rotary_factor", 1)
     if scaling == "default":
-        return {"rope_theta": theta}
+        return {"rope_theta": float(theta)}
     factor = rope.get("factor")
-    if not isinstance(factor, int | float):
-        raise ConfigError(f"factor of rope_scaling is {factor!r}; allowed: a number")
-    settings = {"rope_theta": theta, "rope_scaling": scaling, "rope_factor": factor}
+    _check_type("factor of rope_scaling", factor, float)
+    settings = {"rope_theta": float(theta), "rope_scaling": scaling, "rope_factor": float(factor)}
     if scaling == "linear":
         return settings
     for name, allowed in (_YARN if scaling == "yarn" else _LLAMA3).items():
@@ -215,15 +345,47 @@ def _rope_settings(hf_config: Mapping[str, Any], layout: Layout) -> dict[str, An
         _check_value(rope, "attention_factor", 0.1 * math.log(factor) + 1 if factor > 1 else 1)
         if rope.get("mscale") and rope.get("mscale_all_dim"):
             raise ConfigError(f"rope_scaling has mscale {rope['mscale']} and mscale_all_dim; allowed: neither")
-    original = rope.get("original_max_position_embeddings") or hf_config.get("original_max_position_embeddings")
-    return settings | {"rope_original_context": original or hf_config["max_position_embeddings"]}
+    name = "original_max_position_embeddings"
+    original = rope.get(name) or hf_config.get(name) or max_context
+    _check_integer(name, original, _MAX_INT)
+    return settings | {"rope_original_context": original}
+
+
+def _type_of(field: str) -> Any:
+    """Return the type of a setting by our name, without None."""
+    hint = int if field in _DERIVED else get_type_hints(ModelConfig)[field]
+    return next((kind for kind in (int, float, bool) if hint in (kind, kind | None)), hint)
+
+
+def _check_type(name: str, value: Any, kind: Any) -> None:
+    """Raise `ConfigError` if a value is not one of a type: int, float or bool."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MAX_NUMBER
+    fits: dict[Any, Callable[[], bool]] = {
+        int: lambda: is_number and isinstance(value, int) and abs(value) <= _MAX_INT,
+        float: lambda: is_number,
+        bool: lambda: isinstance(value, bool),
+    }
+    if not fits[kind]():
+        allowed = {int: "an integer", float: "a number", bool: "true or false"}[kind]
+        raise ConfigError(f"{name} is {value!r}; allowed: {allowed}")
+
+
+def _check_integer(name: str, value: Any, most: int, least: int = 1) -> None:
+    """Raise `ConfigError` if a value is not an integer in a range."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name} is {value!r}; allowed: an integer, {least} or more")
+    if value > most:
+        raise ConfigError(f"{name} is {value}; allowed: an integer, {most} or less")
 
 
 def _check_value(hf_config: Mapping[str, Any], name: str, allowed: Any) -> None:
     """Raise `ConfigError` if a setting exists and has another value."""
     value = hf_config.get(name)
     is_close = (
-        isinstance(value, int | float) and isinstance(allowed, float) and math.isclose(value, allowed, rel_tol=1e-6)
+        isinstance(value, int | float)
+        and isinstance(allowed, float)
+        and abs(value) <= _MAX_NUMBER
+        and math.isclose(value, allowed, rel_tol=1e-6)
     )
     if value is not None and value != allowed and not is_close:
         raise ConfigError(f"{name} is {value!r}, which DantinoX does not support; allowed: {allowed!r}")

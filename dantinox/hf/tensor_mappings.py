@@ -1,11 +1,14 @@
 """Correspondence of parameters to the tensors of the Hugging Face layouts of `families`.
 
 DantinoX                  Hugging Face, [out, in]
+The norms of a block have names by family.
+
 embedding          VM     model.embed_tokens.weight                lm_head.weight if it is not tied
 blocks.i.attention        model.layers.i.self_attn
   q  MHD, o  HDM            q_proj.weight, o_proj.weight           k and v like q
-  q_bias  HD, o_bias  M     q_proj.bias, o_proj.bias               gpt-oss
-  q_scale, k_scale  D       q_norm.weight, k_norm.weight           Qwen3
+  q_bias  HD, o_bias  M     q_proj.bias, o_proj.bias               gpt-oss; Qwen2 without that of o
+  q_scale, k_scale  D       q_norm.weight, k_norm.weight           Qwen3; HD and KD, flat: OLMo
+  gate  MHD                 gate_proj.weight                       AFMoE
   sinks  H                  sinks                                  gpt-oss
 blocks.i.mlp              model.layers.i.mlp
   gate, up  MF, down FM     gate_proj.weight, up_proj, down_proj
@@ -15,6 +18,10 @@ blocks.i.mlp, experts     model.layers.i.block_sparse_moe
                           model.layers.i.mlp                       Qwen3-MoE
   router  ME                gate.weight
   gate, up  EMF, down EFM   experts.e.gate_proj.weight, up_proj, down_proj
+                          model.layers.i.mlp                       AFMoE: as Qwen3-MoE, and
+  router  ME                router.gate.weight
+  selection_bias  E         expert_bias
+  shared.gate, .up, .down   shared_experts.gate_proj.weight, up_proj, down_proj
                           model.layers.i.mlp                       gpt-oss
   router  ME                router.weight                          with router.bias
   gate and up  EMF          experts.gate_up_proj  [E, M, 2F]       gate in the even columns, up in the odd ones
@@ -29,6 +36,7 @@ import numpy as np
 from dantinox.config import ModelConfig
 from dantinox.hf.families import FAMILIES, Layout
 
+_PROJECTIONS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 MXFP4_SUFFIXES = ("experts.gate_up_proj", "experts.down_proj")
 """Ends of the names of the tensors [E, in, out] that gpt-oss stores in mxfp4."""
 
@@ -79,22 +87,26 @@ class TensorMapping(NamedTuple):
 def tensor_mappings(config: ModelConfig, layout: Layout) -> Iterator[TensorMapping]:
     """Yield the mapping of every tensor of a model, from input to output."""
     M, H, D = config.dim, config.n_heads, config.resolved_head_dim
-    mlp_mappings = _MLP_MAPPINGS[FAMILIES[layout].experts]
+    family = FAMILIES[layout]
     yield TensorMapping("model.embed_tokens.weight", ("embedding",))
     for i in range(config.n_layers):
         hf_block, block = f"model.layers.{i}", f"blocks.{i}"
-        yield TensorMapping(f"{hf_block}.input_layernorm.weight", (f"{block}.attention_norm",))
+        for name, hf_name in family.norms.items():
+            yield TensorMapping(f"{hf_block}.{hf_name}.weight", (f"{block}.{name}",))
         for name in "qkvo":
             hf_name, param_name = f"{hf_block}.self_attn.{name}_proj", f"{block}.attention.{name}"
             yield TensorMapping(f"{hf_name}.weight", (param_name,), in_features=H * D if name == "o" else M)
-            if config.attn_bias:
+            if config.attn_bias and (name != "o" or config.attn_out_bias):
                 yield TensorMapping(f"{hf_name}.bias", (f"{param_name}_bias",), flat=True)
         if config.qk_norm:
             for name in "qk":
-                yield TensorMapping(f"{hf_block}.self_attn.{name}_norm.weight", (f"{block}.attention.{name}_scale",))
+                hf_name, param_name = f"{hf_block}.self_attn.{name}_norm.weight", f"{block}.attention.{name}_scale"
+                yield TensorMapping(hf_name, (param_name,), flat=True)
+        if config.attn_gate != "none":
+            yield TensorMapping(f"{hf_block}.self_attn.gate_proj.weight", (f"{block}.attention.gate",), in_features=M)
         if config.attn_sinks:
             yield TensorMapping(f"{hf_block}.self_attn.sinks", (f"{block}.attention.sinks",))
-        yield TensorMapping(f"{hf_block}.post_attention_layernorm.weight", (f"{block}.mlp_norm",))
+        mlp_mappings = _MLP_MAPPINGS[family.experts if config.is_sparse(i) else None]
         yield from mlp_mappings(config, hf_block, f"{block}.mlp")
     yield TensorMapping("model.norm.weight", ("norm",))
     if not config.tie_embeddings:
@@ -102,8 +114,14 @@ def tensor_mappings(config: ModelConfig, layout: Layout) -> Iterator[TensorMappi
 
 
 def _dense_mlp(config: ModelConfig, hf_block: str, mlp: str) -> Iterator[TensorMapping]:
-    for name, in_features in _in_features(config).items():
-        yield TensorMapping(f"{hf_block}.mlp.{name}_proj.weight", (f"{mlp}.{name}",), in_features=in_features)
+    return _projections(config, f"{hf_block}.mlp", mlp, config.dense_hidden)
+
+
+def _projections(config: ModelConfig, hf_mlp: str, mlp: str, hidden: int) -> Iterator[TensorMapping]:
+    """Yield the mappings of a dense MLP."""
+    for name, hf_name in _PROJECTIONS.items():
+        in_features = hidden if name == "down" else config.dim
+        yield TensorMapping(f"{hf_mlp}.{hf_name}.weight", (f"{mlp}.{name}",), in_features=in_features)
 
 
 def _mixtral_experts(config: ModelConfig, hf_block: str, mlp: str) -> Iterator[TensorMapping]:
@@ -111,16 +129,24 @@ def _mixtral_experts(config: ModelConfig, hf_block: str, mlp: str) -> Iterator[T
 
 
 def _qwen3_experts(config: ModelConfig, hf_block: str, mlp: str) -> Iterator[TensorMapping]:
-    names = {name: f"{name}_proj" for name in ("gate", "up", "down")}
-    return _single_experts(config, f"{hf_block}.mlp", mlp, names)
+    return _single_experts(config, f"{hf_block}.mlp", mlp, _PROJECTIONS)
 
 
-def _single_experts(config: ModelConfig, hf_mlp: str, mlp: str, names: Mapping[str, str]) -> Iterator[TensorMapping]:
-    """Yield the mappings of experts with a tensor per expert and matrix."""
-    yield TensorMapping(f"{hf_mlp}.gate.weight", (f"{mlp}.router",), in_features=config.dim)
+def _afmoe_experts(config: ModelConfig, hf_block: str, mlp: str) -> Iterator[TensorMapping]:
+    yield TensorMapping(f"{hf_block}.mlp.expert_bias", (f"{mlp}.selection_bias",))
+    yield from _single_experts(config, f"{hf_block}.mlp", mlp, _PROJECTIONS, router="router.gate")
+    yield from _projections(config, f"{hf_block}.mlp.shared_experts", f"{mlp}.shared", config.shared_hidden)
+
+
+def _single_experts(
+    config: ModelConfig, hf_mlp: str, mlp: str, names: Mapping[str, str], router: str = "gate"
+) -> Iterator[TensorMapping]:
+    """Yield the mappings of the router, and of experts with a tensor per expert and matrix."""
+    yield TensorMapping(f"{hf_mlp}.{router}.weight", (f"{mlp}.router",), in_features=config.dim)
     for e in range(config.n_experts):
-        for name, in_features in _in_features(config).items():
-            hf_name = f"{hf_mlp}.experts.{e}.{names[name]}.weight"
+        for name, projection in names.items():
+            in_features = config.hidden if name == "down" else config.dim
+            hf_name = f"{hf_mlp}.experts.{e}.{projection}.weight"
             yield TensorMapping(hf_name, (f"{mlp}.{name}",), expert=e, in_features=in_features)
 
 
@@ -139,9 +165,5 @@ _MLP_MAPPINGS = {
     "mixtral": _mixtral_experts,
     "qwen3_moe": _qwen3_experts,
     "gpt_oss": _gpt_oss_experts,
+    "afmoe": _afmoe_experts,
 }
-
-
-def _in_features(config: ModelConfig) -> dict[str, int]:
-    """Return the number of inputs of each matrix of an MLP or an expert."""
-    return {"gate": config.dim, "up": config.dim, "down": config.hidden}

@@ -50,8 +50,7 @@ def save_hf(
     Args:
         model: the model.
         folder: must not exist, or be empty.
-        layout: a name in `families.FAMILIES`; None: gpt_oss with sinks, qwen3 or qwen3_moe with qk_norm, mixtral with
-            experts, mistral with a window, llama otherwise.
+        layout: a name in `families.FAMILIES`; None: the first that can represent the model.
         shard_bytes: maximum bytes of tensors per file; a larger tensor has a file of its own.
         tokenizer: saved too, in the format of Hugging Face, with a generation_config.json.
 
@@ -105,7 +104,7 @@ def save_hf(
 def load_hf(
     folder: str | Path, *, mesh: str = "", param_dtype: ParamDtype = "float32", **overrides: Any
 ) -> Transformer:
-    """Load a model from a folder in the layout of Llama, Mistral, Mixtral, Qwen3 or gpt-oss.
+    """Load a model from a folder in a layout of `families.FAMILIES`.
 
     Tensors are read one by one, straight to their devices. Weights in mxfp4, which gpt-oss stores its experts in, are
     unpacked.
@@ -168,7 +167,8 @@ def load_params(
         packed = _packed_tensors(mappings, files.file_names) if is_mxfp4(hf_config) else set()
         _check_tensor_names(folder, _stored_names(mappings, packed), files.file_names, config.tie_embeddings)
         dtype = hf_config.get("dtype") or hf_config.get("torch_dtype")
-        allowed = {_DTYPES[dtype]} if dtype in _DTYPES else set(_DTYPES.values())
+        # Some tensors, such as norms, stay in float32.
+        allowed = {_DTYPES[dtype], "F32"} if dtype in _DTYPES else set(_DTYPES.values())
         _check_lm_head(folder, files, config, param_shapes["embedding"], allowed)
         for mapping in mappings:
             name, shape = mapping.hf_name, mapping.hf_shape(param_shapes)

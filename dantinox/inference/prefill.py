@@ -16,7 +16,7 @@ from dantinox.config import ModelConfig
 from dantinox.kernels import KVCache
 from dantinox.kernels.ops.decode_attention.kv_cache import dequantize, quantize
 from dantinox.model.attention import PastKeyValues
-from dantinox.model.layers import rms_norm
+from dantinox.model.layers import norm
 from dantinox.model.transformer import Transformer
 
 Array = jax.Array
@@ -165,10 +165,10 @@ def decode_step(model: Transformer, token: Array, caches: Sequence[KVCache]) -> 
 def decode_tokens(model: Transformer, tokens: Array, caches: Sequence[KVCache]) -> tuple[Array, list[KVCache]]:
     """Decode T tokens per row: ids [B, T] int32 -> (logits [B, T, V] float32 after each token, the longer caches)."""
     length = caches[0].length  # of every layer: as one array, so that layers share the tables of their kernels
-    h, rope = model.embed(tokens, length[:, None] + jnp.arange(tokens.shape[1])[None])
+    h, ropes = model.embed(tokens, length[:, None] + jnp.arange(tokens.shape[1])[None])
     new_caches = []
     for layer, (block, cache) in enumerate(zip(model.blocks, caches, strict=True)):
         with jax.named_scope(f"block{layer}"):
-            h, cache = block.decode_step(h, rope, cache._replace(length=length))
+            h, cache = block.decode_step(h, ropes, cache._replace(length=length))
         new_caches.append(cache)
-    return model.logits(rms_norm(h, model.final_norm, model.config.norm_eps)), new_caches
+    return model.logits(norm(h, model.final_norm, model.config)), new_caches

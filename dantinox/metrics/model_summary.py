@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dantinox.config import Config
+from dantinox.config import Config, ModelConfig
 from dantinox.model import flops
 from dantinox.model.lora import split_trained
 from dantinox.model.params import abstract_params
@@ -20,9 +20,10 @@ def describe(config: Config) -> str:
         f"{windows.count(w)} x {'full' if w is None else f'window {w}'}" for w in dict.fromkeys(windows)
     )
     dense = "dense" if m.moe == "auto" else f"dense: without n_experts, moe {m.moe!r} serves nothing"
-    experts = f"{m.n_experts} experts, {m.experts_per_token} per token" if m.n_experts else dense
+    experts = _experts(m) if m.n_experts else dense
     heads = f"{m.n_heads} heads over {m.n_kv_heads} kv heads of {m.resolved_head_dim}"
-    extras = "".join(text for on, text in ((m.attn_bias, ", biases"), (m.attn_sinks, ", sinks")) if on)
+    biases = ", biases" if m.attn_out_bias else ", biases of q, k and v"
+    extras = "".join(text for on, text in ((m.attn_bias, biases), (m.attn_sinks, ", sinks")) if on)
     rows = {
         "model": f"{m.n_layers} blocks, width {m.dim}, vocabulary {m.vocab_size:,}, {m.resolved_dtype}",
         "attention": f"{heads}; {attention}; gate {m.attn_gate}{extras}",
@@ -38,6 +39,16 @@ def describe(config: Config) -> str:
         count = sum(math.prod(x.shape) for x in trained.values())
         rows["LoRA"] = f"{count:,} trained parameters: rank {m.lora_rank} of {m.lora_targets}; the rest is frozen"
     return "\n".join(f"{name:15} {text}" for name, text in rows.items())
+
+
+def _experts(m: ModelConfig) -> str:
+    """Describe the experts of a model and what is beside them."""
+    text = f"{m.n_experts} experts, {m.experts_per_token} per token"
+    if m.shared_expert:
+        text += f", a shared one of hidden {m.shared_hidden}"
+    if m.n_dense_layers:
+        text += f"; first {m.n_dense_layers} layers dense, hidden {m.dense_hidden}"
+    return text + (f"; {m.router} router" if m.router != "softmax" else "")
 
 
 def compiled_memory(step: Any, state: Any, config: Config) -> str:

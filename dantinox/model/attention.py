@@ -11,8 +11,8 @@ from dantinox import kernels
 from dantinox.config import ModelConfig
 from dantinox.distributed.context import attend_over_context
 from dantinox.distributed.inference import call_kernel
-from dantinox.model.layers import dense, filled_parameter, parameter, rms_norm, value_of, zero_bias
-from dantinox.model.rope import apply_rope
+from dantinox.model.layers import dense, filled_parameter, norm, parameter, value_of, zero_bias
+from dantinox.model.rope import Ropes, apply_rope
 
 Array = jax.Array
 PastKeyValues = tuple[Array, Array, Array]
@@ -34,38 +34,44 @@ class _KeyStream:
         return jax.random.wrap_key_data(self.root.at[3].add(self.count), impl="unsafe_rbg")
 
 
+def _head_norm(config: ModelConfig, letter: str, heads: int) -> nnx.Param | None:
+    """Return the scale of the norm of queries or keys, per head or for all `heads`; None without qk_norm."""
+    if not config.qk_norm:
+        return None
+    D = config.resolved_head_dim
+    return filled_parameter(1, f"{letter}D", (heads, D)) if config.qk_norm_all_heads else filled_parameter(1, "D", (D,))
+
+
 class Attention(nnx.Module):
     """Grouped-query attention with optional window, gate, QK-norm, biases, sinks and soft cap."""
 
     def __init__(self, config: ModelConfig, layer: int, key: _KeyStream, out_std: float) -> None:
         M, H, K, D = config.dim, config.n_heads, config.n_kv_heads, config.resolved_head_dim
-        self.config, self.window = config, config.layer_window(layer)
+        self.config, self.window, self.rope = config, config.layer_window(layer), config.layer_rope(layer)
         self.q = parameter(key(), "MHD", (M, H, D), 0.02)
         self.k = parameter(key(), "MKD", (M, K, D), 0.02)
         self.v = parameter(key(), "MKD", (M, K, D), 0.02)
         self.o = parameter(key(), "HDM", (H, D, M), out_std)
         gate_width = {"none": 0, "head": 1, "elementwise": D}[config.attn_gate]
         self.gate = parameter(key(), "MHD", (M, H, gate_width), 0.02) if gate_width else None
-        self.q_norm = filled_parameter(1, "D", (D,)) if config.qk_norm else None
-        self.k_norm = filled_parameter(1, "D", (D,)) if config.qk_norm else None
+        self.q_norm = _head_norm(config, "H", H)
+        self.k_norm = _head_norm(config, "K", K)
         self.q_bias = zero_bias(config.attn_bias, "HD", (H, D))
         self.k_bias = zero_bias(config.attn_bias, "KD", (K, D))
         self.v_bias = zero_bias(config.attn_bias, "KD", (K, D))
-        self.o_bias = zero_bias(config.attn_bias, "M", (M,))
+        self.o_bias = zero_bias(config.attn_bias and config.attn_out_bias, "M", (M,))
         self.sinks = filled_parameter(0, "H", (H,)) if config.attn_sinks else None
 
-    def qkv_proj(self, x: Array, rope: tuple[Array, Array] | None) -> tuple[Array, Array, Array, Array | None]:
+    def qkv_proj(self, x: Array, ropes: Ropes) -> tuple[Array, Array, Array, Array | None]:
         """Project x [B, T, M] to q [B, T, H, D], k and v [B, T, K, D], and gate logits [B, T, H, D or 1] or None."""
         with jax.named_scope("qkv"):
             q = dense(x, self.q, bias=self.q_bias)
             k = dense(x, self.k, bias=self.k_bias)
             v = dense(x, self.v, bias=self.v_bias)
             gate = None if self.gate is None else dense(x, self.gate)
-        if self.q_norm is not None:
-            q = rms_norm(q, self.q_norm, self.config.norm_eps)
-            k = rms_norm(k, self.k_norm, self.config.norm_eps)
-        if rope is not None:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q, k = norm(q, self.q_norm, self.config), norm(k, self.k_norm, self.config)
+        if self.rope is not None:
+            q, k = apply_rope(q, *ropes[self.rope]), apply_rope(k, *ropes[self.rope])
         return q, k, v, gate
 
     @jax.named_scope("out")
@@ -74,24 +80,20 @@ class Attention(nnx.Module):
         return dense(o, self.o, bias=self.o_bias, num_summed=2)
 
     def __call__(
-        self,
-        x: Array,
-        rope: tuple[Array, Array] | None,
-        past: PastKeyValues | None = None,
-        segment_ids: Array | None = None,
+        self, x: Array, ropes: Ropes, past: PastKeyValues | None = None, segment_ids: Array | None = None
     ) -> tuple[Array, Array, Array]:
         """Attend causally over `past` and x.
 
         Args:
             x: [B, T, M].
-            rope: (cos, sin) of the positions of x; None without rotary positions.
+            ropes: of the positions of x.
             past: keys and values of earlier positions.
             segment_ids: [B, T] int32, without `past`; a token attends to its own segment only. None: one segment.
 
         Returns:
             (output [B, T, M], keys and values [B, T, K, D] of x, for a cache).
         """
-        q, k, v, gate = self.qkv_proj(x, rope)
+        q, k, v, gate = self.qkv_proj(x, ropes)
         sinks = value_of(self.sinks)
         with jax.named_scope("attend"):
             if segment_ids is not None:
@@ -136,11 +138,9 @@ class Attention(nnx.Module):
         letters = ["H", "BTHD", "BSKD", "BSKD", "BTHD", ("BT", "BS")]
         return call_kernel(run, [sinks, q, k, v, gate, segment_ids], letters, "BTHD")
 
-    def decode_step(
-        self, x: Array, rope: tuple[Array, Array] | None, cache: kernels.KVCache
-    ) -> tuple[Array, kernels.KVCache]:
+    def decode_step(self, x: Array, ropes: Ropes, cache: kernels.KVCache) -> tuple[Array, kernels.KVCache]:
         """Decode T tokens per sequence: x [B, T, M] -> (output [B, T, M], cache with the tokens appended)."""
-        q, k, v, gate = self.qkv_proj(x, rope)
+        q, k, v, gate = self.qkv_proj(x, ropes)
         window = self.window
         if window is not None and window + x.shape[1] - 1 > cache.k.shape[2]:
             window = None  # the cache has room for the whole text, which is shorter than the window

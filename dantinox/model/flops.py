@@ -6,7 +6,7 @@ from dantinox.kernels.cost import visible_pairs
 
 def total_parameters(config: ModelConfig) -> int:
     """Number of trained values; a tied embedding is one array and counts once."""
-    return _non_mlp_parameters(config) + config.n_layers * _mlp_parameters(config, config.n_experts)
+    return _non_mlp_parameters(config) + _mlp_parameters(config, config.n_experts)
 
 
 def active_parameters(config: ModelConfig) -> int:
@@ -14,7 +14,7 @@ def active_parameters(config: ModelConfig) -> int:
 
     By convention all of the embedding counts, although a token reads one row of it; a tied one counts once.
     """
-    return _non_mlp_parameters(config) + config.n_layers * _mlp_parameters(config, config.experts_per_token)
+    return _non_mlp_parameters(config) + _mlp_parameters(config, config.experts_per_token)
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, training: bool = True) -> float:
@@ -24,7 +24,7 @@ def flops_per_token(config: ModelConfig, seq_len: int, training: bool = True) ->
     pair inside the layer's window: scores and weighted values. The backward pass costs twice the forward;
     rematerialisation is not counted.
     """
-    weights = config.n_layers * (_attention_weights(config) + _mlp_weights(config, config.experts_per_token))
+    weights = config.n_layers * _attention_weights(config) + _mlp_weights(config, config.experts_per_token)
     weights += config.dim * config.vocab_size
     windows = [config.layer_window(layer) for layer in range(config.n_layers)]
     pairs = sum(visible_pairs(seq_len, seq_len, window=window) for window in windows)
@@ -52,18 +52,23 @@ def _layer_kv_bytes(config: ModelConfig) -> int:
 
 
 def _mlp_weights(config: ModelConfig, experts: int) -> int:
-    """Weights of one layer's MLP with `experts` of its experts; router and shared expert included."""
-    M, F = config.dim, config.hidden
-    if not config.n_experts:
-        return (2 if config.mlp == "gelu" else 3) * M * F
-    return M * config.n_experts + 3 * M * F * (experts + config.shared_expert)
+    """Weights of the MLPs of all layers with `experts` of their experts; routers and shared experts included."""
+    M, num_sparse = config.dim, _num_sparse(config)
+    dense = (2 if config.mlp == "gelu" else 3) * M * config.dense_hidden
+    hidden = experts * config.hidden + config.shared_expert * config.shared_hidden
+    return (config.n_layers - num_sparse) * dense + num_sparse * (M * config.n_experts + 3 * M * hidden)
 
 
 def _mlp_parameters(config: ModelConfig, experts: int) -> int:
-    """Weights and biases of one layer's MLP with `experts` of its experts."""
-    has_bias = config.n_experts and config.moe_bias
-    biases = config.n_experts + experts * (2 * config.hidden + config.dim) if has_bias else 0
-    return _mlp_weights(config, experts) + biases
+    """Weights and biases of the MLPs of all layers with `experts` of their experts."""
+    biases = config.n_experts + experts * (2 * config.hidden + config.dim) if config.moe_bias else 0
+    biases += config.n_experts if config.selection_bias else 0
+    return _mlp_weights(config, experts) + _num_sparse(config) * biases
+
+
+def _num_sparse(config: ModelConfig) -> int:
+    """Number of layers with experts."""
+    return sum(config.is_sparse(layer) for layer in range(config.n_layers))
 
 
 def _attention_weights(config: ModelConfig) -> int:
@@ -76,9 +81,13 @@ def _attention_weights(config: ModelConfig) -> int:
 def _non_mlp_parameters(config: ModelConfig) -> int:
     """All parameters except those of the MLPs."""
     M, H, K, D = config.dim, config.n_heads, config.n_kv_heads, config.resolved_head_dim
-    attention = _attention_weights(config) + (2 * D if config.qk_norm else 0)
-    attention += (H * D + 2 * K * D + M if config.attn_bias else 0) + (H if config.attn_sinks else 0)
+    attention = _attention_weights(config)
+    if config.qk_norm:
+        attention += (H + K) * D if config.qk_norm_all_heads else 2 * D
+    attention += H * D + 2 * K * D + M * config.attn_out_bias if config.attn_bias else 0
+    attention += H if config.attn_sinks else 0
+    norms = 4 if config.norms == "both" else 2
     embeddings = config.vocab_size * M * (1 if config.tie_embeddings else 2)
     if config.pos_encoding == "learned":
         embeddings += config.max_context * M
-    return embeddings + config.n_layers * (attention + 2 * M) + M
+    return embeddings + config.n_layers * (attention + norms * M) + M

@@ -84,10 +84,21 @@ def dense(
 
 @jax.named_scope("norm")
 def rms_norm(x: Array, scale: nnx.Param, eps: float) -> Array:
-    """Compute x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32."""
-    x_f32 = x.astype(jnp.float32)
-    inv_rms = jax.lax.rsqrt(jnp.mean(x_f32 * x_f32, axis=-1, keepdims=True) + eps)
-    return (x_f32 * inv_rms * jnp.expand_dims(scale[...], tuple(range(x.ndim - 1)))).astype(x.dtype)
+    """Compute x / sqrt(mean(x^2) + eps) * scale over the axes of the scale, the last of x, in float32."""
+    x_f32, weight = x.astype(jnp.float32), scale[...]
+    mean = jnp.mean(x_f32 * x_f32, axis=tuple(range(-weight.ndim, 0)), keepdims=True)
+    inv_rms = jax.lax.rsqrt(collectives.mean_of_shares(mean, scale.axes) + eps)
+    return (x_f32 * inv_rms * jnp.expand_dims(weight, tuple(range(x.ndim - weight.ndim)))).astype(x.dtype)
+
+
+def norm(x: Array, scale: nnx.Param | None, config: ModelConfig) -> Array:
+    """Apply an RMSNorm; return x unchanged if the settings leave it out, so that it has no scale."""
+    return x if scale is None else rms_norm(x, scale, config.norm_eps)
+
+
+def branch_norm(config: ModelConfig, place: str) -> nnx.Param | None:
+    """Return the scale of a branch's norm, pre or post; None if the settings leave it out."""
+    return filled_parameter(1, "M", (config.dim,)) if config.norms in (place, "both") else None
 
 
 @jax.named_scope("dropout")
@@ -131,8 +142,10 @@ swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 class MLP(nnx.Module):
     """SwiGLU, clamped SwiGLU or GELU feed-forward network: [..., M] -> [..., F] -> [..., M]."""
 
-    def __init__(self, config: ModelConfig, key: Callable[[], Array], out_std: float) -> None:
-        M, F = config.dim, config.hidden
+    def __init__(
+        self, config: ModelConfig, key: Callable[[], Array], out_std: float, hidden: int | None = None
+    ) -> None:
+        M, F = config.dim, hidden or config.hidden
         self.config = config
         if config.mlp != "gelu":
             self.gate = parameter(key(), "MF", (M, F), 0.02)

@@ -28,6 +28,8 @@ class RouterStats(NamedTuple):
         z: router z-loss, mean of logsumexp(logits)^2, float32 scalar; it keeps the logits small.
         load: [E], the f_e. [L, E] of a model.
         entropy: entropy of the probabilities over log E, averaged over tokens: 1 is uniform, 0 certain. [L] of a model.
+
+    L counts the layers with experts. Sigmoid scores count as probabilities after a division by their sum.
     """
 
     balance: Array
@@ -36,14 +38,14 @@ class RouterStats(NamedTuple):
     entropy: Array
 
 
-def mean_over_layers(layers: Sequence[RouterStats]) -> RouterStats:
-    """Average the losses over the layers and stack the load and the entropy."""
-    balance, z, load, entropy = zip(*layers)
-    L = len(layers)
+def mean_over_layers(layers: Sequence[RouterStats | None]) -> RouterStats:
+    """Average the losses over the layers with experts and stack the load and the entropy."""
+    balance, z, load, entropy = zip(*[stats for stats in layers if stats is not None])
+    L = len(load)
     return RouterStats(sum(balance) / L, sum(z) / L, jnp.stack(load), jnp.stack(entropy))
 
 
-def router_metrics(stats: RouterStats, k: int) -> dict[str, Array]:
+def router_metrics(stats: RouterStats, k: int, first_layer: int = 0) -> dict[str, Array]:
     """Per-layer metrics of a model's routers with k experts per token, float32 scalars named router/METRIC.LAYER.
 
     load_max and load_min are the load of the busiest and of the least busy expert over the even load; entropy as in
@@ -56,30 +58,70 @@ def router_metrics(stats: RouterStats, k: int) -> dict[str, Array]:
         "entropy": stats.entropy,
         "dropped": 1 - jnp.sum(stats.load, axis=1) / k,
     }
-    return {f"router/{name}.{layer}": values[layer] for name, values in metrics.items() for layer in range(L)}
+    return {
+        f"router/{name}.{first_layer + layer}": values[layer] for name, values in metrics.items() for layer in range(L)
+    }
 
 
-def route(logits: Array, k: int) -> tuple[Array, Array, RouterStats]:
-    """Pick the k likeliest experts per token and renormalise their probabilities.
+def move_selection_biases(params: dict[str, Array], load: Array, config: ModelConfig) -> dict[str, Array]:
+    """Move the selection bias of each expert by the sign of its load error (DeepSeek-V3).
+
+    Args:
+        params: the parameters by name.
+        load: fraction of tokens per expert [layers with experts, E], as in `RouterStats`.
+        config: the settings of the model.
+    """
+    moved, even = {}, config.experts_per_token / config.n_experts
+    for layer in range(config.n_dense_layers, config.n_layers):
+        name = f"blocks.{layer}.mlp.selection_bias"
+        moved[name] = params[name] + config.selection_bias_rate * jnp.sign(even - load[layer - config.n_dense_layers])
+    return params | moved
+
+
+def route(
+    logits: Array,
+    k: int,
+    *,
+    kind: str = "softmax",
+    selection_bias: Array | None = None,
+    renormalise: bool = True,
+    scale: float = 1.0,
+) -> tuple[Array, Array, RouterStats]:
+    """Pick the k experts of the highest scores per token; their weights are the scores, by default over their sum.
 
     On a mesh the statistics are those of the tokens of all devices.
 
     Args:
         logits: router logits [N, E] float32.
         k: experts per token.
+        kind: of the scores: softmax or sigmoid.
+        selection_bias: [E], added to the scores for the selection only; it has no gradient.
+        renormalise: divide the weights by their sum.
+        scale: factor on the weights.
 
     Returns:
-        (expert ids [N, k] int32, weights [N, k] float32 that sum to 1 per token, router statistics).
+        (expert ids [N, k] int32, weights [N, k] float32, router statistics).
     """
     N, E = logits.shape
     log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    probabilities = jnp.exp(logits - log_z)
-    weights, ids = jax.lax.top_k(probabilities, k)
-    weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    log_p = logits - log_z
+    if kind == "sigmoid":
+        log_p = jax.nn.log_softmax(jax.nn.log_sigmoid(logits), axis=-1)
+    probabilities = jnp.exp(log_p)
+    scores = jax.nn.sigmoid(logits) if kind == "sigmoid" else probabilities
+    if selection_bias is None:
+        weights, ids = jax.lax.top_k(scores, k)
+    else:
+        _, ids = jax.lax.top_k(jax.lax.stop_gradient(scores + selection_bias), k)
+        weights = jnp.take_along_axis(scores, ids, axis=-1)
+    if renormalise:
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        weights = weights / (total + 1e-20 if kind == "sigmoid" else total)  # sigmoids may all be zero
+    weights = weights if scale == 1 else weights * scale
     chosen = ids.reshape(-1)[:, None] == jnp.arange(E, dtype=ids.dtype)[None]
     load = mean_over_tokens(jnp.sum(chosen, axis=0, dtype=jnp.float32) / N)  # f_e, sums to k
     balance = E * jnp.sum(load * mean_over_tokens(jnp.mean(probabilities, axis=0)))
-    entropy = -mean_over_tokens(jnp.mean(jnp.sum(probabilities * (logits - log_z), axis=-1))) / math.log(max(2, E))
+    entropy = -mean_over_tokens(jnp.mean(jnp.sum(probabilities * log_p, axis=-1))) / math.log(max(2, E))
     z = mean_over_tokens(jnp.mean(log_z**2))
     return ids.astype(jnp.int32), weights, RouterStats(balance, z, load, entropy)
 
@@ -98,14 +140,22 @@ class MoE(nnx.Module):
         self.gate_bias = zero_bias(config.moe_bias, "EF", (E, F))
         self.up_bias = zero_bias(config.moe_bias, "EF", (E, F))
         self.down_bias = zero_bias(config.moe_bias, "EM", (E, M))
-        self.shared = MLP(config, key, out_std) if config.shared_expert else None
+        self.selection_bias = zero_bias(config.selection_bias, "E", (E,))
+        self.shared = MLP(config, key, out_std, config.shared_hidden) if config.shared_expert else None
 
     def __call__(self, x: Array) -> tuple[Array, RouterStats]:
         """Return the output for x [..., M] and the statistics of the router."""
         tokens = x.reshape(-1, x.shape[-1])
         with jax.named_scope("router"):
             logits = dense(tokens, self.router, jnp.float32, bias=self.router_bias)
-            ids, weights, stats = route(logits, self.config.experts_per_token)
+            ids, weights, stats = route(
+                logits,
+                self.config.experts_per_token,
+                kind=self.config.router,
+                selection_bias=value_of(self.selection_bias),
+                renormalise=self.config.router_renormalise,
+                scale=self.config.router_scale,
+            )
         with jax.named_scope("experts"):
             matrices = [value_of(w, x.dtype) for w in (self.gate, self.up, self.down)]
             biases = [value_of(b, x.dtype) for b in (self.gate_bias, self.up_bias, self.down_bias)]

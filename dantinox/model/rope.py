@@ -1,5 +1,6 @@
 """Rotary position embeddings (RoPE), and their scaling to contexts longer than the one trained on."""
 
+import dataclasses
 import math
 
 import jax
@@ -9,6 +10,8 @@ import numpy as np
 from dantinox.config import ModelConfig
 
 Array = jax.Array
+Ropes = dict[str, tuple[Array, Array]]
+"""(cos, sin) of the positions of a text, each [..., T, D / 2], by `ModelConfig.layer_rope`; empty without any."""
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
@@ -52,6 +55,18 @@ def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
 def original_context(config: ModelConfig) -> int:
     """Return the context length, in tokens, that a model with scaled frequencies was trained on."""
     return config.rope_original_context or max(1, round(config.max_context / config.rope_factor))
+
+
+def ropes_at(config: ModelConfig, positions: Array) -> Ropes:
+    """Return (cos, sin) of int32 positions [...] for each kind of rotary positions that a layer has."""
+    kinds = {config.layer_rope(layer) for layer in range(config.n_layers)}
+    ropes = {}
+    if "plain" in kinds:
+        ropes["plain"] = rope_cos_sin(config, positions)
+    if "windowed" in kinds:
+        windowed = dataclasses.replace(config, rope_theta=config.rope_theta_windowed, rope_scaling="none")
+        ropes["windowed"] = rope_cos_sin(windowed, positions)
+    return ropes
 
 
 def rope_cos_sin(config: ModelConfig, positions: Array) -> tuple[Array, Array]:

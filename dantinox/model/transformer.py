@@ -1,4 +1,4 @@
-"""The Transformer: pre-norm blocks of windowed, gated, grouped-query attention and a dense or sparse MLP."""
+"""The Transformer: blocks of windowed, gated, grouped-query attention and a dense or sparse MLP."""
 
 from collections.abc import Sequence
 
@@ -14,28 +14,29 @@ from dantinox.distributed.inference import call_kernel
 from dantinox.kernels.einsum import einsum
 from dantinox.model import layer_loop
 from dantinox.model.attention import Attention, PastKeyValues, _KeyStream
-from dantinox.model.layers import MLP, dropout, filled_parameter, parameter, rms_norm, value_of
+from dantinox.model.layers import MLP, branch_norm, dropout, filled_parameter, norm, parameter, value_of
 from dantinox.model.moe import MoE, RouterStats, mean_over_layers
-from dantinox.model.rope import positions_in_segments, rope_cos_sin
+from dantinox.model.rope import Ropes, positions_in_segments, ropes_at
 
 Array = jax.Array
 
 
 class Block(nnx.Module):
-    """h + attention(norm(h)), then h + mlp(norm(h))."""
+    """h + norm(attention(norm(h))), then h + norm(mlp(norm(h))), with the norms that the settings have."""
 
     def __init__(self, config: ModelConfig, layer: int, key: _KeyStream) -> None:
         out_std = 0.02 / (2 * config.n_layers) ** 0.5  # keeps the residual stream's variance flat in depth
         self.config = config
-        self.attention_norm = filled_parameter(1, "M", (config.dim,))
+        self.attention_norm, self.attention_post_norm = branch_norm(config, "pre"), branch_norm(config, "post")
         self.attention = Attention(config, layer, key, out_std)
-        self.mlp_norm = filled_parameter(1, "M", (config.dim,))
-        self.mlp = (MoE if config.n_experts else MLP)(config, key, out_std)
+        self.mlp_norm, self.mlp_post_norm = branch_norm(config, "pre"), branch_norm(config, "post")
+        is_sparse = config.is_sparse(layer)
+        self.mlp = MoE(config, key, out_std) if is_sparse else MLP(config, key, out_std, config.dense_hidden)
 
     def __call__(
         self,
         h: Array,
-        rope: tuple[Array, Array] | None,
+        ropes: Ropes,
         key: Array | None = None,
         past: PastKeyValues | None = None,
         segment_ids: Array | None = None,
@@ -43,29 +44,28 @@ class Block(nnx.Module):
         """Apply both branches to h [B, T, M], given `past` -> (h, router statistics, (keys, values) [B, T, K, D])."""
         keys = (None, None) if key is None else jax.random.split(key)
         with jax.named_scope("attention"):
-            o, k, v = self.attention(rms_norm(h, self.attention_norm, self.config.norm_eps), rope, past, segment_ids)
-            h = h + dropout(o, self.config.dropout, keys[0])
+            o, k, v = self.attention(norm(h, self.attention_norm, self.config), ropes, past, segment_ids)
+            h = h + dropout(norm(o, self.attention_post_norm, self.config), self.config.dropout, keys[0])
         h, router_stats = self.feed_forward(h, keys[1])
         return h, router_stats, (k, v)
 
-    def decode_step(
-        self, h: Array, rope: tuple[Array, Array] | None, cache: kernels.KVCache
-    ) -> tuple[Array, kernels.KVCache]:
+    def decode_step(self, h: Array, ropes: Ropes, cache: kernels.KVCache) -> tuple[Array, kernels.KVCache]:
         """Decode T tokens per sequence: h [B, T, M] -> (h, cache with the tokens appended)."""
         with jax.named_scope("attention"):
-            o, cache = self.attention.decode_step(rms_norm(h, self.attention_norm, self.config.norm_eps), rope, cache)
-            h = h + o
+            o, cache = self.attention.decode_step(norm(h, self.attention_norm, self.config), ropes, cache)
+            h = h + norm(o, self.attention_post_norm, self.config)
         return self.feed_forward(h, None)[0], cache
 
     def feed_forward(self, h: Array, key: Array | None) -> tuple[Array, RouterStats | None]:
         """Add the MLP branch, dense or sparse: h [B, T, M] -> (h, router statistics or None)."""
         router_stats = None
-        with jax.named_scope("moe" if self.config.n_experts else "mlp"):
-            x = rms_norm(h, self.mlp_norm, self.config.norm_eps)
-            if self.config.n_experts:
+        with jax.named_scope("moe" if isinstance(self.mlp, MoE) else "mlp"):
+            x = norm(h, self.mlp_norm, self.config)
+            if isinstance(self.mlp, MoE):
                 y, router_stats = self.mlp(x)
             else:
                 y = self.mlp(x)
+            y = norm(y, self.mlp_post_norm, self.config)
             return h + dropout(y, self.config.dropout, key), router_stats
 
 
@@ -146,18 +146,18 @@ class Transformer(nnx.Module):
                 raise ValueError(f"tokens contain id {bad[0]}; allowed: 0 to {V - 1}")
         start = start + collectives.first_position(tokens.shape[1])
         positions = start + jnp.arange(tokens.shape[1])[None]
-        h, rope = self.embed(tokens, positions if segment_ids is None else positions_in_segments(segment_ids))
+        h, ropes = self.embed(tokens, positions if segment_ids is None else positions_in_segments(segment_ids))
         if with_kv or not layer_loop.runs_as_loop(self.config):
-            h, layer_stats, kv = layer_loop.run_blocks(self.blocks, self.config, h, rope, key, past, segment_ids)
+            h, layer_stats, kv = layer_loop.run_blocks(self.blocks, self.config, h, ropes, key, past, segment_ids)
         else:
-            h, layer_stats = layer_loop.loop_over_blocks(self.blocks, self.config, h, rope, key, segment_ids)
+            h, layer_stats = layer_loop.loop_over_blocks(self.blocks, self.config, h, ropes, key, segment_ids)
             kv = []
         router_stats = mean_over_layers(layer_stats) if self.config.n_experts else None
-        return rms_norm(h, self.final_norm, self.config.norm_eps), router_stats, kv
+        return norm(h, self.final_norm, self.config), router_stats, kv
 
     @jax.named_scope("embed")
-    def embed(self, tokens: Array, positions: Array) -> tuple[Array, tuple[Array, Array] | None]:
-        """Return (embedded tokens [B, T, M], rotary cos and sin or None) at int32 positions [B or 1, T]."""
+    def embed(self, tokens: Array, positions: Array) -> tuple[Array, Ropes]:
+        """Return (embedded tokens [B, T, M], rotary positions) at int32 positions [B or 1, T]."""
         limit = self.config.max_context
         if self.pos_embedding is not None and tokens.shape[1] > limit:
             raise ValueError(
@@ -165,11 +165,12 @@ class Transformer(nnx.Module):
             )
         dtype = jnp.dtype(self.config.dtype)
         h = vocabulary.embed(self.token_embedding[...], tokens, dtype)
+        if self.config.scale_embeddings:
+            h = h * jnp.asarray(self.config.dim**0.5, dtype)
         if self.pos_embedding is not None:
             # Padding may be past the last position.
             h = h + value_of(self.pos_embedding, dtype)[jnp.minimum(positions, limit - 1)]
-        rope = rope_cos_sin(self.config, positions) if self.config.pos_encoding == "rope" else None
-        return h, rope
+        return h, ropes_at(self.config, positions)
 
     @jax.named_scope("logits")
     def logits(self, h: Array) -> Array:

@@ -6,6 +6,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from dantinox.config import OptimConfig
 
+_VECTORS = ("_bias", "_scale")  # ends of names of parameters that are vectors per head or expert
 Tree = dict[str, jax.Array]  # by parameter name, such as blocks.0.attention.q
 
 
@@ -71,21 +72,21 @@ def update_rule(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTran
 
 
 def is_matrix(params: Tree) -> dict[str, bool]:
-    """Return which parameters are matrices, or stacks of them; biases of several heads or experts are not."""
-    return {name: getattr(p, "ndim", 0) > 1 and not name.endswith("_bias") for name, p in params.items()}
+    """Return which parameters are matrices, or stacks of them; biases and scales of heads or experts are not."""
+    return {name: getattr(p, "ndim", 0) > 1 and not name.endswith(_VECTORS) for name, p in params.items()}
 
 
 def muon_dimension_numbers(params: Tree) -> dict[str, MuonDimensionNumbers | None]:
     """Return how Muon views each parameter as a matrix: its reduction axes and its output axes.
 
-    None, for an update by Adam, for 1-D parameters, biases, embeddings and the output projection.
+    None, for an update by Adam, for 1-D parameters, biases, scales, embeddings and the output projection.
     """
     # optax calls this again with the parameters of Adam masked out.
     return {name: _muon_dimension_numbers(name, getattr(p, "ndim", 0)) for name, p in params.items()}
 
 
 def _muon_dimension_numbers(name: str, ndim: int) -> MuonDimensionNumbers | None:
-    if ndim < 2 or not name.startswith("blocks.") or name.endswith("_bias"):
+    if ndim < 2 or not name.startswith("blocks.") or name.endswith(_VECTORS):
         return None
     if ".attention." in name:
         *_, last = name.split(".")

@@ -243,6 +243,21 @@ RESUME_EFFECTS: dict[str, Effect | Callable[[Config, Config], Effect]] = {
     "lora_rank": "impossible",
     "lora_alpha": "impossible",
     "lora_targets": "impossible",
+    # of single families
+    "attn_out_bias": "impossible",
+    "qk_norm_all_heads": "impossible",
+    "norms": "impossible",
+    "rope_pattern": "impossible",
+    "rope_theta_windowed": "impossible",
+    "scale_embeddings": "impossible",
+    "n_dense_layers": "impossible",
+    "dense_ratio": "impossible",
+    "shared_ratio": "impossible",
+    "router": "impossible",
+    "router_renormalise": "impossible",
+    "router_scale": "impossible",
+    "selection_bias": "impossible",
+    "selection_bias_rate": "numbers",
     # data
     "data": "none",  # the text may move; `trainer_for_text` compares its content
     "tokenizer": "impossible",

@@ -13,7 +13,7 @@ from dantinox.config import Config
 from dantinox.distributed.collectives import per_device, separate_copies, sum_over_copies, sum_over_tokens
 from dantinox.distributed.mesh import batch_sharding, batch_spec, parameter_shardings, replicated
 from dantinox.model.lora import split_trained
-from dantinox.model.moe import router_metrics
+from dantinox.model.moe import move_selection_biases, router_metrics
 from dantinox.model.params import ModelDef, Params, param_axes
 
 Array = jax.Array
@@ -55,7 +55,8 @@ def compute_loss(
 
     Returns:
         (objective, metrics). The metric loss is the cross-entropy without auxiliary losses; a sparse model adds balance
-        and router_z, means over its layers, and those of `router_metrics`.
+        and router_z, means over its layers, those of `router_metrics`, and the load [layers, E] that moves selection
+        biases.
     """
     model = model_def.merge(params)
     h, router_stats = model.hidden(inputs, key=key, segment_ids=segment_ids)
@@ -64,8 +65,10 @@ def compute_loss(
     total = loss
     if router_stats is not None:
         metrics |= {"balance": router_stats.balance, "router_z": router_stats.z} | router_metrics(
-            router_stats, config.model.experts_per_token
+            router_stats, config.model.experts_per_token, config.model.n_dense_layers
         )
+        if config.model.selection_bias:
+            metrics["load"] = router_stats.load
         total = (
             total
             + config.model.router_aux_loss_coef * router_stats.balance
@@ -146,6 +149,8 @@ def make_train_step(
             with jax.numpy_dtype_promotion("standard"):  # Optax relies on it
                 updates, opt_state = optimizer.update(grads, state.opt_state, trained)
             params = frozen | optax.apply_updates(trained, updates)
+            if (load := metrics.pop("load", None)) is not None and not frozen:
+                params = move_selection_biases(params, load, config.model)
             ema = state.ema
             if ema is not None:
                 # A smaller decay in the first steps, so that the initial weights fade quickly.

@@ -32,6 +32,33 @@ EVERYTHING = {
     "grad_accum": 2,
     "batch_size": 16,
 }
+AFMOE = {
+    "n_layers": 5,
+    "window_pattern": "SSL",
+    "rope_pattern": "RRN",
+    "qk_norm": True,
+    "norms": "both",
+    "attn_gate": "elementwise",
+    "n_experts": 8,
+    "mlp_ratio": 1.0,
+    "n_dense_layers": 1,
+    "dense_ratio": 2.0,
+    "shared_expert": True,
+    "shared_ratio": 2.0,
+    "router": "sigmoid",
+    "router_scale": 2.0,
+    "selection_bias": True,
+    "selection_bias_rate": 0.1,
+    "scale_embeddings": True,
+}
+OLMO = {
+    "qk_norm": True,
+    "qk_norm_all_heads": True,
+    "norms": "post",
+    "rope_theta_windowed": 77.0,
+    "attn_bias": True,
+    "attn_out_bias": False,
+}
 DROPOUT = {"dropout": 0.2, "remat": "block"}
 
 
@@ -67,6 +94,12 @@ def test_every_mesh_equals_one_device(settings):
     if "n_experts" not in settings:  # without experts the axis deals sequences only; a few meshes have it
         meshes = [mesh for mesh in meshes if "expert" not in mesh or mesh == "expert=8"]
     assert_equal_to_one_device(meshes, settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [AFMOE, OLMO], ids=["afmoe", "olmo"])
+def test_open_models_on_meshes_equal_one_device(settings):
+    assert_equal_to_one_device(["tensor=2", "fsdp=2", "expert=2", "fsdp=2,tensor=2"], settings, devices=4)
 
 
 def test_ragged_exchange_is_refused_on_a_cpu():

@@ -18,6 +18,11 @@ TOKENS = np.random.default_rng(1).integers(0, V, (2, 24))  # beyond the windows
 NEW_TOKENS = 24
 FILE = Path(__file__).with_suffix(".npz")
 SIZES = {"vocab_size": V, "dim": 24, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "mlp_ratio": 2.0, "max_context": 64}
+OLMO = {"qk_norm": True, "qk_norm_all_heads": True, "norms": "post", "norm_eps": 1e-5}
+AFMOE = {
+    "attn_gate": "elementwise", "qk_norm": True, "norms": "both", "n_experts": 6, "experts_per_token": 2,
+    "router": "sigmoid", "selection_bias": True, "shared_expert": True,
+}  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "llama": {"n_kv_heads": 1, "rope_scaling": "llama3", "rope_factor": 4.0, "rope_original_context": 12},
     "mistral": {"window": 5, "head_dim": 10, "rope_theta": 500.0, "norm_eps": 1e-5},
@@ -26,6 +31,43 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3, windows": {"qk_norm": True, "window": 5, "window_pattern": "LLSS", "tie_embeddings": False},
     "qwen3_moe": {"qk_norm": True, "head_dim": 8, "n_experts": 6, "experts_per_token": 2, "tie_embeddings": False},
     "qwen3_moe, window": {"qk_norm": True, "n_experts": 6, "experts_per_token": 3, "window": 6},
+    "smollm3": {"rope_pattern": "RRN"},
+    "smollm3, windows": {
+        "rope_pattern": "RN",
+        "window": 5,
+        "window_pattern": "SSL",
+        "attn_bias": True,
+        "tie_embeddings": False,
+    },
+    "olmo2": OLMO | {"n_kv_heads": 4, "attn_bias": True},
+    "olmo3": OLMO | {"window": 5, "window_pattern": "SSL", "tie_embeddings": False},
+    "olmo3, yarn": OLMO
+    | {
+        "window": 6,
+        "window_pattern": "SL",
+        "rope_theta": 500.0,
+        "rope_theta_windowed": 500.0,
+        "rope_scaling": "yarn",
+        "rope_factor": 4.0,
+        "rope_original_context": 12,
+    },
+    "afmoe": AFMOE | {"window": 5, "window_pattern": "SSL", "rope_pattern": "RRN", "n_dense_layers": 1},
+    "afmoe, wide": AFMOE
+    | {
+        "n_layers": 5,
+        "window": 7,
+        "window_pattern": "SL",
+        "rope_pattern": "RN",
+        "n_dense_layers": 2,
+        "dense_ratio": 3.0,
+        "shared_ratio": 4.0,
+        "router_scale": 2.5,
+        "scale_embeddings": True,
+        "head_dim": 8,
+        "attn_bias": True,
+        "tie_embeddings": False,
+    },
+    "qwen2": {"attn_bias": True, "attn_out_bias": False, "window": 5, "window_pattern": "LSSS"},
 }
 
 

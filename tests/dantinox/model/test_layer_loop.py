@@ -14,12 +14,20 @@ from dantinox.model import layer_loop
 TINY = {"vocab_size": 50, "dim": 32, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "window": 5, "max_context": 16}
 
 
+AFMOE = {"n_experts": 4, "n_layers": 8, "n_dense_layers": 1, "rope_pattern": "RN", "norms": "both", "router": "sigmoid"}
+
+
 @pytest.mark.parametrize(
-    "experts", [pytest.param(0, id="dense", marks=pytest.mark.slow), pytest.param(4, id="experts")]
+    "features",
+    [
+        pytest.param({}, id="dense", marks=pytest.mark.slow),
+        pytest.param({"n_experts": 4}, id="experts"),
+        pytest.param(AFMOE, id="first layers dense", marks=pytest.mark.slow),
+    ],
 )
-def test_loop_over_the_window_pattern_equals_repeated_blocks(monkeypatch, experts):
-    settings = {"window_pattern": "SL", "n_experts": experts, "dropout": 0.1, "remat": "block", "seq_len": 16}
-    config = Config().replace(**TINY, **settings).model
+def test_loop_over_the_patterns_of_layers_equals_repeated_blocks(monkeypatch, features):
+    settings = {"window_pattern": "SL", "dropout": 0.1, "remat": "block", "seq_len": 16} | features
+    config = Config().replace(**TINY | settings).model
     graph, weights = nnx.split(Transformer(config, rngs=nnx.Rngs(0)))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, 16)), jnp.int32)
 

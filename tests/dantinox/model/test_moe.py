@@ -141,3 +141,29 @@ def test_router_under_switches_of_jax(switch, value):
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_sigmoid_router_selects_by_biased_scores_and_weighs_by_scores(renormalise):
+    rng = np.random.default_rng(0)
+    logits, bias = rng.standard_normal((40, 6)), np.array([3.0, 0, 0, -3, 0.2, 0])
+    ids, weights, stats = route(
+        jnp.float32(logits), 2, kind="sigmoid", selection_bias=jnp.float32(bias), renormalise=renormalise, scale=2.5
+    )
+    scores = 1 / (1 + np.exp(-logits))
+    best = np.argsort(-(scores + bias), axis=1)[:, :2]
+    np.testing.assert_array_equal(ids, best)
+    chosen = np.take_along_axis(scores, best, axis=1)
+    np.testing.assert_allclose(
+        weights, 2.5 * (chosen / chosen.sum(1, keepdims=True) if renormalise else chosen), rtol=1e-5
+    )
+    load, p = np.bincount(best.ravel(), minlength=6) / 40, scores / scores.sum(1, keepdims=True)
+    np.testing.assert_allclose(stats.load, load, rtol=1e-6)
+    assert load[0] == 1 and load[3] == 0
+    assert float(stats.balance) == pytest.approx(6 * (load * p.mean(0)).sum(), rel=1e-5)
+    assert float(stats.entropy) == pytest.approx(-(p * np.log(p)).sum(1).mean() / np.log(6), rel=1e-5)
+
+
+def test_sigmoids_of_zero_give_finite_weights():
+    _, weights, stats = route(jnp.full((3, 4), -1e4), 2, kind="sigmoid")
+    assert all(bool(jnp.isfinite(x).all()) for x in (weights, *stats))

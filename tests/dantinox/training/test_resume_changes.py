@@ -39,7 +39,7 @@ NUMBERS = {
     "router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.5, "dropout": 0.1, "remat": "block", "attn": "reference",
     "moe": "xla", "loss": "reference", "lr": 0.02, "schedule": "cosine", "warmup_ratio": 0.9, "min_lr_ratio": 0.5,
     "weight_decay": 0.5, "beta1": 0.5, "beta2": 0.5, "grad_clip": 0.1, "ema_decay": 0.1, "batch_size": 2, "seq_len": 8,
-    "grad_accum": 2, "seed": 1, "mesh": "data=2", "eval_batches": 1,
+    "grad_accum": 2, "seed": 1, "mesh": "data=2", "eval_batches": 1, "selection_bias_rate": 0.01,
 }  # fmt: skip
 IMPOSSIBLE = {
     "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 4, "window": None, "window_pattern": "SL",
@@ -49,6 +49,10 @@ IMPOSSIBLE = {
     "moe_bias": True,
     "mlp_ratio": 2.0, "n_experts": 4, "experts_per_token": 1, "shared_expert": True, "tie_embeddings": False,
     "lora_rank": 2, "lora_alpha": 8.0, "lora_targets": "q,v",
+    "attn_out_bias": False, "qk_norm_all_heads": True,
+    "scale_embeddings": True, "n_dense_layers": 1, "dense_ratio": 2.0, "shared_ratio": 2.0, "router": "sigmoid",
+    "router_renormalise": False, "router_scale": 2.0, "selection_bias": True,
+    "norms": "both", "rope_pattern": "RN", "rope_theta_windowed": 100.0,
     "norm_eps": 1e-5, "dtype": "bfloat16", "tokenizer": "bpe", "init_from": "folder",
     "data_format": "examples",
     "val_fraction": 0.2, "optimizer": "lion",
@@ -207,6 +211,7 @@ def test_change_of_numbers_resumes_and_says_so(name, run, whole, capsys):
     if name not in (
         "router_aux_loss_coef",
         "router_z_loss_coef",
+        "selection_bias_rate",
         "remat",
         "attn",
         "moe",

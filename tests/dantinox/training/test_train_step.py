@@ -241,3 +241,26 @@ def test_split_and_merge_params_round_trip():
     assert (model(tokens) == direct).all()
     assert split_params(model)[1].keys() == start.params.keys() == set(param_axes(config.model))
     assert hash(model_def) == hash(abstract_params(config.model)[0])
+
+
+def test_selection_biases_move_against_the_load_and_by_nothing_else():
+    """The optimizer, its weight decay and the gradient leave them alone; two micro-batches count as one batch."""
+    rate = 0.25
+    settings = {"n_experts": 4, "router": "sigmoid", "selection_bias": True, "selection_bias_rate": rate}
+    config, model_def, start, step = build(
+        **settings, n_layers=2, n_dense_layers=1, mlp_ratio=1.0, grad_accum=2, weight_decay=1.0, attn="xla", moe="xla"
+    )
+    name = "blocks.1.mlp.selection_bias"
+    params = start.params | {name: jnp.float32([0.7, 0.1, -0.3, 0.2])}
+    before = np.asarray(params[name])
+    inputs, targets = batch(config)
+    _, stats = model_def.merge(params).hidden(inputs.reshape(-1, inputs.shape[-1]))
+    load = np.asarray(stats.load)
+    assert load.shape == (1, 4) and load.sum() == pytest.approx(2) and load[0, 0] > 0.9
+    _, gradients = jax.value_and_grad(lambda p: compute_loss(model_def, config, p, inputs[0], targets[0], None)[0])(
+        params
+    )
+    assert not gradients[name].any()
+    after, metrics = step(start._replace(params=params), inputs, targets, jnp.int32(0))
+    np.testing.assert_allclose(after.params[name], before + rate * np.sign(0.5 - load[0]), rtol=1e-6)
+    assert "load" not in metrics and "router/load_max.1" in metrics and "router/load_max.0" not in metrics
