@@ -1,4 +1,4 @@
-"""The text of files as a stream of blocks of about a megabyte, in an order that depends on the files only.
+"""The text of files as a stream of blocks of about half a megabyte, in an order that depends on the files only.
 
 A block has whole documents, which the process that works on it finds and checks, or a part of a long one:
 
@@ -22,8 +22,8 @@ from dantinox.data.tokenizer import split_text
 from dantinox.data.utf8 import NotTextError, decode
 from dantinox.system.malloc import release_freed_memory
 
-BLOCK = 1 << 20  # bytes or characters
-BLOCKS_PER_RELEASE = 32  # of memory, which takes some milliseconds
+BLOCK = 1 << 19  # bytes or characters
+BLOCKS_PER_RELEASE = 16  # of memory, which takes some milliseconds
 MAX_DOCUMENTS = 4096  # of a block
 MAX_LINE = 1 << 28
 SKIP = -1  # in a plan

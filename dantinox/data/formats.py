@@ -14,7 +14,7 @@ from typing import IO, Any
 from dantinox.data.files import printable
 from dantinox.data.utf8 import NotTextError
 
-CHUNK = 1 << 20
+CHUNK = 1 << 19
 ZSTD_CHUNK = 1 << 14  # compressed bytes, which may become many more
 PARQUET_ROWS = 64  # decoded at once
 TEXT_COLUMN = "text"

@@ -1,23 +1,31 @@
 """A process of `dantinox.data.pool`: it receives a function, then blocks, and answers (result, error) to each."""
 
 import contextlib
+import itertools
 import os
 import pickle
 import sys
 from multiprocessing.connection import Connection
+
+from dantinox.system.malloc import release_freed_memory
+
+BLOCKS_PER_RELEASE = 8  # of memory
 
 
 def serve(connection: Connection) -> None:
     """Answer until the other end is closed, or its process has ended."""
     with contextlib.suppress(EOFError, ConnectionError):
         work = pickle.loads(connection.recv_bytes())
-        while True:
+        for number in itertools.count(1):
             block = pickle.loads(connection.recv_bytes())
             try:
                 answer = work(block), None
             except Exception as error:
                 answer = None, _portable(error, getattr(block, "name", ""))
             connection.send_bytes(pickle.dumps(answer))
+            del block, answer
+            if number % BLOCKS_PER_RELEASE == 0:
+                release_freed_memory()
 
 
 def _portable(error: Exception, name: str) -> Exception:
