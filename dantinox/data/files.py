@@ -159,10 +159,10 @@ def _walk(
                     starts.append(link)
                 elif _identity(link) not in searched:
                     skipped.add(Skipped.LOOP, str(link.relative_to(root)))
+            inside = Path(folder).relative_to(root)
             for name in sorted(names):
                 if name.endswith(suffix) and is_wanted(name):
-                    path = Path(folder, name)
-                    yield str(path.relative_to(root)), path
+                    yield os.path.join(inside, name) if inside.parts else name, Path(folder, name)
 
 
 def _identity(path: str | Path) -> tuple[int, int] | None:
