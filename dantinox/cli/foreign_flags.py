@@ -83,6 +83,8 @@ OTHER_NAMES = {
     "router_scale": "route_scale routed_scaling_factor moe_router_topk_scaling_factor",
     "selection_bias": "expert_bias e_score_correction_bias moe_router_enable_expert_bias routed_bias",
     "selection_bias_rate": "load_balance_coeff moe_router_bias_update_rate routed_bias_update_rate bias_update_speed",
+    "attn_scale": "query_pre_attn_scalar attention_multiplier softmax_scale sm_scale attn_logits_scale qk_scale",
+    "norm_offset": "rms_norm_add_unit_offset zero_centered_gamma layernorm_1p scale_plus_one",
     "scale_embeddings": "mup_enabled normalize_embedding embedding_multiplier scale_emb",
     "router_aux_loss_coef": "load_balance_loss_weight moe_aux_loss_coeff aux_loss_coef aux_loss_weight balance_loss",
     "router_z_loss_coef": "router_z_loss z_loss_coef moe_z_loss_coeff z_loss",

@@ -51,6 +51,8 @@ NEW_SETTINGS = {
     "norms": "pre",
     "rope_pattern": "R",
     "rope_theta_windowed": None,
+    "attn_scale": None,
+    "norm_offset": False,
     "scale_embeddings": False,
     "n_dense_layers": 0,
     "dense_ratio": None,

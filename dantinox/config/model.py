@@ -60,7 +60,7 @@ class ModelConfig:
     """Context trained on, for yarn and llama3; None: max_context / rope_factor."""
     rope_truncate: bool = True
     """Round the bounds of yarn's ramp to whole pairs of features."""
-    mlp: Literal["swiglu", "gelu", "swiglu_clamped"] = "swiglu"
+    mlp: Literal["swiglu", "gelu", "swiglu_clamped", "geglu"] = "swiglu"
     """Kind of feed-forward network."""
     mlp_limit: float = 7.0
     """Limit of swiglu_clamped: u g sigmoid(alpha g) with g = min(gate, limit) and u = 1 + clip(up, -limit, limit)."""
@@ -119,6 +119,10 @@ class ModelConfig:
     """Repeated over the layers: R = rotary positions, N = none; for example RRRN. For pos_encoding rope."""
     rope_theta_windowed: float | None = None
     """Base of the rotary frequencies of windowed layers, which are not scaled then; None: as in the others."""
+    attn_scale: float | None = None
+    """Factor on attention scores; None: head_dim ** -0.5."""
+    norm_offset: bool = False
+    """Store the scales of RMSNorms minus one."""
     scale_embeddings: bool = False
     """Multiply embedded tokens by sqrt(dim)."""
     n_dense_layers: int = 0
@@ -151,7 +155,8 @@ class ModelConfig:
             check(value in allowed, f"{name} is {value!r}; allowed: {', '.join(allowed)}")
         check_positive(self, "vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "max_context")
         check_positive(self, "rope_original_context", "mlp_ratio", "norm_eps", "attn_softcap", "logit_softcap")
-        check_positive(self, "mlp_limit", "mlp_alpha", "lora_alpha", "dense_ratio", "shared_ratio", "router_scale")
+        check_positive(self, "mlp_limit", "mlp_alpha", "dense_ratio", "shared_ratio", "router_scale")
+        check_positive(self, "attn_scale", "lora_alpha")
         check(self.rope_theta > 1, f"rope_theta is {self.rope_theta}; allowed: more than 1")
         check(
             self.rope_theta_windowed is None or self.rope_theta_windowed > 1,
@@ -213,7 +218,7 @@ class ModelConfig:
                 "experts_per_token must not exceed n_experts",
             )
             check(
-                self.mlp != "gelu",
+                self.mlp in ("swiglu", "swiglu_clamped"),
                 f"mlp is {self.mlp!r} with n_experts {self.n_experts}; experts are swiglu or swiglu_clamped",
             )
             check(

@@ -32,10 +32,12 @@ _DERIVED: dict[str, Callable[[ModelConfig], int]] = {
     "resolved_head_dim": lambda config: config.resolved_head_dim,
     "dense_hidden": lambda config: config.dense_hidden,
     "shared_experts": lambda config: config.shared_hidden // config.hidden,
+    "attn_scale": lambda config: round(config.attn_scale**-2) if config.attn_scale else config.resolved_head_dim,
 }
 """Integers that families store instead of settings of ours."""
-_PLAIN_INTEGERS = {"sliding_window": 1, "max_window_layers": 0, "no_rope_layer_interval": 1}
-_PLAIN_INTEGERS["global_attn_every_n_layers"] = 1
+_PLAIN_INTEGERS = {"max_window_layers": 0} | dict.fromkeys(
+    ("sliding_window", "no_rope_layer_interval", "global_attn_every_n_layers", "sliding_window_pattern"), 1
+)
 """Settings of config.json that no setting of ours corresponds to -> their smallest value."""
 
 
@@ -139,6 +141,9 @@ def _unsupported(config: ModelConfig, family: Family) -> list[str]:
         for name, value in family.fixed.items()
         if getattr(config, name) != value and (name not in _NEEDS or getattr(config, _NEEDS[name]))
     ]
+    own_scale = config.attn_scale if "attn_scale" in family.fields else None
+    if own_scale and _DERIVED["attn_scale"](config) ** -0.5 != own_scale:
+        unsupported.append(f"attn_scale {config.attn_scale}")
     windows = {config.layer_window(layer) for layer in range(config.n_layers)}
     if len(windows) > 1 and family.windows != "pattern":
         unsupported.append(f"window_pattern {config.window_pattern!r} with window {config.window}")
@@ -185,6 +190,8 @@ def from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
     settings.setdefault("n_kv_heads", settings["n_heads"])
     settings.setdefault("tie_embeddings", False)
     settings |= _ratios(settings)
+    if score_dim := settings.get("attn_scale"):
+        settings["attn_scale"] = None if score_dim == settings["resolved_head_dim"] else score_dim**-0.5
     settings["head_dim"] = settings.pop("resolved_head_dim", None)
     settings.setdefault("n_experts", 0)
     settings |= family.fixed | _window_settings(hf_config, family, settings["n_layers"])
@@ -193,7 +200,8 @@ def from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
         settings.pop("rope_theta_windowed", None)
     settings |= _rope_pattern(hf_config, family, settings)
     settings |= _extra_settings(hf_config, family)
-    return ModelConfig(**{name: x for name, x in settings.items() if name not in _DERIVED}).without_default_head_dim()
+    known = get_type_hints(ModelConfig)
+    return ModelConfig(**{name: x for name, x in settings.items() if name in known}).without_default_head_dim()
 
 
 def _ratios(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Layout = Literal[
-    "llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "gpt_oss", "qwen2", "smollm3", "olmo2", "olmo3", "afmoe"
-]
+    "llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "gpt_oss", "qwen2", "smollm3", "olmo2", "olmo3", "afmoe",
+    "gemma3_text",
+]  # fmt: skip
 
 COMMON_FIELDS = {
     "vocab_size": "vocab_size",
@@ -40,6 +41,8 @@ _FIXED = {
     "moe_bias": False,
     "qk_norm_all_heads": False,
     "norms": "pre",
+    "attn_scale": None,
+    "norm_offset": False,
     "scale_embeddings": False,
     "n_dense_layers": 0,
     "router": "softmax",
@@ -308,6 +311,33 @@ FAMILIES: dict[Layout, Family] = {
             "topk_group": 1,
             "num_expert_groups": 1,
             "num_limited_groups": 1,
+        },
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        rope_theta=1e6,
+        windowed_theta=("rope_local_base_freq", 1e4),
+        windows="pattern",
+        default_window=4096,
+        default_pattern=_full_every("sliding_window_pattern", 6),
+        norms={
+            "attention_norm": "input_layernorm",
+            "attention_post_norm": "post_attention_layernorm",
+            "mlp_norm": "pre_feedforward_layernorm",
+            "mlp_post_norm": "post_feedforward_layernorm",
+        },
+        fields={
+            "attn_scale": "query_pre_attn_scalar",
+            "attn_bias": "attention_bias",
+            "logit_softcap": "final_logit_softcapping",
+        },
+        defaults={"n_kv_heads": 4, "resolved_head_dim": 256, "attn_scale": 256, "tie_embeddings": True},
+        differs={"mlp": "geglu", "norms": "both", "norm_offset": True, "qk_norm": True, "scale_embeddings": True},
+        required={
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_activation": "gelu_pytorch_tanh",
+            "attn_logit_softcapping": None,
+            "use_bidirectional_attention": False,
         },
     ),
 }

@@ -11,7 +11,7 @@ from dantinox import kernels
 from dantinox.config import ModelConfig
 from dantinox.distributed.context import attend_over_context
 from dantinox.distributed.inference import call_kernel
-from dantinox.model.layers import dense, filled_parameter, norm, parameter, value_of, zero_bias
+from dantinox.model.layers import dense, filled_parameter, norm, norm_scale, parameter, value_of, zero_bias
 from dantinox.model.rope import Ropes, apply_rope
 
 Array = jax.Array
@@ -39,7 +39,7 @@ def _head_norm(config: ModelConfig, letter: str, heads: int) -> nnx.Param | None
     if not config.qk_norm:
         return None
     D = config.resolved_head_dim
-    return filled_parameter(1, f"{letter}D", (heads, D)) if config.qk_norm_all_heads else filled_parameter(1, "D", (D,))
+    return norm_scale(config, f"{letter}D", (heads, D)) if config.qk_norm_all_heads else norm_scale(config, "D", (D,))
 
 
 class Attention(nnx.Module):
@@ -129,6 +129,7 @@ class Attention(nnx.Module):
                 v,
                 gate=gate,
                 window=self.window,
+                scale=config.attn_scale,
                 softcap=config.attn_softcap,
                 segment_ids=ids,
                 sinks=sinks,
@@ -168,6 +169,7 @@ class Attention(nnx.Module):
             cache,
             gate=gate,
             window=window,
+            scale=self.config.attn_scale,
             softcap=self.config.attn_softcap,
             sinks=sinks,
             implementation=self.config.decode,

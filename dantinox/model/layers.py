@@ -83,9 +83,12 @@ def dense(
 
 
 @jax.named_scope("norm")
-def rms_norm(x: Array, scale: nnx.Param, eps: float) -> Array:
-    """Compute x / sqrt(mean(x^2) + eps) * scale over the axes of the scale, the last of x, in float32."""
-    x_f32, weight = x.astype(jnp.float32), scale[...]
+def rms_norm(x: Array, scale: nnx.Param, eps: float, offset: bool = False) -> Array:
+    """Compute x / sqrt(mean(x^2) + eps) * scale over the axes of the scale, the last of x, in float32.
+
+    With `offset`, one is added to the scale.
+    """
+    x_f32, weight = x.astype(jnp.float32), scale[...] + 1 if offset else scale[...]
     mean = jnp.mean(x_f32 * x_f32, axis=tuple(range(-weight.ndim, 0)), keepdims=True)
     inv_rms = jax.lax.rsqrt(collectives.mean_of_shares(mean, scale.axes) + eps)
     return (x_f32 * inv_rms * jnp.expand_dims(weight, tuple(range(x.ndim - weight.ndim)))).astype(x.dtype)
@@ -93,12 +96,17 @@ def rms_norm(x: Array, scale: nnx.Param, eps: float) -> Array:
 
 def norm(x: Array, scale: nnx.Param | None, config: ModelConfig) -> Array:
     """Apply an RMSNorm; return x unchanged if the settings leave it out, so that it has no scale."""
-    return x if scale is None else rms_norm(x, scale, config.norm_eps)
+    return x if scale is None else rms_norm(x, scale, config.norm_eps, config.norm_offset)
+
+
+def norm_scale(config: ModelConfig, axes: str, shape: tuple[int, ...]) -> nnx.Param:
+    """Return the scale of an RMSNorm; `axes` as in `parameter`."""
+    return filled_parameter(0 if config.norm_offset else 1, axes, shape)
 
 
 def branch_norm(config: ModelConfig, place: str) -> nnx.Param | None:
     """Return the scale of a branch's norm, pre or post; None if the settings leave it out."""
-    return filled_parameter(1, "M", (config.dim,)) if config.norms in (place, "both") else None
+    return norm_scale(config, "M", (config.dim,)) if config.norms in (place, "both") else None
 
 
 @jax.named_scope("dropout")
@@ -140,7 +148,7 @@ swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
 class MLP(nnx.Module):
-    """SwiGLU, clamped SwiGLU or GELU feed-forward network: [..., M] -> [..., F] -> [..., M]."""
+    """SwiGLU, clamped SwiGLU, GeGLU or GELU feed-forward network: [..., M] -> [..., F] -> [..., M]."""
 
     def __init__(
         self, config: ModelConfig, key: Callable[[], Array], out_std: float, hidden: int | None = None
@@ -161,5 +169,8 @@ class MLP(nnx.Module):
         if config.mlp == "swiglu":
             return dense(swiglu(gate, up), self.down)
         gate_f32, up_f32 = gate.astype(jnp.float32), up.astype(jnp.float32)
-        h = clamped_swiglu(gate_f32, up_f32, config.mlp_limit, config.mlp_alpha)
+        if config.mlp == "geglu":
+            h = jax.nn.gelu(gate_f32, approximate=True) * up_f32
+        else:
+            h = clamped_swiglu(gate_f32, up_f32, config.mlp_limit, config.mlp_alpha)
         return dense(h.astype(x.dtype), self.down)

@@ -14,7 +14,7 @@ from dantinox.distributed.inference import call_kernel
 from dantinox.kernels.einsum import einsum
 from dantinox.model import layer_loop
 from dantinox.model.attention import Attention, PastKeyValues, _KeyStream
-from dantinox.model.layers import MLP, branch_norm, dropout, filled_parameter, norm, parameter, value_of
+from dantinox.model.layers import MLP, branch_norm, dropout, norm, norm_scale, parameter, value_of
 from dantinox.model.moe import MoE, RouterStats, mean_over_layers
 from dantinox.model.rope import Ropes, positions_in_segments, ropes_at
 
@@ -84,7 +84,7 @@ class Transformer(nnx.Module):
         learned = config.pos_encoding == "learned"
         self.pos_embedding = parameter(key(), "TM", (config.max_context, config.dim), 0.02) if learned else None
         self.blocks = nnx.List([Block(config, layer, key) for layer in range(config.n_layers)])
-        self.final_norm = filled_parameter(1, "M", (config.dim,))
+        self.final_norm = norm_scale(config, "M", (config.dim,))
         self.lm_head = None if config.tie_embeddings else parameter(key(), "MV", (config.dim, config.vocab_size), 0.02)
 
     def __call__(self, tokens: Array) -> Array:

@@ -249,6 +249,8 @@ RESUME_EFFECTS: dict[str, Effect | Callable[[Config, Config], Effect]] = {
     "norms": "impossible",
     "rope_pattern": "impossible",
     "rope_theta_windowed": "impossible",
+    "attn_scale": "impossible",
+    "norm_offset": "impossible",
     "scale_embeddings": "impossible",
     "n_dense_layers": "impossible",
     "dense_ratio": "impossible",

@@ -48,6 +48,7 @@ CLASSES = {
     "olmo2": "Olmo2",
     "olmo3": "Olmo3",
     "afmoe": "Afmoe",
+    "gemma3_text": "Gemma3Text",
 }
 
 
@@ -73,7 +74,7 @@ def main(root: Path) -> None:
         small = {key: x for key, x in SMALL.items() if defaults.get(key) is not None}
         config = config_class(**SIZES | small)
         folder = root / family
-        getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(folder)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         file = folder / "model.safetensors"
         with safe_open(file, "np") as tensors:
             shapes = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118

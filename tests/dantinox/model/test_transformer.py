@@ -96,6 +96,8 @@ TOGGLES = {
     "qk norm over all heads": {"qk_norm": True, "qk_norm_all_heads": True},
     "post-norms": {"norms": "post"},
     "norms before and after": {"norms": "both"},
+    "attention scale": {"attn_scale": 1.0},
+    "geglu": {"mlp": "geglu"},
     "scaled embeddings": {"scale_embeddings": True},
     "sigmoid router": {"n_experts": 4, "router": "sigmoid", "router_scale": 2.0, "selection_bias": True},
     "weights of experts as they are": {"n_experts": 4, "router_renormalise": False},

@@ -51,7 +51,7 @@ IMPOSSIBLE = {
     "lora_rank": 2, "lora_alpha": 8.0, "lora_targets": "q,v",
     "attn_out_bias": False, "qk_norm_all_heads": True,
     "scale_embeddings": True, "n_dense_layers": 1, "dense_ratio": 2.0, "shared_ratio": 2.0, "router": "sigmoid",
-    "router_renormalise": False, "router_scale": 2.0, "selection_bias": True,
+    "attn_scale": 0.5, "norm_offset": True, "router_renormalise": False, "router_scale": 2.0, "selection_bias": True,
     "norms": "both", "rope_pattern": "RN", "rope_theta_windowed": 100.0,
     "norm_eps": 1e-5, "dtype": "bfloat16", "tokenizer": "bpe", "init_from": "folder",
     "data_format": "examples",
