@@ -1,4 +1,7 @@
-"""Score a text with a trained model: `python -m dantinox.evaluate --run runs/NAME --data FILE`."""
+"""Score a text with a trained model: `python -m dantinox.evaluate --run runs/NAME --data FILE`.
+
+`--choices FILE` scores questions with several choices instead, and `--from DIR` takes a folder of weights.
+"""
 
 import time
 from collections.abc import Sequence
@@ -9,11 +12,13 @@ from dantinox import cli
 from dantinox.cli.model_source import (
     Folder,
     ParamDtype,
+    check_source,
     load_model,
     name_of_source,
 )
 from dantinox.config import Implementation
 from dantinox.data.corpus import find_documents
+from dantinox.inference.choices import read_questions, score_choices
 from dantinox.inference.scoring import score_documents
 from dantinox.system import malloc, streams
 from dantinox.system.json_text import json_text
@@ -35,6 +40,8 @@ class Arguments:
     """A tokenizer.json or its folder, for a --from without its own."""
     data: str | None = None
     """A text, .jsonl or .parquet file, also .gz or .zst; a folder or glob of them; or stdlib (Python's own source)."""
+    choices: str | None = None
+    """Instead of --data: a file of questions, {"question": ..., "choices": [...], "answer": 0} per line."""
     context: int | None = None
     """Tokens per window; None: max_context of the model."""
     stride: int | None = None
@@ -78,8 +85,12 @@ def report(arguments: Arguments) -> None:
     Raises:
         ValueError, NotImplementedError, OSError: the input is invalid; the message is one line.
     """
+    check_source(arguments)
+    if arguments.choices is not None:
+        report_choices(arguments)
+        return
     if arguments.data is None:
-        raise ValueError("data is missing; give --data a text file, a folder, a glob or stdlib")
+        raise ValueError("data is missing; give --data a text file, a folder, a glob or stdlib, or --choices a file")
     documents = find_documents(arguments.data)
     model, tokenizer = load_model(arguments, **{name: getattr(arguments, name) for name in ("attn", "moe", "loss")})
     start = time.perf_counter()
@@ -98,6 +109,32 @@ def report(arguments: Arguments) -> None:
         print(f"{'perplexity':14} {score.perplexity:.4f}")
         print(f"{'bits per byte':14} {score.bits_per_byte:.4f}")
     streams.report(f"{seconds:.2f} s, {score.tokens / seconds:.0f} tokens/s, including compilation")
+
+
+def report_choices(arguments: Arguments) -> None:
+    """Load the model, score the questions and print the result.
+
+    Raises:
+        ValueError, NotImplementedError, OSError: the input is invalid; the message is one line.
+    """
+    for name in ("data", "context", "stride"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"{name} and choices are both given; allowed: one of them")
+    assert arguments.choices is not None
+    questions = read_questions(arguments.choices)
+    model, tokenizer = load_model(arguments, **{name: getattr(arguments, name) for name in ("attn", "moe", "loss")})
+    start = time.perf_counter()
+    score = score_choices(model, tokenizer, questions, batch_size=arguments.batch_size)
+    seconds = time.perf_counter() - start
+    shares = {"accuracy": score.accuracy, "accuracy_normalised": score.normalised}
+    if arguments.json:
+        record = name_of_source(arguments) | {"choices": arguments.choices, "questions": score.questions} | shares
+        print(json_text(record | {"chance": score.chance, "log_likelihoods": score.log_likelihoods}))
+    else:
+        print(f"{'questions':20} {arguments.choices}: {score.questions:,}, {score.chance:.4f} right by chance")
+        for name, share in shares.items():
+            print(f"{name.replace('_', ', '):20} {share:.4f} ± {score.error(share):.4f}")
+    streams.report(f"{seconds:.2f} s, including compilation")
 
 
 def program() -> NoReturn:

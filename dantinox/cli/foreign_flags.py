@@ -136,6 +136,7 @@ OTHER_NAMES = {
     "n": "num_samples n_samples samples num_return_sequences num_sequences best_of nsamples num_outputs",
     "stop": "stop_sequence stop_sequences stop_string stop_strings stop_words stop_token stop_tokens reverse_prompt",
     "stride": "overlap step_size",
+    "choices": "questions tasks task multiple_choice",
     # files and messages
     "out": "out_dir output output_dir output_path outdir outfile output_file save_dir save_path export_dir dest",
     "runs_dir": "out_dir output_dir outdir save_dir log_dir logdir run_dir base_output_directory default_root_dir "
