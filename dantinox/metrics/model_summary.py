@@ -56,7 +56,8 @@ def compiled_memory(step: Any, state: Any, config: Config) -> str:
     micro = config.train.batch_size // config.train.grad_accum
     tokens = jax.ShapeDtypeStruct((config.train.grad_accum, micro, config.train.seq_len), jnp.int32)
     number = jax.ShapeDtypeStruct((), jnp.int32)
-    memory = step.lower(state, tokens, tokens, number).compile().memory_analysis()
+    batch = (tokens,) * (3 if config.data.has_segments else 2)
+    memory = step.lower(state, *batch, number).compile().memory_analysis()
     if memory is None:
         return f"{'memory':15} not reported by this backend"
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
