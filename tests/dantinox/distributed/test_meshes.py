@@ -59,6 +59,15 @@ OLMO = {
     "attn_bias": True,
     "attn_out_bias": False,
 }
+GEMMA = {
+    "qk_norm": True,
+    "norms": "both",
+    "norm_offset": True,
+    "mlp": "geglu",
+    "attn_scale": 0.3,
+    "scale_embeddings": True,
+    "rope_theta_windowed": 77.0,
+}
 DROPOUT = {"dropout": 0.2, "remat": "block"}
 
 
@@ -97,7 +106,7 @@ def test_every_mesh_equals_one_device(settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [AFMOE, OLMO], ids=["afmoe", "olmo"])
+@pytest.mark.parametrize("settings", [AFMOE, OLMO, GEMMA], ids=["afmoe", "olmo", "gemma"])
 def test_open_models_on_meshes_equal_one_device(settings):
     assert_equal_to_one_device(["tensor=2", "fsdp=2", "expert=2", "fsdp=2,tensor=2"], settings, devices=4)
 

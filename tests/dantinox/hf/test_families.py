@@ -30,8 +30,15 @@ def test_file_has_every_case():
     assert {case.partition(",")[0] for case in CASES} | {"gpt_oss"} == set(FAMILIES)  # gpt-oss has an oracle in NumPy
 
 
-@pytest.mark.parametrize("implementation", ["xla", "pallas"])
-@pytest.mark.parametrize("case", CASES)
+SHORT = ("llama", "mistral", "mixtral", "qwen3", "qwen3, windows", "qwen3_moe", "qwen3_moe, window", "afmoe")
+LOGITS = [
+    pytest.param(case, implementation, marks=() if case in SHORT else pytest.mark.slow)
+    for case in CASES
+    for implementation in ("xla", "pallas")
+]
+
+
+@pytest.mark.parametrize(("case", "implementation"), LOGITS)
 def test_logits_equal_those_of_transformers(case, implementation):
     model_def, params = split_params(make_model(case, attn=implementation, moe=implementation))
     logits = quickly(lambda params: model_def.merge(params)(TOKENS))(params)
