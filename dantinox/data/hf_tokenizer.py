@@ -186,8 +186,11 @@ def load_hf_tokenizer(folder: str | os.PathLike[str], file_name: str = FILE_NAME
         library = Library.from_str(content)
     except Exception as error:  # the library raises nothing more specific
         raise ValueError(f"{path} is damaged or not a tokenizer of Hugging Face: {error}") from None
-    if _add_tokens(library, settings.pop("added_tokens_decoder", None)):
-        content = library.to_str()
+    try:
+        if _add_tokens(library, settings.pop("added_tokens_decoder", None)):
+            content = library.to_str()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG_FILE} is damaged: added_tokens_decoder: {error!r}") from None
     eos = _text_of(settings.get("eos_token"))
     if eos is None:
         eos = next((text for text in USUAL_EOS if library.token_to_id(text) is not None), None)

@@ -153,6 +153,18 @@ def test_special_tokens_come_from_the_files_beside_it(library_of, tmp_path):
             {"tokenizer_config.json": '{"eos_token": "<none>"}'},
             "no token ends a document: eos_token '<none>' is not in",
         ),
+        (
+            {"tokenizer_config.json": '{"added_tokens_decoder": {"x": 1}}'},
+            "is damaged: added_tokens_decoder: ValueError",
+        ),
+        (
+            {"tokenizer_config.json": '{"added_tokens_decoder": {"999": {}}}'},
+            "is damaged: added_tokens_decoder: KeyError",
+        ),
+        (
+            {"tokenizer_config.json": '{"added_tokens_decoder": [1]}'},
+            "is damaged: added_tokens_decoder: AttributeError",
+        ),
         ({"chat_template.jinja": b"\xe9"}, "chat_template.jinja is damaged: byte 0 is not UTF-8"),
     ],
 )
