@@ -108,7 +108,8 @@ def test_compressed_files_and_parquet_hold_the_same_examples(tmp_path):
     assert [record.content for record in read_records(str(tmp_path / "b.jsonl.gz"))] == plain
     assert plain[:3] == [row["messages"] for row in rows[:3]] and plain[3] == "plain"
     pa = pytest.importorskip("pyarrow")
-    pytest.importorskip("pyarrow.parquet").write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet")
+    table = [{"messages": None, "text": None} | row for row in rows]
+    pytest.importorskip("pyarrow.parquet").write_table(pa.Table.from_pylist(table), tmp_path / "c.parquet")
     assert [record.content for record in read_records(str(tmp_path / "c.parquet"))] == plain
 
 

@@ -12,7 +12,14 @@ from dantinox.kernels.ops.grouped_matmul.pallas_sm90.tile_scheduler import PANEL
 
 NUM_SMS = 132
 ROWS = [row for row in workloads.select("grouped_matmul", "aot", "h100") if "bfloat16" in row.dtypes]
-SMALL = ("aot E=8 uniform", "aot E=8 zipf", "aot odd sizes", "decode, 128 experts")
+SMALL = (
+    "aot E=8 uniform",
+    "aot E=8 zipf",
+    "aot odd sizes",
+    "aot multiples of 16",
+    "aot multiples of 32",
+    "decode, 128 experts",
+)
 
 
 def wanted(sizes: np.ndarray, J: int, columns: int) -> float:

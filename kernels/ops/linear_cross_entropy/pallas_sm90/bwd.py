@@ -149,7 +149,7 @@ def launch(inputs: BwdInputs, columns: int, config: Sm90LossConfig) -> Array:
         BwdScratch(
             empty=warp_specialized.empty_barriers(STAGES),
             full=warp_specialized.full_barriers(STAGES, copies=2),
-            store_smem=wgmma_smem((COMPUTE_WARPGROUPS, STORE_BUFFERS, WARPGROUP_ROWS, store_columns), ds_dtype),
+            store_smem=wgmma_smem((COMPUTE_WARPGROUPS, STORE_BUFFERS, 1, WARPGROUP_ROWS, store_columns), ds_dtype),
             w_smem=wgmma_smem((STAGES, config.block_v, BLOCK_K), dtype),
             h_smem=wgmma_smem((STAGES, BLOCK_N, BLOCK_K), dtype),
         ),
@@ -209,8 +209,11 @@ class BwdKernel:
             if self.config.softcap is not None:
                 t = s * (1 / self.config.softcap)
                 ds *= 1.0 - t * t
-            target = self.out.ds.at[pl.ds(row, WARPGROUP_ROWS), pl.ds(tile.word + n, columns)]
-            start_copy = functools.partial(plgpu.copy_smem_to_gmem, dst=target, commit_group=False)
+
+            def start_copy(_: int, buffer: Ref) -> None:
+                target = self.out.ds.at[pl.ds(row, WARPGROUP_ROWS), pl.ds(tile.word + n, columns)]
+                plgpu.copy_smem_to_gmem(buffer, target, commit_group=False)
+
             warp_specialized.store_chunk_async(buffers, n // columns, ds, start_copy)
 
         for n in range(0, self.config.block_v, columns):
