@@ -132,7 +132,7 @@ def test_every_setting_is_in_the_table_and_tried_here():
 
 
 @pytest.mark.parametrize("name", IMPOSSIBLE)
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 def test_impossible_change_is_refused_by_name(name, run, capsys):
     new, old = BASE.replace(**{name: IMPOSSIBLE[name]}).flat(), BASE.flat()
     line = refused(capsys, run, flag(name, IMPOSSIBLE[name]))

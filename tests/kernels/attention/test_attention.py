@@ -98,7 +98,7 @@ def test_reference_matches_python_loops(case):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("case", "dtype"), cases.workload_parameters("attention"))
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(24)
 def test_implementation_matches_reference(case, dtype, implementation):
     inputs, aux, dout = cases.draw(case)
     small = case.T * case.S < 2**18
@@ -178,7 +178,7 @@ CHUNKED = {
     "case",
     [pytest.param(case, id=name, marks=pytest.mark.slow if "," in name else ()) for name, case in CHUNKED.items()],
 )
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(12)
 def test_chunked_scores_match_python_loops(case, monkeypatch):
     """The chunked path for long sequences, on short ones that `loops` can check: five chunks of two one-row blocks."""
     monkeypatch.setattr(xla, "MAX_DENSE_SCORES", 0)
@@ -222,7 +222,7 @@ def poisoned_parameters() -> list[Any]:
 
 @pytest.mark.parametrize("compared", ["output", "gradients"])
 @pytest.mark.parametrize(("name", "implementation"), poisoned_parameters())
-@pytest.mark.sampled(16)
+@pytest.mark.sampled(32)
 def test_masked_keys_do_not_affect_output(name, implementation, compared):
     case = POISONED[name]
     inputs, aux, dout = cases.draw(case)
@@ -246,7 +246,7 @@ def test_masked_keys_do_not_affect_output(name, implementation, compared):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ["127 grouped, gate, window", "packed, window"])
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(12)
 def test_two_runs_are_bit_equal(name, implementation):
     case = workloads.get("attention", name)
     inputs, aux, dout = cases.draw(case)

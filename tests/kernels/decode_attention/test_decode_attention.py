@@ -76,7 +76,7 @@ def test_reference_matches_python_loops(case):
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
 @pytest.mark.parametrize("case", [*WORKLOADS, LARGE_BATCH], ids=lambda case: case.name or "large batch")
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(16)
 def test_new_tokens_are_stored_in_their_slots_only(case, implementation):
     step = draw(case, fill=np.nan)
     _, cache = run(implementation, case, step, "float32")
@@ -92,7 +92,7 @@ def test_new_tokens_are_stored_in_their_slots_only(case, implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("case", "dtype"), cases.workload_parameters("decode_attention"))
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(24)
 def test_implementation_matches_reference(case, dtype, implementation):
     step = draw(case, dtype)
     o, reference = (run(name, case, step, dtype)[0] for name in (implementation, "reference"))

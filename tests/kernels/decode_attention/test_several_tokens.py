@@ -79,7 +79,7 @@ def assert_same_cache(a: kernels.KVCache, b: kernels.KVCache) -> None:
     ids=["no window", "wraps", "window of one, whole ring", "window past the end", "one token"],
 )
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.sampled(10)
+@pytest.mark.sampled(20)
 def test_tokens_at_once_equal_single_steps(form, T, C, lengths, options, dtype):
     options = dict(options)
     tokens = draw_tokens(T, options.pop("gate", "none"))
@@ -96,7 +96,7 @@ def test_tokens_at_once_equal_single_steps(form, T, C, lengths, options, dtype):
 
 @pytest.mark.parametrize(("window", "C"), [(None, 37), (9, 15)], ids=["no window", "ring that wraps"])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 def test_prompt_in_chunks_equals_attention_over_the_prompt(form, window, C):
     S, chunk = 37, 7
     prompt = draw_tokens(S, gate="head")
@@ -112,7 +112,7 @@ def test_prompt_in_chunks_equals_attention_over_the_prompt(form, window, C):
 
 @pytest.mark.parametrize("lengths", [[4, 5, 6], [10, 13, 40]], ids=["short", "ring that wraps"])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 def test_rewound_draft_leaves_no_trace(form, lengths):
     """Four tokens are drafted, of which each sequence accepts another number."""
     C, window, T = 12, 9, 4
@@ -201,7 +201,7 @@ def test_largest_sizes_that_fit_are_taken():
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 def test_tokens_that_no_query_sees_do_not_matter(form):
     """Empty slots, tokens behind every window, and those that the new ones overwrite."""
     T, window, C, lengths = 3, 5, 12, [0, 11, 40]
@@ -253,7 +253,7 @@ def test_gradients_match_reference_in_float64(T):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 def test_vmap_and_two_runs_equal_a_loop(implementation):
     tokens = [draw_tokens(3, "head", seed) for seed in (4, 5)]
     cache, sinks = draw_cache(12, [0, 11, 30]), jnp.linspace(-1.0, 1.0, H)
@@ -273,7 +273,7 @@ def test_vmap_and_two_runs_equal_a_loop(implementation):
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["shard_map", "explicit axes"])
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 def test_sharded_tokens_with_gate_and_sinks_equal_unsharded_ones(implementation, kind):
     mesh = jax.make_mesh((1,), ("data",), axis_types=(kind,), devices=jax.devices()[:1])
     tokens, cache, sinks = draw_tokens(3, "head"), draw_cache(12, [0, 11, 30]), np.linspace(-1, 1, H, dtype=np.float32)
@@ -315,7 +315,7 @@ def test_xla_exports_with_symbolic_batch_and_slots_and_pallas_refuses_them():
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 def test_sinks_of_any_size_give_the_exact_softmax(form):
     """A sink of -inf is none; a large one takes all; scales and soft caps leave it as it is."""
     tokens, cache = draw_tokens(2), draw_cache(8, [0, 4, 6])

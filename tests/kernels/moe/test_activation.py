@@ -74,7 +74,7 @@ def by_hand(inputs: dict[str, np.ndarray], ids: np.ndarray, dout: np.ndarray, ac
 
 @pytest.mark.parametrize("activation", ["swiglu", CLAMPED], ids=["swiglu", "clamped"])
 @pytest.mark.parametrize("biases", [BIASES, ("b_gate",), ("b_up",), ("b_down",), ()], ids=lambda names: "+".join(names))
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(16)
 def test_reference_matches_numpy(biases, activation):
     inputs, _, dout = draw(len(NONE), 5, 7, 4, 2, biases)
     with jax.enable_x64(True):
@@ -118,7 +118,7 @@ SIZES = {
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("activation", ["swiglu", CLAMPED], ids=["swiglu", "clamped"])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.sampled(16)
+@pytest.mark.sampled(32)
 def test_implementation_matches_reference(sizes, activation, dtype, implementation):
     inputs, aux, dout = draw(*sizes)
     tolerance.assert_matches_reference(
