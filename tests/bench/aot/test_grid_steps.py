@@ -241,7 +241,7 @@ def traced(op: str, spec: str, implementation: str) -> list[tuple[str, block_tra
         "aot tpu d256 32k causal",
     ],
 )
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_attention_takes_its_branches_as_its_schedule_of_blocks_says(spec):
     workload = workloads.get("attention", spec)
     config, heads = attention_bundles.pallas_config(workload, V6E)
@@ -274,8 +274,13 @@ def test_splash_takes_its_branches_as_its_mask_says(spec, implementation):
         assert (body.count, tuple(part.count for part in body.parts)) == (steps.steps, steps.taken)
 
 
-@pytest.mark.parametrize("spec", ["aot E=8 uniform", "Qwen3-30B-A3B zipf", "Mixtral-8x7B uniform"])
-@pytest.mark.sampled(2)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "aot E=8 uniform",
+        *(pytest.param(spec, marks=pytest.mark.slow) for spec in ("Qwen3-30B-A3B zipf", "Mixtral-8x7B uniform")),
+    ],
+)
 def test_grouped_matmul_takes_its_branches_as_its_visits_say(spec):
     workload = workloads.get("grouped_matmul", spec)
     sizes = products.with_skews(workload)["uniform"].integer_inputs()["group_sizes"]
@@ -301,7 +306,7 @@ def experts_steps(workload: workloads.MoE, name: str, sizes: np.ndarray) -> gmm_
     return steps
 
 
-@pytest.mark.parametrize("spec", ["aot top 2 of 8", "Qwen3-30B-A3B decode"])
+@pytest.mark.parametrize("spec", ["aot top 2 of 8", pytest.param("Qwen3-30B-A3B decode", marks=pytest.mark.slow)])
 def test_experts_take_their_branches_as_their_visits_say(spec):
     workload = products.with_skews(workloads.get("moe_mlp", spec))["uniform"]
     sizes = np.bincount(workload.integer_inputs()["expert_ids"].ravel(), minlength=workload.E)

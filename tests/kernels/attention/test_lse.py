@@ -79,7 +79,7 @@ def assert_close(actual, expected):
 
 @pytest.mark.parametrize("name", [*list(CASES)[:4]])
 @pytest.mark.parametrize("implementation", EVERYWHERE)
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 def test_lse_and_its_gradients(implementation, name):
     case = CASES[name]
 
@@ -105,6 +105,7 @@ def test_lse_and_its_gradients(implementation, name):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.sampled(2)
 def test_lse_of_16_bits_is_float32(implementation, dtype):
     case = CASES["banded"]
     (o, lse, _, _), (_, expected, _, _) = (results(each, case, call(case), dtype) for each in (implementation, "xla"))
@@ -114,7 +115,7 @@ def test_lse_of_16_bits_is_float32(implementation, dtype):
 
 @pytest.mark.parametrize("name", ["queries without a key", "full, segments", "all keys in the second part"])
 @pytest.mark.parametrize("implementation", EVERYWHERE)
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 def test_merge_of_two_parts_equals_the_whole(implementation, name):
     case = CASES[name]
 
