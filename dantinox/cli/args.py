@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import logging
 import os
 import re
 import sys
@@ -96,6 +97,12 @@ def exit_with_error(prog: str, message: object, code: int = 2) -> NoReturn:
         raise message
     streams.report(f"{prog}: error: {' '.join(str(message).split())}")
     raise SystemExit(code)
+
+
+def log_choices() -> None:
+    """Log the chosen implementations to standard error."""
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    logging.getLogger("jax").setLevel(logging.WARNING)
 
 
 @contextlib.contextmanager

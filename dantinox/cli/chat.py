@@ -5,7 +5,6 @@ standard input is a message.
 """
 
 import contextlib
-import logging
 import re
 import signal
 import sys
@@ -15,7 +14,7 @@ from typing import NoReturn
 
 from dantinox import cli
 from dantinox.cli.generate import argument_text, utf8_text
-from dantinox.cli.model_source import Folder, ParamDtype, check_source, load_model
+from dantinox.cli.model_source import ParamDtype, SourceArguments, check_source, load_model
 from dantinox.config import Implementation, KVDtype
 from dantinox.config.validation import check_int
 from dantinox.inference.chat import Chat
@@ -32,15 +31,9 @@ RESET = "/reset starts a new conversation"
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(SourceArguments):
     """Chat with a model."""
 
-    run: str | None = None
-    """The run: runs/NAME or NAME; None: nano."""
-    from_: Folder = None
-    """Instead of a run: a folder with config.json and safetensors, in the format of Hugging Face."""
-    checkpoint: str | None = None
-    """Checkpoint of the run: last, best (the lowest validation loss) or a step; None: last."""
     tokenizer: str | None = None
     """A tokenizer.json or its folder, for a --from without its own."""
     system: str | None = None
@@ -83,8 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Arguments, cli.positional_run(argv), default=Arguments(), prog=PROG, description="Chat with a model."
     )
     if arguments.verbose:
-        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-        logging.getLogger("jax").setLevel(logging.WARNING)
+        cli.log_choices()
     with cli.one_line_errors(PROG, arguments.verbose, cli.IMPLEMENTATION_FLAGS):
         converse(start_chat(arguments), check_int("max_new_tokens", arguments.max_new_tokens, 1))
     return 0

@@ -10,8 +10,8 @@ from typing import NoReturn
 
 from dantinox import cli
 from dantinox.cli.model_source import (
-    Folder,
     ParamDtype,
+    SourceArguments,
     check_source,
     load_model,
     name_of_source,
@@ -27,15 +27,9 @@ PROG = "dantinox-evaluate"
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(SourceArguments):
     """Score a text with a trained model."""
 
-    run: str | None = None
-    """The run: runs/NAME or NAME; None: nano."""
-    from_: Folder = None
-    """Instead of a run: a folder with config.json and safetensors, in the format of Hugging Face."""
-    checkpoint: str | None = None
-    """Checkpoint of the run: last, best (the lowest validation loss) or a step; None: last."""
     tokenizer: str | None = None
     """A tokenizer.json or its folder, for a --from without its own."""
     data: str | None = None

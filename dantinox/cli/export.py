@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dantinox import cli
-from dantinox.cli.model_source import DEFAULT_RUN, Folder, check_source, load_weights
+from dantinox.cli.model_source import DEFAULT_RUN, SourceArguments, check_source, load_weights
 from dantinox.config.validation import check_int
 from dantinox.hf.config import layout_of, to_hf
 from dantinox.hf.families import Layout
@@ -21,15 +21,9 @@ PROG = "dantinox-export"
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(SourceArguments):
     """Export a trained model in a Hugging Face layout."""
 
-    run: str | None = None
-    """The run: runs/NAME or NAME; None: nano."""
-    from_: Folder = None
-    """Instead of a run: a folder with config.json and safetensors, in the format of Hugging Face."""
-    checkpoint: str | None = None
-    """Checkpoint of the run: last, best (the lowest validation loss) or a step; None: last."""
     out: str | None = None
     """Folder to write; it must not exist, or be empty."""
     layout: Layout | None = None

@@ -6,7 +6,6 @@ Only the text is written to stdout; the speed is written to stderr. The function
 `dantinox.generate(model, prompts, ...)` is defined in `dantinox.inference.generate`.
 """
 
-import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import Annotated, NoReturn
 import tyro
 
 from dantinox import cli
-from dantinox.cli.model_source import Folder, ParamDtype, check_source, load_model
+from dantinox.cli.model_source import ParamDtype, SourceArguments, check_source, load_model
 from dantinox.cli.stream_printer import StreamPrinter, prompt_headers
 from dantinox.config import Implementation, KVDtype, ModelConfig
 from dantinox.config.validation import check_int
@@ -34,15 +33,9 @@ Texts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(SourceArguments):
     """Generate text from a trained model."""
 
-    run: str | None = None
-    """The run: runs/NAME or NAME; None: nano."""
-    from_: Folder = None
-    """Instead of a run: a folder with config.json and safetensors, in the format of Hugging Face."""
-    checkpoint: str | None = None
-    """Checkpoint of the run: last, best (the lowest validation loss) or a step; None: last."""
     tokenizer: str | None = None
     """A tokenizer.json or its folder, for a --from without its own."""
     prompt: Texts = ()
@@ -106,8 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code; invalid input exits with 2. An interrupt prints the text so far."""
     arguments = parse(argv)
     if arguments.verbose:
-        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-        logging.getLogger("jax").setLevel(logging.WARNING)
+        cli.log_choices()
     with cli.one_line_errors(PROG, arguments.verbose, cli.IMPLEMENTATION_FLAGS):
         generate_text(arguments)
     return 0

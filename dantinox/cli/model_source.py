@@ -1,7 +1,8 @@
 """Where the programs get a model from: a run of DantinoX, or a folder of weights in the format of Hugging Face."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -13,15 +14,19 @@ ParamDtype = Literal["float32", "bfloat16"]
 Folder = Annotated[str | None, tyro.conf.arg(name="from")]
 
 
-class Arguments(Protocol):
-    """The flags of a program that loads a model."""
+@dataclass(frozen=True)
+class SourceArguments:
+    """The first flags of a program that loads a model."""
 
-    run: str | None
-    from_: Folder
-    checkpoint: str | None
+    run: str | None = None
+    """The run: runs/NAME or NAME; None: nano."""
+    from_: Folder = None
+    """Instead of a run: a folder with config.json and safetensors, in the format of Hugging Face."""
+    checkpoint: str | None = None
+    """Checkpoint of the run: last, best (the lowest validation loss) or a step; None: last."""
 
 
-def load_model(arguments: Arguments, **overrides: Any) -> tuple[Transformer, Tokenizer]:
+def load_model(arguments: SourceArguments, **overrides: Any) -> tuple[Transformer, Tokenizer]:
     """Load the model and the tokenizer that the flags name; arguments and errors as those of `load_weights`.
 
     Raises:
@@ -36,7 +41,7 @@ def load_model(arguments: Arguments, **overrides: Any) -> tuple[Transformer, Tok
     return model, tokenizer
 
 
-def load_weights(arguments: Arguments, **overrides: Any) -> tuple[Transformer, Tokenizer | None]:
+def load_weights(arguments: SourceArguments, **overrides: Any) -> tuple[Transformer, Tokenizer | None]:
     """Load the model and, if there is one, the tokenizer that the flags name.
 
     Args:
@@ -63,7 +68,7 @@ def load_weights(arguments: Arguments, **overrides: Any) -> tuple[Transformer, T
     return load_hf(arguments.from_, **{"param_dtype": "auto"} | options, **overrides), tokenizer
 
 
-def _tokenizer_of(arguments: Arguments) -> Tokenizer | None:
+def _tokenizer_of(arguments: SourceArguments) -> Tokenizer | None:
     """Return the tokenizer of --from, or the one that --tokenizer names instead."""
     from dantinox.hf.folder import find_tokenizer
     from dantinox.hf.weights import local_folder
@@ -76,7 +81,7 @@ def _tokenizer_of(arguments: Arguments) -> Tokenizer | None:
     return tokenizer
 
 
-def check_source(arguments: Arguments) -> None:
+def check_source(arguments: SourceArguments) -> None:
     """Check the flags that say which model to load.
 
     Raises:
@@ -88,7 +93,7 @@ def check_source(arguments: Arguments) -> None:
         raise ValueError("checkpoint is given with from, and only runs have checkpoints; allowed: with --run")
 
 
-def name_of_source(arguments: Arguments) -> dict[str, str]:
+def name_of_source(arguments: SourceArguments) -> dict[str, str]:
     """Return {"run": the run} or {"from": the folder}, for a record of results."""
     from dantinox.checkpoint.load import find_run
 

@@ -109,8 +109,8 @@ def make_train_step(
         """Return metrics and gradients, averaged over the micro-batches; on a mesh, of one device's share."""
         with per_device(mesh, ragged=config.train.expert_exchange == "ragged"):
             params = separate_copies(params)  # their gradients are summed over the axis data once, at the end
+            first = inputs[0], targets[0], key, count, *[x[0] for x in segments]
             if A == 1:
-                first = inputs[0], targets[0], key, count, *[x[0] for x in segments]
                 metrics, grads = micro_batch_gradients(params, frozen, *first)
                 return metrics, sum_over_copies(grads)
 
@@ -120,7 +120,6 @@ def make_train_step(
                 found = micro_batch_gradients(params, frozen, x, y, micro_key, count, *of_batch)
                 return jax.tree.map(jnp.add, total, found), None
 
-            first = inputs[0], targets[0], key, count, *[x[0] for x in segments]
             shapes, _ = jax.eval_shape(micro_batch_gradients, params, frozen, *first)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), jax.tree.map(jnp.zeros_like, params)
             totals, _ = jax.lax.scan(accumulate, zeros, (inputs, targets, jnp.arange(A), *segments))
