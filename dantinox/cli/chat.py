@@ -78,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.verbose:
         cli.log_choices()
     with cli.one_line_errors(PROG, arguments.verbose, cli.IMPLEMENTATION_FLAGS):
-        converse(start_chat(arguments), check_int("max_new_tokens", arguments.max_new_tokens, 1))
+        max_new_tokens = check_int("max_new_tokens", arguments.max_new_tokens, 1)
+        converse(start_chat(arguments), max_new_tokens)
     return 0
 
 
@@ -89,7 +90,6 @@ def start_chat(arguments: Arguments) -> Chat:
         ValueError, NotImplementedError, OSError: the input is invalid; the message is one line.
     """
     check_source(arguments)
-    check_int("max_new_tokens", arguments.max_new_tokens, 1)
     sampling = Sampling.create(
         arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p, arguments.repetition_penalty
     )

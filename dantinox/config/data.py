@@ -37,6 +37,11 @@ class DataConfig:
         )
 
     @property
+    def arrays_per_batch(self) -> int:
+        """Inputs and targets, and with examples their segments."""
+        return 3 if self.has_segments else 2
+
+    @property
     def has_segments(self) -> bool:
         """Whether batches have a third array: which example each token belongs to."""
         return self.data_format == "examples"

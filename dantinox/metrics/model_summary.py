@@ -56,7 +56,7 @@ def compiled_memory(step: Any, state: Any, config: Config) -> str:
     micro = config.train.batch_size // config.train.grad_accum
     tokens = jax.ShapeDtypeStruct((config.train.grad_accum, micro, config.train.seq_len), jnp.int32)
     number = jax.ShapeDtypeStruct((), jnp.int32)
-    batch = (tokens,) * (3 if config.data.has_segments else 2)
+    batch = (tokens,) * config.data.arrays_per_batch
     memory = step.lower(state, *batch, number).compile().memory_analysis()
     if memory is None:
         return f"{'memory':15} not reported by this backend"

@@ -91,7 +91,7 @@ def make_train_step(
     depend only on the seed, the step number and the micro-batch. If the loss or the norm of the gradient is not finite,
     the new state equals the old one, bit for bit.
     """
-    A, has_segments = config.train.grad_accum, config.data.has_segments
+    A, num_arrays = config.train.grad_accum, config.data.arrays_per_batch
     root = jax.random.key(config.train.seed + 1)
 
     def micro_batch_gradients(
@@ -132,7 +132,15 @@ def make_train_step(
         gradients = jax.shard_map(
             gradients,
             mesh=mesh,
-            in_specs=(trained_specs, frozen_specs, tokens, tokens, everywhere, everywhere, *[tokens] * has_segments),
+            in_specs=(
+                trained_specs,
+                frozen_specs,
+                tokens,
+                tokens,
+                everywhere,
+                everywhere,
+                *[tokens] * (num_arrays - 2),
+            ),
             out_specs=(everywhere, trained_specs),
         )
 
@@ -166,7 +174,7 @@ def make_train_step(
     return jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(shardings, batch, batch, *[batch] * has_segments, replicated_sharding),
+        in_shardings=(shardings, *[batch] * num_arrays, replicated_sharding),
         out_shardings=(shardings, replicated_sharding),
     )
 
@@ -189,7 +197,7 @@ def make_eval_step(
     if mesh is None:
         return jax.jit(evaluate)
     param_specs, tokens = jax.tree.map(lambda sharding: sharding.spec, shardings), batch_spec(mesh)
-    num_arrays = 3 if config.data.has_segments else 2
+    num_arrays = config.data.arrays_per_batch
     in_specs = (param_specs, *[tokens] * num_arrays)
     sharded = jax.shard_map(evaluate, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec())
     batch = NamedSharding(mesh, tokens)

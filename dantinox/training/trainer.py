@@ -133,8 +133,8 @@ class Trainer:
             return self._rows(step, own.ravel())[of_arrays].reshape(*own.shape, t.seq_len)[..., index[2]]
 
         shape, sharding = (*numbers.shape, t.seq_len), mesh.batch_sharding(self.mesh)
-        num_arrays = 3 if self.config.data.has_segments else 2
-        return tuple(jax.make_array_from_callback(shape, sharding, partial(rows, i)) for i in range(num_arrays))
+        count = self.config.data.arrays_per_batch
+        return tuple(jax.make_array_from_callback(shape, sharding, partial(rows, i)) for i in range(count))
 
     def host_batch(self, step: int) -> tuple[np.ndarray, ...]:
         """Return the whole batch of a step, as `batch` does for one process."""
