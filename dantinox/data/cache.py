@@ -213,7 +213,7 @@ def cache_errors(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def cache_file(path: Path, *, sync: bool) -> Iterator[Callable[[bytes], None]]:
+def cache_file(path: Path, *, sync: bool) -> Iterator[Callable[[bytes | np.ndarray], None]]:
     """Create a file of the cache and return the function that appends to it.
 
     Args:
@@ -221,7 +221,7 @@ def cache_file(path: Path, *, sync: bool) -> Iterator[Callable[[bytes], None]]:
         sync: at the end it is on the disk.
     """
 
-    def write(raw: bytes) -> None:
+    def write(raw: bytes | np.ndarray) -> None:
         with cache_errors(path.parent):
             file.write(raw)
 

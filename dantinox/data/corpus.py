@@ -34,7 +34,6 @@ from dantinox.data.cache import (
     cached_corpus,
     checksum,
     cross_entropy,
-    id_dtype,
     load_cache,
     publish,
     recall,
@@ -242,11 +241,11 @@ def _write_cache(folder: Path, files: Sequence[Source], index: Index, tokenizer:
     ):
         writers = write_train, write_val
         blocks = read_blocks(files, IndexPlan(index), in_parts=encoder.takes_parts)
-        for block, (encoded, text_sizes) in pool.map(blocks):
-            sizes += text_sizes
-            for i, raw in enumerate(encoded):
-                counts[i] += np.bincount(np.frombuffer(raw, id_dtype(tokenizer.vocab_size)), minlength=counts.shape[1])
-                writers[i](raw)
+        for block, encoded in pool.map(blocks):
+            for i, text in enumerate(encoded):
+                sizes[i] += text.text_bytes
+                counts[i] += text.counts
+                writers[i](text.ids)
             os.utime(folder)  # not abandoned
             progress.advance(block.cost)
     stats = Stats(

@@ -64,6 +64,20 @@ def training_texts(files: Sequence[Source], index: Index, size: int) -> Iterator
                 offset += len(part.encode())
 
 
+class Encoded(NamedTuple):
+    """The training text of a block, or its validation text.
+
+    Attributes:
+        ids: the ids, uint16 or uint32 [N].
+        counts: how often each id occurs, int32 [vocab_size].
+        text_bytes: bytes of the text.
+    """
+
+    ids: np.ndarray
+    counts: np.ndarray
+    text_bytes: int
+
+
 class Encoder:
     """The work of encoding a block.
 
@@ -76,8 +90,8 @@ class Encoder:
         self.takes_parts = tokenizer.kind in DEFAULT_VOCAB  # others may have tokens with a space inside
         self._prefix = np.array(tokenizer.prefix, np.int32)
 
-    def __call__(self, block: Texts | Lines | Part | Failed) -> tuple[list[bytes], list[int]]:
-        """Return (ids, bytes of text) of the training and of the validation text of a block."""
+    def __call__(self, block: Texts | Lines | Part | Failed) -> list[Encoded]:
+        """Return the training and the validation text of a block."""
         ids: list[list[np.ndarray]] = [[], []]
         sizes = [0, 0]
         for place, text, start, is_last, train_chars in pieces_of(block):
@@ -91,7 +105,12 @@ class Encoder:
                 if ends[split]:
                     ids[split].append(np.array([self.tokenizer.eos_id]))
                 sizes[split] += len(part.encode())
-        return [b"".join(part.astype(self._dtype).tobytes() for part in parts) for parts in ids], sizes
+        return [self._join(parts, size) for parts, size in zip(ids, sizes, strict=True)]
+
+    def _join(self, parts: list[np.ndarray], text_bytes: int) -> Encoded:
+        ids = np.concatenate([np.zeros(0, self._dtype), *parts], dtype=self._dtype, casting="unsafe")
+        counts = np.bincount(ids, minlength=self.tokenizer.vocab_size).astype(np.int32)
+        return Encoded(ids, counts, text_bytes)
 
     def _encode(self, place: str, text: str) -> list[np.ndarray]:
         try:

@@ -7,6 +7,7 @@ import os
 import stat
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -116,9 +117,11 @@ def read_chunks(source: Source, *, is_known: bool = False) -> Iterator[bytes]:
         try:
             if name.endswith(".gz"):
                 unzipped = gzip.GzipFile(fileobj=file)
-                chunks: Iterator[bytes] = iter(lambda: unzipped.read(CHUNK), b"")
+                chunks: Iterator[bytes] = _read_ahead(iter(lambda: unzipped.read(CHUNK), b""))
+            elif name.endswith(".zst"):
+                chunks = _read_ahead(_zstd_chunks(source, file))
             else:
-                chunks = _zstd_chunks(source, file) if name.endswith(".zst") else iter(lambda: file.read(CHUNK), b"")
+                chunks = iter(lambda: file.read(CHUNK), b"")
             for chunk in chunks:
                 source.position = file.tell()
                 yield chunk
@@ -130,6 +133,15 @@ def read_chunks(source: Source, *, is_known: bool = False) -> Iterator[bytes]:
             if "Not a gzipped file" in str(error):
                 raise NotTextError("not gzip data") from None
             raise DamagedError(f"its compressed data is damaged ({error})") from None
+
+
+def _read_ahead(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield chunks while a thread decompresses the next one, which does not hold Python's lock."""
+    with ThreadPoolExecutor(1, "decompress") as executor:
+        following = executor.submit(next, chunks, None)
+        while (chunk := following.result()) is not None:
+            following = executor.submit(next, chunks, None)
+            yield chunk
 
 
 def _zstd_chunks(source: Source, file: IO[bytes]) -> Iterator[bytes]:

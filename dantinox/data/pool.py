@@ -16,6 +16,8 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
+from dantinox.data.worker import receive, send
+
 MAX_PROCESSES = 32  # more would wait for the process that reads
 BYTES_PER_PROCESS = 1 << 22  # of files; less is not worth a start
 
@@ -105,8 +107,8 @@ class Pool:
     def _call(self, block: Any) -> Any:
         process, connection = self._idle.get()
         try:
-            connection.send_bytes(pickle.dumps(block))
-            result, error = pickle.loads(connection.recv_bytes())
+            send(connection, block)
+            result, error = receive(connection)
         except (EOFError, OSError):
             self._idle.put((process, connection))  # so that no other thread waits for it
             code = process.wait()

@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 from multiprocessing.connection import Connection
+from typing import Any
 
 from dantinox.system.malloc import release_freed_memory
 
@@ -17,15 +18,34 @@ def serve(connection: Connection) -> None:
     with contextlib.suppress(EOFError, ConnectionError):
         work = pickle.loads(connection.recv_bytes())
         for number in itertools.count(1):
-            block = pickle.loads(connection.recv_bytes())
+            block = receive(connection)
             try:
                 answer = work(block), None
             except Exception as error:
                 answer = None, _portable(error, getattr(block, "name", ""))
-            connection.send_bytes(pickle.dumps(answer))
+            send(connection, answer)
             del block, answer
             if number % BLOCKS_PER_RELEASE == 0:
                 release_freed_memory()
+
+
+def send(connection: Connection, value: object) -> None:
+    """Send a value; its arrays and byte arrays are not copied into the pickle."""
+    buffers: list[pickle.PickleBuffer] = []
+    pickled = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    connection.send_bytes(pickle.dumps((len(buffers), pickled)))
+    for buffer in buffers:
+        connection.send_bytes(buffer.raw())
+
+
+def receive(connection: Connection) -> Any:
+    """Return the value that the other end sends.
+
+    Raises:
+        EOFError: the other end is closed.
+    """
+    count, pickled = pickle.loads(connection.recv_bytes())
+    return pickle.loads(pickled, buffers=[connection.recv_bytes() for _ in range(count)])
 
 
 def _portable(error: Exception, name: str) -> Exception:

@@ -12,7 +12,7 @@ import pytest
 
 from dantinox.data import corpus, indexing
 from dantinox.data.corpus import load_corpus
-from dantinox.data.pool import Pool, WorkerLostError
+from dantinox.data.pool import Pool, WorkerLostError, process_count
 from dantinox.data.tokenizer import BPETokenizer
 from tests.helpers.text_files import write
 
@@ -77,6 +77,7 @@ def test_error_of_the_tokenizer_names_file_and_line(tmp_path, monkeypatch, count
         load_corpus(tmp_path / "a.jsonl", cache_dir=tmp_path / "cache", existing_tokenizer=broken)
 
 
+@pytest.mark.skipif(process_count(1 << 30) < 2, reason="with one core there are no other processes")
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGTERM, signal.SIGKILL))]
 )
