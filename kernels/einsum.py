@@ -14,6 +14,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from dantinox.kernels.dispatch import current_device
+
 Array = jax.Array
 
 
@@ -36,8 +38,16 @@ def einsum(spec: str, a: Array, b: Array, out_dtype: jnp.dtype | None = None) ->
         The array that the third term of the spec describes, in `out_dtype`.
     """
     wide = accumulation_dtype(a.dtype)
-    z = jnp.einsum(spec, a, b.astype(a.dtype), preferred_element_type=wide)
-    return z.astype(out_dtype or a.dtype)
+    # XLA for CPUs converts a bfloat16 matrix to float32 to multiply one row with it, and reads it as it is for two.
+    is_doubled = (
+        spec in ("NM,MF->NF", "NM,VM->NV")
+        and a.shape[0] == 1
+        and a.dtype == jnp.bfloat16
+        and current_device().platform == "cpu"
+    )
+    rows = jnp.concatenate([a, a]) if is_doubled else a
+    z = jnp.einsum(spec, rows, b.astype(a.dtype), preferred_element_type=wide)
+    return (z[:1] if is_doubled else z).astype(out_dtype or a.dtype)
 
 
 def _einsum_fwd(spec: str, a: Array, b: Array, out_dtype: jnp.dtype | None) -> tuple[Array, tuple[Array, Array]]:

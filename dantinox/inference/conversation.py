@@ -13,20 +13,10 @@ from flax import nnx
 
 from dantinox.config.validation import check_int
 from dantinox.distributed.inference import kernels_on, mesh_of
-from dantinox.inference import prefill
+from dantinox.inference import decoding, prefill
 from dantinox.inference.checks import check_stop_tokens
 from dantinox.inference.chunk import DONE_TOKEN
-from dantinox.inference.generate import (
-    CHUNK,
-    PREFILL_CHUNK,
-    STREAM_LATENCY_S,
-    _cast_weights,
-    _decode_steps,
-    _init_decode_in_place,
-    _prefill_chunk,
-    context_limit,
-    why_context_limited,
-)
+from dantinox.inference.generate import STREAM_LATENCY_S, context_limit, why_context_limited
 from dantinox.inference.sampling import Sampling
 from dantinox.kernels import KVCache, rewind
 from dantinox.model.transformer import Transformer
@@ -42,7 +32,7 @@ class Conversation:
     """A text of which the model writes every other part.
 
     Attributes:
-        tokens: ids of the text, all of which are in the cache.
+        tokens: ids of the text, all of which are in the cache but for the last one of an answer.
         limit: maximum number of tokens; None: unlimited.
         ended: why the last reply ended: "stop" (a stop token), "count", "context" or "interrupt".
     """
@@ -60,11 +50,11 @@ class Conversation:
         self.config, self.sampling, self.mesh = model.config, sampling, mesh_of(nnx.state(model))
         self.seed = np.uint32(check_int("seed", seed, 0, 2**32))
         self.stop_ids = check_stop_tokens(stop_tokens, self.config.vocab_size)
-        self.chunk = PREFILL_CHUNK
+        self.chunk = decoding.PREFILL_CHUNK
         if prefill_chunk is not None:
             self.chunk = check_int("prefill_chunk", prefill_chunk, 1, off="None")
         self.graph, weights = nnx.split(model)
-        self.weights = _cast_weights(weights, self.config.dtype)
+        self.weights = decoding.cast_weights(weights, self.config.dtype)
         self.limit = context_limit(self.config)
         self.turns, self.ended = 0, "stop"
         self.reset()
@@ -73,20 +63,22 @@ class Conversation:
         """Forget the text."""
         self.tokens: list[int] = []
         self.caches: list[KVCache] | None = None
-        self.context = 0
+        self.context, self._unread = 0, 0  # tokens at the end that are not in the cache
 
     def keep(self, count: int) -> None:
         """Forget all but the first tokens, `count` of them or none: as many as the cache can be rewound to."""
-        taken_back = len(self.tokens) - count
-        if not taken_back or self.caches is None:
-            return
+        cached = len(self.tokens) - self._unread
+        taken_back = max(cached - count, 0)
         # The ring buffer of a window that has wrapped lost the tokens that the last ones overwrote, of which the next
         # query would see all but the first.
-        if count == 0 or (taken_back > 1 and any(len(self.tokens) > cache.k.shape[2] for cache in self.caches)):
+        has_wrapped = any(cached > cache.k.shape[2] for cache in self.caches or [])
+        if count == 0 or (taken_back > 1 and has_wrapped):
             self.reset()
             return
-        self.caches = [rewind(cache, taken_back) for cache in self.caches]
+        if self.caches is not None and taken_back:
+            self.caches = [rewind(cache, taken_back) for cache in self.caches]
         del self.tokens[count:]
+        self._unread = max(count - cached, 0)
 
     def reply(
         self, new_tokens: Sequence[int], max_new_tokens: int, interrupted: Callable[[], bool] = lambda: False
@@ -115,36 +107,43 @@ class Conversation:
         seen[0, self.tokens] = True
         self.turns += 1
         samples = np.array([self.turns], np.int32)
+        self.ended = "interrupt" if count else "count"
+        if not count or interrupted():
+            return
+        model = self.graph, self.weights
         with kernels_on(self.mesh):
-            state = _init_decode_in_place(self.graph, self.weights, last, self.seed, samples, self.caches, seen)
-        size, self.ended = 1, "count"
-        while count:
-            room = CHUNK if self.limit is None else self.limit - len(self.tokens)
-            if interrupted() or not room:
-                self.ended = "context" if not room else "interrupt"
-                break
+            state, new = decoding.start_in_place(
+                *model, last, self.seed, samples, self.caches, seen, self.sampling, self.stop_ids
+            )
+        drawn, size = np.asarray(new), 1
+        while True:
+            ids = drawn[drawn != DONE_TOKEN].tolist()
+            is_done = len(ids) < len(drawn)
+            self.caches, self._unread = state.caches, int(not is_done)  # a stop token is not part of the text
+            self.tokens += ids
+            count -= len(ids)
+            room = decoding.CHUNK if self.limit is None else self.limit - len(self.tokens)
+            self.ended = "stop" if is_done else "count" if not count else "context"
+            if ids:
+                yield ids
+            if is_done or not count or not room:
+                return
+            if interrupted():
+                self.ended = "interrupt"
+                return
             start, size = time.perf_counter(), min(size, count, room)
             state = state._replace(caches=self._with_room(state.caches, size))
             with kernels_on(self.mesh):
-                state, new = _decode_steps(
-                    self.graph, self.weights, state, self.sampling, self.stop_ids, np.int32(size)
-                )
-            ids = np.asarray(new)[0, :size]
-            ids = ids[ids != DONE_TOKEN].tolist()
-            self.caches = state.caches
-            self.tokens += ids
-            count -= len(ids)
-            if is_done := len(ids) < size:
-                # The stop token is in the cache; what comes next says it again.
-                self.caches, self.ended, count = [rewind(cache, 1) for cache in state.caches], "stop", 0
-            if ids:
-                yield ids
-            if not is_done:
-                size = max(1, min(CHUNK, int(size * STREAM_LATENCY_S / (time.perf_counter() - start))))
+                state, new = decoding.decode_chunk(*model, state, self.sampling, self.stop_ids, np.int32(size))
+            drawn = np.asarray(new)[0, :size]
+            size = max(1, min(decoding.CHUNK, int(size * STREAM_LATENCY_S / (time.perf_counter() - start))))
 
     def _prefill(self, new_tokens: np.ndarray) -> jax.Array:
         """Append tokens to the cache and return the final hidden state [1, M] of the last one."""
-        first, end = len(self.tokens), len(self.tokens) + len(new_tokens)
+        first = len(self.tokens) - self._unread
+        new_tokens = np.concatenate([np.array(self.tokens[first:], np.int32), new_tokens])
+        del self.tokens[first:]
+        end, self._unread = first + len(new_tokens), 0
         self.caches = self._with_room(self.caches, len(new_tokens) + 1)
         last = jnp.zeros((1, self.config.dim), jnp.dtype(self.config.dtype))
         length = np.array([end], np.int32)
@@ -155,7 +154,7 @@ class Conversation:
             padded[0, : len(part)] = part
             state, slots = prefill.PrefillState(last, self.caches), prefill.layer_cache_slots(self.config, self.context)
             with kernels_on(self.mesh):
-                state = _prefill_chunk(
+                state = decoding.prefill_chunk(
                     self.graph,
                     slots,
                     self.context if start else 0,

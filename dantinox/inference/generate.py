@@ -6,31 +6,27 @@ alone and in a batch. A draw depends only on the seed, the sample number 0 .. n 
 in one batch give equal texts, and `n` gives different samples.
 """
 
-import functools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from dantinox.config import ModelConfig
 from dantinox.config.validation import check_int
 from dantinox.distributed.inference import kernels_on, mesh_of
-from dantinox.inference import prefill, speculation
+from dantinox.inference import decoding, prefill, speculation
 from dantinox.inference.checks import Ids, check_prompts, check_stop_tokens
 from dantinox.inference.chunk import DONE_TOKEN, Chunk
-from dantinox.inference.sampling import Sampling, apply_repetition_penalty, sample
+from dantinox.inference.sampling import Sampling
 from dantinox.kernels import KVCache
 from dantinox.model.transformer import Transformer
 
 Array = jax.Array
 
-PREFILL_CHUNK = 2048  # tokens per prompt and prefill step
-CHUNK = 64  # tokens per sequence and host sync, which is also when Ctrl-C is handled
 STREAM_LATENCY_S = 0.05  # seconds per chunk of streamed text
 MAX_SPECULATE = 64  # tokens of a draft; longer ones are rarely right
 
@@ -163,7 +159,7 @@ def generate_chunks(model: Transformer, request: Request, latency: float | None 
     drafts = check_int("speculate", request.speculate, 0, MAX_SPECULATE + 1)
     context = prefill.round_up_to_bucket(longest + count, prefill.SMALLEST_CONTEXT, limit)
     slots = prefill.layer_cache_slots(config, context, drafts)
-    chunk = PREFILL_CHUNK
+    chunk = decoding.PREFILL_CHUNK
     if request.prefill_chunk is not None:
         chunk = check_int("prefill_chunk", request.prefill_chunk, 1, off="None")
     size = prefill.round_up_to_bucket(longest, prefill.SMALLEST_PROMPT, limit)
@@ -222,19 +218,22 @@ def _decode_chunks(
     model: Transformer, slots: tuple[int, ...], inputs: _Inputs, count: int, latency: float | None
 ) -> Iterator[Chunk]:
     """Prefill the prompts, then decode up to `count` tokens per sequence."""
-    graph, weights, state = _prefill(model, slots, inputs)
-    size = CHUNK if latency is None else 1
-    while count:
-        size = min(size, count)
-        chunk_start = time.perf_counter()
-        state, new = _decode_steps(graph, weights, state, inputs.sampling, inputs.stop_ids, np.int32(size))
-        ids = np.asarray(new)[:, :size]
+    graph, weights, after_prompts = _prefill(model, slots, inputs)
+    start = decoding.start_in_place if len(inputs.samples) == 1 else decoding.start
+    state, new = start(graph, weights, *after_prompts, inputs.sampling, inputs.stop_ids)
+    ids, size = np.asarray(new)[:, None], decoding.CHUNK if latency is None else 1
+    while True:
         running = ids[:, -1] != DONE_TOKEN
-        count = count - size if running.any() else 0
+        count = count - ids.shape[1] if running.any() else 0
         rows = [row[row != DONE_TOKEN].tolist() for row in ids]
         yield Chunk(rows, (~running | (count == 0)).tolist(), list(map(len, rows)))
+        if not count:
+            return
+        size, chunk_start = min(size, count), time.perf_counter()
+        state, new = decoding.decode_chunk(graph, weights, state, inputs.sampling, inputs.stop_ids, np.int32(size))
+        ids = np.asarray(new)[:, :size]
         if latency is not None:
-            size = max(1, min(CHUNK, int(size * latency / (time.perf_counter() - chunk_start))))
+            size = max(1, min(decoding.CHUNK, int(size * latency / (time.perf_counter() - chunk_start))))
 
 
 def _speculate(
@@ -246,14 +245,16 @@ def _speculate(
     latency: float | None,
 ) -> Iterator[Chunk]:
     """Prefill the prompts, then decode up to `count` tokens per sequence with drafts."""
-    graph, weights, state = _prefill(model, slots, inputs)
+    graph, weights, after_prompts = _prefill(model, slots, inputs)
+    repeat = decoding.repeat_prompts_in_place if len(inputs.samples) == 1 else decoding.repeat_prompts
+    first = repeat(graph, weights, *after_prompts)
     longest = int(inputs.lengths.max())
     size = prefill.round_up_to_bucket(longest + count + 1 + drafts, prefill.SMALLEST_CONTEXT)
     start = speculation.initial_state(
-        state.caches,
-        state.logits,
-        state.keys,
-        state.seen,
+        first.caches,
+        first.logits,
+        first.keys,
+        first.seen,
         inputs.tokens[:, :longest],
         inputs.lengths,
         inputs.samples.size,
@@ -264,117 +265,22 @@ def _speculate(
     )
 
 
-def _prefill(model: Transformer, slots: tuple[int, ...], inputs: _Inputs) -> tuple[Any, Any, "_State"]:
-    """Prefill the prompts -> (graph, weights, state) of decoding."""
+def _prefill(
+    model: Transformer, slots: tuple[int, ...], inputs: _Inputs
+) -> tuple[Any, Any, tuple[Array, np.uint32, np.ndarray, list[KVCache], np.ndarray]]:
+    """Prefill the prompts -> (graph, weights, (last, seed, samples, caches, seen)), the last for `decoding.start`."""
     graph, weights = nnx.split(model)
-    weights = _cast_weights(weights, model.config.dtype)
+    weights = decoding.cast_weights(weights, model.config.dtype)
     prefilled: prefill.PrefillState | None = None
     for start in range(0, inputs.tokens.shape[1], inputs.chunk):
         tokens = inputs.tokens[:, start : start + inputs.chunk]
         # Rounded up to a power of two too; positions before the prompt are masked.
         past = prefill.round_up_to_bucket(start, 1) if start else 0
-        prefilled = _prefill_chunk(graph, slots, past, weights, tokens, np.int32(start), inputs.lengths, prefilled)
-    assert prefilled is not None, "a prompt has at least one chunk"
-    init_decode = _init_decode_in_place if len(inputs.samples) == 1 else _init_decode_jit
-    state = init_decode(graph, weights, prefilled.last, inputs.seed, inputs.samples, prefilled.caches, inputs.seen)
-    return graph, weights, state
-
-
-# --- compiled -------------------------------------------------------------------------------------
-
-
-class _State(NamedTuple):
-    """State of decoding between two steps, with R = prompts * samples rows.
-
-    Attributes:
-        caches: one per layer, with R rows.
-        logits: logits of the next token, [R, V] float32.
-        done: whether each row has ended, bool [R].
-        keys: random keys [R].
-        step: number of tokens drawn so far per row, int32.
-        seen: which tokens occur in the prompt and the text so far, bool [R, V].
-    """
-
-    caches: list[KVCache]
-    logits: Array
-    done: Array
-    keys: Array
-    step: Array
-    seen: Array
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=7)
-def _prefill_chunk(
-    graph: Any,
-    slots: tuple[int, ...],
-    past: int,
-    weights: Any,
-    tokens: Array,
-    start: Array,
-    lengths: Array,
-    prefilled: prefill.PrefillState | None,
-) -> prefill.PrefillState:
-    """Prefill one more chunk [B, T] of the prompts."""
-    return prefill.prefill_chunk(nnx.merge(graph, weights), tokens, start, lengths, prefilled or slots, past)
-
-
-def _init_decode(
-    graph: Any, weights: Any, last: Array, seed: Array, samples: Array, caches: list[KVCache], seen: Array
-) -> _State:
-    """Repeat the state of each prompt for all its samples."""
-    logits, prompts = nnx.merge(graph, weights).logits(last), last.shape[0]
-    if samples.size > 1:
-        logits, caches, seen = jax.tree.map(
-            lambda x: jnp.repeat(x, samples.size, axis=0), (logits, caches, jnp.asarray(seen))
+        prefilled = decoding.prefill_chunk(
+            graph, slots, past, weights, tokens, np.int32(start), inputs.lengths, prefilled
         )
-    root = jax.random.key(seed, impl="threefry2x32")
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(root, jnp.tile(samples, prompts))
-    return _State(caches, logits, jnp.zeros(keys.shape, bool), keys, jnp.int32(0), seen)
-
-
-_init_decode_jit = jax.jit(_init_decode, static_argnums=0)
-# A single sample per prompt decodes in the prefill caches themselves.
-_init_decode_in_place = jax.jit(_init_decode, static_argnums=0, donate_argnums=5)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode_steps(
-    graph: Any, weights: Any, state: _State, sampling: Sampling, stop_ids: Array, count: Array
-) -> tuple[_State, Array]:
-    """Decode up to `count` tokens per row -> (state, ids [R, CHUNK]), DONE_TOKEN after the end of a row."""
-    model = nnx.merge(graph, weights)
-    first = state.step
-
-    def is_running(carry: tuple[_State, Array]) -> Array:
-        state, _ = carry
-        return (state.step - first < count) & ~jnp.all(state.done)
-
-    def step(carry: tuple[_State, Array]) -> tuple[_State, Array]:
-        state, out = carry
-        keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
-        token = sample(apply_repetition_penalty(state.logits, state.seen, sampling), sampling, keys)
-        done = state.done | jnp.any(token[:, None] == stop_ids[None], axis=-1)
-        new = jnp.where(done, DONE_TOKEN, token)
-        out = jax.lax.dynamic_update_slice(out, new[:, None], (jnp.int32(0), state.step - first))
-        logits, caches = prefill.decode_step(model, token, state.caches)
-        seen = state.seen.at[jnp.arange(token.size), token].set(True, unique_indices=True)
-        return _State(caches, logits, done, state.keys, state.step + 1, seen), out
-
-    out = jnp.full((state.done.size, CHUNK), DONE_TOKEN, jnp.int32)
-    return jax.lax.while_loop(is_running, step, (state, out))
-
-
-def _cast_weights(weights: Any, dtype: str) -> Any:
-    """Cast the matrices once to the dtype that every matmul would cast them to at each step."""
-    return weights if dtype == "float32" else _cast(weights, dtype)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _cast(weights: Any, dtype: str) -> Any:
-    return jax.tree.map(lambda w: w.astype(dtype) if w.ndim > 1 else w, weights)
-
-
-# --- checks ---------------------------------------------------------------------------------------
+    assert prefilled is not None, "a prompt has at least one chunk"
+    return graph, weights, (prefilled.last, inputs.seed, inputs.samples, prefilled.caches, inputs.seen)
 
 
 def context_limit(config: ModelConfig, max_context: int | None = None) -> int | None:

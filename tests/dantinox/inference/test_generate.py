@@ -11,8 +11,7 @@ from flax import nnx
 
 from dantinox import kernels
 from dantinox.config import ModelConfig
-from dantinox.inference import generate as generation
-from dantinox.inference import prefill
+from dantinox.inference import decoding, prefill
 from dantinox.inference.generate import generate, stream
 from dantinox.model.transformer import Transformer
 
@@ -213,9 +212,9 @@ def test_same_seed_repeats_samples_and_other_seed_differs(windowed):
 
 
 def test_shorter_output_is_a_prefix_of_longer_output(windowed):
-    long = generate(windowed, PROMPTS[1:2], max_new_tokens=2 * generation.CHUNK + 7)[0]
-    assert len(long) == 2 * generation.CHUNK + 7
-    for count in (1, 2, generation.CHUNK, generation.CHUNK + 1, generation.CHUNK + 2):
+    long = generate(windowed, PROMPTS[1:2], max_new_tokens=2 * decoding.CHUNK + 7)[0]
+    assert len(long) == 2 * decoding.CHUNK + 7
+    for count in (1, 2, decoding.CHUNK, decoding.CHUNK + 1, decoding.CHUNK + 2):
         assert generate(windowed, PROMPTS[1:2], max_new_tokens=count)[0] == long[:count]
 
 
@@ -232,7 +231,7 @@ def test_stop_tokens_end_each_sequence_separately(windowed):
 
 def test_only_a_new_size_recompiles(windowed):
     generate(windowed, PROMPTS[2:3], max_new_tokens=8)
-    programs = generation._prefill_chunk, generation._init_decode_in_place, generation._decode_steps
+    programs = decoding.prefill_chunk, decoding.start_in_place, decoding.decode_chunk
     before = [program._cache_size() for program in programs]
     for count, prompt, how in (
         (1, PROMPTS[0], dict(temperature=0)),
@@ -263,8 +262,8 @@ def test_500_tokens_compile_each_program_once():
 
 
 def test_all_samples_share_one_prefill(windowed, monkeypatch):
-    read, starts = generation._prefill_chunk, []
-    monkeypatch.setattr(generation, "_prefill_chunk", lambda *args: (starts.append(int(args[5])), read(*args))[1])
+    read, starts = decoding.prefill_chunk, []
+    monkeypatch.setattr(decoding, "prefill_chunk", lambda *args: (starts.append(int(args[5])), read(*args))[1])
     generate(windowed, PROMPTS, max_new_tokens=3, n=3, prefill_chunk=8)
     assert starts == [0, 8]
 

@@ -8,9 +8,9 @@ from flax import nnx
 
 from bench import numpy_interpreter
 from dantinox.config import ModelConfig
-from dantinox.inference import generate as generation
-from dantinox.inference import prefill
+from dantinox.inference import decoding, prefill
 from dantinox.inference.generate import generate
+from dantinox.inference.sampling import Sampling
 from dantinox.model.transformer import Transformer
 from tests.dantinox.inference.test_generate import V, build, ids
 
@@ -110,13 +110,13 @@ def test_eight_bit_cache_gives_close_logits(kv_cache_dtype, most):
 
 def test_short_prompt_cost_does_not_depend_on_max_context(monkeypatch):
     """Fault 12: a prompt is padded to the longest context: seconds to the first token."""
-    seen, read = [], generation._prefill_chunk
+    seen, read = [], decoding.prefill_chunk
 
     def spy(graph, slots, past, weights, tokens, *rest):
         seen.append((tokens.shape, slots, past))
         return read(graph, slots, past, weights, tokens, *rest)
 
-    monkeypatch.setattr(generation, "_prefill_chunk", spy)
+    monkeypatch.setattr(decoding, "prefill_chunk", spy)
     for max_context in (64, 4096):
         generate(build(n_layers=1, max_context=max_context), [ids(1, 8)], max_new_tokens=4)
     assert seen == [((1, 16), (64,), 0)] * 2
@@ -130,7 +130,7 @@ def test_prefill_memory_is_that_of_one_chunk():
     numbers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
 
     def temporaries(T: int, past: int) -> int:
-        program = generation._prefill_chunk
+        program = decoding.prefill_chunk
         prefilled = None
         if past:
             prefilled = jax.eval_shape(
@@ -149,7 +149,8 @@ def test_single_sample_reuses_the_prefilled_caches():
     graph, weights = nnx.split(model)
     caches = prefill.init_caches(model.config, 1, (48,))
     arguments = jnp.zeros((1, 16)), jnp.uint32(0), jnp.zeros(1, jnp.int32), caches, jnp.zeros((1, V), bool)
-    compiled = generation._init_decode_in_place.lower(graph, weights, *arguments).compile()
+    how = Sampling.create(), jnp.zeros(1, jnp.int32)
+    compiled = decoding.start_in_place.lower(graph, weights, *arguments, *how).compile()
     assert compiled.memory_analysis().alias_size_in_bytes >= 2 * caches[0].k.nbytes
 
 

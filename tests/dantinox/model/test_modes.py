@@ -14,7 +14,7 @@ from flax import nnx
 import dantinox
 from dantinox.checkpoint.train_state import TrainState
 from dantinox.config import Config
-from dantinox.inference import generate, prefill, scoring
+from dantinox.inference import decoding, prefill, scoring
 from dantinox.inference.sampling import Sampling
 from dantinox.model.params import split_params
 from dantinox.training.optimizer import make_optimizer
@@ -84,13 +84,12 @@ class Programs:
         sampling, stop = Sampling.create(1.0, 5, 0.9, 0.1, 1.1), np.full(16, -1, np.int32)
 
         def run(weights: Any, tokens: jax.Array) -> Any:
-            first = generate._prefill_chunk(self.graph, slots, 0, weights, tokens, np.int32(0), length, None)
-            state = generate._prefill_chunk(self.graph, slots, T, weights, tokens, np.int32(T), length, first)
+            first = decoding.prefill_chunk(self.graph, slots, 0, weights, tokens, np.int32(0), length, None)
+            state = decoding.prefill_chunk(self.graph, slots, T, weights, tokens, np.int32(T), length, first)
             samples = np.arange(2, dtype=np.int32)
-            state = generate._init_decode(
-                self.graph, weights, state.last, np.uint32(0), samples, state.caches, jnp.asarray(seen)
-            )
-            return generate._decode_steps(self.graph, weights, state, sampling, stop, np.int32(3))
+            arguments = state.last, np.uint32(0), samples, state.caches, jnp.asarray(seen), sampling, stop
+            state, _ = decoding.start(self.graph, weights, *arguments)
+            return decoding.decode_chunk(self.graph, weights, state, sampling, stop, np.int32(3))
 
         return jax.eval_shape(run, self.weights, TOKENS)
 
