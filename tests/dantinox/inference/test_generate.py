@@ -244,6 +244,19 @@ def test_only_a_new_size_recompiles(windowed):
     assert [program._cache_size() for program in programs] == before
 
 
+def test_bfloat16_weights_are_not_copied():
+    """Not to cast them, and on a CPU not to multiply one row by them in float32."""
+    config = ModelConfig(vocab_size=2048, dim=256, n_layers=1, n_heads=4, n_kv_heads=2, dtype="bfloat16")
+    graph, weights = nnx.split(Transformer(config, rngs=nnx.Rngs(0)))
+    weights = decoding.cast_weights(weights, "bfloat16")
+    again = decoding.cast_weights(weights, "bfloat16")
+    assert all(a is b for a, b in zip(jax.tree.leaves(weights), jax.tree.leaves(again), strict=True))
+    caches, one = prefill.init_caches(config, 1, (8,)), jnp.zeros(1, jnp.int32)
+    step = jax.jit(lambda w, caches: prefill.decode_step(nnx.merge(graph, w), one, caches)[0])
+    memory = step.lower(weights, caches).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < min(w.size for w in jax.tree.leaves(weights) if w.ndim > 1)
+
+
 def test_500_tokens_compile_each_program_once():
     """Fault 15: sampling parameters are static, so that each value recompiles."""
     compiled = []
