@@ -106,7 +106,7 @@ def assert_within_bound(arrays: Arrays, what: Any, largest: tuple[int, int, int,
 @contextlib.contextmanager
 def small_blocks() -> Iterator[None]:
     """Let small problems have several tiles of every kind, with rests of each."""
-    tables = ("MANY_ROWS", "MANY_ROWS_OF_TWO", "FEW_ROWS", "FEW_ROWS_OF_TWO", "SUM_OVER_ROWS")
+    tables = ("MANY_ROWS", "MANY_ROWS_OF_TWO", "MANY_ROWS_OF_FIVE", "FEW_ROWS", "FEW_ROWS_OF_TWO", "SUM_OVER_ROWS")
     with (
         mock.patch.multiple(block_sizes, MIN_BLOCK=16, **dict.fromkeys(tables, dict.fromkeys(KINDS, SMALL))),
         mock.patch.object(common, "GROUP", 2),

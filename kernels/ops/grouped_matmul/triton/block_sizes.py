@@ -4,7 +4,7 @@ They were chosen by compiling: every kernel fits the shared memory of a block, 9
 16 bits spill no register. They have not been timed on a GPU.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import triton
@@ -59,6 +59,8 @@ MANY_ROWS_OF_TWO: Table = _table(
     TritonBlockSizes(128, 64, 32, 8, 3),
     TritonBlockSizes(64, 64, 32, 8, 3),
 ) | {(8, "16 bits"): TritonBlockSizes(128, 64, 32, 8, 4)}
+# With an epilogue of four more tiles in float32, TF32 operands leave registers for 64 rows.
+MANY_ROWS_OF_FIVE: Table = MANY_ROWS_OF_TWO | {(major, "tf32"): TritonBlockSizes(64, 64, 32, 8, 3) for major in MAJORS}
 # Groups of a few rows are bound by reading their matrices: their tiles have few rows and more stages.
 FEW_ROWS: Table = _table(
     TritonBlockSizes(32, 128, 64, 4, 4),
@@ -82,7 +84,7 @@ def product_block_sizes(
     precision: str,
     dims: tuple[int, int, int, int],
     *,
-    has_two_tiles: bool = False,
+    tiles: Literal[1, 2, 5] = 1,
 ) -> TritonBlockSizes:
     """Return the sizes of a product of rows with the matrices of their groups.
 
@@ -91,13 +93,13 @@ def product_block_sizes(
         dtype: dtype of the operands.
         precision: how float32 is multiplied.
         dims: (N, E, K, J), of rows [N, K] and matrices [E, K, J].
-        has_two_tiles: whether a program has two accumulators, or other tiles beside one.
+        tiles: tiles that a program holds in float32: accumulators, and what its epilogue reads and computes.
     """
     N, E, K, J = dims
     if N <= MAX_FEW_ROWS * E:
-        table = FEW_ROWS_OF_TWO if has_two_tiles else FEW_ROWS
+        table = FEW_ROWS if tiles == 1 else FEW_ROWS_OF_TWO
     else:
-        table = MANY_ROWS_OF_TWO if has_two_tiles else MANY_ROWS
+        table = {1: MANY_ROWS, 2: MANY_ROWS_OF_TWO, 5: MANY_ROWS_OF_FIVE}[tiles]
     sizes = table[_key(capability, dtype, precision, K, J)]
     return sizes._replace(block_j=_limit(sizes.block_j, J), block_k=_limit(sizes.block_k, K))
 

@@ -108,7 +108,7 @@ def down_proj_bwd(
     """
     (R, M), (E, F, _) = dy.shape, w_down.shape
     dims = R, E, M, F
-    sizes = product_block_sizes(config.capability, dy.dtype, config.precision, dims, has_two_tiles=True)
+    sizes = product_block_sizes(config.capability, dy.dtype, config.precision, dims, tiles=5)
     out = jax.ShapeDtypeStruct((R, F), dy.dtype)
     dgate, dup, weighted_h, dp_parts = call_on_rows(
         down_proj_bwd_kernel,

@@ -131,7 +131,7 @@ def up_proj(
     outs = call_on_rows(
         up_proj_kernel,
         config,
-        product_block_sizes(config.capability, x.dtype, config.precision, dims, has_two_tiles=True),
+        product_block_sizes(config.capability, x.dtype, config.precision, dims, tiles=2),
         group_sizes,
         (x, w_gate, w_up, *(w_gate if b is None else b for b in biases)),
         dims,
