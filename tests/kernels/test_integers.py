@@ -32,7 +32,7 @@ def equal_pairs(q_ids: np.ndarray, kv_ids: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize("on_device", [(False, False), (True, True), (True, False), (False, True)])
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 def test_segment_ids_of_any_dtypes_are_equal_where_the_given_ones_are(on_device, x64):
     refused = 0
     with jax.enable_x64(x64):
@@ -59,6 +59,7 @@ def test_segment_ids_of_any_dtypes_are_equal_where_the_given_ones_are(on_device,
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.sampled(2)
 def test_one_array_of_segment_ids_keeps_its_order(dtype):
     """Ascending ids let the kernels skip blocks."""
     ids = integers.as_integers("ids", edge_values(dtype, (2, 30)), "BT")
@@ -69,6 +70,7 @@ def test_one_array_of_segment_ids_keeps_its_order(dtype):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", "pallas"])
+@pytest.mark.sampled(2)
 def test_hashes_of_documents_separate_them(implementation):
     """2^32 + 1 and 1 are the same number in 32 bits."""
     q = jnp.asarray(np.random.default_rng(0).standard_normal((1, 6, 2, 4)), jnp.float32)
@@ -81,6 +83,7 @@ def test_hashes_of_documents_separate_them(implementation):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.sampled(2)
 def test_expert_id_outside_the_experts_becomes_their_number(dtype, on_device):
     ids = edge_values(dtype, (5, 4))
     if on_device:
@@ -91,7 +94,7 @@ def test_expert_id_outside_the_experts_becomes_their_number(dtype, on_device):
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", "pallas"])
 @pytest.mark.parametrize("num_tokens", [3, 40], ids=["single rows", "sorted rows"])
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 def test_choice_of_no_expert_contributes_nothing(num_tokens, implementation):
     """-1 and E, as padding: the output and every gradient are those of a weight of zero, whatever its weight."""
     rng = np.random.default_rng(0)
@@ -136,6 +139,7 @@ def test_group_sizes_are_refused_on_the_host_and_clamped_on_a_device():
 
 @pytest.mark.parametrize("dtype", ["int32", "uint32", "int64", "uint64"])
 @pytest.mark.parametrize("length", [0, 3, 4, 9, 2**31 - 2])
+@pytest.mark.sampled(2)
 def test_lengths_of_any_dtype_give_their_slot_and_their_number_of_tokens(dtype, length):
     with jax.enable_x64(True):
         for given in (np.array([length], dtype), jnp.array([length], dtype)):
@@ -168,6 +172,7 @@ def test_length_past_int32_decodes_and_counts_on():
     ],
     ids=str,
 )
+@pytest.mark.sampled(2)
 def test_wrong_length_is_refused_by_name(length, message):
     length = np.int32(length) if length == [2**31 - 1] else length
     cache = kernels.KVCache.zeros(1, 1, 4, 4, jnp.float32)._replace(length=length)
@@ -176,6 +181,7 @@ def test_wrong_length_is_refused_by_name(length, message):
 
 
 @pytest.mark.parametrize("flag", ["false", 0, 1, None, jnp.array(True), np.array([True]), 1.0], ids=str)
+@pytest.mark.sampled(2)
 def test_flag_that_is_not_a_bool_is_refused_by_name(flag):
     q = jnp.ones((1, 3, 2, 4))
     with pytest.raises(ValueError, match=r"^causal is .*; allowed: True or False"):
@@ -208,6 +214,7 @@ def test_traced_number_is_refused_by_name(name):
     ],
     ids=str,
 )
+@pytest.mark.sampled(2)
 def test_number_that_float32_cannot_hold_is_refused_by_name(options, message):
     q = jnp.ones((1, 3, 2, 4))
     with pytest.raises(ValueError, match=f"^{message}.*; allowed: "):
@@ -239,6 +246,7 @@ def test_empty_axis_decodes_to_nothing(shape, implementation):
 
 
 @pytest.mark.parametrize("op", ["attention", "decode_attention"])
+@pytest.mark.sampled(2)
 def test_no_key_heads_is_refused_by_name(op):
     message = "q has 4 heads and k has 0; allowed: a multiple of k's heads"
     with pytest.raises(ValueError, match=message):

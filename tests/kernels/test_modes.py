@@ -295,7 +295,7 @@ def parameters() -> list[Any]:
 
 
 @pytest.mark.parametrize(("switch", "transformation", "op", "implementation"), parameters())
-@pytest.mark.sampled(32)
+@pytest.mark.sampled(64)
 def test_operation_is_right_in_every_mode(switch, transformation, op, implementation):
     expected(op, 0), expected(op, 1)  # computed without the switch
     with SWITCHES[switch]():
@@ -304,7 +304,7 @@ def test_operation_is_right_in_every_mode(switch, transformation, op, implementa
 
 @pytest.mark.parametrize("op", ["attention", "grouped_matmul", "moe_mlp", "linear_cross_entropy"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.sampled(16)
+@pytest.mark.sampled(32)
 def test_second_derivative_is_right_or_refused(op, implementation):
     inputs, aux, dout = arguments(op)
 

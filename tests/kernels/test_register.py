@@ -75,7 +75,7 @@ def no_registrations(monkeypatch):
 
 @pytest.mark.parametrize("op", CALLS)
 @pytest.mark.parametrize("form", ["function", "path"])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_registered_implementation_runs_and_is_listed(op, form):
     before = kernels.implementation_names(op)
     f = FUNCTIONS[op]
@@ -97,7 +97,7 @@ def test_settings_accept_a_registered_name():
 
 
 @pytest.mark.parametrize("op", CALLS)
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 def test_second_registration_replaces_the_first_in_compiled_programs_too(op):
     compiled = jax.jit(lambda: CALLS[op]("mine"))
     for factor in (2, 3):
@@ -142,6 +142,7 @@ def test_callable_that_cannot_be_hashed_runs():
         (("attention", "mine", "mypkg.attn"), "f is 'mypkg.attn'; allowed: a function, or its path"),
     ],
 )
+@pytest.mark.sampled(2)
 def test_bad_arguments_raise_one_line(arguments, message):
     with pytest.raises(ValueError) as error:
         kernels.register(*arguments)
@@ -157,6 +158,7 @@ def test_bad_arguments_raise_one_line(arguments, message):
         ("json:__name__", "json:__name__ is not a function"),
     ],
 )
+@pytest.mark.sampled(2)
 def test_path_that_cannot_be_imported_is_a_reason(path, reason):
     kernels.register("attention", "mine", path)
     assert reason in kernels.implementations("attention")["mine"]

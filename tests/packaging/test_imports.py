@@ -73,6 +73,7 @@ def imported(package: str) -> list[Import]:
 
 
 @pytest.mark.parametrize("package", ["reference", "kernels"])
+@pytest.mark.sampled(2)
 def test_lower_layers_import_only_jax_and_themselves(package):
     allowed = ALLOWED[package] | set(sys.stdlib_module_names)
     serves_reference = lambda i: (
@@ -86,16 +87,19 @@ def test_dantinox_does_not_import_bench():
 
 
 @pytest.mark.parametrize("package", [*PACKAGES, "scripts"])
+@pytest.mark.sampled(2)
 def test_tests_are_imported_by_tests_only(package):
     assert [i for i in imported(package) if i.package == "tests"] == []
 
 
 @pytest.mark.parametrize("package", [*PACKAGES, "tests", "scripts"])
+@pytest.mark.sampled(2)
 def test_kernels_and_reference_have_one_import_name(package):
     assert [i for i in imported(package) if i.package in LINKS] == []
 
 
 @pytest.mark.parametrize("package", [*PACKAGES, "tests", "scripts"])
+@pytest.mark.sampled(2)
 def test_shim_modules_are_not_imported(package):
     """They only start the programs of `dantinox.cli`."""
     shims = {f"dantinox.{name}" for name in ("train", "generate", "evaluate", "export", "doctor")}
@@ -126,6 +130,7 @@ def in_cycles(arrows):
 
 
 @pytest.mark.parametrize("package", ["kernels", "dantinox", "bench"])
+@pytest.mark.sampled(2)
 def test_imports_have_no_cycle(package):
     """Of imports at the top of files; a package's own file counts as a module, not as all that is in it."""
     arrows = {
@@ -210,6 +215,7 @@ def test_import_rules_name_existing_files():
 
 
 @pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.sampled(2)
 def test_files_have_at_most_400_lines(package):
     lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources(package)}
     assert {file: n for file, n in lines.items() if n > 400} == {}

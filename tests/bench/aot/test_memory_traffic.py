@@ -111,7 +111,7 @@ M, F = 256, 128
 @pytest.mark.parametrize(
     ("sizes", "tiles", "visits"), [((256,), 2, 2), ((0, 256, 0), 2, 2), ((100, 156), 2, 3), ((10, 0, 50, 196), 2, 4)]
 )
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_grouped_matmul_traffic_matches_a_count_by_hand(sizes, tiles, visits):
     """Tiles of 128 rows. Where groups share one, it stays on the chip unless the contraction takes several steps."""
     from jax.experimental.pallas.ops.tpu.megablox import ops

@@ -65,7 +65,7 @@ def test_each_operation_has_twenty_faults_that_occur_once(op):
 
 
 @pytest.mark.parametrize(("op", "name"), FAULTS, ids=[f"{op}-{name}" for op, name in FAULTS])
-@pytest.mark.sampled(100)
+@pytest.mark.sampled(146)
 def test_judge_names_the_feature_of_a_planted_fault(op, name):
     old, new, features = faults_of(op)[name]
     implementation = register(op, (GUIDES / f"my_{op}.py").read_text("utf-8").replace(old, new))

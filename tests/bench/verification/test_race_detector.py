@@ -279,6 +279,7 @@ TILED = {  # two heads, for the two cores
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in TILED])
+@pytest.mark.sampled(2)
 def test_attention_with_several_blocks_subtiles_and_spans(name, monkeypatch):
     """What only a TPU makes of the kernel: pieces in turn, gradients of keys summed on the chip; and its values."""
     case, chosen = TILED[name]
@@ -297,6 +298,7 @@ def test_attention_with_several_blocks_subtiles_and_spans(name, monkeypatch):
 
 
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.sampled(2)
 def test_checked_programs_run_with_xla(op):
     """The check above calls each operation rightly: so it does not fail first on the day there is a kernel."""
     run, *arguments = both_passes(small(op)[0], "xla")

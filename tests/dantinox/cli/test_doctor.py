@@ -45,7 +45,7 @@ def test_doctor_lists_what_runs_and_reasons_for_the_rest(tmp_path):
                 assert rows[op, name].endswith("can run" if why is None else why)
 
 
-@pytest.mark.parametrize("ask", ["", "nonesuch"])
+@pytest.mark.parametrize("ask", ["", pytest.param("nonesuch", marks=pytest.mark.slow)])
 def test_plugin_without_device_prints_no_traceback(tmp_path, ask):
     plugin = tmp_path / "site" / "jax_plugins" / "broken"
     plugin.mkdir(parents=True)

@@ -85,7 +85,8 @@ def test_mesh_over_four_axes_equals_one_device():
     assert_equal_to_one_device(["fsdp=2,expert=2,context=2,tensor=2"], EXPERTS, devices=16)
 
 
-@pytest.mark.parametrize("short", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["short", "long"])
+@pytest.mark.slow
+@pytest.mark.parametrize("short", [True, False], ids=["short", "long"])
 def test_exchanges_equal_one_device(short):
     """Skewed routings and their rounds, windows across devices, gathered weights, with gradients."""
     run_with_devices(str(HERE / "exchanges.py"), *["--short"] * short, devices=4)

@@ -163,7 +163,7 @@ def test_empty_caches_and_bucket_sizes():
 PROMPTS = [ids(n, n).tolist() for n in (1, 9, 3, 14)]
 
 
-@pytest.mark.parametrize("name", ["windowed", "learned"])
+@pytest.mark.parametrize("name", ["windowed", pytest.param("learned", marks=pytest.mark.slow)])
 def test_greedy_ids_equal_argmax_of_uncached_model(name, request):
     model = request.getfixturevalue(name)
     new = 100 if name == "windowed" else 34  # past max_context, or up to its last place

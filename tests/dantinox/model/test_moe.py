@@ -29,6 +29,7 @@ class Keys:
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.sampled(2)
 def test_router_selects_top_k_and_renormalizes(k):
     logits = np.random.default_rng(0).standard_normal((9, 4)).astype(np.float32)
     ids, weights, _ = route(jnp.asarray(logits), k)
@@ -41,6 +42,7 @@ def test_router_selects_top_k_and_renormalizes(k):
 
 
 @pytest.mark.parametrize(("E", "k"), [(4, 1), (4, 2), (8, 3), (1, 1), (3, 3)])
+@pytest.mark.sampled(2)
 def test_balance_loss_is_k_when_even_and_larger_when_skewed(E, k):
     # Token n likes experts n, n + 1, ...: every expert gets k / E of the slots and 1 / E of the probability.
     even = np.zeros((E * 5, E), np.float32)
@@ -93,6 +95,7 @@ def test_shared_expert_output_is_added_to_routed_experts():
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.sampled(2)
 def test_every_parameter_of_a_sparse_model_gets_a_gradient(dtype):
     model = dantinox.Transformer(config(n_experts=4, shared_expert=True, dtype=dtype, n_layers=1), rngs=nnx.Rngs(0))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 23, (4, 32)), jnp.int32)
@@ -129,7 +132,7 @@ def test_router_loss_is_the_mean_over_layers():
     ("switch", "value"),
     [("jax_enable_x64", True), ("jax_numpy_rank_promotion", "raise"), ("jax_numpy_dtype_promotion", "strict")],
 )
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 def test_router_under_switches_of_jax(switch, value):
     logits = jnp.float32(np.random.default_rng(0).standard_normal((6, 4)))
     expected, before = route(logits, 2), getattr(jax.config, switch)
@@ -144,6 +147,7 @@ def test_router_under_switches_of_jax(switch, value):
 
 
 @pytest.mark.parametrize("renormalise", [True, False])
+@pytest.mark.sampled(2)
 def test_sigmoid_router_selects_by_biased_scores_and_weighs_by_scores(renormalise):
     rng = np.random.default_rng(0)
     logits, bias = rng.standard_normal((40, 6)), np.array([3.0, 0, 0, -3, 0.2, 0])

@@ -40,7 +40,7 @@ def test_positions_restart_with_each_segment():
     np.testing.assert_array_equal(positions_in_segments(segment_ids), positions)
 
 
-@pytest.mark.parametrize("attn", ["xla", "pallas"])
+@pytest.mark.parametrize("attn", [pytest.param("xla", marks=pytest.mark.slow), "pallas"])
 @pytest.mark.parametrize(
     "settings",
     [

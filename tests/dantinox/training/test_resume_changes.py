@@ -132,7 +132,7 @@ def test_every_setting_is_in_the_table_and_tried_here():
 
 
 @pytest.mark.parametrize("name", IMPOSSIBLE)
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(16)
 def test_impossible_change_is_refused_by_name(name, run, capsys):
     new, old = BASE.replace(**{name: IMPOSSIBLE[name]}).flat(), BASE.flat()
     line = refused(capsys, run, flag(name, IMPOSSIBLE[name]))
@@ -161,6 +161,7 @@ CONDITIONAL = [
 
 
 @pytest.mark.parametrize(("settings", "change", "effect"), CONDITIONAL)
+@pytest.mark.sampled(2)
 def test_effect_of_a_change_depends_on_other_settings(settings, change, effect):
     old = BASE.replace(**settings)
     if effect == "impossible":
@@ -233,6 +234,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
+@pytest.mark.sampled(2)
 def test_text_may_move(place, run, here, capsys):
     if not (here / "link.txt").is_symlink():
         (here / "link.txt").symlink_to("text.txt")
@@ -325,6 +327,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.sampled(2)
 def test_damaged_settings_are_one_line(damage, run, capsys):
     (run / "config.yaml").write_bytes(DAMAGES[damage])
     line = refused(capsys, run)
@@ -337,6 +340,7 @@ def test_missing_settings_are_one_line(run, capsys):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"\xff\xfe", b"[]"])
+@pytest.mark.sampled(2)
 def test_damaged_tokenizer_is_written_again(content, run, parent):
     (run / "tokenizer.json").unlink()
     if content is not None:
@@ -355,6 +359,7 @@ TORN = {
 
 
 @pytest.mark.parametrize("torn", TORN)
+@pytest.mark.sampled(2)
 def test_torn_metrics_keep_their_intact_rows(torn, run, parent):
     with (run / "metrics.jsonl").open("ab") as file:
         file.write(TORN[torn])

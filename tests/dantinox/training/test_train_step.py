@@ -101,7 +101,9 @@ def test_ema_weights_follow_the_formula():
     assert current.weights is current.ema and TrainState(current.params, None).weights is current.params
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon"])
+@pytest.mark.parametrize(
+    "name", ["adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lion", "adafactor")), "muon"]
+)
 def test_optimizer_descends_and_decays_only_matrices(name):
     _, shapes = abstract_params(Config().replace(**TINY | RUN | {"n_layers": 1, "n_experts": 4} | BIASED).model)
     draw = np.random.default_rng(0)

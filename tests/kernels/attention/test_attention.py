@@ -87,6 +87,7 @@ TINY = {
 
 
 @pytest.mark.parametrize("case", TINY.values(), ids=TINY)
+@pytest.mark.sampled(2)
 def test_reference_matches_python_loops(case):
     inputs, aux, dout = cases.draw(case)
     with jax.enable_x64(True):
@@ -98,7 +99,7 @@ def test_reference_matches_python_loops(case):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("case", "dtype"), cases.workload_parameters("attention"))
-@pytest.mark.sampled(24)
+@pytest.mark.sampled(48)
 def test_implementation_matches_reference(case, dtype, implementation):
     inputs, aux, dout = cases.draw(case)
     small = case.T * case.S < 2**18
@@ -151,6 +152,7 @@ def assert_matches_loops(
     sizes=(3, 4), heads=(2, 1), B=1, D=3, gate="head", segments=None, causal=True, window=6, softcap=None, scale=None,
     Dv=2, sinks=True, return_lse=True, seed=0,
 )  # fmt: skip
+@pytest.mark.sampled(2)
 def test_random_shapes_match_python_loops(
     implementation, sizes, heads, B, D, gate, segments, causal, window, softcap, scale, Dv, sinks, return_lse, seed
 ):
@@ -178,7 +180,7 @@ CHUNKED = {
     "case",
     [pytest.param(case, id=name, marks=pytest.mark.slow if "," in name else ()) for name, case in CHUNKED.items()],
 )
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(24)
 def test_chunked_scores_match_python_loops(case, monkeypatch):
     """The chunked path for long sequences, on short ones that `loops` can check: five chunks of two one-row blocks."""
     monkeypatch.setattr(xla, "MAX_DENSE_SCORES", 0)
@@ -191,6 +193,7 @@ def test_chunked_scores_match_python_loops(case, monkeypatch):
 @pytest.mark.parametrize(
     ("T", "S", "options"), [(40, 40, {"window": 1}), (6, 1, {"causal": False})], ids=["window of one", "one key"]
 )
+@pytest.mark.sampled(2)
 def test_queries_of_one_key_have_no_gradient(T, S, options, implementation):
     """The weight is 1 whatever q and k are: both terms of its score's gradient are equal, in bfloat16 too."""
     inputs, _, dout = cases.draw(cases.attention(T, S, H=8, K=2, D=32, **options))
@@ -222,7 +225,7 @@ def poisoned_parameters() -> list[Any]:
 
 @pytest.mark.parametrize("compared", ["output", "gradients"])
 @pytest.mark.parametrize(("name", "implementation"), poisoned_parameters())
-@pytest.mark.sampled(32)
+@pytest.mark.sampled(64)
 def test_masked_keys_do_not_affect_output(name, implementation, compared):
     case = POISONED[name]
     inputs, aux, dout = cases.draw(case)
@@ -246,7 +249,7 @@ def test_masked_keys_do_not_affect_output(name, implementation, compared):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ["127 grouped, gate, window", "packed, window"])
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(24)
 def test_two_runs_are_bit_equal(name, implementation):
     case = workloads.get("attention", name)
     inputs, aux, dout = cases.draw(case)
@@ -256,6 +259,7 @@ def test_two_runs_are_bit_equal(name, implementation):
 
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
+@pytest.mark.sampled(2)
 def test_no_keys_or_no_queries(implementation):
     q, nothing = jnp.ones((2, 3, 2, 4)), jnp.ones((2, 0, 2, 4))
     for causal in (True, False):

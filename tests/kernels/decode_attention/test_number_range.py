@@ -176,6 +176,7 @@ def normal_numbers(dtype: str, C: int, factors: dict[str, float]) -> dict[str, n
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("cache", ["int8", "float8_e4m3fn"])
 @pytest.mark.parametrize(("C", "size"), [(1000, 0.5), (1000, 1e-4), (16, 1e4)], ids=str)
+@pytest.mark.sampled(2)
 def test_values_of_an_eight_bit_cache_fit_float16(C, size, cache, form):
     """Each scaled weight is about size / 127 / C, which may be less than float16's smallest number."""
     x = normal_numbers("float16", C, {"q": 0.1, "k": 1.0, "v": size})
@@ -200,6 +201,7 @@ EXTREMES = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", EXTREMES)
+@pytest.mark.sampled(2)
 def test_extreme_numbers_give_the_exact_softmax(name, form):
     """All vectors point roughly the same way, so that sums of products are as large as they can be."""
     dtype, factors, options = EXTREMES[name]
@@ -214,6 +216,7 @@ def test_extreme_numbers_give_the_exact_softmax(name, form):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.sampled(2)
 def test_longest_sequence_is_read_like_a_short_one(window, form):
     """The largest int32 has no successor."""
     C, longest = 12, 2**31 - 1
@@ -225,6 +228,7 @@ def test_longest_sequence_is_read_like_a_short_one(window, form):
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", "pallas"])
 @pytest.mark.parametrize("empty", ["B", "H", "D"])
+@pytest.mark.sampled(2)
 def test_sizes_of_zero_give_an_empty_output(empty, implementation):
     sizes = {"B": 2, "H": 4, "D": 8} | {empty: 0}
     b, h, d = sizes.values()

@@ -29,6 +29,7 @@ def row(*lengths: int, **sizes) -> workloads.Decode:
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 4, 8], ids="block_size={}".format)
+@pytest.mark.sampled(2)
 def test_block_table_lists_blocks_with_visible_tokens(block_size):
     for C, max_visible in itertools.product((1, 8, 10, 13), (1, 2, 5, 13)):
         max_visible, lengths = min(max_visible, C), np.arange(3 * C + 2)
@@ -46,6 +47,7 @@ def test_block_table_lists_blocks_with_visible_tokens(block_size):
 
 
 @pytest.mark.parametrize("T", [2, 5, 8])
+@pytest.mark.sampled(2)
 def test_block_table_of_several_tokens_writes_each_block_once(T):
     """The blocks that hold new tokens, each in consecutive steps among which is the block's own."""
     for C, max_visible, block_size in itertools.product((8, 10, 13), (1, 3, 13), (1, 3, 4)):
@@ -98,6 +100,7 @@ def run_with_race_detection(operation: Callable[..., Any], *args: Any) -> Any:
     ],
 )
 @pytest.mark.parametrize("name", TPU_CASES)
+@pytest.mark.sampled(2)
 def test_tpu_kernel_appends_and_attends(name, run, monkeypatch):
     """The kernel writes the new tokens' slots and nothing else of the cache."""
     case = TPU_CASES[name]
@@ -137,7 +140,7 @@ def test_tokens_of_too_many_rows_are_refused_and_auto_takes_xla():
     [(600, None), (1100, 300), (1537, 513)],
     ids=["C=600", "C=1100 window=300", "C=1537 window=513"],
 )
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 def test_several_blocks_match_python_loops(C, window, min_filled):
     """Block by block, and batched if every ring buffer is at least half full."""
     lengths = (int(min_filled * C) - 1, C - 2, C - 1, 3 * C + 7) if min_filled else (0, C // 2 - 2, C - 1, 3 * C + 7)
@@ -157,7 +160,7 @@ def test_several_blocks_match_python_loops(C, window, min_filled):
 
 @pytest.mark.parametrize("name", ["xla", "pallas"])
 @pytest.mark.parametrize("mapped", ["q", "k", "length"])
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 def test_vmap_equals_a_loop(name, mapped):
     """As in decoding that tries several tokens on one cache."""
     rng = np.random.default_rng(0)

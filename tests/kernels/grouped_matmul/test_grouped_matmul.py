@@ -44,6 +44,7 @@ def loops_gradients(x: np.ndarray, w: np.ndarray, sizes: list[int], dy: np.ndarr
 
 
 @pytest.mark.parametrize("sizes", [[2, 3, 1], [0, 6, 0], [0, 0, 0], [1, 0, 2], [6, 0, 0]], ids=str)
+@pytest.mark.sampled(2)
 def test_reference_matches_python_loops(sizes):
     inputs, aux, dout = cases.draw(row(*sizes, N=6, M=3, F=2))
     with jax.enable_x64(True):
@@ -56,7 +57,7 @@ def test_reference_matches_python_loops(sizes):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("case", "dtype"), cases.workload_parameters("grouped_matmul"))
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(12)
 def test_implementation_matches_reference(case, dtype, implementation):
     inputs, aux, dout = cases.draw(case)
     sizes = aux["group_sizes"]
@@ -99,6 +100,7 @@ def test_random_group_sizes_match_python_loops(implementation, shape, cuts, full
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
 @pytest.mark.parametrize("sizes", [[63, 64, 65, 1], [0, 0, 0, 0], [257, 0, 1, 129], [580, 0, 0, 0]], ids=str)
+@pytest.mark.sampled(2)
 def test_unassigned_rows_do_not_affect_results(sizes, implementation):
     inputs, aux, dout = cases.draw(row(*sizes, N=580))
     unassigned = (np.arange(580) >= sum(sizes))[:, None]
@@ -117,6 +119,7 @@ def test_unassigned_rows_do_not_affect_results(sizes, implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.sampled(2)
 def test_two_runs_are_bit_equal(implementation):
     inputs, aux, dout = cases.draw(row(63, 257, 0, 129, N=580))
     run = tolerance.program("grouped_matmul", implementation)
@@ -154,6 +157,7 @@ def test_second_derivative_of_xla_matches_reference():
     [row(0, 0, N=0, M=3, F=2), row(N=4, M=3, F=2), row(4, N=4, M=0, F=2)],
     ids=["no rows", "no groups", "no width"],
 )
+@pytest.mark.sampled(2)
 def test_empty_inputs_give_zeros(case, implementation):
     inputs, aux, dout = cases.draw(case)
     narrow = {name: np.float32(x) for name, x in inputs.items()}

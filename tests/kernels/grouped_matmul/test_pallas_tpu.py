@@ -25,6 +25,7 @@ SIZES = ([5], [0], [3, 4], [0, 7, 0, 1], [4, 4, 0], [0, 0, 0], [1, 1, 1, 1, 9], 
 
 
 @pytest.mark.parametrize("visit_empty_groups", [False, True], ids=["skip empty groups", "visit empty groups"])
+@pytest.mark.sampled(2)
 def test_each_row_is_visited_once_by_its_group(visit_empty_groups):
     for sizes, spare, rows in itertools.product(SIZES, (0, 6), (1, 4, 8)):
         N, E = sum(sizes) + spare, len(sizes)
@@ -95,7 +96,7 @@ def output_and_gradients(x: jax.Array, w: jax.Array, sizes: jax.Array, name: str
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 37], ids="rows={}".format)
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 def test_cpu_tile_size_does_not_change_grouped_matmul(monkeypatch, rows):
     (x, w), sizes = arrays(37, 6, 5, 4), jnp.array([9, 0, 13, 8])
     expected = output_and_gradients(x, w, sizes, "reference")
@@ -146,7 +147,7 @@ MAPPED = {"ids": (0, 0, None, 0), "experts": (0, None, 0, 0), "all but the ids":
 
 @pytest.mark.parametrize("name", ["xla", "pallas"])
 @pytest.mark.parametrize("shared", MAPPED)
-@pytest.mark.sampled(10)
+@pytest.mark.sampled(20)
 def test_vmap_equals_a_loop(name, shared):
     """With gradients, of what is kept and of what is recomputed, where some inputs are the same along the axis."""
     (x, w), rng, axes = arrays(20, 6, 5, 4), np.random.default_rng(1), MAPPED[shared]
@@ -233,13 +234,14 @@ def test_contraction_slice_spans_two_matrices():
 
 
 @pytest.mark.parametrize("width", [40, 128, 200, 384], ids="width={}".format)
+@pytest.mark.sampled(2)
 def test_row_sums_equal_jnp_sum(width):
     x = jnp.asarray(np.random.default_rng(0).integers(-9, 9, (16, width)), jnp.float32)
     np.testing.assert_array_equal(row_sums(x), jnp.sum(x, axis=1)[None])
 
 
 @pytest.mark.parametrize("sides", CUTS.values(), ids=CUTS)
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(16)
 def test_tpu_kernels_match_reference_with_each_block_size(monkeypatch, sides):
     """The body that is compiled for a TPU, with NaN in all memory that was never written."""
     monkeypatch.setattr(block_sizes, "choose_block_m", lambda *_, **__: (32 if "max_chunks" in sides else 16, 8))

@@ -51,6 +51,7 @@ CASES = [
     ("sizes", "width"), CASES, ids=lambda x: row(*x[:3], **x[3]).label() if isinstance(x, tuple) else f"width={x}"
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=slow)])
+@pytest.mark.sampled(2)
 def test_output_and_gradients_match_without_races(sizes, width, dtype, small_parts, monkeypatch):
     monkeypatch.setattr(common, "MIN_CHUNK", max(128, width or 256))  # a chunk has at least one tile
     *shape, kind = sizes
@@ -118,6 +119,7 @@ def test_tanh_is_exact_near_zero_and_far_from_it():
 
 
 @pytest.mark.parametrize("V", [1, 255, 32000, 50257, 151936])
+@pytest.mark.sampled(2)
 def test_splits_are_not_empty_and_keep_the_sms_busy(V):
     for N in (1, 128, 1000, 8192, 100_000):
         tiles, rows = -(-V // block_sizes.BLOCK_V), -(-N // block_sizes.BLOCK_N)
@@ -174,6 +176,7 @@ def test_pallas_gpu_requires_hopper():
 
 
 @pytest.mark.parametrize("around", ["vmap", "shard_map", "shard_map without checks"])
+@pytest.mark.sampled(2)
 def test_gradients_trace_under_vmap_and_shard_map(around):
     h, w = jnp.ones((2, 40, 64), jnp.bfloat16), jnp.ones((100, 64), jnp.bfloat16)
     targets = jnp.zeros((2, 40), jnp.int32)

@@ -74,7 +74,7 @@ def by_hand(inputs: dict[str, np.ndarray], ids: np.ndarray, dout: np.ndarray, ac
 
 @pytest.mark.parametrize("activation", ["swiglu", CLAMPED], ids=["swiglu", "clamped"])
 @pytest.mark.parametrize("biases", [BIASES, ("b_gate",), ("b_up",), ("b_down",), ()], ids=lambda names: "+".join(names))
-@pytest.mark.sampled(16)
+@pytest.mark.sampled(32)
 def test_reference_matches_numpy(biases, activation):
     inputs, _, dout = draw(len(NONE), 5, 7, 4, 2, biases)
     with jax.enable_x64(True):
@@ -87,6 +87,7 @@ def test_reference_matches_numpy(biases, activation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("activation", ["swiglu", CLAMPED], ids=["swiglu", "clamped"])
+@pytest.mark.sampled(2)
 def test_output_and_gradients_match_numpy(activation, implementation):
     """Every variant of the kernels, over several blocks of columns, with ids of no expert; few rows and many."""
     run = tolerance.program("moe_mlp", implementation, options(activation))
@@ -118,7 +119,7 @@ SIZES = {
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("activation", ["swiglu", CLAMPED], ids=["swiglu", "clamped"])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.sampled(32)
+@pytest.mark.sampled(64)
 def test_implementation_matches_reference(sizes, activation, dtype, implementation):
     inputs, aux, dout = draw(*sizes)
     tolerance.assert_matches_reference(
@@ -135,6 +136,7 @@ def test_implementation_matches_reference(sizes, activation, dtype, implementati
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
 @pytest.mark.parametrize("activation", ["swiglu", CLAMPED], ids=["swiglu", "clamped"])
+@pytest.mark.sampled(2)
 def test_values_that_no_choice_names(activation, implementation):
     """An idle expert's matrices and biases, tokens without an expert, weights of ids without an expert."""
     ids = np.tile(np.where(NONE == 1, 0, NONE), (3, 1))
@@ -163,6 +165,7 @@ def test_values_that_no_choice_names(activation, implementation):
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
 @pytest.mark.parametrize("fill", [np.nan, np.inf], ids=str)
+@pytest.mark.sampled(2)
 def test_nan_reaches_its_tokens_and_experts_only(fill, implementation):
     ids = np.tile(NONE, (3, 1))
     inputs, _, dout = draw(len(ids), 8, 12, 4, 2)
@@ -206,6 +209,7 @@ def test_derivative_of_clamp_at_its_limit():
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.sampled(2)
 def test_two_runs_are_bit_equal(implementation):
     inputs, aux, dout = draw(300, 16, 24, 4, 2)
     arguments = {name: np.float32(x) for name, x in inputs.items()}, aux, np.float32(dout)
@@ -215,9 +219,9 @@ def test_two_runs_are_bit_equal(implementation):
 
 @pytest.mark.parametrize(
     "implementation",
-    [pytest.param(name, marks=pytest.mark.slow if name == "xla" else ()) for name in IMPLEMENTATIONS],
+    IMPLEMENTATIONS,
 )
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 def test_transformations(implementation):
     """vmap, remat and shard_map with its default, and float64 and ranks that do not promote."""
     inputs, aux, dout = draw(16, 8, 12, 3, 2)
@@ -264,6 +268,7 @@ def test_second_derivative_of_xla_matches_reference():
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", "auto"])
+@pytest.mark.sampled(2)
 def test_no_hidden_features_leave_the_bias(implementation):
     inputs, aux, _ = draw(3, 4, 1, 2, 1)
     inputs = {name: np.float32(x) for name, x in inputs.items()}
@@ -288,6 +293,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+@pytest.mark.sampled(2)
 def test_bad_arguments_raise_one_line(wrong):
     inputs, aux, _ = draw(3, 4, 3, 2, 1)
     narrow = {name: np.float32(x) for name, x in inputs.items()} | wrong

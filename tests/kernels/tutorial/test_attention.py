@@ -85,7 +85,7 @@ def assert_within_tolerance(step: str, case: workloads.Attention, dtype: str, ti
 
 @pytest.mark.parametrize("step", FORWARD_STEPS)
 @pytest.mark.parametrize("name", RULE_CASES)
-@pytest.mark.sampled(24)
+@pytest.mark.sampled(48)
 def test_each_step_matches_reference(step, name):
     case = CASES[name]
     o = assert_within_tolerance(step, case, "float32")
@@ -102,6 +102,7 @@ def test_each_step_matches_reference_in_bfloat16(step, name):
 
 @pytest.mark.parametrize(("name", "dtype"), [("one per head", "float32"), ("elementwise", "bfloat16")])
 @pytest.mark.parametrize("step", ["packed_gqa_gate", "phases"])
+@pytest.mark.sampled(2)
 def test_gated_step_matches_reference(step, name, dtype):
     assert_within_tolerance(step, GATED[name], dtype)
 
@@ -151,7 +152,7 @@ def drawn(case: workloads.Attention, dtype: str) -> tuple[dict[str, jax.Array], 
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in FAST_GRADIENTS else pytest.mark.slow) for n in GRADIENT_CASES]
 )
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(12)
 def test_gradients_match_reference(step, dtype, name):
     case = GRADIENT_CASES[name]
     result = step_gradients(step, case)(*drawn(case, dtype))
@@ -167,6 +168,7 @@ def test_gradients_match_reference(step, dtype, name):
 
 
 @pytest.mark.parametrize("step", WITH_GRADIENTS)
+@pytest.mark.sampled(2)
 def test_masked_keys_do_not_affect_gradients(step):
     """No query sees the first 64 keys, and the last tile reaches past the last key; dk and dv are zeros there."""
     case = row(7, 100, window=30)
@@ -180,6 +182,7 @@ def test_masked_keys_do_not_affect_gradients(step):
 
 
 @pytest.mark.parametrize(("T", "S", "window"), [(1, 1, None), (50, 70, 5), (70, 20, 17), (20, 70, 3)])
+@pytest.mark.sampled(2)
 def test_tiles_by_key_are_the_visible_tiles(T, S, window):
     mask = common.Mask(T, S, True, window)
     tiles = step7_backward.tiles_by_key(common.Problem(mask, 1.0, 16, 32)).T.tolist()
@@ -205,7 +208,7 @@ def test_default_block_sizes_match_reference(step, dtype):
 
 
 @pytest.mark.parametrize("step", attention.STEPS)
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 def test_masked_keys_do_not_affect_output(step):
     case = row(7, 100, window=30)  # no query sees the first 64 keys, and the last tile reaches past the last key
     inputs = {name: np.float32(x) for name, x in cases.draw(case)[0].items()}
@@ -222,6 +225,7 @@ def test_masked_keys_do_not_affect_output(step):
     ("T", "S"),
     [pytest.param(T, S, id=f"T={T} S={S}") for T, S in ((1, 1), (50, 50), (20, 70), (70, 20), (33, 64))],
 )
+@pytest.mark.sampled(2)
 def test_visible_tiles_have_a_visible_pair(T, S, window):
     for causal in (True, False) if window is None else (True,):
         visible = np.asarray(reference.visible(T, S, causal=causal, window=window))
@@ -253,6 +257,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("step", attention.STEPS)
+@pytest.mark.sampled(2)
 def test_invalid_argument_raises_with_its_name(step):
     run = attention.load_step(step)
     for message, bad in WRONG.items():
@@ -272,6 +277,7 @@ def test_invalid_argument_raises_with_its_name(step):
 
 
 @pytest.mark.parametrize("step", WITH_GATE)
+@pytest.mark.sampled(2)
 def test_invalid_gate_raises_with_its_name(step):
     for bad in (Q[:, :, :1], Q[..., :2], Q.astype(jnp.float16)):
         with pytest.raises(ValueError, match="gate has"):
@@ -279,6 +285,7 @@ def test_invalid_gate_raises_with_its_name(step):
 
 
 @pytest.mark.parametrize("step", attention.STEPS)
+@pytest.mark.sampled(2)
 def test_steps_are_short_and_docstrings_have_six_parts(step):
     text = next(FOLDER.glob(f"step?_{step}.py")).read_text()
     assert len(text.splitlines()) < 120

@@ -120,19 +120,21 @@ def assert_step_is_right(step: str, case: workloads.Decode, dtype: str, run: Any
 
 @STEPS
 @pytest.mark.parametrize("name", RINGS)
-@pytest.mark.sampled(16)
+@pytest.mark.sampled(32)
 def test_each_step_matches_reference(step, name):
     assert_step_is_right(step, RINGS[name], "float32")
 
 
 @STEPS
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n not in COMPILED else ()) for n in RINGS])
+@pytest.mark.sampled(2)
 def test_each_step_matches_reference_in_bfloat16(step, name):
     assert_step_is_right(step, RINGS[name], "bfloat16")
 
 
 @STEPS
 @pytest.mark.parametrize("name", [COMPILED[0], pytest.param(COMPILED[1], marks=pytest.mark.slow)])
+@pytest.mark.sampled(2)
 def test_each_step_matches_reference_on_a_cpu(step, name):
     assert_step_is_right(step, RINGS[name], "float32", in_xla)
 
@@ -159,6 +161,7 @@ def test_append_has_no_race(step):
 
 @STEPS
 @pytest.mark.parametrize("name", ["from empty to wrapped ten times", "129 slots, window", "window of one"])
+@pytest.mark.sampled(2)
 def test_invisible_slots_do_not_affect_output(step, name):
     """Neither unused slots nor tokens before the window; NaN in scales, too."""
     case, outputs = RINGS[name], []
@@ -188,7 +191,7 @@ def test_two_runs_are_bit_equal(step):
 
 @STEPS
 @pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 20])
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(24)
 def test_generation_equals_attention_over_all_tokens(step, window):
     """Starts from an empty cache and wraps around; blocks of 16 slots, and the cache ends inside one."""
     case, T = row(0, 0, C=37, D=8, window=window), 80
@@ -224,6 +227,7 @@ def test_donated_cache_is_updated_in_place(step):
 
 
 @pytest.mark.parametrize("C", [1, 16, 40, 48, 65])
+@pytest.mark.sampled(2)
 def test_visible_blocks_hold_visible_tokens(C):
     """Against a count of the blocks of all visible positions."""
     lengths = np.arange(3 * C + 2)

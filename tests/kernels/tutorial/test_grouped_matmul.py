@@ -89,19 +89,21 @@ def assert_within_tolerance(
 
 @pytest.mark.parametrize("step", tutorial.STEPS)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.sampled(10)
+@pytest.mark.sampled(20)
 def test_each_step_matches_reference(step, name):
     assert_within_tolerance(step, CASES[name], "float32")
 
 
 @pytest.mark.parametrize("step", tutorial.STEPS)
 @pytest.mark.parametrize("name", FEW)
+@pytest.mark.sampled(2)
 def test_each_step_matches_reference_in_bfloat16(step, name):
     assert_within_tolerance(step, CASES[name], "bfloat16")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", FEW)
+@pytest.mark.sampled(2)
 def test_step_with_two_weights_matches_reference(name, dtype):
     assert_within_tolerance("swiglu", CASES[name], dtype, two_weights=True)
 
@@ -114,6 +116,7 @@ def test_default_row_tile_matches_reference(step, dtype):
 
 
 @pytest.mark.parametrize("step", tutorial.STEPS)
+@pytest.mark.sampled(2)
 def test_unassigned_rows_and_weights_of_empty_groups_do_not_affect_output(step):
     case, two_weights = CASES["129, unassigned rows"], step == "swiglu"
     run, (inputs, aux) = forward(step, two_weights), draw(case, "float32", two_weights)
@@ -125,7 +128,7 @@ def test_unassigned_rows_and_weights_of_empty_groups_do_not_affect_output(step):
 
 
 @pytest.mark.parametrize("step", tutorial.STEPS)
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 def test_rows_of_other_groups_may_be_nan(step):
     """A row that is NaN makes no other row of its tile NaN."""
     case = CASES["129, unassigned rows"]
@@ -137,6 +140,7 @@ def test_rows_of_other_groups_may_be_nan(step):
 
 
 @pytest.mark.parametrize("step", tutorial.STEPS)
+@pytest.mark.sampled(2)
 def test_two_runs_are_bit_equal(step):
     arguments = draw(CASES["129, unassigned rows"], "float32")
     tolerance.assert_bit_equal(forward(step)(*arguments), forward(step)(*arguments))
@@ -146,6 +150,7 @@ SIZES = [[0, 0, 0], [129, 0, 0], [0, 0, 129], [32, 32, 65], [1, 0, 2], [31, 2, 9
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.sampled(2)
 def test_tasks_cover_each_row_once(sizes):
     N, tile, E = 129, 32, len(sizes)
     count, tasks = step4_masked_edges.list_tasks(jnp.int32(sizes), N, tile)
@@ -162,6 +167,7 @@ def test_tasks_cover_each_row_once(sizes):
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.sampled(2)
 def test_padded_layout_has_one_group_per_tile(sizes):
     N, tile = 129, 32
     layout = step3_group_metadata.pad_groups(jnp.int32(sizes), N, tile)
@@ -185,6 +191,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("step", tutorial.STEPS)
+@pytest.mark.sampled(2)
 def test_invalid_argument_raises_with_its_name(step):
     run = tutorial.load_step(step)
     for message, bad in WRONG.items():
@@ -207,6 +214,7 @@ def test_invalid_argument_raises_with_its_name(step):
 
 
 @pytest.mark.parametrize("step", tutorial.STEPS)
+@pytest.mark.sampled(2)
 def test_empty_inputs_give_zeros(step):
     run = tutorial.load_step(step)
     for x, w, sizes in ((X[:0], W, [0, 0]), (X, W[:0], []), (X[:, :0], W[:, :0], [1, 2])):
@@ -214,6 +222,7 @@ def test_empty_inputs_give_zeros(step):
 
 
 @pytest.mark.parametrize("step", tutorial.STEPS)
+@pytest.mark.sampled(2)
 def test_steps_are_short_and_docstrings_have_six_parts(step):
     text = next(FOLDER.glob(f"step?_{step}.py")).read_text()
     assert len(text.splitlines()) < 120
