@@ -1,16 +1,14 @@
 """Convert the settings of a model to and from config.json of Hugging Face, by the tables of `families`."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
 from dantinox.config import ConfigError, ModelConfig
 from dantinox.config.aliases import current_names
-from dantinox.hf.families import FAMILIES, Family, Layout, listed_ropes
-from dantinox.model.rope import original_context
+from dantinox.hf.checks import MAX_INT, check_integer, check_type, check_value
+from dantinox.hf.families import FAMILIES, LAYER_TYPES, Family, Layout, shortest_period
+from dantinox.hf.rope import layers_with_rope, rope_pattern, rope_settings, rope_to_hf
 
-_YARN = {"beta_fast": 32, "beta_slow": 1}  # the constants of our yarn; _LLAMA3: of our llama3
-_LLAMA3 = {"low_freq_factor": 1, "high_freq_factor": 4}
 _EXTRA_FIELDS = (  # stored under "dantinox", unless the family has a name for them
     "dropout",
     "router_aux_loss_coef",
@@ -20,12 +18,10 @@ _EXTRA_FIELDS = (  # stored under "dantinox", unless the family has a name for t
     "remat",
     "kv_cache_dtype",
 )
-_LAYER_TYPES = {"S": "sliding_attention", "L": "full_attention"}  # by the letter of window_pattern
 _NEEDS = {"attn_out_bias": "attn_bias", "qk_norm_all_heads": "qk_norm"} | dict.fromkeys(
     ("n_dense_layers", "router", "router_renormalise", "router_scale", "selection_bias"), "n_experts"
 )
 """A setting -> the one without which it has no effect."""
-_MAX_INT, _MAX_NUMBER = 2**31 - 1, 1e300
 _MOST = {"n_layers": 4096, "n_experts": 65536}  # more would take forever to list
 _DERIVED: dict[str, Callable[[ModelConfig], int]] = {
     "hidden": lambda config: config.hidden,
@@ -73,14 +69,14 @@ def to_hf(config: ModelConfig, layout: Layout | None = None) -> dict[str, Any]:
         "bos_token_id": 0,
         "eos_token_id": 0,
         "pad_token_id": None,  # a default may be outside of the vocabulary
-        **_rope_to_hf(config, family),
+        **rope_to_hf(config, family),
         **{hf_name: _value(config, field) for field, hf_name in family.names.items()},
         **family.all_required,
         **{hf_name: _value(config, field) for field, hf_name in family.written.items()},
     }
     if family.windows == "pattern":
         pattern = ["L" if config.layer_window(layer) is None else "S" for layer in range(config.n_layers)]
-        hf_config["layer_types"] = [_LAYER_TYPES[letter] for letter in pattern]
+        hf_config["layer_types"] = [LAYER_TYPES[letter] for letter in pattern]
         hf_config["sliding_window"] = config.window or config.max_context  # transformers wants a number always
     elif family.windows == "one":
         hf_config["sliding_window"] = config.layer_window(0)
@@ -99,41 +95,6 @@ def _extra_fields(family: Family) -> list[str]:
     return [name for name in _EXTRA_FIELDS if name not in family.fields]
 
 
-def _rope_to_hf(config: ModelConfig, family: Family) -> dict[str, Any]:
-    """Return the rotary settings of config.json."""
-    D, factor = config.resolved_head_dim, config.rope_factor
-    theta, scaling = config.rope_theta, None
-    original = {"original_max_position_embeddings": original_context(config)}
-    match config.rope_scaling:
-        case "ntk" if D > 2:  # only a larger base
-            theta = theta * factor ** (D / (D - 2))
-        case "linear":
-            scaling = {"rope_type": "linear", "factor": factor}
-        case "yarn":
-            scaling = {"rope_type": "yarn", "factor": factor} | original | _YARN | {"truncate": config.rope_truncate}
-        case "llama3":
-            scaling = {"rope_type": "llama3", "factor": factor} | original | _LLAMA3
-        case _:
-            pass
-    if scaling is None and family.default_scaling:  # transformers takes the scaling of the published models otherwise
-        scaling = {"rope_type": "default"}
-    settings: dict[str, Any] = {"rope_theta": theta, "rope_scaling": scaling}
-    if family.windowed_theta:
-        full = (scaling or {"rope_type": "default"}) | {"rope_theta": theta}
-        own_theta = config.rope_theta_windowed
-        windowed = full if own_theta is None else {"rope_type": "default", "rope_theta": own_theta}
-        settings[family.windowed_theta[0]] = windowed["rope_theta"]
-        settings |= {"rope_theta": theta, "rope_parameters": {_LAYER_TYPES["L"]: full, _LAYER_TYPES["S"]: windowed}}
-    if family.rope_layers == "listed":
-        settings["no_rope_layers"] = [int(has_rope) for has_rope in _has_rope(config)]
-    return settings
-
-
-def _has_rope(config: ModelConfig) -> list[bool]:
-    """Return for each layer whether it has rotary positions."""
-    return [config.layer_rope(layer) is not None for layer in range(config.n_layers)]
-
-
 def _unsupported(config: ModelConfig, family: Family) -> list[str]:
     """Return the settings that a family cannot represent."""
     unsupported = [
@@ -150,8 +111,9 @@ def _unsupported(config: ModelConfig, family: Family) -> list[str]:
     elif family.windows == "full" and windows != {None}:
         unsupported.append(f"window {config.window}")
     is_windowed = [config.layer_window(layer) is not None for layer in range(config.n_layers)]
-    ropes = {"all": [True] * config.n_layers, "windowed": is_windowed, "listed": _has_rope(config)}[family.rope_layers]
-    if config.pos_encoding == "rope" and _has_rope(config) != ropes:
+    has_rope = layers_with_rope(config)
+    ropes = {"all": [True] * config.n_layers, "windowed": is_windowed, "listed": has_rope}[family.rope_layers]
+    if config.pos_encoding == "rope" and has_rope != ropes:
         unsupported.append(f"rope_pattern {config.rope_pattern!r}")
     if "shared_experts" in family.fields and config.shared_hidden % config.hidden:
         unsupported.append(f"shared_ratio {config.shared_ratio} with mlp_ratio {config.mlp_ratio}")
@@ -179,14 +141,14 @@ def from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
     names = family.names
     given = {field: hf_config[hf_name] for field, hf_name in names.items() if hf_config.get(hf_name) is not None}
     for field, value in given.items():
-        _check_type(names[field], value, _type_of(field))
+        check_type(names[field], value, _type_of(field))
     if hf_config.get("num_key_value_heads", 0) is None:
         given["n_kv_heads"] = given.get("n_heads")
     settings = dict(family.defaults) | given
     sizes = ["vocab_size", "dim", "hidden", "n_layers", "n_heads", "max_context", *["n_experts"] * bool(family.experts)]
     sizes += [field for field in _DERIVED if field in settings and field not in sizes]
     for field in sizes:
-        _check_integer(names[field], settings.get(field), _MOST.get(field, _MAX_INT))
+        check_integer(names[field], settings.get(field), _MOST.get(field, MAX_INT))
     settings.setdefault("n_kv_heads", settings["n_heads"])
     settings.setdefault("tie_embeddings", False)
     settings |= _ratios(settings)
@@ -195,10 +157,10 @@ def from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
     settings["head_dim"] = settings.pop("resolved_head_dim", None)
     settings.setdefault("n_experts", 0)
     settings |= family.fixed | _window_settings(hf_config, family, settings["n_layers"])
-    settings |= _rope_settings(hf_config, family, settings["max_context"])
+    settings |= rope_settings(hf_config, family, settings["max_context"])
     if settings.get("window") is None:
         settings.pop("rope_theta_windowed", None)
-    settings |= _rope_pattern(hf_config, family, settings)
+    settings |= rope_pattern(hf_config, family, settings)
     settings |= _extra_settings(hf_config, family)
     known = get_type_hints(ModelConfig)
     return ModelConfig(**{name: x for name, x in settings.items() if name in known}).without_default_head_dim()
@@ -233,12 +195,12 @@ def _check_supported(hf_config: Mapping[str, Any], family: Family) -> None:
         **family.checked,
         **({} if "attn_bias" in family.fields else {"attention_bias": False}),
     }.items():
-        _check_value(hf_config, name, allowed)
+        check_value(hf_config, name, allowed)
     if not is_mxfp4(hf_config):
-        _check_value(hf_config, "quantization_config", None)
+        check_value(hf_config, "quantization_config", None)
     for name, least in _PLAIN_INTEGERS.items():
         if hf_config.get(name) is not None:
-            _check_integer(name, hf_config[name], _MAX_INT, least)
+            check_integer(name, hf_config[name], MAX_INT, least)
 
 
 def _extra_settings(hf_config: Mapping[str, Any], family: Family) -> dict[str, Any]:
@@ -265,8 +227,8 @@ def _window_settings(hf_config: Mapping[str, Any], family: Family, n_layers: int
             names = ", ".join(sorted({str(name) for name in layer_types or ()}))
             raise ConfigError(f"layer_types are {names}; allowed: one type for all layers")
         return {"window": window}
-    letters = {name: letter for letter, name in _LAYER_TYPES.items()}
-    layer_types = layer_types or [_LAYER_TYPES[letter] for letter in family.default_pattern(hf_config, n_layers)]
+    letters = {name: letter for letter, name in LAYER_TYPES.items()}
+    layer_types = layer_types or [LAYER_TYPES[letter] for letter in family.default_pattern(hf_config, n_layers)]
     if len(layer_types) != n_layers or any(name not in list(letters) for name in layer_types):
         names = ", ".join(map(str, layer_types))
         raise ConfigError(f"layer_types are {names}; allowed: {' or '.join(letters)} for each of {n_layers} layers")
@@ -277,123 +239,10 @@ def _window_settings(hf_config: Mapping[str, Any], family: Family, n_layers: int
         raise ConfigError(
             "sliding_window is None; allowed: an integer, 1 or more, with layers of type sliding_attention"
         )
-    return {"window": window, "window_pattern": _period(pattern)}
-
-
-def _period(pattern: str) -> str:
-    """Return the shortest pattern that gives this one when it is repeated."""
-    n = len(pattern)
-    return next(pattern[:size] for size in range(1, n + 1) if pattern == (pattern[:size] * n)[:n])
-
-
-def _rope_pattern(hf_config: Mapping[str, Any], family: Family, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return which layers have rotary positions, given the settings of the windows."""
-    n_layers = settings["n_layers"]
-    if family.rope_layers == "all":
-        return {}
-    if family.rope_layers == "windowed":
-        pattern = settings.get("window_pattern", "S") if settings.get("window") else "L"
-        return {"rope_pattern": pattern.replace("S", "R").replace("L", "N")}
-    has_rope = listed_ropes(hf_config, n_layers)
-    if not isinstance(has_rope, list) or len(has_rope) < n_layers or any(x not in (0, 1) for x in has_rope):
-        raise ConfigError(f"no_rope_layers is {has_rope!r}; allowed: a list of 0 or 1 for each of {n_layers} layers")
-    return {"rope_pattern": _period("".join("NR"[int(x)] for x in has_rope[:n_layers]))}
-
-
-def _rope_settings(hf_config: Mapping[str, Any], family: Family, max_context: int) -> dict[str, Any]:
-    """Return the rotary settings; transformers 5 and earlier versions store them differently."""
-    by_type, scaling = _table(hf_config, "rope_parameters"), _table(hf_config, "rope_scaling")
-    theta = hf_config.get("rope_theta") or family.rope_theta
-    if family.windowed_theta is None:
-        return _read_rope(by_type or scaling or family.default_scaling or {}, hf_config, theta, max_context)
-    if by_type.keys() - set(_LAYER_TYPES.values()):
-        raise ConfigError(f"rope_parameters is {by_type!r}; allowed: a table for each type of layers")
-    full, windowed = (_table(by_type, _LAYER_TYPES[letter]) for letter in "LS")
-    name, default = family.windowed_theta
-    plain = _read_rope({**full, **scaling}, hf_config, theta, max_context)
-    own = _read_rope(windowed, hf_config, hf_config.get(name) or default, max_context)
-    if own == plain:
-        return plain
-    if "rope_scaling" in own:
-        raise ConfigError(
-            "rope_parameters scales sliding_attention in a way of its own; allowed: that of full_attention"
-        )
-    return plain | {"rope_theta_windowed": own["rope_theta"]}
-
-
-def _table(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Return a table of the settings, empty if it is absent."""
-    table = settings.get(name) or {}
-    if not isinstance(table, Mapping):
-        raise ConfigError(f"{name} is {table!r}; allowed: a table")
-    return table
-
-
-def _read_rope(
-    rope: Mapping[str, Any], hf_config: Mapping[str, Any], default_theta: Any, max_context: int
-) -> dict[str, Any]:
-    """Return the rotary settings of one table of config.json."""
-    theta = rope.get("rope_theta") or default_theta
-    _check_type("rope_theta", theta, float)
-    scaling = rope.get("rope_type") or rope.get("type") or "default"
-    if scaling not in ("default", "linear", "yarn", "llama3"):
-        raise ConfigError(f"rope_scaling has type {scaling!r}; allowed: default, linear, yarn, llama3")
-    _check_value(rope, "partial_rotary_factor", 1)
-    if scaling == "default":
-        return {"rope_theta": float(theta)}
-    factor = rope.get("factor")
-    _check_type("factor of rope_scaling", factor, float)
-    settings = {"rope_theta": float(theta), "rope_scaling": scaling, "rope_factor": float(factor)}
-    if scaling == "linear":
-        return settings
-    for name, allowed in (_YARN if scaling == "yarn" else _LLAMA3).items():
-        _check_value(rope, name, allowed)
-    if scaling == "yarn":
-        settings["rope_truncate"] = rope.get("truncate", True)
-        _check_value(rope, "attention_factor", 0.1 * math.log(factor) + 1 if factor > 1 else 1)
-        if rope.get("mscale") and rope.get("mscale_all_dim"):
-            raise ConfigError(f"rope_scaling has mscale {rope['mscale']} and mscale_all_dim; allowed: neither")
-    name = "original_max_position_embeddings"
-    original = rope.get(name) or hf_config.get(name) or max_context
-    _check_integer(name, original, _MAX_INT)
-    return settings | {"rope_original_context": original}
+    return {"window": window, "window_pattern": shortest_period(pattern)}
 
 
 def _type_of(field: str) -> Any:
     """Return the type of a setting by our name, without None."""
     hint = int if field in _DERIVED else get_type_hints(ModelConfig)[field]
     return next((kind for kind in (int, float, bool) if hint in (kind, kind | None)), hint)
-
-
-def _check_type(name: str, value: Any, kind: Any) -> None:
-    """Raise `ConfigError` if a value is not one of a type: int, float or bool."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MAX_NUMBER
-    fits: dict[Any, Callable[[], bool]] = {
-        int: lambda: is_number and isinstance(value, int) and abs(value) <= _MAX_INT,
-        float: lambda: is_number,
-        bool: lambda: isinstance(value, bool),
-    }
-    if not fits[kind]():
-        allowed = {int: "an integer", float: "a number", bool: "true or false"}[kind]
-        raise ConfigError(f"{name} is {value!r}; allowed: {allowed}")
-
-
-def _check_integer(name: str, value: Any, most: int, least: int = 1) -> None:
-    """Raise `ConfigError` if a value is not an integer in a range."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name} is {value!r}; allowed: an integer, {least} or more")
-    if value > most:
-        raise ConfigError(f"{name} is {value}; allowed: an integer, {most} or less")
-
-
-def _check_value(hf_config: Mapping[str, Any], name: str, allowed: Any) -> None:
-    """Raise `ConfigError` if a setting exists and has another value."""
-    value = hf_config.get(name)
-    is_close = (
-        isinstance(value, int | float)
-        and isinstance(allowed, float)
-        and abs(value) <= _MAX_NUMBER
-        and math.isclose(value, allowed, rel_tol=1e-6)
-    )
-    if value is not None and value != allowed and not is_close:
-        raise ConfigError(f"{name} is {value!r}, which DantinoX does not support; allowed: {allowed!r}")

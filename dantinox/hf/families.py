@@ -50,6 +50,7 @@ _FIXED = {
     "router_scale": 1.0,
     "selection_bias": False,
 }
+LAYER_TYPES = {"S": "sliding_attention", "L": "full_attention"}  # by the letter of window_pattern
 _PRE_NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 _POST_NORMS = {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
 _REQUIRED = {"hidden_act": "silu", "attention_dropout": 0.0}
@@ -136,6 +137,12 @@ def _full_every(name: str | None, default: int) -> Callable[[Mapping[str, Any], 
         return "".join("SL"[(layer + 1) % n == 0] for layer in range(n_layers))
 
     return pattern
+
+
+def shortest_period(pattern: str) -> str:
+    """Return the shortest pattern that gives this one when it is repeated."""
+    n = len(pattern)
+    return next(pattern[:size] for size in range(1, n + 1) if pattern == (pattern[:size] * n)[:n])
 
 
 def listed_ropes(hf_config: Mapping[str, Any], n_layers: int) -> list[int]:
