@@ -73,6 +73,7 @@ def to_hf(config: ModelConfig, layout: Layout | None = None) -> dict[str, Any]:
         **{hf_name: _value(config, field) for field, hf_name in family.names.items()},
         **family.all_required,
         **{hf_name: _value(config, field) for field, hf_name in family.written.items()},
+        **{hf_name: getattr(config, field) == on for field, (hf_name, _, on) in family.switches.items()},
     }
     if family.windows == "pattern":
         pattern = ["L" if config.layer_window(layer) is None else "S" for layer in range(config.n_layers)]
@@ -101,6 +102,11 @@ def _unsupported(config: ModelConfig, family: Family) -> list[str]:
         f"{name} {getattr(config, name)!r}"
         for name, value in family.fixed.items()
         if getattr(config, name) != value and (name not in _NEEDS or getattr(config, _NEEDS[name]))
+    ]
+    unsupported += [
+        f"{name} {getattr(config, name)!r}"
+        for name, (_, *values) in family.switches.items()
+        if getattr(config, name) not in values
     ]
     own_scale = config.attn_scale if "attn_scale" in family.fields else None
     if own_scale and _DERIVED["attn_scale"](config) ** -0.5 != own_scale:
@@ -156,6 +162,10 @@ def from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
         settings["attn_scale"] = None if score_dim == settings["resolved_head_dim"] else score_dim**-0.5
     settings["head_dim"] = settings.pop("resolved_head_dim", None)
     settings.setdefault("n_experts", 0)
+    for field, (hf_name, off, on) in family.switches.items():
+        value = True if hf_config.get(hf_name) is None else hf_config[hf_name]
+        check_type(hf_name, value, bool)
+        settings[field] = on if value else off
     settings |= family.fixed | _window_settings(hf_config, family, settings["n_layers"])
     settings |= rope_settings(hf_config, family, settings["max_context"])
     if settings.get("window") is None:
@@ -228,7 +238,8 @@ def _window_settings(hf_config: Mapping[str, Any], family: Family, n_layers: int
             raise ConfigError(f"layer_types are {names}; allowed: one type for all layers")
         return {"window": window}
     letters = {name: letter for letter, name in LAYER_TYPES.items()}
-    layer_types = layer_types or [LAYER_TYPES[letter] for letter in family.default_pattern(hf_config, n_layers)]
+    default = family.default_pattern(hf_config, n_layers)
+    layer_types = layer_types or [LAYER_TYPES.get(letter, "conv") for letter in default]
     if len(layer_types) != n_layers or any(name not in list(letters) for name in layer_types):
         names = ", ".join(map(str, layer_types))
         raise ConfigError(f"layer_types are {names}; allowed: {' or '.join(letters)} for each of {n_layers} layers")

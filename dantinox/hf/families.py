@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 Layout = Literal[
     "llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "gpt_oss", "qwen2", "smollm3", "olmo2", "olmo3", "afmoe",
-    "gemma3_text",
+    "gemma3_text", "lfm3",
 ]  # fmt: skip
 
 COMMON_FIELDS = {
@@ -53,6 +53,7 @@ _FIXED = {
 LAYER_TYPES = {"S": "sliding_attention", "L": "full_attention"}  # by the letter of window_pattern
 _PRE_NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 _POST_NORMS = {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
+PROJECTIONS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 _REQUIRED = {"hidden_act": "silu", "attention_dropout": 0.0}
 _OLMO = {"qk_norm": True, "qk_norm_all_heads": True, "norms": "post"}
 
@@ -68,13 +69,18 @@ class Family:
         windows: full: no layer has a window; one: all or none; pattern: each layer has a window or not, by a list.
         default_window: the window that config.json leaves out.
         default_pattern: (config.json, number of layers) -> the letters of its layers where it has no list of them.
-        windowed_theta: (name, default) of the base of windowed layers, if they have rotary positions of their own.
+        windowed_theta: (name, default) of the base of windowed layers, if they have rotary positions of their own; "":
+            config.json has them in `rope_parameters` only.
         rope_layers: all: each layer has rotary positions; listed: those of the list `no_rope_layers` that have a one;
             windowed: those with a window.
         switch: whether config.json names a window that holds only with `use_sliding_window`.
         norms: our name of each norm of a block -> that of its tensor.
+        final_norm: tensor of the norm after the blocks.
+        mlp: module of a block with its MLP.
+        projections: tensors of gate, up and down in a dense MLP.
         experts: names of the experts' tensors; None: a dense MLP.
         fields: names of settings in config.json, beside `COMMON_FIELDS`.
+        switches: settings that config.json stores as true, the default, or false -> (name, value of false, of true).
         other_names: names of settings of config.json in some versions of transformers -> the current ones.
         defaults: values of settings that config.json leaves out, where they are not ours.
         differs: settings of which the family has one value that differs from most others'.
@@ -93,8 +99,12 @@ class Family:
     rope_layers: Literal["all", "listed", "windowed"] = "all"
     switch: bool = False
     norms: Mapping[str, str] = field(default_factory=lambda: _PRE_NORMS)
+    final_norm: str = "norm"
+    mlp: str = "mlp"
+    projections: Mapping[str, str] = field(default_factory=lambda: PROJECTIONS)
     experts: Literal["mixtral", "qwen3_moe", "gpt_oss", "afmoe"] | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
+    switches: Mapping[str, tuple[str, Any, Any]] = field(default_factory=dict)
     other_names: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     differs: Mapping[str, Any] = field(default_factory=dict)
@@ -110,7 +120,8 @@ class Family:
     @property
     def fixed(self) -> dict[str, Any]:
         """Settings of which the family has one value."""
-        return {name: value for name, value in _FIXED.items() if name not in self.fields} | dict(self.differs)
+        stored = {*self.fields, *self.switches}
+        return {name: value for name, value in _FIXED.items() if name not in stored} | dict(self.differs)
 
     @property
     def all_required(self) -> dict[str, Any]:
@@ -149,6 +160,11 @@ def listed_ropes(hf_config: Mapping[str, Any], n_layers: int) -> list[int]:
     """Return for each layer whether it has rotary positions, by `no_rope_layers` or by its interval."""
     interval = hf_config.get("no_rope_layer_interval") or 4
     return hf_config.get("no_rope_layers") or [int((layer + 1) % interval != 0) for layer in range(n_layers)]
+
+
+def _with_convolutions(hf_config: Mapping[str, Any], n_layers: int) -> str:
+    """Return the letters of layers of which half are convolutions (C), which we do not have."""
+    return ("CCLCS" + "CLCS" * n_layers)[:n_layers]
 
 
 def _windowed_without_rope(hf_config: Mapping[str, Any], n_layers: int) -> str:
@@ -346,5 +362,30 @@ FAMILIES: dict[Layout, Family] = {
             "attn_logit_softcapping": None,
             "use_bidirectional_attention": False,
         },
+    ),
+    "lfm3": Family(
+        "Lfm3ForCausalLM",
+        rope_theta=1e6,
+        default_scaling={"rope_type": "proportional"},
+        windowed_theta=("", 1e6),
+        windows="pattern",
+        default_window=256,
+        default_pattern=_with_convolutions,
+        norms={
+            "attention_norm": "operator_norm",
+            "attention_post_norm": "post_operator_norm",
+            "mlp_norm": "ffn_norm",
+            "mlp_post_norm": "post_ffn_norm",
+        },
+        final_norm="embedding_norm",
+        mlp="feed_forward",
+        projections={"gate": "w1", "up": "w3", "down": "w2"},
+        fields={"norm_eps": "norm_eps", "attn_bias": "attention_bias"},
+        switches={
+            "norms": ("use_sandwich_norm", "pre", "both"),
+            "attn_gate": ("use_attention_gate", "none", "head"),
+        },
+        defaults={"n_kv_heads": 4, "resolved_head_dim": 128, "norm_eps": 1e-5, "tie_embeddings": True},
+        differs={"qk_norm": True},
     ),
 }

@@ -36,8 +36,11 @@ def rope_to_hf(config: ModelConfig, family: Family) -> dict[str, Any]:
         full = (scaling or {"rope_type": "default"}) | {"rope_theta": theta}
         own_theta = config.rope_theta_windowed
         windowed = full if own_theta is None else {"rope_type": "default", "rope_theta": own_theta}
-        settings[family.windowed_theta[0]] = windowed["rope_theta"]
-        settings |= {"rope_theta": theta, "rope_parameters": {LAYER_TYPES["L"]: full, LAYER_TYPES["S"]: windowed}}
+        by_type = {"rope_parameters": {LAYER_TYPES["L"]: full, LAYER_TYPES["S"]: windowed}}
+        if name := family.windowed_theta[0]:
+            settings |= {name: windowed["rope_theta"], "rope_theta": theta} | by_type
+        else:
+            settings = by_type
     if family.rope_layers == "listed":
         settings["no_rope_layers"] = [int(has_rope) for has_rope in layers_with_rope(config)]
     return settings
@@ -72,6 +75,7 @@ def rope_settings(hf_config: Mapping[str, Any], family: Family, max_context: int
         raise ConfigError(f"rope_parameters is {by_type!r}; allowed: a table for each type of layers")
     full, windowed = (_table(by_type, LAYER_TYPES[letter]) for letter in "LS")
     name, default = family.windowed_theta
+    scaling = scaling or ({} if by_type else family.default_scaling or {})
     plain = _read_rope({**full, **scaling}, hf_config, theta, max_context)
     own = _read_rope(windowed, hf_config, hf_config.get(name) or default, max_context)
     if own == plain:

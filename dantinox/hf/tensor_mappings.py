@@ -8,10 +8,10 @@ blocks.i.attention        model.layers.i.self_attn
   q  MHD, o  HDM            q_proj.weight, o_proj.weight           k and v like q
   q_bias  HD, o_bias  M     q_proj.bias, o_proj.bias               gpt-oss; Qwen2 without that of o
   q_scale, k_scale  D       q_norm.weight, k_norm.weight           Qwen3; HD and KD, flat: OLMo
-  gate  MHD                 gate_proj.weight                       AFMoE
+  gate  MHD                 gate_proj.weight                       AFMoE; one per head: LFM3
   sinks  H                  sinks                                  gpt-oss
 blocks.i.mlp              model.layers.i.mlp
-  gate, up  MF, down FM     gate_proj.weight, up_proj, down_proj
+  gate, up  MF, down FM     gate_proj.weight, up_proj, down_proj   LFM3: feed_forward.w1, w3, w2
 blocks.i.mlp, experts     model.layers.i.block_sparse_moe
   router  ME                gate.weight
   gate, up  EMF, down EFM   experts.e.w1.weight, w3, w2
@@ -34,9 +34,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dantinox.config import ModelConfig
-from dantinox.hf.families import FAMILIES, Layout
+from dantinox.hf.families import FAMILIES, PROJECTIONS, Layout
 
-_PROJECTIONS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 MXFP4_SUFFIXES = ("experts.gate_up_proj", "experts.down_proj")
 """Ends of the names of the tensors [E, in, out] that gpt-oss stores in mxfp4."""
 
@@ -92,7 +91,8 @@ def tensor_mappings(config: ModelConfig, layout: Layout) -> Iterator[TensorMappi
     for i in range(config.n_layers):
         hf_block, block = f"model.layers.{i}", f"blocks.{i}"
         for name, hf_name in family.norms.items():
-            yield TensorMapping(f"{hf_block}.{hf_name}.weight", (f"{block}.{name}",))
+            if config.norms == "both" or name.endswith("post_norm") == (config.norms == "post"):
+                yield TensorMapping(f"{hf_block}.{hf_name}.weight", (f"{block}.{name}",))
         for name in "qkvo":
             hf_name, param_name = f"{hf_block}.self_attn.{name}_proj", f"{block}.attention.{name}"
             yield TensorMapping(f"{hf_name}.weight", (param_name,), in_features=H * D if name == "o" else M)
@@ -106,20 +106,21 @@ def tensor_mappings(config: ModelConfig, layout: Layout) -> Iterator[TensorMappi
             yield TensorMapping(f"{hf_block}.self_attn.gate_proj.weight", (f"{block}.attention.gate",), in_features=M)
         if config.attn_sinks:
             yield TensorMapping(f"{hf_block}.self_attn.sinks", (f"{block}.attention.sinks",))
-        mlp_mappings = _MLP_MAPPINGS[family.experts if config.is_sparse(i) else None]
-        yield from mlp_mappings(config, hf_block, f"{block}.mlp")
-    yield TensorMapping("model.norm.weight", ("norm",))
+        if family.experts and config.is_sparse(i):
+            yield from _EXPERT_MAPPINGS[family.experts](config, hf_block, f"{block}.mlp")
+        else:
+            hf_mlp, mlp = f"{hf_block}.{family.mlp}", f"{block}.mlp"
+            yield from _projections(config, hf_mlp, mlp, config.dense_hidden, family.projections)
+    yield TensorMapping(f"model.{family.final_norm}.weight", ("norm",))
     if not config.tie_embeddings:
         yield TensorMapping("lm_head.weight", ("head",), in_features=M)
 
 
-def _dense_mlp(config: ModelConfig, hf_block: str, mlp: str) -> Iterator[TensorMapping]:
-    return _projections(config, f"{hf_block}.mlp", mlp, config.dense_hidden)
-
-
-def _projections(config: ModelConfig, hf_mlp: str, mlp: str, hidden: int) -> Iterator[TensorMapping]:
+def _projections(
+    config: ModelConfig, hf_mlp: str, mlp: str, hidden: int, names: Mapping[str, str] = PROJECTIONS
+) -> Iterator[TensorMapping]:
     """Yield the mappings of a dense MLP."""
-    for name, hf_name in _PROJECTIONS.items():
+    for name, hf_name in names.items():
         in_features = hidden if name == "down" else config.dim
         yield TensorMapping(f"{hf_mlp}.{hf_name}.weight", (f"{mlp}.{name}",), in_features=in_features)
 
@@ -129,12 +130,12 @@ def _mixtral_experts(config: ModelConfig, hf_block: str, mlp: str) -> Iterator[T
 
 
 def _qwen3_experts(config: ModelConfig, hf_block: str, mlp: str) -> Iterator[TensorMapping]:
-    return _single_experts(config, f"{hf_block}.mlp", mlp, _PROJECTIONS)
+    return _single_experts(config, f"{hf_block}.mlp", mlp, PROJECTIONS)
 
 
 def _afmoe_experts(config: ModelConfig, hf_block: str, mlp: str) -> Iterator[TensorMapping]:
     yield TensorMapping(f"{hf_block}.mlp.expert_bias", (f"{mlp}.selection_bias",))
-    yield from _single_experts(config, f"{hf_block}.mlp", mlp, _PROJECTIONS, router="router.gate")
+    yield from _single_experts(config, f"{hf_block}.mlp", mlp, PROJECTIONS, router="router.gate")
     yield from _projections(config, f"{hf_block}.mlp.shared_experts", f"{mlp}.shared", config.shared_hidden)
 
 
@@ -160,8 +161,7 @@ def _gpt_oss_experts(config: ModelConfig, hf_block: str, mlp: str) -> Iterator[T
     yield TensorMapping(f"{hf_mlp}.experts.down_proj_bias", (f"{mlp}.down_bias",))
 
 
-_MLP_MAPPINGS = {
-    None: _dense_mlp,
+_EXPERT_MAPPINGS = {
     "mixtral": _mixtral_experts,
     "qwen3_moe": _qwen3_experts,
     "gpt_oss": _gpt_oss_experts,

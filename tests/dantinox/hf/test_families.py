@@ -69,7 +69,7 @@ def test_folder_loads_and_saves_bit_for_bit(case, tmp_path):
     assert all(name == other and np.array_equal(x, y) for (name, x), (other, y) in pairs)
 
 
-def qwen3(case="qwen3", **changes):
+def stored(case="qwen3", **changes):
     return {name: x for name, x in (to_hf(make_model(case).config) | changes).items() if x != "absent"}
 
 
@@ -85,13 +85,43 @@ def qwen3(case="qwen3", **changes):
     ],
 )
 def test_window_of_qwen3_holds_only_with_its_switch(changes, window, pattern):
-    config = from_hf(qwen3(**changes))
+    config = from_hf(stored(**changes))
     assert (config.window if window else config.layer_window(0), config.window_pattern) == (window, pattern)
 
 
 def test_experts_of_qwen3_have_two_names():
     changes = {"num_experts": "absent", "num_local_experts": 5}
-    assert from_hf(qwen3("qwen3_moe", **changes)).n_experts == 5
+    assert from_hf(stored("qwen3_moe", **changes)).n_experts == 5
+
+
+PROPORTIONAL = {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"layer_types": ["conv", "full_attention"] * 2},
+            "layer_types are conv, .*; allowed: sliding_attention or full_at",
+        ),
+        (
+            {"layer_types": "absent"},
+            "layer_types are conv, conv, full_attention, conv; allowed: sliding_attention or full_at",
+        ),
+        ({"rope_parameters": {"full_attention": PROPORTIONAL}}, "type 'proportional'; allowed: default, linear, yarn"),
+        ({"rope_parameters": "absent"}, "type 'proportional'; allowed: default, linear, yarn"),
+        ({"use_attention_gate": 1}, "use_attention_gate is 1; allowed: true or false"),
+    ],
+)
+def test_what_lfm3_has_and_we_have_not_is_named_in_one_line(changes, message):
+    with pytest.raises(dantinox.ConfigError, match=message) as error:
+        from_hf(stored("lfm3", **changes))
+    assert "\n" not in str(error.value)
+
+
+def test_switches_of_lfm3_are_on_by_default():
+    config = from_hf(stored("lfm3", use_attention_gate="absent", use_sandwich_norm=None))
+    assert (config.attn_gate, config.norms) == ("head", "both")
 
 
 @pytest.mark.parametrize(
@@ -106,5 +136,5 @@ def test_experts_of_qwen3_have_two_names():
 )
 def test_unsupported_setting_is_named_in_one_line(changes, message):
     with pytest.raises(dantinox.ConfigError, match=message) as error:
-        from_hf(qwen3("qwen3_moe", **changes))
+        from_hf(stored("qwen3_moe", **changes))
     assert "\n" not in str(error.value)

@@ -19,7 +19,7 @@ from dantinox.model.params import split_params
 from tests.dantinox.hf.transformers_defaults import LOGITS, SETTINGS, TOKENS, random_tensor
 
 FROZEN = json.loads(SETTINGS.read_text("utf-8"))
-NEW = ("qwen2", "smollm3", "olmo2", "olmo3", "afmoe", "gemma3_text")
+NEW = ("qwen2", "smollm3", "olmo2", "olmo3", "afmoe", "gemma3_text", "lfm3")
 quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 

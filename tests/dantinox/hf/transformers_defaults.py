@@ -37,6 +37,15 @@ SMALL = {
     "sliding_window": 6,
 }
 """Sizes of settings whose default is a number."""
+WITHOUT_CONVOLUTIONS = {
+    "layer_types": ["sliding_attention", "full_attention", *["sliding_attention"] * 3],
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+    },
+}
+CHANGES = {"lfm3": WITHOUT_CONVOLUTIONS}
+"""Changes of the default settings to some that we read."""
 CLASSES = {
     "llama": "Llama",
     "mistral": "Mistral",
@@ -49,6 +58,7 @@ CLASSES = {
     "olmo3": "Olmo3",
     "afmoe": "Afmoe",
     "gemma3_text": "Gemma3Text",
+    "lfm3": "Lfm3",
 }
 
 
@@ -72,7 +82,7 @@ def main(root: Path) -> None:
         config_class = getattr(transformers, f"{name}Config")
         defaults = config_class().to_dict()
         small = {key: x for key, x in SMALL.items() if defaults.get(key) is not None}
-        config = config_class(**SIZES | small)
+        config = config_class(**SIZES | small | CHANGES.get(family, {}))
         folder = root / family
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         file = folder / "model.safetensors"

@@ -83,6 +83,20 @@ CASES: dict[str, dict[str, Any]] = {
         "tie_embeddings": False,
     },
     "qwen2": {"attn_bias": True, "attn_out_bias": False, "window": 5, "window_pattern": "LSSS"},
+    "lfm3": {"attn_gate": "head", "qk_norm": True, "window": 5, "window_pattern": "SSSL"},
+    "lfm3, norms": {"attn_gate": "head", "qk_norm": True, "norms": "both", "head_dim": 8, "tie_embeddings": False},
+    "lfm3, no gate": {
+        "qk_norm": True,
+        "norms": "both",
+        "attn_bias": True,
+        "window": 6,
+        "window_pattern": "SL",
+        "rope_theta": 1e6,
+        "rope_theta_windowed": 1e4,
+        "rope_scaling": "linear",
+        "rope_factor": 8.0,
+        "norm_eps": 1e-5,
+    },
 }
 
 
