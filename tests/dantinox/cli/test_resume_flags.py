@@ -15,7 +15,7 @@ def here(tmp_path_factory):
     """The settings of runs/nano and of elsewhere/mine differ from every preset."""
     folder, before = tmp_path_factory.mktemp("spellings"), Path.cwd()
     os.chdir(folder)
-    saved = Config.from_preset("nano", dim=48, n_layers=3, steps=77, lr=0.125, qk_norm=True, vocab_size=321)
+    saved = Config.from_preset("nano", dim=48, n_layers=3, steps=77, lr=0.125, qk_norm=False, vocab_size=321)
     for path, config in (("runs/nano", saved), ("elsewhere/mine", saved.replace(run="before", runs_dir="gone"))):
         Path(path).mkdir(parents=True)
         Path(path, "config.yaml").write_text(config.to_yaml())
@@ -79,8 +79,8 @@ LAID_OVER = {
     "--lr=0.5 --lr 0.25": {"lr": 0.25},
     "--preset nano --dim 64": {"dim": 64, "head_dim": 16},
     "--config nano.yaml --clip 2": {"grad_clip": 2.0},  # an earlier name
-    "--no-qk-norm --data elsewhere.txt": {"qk_norm": False, "data": "elsewhere.txt"},
-    "--qk_norm=false": {"qk_norm": False},
+    "--qk-norm --data elsewhere.txt": {"qk_norm": True, "data": "elsewhere.txt"},
+    "--qk_norm=true": {"qk_norm": True},
 }
 
 
@@ -120,7 +120,7 @@ def test_ignored_settings_of_a_preset_are_one_line(capsys):
     train.parse(["--preset", "nano", "--resume"])
     assert capsys.readouterr().out == (
         "resuming with the settings of the run, not those of --preset (dim 48, not 128; n_layers 3, not 4; "
-        "qk_norm True, not False; lr 0.125, not 0.003 and 1 more); flags change them\n"
+        "qk_norm False, not True; lr 0.125, not 0.003 and 1 more); flags change them\n"
     )
     train.parse(["--resume"])
     assert capsys.readouterr().out == ""

@@ -125,9 +125,9 @@ def test_settings_of_an_earlier_run_are_read():
 
 def test_sweeps_find_earlier_runs_by_their_folders():
     """The folder of a run is a hash of its settings: it must not change with the name of one."""
-    run = search_space.Run.from_values({"preset": "nano", "kv_heads": 1}, ["kv_heads"])
-    assert run.name == "kv_heads=1_9bf9653c" and run.flags() == ["--preset=nano", "--kv-heads=1"]
-    today = search_space.Run.from_values({"preset": "nano", "n_kv_heads": 1}, ["n_kv_heads"])
+    run = search_space.Run.from_values({"preset": "nano", "kv_heads": 1, "qk_norm": False}, ["kv_heads"])
+    assert run.name == "kv_heads=1_9bf9653c" and run.flags() == ["--preset=nano", "--kv-heads=1", "--qk-norm=False"]
+    today = search_space.Run.from_values({"preset": "nano", "n_kv_heads": 1, "qk_norm": False}, ["n_kv_heads"])
     assert today.name == f"n_{run.name}"
     assert original_names({"n_kv_heads": 1, "kv_cache_dtype": "auto"}) == {"kv_heads": 1, "kv_dtype": "model"}
     assert original_names({"loss": "auto", "attn_sinks": True}) == {"attn_sinks": True}

@@ -32,7 +32,11 @@ def test_file_has_every_case():
 
 SHORT = ("llama", "mistral", "mixtral", "qwen3", "qwen3, windows", "qwen3_moe", "qwen3_moe, window", "afmoe")
 LOGITS = [
-    pytest.param(case, implementation, marks=() if case in SHORT else pytest.mark.slow)
+    pytest.param(
+        case,
+        implementation,
+        marks=() if case in SHORT or ("preset" in CASES[case] and implementation == "xla") else pytest.mark.slow,
+    )
     for case in CASES
     for implementation in ("xla", "pallas")
 ]

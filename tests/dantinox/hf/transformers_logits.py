@@ -100,6 +100,11 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+PRESET_SIZES = {name: x for name, x in SIZES.items() if name != "mlp_ratio"} | {"head_dim": None, "window": 5}
+CASES |= {"lfm3, nano": {"preset": "nano"}, "lfm3, h100": {"preset": "h100"}}
+"""A preset has the sizes above and the rest of its own settings."""
+
+
 def random_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Return a weight of a model by its name; scales are near 1, products are of the size of their inputs."""
     x = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
@@ -113,10 +118,14 @@ def make_model(case: str, **overrides: Any) -> Any:
     from flax import nnx
 
     from dantinox import Transformer
-    from dantinox.config import ModelConfig
+    from dantinox.config import Config, ModelConfig
     from dantinox.model.params import split_params
 
-    config = ModelConfig(**SIZES | {"dtype": "float32", "window": None} | CASES[case] | overrides)
+    overrides = {"dtype": "float32"} | overrides
+    if preset := CASES[case].get("preset"):
+        config = Config.from_preset(preset, seq_len=64, **PRESET_SIZES | overrides).model
+    else:
+        config = ModelConfig(**SIZES | {"window": None} | CASES[case] | overrides)
     model_def, params = split_params(Transformer(config, rngs=nnx.Rngs(0)))
     return model_def.merge({name: random_weight(name, x.shape) for name, x in params.items()})
 
