@@ -27,10 +27,12 @@ _DERIVED: dict[str, Callable[[ModelConfig], int]] = {
     "hidden": lambda config: config.hidden,
     "resolved_head_dim": lambda config: config.resolved_head_dim,
     "dense_hidden": lambda config: config.dense_hidden,
-    "shared_experts": lambda config: config.shared_hidden // config.hidden,
+    "shared_experts": lambda config: config.shared_hidden // config.hidden if _has_shared_expert(config) else 0,
+    "n_dense_layers": lambda config: config.n_dense_layers if config.n_experts else config.n_layers,
     "attn_scale": lambda config: round(config.attn_scale**-2) if config.attn_scale else config.resolved_head_dim,
 }
 """Integers that families store instead of settings of ours."""
+_MAY_BE_ZERO = ("shared_experts", "n_dense_layers")
 _PLAIN_INTEGERS = {"max_window_layers": 0} | dict.fromkeys(
     ("sliding_window", "no_rope_layer_interval", "global_attn_every_n_layers", "sliding_window_pattern"), 1
 )
@@ -44,9 +46,18 @@ def layout_of(config: ModelConfig) -> Layout:
 
     def lacking(layout: Layout) -> tuple[bool, int]:
         family = FAMILIES[layout]
-        return (family.experts is not None) != bool(config.n_experts), len(_unsupported(config, family))
+        return not _has_such_mlps(config, family), len(_unsupported(config, family))
 
     return min(FAMILIES, key=lacking)
+
+
+def _has_such_mlps(config: ModelConfig, family: Family) -> bool:
+    """Return whether a family has models with experts, or without, as the model is."""
+    return family.experts is not None if config.n_experts else family.experts is None or family.may_be_dense
+
+
+def _has_shared_expert(config: ModelConfig) -> bool:
+    return config.shared_expert and config.n_experts > 0
 
 
 def to_hf(config: ModelConfig, layout: Layout | None = None) -> dict[str, Any]:
@@ -121,12 +132,12 @@ def _unsupported(config: ModelConfig, family: Family) -> list[str]:
     ropes = {"all": [True] * config.n_layers, "windowed": is_windowed, "listed": has_rope}[family.rope_layers]
     if config.pos_encoding == "rope" and has_rope != ropes:
         unsupported.append(f"rope_pattern {config.rope_pattern!r}")
-    if "shared_experts" in family.fields and config.shared_hidden % config.hidden:
+    if "shared_experts" in family.fields and _has_shared_expert(config) and config.shared_hidden % config.hidden:
         unsupported.append(f"shared_ratio {config.shared_ratio} with mlp_ratio {config.mlp_ratio}")
     own_theta = any(config.layer_rope(layer) == "windowed" for layer in range(config.n_layers))
     if own_theta and family.windowed_theta is None:
         unsupported.append(f"rope_theta_windowed {config.rope_theta_windowed}")
-    if (family.experts is not None) != bool(config.n_experts):
+    if not _has_such_mlps(config, family):
         unsupported.append(f"n_experts {config.n_experts}")
     return unsupported
 
@@ -151,10 +162,15 @@ def from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
     if hf_config.get("num_key_value_heads", 0) is None:
         given["n_kv_heads"] = given.get("n_heads")
     settings = dict(family.defaults) | given
-    sizes = ["vocab_size", "dim", "hidden", "n_layers", "n_heads", "max_context", *["n_experts"] * bool(family.experts)]
+    sizes = ["vocab_size", "dim", "hidden", "n_layers", "n_heads", "max_context"]
     sizes += [field for field in _DERIVED if field in settings and field not in sizes]
     for field in sizes:
-        check_integer(names[field], settings.get(field), _MOST.get(field, MAX_INT))
+        check_integer(names[field], settings.get(field), _MOST.get(field, MAX_INT), int(field not in _MAY_BE_ZERO))
+    if family.may_be_dense and settings["n_dense_layers"] >= settings["n_layers"]:
+        settings |= {"hidden": settings["dense_hidden"], "n_dense_layers": 0, "n_experts": 0, "shared_experts": 0}
+    elif family.experts:
+        check_integer(names["n_experts"], settings.get("n_experts"), _MOST["n_experts"])
+    settings["shared_expert"] = settings.get("shared_experts", 0) > 0
     settings.setdefault("n_kv_heads", settings["n_heads"])
     settings.setdefault("tie_embeddings", False)
     settings |= _ratios(settings)
@@ -166,7 +182,9 @@ def from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
         value = True if hf_config.get(hf_name) is None else hf_config[hf_name]
         check_type(hf_name, value, bool)
         settings[field] = on if value else off
-    settings |= family.fixed | _window_settings(hf_config, family, settings["n_layers"])
+    is_dense = settings["n_experts"] == 0
+    settings |= {name: x for name, x in family.fixed.items() if not (is_dense and _NEEDS.get(name) == "n_experts")}
+    settings |= _window_settings(hf_config, family, settings["n_layers"])
     settings |= rope_settings(hf_config, family, settings["max_context"])
     if settings.get("window") is None:
         settings.pop("rope_theta_windowed", None)
@@ -180,7 +198,7 @@ def _ratios(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the hidden widths as ratios to the width; None for one that equals that of the MLP, or of each expert."""
     dim, hidden = settings["dim"], settings["hidden"]
     dense_hidden = settings.get("dense_hidden", hidden) if settings.get("n_dense_layers") else hidden
-    shared_experts = settings.get("shared_experts", 1)
+    shared_experts = settings.get("shared_experts") or 1
     return {
         "mlp_ratio": hidden / dim,
         "dense_ratio": None if dense_hidden == hidden else dense_hidden / dim,

@@ -79,6 +79,7 @@ class Family:
         mlp: module of a block with its MLP.
         projections: tensors of gate, up and down in a dense MLP.
         experts: names of the experts' tensors; None: a dense MLP.
+        may_be_dense: whether a model without experts fits beside those with them: all its layers count as dense.
         fields: names of settings in config.json, beside `COMMON_FIELDS`.
         switches: settings that config.json stores as true, the default, or false -> (name, value of false, of true).
         other_names: names of settings of config.json in some versions of transformers -> the current ones.
@@ -103,6 +104,7 @@ class Family:
     mlp: str = "mlp"
     projections: Mapping[str, str] = field(default_factory=lambda: PROJECTIONS)
     experts: Literal["mixtral", "qwen3_moe", "gpt_oss", "afmoe"] | None = None
+    may_be_dense: bool = False
     fields: Mapping[str, str] = field(default_factory=dict)
     switches: Mapping[str, tuple[str, Any, Any]] = field(default_factory=dict)
     other_names: Mapping[str, str] = field(default_factory=dict)
@@ -120,7 +122,7 @@ class Family:
     @property
     def fixed(self) -> dict[str, Any]:
         """Settings of which the family has one value."""
-        stored = {*self.fields, *self.switches}
+        stored = {*self.fields, *self.switches, "shared_expert" if "shared_experts" in self.fields else ""}
         return {name: value for name, value in _FIXED.items() if name not in stored} | dict(self.differs)
 
     @property
@@ -297,6 +299,7 @@ FAMILIES: dict[Layout, Family] = {
             "mlp_post_norm": "post_mlp_layernorm",
         },
         experts="afmoe",
+        may_be_dense=True,
         fields={
             "hidden": "moe_intermediate_size",
             "dense_hidden": "intermediate_size",
@@ -325,7 +328,6 @@ FAMILIES: dict[Layout, Family] = {
             "norms": "both",
             "router": "sigmoid",
             "selection_bias": True,
-            "shared_expert": True,
         },
         checked={  # of the code that came with the first checkpoints
             "score_func": "sigmoid",

@@ -21,7 +21,7 @@ blocks.i.mlp, experts     model.layers.i.block_sparse_moe
                           model.layers.i.mlp                       AFMoE: as Qwen3-MoE, and
   router  ME                router.gate.weight
   selection_bias  E         expert_bias
-  shared.gate, .up, .down   shared_experts.gate_proj.weight, up_proj, down_proj
+  shared.gate, .up, .down   shared_experts.gate_proj.weight, up_proj, down_proj; of width 0 if there is none
                           model.layers.i.mlp                       gpt-oss
   router  ME                router.weight                          with router.bias
   gate and up  EMF          experts.gate_up_proj  [E, M, 2F]       gate in the even columns, up in the odd ones
@@ -45,10 +45,12 @@ class TensorMapping(NamedTuple):
 
     Attributes:
         hf_name: name of the tensor.
-        param_names: names of the parameters; several are interleaved along the last axis of the tensor.
+        param_names: names of the parameters; several are interleaved along the last axis of the tensor. None if the
+            tensor is empty.
         expert: index on the first axis of the parameter; None if the tensor holds all experts, or there are none.
         in_features: number of inputs of a matrix, which is stored transposed; None for other tensors.
         flat: whether the tensor has one axis for all of the parameter's.
+        empty_shape: shape of a tensor without elements.
     """
 
     hf_name: str
@@ -56,9 +58,12 @@ class TensorMapping(NamedTuple):
     expert: int | None = None
     in_features: int | None = None
     flat: bool = False
+    empty_shape: tuple[int, ...] = ()
 
     def export_tensor(self, params: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return the tensor of the parameters."""
+        if self.empty_shape:
+            return np.zeros(self.empty_shape, np.float32)
         arrays = [params[name] if self.expert is None else params[name][self.expert] for name in self.param_names]
         shape = self.hf_shape({name: params[name].shape for name in self.param_names})
         if self.in_features is not None:
@@ -74,6 +79,8 @@ class TensorMapping(NamedTuple):
 
     def hf_shape(self, param_shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
         """Return the shape of the tensor for the shapes of the parameters."""
+        if self.empty_shape:
+            return self.empty_shape
         shape = param_shapes[self.param_names[0]]
         shape = shape if self.expert is None else shape[1:]
         if self.flat:
@@ -136,7 +143,13 @@ def _qwen3_experts(config: ModelConfig, hf_block: str, mlp: str) -> Iterator[Ten
 def _afmoe_experts(config: ModelConfig, hf_block: str, mlp: str) -> Iterator[TensorMapping]:
     yield TensorMapping(f"{hf_block}.mlp.expert_bias", (f"{mlp}.selection_bias",))
     yield from _single_experts(config, f"{hf_block}.mlp", mlp, PROJECTIONS, router="router.gate")
-    yield from _projections(config, f"{hf_block}.mlp.shared_experts", f"{mlp}.shared", config.shared_hidden)
+    hf_shared = f"{hf_block}.mlp.shared_experts"
+    if config.shared_expert:
+        yield from _projections(config, hf_shared, f"{mlp}.shared", config.shared_hidden)
+    else:
+        for name, hf_name in PROJECTIONS.items():
+            shape = (config.dim, 0) if name == "down" else (0, config.dim)
+            yield TensorMapping(f"{hf_shared}.{hf_name}.weight", (), empty_shape=shape)
 
 
 def _single_experts(

@@ -193,7 +193,8 @@ def test_dense_and_expert_ablations_match_active_parameters(preset):
     (change,) = (change for name, change in ablations.make_variants(base).items() if "as many active" in name)
     base_model, changed_model = base.model, base.replace(**change).model
     assert bool(base_model.n_experts) != bool(changed_model.n_experts)
-    router = base_model.n_layers * base_model.dim * (base_model.n_experts - changed_model.n_experts)
+    per_expert = base_model.dim + base_model.selection_bias
+    router = base_model.n_layers * per_expert * (base_model.n_experts - changed_model.n_experts)
     assert flops.active_parameters(base_model) - flops.active_parameters(changed_model) == router
 
 

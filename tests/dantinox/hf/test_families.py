@@ -98,6 +98,24 @@ def test_experts_of_qwen3_have_two_names():
     assert from_hf(stored("qwen3_moe", **changes)).n_experts == 5
 
 
+def test_afmoe_of_which_all_layers_are_dense_has_no_experts():
+    config = from_hf(stored("afmoe, wide", num_dense_layers=7, num_experts=6, intermediate_size=30))
+    assert (config.n_experts, config.n_dense_layers, config.hidden, config.shared_expert) == (0, 0, 30, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_shared_experts": -1}, "num_shared_experts is -1; allowed: an integer, 0 or more"),
+        ({"num_dense_layers": -1}, "num_dense_layers is -1; allowed: an integer, 0 or more"),
+        ({"num_experts": 0}, "num_experts is 0; allowed: an integer, 1 or more"),
+    ],
+)
+def test_wrong_number_of_afmoe_is_named_in_one_line(changes, message):
+    with pytest.raises(dantinox.ConfigError, match=message):
+        from_hf(stored("afmoe", **changes))
+
+
 PROPORTIONAL = {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.5}
 
 

@@ -8,17 +8,18 @@ import pytest
 from flax import nnx
 
 from dantinox import Config, Transformer
+from dantinox.config import presets
 from dantinox.hf.config import to_hf
 from dantinox.hf.weights import CONFIG, load_hf, save_hf
 from dantinox.model.params import split_params
 from tests.dantinox.hf.transformers_logits import CASES, V, random_weight
 
-LAYOUTS = {"nano": "lfm3", "h100": "lfm3"}
+LAYOUTS = {"nano": "lfm3", "h100": "lfm3", "nano-moe": "qwen3_moe", "dante": "afmoe", "dante-moe": "afmoe"}
 NARROW = {"h100": {"dim": 192, "head_dim": 128}}  # 491M parameters otherwise
 
 
 def test_every_preset_has_a_layout():
-    assert {preset: to_hf(Config.from_preset(preset).model)["model_type"] for preset in LAYOUTS} == LAYOUTS
+    assert {preset: to_hf(Config.from_preset(preset).model)["model_type"] for preset in presets()} == LAYOUTS
     cases = {settings["preset"]: case for case, settings in CASES.items() if "preset" in settings}
     assert {preset: case.partition(",")[0] for preset, case in cases.items()} == LAYOUTS
 

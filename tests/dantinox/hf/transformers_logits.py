@@ -68,6 +68,16 @@ CASES: dict[str, dict[str, Any]] = {
         "attn_bias": True,
         "tie_embeddings": False,
     },
+    "afmoe, dense": {
+        "attn_gate": "elementwise",
+        "qk_norm": True,
+        "norms": "both",
+        "window": 5,
+        "window_pattern": "SL",
+        "rope_pattern": "RN",
+        "scale_embeddings": True,
+        "tie_embeddings": False,
+    },
     "gemma3_text": GEMMA | {"window": 5, "window_pattern": "SSL", "rope_theta_windowed": 100.0, "attn_scale": 12**-0.5},
     "gemma3_text, linear": GEMMA
     | {
@@ -101,7 +111,9 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 PRESET_SIZES = {name: x for name, x in SIZES.items() if name != "mlp_ratio"} | {"head_dim": None, "window": 5}
-CASES |= {"lfm3, nano": {"preset": "nano"}, "lfm3, h100": {"preset": "h100"}}
+CASES |= {f"lfm3, {name}": {"preset": name} for name in ("nano", "h100")}
+CASES |= {f"afmoe, {name}": {"preset": name} for name in ("dante", "dante-moe")}
+CASES |= {"qwen3_moe, nano-moe": {"preset": "nano-moe"}}
 """A preset has the sizes above and the rest of its own settings."""
 
 
