@@ -15,9 +15,9 @@ import numpy as np
 
 V = 50
 TOKENS = np.random.default_rng(1).integers(0, V, (2, 24))  # beyond the windows
-NEW_TOKENS = 24
+NEW_TOKENS = 64
 FILE = Path(__file__).with_suffix(".npz")
-SIZES = {"vocab_size": V, "dim": 24, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "mlp_ratio": 2.0, "max_context": 64}
+SIZES = {"vocab_size": V, "dim": 24, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "mlp_ratio": 2.0, "max_context": 96}
 OLMO = {"qk_norm": True, "qk_norm_all_heads": True, "norms": "post", "norm_eps": 1e-5}
 AFMOE = {
     "attn_gate": "elementwise", "qk_norm": True, "norms": "both", "n_experts": 6, "experts_per_token": 2,
