@@ -139,6 +139,8 @@ def _unsupported(config: ModelConfig, family: Family) -> list[str]:
         unsupported.append(f"rope_theta_windowed {config.rope_theta_windowed}")
     if not _has_such_mlps(config, family):
         unsupported.append(f"n_experts {config.n_experts}")
+    if family.whole_heads and config.dim % config.n_heads:
+        unsupported.append(f"dim {config.dim} with n_heads {config.n_heads}")
     return unsupported
 
 
@@ -171,6 +173,9 @@ def from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
     elif family.experts:
         check_integer(names["n_experts"], settings.get("n_experts"), _MOST["n_experts"])
     settings["shared_expert"] = settings.get("shared_experts", 0) > 0
+    if family.whole_heads and settings["dim"] % settings["n_heads"]:
+        heads = f"a multiple of num_attention_heads {settings['n_heads']}"
+        raise ConfigError(f"hidden_size is {settings['dim']}; allowed: {heads}")
     settings.setdefault("n_kv_heads", settings["n_heads"])
     settings.setdefault("tie_embeddings", False)
     settings |= _ratios(settings)

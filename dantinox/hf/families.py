@@ -79,6 +79,7 @@ class Family:
         mlp: module of a block with its MLP.
         projections: tensors of gate, up and down in a dense MLP.
         experts: names of the experts' tensors; None: a dense MLP.
+        whole_heads: whether the width must be a multiple of the number of heads.
         may_be_dense: whether a model without experts fits beside those with them: all its layers count as dense.
         fields: names of settings in config.json, beside `COMMON_FIELDS`.
         switches: settings that config.json stores as true, the default, or false -> (name, value of false, of true).
@@ -104,6 +105,7 @@ class Family:
     mlp: str = "mlp"
     projections: Mapping[str, str] = field(default_factory=lambda: PROJECTIONS)
     experts: Literal["mixtral", "qwen3_moe", "gpt_oss", "afmoe"] | None = None
+    whole_heads: bool = False
     may_be_dense: bool = False
     fields: Mapping[str, str] = field(default_factory=dict)
     switches: Mapping[str, tuple[str, Any, Any]] = field(default_factory=dict)
@@ -177,7 +179,9 @@ def _windowed_without_rope(hf_config: Mapping[str, Any], n_layers: int) -> str:
 
 
 FAMILIES: dict[Layout, Family] = {
-    "llama": Family("LlamaForCausalLM", windows="full", required={"attention_bias": False, "mlp_bias": False}),
+    "llama": Family(
+        "LlamaForCausalLM", whole_heads=True, windows="full", required={"attention_bias": False, "mlp_bias": False}
+    ),
     "mistral": Family("MistralForCausalLM"),
     "mixtral": Family(
         "MixtralForCausalLM",
@@ -340,6 +344,7 @@ FAMILIES: dict[Layout, Family] = {
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
+        whole_heads=True,
         rope_theta=1e6,
         windowed_theta=("rope_local_base_freq", 1e4),
         windows="pattern",

@@ -89,6 +89,7 @@ def test_ntk_scaled_base_is_saved_as_rope_theta(tmp_path):
         (dict(n_experts=2, shared_expert=True), None, "mixtral layout cannot represent shared_expert True"),
         (dict(window=4, window_pattern="SL"), "mistral", "window_pattern 'SL' with window 4"),
         (dict(window=4), "llama", "llama layout cannot represent window 4"),
+        (dict(dim=34, head_dim=8), "llama", "llama layout cannot represent dim 34 with n_heads 4"),
         (dict(n_experts=2), "mistral", "mistral layout cannot represent n_experts 2"),
         (dict(), "mixtral", "mixtral layout cannot represent n_experts 0"),
         (dict(attn_bias=True), "llama", "llama layout cannot represent attn_bias True"),
