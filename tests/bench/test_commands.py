@@ -39,7 +39,7 @@ def run(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 def test_invalid_input_prints_one_line(arguments, words):
     done = run(*arguments)
     assert done.returncode == 2 and words in done.stderr
@@ -98,6 +98,7 @@ def custom_attention(monkeypatch):
         (["--implementation", "mine", "--out", "chosen"], "chosen"),
     ],
 )
+@pytest.mark.sampled(2)
 def test_custom_implementation_is_not_measured_into_the_profiles(
     arguments, folder, custom_attention, monkeypatch, tmp_path, capsys
 ):

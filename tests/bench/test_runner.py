@@ -92,6 +92,7 @@ def test_wrong_result_has_a_large_error(monkeypatch, small_ceilings):
 
 
 @pytest.mark.parametrize("op", ["attention", "grouped_matmul", "moe_mlp", "linear_cross_entropy"])
+@pytest.mark.sampled(2)
 def test_checked_subset_equals_the_full_result(op, monkeypatch):
     """The gradients of the part equal those of the whole call, so judging the part is judging the implementation."""
     monkeypatch.setattr(accuracy, "MAX_SCORES", 0)
@@ -110,6 +111,7 @@ def test_checked_subset_equals_the_full_result(op, monkeypatch):
 
 
 @pytest.mark.parametrize("op", ["grouped_matmul", "moe_mlp"])
+@pytest.mark.sampled(2)
 def test_per_row_computation_matches_reference(op):
     workload = ROWS[op]
     inputs, state, dout = runner.random_arguments(workload)

@@ -20,6 +20,7 @@ NUM_SMS = 132
 
 
 @pytest.mark.parametrize("row", sweep.KERNELS, ids=" ".join)
+@pytest.mark.sampled(2)
 def test_row_traces_a_kernel_with_the_flops_of_its_workload(row):
     kernel = sweep.kernel_of(*row)
     cost = workloads.get(*row[1:]).cost(backward=False)

@@ -22,6 +22,7 @@ PASSES = {  # blocks of 256 slots, counted by hand: 100, 1000, 4000 and 8500 tok
 
 
 @pytest.mark.parametrize("name", PASSES)
+@pytest.mark.sampled(2)
 def test_slots_and_bytes_match_the_visible_blocks(name):
     reads = bench.cache_reads(name)
     vector = D + 4 if bench.workload_of(name).kv_dtype else 2 * D

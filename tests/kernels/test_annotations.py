@@ -42,13 +42,14 @@ def check_call(function, arguments):
 
 @pytest.mark.parametrize("module", [kernels, reference], ids=["kernels", "reference"])
 @pytest.mark.parametrize("op", kernels.OPERATIONS)
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 def test_annotations_accept_valid_arguments(module, op):
     check_call(getattr(module, op), CALLS[op])
 
 
 @pytest.mark.parametrize("module", [kernels, reference], ids=["kernels", "reference"])
 @pytest.mark.parametrize("op", kernels.OPERATIONS)
+@pytest.mark.sampled(2)
 def test_annotations_reject_wrong_shape_or_dtype_of_each_array(module, op):
     for name, value in CALLS[op].items():
         if not isinstance(value, jax.Array):

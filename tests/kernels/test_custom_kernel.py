@@ -97,6 +97,7 @@ DEVICES = {"": ("cpu", "cpu"), "_hopper": ("gpu", "NVIDIA H100 80GB HBM3"), "_tr
 
 @pytest.mark.parametrize("form", DEVICES)
 @pytest.mark.parametrize("op", GUIDED)
+@pytest.mark.sampled(2)
 def test_files_of_the_guides_support_shard_map(monkeypatch, op, form):
     """Traced forward and backward, with arrays that vary over an axis of a mesh."""
     path = GUIDES / f"my_{op}{form}.py"

@@ -83,7 +83,7 @@ def parameters() -> list[Any]:
 
 
 @pytest.mark.parametrize(("op", "implementation", "derivative"), parameters())
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(12)
 def test_second_eager_call_compiles_nothing(op, implementation, derivative, compilations):
     call = eager_calls(op, implementation, derivative)
     jax.block_until_ready(call())

@@ -295,7 +295,7 @@ def parameters() -> list[Any]:
 
 
 @pytest.mark.parametrize(("switch", "transformation", "op", "implementation"), parameters())
-@pytest.mark.sampled(64)
+@pytest.mark.sampled(128)
 def test_operation_is_right_in_every_mode(switch, transformation, op, implementation):
     expected(op, 0), expected(op, 1)  # computed without the switch
     with SWITCHES[switch]():

@@ -75,7 +75,7 @@ def no_registrations(monkeypatch):
 
 @pytest.mark.parametrize("op", CALLS)
 @pytest.mark.parametrize("form", ["function", "path"])
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 def test_registered_implementation_runs_and_is_listed(op, form):
     before = kernels.implementation_names(op)
     f = FUNCTIONS[op]

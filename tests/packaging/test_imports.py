@@ -93,13 +93,13 @@ def test_tests_are_imported_by_tests_only(package):
 
 
 @pytest.mark.parametrize("package", [*PACKAGES, "tests", "scripts"])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_kernels_and_reference_have_one_import_name(package):
     assert [i for i in imported(package) if i.package in LINKS] == []
 
 
 @pytest.mark.parametrize("package", [*PACKAGES, "tests", "scripts"])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_shim_modules_are_not_imported(package):
     """They only start the programs of `dantinox.cli`."""
     shims = {f"dantinox.{name}" for name in ("train", "generate", "evaluate", "export", "doctor")}

@@ -142,7 +142,7 @@ def test_groups_of_heads(dtype, group, vmap, implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.sampled(24)
+@pytest.mark.sampled(48)
 def test_masks(dtype, name, implementation):
     if name not in NOT_MAPPED:
         assert_matches_jax(implementation, draw(dtype), **MASKS[name])

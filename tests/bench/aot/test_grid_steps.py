@@ -266,6 +266,7 @@ def test_attention_takes_its_branches_as_its_schedule_of_blocks_says(spec):
         ("aot tpu d128 4k window 1024", "splash_512"),
     ],
 )
+@pytest.mark.sampled(2)
 def test_splash_takes_its_branches_as_its_mask_says(spec, implementation):
     pytest.importorskip("jax.experimental.pallas.ops.tpu.splash_attention")
     workload = workloads.get("attention", spec)

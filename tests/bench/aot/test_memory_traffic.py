@@ -220,7 +220,7 @@ def test_profiles_contain_the_traffic_of_every_kernel(target):
 
 
 @pytest.mark.parametrize("op", products.PRODUCTS)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_profile_traffic_matches_the_current_kernels(op):
     name = {"grouped_matmul": "Mixtral-8x7B uniform", "moe_mlp": "aot top 2 of 8", "decode_attention": "aot ring"}[op]
     case = Case(op, name, "pallas", "bfloat16", "forward" if op == "decode_attention" else "both")

@@ -144,6 +144,7 @@ def test_a_kernel_without_faults_passes():
 
 
 @pytest.mark.parametrize(("rule", "what", "text", "replacement"), FAULTS, ids=[f"{f[0]}: {f[1]}" for f in FAULTS])
+@pytest.mark.sampled(2)
 def test_a_fault_is_found_by_its_rule(rule, what, text, replacement):
     assert PTX.count(text) == 1, what
     report = check(PTX.replace(text, replacement))

@@ -35,6 +35,7 @@ def test_features_come_alone_and_in_pairs_over_three_tiles_of_512(op):
 
 
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.sampled(2)
 def test_poisoned_cases_hold_nan_that_the_reference_does_not_see(op):
     poisoned = [case for case in cases.cases(op) if case.poisoned]
     assert poisoned

@@ -88,7 +88,7 @@ CASES = [(op, case) for op in cases.FEATURES for case in cases.cases(op)]
 
 
 @pytest.mark.parametrize(("op", "case"), CASES, ids=[f"{op}-{case.id}" for op, case in CASES])
-@pytest.mark.sampled(80)
+@pytest.mark.sampled(160)
 def test_own_kernels_are_right_in_every_case(op, case):
     for outcome in outcomes.judge(op, "pallas", ("CPU", "TPU"), case):
         refused = outcome.form == "TPU" and outcome.states["o"] == outcomes.REFUSED

@@ -48,6 +48,7 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
+@pytest.mark.sampled(2)
 def test_result_equals_xla(program):
     mine, expected = numpy_interpreter.run(program, X, I), jax.jit(program)(X, I)
     assert jax.tree.structure(mine) == jax.tree.structure(expected)

@@ -298,7 +298,7 @@ def test_attention_with_several_blocks_subtiles_and_spans(name, monkeypatch):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_checked_programs_run_with_xla(op):
     """The check above calls each operation rightly: so it does not fail first on the day there is a kernel."""
     run, *arguments = both_passes(small(op)[0], "xla")

@@ -99,7 +99,7 @@ def check(kind, words, capsys):
 @pytest.mark.parametrize("attn", ["auto", "triton", "pallas"])
 @pytest.mark.parametrize("kind", DEVICES)
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.sampled(24)
+@pytest.mark.sampled(48)
 def test_preset_runs_on_a_card_or_the_refusal_names_what_does(model, kind, attn, capsys):
     assert check(kind, [*MODELS[model], "--attn", attn], capsys) == (attn != "pallas" or "H100" in kind)
 

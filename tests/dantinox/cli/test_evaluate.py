@@ -37,6 +37,7 @@ def log_p(model):
 
 
 @pytest.mark.parametrize(("context", "stride"), [(80, None), (8, 3), (8, 8), (8, 1)])
+@pytest.mark.sampled(2)
 def test_each_token_is_scored_once_with_the_stated_context(model, log_p, context, stride):
     nats, tokens = 0.0, 0
     for text in TEXTS:

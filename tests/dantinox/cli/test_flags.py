@@ -145,7 +145,7 @@ def test_flag_without_counterpart_gets_the_reason(name):
 
 
 @pytest.mark.parametrize("program", [*PROGRAMS, "sweep"])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_hints_name_flags_that_the_program_has(program):
     flags = flags_of(program)
     names = [name for names in (*OTHER_NAMES.values(), *NO_COUNTERPART) for name in names.split()]

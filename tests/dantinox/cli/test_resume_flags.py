@@ -61,6 +61,7 @@ RESUMED = {
 
 
 @pytest.mark.parametrize("words", RESUMED)
+@pytest.mark.sampled(2)
 def test_resume_starts_from_the_settings_of_the_run(words):
     parsed = train.parse(words.split())
     train_settings = parsed.settings.train

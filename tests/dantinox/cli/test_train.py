@@ -143,6 +143,7 @@ STEPS = {"last": 6, "best": 4, "4": 4, "6": 6, 4: 4, 6: 6}
 
 
 @pytest.mark.parametrize("checkpoint", STEPS)
+@pytest.mark.sampled(2)
 def test_load_takes_the_checkpoint_that_is_named(checkpoint, best_first):
     model, _ = dantinox.load(best_first, checkpoint=checkpoint)
     _, weights = split_params(model)
@@ -173,6 +174,7 @@ WRONG_CHECKPOINTS = {
 
 @pytest.mark.parametrize("checkpoint", WRONG_CHECKPOINTS)
 @pytest.mark.parametrize("program", ["generate", "evaluate --data {}", "export --out out"])
+@pytest.mark.sampled(2)
 def test_unknown_checkpoint_prints_one_line_and_exits_2(program, checkpoint, best_first, text, monkeypatch, capsys):
     monkeypatch.chdir(best_first.parents[1])
     monkeypatch.setattr(export, "to_hf", lambda *_: None)  # which refuses the gate of this model
@@ -286,6 +288,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("words", WRONG)
+@pytest.mark.sampled(2)
 def test_invalid_input_prints_one_line_and_exits_2(words, tmp_path, monkeypatch, capsys, text):
     """Fault 9: a typo in a settings file is ignored."""
     monkeypatch.chdir(tmp_path)

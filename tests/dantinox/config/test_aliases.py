@@ -76,6 +76,7 @@ def test_every_alias_is_tested_and_names_a_setting():
 
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS)
 @pytest.mark.parametrize("earlier", ALIASES)
+@pytest.mark.sampled(2)
 def test_earlier_name_sets_the_setting(earlier, entry_point):
     name, value = ALIASES[earlier], VALUES[earlier][0]
     today = VALUE_ALIASES.get((name, value), value)

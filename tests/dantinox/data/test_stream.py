@@ -98,6 +98,7 @@ def check(folder, cache, texts, **options) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.sampled(2)
 def test_hard_documents_are_those_in_memory(tmp_path, small, kind):
     write_all(tmp_path / "in", HARD, kind)
     texts = [text.removeprefix("\ufeff") for text in HARD] if kind.startswith("txt") else HARD
@@ -124,6 +125,7 @@ def test_there_may_be_more_processes_than_documents(tmp_path, use_processes):
 
 @pytest.mark.parametrize("text", [LONG, "a" * 999, "漢" * 999, "ab", " " * 900 + "x"])
 @pytest.mark.parametrize("kind", ["txt", "jsonl"])
+@pytest.mark.sampled(2)
 def test_single_long_document_is_divided_anywhere(tmp_path, small, text, kind):
     write_all(tmp_path / "in", [text], kind)
     for fraction in (0.1, 0.333, 0.97):
@@ -219,6 +221,7 @@ def test_records_that_are_not_text_are_skipped_and_counted(tmp_path, text, caplo
 
 @pytest.mark.parametrize("kind", ["jsonl.gz", "txt.gz", "jsonl.zst", "txt.zst"])
 @pytest.mark.parametrize("size", [0.3, 0.8, -1])
+@pytest.mark.sampled(2)
 def test_compressed_file_that_ends_early_is_named(tmp_path, kind, size):
     rng = np.random.default_rng(0)
     texts = "".join(json.dumps({"text": rng.bytes(99).hex()}) + "\n" for _ in range(5000))

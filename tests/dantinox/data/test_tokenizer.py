@@ -149,6 +149,7 @@ def char_class(char: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["dna", "base64", "chinese", "digits", "one letter", "one sign", "one space"])
+@pytest.mark.sampled(2)
 def test_cost_of_text_without_spaces_is_linear(kind):
     """200 kB of DNA took 22 s, 3 MB of one letter more than 270 s. Processor time, so other programs do not count."""
     text = without_spaces(kind, 400_000 if kind.startswith("one") else 200_000)

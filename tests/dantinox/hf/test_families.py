@@ -43,6 +43,7 @@ LOGITS = [
 
 
 @pytest.mark.parametrize(("case", "implementation"), LOGITS)
+@pytest.mark.sampled(2)
 def test_logits_equal_those_of_transformers(case, implementation):
     model_def, params = split_params(make_model(case, attn=implementation, moe=implementation))
     logits = quickly(lambda params: model_def.merge(params)(TOKENS))(params)
@@ -53,6 +54,7 @@ def test_logits_equal_those_of_transformers(case, implementation):
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=() if case in ("mistral", "qwen3") else pytest.mark.slow) for case in CASES]
 )
+@pytest.mark.sampled(2)
 def test_greedy_continuation_equals_that_of_transformers(case):
     """With ring buffers of the windows."""
     (ids,) = dantinox.generate(make_model(case), TOKENS[:1].tolist(), max_new_tokens=NEW_TOKENS, temperature=0.0)
@@ -60,6 +62,7 @@ def test_greedy_continuation_equals_that_of_transformers(case):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in ("llama", "mistral", "mixtral")])
+@pytest.mark.sampled(2)
 def test_folder_loads_and_saves_bit_for_bit(case, tmp_path):
     model = make_model(case)
     save_hf(model, tmp_path / "out")

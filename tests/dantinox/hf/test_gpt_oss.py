@@ -76,6 +76,7 @@ def expected(tensors):
 
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])
+@pytest.mark.sampled(2)
 def test_logits_match_numpy(implementation, folder, expected):
     model = dantinox.load_hf(folder, attn=implementation, moe=implementation)
     definition, params = split_params(model)
@@ -178,6 +179,7 @@ def test_every_code_and_every_scale_unpacks_exactly():
 
 
 @pytest.mark.parametrize("packed", [NAMES, ("gate_up_proj",), ("1.mlp.experts.down_proj",)], ids=str)
+@pytest.mark.sampled(2)
 def test_mxfp4_folder_loads_as_its_unpacked_values(packed, tensors, tmp_path):
     """Beside bfloat16, and with experts of which only some are in mxfp4, in several files."""
     stored = {name: x.astype(jnp.bfloat16) for name, x in tensors.items()}
@@ -254,6 +256,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
+@pytest.mark.sampled(2)
 def test_damaged_folder_raises_one_line_with_the_tensor(name, tensors, tmp_path):
     damage, message = DAMAGE[name]
     stored = pack(tensors, *NAMES)

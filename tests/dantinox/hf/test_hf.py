@@ -54,6 +54,7 @@ def logits(model, tokens) -> np.ndarray:
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 4000])
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.sampled(2)
 def test_saved_model_loads_bit_for_bit(layout, shard_bytes, tmp_path):
     model = build(**LAYOUTS[layout])
     files = save_hf(model, tmp_path / "out", shard_bytes=shard_bytes)
@@ -102,6 +103,7 @@ def test_ntk_scaled_base_is_saved_as_rope_theta(tmp_path):
         (dict(), "gpt2", "layout is 'gpt2'; allowed: llama, mistral, mixtral, qwen3, qwen3_moe, gpt_oss"),
     ],
 )
+@pytest.mark.sampled(2)
 def test_feature_missing_in_the_layout_raises_with_its_name(changes, layout, lost, tmp_path):
     with pytest.raises(dantinox.ConfigError, match=lost) as error:
         save_hf(build(**changes), tmp_path / "out", layout)
@@ -212,6 +214,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
+@pytest.mark.sampled(2)
 def test_damaged_folder_raises_one_line(name, written, tmp_path):
     source, damage, message = DAMAGE[name]
     shutil.copytree(written / source, tmp_path / "here")

@@ -41,6 +41,7 @@ def test_file_has_every_family():
 @pytest.mark.parametrize(
     "family", [pytest.param(name, marks=() if name in NEW else pytest.mark.slow) for name in FROZEN]
 )
+@pytest.mark.sampled(2)
 def test_folder_of_transformers_gives_its_logits(family, tmp_path):
     model_def, params = split_params(load_hf(write(tmp_path / "here", family), attn="xla", moe="xla"))
     logits = quickly(lambda params: model_def.merge(params)(TOKENS))(params)

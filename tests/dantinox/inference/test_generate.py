@@ -107,7 +107,7 @@ def cached_logits(graph, weights, tokens, length, slots):
     ],
     ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()) or "plain",
 )
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 def test_cached_logits_equal_uncached_after_ring_buffer_wraps(changes):
     """Fault 13: learned positions take no note of the place in the cache: cached and uncached differ."""
     model = build(**changes)
@@ -122,6 +122,7 @@ def test_cached_logits_equal_uncached_after_ring_buffer_wraps(changes):
 
 
 @pytest.mark.parametrize(("T", "slots"), [(8, 3), (8, 8), (5, 12), (16, 1), (16, 7)])
+@pytest.mark.sampled(2)
 def test_append_keeps_the_newest_position_in_each_slot(T, slots):
     length = np.arange(T + 1)
     k = np.random.default_rng(0).normal(size=(len(length), T, 2, 3)).astype(np.float32)
@@ -184,6 +185,7 @@ HOW = [dict(temperature=0.0), dict(temperature=1.0), dict(top_k=5, top_p=0.9, mi
 
 
 @pytest.mark.parametrize("how", HOW)
+@pytest.mark.sampled(2)
 def test_batch_equals_each_prompt_alone(windowed, how):
     """Fault 14: a batch is padded on the left without a mask: a prompt gives another text than alone."""
     how = dict(max_new_tokens=20, seed=3, **how)

@@ -44,7 +44,7 @@ def read(graph, weights, tokens, length, slots, chunk):
     ],
     ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()),
 )
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_chunked_prefill_equals_single_pass(changes):
     """Ragged prompts: one ends in the first chunk, one at a chunk's end, one is as long as it gets."""
     model = build(**changes)
@@ -84,6 +84,7 @@ def test_generated_ids_do_not_depend_on_chunk_size(changes, options):
 
 
 @pytest.mark.parametrize(("kv_cache_dtype", "most"), [("int8", 0.05), ("fp8", 0.2)])
+@pytest.mark.sampled(2)
 def test_eight_bit_cache_gives_close_logits(kv_cache_dtype, most):
     """Prompt in chunks and steps after it, logits of a standard deviation near 1; and it is a cache in 8 bits."""
     found = {}

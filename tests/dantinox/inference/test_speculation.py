@@ -27,6 +27,7 @@ PROMPTS = [ids(0, 3).tolist(), ids(1, 17).tolist(), ([1, 2, 3, 4, 5] * 5)[:23]]
         ([1, 2, 9, 2, 1, 2], 4, [9, 2, 2]),  # what follows the length does not count
     ],
 )
+@pytest.mark.sampled(2)
 def test_draft(text, length, draft):
     got = speculation.propose(jnp.asarray([text]), jnp.asarray([length]), 3)
     np.testing.assert_array_equal(got[0], draft)

@@ -79,6 +79,7 @@ def forward_flops(config: ModelConfig, T: int, backward: bool = False) -> int:
 @pytest.mark.parametrize(
     "name", ["dense", "untied gelu", "head gate, qk norm", "elementwise gate, learned", "clamped, dense"]
 )
+@pytest.mark.sampled(2)
 def test_flops_match_the_jaxpr(name):
     T, full = 20, dataclasses.replace(config(name), attn="reference")
     # The reference computes all T * T pairs of which a causal query sees (T + 1) / 2 on average.

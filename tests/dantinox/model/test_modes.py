@@ -109,7 +109,7 @@ def default_types(name: str, program: str) -> Any:
 @pytest.mark.parametrize("switch", SWITCHES)
 @pytest.mark.parametrize("program", ["train", "score", "generate"])
 @pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.sampled(9)
+@pytest.mark.sampled(18)
 def test_no_switch_changes_the_types_of_a_program(name, program, switch):
     """A switch that a program does not take raises where it is traced."""
     expected = default_types(name, program)

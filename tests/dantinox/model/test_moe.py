@@ -42,7 +42,7 @@ def test_router_selects_top_k_and_renormalizes(k):
 
 
 @pytest.mark.parametrize(("E", "k"), [(4, 1), (4, 2), (8, 3), (1, 1), (3, 3)])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_balance_loss_is_k_when_even_and_larger_when_skewed(E, k):
     # Token n likes experts n, n + 1, ...: every expert gets k / E of the slots and 1 / E of the probability.
     even = np.zeros((E * 5, E), np.float32)
@@ -147,7 +147,7 @@ def test_router_under_switches_of_jax(switch, value):
 
 
 @pytest.mark.parametrize("renormalise", [True, False])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_sigmoid_router_selects_by_biased_scores_and_weighs_by_scores(renormalise):
     rng = np.random.default_rng(0)
     logits, bias = rng.standard_normal((40, 6)), np.array([3.0, 0, 0, -3, 0.2, 0])

@@ -126,7 +126,7 @@ def outputs(name: str) -> tuple[jax.Array, jax.Array]:
 
 
 @pytest.mark.parametrize("name", TOGGLES)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_output_does_not_depend_on_later_tokens(name):
     logits, changed = outputs(name)
     assert logits.dtype == jnp.float32 and logits.shape == (2, 24, 23) and bool(jnp.isfinite(logits).all())
@@ -233,7 +233,7 @@ def trained(remat: str, changes: tuple) -> tuple[tuple, int]:
 
 @pytest.mark.parametrize("remat", ["block", "dots"])
 @pytest.mark.parametrize("changes", [{"window": 4, "attn_gate": "head"}, {"n_experts": 4}], ids=["dense", "experts"])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_remat_does_not_change_loss_or_gradients(changes, remat):
     """Fault 5: gradient checkpointing is a flag without effect. Here the gradient holds remat equations."""
     (plain, marks), (remade, more) = (trained(kind, tuple(changes.items())) for kind in ("none", remat))
@@ -266,7 +266,7 @@ NARROW = {
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "gradient"])
 @pytest.mark.parametrize("name", NARROW)
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(16)
 def test_every_matmul_runs_in_bfloat16(name, backward):
     """Fault 6: with bfloat16 asked for, matrix products still run in float32."""
     changes, T = NARROW[name]

@@ -78,6 +78,7 @@ def gone_pid() -> int:
 
 
 @pytest.mark.parametrize("before", ["free", "killed"])
+@pytest.mark.sampled(2)
 def test_of_many_starts_at_once_exactly_one_takes_the_lock(folder, tmp_path, before):
     if before == "killed":
         forge(folder, pid=gone_pid(), start="1")

@@ -46,6 +46,7 @@ def test_closed_pipe_saves_and_the_resumed_run_equals_an_uninterrupted_one(whole
 
 
 @pytest.mark.parametrize("reader", ["there", "gone"])
+@pytest.mark.sampled(2)
 def test_hangup_saves_and_the_resumed_run_equals_an_uninterrupted_one(reader, whole, monkeypatch, capsys):
     def hang_up():
         if reader == "gone":

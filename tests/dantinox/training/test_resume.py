@@ -114,6 +114,7 @@ def test_short_run_saves_trained_weights(whole):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.sampled(2)
 def test_run_resumed_after_a_signal_equals_uninterrupted_run(number, whole, monkeypatch, capsys):
     """Fault 7: a resumed run is another one where there is dropout, and Ctrl-C loses the place."""
     name, before = f"stopped-{number.name}", signal.getsignal(signal.SIGINT)

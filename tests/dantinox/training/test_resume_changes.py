@@ -132,7 +132,7 @@ def test_every_setting_is_in_the_table_and_tried_here():
 
 
 @pytest.mark.parametrize("name", IMPOSSIBLE)
-@pytest.mark.sampled(16)
+@pytest.mark.sampled(32)
 def test_impossible_change_is_refused_by_name(name, run, capsys):
     new, old = BASE.replace(**{name: IMPOSSIBLE[name]}).flat(), BASE.flat()
     line = refused(capsys, run, flag(name, IMPOSSIBLE[name]))
@@ -327,7 +327,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_damaged_settings_are_one_line(damage, run, capsys):
     (run / "config.yaml").write_bytes(DAMAGES[damage])
     line = refused(capsys, run)
@@ -359,7 +359,7 @@ TORN = {
 
 
 @pytest.mark.parametrize("torn", TORN)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_torn_metrics_keep_their_intact_rows(torn, run, parent):
     with (run / "metrics.jsonl").open("ab") as file:
         file.write(TORN[torn])

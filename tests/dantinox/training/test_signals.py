@@ -106,6 +106,7 @@ DEAF = """
 
 
 @EACH
+@pytest.mark.sampled(2)
 def test_unresponsive_program_is_saved_and_exits_in_five_seconds(number):
     command = [sys.executable, "-S", "-c", textwrap.dedent(DEAF), str(FOLDER)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

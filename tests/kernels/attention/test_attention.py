@@ -87,7 +87,7 @@ TINY = {
 
 
 @pytest.mark.parametrize("case", TINY.values(), ids=TINY)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_reference_matches_python_loops(case):
     inputs, aux, dout = cases.draw(case)
     with jax.enable_x64(True):
@@ -193,7 +193,7 @@ def test_chunked_scores_match_python_loops(case, monkeypatch):
 @pytest.mark.parametrize(
     ("T", "S", "options"), [(40, 40, {"window": 1}), (6, 1, {"causal": False})], ids=["window of one", "one key"]
 )
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_queries_of_one_key_have_no_gradient(T, S, options, implementation):
     """The weight is 1 whatever q and k are: both terms of its score's gradient are equal, in bfloat16 too."""
     inputs, _, dout = cases.draw(cases.attention(T, S, H=8, K=2, D=32, **options))
@@ -225,7 +225,7 @@ def poisoned_parameters() -> list[Any]:
 
 @pytest.mark.parametrize("compared", ["output", "gradients"])
 @pytest.mark.parametrize(("name", "implementation"), poisoned_parameters())
-@pytest.mark.sampled(64)
+@pytest.mark.sampled(128)
 def test_masked_keys_do_not_affect_output(name, implementation, compared):
     case = POISONED[name]
     inputs, aux, dout = cases.draw(case)

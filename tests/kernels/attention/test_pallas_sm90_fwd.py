@@ -230,6 +230,7 @@ WINDOWS = {
 
 
 @pytest.mark.parametrize(("causal", "window"), WINDOWS.values(), ids=WINDOWS)
+@pytest.mark.sampled(2)
 def test_kv_range_covers_visible_blocks_and_its_interior_is_unmasked(causal, window):
     for q, k in ((64, 128), (128, 64), (16, 32)):
         q_starts = np.arange(0, 256, q, dtype=np.int32)
@@ -310,6 +311,7 @@ def test_pallas_gpu_requires_hopper():
 
 @pytest.mark.parametrize("segments", [False, True], ids=["no segments", "segments"])
 @pytest.mark.parametrize("around", ["vmap", "shard_map", "shard_map without checks"])
+@pytest.mark.sampled(2)
 def test_gradients_trace_under_vmap_and_shard_map(around, segments):
     q, k, ids = (jnp.ones(shape, jnp.bfloat16) for shape in ((2, 1, 64, 4, 64), (2, 1, 64, 2, 64), (2, 1, 64)))
     call = functools.partial(vjp.attention, gate=None, causal=True, window=9, scale=1.0, softcap=None)

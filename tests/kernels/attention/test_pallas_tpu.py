@@ -204,6 +204,7 @@ FEW = ((80, "bfloat16"), (192, "float16"))
     ("D", "dtype"),
     [pytest.param(*w, id=f"D={w[0]}-{w[1]}", marks=() if w in FEW else pytest.mark.slow) for w in HEAD_DIMS],
 )
+@pytest.mark.sampled(2)
 def test_each_head_dim_matches_reference(D, dtype):
     case = row(33, 33, H=2, K=1, D=D, window=20, gate="head")
     inputs, _, dout = cases.draw(case)

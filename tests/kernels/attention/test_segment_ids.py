@@ -22,6 +22,7 @@ def split_into_blocks(ids: np.ndarray, block: int) -> list[set[int]]:
 
 
 @pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.sampled(2)
 def test_kv_block_ranges_cover_segments_and_mark_full_blocks(order):
     for (n, m), (block, other_block) in itertools.product(((200, 200), (37, 130), (130, 1)), ((32, 16), (16, 64))):
         ids, other_ids = (ORDERS[order](size).astype(np.int32) for size in (n, m))

@@ -77,6 +77,7 @@ def name(value: Any) -> str:
     [pytest.param(*pair, wanted, marks=() if pair == PAIRS[0] else slow_off_gpu) for pair, wanted in CASES],
     ids=name,
 )
+@pytest.mark.sampled(2)
 def test_attention_matches_reference_at_tensor_core_sizes(case, dtype, wanted):
     assert_matches_reference("pallas", case, dtype, wanted)
 

@@ -67,7 +67,7 @@ def any_lengths(implementation: str, case: workloads.Decode) -> StepFunction:
 
 
 @NAMED
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_reference_matches_python_loops(case):
     with jax.enable_x64(True):
         step = draw(case, "float64")
@@ -77,7 +77,7 @@ def test_reference_matches_python_loops(case):
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
 @pytest.mark.parametrize("case", [*WORKLOADS, LARGE_BATCH], ids=lambda case: case.name or "large batch")
-@pytest.mark.sampled(32)
+@pytest.mark.sampled(64)
 def test_new_tokens_are_stored_in_their_slots_only(case, implementation):
     step = draw(case, fill=np.nan)
     _, cache = run(implementation, case, step, "float32")
@@ -145,7 +145,7 @@ def test_random_caches_match_python_loops(implementation, shape, lengths, seed):
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
 @pytest.mark.parametrize("name", ["grouped", "window", "multi-query, head gate, cap", "129 slots"])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_unused_slots_do_not_affect_output(name, implementation):
     case = find(name)
     outputs = [
@@ -179,7 +179,7 @@ def test_two_runs_are_bit_equal(implementation):
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
 @pytest.mark.parametrize("window", [None, 3], ids=["no window", "window"])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_decode_steps_equal_attention_over_all_tokens(window, implementation):
     """Starts from an empty cache, fills it and wraps around twice."""
     case, T = row(0, 0, window=window), 19

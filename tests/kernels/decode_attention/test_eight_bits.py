@@ -31,6 +31,7 @@ def run(implementation: str, case, step: Step, cache: kernels.KVCache) -> tuple[
 
 
 @DTYPES
+@pytest.mark.sampled(2)
 def test_quantize_rounds_to_nearest(dtype):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((50, 16)) * 10.0 ** rng.integers(-6, 6, (50, 1))
@@ -50,7 +51,7 @@ def test_quantize_rounds_to_nearest(dtype):
 @DTYPES
 @pytest.mark.parametrize("implementation", ALL)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.sampled(20)
+@pytest.mark.sampled(40)
 def test_output_matches_dequantized_cache(name, implementation, dtype):
     """In float64, with the new token quantized as the others are."""
     case = find(name)
@@ -71,7 +72,7 @@ def test_output_matches_dequantized_cache(name, implementation, dtype):
 
 @DTYPES
 @pytest.mark.parametrize("implementation", ALL)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_new_token_is_stored_in_its_slot_only(implementation, dtype):
     case = row(*range(0, 27, 3), window=5)  # a batch large enough for the scatter
     step = draw(case)

@@ -82,7 +82,7 @@ def test_hidden_slots_do_not_change_the_output_of_the_tpu_kernel(dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_hidden_slots_do_not_change_gradients(implementation, dtype):
     """And the gradients of their content are zero."""
     hidden = hidden_slots(WINDOW)[:, None]

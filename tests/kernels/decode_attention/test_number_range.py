@@ -201,7 +201,7 @@ EXTREMES = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", EXTREMES)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_extreme_numbers_give_the_exact_softmax(name, form):
     """All vectors point roughly the same way, so that sums of products are as large as they can be."""
     dtype, factors, options = EXTREMES[name]
@@ -216,7 +216,7 @@ def test_extreme_numbers_give_the_exact_softmax(name, form):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_longest_sequence_is_read_like_a_short_one(window, form):
     """The largest int32 has no successor."""
     C, longest = 12, 2**31 - 1

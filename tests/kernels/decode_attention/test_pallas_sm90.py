@@ -147,7 +147,7 @@ def visible_blocks(length: int, C: int, max_visible: int) -> list[int]:
 
 
 @pytest.mark.parametrize("C", [8, 64, 72, 200, 256], ids="C={}".format)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_splits_divide_visible_blocks_evenly(C):
     lengths, num_blocks = np.arange(2 * C + 2, dtype=np.int32), -(-C // splits.BLOCK_KV)
 

@@ -100,7 +100,7 @@ def run_with_race_detection(operation: Callable[..., Any], *args: Any) -> Any:
     ],
 )
 @pytest.mark.parametrize("name", TPU_CASES)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_tpu_kernel_appends_and_attends(name, run, monkeypatch):
     """The kernel writes the new tokens' slots and nothing else of the cache."""
     case = TPU_CASES[name]

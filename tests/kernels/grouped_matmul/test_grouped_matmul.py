@@ -100,7 +100,7 @@ def test_random_group_sizes_match_python_loops(implementation, shape, cuts, full
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
 @pytest.mark.parametrize("sizes", [[63, 64, 65, 1], [0, 0, 0, 0], [257, 0, 1, 129], [580, 0, 0, 0]], ids=str)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_unassigned_rows_do_not_affect_results(sizes, implementation):
     inputs, aux, dout = cases.draw(row(*sizes, N=580))
     unassigned = (np.arange(580) >= sum(sizes))[:, None]

@@ -103,6 +103,7 @@ def ones(*shape: int) -> jax.Array:
 
 
 @pytest.mark.parametrize("name", LAUNCHED)
+@pytest.mark.sampled(2)
 def test_next_tile_is_loaded_while_previous_one_is_stored(name, monkeypatch):
     """Blocks the first store until the producer has refilled the 4 stages, except for those not yet released."""
     copies, run = LAUNCHED[name]

@@ -39,7 +39,7 @@ def wanted(sizes: np.ndarray, J: int, columns: int) -> float:
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 @pytest.mark.parametrize("skew", ["uniform", "zipf", "empty"])
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 def test_chosen_tile_width_wastes_no_more_than_a_fixed_one(row, skew):
     sizes = np.asarray(workloads.GroupedMatmul(**(vars(row) | {"skew": skew})).integer_inputs()["group_sizes"])
     for K, J in ((row.M, row.F), (row.F, row.M)):

@@ -241,7 +241,7 @@ def test_row_sums_equal_jnp_sum(width):
 
 
 @pytest.mark.parametrize("sides", CUTS.values(), ids=CUTS)
-@pytest.mark.sampled(16)
+@pytest.mark.sampled(32)
 def test_tpu_kernels_match_reference_with_each_block_size(monkeypatch, sides):
     """The body that is compiled for a TPU, with NaN in all memory that was never written."""
     monkeypatch.setattr(block_sizes, "choose_block_m", lambda *_, **__: (32 if "max_chunks" in sides else 16, 8))

@@ -112,6 +112,7 @@ def run_and_compare(
 
 
 @pytest.mark.parametrize(("case", "width", "dtype", "wanted"), parameters(GROUPS, LARGE_GROUPS))
+@pytest.mark.sampled(2)
 def test_grouped_matmul_matches_reference_at_tensor_core_sizes(case, width, dtype, wanted):
     mine, aux = run_and_compare(case, width, dtype, wanted)
     sizes = np.asarray(aux["group_sizes"])
@@ -121,6 +122,7 @@ def test_grouped_matmul_matches_reference_at_tensor_core_sizes(case, width, dtyp
 
 
 @pytest.mark.parametrize(("case", "width", "dtype", "wanted"), parameters(EXPERTS, LARGE_EXPERTS))
+@pytest.mark.sampled(2)
 def test_mixture_of_experts_matches_reference_at_tensor_core_sizes(case, width, dtype, wanted):
     mine, aux = run_and_compare(case, width, dtype, wanted)
     idle = [e for e in range(case.E) if e not in np.asarray(aux["expert_ids"])]

@@ -166,7 +166,7 @@ def test_equal_cotangents_take_three_products(monkeypatch):
 
 
 @pytest.mark.parametrize("transformation", ["vmap", "scan", "remat", "shard_map", "x64", "ranks", "export"])
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(16)
 def test_tiles_of_rows_below_transformations(monkeypatch, transformation):
     inputs, aux, dout = cases.draw(row(10, 5, 37, absent="some"))
     wide = transformation == "x64"
@@ -312,7 +312,7 @@ def test_float16_gradients_of_a_mean_do_not_vanish(implementation):
 
 
 @pytest.mark.parametrize("implementation", ["auto", "reference", *IMPLEMENTATIONS])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_sizes_of_zero(implementation):
     f = functools.partial(kernels.linear_cross_entropy, implementation=implementation)
     no_rows = f(jnp.ones((0, 3)), jnp.ones((4, 3)), jnp.zeros(0, jnp.int32))

@@ -119,7 +119,7 @@ SIZES = {
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("activation", ["swiglu", CLAMPED], ids=["swiglu", "clamped"])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.sampled(64)
+@pytest.mark.sampled(128)
 def test_implementation_matches_reference(sizes, activation, dtype, implementation):
     inputs, aux, dout = draw(*sizes)
     tolerance.assert_matches_reference(
@@ -136,7 +136,7 @@ def test_implementation_matches_reference(sizes, activation, dtype, implementati
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
 @pytest.mark.parametrize("activation", ["swiglu", CLAMPED], ids=["swiglu", "clamped"])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_values_that_no_choice_names(activation, implementation):
     """An idle expert's matrices and biases, tokens without an expert, weights of ids without an expert."""
     ids = np.tile(np.where(NONE == 1, 0, NONE), (3, 1))

@@ -28,7 +28,7 @@ def variants(implementation: str):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 def test_values_that_no_choice_names(ids, implementation):
     """Ids without an expert and their weights, tokens with only such ids and their cotangents, an idle expert."""
     inputs, dout = draw(ids)
@@ -56,7 +56,7 @@ def test_values_that_no_choice_names(ids, implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 def test_ids_without_an_expert_match_their_absence(ids, implementation):
     """The same as with an expert of zeros in their place."""
     inputs, dout = draw(ids)

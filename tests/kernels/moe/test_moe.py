@@ -46,7 +46,7 @@ def assert_gradients_match_loops(inputs, aux, dout, gradients, max_error):
 
 
 @pytest.mark.parametrize("k", [1, 2, 3], ids="k={}".format)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_reference_matches_python_loops(k):
     inputs, aux, dout = cases.draw(row(5, 4, 3, 3, k))
     with jax.enable_x64(True):
@@ -57,7 +57,7 @@ def test_reference_matches_python_loops(k):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("case", "dtype"), cases.workload_parameters("moe_mlp"))
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(24)
 def test_implementation_matches_reference(case, dtype, implementation):
     inputs, aux, dout = cases.draw(case)
     # Matrices of the size that keeps features near 1, as in a network; otherwise bfloat16 compares noise with noise.

@@ -34,6 +34,7 @@ def test_hidden_rows_beyond_float16(N, implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.sampled(2)
 def test_large_gate(implementation):
     """The derivative of silu is 1 where the gate is 2**26."""
     N = 20
@@ -106,7 +107,7 @@ def bounded_results(
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(10)
 def test_numbers_of_any_magnitude(ids, implementation, dtype):
     run, N = tolerance.program("moe_mlp", implementation), len(ids)
     shapes = {"x": (N, M), "w_gate": (E, M, F), "w_up": (E, M, F), "w_down": (E, F, M), "expert_weights": ids.shape}

@@ -147,6 +147,7 @@ def moe_inputs(N: int = 8, M: int = 64, F: int = 128, E: int = 2, k: int = 2) ->
 
 
 @pytest.mark.parametrize("around", ["vmap", "shard_map", "shard_map without checks"])
+@pytest.mark.sampled(2)
 def test_gradients_trace_under_vmap_and_shard_map(around):
     x, *experts, ids, weights = moe_inputs()
 

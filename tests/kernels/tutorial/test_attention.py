@@ -85,7 +85,7 @@ def assert_within_tolerance(step: str, case: workloads.Attention, dtype: str, ti
 
 @pytest.mark.parametrize("step", FORWARD_STEPS)
 @pytest.mark.parametrize("name", RULE_CASES)
-@pytest.mark.sampled(48)
+@pytest.mark.sampled(96)
 def test_each_step_matches_reference(step, name):
     case = CASES[name]
     o = assert_within_tolerance(step, case, "float32")
@@ -102,7 +102,7 @@ def test_each_step_matches_reference_in_bfloat16(step, name):
 
 @pytest.mark.parametrize(("name", "dtype"), [("one per head", "float32"), ("elementwise", "bfloat16")])
 @pytest.mark.parametrize("step", ["packed_gqa_gate", "phases"])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_gated_step_matches_reference(step, name, dtype):
     assert_within_tolerance(step, GATED[name], dtype)
 
@@ -168,7 +168,7 @@ def test_gradients_match_reference(step, dtype, name):
 
 
 @pytest.mark.parametrize("step", WITH_GRADIENTS)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_masked_keys_do_not_affect_gradients(step):
     """No query sees the first 64 keys, and the last tile reaches past the last key; dk and dv are zeros there."""
     case = row(7, 100, window=30)
@@ -208,7 +208,7 @@ def test_default_block_sizes_match_reference(step, dtype):
 
 
 @pytest.mark.parametrize("step", attention.STEPS)
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(16)
 def test_masked_keys_do_not_affect_output(step):
     case = row(7, 100, window=30)  # no query sees the first 64 keys, and the last tile reaches past the last key
     inputs = {name: np.float32(x) for name, x in cases.draw(case)[0].items()}

@@ -134,7 +134,7 @@ def test_each_step_matches_reference_in_bfloat16(step, name):
 
 @STEPS
 @pytest.mark.parametrize("name", [COMPILED[0], pytest.param(COMPILED[1], marks=pytest.mark.slow)])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_each_step_matches_reference_on_a_cpu(step, name):
     assert_step_is_right(step, RINGS[name], "float32", in_xla)
 
@@ -161,7 +161,7 @@ def test_append_has_no_race(step):
 
 @STEPS
 @pytest.mark.parametrize("name", ["from empty to wrapped ten times", "129 slots, window", "window of one"])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_invisible_slots_do_not_affect_output(step, name):
     """Neither unused slots nor tokens before the window; NaN in scales, too."""
     case, outputs = RINGS[name], []
@@ -209,6 +209,7 @@ def test_generation_equals_attention_over_all_tokens(step, window):
 
 
 @STEPS
+@pytest.mark.sampled(2)
 def test_donated_cache_is_updated_in_place(step):
     case = row(0, C=512, D=32)
     cache = kernels.KVCache.zeros(1, case.K, case.C, case.D, jnp.int8 if step == EIGHT_BITS else jnp.float32)
@@ -255,6 +256,7 @@ WRONG = {
 
 
 @STEPS
+@pytest.mark.sampled(2)
 def test_invalid_argument_raises_with_its_name(step):
     run, dtype = tutorial.load_step(step), jnp.int8 if step == EIGHT_BITS else jnp.float32
     cache = kernels.KVCache.zeros(1, 2, 4, 8, dtype)

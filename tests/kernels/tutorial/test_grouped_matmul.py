@@ -96,7 +96,7 @@ def test_each_step_matches_reference(step, name):
 
 @pytest.mark.parametrize("step", tutorial.STEPS)
 @pytest.mark.parametrize("name", FEW)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_each_step_matches_reference_in_bfloat16(step, name):
     assert_within_tolerance(step, CASES[name], "bfloat16")
 
@@ -191,7 +191,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("step", tutorial.STEPS)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_invalid_argument_raises_with_its_name(step):
     run = tutorial.load_step(step)
     for message, bad in WRONG.items():

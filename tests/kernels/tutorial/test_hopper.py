@@ -66,7 +66,7 @@ def assert_within_tolerance(y: jax.Array, x: jax.Array, w: jax.Array) -> None:
 
 @pytest.mark.parametrize("step", hopper.STEPS)
 @pytest.mark.parametrize(("N", "M", "F"), SIZES)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 def test_each_step_matches_reference(step, N, M, F):
     x, w = draw(N, M, F)
     assert_within_tolerance(jax.jit(run(step))(x, w), x, w)

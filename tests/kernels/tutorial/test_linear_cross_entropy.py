@@ -93,6 +93,7 @@ def assert_within_tolerance(step: str, arguments: Any, with_gradients: bool, sma
 
 @pytest.mark.parametrize("step", FORWARD_STEPS)
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sampled(2)
 def test_each_step_matches_reference(step, name):
     assert_within_tolerance(step, draw(CASES[name], "float32"), with_gradients=False)
 
@@ -105,13 +106,14 @@ def test_each_step_matches_reference_in_bfloat16(step, name):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sampled(2)
 def test_gradients_match_reference(dtype, name):
     assert_within_tolerance("backward", draw(CASES[name], dtype), with_gradients=True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(16)
 def test_gradients_of_the_forward_pass_match_reference(dtype, name):
     assert_within_tolerance("three_products", draw(CASES[name], dtype), with_gradients=True)
 
@@ -212,6 +214,7 @@ def test_invalid_argument_raises_with_its_name(step):
 
 
 @pytest.mark.parametrize("step", tutorial.STEPS)
+@pytest.mark.sampled(2)
 def test_empty_inputs_give_the_losses_of_the_reference(step):
     run = tutorial.load_step(step)
     assert run(H[:0], W, TARGETS[:0]).shape == (0,)
