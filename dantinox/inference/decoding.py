@@ -84,12 +84,10 @@ def _repeat(
     """Repeat the state of each prompt for all its samples."""
     logits, prompts = nnx.merge(graph, weights).logits(last), last.shape[0]
     if samples.size > 1:
-        logits, caches, seen = jax.tree.map(
-            lambda x: jnp.repeat(x, samples.size, axis=0), (logits, caches, jnp.asarray(seen))
-        )
+        logits, caches, seen = jax.tree.map(lambda x: jnp.repeat(x, samples.size, axis=0), (logits, caches, seen))
     root = jax.random.key(seed, impl="threefry2x32")
     keys = jax.vmap(jax.random.fold_in, (None, 0))(root, jnp.tile(samples, prompts))
-    return Start(logits, caches, keys, jnp.asarray(seen))
+    return Start(logits, caches, keys, seen)
 
 
 def _start(
@@ -151,8 +149,9 @@ def _draw(logits: Array, state: State, sampling: Sampling, stop_ids: Array) -> S
 
 def cast_weights(weights: Any, dtype: str) -> Any:
     """Cast the matrices once to the dtype that every matmul would cast them to at each step."""
-    is_cast = all(w.ndim < 2 or w.dtype == dtype for w in jax.tree.leaves(weights))
-    return weights if dtype == "float32" or is_cast else _cast(weights, dtype)
+    if dtype == "float32" or all(w.ndim < 2 or w.dtype == dtype for w in jax.tree.leaves(weights)):
+        return weights
+    return _cast(weights, dtype)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -47,7 +47,6 @@ ATTENTION = {
 
 
 @pytest.mark.parametrize(("message", "bad"), ATTENTION.items(), ids=ATTENTION)
-@pytest.mark.sampled(2)
 def test_invalid_attention_argument_raises_with_its_name(message, bad):
     with pytest.raises(ValueError, match=re.escape(message)) as refusal:
         kernels.attention(**({"q": Q, "k": KV, "v": KV} | bad))
@@ -56,7 +55,6 @@ def test_invalid_attention_argument_raises_with_its_name(message, bad):
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 @pytest.mark.parametrize("nonsense", [None, "x"])
-@pytest.mark.sampled(2)
 def test_non_array_argument_raises_with_its_name(name, nonsense):
     with pytest.raises(ValueError, match=rf"^{name}\b"):
         kernels.attention(**({"q": Q, "k": KV, "v": KV} | {name: nonsense}))
@@ -83,7 +81,6 @@ GROUPED = {
 
 
 @pytest.mark.parametrize(("message", "bad"), GROUPED.items(), ids=GROUPED)
-@pytest.mark.sampled(2)
 def test_invalid_grouped_matmul_argument_raises_with_its_name(message, bad):
     with pytest.raises(ValueError, match=re.escape(message)):
         kernels.grouped_matmul(**({"x": X, "w": W, "group_sizes": SIZES} | bad))
@@ -117,7 +114,6 @@ MOE = {
 
 
 @pytest.mark.parametrize(("message", "bad"), MOE.items(), ids=MOE)
-@pytest.mark.sampled(2)
 def test_invalid_moe_mlp_argument_raises_with_its_name(message, bad):
     with pytest.raises(ValueError, match=re.escape(message)):
         kernels.moe_mlp(**(MOE_GOOD | bad))
@@ -142,7 +138,6 @@ LOSS = {
 
 
 @pytest.mark.parametrize(("message", "bad"), LOSS.items(), ids=LOSS)
-@pytest.mark.sampled(2)
 def test_invalid_linear_cross_entropy_argument_raises_with_its_name(message, bad):
     with pytest.raises(ValueError, match=re.escape(message)):
         kernels.linear_cross_entropy(**(LOSS_GOOD | bad))
@@ -172,7 +167,6 @@ DECODE = {
 
 
 @pytest.mark.parametrize(("message", "bad"), DECODE.items(), ids=DECODE)
-@pytest.mark.sampled(2)
 def test_invalid_decode_attention_argument_raises_with_its_name(message, bad):
     with pytest.raises(ValueError, match=re.escape(message)):
         kernels.decode_attention(**({"q": Q[:, 0], "k": KV[:, 0], "v": KV[:, 0], "cache": CACHE} | bad))
@@ -256,7 +250,6 @@ CHOICES = {  # what auto takes for attention, where jax-triton is installed
 
 
 @pytest.mark.parametrize(("kind", "dtype", "D"), CHOICES)
-@pytest.mark.sampled(2)
 def test_auto_prefers_hopper_kernels_then_triton_then_xla(kind, dtype, D, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     with dispatch.target_device("gpu", kind), jax.enable_x64(dtype == "float64"):
@@ -267,7 +260,6 @@ def test_auto_prefers_hopper_kernels_then_triton_then_xla(kind, dtype, D, monkey
 
 
 @pytest.mark.parametrize(("softcap", "expected"), [(30.0, "pallas"), (1e-20, "triton"), (1e20, "triton")])
-@pytest.mark.sampled(2)
 def test_auto_leaves_the_largest_and_smallest_soft_caps_to_triton(softcap, expected, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     with dispatch.target_device("gpu", "NVIDIA H100 80GB HBM3"):
@@ -323,7 +315,6 @@ CAPABILITIES = {
 
 
 @pytest.mark.parametrize("kind", CAPABILITIES)
-@pytest.mark.sampled(2)
 def test_compute_capability_of_a_device_kind(kind):
     assert nvidia.capability_of_kind(kind) == CAPABILITIES[kind]
 
@@ -394,7 +385,6 @@ def test_two_implementations_of_one_name_raise():
         ("AMD Instinct MI300X", True, "its Triton kernels are for NVIDIA GPUs"),
     ],
 )
-@pytest.mark.sampled(2)
 def test_triton_is_offered_on_nvidia_gpus_with_jax_triton(kind, installed, reason, monkeypatch):
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: object() if installed else None)
     with dispatch.target_device("cuda", kind):

@@ -59,7 +59,6 @@ def test_segment_ids_of_any_dtypes_are_equal_where_the_given_ones_are(on_device,
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.sampled(2)
 def test_one_array_of_segment_ids_keeps_its_order(dtype):
     """Ascending ids let the kernels skip blocks."""
     ids = integers.as_integers("ids", edge_values(dtype, (2, 30)), "BT")
@@ -70,7 +69,6 @@ def test_one_array_of_segment_ids_keeps_its_order(dtype):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", "pallas"])
-@pytest.mark.sampled(2)
 def test_hashes_of_documents_separate_them(implementation):
     """2^32 + 1 and 1 are the same number in 32 bits."""
     q = jnp.asarray(np.random.default_rng(0).standard_normal((1, 6, 2, 4)), jnp.float32)
@@ -172,7 +170,6 @@ def test_length_past_int32_decodes_and_counts_on():
     ],
     ids=str,
 )
-@pytest.mark.sampled(2)
 def test_wrong_length_is_refused_by_name(length, message):
     length = np.int32(length) if length == [2**31 - 1] else length
     cache = kernels.KVCache.zeros(1, 1, 4, 4, jnp.float32)._replace(length=length)
@@ -181,7 +178,6 @@ def test_wrong_length_is_refused_by_name(length, message):
 
 
 @pytest.mark.parametrize("flag", ["false", 0, 1, None, jnp.array(True), np.array([True]), 1.0], ids=str)
-@pytest.mark.sampled(2)
 def test_flag_that_is_not_a_bool_is_refused_by_name(flag):
     q = jnp.ones((1, 3, 2, 4))
     with pytest.raises(ValueError, match=r"^causal is .*; allowed: True or False"):
@@ -214,7 +210,6 @@ def test_traced_number_is_refused_by_name(name):
     ],
     ids=str,
 )
-@pytest.mark.sampled(2)
 def test_number_that_float32_cannot_hold_is_refused_by_name(options, message):
     q = jnp.ones((1, 3, 2, 4))
     with pytest.raises(ValueError, match=f"^{message}.*; allowed: "):
@@ -246,7 +241,6 @@ def test_empty_axis_decodes_to_nothing(shape, implementation):
 
 
 @pytest.mark.parametrize("op", ["attention", "decode_attention"])
-@pytest.mark.sampled(2)
 def test_no_key_heads_is_refused_by_name(op):
     message = "q has 4 heads and k has 0; allowed: a multiple of k's heads"
     with pytest.raises(ValueError, match=message):

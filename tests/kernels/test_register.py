@@ -142,7 +142,6 @@ def test_callable_that_cannot_be_hashed_runs():
         (("attention", "mine", "mypkg.attn"), "f is 'mypkg.attn'; allowed: a function, or its path"),
     ],
 )
-@pytest.mark.sampled(2)
 def test_bad_arguments_raise_one_line(arguments, message):
     with pytest.raises(ValueError) as error:
         kernels.register(*arguments)
@@ -158,7 +157,6 @@ def test_bad_arguments_raise_one_line(arguments, message):
         ("json:__name__", "json:__name__ is not a function"),
     ],
 )
-@pytest.mark.sampled(2)
 def test_path_that_cannot_be_imported_is_a_reason(path, reason):
     kernels.register("attention", "mine", path)
     assert reason in kernels.implementations("attention")["mine"]

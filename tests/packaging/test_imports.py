@@ -73,7 +73,6 @@ def imported(package: str) -> list[Import]:
 
 
 @pytest.mark.parametrize("package", ["reference", "kernels"])
-@pytest.mark.sampled(2)
 def test_lower_layers_import_only_jax_and_themselves(package):
     allowed = ALLOWED[package] | set(sys.stdlib_module_names)
     serves_reference = lambda i: (
@@ -215,7 +214,6 @@ def test_import_rules_name_existing_files():
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-@pytest.mark.sampled(2)
 def test_files_have_at_most_400_lines(package):
     lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources(package)}
     assert {file: n for file, n in lines.items() if n > 400} == {}

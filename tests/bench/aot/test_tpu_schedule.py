@@ -172,7 +172,6 @@ def test_kernel_parts_and_executed_bundles_are_counted():
 
 
 @pytest.mark.parametrize(("name", "block"), [("causal", 1024), ("window 1024", 1024), ("window 1024", 512)])
-@pytest.mark.sampled(2)
 def test_splash_steps_match_its_mask(name, block):
     info = pytest.importorskip("jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info")
     masks = pytest.importorskip("jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask")

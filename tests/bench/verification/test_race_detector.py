@@ -279,7 +279,6 @@ TILED = {  # two heads, for the two cores
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in TILED])
-@pytest.mark.sampled(2)
 def test_attention_with_several_blocks_subtiles_and_spans(name, monkeypatch):
     """What only a TPU makes of the kernel: pieces in turn, gradients of keys summed on the chip; and its values."""
     case, chosen = TILED[name]

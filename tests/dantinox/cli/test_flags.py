@@ -36,7 +36,6 @@ def flags_of(name: str) -> set[str]:
         "1 000": None, "--": None, "1.5e0": None, ",100": None,
     }.items(),
 )  # fmt: skip
-@pytest.mark.sampled(2)
 def test_integers_in_common_spellings_are_exact_or_refused(text, number):
     assert parse_int(text) == number
 
@@ -51,7 +50,6 @@ def test_scientific_spelling_is_the_integer_that_it_equals(mantissa, exponent):
 
 
 @pytest.mark.parametrize("text", ["1e3", "1_000", "1,000", "1000.0", "1.0e+3"])
-@pytest.mark.sampled(2)
 def test_every_way_to_give_a_number_reads_the_same_spellings(text, tmp_path):
     arguments = cli.parse(
         train.Arguments, ["--steps", text], default=train.Arguments(Config()), prog="x", description=""
@@ -80,7 +78,6 @@ TRAIN = {
 
 
 @pytest.mark.parametrize("line", TRAIN)
-@pytest.mark.sampled(2)
 def test_invalid_line_is_refused_in_plain_words(line):
     with pytest.raises(ConfigError) as error:
         normalize(train.Arguments, line.split())
@@ -124,14 +121,12 @@ MEANT = {
     ("program", "name", "flag"),
     [(program, *pair.split(":")) for program, pairs in MEANT.items() for pair in pairs.split()],
 )
-@pytest.mark.sampled(2)
 def test_flag_of_another_program_or_typing_error_names_the_flag_meant(program, name, flag):
     hint = suggestion(name, flags_of(program))
     assert hint.startswith(f"did you mean --{flag.replace('_', '-')}") if flag else hint == ""
 
 
 @pytest.mark.parametrize("name", "mode date node beta3 max_lr_ratio foo k min_k max_p x lrr data2 seeds2 mox".split())
-@pytest.mark.sampled(2)
 def test_doubtful_name_gets_no_hint(name):
     assert suggestion(name, flags_of("train")) == ""
 
@@ -139,7 +134,6 @@ def test_doubtful_name_gets_no_hint(name):
 @pytest.mark.parametrize(
     "name", "epochs num_train_epochs device compile num_workers lr_decay_iters bias version".split()
 )
-@pytest.mark.sampled(2)
 def test_flag_without_counterpart_gets_the_reason(name):
     assert suggestion(name, flags_of("train")).startswith("there is none: ")
 
@@ -170,7 +164,6 @@ POSITIONAL = {
 
 
 @pytest.mark.parametrize("line", POSITIONAL)
-@pytest.mark.sampled(2)
 def test_first_words_are_the_run_and_the_prompt(line):
     words = [word for word in line.replace("'def '", "def\xa0").split(" ") if word]
     words = [word.replace("\xa0", " ") for word in words]
@@ -190,7 +183,6 @@ def test_first_words_are_the_run_and_the_prompt(line):
         (["--lines"], ["--prompt-per-line"]),
     ],
 )
-@pytest.mark.sampled(2)
 def test_values_are_put_into_words_that_the_parser_takes(words, normal):
     assert normalize(generate.Arguments, words) == normal
     cli.parse(generate.Arguments, words, default=generate.Arguments(), prog="x", description="")

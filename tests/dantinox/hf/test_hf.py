@@ -103,7 +103,6 @@ def test_ntk_scaled_base_is_saved_as_rope_theta(tmp_path):
         (dict(), "gpt2", "layout is 'gpt2'; allowed: llama, mistral, mixtral, qwen3, qwen3_moe, gpt_oss"),
     ],
 )
-@pytest.mark.sampled(2)
 def test_feature_missing_in_the_layout_raises_with_its_name(changes, layout, lost, tmp_path):
     with pytest.raises(dantinox.ConfigError, match=lost) as error:
         save_hf(build(**changes), tmp_path / "out", layout)

@@ -23,6 +23,10 @@ AFMOE = {
     "attn_gate": "elementwise", "qk_norm": True, "norms": "both", "n_experts": 6, "experts_per_token": 2,
     "router": "sigmoid", "selection_bias": True, "shared_expert": True,
 }  # fmt: skip
+LINEAR = {
+    "window": 6, "window_pattern": "SL", "rope_theta": 1e6, "rope_theta_windowed": 1e4, "rope_scaling": "linear",
+    "rope_factor": 8.0,
+}  # fmt: skip
 GEMMA = {"mlp": "geglu", "norms": "both", "norm_offset": True, "qk_norm": True, "scale_embeddings": True}
 CASES: dict[str, dict[str, Any]] = {
     "llama": {"n_kv_heads": 1, "rope_scaling": "llama3", "rope_factor": 4.0, "rope_original_context": 12},
@@ -80,33 +84,12 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "gemma3_text": GEMMA | {"window": 5, "window_pattern": "SSL", "rope_theta_windowed": 100.0, "attn_scale": 12**-0.5},
     "gemma3_text, linear": GEMMA
-    | {
-        "window": 6,
-        "window_pattern": "SL",
-        "rope_theta": 1e6,
-        "rope_theta_windowed": 1e4,
-        "rope_scaling": "linear",
-        "rope_factor": 8.0,
-        "head_dim": 8,
-        "attn_bias": True,
-        "logit_softcap": 20.0,
-        "tie_embeddings": False,
-    },
+    | LINEAR
+    | {"head_dim": 8, "attn_bias": True, "logit_softcap": 20.0, "tie_embeddings": False},
     "qwen2": {"attn_bias": True, "attn_out_bias": False, "window": 5, "window_pattern": "LSSS"},
     "lfm3": {"attn_gate": "head", "qk_norm": True, "window": 5, "window_pattern": "SSSL"},
     "lfm3, norms": {"attn_gate": "head", "qk_norm": True, "norms": "both", "head_dim": 8, "tie_embeddings": False},
-    "lfm3, no gate": {
-        "qk_norm": True,
-        "norms": "both",
-        "attn_bias": True,
-        "window": 6,
-        "window_pattern": "SL",
-        "rope_theta": 1e6,
-        "rope_theta_windowed": 1e4,
-        "rope_scaling": "linear",
-        "rope_factor": 8.0,
-        "norm_eps": 1e-5,
-    },
+    "lfm3, no gate": LINEAR | {"qk_norm": True, "norms": "both", "attn_bias": True, "norm_eps": 1e-5},
 }
 
 

@@ -137,7 +137,6 @@ def test_output_does_not_depend_on_later_tokens(name):
 @pytest.mark.parametrize(
     ("W", "L", "pattern", "reach"), [(4, 2, "S", 6), (1, 2, "S", 0), (3, 3, "S", 6), (3, 4, "SSSL", None)]
 )
-@pytest.mark.sampled(2)
 def test_windows_limit_the_receptive_field(W, L, pattern, reach):
     """Through L windowed layers the first token reaches L (W - 1) tokens on, exactly; one full layer lifts that."""
     run, tokens = forward(sharpen(build(window=W, n_layers=L, window_pattern=pattern))), text(B=1)
@@ -147,7 +146,6 @@ def test_windows_limit_the_receptive_field(W, L, pattern, reach):
 
 
 @pytest.mark.parametrize("name", [name for name in TOGGLES if name not in UNSEEN])
-@pytest.mark.sampled(2)
 def test_model_setting_changes_the_output(name):
     assert float(jnp.max(jnp.abs(outputs("plain")[0] - outputs(name)[0]))) > 1e-5
 
@@ -316,7 +314,6 @@ def test_initial_weights_depend_only_on_the_seed():
         {"n_experts": 4, "attn_bias": True, "attn_sinks": True, "moe_bias": True},
     ],
 )
-@pytest.mark.sampled(2)
 def test_every_parameter_names_its_axes(changes):
     sizes = {"V": 23, "M": 16, "H": 4, "K": 2, "D": 4, "F": 32, "E": 4, "T": 64}
     for path, w in nnx.to_flat_state(nnx.state(build(**changes, qk_norm=True), nnx.Param)):
@@ -339,7 +336,6 @@ def test_tokens_of_wrong_shape_or_dtype_raise(tokens):
 
 
 @pytest.mark.parametrize("bad", [-1, 23, 2**31 - 1])
-@pytest.mark.sampled(2)
 def test_token_ids_out_of_range_raise(bad):
     """Fault 15: ids out of range give NaN, or another token's logits where XLA clamps."""
     tokens = np.array([[1, bad, 2]], np.int32)

@@ -161,7 +161,6 @@ CONDITIONAL = [
 
 
 @pytest.mark.parametrize(("settings", "change", "effect"), CONDITIONAL)
-@pytest.mark.sampled(2)
 def test_effect_of_a_change_depends_on_other_settings(settings, change, effect):
     old = BASE.replace(**settings)
     if effect == "impossible":

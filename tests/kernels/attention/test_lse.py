@@ -236,7 +236,6 @@ def test_kernels_from_elsewhere_get_one_head_dim_and_are_refused_without_lse(mon
 
 @pytest.mark.parametrize("sizes", [(0, 3, 2, 4, 4), (3, 0, 2, 4, 4), (3, 3, 2, 0, 4), (3, 3, 2, 4, 0), (3, 3, 2, 0, 0)])
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
-@pytest.mark.sampled(2)
 def test_empty_arrays(implementation, sizes):
     T, S, H, D, Dv = sizes
     q, k, v = jnp.ones((1, T, H, D)), jnp.ones((1, S, H, D)), jnp.ones((1, S, H, Dv))
@@ -266,7 +265,6 @@ def test_vmap_and_remat_without_rank_promotion():
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.sampled(2)
 def test_bfloat16_under_strict_dtype_promotion(implementation):
     """With float32 sinks and log-sum-exps; two halves of the keys merge to the whole."""
     arguments, _, _ = draw(cases.attention(9, 12, H=4, K=2), jnp.bfloat16)

@@ -203,7 +203,6 @@ def test_gates_of_every_size(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.sampled(2)
 def test_float16_takes_the_cotangents_of_a_scaled_loss(implementation):
     case = cases.attention(5, 5, H=2, gate="elementwise", softcap=20.0)
     inputs, aux, dout = cases.draw(case)

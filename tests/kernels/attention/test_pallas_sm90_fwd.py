@@ -230,7 +230,6 @@ WINDOWS = {
 
 
 @pytest.mark.parametrize(("causal", "window"), WINDOWS.values(), ids=WINDOWS)
-@pytest.mark.sampled(2)
 def test_kv_range_covers_visible_blocks_and_its_interior_is_unmasked(causal, window):
     for q, k in ((64, 128), (128, 64), (16, 32)):
         q_starts = np.arange(0, 256, q, dtype=np.int32)

@@ -61,7 +61,7 @@ def decode(implementation: str, window: int | None, x: Arrays) -> jax.Array:
 @pytest.mark.parametrize("window", [None, WINDOW], ids=["no window", "window"])
 @pytest.mark.parametrize("dtype", ["float32", "int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("implementation", ALL)
-@pytest.mark.sampled(10)
+@pytest.mark.sampled(5)
 def test_hidden_slots_do_not_change_the_output(implementation, dtype, window):
     run = jit_fast_compile(lambda x: decode(implementation, window, x))
     expected = {"o": run(inputs(dtype, FILLS[0], window))}
@@ -70,7 +70,6 @@ def test_hidden_slots_do_not_change_the_output(implementation, dtype, window):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-@pytest.mark.sampled(2)
 def test_hidden_slots_do_not_change_the_output_of_the_tpu_kernel(dtype):
     def run(fill: float) -> Arrays:
         with dispatch.target_device(*tolerance.INTERPRETED_DEVICES["TPU"]), np.errstate(all="ignore"):
@@ -115,7 +114,6 @@ def test_second_derivative_matches_the_reference():
 
 
 @pytest.mark.parametrize("device", [("cpu", "cpu"), ("tpu", "TPU v6 lite"), ("cuda", "NVIDIA H100 80GB HBM3")], ids=str)
-@pytest.mark.sampled(2)
 def test_gradient_of_a_kernel_is_refused_by_one_sentence(device):
     x = jnp.ones((1, 2, 64), jnp.bfloat16)
     cache = kernels.KVCache.zeros(1, 2, 64, 64, jnp.bfloat16)

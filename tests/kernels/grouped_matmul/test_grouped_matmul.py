@@ -44,7 +44,6 @@ def loops_gradients(x: np.ndarray, w: np.ndarray, sizes: list[int], dy: np.ndarr
 
 
 @pytest.mark.parametrize("sizes", [[2, 3, 1], [0, 6, 0], [0, 0, 0], [1, 0, 2], [6, 0, 0]], ids=str)
-@pytest.mark.sampled(2)
 def test_reference_matches_python_loops(sizes):
     inputs, aux, dout = cases.draw(row(*sizes, N=6, M=3, F=2))
     with jax.enable_x64(True):
@@ -119,7 +118,6 @@ def test_unassigned_rows_do_not_affect_results(sizes, implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.sampled(2)
 def test_two_runs_are_bit_equal(implementation):
     inputs, aux, dout = cases.draw(row(63, 257, 0, 129, N=580))
     run = tolerance.program("grouped_matmul", implementation)
@@ -157,7 +155,6 @@ def test_second_derivative_of_xla_matches_reference():
     [row(0, 0, N=0, M=3, F=2), row(N=4, M=3, F=2), row(4, N=4, M=0, F=2)],
     ids=["no rows", "no groups", "no width"],
 )
-@pytest.mark.sampled(2)
 def test_empty_inputs_give_zeros(case, implementation):
     inputs, aux, dout = cases.draw(case)
     narrow = {name: np.float32(x) for name, x in inputs.items()}

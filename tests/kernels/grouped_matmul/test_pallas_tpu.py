@@ -25,7 +25,6 @@ SIZES = ([5], [0], [3, 4], [0, 7, 0, 1], [4, 4, 0], [0, 0, 0], [1, 1, 1, 1, 9], 
 
 
 @pytest.mark.parametrize("visit_empty_groups", [False, True], ids=["skip empty groups", "visit empty groups"])
-@pytest.mark.sampled(2)
 def test_each_row_is_visited_once_by_its_group(visit_empty_groups):
     for sizes, spare, rows in itertools.product(SIZES, (0, 6), (1, 4, 8)):
         N, E = sum(sizes) + spare, len(sizes)
@@ -234,7 +233,6 @@ def test_contraction_slice_spans_two_matrices():
 
 
 @pytest.mark.parametrize("width", [40, 128, 200, 384], ids="width={}".format)
-@pytest.mark.sampled(2)
 def test_row_sums_equal_jnp_sum(width):
     x = jnp.asarray(np.random.default_rng(0).integers(-9, 9, (16, width)), jnp.float32)
     np.testing.assert_array_equal(row_sums(x), jnp.sum(x, axis=1)[None])

@@ -119,7 +119,6 @@ def test_tanh_is_exact_near_zero_and_far_from_it():
 
 
 @pytest.mark.parametrize("V", [1, 255, 32000, 50257, 151936])
-@pytest.mark.sampled(2)
 def test_splits_are_not_empty_and_keep_the_sms_busy(V):
     for N in (1, 128, 1000, 8192, 100_000):
         tiles, rows = -(-V // block_sizes.BLOCK_V), -(-N // block_sizes.BLOCK_N)
@@ -176,7 +175,6 @@ def test_pallas_gpu_requires_hopper():
 
 
 @pytest.mark.parametrize("around", ["vmap", "shard_map", "shard_map without checks"])
-@pytest.mark.sampled(2)
 def test_gradients_trace_under_vmap_and_shard_map(around):
     h, w = jnp.ones((2, 40, 64), jnp.bfloat16), jnp.ones((100, 64), jnp.bfloat16)
     targets = jnp.zeros((2, 40), jnp.int32)

@@ -165,7 +165,6 @@ def test_values_that_no_choice_names(activation, implementation):
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
 @pytest.mark.parametrize("fill", [np.nan, np.inf], ids=str)
-@pytest.mark.sampled(2)
 def test_nan_reaches_its_tokens_and_experts_only(fill, implementation):
     ids = np.tile(NONE, (3, 1))
     inputs, _, dout = draw(len(ids), 8, 12, 4, 2)
@@ -268,7 +267,6 @@ def test_second_derivative_of_xla_matches_reference():
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", "auto"])
-@pytest.mark.sampled(2)
 def test_no_hidden_features_leave_the_bias(implementation):
     inputs, aux, _ = draw(3, 4, 1, 2, 1)
     inputs = {name: np.float32(x) for name, x in inputs.items()}
@@ -293,7 +291,6 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
-@pytest.mark.sampled(2)
 def test_bad_arguments_raise_one_line(wrong):
     inputs, aux, _ = draw(3, 4, 3, 2, 1)
     narrow = {name: np.float32(x) for name, x in inputs.items()} | wrong

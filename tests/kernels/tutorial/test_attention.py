@@ -182,7 +182,6 @@ def test_masked_keys_do_not_affect_gradients(step):
 
 
 @pytest.mark.parametrize(("T", "S", "window"), [(1, 1, None), (50, 70, 5), (70, 20, 17), (20, 70, 3)])
-@pytest.mark.sampled(2)
 def test_tiles_by_key_are_the_visible_tiles(T, S, window):
     mask = common.Mask(T, S, True, window)
     tiles = step7_backward.tiles_by_key(common.Problem(mask, 1.0, 16, 32)).T.tolist()
@@ -225,7 +224,6 @@ def test_masked_keys_do_not_affect_output(step):
     ("T", "S"),
     [pytest.param(T, S, id=f"T={T} S={S}") for T, S in ((1, 1), (50, 50), (20, 70), (70, 20), (33, 64))],
 )
-@pytest.mark.sampled(2)
 def test_visible_tiles_have_a_visible_pair(T, S, window):
     for causal in (True, False) if window is None else (True,):
         visible = np.asarray(reference.visible(T, S, causal=causal, window=window))
@@ -257,7 +255,6 @@ WRONG = {
 
 
 @pytest.mark.parametrize("step", attention.STEPS)
-@pytest.mark.sampled(2)
 def test_invalid_argument_raises_with_its_name(step):
     run = attention.load_step(step)
     for message, bad in WRONG.items():
@@ -277,7 +274,6 @@ def test_invalid_argument_raises_with_its_name(step):
 
 
 @pytest.mark.parametrize("step", WITH_GATE)
-@pytest.mark.sampled(2)
 def test_invalid_gate_raises_with_its_name(step):
     for bad in (Q[:, :, :1], Q[..., :2], Q.astype(jnp.float16)):
         with pytest.raises(ValueError, match="gate has"):
@@ -285,7 +281,6 @@ def test_invalid_gate_raises_with_its_name(step):
 
 
 @pytest.mark.parametrize("step", attention.STEPS)
-@pytest.mark.sampled(2)
 def test_steps_are_short_and_docstrings_have_six_parts(step):
     text = next(FOLDER.glob(f"step?_{step}.py")).read_text()
     assert len(text.splitlines()) < 120

@@ -191,7 +191,7 @@ def test_two_runs_are_bit_equal(step):
 
 @STEPS
 @pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 20])
-@pytest.mark.sampled(24)
+@pytest.mark.sampled(12)
 def test_generation_equals_attention_over_all_tokens(step, window):
     """Starts from an empty cache and wraps around; blocks of 16 slots, and the cache ends inside one."""
     case, T = row(0, 0, C=37, D=8, window=window), 80

@@ -128,7 +128,7 @@ def test_unassigned_rows_and_weights_of_empty_groups_do_not_affect_output(step):
 
 
 @pytest.mark.parametrize("step", tutorial.STEPS)
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(4)
 def test_rows_of_other_groups_may_be_nan(step):
     """A row that is NaN makes no other row of its tile NaN."""
     case = CASES["129, unassigned rows"]
@@ -150,7 +150,6 @@ SIZES = [[0, 0, 0], [129, 0, 0], [0, 0, 129], [32, 32, 65], [1, 0, 2], [31, 2, 9
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.sampled(2)
 def test_tasks_cover_each_row_once(sizes):
     N, tile, E = 129, 32, len(sizes)
     count, tasks = step4_masked_edges.list_tasks(jnp.int32(sizes), N, tile)
@@ -167,7 +166,6 @@ def test_tasks_cover_each_row_once(sizes):
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.sampled(2)
 def test_padded_layout_has_one_group_per_tile(sizes):
     N, tile = 129, 32
     layout = step3_group_metadata.pad_groups(jnp.int32(sizes), N, tile)
@@ -214,7 +212,6 @@ def test_invalid_argument_raises_with_its_name(step):
 
 
 @pytest.mark.parametrize("step", tutorial.STEPS)
-@pytest.mark.sampled(2)
 def test_empty_inputs_give_zeros(step):
     run = tutorial.load_step(step)
     for x, w, sizes in ((X[:0], W, [0, 0]), (X, W[:0], []), (X[:, :0], W[:, :0], [1, 2])):
@@ -222,7 +219,6 @@ def test_empty_inputs_give_zeros(step):
 
 
 @pytest.mark.parametrize("step", tutorial.STEPS)
-@pytest.mark.sampled(2)
 def test_steps_are_short_and_docstrings_have_six_parts(step):
     text = next(FOLDER.glob(f"step?_{step}.py")).read_text()
     assert len(text.splitlines()) < 120

@@ -93,7 +93,6 @@ def assert_within_tolerance(step: str, arguments: Any, with_gradients: bool, sma
 
 @pytest.mark.parametrize("step", FORWARD_STEPS)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.sampled(2)
 def test_each_step_matches_reference(step, name):
     assert_within_tolerance(step, draw(CASES[name], "float32"), with_gradients=False)
 
